@@ -1,0 +1,100 @@
+"""Every error that Echelon raises on purpose, as one small tree.
+
+    EchelonError
+    ├── InvalidInput            what the caller passed is wrong (also a ValueError)
+    ├── ModelError              the model cannot be used
+    │   ├── ModelNotFound       no such folder, hub repository or revision
+    │   ├── BadCheckpoint       the files are there, but damaged or contradictory
+    │   └── UnsupportedModel    a sound model that Echelon cannot score with
+    ├── ProfileError            a profile file that cannot be read
+    ├── OutOfMemory             the ladder's end: this pair does not fit
+    ├── StorageError            a result could not be written
+    └── MissingDependency       an optional package is needed and not installed
+
+Each class carries the HTTP ``status`` and the command line's ``exit_code``, so that one handler
+serves each. A message names what is wrong and then the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EchelonError(Exception):
+    """Root of the tree; never raised itself.
+
+    Attributes:
+        status: HTTP status that a server answers with.
+        exit_code: exit code of the command line.
+    """
+
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+
+
+class InvalidInput(EchelonError, ValueError):
+    """The caller's value is wrong.
+
+    Args:
+        field: name of the argument, option or key, with an index where one helps.
+        problem: what is wrong with its value.
+        remedy: what to do instead.
+    """
+
+    status = 422
+    exit_code = 2
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{field}: {problem}. {remedy}")
+
+
+class ModelError(EchelonError):
+    """The model cannot be used."""
+
+    status = 503
+    exit_code = 3
+
+
+class ModelNotFound(ModelError):
+    """No such folder, hub repository or revision."""
+
+
+class BadCheckpoint(ModelError):
+    """The model's files are damaged, incomplete or contradict one another."""
+
+
+class UnsupportedModel(ModelError):
+    """The model is sound, but not one that Echelon can score pairs with."""
+
+
+class ProfileError(EchelonError):
+    """A profile file that cannot be read or understood."""
+
+    exit_code = 4
+
+
+class OutOfMemory(EchelonError):
+    """The last rung of the memory ladder: one pair alone does not fit."""
+
+    status = 507
+    exit_code = 5
+
+
+class StorageError(EchelonError):
+    """A result could not be written to disk."""
+
+    status = 507
+    exit_code = 6
+
+
+class MissingDependency(EchelonError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 7
+
+
+class EchelonWarning(UserWarning):
+    """Something to know that did not stop the work; the message names the remedy."""

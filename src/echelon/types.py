@@ -1,0 +1,133 @@
+"""Plain data that crosses stages. No behaviour beyond arithmetic on its own fields, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    IntArray = npt.NDArray[np.int32]
+    FloatArray = npt.NDArray[np.float32]
+
+Pair = tuple[str, str]
+"""(query, document)."""
+
+Cost = Literal["ragged", "padded"]
+"""How a scorer pays for a step: for its tokens, or for longest × pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One step's input: flat token ids and where each pair begins.
+
+    Attributes:
+        ids: int32 [tokens], the pairs' token ids one after another.
+        type_ids: int32 [tokens] segment ids, or None where the model has none to tell apart.
+        offsets: int32 [pairs + 1]; pair i is ``ids[offsets[i]:offsets[i + 1]]``.
+    """
+
+    ids: IntArray
+    type_ids: IntArray | None
+    offsets: IntArray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> IntArray:
+        """int32 [pairs], tokens of each pair."""
+        lengths: IntArray = self.offsets[1:] - self.offsets[:-1]
+        return lengths
+
+
+@dataclass(frozen=True, slots=True)
+class LadderStep:
+    """One action that the memory ladder took.
+
+    Attributes:
+        rung: the rung's name, as in :mod:`echelon.plan.degrade`.
+        detail: what changed, in words with units.
+        remedy: what the user can do so that it need not happen again.
+    """
+
+    rung: str
+    detail: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What happened while a call was scored.
+
+    Attributes:
+        pairs: pairs asked for.
+        scored: distinct pairs that went through the model.
+        tokens: useful tokens scored.
+        cost_tokens: tokens paid for, padding included.
+        steps: forward passes.
+        ladder: memory-ladder actions, in order.
+    """
+
+    pairs: int = 0
+    scored: int = 0
+    tokens: int = 0
+    cost_tokens: int = 0
+    steps: int = 0
+    ladder: tuple[LadderStep, ...] = ()
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the paid tokens that was padding, 0 to 1."""
+        return 1.0 - self.tokens / self.cost_tokens if self.cost_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPairs:
+    """Scores of one call, in input order.
+
+    Attributes:
+        logits: float32 [pairs], the model's raw outputs.
+        truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
+        report: how it was computed.
+    """
+
+    logits: FloatArray
+    truncated_tokens: IntArray
+    report: RunReport
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """One document of a ranking.
+
+    Attributes:
+        index: its position in the list that was passed in.
+        score: sigmoid of the logit, 0 to 1.
+        logit: the model's raw output; the ranking is sorted by it.
+        document: its text.
+        truncated_tokens: tokens it lost to ``max_length``; 0 means it was read whole.
+    """
+
+    index: int
+    score: float
+    logit: float
+    document: str
+    truncated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Documents of one query, best first.
+
+    Attributes:
+        query: the query.
+        results: ranked documents, at most ``top_n``; equal logits keep their input order.
+        report: how it was computed.
+    """
+
+    query: str
+    results: tuple[RankedDocument, ...]
+    report: RunReport = field(default_factory=RunReport)
