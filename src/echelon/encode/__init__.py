@@ -1,0 +1,1 @@
+"""Text to tokens: the pair encoding of the reference tokenizers, the query encoded once."""

@@ -1,0 +1,185 @@
+"""Rules of joining a query and a document into one pair of token ids.
+
+Pure: knows lengths and ids, not tokenizers or models. The truncation follows the reference
+tokenizers (``longest_first`` and ``only_second`` of Hugging Face ``tokenizers``) to the token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from echelon.types import TokenBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from echelon.config import Truncation
+    from echelon.types import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The special tokens around a pair: ``before query between document after``.
+
+    Attributes:
+        before: ids before the query, such as ``[CLS]``.
+        between: ids between query and document.
+        after: ids after the document.
+        types: segment ids of (before, query, between, document, after); None where the model
+            has one segment only.
+        side: the end that truncation keeps is the other one.
+    """
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    types: tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]] | None
+    side: Literal["left", "right"] = "right"
+
+    @property
+    def ids(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The three runs of special tokens."""
+        return self.before, self.between, self.after
+
+    @property
+    def specials(self) -> int:
+        """Special tokens added to every pair."""
+        return sum(map(len, self.ids))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPairs:
+    """Pairs as token ids, still unjoined so that they can be cut shorter later.
+
+    Attributes:
+        template: special tokens of the model.
+        queries: int32 ids of each pair's query; pairs of one query share the array.
+        documents: int32 ids of each pair's document.
+        kept: int32 [pairs, 2], query and document tokens that each pair keeps.
+        lengths: int32 [pairs], tokens of each pair as the model sees it.
+        max_length: the limit they were cut to, special tokens included.
+        truncation: the mode they were cut in.
+    """
+
+    template: Template
+    queries: Sequence[IntArray]
+    documents: Sequence[IntArray]
+    kept: IntArray
+    lengths: IntArray
+    max_length: int
+    truncation: Truncation
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def truncated_tokens(self) -> IntArray:
+        """int32 [pairs], query and document tokens that each pair lost."""
+        full = [len(q) + len(d) for q, d in zip(self.queries, self.documents, strict=True)]
+        lost: IntArray = np.array(full, dtype=np.int32) - self.kept.sum(axis=1, dtype=np.int32)
+        return lost
+
+    def shortened(self, max_length: int) -> EncodedPairs:
+        """The same pairs cut to a smaller ``max_length``.
+
+        Raises:
+            TruncationImpossible: a query alone leaves no room for its document.
+        """
+        return encode_pairs(
+            self.template, self.queries, self.documents, max_length, self.truncation
+        )
+
+    def batch(self, indices: Iterable[int]) -> TokenBatch:
+        """Join the chosen pairs into one step's input, in the given order."""
+        chosen = list(indices)
+        specials = [np.array(ids, dtype=np.int32) for ids in self.template.ids]
+        parts = [part for i in chosen for part in self._parts(i, *specials)]
+        offsets = np.zeros(len(chosen) + 1, dtype=np.int32)
+        np.cumsum(self.lengths[chosen], out=offsets[1:])
+        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        return TokenBatch(ids, self._types(chosen), offsets)
+
+    def _parts(
+        self, index: int, before: IntArray, between: IntArray, after: IntArray
+    ) -> tuple[IntArray, ...]:
+        kept_query, kept_document = self.kept[index]
+        query = _cut(self.queries[index], kept_query, self.template.side)
+        document = _cut(self.documents[index], kept_document, self.template.side)
+        return before, query, between, document, after
+
+    def _types(self, chosen: Sequence[int]) -> IntArray | None:
+        if self.template.types is None:
+            return None
+        before, query, between, document, after = self.template.types
+        values = np.array([*before, query, *between, document, *after], dtype=np.int32)
+        repeats = np.ones((len(chosen), len(values)), dtype=np.int32)
+        columns = [len(before), len(before) + 1 + len(between)]
+        repeats[:, columns] = self.kept[chosen]
+        return np.repeat(np.tile(values, len(chosen)), repeats.ravel())
+
+
+class TruncationImpossible(ValueError):
+    """A query fills the whole pair, and the mode forbids to cut it.
+
+    Attributes:
+        index: the pair.
+        query_tokens: tokens of its query.
+        room: tokens that query and document share.
+    """
+
+    def __init__(self, index: int, query_tokens: int, room: int) -> None:
+        self.index, self.query_tokens, self.room = index, query_tokens, room
+        super().__init__(f"pair {index}: query of {query_tokens} tokens, room for {room}")
+
+
+def encode_pairs(
+    template: Template,
+    queries: Sequence[IntArray],
+    documents: Sequence[IntArray],
+    max_length: int,
+    truncation: Truncation,
+) -> EncodedPairs:
+    """Decide how much of each pair is kept.
+
+    Raises:
+        TruncationImpossible: see :func:`truncate`.
+    """
+    room = max_length - template.specials
+    kept = np.zeros((len(documents), 2), dtype=np.int32)
+    for index, (query, document) in enumerate(zip(queries, documents, strict=True)):
+        lengths = truncate(len(query), len(document), room, truncation)
+        if lengths is None:
+            raise TruncationImpossible(index, len(query), room)
+        kept[index] = lengths
+    total = kept.sum(axis=1, dtype=np.int32) + np.int32(template.specials)
+    return EncodedPairs(template, queries, documents, kept, total, max_length, truncation)
+
+
+def truncate(query: int, document: int, room: int, mode: Truncation) -> tuple[int, int] | None:
+    """Tokens kept of a query and a document that must share ``room`` tokens.
+
+    ``longest_first`` leaves the shorter text whole if it fits in half of the room, else halves
+    the room, the odd token going to the longer text. ``only_second`` cuts the document and keeps
+    at least one token of it; None means that this cannot be done.
+    """
+    excess = query + document - room
+    if excess <= 0:
+        return query, document
+    if room == 0:
+        return 0, 0
+    if mode == "only_second":
+        return (query, document - excess) if document > excess else None
+    short, long = min(query, document), max(query, document)
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room // 2 + room % 2
+    return (long, short) if query > document else (short, long)
+
+
+def _cut(ids: IntArray, keep: int, side: str) -> IntArray:
+    if keep == len(ids):
+        return ids
+    return ids[len(ids) - keep :] if side == "left" else ids[:keep]

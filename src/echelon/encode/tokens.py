@@ -1,0 +1,166 @@
+"""Tokenization: the only file that knows the ``tokenizers`` library.
+
+A tokenizer is loaded once, stripped of its own truncation and padding, and never changed again:
+changing one while another thread uses it is what raises "Already borrowed" elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echelon.encode.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
+from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tokenizers import Encoding, Tokenizer
+
+    from echelon.config import Truncation
+    from echelon.types import IntArray, Pair
+
+PROBES = ("a", "1", "的", "x y")
+"""Texts tried in turn to see where a tokenizer puts its special tokens; any one will do."""
+
+
+class PairEncoder:
+    """Turns pairs of texts into token ids exactly as the model's reference tokenizer does.
+
+    Args:
+        folder: model folder with ``tokenizer.json`` (or files that ``transformers`` can turn
+            into one).
+
+    Raises:
+        BadCheckpoint: no tokenizer, or one that cannot be read.
+        UnsupportedModel: a tokenizer that does not join pairs as ``… query … document …``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = _load(folder)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.template = _template(self._tokenizer, _truncation_side(folder))
+
+    def encode(
+        self,
+        pairs: Sequence[Pair],
+        max_length: int,
+        truncation: Truncation,
+        max_query_tokens: int | None = None,
+    ) -> EncodedPairs:
+        """Encode pairs, each distinct query once and all documents in one batched call.
+
+        Raises:
+            InvalidInput: a query leaves no room for its document in mode ``only_second``.
+        """
+        distinct = list(dict.fromkeys(query for query, _ in pairs))
+        texts = [*distinct, *(document for _, document in pairs)]
+        ids = self._encode_texts(texts)
+        by_text = {text: i[:max_query_tokens] for text, i in zip(distinct, ids, strict=False)}
+        queries = [by_text[query] for query, _ in pairs]
+        documents = ids[len(distinct) :]
+        try:
+            return encode_pairs(self.template, queries, documents, max_length, truncation)
+        except TruncationImpossible as error:
+            raise _query_too_long(error, max_length) from None
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[IntArray]:
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
+def _query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
+    return InvalidInput(
+        f"pairs[{error.index}].query",
+        f"its {error.query_tokens} tokens leave no room for the document in "
+        f"max_length={max_length} (room for {error.room} besides special tokens)",
+        "Shorten the query, raise max_length, or use truncation='longest_first'.",
+    )
+
+
+def _load(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _convert(folder)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every broken file
+        raise BadCheckpoint(
+            f"{path}: not a readable tokenizer ({error}). Download the model again."
+        ) from error
+
+
+def _convert(folder: Path) -> Tokenizer:
+    """Build a fast tokenizer from older vocabulary files."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")) and not any(
+        folder.glob("*.model")
+    ):
+        raise BadCheckpoint(
+            f"{folder}: no tokenizer.json and no vocabulary file. "
+            "Download the model again, with its tokenizer."
+        )
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend: Tokenizer = tokenizer.backend_tokenizer
+    except Exception as error:
+        raise BadCheckpoint(
+            f"{folder}: no tokenizer.json, and transformers could not build one ({error}). "
+            "Save the tokenizer with a recent transformers and try again."
+        ) from error
+    return backend
+
+
+def _truncation_side(folder: Path) -> str:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return "right"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
+    return "left" if settings.get("truncation_side") == "left" else "right"
+
+
+def _template(tokenizer: Tokenizer, side: str) -> Template:
+    for probe in PROBES:
+        encoding = tokenizer.encode(probe, probe)
+        owners = encoding.sequence_ids
+        if 0 in owners and 1 in owners:
+            return _template_of(encoding, owners, side)
+    raise UnsupportedModel("The tokenizer gives no tokens for plain text. Use another model.")
+
+
+def _template_of(encoding: Encoding, owners: list[int | None], side: str) -> Template:
+    ids, types = encoding.ids, encoding.type_ids
+    first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
+    second, end = owners.index(1), len(owners) - owners[::-1].index(1)
+    if last > second:
+        raise UnsupportedModel(
+            "The tokenizer puts the document before the query. Use another model."
+        )
+    runs = (slice(0, first), slice(last + 1, second), slice(end, len(ids)))
+    before, between, after = (tuple(ids[run]) for run in runs)
+    segments = (
+        tuple(types[runs[0]]),
+        types[first],
+        tuple(types[runs[1]]),
+        types[second],
+        tuple(types[runs[2]]),
+    )
+    return Template(
+        before,
+        between,
+        after,
+        types=segments if any(types) else None,
+        side="left" if side == "left" else "right",
+    )

@@ -1,0 +1,1 @@
+"""Tokens to batches. Pure and deterministic: no clock, no threads, no torch."""

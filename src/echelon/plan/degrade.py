@@ -1,0 +1,146 @@
+"""The memory ladder: what to do when a step does not fit, least harm first.
+
+Pure: it is told what failed and answers what to try; the engine acts. The rungs are the table
+:data:`RUNGS`, in order; the first that applies is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from echelon.config import Allowance
+
+SHORTEST_MAX_LENGTH = 64
+"""Tokens below which cutting documents further would leave nothing worth scoring."""
+
+LOWER_PRECISION = {"fp32": "bf16"}
+"""The next precision down; half-width formats have none yet."""
+
+Rung = Literal["drop_caches", "halve_budget", "one_pair", "lower_precision", "shorten", "give_up"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A step that did not fit.
+
+    Attributes:
+        pairs: pairs in it.
+        cost: tokens it was paid for.
+        longest: tokens of its longest pair.
+        caches_dropped: no step has succeeded since the caches were last dropped.
+        precision: the scorer's precision.
+        allow: what the user allowed to be given up.
+    """
+
+    pairs: int
+    cost: int
+    longest: int
+    caches_dropped: bool
+    precision: str
+    allow: tuple[Allowance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What to try next.
+
+    Attributes:
+        rung: its name.
+        detail: what changes, in words.
+        remedy: what the user can do so that it need not happen again.
+        budget: the token budget from now on (``halve_budget``, ``one_pair``).
+        precision: the precision to reopen in (``lower_precision``).
+        max_length: the limit for the pairs still to score (``shorten``).
+    """
+
+    rung: Rung
+    detail: str
+    remedy: str
+    budget: int | None = None
+    precision: str | None = None
+    max_length: int | None = None
+
+
+def _drop_caches(failure: Failure) -> Action | None:
+    if failure.caches_dropped:
+        return None
+    return Action(
+        "drop_caches",
+        f"dropped caches and retried a step of {failure.cost} tokens",
+        "Leave the device more free memory, or set a smaller token_budget.",
+    )
+
+
+def _halve_budget(failure: Failure) -> Action | None:
+    budget = failure.cost // 2
+    if failure.pairs == 1 or budget <= failure.longest:
+        return None
+    return Action(
+        "halve_budget",
+        f"token budget {failure.cost} -> {budget}",
+        f"Set token_budget={budget}, or run `echelon tune` to find the best that fits.",
+        budget=budget,
+    )
+
+
+def _one_pair(failure: Failure) -> Action | None:
+    if failure.pairs == 1:
+        return None
+    return Action(
+        "one_pair",
+        f"one pair at a time for pairs of {failure.longest} tokens",
+        "Free memory, lower max_length, or use a smaller model or precision.",
+        budget=failure.longest,
+    )
+
+
+def _lower_precision(failure: Failure) -> Action | None:
+    lower = LOWER_PRECISION.get(failure.precision)
+    if "precision" not in failure.allow or lower is None:
+        return None
+    return Action(
+        "lower_precision",
+        f"precision {failure.precision} -> {lower}",
+        f"Set precision={lower!r} from the start, or free memory.",
+        precision=lower,
+    )
+
+
+def _shorten(failure: Failure) -> Action | None:
+    shorter = failure.longest // 2
+    if "max_length" not in failure.allow or shorter < SHORTEST_MAX_LENGTH:
+        return None
+    return Action(
+        "shorten",
+        f"max_length {failure.longest} -> {shorter} for the pairs still to score",
+        f"Set max_length={shorter} from the start, or free memory.",
+        max_length=shorter,
+    )
+
+
+def _give_up(failure: Failure) -> Action:
+    return Action(
+        "give_up",
+        f"a pair of {failure.longest} tokens does not fit in memory alone",
+        "Free memory, set a smaller max_length, or allow more with "
+        "allow=('precision', 'max_length').",
+    )
+
+
+RUNGS: tuple[Callable[[Failure], Action | None], ...] = (
+    _drop_caches,
+    _halve_budget,
+    _one_pair,
+    _lower_precision,
+    _shorten,
+    _give_up,
+)
+
+
+def next_action(failure: Failure) -> Action:
+    """The first rung that applies; the last one always does."""
+    return next(action for rung in RUNGS if (action := rung(failure)) is not None)

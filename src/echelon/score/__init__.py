@@ -1,0 +1,1 @@
+"""Batches to scores: the only folder that knows torch."""

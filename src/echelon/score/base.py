@@ -1,0 +1,66 @@
+"""What a scorer is. No torch here: the engine and the tests see only this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from echelon.types import Cost, FloatArray, TokenBatch
+
+
+class DeviceOutOfMemory(Exception):
+    """A step did not fit in the device's memory; the scorer stays usable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a scorer is and how it pays.
+
+    Attributes:
+        family: architecture, such as ``xlm-roberta``.
+        device: ``cpu`` or ``cuda:N``.
+        device_name: the processor's or card's own name.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        max_tokens: longest pair the model's positions allow, special tokens included.
+        cost: ragged or padded.
+        weights_bytes: memory of the loaded weights, memory-mapped tables left out.
+        threads: CPU threads a forward pass uses; 0 on other devices.
+    """
+
+    family: str
+    device: str
+    device_name: str
+    precision: str
+    max_tokens: int
+    cost: Cost
+    weights_bytes: int
+    threads: int
+
+
+class Scorer(Protocol):
+    """A model on a device."""
+
+    @property
+    def facts(self) -> Facts:
+        """What it is; constant while it is open."""
+        ...
+
+    def score(self, batch: TokenBatch) -> FloatArray:
+        """Score one step.
+
+        Returns:
+            float32 [pairs], raw logits in the batch's order.
+
+        Raises:
+            DeviceOutOfMemory: the step did not fit; a smaller one may.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give cached memory back to the device."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights; the scorer cannot be used again."""
+        ...

@@ -1,0 +1,144 @@
+"""The machine as torch sees it: devices, dtypes, threads, memory and its errors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echelon.errors import InvalidInput, MissingDependency
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+MEMORY_ERRORS = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|std::bad_alloc"
+    r"|CUDA out of memory"
+    r"|CUDA error: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_ALLOC_FAILED"
+    r"|could not create a memory object"
+    r"|mmap of .* failed: Cannot allocate memory"
+)
+"""Words of torch, its allocators and oneDNN for memory that could not be had, and nothing else:
+any other RuntimeError is a real fault and must not be mistaken for pressure."""
+
+
+def require_torch() -> None:
+    """Raise the remedy when torch is not installed.
+
+    Raises:
+        MissingDependency: no torch.
+    """
+    try:
+        import torch  # noqa: F401 - the import is the check
+    except ImportError as error:
+        raise MissingDependency(
+            "Scoring needs PyTorch, which is not installed. "
+            "Install it with: pip install 'echelon-rerank[torch]'"
+        ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn the ``device`` option into a device that exists.
+
+    Raises:
+        InvalidInput: CUDA is asked for and not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        raise InvalidInput(
+            "device",
+            f"{name!r} is not there ({count} CUDA device(s) found)",
+            "Use device='cpu' or 'auto', or install a CUDA build of torch and its driver.",
+        )
+    return torch.device("cuda", index)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy)."""
+    if precision != "auto":
+        return precision
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: affinity, container quota, and physical cores if known."""
+    import psutil
+
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    logical = affinity or os.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False)
+    limits = [logical, _cgroup_cpus()]
+    if physical and affinity in (None, os.cpu_count()):
+        limits.append(physical)
+    return max(1, min(limit for limit in limits if limit))
+
+
+def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """CPUs of a container's quota (cgroup v2, then v1), rounded down but at least one."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in {"max", "-1"}:
+        return None
+    return max(1, int(quota) // int(period))
+
+
+def set_threads(threads: int | None, device: torch.device) -> int:
+    """Give the forward pass its CPU threads (process-wide in torch); 0 on other devices."""
+    import torch
+
+    if device.type != "cpu":
+        return 0
+    wanted = threads or usable_cpus()
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
+    return wanted
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or card's own name."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error really says that memory could not be had."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(MEMORY_ERRORS.search(str(error)))

@@ -1,0 +1,65 @@
+"""A scorer without weights: for tests, dry runs and the simulator.
+
+Its logit is a hash of the pair's tokens, so it depends on nothing but the pair, and it can be
+told to run out of memory.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from echelon.plan.pack import step_cost
+from echelon.score.base import DeviceOutOfMemory, Facts
+
+if TYPE_CHECKING:
+    from echelon.types import Cost, FloatArray, TokenBatch
+
+
+class FakeScorer:
+    """Deterministic logits in [-10, 10] from token ids.
+
+    Args:
+        memory_tokens: steps that cost more raise :class:`DeviceOutOfMemory`; None never does.
+        stale_tokens: memory held by caches until :meth:`release`.
+        max_tokens: longest pair.
+        cost: ragged or padded.
+        precision: reported precision; bf16 and fp16 need half the memory of fp32.
+    """
+
+    def __init__(
+        self,
+        memory_tokens: int | None = None,
+        *,
+        stale_tokens: int = 0,
+        max_tokens: int = 512,
+        cost: Cost = "ragged",
+        precision: str = "fp32",
+    ) -> None:
+        self.facts = Facts("fake", "cpu", "fake", precision, max_tokens, cost, 0, 1)
+        self.batches: list[TokenBatch] = []
+        self.closed = False
+        self._memory_tokens = memory_tokens
+        self._stale_tokens = stale_tokens
+
+    def score(self, batch: TokenBatch) -> FloatArray:
+        """Hash each pair's tokens; see :class:`~echelon.score.base.Scorer`."""
+        paid = step_cost(batch.lengths, self.facts.cost) + self._stale_tokens
+        if self.facts.precision != "fp32":
+            paid //= 2
+        if self._memory_tokens is not None and paid > self._memory_tokens:
+            raise DeviceOutOfMemory(f"{paid} tokens over {self._memory_tokens}")
+        self.batches.append(batch)
+        bounds = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+        hashes = [zlib.crc32(batch.ids[start:end].tobytes()) for start, end in bounds]
+        return np.array([h / 2**32 * 20 - 10 for h in hashes], dtype=np.float32)
+
+    def release(self) -> None:
+        """Forget the stale memory."""
+        self._stale_tokens = 0
+
+    def close(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True
