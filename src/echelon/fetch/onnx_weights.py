@@ -1,0 +1,131 @@
+"""Weights out of an int8-quantised ONNX file, without the ``onnx`` package.
+
+An ONNX file is one protobuf message, and only the few fields that carry weights matter here.
+Their numbers are those of ``onnx.proto``, whose meaning is frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from echelon.errors import BadCheckpoint
+from echelon.fetch import protobuf
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from echelon.types import FloatArray
+
+    Array = npt.NDArray[np.generic]
+    Message = dict[int, list[protobuf.Field]]
+
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_NODE_INPUT, _NODE_NAME, _NODE_KIND = 1, 3, 4
+_DIMS, _DATA_TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _LOCATION = 1, 2, 4, 5, 7, 8, 9, 14
+_TYPES = {1: ("<f4", _FLOATS), 2: ("u1", _INT32S), 3: ("i1", _INT32S), 7: ("<i8", _INT64S)}
+_EMPTY = memoryview(b"")
+_DAMAGED = "The ONNX file is damaged: {}. Fetch it again."
+
+
+class Node(NamedTuple):
+    """One operation: its operator, its name and the names of the tensors that it reads."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+
+
+def read_graph(data: bytes) -> tuple[dict[str, Array], list[Node]]:
+    """Read a model's stored tensors, by name and as they are, and its operations in order.
+
+    Raises:
+        BadCheckpoint: the bytes are cut short, are not ONNX, or hold a type not known here.
+    """
+    try:
+        graph = _message(_message(memoryview(data))[_GRAPH][-1])
+        tensors = dict(_tensor(_message(item)) for item in graph.get(_INITIALIZER, ()))
+        return tensors, [_node(_message(item)) for item in graph.get(_NODE, ())]
+    except KeyError as error:
+        raise BadCheckpoint(_DAMAGED.format(f"field {error} is missing")) from error
+    except (ValueError, OverflowError) as error:
+        raise BadCheckpoint(_DAMAGED.format(error)) from error
+
+
+def float_weights(data: bytes) -> dict[str, FloatArray]:
+    """Read a model's weights as float32, with the names and the layout that torch gives them.
+
+    A quantised tensor stands for ``(q - zero_point) * scale``, per tensor or per last axis. ONNX
+    multiplies by [in, out] where a torch Linear keeps [out, in], and an export may rename such a
+    tensor: so it is transposed and called after the layer that multiplies by it.
+
+    Raises:
+        BadCheckpoint: the file is damaged, or a quantised tensor lacks its scale or zero point.
+    """
+    tensors, nodes = read_graph(data)
+    layers = {node.inputs[1]: node for node in nodes if node.kind == "MatMulInteger"}
+    weights: dict[str, FloatArray] = {}
+    for name, tensor in tensors.items():
+        base = name.removesuffix("_quantized")
+        if name in layers:
+            weights[_weight_of(layers[name])] = _contiguous(_dequantised(base, tensors).T)
+        elif base != name:
+            weights[base] = _contiguous(_dequantised(base, tensors))
+        elif tensor.dtype == np.float32 and not name.endswith("_scale"):
+            weights[name] = _contiguous(tensor)
+    return weights
+
+
+def _weight_of(node: Node) -> str:
+    """``/bert/pooler/dense/Gemm_MatMul_quant`` → ``bert.pooler.dense.weight``."""
+    return node.name.rpartition("/")[0].strip("/").replace("/", ".") + ".weight"
+
+
+def _contiguous(array: Array) -> FloatArray:
+    return np.ascontiguousarray(array, dtype=np.float32)  # safetensors ignores strides
+
+
+def _dequantised(base: str, tensors: dict[str, Array]) -> FloatArray:
+    needed = [f"{base}_{part}" for part in ("quantized", "zero_point", "scale")]
+    if missing := [name for name in needed if name not in tensors]:
+        raise BadCheckpoint(_DAMAGED.format(f"it has no tensor {missing[0]}"))
+    q, zero, scale = (tensors[name].astype(np.float32) for name in needed)
+    if not {zero.size, scale.size} <= {1, *q.shape[-1:]}:
+        raise BadCheckpoint(_DAMAGED.format(f"the scale of {base} does not fit its shape"))
+    plain: FloatArray = (q - zero.ravel()) * scale.ravel()
+    return plain
+
+
+def _message(field: protobuf.Field) -> Message:
+    return protobuf.fields(protobuf.blob(field))
+
+
+def _node(message: Message) -> Node:
+    kind, name = (protobuf.text(message.get(key, [_EMPTY])[-1]) for key in (_NODE_KIND, _NODE_NAME))
+    inputs = tuple(protobuf.text(item) for item in message.get(_NODE_INPUT, ()))
+    if kind == "MatMulInteger" and not inputs[1:]:
+        raise ValueError(f"node {name} multiplies by nothing")
+    return Node(kind, name, inputs)
+
+
+def _tensor(message: Message) -> tuple[str, Array]:
+    name, code = protobuf.text(message[_NAME][-1]), message[_DATA_TYPE][-1]
+    elsewhere = any(protobuf.integers(message.get(_LOCATION, ())))
+    if not isinstance(code, int) or code not in _TYPES or elsewhere:
+        raise ValueError(f"tensor {name} is of a type, or in a place, that is not read here")
+    shape = tuple(protobuf.integers(message.get(_DIMS, ())))
+    flat = _values(message, *_TYPES[code])
+    if min(shape, default=0) < 0 or flat.size != math.prod(shape):
+        raise ValueError(f"tensor {name} has {flat.size} values for the shape {shape}")
+    return name, flat.reshape(shape)
+
+
+def _values(message: Message, dtype: str, numbers: int) -> Array:
+    if _RAW in message:
+        return np.frombuffer(protobuf.blob(message[_RAW][-1]), dtype)
+    items = message.get(numbers, ())
+    if numbers == _FLOATS:  # packed or one by one, they are bytes in the right order
+        return np.frombuffer(b"".join(protobuf.blob(item) for item in items), dtype)
+    return np.array(list(protobuf.integers(items)), dtype)

@@ -1,0 +1,141 @@
+"""Any other sequence classifier, through transformers and with padding."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
+from echelon.score.base import DeviceOutOfMemory, Facts
+from echelon.score.device import DTYPES, device_name, is_out_of_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from echelon.types import FloatArray, TokenBatch
+
+UNBOUNDED_MAX_TOKENS = 8192
+"""Limit taken for models whose configuration states no number of positions."""
+
+
+class GenericScorer:
+    """A :class:`~echelon.score.base.Scorer` around ``AutoModelForSequenceClassification``.
+
+    Args:
+        folder: model folder.
+        config: its parsed ``config.json``.
+        device: where to.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        threads: CPU threads in use; 0 on other devices.
+        label: which output of the head is the score.
+
+    Raises:
+        UnsupportedModel: transformers does not know the architecture.
+        BadCheckpoint: the weights do not fit it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        device: torch.device,
+        precision: str,
+        threads: int,
+        label: int,
+    ) -> None:
+        model = _load(folder, precision).to(device).eval()
+        self._model: Any = model
+        self._device = device
+        self._label = label
+        self._padding_id = int(config.get("pad_token_id") or 0)
+        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.facts = Facts(
+            family=config["model_type"],
+            device=str(device),
+            device_name=device_name(device),
+            precision=precision,
+            max_tokens=int(config.get("max_position_embeddings") or UNBOUNDED_MAX_TOKENS),
+            cost="padded",
+            weights_bytes=sum(p.nbytes for p in model.parameters()),
+            threads=threads,
+        )
+        warnings.warn(
+            f"{config['model_type']} has no packed encoder in Echelon: it runs through "
+            "transformers, with padding, so expect less speed. Scores are the same.",
+            EchelonWarning,
+            stacklevel=2,
+        )
+
+    def score(self, batch: TokenBatch) -> FloatArray:
+        """Score one step; see :class:`~echelon.score.base.Scorer`."""
+        try:
+            with torch.inference_mode():
+                logits = self._model(**self._inputs(batch)).logits[:, self._label].float().cpu()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error)
+        else:
+            scores: FloatArray = logits.numpy()
+            return scores
+        raise DeviceOutOfMemory(failed)
+
+    def release(self) -> None:
+        """Give CUDA's cached blocks back."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = None
+        self.release()
+
+    def _inputs(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        """Padded on the right to the step's longest pair, as the reference tokenizers do."""
+        real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+        ids = np.full(real.shape, self._padding_id, dtype=np.int64)
+        ids[real] = batch.ids
+        inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+        if self._takes_types:
+            types = np.zeros(real.shape, dtype=np.int64)
+            if batch.type_ids is not None:
+                types[real] = batch.type_ids
+            inputs["token_type_ids"] = types
+        return {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+
+
+def _load(folder: Path, precision: str) -> Any:
+    try:
+        from transformers import AutoModelForSequenceClassification
+    except ImportError as error:
+        raise MissingDependency(
+            "This architecture runs through transformers, which is not installed. "
+            "Install it with: pip install 'echelon-rerank[torch]'"
+        ) from error
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=getattr(torch, DTYPES[precision]),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{folder}: transformers cannot load it as a sequence classifier ({error}). "
+            "Use a cross-encoder that AutoModelForSequenceClassification knows; "
+            "remote code is never run."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise BadCheckpoint(f"{folder}: the weights cannot be loaded ({error}).") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise BadCheckpoint(
+            f"{folder}: the weights lack {missing}, so scores would be random. "
+            "Use a checkpoint that was trained with its classification head."
+        )
+    return model

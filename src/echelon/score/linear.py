@@ -1,0 +1,65 @@
+"""Linear layers in the layout that the device multiplies fastest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    Linear = Callable[[Tensor], Tensor]
+
+TYPICAL_ROWS = 512
+"""Rows of a step that oneDNN is told to lay the weights out for."""
+
+
+def make_linear(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype) -> Linear:
+    """A function from [rows, in] to [rows, out] in ``dtype`` on ``device``.
+
+    Args:
+        weight: [out, in] in any dtype, possibly a view of a mapped file; never kept.
+        bias: [out].
+        device: where it runs.
+        dtype: what it computes in.
+    """
+    # Copies, so that the mapped checkpoint can be given back.
+    weight = torch.empty_like(weight, dtype=dtype, device=device).copy_(weight)
+    bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
+    if device.type == "cpu" and _can_prepack(dtype):
+        return _prepacked(weight, bias)
+
+    def linear(rows: Tensor) -> Tensor:
+        return functional.linear(rows, weight, bias)
+
+    return linear
+
+
+def _prepacked(weight: Tensor, bias: Tensor) -> Linear:
+    """oneDNN's own weight layout, chosen once instead of in every call."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
+    call = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - no public name exists
+
+    def linear(rows: Tensor) -> Tensor:
+        product: Tensor = call(rows, packed, bias, "none", [], "")
+        return product
+
+    return linear
+
+
+def _can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this torch build and processor have oneDNN's prepacked product for the dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
+        return False
+    checks = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    check = checks.get(dtype)
+    return check is None or bool(getattr(torch.ops.mkldnn, check)())

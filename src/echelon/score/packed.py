@@ -1,0 +1,221 @@
+"""The native encoder: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
+
+All tokens of a step stand in one [tokens, hidden] matrix from the embeddings to the head.
+Only attention looks at where pairs begin and end. The last layer is computed for each pair's
+first token only, since the head reads nothing else: the same logits for less work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from echelon.errors import BadCheckpoint
+from echelon.score.attention import Layout, attend, attend_first
+from echelon.score.base import DeviceOutOfMemory, Facts
+from echelon.score.device import device_name, is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from echelon.score.architecture import Architecture
+    from echelon.score.linear import Linear
+    from echelon.types import FloatArray, IntArray, TokenBatch
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_new": lambda rows: functional.gelu(rows, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm over the hidden axis."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return functional.layer_norm(
+            rows, self.weight.shape, self.weight, self.bias, self.epsilon
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Word, position and segment tables, kept as they are on disk, and their norm.
+
+    On CPU the word table is a view of the checkpoint file: only the rows that texts touch are
+    ever read into memory.
+    """
+
+    words: Tensor
+    positions: Tensor
+    segments: Tensor
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One transformer layer. ``qkv`` is fused, except in the last layer (see there)."""
+
+    queries: Linear | None
+    qkv: Linear
+    attention_out: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    output_norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Dense, tanh, and the projection to the chosen label."""
+
+    dense: Linear
+    project: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything that was loaded."""
+
+    embeddings: Embeddings
+    layers: tuple[Layer, ...]
+    head: Head
+    loaded_bytes: int
+
+
+class PackedScorer:
+    """A :class:`~echelon.score.base.Scorer` over packed rows.
+
+    Args:
+        architecture: the model's shape.
+        weights: loaded tensors.
+        device: where they are.
+        precision: what the layers compute in.
+        threads: CPU threads in use; 0 on other devices.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        device: torch.device,
+        precision: str,
+        threads: int,
+    ) -> None:
+        self._shape = architecture
+        self._weights: Weights | None = weights
+        self._activate = ACTIVATIONS[architecture.activation]
+        self._device = device
+        self._dtype = weights.layers[0].output_norm.weight.dtype
+        self.facts = Facts(
+            family=architecture.family,
+            device=str(device),
+            device_name=device_name(device),
+            precision=precision,
+            max_tokens=architecture.max_tokens,
+            cost="ragged",
+            weights_bytes=weights.loaded_bytes,
+            threads=threads,
+        )
+
+    def score(self, batch: TokenBatch) -> FloatArray:
+        """Score one step; see :class:`~echelon.score.base.Scorer`.
+
+        Raises:
+            BadCheckpoint: a token id that the model has no embedding for.
+        """
+        self._check_ids(batch.ids)
+        try:
+            with torch.inference_mode():
+                logits = self._forward(batch).float().cpu()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error)
+        else:
+            scores: FloatArray = logits.numpy()
+            return scores
+        # Raised out here so that no traceback keeps the failed step's tensors alive.
+        raise DeviceOutOfMemory(failed)
+
+    def release(self) -> None:
+        """Give CUDA's cached blocks back; the CPU allocator keeps none."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._weights = None
+        self.release()
+
+    def _check_ids(self, ids: IntArray) -> None:
+        largest = int(ids.max(initial=0))
+        if largest >= self._shape.vocabulary:
+            raise BadCheckpoint(
+                f"The tokenizer gave id {largest}, the model has embeddings for "
+                f"{self._shape.vocabulary} tokens: they do not belong together. "
+                "Download the model again, with its tokenizer."
+            )
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
+        """Logits, [pairs]."""
+        if self._weights is None:
+            raise RuntimeError("This is a bug: a closed scorer was asked to score.")
+        layout = Layout.of(batch.offsets, self._device)
+        rows = self._embed(self._weights.embeddings, batch)
+        *layers, last = self._weights.layers
+        for layer in layers:
+            rows = self._layer(layer, rows, layout)
+        firsts = self._last_layer(last, rows, layout)
+        pooled = torch.tanh(self._weights.head.dense(firsts))
+        return self._weights.head.project(pooled).squeeze(-1)
+
+    def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
+        """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
+        positions = self._shape.positions(batch)
+        rows = self._look_up(embeddings.words, batch.ids)
+        rows += self._look_up(embeddings.positions, positions)
+        segments = batch.type_ids
+        if segments is None or not self._shape.reads_segments:
+            rows += embeddings.segments[0].float()
+        else:
+            rows += self._look_up(embeddings.segments, segments)
+        return embeddings.norm(rows).to(self._dtype)
+
+    def _look_up(self, table: Tensor, indices: IntArray) -> Tensor:
+        on_device = torch.from_numpy(indices).to(self._device)
+        return functional.embedding(on_device, table).float()
+
+    def _layer(self, layer: Layer, rows: Tensor, layout: Layout) -> Tensor:
+        query, key, value = layer.qkv(rows).view(len(rows), 3, *self._shape.head_shape).unbind(1)
+        mixed = attend(query, key, value, layout)
+        return self._finish(layer, mixed, rows)
+
+    def _last_layer(self, layer: Layer, rows: Tensor, layout: Layout) -> Tensor:
+        """Keys and values for all rows, everything else for each pair's first row."""
+        if layer.queries is None:
+            raise RuntimeError("This is a bug: the last layer was loaded like the others.")
+        firsts = rows[layout.firsts]
+        query = layer.queries(firsts).view(len(firsts), *self._shape.head_shape)
+        key, value = layer.qkv(rows).view(len(rows), 2, *self._shape.head_shape).unbind(1)
+        mixed = attend_first(query, key, value, layout)
+        return self._finish(layer, mixed, firsts)
+
+    def _finish(self, layer: Layer, mixed: Tensor, rows: Tensor) -> Tensor:
+        """Attention output, feed-forward and both residuals."""
+        rows = layer.attention_norm(layer.attention_out(mixed).add_(rows))
+        widened = self._activate(layer.up(rows))
+        return layer.output_norm(layer.down(widened).add_(rows))
