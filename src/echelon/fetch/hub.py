@@ -32,9 +32,9 @@ _TOKENIZER = (
 )
 _WEIGHTS = (  # best first; within a kind one file beats shards
     ("model.safetensors",),
-    ("model-*.safetensors", "model.safetensors.index.json"),
+    ("model-[0-9]*-of-*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin",),
-    ("pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("pytorch_model-[0-9]*-of-*.bin", "pytorch_model.bin.index.json"),
 )
 _SHARD = re.compile(r"-\d+-of-0*(\d+)\.")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -211,15 +211,24 @@ def _redacted(error: Exception) -> str:
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
     """Switch the library's progress bars, and back; a choice made by environment stands."""
-    from huggingface_hub import constants, utils
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-    hidden_before = utils.are_progress_bars_disabled()
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or hidden_before is not shown:
+    shown_before = not are_progress_bars_disabled()
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or shown is shown_before:
         yield
         return
-    switch = {True: utils.enable_progress_bars, False: utils.disable_progress_bars}
-    switch[shown]()
+    _switch_progress_bars(on=shown)
     try:
         yield
     finally:
-        switch[not shown]()
+        _switch_progress_bars(on=shown_before)
+
+
+def _switch_progress_bars(*, on: bool) -> None:
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    if on:
+        enable_progress_bars()
+    else:
+        disable_progress_bars()

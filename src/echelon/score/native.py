@@ -119,16 +119,22 @@ class _Loader:
         tensors = self._checkpoint.read(shapes)
         for part in ("weight", "bias"):
             tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
-        return Head(self._linear(tensors, dense), self._linear(tensors, project))
+        # In fp32 whatever the layers compute in: a half-width logit has so few digits that
+        # different documents tie.
+        exact = (self._linear(tensors, name, dtype=torch.float32) for name in (dense, project))
+        return Head(*exact)
 
-    def _linear(self, tensors: Tensors, *names: str) -> Linear:
+    def _linear(
+        self, tensors: Tensors, *names: str, dtype: torch.dtype | None = None
+    ) -> Linear:
         """One linear layer from one or several stacked ones."""
+        dtype = dtype or self._dtype
         weights = [tensors[f"{name}.weight"] for name in names]
         biases = [tensors[f"{name}.bias"] for name in names]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = biases[0] if len(biases) == 1 else torch.cat(biases)
-        self.loaded_bytes += (weight.numel() + bias.numel()) * self._dtype.itemsize
-        return make_linear(weight, bias, self._device, self._dtype)
+        self.loaded_bytes += (weight.numel() + bias.numel()) * dtype.itemsize
+        return make_linear(weight, bias, self._device, dtype)
 
     def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
         kept = [

@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Dense, tanh, and the projection to the chosen label."""
+    """Dense, tanh, and the projection to the chosen label, all in fp32."""
 
     dense: Linear
     project: Linear
@@ -140,7 +140,7 @@ class PackedScorer:
         self._check_ids(batch.ids)
         try:
             with torch.inference_mode():
-                logits = self._forward(batch).float().cpu()
+                logits = self._forward(batch).cpu()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -179,7 +179,7 @@ class PackedScorer:
         *layers, last = self._weights.layers
         for layer in layers:
             rows = self._layer(layer, rows, layout)
-        firsts = self._last_layer(last, rows, layout)
+        firsts = self._last_layer(last, rows, layout).float()
         pooled = torch.tanh(self._weights.head.dense(firsts))
         return self._weights.head.project(pooled).squeeze(-1)
 

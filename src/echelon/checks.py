@@ -1,0 +1,77 @@
+"""Checks of what callers pass in: each error names the field, the problem and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from echelon.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from echelon.types import Pair
+
+
+def check_text(field: str, text: object) -> None:
+    """Refuse what is not encodable text.
+
+    Raises:
+        InvalidInput: not a string, or one with lone surrogates.
+    """
+    if not isinstance(text, str):
+        raise InvalidInput(field, f"is {type(text).__name__}, not a string", "Pass text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            field,
+            f"holds a lone surrogate at character {error.start}, which is no valid text",
+            "Decode it correctly, or clean it with text.encode('utf-8', 'replace').decode().",
+        ) from None
+
+
+def check_documents(documents: object) -> None:
+    """Refuse a string or a mapping where a list of texts belongs.
+
+    Raises:
+        InvalidInput: not a sequence of texts.
+    """
+    if isinstance(documents, str | bytes) or not isinstance(documents, Sequence):
+        raise InvalidInput(
+            "documents", f"is {type(documents).__name__}, not a list", "Pass a list of strings."
+        )
+    for index, document in enumerate(documents):
+        check_text(f"documents[{index}]", document)
+
+
+def check_top_n(top_n: object) -> None:
+    """Refuse what is not a positive number or None.
+
+    Raises:
+        InvalidInput: wrong.
+    """
+    if top_n is None:
+        return
+    if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
+        raise InvalidInput("top_n", f"{top_n!r} is not a positive whole number", "Give 1 or more.")
+
+
+def check_pairs(pairs: object) -> list[Pair]:
+    """Refuse anything but (query, document) texts.
+
+    Raises:
+        InvalidInput: names the pair and what is wrong with it.
+    """
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+        raise InvalidInput(
+            "pairs", f"is {type(pairs).__name__}", "Pass a list of (query, document) tuples."
+        )
+    checked: list[Pair] = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
+            raise InvalidInput(
+                f"pairs[{index}]", "is not a (query, document) tuple", "Pass two strings."
+            )
+        check_text(f"pairs[{index}].query", pair[0])
+        check_text(f"pairs[{index}].document", pair[1])
+        checked.append((pair[0], pair[1]))
+    return checked

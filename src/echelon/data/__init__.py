@@ -1,0 +1,1 @@
+"""Built-in queries and documents, in English and Chinese, for demos, tests and tuning."""

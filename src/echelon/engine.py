@@ -1,0 +1,263 @@
+"""The engine: takes encoded pairs through a scorer, step by step, and stays up.
+
+It owns the device: one step runs at a time, calls from several threads take turns step by step.
+It acts on the memory ladder; :mod:`echelon.plan.degrade` decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from echelon.errors import EchelonError, InvalidInput, OutOfMemory
+from echelon.plan.degrade import Failure, next_action
+from echelon.plan.pack import Step, pack, step_cost
+from echelon.score.base import DeviceOutOfMemory
+from echelon.types import LadderStep, RunReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from echelon.config import Allowance
+    from echelon.encode.pairs import EncodedPairs
+    from echelon.plan.degrade import Action
+    from echelon.score.base import Facts, Scorer
+    from echelon.types import FloatArray, IntArray
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteScore(EchelonError):
+    """The model gave NaN or infinity; no score is invented in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may be.
+
+    Attributes:
+        budget: most tokens a step may cost.
+        max_pairs: most pairs a step may hold; None means no limit.
+        allow: what may be given up when a pair alone does not fit.
+    """
+
+    budget: int
+    max_pairs: int | None = None
+    allow: tuple[Allowance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of one run, in the order of its pairs.
+
+    Attributes:
+        logits: float32 [pairs].
+        truncated_tokens: int32 [pairs], what the ladder cut included.
+        report: how it went.
+    """
+
+    logits: FloatArray
+    truncated_tokens: IntArray
+    report: RunReport
+
+
+class Engine:
+    """Runs encoded pairs through a scorer.
+
+    Args:
+        scorer: the model; the engine closes it.
+        limits: what a step may be.
+        reopen: opens the same model in another precision, for the ladder.
+        learned: called with the new token budget each time memory teaches a smaller one.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        limits: Limits,
+        *,
+        reopen: Callable[[str], Scorer] | None = None,
+        learned: Callable[[int], None] | None = None,
+    ) -> None:
+        self._scorer = scorer
+        self._limits = limits
+        self._reopen = reopen
+        self._learned = learned
+        self._budget = limits.budget
+        self._caches_dropped = False
+        self._device = threading.Lock()
+
+    @property
+    def facts(self) -> Facts:
+        """Facts of the scorer now in use."""
+        return self._scorer.facts
+
+    @property
+    def budget(self) -> int:
+        """The token budget now in force; memory pressure lowers it for good."""
+        return self._budget
+
+    def run(
+        self,
+        pairs: EncodedPairs,
+        *,
+        limits: Limits | None = None,
+        scored: Callable[[int], None] | None = None,
+    ) -> Outcome:
+        """Score all pairs.
+
+        Args:
+            pairs: encoded pairs.
+            limits: other limits for this call; the learned budget still holds.
+            scored: called after each step with the pairs it finished.
+
+        Raises:
+            OutOfMemory: a pair does not fit alone, and nothing more may be given up.
+            NonFiniteScore: the model gave NaN or infinity for a pair.
+        """
+        run = _Run(pairs, limits or self._limits)
+        run.plan(self._ceiling(run), self.facts)
+        while run.steps:
+            with self._device:
+                self._step(run)
+            if scored is not None and run.last_finished:
+                scored(run.last_finished)
+        return run.outcome()
+
+    def close(self) -> None:
+        """Close the scorer."""
+        with self._device:
+            self._scorer.close()
+
+    def _ceiling(self, run: _Run) -> int:
+        return min(self._budget, run.limits.budget)
+
+    def _step(self, run: _Run) -> None:
+        """Run the next step; on memory trouble change the plan instead."""
+        step = run.steps[0]
+        run.last_finished = 0
+        try:
+            logits = self._scorer.score(run.pairs.batch(step))
+        except DeviceOutOfMemory as error:
+            reason = str(error)
+        else:
+            self._caches_dropped = False
+            run.finish(step, logits, self.facts)
+            return
+        self._give_way(run, step, reason)
+
+    def _give_way(self, run: _Run, step: Step, reason: str) -> None:
+        lengths = run.pairs.lengths[step]
+        failure = Failure(
+            pairs=len(step),
+            cost=step_cost(lengths, self.facts.cost),
+            longest=int(lengths.max()),
+            caches_dropped=self._caches_dropped,
+            precision=self.facts.precision,
+            allow=run.limits.allow if self._reopen else _without_precision(run.limits.allow),
+        )
+        action = next_action(failure)
+        if action.rung == "give_up":
+            raise OutOfMemory(
+                f"pairs[{step[0]}] of {failure.longest} tokens does not fit in the memory of "
+                f"{self.facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
+            )
+        logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
+        run.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
+        self._act(action, run)
+
+    def _act(self, action: Action, run: _Run) -> None:
+        self._scorer.release()
+        self._caches_dropped = True
+        if action.budget is not None:
+            self._learn(action.budget)
+        if action.precision is not None and self._reopen is not None:
+            self._scorer.close()
+            self._scorer = self._reopen(action.precision)
+        if action.max_length is not None:
+            run.shorten(action.max_length)
+        run.plan(self._ceiling(run), self.facts)
+
+    def _learn(self, budget: int) -> None:
+        self._budget = min(self._budget, budget)
+        if self._learned is not None:
+            self._learned(self._budget)
+
+
+def _without_precision(allow: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
+    return tuple(name for name in allow if name != "precision")
+
+
+class _Run:
+    """One call's pairs: which are done, which steps are left."""
+
+    def __init__(self, pairs: EncodedPairs, limits: Limits) -> None:
+        self.pairs = pairs
+        self.limits = limits
+        self.steps: deque[Step] = deque()
+        self.ladder: list[LadderStep] = []
+        self.last_finished = 0
+        self._left = np.arange(len(pairs))
+        self._logits = np.full(len(pairs), np.nan, dtype=np.float32)
+        self._truncated = pairs.truncated_tokens
+        self._tokens = self._cost = self._steps_done = 0
+
+    def plan(self, budget: int, facts: Facts) -> None:
+        """(Re)plan the pairs that are not finished."""
+        steps = pack(
+            self.pairs.lengths[self._left],
+            budget,
+            cost=facts.cost,
+            max_pairs=self.limits.max_pairs,
+        )
+        self.steps = deque([int(self._left[i]) for i in step] for step in steps)
+
+    def finish(self, step: Step, logits: FloatArray, facts: Facts) -> None:
+        """Keep a step's scores."""
+        bad = np.flatnonzero(~np.isfinite(logits))
+        if len(bad):
+            raise NonFiniteScore(
+                f"pairs[{step[bad[0]]}]: the model gave {logits[bad[0]]} in {facts.precision}. "
+                "Use precision='bf16' or 'fp32', whose range is wider; if it persists, the "
+                "weights are damaged."
+            )
+        self.steps.popleft()
+        self._left = np.setdiff1d(self._left, step, assume_unique=True)
+        self._logits[step] = logits
+        self._truncated[step] = self.pairs.truncated_tokens[step]
+        lengths = self.pairs.lengths[step]
+        self._tokens += int(lengths.sum())
+        self._cost += step_cost(lengths, facts.cost)
+        self._steps_done += 1
+        self.last_finished = len(step)
+
+    def shorten(self, max_length: int) -> None:
+        """Cut the pairs that are not finished."""
+        from echelon.encode.pairs import TruncationImpossible
+
+        try:
+            self.pairs = self.pairs.shortened(max_length)
+        except TruncationImpossible as error:
+            raise InvalidInput(
+                f"pairs[{error.index}].query",
+                f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
+                "which memory pressure had to cut",
+                "Free memory, shorten the query, or use truncation='longest_first'.",
+            ) from None
+
+    def outcome(self) -> Outcome:
+        """The finished run."""
+        report = RunReport(
+            pairs=len(self._logits),
+            scored=len(self._logits),
+            tokens=self._tokens,
+            cost_tokens=self._cost,
+            steps=self._steps_done,
+            ladder=tuple(self.ladder),
+        )
+        return Outcome(self._logits, self._truncated, report)

@@ -1,0 +1,322 @@
+"""Spine 1: texts in, ranked documents out.
+
+A call goes: check → fold identical pairs → encode → plan and score (engine) → unfold → sort.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from echelon.checks import check_documents, check_pairs, check_text, check_top_n
+from echelon.config import Options
+from echelon.encode.tokens import PairEncoder
+from echelon.engine import Engine, Limits
+from echelon.errors import EchelonWarning, InvalidInput
+from echelon.fetch.resolve import resolve
+from echelon.progress import bar
+from echelon.score.load import open_scorer
+from echelon.tune.profile import (
+    Profile,
+    apply_profile,
+    current_key,
+    remember_budget,
+    warn_if_stale,
+)
+from echelon.types import RankedDocument, Ranking, ScoredPairs
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
+
+    from echelon.score.base import Facts
+    from echelon.types import FloatArray, IntArray, Pair
+
+DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
+"""Tokens a step before any tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
+
+
+class Reranker:
+    """Scores and ranks documents against queries with a cross-encoder.
+
+    Safe to use from several threads; calls take turns on the device, step by step.
+
+    Args:
+        model: hub id, local folder, or ``"demo"``.
+        **options: see :class:`echelon.config.Options`.
+
+    Raises:
+        InvalidInput: an option is unknown or wrong.
+        ModelError: the model is not there, damaged, or of an unsupported kind.
+        ProfileError: the profile cannot be read.
+        OutOfMemory: the weights do not fit.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        asked = Options.of(**options)
+        folder = resolve(model, revision=asked.revision, progress=asked.progress)
+        profile = None if asked.profile is None else Profile.load(asked.profile)
+        self.options = asked if profile is None else apply_profile(asked, profile)
+        self.model = folder
+        self._encoder = PairEncoder(folder.path)
+        self._open = partial(
+            open_scorer,
+            folder.path,
+            device=self.options.device,
+            threads=self.options.threads,
+            label=self.options.label,
+        )
+        scorer = self._open(precision=self.options.precision)
+        if profile is not None:
+            key = current_key(folder.name, folder.revision, scorer.facts)
+            warn_if_stale(profile, key, asked.profile)
+        self._max_length = _max_length(self.options.max_length, scorer.facts, self._encoder)
+        self._engine = Engine(
+            scorer,
+            self._limits(scorer.facts),
+            reopen=lambda precision: self._open(precision=precision),
+            learned=partial(remember_budget, self.options.profile),
+        )
+
+    @property
+    def facts(self) -> Facts:
+        """What the model is and where it runs."""
+        return self._engine.facts
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a pair may have, special tokens included."""
+        return self._max_length
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens a step costs now; memory pressure may have lowered it."""
+        return self._engine.budget
+
+    def score(self, pairs: Iterable[Pair]) -> FloatArray:
+        """Score (query, document) pairs.
+
+        Returns:
+            float32 [pairs], raw logits in input order.
+
+        Raises:
+            InvalidInput: a pair is not two strings, or its query leaves no room.
+            OutOfMemory: a pair does not fit in memory alone.
+
+        Warns:
+            EchelonWarning: pairs were truncated; :meth:`score_pairs` tells which.
+        """
+        scored = self.score_pairs(pairs)
+        cut = int(np.count_nonzero(scored.truncated_tokens))
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(scored.logits)} pairs were cut to {self._max_length} tokens. "
+                "Raise max_length if the model allows, or call score_pairs to see which.",
+                EchelonWarning,
+                stacklevel=2,
+            )
+        return scored.logits
+
+    def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
+        """Score pairs and tell how: truncations, tokens, steps, memory ladder.
+
+        Args:
+            pairs: (query, document) texts.
+            **overrides: ``token_budget``, ``batch_size``, ``max_length``, ``truncation``,
+                ``max_query_tokens``, ``allow`` or ``progress`` for this call only.
+
+        Raises:
+            InvalidInput: as in :meth:`score`, or an override that is unknown or wrong.
+            OutOfMemory: a pair does not fit in memory alone.
+        """
+        options = _override(self.options, overrides)
+        checked = check_pairs(pairs)
+        distinct, back = _fold(checked)
+        encoded = self._encoder.encode(
+            distinct,
+            _max_length(options.max_length, self.facts, self._encoder),
+            options.truncation,
+            options.max_query_tokens,
+        )
+        with bar("Scoring", len(distinct), shown=options.progress) as scored:
+            outcome = self._engine.run(
+                encoded, limits=self._limits(self.facts, options), scored=scored
+            )
+        return ScoredPairs(
+            logits=outcome.logits[back],
+            truncated_tokens=outcome.truncated_tokens[back],
+            report=replace(outcome.report, pairs=len(checked)),
+        )
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None = None,
+        **overrides: Any,
+    ) -> Ranking:
+        """Sort documents by relevance to the query.
+
+        Args:
+            query: the query.
+            documents: texts; an empty list gives an empty ranking.
+            top_n: results to return; None returns all.
+            **overrides: as in :meth:`score_pairs`.
+
+        Raises:
+            InvalidInput: as in :meth:`score`, or ``top_n`` is not a positive number.
+            OutOfMemory: a pair does not fit in memory alone.
+        """
+        check_text("query", query)
+        check_documents(documents)
+        check_top_n(top_n)
+        scored = self.score_pairs([(query, document) for document in documents], **overrides)
+        order = np.argsort(-scored.logits, kind="stable")[:top_n]
+        chances = sigmoid(scored.logits)
+        results = tuple(
+            RankedDocument(
+                index=int(i),
+                score=float(chances[i]),
+                logit=float(scored.logits[i]),
+                document=documents[i],
+                truncated_tokens=int(scored.truncated_tokens[i]),
+            )
+            for i in order
+        )
+        return Ranking(query, results, scored.report)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _limits(self, facts: Facts, options: Options | None = None) -> Limits:
+        options = options or self.options
+        budget = options.token_budget
+        if budget is None:
+            # The classical knob alone: pairs decide, tokens do not.
+            device = "cuda" if facts.device.startswith("cuda") else "cpu"
+            budget = DEFAULT_BUDGETS[device] if options.batch_size is None else _NO_BUDGET
+        return Limits(budget, options.batch_size, options.allow)
+
+
+_NO_BUDGET = 2**62
+
+CALL_OPTIONS = frozenset(
+    {
+        "token_budget",
+        "batch_size",
+        "max_length",
+        "truncation",
+        "max_query_tokens",
+        "allow",
+        "progress",
+    }
+)
+"""Options that one call may set for itself; the others are fixed when the model is loaded."""
+
+
+class AsyncReranker:
+    """:class:`Reranker` for asyncio: the same methods, awaited.
+
+    Work runs in one thread of its own, so the event loop never waits for the model.
+
+    Args:
+        model: as in :class:`Reranker`; it is loaded at once.
+        **options: as in :class:`Reranker`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self.reranker = Reranker(model, **options)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="echelon")
+
+    async def score(self, pairs: Iterable[Pair]) -> FloatArray:
+        """As :meth:`Reranker.score`."""
+        return await self._call(self.reranker.score, pairs)
+
+    async def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
+        """As :meth:`Reranker.score_pairs`."""
+        return await self._call(self.reranker.score_pairs, pairs, **overrides)
+
+    async def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_n: int | None = None,
+        **overrides: Any,
+    ) -> Ranking:
+        """As :meth:`Reranker.rank`."""
+        return await self._call(self.reranker.rank, query, documents, top_n, **overrides)
+
+    async def close(self) -> None:
+        """Free the model once the calls under way have ended."""
+        await self._call(self.reranker.close)
+        self._thread.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
+
+
+def sigmoid(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Logistic function in float64: large logits stay apart, very negative ones do not overflow."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
+
+
+def _fold(pairs: list[Pair]) -> tuple[list[Pair], IntArray]:
+    """Distinct pairs, and for each pair where it stands among them."""
+    places: dict[Pair, int] = {}
+    back = np.array([places.setdefault(pair, len(places)) for pair in pairs], dtype=np.int32)
+    return list(places), back
+
+
+def _override(options: Options, overrides: dict[str, Any]) -> Options:
+    if not overrides:
+        return options
+    fixed = sorted(set(overrides) - CALL_OPTIONS)
+    if fixed:
+        raise InvalidInput(
+            fixed[0],
+            "cannot be set for one call",
+            f"One call may set: {', '.join(sorted(CALL_OPTIONS))}. "
+            "Give the others to Reranker(...).",
+        )
+    return replace(options, **overrides)
+
+
+def _max_length(asked: int | None, facts: Facts, encoder: PairEncoder) -> int:
+    least = encoder.template.specials + 1
+    if asked is None:
+        return facts.max_tokens
+    if asked > facts.max_tokens:
+        raise InvalidInput(
+            "max_length",
+            f"{asked} is beyond the model's {facts.max_tokens} tokens",
+            f"Use at most {facts.max_tokens}.",
+        )
+    if asked < least:
+        raise InvalidInput(
+            "max_length",
+            f"{asked} leaves no room beside {least - 1} special tokens",
+            f"Use at least {least}.",
+        )
+    return asked

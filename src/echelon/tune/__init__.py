@@ -1,0 +1,1 @@
+"""Finding the best settings: measure the machine, choose, remember."""
