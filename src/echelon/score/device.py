@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, MissingDependency
 
@@ -142,3 +142,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(MEMORY_ERRORS.search(str(error)))
+
+
+def list_gpus() -> list[dict[str, Any]]:
+    """CUDA devices: name, memory in bytes, compute capability."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [
+        {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+        }
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+
+
+class CudaMemoryMeter:
+    """Peak memory of a CUDA device; as :class:`echelon.tune.hardware.MemoryMeter`."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        """Begin a new measurement."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_bytes(self) -> int:
+        """Peak since the last reset."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(self._device))
