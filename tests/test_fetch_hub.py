@@ -211,13 +211,15 @@ def test_a_cached_copy_serves_with_a_warning_when_the_hub_is_ill(server: StandIn
         assert resolve(REPO) == first
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["nothing", "dangling link"])
 @pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_an_incomplete_copy_does_not_serve(
-    server: StandIn, monkeypatch: pytest.MonkeyPatch, lost: str
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, lost: str, *, half: bool
 ) -> None:
     files = {name: data for name, data in PLAIN.items() if name != "tokenizer_config.json"}
     server.add(REPO, NEW, files)
-    (resolve(REPO).path / lost).unlink()
+    link = resolve(REPO).path / lost
+    (link.resolve() if half else link).unlink()
     go_offline(monkeypatch)
 
     with pytest.raises(ModelNotFound, match=r"not complete in the cache.*HF_HUB_OFFLINE"):
@@ -286,7 +288,9 @@ def test_a_missing_repository(server: StandIn) -> None:
 
 def test_a_missing_revision_is_not_replaced_by_the_cache(server: StandIn) -> None:
     server.add(REPO, NEW, PLAIN)
-    resolve(REPO)
+    server.branches[REPO]["v9"] = NEW
+    resolve(REPO, revision="v9")
+    del server.branches[REPO]["v9"]
 
     with pytest.raises(ModelNotFound, match="has no revision 'v9'"):
         resolve(REPO, revision="v9")
@@ -366,7 +370,7 @@ def test_one_kind_of_weights_is_chosen(there: list[str], taken: list[str]) -> No
 def test_every_kind_of_tokenizer_file_is_chosen() -> None:
     files = ["vocab.txt", "merges.txt", "spm.model", "sentencepiece.bpe.model", "tokenizer.json"]
 
-    assert set(hub.choose([*files, "model.safetensors", "modeling_x.py"])) == {
+    assert set(hub.choose([*files, "model.safetensors", "modeling_x.py", "old/spm.model"])) == {
         *files,
         "model.safetensors",
     }

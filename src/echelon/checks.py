@@ -75,3 +75,29 @@ def check_pairs(pairs: object) -> list[Pair]:
         check_text(f"pairs[{index}].document", pair[1])
         checked.append((pair[0], pair[1]))
     return checked
+
+
+def check_max_length(asked: int | None, limit: int, specials: int) -> int:
+    """The ``max_length`` to use: the model's own limit unless the user asked for less.
+
+    Args:
+        asked: the option's value; None is the model's limit.
+        limit: longest pair the model takes, special tokens included.
+        specials: special tokens added to every pair.
+
+    Raises:
+        InvalidInput: more than the model takes, or no room beside the special tokens.
+    """
+    if asked is None:
+        return limit
+    if asked > limit:
+        raise InvalidInput(
+            "max_length", f"{asked} is beyond the model's {limit} tokens", f"Use at most {limit}."
+        )
+    if asked <= specials:
+        raise InvalidInput(
+            "max_length",
+            f"{asked} leaves no room beside {specials} special tokens",
+            f"Use at least {specials + 1}.",
+        )
+    return asked

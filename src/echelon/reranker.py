@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from echelon.checks import check_documents, check_pairs, check_text, check_top_n
+from echelon.checks import (
+    check_documents,
+    check_max_length,
+    check_pairs,
+    check_text,
+    check_top_n,
+)
 from echelon.config import Options
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.fetch.resolve import resolve
+from echelon.plan.pack import step_budget
 from echelon.progress import bar
 from echelon.score.load import open_scorer
 from echelon.tune.profile import (
@@ -39,9 +46,6 @@ if TYPE_CHECKING:
 
     from echelon.score.base import Facts
     from echelon.types import FloatArray, IntArray, Pair
-
-DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
-"""Tokens a step before any tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
 
 
 class Reranker:
@@ -78,7 +82,7 @@ class Reranker:
         if profile is not None:
             key = current_key(folder.name, folder.revision, scorer.facts)
             warn_if_stale(profile, key, asked.profile)
-        self._max_length = _max_length(self.options.max_length, scorer.facts, self._encoder)
+        self._max_length = self._longest(self.options.max_length, scorer.facts)
         self._engine = Engine(
             scorer,
             self._limits(scorer.facts),
@@ -142,7 +146,7 @@ class Reranker:
         distinct, back = _fold(checked)
         encoded = self._encoder.encode(
             distinct,
-            _max_length(options.max_length, self.facts, self._encoder),
+            self._longest(options.max_length, self.facts),
             options.truncation,
             options.max_query_tokens,
         )
@@ -203,17 +207,14 @@ class Reranker:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _longest(self, asked: int | None, facts: Facts) -> int:
+        return check_max_length(asked, facts.max_tokens, self._encoder.template.specials)
+
     def _limits(self, facts: Facts, options: Options | None = None) -> Limits:
         options = options or self.options
-        budget = options.token_budget
-        if budget is None:
-            # The classical knob alone: pairs decide, tokens do not.
-            device = "cuda" if facts.device.startswith("cuda") else "cpu"
-            budget = DEFAULT_BUDGETS[device] if options.batch_size is None else _NO_BUDGET
+        budget = step_budget(options.token_budget, options.batch_size, facts.device)
         return Limits(budget, options.batch_size, options.allow)
 
-
-_NO_BUDGET = 2**62
 
 CALL_OPTIONS = frozenset(
     {
@@ -301,22 +302,3 @@ def _override(options: Options, overrides: dict[str, Any]) -> Options:
             "Give the others to Reranker(...).",
         )
     return replace(options, **overrides)
-
-
-def _max_length(asked: int | None, facts: Facts, encoder: PairEncoder) -> int:
-    least = encoder.template.specials + 1
-    if asked is None:
-        return facts.max_tokens
-    if asked > facts.max_tokens:
-        raise InvalidInput(
-            "max_length",
-            f"{asked} is beyond the model's {facts.max_tokens} tokens",
-            f"Use at most {facts.max_tokens}.",
-        )
-    if asked < least:
-        raise InvalidInput(
-            "max_length",
-            f"{asked} leaves no room beside {least - 1} special tokens",
-            f"Use at least {least}.",
-        )
-    return asked

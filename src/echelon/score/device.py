@@ -177,3 +177,21 @@ class CudaMemoryMeter:
         import torch
 
         return int(torch.cuda.max_memory_allocated(self._device))
+
+
+def candidate_precisions(device: str) -> list[str]:
+    """Precisions worth comparing on a device, the exact one first."""
+    import torch
+
+    if choose_device(device).type == "cuda":
+        return ["fp32", "fp16", "bf16"]
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - no public name exists
+        return ["fp32", "bf16"]
+    return ["fp32"]
+
+
+def is_cuda_build() -> bool:
+    """Whether torch was built with CUDA, GPU or not."""
+    import torch
+
+    return torch.version.cuda is not None

@@ -124,9 +124,7 @@ class _Loader:
         exact = (self._linear(tensors, name, dtype=torch.float32) for name in (dense, project))
         return Head(*exact)
 
-    def _linear(
-        self, tensors: Tensors, *names: str, dtype: torch.dtype | None = None
-    ) -> Linear:
+    def _linear(self, tensors: Tensors, *names: str, dtype: torch.dtype | None = None) -> Linear:
         """One linear layer from one or several stacked ones."""
         dtype = dtype or self._dtype
         weights = [tensors[f"{name}.weight"] for name in names]

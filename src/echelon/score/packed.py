@@ -46,9 +46,7 @@ class Norm:
     epsilon: float
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return functional.layer_norm(
-            rows, self.weight.shape, self.weight, self.bias, self.epsilon
-        )
+        return functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,9 +222,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     return results
 
 
-def _measure(
-    measured: Measured, results: list[Measured], trial: Callable[[Point], Run]
-) -> None:
+def _measure(measured: Measured, results: list[Measured], trial: Callable[[Point], Run]) -> None:
     if measured.done:  # a smaller size of this row ran out of memory in this very round
         return
     try:

@@ -1,7 +1,7 @@
 """From measurements to settings. Pure.
 
-Two sizes that cannot be told apart by their intervals are a tie, and a tie goes to the smaller
-step: it needs less memory and lets the next request in sooner.
+Two sizes whose medians are close are a tie, and a tie goes to the smaller step: it needs less
+memory and lets the next request in sooner.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     from echelon.tune.grid import Measured
 
-TIE = 0.02
-"""Medians within 2 % are a tie even where the intervals are narrower: repeated sweeps differ by
-as much."""
+TIE = 0.03
+"""Medians within 3 % are a tie: repeated sweeps of one machine differ by as much."""
 
 ENOUGH = 0.95
 """Share of the best throughput that a frugal setting must keep."""
@@ -57,15 +56,8 @@ def best_of(points: Iterable[Measured]) -> Measured | None:
     if not known:
         return None
     fastest = min(known, key=lambda m: m.summary.median)
-    return next(m for m in known if _tied(m, fastest))
-
-
-def _tied(candidate: Measured, fastest: Measured) -> bool:
-    """No slower than the fastest, as far as the measurement can tell."""
-    slower, best = candidate.summary, fastest.summary
-    if slower.median <= best.median * (1 + TIE):
-        return True
-    return slower.low is not None and best.high is not None and slower.low <= best.median
+    most = fastest.summary.median * (1 + TIE)
+    return next(m for m in known if m.summary.median <= most)
 
 
 def best_batches(results: Sequence[Measured]) -> list[Measured]:

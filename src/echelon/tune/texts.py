@@ -84,7 +84,9 @@ def _read(path: Path) -> list[Topic]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput("data", f"{path} cannot be read ({error})", "Give a UTF-8 file.") from error
+        raise InvalidInput(
+            "data", f"{path} cannot be read ({error})", "Give a UTF-8 file."
+        ) from error
     topics = []
     for number, line in enumerate(lines, 1):
         if line.strip():

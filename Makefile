@@ -1,0 +1,46 @@
+# The only ways in. `make help` lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+MODEL ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## install, fetch the demo model, tune it (about two minutes), rank an example
+	@$(BIN)/echelon pull demo
+	@$(BIN)/echelon tune $(MODEL) --profile echelon-profile.json --report echelon-report.html
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed-test ## install with the test extras and run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-test ## style, types, import directions, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
+	$(BIN)/python benchmarks/tutorial_grid.py $(BENCH)
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name it: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11. Name a newer one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: no venv module. On Debian: apt install python3-venv"; exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,331 @@
+"""The command line. Every heavy import stands inside the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from echelon import __version__
+from echelon.errors import EchelonError, InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from echelon.config import Options
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    unexpected failure
+  2    wrong usage or input
+  3    the model is not there, damaged or unsupported
+  4    the profile cannot be read
+  5    out of memory, one pair at a time
+  6    a result could not be written
+  7    an optional package is missing
+  130  interrupted (Ctrl-C); what was measured is kept"""
+
+
+def main() -> NoReturn:
+    """Run the command line; errors become one line on standard error and an exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("Interrupted.", INTERRUPTED)
+    except KeyboardInterrupt:
+        _fail("Interrupted.", INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except EchelonError as error:
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader went away (`echelon rank … | head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"echelon: {message}", err=True)
+    sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"echelon: warning: {message}", err=True)
+
+
+class Sizes(click.ParamType):
+    """Whole numbers separated by commas, such as ``1,2,4``."""
+
+    name = "N,N,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse, or fail with the option's name."""
+        if not isinstance(value, str):
+            return tuple(value)
+        try:
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,4", param, ctx)
+
+
+_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--device",), {"default": "auto", "help": "auto, cpu, cuda or cuda:N."}),
+    (("--precision",), {"default": "auto", "help": "auto, fp32, bf16 or fp16."}),
+    (("--max-length",), {"type": int, "help": "Tokens a pair may have [model's limit]."}),
+    (
+        ("--truncation",),
+        {"default": "longest_first", "help": "longest_first or only_second (the document)."},
+    ),
+    (("--threads",), {"type": int, "help": "CPU threads [all the process may use]."}),
+    (("--revision",), {"help": "Hub branch, tag or commit."}),
+    (("--label",), {"help": "Which output of a head with several labels to score."}),
+)
+
+_STEP_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--token-budget",), {"type": int, "help": "Tokens a step may cost."}),
+    (("--batch-size",), {"type": int, "help": "Pairs a step may hold."}),
+    (("--profile",), {"help": "Profile written by `echelon tune`."}),
+    (
+        ("--allow",),
+        {
+            "multiple": True,
+            "help": "What may give way when a pair alone does not fit: precision, max_length.",
+        },
+    ),
+)
+
+
+def _model_options(*tables: Any) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for names, settings in reversed([entry for table in tables for entry in table]):
+            command = click.option(*names, **settings)(command)
+        return command
+
+    return decorate
+
+
+def _options(values: dict[str, Any], *, quiet: bool) -> Options:
+    from echelon.config import Options
+
+    if "allow" in values:
+        values["allow"] = tuple(values["allow"])
+    return Options.of(**values, progress=not quiet)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
+@click.version_option(__version__, prog_name="echelon")
+def cli() -> None:
+    """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
+
+
+@cli.command()
+@click.argument("query")
+@click.argument("documents", nargs=-1)
+@click.option("--model", default="demo", show_default=True, help="Hub id, folder or 'demo'.")
+@click.option("--file", "file", help="Documents, one a line; '-' is standard input.")
+@click.option("--top-n", type=int, help="Results to show [all].")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@_model_options(_OPTIONS, _STEP_OPTIONS)
+def rank(  # noqa: PLR0913 - one argument each option
+    query: str,
+    documents: tuple[str, ...],
+    model: str,
+    file: str | None,
+    top_n: int | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Sort DOCUMENTS by relevance to QUERY.
+
+    Documents are arguments, or lines of --file, or lines of standard input.
+    """
+    from echelon.checks import check_top_n
+
+    check_top_n(top_n)
+    texts = _read_documents(documents, file)
+    options = _options(values, quiet=quiet)
+    from dataclasses import asdict
+
+    from echelon.reranker import Reranker
+
+    with Reranker(model, **_as_keywords(options)) as reranker:
+        ranking = reranker.rank(query, texts, top_n)
+    if as_json:
+        _print_json(asdict(ranking))
+        return
+    from echelon.tables import print_ranking
+
+    print_ranking(ranking)
+
+
+def _as_keywords(options: Options) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {field.name: getattr(options, field.name) for field in fields(options)}
+
+
+def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
+    if documents and file:
+        raise InvalidInput("--file", "is given besides documents", "Give one of the two.")
+    if documents:
+        return list(documents)
+    if file is None and sys.stdin.isatty():
+        raise InvalidInput(
+            "documents", "none were given", "Add them after the query, or use --file FILE."
+        )
+    try:
+        if file in {None, "-"}:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            text = Path(str(file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput("--file", f"cannot be read ({error})", "Give a UTF-8 file.") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--pairs", type=Sizes(), default="10,50,100", show_default=True)
+@click.option("--batch-sizes", type=Sizes(), default="1,2,4,8,16,32", show_default=True)
+@click.option(
+    "--token-budgets", type=Sizes(), default="256,512,1024,2048,4096,8192", show_default=True
+)
+@click.option("--data", help="Your own queries and documents, JSONL [built-in texts].")
+@click.option(
+    "--time-limit", type=float, default=100.0, show_default=True, help="Seconds for the sweep."
+)
+@click.option(
+    "--profile", default="echelon-profile.json", show_default=True, help="Profile to write."
+)
+@click.option("--report", default="echelon-report.html", show_default=True, help="Report to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress and no table.")
+@_model_options(_OPTIONS)
+def tune(  # noqa: PLR0913 - one argument each option
+    model: str,
+    pairs: tuple[int, ...],
+    batch_sizes: tuple[int, ...],
+    token_budgets: tuple[int, ...],
+    data: str | None,
+    time_limit: float,
+    profile: str,
+    report: str,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Find the best batch size of MODEL on this machine.
+
+    Results are kept after every run: after an interruption the same command goes on.
+    """
+    options = _options(values, quiet=quiet)
+    target = Path(profile)
+    from echelon.tuner import Plan
+    from echelon.tuner import tune as run_tuning
+
+    plan = Plan(
+        pairs=pairs,
+        batch_sizes=batch_sizes,
+        token_budgets=token_budgets,
+        data=data,
+        time_limit_s=time_limit,
+        partial=target.with_name(f"{target.name}.partial.json"),
+    )
+    try:
+        with _tuning_bar(shown=not (quiet or as_json)) as told:
+            found = run_tuning(model, options, plan, told=told)
+    except KeyboardInterrupt:
+        _fail(
+            f"Interrupted. What was measured is kept in {plan.partial}; "
+            "the same command goes on from there.",
+            INTERRUPTED,
+        )
+    if as_json:
+        _print_json(found.as_dict())
+    elif not quiet:
+        from echelon.tables import print_profile
+
+        print_profile(found)
+    from echelon.tune.report import write_report
+
+    found.save(target)
+    write_report(found, Path(report))
+    with contextlib.suppress(FileNotFoundError):
+        plan.partial.unlink()
+    if not quiet and not as_json:
+        click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)
+
+
+@contextlib.contextmanager
+def _tuning_bar(*, shown: bool) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; elsewhere nothing."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("Tuning"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda doing, share: progress.update(task, description=doing, completed=share)
+
+
+@cli.command()
+@click.argument("name", type=click.Choice(["demo"]))
+@click.option("--quiet", is_flag=True, help="Say nothing.")
+def pull(name: str, *, quiet: bool) -> None:
+    """Fetch a model by NAME: 'demo' is a small English cross-encoder, ms-marco-MiniLM-L-12-v2."""
+    from echelon.fetch.demo import pull as pull_demo
+
+    del name
+    folder = pull_demo(progress=not quiet, say=None if quiet else click.echo)
+    if not quiet:
+        click.echo(f"Ready: {folder}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(*, as_json: bool) -> None:
+    """Say what this machine has, what will be used, and what would make it faster."""
+    from echelon.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+        return
+    from echelon.tables import print_findings
+
+    print_findings(findings)
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(content, ensure_ascii=False, indent=2))

@@ -1,0 +1,81 @@
+"""``echelon doctor``: what the machine has, what will be used, what would make it faster."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from echelon.tune.hardware import describe_machine
+
+PACKAGES = ("echelon-rerank", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine.
+
+    Returns:
+        ``machine``, ``software``, ``will_use`` (what ``auto`` means here) and ``advice``.
+    """
+    machine = describe_machine()
+    software = {package: _version(package) for package in PACKAGES}
+    if software["torch"] is None:
+        advice = [_missing("torch")]
+        return {"machine": machine, "software": software, "will_use": {}, "advice": advice}
+    return {
+        "machine": machine,
+        "software": software,
+        "will_use": _will_use(),
+        "advice": _advice(machine, software),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _will_use() -> dict[str, Any]:
+    from echelon.score.device import (
+        candidate_precisions,
+        choose_device,
+        choose_precision,
+        device_name,
+        usable_cpus,
+    )
+
+    device = choose_device("auto")
+    return {
+        "device": str(device),
+        "device_name": device_name(device),
+        "precision": choose_precision("auto", device),
+        "precisions_to_tune": candidate_precisions("auto"),
+        "threads": usable_cpus() if device.type == "cpu" else 0,
+    }
+
+
+def _advice(machine: dict[str, Any], software: dict[str, Any]) -> list[str]:
+    from echelon.score.device import is_cuda_build
+
+    found = []
+    if machine["usable_cpus"] < machine["cpus"]:
+        found.append(
+            f"{machine['usable_cpus']} of {machine['cpus']} CPUs may be used (affinity, container "
+            "quota or hyper-threads). Widen the quota if more are meant for this process."
+        )
+    features = machine["matrix_features"]
+    if not machine["gpus"] and not {"amx_bf16", "avx512_bf16"} & set(features):
+        found.append(
+            "This processor has no bf16 matrix units; a newer one is several times faster."
+        )
+    if not machine["gpus"] and is_cuda_build():
+        found.append("torch is a CUDA build, but no GPU is visible: check the driver (nvidia-smi).")
+    if software["transformers"] is None:
+        found.append(_missing("transformers"))
+    found.append("Run `echelon tune MODEL`: it finds the precision and step size that fit best.")
+    return found
+
+
+def _missing(package: str) -> str:
+    return f"{package} is not installed. Install it with: pip install 'echelon-rerank[torch]'"

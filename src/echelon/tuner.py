@@ -1,0 +1,373 @@
+"""Spine 2: machine in, profile out.
+
+A tuning run goes: texts → compare precisions with fp32 → sweep step sizes → choose → profile.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echelon.checks import check_max_length
+from echelon.clock import monotonic
+from echelon.encode.tokens import PairEncoder
+from echelon.engine import Engine, Limits
+from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
+from echelon.fetch.resolve import ModelFolder, resolve
+from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
+from echelon.score.device import CudaMemoryMeter, candidate_precisions
+from echelon.score.load import open_scorer
+from echelon.tune.grid import Measured, Point, Run, grid, sweep
+from echelon.tune.hardware import MemoryMeter, describe_machine
+from echelon.tune.profile import (
+    Key,
+    Profile,
+    Settings,
+    current_key,
+    library_versions,
+    read_json,
+    write_json,
+)
+from echelon.tune.quality import agreement
+from echelon.tune.solve import best_batches, best_budget, situations
+from echelon.tune.texts import Texts, Topic, load_texts
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from echelon.clock import Clock
+    from echelon.config import Options
+    from echelon.score.base import Scorer
+    from echelon.types import FloatArray, Pair
+
+PAIRS = (10, 50, 100)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+
+GATE_TOPICS = 8
+"""Queries that precisions are compared on: about 96 pairs, seconds even for a large model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure, and for how long.
+
+    Attributes:
+        pairs: numbers of pairs a call.
+        batch_sizes: pairs a step.
+        token_budgets: tokens a step, measured at the largest number of pairs.
+        data: the user's JSONL; None is the built-in set.
+        time_limit_s: seconds for the sweep.
+        partial: file that results are kept in while the run lasts; None keeps none.
+    """
+
+    pairs: tuple[int, ...] = PAIRS
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    token_budgets: tuple[int, ...] = TOKEN_BUDGETS
+    data: str | os.PathLike[str] | None = None
+    time_limit_s: float = 100.0
+    partial: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "batch_sizes", "token_budgets"):
+            sizes = getattr(self, name)
+            if not sizes and name != "token_budgets":
+                raise InvalidInput(name, "is empty", "Give at least one number.")
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+                raise InvalidInput(name, f"{sizes} are not all positive", "Give whole numbers.")
+        if not self.time_limit_s > 0:
+            raise InvalidInput(
+                "time_limit", f"{self.time_limit_s} is not positive", "Give seconds."
+            )
+
+
+def tune(
+    model: str | os.PathLike[str],
+    options: Options,
+    plan: Plan,
+    *,
+    clock: Clock = monotonic,
+    told: Callable[[str, float], None] = lambda *_: None,
+) -> Profile:
+    """Measure the machine with a model and choose settings.
+
+    Args:
+        model: hub id, local folder, or ``"demo"``.
+        options: device, precision, lengths and threads to tune for.
+        plan: what to measure.
+        clock: seconds.
+        told: called with what is being done and the share of the sweep done, 0 to 1.
+
+    Raises:
+        InvalidInput: an option, or the data.
+        ModelError: the model is not there, damaged, or of an unsupported kind.
+        OutOfMemory: the weights, or a single pair, do not fit.
+    """
+    folder = resolve(model, revision=options.revision, progress=options.progress)
+    texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
+    encoder = PairEncoder(folder.path)
+    kept = _Partial.of(plan, options, folder, texts)
+    precisions = kept.precisions or _compare_precisions(folder, options, encoder, texts, told)
+    kept.precisions = precisions
+    options = replace(options, precision=_fastest(precisions, options))
+    scorer = _open(folder, options)
+    try:
+        trial = _Trial(encoder, scorer, options, texts, plan, clock)
+        results = sweep(
+            grid(plan.pairs, plan.batch_sizes, plan.token_budgets),
+            trial,
+            clock=clock,
+            limit_s=plan.time_limit_s,
+            known=kept.points,
+            saved=kept.save,
+            told=lambda point, share: told(f"measuring {point.label}", share),
+        )
+        key = current_key(folder.name, folder.revision, scorer.facts)
+        return _profile(key, options, texts, trial, precisions, results, scorer.facts.threads)
+    finally:
+        scorer.close()
+
+
+def _open(folder: ModelFolder, options: Options, precision: str | None = None) -> Scorer:
+    return open_scorer(
+        folder.path,
+        device=options.device,
+        precision=precision or options.precision,
+        threads=options.threads,
+        label=options.label,
+    )
+
+
+def _compare_precisions(
+    folder: ModelFolder,
+    options: Options,
+    encoder: PairEncoder,
+    texts: Texts,
+    told: Callable[[str, float], None],
+) -> list[dict[str, Any]]:
+    """Speed of each precision, and how its ranking agrees with fp32's; none if one was asked."""
+    if options.precision != "auto":
+        return []
+    topics = texts.topics[:: max(1, len(texts.topics) // GATE_TOPICS)][:GATE_TOPICS]
+    rows: list[dict[str, Any]] = []
+    reference: list[FloatArray] = []
+    for precision in candidate_precisions(options.device):
+        told(f"comparing {precision} with fp32", 0.0)
+        logits, tokens_per_s = _score_topics(folder, options, encoder, topics, precision)
+        reference = reference or logits
+        verdict = agreement(reference, logits, [topic.grades for topic in topics])
+        rows.append(
+            {
+                "precision": precision,
+                "tokens_per_s": tokens_per_s,
+                **asdict(verdict),
+                "passed": verdict.passed,
+                "queries": len(topics),
+            }
+        )
+    return rows
+
+
+def _score_topics(
+    folder: ModelFolder,
+    options: Options,
+    encoder: PairEncoder,
+    topics: Sequence[Topic],
+    precision: str,
+) -> tuple[list[FloatArray], float]:
+    """Logits of each topic, and tokens a second of the second of two passes."""
+    scorer = _open(folder, options, precision)
+    try:
+        pairs = [(topic.query, document) for topic in topics for document in topic.documents]
+        longest = check_max_length(
+            options.max_length, scorer.facts.max_tokens, encoder.template.specials
+        )
+        encoded = encoder.encode(pairs, longest, options.truncation, options.max_query_tokens)
+        engine = Engine(scorer, Limits(step_budget(None, None, scorer.facts.device)))
+        engine.run(encoded)
+        started = monotonic()
+        outcome = engine.run(encoded)
+        seconds = monotonic() - started
+    finally:
+        scorer.close()
+    bounds = np.cumsum([len(topic.documents) for topic in topics])[:-1]
+    return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
+
+
+def _fastest(precisions: list[dict[str, Any]], options: Options) -> Any:
+    passed = [row for row in precisions if row["passed"]]
+    if not passed:
+        return options.precision
+    return max(passed, key=lambda row: row["tokens_per_s"])["precision"]
+
+
+class _Trial:
+    """Runs a point once, from texts in hand to scores in hand.
+
+    Identical pairs are not folded and nothing is cached: every pair goes through the model.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a trial is made of
+        self,
+        encoder: PairEncoder,
+        scorer: Scorer,
+        options: Options,
+        texts: Texts,
+        plan: Plan,
+        clock: Clock,
+    ) -> None:
+        facts = scorer.facts
+        self._encode = partial(
+            encoder.encode,
+            max_length=check_max_length(
+                options.max_length, facts.max_tokens, encoder.template.specials
+            ),
+            truncation=options.truncation,
+            max_query_tokens=options.max_query_tokens,
+        )
+        self._scorer = scorer
+        self._clock = clock
+        self._samples = {count: texts.sample(count) for count in plan.pairs}
+        on_cpu = facts.device == "cpu"
+        self._meter = MemoryMeter() if on_cpu else CudaMemoryMeter(facts.device)
+
+    def __call__(self, point: Point) -> Run:
+        """Measure one run of ``point``; see :func:`echelon.tune.grid.sweep`."""
+        cost = self._scorer.facts.cost
+        self._meter.reset()
+        started = self._clock()
+        encoded = self._encode(self._samples[point.pairs])
+        budget = point.token_budget or NO_BUDGET
+        steps = pack(encoded.lengths, budget, cost=cost, max_pairs=point.batch_size)
+        for step in steps:
+            self._scorer.score(encoded.batch(step))
+        return Run(
+            seconds=self._clock() - started,
+            tokens=int(encoded.lengths.sum()),
+            cost_tokens=sum(step_cost(encoded.lengths[step], cost) for step in steps),
+            steps=len(steps),
+            peak_bytes=self._meter.peak_bytes(),
+        )
+
+    def lengths(self) -> dict[str, Any]:
+        """Token lengths of the largest sample."""
+        lengths = self._encode(self._samples[max(self._samples)]).lengths
+        p50, p90 = np.percentile(lengths, [50, 90])
+        return {
+            "mean": float(lengths.mean()),
+            "p50": float(p50),
+            "p90": float(p90),
+            "max": int(lengths.max()),
+        }
+
+
+@dataclass(slots=True)
+class _Partial:
+    """Results of a run that has not ended, kept on disk so that it can go on later."""
+
+    path: Path | None
+    question: dict[str, Any]
+    precisions: list[dict[str, Any]]
+    points: list[Measured]
+    broken: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, options: Options, folder: ModelFolder, texts: Texts) -> _Partial:
+        """Pick up what an interrupted run of the same question left."""
+        question = {
+            "model": folder.revision,
+            "options": options.as_dict(),
+            "texts": [texts.name, len(texts.pairs)],
+            "sizes": [list(plan.pairs), list(plan.batch_sizes), list(plan.token_budgets)],
+            "versions": library_versions(),
+        }
+        fresh = cls(plan.partial, question, [], [])
+        if plan.partial is None or not plan.partial.is_file():
+            return fresh
+        try:
+            content = read_json(plan.partial)
+            if content["question"] != question:
+                return fresh
+            points = [Measured.from_dict(known) for known in content["points"]]
+            return cls(plan.partial, question, content["precisions"], points)
+        except (ProfileError, KeyError, TypeError):
+            return fresh  # half-written or foreign: measure again
+
+    def save(self, results: list[Measured]) -> None:
+        """Keep what is known; a full disk costs the safety net, not the run."""
+        if self.path is None or self.broken:
+            return
+        points = [measured.as_dict() for measured in results]
+        content = {"question": self.question, "precisions": self.precisions, "points": points}
+        try:
+            write_json(self.path, content)
+        except StorageError as error:
+            self.broken = True
+            warnings.warn(
+                f"Results cannot be kept while measuring: {error}", EchelonWarning, stacklevel=2
+            )
+
+
+def _profile(  # noqa: PLR0913 - what a profile is made of
+    key: Key,
+    options: Options,
+    texts: Texts,
+    trial: _Trial,
+    precisions: list[dict[str, Any]],
+    results: list[Measured],
+    threads: int,
+) -> Profile:
+    best = best_batches(results)
+    budget = best_budget(results)
+    if budget is not None:
+        settings = Settings(
+            key.precision, budget.point.size, None, threads or None, options.max_length
+        )
+    else:
+        chosen = best[-1].point.batch_size if best else None
+        settings = Settings(key.precision, NO_BUDGET, chosen, threads or None, options.max_length)
+    return Profile(
+        key=key,
+        settings=settings,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": trial.lengths()},
+        precisions=precisions,
+        points=[measured.as_dict() for measured in results],
+        best=[measured.as_dict() for measured in best],
+        situations=[situation.as_dict() for situation in situations(results)],
+        warnings=cautions(results),
+    )
+
+
+NOISY = 0.10
+"""Half-width of a median's interval, relative to it, above which a point is called noisy."""
+
+
+def cautions(results: Sequence[Measured]) -> list[str]:
+    """What to know before trusting the numbers; each names its remedy."""
+    found = []
+    noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
+    if noisy:
+        found.append(
+            f"{len(noisy)} of {len(results)} points are known to no better than ±10 %. "
+            "Close other programs, or raise --time-limit."
+        )
+    missed = [m for m in results if m.status == "not_reached"]
+    if missed:
+        found.append(
+            f"{len(missed)} points were not reached in time. Raise --time-limit, or give fewer "
+            "sizes."
+        )
+    memory = [m for m in results if m.status == "out_of_memory"]
+    found += [
+        f"{m.point.label}: out of memory. Larger steps were skipped; stay below." for m in memory
+    ]
+    return found
