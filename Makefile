@@ -27,6 +27,7 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'
 	$(BIN)/python benchmarks/tutorial_grid.py $(BENCH)
 
 clean: ## remove the environment and caches

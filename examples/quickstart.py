@@ -7,11 +7,9 @@ from echelon import Reranker
 QUERY = "How do I restart a frozen laptop?"
 DOCUMENTS = [
     "Laptop sleeves come in three sizes and keep out dust and rain.",
-    "Hold the power button for about ten seconds until the laptop turns off, wait, and press it "
-    "again to start it.",
+    "Hold the power button for ten seconds until the laptop turns off, then press it again.",
     "Frozen berries keep for a year if the freezer stays below minus eighteen degrees.",
-    "If programs stop answering, try closing them first; a restart is the last resort and loses "
-    "unsaved work.",
+    "If one program stops answering, close it first: a restart loses unsaved work.",
 ]
 
 

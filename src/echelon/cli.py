@@ -68,7 +68,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"echelon: warning: {message}", err=True)
 
 
-class Sizes(click.ParamType):
+class Sizes(click.ParamType[tuple[int, ...]]):
     """Whole numbers separated by commas, such as ``1,2,4``."""
 
     name = "N,N,…"
@@ -148,6 +148,7 @@ def cli() -> None:
 @click.option("--quiet", is_flag=True, help="No progress.")
 @_model_options(_OPTIONS, _STEP_OPTIONS)
 def rank(  # noqa: PLR0913 - one argument each option
+    *,
     query: str,
     documents: tuple[str, ...],
     model: str,
@@ -224,6 +225,7 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
 @_model_options(_OPTIONS)
 def tune(  # noqa: PLR0913 - one argument each option
+    *,
     model: str,
     pairs: tuple[int, ...],
     batch_sizes: tuple[int, ...],
@@ -242,6 +244,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     """
     options = _options(values, quiet=quiet)
     target = Path(profile)
+    partial = target.with_name(f"{target.name}.partial.json")
     from echelon.tuner import Plan
     from echelon.tuner import tune as run_tuning
 
@@ -251,14 +254,14 @@ def tune(  # noqa: PLR0913 - one argument each option
         token_budgets=token_budgets,
         data=data,
         time_limit_s=time_limit,
-        partial=target.with_name(f"{target.name}.partial.json"),
+        partial=partial,
     )
     try:
         with _tuning_bar(shown=not (quiet or as_json)) as told:
             found = run_tuning(model, options, plan, told=told)
     except KeyboardInterrupt:
         _fail(
-            f"Interrupted. What was measured is kept in {plan.partial}; "
+            f"Interrupted. What was measured is kept in {partial}; "
             "the same command goes on from there.",
             INTERRUPTED,
         )
@@ -272,8 +275,7 @@ def tune(  # noqa: PLR0913 - one argument each option
 
     found.save(target)
     write_report(found, Path(report))
-    with contextlib.suppress(FileNotFoundError):
-        plan.partial.unlink()
+    partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)
 
@@ -302,7 +304,7 @@ def _tuning_bar(*, shown: bool) -> Iterator[Callable[[str, float], None]]:
 @cli.command()
 @click.argument("name", type=click.Choice(["demo"]))
 @click.option("--quiet", is_flag=True, help="Say nothing.")
-def pull(name: str, *, quiet: bool) -> None:
+def pull(*, name: str, quiet: bool) -> None:
     """Fetch a model by NAME: 'demo' is a small English cross-encoder, ms-marco-MiniLM-L-12-v2."""
     from echelon.fetch.demo import pull as pull_demo
 

@@ -10,7 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -40,12 +40,16 @@ from echelon.types import RankedDocument, Ranking, ScoredPairs
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
     from echelon.score.base import Facts
     from echelon.types import FloatArray, IntArray, Pair
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 class Reranker:
@@ -273,7 +277,9 @@ class AsyncReranker:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    async def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    async def _call(
+        self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
 

@@ -9,7 +9,6 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +40,7 @@ from echelon.tune.texts import Texts, Topic, load_texts
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from echelon.clock import Clock
     from echelon.config import Options
@@ -119,7 +119,8 @@ def tune(
     options = replace(options, precision=_fastest(precisions, options))
     scorer = _open(folder, options)
     try:
-        trial = _Trial(encoder, scorer, options, texts, plan, clock)
+        samples = {count: texts.sample(count) for count in plan.pairs}
+        trial = _Trial(encoder, scorer, options, samples, clock)
         results = sweep(
             grid(plan.pairs, plan.batch_sizes, plan.token_budgets),
             trial,
@@ -130,9 +131,21 @@ def tune(
             told=lambda point, share: told(f"measuring {point.label}", share),
         )
         key = current_key(folder.name, folder.revision, scorer.facts)
-        return _profile(key, options, texts, trial, precisions, results, scorer.facts.threads)
+        threads = scorer.facts.threads or None
     finally:
         scorer.close()
+    return Profile(
+        key=key,
+        settings=_settings(key, results, threads, options.max_length),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": trial.lengths()},
+        precisions=precisions,
+        points=[measured.as_dict() for measured in results],
+        best=[measured.as_dict() for measured in best_batches(results)],
+        situations=[situation.as_dict() for situation in situations(results)],
+        warnings=cautions(results),
+    )
 
 
 def _open(folder: ModelFolder, options: Options, precision: str | None = None) -> Scorer:
@@ -214,13 +227,12 @@ class _Trial:
     Identical pairs are not folded and nothing is cached: every pair goes through the model.
     """
 
-    def __init__(  # noqa: PLR0913 - what a trial is made of
+    def __init__(
         self,
         encoder: PairEncoder,
         scorer: Scorer,
         options: Options,
-        texts: Texts,
-        plan: Plan,
+        samples: dict[int, list[Pair]],
         clock: Clock,
     ) -> None:
         facts = scorer.facts
@@ -234,7 +246,7 @@ class _Trial:
         )
         self._scorer = scorer
         self._clock = clock
-        self._samples = {count: texts.sample(count) for count in plan.pairs}
+        self._samples = samples
         on_cpu = facts.device == "cpu"
         self._meter = MemoryMeter() if on_cpu else CudaMemoryMeter(facts.device)
 
@@ -315,36 +327,16 @@ class _Partial:
             )
 
 
-def _profile(  # noqa: PLR0913 - what a profile is made of
-    key: Key,
-    options: Options,
-    texts: Texts,
-    trial: _Trial,
-    precisions: list[dict[str, Any]],
-    results: list[Measured],
-    threads: int,
-) -> Profile:
-    best = best_batches(results)
+def _settings(
+    key: Key, results: Sequence[Measured], threads: int | None, max_length: int | None
+) -> Settings:
+    """The best token budget; where none was measured, the best batch size of the most pairs."""
     budget = best_budget(results)
     if budget is not None:
-        settings = Settings(
-            key.precision, budget.point.size, None, threads or None, options.max_length
-        )
-    else:
-        chosen = best[-1].point.batch_size if best else None
-        settings = Settings(key.precision, NO_BUDGET, chosen, threads or None, options.max_length)
-    return Profile(
-        key=key,
-        settings=settings,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": trial.lengths()},
-        precisions=precisions,
-        points=[measured.as_dict() for measured in results],
-        best=[measured.as_dict() for measured in best],
-        situations=[situation.as_dict() for situation in situations(results)],
-        warnings=cautions(results),
-    )
+        return Settings(key.precision, budget.point.size, None, threads, max_length)
+    best = best_batches(results)
+    batch_size = best[-1].point.batch_size if best else None
+    return Settings(key.precision, NO_BUDGET, batch_size, threads, max_length)
 
 
 NOISY = 0.10

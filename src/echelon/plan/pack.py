@@ -12,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from echelon.types import Cost, IntArray
 
 Step = list[int]
@@ -88,6 +90,6 @@ def pack(
     return steps
 
 
-def _padded(array: IntArray, step: Step) -> int:
+def _padded(array: npt.NDArray[np.int64], step: Step) -> int:
     """Cost of the step with one pair more: its first pair is its longest."""
     return int(array[step[0]]) * (len(step) + 1)

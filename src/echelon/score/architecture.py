@@ -102,7 +102,8 @@ def positions_after_padding(batch: TokenBatch, padding_id: int) -> IntArray:
     running = np.cumsum(counts, dtype=np.int32)
     before = np.concatenate(([0], running))[batch.offsets[:-1]]
     within = running - np.repeat(before, batch.lengths)
-    return (within * counts + padding_id).astype(np.int32)
+    positions: IntArray = (within * counts + padding_id).astype(np.int32)
+    return positions
 
 
 def positions_from_zero(batch: TokenBatch) -> IntArray:

@@ -8,7 +8,7 @@ variable-length kernel takes the packed rows as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -120,11 +120,11 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> T
 def _attend_run(query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
     """One dense block: [count × rows each, heads, size] queries over the run's keys."""
     rows = slice(run.row, run.row + run.count * run.length)
-    blocks = (
+    queries, keys, values = (
         part.view(run.count, -1, *part.shape[1:]).transpose(1, 2)
         for part in (query, key[rows], value[rows])
     )
-    mixed = functional.scaled_dot_product_attention(*blocks)
+    mixed = functional.scaled_dot_product_attention(queries, keys, values)
     return mixed.transpose(1, 2).reshape(len(query), -1)
 
 
@@ -136,7 +136,7 @@ def _has_varlen(query: Tensor) -> bool:
     return major >= 8  # noqa: PLR2004 - compute capability 8.0, Ampere
 
 
-def _varlen(  # noqa: PLR0913 - the kernel's own arguments
+def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -146,7 +146,10 @@ def _varlen(  # noqa: PLR0913 - the kernel's own arguments
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    mixed: Tensor = varlen_attn(
-        query, key, value, query_offsets, layout.offsets, query_longest, layout.longest
+    mixed = cast(
+        "Tensor",
+        varlen_attn(
+            query, key, value, query_offsets, layout.offsets, query_longest, layout.longest
+        ),
     )
     return mixed.reshape(len(query), -1)

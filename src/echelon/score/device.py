@@ -185,7 +185,7 @@ def candidate_precisions(device: str) -> list[str]:
 
     if choose_device(device).type == "cuda":
         return ["fp32", "fp16", "bf16"]
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - no public name exists
+    if has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - no public name
         return ["fp32", "bf16"]
     return ["fp32"]
 
@@ -195,3 +195,10 @@ def is_cuda_build() -> bool:
     import torch
 
     return torch.version.cuda is not None
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN, its fast path for matrix products on CPU."""
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch's own gap

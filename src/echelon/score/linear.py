@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from echelon.score.device import has_onednn
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def make_linear(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch
 
 
 def _prepacked(weight: Tensor, bias: Tensor) -> Linear:
-    """oneDNN's own weight layout, chosen once instead of in every call."""
+    """Take oneDNN's own weight layout, chosen once instead of in every call."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
     call = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - no public name exists
 
@@ -53,9 +55,7 @@ def _prepacked(weight: Tensor, bias: Tensor) -> Linear:
 
 def _can_prepack(dtype: torch.dtype) -> bool:
     """Whether this torch build and processor have oneDNN's prepacked product for the dtype."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
+    if not has_onednn() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     checks = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",

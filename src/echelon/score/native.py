@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from echelon.score.linear import Linear
 
 Tensors = dict[str, "Tensor"]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def open_native(
@@ -73,17 +74,18 @@ class _Loader:
     def embeddings(self) -> Embeddings:
         """The three tables as they are on disk, and their norm in fp32."""
         shape, root = self._shape, f"{self._shape.prefix}.embeddings"
-        names = {
+        names: Shapes = {
             f"{root}.word_embeddings.weight": (shape.vocabulary, shape.hidden),
             f"{root}.position_embeddings.weight": (shape.table_positions, shape.hidden),
             f"{root}.token_type_embeddings.weight": (shape.segments, shape.hidden),
         }
-        tables = [table.to(self._device) for table in self._checkpoint.read(names).values()]
+        tensors = self._checkpoint.read(names)
+        words, positions, segments = (tensors[name].to(self._device) for name in names)
         if self._device.type != "cpu":
-            self.loaded_bytes += sum(table.nbytes for table in tables)
+            self.loaded_bytes += words.nbytes + positions.nbytes + segments.nbytes
         names = self._norm_shapes(f"{root}.LayerNorm")
         norm = self._norm(f"{root}.LayerNorm", self._checkpoint.read(names), torch.float32)
-        return Embeddings(*tables, norm)
+        return Embeddings(words, positions, segments, norm)
 
     def layer(self, index: int) -> Layer:
         """Layer ``index``; the last one keeps its query projection apart."""
@@ -135,12 +137,12 @@ class _Loader:
         return make_linear(weight, bias, self._device, dtype)
 
     def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
-        kept = [
+        weight, bias = (
             tensors[f"{name}.{part}"].to(self._device, dtype or self._dtype, copy=True)
             for part in ("weight", "bias")
-        ]
-        self.loaded_bytes += sum(part.nbytes for part in kept)
-        return Norm(*kept, self._shape.epsilon)
+        )
+        self.loaded_bytes += weight.nbytes + bias.nbytes
+        return Norm(weight, bias, self._shape.epsilon)
 
     def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.{part}": (self._shape.hidden,) for part in ("weight", "bias")}

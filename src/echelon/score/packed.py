@@ -46,6 +46,7 @@ class Norm:
     epsilon: float
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """[rows, hidden], each row normalised."""
         return functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 

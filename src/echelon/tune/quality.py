@@ -91,7 +91,7 @@ def top_overlap(first: FloatArray, second: FloatArray, top: int = TOP) -> float:
 
 
 def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
-    """nDCG at ``top`` of the order that the scores give; 0.0 where nothing is relevant."""
+    """Give nDCG at ``top`` of the order that the scores give; 0.0 where nothing is relevant."""
     gains = 2.0 ** np.asarray(grades, dtype=np.float64) - 1.0
     discounts = 1.0 / np.log2(np.arange(2, len(gains) + 2))
     discounts[top:] = 0.0

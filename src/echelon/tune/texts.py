@@ -109,11 +109,11 @@ def _topic(record: Any, where: str) -> Topic:
     listed = record.get("documents", [record["document"]] if "document" in record else None)
     if not isinstance(listed, list):
         raise InvalidInput("data", f"{where} has no 'documents' list and no 'document'", FORMS)
-    documents = [d.get("text") if isinstance(d, dict) else d for d in listed]
+    documents: list[Any] = [d.get("text") if isinstance(d, dict) else d for d in listed]
     for index, document in enumerate(documents):
         if not isinstance(document, str):
             raise InvalidInput("data", f"{where}: documents[{index}] is not text", FORMS)
-    grades = [d.get("grade") if isinstance(d, dict) else None for d in listed]
+    grades: list[Any] = [d.get("grade") if isinstance(d, dict) else None for d in listed]
     judged = bool(grades) and all(isinstance(grade, int) for grade in grades)
     return Topic(record["query"], tuple(documents), tuple(grades) if judged else None)
 
