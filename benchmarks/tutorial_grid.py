@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from make_checkpoint import SHAPES, make_checkpoint
 
 if TYPE_CHECKING:
@@ -177,9 +178,9 @@ def chart(cells: list[dict[str, Any]], path: Path, title: str) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4.5))
     lines = [c for c in cells if c["pairs"] == max(PAIRS) and c["unit"] == "pairs a step"]
     for name in dict.fromkeys(cell["engine"] for cell in lines):
         mine = [cell for cell in lines if cell["engine"] == name]

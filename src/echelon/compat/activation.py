@@ -34,7 +34,7 @@ def default_activation(saved: Saved) -> Activation:
             f"The model asks for the activation {path}, which is not one of torch's modules and "
             "is not run. Pass activation_fn if the default is not what you want.",
             EchelonWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return torch.nn.Sigmoid() if len(saved.labels) == 1 else torch.nn.Identity()
 
@@ -83,6 +83,8 @@ def activate(
     Raises:
         InvalidInput: the function gave something else than a value for each pair.
     """
+    if not len(logits):  # as in the original, the function never sees an empty tensor
+        return torch.tensor([], device=device)
     with torch.no_grad():
         scores = function(torch.from_numpy(logits).to(device).unsqueeze(-1))
         if not isinstance(scores, torch.Tensor) or scores.shape[:1] != (len(logits),):

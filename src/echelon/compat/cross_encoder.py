@@ -1,29 +1,33 @@
 """``sentence_transformers.CrossEncoder``, run by Echelon."""
 # The signatures are the original's, so that scripts run unchanged:
-# ruff: noqa: PLR0913, FBT001, FBT002
+# ruff: noqa: PLR0913, PLR0917, FBT001, FBT002
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from echelon.checks import check_text
+from echelon.checks import check_pairs, check_text
+from echelon.compat.arguments import (
+    as_documents,
+    as_list,
+    asked_length,
+    asked_precision,
+    check_num_labels,
+    is_single,
+)
 from echelon.compat.keywords import (
     capped,
     device_option,
-    only,
-    precision_of,
     refuse,
     renamed,
     take_idle,
     take_refused,
 )
-from echelon.compat.locate import Located, Storage, locate
-from echelon.compat.movable import Movable, Weights
-from echelon.compat.saved import Saved, read_saved
+from echelon.compat.locate import Storage, locate
+from echelon.compat.movable import InnerModel, Movable
+from echelon.compat.saved import read_saved
 from echelon.config import Options
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.reranker import Reranker
@@ -110,17 +114,18 @@ class CrossEncoder(Movable):
         )
         take_refused(options)
         options["device"] = device_option(device)
-        precision = _asked_precision(model_kwargs, options)
+        precision = asked_precision(model_kwargs, options)
         Options.of(**options)
         storage = Storage(revision, cache_folder, local_files_only, token)
         self._located = locate(model_name_or_path, storage, owner=OWNER)
         self._saved = read_saved(self._located.path)
-        _check_num_labels(num_labels, config_kwargs, self._saved)
+        check_num_labels(num_labels, config_kwargs, self._saved)
         if options.get("profile") is None:
             precision = precision or self._saved.precision
         self._options = {**options, "precision": precision or "auto"}
-        self._reranker = _open(self._located, self._options)
-        self.max_length = _asked_length(max_length, processor_kwargs)
+        self._options["revision"] = self._located.revision
+        self._reranker = Reranker(self._located.model, **self._options)
+        self.max_length = asked_length(max_length, processor_kwargs)
         self.activation_fn = activation_fn
         self.prompts = {**self._saved.prompts, **(prompts or {})}
         self.default_prompt_name = default_prompt_name or self._saved.default_prompt_name
@@ -176,8 +181,8 @@ class CrossEncoder(Movable):
         function = self.activation_fn if activation_fn is None else activation_fn
         check_activation(function)
         self._place(device)
-        single = _is_single(inputs)
-        pairs = self._prompted(_as_list(inputs, single=single), self._prompt(prompt, prompt_name))
+        single = is_single(inputs)
+        pairs = self._prompted(as_list(inputs, single=single), self._prompt(prompt, prompt_name))
         logits = self._logits(pairs, batch_size, show_progress_bar, options)
         scores = activate(logits, function, self.device, softmax=bool(apply_softmax))
         result = deliver(scores, as_tensor=convert_to_tensor, as_numpy=convert_to_numpy)
@@ -228,7 +233,7 @@ class CrossEncoder(Movable):
         take_idle(options, "num_workers", "apply_softmax", "convert_to_numpy", "convert_to_tensor")
         check_text("query", query)
         scores = self.predict(
-            [(query, document) for document in _as_documents(documents)],
+            [(query, document) for document in as_documents(documents)],
             prompt_name=prompt_name,
             prompt=prompt,
             batch_size=batch_size,
@@ -286,18 +291,18 @@ class CrossEncoder(Movable):
         return len(self._saved.labels)
 
     @property
-    def model(self) -> Weights:
+    def model(self) -> InnerModel:
         """What scripts call ``half()``, ``bfloat16()`` or ``to()`` on."""
-        return Weights(self)
+        return InnerModel(self)
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The configuration as ``transformers`` reads it; changing it changes no score."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self._located.path, local_files_only=True)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """A tokenizer as ``transformers`` loads it; changing it changes no score."""
         from transformers import AutoTokenizer
@@ -312,7 +317,7 @@ class CrossEncoder(Movable):
         options = {**self._options, **changes}
         # Closed first: the reason for a change is often that memory is short.
         self._reranker.close()
-        self._reranker = _open(self._located, options)
+        self._reranker = Reranker(self._located.model, **options)
         self._options = options
 
     def _place(self, device: str | int | torch.device | None) -> None:
@@ -341,8 +346,6 @@ class CrossEncoder(Movable):
 
     @staticmethod
     def _prompted(pairs: list[Any], prompt: str) -> list[Pair]:
-        from echelon.checks import check_pairs
-
         checked = check_pairs(pairs)
         return [(prompt + query, document) for query, document in checked] if prompt else checked
 

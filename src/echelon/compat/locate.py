@@ -89,7 +89,7 @@ def _snapshot(repo: str, storage: Storage) -> Path:
         folder = snapshot_download(
             repo,
             revision=storage.revision,
-            cache_dir=storage.cache,
+            cache_dir=None if storage.cache is None else Path(storage.cache),
             local_files_only=storage.offline,
             token=storage.token,
             allow_patterns=files,

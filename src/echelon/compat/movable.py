@@ -12,6 +12,7 @@ from echelon.score.device import DTYPES
 if TYPE_CHECKING:
     import torch
 
+    from echelon.compat.cross_encoder import CrossEncoder
     from echelon.score.base import Facts
 
 TRAINING = "Echelon scores, it does not train or save. Use sentence_transformers for that."
@@ -117,15 +118,20 @@ class Movable(ABC):
         raise AttributeError(f"{type(self).__name__}.{name}: {remedy}")
 
 
-class Weights(Movable):
+class InnerModel(Movable):
     """What ``model.model`` is: the same model, by the name that scripts reach into.
 
     Args:
         owner: the model that is moved when this is.
     """
 
-    def __init__(self, owner: Movable) -> None:
+    def __init__(self, owner: CrossEncoder) -> None:
         self._owner = owner
+
+    @property
+    def config(self) -> Any:
+        """As :attr:`CrossEncoder.config`."""
+        return self._owner.config
 
     @property
     def _facts(self) -> Facts:

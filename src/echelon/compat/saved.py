@@ -70,7 +70,8 @@ def _usage(folder: Path) -> dict[str, Any]:
             f"{folder / 'modules.json'}: lists more than one transformer in this folder, and "
             "Echelon would not run the rest. Stay with sentence_transformers for this model."
         )
-    return _read_json(folder / "config_sentence_transformers.json")
+    usage: dict[str, Any] = _read_json(folder / "config_sentence_transformers.json")
+    return usage
 
 
 def _activation_in(config: dict[str, Any]) -> Any:

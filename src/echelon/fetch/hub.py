@@ -30,6 +30,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.model",  # sentencepiece under its many names: tokenizer.model, spm.model, bpe.model
 )
+_USAGE = ("modules.json", "config_sentence_transformers.json")  # read by echelon.compat
 _WEIGHTS = (  # best first; within a kind one file beats shards
     ("model.safetensors",),
     ("model-[0-9]*-of-*.safetensors", "model.safetensors.index.json"),
@@ -80,7 +81,7 @@ def choose(files: Iterable[str]) -> list[str]:
     names = sorted(files)
     for kind in _WEIGHTS:
         if weights := _matching(names, kind):
-            return [*_matching(names, (_CONFIG, *_TOKENIZER)), *weights]
+            return [*_matching(names, (_CONFIG, *_TOKENIZER, *_USAGE)), *weights]
     return []
 
 

@@ -1,0 +1,251 @@
+"""``FlagEmbedding.FlagReranker``, run by Echelon."""
+# The signatures are the original's, so that scripts run unchanged:
+# ruff: noqa: PLR0913, PLR0917, FBT001, FBT002
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from echelon.checks import check_pairs
+from echelon.compat.keywords import capped, device_option, refuse, take_refused
+from echelon.compat.locate import Storage, locate
+from echelon.compat.saved import read_saved
+from echelon.config import Options
+from echelon.errors import InvalidInput
+from echelon.reranker import Reranker, sigmoid
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from echelon.types import FloatArray, Pair
+
+DEFAULT_MAX_LENGTH = 512
+QUERY_SHARE = (3, 4)
+"""Part of ``max_length`` that a query may take when no ``query_max_length`` is given."""
+
+OTHER_NAMES = {
+    "device": "Name it devices, as in FlagEmbedding.",
+    "max_query_tokens": "Name it query_max_length, as in FlagEmbedding.",
+    "truncation": "FlagEmbedding always cuts the passage. Use echelon.Reranker to choose.",
+}
+"""Echelon options that this class sets itself → what to do instead."""
+
+
+class FlagReranker:
+    """Scores pairs of texts, called as FlagEmbedding 1.4 is.
+
+    A query is cut to ``query_max_length``, then the passage so that the pair fits.
+
+    Args:
+        model_name_or_path: folder, hub name or ``demo``.
+        use_fp16: compute in fp16 on a GPU; no effect on the CPU, as in the original.
+        query_instruction_for_rerank: put before queries.
+        query_instruction_format: how, with ``{}`` for the instruction and ``{}`` for the query.
+        passage_instruction_for_rerank: put before passages.
+        passage_instruction_format: how.
+        trust_remote_code: must be false.
+        cache_dir: where hub models are kept; None is the hub's own cache.
+        devices: one device: ``cpu``, ``cuda``, ``cuda:N``, its number, or a list of one; None
+            takes the first GPU if there is.
+        batch_size: pairs a step may hold; None leaves it to Echelon. Scores do not depend on it.
+        query_max_length: tokens kept of a query; None is three quarters of ``max_length``.
+        max_length: tokens a pair may have, special tokens included.
+        normalize: return sigmoids instead of logits.
+        **options: any other of :class:`echelon.config.Options`, such as ``profile``.
+
+    Attributes:
+        batch_size: as above; may be set at any time, and so may the others.
+        query_max_length: as above.
+        max_length: as above.
+        normalize: as above.
+
+    Raises:
+        InvalidInput: a keyword that is unknown, wrong or cannot be honoured, or a model with
+            several labels and no ``label`` chosen.
+        ModelError: the model is not there, damaged, or of an unsupported kind.
+        OutOfMemory: the weights do not fit.
+
+    Warns:
+        EchelonWarning: ``max_length`` is more than the model can read.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike[str],
+        use_fp16: bool = False,
+        query_instruction_for_rerank: str | None = None,
+        query_instruction_format: str = "{}{}",
+        passage_instruction_for_rerank: str | None = None,
+        passage_instruction_format: str = "{}{}",
+        trust_remote_code: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        devices: str | int | Sequence[str] | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        query_max_length: int | None = None,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        normalize: bool = False,
+        **options: Any,
+    ) -> None:
+        refuse(trust_remote_code=trust_remote_code)
+        take_refused(options)
+        _refuse_other_names(options)
+        options["device"] = _one_device(devices)
+        revision = Options.of(**options).revision
+        self.query_instruction_for_rerank = query_instruction_for_rerank
+        self.query_instruction_format = query_instruction_format
+        self.passage_instruction_for_rerank = passage_instruction_for_rerank
+        self.passage_instruction_format = passage_instruction_format
+        _check_format("query_instruction_format", query_instruction_format)
+        _check_format("passage_instruction_format", passage_instruction_format)
+        self.batch_size = batch_size
+        self.query_max_length = query_max_length
+        self.max_length = max_length
+        self.normalize = normalize
+        located = locate(model_name_or_path, Storage(revision, cache_dir))
+        saved = read_saved(located.path)
+        if "precision" not in options:
+            options["precision"] = _precision(use_fp16=use_fp16, options=options) or saved.precision
+        self._reranker = Reranker(located.model, **{**options, "revision": located.revision})
+        if max_length != DEFAULT_MAX_LENGTH:
+            capped("max_length", max_length, self._reranker.facts.max_tokens)
+
+    @property
+    def use_fp16(self) -> bool:
+        """Whether it computes in fp16."""
+        return self._reranker.facts.precision == "fp16"
+
+    @property
+    def target_devices(self) -> list[str]:
+        """Where it runs, a list of one."""
+        return [self._reranker.facts.device]
+
+    def compute_score(
+        self,
+        sentence_pairs: Sequence[Sequence[str]] | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        query_max_length: int | None = None,
+        max_length: int | None = None,
+        normalize: bool | None = None,
+        **options: Any,
+    ) -> list[float]:
+        """Score pairs.
+
+        Args:
+            sentence_pairs: (query, passage) texts, or one such pair.
+            batch_size: instead of the constructor's, and so are the next ones.
+            query_max_length: tokens kept of a query.
+            max_length: tokens a pair may have.
+            normalize: return sigmoids.
+            **options: options of one call, see :meth:`echelon.Reranker.score_pairs`.
+
+        Returns:
+            Scores in input order; for one pair a list of one.
+
+        Raises:
+            InvalidInput: no pairs, one that is not two texts, a query that leaves its passage no
+                room, or a keyword that is wrong.
+            OutOfMemory: a pair does not fit in memory alone.
+        """
+        _refuse_other_names(options)
+        pairs = [self._instructed(pair) for pair in check_pairs(_as_pairs(sentence_pairs))]
+        asked = self.max_length if max_length is None else max_length
+        limit = self._reranker.facts.max_tokens
+        logits = self._logits(
+            pairs,
+            {
+                "batch_size": self.batch_size if batch_size is None else batch_size,
+                "max_query_tokens": self._query_tokens(query_max_length, asked),
+                "max_length": capped("max_length", asked, limit, warn=max_length is not None),
+                **options,
+            },
+        )
+        normalized = self.normalize if normalize is None else normalize
+        return [float(score) for score in (sigmoid(logits) if normalized else logits)]
+
+    def stop_self_pool(self) -> None:
+        """Nothing: there are no worker processes to stop."""
+
+    def close(self) -> None:
+        """Free the model."""
+        self._reranker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _query_tokens(self, asked: int | None, max_length: int) -> int:
+        asked = self.query_max_length if asked is None else asked
+        part, whole = QUERY_SHARE
+        return max(1, max_length * part // whole) if asked is None else asked
+
+    def _instructed(self, pair: Pair) -> Pair:
+        query, passage = pair
+        return (
+            _joined(self.query_instruction_format, self.query_instruction_for_rerank, query),
+            _joined(self.passage_instruction_format, self.passage_instruction_for_rerank, passage),
+        )
+
+    def _logits(self, pairs: list[Pair], overrides: dict[str, Any]) -> FloatArray:
+        try:
+            return self._reranker.score_pairs(pairs, truncation="only_second", **overrides).logits
+        except InvalidInput as error:
+            if not error.field.endswith("].query"):
+                raise
+            remedy = "Shorten it, lower query_max_length or raise max_length."
+            raise InvalidInput(error.field, error.problem, remedy) from None
+
+
+def _as_pairs(pairs: Any) -> Any:
+    """Pairs, one pair taken for a list of one."""
+    if isinstance(pairs, list | tuple):
+        if not pairs:
+            raise InvalidInput("sentence_pairs", "is empty", "Pass at least one pair.")
+        if isinstance(pairs[0], str):
+            return [pairs]
+    return pairs
+
+
+def _joined(form: str, instruction: str | None, text: str) -> str:
+    r"""A text with its instruction; ``\n`` written out in the format means a line break."""
+    return text if instruction is None else form.replace("\\n", "\n").format(instruction, text)
+
+
+def _check_format(field: str, form: str) -> None:
+    try:
+        form.format("", "")
+    except (IndexError, KeyError, ValueError) as error:
+        raise InvalidInput(
+            field, f"{form!r} cannot be filled in ({error!r})", "Use {} for each of the two texts."
+        ) from None
+
+
+def _one_device(devices: Any) -> str:
+    if isinstance(devices, list | tuple):
+        if len(devices) != 1:
+            raise InvalidInput(
+                "devices",
+                f"names {len(devices)} devices, and one process uses one",
+                "Name one; start a process for each and share the pairs out between them.",
+            )
+        devices = devices[0]
+    return device_option(devices)
+
+
+def _precision(*, use_fp16: bool, options: dict[str, Any]) -> str | None:
+    """What the caller's words say; None leaves it to the way the weights are stored."""
+    if use_fp16:
+        from echelon.score.device import choose_device, require_torch
+
+        require_torch()
+        if choose_device(options["device"]).type != "cpu":
+            return "fp16"
+    return None if options.get("profile") is None else "auto"
+
+
+def _refuse_other_names(options: dict[str, Any]) -> None:
+    for name in OTHER_NAMES.keys() & options.keys():
+        raise InvalidInput(name, "is not a keyword of FlagReranker", OTHER_NAMES[name])
