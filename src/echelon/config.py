@@ -6,9 +6,9 @@ Frozen, validated once, and never read from the environment at import.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from echelon.errors import InvalidInput
@@ -82,14 +82,17 @@ class Options:
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """The options as plain data, paths as strings."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """The options as they come back from JSON: paths as strings, tuples as lists."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return values
 
 
 def _check_device(device: object) -> None:
     if isinstance(device, str):
         kind, _, number = device.partition(":")
-        if device in {"auto", "cpu", "cuda"} or (kind == "cuda" and number.isdecimal()):
+        if device in {"auto", "cpu", "cuda"} or (
+            kind == "cuda" and number.isascii() and number.isdecimal()
+        ):
             return
     raise InvalidInput("device", f"{device!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from echelon.errors import EchelonError, InvalidInput, OutOfMemory
 from echelon.plan.degrade import Failure, next_action
-from echelon.plan.pack import Step, pack, step_cost
+from echelon.plan.pack import NO_BUDGET, Step, pack, step_cost
 from echelon.score.base import DeviceOutOfMemory
 from echelon.types import LadderStep, RunReport
 
@@ -88,8 +88,8 @@ class Engine:
         self._limits = limits
         self._reopen = reopen
         self._learned = learned
-        self._budget = limits.budget
-        self._caches_dropped = False
+        self._learned_budget = NO_BUDGET
+        self._open = True
         self._device = threading.Lock()
 
     @property
@@ -100,7 +100,7 @@ class Engine:
     @property
     def budget(self) -> int:
         """The token budget now in force; memory pressure lowers it for good."""
-        return self._budget
+        return min(self._learned_budget, self._limits.budget)
 
     def run(
         self,
@@ -117,6 +117,7 @@ class Engine:
             scored: called after each step with the pairs it finished.
 
         Raises:
+            InvalidInput: the engine is closed.
             OutOfMemory: a pair does not fit alone, and nothing more may be given up.
             NonFiniteScore: the model gave NaN or infinity for a pair.
         """
@@ -130,15 +131,22 @@ class Engine:
         return run.outcome()
 
     def close(self) -> None:
-        """Close the scorer."""
+        """Close the scorer once the step under way has ended; closing twice does nothing."""
         with self._device:
-            self._scorer.close()
+            if self._open:
+                self._close_scorer()
+
+    def _close_scorer(self) -> None:
+        self._open = False
+        self._scorer.close()
 
     def _ceiling(self, run: _Run) -> int:
-        return min(self._budget, run.limits.budget)
+        return min(self._learned_budget, run.limits.budget)
 
     def _step(self, run: _Run) -> None:
         """Run the next step; on memory trouble change the plan instead."""
+        if not self._open:
+            raise closed()
         step = run.steps[0]
         run.last_finished = 0
         try:
@@ -146,7 +154,6 @@ class Engine:
         except DeviceOutOfMemory as error:
             reason = str(error)
         else:
-            self._caches_dropped = False
             run.finish(step, logits, self.facts)
             return
         self._give_way(run, step, reason)
@@ -157,14 +164,14 @@ class Engine:
             pairs=len(step),
             cost=step_cost(lengths, self.facts.cost),
             longest=int(lengths.max()),
-            caches_dropped=self._caches_dropped,
+            caches_dropped=run.caches_dropped,
             precision=self.facts.precision,
             allow=run.limits.allow if self._reopen else _without_precision(run.limits.allow),
         )
         action = next_action(failure)
         if action.rung == "give_up":
             raise OutOfMemory(
-                f"pairs[{step[0]}] of {failure.longest} tokens does not fit in the memory of "
+                f"{run.name(step[0])} of {failure.longest} tokens does not fit in the memory of "
                 f"{self.facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
             )
         logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
@@ -173,20 +180,26 @@ class Engine:
 
     def _act(self, action: Action, run: _Run) -> None:
         self._scorer.release()
-        self._caches_dropped = True
+        run.caches_dropped = True
         if action.budget is not None:
             self._learn(action.budget)
         if action.precision is not None and self._reopen is not None:
-            self._scorer.close()
+            self._close_scorer()
             self._scorer = self._reopen(action.precision)
+            self._open = True
         if action.max_length is not None:
             run.shorten(action.max_length)
         run.plan(self._ceiling(run), self.facts)
 
     def _learn(self, budget: int) -> None:
-        self._budget = min(self._budget, budget)
+        self._learned_budget = min(self._learned_budget, budget)
         if self._learned is not None:
-            self._learned(self._budget)
+            self._learned(self._learned_budget)
+
+
+def closed() -> InvalidInput:
+    """The error for a call that comes after closing."""
+    return InvalidInput("reranker", "it is closed", "Make a new one.")
 
 
 def _without_precision(allow: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
@@ -202,34 +215,36 @@ class _Run:
         self.steps: deque[Step] = deque()
         self.ladder: list[LadderStep] = []
         self.last_finished = 0
-        self._left = np.arange(len(pairs))
+        self.caches_dropped = False
+        self._done = np.zeros(len(pairs), dtype=np.bool_)
         self._logits = np.full(len(pairs), np.nan, dtype=np.float32)
         self._truncated = pairs.truncated_tokens
         self._tokens = self._cost = self._steps_done = 0
 
     def plan(self, budget: int, facts: Facts) -> None:
         """(Re)plan the pairs that are not finished."""
+        left = np.flatnonzero(~self._done)
         steps = pack(
-            self.pairs.lengths[self._left],
+            self.pairs.lengths[left],
             budget,
             cost=facts.cost,
             max_pairs=self.limits.max_pairs,
         )
-        self.steps = deque([int(self._left[i]) for i in step] for step in steps)
+        self.steps = deque(left[step].tolist() for step in steps)
 
     def finish(self, step: Step, logits: FloatArray, facts: Facts) -> None:
         """Keep a step's scores."""
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise NonFiniteScore(
-                f"pairs[{step[bad[0]]}]: the model gave {logits[bad[0]]} in {facts.precision}. "
-                "Use precision='bf16' or 'fp32', whose range is wider; if it persists, the "
-                "weights are damaged."
+                f"{self.name(step[bad[0]])}: the model gave {logits[bad[0]]} in "
+                f"{facts.precision}. Use precision='bf16' or 'fp32', whose range is wider; if it "
+                "persists, the weights are damaged."
             )
         self.steps.popleft()
-        self._left = np.setdiff1d(self._left, step, assume_unique=True)
+        self.caches_dropped = False
+        self._done[step] = True
         self._logits[step] = logits
-        self._truncated[step] = self.pairs.truncated_tokens[step]
         lengths = self.pairs.lengths[step]
         self._tokens += int(lengths.sum())
         self._cost += step_cost(lengths, facts.cost)
@@ -240,8 +255,9 @@ class _Run:
         """Cut the pairs that are not finished."""
         from echelon.encode.pairs import TruncationImpossible
 
+        left = np.flatnonzero(~self._done)
         try:
-            self.pairs = self.pairs.shortened(max_length)
+            self.pairs = self.pairs.shortened(max_length, left.tolist())
         except TruncationImpossible as error:
             raise InvalidInput(
                 f"pairs[{error.index}].query",
@@ -249,6 +265,11 @@ class _Run:
                 "which memory pressure had to cut",
                 "Free memory, shorten the query, or use truncation='longest_first'.",
             ) from None
+        self._truncated[left] = self.pairs.truncated_tokens[left]
+
+    def name(self, index: int) -> str:
+        """What the caller knows a pair by."""
+        return f"pairs[{self.pairs.places[index]}]"
 
     def outcome(self) -> Outcome:
         """The finished run."""

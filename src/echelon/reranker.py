@@ -23,7 +23,7 @@ from echelon.checks import (
 )
 from echelon.config import Options
 from echelon.encode.tokens import PairEncoder
-from echelon.engine import Engine, Limits
+from echelon.engine import Engine, Limits, closed
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.fetch.resolve import resolve
 from echelon.plan.pack import step_budget
@@ -147,12 +147,13 @@ class Reranker:
         """
         options = _override(self.options, overrides)
         checked = check_pairs(pairs)
-        distinct, back = _fold(checked)
+        distinct, first, back = _fold(checked)
         encoded = self._encoder.encode(
             distinct,
             self._longest(options.max_length, self.facts),
             options.truncation,
             options.max_query_tokens,
+            first,
         )
         with bar("Scoring", len(distinct), shown=options.progress) as scored:
             outcome = self._engine.run(
@@ -247,6 +248,7 @@ class AsyncReranker:
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.reranker = Reranker(model, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="echelon")
+        self._open = True
 
     async def score(self, pairs: Iterable[Pair]) -> FloatArray:
         """As :meth:`Reranker.score`."""
@@ -267,9 +269,12 @@ class AsyncReranker:
         return await self._call(self.reranker.rank, query, documents, top_n, **overrides)
 
     async def close(self) -> None:
-        """Free the model once the calls under way have ended."""
-        await self._call(self.reranker.close)
-        self._thread.shutdown(wait=False)
+        """Free the model once the calls under way have ended; closing twice does nothing."""
+        if self._open:
+            self._open = False
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self.reranker.close)
+            self._thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -280,6 +285,8 @@ class AsyncReranker:
     async def _call(
         self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
+        if not self._open:
+            raise closed()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
 
@@ -289,11 +296,12 @@ def sigmoid(logits: FloatArray) -> npt.NDArray[np.float64]:
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
 
 
-def _fold(pairs: list[Pair]) -> tuple[list[Pair], IntArray]:
-    """Distinct pairs, and for each pair where it stands among them."""
-    places: dict[Pair, int] = {}
-    back = np.array([places.setdefault(pair, len(places)) for pair in pairs], dtype=np.int32)
-    return list(places), back
+def _fold(pairs: list[Pair]) -> tuple[list[Pair], list[int], IntArray]:
+    """Distinct pairs, where each stands first, and for every pair which of them it is."""
+    numbers: dict[Pair, int] = {}
+    back = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
+    first = np.unique(back, return_index=True)[1].tolist()
+    return list(numbers), first, back
 
 
 def _override(options: Options, overrides: dict[str, Any]) -> Options:

@@ -6,7 +6,7 @@ tokenizers (``longest_first`` and ``only_second`` of Hugging Face ``tokenizers``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -60,8 +60,8 @@ class EncodedPairs:
         documents: int32 ids of each pair's document.
         kept: int32 [pairs, 2], query and document tokens that each pair keeps.
         lengths: int32 [pairs], tokens of each pair as the model sees it.
-        max_length: the limit they were cut to, special tokens included.
         truncation: the mode they were cut in.
+        places: where each pair stands in the caller's list, for messages.
     """
 
     template: Template
@@ -69,8 +69,8 @@ class EncodedPairs:
     documents: Sequence[IntArray]
     kept: IntArray
     lengths: IntArray
-    max_length: int
     truncation: Truncation
+    places: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,15 +82,22 @@ class EncodedPairs:
         lost: IntArray = np.array(full, dtype=np.int32) - self.kept.sum(axis=1, dtype=np.int32)
         return lost
 
-    def shortened(self, max_length: int) -> EncodedPairs:
-        """The same pairs cut to a smaller ``max_length``.
+    def shortened(self, max_length: int, indices: Iterable[int]) -> EncodedPairs:
+        """The same pairs, the chosen ones cut to ``max_length``.
 
         Raises:
-            TruncationImpossible: a query alone leaves no room for its document.
+            TruncationImpossible: a chosen pair's query alone leaves no room for its document.
         """
-        return encode_pairs(
-            self.template, self.queries, self.documents, max_length, self.truncation
-        )
+        room = max_length - self.template.specials
+        kept = self.kept.copy()
+        for index in indices:
+            query, document = len(self.queries[index]), len(self.documents[index])
+            lengths = truncate(query, document, room, self.truncation)
+            if lengths is None:
+                raise TruncationImpossible(self.places[index], query, room)
+            kept[index] = lengths
+        total = kept.sum(axis=1, dtype=np.int32) + np.int32(self.template.specials)
+        return replace(self, kept=kept, lengths=total)
 
     def batch(self, indices: Iterable[int]) -> TokenBatch:
         """Join the chosen pairs into one step's input, in the given order."""
@@ -125,7 +132,7 @@ class TruncationImpossible(ValueError):
     """A query fills the whole pair, and the mode forbids to cut it.
 
     Attributes:
-        index: the pair.
+        index: the pair's place in the caller's list.
         query_tokens: tokens of its query.
         room: tokens that query and document share.
     """
@@ -141,21 +148,17 @@ def encode_pairs(
     documents: Sequence[IntArray],
     max_length: int,
     truncation: Truncation,
+    places: Sequence[int] | None = None,
 ) -> EncodedPairs:
     """Decide how much of each pair is kept.
 
     Raises:
         TruncationImpossible: see :func:`truncate`.
     """
-    room = max_length - template.specials
-    kept = np.zeros((len(documents), 2), dtype=np.int32)
-    for index, (query, document) in enumerate(zip(queries, documents, strict=True)):
-        lengths = truncate(len(query), len(document), room, truncation)
-        if lengths is None:
-            raise TruncationImpossible(index, len(query), room)
-        kept[index] = lengths
-    total = kept.sum(axis=1, dtype=np.int32) + np.int32(template.specials)
-    return EncodedPairs(template, queries, documents, kept, total, max_length, truncation)
+    none = np.zeros((len(documents), 2), dtype=np.int32)
+    numbered = range(len(documents)) if places is None else places
+    pairs = EncodedPairs(template, queries, documents, none, none[:, 0], truncation, numbered)
+    return pairs.shortened(max_length, range(len(documents)))
 
 
 def truncate(query: int, document: int, room: int, mode: Truncation) -> tuple[int, int] | None:

@@ -51,8 +51,16 @@ class PairEncoder:
         max_length: int,
         truncation: Truncation,
         max_query_tokens: int | None = None,
+        places: Sequence[int] | None = None,
     ) -> EncodedPairs:
         """Encode pairs, each distinct query once and all documents in one batched call.
+
+        Args:
+            pairs: (query, document) texts.
+            max_length: tokens a pair may have, special tokens included.
+            truncation: what gives way when a pair is longer.
+            max_query_tokens: tokens kept of a query; None keeps all.
+            places: where each pair stands in the caller's list, for messages; None is as here.
 
         Raises:
             InvalidInput: a query leaves no room for its document in mode ``only_second``.
@@ -64,7 +72,7 @@ class PairEncoder:
         queries = [by_text[query] for query, _ in pairs]
         documents = ids[len(distinct) :]
         try:
-            return encode_pairs(self.template, queries, documents, max_length, truncation)
+            return encode_pairs(self.template, queries, documents, max_length, truncation, places)
         except TruncationImpossible as error:
             raise _query_too_long(error, max_length) from None
 
@@ -126,9 +134,11 @@ def _truncation_side(folder: Path) -> str:
         return "right"
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
-    return "left" if settings.get("truncation_side") == "left" else "right"
+        return "left" if settings.get("truncation_side") == "left" else "right"
+    except (ValueError, AttributeError) as error:
+        raise BadCheckpoint(
+            f"{path}: not a JSON object ({error}). Download the model again."
+        ) from error
 
 
 def _template(tokenizer: Tokenizer, side: str) -> Template:

@@ -13,6 +13,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import BadCheckpoint, ModelNotFound
+from echelon.score.device import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -137,6 +138,8 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, struct.error) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadCheckpoint(
             f"{file}: not a readable weights-only checkpoint ({reason}). {AGAIN}"

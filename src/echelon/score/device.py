@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +26,17 @@ MEMORY_ERRORS = re.compile(
     r"|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUDNN_STATUS_ALLOC_FAILED"
     r"|could not create a memory object"
-    r"|mmap of .* failed: Cannot allocate memory"
+    r"|unable to mmap \d+ bytes from file .*: Cannot allocate memory"
 )
 """Words of torch, its allocators and oneDNN for memory that could not be had, and nothing else:
 any other RuntimeError is a real fault and must not be mistaken for pressure."""
+
+UNCLEAR_ERRORS = re.compile(r"could not create a primitive$")
+"""oneDNN's words for every cause. A machine short of memory shows them too, when the code that
+oneDNN compiles for a new shape finds no room, so they count only while memory is short."""
+
+SHORT_BYTES = 64 * 2**20
+"""Memory is short when this much cannot be had; 20 MB were left at most when compiling failed."""
 
 
 def require_torch() -> None:
@@ -54,11 +64,11 @@ def choose_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cpu":
-        return device
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index or 0
+    index = int(number or 0)  # torch itself wraps large numbers round
     if index >= count:
         raise InvalidInput(
             "device",
@@ -141,7 +151,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(MEMORY_ERRORS.search(str(error)))
+    if not isinstance(error, RuntimeError):
+        return False
+    words = str(error)
+    return bool(MEMORY_ERRORS.search(words)) or (
+        bool(UNCLEAR_ERRORS.search(words)) and _memory_is_short()
+    )
+
+
+def _memory_is_short() -> bool:
+    """Whether the system refuses a moderate block now."""
+    try:
+        mmap.mmap(-1, SHORT_BYTES).close()
+    except OSError:
+        return True
+    return False
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed blocks back to the device: those of CUDA's allocator, or of the C library's."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def list_gpus() -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 
 from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
 from echelon.score.base import DeviceOutOfMemory, Facts
-from echelon.score.device import DTYPES, device_name, is_out_of_memory
+from echelon.score.device import DTYPES, device_name, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +58,7 @@ class GenericScorer:
             device=str(device),
             device_name=device_name(device),
             precision=precision,
-            max_tokens=int(config.get("max_position_embeddings") or UNBOUNDED_MAX_TOKENS),
+            max_tokens=_max_tokens(model),
             cost="padded",
             weights_bytes=sum(p.nbytes for p in model.parameters()),
             threads=threads,
@@ -85,9 +85,8 @@ class GenericScorer:
         raise DeviceOutOfMemory(failed)
 
     def release(self) -> None:
-        """Give CUDA's cached blocks back."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give cached memory back to the device."""
+        release_memory(self._device)
 
     def close(self) -> None:
         """Free the weights."""
@@ -106,6 +105,15 @@ class GenericScorer:
                 types[real] = batch.type_ids
             inputs["token_type_ids"] = types
         return {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+
+
+def _max_tokens(model: Any) -> int:
+    """Longest pair: rows of the position table, less those up to its padding row if it has one."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
+            padding = part.padding_idx
+            return part.num_embeddings - (0 if padding is None else padding + 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or UNBOUNDED_MAX_TOKENS)
 
 
 def _load(folder: Path, precision: str) -> Any:
@@ -131,6 +139,8 @@ def _load(folder: Path, precision: str) -> Any:
             "remote code is never run."
         ) from error
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadCheckpoint(f"{folder}: the weights cannot be loaded ({error}).") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])

@@ -16,7 +16,7 @@ from torch.nn import functional
 from echelon.errors import BadCheckpoint
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.base import DeviceOutOfMemory, Facts
-from echelon.score.device import device_name, is_out_of_memory
+from echelon.score.device import device_name, is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,9 +151,8 @@ class PackedScorer:
         raise DeviceOutOfMemory(failed)
 
     def release(self) -> None:
-        """Give CUDA's cached blocks back; the CPU allocator keeps none."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give cached memory back to the device."""
+        release_memory(self._device)
 
     def close(self) -> None:
         """Free the weights."""

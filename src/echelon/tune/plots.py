@@ -5,17 +5,20 @@ Colours of text and grid are not here: the page sets them, so that both themes c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+from echelon.tune import words
 from echelon.tune.stats import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.tune.profile import Profile
+    from echelon.tune.words import Entry
 
-    Entry = dict[str, Any]
     Trace = dict[str, Any]
 
 COLOURS = ("#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f")
@@ -24,19 +27,13 @@ COLOURS = ("#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
 """The second sign of a line, next to its colour; as 6 and 7 share no factor, 42 lines differ."""
 
-MISSING = {
-    "out_of_memory": ("out of memory", "x-open"),
-    "skipped": ("skipped", "circle-open"),
-    "not_reached": ("not reached", "diamond-open"),
-}
-"""Per status without a number: its words and its hollow sign at the chart's foot."""
+SIGNS = {"out_of_memory": "x-open", "skipped": "circle-open", "not_reached": "diamond-open"}
+"""The hollow sign at the chart's foot of a size without a number, by its status."""
 
 MOST_TICKS = 8
 """Labels on the size axis that a phone's width holds."""
 
-GIB = 2**30
-
-UNITS = {"batch_size": "pairs a step", "token_budget": "tokens a step"}
+UNITS = {"batch_size": "batch size", "token_budget": "token budget"}
 
 AXES = {
     "batch_size": "Batch size (pairs a step)",
@@ -92,7 +89,7 @@ def _throughput_bounds(entry: Entry) -> tuple[float, float] | None:
 
 
 def _gibibytes(entry: Entry) -> float | None:
-    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / GIB
+    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / words.GIB
 
 
 THROUGHPUT = Quantity(
@@ -109,8 +106,7 @@ LATENCY = Quantity(
     _latency_bounds,
     {
         "title": {"text": "Median of a call"},
-        "type": "log",
-        "dtick": "D2",
+        "rangemode": "tozero",
         "tickformat": "~s",
         "ticksuffix": "s",
     },
@@ -133,39 +129,31 @@ CHARTS = (
 )
 
 
-def charts(profile: Profile, say: Callable[[Entry], str]) -> list[Chart]:
-    """All charts that the profile has points for.
-
-    Args:
-        profile: what tuning found.
-        say: an entry in a line of safe HTML, shown when it is pointed at.
-    """
-    drawn = (_chart(profile, quantity, unit, say) for quantity, unit in CHARTS)
+def charts(profile: Profile) -> list[Chart]:
+    """All charts that the profile has points for."""
+    drawn = (_chart(profile, quantity, unit) for quantity, unit in CHARTS)
     return [chart for chart in drawn if chart is not None]
 
 
-def measured(entry: Entry) -> bool:
-    """Whether an entry of the profile has numbers."""
-    return "latency_s" in entry
-
-
-def _chart(
-    profile: Profile, quantity: Quantity, unit: str, say: Callable[[Entry], str]
-) -> Chart | None:
+def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     entries = sorted((e for e in profile.points if e[unit]), key=lambda e: (e["pairs"], e[unit]))
-    known = [e for e in entries if measured(e) and quantity.value(e) is not None]
+    known = [e for e in entries if words.measured(e) and quantity.value(e) is not None]
     if not known:
         return None
-    pen = _Pen(quantity, unit, say, _looks(entries))
-    lines = [pen.line([e for e in known if e["pairs"] == n]) for n in sorted(pen.looks)]
-    best = [e for e in known if _is_best(profile, e, unit)]
-    gaps = [pen.gaps([e for e in entries if e["status"] == status]) for status in MISSING]
-    traces = [trace for trace in (*lines, pen.rings(best), *gaps) if trace is not None]
+    gaps = [e for e in entries if e["status"] in SIGNS]
+    pen = _Pen(quantity, unit, _looks(entries))
+    traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
+    traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
+    traces += pen.gaps(gaps)
     return Chart(
         name=f"{quantity.name}-{unit}",
         title=f"{quantity.title} against {UNITS[unit]}",
         note=_note(quantity, known),
-        figure={"data": traces, "layout": _layout(quantity, unit, entries)},
+        figure={
+            "data": [trace for trace in traces if trace is not None],
+            "layout": _layout(unit, entries, "y2" if gaps else "y")
+            | _upright(quantity, known, gaps),
+        },
     )
 
 
@@ -182,21 +170,21 @@ def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
     bars = sum(quantity.bounds(entry) is not None for entry in known)
     whose = {0: "No point", len(known): "Every point"}.get(bars, f"{bars} of {len(known)} points")
     verb = "has" if bars in {0, 1, len(known)} else "have"
-    return f"{whose} {verb} enough runs for an error bar ({CONFIDENCE:.0%} interval of the median)."
+    bar = f"an error bar ({words.percent(CONFIDENCE)} interval of the median)"
+    return f"{whose} {verb} enough runs for {bar}."
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
     colour: str
     symbol: str
-    place: int
 
 
 def _looks(entries: Iterable[Entry]) -> dict[int, _Look]:
     """Colour and sign for each number of pairs."""
     counts = sorted({entry["pairs"] for entry in entries})
     return {
-        count: _Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)], i)
+        count: _Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
         for i, count in enumerate(counts)
     }
 
@@ -207,7 +195,6 @@ class _Pen:
 
     quantity: Quantity
     unit: str
-    say: Callable[[Entry], str]
     looks: dict[int, _Look]
 
     def line(self, entries: Sequence[Entry]) -> Trace | None:
@@ -226,45 +213,40 @@ class _Pen:
         """A ring around each point that tuning chose."""
         if not entries:
             return None
-        trace = self._trace(entries, "chosen", mode="markers")
+        trace = self._trace(entries, "best", mode="markers")
         colours = [self.looks[entry["pairs"]].colour for entry in entries]
-        trace["meta"] = "chosen"
+        trace["meta"] = "best"
         trace["marker"] = {"symbol": "circle-open", "size": 19, "color": colours}
         trace["marker"]["line"] = {"width": 2.5}
         return trace
 
-    def gaps(self, entries: Sequence[Entry]) -> Trace | None:
-        """Hollow signs at the foot, on an axis of their own, for sizes without a number."""
-        if not entries:
-            return None
-        words, symbol = MISSING[entries[0]["status"]]
-        looks = [self.looks[entry["pairs"]] for entry in entries]
-        return {
-            "type": "scatter",
-            "mode": "markers",
-            "meta": "missing",
-            "name": words,
-            "x": [entry[self.unit] for entry in entries],
-            "y": [0.04 + 0.07 * look.place for look in looks],
-            "yaxis": "y2",
-            "text": [self.say(entry) for entry in entries],
-            "hoverinfo": "text",
-            "marker": {
-                "symbol": symbol,
-                "size": 10,
-                "color": [look.colour for look in looks],
-                "line": {"width": 2},
-            },
-        }
+    def gaps(self, entries: Sequence[Entry]) -> list[Trace]:
+        """Hollow signs in a strip of their own for sizes without a number, a row per line."""
+        rows = sorted({entry["pairs"] for entry in entries})
+        heights = {count: (row + 0.5) / len(rows) for row, count in enumerate(rows)}
+        kinds = ([e for e in entries if e["status"] == status] for status in SIGNS)
+        return [self._gap(kind, heights) for kind in kinds if kind]
+
+    def _gap(self, entries: Sequence[Entry], heights: dict[int, float]) -> Trace:
+        status = entries[0]["status"]
+        trace = self._trace(entries, words.MISSING[status], mode="markers")
+        trace["meta"] = "missing"
+        trace["y"] = [heights[entry["pairs"]] for entry in entries]
+        trace["yaxis"] = "y2"
+        colours = [self.looks[entry["pairs"]].colour for entry in entries]
+        trace["marker"] = {"symbol": SIGNS[status], "size": 9, "color": colours}
+        trace["marker"]["line"] = {"width": 2}
+        return trace
 
     def _trace(self, entries: Sequence[Entry], name: str, mode: str) -> Trace:
+        values = [self.quantity.value(e) if words.measured(e) else None for e in entries]
         return {
             "type": "scatter",
             "mode": mode,
             "name": name,
             "x": [entry[self.unit] for entry in entries],
-            "y": [self.quantity.value(entry) for entry in entries],
-            "text": [self.say(entry) for entry in entries],
+            "y": values,
+            "text": [_say(entry) for entry in entries],
             "hoverinfo": "text",
         }
 
@@ -284,23 +266,39 @@ class _Pen:
         }
 
 
+def _say(entry: Entry) -> str:
+    """What a point shows when it is pointed at; plotly reads tags there, so they are escaped."""
+    return escape(words.point(entry))
+
+
+STRIP_ROW, MOST_STRIP = 0.08, 0.4
+"""Shares of a chart's height: one row of the strip for sizes without a number, and all of it."""
+
+SHADE = "rgba(128, 128, 128, 0.12)"
+
 GRID = "rgba(128, 128, 128, 0.28)"
 """Seen on white and on black."""
 
 
-def _layout(quantity: Quantity, unit: str, entries: Sequence[Entry]) -> dict[str, Any]:
-    """Still pictures: a finger that scrolls the page must not zoom them."""
-    lines = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "fixedrange": True}
+LINES = {"gridcolor": GRID, "zerolinecolor": GRID, "fixedrange": True, "automargin": True}
+"""Of both axes; fixed, because a finger that scrolls the page must not zoom."""
+
+WIDE = 8
+"""Latencies this many times apart are drawn on a logarithmic axis, or the short ones lie flat."""
+
+
+def _layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
+    """Everything but the vertical axes; ``foot`` is the one that the sizes stand under."""
+    across = {"type": "log", "title": {"text": AXES[unit]}, "anchor": foot}
     return {
+        "autosize": True,
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "dragmode": False,
         "hovermode": "closest",
-        "margin": {"l": 60, "r": 12, "t": 8, "b": 48},
+        "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": {"type": "log", "title": {"text": AXES[unit]}, **_ticks(unit, entries), **lines},
-        "yaxis": {**quantity.axis, **lines},
-        "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
+        "xaxis": {**across, **_ticks(unit, entries), **LINES},
     }
 
 
@@ -309,3 +307,30 @@ def _ticks(unit: str, entries: Iterable[Entry]) -> dict[str, Any]:
     sizes = sorted({entry[unit] for entry in entries})
     sizes = sizes[:: -(-len(sizes) // MOST_TICKS)]
     return {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
+
+
+def _upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
+    """The vertical axis; beneath it a shaded strip for sizes without a number, if there are any."""
+    axis = {**quantity.axis, **LINES}
+    if quantity is LATENCY:
+        axis |= _latency_ticks([entry["latency_s"]["median"] for entry in known])
+    if not gaps:
+        return {"yaxis": axis}
+    strip = min(MOST_STRIP, STRIP_ROW * len({entry["pairs"] for entry in gaps}))
+    shade = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "yref": "paper", "y0": 0}
+    return {
+        "yaxis": axis | {"domain": [strip + STRIP_ROW / 3, 1]},
+        "yaxis2": {"domain": [0, strip], "range": [0, 1], "visible": False, "fixedrange": True},
+        "shapes": [shade | {"y1": strip, "line": {"width": 0}, "fillcolor": SHADE}],
+    }
+
+
+def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
+    """Logarithmic where the latencies are far apart, with labels as in the report's tables."""
+    least, most = min(medians), max(medians)
+    if most < WIDE * least:
+        return {}
+    digits = (1, 2, 5) if most < 1000 * least else (1,)
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [words.duration(t) for t in ticks]}

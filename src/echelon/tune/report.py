@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-from dataclasses import asdict
-from datetime import datetime
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
-from echelon.tune.plots import GIB, MISSING, charts, measured
+from echelon.tune import words
+from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
 from echelon.tune.solve import ENOUGH, TIE
@@ -21,47 +17,45 @@ from echelon.tune.stats import CONFIDENCE
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
 
-    from echelon.tune.plots import Entry
     from echelon.tune.profile import Profile
+    from echelon.tune.words import Entry
 
 PROFILE_NAME = "echelon-profile.json"
 """Where `echelon tune` writes the profile unless told otherwise."""
 
-RUNS_FOR = {"p95": 20, "p99": 100}
-"""Runs below which a percentile is little else than the slowest run: one run beyond it."""
-
-UNKNOWN = "–"
+NO_POINT = "No point was measured. Raise --time-limit."
 
 SITUATIONS = {
     "api": (
         "Realtime API",
-        "1–10",
-        "The shortest call of {pairs} pairs; of sizes within {tie:.0%}, the smallest.",
-        "No point was measured. Raise --time-limit.",
+        "1–10 documents",
+        "The shortest call of {pairs} pairs; of sizes within {tie}, the smallest.",
+        NO_POINT,
     ),
     "offline": (
         "Offline reranking",
-        "50–200",
+        "50–200 documents",
         "The most pairs a second, measured with {pairs}.",
-        "No point was measured. Raise --time-limit.",
+        NO_POINT,
     ),
     "edge": (
         "Small edge machine",
-        "1–5",
-        "The smallest step that keeps {enough:.0%} of the speed: it needs the least memory.",
-        "No point was measured. Raise --time-limit.",
+        "1–5 documents",
+        "The smallest step that keeps {enough} of the speed: it needs the least memory.",
+        NO_POINT,
     ),
     "concurrent": (
         "High concurrency",
-        "varying",
-        "Requests differ in length: a limit in tokens bounds a step's time, one in pairs does "
-        "not. The smallest that keeps {enough:.0%} of the speed.",
+        "requests of any size",
+        (
+            "Requests differ in length: a limit in tokens bounds a step's time, one in pairs "
+            "does not. The smallest that keeps {enough} of the speed."
+        ),
         "No token budget was measured. Give --token-budgets.",
     ),
 }
-"""Per situation: its name, documents a request, why its setting, and what to do without one."""
+"""Per situation: its name, what it ranks, why its setting, and what to do without one."""
 
 
 def write_report(
@@ -106,7 +100,7 @@ def _plotly_js() -> str:
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     """What the template shows, in words."""
-    drawn = charts(profile, lambda entry: escape(_hover(entry)))
+    drawn = charts(profile)
     return {
         "model": profile.key.model,
         "verdict": _verdict(profile),
@@ -116,50 +110,267 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "charts": drawn,
         "figures": {chart.name: chart.figure for chart in drawn},
         "precisions": _precision_rows(profile),
-        "bar": _precision_bar(),
+        "needed": _agreement_needed(),
         "warnings": _warnings(profile),
         "points": [_point_row(entry) for entry in profile.points],
         "facts": _facts(profile),
         "usage": _usage(profile, profile_path),
         "repeat": _repeat(profile),
-        "tie": f"{TIE:.0%}",
-        "confidence": f"{CONFIDENCE:.0%}",
-        "runs_for": RUNS_FOR,
+        "tie": words.percent(TIE),
+        "confidence": words.percent(CONFIDENCE),
+        "runs_for": words.RUNS_FOR,
         "memory_of": _memory_of(profile),
     }
 
 
-# Numbers for people.
+# What was chosen.
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands set apart, never an exponent."""
-    if not math.isfinite(value):
-        return "not a number"
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.2e}")
-    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{places}f}".replace("-", "−")
+def _chosen(profile: Profile) -> Entry | None:
+    """The measured point of the chosen setting, with the most pairs."""
+    settings = profile.settings
+    budget = None if settings.token_budget == NO_BUDGET else settings.token_budget
+    return _find(profile, settings.batch_size, budget)
 
 
-def duration(seconds: float) -> str:
-    """Milliseconds below a second, else seconds."""
-    if float(f"{seconds:.2e}") < 1:
-        return f"{number(seconds * 1000)} ms"
-    return f"{number(seconds)} s"
+def _find(
+    profile: Profile, batch_size: int | None, token_budget: int | None, pairs: int | None = None
+) -> Entry | None:
+    wanted = (batch_size, token_budget)
+    found = [
+        e
+        for e in profile.points
+        if words.measured(e)
+        and (e["batch_size"], e["token_budget"]) == wanted
+        and pairs in {None, e["pairs"]}
+    ]
+    return max(found, key=lambda e: e["pairs"], default=None)
 
 
-def size(count: int | None) -> str:
-    """Bytes as GiB; a dash where they are not known."""
-    return UNKNOWN if count is None else f"{number(count / GIB)} GiB"
+def _slowest(profile: Profile, chosen: Entry) -> Entry | None:
+    """The slowest size for as many pairs; None where the choice had no rival."""
+    rivals = [e for e in profile.points if words.measured(e) and e["pairs"] == chosen["pairs"]]
+    slowest = min(rivals, key=lambda e: e["pairs_per_s"], default=chosen)
+    return slowest if slowest["pairs_per_s"] < chosen["pairs_per_s"] else None
 
 
-def spread(entry: Entry) -> str:
-    """How sure the median is: the farther end of its interval, or how few runs there are."""
-    latency = entry["latency_s"]
-    if latency["low"] is None or latency["high"] is None:
-        return f"n={entry['samples']}"
-    far = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
-    percent = math.ceil(1000 * far / latency["median"]) / 10  # up: never surer than measured
-    return f"±{percent:.0f} %" if percent >= 10 else f"±{percent:.1f} %"
+def _verdict(profile: Profile) -> str:
+    chosen = _chosen(profile)
+    precision = profile.settings.precision
+    if chosen is None:
+        return (
+            "The chosen setting has no measured point, so nothing can be said about its speed. "
+            "Run echelon tune again with a higher --time-limit."
+        )
+    found = (
+        f"Use {words.step_of(chosen)} in {precision}. On {profile.key.device_name} it ranks "
+        f"{chosen['pairs']} pairs in {words.duration(chosen['latency_s']['median'])} "
+        f"({words.spread(chosen)}), {words.number(chosen['pairs_per_s'])} pairs/s"
+    )
+    slowest = _slowest(profile, chosen)
+    if slowest is None:
+        return f"{found}."
+    return (
+        f"{found}: {_times(chosen, slowest)} the slowest size measured ({words.step_of(slowest)})."
+    )
+
+
+def _times(chosen: Entry, slowest: Entry) -> str:
+    return f"{chosen['pairs_per_s'] / slowest['pairs_per_s']:,.1f} times"
+
+
+def _tiles(profile: Profile) -> list[tuple[str, str, str]]:
+    """The verdict's figures: label, value, and what belongs to it."""
+    chosen = _chosen(profile)
+    if chosen is None:
+        return []
+    slowest = _slowest(profile, chosen)
+    tiles = [
+        (
+            "Throughput",
+            f"{words.number(chosen['pairs_per_s'])} pairs/s",
+            f"{chosen['pairs']} pairs a call",
+        ),
+        (
+            "Latency",
+            words.duration(chosen["latency_s"]["median"]),
+            f"median, {words.spread(chosen)}",
+        ),
+        ("Precision", profile.settings.precision, _precision_note(profile)),
+        ("Peak memory", words.size(chosen["peak_bytes"]), _memory_of(profile)),
+    ]
+    if slowest is not None:
+        rate = f"{words.number(slowest['pairs_per_s'])} pairs/s, {words.step_of(slowest)}"
+        tiles.insert(2, ("Against the slowest", _times(chosen, slowest), rate))
+    return tiles
+
+
+def _precision_note(profile: Profile) -> str:
+    precision = profile.settings.precision
+    rows = [row for row in profile.precisions if row["precision"] == precision]
+    if not rows:
+        return "not compared with others"
+    return "the reference" if precision == "fp32" else f"τ {rows[0]['tau']:.4f} against fp32"
+
+
+def _memory_of(profile: Profile) -> str:
+    where = "the process" if profile.key.device == "cpu" else "the GPU"
+    return f"{where}, model included"
+
+
+# Tables.
+
+
+def _situation(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
+    title, documents, why, remedy = SITUATIONS[name]
+    row = {"title": title, "documents": documents}
+    advice = next((s for s in profile.situations if s["name"] == name), None)
+    if advice is None:
+        return row | {"setting": "", "why": remedy}
+    point = _find(profile, advice["batch_size"], advice["token_budget"], advice["pairs"])
+    return row | {
+        "setting": words.step_of(advice),
+        "python": words.python(profile.key.model, profile_path, advice),
+        "shell": words.shell(profile.key.model, profile_path, advice),
+        "latency": words.duration(advice["latency_s"]),
+        "of": f"{advice['pairs']} pairs" + (f", {words.spread(point)}" if point else ""),
+        "rate": words.number(advice["pairs_per_s"]),
+        "memory": words.size(advice["peak_bytes"]),
+        "why": why.format(
+            pairs=advice["pairs"], tie=words.percent(TIE), enough=words.percent(ENOUGH)
+        ),
+    }
+
+
+def _best_rows(profile: Profile) -> list[list[str]]:
+    """The summary table; a number of pairs without a measured point keeps its row."""
+    best = {entry["pairs"]: entry for entry in profile.best}
+    counts = sorted({*best, *(e["pairs"] for e in profile.points if e["batch_size"])})
+    return [_best_row(count, best.get(count)) for count in counts]
+
+
+def _best_row(count: int, entry: Entry | None) -> list[str]:
+    if entry is None:
+        return [str(count), "not measured", words.UNKNOWN, words.UNKNOWN]
+    latency = f"{words.duration(entry['latency_s']['median'])} ({words.spread(entry)})"
+    return [str(count), str(entry["batch_size"]), latency, words.number(entry["pairs_per_s"])]
+
+
+def _precision_rows(profile: Profile) -> list[dict[str, Any]]:
+    fastest = max((row["tokens_per_s"] for row in profile.precisions), default=1.0)
+    return [
+        {
+            "name": row["precision"],
+            "rate": words.number(row["tokens_per_s"]),
+            "share": f"{100 * row['tokens_per_s'] / fastest:.0f}%",
+            "tau": f"{row['tau']:.4f}",
+            "overlap": words.percent(row["overlap"], 1),
+            "delta": words.number(row["max_delta"]),
+            "loss": words.UNKNOWN if row["ndcg_loss"] is None else _signed(row["ndcg_loss"]),
+            "queries": row["queries"],
+            "passed": row["passed"],
+            "chosen": row["precision"] == profile.settings.precision,
+        }
+        for row in profile.precisions
+    ]
+
+
+def _signed(loss: float) -> str:
+    return f"{loss:.4f}".replace("-", "−")
+
+
+def _agreement_needed() -> str:
+    return (
+        f"τ at least {LEAST_TAU}, top-10 overlap at least {words.percent(LEAST_OVERLAP)}, "
+        f"nDCG@10 loss at most {MOST_NDCG_LOSS}"
+    )
+
+
+def _warnings(profile: Profile) -> list[str]:
+    learned = profile.learned_token_budget
+    if learned is None:
+        return profile.warnings
+    note = (
+        f"Memory ran short after tuning, so steps now hold at most {learned:,} tokens. "
+        "Free memory and run `echelon tune` again to get the measured speed back."
+    )
+    return [*profile.warnings, note]
+
+
+def _point_row(entry: Entry) -> dict[str, Any]:
+    row = {
+        "pairs": entry["pairs"],
+        "step": words.step_of(entry).removesuffix(" a step"),
+        "status": words.MISSING.get(entry["status"], entry["status"]),
+        "reason": entry["reason"] or "no number",
+    }
+    return row | {"numbers": _numbers(entry) if words.measured(entry) else []}
+
+
+def _numbers(entry: Entry) -> list[str]:
+    """The columns from the median on."""
+    return [
+        words.duration(entry["latency_s"]["median"]),
+        words.interval(entry),
+        words.percentile(entry, "p95"),
+        words.percentile(entry, "p99"),
+        str(entry["samples"]),
+        words.number(entry["pairs_per_s"]),
+        words.number(entry["tokens_per_s"]),
+        words.percent(entry["padding_share"], 1),
+        f"{entry['steps']:,}",
+        words.size(entry["peak_bytes"]),
+    ]
+
+
+# Facts and commands.
+
+
+def _facts(profile: Profile) -> dict[str, list[tuple[str, str]]]:
+    key = profile.key
+    return {
+        "Machine": words.machine(profile.machine),
+        "Data": words.data(profile.data),
+        "Profile": [
+            ("Model", key.model),
+            ("Revision", key.revision),
+            ("Device", f"{key.device}, {key.device_name}"),
+            ("Precision", key.precision),
+            ("Threads", str(profile.settings.threads or words.UNKNOWN)),
+            ("Longest pair", _longest(profile)),
+            ("Versions", ", ".join(f"{name} {v}" for name, v in key.versions.items())),
+            ("Made", words.when(profile.created)),
+        ],
+    }
+
+
+def _longest(profile: Profile) -> str:
+    limit = profile.settings.max_length
+    return "the model's limit" if limit is None else f"{limit:,} tokens"
+
+
+def _usage(profile: Profile, profile_path: str) -> list[tuple[str, str]]:
+    code = (
+        "from echelon import Reranker\n\n"
+        f"with {words.python(profile.key.model, profile_path)} as reranker:\n"
+        '    ranking = reranker.rank("query", documents)'
+    )
+    return [("Python", code), ("Command line", words.shell(profile.key.model, profile_path))]
+
+
+def _repeat(profile: Profile) -> str:
+    """The command that measures the same sizes again, as far as the profile knows it."""
+    parts = ["echelon", "tune", profile.key.model, "--device", profile.key.device]
+    for option, name in (
+        ("--pairs", "pairs"),
+        ("--batch-sizes", "batch_size"),
+        ("--token-budgets", "token_budget"),
+    ):
+        sizes = sorted({entry[name] for entry in profile.points if entry[name]})
+        parts += [option, ",".join(map(str, sizes))]
+    name = str(profile.data.get("name") or "")
+    parts += ["--data", name] if name and not name.startswith("built-in") else []
+    parts += [] if profile.precisions else ["--precision", profile.settings.precision]
+    limit = profile.settings.max_length
+    parts += [] if limit is None else ["--max-length", str(limit)]
+    return shlex.join(parts)

@@ -1,0 +1,185 @@
+"""Measurements in words for people, with units and how sure they are, and what to type. Pure.
+
+An entry is a point as the profile holds it, see :class:`echelon.tune.grid.Measured`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from echelon.plan.pack import NO_BUDGET
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Entry = dict[str, Any]
+
+GIB = 2**30
+
+RUNS_FOR = {"p95": 20, "p99": 100}
+"""Runs below which a percentile is little else than the slowest run: one run beyond it."""
+
+WHOLE_PERCENT = 10
+"""An interval this wide does not deserve a decimal."""
+
+UNKNOWN = "–"
+
+MISSING = {
+    "out_of_memory": "out of memory",
+    "skipped": "skipped",
+    "not_reached": "not reached",
+}
+"""Words for each status without a number."""
+
+
+def measured(entry: Entry) -> bool:
+    """Whether an entry of the profile has numbers."""
+    return "latency_s" in entry
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands set apart, never an exponent."""
+    if not math.isfinite(value):
+        return "not a number"
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.2e}")
+    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{places}f}".replace("-", "−")
+
+
+def percent(share: float, places: int = 0) -> str:
+    """A share of one in percent, set as everywhere in the report."""
+    return f"{100 * share:.{places}f} %"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, else seconds."""
+    if float(f"{seconds:.2e}") < 1:
+        return f"{number(seconds * 1000)} ms"
+    return f"{number(seconds)} s"
+
+
+def size(count: int | None) -> str:
+    """Bytes as GiB; a dash where they are not known."""
+    return UNKNOWN if count is None else f"{number(count / GIB)} GiB"
+
+
+def spread(entry: Entry) -> str:
+    """How sure the median is: the farther end of its interval, or how few runs there are."""
+    latency = entry["latency_s"]
+    if latency["low"] is None or latency["high"] is None:
+        return f"n={entry['samples']}"
+    far = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
+    percent = math.ceil(1000 * far / latency["median"]) / 10  # up: never surer than measured
+    return f"±{math.ceil(percent)} %" if percent >= WHOLE_PERCENT else f"±{percent:.1f} %"
+
+
+def interval(entry: Entry) -> str:
+    """The median's interval; a dash where there are too few runs for one."""
+    low, high = entry["latency_s"]["low"], entry["latency_s"]["high"]
+    return UNKNOWN if low is None or high is None else f"{duration(low)} – {duration(high)}"
+
+
+def percentile(entry: Entry, name: str) -> str:
+    """A percentile, marked ≈ where the runs are too few to tell it from the slowest."""
+    if entry["samples"] == 1:
+        return UNKNOWN
+    sure = entry["samples"] >= RUNS_FOR[name]
+    return ("" if sure else "≈ ") + duration(entry["latency_s"][name])
+
+
+def step(batch_size: int | None, token_budget: int | None) -> str:
+    """How a step is bounded, in words; a budget without end bounds nothing."""
+    parts = [f"batch {batch_size:,}"] if batch_size else []
+    if token_budget and token_budget != NO_BUDGET:
+        parts.append(f"{token_budget:,} tokens a step")
+    return ", ".join(parts) or "no limit"
+
+
+def step_of(entry: Entry) -> str:
+    """How a point's or a situation's step is bounded."""
+    return step(entry["batch_size"], entry["token_budget"])
+
+
+def point(entry: Entry) -> str:
+    """A point in one line."""
+    what = f"{entry['pairs']} pairs, {step_of(entry)}: "
+    if not measured(entry):
+        return f"{what}{status(entry)}"
+    found = f"{duration(entry['latency_s']['median'])} ({spread(entry)})"
+    return f"{what}{found}, {number(entry['pairs_per_s'])} pairs/s, {size(entry['peak_bytes'])}"
+
+
+def status(entry: Entry) -> str:
+    """What became of a point, with the reason if it has no number."""
+    found = MISSING.get(entry["status"], str(entry["status"]))
+    return f"{found}: {entry['reason']}" if entry["reason"] else found
+
+
+def when(created: str) -> str:
+    """A time as in the profile, to the minute; what is no time stays as it is."""
+    try:
+        return f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M %Z}".strip()
+    except ValueError:
+        return created
+
+
+def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The machine, see :mod:`echelon.tune.hardware`, as labels and values."""
+    usable, present = (found.get(name, UNKNOWN) for name in ("usable_cpus", "cpus"))
+    system = [found.get("system"), found.get("machine")]
+    return [
+        ("Processor", str(found.get("cpu") or UNKNOWN)),
+        ("Matrix features", ", ".join(found.get("matrix_features") or ()) or "none known"),
+        ("Cores", f"{usable} usable of {present}"),
+        ("Memory", size(found.get("memory_bytes"))),
+        ("GPU", "; ".join(map(_gpu, found.get("gpus") or ())) or "none"),
+        ("System", ", ".join(part for part in system if part) or UNKNOWN),
+        ("Python", str(found.get("python") or UNKNOWN)),
+    ]
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    name, capability = (gpu.get(name, UNKNOWN) for name in ("name", "capability"))
+    return f"{name}, {size(gpu.get('memory_bytes'))}, compute {capability}"
+
+
+def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The texts that were scored, as labels and values."""
+    lengths = found.get("tokens") or {}
+    names = {"mean": "mean", "p50": "median", "p90": "P90", "max": "longest"}
+    known = [f"{names[name]} {lengths[name]:,.0f}" for name in names if name in lengths]
+    return [
+        ("Texts", str(found.get("name") or UNKNOWN)),
+        ("Pairs in it", f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
+        ("Tokens a pair", ", ".join(known) or UNKNOWN),
+    ]
+
+
+def python(model: str, profile_path: str, entry: Entry | None = None) -> str:
+    """The Python that loads a model with its profile, and an entry's step size if one is given."""
+    option = _step_option(entry)
+    more = f", {option[0]}={option[1]}" if option else ""
+    # JSON's strings are Python's too, and in the quotes that people write.
+    return f"Reranker({json.dumps(model)}, profile={json.dumps(profile_path)}{more})"
+
+
+def shell(model: str, profile_path: str, entry: Entry | None = None) -> str:
+    """The same as a command."""
+    option = _step_option(entry)
+    more = [f"--{option[0].replace('_', '-')}", str(option[1])] if option else []
+    parts = shlex.join(["--model", model, "--profile", profile_path, *more])
+    return f'echelon rank "query" --file documents.txt {parts}'
+
+
+def _step_option(entry: Entry | None) -> tuple[str, int] | None:
+    """The option that sets a step's size; None leaves it to the profile."""
+    for name in ("batch_size", "token_budget"):
+        if entry and entry[name]:
+            return name, entry[name]
+    return None
