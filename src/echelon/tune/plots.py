@@ -326,11 +326,16 @@ def _upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) 
 
 
 def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
-    """Logarithmic where the latencies are far apart, with labels as in the report's tables."""
+    """Logarithmic where the latencies are far apart, with round labels."""
     least, most = min(medians), max(medians)
     if most < WIDE * least:
         return {}
     digits = (1, 2, 5) if most < 1000 * least else (1,)
     decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    return {"type": "log", "tickvals": ticks, "ticktext": [words.duration(t) for t in ticks]}
+    return {"type": "log", "tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
+
+
+def _tick(seconds: float) -> str:
+    """As plotly labels the linear axis."""
+    return f"{seconds:g}s" if seconds >= 1 else f"{1000 * seconds:g}ms"

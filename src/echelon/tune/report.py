@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PROFILE_NAME = "echelon-profile.json"
 """Where `echelon tune` writes the profile unless told otherwise."""
 
+SIZES = {"--pairs": "pairs", "--batch-sizes": "batch_size", "--token-budgets": "token_budget"}
+"""Which entry of a point each option of `echelon tune` fills."""
+
 NO_POINT = "No point was measured. Raise --time-limit."
 
 SITUATIONS = {
@@ -114,7 +117,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "warnings": _warnings(profile),
         "points": [_point_row(entry) for entry in profile.points],
         "facts": _facts(profile),
-        "usage": _usage(profile, profile_path),
+        "python": _snippet(profile, profile_path),
+        "shell": words.shell(profile.key.model, profile_path),
         "repeat": _repeat(profile),
         "tie": words.percent(TIE),
         "confidence": words.percent(CONFIDENCE),
@@ -349,28 +353,27 @@ def _longest(profile: Profile) -> str:
     return "the model's limit" if limit is None else f"{limit:,} tokens"
 
 
-def _usage(profile: Profile, profile_path: str) -> list[tuple[str, str]]:
-    code = (
+def _snippet(profile: Profile, profile_path: str) -> str:
+    return (
         "from echelon import Reranker\n\n"
         f"with {words.python(profile.key.model, profile_path)} as reranker:\n"
         '    ranking = reranker.rank("query", documents)'
     )
-    return [("Python", code), ("Command line", words.shell(profile.key.model, profile_path))]
 
 
 def _repeat(profile: Profile) -> str:
     """The command that measures the same sizes again, as far as the profile knows it."""
     parts = ["echelon", "tune", profile.key.model, "--device", profile.key.device]
-    for option, name in (
-        ("--pairs", "pairs"),
-        ("--batch-sizes", "batch_size"),
-        ("--token-budgets", "token_budget"),
-    ):
+    for option, name in SIZES.items() if profile.points else ():
         sizes = sorted({entry[name] for entry in profile.points if entry[name]})
         parts += [option, ",".join(map(str, sizes))]
-    name = str(profile.data.get("name") or "")
-    parts += ["--data", name] if name and not name.startswith("built-in") else []
-    parts += [] if profile.precisions else ["--precision", profile.settings.precision]
-    limit = profile.settings.max_length
-    parts += [] if limit is None else ["--max-length", str(limit)]
+    chosen, data = profile.settings, str(profile.data.get("name") or "built-in")
+    asked = {
+        "--data": None if data.startswith("built-in") else data,
+        "--precision": None if profile.precisions else chosen.precision,
+        "--max-length": chosen.max_length,
+        "--threads": chosen.threads,
+    }
+    for option, value in asked.items():
+        parts += [] if value is None else [option, str(value)]
     return shlex.join(parts)

@@ -26,6 +26,9 @@ RUNS_FOR = {"p95": 20, "p99": 100}
 WHOLE_PERCENT = 10
 """An interval this wide does not deserve a decimal."""
 
+SPACE = "\u00a0"
+"""Between a number and its unit: no line may break there."""
+
 UNKNOWN = "–"
 
 MISSING = {
@@ -54,19 +57,19 @@ def number(value: float) -> str:
 
 def percent(share: float, places: int = 0) -> str:
     """A share of one in percent, set as everywhere in the report."""
-    return f"{100 * share:.{places}f} %"
+    return f"{100 * share:.{places}f}{SPACE}%"
 
 
 def duration(seconds: float) -> str:
     """Milliseconds below a second, else seconds."""
     if float(f"{seconds:.2e}") < 1:
-        return f"{number(seconds * 1000)} ms"
-    return f"{number(seconds)} s"
+        return f"{number(seconds * 1000)}{SPACE}ms"
+    return f"{number(seconds)}{SPACE}s"
 
 
 def size(count: int | None) -> str:
     """Bytes as GiB; a dash where they are not known."""
-    return UNKNOWN if count is None else f"{number(count / GIB)} GiB"
+    return UNKNOWN if count is None else f"{number(count / GIB)}{SPACE}GiB"
 
 
 def spread(entry: Entry) -> str:
@@ -76,7 +79,9 @@ def spread(entry: Entry) -> str:
         return f"n={entry['samples']}"
     far = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
     percent = math.ceil(1000 * far / latency["median"]) / 10  # up: never surer than measured
-    return f"±{math.ceil(percent)} %" if percent >= WHOLE_PERCENT else f"±{percent:.1f} %"
+    return (
+        f"±{math.ceil(percent)}{SPACE}%" if percent >= WHOLE_PERCENT else f"±{percent:.1f}{SPACE}%"
+    )
 
 
 def interval(entry: Entry) -> str:
