@@ -208,6 +208,15 @@ def _steps(model: CrossEncoder, **options: Any) -> int:
     return seen[0]
 
 
+def test_a_family_without_a_packed_encoder(toy: Callable[[str], Path]) -> None:
+    with pytest.warns(EchelonWarning, match="distilbert has no packed encoder"):
+        ours = CrossEncoder(toy("distilbert"), device="cpu")
+    theirs = Original(str(toy("distilbert")), device="cpu")
+
+    same(ours.predict(PAIRS), theirs.predict(PAIRS))
+    same_ranking(ours.rank(QUERY, DOCUMENTS), theirs.rank(QUERY, DOCUMENTS))
+
+
 # --- lengths
 
 
@@ -263,6 +272,10 @@ def test_rankings_are_those_of_the_original(ours: CrossEncoder, theirs: Original
             ours.rank(QUERY, DOCUMENTS, **options), theirs.rank(QUERY, DOCUMENTS, **options)
         )
     assert ours.rank(QUERY, []) == theirs.rank(QUERY, []) == []
+    same_ranking(
+        ours.rank(QUERY, iter(DOCUMENTS), return_documents=True),
+        theirs.rank(QUERY, DOCUMENTS, return_documents=True),
+    )
 
 
 def test_equal_scores_keep_their_order(both: tuple[CrossEncoder, Original]) -> None:

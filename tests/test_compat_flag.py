@@ -249,10 +249,11 @@ def test_lengths_beyond_the_model(bert: Path) -> None:
     same(model.compute_score((query, "kettle")), theirs.compute_score((query, "kettle")))
 
 
-def test_closing_and_pools(bert: Path) -> None:
-    with FlagReranker(bert, devices="cpu") as model:
-        model.stop_self_pool()
-        assert len(model.compute_score(PAIRS)) == len(PAIRS)
+def test_there_is_no_pool_to_stop(bert: Path) -> None:
+    model = FlagReranker(bert, devices="cpu")
+    model.stop_self_pool()
+
+    assert len(model.compute_score(PAIRS)) == len(PAIRS)
 
 
 @pytest.mark.parametrize(

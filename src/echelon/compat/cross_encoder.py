@@ -115,7 +115,7 @@ class CrossEncoder(Movable):
         take_refused(options)
         options["device"] = device_option(device)
         precision = asked_precision(model_kwargs, options)
-        Options.of(**options)
+        Options.of(**options, revision=revision)
         storage = Storage(revision, cache_folder, local_files_only, token)
         self._located = locate(model_name_or_path, storage, owner=OWNER)
         self._saved = read_saved(self._located.path)
@@ -232,8 +232,9 @@ class CrossEncoder(Movable):
         """
         take_idle(options, "num_workers", "apply_softmax", "convert_to_numpy", "convert_to_tensor")
         check_text("query", query)
+        texts = as_documents(documents)
         scores = self.predict(
-            [(query, document) for document in as_documents(documents)],
+            [(query, text) for text in texts],
             prompt_name=prompt_name,
             prompt=prompt,
             batch_size=batch_size,
@@ -247,7 +248,7 @@ class CrossEncoder(Movable):
         ).tolist()
         ranked = sorted(enumerate(scores), key=lambda entry: entry[1], reverse=True)[:top_k]
         return [
-            {"corpus_id": i, "score": score} | ({"text": documents[i]} if return_documents else {})
+            {"corpus_id": i, "score": score} | ({"text": texts[i]} if return_documents else {})
             for i, score in ranked
         ]
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from echelon.checks import check_pairs
 from echelon.compat.keywords import capped, device_option, refuse, take_refused
@@ -166,16 +166,6 @@ class FlagReranker:
 
     def stop_self_pool(self) -> None:
         """Nothing: there are no worker processes to stop."""
-
-    def close(self) -> None:
-        """Free the model."""
-        self._reranker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _query_tokens(self, asked: int | None, max_length: int) -> int:
         asked = self.query_max_length if asked is None else asked

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from echelon.tune import words
@@ -29,6 +30,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "penta
 
 SIGNS = {"out_of_memory": "x-open", "skipped": "circle-open", "not_reached": "diamond-open"}
 """The hollow sign at the chart's foot of a size without a number, by its status."""
+
+HOVER_WIDTH = 40
+"""Letters of a line that a phone shows beside a point."""
 
 MOST_TICKS = 8
 """Labels on the size axis that a phone's width holds."""
@@ -268,7 +272,7 @@ class _Pen:
 
 def _say(entry: Entry) -> str:
     """What a point shows when it is pointed at; plotly reads tags there, so they are escaped."""
-    return escape(words.point(entry))
+    return "<br>".join(escape(line, quote=False) for line in wrap(words.point(entry), HOVER_WIDTH))
 
 
 STRIP_ROW, MOST_STRIP = 0.08, 0.4

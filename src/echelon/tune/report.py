@@ -115,6 +115,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "precisions": _precision_rows(profile),
         "needed": _agreement_needed(),
         "warnings": _warnings(profile),
+        "gaps": not all(words.measured(entry) for entry in profile.points),
         "points": [_point_row(entry) for entry in profile.points],
         "facts": _facts(profile),
         "python": _snippet(profile, profile_path),
@@ -204,8 +205,10 @@ def _tiles(profile: Profile) -> list[tuple[str, str, str]]:
         ("Peak memory", words.size(chosen["peak_bytes"]), _memory_of(profile)),
     ]
     if slowest is not None:
-        rate = f"{words.number(slowest['pairs_per_s'])} pairs/s, {words.step_of(slowest)}"
-        tiles.insert(2, ("Against the slowest", _times(chosen, slowest), rate))
+        rate = f"{words.number(slowest['pairs_per_s'])} pairs/s ({words.spread(slowest)})"
+        tiles.insert(
+            2, ("Against the slowest", _times(chosen, slowest), f"{rate}, {words.step_of(slowest)}")
+        )
     return tiles
 
 

@@ -170,8 +170,12 @@ def python(model: str, profile_path: str, entry: Entry | None = None) -> str:
     """The Python that loads a model with its profile, and an entry's step size if one is given."""
     option = _step_option(entry)
     more = f", {option[0]}={option[1]}" if option else ""
-    # JSON's strings are Python's too, and in the quotes that people write.
-    return f"Reranker({json.dumps(model)}, profile={json.dumps(profile_path)}{more})"
+    return f"Reranker({_quoted(model)}, profile={_quoted(profile_path)}{more})"
+
+
+def _quoted(text: str) -> str:
+    """A Python string in the quotes that people write: JSON's, but for its surrogate pairs."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def shell(model: str, profile_path: str, entry: Entry | None = None) -> str:
