@@ -118,7 +118,7 @@ def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path):
     profile, report = tmp_path / "p.json", tmp_path / "r.html"
     done = run("tune", bert, *QUICK, "--profile", profile, "--report", report)
     assert done.returncode == 0, done.stderr
-    for words in ("Best batch", "Pairs/s", "Best token budget", "realtime API", "Kendall"):
+    for words in ("Best batch", "Pairs/s", "Best step", "realtime API", "Kendall"):
         assert words in done.stdout
     assert json.loads(profile.read_text())["schema"] == 1
     assert "<html" in report.read_text("utf-8")

@@ -21,7 +21,20 @@ from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 MARKS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")
 ODDITIES = (
     *("\x00", "\x07", "\x1b[0m", "\x7f", "\x85", "\u200b", "\u200d", "\u2028", "\ufeff", "\ufffd"),
-    *("👩‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "👍🏽", "e\u0301", "ﬁ", "①", "\u202eabc", "\t", "\r\n", "\u3000", "\U0010ffff"),
+    *(
+        "👩‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "🇩🇪",
+        "👍🏽",
+        "e\u0301",
+        "ﬁ",
+        "①",
+        "\u202eabc",
+        "\t",
+        "\r\n",
+        "\u3000",
+        "\U0010ffff",
+    ),
 )
 
 pieces = st.one_of(
@@ -102,9 +115,7 @@ def sweep(folder: Path) -> None:
 @example(query="", document="", mode="longest_first", max_length=5)
 @example(query="a</s>b", document="[SEP]<pad>", mode="only_second", max_length=9)
 @example(query="a b c d e f", document="", mode="only_second", max_length=5)
-def test_toy_ids_are_the_reference_tokenizers(
-    tokenizers, kind, query, document, mode, max_length
-):
+def test_toy_ids_are_the_reference_tokenizers(tokenizers, kind, query, document, mode, max_length):
     check(tokenizers[kind], query, document, mode, max_length)
 
 

@@ -274,7 +274,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     from echelon.tune.report import write_report
 
     found.save(target)
-    write_report(found, Path(report))
+    write_report(found, Path(report), profile_path=profile)
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from echelon.plan.pack import NO_BUDGET
+from echelon.tune import words
 
 if TYPE_CHECKING:
     from echelon.tune.profile import Profile
@@ -20,23 +20,6 @@ SITUATIONS = {
     "edge": "small edge machine",
     "concurrent": "high concurrency",
 }
-
-
-def seconds(value: float) -> str:
-    """A duration with three digits and a fitting unit."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
-
-
-def gibibytes(value: int | None) -> str:
-    """A size in GiB, or a dash where it is not known."""
-    return "–" if value is None else f"{value / 2**30:.2f} GiB"
-
-
-def step_size(entry: dict[str, Any]) -> str:
-    """How a step is bounded, in words."""
-    if entry["batch_size"]:
-        return f"batch {entry['batch_size']}"
-    return f"{entry['token_budget']} tokens a step"
 
 
 def print_ranking(ranking: Ranking) -> None:
@@ -66,8 +49,8 @@ def print_profile(profile: Profile) -> None:
     console.print(_best_table(profile))
     console.print(_situation_table(profile))
     chosen = profile.settings
-    tokens = "no token limit" if chosen.token_budget == NO_BUDGET else f"{chosen.token_budget}"
-    console.print(f"\nBest token budget: [bold]{tokens}[/bold], precision {chosen.precision}")
+    best = words.step(chosen.batch_size, chosen.token_budget)
+    console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}")
     for warning in profile.warnings:
         console.print(Text(f"Note: {warning}", style="yellow"))
 
@@ -86,7 +69,7 @@ def _precision_table(profile: Profile) -> Table:
     for row in profile.precisions:
         table.add_row(
             row["precision"],
-            f"{row['tokens_per_s']:,.0f}",
+            words.number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",
             "yes" if row["passed"] else "no",
@@ -100,8 +83,8 @@ def _best_table(profile: Profile) -> Table:
         table.add_row(
             str(entry["pairs"]),
             str(entry["batch_size"]),
-            seconds(entry["latency_s"]["median"]),
-            f"{entry['pairs_per_s']:.1f}",
+            f"{words.duration(entry['latency_s']['median'])} {words.spread(entry)}",
+            words.number(entry["pairs_per_s"]),
         )
     return table
 
@@ -112,9 +95,9 @@ def _situation_table(profile: Profile) -> Table:
         table.add_row(
             SITUATIONS[entry["name"]],
             entry["documents"],
-            step_size(entry),
-            f"{entry['pairs_per_s']:.1f}",
-            gibibytes(entry["peak_bytes"]),
+            words.step_of(entry),
+            words.number(entry["pairs_per_s"]),
+            words.size(entry["peak_bytes"]),
         )
     return table
 
@@ -137,5 +120,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
     if isinstance(value, int) and value > 2**24:
-        return gibibytes(value)
+        return words.size(value)
     return "not installed" if value is None else str(value)
