@@ -224,6 +224,17 @@ def test_the_default_length_is_the_originals(ours: CrossEncoder, theirs: Origina
     assert ours.max_length == ours.max_seq_length == theirs.max_seq_length
 
 
+def test_a_tokenizer_may_set_a_shorter_default(tmp_path: Path, bert: Path) -> None:
+    folder = variant(tmp_path / "model", bert)
+    change(folder / "tokenizer_config.json", model_max_length=30)
+    ours, theirs = CrossEncoder(folder, device="cpu"), Original(str(folder), device="cpu")
+
+    assert ours.max_length == theirs.max_seq_length == 30
+    same(ours.predict(PAIRS), theirs.predict(PAIRS))
+    ours.max_length = theirs.max_seq_length = 60
+    same(ours.predict(PAIRS), theirs.predict(PAIRS))
+
+
 @pytest.mark.parametrize("length", [8, 17, 40])
 def test_truncation(folder: Path, length: int) -> None:
     ours = CrossEncoder(folder, max_length=length, device="cpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as Original
 
+from echelon import Reranker
 from echelon.compat import CrossEncoder
 from echelon.errors import EchelonWarning, InvalidInput
 from test_compat_cross_encoder import (
@@ -16,6 +17,7 @@ from test_compat_cross_encoder import (
     ONE,
     PAIRS,
     QUERY,
+    change,
     same,
     same_ranking,
     variant,
@@ -36,6 +38,7 @@ def both(bert: Path) -> tuple[CrossEncoder, Original]:
 # --- what the model was saved with
 
 IDENTITY = "torch.nn.modules.linear.Identity"
+ELU = "torch.nn.modules.activation.ELU"
 TANH = "torch.nn.modules.activation.Tanh"
 
 
@@ -69,6 +72,7 @@ def test_a_saved_activation_is_used(tmp_path: Path, bert: Path, config: dict[str
 @pytest.mark.parametrize("function", [torch.nn.Identity(), torch.nn.Sigmoid(), torch.nn.Tanh()])
 def test_a_model_saved_by_version_6(tmp_path: Path, bert: Path, function: Any) -> None:
     Original(str(bert), activation_fn=function, device="cpu").save_pretrained(str(tmp_path / "m"))
+    change(tmp_path / "m" / "config.json", sbert_ce_default_activation_function=ELU)  # outdated
     ours, theirs = CrossEncoder(tmp_path / "m", device="cpu"), Original(str(tmp_path / "m"))
 
     assert type(ours.activation_fn) is type(theirs.activation_fn) is type(function)
@@ -150,6 +154,24 @@ def test_weights_stored_in_half_are_computed_in_half(tmp_path: Path, bert: Path)
     same(ours.predict(PAIRS), theirs.predict(PAIRS), HALF_TOLERANCE)
     exact = {"model_kwargs": {"dtype": "float32"}}
     assert CrossEncoder(tmp_path / "m", device="cpu", **exact).dtype == torch.float32
+
+
+def test_the_old_weights_are_freed_before_new_ones_are_read(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CrossEncoder(bert, device="cpu")
+    steps: list[str] = []
+    close, opened = model._reranker.close, Reranker.__init__
+    monkeypatch.setattr(model._reranker, "close", lambda: steps.append("close") or close())
+    monkeypatch.setattr(
+        Reranker,
+        "__init__",
+        lambda self, *args, **kwargs: steps.append("open") or opened(self, *args, **kwargs),
+    )
+
+    model.half()
+
+    assert steps == ["close", "open"]
 
 
 def test_moving_about(bert: Path) -> None:

@@ -65,6 +65,13 @@ class Architecture:
     padding_id: int
     labels: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.heads < 1 or self.hidden % self.heads:
+            raise ValueError(
+                f"num_hidden_layers={self.layers}, num_attention_heads={self.heads} and "
+                f"hidden_size={self.hidden} do not go together"
+            )
+
     @property
     def head_shape(self) -> tuple[int, int]:
         """(heads, width of one)."""
@@ -136,11 +143,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the head's outputs; without names transformers assumes two."""
+    """Names of the head's outputs; without names transformers assumes two.
+
+    Raises:
+        BadCheckpoint: they are not numbered.
+    """
     named = config.get("id2label")
-    if isinstance(named, dict) and named:
-        return tuple(str(named[key]) for key in sorted(named, key=int))
-    return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels", 2))))
+    try:
+        if isinstance(named, dict) and named:
+            return tuple(str(named[key]) for key in sorted(named, key=int))
+        return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels", 2))))
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(
+            f"config.json: id2label or num_labels is wrong ({error}). "
+            "Use the model's own config.json."
+        ) from error
 
 
 def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:

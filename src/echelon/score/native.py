@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from echelon.errors import BadCheckpoint
 from echelon.score.architecture import HEAD_TENSORS
 from echelon.score.device import DTYPES
 from echelon.score.linear import make_linear
@@ -46,6 +47,7 @@ def open_native(
     Raises:
         BadCheckpoint: the weights do not fit the configuration.
     """
+    _refuse_more_layers(checkpoint, architecture)
     with torch.inference_mode():
         loader = _Loader(checkpoint, architecture, device, getattr(torch, DTYPES[precision]))
         embeddings = loader.embeddings()
@@ -53,6 +55,17 @@ def open_native(
         head = loader.head(label)
     weights = Weights(embeddings, layers, head, loader.loaded_bytes)
     return PackedScorer(architecture, weights, device, precision, threads)
+
+
+def _refuse_more_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Weights with more layers than the configuration would load, and score wrongly."""
+    surplus = f"{architecture.prefix}.encoder.layer.{architecture.layers}."
+    if any(name.startswith(surplus) for name in checkpoint.names):
+        raise BadCheckpoint(
+            f"{checkpoint.folder}: the weights hold {surplus}*, beyond config.json's "
+            f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
+            "weights."
+        )
 
 
 class _Loader:
