@@ -69,7 +69,9 @@ def choose_device(name: str) -> torch.device:
 
     Raises:
         InvalidInput: CUDA is asked for and not there.
+        MissingDependency: no torch.
     """
+    require_torch()
     import torch
 
     if name == "auto":
@@ -225,10 +227,10 @@ class CudaMemoryMeter:
 
 def candidate_precisions(device: str) -> list[str]:
     """Precisions worth comparing on a device, the exact one first."""
-    import torch
-
     if choose_device(device).type == "cuda":
         return ["fp32", "fp16", "bf16"]
+    import torch
+
     if has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - no public name
         return ["fp32", "bf16"]
     return ["fp32"]
