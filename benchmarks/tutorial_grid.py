@@ -137,7 +137,7 @@ def ours(folder: Path, precision: str, *, tokens: bool) -> Contender:
 
 
 def measure(engines: dict[str, Contender], rounds: int) -> list[Cell]:
-    """Every cell once a round, in turn, after one uncounted run."""
+    """Every cell once a round, in turn, after an uncounted run of each engine."""
     cells = [
         Cell(name, contender.unit, count, size)
         for count in PAIRS
@@ -145,13 +145,14 @@ def measure(engines: dict[str, Contender], rounds: int) -> list[Cell]:
         for name, contender in engines.items()
         if size in contender.sizes(count)
     ]
-    for turn in range(rounds + 1):
+    for contender in engines.values():
+        contender.score(workload(min(PAIRS)), 8 if contender.unit == "pairs a step" else 256)
+    for turn in range(1, rounds + 1):
         for cell in cells:
             pairs = workload(cell.pairs)
             started = time.perf_counter()
             engines[cell.engine].score(pairs, cell.size)
-            if turn:
-                cell.seconds.append(time.perf_counter() - started)
+            cell.seconds.append(time.perf_counter() - started)
         print(f"round {turn} of {rounds} done", file=sys.stderr)
     return cells
 

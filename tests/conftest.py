@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
 from helpers import SHAPES, TOKENIZER_OF, make_toy, save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 # A slow machine is no failure: no test looks at the clock.
 hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)

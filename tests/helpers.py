@@ -9,12 +9,14 @@ import random
 import subprocess
 import sys
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echelon.encode.pairs import Template, encode_pairs
+from echelon.score.fake import FakeScorer
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -188,7 +190,7 @@ def reference_logits(folder: Path, batch: TokenBatch, label: int = 0) -> np.ndar
     model = reference_model(folder)
     takes_types = model.config.model_type in {"bert", "electra"}
     logits = []
-    for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True):
+    for start, end in pairwise(batch.offsets):
         ids = torch.from_numpy(batch.ids[start:end]).long()[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if takes_types and batch.type_ids is not None:
@@ -211,7 +213,7 @@ def random_batch(
     segments = None
     if types:
         segments = np.zeros(len(ids), dtype=np.int32)
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in pairwise(offsets):
             segments[chance.integers(start, end) : end] = 1
     return TokenBatch(ids, segments, offsets)
 
@@ -240,6 +242,17 @@ def pairs_of(
         for index, length in enumerate(lengths)
     ]
     return encode_pairs(TEMPLATE, queries, documents, max_length, truncation)
+
+
+class PatientScorer(FakeScorer):
+    """A fake scorer that fails the test, instead of hanging, where the memory ladder never ends."""
+
+    releases = 0
+
+    def release(self) -> None:
+        super().release()
+        self.releases += 1
+        assert self.releases < 1000, "the memory ladder has no end"
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

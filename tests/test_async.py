@@ -6,9 +6,9 @@ import asyncio
 import threading
 
 import pytest
-from helpers import SENTENCES, words
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, Reranker
+from helpers import SENTENCES, words
 
 QUERY = "rain at the kitchen window"
 

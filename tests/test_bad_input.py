@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import make_toy, save_tokenizer, words
 
 from echelon import (
     BadCheckpoint,
@@ -17,6 +16,7 @@ from echelon import (
     Reranker,
     UnsupportedModel,
 )
+from helpers import make_toy, save_tokenizer, words
 
 
 @pytest.fixture(scope="module")
@@ -118,32 +118,34 @@ def test_a_head_missing_from_the_weights(copied):
     assert "the weights hold no tensor classifier.weight" in str(error)
 
 
-class TestSeveralLabels:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory, tokenizers):
-        home = tmp_path_factory.mktemp("labels")
-        folder = make_toy(home, "bert", tokenizers["bert"], labels=3)
-        reconfigure(folder, id2label={"0": "contradiction", "1": "entailment", "2": "neutral"})
-        return folder
+@pytest.fixture(scope="module")
+def three_labels(tmp_path_factory, tokenizers):
+    """A toy BERT whose head names three labels."""
+    folder = make_toy(tmp_path_factory.mktemp("labels"), "bert", tokenizers["bert"], labels=3)
+    reconfigure(folder, id2label={"0": "contradiction", "1": "entailment", "2": "neutral"})
+    return folder
 
-    def test_none_chosen(self, folder):
-        error = refusal(InvalidInput, lambda: Reranker(folder))
-        assert error.field == "label"
-        assert "0=contradiction, 1=entailment, 2=neutral" in error.problem
-        assert "label='neutral'" in error.remedy
 
-    @pytest.mark.parametrize("label", ["maybe", 3, -1, "3", 1.0, True, ""])
-    def test_one_that_is_not_there(self, folder, label):
-        error = refusal(InvalidInput, lambda: Reranker(folder, label=label))
-        assert error.field == "label"
-        assert "contradiction" in error.remedy
+def test_several_labels_and_none_chosen(three_labels):
+    error = refusal(InvalidInput, lambda: Reranker(three_labels))
+    assert error.field == "label"
+    assert "0=contradiction, 1=entailment, 2=neutral" in error.problem
+    assert "label='neutral'" in error.remedy
 
-    def test_by_name_and_by_number(self, folder):
-        scores = [
-            Reranker(folder, device="cpu", threads=1, label=label).score([("a", "b")])[0]
-            for label in ("entailment", 1, "1", "neutral")
-        ]
-        assert scores[0] == scores[1] == scores[2] != scores[3]
+
+@pytest.mark.parametrize("label", ["maybe", 3, -1, "3", 1.0, True, ""])
+def test_a_label_that_is_not_there(three_labels, label):
+    error = refusal(InvalidInput, lambda: Reranker(three_labels, label=label))
+    assert error.field == "label"
+    assert "contradiction" in error.remedy
+
+
+def test_labels_by_name_and_by_number(three_labels):
+    scores = [
+        Reranker(three_labels, device="cpu", threads=1, label=label).score([("a", "b")])[0]
+        for label in ("entailment", 1, "1", "neutral")
+    ]
+    assert scores[0] == scores[1] == scores[2] != scores[3]
 
 
 def test_a_tokenizer_whose_ids_exceed_the_vocabulary(tmp_path, tokenizers):
@@ -217,7 +219,11 @@ def test_pairs_that_are_no_pairs(reranker, pair):
 
 @pytest.mark.parametrize(
     ("pair", "field"),
-    [((1, "b"), "pairs[0].query"), (("a", None), "pairs[0].document"), ([b"", ""], "pairs[0].query")],
+    [
+        ((1, "b"), "pairs[0].query"),
+        (("a", None), "pairs[0].document"),
+        ([b"", ""], "pairs[0].query"),
+    ],
 )
 def test_pairs_of_other_things(reranker, pair, field):
     assert refusal(InvalidInput, lambda: reranker.score([pair])).field == field
@@ -231,7 +237,9 @@ def test_strings_of_other_classes_are_strings(reranker):
 
 
 def test_a_query_longer_than_max_length(reranker):
-    call = lambda: reranker.rank(words(200), ["a b c"], truncation="only_second")  # noqa: E731 - reads as the call it delays
+    def call():
+        reranker.rank(words(200), ["a b c"], truncation="only_second")
+
     error = refusal(InvalidInput, call)
     assert error.field == "pairs[0].query"
     assert "max_length=130" in error.problem
@@ -284,7 +292,8 @@ def test_an_unknown_option(bert, reranker):
     [("token_budget", 0), ("batch_size", True), ("max_length", "20"), ("truncation", "middle")],
 )
 def test_a_wrong_override(reranker, option, value):
-    assert refusal(InvalidInput, lambda: reranker.rank("q", ["a"], **{option: value})).field == option
+    error = refusal(InvalidInput, lambda: reranker.rank("q", ["a"], **{option: value}))
+    assert error.field == option
 
 
 def test_a_tokenizer_alone_is_no_model(tmp_path):

@@ -7,12 +7,12 @@ import os
 import pickle
 import shutil
 import warnings
-from pathlib import Path
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_toy, random_batch, reference_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,10 @@ from safetensors.torch import load_file, save_file
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound
 from echelon.score.checkpoint import Checkpoint
 from echelon.score.load import open_scorer
+from helpers import make_toy, random_batch, reference_logits
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOCABULARY = 150
 BATCH = random_batch([30, 5, 77], VOCABULARY, seed=4, types=True)
@@ -48,9 +52,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 def as_pickle(folder: Path, *, legacy: bool = False) -> Path:
     """The same weights as ``pytorch_model.bin``."""
     tensors = load_file(folder / "model.safetensors")
-    torch.save(
-        tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
-    )
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     (folder / "model.safetensors").unlink()
     return folder
 
@@ -123,20 +125,23 @@ def test_the_weights_are_counted(whole):
 class Evil:
     """Runs a command when unpickled."""
 
+    def __init__(self, command: str) -> None:
+        self.command = command
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/echelon-was-here",)
+        return os.system, (self.command,)
 
 
 @pytest.mark.parametrize("how", ["plain", "torch", "legacy"])
 def test_code_in_a_pickle_is_refused_and_not_run(copied, tmp_path, how):
     marker = tmp_path / "ran"
-    Evil.__reduce__ = lambda self: (os.system, (f"touch {marker}",))
+    content = {"weight": Evil(f"touch {marker}")}
     (copied / "model.safetensors").unlink()
     target = copied / "pytorch_model.bin"
     if how == "plain":
-        target.write_bytes(pickle.dumps({"weight": Evil()}))
+        target.write_bytes(pickle.dumps(content))
     else:
-        torch.save({"weight": Evil()}, target, _use_new_zipfile_serialization=how == "torch")
+        torch.save(content, target, _use_new_zipfile_serialization=how == "torch")
     with pytest.raises(BadCheckpoint, match="not a readable weights-only checkpoint"):
         score(copied)
     assert not marker.exists()
@@ -179,12 +184,9 @@ def test_damaged_pickles_never_end_in_a_foreign_error(whole, tmp_path_factory, d
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, 4000))] = data.draw(st.integers(0, 255))
     file.write_bytes(bytes(content))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Checkpoint(folder).read({"classifier.bias": (1,)})
-    except ModelError as error:
-        assert str(folder) in str(error)
+    with warnings.catch_warnings(), suppress(ModelError):
+        warnings.simplefilter("ignore")
+        Checkpoint(folder).read({"classifier.bias": (1,)})
     shutil.rmtree(folder)
 
 

@@ -9,24 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import random_batch, run_python
 
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.score import device
 from echelon.score.base import DeviceOutOfMemory
 from echelon.score.load import open_scorer
+from helpers import random_batch, run_python
 
 CPU = torch.device("cpu")
 
 SEEN = [
     # torch 2.13 on Linux under an address-space limit
-    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-    "you tried to allocate 819200000 bytes. Error code 12 (Cannot allocate memory)",
-    "unable to mmap 268436941 bytes from file </models/pytorch_model.bin>: "
-    "Cannot allocate memory (12)",
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+    "unable to mmap 268436941 bytes from file </models/model.bin>: Cannot allocate memory (12)",
     # torch on Windows
-    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried "
-    "to allocate 17179869184 bytes.",
+    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory",
     # C++ and oneDNN
     "std::bad_alloc",
     "could not create a memory object",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from helpers import pairs_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from echelon.encode.pairs import encode_pairs
 from echelon.engine import Engine, Limits, NonFiniteScore
 from echelon.errors import InvalidInput, OutOfMemory
 from echelon.plan.pack import NO_BUDGET, step_cost
-from echelon.score.fake import FakeScorer
+from helpers import PatientScorer, pairs_of
 
 lengths = st.lists(st.integers(5, 300), max_size=30)
 costs = st.sampled_from(["ragged", "padded"])
@@ -20,16 +21,16 @@ costs = st.sampled_from(["ragged", "padded"])
 
 def expected(pairs) -> np.ndarray:
     """What the scorer says of each pair alone."""
-    scorer = FakeScorer()
+    scorer = PatientScorer()
     return np.array([scorer.score(pairs.batch([i]))[0] for i in range(len(pairs))], np.float32)
 
 
-def scored_pairs(scorer: FakeScorer) -> list[bytes]:
+def scored_pairs(scorer: PatientScorer) -> list[bytes]:
     """Ids of every pair of every step that succeeded."""
     return [
         batch.ids[start:end].tobytes()
         for batch in scorer.batches
-        for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+        for start, end in pairwise(batch.offsets)
     ]
 
 
@@ -44,7 +45,7 @@ def scored_pairs(scorer: FakeScorer) -> list[bytes]:
 def test_every_pair_once_in_order_whatever_memory_does(
     lengths, budget, max_pairs, cost, memory, stale
 ):
-    scorer = FakeScorer(memory, stale_tokens=stale, cost=cost)
+    scorer = PatientScorer(memory, stale_tokens=stale, cost=cost)
     pairs = pairs_of(lengths)
     finished: list[int] = []
     outcome = Engine(scorer, Limits(budget, max_pairs)).run(pairs, scored=finished.append)
@@ -67,7 +68,7 @@ def test_every_pair_once_in_order_whatever_memory_does(
 
 
 def test_no_pairs_are_no_steps():
-    scorer = FakeScorer()
+    scorer = PatientScorer()
     outcome = Engine(scorer, Limits(100)).run(pairs_of([]))
     assert outcome.logits.shape == outcome.truncated_tokens.shape == (0,)
     assert outcome.logits.dtype == np.float32
@@ -75,7 +76,7 @@ def test_no_pairs_are_no_steps():
 
 
 def test_finished_pairs_are_not_started_again():
-    scorer = FakeScorer(100)
+    scorer = PatientScorer(100)
     run = Engine(scorer, Limits(120)).run(pairs_of([60, 60, 50, 50, 40]))
     # 120 fails twice, 60 is left: from then on one pair of at most 60 tokens a step.
     assert [batch.lengths.tolist() for batch in scorer.batches] == [[60], [60], [50], [50], [40]]
@@ -83,7 +84,7 @@ def test_finished_pairs_are_not_started_again():
 
 
 def test_memory_that_shrinks_midway_costs_no_finished_pair():
-    class Shrinking(FakeScorer):
+    class Shrinking(PatientScorer):
         def score(self, batch):
             logits = super().score(batch)
             self._memory_tokens = 50
@@ -102,7 +103,7 @@ def test_memory_that_shrinks_midway_costs_no_finished_pair():
 
 def test_the_budget_is_learned_and_kept():
     learned: list[int] = []
-    scorer = FakeScorer(100)
+    scorer = PatientScorer(100)
     engine = Engine(scorer, Limits(400), learned=learned.append)
     assert engine.budget == 400
     first = engine.run(pairs_of([20] * 40))
@@ -119,7 +120,7 @@ def test_the_budget_is_learned_and_kept():
 
 
 def test_limits_of_one_call_may_exceed_the_engines_own():
-    scorer = FakeScorer()
+    scorer = PatientScorer()
     engine = Engine(scorer, Limits(40))
     engine.run(pairs_of([20] * 6), limits=Limits(NO_BUDGET, max_pairs=3))
     engine.run(pairs_of([20] * 6))
@@ -128,7 +129,7 @@ def test_limits_of_one_call_may_exceed_the_engines_own():
 
 
 def test_stale_caches_are_dropped_before_anything_shrinks():
-    scorer = FakeScorer(100, stale_tokens=60)
+    scorer = PatientScorer(100, stale_tokens=60)
     engine = Engine(scorer, Limits(100))
     outcome = engine.run(pairs_of([50, 50]))
     assert [step.rung for step in outcome.report.ladder] == ["drop_caches"]
@@ -137,7 +138,7 @@ def test_stale_caches_are_dropped_before_anything_shrinks():
 
 
 def test_caches_are_dropped_anew_after_a_success():
-    class Refilling(FakeScorer):
+    class Refilling(PatientScorer):
         def score(self, batch):
             logits = super().score(batch)
             self._stale_tokens = 60
@@ -149,13 +150,13 @@ def test_caches_are_dropped_anew_after_a_success():
 
 
 def test_lower_precision_where_allowed():
-    opened: list[FakeScorer] = []
+    opened: list[PatientScorer] = []
 
-    def reopen(precision: str) -> FakeScorer:
-        opened.append(FakeScorer(100, precision=precision))
+    def reopen(precision: str) -> PatientScorer:
+        opened.append(PatientScorer(100, precision=precision))
         return opened[-1]
 
-    first = FakeScorer(100)
+    first = PatientScorer(100)
     engine = Engine(first, Limits(150, allow=("precision",)), reopen=reopen)
     pairs = pairs_of([150, 90])
     outcome = engine.run(pairs)
@@ -169,10 +170,10 @@ def test_lower_precision_where_allowed():
 
 
 def test_a_model_that_cannot_be_reopened_leaves_a_closed_engine():
-    def reopen(precision: str) -> FakeScorer:
+    def reopen(precision: str) -> PatientScorer:
         raise OutOfMemory(f"no room in {precision}")
 
-    engine = Engine(FakeScorer(100), Limits(150, allow=("precision",)), reopen=reopen)
+    engine = Engine(PatientScorer(100), Limits(150, allow=("precision",)), reopen=reopen)
     with pytest.raises(OutOfMemory, match="no room in bf16"):
         engine.run(pairs_of([150]))
     with pytest.raises(InvalidInput, match="reranker: it is closed"):
@@ -181,7 +182,7 @@ def test_a_model_that_cannot_be_reopened_leaves_a_closed_engine():
 
 
 def test_shorter_pairs_where_allowed():
-    scorer = FakeScorer(160)
+    scorer = PatientScorer(160)
     pairs = pairs_of([400, 200, 150, 20])
     outcome = Engine(scorer, Limits(1000, allow=("max_length",))).run(pairs)
     rungs = [step.rung for step in outcome.report.ladder]
@@ -192,7 +193,7 @@ def test_shorter_pairs_where_allowed():
 
 
 def test_shortening_spares_what_is_finished():
-    class Shrinking(FakeScorer):
+    class Shrinking(PatientScorer):
         def score(self, batch):
             logits = super().score(batch)
             self._memory_tokens = 70
@@ -210,7 +211,7 @@ def test_shortening_spares_what_is_finished():
 
 
 def test_the_end_of_the_ladder_names_pair_tokens_and_remedy():
-    scorer = FakeScorer(100)
+    scorer = PatientScorer(100)
     engine = Engine(scorer, Limits(1000))
     with pytest.raises(OutOfMemory) as caught:
         engine.run(pairs_of([20, 20, 130, 20]))
@@ -225,12 +226,12 @@ def test_the_end_of_the_ladder_names_pair_tokens_and_remedy():
 
 def test_precision_is_not_offered_where_nothing_can_reopen():
     with pytest.raises(OutOfMemory):
-        Engine(FakeScorer(10), Limits(100, allow=("precision",))).run(pairs_of([20]))
+        Engine(PatientScorer(10), Limits(100, allow=("precision",))).run(pairs_of([20]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_no_score_is_invented_for_nan(bad):
-    class Broken(FakeScorer):
+    class Broken(PatientScorer):
         def score(self, batch):
             logits = super().score(batch)
             logits[batch.lengths == 33] = bad
@@ -247,7 +248,7 @@ def test_no_score_is_invented_for_nan(bad):
     "error", [RuntimeError("shape '[2]' is invalid"), ValueError("no"), KeyboardInterrupt()]
 )
 def test_other_errors_pass_through(error):
-    class Broken(FakeScorer):
+    class Broken(PatientScorer):
         def score(self, batch):
             raise error
 
@@ -257,7 +258,7 @@ def test_other_errors_pass_through(error):
 
 
 def test_after_closing_the_error_is_clear():
-    scorer = FakeScorer()
+    scorer = PatientScorer()
     engine = Engine(scorer, Limits(100))
     engine.close()
     engine.close()
@@ -269,7 +270,7 @@ def test_after_closing_the_error_is_clear():
 @given(lengths, st.integers(300, 900), st.integers(300, 900), costs)
 def test_the_same_trace_gives_the_same_decisions(lengths, budget, memory, cost):
     def trace():
-        scorer = FakeScorer(memory, cost=cost, stale_tokens=100)
+        scorer = PatientScorer(memory, cost=cost, stale_tokens=100)
         report = Engine(scorer, Limits(budget)).run(pairs_of(lengths)).report
         return [batch.ids.tolist() for batch in scorer.batches], report
 
@@ -281,10 +282,10 @@ def test_the_order_of_pairs_does_not_change_their_scores(lengths, chance):
     pairs = pairs_of(lengths)
     order = list(range(len(lengths)))
     chance.shuffle(order)
-    whole = Engine(FakeScorer(250), Limits(1000)).run(pairs).logits
+    whole = Engine(PatientScorer(250), Limits(1000)).run(pairs).logits
     shuffled = pairs_of(lengths)
     documents = [shuffled.documents[i] for i in order]
     other = encode_pairs(pairs.template, shuffled.queries, documents, 10_000, "longest_first")
-    assert Engine(FakeScorer(250), Limits(1000)).run(other).logits.tolist() == [
+    assert Engine(PatientScorer(250), Limits(1000)).run(other).logits.tolist() == [
         whole[i] for i in order
     ]

@@ -6,14 +6,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import pairs_of
 
 from echelon.engine import Engine, Limits, _Run
 from echelon.errors import InvalidInput, OutOfMemory
-from echelon.score.fake import FakeScorer
+from helpers import PatientScorer, pairs_of
 
 
-class OneAtATime(FakeScorer):
+class OneAtATime(PatientScorer):
     """Fails the test when two threads are in it at once."""
 
     def __init__(self, *args, **kwargs):
@@ -35,7 +34,7 @@ def work(number: int) -> list[int]:
 
 def test_callers_get_their_own_answers_through_memory_trouble():
     jobs = [pairs_of(work(number)) for number in range(8)]
-    alone = [Engine(FakeScorer(), Limits(500)).run(job).logits.tolist() for job in jobs]
+    alone = [Engine(PatientScorer(), Limits(500)).run(job).logits.tolist() for job in jobs]
     engine = Engine(OneAtATime(300, stale_tokens=50), Limits(2000))
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda job: engine.run(job).logits.tolist(), jobs))
@@ -46,7 +45,7 @@ def test_callers_get_their_own_answers_through_memory_trouble():
 def test_one_callers_failure_is_its_own():
     engine = Engine(OneAtATime(200), Limits(200))
     good, bad = pairs_of([50] * 40), pairs_of([50, 250])
-    alone = Engine(FakeScorer(), Limits(200)).run(good).logits.tolist()
+    alone = Engine(PatientScorer(), Limits(200)).run(good).logits.tolist()
 
     def run(job):
         try:
@@ -61,7 +60,7 @@ def test_one_callers_failure_is_its_own():
 
 
 def test_anothers_success_does_not_send_a_caller_back_to_the_first_rung():
-    engine = Engine(FakeScorer(100), Limits(400))
+    engine = Engine(PatientScorer(100), Limits(400))
     large = _Run(pairs_of([40] * 10), Limits(400))
     small = _Run(pairs_of([10] * 10), Limits(10))
     for run in (large, small):
@@ -75,7 +74,7 @@ def test_anothers_success_does_not_send_a_caller_back_to_the_first_rung():
 def test_closing_waits_for_the_step_under_way():
     entered, leave = threading.Event(), threading.Event()
 
-    class Slow(FakeScorer):
+    class Slow(PatientScorer):
         def score(self, batch):
             entered.set()
             assert leave.wait(60)

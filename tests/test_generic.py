@@ -7,13 +7,21 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import GENERIC, LIMITS, make_toy, random_batch, reference_logits, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon import Reranker
 from echelon.errors import BadCheckpoint, EchelonWarning, UnsupportedModel
 from echelon.score.load import open_scorer
+from helpers import (
+    GENERIC,
+    LIMITS,
+    make_checkpoint,
+    make_toy,
+    random_batch,
+    reference_logits,
+    words,
+)
 
 EXACT = 1e-4
 
@@ -95,9 +103,7 @@ def test_ranking_pays_for_padding_and_scores_alike(toy, family):
         reranker = Reranker(toy(family), device="cpu", threads=1, token_budget=400)
     with reranker:
         together = reranker.score_pairs([("rain at the window", d) for d in documents])
-        alone = [
-            reranker.score_pairs([("rain at the window", d)]).logits[0] for d in documents
-        ]
+        alone = [reranker.score_pairs([("rain at the window", d)]).logits[0] for d in documents]
     np.testing.assert_allclose(together.logits, alone, rtol=0, atol=EXACT)
     assert together.report.padding_share > 0
 
@@ -118,8 +124,6 @@ def test_relative_positions_need_padding_masked(tmp_path):
         "position_biased_input": False,
         "type_vocab_size": 0,
     }
-    from helpers import make_checkpoint
-
     folder = make_checkpoint(tmp_path, shape)
     batch = random_batch([20, 9, 60, 3], 200, seed=1, lowest=5)
     scorer = open_quietly(folder)

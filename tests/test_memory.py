@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from helpers import make_toy, run_python
 
 from echelon import Reranker
+from helpers import make_toy, run_python
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -24,8 +24,9 @@ def library_truncates(query: int, document: int, room: int, mode: str) -> tuple[
     LIBRARY.enable_truncation(room, strategy=mode)
     try:
         ids = LIBRARY.encode("q " * query, "d " * document).ids
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        assert "too short" in str(error)
+    except Exception as error:
+        if "too short" not in str(error):
+            raise
         return None
     return ids.count(1), ids.count(2)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LIMITS, NATIVE, make_toy, random_batch, reference_logits, reference_model, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
@@ -18,6 +17,7 @@ from echelon import Reranker
 from echelon.encode.tokens import PairEncoder
 from echelon.score.load import open_scorer
 from echelon.types import TokenBatch
+from helpers import LIMITS, NATIVE, make_toy, random_batch, reference_logits, reference_model, split
 
 EXACT = 1e-4
 HALF_WIDTH = 0.12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,7 +42,7 @@ def test_longest_first_and_equals_in_input_order(lengths, budget, cost, max_pair
 @given(lengths, budgets, costs, limits)
 def test_no_step_is_closed_early(lengths, budget, cost, max_pairs):
     steps = pack(lengths, budget, cost=cost, max_pairs=max_pairs)
-    for step, following in zip(steps, steps[1:], strict=False):
+    for step, following in pairwise(steps):
         with_one_more = [lengths[i] for i in (*step, following[0])]
         assert step_cost(with_one_more, cost) > budget or len(step) == max_pairs
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import SENTENCES, reference_logits, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,8 @@ from echelon import EchelonWarning, InvalidInput, OutOfMemory, Ranking, Reranker
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.reranker import sigmoid
-from echelon.score.fake import FakeScorer
 from echelon.types import RunReport
+from helpers import SENTENCES, PatientScorer, reference_logits, words
 
 EXACT = 1e-4
 QUERY = "rain at the kitchen window"
@@ -33,7 +33,7 @@ def reranker(bert):
 def small_memory(bert):
     """A reranker whose scorer is a fake one that holds 40 tokens."""
     opened = Reranker(bert, device="cpu", threads=1)
-    scorer = FakeScorer(40, max_tokens=130)
+    scorer = PatientScorer(40, max_tokens=130)
     opened._engine = Engine(scorer, Limits(2048))
     return opened, scorer
 
@@ -243,8 +243,6 @@ def test_facts_name_the_model(reranker, bert):
 
 
 def test_threads_share_a_reranker(reranker):
-    from concurrent.futures import ThreadPoolExecutor
-
     def rank(query: str) -> list[int]:
         return [r.index for r in reranker.rank(query, DOCUMENTS, token_budget=150).results]
 

@@ -72,7 +72,7 @@ def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
         verdict = real(reference, candidate, grades)
         return verdict if candidate is reference else replace(verdict, tau=0.5)
 
-    monkeypatch.setattr(tuner, "candidate_precisions", lambda device: ["fp32", "bf16"])
+    monkeypatch.setattr(tuner, "precisions_to_compare", lambda *_: ["fp32", "bf16"])
     monkeypatch.setattr(tuner, "agreement", spoiled)
     found = tune(bert, SHORT, QUICK)
     assert [row["passed"] for row in found.precisions] == [True, False]

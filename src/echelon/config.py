@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from echelon.errors import InvalidInput
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Truncation = Literal["longest_first", "only_second"]
 Allowance = Literal["precision", "max_length"]
 
@@ -24,7 +25,8 @@ class Options:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA.
+        precision: ``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA; ``int8``
+            is there for ONNX graphs that compute in it.
         max_length: tokens a pair may have, special tokens included; None is the model's limit.
         truncation: what gives way when a pair is longer: ``longest_first`` or ``only_second``
             (the document).
@@ -110,7 +112,9 @@ def _check_count(field: str, value: object) -> None:
 
 
 def _check_allow(allow: object) -> tuple[Allowance, ...]:
-    names = (allow,) if isinstance(allow, str) else tuple(cast("tuple[str, ...]", allow))
+    if isinstance(allow, str) or not isinstance(allow, Iterable):
+        allow = (allow,)
+    names = tuple(allow)
     for name in names:
         _check_choice("allow", name, get_args(Allowance))
     return cast("tuple[Allowance, ...]", names)

@@ -28,8 +28,7 @@ from echelon.errors import EchelonWarning, InvalidInput
 from echelon.fetch.resolve import resolve
 from echelon.plan.pack import step_budget
 from echelon.progress import bar
-from echelon.score.architecture import read_config
-from echelon.score.load import open_scorer
+from echelon.score.load import open_scorer, require_model
 from echelon.tune.profile import (
     Profile,
     apply_profile,
@@ -75,7 +74,7 @@ class Reranker:
         profile = None if asked.profile is None else Profile.load(asked.profile)
         self.options = asked if profile is None else apply_profile(asked, profile)
         self.model = folder
-        read_config(folder.path)  # first of all: a folder that is no model says so
+        require_model(folder.path)  # first of all: a folder that is no model says so
         self._encoder = PairEncoder(folder.path)
         self._open = partial(
             open_scorer,

@@ -20,8 +20,8 @@ from echelon.engine import Engine, Limits
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
-from echelon.score.device import CudaMemoryMeter, candidate_precisions
-from echelon.score.load import open_scorer
+from echelon.score.device import CudaMemoryMeter
+from echelon.score.load import open_scorer, precisions_to_compare
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import MemoryMeter, describe_machine
 from echelon.tune.profile import (
@@ -165,13 +165,14 @@ def _compare_precisions(
     texts: Texts,
     told: Callable[[str, float], None],
 ) -> list[dict[str, Any]]:
-    """Speed of each precision, and how its ranking agrees with fp32's; none if one was asked."""
-    if options.precision != "auto":
+    """Speed of each precision, and how its ranking agrees with fp32's; none without a choice."""
+    candidates = precisions_to_compare(folder.path, options.device)
+    if options.precision != "auto" or len(candidates) == 1:
         return []
     topics = texts.topics[:: max(1, len(texts.topics) // GATE_TOPICS)][:GATE_TOPICS]
     rows: list[dict[str, Any]] = []
     reference: list[FloatArray] = []
-    for precision in candidate_precisions(options.device):
+    for precision in candidates:
         told(f"comparing {precision} with fp32", 0.0)
         logits, tokens_per_s = _score_topics(folder, options, encoder, topics, precision)
         reference = reference or logits

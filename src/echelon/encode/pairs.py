@@ -176,7 +176,7 @@ def truncate(query: int, document: int, room: int, mode: Truncation) -> tuple[in
     if mode == "only_second":
         return (query, document - excess) if document > excess else None
     short, long = min(query, document), max(query, document)
-    long = short if short > room else max(short, room - short)
+    long = max(short, room - short)
     if short + long > room:
         short, long = room // 2, room // 2 + room % 2
     return (long, short) if query > document else (short, long)

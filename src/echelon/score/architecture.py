@@ -133,13 +133,31 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Give a folder written by save_pretrained, or a hub id such as "
             "BAAI/bge-reranker-v2-m3."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str):
         raise BadCheckpoint(f"{path}: no model_type in it. Use the model's own config.json.")
     return config
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds weights that torch reads."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        BadCheckpoint: it does not, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
+    if not isinstance(content, dict):
+        raise BadCheckpoint(f"{path}: not a JSON object. Download the model again.")
+    return content
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,14 @@ SPINS = "3000"
 it spins for many milliseconds, and two processes that share the cores stop each other dead: here a
 step of 28 ms took 124 ms in the median and 780 ms in the 90th percentile beside a second process,
 with 3000 spins 53 and 55 ms; alone it costs a tenth at most (docs/LOG.md)."""
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported; it is not."""
+    try:
+        return find_spec("torch") is not None
+    except ValueError:  # someone blocked it: sys.modules["torch"] is None
+        return False
 
 
 def require_torch() -> None:
@@ -92,6 +101,12 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy)."""
+    if precision == "int8":
+        raise InvalidInput(
+            "precision",
+            "int8 is there for ONNX graphs only",
+            "Use auto, fp32, bf16 or fp16, or a folder with an int8 ONNX graph.",
+        )
     if precision != "auto":
         return precision
     return "fp16" if device.type == "cuda" else "fp32"

@@ -6,20 +6,17 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
 from echelon.score.base import DeviceOutOfMemory, Facts
 from echelon.score.device import DTYPES, device_name, is_out_of_memory, release_memory
+from echelon.score.padding import UNBOUNDED_MAX_TOKENS, pad
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.types import FloatArray, TokenBatch
-
-UNBOUNDED_MAX_TOKENS = 8192
-"""Limit taken for models whose configuration states no number of positions."""
 
 
 class GenericScorer:
@@ -94,17 +91,10 @@ class GenericScorer:
         self.release()
 
     def _inputs(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        """Padded on the right to the step's longest pair, as the reference tokenizers do."""
-        real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
-        ids = np.full(real.shape, self._padding_id, dtype=np.int64)
-        ids[real] = batch.ids
-        inputs = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
-        if self._takes_types:
-            types = np.zeros(real.shape, dtype=np.int64)
-            if batch.type_ids is not None:
-                types[real] = batch.type_ids
-            inputs["token_type_ids"] = types
-        return {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+        padded = pad(batch, self._padding_id)
+        if not self._takes_types:
+            del padded["token_type_ids"]
+        return {name: torch.from_numpy(array).to(self._device) for name, array in padded.items()}
 
 
 def _max_tokens(model: Any) -> int:
