@@ -50,7 +50,8 @@ def print_profile(profile: Profile) -> None:
     console.print(_situation_table(profile))
     chosen = profile.settings
     best = words.step(chosen.batch_size, chosen.token_budget)
-    console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}")
+    threads = f", {chosen.threads} threads" if chosen.threads else ""
+    console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}{threads}")
     for warning in profile.warnings:
         console.print(Text(f"Note: {warning}", style="yellow"))
 

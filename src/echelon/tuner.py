@@ -1,6 +1,7 @@
 """Spine 2: machine in, profile out.
 
-A tuning run goes: texts → compare precisions with fp32 → sweep step sizes → choose → profile.
+A tuning run goes: texts → compare precisions with fp32 → compare thread counts → sweep step
+sizes → choose → profile.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from echelon.engine import Engine, Limits
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
-from echelon.score.device import CudaMemoryMeter
-from echelon.score.load import open_scorer, precisions_to_compare
+from echelon.score.device import CudaMemoryMeter, usable_cpus
+from echelon.score.load import open_scorer, precisions_to_compare, runs_on_cpu
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import MemoryMeter, describe_machine
 from echelon.tune.profile import (
@@ -117,6 +118,9 @@ def tune(
     precisions = kept.precisions or _compare_precisions(folder, options, encoder, texts, told)
     kept.precisions = precisions
     options = replace(options, precision=_fastest(precisions, options))
+    threads = kept.threads or _compare_threads(folder, options, encoder, texts, told)
+    kept.threads = threads
+    options = replace(options, threads=_most_useful(threads, options))
     scorer = _open(folder, options)
     try:
         samples = {count: texts.sample(count) for count in plan.pairs}
@@ -131,16 +135,17 @@ def tune(
             told=lambda point, share: told(f"measuring {point.label}", share),
         )
         key = current_key(folder.name, folder.revision, scorer.facts)
-        threads = scorer.facts.threads or None
+        used = scorer.facts.threads or None
     finally:
         scorer.close()
     return Profile(
         key=key,
-        settings=_settings(key, results, threads, options.max_length),
+        settings=_settings(key, results, used, options.max_length),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
         data={"name": texts.name, "pairs": len(texts.pairs), "tokens": trial.lengths()},
         precisions=precisions,
+        threads=threads,
         points=[measured.as_dict() for measured in results],
         best=[measured.as_dict() for measured in best_batches(results)],
         situations=[situation.as_dict() for situation in situations(results)],
@@ -169,7 +174,7 @@ def _compare_precisions(
     candidates = precisions_to_compare(folder.path, options.device)
     if options.precision != "auto" or len(candidates) == 1:
         return []
-    topics = texts.topics[:: max(1, len(texts.topics) // GATE_TOPICS)][:GATE_TOPICS]
+    topics = _some_topics(texts)
     rows: list[dict[str, Any]] = []
     reference: list[FloatArray] = []
     for precision in candidates:
@@ -187,6 +192,51 @@ def _compare_precisions(
             }
         )
     return rows
+
+
+def _some_topics(texts: Texts) -> Sequence[Topic]:
+    """A few queries from all over the set."""
+    return texts.topics[:: max(1, len(texts.topics) // GATE_TOPICS)][:GATE_TOPICS]
+
+
+def _compare_threads(
+    folder: ModelFolder,
+    options: Options,
+    encoder: PairEncoder,
+    texts: Texts,
+    told: Callable[[str, float], None],
+) -> list[dict[str, Any]]:
+    """Speed with all usable CPUs and with fewer; none where there is no choice.
+
+    More threads are not always faster: hyper-threads share a core's units, neighbours share the
+    machine, and small layers do not divide well.
+    """
+    counts = thread_counts(usable_cpus())
+    if options.threads is not None or len(counts) == 1:
+        return []
+    if not runs_on_cpu(folder.path, options.device):
+        return []
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        told(f"trying {count} threads", 0.0)
+        tried = replace(options, threads=count)
+        _, tokens_per_s = _score_topics(
+            folder, tried, encoder, _some_topics(texts), options.precision
+        )
+        rows.append({"threads": count, "tokens_per_s": tokens_per_s})
+    return rows
+
+
+def thread_counts(usable: int) -> list[int]:
+    """Thread counts worth trying: all, a half and a quarter of the usable CPUs."""
+    return sorted({max(1, usable // part) for part in (1, 2, 4)}, reverse=True)
+
+
+def _most_useful(threads: list[dict[str, Any]], options: Options) -> int | None:
+    if not threads:
+        return options.threads
+    best: int = max(threads, key=lambda row: row["tokens_per_s"])["threads"]
+    return best
 
 
 def _score_topics(
@@ -288,6 +338,7 @@ class _Partial:
     path: Path | None
     question: dict[str, Any]
     precisions: list[dict[str, Any]]
+    threads: list[dict[str, Any]]
     points: list[Measured]
     broken: bool = False
 
@@ -301,7 +352,7 @@ class _Partial:
             "sizes": [list(plan.pairs), list(plan.batch_sizes), list(plan.token_budgets)],
             "versions": library_versions(),
         }
-        fresh = cls(plan.partial, question, [], [])
+        fresh = cls(plan.partial, question, [], [], [])
         if plan.partial is None or not plan.partial.is_file():
             return fresh
         try:
@@ -309,7 +360,7 @@ class _Partial:
             if content["question"] != question:
                 return fresh
             points = [Measured.from_dict(known) for known in content["points"]]
-            return cls(plan.partial, question, content["precisions"], points)
+            return cls(plan.partial, question, content["precisions"], content["threads"], points)
         except (ProfileError, KeyError, TypeError):
             return fresh  # half-written or foreign: measure again
 
@@ -318,7 +369,12 @@ class _Partial:
         if self.path is None or self.broken:
             return
         points = [measured.as_dict() for measured in results]
-        content = {"question": self.question, "precisions": self.precisions, "points": points}
+        content = {
+            "question": self.question,
+            "precisions": self.precisions,
+            "threads": self.threads,
+            "points": points,
+        }
         try:
             write_json(self.path, content)
         except StorageError as error:

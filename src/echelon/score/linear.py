@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    Linear = Callable[[Tensor], Tensor]
+    Linear = Callable[..., Tensor]
+    """(rows [rows, in], residual [rows, out] or nothing) → [rows, out], residual added."""
 
 TYPICAL_ROWS = 512
 """Rows of a step that oneDNN is told to lay the weights out for."""
@@ -35,8 +36,9 @@ def make_linear(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch
     if device.type == "cpu" and _can_prepack(dtype):
         return _prepacked(weight, bias)
 
-    def linear(rows: Tensor) -> Tensor:
-        return functional.linear(rows, weight, bias)
+    def linear(rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        product = functional.linear(rows, weight, bias)
+        return product if residual is None else product.add_(residual)
 
     return linear
 
@@ -44,10 +46,15 @@ def make_linear(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch
 def _prepacked(weight: Tensor, bias: Tensor) -> Linear:
     """Take oneDNN's own weight layout, chosen once instead of in every call."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
-    call = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - no public name exists
+    call = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - no public name exists
+    plain, adding = call.default, call.binary
 
-    def linear(rows: Tensor) -> Tensor:
-        product: Tensor = call(rows, packed, bias, "none", [], "")
+    def linear(rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        product: Tensor
+        if residual is None:
+            product = plain(rows, packed, bias, "none", [], "")
+        else:  # added before rounding, in the same pass
+            product = adding(rows, residual, packed, bias, "add")
         return product
 
     return linear

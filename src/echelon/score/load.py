@@ -93,6 +93,11 @@ def graph_to_use(folder: Path) -> Path | None:
     return graph
 
 
+def runs_on_cpu(folder: Path, device: str) -> bool:
+    """Whether a model would run on the CPU, where the number of threads matters."""
+    return graph_to_use(folder) is not None or choose_device(device).type == "cpu"
+
+
 def precisions_to_compare(folder: Path, device: str) -> list[str]:
     """Precisions that a model can run in on a device, the exact one first."""
     graph = graph_to_use(folder)

@@ -214,6 +214,6 @@ class PackedScorer:
 
     def _finish(self, layer: Layer, mixed: Tensor, rows: Tensor) -> Tensor:
         """Attention output, feed-forward and both residuals."""
-        rows = layer.attention_norm(layer.attention_out(mixed).add_(rows))
+        rows = layer.attention_norm(layer.attention_out(mixed, rows))
         widened = self._activate(layer.up(rows))
-        return layer.output_norm(layer.down(widened).add_(rows))
+        return layer.output_norm(layer.down(widened, rows))

@@ -74,6 +74,7 @@ class Profile:
         machine: description, see :mod:`echelon.tune.hardware`.
         data: which texts were scored, and their lengths in tokens.
         precisions: per precision, speed and agreement with fp32.
+        threads: per number of threads tried, its speed.
         points: per measured point, see :class:`echelon.tune.grid.Measured`.
         best: per number of pairs, its best point.
         situations: advice for the four situations, see :mod:`echelon.tune.solve`.
@@ -87,6 +88,7 @@ class Profile:
     machine: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     precisions: list[dict[str, Any]] = field(default_factory=list)
+    threads: list[dict[str, Any]] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)
     situations: list[dict[str, Any]] = field(default_factory=list)
