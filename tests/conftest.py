@@ -18,14 +18,6 @@ hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("echelon")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
-    """No progress bars among the test output."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with a trained tokenizer each: bert, roberta, xlm-roberta."""
