@@ -16,6 +16,7 @@ from scipy.stats import kendalltau
 from echelon import Reranker
 from echelon.encode.tokens import PairEncoder
 from echelon.score.load import open_scorer
+from echelon.score.packed import with_filler
 from echelon.types import TokenBatch
 from helpers import LIMITS, NATIVE, make_toy, random_batch, reference_logits, reference_model, split
 
@@ -216,3 +217,36 @@ def test_half_width_stays_near(toy, family, precision):
     assert half.dtype == np.float32
     np.testing.assert_allclose(half, exact, rtol=0, atol=0.05)
     assert np.abs(half - exact).max() > 0
+
+
+@given(st.integers(1, 20_000))
+@settings(max_examples=60)
+def test_steps_are_filled_to_few_sizes_with_little_waste(rows):
+    batch = TokenBatch(np.ones(rows, np.int32), None, np.array([0, rows], np.int32))
+    filled = with_filler(batch)
+    extra = len(filled.ids) - rows
+    assert len(filled.ids) % 16 == 0
+    assert extra < 16 or extra <= rows / 31
+    assert filled.offsets[0] == 0
+    assert filled.offsets[1] == rows
+    assert filled.offsets[-1] == len(filled.ids)
+    assert (np.diff(filled.offsets[1:]) == 1).all()
+    sizes = {
+        len(with_filler(TokenBatch(np.ones(n, np.int32), None, batch.offsets)).ids)
+        for n in range(max(1, rows - 300), rows + 1)
+    }
+    assert len(sizes) <= 300 // 16 + 2
+
+
+def test_filler_never_scores_and_never_changes_a_score(demo_folder):
+    scorer = open_scorer(demo_folder, precision="fp32")
+    ids = np.arange(1000, 1045, dtype=np.int32)
+    whole = TokenBatch(ids, None, np.array([0, 20, 45], np.int32))
+    scores = scorer.score(whole)
+    apart = [
+        scorer.score(TokenBatch(part, None, np.array([0, len(part)], np.int32)))[0]
+        for part in (ids[:20], ids[20:])
+    ]
+    assert scores.shape == (2,)
+    assert np.abs(scores - apart).max() <= 1e-4
+    scorer.close()
