@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.errors import EchelonError, InvalidInput, OutOfMemory
+from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory
 from echelon.plan.degrade import Failure, next_action
 from echelon.plan.pack import NO_BUDGET, Step, pack, step_cost
 from echelon.score.base import DeviceOutOfMemory
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from echelon.types import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteScore(EchelonError):
-    """The model gave NaN or infinity; no score is invented in its place."""
 
 
 @dataclass(frozen=True, slots=True)

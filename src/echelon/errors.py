@@ -8,6 +8,7 @@
     │   └── UnsupportedModel    a sound model that Echelon cannot score with
     ├── ProfileError            a profile file that cannot be read
     ├── OutOfMemory             the ladder's end: this pair does not fit
+    ├── NonFiniteScore          the model gave NaN or infinity for a pair
     ├── StorageError            a result could not be written
     └── MissingDependency       an optional package is needed and not installed
 
@@ -81,6 +82,10 @@ class OutOfMemory(EchelonError):
 
     status = 507
     exit_code = 5
+
+
+class NonFiniteScore(EchelonError):
+    """The model gave NaN or infinity; no score is invented in its place."""
 
 
 class StorageError(EchelonError):
