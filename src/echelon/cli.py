@@ -68,21 +68,12 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"echelon: warning: {message}", err=True)
 
 
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Whole numbers separated by commas, such as ``1,2,4``."""
-
-    name = "N,N,…"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Parse, or fail with the option's name."""
-        if not isinstance(value, str):
-            return tuple(value)
-        try:
-            return tuple(int(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,2,4", param, ctx)
+def sizes(value: str) -> tuple[int, ...]:
+    """Parse whole numbers separated by commas, such as ``1,2,4``."""
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
 
 
 _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
@@ -208,10 +199,29 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 
 @cli.command()
 @click.argument("model")
-@click.option("--pairs", type=Sizes(), default="10,50,100", show_default=True)
-@click.option("--batch-sizes", type=Sizes(), default="1,2,4,8,16,32", show_default=True)
 @click.option(
-    "--token-budgets", type=Sizes(), default="256,512,1024,2048,4096,8192", show_default=True
+    "--pairs",
+    type=sizes,
+    metavar="N,N",
+    default="10,50,100",
+    show_default=True,
+    help="Pairs of one call.",
+)
+@click.option(
+    "--batch-sizes",
+    type=sizes,
+    metavar="N,N",
+    default="1,2,4,8,16,32",
+    show_default=True,
+    help="Pairs a step.",
+)
+@click.option(
+    "--token-budgets",
+    type=sizes,
+    metavar="N,N",
+    default="256,512,1024,2048,4096,8192",
+    show_default=True,
+    help="Tokens a step.",
 )
 @click.option("--data", help="Your own queries and documents, JSONL [built-in texts].")
 @click.option(

@@ -50,7 +50,7 @@ def print_profile(profile: Profile) -> None:
     console.print(_situation_table(profile))
     chosen = profile.settings
     best = words.step(chosen.batch_size, chosen.token_budget)
-    threads = f", {chosen.threads} threads" if chosen.threads else ""
+    threads = f", threads {chosen.threads}" if chosen.threads else ""
     console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}{threads}")
     for warning in profile.warnings:
         console.print(Text(f"Note: {warning}", style="yellow"))
