@@ -15,6 +15,7 @@ from scipy.stats import kendalltau
 
 from echelon import Reranker
 from echelon.encode.tokens import PairEncoder
+from echelon.score.linear import ACTIVATIONS, make_linear
 from echelon.score.load import open_scorer
 from echelon.score.packed import with_filler
 from echelon.types import TokenBatch
@@ -250,3 +251,17 @@ def test_filler_never_scores_and_never_changes_a_score(demo_folder):
     assert scores.shape == (2,)
     assert np.abs(scores - apart).max() <= 1e-4
     scorer.close()
+
+
+@pytest.mark.parametrize(
+    ("activation", "residual"), [*((name, False) for name in ACTIVATIONS), ("none", True)]
+)
+def test_prepacked_products_equal_plain_ones(activation, residual):
+    torch.manual_seed(3)
+    weight, bias, rows = torch.randn(48, 32), torch.randn(48), torch.randn(17, 32)
+    added = torch.randn(17, 48) if residual else None
+    linear = make_linear(weight, bias, torch.device("cpu"), torch.float32, activation)
+    with torch.inference_mode():
+        expected = ACTIVATIONS[activation](torch.nn.functional.linear(rows, weight, bias))
+        expected = expected if added is None else expected + added
+        assert (linear(rows, added) - expected).abs().max() <= 1e-4

@@ -120,7 +120,9 @@ class _Loader:
             qkv=self._linear(tensors, *(projections[1:] if last else projections)),
             attention_out=self._linear(tensors, f"{root}.attention.output.dense"),
             attention_norm=self._norm(f"{root}.attention.output.LayerNorm", tensors),
-            up=self._linear(tensors, f"{root}.intermediate.dense"),
+            up=self._linear(
+                tensors, f"{root}.intermediate.dense", activation=self._shape.activation
+            ),
             down=self._linear(tensors, f"{root}.output.dense"),
             output_norm=self._norm(f"{root}.output.LayerNorm", tensors),
         )
@@ -142,7 +144,13 @@ class _Loader:
         exact = (self._linear(tensors, name, dtype=torch.float32) for name in (dense, project))
         return Head(*exact)
 
-    def _linear(self, tensors: Tensors, *names: str, dtype: torch.dtype | None = None) -> Linear:
+    def _linear(
+        self,
+        tensors: Tensors,
+        *names: str,
+        dtype: torch.dtype | None = None,
+        activation: str = "none",
+    ) -> Linear:
         """One linear layer from one or several stacked ones."""
         dtype = dtype or self._dtype
         weights = [tensors[f"{name}.weight"] for name in names]
@@ -150,7 +158,7 @@ class _Loader:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = biases[0] if len(biases) == 1 else torch.cat(biases)
         self.loaded_bytes += (weight.numel() + bias.numel()) * dtype.itemsize
-        return make_linear(weight, bias, self._device, dtype)
+        return make_linear(weight, bias, self._device, dtype, activation)
 
     def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
         weight, bias = (

@@ -21,8 +21,6 @@ from echelon.score.device import device_name, is_out_of_memory, release_memory
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from echelon.score.architecture import Architecture
@@ -32,14 +30,6 @@ if TYPE_CHECKING:
 
 LEAST_ROWS = 16
 """Rows that a matrix unit works on at a time."""
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_new": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +61,10 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer. ``qkv`` is fused, except in the last layer (see there)."""
+    """One transformer layer; ``up`` ends in the activation.
+
+    ``qkv`` is fused, except in the last layer, which keeps its query projection apart.
+    """
 
     queries: Linear | None
     qkv: Linear
@@ -121,7 +114,6 @@ class PackedScorer:
     ) -> None:
         self._shape = architecture
         self._weights: Weights | None = weights
-        self._activate = ACTIVATIONS[architecture.activation]
         self._device = device
         self._dtype = weights.layers[0].output_norm.weight.dtype
         self.facts = Facts(
@@ -221,8 +213,7 @@ class PackedScorer:
     def _finish(self, layer: Layer, mixed: Tensor, rows: Tensor) -> Tensor:
         """Attention output, feed-forward and both residuals."""
         rows = layer.attention_norm(layer.attention_out(mixed, rows))
-        widened = self._activate(layer.up(rows))
-        return layer.output_norm(layer.down(widened, rows))
+        return layer.output_norm(layer.down(layer.up(rows), rows))
 
 
 def with_filler(batch: TokenBatch) -> TokenBatch:
