@@ -35,7 +35,7 @@ from echelon.tune.profile import (
     write_json,
 )
 from echelon.tune.quality import agreement
-from echelon.tune.solve import best_batches, best_budget, situations
+from echelon.tune.solve import best_batches, best_budget, cautions, situations
 from echelon.tune.texts import Texts, Topic, load_texts
 
 if TYPE_CHECKING:
@@ -394,29 +394,3 @@ def _settings(
     best = best_batches(results)
     batch_size = best[-1].point.batch_size if best else None
     return Settings(key.precision, NO_BUDGET, batch_size, threads, max_length)
-
-
-NOISY = 0.10
-"""Half-width of a median's interval, relative to it, above which a point is called noisy."""
-
-
-def cautions(results: Sequence[Measured]) -> list[str]:
-    """What to know before trusting the numbers; each names its remedy."""
-    found = []
-    noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
-    if noisy:
-        found.append(
-            f"{len(noisy)} of {len(results)} points are known to no better than ±10 %. "
-            "Close other programs, or raise --time-limit."
-        )
-    missed = [m for m in results if m.status == "not_reached"]
-    if missed:
-        found.append(
-            f"{len(missed)} points were not reached in time. Raise --time-limit, or give fewer "
-            "sizes."
-        )
-    memory = [m for m in results if m.status == "out_of_memory"]
-    found += [
-        f"{m.point.label}: out of memory. Larger steps were skipped; stay below." for m in memory
-    ]
-    return found

@@ -115,3 +115,29 @@ def _situation(name: str, documents: str, measured: Measured) -> Situation:
         pairs_per_s=measured.point.pairs / median,
         peak_bytes=measured.peak_bytes,
     )
+
+
+NOISY = 0.10
+"""Half-width of a median's interval, relative to it, above which a point is called noisy."""
+
+
+def cautions(results: Sequence[Measured]) -> list[str]:
+    """What to know before trusting the numbers; each names its remedy."""
+    found = []
+    noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
+    if noisy:
+        found.append(
+            f"{len(noisy)} of {len(results)} points are known to no better than ±10 %. "
+            "Close other programs, or raise --time-limit."
+        )
+    missed = [m for m in results if m.status == "not_reached"]
+    if missed:
+        found.append(
+            f"{len(missed)} points were not reached in time. Raise --time-limit, or give fewer "
+            "sizes."
+        )
+    memory = [m for m in results if m.status == "out_of_memory"]
+    found += [
+        f"{m.point.label}: out of memory. Larger steps were skipped; stay below." for m in memory
+    ]
+    return found
