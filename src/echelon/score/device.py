@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, MissingDependency
+from echelon.score.base import DeviceOutOfMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    from echelon.types import FloatArray
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -203,6 +208,27 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
+    """Run a forward pass and bring its logits to the host as float32.
+
+    Raises:
+        DeviceOutOfMemory: it did not fit; other errors pass through.
+    """
+    import torch
+
+    try:
+        with torch.inference_mode():
+            logits: FloatArray = forward().float().cpu().numpy()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = str(error)
+    else:
+        return logits
+    # Raised out here so that no traceback keeps the failed step's tensors alive.
+    raise DeviceOutOfMemory(failed)
 
 
 def list_gpus() -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
-from echelon.score.base import DeviceOutOfMemory, Facts
-from echelon.score.device import DTYPES, device_name, is_out_of_memory, release_memory
+from echelon.score.base import Facts
+from echelon.score.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
 from echelon.score.padding import UNBOUNDED_MAX_TOKENS, pad
 
 if TYPE_CHECKING:
@@ -69,17 +69,7 @@ class GenericScorer:
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.score.base.Scorer`."""
-        try:
-            with torch.inference_mode():
-                logits = self._model(**self._inputs(batch)).logits[:, self._label].float().cpu()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = str(error)
-        else:
-            scores: FloatArray = logits.numpy()
-            return scores
-        raise DeviceOutOfMemory(failed)
+        return run_step(lambda: self._model(**self._inputs(batch)).logits[:, self._label])
 
     def release(self) -> None:
         """Give cached memory back to the device."""

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
 from echelon.score.attention import Layout, attend, attend_first
-from echelon.score.base import DeviceOutOfMemory, Facts
-from echelon.score.device import device_name, is_out_of_memory, release_memory
+from echelon.score.base import Facts
+from echelon.score.device import device_name, release_memory, run_step
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -134,19 +134,8 @@ class PackedScorer:
             BadCheckpoint: a token id that the model has no embedding for.
         """
         self._check_ids(batch.ids)
-        try:
-            with torch.inference_mode():
-                step = with_filler(batch) if self._device.type == "cpu" else batch
-                logits = self._forward(step)[: len(batch)].cpu()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = str(error)
-        else:
-            scores: FloatArray = logits.numpy()
-            return scores
-        # Raised out here so that no traceback keeps the failed step's tensors alive.
-        raise DeviceOutOfMemory(failed)
+        step = with_filler(batch) if self._device.type == "cpu" else batch
+        return run_step(lambda: self._forward(step)[: len(batch)])
 
     def release(self) -> None:
         """Give cached memory back to the device."""
