@@ -2,6 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/score/kernels/*.cpp src/echelon/score/kernels/*.h)
 PYTHON ?= python3
 MODEL ?= demo
 
@@ -38,10 +39,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11. Name a newer one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: no venv module. On Debian: apt install python3-venv"; exit 1; }
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml requirements.lock
+$(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
 	@touch $@ $(VENV)/.installed

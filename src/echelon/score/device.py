@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from echelon.types import FloatArray
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
+"""What activations are kept in; int8 is what products of bf16 activations are computed in."""
 
 MEMORY_ERRORS = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"
@@ -106,12 +107,6 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy)."""
-    if precision == "int8":
-        raise InvalidInput(
-            "precision",
-            "int8 is there for ONNX graphs only",
-            "Use auto, fp32, bf16 or fp16, or a folder with an int8 ONNX graph.",
-        )
     if precision != "auto":
         return precision
     return "fp16" if device.type == "cuda" else "fp32"

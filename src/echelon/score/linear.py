@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from echelon.score.device import has_onednn
+from echelon.score.fused import (
+    SHIFTS,
+    ZERO_POINT,
+    Product,
+    Rows,
+    activate,
+    quantize,
+    values_of,
+)
+from echelon.score.kernels import kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-    Linear = Callable[..., Tensor]
-    """(rows [rows, in], residual [rows, out] or nothing) → [rows, out], activated or with the
-    residual added."""
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda rows: rows,
-    "gelu": functional.gelu,
-    "gelu_new": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
-"""By the names of ``config.json``."""
 
 ONEDNN_ACTIVATIONS = {
     "none": ("none", ""),
@@ -36,10 +30,143 @@ ONEDNN_ACTIVATIONS = {
     "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
-"""The same as (operation, algorithm) inside oneDNN's product: a pass over memory less."""
+"""As (operation, algorithm) inside oneDNN's product: a pass over memory less."""
 
 TYPICAL_ROWS = 512
 """Rows of a step that oneDNN is told to lay the weights out for."""
+
+
+class Linear(Protocol):
+    """A linear layer.
+
+    Attributes:
+        quantized: whether it multiplies codes; rows that come with them save it the making.
+        activated: whether it has applied its activation.
+    """
+
+    quantized: bool
+    activated: bool
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """[rows, in] to [rows, out], the residual added or pending."""
+        ...
+
+
+class DenseLinear:
+    """A product in fp32, bf16 or fp16.
+
+    Args:
+        weight: [out, in], kept.
+        bias: [out], kept.
+    """
+
+    quantized = False
+    activated = False
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`Linear`."""
+        product = functional.linear(values_of(rows), self._weight, self._bias)
+        return Product(product, residual=residual)
+
+
+class PrepackedLinear:
+    """The same in oneDNN's own weight layout, chosen once instead of in every call.
+
+    Args:
+        weight: [out, in].
+        bias: [out], kept.
+        activation: applied inside the product; a layer has this or takes a residual, not both.
+    """
+
+    quantized = False
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
+        self._bias = bias
+        self.activated = activation != "none"
+        self._operation, self._algorithm = ONEDNN_ACTIVATIONS[activation]
+        call = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - no public name exists
+        self._plain, self._adding = call.default, call.binary
+        # With kernels the norm that follows adds the residual, and needs no pass of its own either.
+        self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`Linear`."""
+        values = values_of(rows)
+        if residual is not None and not self._leaves_residual:
+            return Product(self._adding(values, residual, self._packed, self._bias, "add"))
+        product = self._plain(
+            values, self._packed, self._bias, self._operation, [], self._algorithm
+        )
+        return Product(product, residual=residual)
+
+
+class Int8Linear:
+    """A product of eight-bit codes: a scale for each weight row, and for each row of activations.
+
+    oneDNN multiplies unsigned activations with signed weights; the rows' scales and the bias are
+    left pending, see :mod:`echelon.score.fused`.
+
+    Args:
+        weight: [out, in].
+        bias: [out].
+        shift: what was added to activations before they became codes; None for codes around 128.
+    """
+
+    quantized = True
+    activated = False
+
+    def __init__(self, weight: Tensor, bias: Tensor, shift: float | None) -> None:
+        weight = weight.float()
+        scales = weight.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+        codes = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._scales = scales
+        self._zeros = torch.zeros(len(scales), dtype=torch.int64)
+        self._zero_point = ZERO_POINT if shift is None else 0
+        # The codes stand for x + shift: what shift adds to every product is taken off here.
+        added = 0.0 if shift is None else shift * scales * codes.sum(1, dtype=torch.int32)
+        self._bias = bias.float() - added
+        self._call = torch.ops.onednn.qlinear_pointwise.default
+        # Without kernels fp32 saves torch a pass that converts.
+        self._dtype = torch.float32 if kernels() is None else torch.bfloat16
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`Linear`."""
+        if rows.codes is None:
+            rows = quantize(values_of(rows))
+        product = self._call(
+            *(rows.codes, 1.0, self._zero_point, self._packed, self._scales, self._zeros, None),
+            *(1.0, 0, self._dtype, "none", [], ""),
+        )
+        return Product(product, rows.scales, self._bias, residual)
+
+
+class FeedForward:
+    """Up, activation and down, what is between them in the form that ``down`` wants.
+
+    Args:
+        up: [hidden] to [intermediate], activated or not.
+        down: [intermediate] to [hidden].
+        activation: between them.
+    """
+
+    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+        self._up, self._down = up, down
+        self._activation = "none" if up.activated else activation
+        self._shift = SHIFTS[activation] if down.quantized else None
+        self.quantized = up.quantized
+
+    def __call__(self, rows: Rows, residual: Tensor) -> Product:
+        """[rows, hidden] to [rows, hidden], the residual added or pending."""
+        wide = self._up(rows)
+        if self._activation == "none" and self._shift is None:
+            return self._down(Rows(wide.values), residual)
+        return self._down(activate(wide, self._activation, self._shift), residual)
 
 
 def make_linear(
@@ -49,46 +176,21 @@ def make_linear(
     dtype: torch.dtype,
     activation: str = "none",
 ) -> Linear:
-    """A function from [rows, in] to [rows, out] in ``dtype`` on ``device``.
+    """A dense layer in ``dtype`` on ``device``.
 
     Args:
         weight: [out, in] in any dtype, possibly a view of a mapped file; never kept.
         bias: [out].
         device: where it runs.
         dtype: what it computes in.
-        activation: applied to the product; a layer has this or takes a residual, not both.
+        activation: applied inside the product where that can be had, see ``activated``.
     """
     # Copies, so that the mapped checkpoint can be given back.
     weight = torch.empty_like(weight, dtype=dtype, device=device).copy_(weight)
     bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
     if device.type == "cpu" and _can_prepack(dtype):
-        return _prepacked(weight, bias, activation)
-
-    activate = ACTIVATIONS[activation]
-
-    def linear(rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        product = functional.linear(rows, weight, bias)
-        return activate(product) if residual is None else product.add_(residual)
-
-    return linear
-
-
-def _prepacked(weight: Tensor, bias: Tensor, activation: str) -> Linear:
-    """Take oneDNN's own weight layout, chosen once instead of in every call."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
-    call = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - no public name exists
-    plain, adding = call.default, call.binary
-    operation, algorithm = ONEDNN_ACTIVATIONS[activation]
-
-    def linear(rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        product: Tensor
-        if residual is None:
-            product = plain(rows, packed, bias, operation, [], algorithm)
-        else:  # added before rounding, in the same pass
-            product = adding(rows, residual, packed, bias, "add")
-        return product
-
-    return linear
+        return PrepackedLinear(weight, bias, activation)
+    return DenseLinear(weight, bias)
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:

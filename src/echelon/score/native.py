@@ -12,10 +12,13 @@ import torch
 from echelon.errors import BadCheckpoint
 from echelon.score.architecture import HEAD_TENSORS
 from echelon.score.device import DTYPES, release_memory
-from echelon.score.linear import make_linear
-from echelon.score.packed import Embeddings, Head, Layer, Norm, PackedScorer, Weights
+from echelon.score.fused import SHIFTS, Norm
+from echelon.score.linear import FeedForward, Int8Linear, make_linear
+from echelon.score.packed import Embeddings, Head, Layer, PackedScorer, Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from echelon.score.architecture import Architecture
@@ -49,7 +52,7 @@ def open_native(
     """
     _refuse_more_layers(checkpoint, architecture)
     with torch.inference_mode():
-        loader = _Loader(checkpoint, architecture, device, getattr(torch, DTYPES[precision]))
+        loader = _Loader(checkpoint, architecture, device, precision)
         embeddings = loader.embeddings()
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
         head = loader.head(label)
@@ -76,12 +79,13 @@ class _Loader:
         checkpoint: Checkpoint,
         architecture: Architecture,
         device: torch.device,
-        dtype: torch.dtype,
+        precision: str,
     ) -> None:
         self._checkpoint = checkpoint
         self._shape = architecture
         self._device = device
-        self._dtype = dtype
+        self._int8 = precision == "int8"
+        self._dtype = getattr(torch, DTYPES[precision])
         self.loaded_bytes = 0
 
     def embeddings(self) -> Embeddings:
@@ -120,10 +124,7 @@ class _Loader:
             qkv=self._linear(tensors, *(projections[1:] if last else projections)),
             attention_out=self._linear(tensors, f"{root}.attention.output.dense"),
             attention_norm=self._norm(f"{root}.attention.output.LayerNorm", tensors),
-            up=self._linear(
-                tensors, f"{root}.intermediate.dense", activation=self._shape.activation
-            ),
-            down=self._linear(tensors, f"{root}.output.dense"),
+            feed_forward=self._feed_forward(tensors, root),
             output_norm=self._norm(f"{root}.output.LayerNorm", tensors),
         )
         # Else the C library keeps the freed copies: a third more memory than the weights.
@@ -141,28 +142,56 @@ class _Loader:
             tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
         # In fp32 whatever the layers compute in: a half-width logit has so few digits that
         # different documents tie.
-        exact = (self._linear(tensors, name, dtype=torch.float32) for name in (dense, project))
+        exact = (self._dense(tensors, name, dtype=torch.float32) for name in (dense, project))
         return Head(*exact)
 
+    def _feed_forward(self, tensors: Tensors, root: str) -> FeedForward:
+        activation = self._shape.activation
+        up, down = f"{root}.intermediate.dense", f"{root}.output.dense"
+        return FeedForward(
+            self._linear(tensors, up, activation=activation),
+            self._linear(tensors, down, shift=SHIFTS[activation]),
+            activation,
+        )
+
     def _linear(
+        self,
+        tensors: Tensors,
+        *names: str,
+        activation: str = "none",
+        shift: float | None = None,
+    ) -> Linear:
+        """A layer in the model's precision, from one or several stacked ones.
+
+        Args:
+            tensors: what was read.
+            names: of the layers to stack.
+            activation: applied to the product where the layer can.
+            shift: how far eight-bit codes of its input are shifted; None for not at all.
+        """
+        if not self._int8:
+            return self._dense(tensors, *names, activation=activation)
+        weight, bias = _stacked(tensors, names)
+        self.loaded_bytes += weight.numel() + 8 * bias.numel()  # codes; scales and bias
+        return Int8Linear(weight, bias, shift)
+
+    def _dense(
         self,
         tensors: Tensors,
         *names: str,
         dtype: torch.dtype | None = None,
         activation: str = "none",
     ) -> Linear:
-        """One linear layer from one or several stacked ones."""
         dtype = dtype or self._dtype
-        weights = [tensors[f"{name}.weight"] for name in names]
-        biases = [tensors[f"{name}.bias"] for name in names]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bias = biases[0] if len(biases) == 1 else torch.cat(biases)
+        weight, bias = _stacked(tensors, names)
         self.loaded_bytes += (weight.numel() + bias.numel()) * dtype.itemsize
         return make_linear(weight, bias, self._device, dtype, activation)
 
     def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
+        # On CPU a norm's weights stay in fp32: the kernels, and torch, mix them with bf16 rows.
+        dtype = dtype or (torch.float32 if self._dtype == torch.bfloat16 and self._device.type == "cpu" else self._dtype)
         weight, bias = (
-            tensors[f"{name}.{part}"].to(self._device, dtype or self._dtype, copy=True)
+            tensors[f"{name}.{part}"].to(self._device, dtype, copy=True)
             for part in ("weight", "bias")
         )
         self.loaded_bytes += weight.nbytes + bias.nbytes
@@ -170,6 +199,15 @@ class _Loader:
 
     def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         return {f"{name}.{part}": (self._shape.hidden,) for part in ("weight", "bias")}
+
+
+def _stacked(tensors: Tensors, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one layer that computes what the named ones do."""
+    if len(names) == 1:
+        return tensors[f"{names[0]}.weight"], tensors[f"{names[0]}.bias"]
+    parts = ([tensors[f"{name}.{part}"] for name in names] for part in ("weight", "bias"))
+    weight, bias = map(torch.cat, parts)
+    return weight, bias
 
 
 def _dense_shapes(name: str, out: int, into: int) -> list[tuple[str, tuple[int, ...]]]:

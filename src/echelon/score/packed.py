@@ -17,32 +17,20 @@ from torch.nn import functional
 from echelon.errors import BadCheckpoint
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.base import Facts
-from echelon.score.device import device_name, release_memory, run_step
+from echelon.score.device import DTYPES, device_name, release_memory, run_step
+from echelon.score.fused import Norm, Product, Rows, add_norm, settle, values_of
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.score.architecture import Architecture
-    from echelon.score.linear import Linear
+    from echelon.score.linear import FeedForward, Linear
     from echelon.types import FloatArray, IntArray
 
 
 LEAST_ROWS = 16
 """Rows that a matrix unit works on at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """LayerNorm over the hidden axis."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[rows, hidden], each row normalised."""
-        return functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +49,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer; ``up`` ends in the activation.
+    """One transformer layer.
 
     ``qkv`` is fused, except in the last layer, which keeps its query projection apart.
     """
@@ -70,8 +58,7 @@ class Layer:
     qkv: Linear
     attention_out: Linear
     attention_norm: Norm
-    up: Linear
-    down: Linear
+    feed_forward: FeedForward
     output_norm: Norm
 
 
@@ -81,6 +68,11 @@ class Head:
 
     dense: Linear
     project: Linear
+
+    def __call__(self, firsts: Tensor) -> Tensor:
+        """[pairs, hidden] to logits, [pairs]."""
+        pooled = torch.tanh(self.dense(Rows(firsts.float())).values)
+        return self.project(Rows(pooled)).values.squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +107,7 @@ class PackedScorer:
         self._shape = architecture
         self._weights: Weights | None = weights
         self._device = device
-        self._dtype = weights.layers[0].output_norm.weight.dtype
+        self._dtype = getattr(torch, DTYPES[precision])
         self.facts = Facts(
             family=architecture.family,
             device=str(device),
@@ -160,13 +152,11 @@ class PackedScorer:
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         layout = Layout.of(batch.offsets, self._device)
-        rows = self._embed(self._weights.embeddings, batch)
+        rows = Rows(self._embed(self._weights.embeddings, batch))
         *layers, last = self._weights.layers
         for layer in layers:
             rows = self._layer(layer, rows, layout)
-        firsts = self._last_layer(last, rows, layout).float()
-        pooled = torch.tanh(self._weights.head.dense(firsts))
-        return self._weights.head.project(pooled).squeeze(-1)
+        return self._weights.head(values_of(self._last_layer(last, rows, layout)))
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
         """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
@@ -184,25 +174,31 @@ class PackedScorer:
         on_device = torch.from_numpy(indices).to(self._device)
         return functional.embedding(on_device, table).float()
 
-    def _layer(self, layer: Layer, rows: Tensor, layout: Layout) -> Tensor:
-        query, key, value = layer.qkv(rows).view(len(rows), 3, *self._shape.head_shape).unbind(1)
-        mixed = attend(query, key, value, layout)
-        return self._finish(layer, mixed, rows)
+    def _layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
+        query, key, value = self._heads(layer.qkv(rows), 3)
+        return _finish(layer, attend(query, key, value, layout), rows)
 
-    def _last_layer(self, layer: Layer, rows: Tensor, layout: Layout) -> Tensor:
+    def _last_layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
         """Keys and values for all rows, everything else for each pair's first row."""
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")
         firsts = rows[layout.firsts]
-        query = layer.queries(firsts).view(len(firsts), *self._shape.head_shape)
-        key, value = layer.qkv(rows).view(len(rows), 2, *self._shape.head_shape).unbind(1)
-        mixed = attend_first(query, key, value, layout)
-        return self._finish(layer, mixed, firsts)
+        (query,) = self._heads(layer.queries(firsts), 1)
+        key, value = self._heads(layer.qkv(rows), 2)
+        return _finish(layer, attend_first(query, key, value, layout), firsts)
 
-    def _finish(self, layer: Layer, mixed: Tensor, rows: Tensor) -> Tensor:
-        """Attention output, feed-forward and both residuals."""
-        rows = layer.attention_norm(layer.attention_out(mixed, rows))
-        return layer.output_norm(layer.down(layer.up(rows), rows))
+    def _heads(self, product: Product, parts: int) -> tuple[Tensor, ...]:
+        """[rows, parts × hidden] to ``parts`` of [rows, heads, size]."""
+        values = settle(product)
+        return values.view(len(values), parts, *self._shape.head_shape).unbind(1)
+
+
+def _finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
+    """Attention output, feed-forward and both residuals."""
+    product = layer.attention_out(Rows(mixed), rows.values)
+    rows = add_norm(product, layer.attention_norm, quantized=layer.feed_forward.quantized)
+    product = layer.feed_forward(rows, values_of(rows))
+    return add_norm(product, layer.output_norm, quantized=layer.qkv.quantized)
 
 
 def with_filler(batch: TokenBatch) -> TokenBatch:
