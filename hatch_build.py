@@ -1,4 +1,4 @@
-"""Build hook: compiles the kernels where there is a compiler, and goes on without where there is none.
+"""Build hook: compiles the kernels where there is a compiler, and goes on where there is none.
 
 A wheel built with them is for one platform and any Python 3; one built without is pure Python.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/echelon/score/kernels")
-LIBRARY = "kernels.so"
+LIBRARY = "libechelon.so.1"  # ends in no suffix that Python takes for a module
 SOURCES = ("attention.cpp", "rows.cpp")
 FLAGS = (
     "-std=c++17",

@@ -13,6 +13,7 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.compat.activation",
     "echelon.score.attention",
+    "echelon.score.fused",
     "echelon.score.generic",
     "echelon.score.linear",
     "echelon.score.native",

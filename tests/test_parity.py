@@ -15,7 +15,8 @@ from scipy.stats import kendalltau
 
 from echelon import Reranker
 from echelon.encode.tokens import PairEncoder
-from echelon.score.linear import ACTIVATIONS, make_linear
+from echelon.score.fused import ACTIVATIONS, Rows
+from echelon.score.linear import make_linear
 from echelon.score.load import open_scorer
 from echelon.score.packed import with_filler
 from echelon.types import TokenBatch
@@ -264,4 +265,4 @@ def test_prepacked_products_equal_plain_ones(activation, residual):
     with torch.inference_mode():
         expected = ACTIVATIONS[activation](torch.nn.functional.linear(rows, weight, bias))
         expected = expected if added is None else expected + added
-        assert (linear(rows, added) - expected).abs().max() <= 1e-4
+        assert (linear(Rows(rows), added).values - expected).abs().max() <= 1e-4

@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from echelon import Reranker, tuner
+from echelon import Reranker, gate, tuner
 from echelon.config import Options
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.score.base import DeviceOutOfMemory
@@ -66,14 +66,14 @@ def test_auto_precision_is_compared_with_fp32_and_the_fastest_that_passes_is_tak
 
 
 def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
-    real = tuner.agreement
+    real = gate.agreement
 
     def spoiled(reference, candidate, grades):
         verdict = real(reference, candidate, grades)
         return verdict if candidate is reference else replace(verdict, tau=0.5)
 
     monkeypatch.setattr(tuner, "precisions_to_compare", lambda *_: ["fp32", "bf16"])
-    monkeypatch.setattr(tuner, "agreement", spoiled)
+    monkeypatch.setattr(gate, "agreement", spoiled)
     found = tune(bert, SHORT, QUICK)
     assert [row["passed"] for row in found.precisions] == [True, False]
     assert found.settings.precision == found.key.precision == "fp32"
@@ -115,7 +115,7 @@ def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
     partial = tmp_path / "p.partial.json"
     plan = replace(QUICK, partial=partial)
     trials = []
-    real = tuner._Trial.__call__
+    real = tuner._Timed.__call__
 
     def counted(self, point):
         trials.append(point)
@@ -123,7 +123,7 @@ def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, point)
 
-    monkeypatch.setattr(tuner._Trial, "__call__", counted)
+    monkeypatch.setattr(tuner._Timed, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         tune(bert, SHORT, plan)
     kept = json.loads(partial.read_text())

@@ -38,3 +38,23 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def status(title: str, *, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Say on standard error what is being done, where no total is known.
+
+    Args:
+        title: what it is about.
+        shown: whether to show anything; never does where standard error is no terminal.
+
+    Yields:
+        A function to call with what is done now.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title) as line:
+        yield lambda doing: line.update(f"{title}: {doing}")

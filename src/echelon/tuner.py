@@ -7,7 +7,7 @@ sizes → choose → profile.
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,12 @@ import numpy as np
 from echelon.checks import check_max_length
 from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
-from echelon.engine import Engine, Limits
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
-from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
+from echelon.gate import Trial, compare, require_passed
+from echelon.plan.pack import NO_BUDGET, pack, step_cost
 from echelon.score.device import CudaMemoryMeter, usable_cpus
-from echelon.score.load import open_scorer, precisions_to_compare, runs_on_cpu
+from echelon.score.load import precisions_to_compare, runs_on_cpu
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import MemoryMeter, describe_machine
 from echelon.tune.profile import (
@@ -34,9 +34,8 @@ from echelon.tune.profile import (
     read_json,
     write_json,
 )
-from echelon.tune.quality import agreement
 from echelon.tune.solve import best_batches, best_budget, cautions, situations
-from echelon.tune.texts import Texts, Topic, load_texts
+from echelon.tune.texts import load_texts
 
 if TYPE_CHECKING:
     import os
@@ -46,14 +45,12 @@ if TYPE_CHECKING:
     from echelon.clock import Clock
     from echelon.config import Options
     from echelon.score.base import Scorer
-    from echelon.types import FloatArray, Pair
+    from echelon.tune.texts import Texts
+    from echelon.types import Pair
 
 PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
-
-GATE_TOPICS = 8
-"""Queries that precisions are compared on: about 96 pairs, seconds even for a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +112,20 @@ def tune(
     texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
     encoder = PairEncoder(folder.path)
     kept = _Partial.of(plan, options, folder, texts)
-    precisions = kept.precisions or _compare_precisions(folder, options, encoder, texts, told)
-    kept.precisions = precisions
-    options = replace(options, precision=_fastest(precisions, options))
-    threads = kept.threads or _compare_threads(folder, options, encoder, texts, told)
-    kept.threads = threads
+    trial = Trial.of(folder, options, encoder, texts)
+    kept.precisions = precisions = kept.precisions or _compare_precisions(trial, told)
+    precision, keep_bf16 = _fastest(precisions, options)
+    options = replace(options, precision=precision)
+    trial = replace(trial, options=options)
+    kept.threads = threads = kept.threads or _compare_threads(trial, keep_bf16, told)
     options = replace(options, threads=_most_useful(threads, options))
-    scorer = _open(folder, options)
+    scorer = replace(trial, options=options).open(precision, keep_bf16)
     try:
         samples = {count: texts.sample(count) for count in plan.pairs}
-        trial = _Trial(encoder, scorer, options, samples, clock)
+        timed = _Timed(encoder, scorer, options, samples, clock)
         results = sweep(
             grid(plan.pairs, plan.batch_sizes, plan.token_budgets),
-            trial,
+            timed,
             clock=clock,
             limit_s=plan.time_limit_s,
             known=kept.points,
@@ -143,7 +141,7 @@ def tune(
         settings=_settings(key, results, used, options.max_length),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
-        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": trial.lengths()},
+        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": timed.lengths()},
         precisions=precisions,
         threads=threads,
         points=[measured.as_dict() for measured in results],
@@ -153,58 +151,19 @@ def tune(
     )
 
 
-def _open(folder: ModelFolder, options: Options, precision: str | None = None) -> Scorer:
-    return open_scorer(
-        folder.path,
-        device=options.device,
-        precision=precision or options.precision,
-        threads=options.threads,
-        label=options.label,
-    )
-
-
-def _compare_precisions(
-    folder: ModelFolder,
-    options: Options,
-    encoder: PairEncoder,
-    texts: Texts,
-    told: Callable[[str, float], None],
-) -> list[dict[str, Any]]:
-    """Speed of each precision, and how its ranking agrees with fp32's; none without a choice."""
-    candidates = precisions_to_compare(folder.path, options.device)
-    if options.precision != "auto" or len(candidates) == 1:
+def _compare_precisions(trial: Trial, told: Callable[[str, float], None]) -> list[dict[str, Any]]:
+    """Speed and agreement of each precision, see :func:`compare`; none without a choice."""
+    candidates = precisions_to_compare(trial.folder.path, trial.options.device)
+    asked = trial.options.precision
+    if asked == "int8" and asked in candidates[1:]:
+        candidates = ["fp32", "int8"]  # it passes the gate even where it was asked for
+    elif asked != "auto" or len(candidates) == 1:
         return []
-    topics = _some_topics(texts)
-    rows: list[dict[str, Any]] = []
-    reference: list[FloatArray] = []
-    for precision in candidates:
-        told(f"comparing {precision} with fp32", 0.0)
-        logits, tokens_per_s = _score_topics(folder, options, encoder, topics, precision)
-        reference = reference or logits
-        verdict = agreement(reference, logits, [topic.grades for topic in topics])
-        rows.append(
-            {
-                "precision": precision,
-                "tokens_per_s": tokens_per_s,
-                **asdict(verdict),
-                "passed": verdict.passed,
-                "queries": len(topics),
-            }
-        )
-    return rows
-
-
-def _some_topics(texts: Texts) -> Sequence[Topic]:
-    """A few queries from all over the set."""
-    return texts.topics[:: max(1, len(texts.topics) // GATE_TOPICS)][:GATE_TOPICS]
+    return compare(trial, candidates, lambda doing: told(doing, 0.0))
 
 
 def _compare_threads(
-    folder: ModelFolder,
-    options: Options,
-    encoder: PairEncoder,
-    texts: Texts,
-    told: Callable[[str, float], None],
+    trial: Trial, keep_bf16: Sequence[str], told: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
     """Speed with all usable CPUs and with fewer; none where there is no choice.
 
@@ -212,17 +171,16 @@ def _compare_threads(
     machine, and small layers do not divide well.
     """
     counts = thread_counts(usable_cpus())
+    options = trial.options
     if options.threads is not None or len(counts) == 1:
         return []
-    if not runs_on_cpu(folder.path, options.device):
+    if not runs_on_cpu(trial.folder.path, options.device):
         return []
     rows: list[dict[str, Any]] = []
     for count in counts:
         told(f"trying {count} threads", 0.0)
-        tried = replace(options, threads=count)
-        _, tokens_per_s = _score_topics(
-            folder, tried, encoder, _some_topics(texts), options.precision
-        )
+        tried = replace(trial, options=replace(options, threads=count))
+        _, tokens_per_s = tried.score(options.precision, keep_bf16)
         rows.append({"threads": count, "tokens_per_s": tokens_per_s})
     return rows
 
@@ -239,40 +197,23 @@ def _most_useful(threads: list[dict[str, Any]], options: Options) -> int | None:
     return best
 
 
-def _score_topics(
-    folder: ModelFolder,
-    options: Options,
-    encoder: PairEncoder,
-    topics: Sequence[Topic],
-    precision: str,
-) -> tuple[list[FloatArray], float]:
-    """Logits of each topic, and tokens a second of the second of two passes."""
-    scorer = _open(folder, options, precision)
-    try:
-        pairs = [(topic.query, document) for topic in topics for document in topic.documents]
-        longest = check_max_length(
-            options.max_length, scorer.facts.max_tokens, encoder.template.specials
-        )
-        encoded = encoder.encode(pairs, longest, options.truncation, options.max_query_tokens)
-        engine = Engine(scorer, Limits(step_budget(None, None, scorer.facts.device)))
-        engine.run(encoded)
-        started = monotonic()
-        outcome = engine.run(encoded)
-        seconds = monotonic() - started
-    finally:
-        scorer.close()
-    bounds = np.cumsum([len(topic.documents) for topic in topics])[:-1]
-    return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
+def _fastest(precisions: list[dict[str, Any]], options: Options) -> tuple[Any, list[str]]:
+    """The fastest precision that passed, and the layers it leaves in bf16.
 
-
-def _fastest(precisions: list[dict[str, Any]], options: Options) -> Any:
-    passed = [row for row in precisions if row["passed"]]
+    Raises:
+        InvalidInput: int8 was asked for and did not pass.
+    """
+    asked = options.precision
+    if asked == "int8" and precisions:
+        require_passed(precisions[-1])
+    passed = [row for row in precisions if row["passed"] and asked in {"auto", row["precision"]}]
     if not passed:
-        return options.precision
-    return max(passed, key=lambda row: row["tokens_per_s"])["precision"]
+        return asked, []
+    fastest = max(passed, key=lambda row: row["tokens_per_s"])
+    return fastest["precision"], fastest.get("keep_bf16", [])
 
 
-class _Trial:
+class _Timed:
     """Runs a point once, from texts in hand to scores in hand.
 
     Identical pairs are not folded and nothing is cached: every pair goes through the model.

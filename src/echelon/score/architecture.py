@@ -99,6 +99,21 @@ class Architecture:
         return positions_from_zero(batch)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What the linear layers compute in.
+
+    Attributes:
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        keep_bf16: layers that int8 leaves in bf16, because it would harm the ranking there.
+        errors: where given, int8's relative error in each layer is measured beside bf16.
+    """
+
+    precision: str
+    keep_bf16: frozenset[str] = frozenset()
+    errors: dict[str, float] | None = None
+
+
 def positions_after_padding(batch: TokenBatch, padding_id: int) -> IntArray:
     """RoBERTa's positions: ``padding_id + 1`` onwards, a padding token in the text not counted.
 

@@ -1,10 +1,10 @@
 """Attention over packed pairs: every row sees the rows of its own pair and no others.
 
-On CPU there are three ways. The compiled kernel takes all pairs at once. The other two take runs of
-pairs of one length, which are dense blocks of the packed rows, as views without padding or masks:
-``scaled_dot_product_attention``, or two products around a softmax. Which is fastest differs from one
-processor to the next by factors, in both directions (docs/LOG.md), so it is measured when a model
-is opened. On CUDA the variable-length kernel takes the packed rows as they are.
+On CPU there are three ways. The compiled kernel takes all pairs at once. The other two take runs
+of pairs of one length, which are dense blocks of the packed rows, as views without padding or
+masks: ``scaled_dot_product_attention``, or two products around a softmax. Which is fastest differs
+from one processor to the next by factors, in both directions (docs/LOG.md), so it is measured,
+once for each kind of rows. On CUDA the variable-length kernel takes the packed rows as they are.
 """
 
 from __future__ import annotations

@@ -106,10 +106,33 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy)."""
+    """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy).
+
+    Raises:
+        InvalidInput: int8 where it would be slow or inexact.
+    """
+    if precision == "int8" and not (device.type == "cpu" and multiplies_int8()):
+        raise InvalidInput(
+            "precision",
+            f"int8 is not to be had on {device_name(device)}",
+            "It needs a CPU with VNNI or AMX. Use auto, fp32, bf16 or fp16.",
+        )
     if precision != "auto":
         return precision
     return "fp16" if device.type == "cuda" else "fp32"
+
+
+def multiplies_int8() -> bool:
+    """Whether this processor and torch build multiply eight-bit codes exactly and fast.
+
+    Without VNNI or AMX oneDNN adds pairs of products in 16 bits, which overflow.
+    """
+    import torch
+
+    if not has_onednn() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    checks = ("_is_vnni_supported", "_is_amx_tile_supported")  # no public names
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def usable_cpus() -> int:
@@ -267,9 +290,8 @@ def candidate_precisions(device: str) -> list[str]:
         return ["fp32", "fp16", "bf16"]
     import torch
 
-    if has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - no public name
-        return ["fp32", "bf16"]
-    return ["fp32"]
+    bf16 = has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - no public name
+    return ["fp32", *["bf16"] * bf16, *["int8"] * multiplies_int8()]
 
 
 def is_cuda_build() -> bool:

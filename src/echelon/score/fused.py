@@ -30,7 +30,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names of ``config.json``."""
 
-KERNEL_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "silu": 4}
+KERNEL_ACTIVATIONS = {
+    "none": 0,
+    "gelu": 1,
+    "gelu_new": 2,
+    "gelu_pytorch_tanh": 2,
+    "relu": 3,
+    "silu": 4,
+}
 
 SHIFTS = {"gelu": 0.171, "gelu_new": 0.171, "gelu_pytorch_tanh": 0.171, "relu": 0.0, "silu": 0.279}
 """No value of an activation is below minus this: added before quantising, it frees the code's sign

@@ -15,6 +15,7 @@ from echelon.score.fused import (
     Rows,
     activate,
     quantize,
+    settle,
     values_of,
 )
 from echelon.score.kernels import kernels
@@ -144,6 +145,31 @@ class Int8Linear:
             *(1.0, 0, self._dtype, "none", [], ""),
         )
         return Product(product, rows.scales, self._bias, residual)
+
+
+class ProbedLinear:
+    """A dense layer that measures what error int8 would make in its place.
+
+    Args:
+        dense: gives the answer.
+        int8: the same layer in codes, around 128.
+        name: key of the error.
+        errors: relative error of the layer's output, kept as the largest of all steps.
+    """
+
+    quantized = False
+    activated = False
+
+    def __init__(self, dense: Linear, int8: Linear, name: str, errors: dict[str, float]) -> None:
+        self._dense, self._int8 = dense, int8
+        self._name, self._errors = name, errors
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`Linear`."""
+        exact = settle(self._dense(rows)).float()
+        error = (settle(self._int8(rows)).float() - exact).norm() / exact.norm()
+        self._errors[self._name] = max(self._errors.get(self._name, 0.0), float(error))
+        return self._dense(rows, residual)
 
 
 class FeedForward:

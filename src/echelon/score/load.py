@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, OutOfMemory
 from echelon.score.architecture import (
+    LayerPlan,
     choose_label,
     has_weights,
     labels_of,
@@ -26,11 +27,13 @@ from echelon.score.device import (
 from echelon.score.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     import torch
 
     from echelon.score.base import Scorer
+    from echelon.types import TokenBatch
 
 
 def open_scorer(
@@ -40,15 +43,17 @@ def open_scorer(
     precision: str = "auto",
     threads: int | None = None,
     label: str | int | None = None,
+    keep_bf16: Iterable[str] = (),
 ) -> Scorer:
     """Load the model in ``folder``.
 
     Args:
         folder: ``config.json`` and weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         threads: CPU threads; None is what the process may use.
         label: which output of a head with several to score.
+        keep_bf16: linear layers that int8 leaves in bf16, as :func:`layer_errors` names them.
 
     Raises:
         ModelError: it is not there, damaged, or of an unsupported kind.
@@ -66,7 +71,8 @@ def open_scorer(
     precision = choose_precision(precision, chosen)
     used = set_threads(threads, chosen)
     try:
-        return _open_weights(folder, config, chosen, precision, used, chosen_label)
+        plan = LayerPlan(precision, frozenset(keep_bf16))
+        return _open_weights(folder, config, chosen, plan, used, chosen_label)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -101,26 +107,67 @@ def runs_on_cpu(folder: Path, device: str) -> bool:
 def precisions_to_compare(folder: Path, device: str) -> list[str]:
     """Precisions that a model can run in on a device, the exact one first."""
     graph = graph_to_use(folder)
-    return candidate_precisions(device) if graph is None else [graph_precision(graph)]
+    if graph is not None:
+        return [graph_precision(graph)]
+    candidates = candidate_precisions(device)
+    if native_architecture(folder, read_config(folder)) is None:
+        return [precision for precision in candidates if precision != "int8"]
+    return candidates
+
+
+def may_choose_int8(folder: Path, device: str) -> bool:
+    """Whether a model can run in int8 or in fp32: a graph has one precision, its own."""
+    return "int8" in precisions_to_compare(folder, device)[1:]
+
+
+def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:
+    """Relative error that int8 makes in each linear layer's output, worst first.
+
+    Args:
+        folder: a native model.
+        batches: steps to run; what they put through the layers is what errors are measured on.
+    """
+    architecture = native_architecture(folder, read_config(folder))
+    if architecture is None:
+        raise RuntimeError("This is a bug: only native models have int8 layers.")
+    from echelon.score.checkpoint import Checkpoint
+    from echelon.score.native import open_native
+
+    errors: dict[str, float] = {}
+    plan = LayerPlan("bf16", errors=errors)
+    device = choose_device("cpu")
+    scorer = open_native(
+        Checkpoint(folder), architecture, device, plan, set_threads(None, device), 0
+    )
+    for batch in batches:
+        scorer.score(batch)
+    scorer.close()
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
 def _open_weights(
     folder: Path,
     config: dict[str, Any],
     device: torch.device,
-    precision: str,
+    plan: LayerPlan,
     threads: int,
     label: int,
 ) -> Scorer:
     architecture = native_architecture(folder, config)
     if architecture is None:
+        if plan.precision == "int8":
+            raise InvalidInput(
+                "precision",
+                f"int8 is not built for {config['model_type']} models",
+                "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
+            )
         from echelon.score.generic import GenericScorer
 
-        return GenericScorer(folder, config, device, precision, threads, label)
+        return GenericScorer(folder, config, device, plan.precision, threads, label)
     from echelon.score.checkpoint import Checkpoint
     from echelon.score.native import open_native
 
-    return open_native(Checkpoint(folder), architecture, device, precision, threads, label)
+    return open_native(Checkpoint(folder), architecture, device, plan, threads, label)
 
 
 def _open_graph(

@@ -13,7 +13,7 @@ from echelon.errors import BadCheckpoint
 from echelon.score.architecture import HEAD_TENSORS
 from echelon.score.device import DTYPES, release_memory
 from echelon.score.fused import SHIFTS, Norm
-from echelon.score.linear import FeedForward, Int8Linear, make_linear
+from echelon.score.linear import FeedForward, Int8Linear, ProbedLinear, make_linear
 from echelon.score.packed import Embeddings, Head, Layer, PackedScorer, Weights
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from echelon.score.architecture import Architecture
+    from echelon.score.architecture import Architecture, LayerPlan
     from echelon.score.checkpoint import Checkpoint
     from echelon.score.linear import Linear
 
@@ -33,7 +33,7 @@ def open_native(
     checkpoint: Checkpoint,
     architecture: Architecture,
     device: torch.device,
-    precision: str,
+    plan: LayerPlan,
     threads: int,
     label: int,
 ) -> PackedScorer:
@@ -43,7 +43,7 @@ def open_native(
         checkpoint: its weights.
         architecture: its shape.
         device: where to.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        plan: what its linear layers compute in.
         threads: CPU threads in use; 0 on other devices.
         label: which output of the head is the score.
 
@@ -52,12 +52,12 @@ def open_native(
     """
     _refuse_more_layers(checkpoint, architecture)
     with torch.inference_mode():
-        loader = _Loader(checkpoint, architecture, device, precision)
+        loader = _Loader(checkpoint, architecture, device, plan)
         embeddings = loader.embeddings()
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
         head = loader.head(label)
     weights = Weights(embeddings, layers, head, loader.loaded_bytes)
-    return PackedScorer(architecture, weights, device, precision, threads)
+    return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 
 def _refuse_more_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -79,13 +79,13 @@ class _Loader:
         checkpoint: Checkpoint,
         architecture: Architecture,
         device: torch.device,
-        precision: str,
+        plan: LayerPlan,
     ) -> None:
         self._checkpoint = checkpoint
         self._shape = architecture
         self._device = device
-        self._int8 = precision == "int8"
-        self._dtype = getattr(torch, DTYPES[precision])
+        self._plan = plan
+        self._dtype = getattr(torch, DTYPES[plan.precision])
         self.loaded_bytes = 0
 
     def embeddings(self) -> Embeddings:
@@ -169,7 +169,11 @@ class _Loader:
             activation: applied to the product where the layer can.
             shift: how far eight-bit codes of its input are shifted; None for not at all.
         """
-        if not self._int8:
+        name = names[-1].removeprefix(f"{self._shape.prefix}.encoder.")
+        if self._plan.precision != "int8" or name in self._plan.keep_bf16:
+            if self._plan.errors is not None:
+                int8 = Int8Linear(*_stacked(tensors, names), None)
+                return ProbedLinear(self._dense(tensors, *names), int8, name, self._plan.errors)
             return self._dense(tensors, *names, activation=activation)
         weight, bias = _stacked(tensors, names)
         self.loaded_bytes += weight.numel() + 8 * bias.numel()  # codes; scales and bias
@@ -189,7 +193,11 @@ class _Loader:
 
     def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
         # On CPU a norm's weights stay in fp32: the kernels, and torch, mix them with bf16 rows.
-        dtype = dtype or (torch.float32 if self._dtype == torch.bfloat16 and self._device.type == "cpu" else self._dtype)
+        dtype = dtype or (
+            torch.float32
+            if self._dtype == torch.bfloat16 and self._device.type == "cpu"
+            else self._dtype
+        )
         weight, bias = (
             tensors[f"{name}.{part}"].to(self._device, dtype, copy=True)
             for part in ("weight", "bias")

@@ -12,7 +12,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-LIBRARY = Path(__file__).parent / "kernels.so"
+LIBRARY = Path(__file__).parent / "libechelon.so.1"
 
 SWITCH = "ECHELON_KERNELS"
 """Environment variable; ``off`` leaves the kernels out."""

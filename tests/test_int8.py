@@ -1,0 +1,242 @@
+"""int8: close to fp32, blind to a pair's neighbours, and never served without passing the gate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from echelon import InvalidInput, Reranker, gate
+from echelon.config import Options
+from echelon.encode.tokens import PairEncoder
+from echelon.fetch.resolve import resolve
+from echelon.score.device import choose_precision, multiplies_int8
+from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
+from echelon.score.linear import Int8Linear
+from echelon.score.load import layer_errors, open_scorer
+from echelon.tune.texts import load_texts
+from helpers import NATIVE, make_toy, random_batch, split
+
+pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_home(request, tmp_path, monkeypatch):
+    """Answers of the gate go to a folder of the test's; the demo model stays where it is."""
+    if "demo_folder" in request.fixturenames:
+        request.getfixturevalue("demo_folder")
+    monkeypatch.setattr(gate, "home", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("shift", [None, SHIFTS["gelu"]])
+def test_a_layer_is_near_the_exact_one(shift):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64), torch.randn(96)
+    product = Product(torch.randn(33, 64).bfloat16() * 2)
+    with torch.inference_mode():
+        linear = Int8Linear(weight, bias, shift)
+        if shift is None:
+            rows = Rows(product.values)
+            exact = product.values.float() @ weight.T + bias
+        else:
+            rows = activate(product, "gelu", shift)
+            exact = torch.nn.functional.gelu(product.values.float()) @ weight.T + bias
+        error = (settle(linear(rows)) - exact).norm() / exact.norm()
+    assert error < 0.015
+
+
+def test_weights_without_spread_are_no_trouble():
+    with torch.inference_mode():
+        weight = torch.zeros(8, 32)
+        weight[1] = 5
+        product = settle(
+            Int8Linear(weight, torch.ones(8), None)(Rows(torch.ones(4, 32).bfloat16()))
+        )
+    assert torch.equal(product[:, 0], torch.ones(4).bfloat16())
+    assert (product[:, 1] - 161).abs().max() <= 1
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_scores_stay_near_fp32_and_apart_from_their_neighbours(toy, family):
+    folder = toy(family)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    batch = random_batch([3, 50, 50, 90, 12, 7], vocabulary, 2, types=family == "bert")
+    exact = open_scorer(folder, precision="fp32", threads=1).score(batch)
+    scorer = open_scorer(folder, precision="int8", threads=1)
+    assert scorer.facts.precision == "int8"
+    together = scorer.score(batch)
+    alone = [scorer.score(split(batch, i))[0] for i in range(len(batch))]
+    np.testing.assert_allclose(together, exact, rtol=0, atol=0.25)
+    assert np.abs(together - exact).max() > 0
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-3)
+
+
+def test_heads_of_the_kernels_size_too(tmp_path):
+    folder = make_toy(
+        tmp_path, "bert", None, vocab_size=150, hidden_size=128, num_attention_heads=2
+    )
+    batch = random_batch([3, 50, 90, 12], 150, 4, types=True)
+    exact = open_scorer(folder, precision="fp32", threads=1).score(batch)
+    for precision, bound in (("bf16", 0.1), ("int8", 0.5)):
+        found = open_scorer(folder, precision=precision, threads=1).score(batch)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=bound)
+
+
+def test_kept_layers_compute_in_bf16(toy):
+    folder = toy("bert")
+    batch = random_batch([40, 22], 150, 1, types=True)
+    names = list(layer_errors(folder, [batch]))
+    assert len(names) == 3 * 4 + 1  # the last layer's query projection stands alone
+    bf16 = open_scorer(folder, precision="bf16", threads=1).score(batch)
+    kept = open_scorer(folder, precision="int8", threads=1, keep_bf16=names).score(batch)
+    none = open_scorer(folder, precision="int8", threads=1).score(batch)
+    assert np.abs(kept - bf16).max() < 0.02
+    assert np.abs(kept - bf16).max() < np.abs(none - bf16).max()
+
+
+def spoil(folder, layer: int) -> None:
+    """Give one layer inputs that eight bits cannot hold: one channel a thousand times the rest."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    root = f"bert.encoder.layer.{layer}"
+    tensors[f"{root}.attention.output.LayerNorm.bias"][5] += 4000
+    tensors[f"{root}.intermediate.dense.weight"][:, 5] = 0
+    tensors[f"{root}.output.dense.weight"][5] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def spoiled(tmp_path, tokenizers):
+    folder = make_toy(tmp_path / "spoiled", "bert", tokenizers["bert"])
+    spoil(folder, 0)
+    return folder
+
+
+def test_the_layer_that_int8_harms_is_found(spoiled):
+    errors = layer_errors(spoiled, [random_batch([40, 22, 60], 150, 1, types=True)])
+    assert next(iter(errors)) == "layer.0.intermediate.dense"
+    assert errors["layer.0.intermediate.dense"] > 5 * sorted(errors.values())[-3]
+
+
+def trial(folder) -> gate.Trial:
+    return gate.Trial.of(
+        resolve(folder), Options(device="cpu"), PairEncoder(folder), load_texts(None, "en")
+    )
+
+
+def test_the_demo_passes_the_gate(demo_folder):
+    rows = gate.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
+    assert [row["precision"] for row in rows] == ["fp32", "int8"]
+    exact, int8 = rows
+    assert exact["max_delta"] == 0
+    assert int8["passed"]
+    assert int8["keep_bf16"] == []
+    assert 0 < int8["max_delta"] < 0.5
+    assert int8["tau"] >= 0.97
+
+
+def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypatch):
+    pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
+    with Reranker(demo_folder, device="cpu", precision="int8") as first:
+        assert first.facts.precision == "int8"
+        scores = first.score(pairs)
+    (kept,) = (own_home / "gates").iterdir()
+    content = json.loads(kept.read_text())
+    assert content["int8"]["passed"]
+    assert content["key"]["precision"] == "int8"
+
+    monkeypatch.setattr(gate, "compare", lambda *_: pytest.fail("measured again"))
+    with Reranker(demo_folder, device="cpu", precision="int8") as second:
+        np.testing.assert_array_equal(second.score(pairs), scores)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "int8": {}}', '{"int8": 3}'])
+def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content):
+    asked = []
+
+    def compare(*_):
+        asked.append(1)
+        return [{}, {**FAILED, "passed": True}]
+
+    monkeypatch.setattr(gate, "compare", compare)
+    Reranker(bert, device="cpu", precision="int8").close()
+    (kept,) = (own_home / "gates").iterdir()
+    kept.write_text(content)
+    Reranker(bert, device="cpu", precision="int8").close()
+    assert len(asked) == 2
+
+
+FAILED = {
+    "precision": "int8",
+    "tau": 0.91,
+    "overlap": 0.99,
+    "ndcg_loss": 0.002,
+    "queries": 8,
+    "passed": False,
+    "keep_bf16": ["layer.0.output.dense"],
+}
+
+
+def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch):
+    monkeypatch.setattr(gate, "compare", lambda *_: [{}, FAILED])
+    with pytest.raises(InvalidInput) as caught:
+        Reranker(bert, device="cpu", precision="int8")
+    assert caught.value.field == "precision"
+    for part in ("0.910", "0.990", "+0.0020", "1 layers in bf16", "0.97", "Use bf16 or auto"):
+        assert part in str(caught.value)
+
+
+def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
+    """The rows are made up; which layers are tried, and when it stops, is not."""
+    tried = []
+    real = gate.Trial.score
+
+    def score(self, precision, keep_bf16=()):
+        tried.append((precision, list(keep_bf16)))
+        logits, speed = real(self, "bf16")
+        passes = precision != "int8" or len(keep_bf16) >= 3
+        return (logits if passes else [-part for part in logits]), speed
+
+    monkeypatch.setattr(gate.Trial, "score", score)
+    row = gate.compare(trial(bert), ["fp32", "int8"], lambda _: None)[1]
+    assert [len(keep) for precision, keep in tried if precision == "int8"] == [0, 1, 1, 3]
+    assert row["passed"]
+    assert row["keep_bf16"] == tried[-1][1]
+    assert tried[1][1] == []
+
+
+def test_a_profile_that_fits_answers_for_the_gate(bert):
+    folder = resolve(bert)
+    key = gate.Key(
+        folder.name, folder.revision, "cpu", gate.cpu_name(), "bf16", gate.library_versions()
+    )
+    row = {**FAILED, "passed": True}
+    profile = gate_profile(key, row)
+    options = Options(device="cpu", precision="int8")
+    encoder = PairEncoder(bert)
+    found = gate.int8_layers_in_bf16(folder, options, encoder, profile, lambda _: None)
+    assert found == ["layer.0.output.dense"]
+    stale = replace(profile, key=replace(key, device_name="another machine"))
+    assert gate._from_profile(stale, key) is None
+
+
+def gate_profile(key, row):
+    from echelon.tune.profile import Profile, Settings
+
+    return Profile(key, Settings("bf16", 512, None, 1, None), "", precisions=[row])
+
+
+def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
+    monkeypatch.setattr("echelon.score.device.multiplies_int8", lambda: False)
+    with pytest.raises(InvalidInput, match="VNNI or AMX"):
+        choose_precision("int8", CPU)
+    monkeypatch.undo()
+    with pytest.raises(InvalidInput, match="not built for distilbert"):
+        open_scorer(toy("distilbert"), device="cpu", precision="int8")
