@@ -1,14 +1,14 @@
 """Attention over packed pairs: every row sees the rows of its own pair and no others.
 
-On CPU, runs of pairs of one length are dense blocks of the packed rows, so they go through
-``scaled_dot_product_attention`` as views, without padding, masks or gathers. On CUDA the
-variable-length kernel takes the packed rows as they are.
+Runs of pairs of one length are dense blocks of the packed rows, so they go through
+``scaled_dot_product_attention`` as views, without padding, masks or gathers. That is for CPU;
+:mod:`echelon.score.varlen` is for CUDA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -84,8 +84,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     Returns:
         [tokens, heads × size].
     """
-    if _has_varlen(query):
-        return _varlen(query, key, value, layout.offsets, layout.longest, layout)
     return torch.cat(
         [
             _attend_run(query[run.row : run.row + run.count * run.length], key, value, run)
@@ -106,9 +104,6 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> T
     Returns:
         [pairs, heads × size].
     """
-    if _has_varlen(query):
-        one_each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-        return _varlen(query, key, value, one_each, 1, layout)
     return torch.cat(
         [
             _attend_run(query[run.pair : run.pair + run.count], key, value, run)
@@ -126,30 +121,3 @@ def _attend_run(query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
     )
     mixed = functional.scaled_dot_product_attention(queries, keys, values)
     return mixed.transpose(1, 2).reshape(len(query), -1)
-
-
-def _has_varlen(query: Tensor) -> bool:
-    """The variable-length kernel wants CUDA, a half-width type and compute capability 8.0."""
-    if query.device.type != "cuda" or query.dtype == torch.float32:
-        return False
-    major, _ = torch.cuda.get_device_capability(query.device)
-    return major >= 8  # noqa: PLR2004 - compute capability 8.0, Ampere
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_offsets: Tensor,
-    query_longest: int,
-    layout: Layout,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    mixed = cast(
-        "Tensor",
-        varlen_attn(
-            query, key, value, query_offsets, layout.offsets, query_longest, layout.longest
-        ),
-    )
-    return mixed.reshape(len(query), -1)

@@ -11,6 +11,7 @@ import torch
 
 from echelon.errors import BadCheckpoint
 from echelon.score.architecture import HEAD_TENSORS
+from echelon.score.cuda import CudaScorer
 from echelon.score.device import DTYPES, release_memory
 from echelon.score.linear import make_linear
 from echelon.score.packed import Embeddings, Head, Layer, Norm, PackedScorer, Weights
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.score.architecture import Architecture
+    from echelon.score.base import Scorer
     from echelon.score.checkpoint import Checkpoint
     from echelon.score.linear import Linear
 
@@ -33,7 +35,7 @@ def open_native(
     precision: str,
     threads: int,
     label: int,
-) -> PackedScorer:
+) -> Scorer:
     """Load a native model.
 
     Args:
@@ -54,6 +56,8 @@ def open_native(
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
         head = loader.head(label)
     weights = Weights(embeddings, layers, head, loader.loaded_bytes)
+    if device.type == "cuda":
+        return CudaScorer(architecture, weights, device, precision)
     return PackedScorer(architecture, weights, device, precision, threads)
 
 

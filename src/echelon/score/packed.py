@@ -1,4 +1,4 @@
-"""The native encoder: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
+"""The native encoder on CPU: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
 
 All tokens of a step stand in one [tokens, hidden] matrix from the embeddings to the head. Only
 attention looks at where pairs begin and end. The last layer is computed for each pair's first token
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from echelon.errors import BadCheckpoint
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.base import Facts
 from echelon.score.device import device_name, release_memory, run_step
@@ -133,8 +132,8 @@ class PackedScorer:
         Raises:
             BadCheckpoint: a token id that the model has no embedding for.
         """
-        self._check_ids(batch.ids)
-        step = with_filler(batch) if self._device.type == "cpu" else batch
+        self._shape.check_ids(batch.ids)
+        step = with_filler(batch)
         return run_step(lambda: self._forward(step)[: len(batch)])
 
     def release(self) -> None:
@@ -145,15 +144,6 @@ class PackedScorer:
         """Free the weights."""
         self._weights = None
         self.release()
-
-    def _check_ids(self, ids: IntArray) -> None:
-        largest = int(ids.max(initial=0))
-        if largest >= self._shape.vocabulary:
-            raise BadCheckpoint(
-                f"The tokenizer gave id {largest}, the model has embeddings for "
-                f"{self._shape.vocabulary} tokens: they do not belong together. "
-                "Download the model again, with its tokenizer."
-            )
 
     def _forward(self, batch: TokenBatch) -> Tensor:
         """Logits, [pairs]."""
