@@ -307,7 +307,7 @@ def counted():
     return forward, runs
 
 
-ROOMS = [Room(64 * n, 16, 128) for n in range(1, 80)]
+ROOMS = [Room(64 * n, 16, 128) for n in range(1, 121)]
 
 
 def test_a_room_is_captured_when_it_comes_up_again():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 48
+MOST_GRAPHS = 96
 """Captured passes kept at once; each holds some 300 launches of a 24-layer model. They share one
 pool, so what they compute in is paid for once."""
 
