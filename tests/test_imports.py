@@ -13,11 +13,14 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.compat.activation",
     "echelon.score.attention",
+    "echelon.score.cuda",
     "echelon.score.fused",
     "echelon.score.generic",
+    "echelon.score.graphs",
     "echelon.score.linear",
     "echelon.score.native",
     "echelon.score.packed",
+    "echelon.score.varlen",
 }
 
 PUBLIC = {

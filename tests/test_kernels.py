@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from echelon.score import attention, fused
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
-from echelon.score.kernels import SWITCH, missing
+from echelon.score.kernels.library import SWITCH, missing
 from helpers import ROOT
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason=f"no kernels here: {missing()}")
@@ -38,7 +38,7 @@ def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, L
     torch.manual_seed(seed)
     rows = torch.randn(sum(lengths), 3, 2, size).bfloat16()
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return rows, Layout.of(offsets, torch.device("cpu"))
+    return rows, Layout.of(offsets)
 
 
 def exact_attention(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -60,11 +60,11 @@ lengths_of_a_step = st.lists(st.integers(1, 70), min_size=1, max_size=8)
 def test_attention_of_any_mix_of_lengths(size, lengths, seed):
     rows, layout = heads(lengths, size, seed)
     exact = exact_attention(rows, layout)
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout)
+    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert (mixed - exact).abs().max() <= 0.03
     firsts = rows[layout.firsts, 0]
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-    first = attention._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout)
+    first = attention._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
     assert torch.equal(first, mixed[layout.firsts])
 
 
@@ -72,7 +72,7 @@ def test_attention_of_any_mix_of_lengths(size, lengths, seed):
 @pytest.mark.parametrize("length", [511, 512, 1500, 8192])
 def test_attention_of_long_pairs(length):
     rows, layout = heads([length, 3], 64)
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout)
+    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
 
@@ -81,7 +81,7 @@ def test_attention_survives_scores_far_apart():
     rows, layout = heads([40], 64)
     rows[:, 0] *= 100
     rows[7, 1] *= 30
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout)
+    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert mixed.isfinite().all()
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
@@ -205,7 +205,7 @@ def test_far_values_of_the_activations():
 
 
 def test_the_switch_leaves_the_kernels_out():
-    code = "from echelon.score.kernels import kernels, missing; print(kernels(), missing())"
+    code = "from echelon.score.kernels.library import kernels, missing; print(kernels(), missing())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, SWITCH: "off"},
@@ -237,7 +237,7 @@ def test_kernels_share_torchs_threads():
     """Two OpenMP libraries in one process would have two pools of threads that fight."""
     code = (
         "import torch\n"
-        "from echelon.score.kernels import kernels\n"
+        "from echelon.score.kernels.library import kernels\n"
         "assert kernels() is not None\n"
         "print(open('/proc/self/maps').read())"
     )

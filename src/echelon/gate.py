@@ -22,7 +22,7 @@ from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.fetch.demo import home
 from echelon.plan.pack import pack, step_budget
 from echelon.score.device import cpu_name
-from echelon.score.kernels import kernels
+from echelon.score.kernels.library import kernels
 from echelon.score.load import layer_errors, open_scorer
 from echelon.tune.profile import Key, library_versions, read_json, write_json
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement

@@ -92,6 +92,20 @@ class Architecture:
         """Longest input, special tokens included: 8192 for bge-reranker-v2-m3, not 8194."""
         return self.table_positions - (self.padding_id + 1 if self.counts_from_padding else 0)
 
+    def check_ids(self, ids: IntArray) -> None:
+        """Refuse token ids that the model has no embedding for.
+
+        Raises:
+            BadCheckpoint: there is one.
+        """
+        largest = int(ids.max(initial=0))
+        if largest >= self.vocabulary:
+            raise BadCheckpoint(
+                f"The tokenizer gave id {largest}, the model has embeddings for "
+                f"{self.vocabulary} tokens: they do not belong together. "
+                "Download the model again, with its tokenizer."
+            )
+
     def positions(self, batch: TokenBatch) -> IntArray:
         """Position ids of a batch, int32 [tokens]."""
         if self.counts_from_padding:

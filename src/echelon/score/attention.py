@@ -1,26 +1,28 @@
-"""Attention over packed pairs: every row sees the rows of its own pair and no others.
+"""Attention over packed pairs on CPU: every row sees the rows of its own pair and no others.
 
-On CPU there are three ways. The compiled kernel takes all pairs at once. The other two take runs
+There are three ways. The compiled kernel takes all pairs at once. The other two take runs
 of pairs of one length, which are dense blocks of the packed rows, as views without padding or
 masks: ``scaled_dot_product_attention``, or two products around a softmax. Which is fastest differs
 from one processor to the next by factors, in both directions (docs/LOG.md), so it is measured,
-once for each kind of rows. On CUDA the variable-length kernel takes the packed rows as they are.
+once for each kind of rows. :mod:`echelon.score.varlen` is for CUDA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from echelon.clock import monotonic
-from echelon.score.kernels import HEAD_SIZES, kernels
+from echelon.score.kernels.library import HEAD_SIZES, kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from echelon.types import IntArray
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 Way = Literal["kernel", "fused", "products"]
 
 PROBES = {48: 32, 192: 128, 2**31: 512}
-"""Longest pair of a step → length of the pairs that its way is chosen with."""
+"""Pairs up to this length → length of the pairs that their way is chosen with. The way hangs on a
+pair's own length only: the ways round differently, and company must not move a score."""
 
 PROBE_TOKENS = 512
 PROBE_RUNS = 3
@@ -54,41 +57,45 @@ class Run:
     count: int
     length: int
 
+    @property
+    def probe(self) -> int:
+        """Length of the pairs that its way is chosen with."""
+        return next(length for most, length in PROBES.items() if self.length <= most)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How packed rows divide into pairs.
 
     Attributes:
-        lengths: int32 [pairs].
-        offsets: int32 [pairs + 1] on the device.
-        firsts: int64 [pairs] on the device, each pair's first row.
-        longest: tokens of the longest pair.
+        runs: the pairs as runs of one length.
+        probes: the lengths that their ways are chosen with.
+        offsets: int32 [pairs + 1].
+        firsts: int64 [pairs], each pair's first row.
     """
 
-    lengths: IntArray
+    runs: tuple[Run, ...]
+    probes: frozenset[int]
     offsets: Tensor
     firsts: Tensor
-    longest: int
 
     @classmethod
-    def of(cls, offsets: IntArray, device: torch.device) -> Layout:
+    def of(cls, offsets: IntArray) -> Layout:
         """Describe a batch by its offsets."""
-        lengths = np.diff(offsets)
-        on_device = torch.from_numpy(offsets).to(device)
-        return cls(lengths, on_device, on_device[:-1].long(), int(lengths.max()))
+        runs = _runs(np.diff(offsets))
+        rows = torch.from_numpy(offsets)
+        return cls(runs, frozenset(run.probe for run in runs), rows, rows[:-1].long())
 
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The pairs as runs of one length."""
-        starts = np.flatnonzero(np.diff(self.lengths, prepend=-1))
-        counts = np.diff(starts, append=len(self.lengths))
-        runs, row = [], 0
-        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-            length = int(self.lengths[start])
-            runs.append(Run(start, row, count, length))
-            row += count * length
-        return tuple(runs)
+
+def _runs(lengths: IntArray) -> tuple[Run, ...]:
+    starts = np.flatnonzero(np.diff(lengths, prepend=-1))
+    counts = np.diff(starts, append=len(lengths))
+    runs, row = [], 0
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        length = int(lengths[start])
+        runs.append(Run(start, row, count, length))
+        row += count * length
+    return tuple(runs)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -103,12 +110,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     Returns:
         [tokens, heads × size].
     """
-    if _has_varlen(query):
-        return _varlen(query, key, value, layout.offsets, layout.longest, layout)
-    way = way_for(query, layout.longest)
-    if way == "kernel":
-        return _kernel(query, key, value, layout.offsets, layout)
-    return _by_runs(query, key, value, way, [(r.row, r.count * r.length, r) for r in layout.runs])
+    if _all_by_kernel(query, layout):
+        return _kernel(query, key, value, layout.offsets, layout.offsets)
+    blocks = [(run.row, run.count * run.length, run) for run in layout.runs]
+    return _by_runs(query, key, value, blocks)
 
 
 def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -123,33 +128,31 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> T
     Returns:
         [pairs, heads × size].
     """
-    one_each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-    if _has_varlen(query):
-        return _varlen(query, key, value, one_each, 1, layout)
-    way = way_for(query, layout.longest)
-    if way == "kernel":
-        return _kernel(query, key, value, one_each, layout)
-    return _by_runs(query, key, value, way, [(r.pair, r.count, r) for r in layout.runs])
+    if _all_by_kernel(query, layout):
+        one_each = torch.arange(len(query) + 1, dtype=torch.int32)
+        return _kernel(query, key, value, one_each, layout.offsets)
+    return _by_runs(query, key, value, [(run.pair, run.count, run) for run in layout.runs])
 
 
-def way_for(query: Tensor, longest: int) -> Way:
-    """The fastest way for rows like these, [rows, heads, size], and pairs up to ``longest``."""
-    probe = next(length for most, length in PROBES.items() if longest <= most)
+def _all_by_kernel(query: Tensor, layout: Layout) -> bool:
+    return all(way_for(query, probe) == "kernel" for probe in layout.probes)
+
+
+def way_for(query: Tensor, probe: int) -> Way:
+    """The fastest way for rows like these, [rows, heads, size], in pairs of a probe's length."""
     return fastest_way(query.dtype, query.shape[1], query.shape[2], probe)
 
 
 @cache
 def fastest_way(dtype: torch.dtype, heads: int, size: int, length: int) -> Way:
     """Measure the ways on pairs of one length; some milliseconds, once for each kind."""
-    rows = torch.randn(PROBE_TOKENS // length * length, 3, heads, size).to(dtype)
-    layout = Layout.of(np.arange(0, len(rows) + 1, length, dtype=np.int32), rows.device)
+    count = PROBE_TOKENS // length
+    block = torch.randn(3, count, length, heads, size).to(dtype).transpose(2, 3)
     best: Way
     best, *others = ways(dtype, size)
-    if not others:
-        return best
-    least = _probe(best, rows, layout)
+    least = _probe(best, block)
     for way in others:
-        seconds = _probe(way, rows, layout)
+        seconds = _probe(way, block)
         if seconds * CLEARLY < least:
             best, least = way, seconds
     return best
@@ -161,25 +164,20 @@ def ways(dtype: torch.dtype, size: int) -> list[Way]:
     return ["kernel", "fused", "products"] if with_kernel else ["fused", "products"]
 
 
-def _probe(way: Way, rows: Tensor, layout: Layout) -> float:
-    """Seconds of the fastest of a few runs."""
-    query, key, value = rows.unbind(1)
-    blocks = [(run.row, run.count * run.length, run) for run in layout.runs]
+def _probe(way: Way, block: Tensor) -> float:
+    """Seconds of the fastest of a few runs; ``block`` is [3, count, heads, length, size]."""
     seconds = []
     for _ in range(PROBE_RUNS + 1):  # the first one warms up
         started = monotonic()
-        if way == "kernel":
-            _kernel(query, key, value, layout.offsets, layout)
-        else:
-            _by_runs(query, key, value, way, blocks)
+        WAYS[way](*block)
         seconds.append(monotonic() - started)
     return min(seconds)
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, layout: Layout
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, offsets: Tensor
 ) -> Tensor:
-    """All pairs in one call, whatever their lengths."""
+    """All pairs in one call, whatever their lengths; rows as in :func:`attend`."""
     library = kernels()
     if library is None:
         raise RuntimeError("This is a bug: the kernel was chosen and is not there.")
@@ -187,19 +185,16 @@ def _kernel(
     out = torch.empty(len(query), heads * size, dtype=query.dtype)
     status = library.echelon_attention(
         *(query.data_ptr(), query.stride(0), query_offsets.data_ptr()),
-        *(key.data_ptr(), value.data_ptr(), key.stride(0), layout.offsets.data_ptr()),
-        *(len(layout.lengths), heads, size, out.data_ptr(), torch.get_num_threads()),
+        *(key.data_ptr(), value.data_ptr(), key.stride(0), offsets.data_ptr()),
+        *(len(offsets) - 1, heads, size, out.data_ptr(), torch.get_num_threads()),
     )
     if status:
         raise MemoryError("no memory for the scratch space of attention")
     return out
 
 
-def _by_runs(
-    query: Tensor, key: Tensor, value: Tensor, way: Way, runs: list[tuple[int, int, Run]]
-) -> Tensor:
+def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int, Run]]) -> Tensor:
     """One dense block after another; of each run the first query row and the number of them."""
-    attend_run = _fused if way == "fused" else _products
     mixed = []
     for first, count, run in runs:
         rows = slice(run.row, run.row + run.count * run.length)
@@ -207,8 +202,20 @@ def _by_runs(
             part.view(run.count, -1, *part.shape[1:]).transpose(1, 2)
             for part in (query[first : first + count], key[rows], value[rows])
         )
+        attend_run = WAYS[way_for(query, run.probe)]
         mixed.append(attend_run(*block).transpose(1, 2).reshape(count, -1))
     return torch.cat(mixed)
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[count, heads, rows, size] through the compiled kernel."""
+    count, heads, length, size = query.shape
+    queries, keys, values = (
+        part.transpose(1, 2).reshape(-1, heads, size) for part in (query, key, value)
+    )
+    starts = torch.arange(count + 1, dtype=torch.int32)
+    mixed = _kernel(queries, keys, values, starts * length, starts * key.shape[2])
+    return mixed.view(count, length, heads, size).transpose(1, 2)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -223,28 +230,9 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.bmm(weights, values).view(count, heads, -1, size)
 
 
-def _has_varlen(query: Tensor) -> bool:
-    """The variable-length kernel wants CUDA, a half-width type and compute capability 8.0."""
-    if query.device.type != "cuda" or query.dtype == torch.float32:
-        return False
-    major, _ = torch.cuda.get_device_capability(query.device)
-    return major >= 8  # noqa: PLR2004 - compute capability 8.0, Ampere
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_offsets: Tensor,
-    query_longest: int,
-    layout: Layout,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    mixed = cast(
-        "Tensor",
-        varlen_attn(
-            query, key, value, query_offsets, layout.offsets, query_longest, layout.longest
-        ),
-    )
-    return mixed.reshape(len(query), -1)
+WAYS: dict[Way, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kernel": _by_kernel,
+    "fused": _fused,
+    "products": _products,
+}
+"""Each over one dense block: query, key and value [count, heads, rows, size]."""

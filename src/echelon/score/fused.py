@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.score.kernels import kernels
+from echelon.score.kernels.library import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +90,12 @@ class Product:
     scales: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
+
+    def part(self, rows: slice) -> Product:
+        """Some of the rows."""
+        scales = None if self.scales is None else self.scales[rows]
+        residual = None if self.residual is None else self.residual[rows]
+        return Product(self.values[rows], scales, self.bias, residual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +187,7 @@ def _by_blocks(product: Product, make: Callable[[Tensor], Rows]) -> Rows:
     """What ``make`` gives for the product's true value, a few rows in cache at a time."""
     count = len(product.values)
     blocks = [
-        make(_settled(product, slice(first, min(first + BLOCK_ROWS, count))))
+        make(_settled(product.part(slice(first, first + BLOCK_ROWS))))
         for first in range(0, count, BLOCK_ROWS)
     ]
     columns = zip(*((b.values, b.codes, b.scales) for b in blocks), strict=True)
@@ -207,14 +213,14 @@ def _coded(rows: Tensor, shift: float | None, *, keep: bool, codes: bool) -> Row
     return Rows(values, (rows * inverse).add_(origin).byte(), scales)
 
 
-def _settled(product: Product, part: slice = slice(None)) -> Tensor:
-    """The true value of some rows; in fp32 where scales are pending."""
-    values = product.values[part]
+def _settled(product: Product) -> Tensor:
+    """The true value; in fp32 where scales are pending."""
+    values = product.values
     if product.scales is not None:
-        values = values * product.scales[part, None]
+        values = values * product.scales[:, None]
     if product.bias is not None:
         values = values + product.bias
-    return values if product.residual is None else values + product.residual[part]
+    return values if product.residual is None else values + product.residual
 
 
 def _has_kernels(rows: Tensor) -> bool:

@@ -18,7 +18,7 @@ from echelon.score.fused import (
     settle,
     values_of,
 )
-from echelon.score.kernels import kernels
+from echelon.score.kernels.library import kernels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,7 @@ import torch
 
 from echelon.errors import BadCheckpoint
 from echelon.score.architecture import HEAD_TENSORS
+from echelon.score.cuda import CudaScorer
 from echelon.score.device import DTYPES, release_memory
 from echelon.score.fused import SHIFTS, Norm
 from echelon.score.linear import FeedForward, Int8Linear, ProbedLinear, make_linear
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.score.architecture import Architecture, LayerPlan
+    from echelon.score.base import Scorer
     from echelon.score.checkpoint import Checkpoint
     from echelon.score.linear import Linear
 
@@ -36,7 +38,7 @@ def open_native(
     plan: LayerPlan,
     threads: int,
     label: int,
-) -> PackedScorer:
+) -> Scorer:
     """Load a native model.
 
     Args:
@@ -57,6 +59,8 @@ def open_native(
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
         head = loader.head(label)
     weights = Weights(embeddings, layers, head, loader.loaded_bytes)
+    if device.type == "cuda":
+        return CudaScorer(architecture, weights, device, plan.precision)
     return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 

@@ -1,4 +1,4 @@
-"""The native encoder: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
+"""The native encoder on CPU: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
 
 All tokens of a step stand in one [tokens, hidden] matrix from the embeddings to the head. Only
 attention looks at where pairs begin and end. The last layer is computed for each pair's first token
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from echelon.errors import BadCheckpoint
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.base import Facts
 from echelon.score.device import DTYPES, device_name, release_memory, run_step
@@ -125,8 +124,8 @@ class PackedScorer:
         Raises:
             BadCheckpoint: a token id that the model has no embedding for.
         """
-        self._check_ids(batch.ids)
-        step = with_filler(batch) if self._device.type == "cpu" else batch
+        self._shape.check_ids(batch.ids)
+        step = with_filler(batch)
         return run_step(lambda: self._forward(step)[: len(batch)])
 
     def release(self) -> None:
@@ -138,20 +137,11 @@ class PackedScorer:
         self._weights = None
         self.release()
 
-    def _check_ids(self, ids: IntArray) -> None:
-        largest = int(ids.max(initial=0))
-        if largest >= self._shape.vocabulary:
-            raise BadCheckpoint(
-                f"The tokenizer gave id {largest}, the model has embeddings for "
-                f"{self._shape.vocabulary} tokens: they do not belong together. "
-                "Download the model again, with its tokenizer."
-            )
-
     def _forward(self, batch: TokenBatch) -> Tensor:
         """Logits, [pairs]."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
-        layout = Layout.of(batch.offsets, self._device)
+        layout = Layout.of(batch.offsets)
         rows = Rows(self._embed(self._weights.embeddings, batch))
         *layers, last = self._weights.layers
         for layer in layers:
@@ -175,25 +165,26 @@ class PackedScorer:
         return functional.embedding(on_device, table).float()
 
     def _layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
-        query, key, value = self._heads(layer.qkv(rows), 3)
-        return _finish(layer, attend(query, key, value, layout), rows)
+        query, key, value = heads(layer.qkv(rows), 3, self._shape)
+        return finish(layer, attend(query, key, value, layout), rows)
 
     def _last_layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
         """Keys and values for all rows, everything else for each pair's first row."""
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")
         firsts = rows[layout.firsts]
-        (query,) = self._heads(layer.queries(firsts), 1)
-        key, value = self._heads(layer.qkv(rows), 2)
-        return _finish(layer, attend_first(query, key, value, layout), firsts)
-
-    def _heads(self, product: Product, parts: int) -> tuple[Tensor, ...]:
-        """[rows, parts × hidden] to ``parts`` of [rows, heads, size]."""
-        values = settle(product)
-        return values.view(len(values), parts, *self._shape.head_shape).unbind(1)
+        (query,) = heads(layer.queries(firsts), 1, self._shape)
+        key, value = heads(layer.qkv(rows), 2, self._shape)
+        return finish(layer, attend_first(query, key, value, layout), firsts)
 
 
-def _finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
+def heads(product: Product, parts: int, shape: Architecture) -> tuple[Tensor, ...]:
+    """[rows, parts × hidden] to ``parts`` of [rows, heads, size]."""
+    values = settle(product)
+    return values.view(len(values), parts, *shape.head_shape).unbind(1)
+
+
+def finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
     """Attention output, feed-forward and both residuals."""
     product = layer.attention_out(Rows(mixed), rows.values)
     rows = add_norm(product, layer.attention_norm, quantized=layer.feed_forward.quantized)
