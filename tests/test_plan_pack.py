@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.pack import DEFAULT_BUDGETS, NO_BUDGET, pack, step_budget, step_cost
+from echelon.plan.pack import (
+    DEFAULT_BUDGETS,
+    FIRST_WINDOW,
+    NO_BUDGET,
+    WINDOW,
+    pack,
+    step_budget,
+    step_cost,
+    windows,
+)
 
 lengths = st.lists(st.integers(1, 600), max_size=80)
 budgets = st.integers(1, 4000)
@@ -106,3 +115,19 @@ def test_an_endless_budget_does_not_overflow():
 )
 def test_the_budget_that_two_knobs_mean(token_budget, batch_size, device, budget):
     assert step_budget(token_budget, batch_size, device) == budget
+
+
+@given(st.lists(st.integers(0, 400_000), max_size=40))
+def test_windows_hold_every_text_once_and_no_more_than_fits(sizes):
+    parts = windows(sizes)
+    assert sorted(index for part in parts for index in part) == list(range(len(sizes)))
+    in_order = [sizes[index] for part in parts for index in part]
+    assert in_order == (sorted(sizes, reverse=True) if len(parts) > 1 else sizes)
+    for number, part in enumerate(parts):
+        limit = WINDOW if number else FIRST_WINDOW
+        assert len(part) <= 1 or sum(sizes[index] for index in part) <= limit
+        assert part or not sizes
+
+
+def test_an_everyday_call_is_one_window():
+    assert len(windows([1200] * 100)) == 1

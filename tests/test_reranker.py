@@ -265,3 +265,25 @@ def test_demo_puts_the_answer_first(demo_folder):
     assert best.index == 1
     assert best.score > 0.9
     assert all(other.score < 0.1 for other in others)
+
+
+def test_many_texts_are_encoded_in_windows_with_the_same_answers(bert, monkeypatch):
+    from echelon.plan import pack
+
+    pairs = [("how to boil an egg", "water " * (1 + i % 37)) for i in range(80)]
+    pairs += [("a" * 4, f"text number {i}") for i in range(40)]
+    with Reranker(bert, device="cpu", precision="fp32") as reranker:
+        whole = reranker.score_pairs(pairs, max_length=30)
+        monkeypatch.setattr(pack, "FIRST_WINDOW", 100)
+        monkeypatch.setattr(pack, "WINDOW", 700)
+        assert len(pack.windows([len(q) + len(d) for q, d in set(pairs)])) > 4
+        parts = reranker.score_pairs(pairs, max_length=30)
+        np.testing.assert_allclose(parts.logits, whole.logits, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(parts.truncated_tokens, whole.truncated_tokens)
+        assert parts.truncated_tokens.any()
+        for name in ("pairs", "scored", "tokens"):
+            assert getattr(parts.report, name) == getattr(whole.report, name)
+        assert parts.report.steps > whole.report.steps
+        bad = [*pairs, ("word " * 200, "short")]
+        with pytest.raises(InvalidInput, match=r"pairs\[120\].query"):
+            reranker.score_pairs(bad, truncation="only_second", max_length=30)

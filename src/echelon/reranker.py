@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ from echelon.engine import Engine, Limits, closed
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.fetch.resolve import resolve
 from echelon.gate import int8_layers_in_bf16
-from echelon.plan.pack import step_budget
+from echelon.plan.pack import step_budget, windows
 from echelon.progress import bar, status
 from echelon.score.load import may_choose_int8, open_scorer, require_model
 from echelon.tune.profile import (
@@ -37,14 +38,15 @@ from echelon.tune.profile import (
     remember_budget,
     warn_if_stale,
 )
-from echelon.types import RankedDocument, Ranking, ScoredPairs
+from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
+    from echelon.encode.pairs import EncodedPairs
     from echelon.score.base import Facts
     from echelon.types import FloatArray, IntArray, Pair
 
@@ -151,22 +153,44 @@ class Reranker:
         options = _override(self.options, overrides)
         checked = check_pairs(pairs)
         distinct, first, back = _fold(checked)
-        encoded = self._encoder.encode(
-            distinct,
-            self._longest(options.max_length, self.facts),
-            options.truncation,
-            options.max_query_tokens,
-            first,
-        )
+        logits = np.empty(len(distinct), dtype=np.float32)
+        truncated = np.empty(len(distinct), dtype=np.int32)
+        reports = []
+        limits = self._limits(self.facts, options)
         with bar("Scoring", len(distinct), shown=options.progress) as scored:
-            outcome = self._engine.run(
-                encoded, limits=self._limits(self.facts, options), scored=scored
+            for window, encoded in self._encoded_ahead(distinct, first, options):
+                outcome = self._engine.run(encoded, limits=limits, scored=scored)
+                logits[window], truncated[window] = outcome.logits, outcome.truncated_tokens
+                reports.append(outcome.report)
+        report = replace(RunReport.of(reports), pairs=len(checked))
+        return ScoredPairs(logits[back], truncated[back], report)
+
+    def _encoded_ahead(
+        self, pairs: Sequence[Pair], places: Sequence[int], options: Options
+    ) -> Iterator[tuple[list[int], EncodedPairs]]:
+        """Pairs in windows, longest texts first, each encoded while the one before is scored."""
+        longest = self._longest(options.max_length, self.facts)
+
+        def encode(window: list[int]) -> EncodedPairs:
+            return self._encoder.encode(
+                [pairs[i] for i in window],
+                longest,
+                options.truncation,
+                options.max_query_tokens,
+                [places[i] for i in window],
             )
-        return ScoredPairs(
-            logits=outcome.logits[back],
-            truncated_tokens=outcome.truncated_tokens[back],
-            report=replace(outcome.report, pairs=len(checked)),
-        )
+
+        sizes = [len(query) + len(document) for query, document in pairs]
+        first, *others = windows(sizes)
+        ready = encode(first)
+        if not others:
+            yield first, ready
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
+            for window, following in pairwise([first, *others, []]):
+                coming = thread.submit(encode, following)
+                yield window, ready
+                ready = coming.result()
 
     def rank(
         self,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     import numpy.typing as npt
 
@@ -77,6 +79,14 @@ class RunReport:
     cost_tokens: int = 0
     steps: int = 0
     ladder: tuple[LadderStep, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Iterable[RunReport]) -> RunReport:
+        """The report of a call that was scored in parts."""
+        parts = list(parts)
+        counts = ("pairs", "scored", "tokens", "cost_tokens", "steps")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in counts}
+        return cls(**sums, ladder=tuple(step for part in parts for step in part.ladder))
 
     @property
     def padding_share(self) -> float:

@@ -22,6 +22,10 @@ Step = list[int]
 DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
 """Tokens a step before any tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
 
+FIRST_WINDOW, WINDOW = 2**17, 2**20
+"""Characters of a window of texts: dozens of steps, so that its last, short one costs little, and
+for the longest texts some megabytes of ids."""
+
 NO_BUDGET = 2**62
 """A budget that never binds: pairs alone decide."""
 
@@ -88,6 +92,32 @@ def pack(
     if step:
         steps.append(step)
     return steps
+
+
+def windows(sizes: Sequence[int]) -> list[list[int]]:
+    """Split many texts into windows to encode one after another, longest texts first.
+
+    Encoding a window is hidden behind the scoring of the one before, but for the first, which is
+    short so that the device need not wait long. A call of everyday size is one window.
+
+    Args:
+        sizes: characters of each pair.
+
+    Returns:
+        At least one list of indices; together they hold every index once.
+    """
+    if sum(sizes) <= FIRST_WINDOW:
+        return [list(range(len(sizes)))]
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    parts: list[list[int]] = [[]]
+    room = FIRST_WINDOW
+    for index in order:
+        if parts[-1] and room < sizes[index]:
+            parts.append([])
+            room = WINDOW
+        parts[-1].append(index)
+        room -= sizes[index]
+    return parts
 
 
 def _padded(array: npt.NDArray[np.int64], step: Step) -> int:
