@@ -101,10 +101,10 @@ def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
 
 def test_the_way_is_the_measured_one(monkeypatch):
     seconds = {"fused": 1.0, "products": 0.5}
-    monkeypatch.setattr(attention, "_probe", lambda way, *_: seconds[way])
+    monkeypatch.setattr(attention, "_probe", lambda *_: seconds)
     attention.fastest_way.cache_clear()
     assert attention.fastest_way(torch.float32, 2, 16, 32) == "products"
-    seconds["products"] = 0.95  # within noise: the first of the list stays
+    seconds["products"] = 0.8  # within noise: the first of the list stays
     attention.fastest_way.cache_clear()
     assert attention.fastest_way(torch.float32, 2, 16, 32) == "fused"
     attention.fastest_way.cache_clear()

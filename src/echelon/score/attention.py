@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from echelon.clock import monotonic
+from echelon.score.device import has_amx
 from echelon.score.kernels.library import HEAD_SIZES, kernels
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ PROBES = {48: 32, 192: 128, 2**31: 512}
 pair's own length only: the ways round differently, and company must not move a score."""
 
 PROBE_TOKENS = 512
-PROBE_RUNS = 3
+PROBE_RUNS = 7
 
-CLEARLY = 1.15
-"""How much faster a way must be to replace the one before it in the list: a choice that noise could
-turn would make scores differ in their last digits from one process to the next."""
+CLEARLY = 1.3
+"""How much faster a way must be to replace the likely best: a choice that noise could turn would
+make scores differ in their last digits from one process to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,30 +149,31 @@ def fastest_way(dtype: torch.dtype, heads: int, size: int, length: int) -> Way:
     """Measure the ways on pairs of one length; some milliseconds, once for each kind."""
     count = PROBE_TOKENS // length
     block = torch.randn(3, count, length, heads, size).to(dtype).transpose(2, 3)
-    best: Way
-    best, *others = ways(dtype, size)
-    least = _probe(best, block)
-    for way in others:
-        seconds = _probe(way, block)
-        if seconds * CLEARLY < least:
-            best, least = way, seconds
-    return best
+    likely, *others = ways(dtype, size)
+    seconds = _probe([likely, *others], block)
+    best = min(others, key=lambda way: seconds[way])
+    return best if seconds[best] * CLEARLY < seconds[likely] else likely
 
 
 def ways(dtype: torch.dtype, size: int) -> list[Way]:
-    """Ways there are on CPU for heads of this size, the likely best first."""
-    with_kernel = dtype == torch.bfloat16 and size in HEAD_SIZES and kernels() is not None
-    return ["kernel", "fused", "products"] if with_kernel else ["fused", "products"]
+    """Ways there are for heads of this size, the likely best first.
+
+    With AMX torch's own attention runs on matrix units, which the kernel does not use.
+    """
+    if dtype != torch.bfloat16 or size not in HEAD_SIZES or kernels() is None:
+        return ["fused", "products"]
+    return ["fused", "kernel", "products"] if has_amx() else ["kernel", "fused", "products"]
 
 
-def _probe(way: Way, block: Tensor) -> float:
-    """Seconds of the fastest of a few runs; ``block`` is [3, count, heads, length, size]."""
-    seconds = []
-    for _ in range(PROBE_RUNS + 1):  # the first one warms up
-        started = monotonic()
-        WAYS[way](*block)
-        seconds.append(monotonic() - started)
-    return min(seconds)
+def _probe(candidates: list[Way], block: Tensor) -> dict[Way, float]:
+    """Seconds of each way's fastest run, in turn; ``block`` is [3, count, heads, length, size]."""
+    seconds = dict.fromkeys(candidates, float("inf"))
+    for _ in range(PROBE_RUNS):
+        for way in candidates:
+            started = monotonic()
+            WAYS[way](*block)
+            seconds[way] = min(seconds[way], monotonic() - started)
+    return seconds
 
 
 def _kernel(

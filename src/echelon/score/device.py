@@ -131,8 +131,14 @@ def multiplies_int8() -> bool:
 
     if not has_onednn() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
-    checks = ("_is_vnni_supported", "_is_amx_tile_supported")  # no public names
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return has_amx() or bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX matrix units that torch may use."""
+    import torch
+
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # no public name
 
 
 def usable_cpus() -> int:
