@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from echelon.score.kernels.library import missing as missing_kernels
 from echelon.tune.hardware import describe_machine
 
 PACKAGES = ("echelon-rerank", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -52,6 +53,7 @@ def _will_use() -> dict[str, Any]:
         "precision": choose_precision("auto", device),
         "precisions_to_tune": candidate_precisions("auto"),
         "threads": usable_cpus() if device.type == "cpu" else 0,
+        "kernels": missing_kernels() is None,
     }
 
 
@@ -71,6 +73,12 @@ def _advice(machine: dict[str, Any], software: dict[str, Any]) -> list[str]:
         )
     if not machine["gpus"] and is_cuda_build():
         found.append("torch is a CUDA build, but no GPU is visible: check the driver (nvidia-smi).")
+    reason = missing_kernels()
+    if reason is not None:
+        found.append(
+            f"The compiled kernels are not in use: {reason}. With them bf16 and int8 on CPU are "
+            "faster."
+        )
     if software["transformers"] is None:
         found.append(_missing("transformers"))
     found.append("Run `echelon tune MODEL`: it finds the precision and step size that fit best.")
