@@ -21,7 +21,6 @@ from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import IO
 
     from echelon.score.base import Facts, Scorer
     from echelon.types import FloatArray, TokenBatch
@@ -101,14 +100,20 @@ class ChildWorker:
         opener: opens the scorer, in the child.
         name: what the log calls it.
         start_timeout_s: longest time that opening may take.
+        on_end: called from a thread of its own whenever a child has ended.
     """
 
     def __init__(
-        self, opener: Opener, name: str = "worker", start_timeout_s: float = START_TIMEOUT_S
+        self,
+        opener: Opener,
+        name: str = "worker",
+        start_timeout_s: float = START_TIMEOUT_S,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self._opener = opener
         self._start_timeout_s = start_timeout_s
+        self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._killed = False
@@ -132,8 +137,7 @@ class ChildWorker:
         with theirs:
             self._channel = Channel(ours)
             self._process = _spawn(theirs.fileno())
-        output = self._process.stdout
-        threading.Thread(target=_relay, args=(output, self.name), daemon=True).start()
+        threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         try:
             return self._hello(precision)
         except BaseException:
@@ -204,8 +208,9 @@ class ChildWorker:
         if self._process is None or self._channel is None:
             return
         try:
-            self._channel.send(("stop",), STOP_TIMEOUT_S)
-            self._process.wait(STOP_TIMEOUT_S)
+            if not self._killed:
+                self._channel.send(("stop",), STOP_TIMEOUT_S)
+                self._process.wait(STOP_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired):
             logger.warning("%s did not stop in %g s and was killed", self.name, STOP_TIMEOUT_S)
         self._discard()
@@ -215,6 +220,17 @@ class ChildWorker:
         self.kill()
         if self._channel is not None:
             self._channel.close()
+
+    def _relay(self, process: subprocess.Popen[bytes]) -> None:
+        """Everything the child prints goes to our log; then its end is told."""
+        if process.stdout is None:
+            raise AssertionError("the child's output is not piped. This is a bug.")
+        with process.stdout as output:
+            for line in output:
+                logger.warning("%s: %s", self.name, line.decode(errors="replace").rstrip())
+        process.wait()  # only now its socket is surely closed, and whoever is told sees the end
+        if self._on_end is not None:
+            self._on_end()
 
     def _reply(self, timeout_s: float) -> tuple[Any, float, int]:
         try:
@@ -258,15 +274,6 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": path},
     )
-
-
-def _relay(output: IO[bytes] | None, name: str) -> None:
-    """Everything the child prints goes to our log."""
-    if output is None:
-        raise AssertionError("the child's output is not piped. This is a bug.")
-    with output:
-        for line in output:
-            logger.warning("%s: %s", name, line.decode(errors="replace").rstrip())
 
 
 def _raise_memory(words: str) -> Any:
