@@ -358,7 +358,7 @@ def test_a_pair_that_kills_workers_takes_no_stranger_with_it():
         for seed, answer in enumerate(answers[:5]):
             assert answer.logits.tolist() == scores(texts(seed))
         assert isinstance(answers[5], WorkerLost)
-        assert str(answers[5]).startswith("documents[0]: ")
+        assert str(answers[5]).startswith("pairs[0]: ")
 
     run(main, service())
 
@@ -410,15 +410,17 @@ def test_a_memory_limit_that_nothing_fits_is_not_applied(caplog):
     assert "set it to twice as much" in caplog.text
 
 
-def test_errors_of_the_scorer_are_of_that_step_only():
+def test_errors_of_the_scorer_are_of_that_request_only():
     async def main(made):
-        with pytest.raises(ScoringFailed, match="the device is on fire"):
-            await made.submit(wish(scorers.RAISE))
-        bad, good = await asyncio.gather(
-            made.submit(wish(scorers.NAN)), made.submit(texts(1)), return_exceptions=True
-        )
-        assert isinstance(bad, NonFiniteScore)
-        assert good.logits.tolist() == scores(texts(1))
+        for deed, kind in ((scorers.RAISE, ScoringFailed), (scorers.NAN, NonFiniteScore)):
+            *good, bad = await asyncio.gather(
+                *(made.submit(texts(seed)) for seed in range(3)),
+                made.submit(wish(deed)),
+                return_exceptions=True,
+            )
+            assert isinstance(bad, kind)
+            for seed, answer in enumerate(good):
+                assert answer.logits.tolist() == scores(texts(seed))
 
     run(main, service())
 

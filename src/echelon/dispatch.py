@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from echelon.encode.pairs import TruncationImpossible, gather
@@ -23,68 +24,31 @@ from echelon.errors import (
     ShuttingDown,
     WorkerLost,
 )
-from echelon.events import RequestEnded, StepFinished
+from echelon.events import StepFinished
 from echelon.plan.cost import DEFAULT_COEFFICIENTS
 from echelon.plan.degrade import Failure, next_action
 from echelon.plan.queue import Completed, Request
-from echelon.types import Answer, LadderStep, Timings
+from echelon.types import LadderStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from echelon.clock import Clock
     from echelon.config import Allowance
-    from echelon.encode.pairs import EncodedPairs
     from echelon.events import Listener, Outcome
+    from echelon.job import Job
     from echelon.plan.batcher import Batcher
     from echelon.plan.degrade import Action
-    from echelon.plan.fair import Priority
     from echelon.plan.queue import Broken, Ended, Load, Step
     from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.types import IntArray, TokenBatch
 
+    Explanation = Callable[[str], EchelonError]
+
 logger = logging.getLogger(__name__)
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
-
-
-@dataclass(slots=True)
-class Job:
-    """One request, from joining the queue to its end.
-
-    Attributes:
-        number: its number, never used twice.
-        pairs: what to score.
-        done: called once, from any thread, with the answer or the error.
-        arrived: when the caller came.
-        tokenise_s: seconds of tokenising.
-        deadline: when the answer is due; None means never.
-        priority: its share of the device.
-    """
-
-    number: int
-    pairs: EncodedPairs
-    done: Callable[[Answer | EchelonError], None]
-    arrived: float
-    tokenise_s: float = 0.0
-    deadline: float | None = None
-    priority: Priority = "normal"
-    joined: float = 0.0
-    started: float | None = None
-    compute_s: float = 0.0
-    batch_sizes: list[int] = field(default_factory=list)
-    ladder: list[LadderStep] = field(default_factory=list)
-
-    def timings(self, now: float) -> Timings:
-        """Where its time went so far."""
-        started = now if self.started is None else self.started
-        return Timings(
-            tokenise_s=self.tokenise_s,
-            queue_s=max(0.0, started - self.joined),
-            compute_s=self.compute_s,
-            total_s=now - self.arrived,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +108,8 @@ class Dispatch:
         """The caller has gone; what only it wanted is not scored."""
         with self._lock:
             if self._batcher.cancel(number):
-                self._report(self._jobs.pop(number), "cancelled")
+                job = self._jobs.pop(number)
+                self.listener.request_ended(job.ended("cancelled", self.clock()))
 
     def set_up(self, facts: Facts, budget: int) -> None:
         """What the scorer turned out to be."""
@@ -200,10 +165,7 @@ class Dispatch:
             now = self.last_scored = self.clock()
             self.cost.observe(step.lengths, scored.seconds)
             for job in self._of(step):
-                job.compute_s += scored.seconds
-                job.batch_sizes.append(len(step.places))
-                if job.started is None:
-                    job.started = now - scored.seconds
+                job.scored(step, scored.seconds, now)
             ended = self._batcher.finish(step.number, scored.logits)
             oldest = self._batcher.load().oldest
             self.listener.step_finished(
@@ -246,9 +208,14 @@ class Dispatch:
             self._lock.notify_all()
 
     def fail(self, step: Step, error: EchelonError) -> None:
-        """A step can never be scored."""
+        """A step cannot be scored; where it was of several requests, each has a try of its own."""
         with self._lock:
-            self._deliver(self._batcher.fail(step.number, "scorer"), error)
+            if len(step.requests) > 1:
+                ended = self._batcher.retry(step.number, "scorer")
+            else:
+                ended = self._batcher.fail(step.number, "scorer")
+            self._deliver(ended, lambda _: error)
+            self._lock.notify_all()
 
     def out_of_memory(
         self, step: Step, reason: str, facts: Facts, *, caches_dropped: bool
@@ -275,7 +242,8 @@ class Dispatch:
                 self._learn(action.budget)
             if action.rung == "give_up":
                 ended = self._batcher.fail(step.number, "out_of_memory")
-                self._deliver(ended, _does_not_fit(failure, facts, reason, action.remedy))
+                words = f"{facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
+                self._deliver(ended, partial(_does_not_fit, failure.longest, words))
             elif action.max_length is not None:
                 self._shorten(step, action.max_length)
             else:
@@ -312,48 +280,23 @@ class Dispatch:
                 self._batcher.cancel(number)
                 self._tell(number, _query_too_long(error, max_length))
 
-    def _deliver(self, ended: Iterable[Ended], error: EchelonError | None = None) -> None:
+    def _deliver(self, ended: Iterable[Ended], explain: Explanation | None = None) -> None:
         for end in ended:
             if isinstance(end, Completed):
                 self._answer(end)
             else:
-                name = f"documents[{self._jobs[end.request].pairs.places[end.index]}]"
-                self._tell(end.request, error or _error(end, name))
+                name = f"pairs[{self._jobs[end.request].pairs.places[end.index]}]"
+                self._tell(end.request, explain(name) if explain else _error(end, name))
 
     def _answer(self, end: Completed) -> None:
-        job = self._jobs.pop(end.request)
-        self._report(job, "answered")
-        job.done(
-            Answer(
-                logits=end.logits,
-                truncated_tokens=job.pairs.truncated_tokens,
-                tokens=int(job.pairs.lengths.sum()),
-                timings=job.timings(self.clock()),
-                batch_sizes=tuple(job.batch_sizes),
-                ladder=tuple(job.ladder),
-            )
-        )
+        job, now = self._jobs.pop(end.request), self.clock()
+        self.listener.request_ended(job.ended("answered", now))
+        job.done(job.answer(end.logits, now))
 
     def _tell(self, number: int, error: EchelonError, outcome: Outcome = "failed") -> None:
         job = self._jobs.pop(number)
-        self._report(job, outcome)
+        self.listener.request_ended(job.ended(outcome, self.clock()))
         job.done(error)
-
-    def _report(self, job: Job, outcome: Outcome) -> None:
-        times, truncated = job.timings(self.clock()), job.pairs.truncated_tokens
-        self.listener.request_ended(
-            RequestEnded(
-                outcome=outcome,
-                documents=len(job.pairs),
-                tokens=int(job.pairs.lengths.sum()),
-                truncated_documents=int((truncated > 0).sum()),
-                truncated_tokens=int(truncated.sum()),
-                queue_s=times.queue_s,
-                tokenise_s=times.tokenise_s,
-                compute_s=times.compute_s,
-                total_s=times.total_s,
-            )
-        )
 
 
 def _error(broken: Broken, name: str) -> EchelonError:
@@ -371,17 +314,14 @@ def _error(broken: Broken, name: str) -> EchelonError:
     return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
 
 
-def _does_not_fit(failure: Failure, facts: Facts, reason: str, remedy: str) -> OutOfMemory:
-    return OutOfMemory(
-        f"A document of {failure.longest} tokens, its query included, does not fit in the memory "
-        f"of {facts.device} even alone ({reason.splitlines()[0]}). {remedy}"
-    )
+def _does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:
+    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {words}")
 
 
 def _query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
     return InvalidInput(
-        f"documents[{error.index}]",
-        f"its query of {error.query_tokens} tokens leaves no room in max_length={max_length}, to "
+        f"pairs[{error.index}].query",
+        f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
         "which memory pressure had to cut",
         "Shorten the query, or use truncation='longest_first'.",
     )

@@ -19,9 +19,10 @@ import numpy as np
 from echelon.checks import check_max_length
 from echelon.clock import monotonic
 from echelon.crew import Keeper, Orders
-from echelon.dispatch import EXPIRED, Dispatch, Job
+from echelon.dispatch import EXPIRED, Dispatch
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.events import Careful, Refused, Silence
+from echelon.job import Job
 from echelon.plan.batcher import Batcher
 from echelon.plan.cost import CostModel
 from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
@@ -339,7 +340,7 @@ def _resolve(
 def _nothing() -> Answer:
     """The answer to no pairs at all."""
     empty = np.zeros(0, dtype=np.int32)
-    return Answer(empty.astype(np.float32), empty, 0, Timings())
+    return Answer(empty.astype(np.float32), empty, 0, 0, Timings())
 
 
 def _not_started(failure: Exception) -> EchelonError:

@@ -158,6 +158,7 @@ class Answer:
         logits: float32 [pairs], raw logits in input order.
         truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
         tokens: tokens of all its pairs as the model saw them.
+        cost_tokens: its share of what its steps were paid for, padding included.
         timings: where the time went.
         batch_sizes: pairs of each step that held pairs of it, other requests' included.
         ladder: memory-ladder actions that its steps went through.
@@ -166,6 +167,7 @@ class Answer:
     logits: FloatArray
     truncated_tokens: IntArray
     tokens: int
+    cost_tokens: int
     timings: Timings
     batch_sizes: tuple[int, ...] = ()
     ladder: tuple[LadderStep, ...] = ()

@@ -128,8 +128,8 @@ class Batcher:
                 ended += self._break(unit, "not_finite", logit)
         return ended
 
-    def retry(self, number: int) -> list[Ended]:
-        """A step lost its worker: its pairs go again, each request's on their own.
+    def retry(self, number: int, fault: Fault = "worker_lost") -> list[Ended]:
+        """A step did not end well: its pairs go again, each request's on their own.
 
         Returns:
             The requests whose pairs had their last attempt.
@@ -139,7 +139,7 @@ class Batcher:
         for unit in units:
             unit.attempts += 1
             if unit.attempts >= ATTEMPTS:
-                ended += self._break(unit, "worker_lost")
+                ended += self._break(unit, fault)
         left = [unit for unit in units if unit.attempts < ATTEMPTS]
         for _, group in groupby(left, key=_first_owner):
             self._put_again(group)
