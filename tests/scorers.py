@@ -85,6 +85,15 @@ def missing(*, precision: str):
     raise ModelNotFound("no such folder. Name another.")
 
 
+def opens_once(folder: str, *, precision: str):
+    """An opener that finds its model the first time only."""
+    try:
+        os.close(os.open(os.path.join(folder, "opened"), os.O_CREAT | os.O_EXCL))  # noqa: PTH118
+    except FileExistsError:
+        raise ModelNotFound("it was deleted. Put it back.") from None
+    return Obedient(precision=precision)
+
+
 def dying(*, precision: str):
     """An opener that never returns."""
     os._exit(3)

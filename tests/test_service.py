@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 import scorers
+from echelon.crew import Orders
 from echelon.encode.pairs import encode_pairs
 from echelon.errors import (
     DeadlinePassed,
@@ -169,6 +171,8 @@ def test_truncation_is_told():
 
 def test_bad_input_names_the_document():
     async def main(made):
+        with pytest.raises(InvalidInput, match=r"pairs\[1\]"):
+            await made.submit([("q", "d"), None])
         pairs = texts(1, 100)
         pairs[70] = ("query", None)
         with pytest.raises(InvalidInput, match=r"pairs\[70\]\.document: is NoneType"):
@@ -228,6 +232,7 @@ def test_a_deadline_that_passes_in_the_queue_takes_the_request_out():
 
     run(main, service(ears=ears))
     assert len(ears.of("StepFinished")) == 0
+    assert [event.outcome for event in ears.of("RequestEnded")] == ["expired", "cancelled"]
 
 
 def test_a_caller_who_goes_takes_his_work_along():
@@ -437,6 +442,22 @@ def test_several_workers_share_one_queue():
     assert {step.worker for step in ears.of("StepFinished")} == {0, 1}
 
 
+def test_where_no_worker_can_be_brought_up_nobody_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr("echelon.service.Orders", partial(Orders, delays_s=(0.0,)))
+    ears = Ears()
+
+    async def main(made):
+        os.kill(made._keepers[0]._worker.pid, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="it was deleted"):
+            await made.submit(wish(scorers.HANG))
+        with pytest.raises(WorkerLost, match="No scoring process can be started"):
+            await made.submit(texts(1))
+        assert "it was deleted" in (await made.ready()).reason
+
+    run(main, service(partial(scorers.opens_once, str(tmp_path)), ears=ears))
+    assert ears.states().count("failed") >= 4
+
+
 # Its life.
 
 
@@ -481,7 +502,10 @@ def test_stopping_tells_whoever_still_waits():
 
     before = threading.active_count()
     run(main, service())
-    assert threading.active_count() <= before
+    guard = time.monotonic() + GUARD_S
+    while threading.active_count() > before:  # those that only have to notice
+        assert time.monotonic() < guard, threading.enumerate()
+        time.sleep(0.01)
 
 
 def test_readiness_is_a_score_and_not_a_port():

@@ -42,6 +42,11 @@ WEDGE_FACTOR = 20.0
 has been seen to take ten times as long for a step (docs/LOG.md)."""
 
 
+HOPELESS_STARTS = 4
+"""Starts in a row that must fail before callers are told not to wait: by then some seconds have
+passed, and what keeps a model from opening, such as a deleted file, does not heal soon."""
+
+
 @dataclass(frozen=True, slots=True)
 class Orders:
     """How workers are kept.
@@ -97,7 +102,7 @@ class Keeper(threading.Thread):
         self._facts: Facts | None = None
         self._precision = orders.precision
         self._memory_limit = orders.memory_limit_bytes
-        self._failures = 0
+        self._failures = self._failed_starts = 0
         self._caches_dropped = False
         self._sent: deque[tuple[Step, float]] = deque()
         self._leaving = threading.Event()
@@ -154,6 +159,8 @@ class Keeper(threading.Thread):
         self._caches_dropped = False
         self._warm_up(self._opened(self._facts))
         self.up = True
+        self._failed_starts = 0
+        self._dispatch.hope(self.number, None)
         self._change("up")
 
     def _warm_up(self, steps: Sequence[TokenBatch]) -> None:
@@ -179,14 +186,17 @@ class Keeper(threading.Thread):
 
     def _down(self, state: WorkerState, why: str) -> None:
         """The worker is lost, with what it was given."""
+        self._failures += 1
+        self._failed_starts += not self.up
         self.up = False
         self.trouble = why
-        self._failures += 1
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
         steps = [step for step, _ in self._sent]
         self._sent.clear()
         self._dispatch.lost(steps)
+        if self._failed_starts >= HOPELESS_STARTS:
+            self._dispatch.hope(self.number, why)
 
     def _recycle(self) -> None:
         """Replace a worker that has grown too large, while it has nothing to do."""

@@ -68,6 +68,7 @@ class Dispatch:
         clock: seconds.
         allow: what may be given up when a pair alone does not fit.
         learned: called with each smaller token budget that memory taught.
+        workers: workers that there are.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Dispatch:
         clock: Clock,
         allow: tuple[Allowance, ...] = (),
         learned: Callable[[int], None] | None = None,
+        workers: int = 1,
     ) -> None:
         self.clock = clock
         self.last_scored: float | None = None
@@ -88,6 +90,8 @@ class Dispatch:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Condition()
         self._closed = False
+        self._workers = workers
+        self._troubles: dict[int, str] = {}
 
     # For callers.
 
@@ -105,11 +109,12 @@ class Dispatch:
             self._lock.notify_all()
 
     def cancel(self, number: int) -> None:
-        """The caller has gone; what only it wanted is not scored."""
+        """The caller has gone, or its time is up; what only it wanted is not scored."""
         with self._lock:
             if self._batcher.cancel(number):
-                job = self._jobs.pop(number)
-                self.listener.request_ended(job.ended("cancelled", self.clock()))
+                job, now = self._jobs.pop(number), self.clock()
+                late = job.deadline is not None and job.deadline <= now
+                self.listener.request_ended(job.ended("expired" if late else "cancelled", now))
 
     def set_up(self, facts: Facts, budget: int) -> None:
         """What the scorer turned out to be."""
@@ -134,6 +139,29 @@ class Dispatch:
             self._lock.notify_all()
 
     # For the keepers of workers.
+
+    def hope(self, worker: int, trouble: str | None) -> None:
+        """A worker is up (None), or cannot be brought up; where none can, nobody waits for it."""
+        with self._lock:
+            if trouble is None:
+                self._troubles.clear()
+            else:
+                self._troubles[worker] = trouble
+            if (error := self.hopeless) is not None:
+                for number in list(self._jobs):
+                    self._batcher.cancel(number)
+                    self._tell(number, error)
+
+    @property
+    def hopeless(self) -> WorkerLost | None:
+        """Why no worker will come up soon; None while one may."""
+        troubles = dict(self._troubles)
+        if len(troubles) < self._workers:
+            return None
+        return WorkerLost(
+            f"No scoring process can be started ({next(iter(troubles.values()))}). "
+            "Ask another server; this one keeps trying, and its log has the cause."
+        )
 
     @property
     def closed(self) -> bool:

@@ -137,4 +137,5 @@ class Reception:
 
 def _characters(pairs: Sequence[Pair]) -> int:
     """Characters of all texts; what is no text counts nothing here and is refused later."""
-    return sum(len(text) for pair in pairs for text in pair if isinstance(text, str))
+    parts = (pair for pair in pairs if isinstance(pair, tuple | list))
+    return sum(len(text) for pair in parts for text in pair if isinstance(text, str))

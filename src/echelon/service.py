@@ -83,7 +83,14 @@ class Service:
         self._make_worker = make_worker
         self._listener = Careful(listener or Silence())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
-        self._dispatch = Dispatch(batcher, self._listener, clock, self.settings.allow, learned)
+        self._dispatch = Dispatch(
+            batcher,
+            self._listener,
+            clock,
+            self.settings.allow,
+            learned=learned,
+            workers=self.settings.workers,
+        )
         self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
         self._facts: Facts | None = None
         self._keepers: list[Keeper] = []
@@ -177,6 +184,8 @@ class Service:
         if self._draining:
             self._listener.refused(Refused("shutting_down", len(pairs), None))
             raise ShuttingDown("The service is stopping or has not started. Ask another server.")
+        if (hopeless := self._dispatch.hopeless) is not None:
+            raise hopeless
         if not len(pairs):
             return _nothing()
         wish = Wish(
