@@ -513,3 +513,27 @@ def test_padded_steps_hold_pairs_of_nearly_one_length():
         paid += step.cost_tokens
         finish(made, step)
     assert paid / tokens < 1.15
+
+
+def test_who_has_been_served_or_has_gone_shares_no_longer():
+    made = batcher()
+    for number, key in enumerate("aabc"):
+        made.submit(Request(number, (20,), (key,)), 0)
+    assert made.load().weight == 16
+    made.cancel(3)
+    assert made.load().weight == 12
+    made.next_step(0)
+    assert made.load().weight == 0  # tokens of a shared pair count for each that waits for it
+
+
+def test_nobody_joins_a_pair_that_was_cut_nor_leaves_by_its_end():
+    made = batcher()
+    made.submit(Request(1, (80,), ("a",)), 0)
+    assert made.shorten(made.next_step(0).number, 40) == ((1, 0),)
+    made.submit(Request(2, (80,), ("a",)), 0)
+    cut, whole = made.next_step(0), made.next_step(0)
+    assert (cut.lengths, whole.lengths) == ((40,), (80,))
+    assert [end.request for end in finish(made, cut)] == [1]
+    made.submit(Request(3, (80,), ("a",)), 0)
+    assert made.next_step(0) is None
+    assert [end.request for end in finish(made, whole)] == [2, 3]
