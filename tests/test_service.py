@@ -209,7 +209,7 @@ def test_a_deadline_that_cannot_be_met_burns_nothing():
 
     async def main(made):
         with pytest.raises(DeadlinePassed, match="even on an idle server"):
-            await made.submit(texts(1, 1000), deadline=made.clock() + 0.001)
+            await made.submit(texts(1, 1000), deadline=made.clock() + 0.5)
         with pytest.raises(DeadlinePassed):
             await made.submit(texts(1), deadline=made.clock())
 
