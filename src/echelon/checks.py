@@ -55,8 +55,12 @@ def check_top_n(top_n: object) -> None:
         raise InvalidInput("top_n", f"{top_n!r} is not a positive whole number", "Give 1 or more.")
 
 
-def check_pairs(pairs: object) -> list[Pair]:
+def check_pairs(pairs: object, first: int = 0) -> list[Pair]:
     """Refuse anything but (query, document) texts.
+
+    Args:
+        pairs: what should be pairs.
+        first: what the caller calls the first of them, where they are a part.
 
     Raises:
         InvalidInput: names the pair and what is wrong with it.
@@ -66,7 +70,7 @@ def check_pairs(pairs: object) -> list[Pair]:
             "pairs", f"is {type(pairs).__name__}", "Pass a list of (query, document) tuples."
         )
     checked: list[Pair] = []
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs, first):
         if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
             raise InvalidInput(
                 f"pairs[{index}]", "is not a (query, document) tuple", "Pass two strings."

@@ -2,6 +2,7 @@
 
     EchelonError
     ├── InvalidInput            what the caller passed is wrong (also a ValueError)
+    │   └── TooLarge            more documents or tokens than one request may have
     ├── ModelError              the model cannot be used
     │   ├── ModelNotFound       no such folder, hub repository or revision
     │   ├── BadCheckpoint       the files are there, but damaged or contradictory
@@ -9,6 +10,11 @@
     ├── ProfileError            a profile file that cannot be read
     ├── OutOfMemory             the ladder's end: this pair does not fit
     ├── NonFiniteScore          the model gave NaN or infinity for a pair
+    ├── ScoringFailed           the model raised an error that is not about memory
+    ├── Overloaded              the queue is full; it says when to come again
+    ├── DeadlinePassed          the caller's deadline passed, or cannot be met
+    ├── WorkerLost              the scoring process died twice over the same pairs
+    ├── ShuttingDown            the service takes no more requests
     ├── StorageError            a result could not be written
     └── MissingDependency       an optional package is needed and not installed
 
@@ -51,6 +57,16 @@ class InvalidInput(EchelonError, ValueError):
         self.remedy = remedy
         super().__init__(f"{field}: {problem}. {remedy}")
 
+    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str]]:
+        """Travel between processes: exceptions are rebuilt from their arguments."""
+        return type(self), (self.field, self.problem, self.remedy)
+
+
+class TooLarge(InvalidInput):
+    """A request has more documents or tokens than one request may have."""
+
+    status = 413
+
 
 class ModelError(EchelonError):
     """The model cannot be used."""
@@ -86,6 +102,48 @@ class OutOfMemory(EchelonError):
 
 class NonFiniteScore(EchelonError):
     """The model gave NaN or infinity; no score is invented in its place."""
+
+
+class ScoringFailed(EchelonError):
+    """The model raised an error that is not about memory; the log has its traceback."""
+
+
+class Overloaded(EchelonError):
+    """The queue is full, or would make the caller wait too long.
+
+    Args:
+        problem: what is full, with the limit.
+        retry_after_s: predicted seconds until there is room.
+    """
+
+    status = 429
+
+    def __init__(self, problem: str, retry_after_s: float) -> None:
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{problem}. Try again in {retry_after_s:.1f} s.")
+
+    def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
+        """Travel between processes: exceptions are rebuilt from their arguments."""
+        return type(self), (self.problem, self.retry_after_s)
+
+
+class DeadlinePassed(EchelonError):
+    """The caller's deadline passed while the request waited, or no machine here could meet it."""
+
+    status = 504
+
+
+class WorkerLost(EchelonError):
+    """The scoring process died or hung over a pair, and again when it was retried."""
+
+    status = 503
+
+
+class ShuttingDown(EchelonError):
+    """The service takes no more requests, or never began."""
+
+    status = 503
 
 
 class StorageError(EchelonError):

@@ -23,7 +23,7 @@ from echelon.fetch.demo import home
 from echelon.plan.pack import pack, step_budget
 from echelon.score.device import cpu_name
 from echelon.score.kernels.library import kernels
-from echelon.score.load import layer_errors, open_scorer
+from echelon.score.load import layer_errors, may_choose_int8, open_scorer
 from echelon.tune.profile import Key, library_versions, read_json, write_json
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement
 from echelon.tune.texts import load_texts
@@ -170,14 +170,14 @@ def _row(
     }
 
 
-def int8_layers_in_bf16(
+def pass_gate(
     folder: ModelFolder,
     options: Options,
     encoder: PairEncoder,
     profile: Profile | None,
-    told: Told,
+    told: Told = lambda _: None,
 ) -> list[str]:
-    """Let int8 through the gate, and say which layers it must leave in bf16.
+    """Let int8 through the gate, where it was chosen, and say which layers it leaves in bf16.
 
     The answer is the profile's where that was measured with this model on this machine, else the
     one kept from an earlier call, else measured now.
@@ -185,6 +185,8 @@ def int8_layers_in_bf16(
     Raises:
         InvalidInput: int8 does not rank as fp32 does.
     """
+    if options.precision != "int8" or not may_choose_int8(folder.path, options.device):
+        return []
     key = Key(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
     row = _from_profile(profile, key) or _kept(key)
     if row is None:

@@ -27,10 +27,10 @@ from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits, closed
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.fetch.resolve import resolve
-from echelon.gate import int8_layers_in_bf16
+from echelon.gate import pass_gate
 from echelon.plan.pack import step_budget, windows
 from echelon.progress import bar, status
-from echelon.score.load import may_choose_int8, open_scorer, require_model
+from echelon.score.load import open_scorer, require_model
 from echelon.tune.profile import (
     Profile,
     apply_profile,
@@ -79,13 +79,15 @@ class Reranker:
         self.model = folder
         require_model(folder.path)  # first of all: a folder that is no model says so
         self._encoder = PairEncoder(folder.path)
+        with status("Comparing int8 with fp32", shown=self.options.progress) as told:
+            kept = pass_gate(folder, self.options, self._encoder, profile, told)
         self._open = partial(
             open_scorer,
             folder.path,
             device=self.options.device,
             threads=self.options.threads,
             label=self.options.label,
-            keep_bf16=self._pass_gate(profile),
+            keep_bf16=kept,
         )
         scorer = self._open(precision=self.options.precision)
         if profile is not None:
@@ -238,15 +240,6 @@ class Reranker:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _pass_gate(self, profile: Profile | None) -> list[str]:
-        """Layers that stay in bf16; int8 is compared with fp32 before it may serve."""
-        if self.options.precision != "int8" or not may_choose_int8(
-            self.model.path, self.options.device
-        ):
-            return []
-        with status("Comparing int8 with fp32", shown=self.options.progress) as told:
-            return int8_layers_in_bf16(self.model, self.options, self._encoder, profile, told)
 
     def _longest(self, asked: int | None, facts: Facts) -> int:
         return check_max_length(asked, facts.max_tokens, self._encoder.template.specials)

@@ -141,3 +141,43 @@ class Ranking:
     query: str
     results: tuple[RankedDocument, ...]
     report: RunReport = field(default_factory=RunReport)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a served request's time went, in seconds.
+
+    Attributes:
+        tokenise_s: tokenising, waiting for a thread included.
+        queue_s: from joining the queue to the start of the first step with a pair of it.
+        compute_s: the steps that held its pairs, whoever else's were in them.
+        total_s: from arrival to answer.
+    """
+
+    tokenise_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A served request.
+
+    Attributes:
+        logits: float32 [pairs], raw logits in input order.
+        truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
+        tokens: tokens of all its pairs as the model saw them.
+        cost_tokens: its share of what its steps were paid for, padding included.
+        timings: where the time went.
+        batch_sizes: pairs of each step that held pairs of it, other requests' included.
+        ladder: memory-ladder actions that its steps went through.
+    """
+
+    logits: FloatArray
+    truncated_tokens: IntArray
+    tokens: int
+    cost_tokens: int
+    timings: Timings
+    batch_sizes: tuple[int, ...] = ()
+    ladder: tuple[LadderStep, ...] = ()

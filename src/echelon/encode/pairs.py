@@ -7,6 +7,7 @@ tokenizers (``longest_first`` and ``only_second`` of Hugging Face ``tokenizers``
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -82,6 +83,11 @@ class EncodedPairs:
         lost: IntArray = np.array(full, dtype=np.int32) - self.kept.sum(axis=1, dtype=np.int32)
         return lost
 
+    def keys(self) -> tuple[bytes, ...]:
+        """What tells pairs apart: pairs of one key have the same ids, now and if cut further."""
+        mode = self.truncation.encode()
+        return tuple(self._key(index, mode) for index in range(len(self)))
+
     def shortened(self, max_length: int, indices: Iterable[int]) -> EncodedPairs:
         """The same pairs, the chosen ones cut to ``max_length``.
 
@@ -109,6 +115,14 @@ class EncodedPairs:
         ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
         return TokenBatch(ids, self._types(chosen), offsets)
 
+    def _key(self, index: int, mode: bytes) -> bytes:
+        query, document = self.kept[index].tolist()
+        whole = len(self.queries[index]), len(self.documents[index])
+        digest = blake2b(b"%s %d %d %d " % (mode, query, *whole), digest_size=16)
+        digest.update(_cut(self.queries[index], query, self.template.side).tobytes())
+        digest.update(_cut(self.documents[index], document, self.template.side).tobytes())
+        return digest.digest()
+
     def _parts(
         self, index: int, before: IntArray, between: IntArray, after: IntArray
     ) -> tuple[IntArray, ...]:
@@ -126,6 +140,30 @@ class EncodedPairs:
         columns = [len(before), len(before) + 1 + len(between)]
         repeats[:, columns] = self.kept[chosen]
         return np.repeat(np.tile(values, len(chosen)), repeats.ravel())
+
+
+def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
+    """Pairs of one call that were encoded in slices, as one."""
+    return replace(
+        parts[0],
+        queries=[query for part in parts for query in part.queries],
+        documents=[document for part in parts for document in part.documents],
+        kept=np.concatenate([part.kept for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        places=[place for part in parts for place in part.places],
+    )
+
+
+def gather(picks: Sequence[tuple[EncodedPairs, int]]) -> TokenBatch:
+    """One step's input out of several calls' pairs of one model, in the given order."""
+    pairs = replace(
+        picks[0][0],
+        queries=[pairs.queries[index] for pairs, index in picks],
+        documents=[pairs.documents[index] for pairs, index in picks],
+        kept=np.array([pairs.kept[index] for pairs, index in picks]),
+        lengths=np.array([pairs.lengths[index] for pairs, index in picks]),
+    )
+    return pairs.batch(range(len(picks)))
 
 
 class TruncationImpossible(ValueError):

@@ -13,6 +13,14 @@ class DeviceOutOfMemory(Exception):
     """A step did not fit in the device's memory; the scorer stays usable."""
 
 
+class WorkerDied(Exception):
+    """The process that scores has ended; its steps have no result."""
+
+
+class WorkerWedged(WorkerDied):
+    """The process that scores gave no answer in time and was killed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What a scorer is and how it pays.

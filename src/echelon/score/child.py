@@ -1,0 +1,102 @@
+"""The scoring child: opens a scorer and scores what its parent sends, until the parent goes.
+
+Run as ``python -m echelon.score.child DESCRIPTOR`` by :mod:`echelon.score.worker`, never by hand.
+A thread of its own reads ahead, so that the next step is here when the running one ends; where it
+reads the end, the parent has gone, and the process ends at once, whatever it computes.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from echelon.errors import EchelonError
+from echelon.score.base import DeviceOutOfMemory
+from echelon.score.channel import Channel
+
+if TYPE_CHECKING:
+    from echelon.score.base import Scorer
+    from echelon.types import TokenBatch
+
+
+def main(descriptor: int) -> None:
+    """Live until told to stop."""
+    faulthandler.enable()  # a crash of native code leaves its stack in the parent's log
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # They reach every process of a terminal or unit; the parent decides when this one ends.
+        signal.signal(number, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=descriptor))
+    inbox: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
+    scorer = _open(channel, inbox.get())
+    if scorer is not None:
+        _serve(channel, inbox, scorer)
+
+
+def _read(channel: Channel, inbox: SimpleQueue[bytes]) -> None:
+    try:
+        while True:
+            inbox.put(channel.receive_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _open(channel: Channel, message: bytes) -> Scorer | None:
+    try:
+        opener, precision = pickle.loads(message)  # noqa: S301 - from our own parent
+        scorer: Scorer = opener(precision=precision)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
+        channel.send(_fault(error))
+        return None
+    channel.send(("facts", scorer.facts, 0.0, resident_bytes()))
+    return scorer
+
+
+def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
+    while True:
+        match pickle.loads(inbox.get()):  # noqa: S301 - from our own parent
+            case ("score", batch):
+                channel.send(_score(scorer, batch))
+            case ("release",):
+                scorer.release()
+            case ("stop",):
+                scorer.close()
+                return
+
+
+def _score(scorer: Scorer, batch: TokenBatch) -> tuple[object, ...]:
+    began = time.perf_counter()
+    try:
+        logits = scorer.score(batch)
+    except DeviceOutOfMemory as error:
+        return "memory", str(error), time.perf_counter() - began, resident_bytes()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
+        return _fault(error)
+    return "scores", logits, time.perf_counter() - began, resident_bytes()
+
+
+def _fault(error: Exception) -> tuple[object, ...]:
+    """An error as it can travel: ours whole, others as words, their traceback in the log."""
+    traceback.print_exception(error)
+    words = f"{type(error).__name__}: {error}"
+    return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, mapped weights included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

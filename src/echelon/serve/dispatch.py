@@ -1,0 +1,355 @@
+"""The desk between callers and workers: the batcher behind a lock, and what each caller is owed.
+
+Callers hand jobs in and are called back; workers' keepers take steps and bring results. It decides
+nothing itself: :mod:`echelon.plan.batcher` says which step is next, :mod:`echelon.plan.degrade`
+what to do when memory runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from echelon.encode.pairs import TruncationImpossible, gather
+from echelon.errors import (
+    DeadlinePassed,
+    EchelonError,
+    InvalidInput,
+    NonFiniteScore,
+    OutOfMemory,
+    ScoringFailed,
+    ShuttingDown,
+    WorkerLost,
+)
+from echelon.plan.cost import DEFAULT_COEFFICIENTS
+from echelon.plan.degrade import Failure, next_action
+from echelon.plan.queue import Completed, Request
+from echelon.serve.events import StepFinished
+from echelon.types import LadderStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from echelon.clock import Clock
+    from echelon.config import Allowance
+    from echelon.plan.batcher import Batcher
+    from echelon.plan.degrade import Action
+    from echelon.plan.queue import Broken, Ended, Load, Step
+    from echelon.score.base import Facts
+    from echelon.score.worker import Scored
+    from echelon.serve.events import Listener, Outcome
+    from echelon.serve.job import Job
+    from echelon.types import IntArray, TokenBatch
+
+    Explanation = Callable[[str], EchelonError]
+
+logger = logging.getLogger(__name__)
+
+EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step, ready to go to a worker."""
+
+    step: Step
+    batch: TokenBatch
+
+
+class Dispatch:
+    """The batcher for many threads.
+
+    Args:
+        batcher: what decides.
+        listener: hears of requests that end.
+        clock: seconds.
+        allow: what may be given up when a pair alone does not fit.
+        learned: called with each smaller token budget that memory taught.
+        workers: workers that there are.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        listener: Listener,
+        clock: Clock,
+        allow: tuple[Allowance, ...] = (),
+        learned: Callable[[int], None] | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.clock = clock
+        self.last_scored: float | None = None
+        self._batcher = batcher
+        self.listener = listener
+        self.cost = batcher.cost
+        self._allow = allow
+        self._learned = learned
+        self._jobs: dict[int, Job] = {}
+        self._lock = threading.Condition()
+        self._closed = False
+        self._workers = workers
+        self._troubles: dict[int, str] = {}
+
+    # For callers.
+
+    def submit(self, job: Job) -> None:
+        """Put a request into the queue; from now on ``job.done`` is called once."""
+        keys = job.pairs.keys()
+        lengths = tuple(job.pairs.lengths.tolist())
+        request = Request(job.number, lengths, keys, job.deadline, job.priority)
+        with self._lock:
+            if self._closed:
+                raise ShuttingDown("The service has stopped. Ask another server.")
+            job.joined = self.clock()
+            self._jobs[job.number] = job
+            self._batcher.submit(request, job.joined)
+            self._lock.notify_all()
+
+    def cancel(self, number: int) -> None:
+        """The caller has gone, or its time is up; what only it wanted is not scored."""
+        with self._lock:
+            if self._batcher.cancel(number):
+                job, now = self._jobs.pop(number), self.clock()
+                late = job.deadline is not None and job.deadline <= now
+                self.listener.request_ended(job.ended("expired" if late else "cancelled", now))
+
+    def set_up(self, facts: Facts, budget: int) -> None:
+        """What the scorer turned out to be."""
+        with self._lock:
+            self.cost.cost = facts.cost
+            self.cost.coefficients = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
+            self._batcher.budget = budget
+
+    def load(self) -> Load:
+        """What lies ahead."""
+        with self._lock:
+            return self._batcher.load()
+
+    def close(self) -> None:
+        """Take nothing more in; whoever still waits is told."""
+        with self._lock:
+            self._closed = True
+            gone = ShuttingDown("The service stopped before the request was done. Try another.")
+            for number in list(self._jobs):
+                self._batcher.cancel(number)
+                self._tell(number, gone)
+            self._lock.notify_all()
+
+    # For the keepers of workers.
+
+    def hope(self, worker: int, trouble: str | None) -> None:
+        """A worker is up (None), or cannot be brought up; where none can, nobody waits for it."""
+        with self._lock:
+            if trouble is None:
+                self._troubles.clear()
+            else:
+                self._troubles[worker] = trouble
+            if (error := self.hopeless) is not None:
+                for number in list(self._jobs):
+                    self._batcher.cancel(number)
+                    self._tell(number, error)
+
+    @property
+    def hopeless(self) -> WorkerLost | None:
+        """Why no worker will come up soon; None while one may."""
+        troubles = dict(self._troubles)
+        if len(troubles) < self._workers:
+            return None
+        return WorkerLost(
+            f"No scoring process can be started ({next(iter(troubles.values()))}). "
+            "Ask another server; this one keeps trying, and its log has the cause."
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has closed."""
+        return self._closed
+
+    def wake(self) -> None:
+        """Let those who wait in :meth:`take` look again."""
+        with self._lock:
+            self._lock.notify_all()
+
+    def take(self, news: Callable[[], bool] | None = None) -> Prepared | None:
+        """The next step.
+
+        Args:
+            news: wait for a step until this is true, or all is closed; None waits for nothing.
+        """
+        with self._lock:
+            while (step := self._next()) is None:
+                if news is None or self._closed or news():
+                    return None
+                self._lock.wait()
+            picks = [(self._jobs[number].pairs, index) for number, index in step.places]
+        return Prepared(step, gather(picks))
+
+    def finish(self, step: Step, scored: Scored, worker: int) -> None:
+        """A worker scored a step."""
+        with self._lock:
+            now = self.last_scored = self.clock()
+            self.cost.observe(step.lengths, scored.seconds)
+            for job in self._of(step):
+                job.scored(step, scored.seconds, now)
+            ended = self._batcher.finish(step.number, scored.logits)
+            oldest = self._batcher.load().oldest
+            self.listener.step_finished(
+                StepFinished(
+                    worker=worker,
+                    predicted_s=step.predicted_s,
+                    actual_s=scored.seconds,
+                    pairs=len(step.places),
+                    requests=len(step.requests),
+                    tokens=step.tokens,
+                    cost_tokens=step.cost_tokens,
+                    queue_age_s=0.0 if oldest is None else now - oldest,
+                    resident_bytes=scored.resident_bytes,
+                    again=step.again,
+                )
+            )
+            self._deliver(ended)
+
+    def observe(self, lengths: IntArray, seconds: float) -> None:
+        """A step of nobody's, scored to warm up, took so long."""
+        with self._lock:
+            self.cost.observe(lengths, seconds)
+            self.last_scored = self.clock()
+
+    def put_back(self, steps: Iterable[Step]) -> None:
+        """Steps that were taken and never began."""
+        with self._lock:
+            for step in steps:
+                self._batcher.put_back(step.number)
+            self._lock.notify_all()
+
+    def lost(self, steps: Iterable[Step]) -> None:
+        """A worker has gone with steps: the first ran, the others never began."""
+        with self._lock:
+            for position, step in enumerate(steps):
+                if position == 0:
+                    self._deliver(self._batcher.retry(step.number))
+                else:
+                    self._batcher.put_back(step.number)
+            self._lock.notify_all()
+
+    def fail(self, step: Step, error: EchelonError) -> None:
+        """A step cannot be scored; where it was of several requests, each has a try of its own."""
+        with self._lock:
+            if len(step.requests) > 1:
+                ended = self._batcher.retry(step.number, "scorer")
+            else:
+                ended = self._batcher.fail(step.number, "scorer")
+            self._deliver(ended, lambda _: error)
+            self._lock.notify_all()
+
+    def out_of_memory(
+        self, step: Step, reason: str, facts: Facts, *, caches_dropped: bool
+    ) -> tuple[Action, int]:
+        """A step did not fit: decide what to do, and plan it anew.
+
+        Returns:
+            What was decided, and the token budget from now on.
+        """
+        failure = Failure(
+            pairs=len(step.places),
+            cost=step.cost_tokens,
+            longest=max(step.lengths),
+            caches_dropped=caches_dropped,
+            precision=facts.precision,
+            allow=self._allow,
+        )
+        action = next_action(failure)
+        logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
+        with self._lock:
+            for job in self._of(step):
+                job.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
+            if action.budget is not None:
+                self._learn(action.budget)
+            if action.rung == "give_up":
+                ended = self._batcher.fail(step.number, "out_of_memory")
+                words = f"{facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
+                self._deliver(ended, partial(_does_not_fit, failure.longest, words))
+            elif action.max_length is not None:
+                self._shorten(step, action.max_length)
+            else:
+                self._batcher.put_back(step.number)
+            self._lock.notify_all()
+            return action, self._batcher.budget
+
+    # Under the lock.
+
+    def _next(self) -> Step | None:
+        now = self.clock()
+        step = None if self._closed else self._batcher.next_step(now)
+        for number in self._batcher.expire(now):
+            self._tell(number, DeadlinePassed(EXPIRED), "expired")
+        return step
+
+    def _of(self, step: Step) -> list[Job]:
+        return [self._jobs[number] for number in step.requests if number in self._jobs]
+
+    def _learn(self, budget: int) -> None:
+        if budget < self._batcher.budget:
+            self._batcher.budget = budget
+            if self._learned is not None:
+                self._learned(budget)
+
+    def _shorten(self, step: Step, max_length: int) -> None:
+        """Cut the only pair of a step wherever it is asked for."""
+        length = min(max_length, step.lengths[0])
+        for number, index in self._batcher.shorten(step.number, length):
+            job = self._jobs[number]
+            try:
+                job.pairs = job.pairs.shortened(max_length, [index])
+            except TruncationImpossible as error:
+                self._batcher.cancel(number)
+                self._tell(number, _query_too_long(error, max_length))
+
+    def _deliver(self, ended: Iterable[Ended], explain: Explanation | None = None) -> None:
+        for end in ended:
+            if isinstance(end, Completed):
+                self._answer(end)
+            else:
+                name = f"pairs[{self._jobs[end.request].pairs.places[end.index]}]"
+                self._tell(end.request, explain(name) if explain else _error(end, name))
+
+    def _answer(self, end: Completed) -> None:
+        job, now = self._jobs.pop(end.request), self.clock()
+        self.listener.request_ended(job.ended("answered", now))
+        job.done(job.answer(end.logits, now))
+
+    def _tell(self, number: int, error: EchelonError, outcome: Outcome = "failed") -> None:
+        job = self._jobs.pop(number)
+        self.listener.request_ended(job.ended(outcome, self.clock()))
+        job.done(error)
+
+
+def _error(broken: Broken, name: str) -> EchelonError:
+    """What a caller is told of a pair that got no score."""
+    if broken.fault == "worker_lost":
+        return WorkerLost(
+            f"{name}: the scoring process ended twice with this document in it. "
+            "Send the others without it; the server's log has the cause."
+        )
+    if broken.fault == "not_finite":
+        return NonFiniteScore(
+            f"{name}: the model gave {broken.logit}. Serve it with precision='fp32', whose range "
+            "is wider; if it persists, the weights are damaged."
+        )
+    return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
+
+
+def _does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:
+    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {words}")
+
+
+def _query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
+    return InvalidInput(
+        f"pairs[{error.index}].query",
+        f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
+        "which memory pressure had to cut",
+        "Shorten the query, or use truncation='longest_first'.",
+    )

@@ -1,0 +1,141 @@
+"""The door of a service: who comes in is judged, tokenised in slices, and judged again.
+
+Tokenising runs in threads (the library releases the interpreter's lock). A long request is cut
+into slices that queue for a thread one by one, so that a short one is never behind all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from echelon.checks import check_pairs
+from echelon.encode.pairs import EncodedPairs, join
+from echelon.errors import Overloaded
+from echelon.plan.admit import Ask, Bounds, House, TokenEstimate, refuse
+from echelon.serve.events import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from echelon.config import Truncation
+    from echelon.encode.tokens import PairEncoder
+    from echelon.plan.fair import Priority
+    from echelon.serve.dispatch import Dispatch
+    from echelon.types import Pair
+
+TOKENISERS = 2
+"""Threads that tokenise: one for a long request and one for a short beside it. Their queue holds
+at most one slice of each request inside, so ``Bounds.max_requests`` bounds it."""
+
+SLICE = 64
+"""Documents that are tokenised at a time, some ten milliseconds: requests take turns in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a caller wants its pairs encoded and served."""
+
+    max_length: int
+    truncation: Truncation = "longest_first"
+    max_query_tokens: int | None = None
+    deadline: float | None = None
+    priority: Priority = "normal"
+
+
+class Reception:
+    """Lets requests in.
+
+    Args:
+        encoder: the model's tokenizer.
+        bounds: what is taken in at most.
+        dispatch: tells what waits and runs.
+        workers: tells how many workers are up.
+    """
+
+    def __init__(
+        self,
+        encoder: PairEncoder,
+        bounds: Bounds,
+        dispatch: Dispatch,
+        workers: Callable[[], int],
+    ) -> None:
+        self._encoder = encoder
+        self._bounds = bounds
+        self._dispatch = dispatch
+        self._workers = workers
+        self._threads = ThreadPoolExecutor(TOKENISERS, thread_name_prefix="echelon-tokenise")
+        self._estimate = TokenEstimate()
+        self._coming = self._coming_tokens = 0
+
+    def house(self) -> House:
+        """What is inside already."""
+        load, cost = self._dispatch.load(), self._dispatch.cost
+        return House(load, cost, self._workers(), self._coming, self._coming_tokens)
+
+    async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> EncodedPairs:
+        """Admit and encode; the caller has to put the pairs into the queue before it awaits.
+
+        Raises:
+            InvalidInput: a pair is not two texts, or its query leaves no room.
+            EchelonError: the request is refused.
+        """
+        if not isinstance(pairs, EncodedPairs):
+            pairs = await self._tokenise(pairs, wish)
+        squares = int(np.square(pairs.lengths, dtype=np.int64).sum())
+        self._judge(len(pairs), int(pairs.lengths.sum()), squares, wish)
+        return pairs
+
+    def close(self) -> None:
+        """End the threads; what they do now is of no use to anyone."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _tokenise(self, pairs: Sequence[Pair], wish: Wish) -> EncodedPairs:
+        characters = _characters(pairs)
+        tokens = self._estimate.tokens(characters, len(pairs), wish.max_length)
+        self._judge(len(pairs), tokens, tokens * tokens // len(pairs), wish)
+        loop = asyncio.get_running_loop()
+        self._coming += 1
+        self._coming_tokens += tokens
+        try:
+            parts = [
+                await loop.run_in_executor(self._threads, self._encode, pairs, start, wish)
+                for start in range(0, len(pairs), SLICE)
+            ]
+        finally:
+            self._coming -= 1
+            self._coming_tokens -= tokens
+        encoded = join(parts)
+        self._estimate.observe(characters, int(encoded.lengths.sum()))
+        return encoded
+
+    def _encode(self, pairs: Sequence[Pair], start: int, wish: Wish) -> EncodedPairs:
+        part = pairs[start : start + SLICE]
+        places = range(start, start + len(part))
+        return self._encoder.encode(
+            check_pairs(part, start),
+            wish.max_length,
+            wish.truncation,
+            wish.max_query_tokens,
+            places,
+        )
+
+    def _judge(self, documents: int, tokens: int, squares: int, wish: Wish) -> None:
+        ask = Ask(documents, tokens, squares, wish.deadline, wish.priority)
+        refusal = refuse(ask, self.house(), self._bounds, self._dispatch.clock())
+        if refusal is None:
+            return
+        error = refusal.error
+        retry = error.retry_after_s if isinstance(error, Overloaded) else None
+        self._dispatch.listener.refused(Refused(refusal.reason, documents, retry))
+        raise error
+
+
+def _characters(pairs: Sequence[Pair]) -> int:
+    """Characters of all texts; what is no text counts nothing here and is refused later."""
+    parts = (pair for pair in pairs if isinstance(pair, tuple | list))
+    return sum(len(text) for pair in parts for text in pair if isinstance(text, str))

@@ -1,0 +1,358 @@
+"""A reranker as a service: many callers at once, workers that may die, and an answer for everyone.
+
+A request goes: admit (estimated) → tokenise, in slices → admit (true) → queue → steps → answer.
+The only asyncio of the package. Whatever happens, ``submit`` ends: with the scores, or with an
+error of :mod:`echelon.errors` that says what to do. :mod:`echelon.serve.dispatch` and
+:mod:`echelon.serve.crew` hold the threads' side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import numpy as np
+
+from echelon.checks import check_max_length
+from echelon.clock import monotonic
+from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
+from echelon.plan.batcher import Batcher
+from echelon.plan.cost import CostModel
+from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
+from echelon.serve.crew import Keeper, Orders
+from echelon.serve.dispatch import EXPIRED, Dispatch
+from echelon.serve.events import Careful, Refused, Silence
+from echelon.serve.job import Job
+from echelon.serve.reception import Reception, Wish
+from echelon.serve.state import Readiness, Settings, Snapshot
+from echelon.types import Answer, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from echelon.clock import Clock
+    from echelon.config import Truncation
+    from echelon.encode.pairs import EncodedPairs
+    from echelon.encode.tokens import PairEncoder
+    from echelon.plan.fair import Priority
+    from echelon.score.base import Facts
+    from echelon.score.worker import Worker
+    from echelon.serve.events import Listener
+    from echelon.types import Pair, TokenBatch
+
+Result = TypeVar("Result")
+
+CANARY: Pair = ("is anybody there", "A bird sings in the mine.")
+"""A pair that any model can score: readiness means that it was, not that a port is open."""
+
+CANARY_FRESH_S = 10.0
+"""A step scored in the last ten seconds is as good as a canary; probes come every five or ten."""
+
+CANARY_TIMEOUT_S = 10.0
+"""A canary has its turn in the next step; one that takes longer is a reason to stay away."""
+
+
+class Service:
+    """Scores pairs for many callers at once.
+
+    Args:
+        encoder: the model's tokenizer.
+        make_worker: gives the worker of a number; it calls what it is given when a child ended.
+        settings: how to run.
+        listener: hears what happens, from any thread.
+        clock: seconds; deadlines are times of this clock.
+        learned: called with each smaller token budget that memory taught.
+    """
+
+    def __init__(
+        self,
+        encoder: PairEncoder,
+        make_worker: Callable[[int, Callable[[], None]], Worker],
+        settings: Settings | None = None,
+        *,
+        listener: Listener | None = None,
+        clock: Clock = monotonic,
+        learned: Callable[[int], None] | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.clock = clock
+        self._encoder = encoder
+        self._make_worker = make_worker
+        self._listener = Careful(listener or Silence())
+        batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
+        self._dispatch = Dispatch(
+            batcher,
+            self._listener,
+            clock,
+            self.settings.allow,
+            learned=learned,
+            workers=self.settings.workers,
+        )
+        self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
+        self._facts: Facts | None = None
+        self._keepers: list[Keeper] = []
+        self._numbers = itertools.count(1)
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = True
+        self._canary: asyncio.Task[Answer] | None = None
+
+    # Its life.
+
+    async def start(self) -> None:
+        """Open the model in every worker and warm it up.
+
+        Raises:
+            EchelonError: why the model cannot be opened.
+        """
+        loop = asyncio.get_running_loop()
+        settled = [loop.create_future() for _ in range(self.settings.workers)]
+        self._keepers = [self._keeper(*pair, loop) for pair in enumerate(settled)]
+        for keeper in self._keepers:
+            keeper.start()
+        failures = [failure for failure in await asyncio.gather(*settled) if failure is not None]
+        if failures:
+            await self.stop()
+            raise _not_started(failures[0])
+        self._draining = False
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing more in, and wait for what is inside.
+
+        Returns:
+            Whether all of it was answered in time; the rest is told that the service stops.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the workers; whoever still waits is told. Stopping twice does nothing."""
+        self._draining = True
+        self._dispatch.close()
+        for keeper in self._keepers:
+            keeper.leave()
+        await asyncio.gather(*(asyncio.to_thread(keeper.join) for keeper in self._keepers))
+        self._reception.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    # Its work.
+
+    async def submit(
+        self,
+        pairs: Sequence[Pair] | EncodedPairs,
+        *,
+        deadline: float | None = None,
+        priority: Priority = "normal",
+        max_length: int | None = None,
+        truncation: Truncation | None = None,
+        max_query_tokens: int | None = None,
+    ) -> Answer:
+        """Score pairs; cancelling the awaiting task takes them out of the queue.
+
+        Args:
+            pairs: (query, document) texts, or pairs already encoded.
+            deadline: time of :attr:`clock` after which the answer is of no use.
+            priority: share of the device.
+            max_length: tokens a pair may have; None is the service's own.
+            truncation: what gives way when a pair is longer; None is the service's own.
+            max_query_tokens: tokens kept of a query; None is the service's own.
+
+        Raises:
+            InvalidInput: a pair is not two texts, or its query leaves no room.
+            TooLarge: more documents or tokens than one request may have.
+            Overloaded: refused; it says when to come again.
+            DeadlinePassed: the deadline passed, or cannot be met.
+            ShuttingDown: the service takes nothing more in.
+            WorkerLost, OutOfMemory, NonFiniteScore, ScoringFailed: a pair cannot be scored.
+        """
+        arrived = self.clock()
+        if self._draining:
+            self._listener.refused(Refused("shutting_down", len(pairs), None))
+            raise ShuttingDown("The service is stopping or has not started. Ask another server.")
+        if (hopeless := self._dispatch.hopeless) is not None:
+            raise hopeless
+        if not len(pairs):
+            return _nothing()
+        wish = Wish(
+            max_length=self.longest(max_length),
+            truncation=truncation or self.settings.truncation,
+            max_query_tokens=max_query_tokens or self.settings.max_query_tokens,
+            deadline=deadline,
+            priority=priority,
+        )
+        self._enter()
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - arrived):
+                return await self._serve(pairs, wish, arrived)
+        except TimeoutError:
+            raise DeadlinePassed(EXPIRED) from None
+        finally:
+            self._leave()
+
+    @property
+    def facts(self) -> Facts:
+        """What the scorer is.
+
+        Raises:
+            ShuttingDown: the service has not started.
+        """
+        if self._facts is None:
+            raise ShuttingDown("The service has not started. Await start() first.")
+        return self._facts
+
+    def longest(self, asked: int | None = None) -> int:
+        """Tokens a pair may have, special tokens included.
+
+        Raises:
+            InvalidInput: more than the model takes, or no room beside the special tokens.
+        """
+        asked = self.settings.max_length if asked is None else asked
+        return check_max_length(asked, self.facts.max_tokens, self._encoder.template.specials)
+
+    # How it is.
+
+    async def ready(self) -> Readiness:
+        """Whether a pair was really scored lately; if none was, a canary is scored now."""
+        if self._draining:
+            return Readiness(ready=False, reason="stopping, or not started")
+        if not self._up():
+            return Readiness(ready=False, reason=f"no worker is up: {self._keepers[0].trouble}")
+        last = self._dispatch.last_scored
+        if last is not None and self.clock() - last <= CANARY_FRESH_S:
+            return Readiness(ready=True)
+        if self._canary is None or self._canary.done():
+            self._canary = asyncio.create_task(self._sing())
+        try:
+            await asyncio.shield(self._canary)
+        except EchelonError as error:
+            return Readiness(ready=False, reason=str(error))
+        return Readiness(ready=True)
+
+    def snapshot(self) -> Snapshot:
+        """The service now, for metrics."""
+        house = self._reception.house()
+        oldest = house.load.oldest
+        return Snapshot(
+            load=house.load,
+            requests=house.requests,
+            backlog_s=house.backlog_s,
+            oldest_s=0.0 if oldest is None else self.clock() - oldest,
+            workers=house.workers,
+            resident_bytes=tuple(keeper.resident_bytes for keeper in self._keepers),
+            scale=self._dispatch.cost.scale,
+            draining=self._draining,
+        )
+
+    # Inside.
+
+    def _keeper(
+        self,
+        number: int,
+        settled: asyncio.Future[Exception | None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> Keeper:
+        return Keeper(
+            number,
+            self._make_worker(number, self._dispatch.wake),
+            self._dispatch,
+            Orders(
+                precision=self.settings.precision,
+                memory_limit_bytes=self.settings.memory_limit_bytes,
+                wedge_floor_s=self.settings.wedge_floor_s,
+            ),
+            opened=self._opened,
+            settled=partial(_resolve, loop, settled),
+        )
+
+    def _opened(self, facts: Facts) -> list[TokenBatch]:
+        """Learn what the scorer is; what to warm it up with. Called from keepers' threads."""
+        budget = step_budget(self.settings.token_budget, self.settings.max_pairs, facts.device)
+        if self._facts is None:
+            self._dispatch.set_up(facts, budget)
+        self._facts = facts
+        canary = self._encoder.encode([CANARY], self.longest(), "longest_first")
+        tokens = min(self._dispatch.load().budget, DEFAULT_BUDGETS[facts.device.partition(":")[0]])
+        most = self.settings.max_pairs or tokens
+        full = max(1, min(most, tokens // int(canary.lengths[0])))
+        return [canary.batch([0] * pairs) for pairs in (1, full, full)]
+
+    def _up(self) -> int:
+        return sum(keeper.up for keeper in self._keepers)
+
+    def _enter(self) -> None:
+        self._inside += 1
+        self._empty.clear()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if self._inside == 0:
+            self._empty.set()
+
+    async def _serve(
+        self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish, arrived: float
+    ) -> Answer:
+        encoded = await self._reception.let_in(pairs, wish)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer | EchelonError] = loop.create_future()
+        job = Job(
+            number=next(self._numbers),
+            pairs=encoded,
+            done=partial(_resolve, loop, future),
+            arrived=arrived,
+            tokenise_s=self.clock() - arrived,
+            deadline=wish.deadline,
+            priority=wish.priority,
+        )
+        self._dispatch.submit(job)
+        try:
+            answer = await future
+        except asyncio.CancelledError:
+            self._dispatch.cancel(job.number)
+            raise
+        if isinstance(answer, EchelonError):
+            raise answer
+        return answer
+
+    async def _sing(self) -> Answer:
+        deadline = self.clock() + CANARY_TIMEOUT_S
+        return await self.submit([CANARY], deadline=deadline, priority="high")
+
+
+def _resolve(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Result], value: Result
+) -> None:
+    """Give a future its value from another thread, unless nobody waits any more."""
+
+    def give() -> None:
+        if not future.done():
+            future.set_result(value)
+
+    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
+        loop.call_soon_threadsafe(give)
+
+
+def _nothing() -> Answer:
+    """The answer to no pairs at all."""
+    empty = np.zeros(0, dtype=np.int32)
+    return Answer(empty.astype(np.float32), empty, 0, 0, Timings())
+
+
+def _not_started(failure: Exception) -> EchelonError:
+    if isinstance(failure, EchelonError):
+        return failure
+    return WorkerLost(f"The scoring process could not start: {failure}. The log has its words.")

@@ -1,0 +1,86 @@
+"""A service from outside: how it is told to run, and how it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from echelon.errors import InvalidInput
+from echelon.plan.admit import Bounds
+
+if TYPE_CHECKING:
+    from echelon.config import Allowance, Truncation
+    from echelon.plan.queue import Load
+
+WEDGE_FLOOR_S = 20.0
+"""No step is given up before this: first steps compile, and a machine may swap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a service runs; unset values are the model's or the device's own.
+
+    Attributes:
+        workers: scorers that share the queue.
+        precision: as in :class:`echelon.config.Options`.
+        token_budget: most tokens a step may cost.
+        max_pairs: most pairs a step may hold.
+        max_length: tokens a pair may have unless a request says otherwise.
+        truncation: what gives way when a pair is longer.
+        max_query_tokens: tokens kept of a query.
+        allow: what may be given up when one pair alone does not fit in memory.
+        bounds: what is taken in at most.
+        memory_limit_bytes: a worker that holds more is replaced between steps.
+        wedge_floor_s: no step is given up before this.
+    """
+
+    workers: int = 1
+    precision: str = "auto"
+    token_budget: int | None = None
+    max_pairs: int | None = None
+    max_length: int | None = None
+    truncation: Truncation = "longest_first"
+    max_query_tokens: int | None = None
+    allow: tuple[Allowance, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+    memory_limit_bytes: int | None = None
+    wedge_floor_s: float = WEDGE_FLOOR_S
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "token_budget", "max_pairs", "max_length", "max_query_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A service at one moment.
+
+    Attributes:
+        load: what waits and runs.
+        requests: requests inside, those being tokenised included.
+        backlog_s: predicted seconds until all of it is scored.
+        oldest_s: how long the oldest request has been in the queue; 0 where there is none.
+        workers: workers that are up.
+        resident_bytes: memory of each worker.
+        scale: actual over default step time, as the cost model has learned it.
+        draining: whether nothing more is taken in.
+    """
+
+    load: Load
+    requests: int
+    backlog_s: float
+    oldest_s: float
+    workers: int
+    resident_bytes: tuple[int, ...]
+    scale: float
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether to send requests here, and why not."""
+
+    ready: bool
+    reason: str = ""

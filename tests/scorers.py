@@ -1,0 +1,111 @@
+"""Scorers for child processes: what a pair's token ids ask for happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from echelon.errors import InvalidInput, ModelNotFound
+from echelon.score.fake import FakeScorer
+from echelon.types import TokenBatch
+
+KILL, STOP, HANG, RAISE, REFUSE, GROW, SAY, MARK, NAN, NAP = range(9001, 9011)
+"""Token ids, and what the scorer does when it meets them."""
+
+MEBIBYTE = 2**20
+
+
+class Obedient(FakeScorer):
+    """Does what the ids say, then scores as the fake does.
+
+    ``marks`` is a folder; ``MARK`` kills the process unless it did so before, which the folder
+    remembers beyond the process.
+    """
+
+    def __init__(self, *args, marks: str | None = None, pace_s: float = 0.0, **settings) -> None:
+        super().__init__(*args, **settings)
+        self._marks = marks
+        self._pace_s = pace_s
+        self._hoard: list[np.ndarray] = []
+
+    def score(self, batch: TokenBatch):
+        ids = set(batch.ids.tolist())
+        for wish in sorted(ids & set(DEEDS)):
+            DEEDS[wish](self)
+        if self._pace_s:
+            time.sleep(self._pace_s * len(batch.ids))
+        logits = super().score(batch)
+        self.batches.clear()
+        if NAN in ids:
+            starts = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+            logits[[NAN in batch.ids[start:end] for start, end in starts]] = np.nan
+        return logits
+
+    def grow(self) -> None:
+        self._hoard.append(np.ones(128 * MEBIBYTE // 8))
+
+    def die_once(self) -> None:
+        assert self._marks is not None
+        path = os.path.join(self._marks, "died")  # noqa: PTH118 - os is here anyway
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _raise(scorer: Obedient) -> None:
+    raise RuntimeError("the device is on fire")
+
+
+def _refuse(scorer: Obedient) -> None:
+    raise InvalidInput("precision", "is wrong", "Use another.")
+
+
+DEEDS = {
+    KILL: lambda scorer: os.kill(os.getpid(), signal.SIGKILL),
+    STOP: lambda scorer: os.kill(os.getpid(), signal.SIGSTOP),
+    HANG: lambda scorer: threading.Event().wait(),
+    RAISE: _raise,
+    REFUSE: _refuse,
+    GROW: Obedient.grow,
+    SAY: lambda scorer: sys.stderr.write("something to say\n"),
+    MARK: Obedient.die_once,
+    NAP: lambda scorer: time.sleep(0.05),
+}
+
+
+def missing(*, precision: str):
+    """An opener of a model that is not there."""
+    raise ModelNotFound("no such folder. Name another.")
+
+
+def opens_once(folder: str, *, precision: str):
+    """An opener that finds its model the first time only."""
+    try:
+        os.close(os.open(os.path.join(folder, "opened"), os.O_CREAT | os.O_EXCL))  # noqa: PTH118
+    except FileExistsError:
+        raise ModelNotFound("it was deleted. Put it back.") from None
+    return Obedient(precision=precision)
+
+
+def dying(*, precision: str):
+    """An opener that never returns."""
+    os._exit(3)
+
+
+def hanging(*, precision: str):
+    """An opener that never returns either."""
+    threading.Event().wait()
+
+
+def batch_of(*pairs: list[int]) -> TokenBatch:
+    """A step of pairs with the given token ids."""
+    ids = np.array([number for pair in pairs for number in pair], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, pairs)]).astype(np.int32)
+    return TokenBatch(ids, None, offsets)

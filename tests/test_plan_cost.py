@@ -1,0 +1,92 @@
+"""Step times predicted, and learned from steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echelon.plan.choose import MAX_FILL, choose
+from echelon.plan.cost import REMEMBERED_STEPS, Coefficients, CostModel, Work
+from echelon.plan.pack import step_cost
+
+lengths = st.lists(st.integers(1, 500), min_size=1, max_size=30)
+PRICES = Coefficients(2.0, 0.1, 0.01)
+
+
+def test_ragged_steps_pay_for_tokens_and_padded_ones_for_the_longest():
+    assert CostModel(PRICES).predict([10, 20]) == pytest.approx(2 + 0.1 * 30 + 0.01 * 500)
+    padded = CostModel(PRICES, "padded").predict([10, 20])
+    assert padded == pytest.approx(2 + 0.1 * 40 + 0.01 * 800)
+    assert CostModel(PRICES).predict([]) == 2
+    assert CostModel(PRICES).seconds(Work(3, 100, 0)) == pytest.approx(16)
+
+
+@given(lengths, st.floats(0.01, 100))
+def test_after_one_step_the_level_is_right(sizes, factor):
+    model = CostModel()
+    model.observe(sizes, factor * CostModel().predict(sizes))
+    assert model.predict(sizes) == pytest.approx(factor * CostModel().predict(sizes))
+
+
+def test_a_machine_that_changes_its_speed_is_followed_and_outliers_are_not():
+    model = CostModel(PRICES)
+    plain = CostModel(PRICES).predict([20] * 10)
+    for _ in range(50):
+        model.observe([20] * 10, plain)
+    for _ in range(REMEMBERED_STEPS // 2):
+        model.observe([20] * 10, 100 * plain)
+        assert model.scale == pytest.approx(1)
+    for _ in range(REMEMBERED_STEPS):
+        model.observe([20] * 10, plain)
+    for _ in range(REMEMBERED_STEPS // 2 + 1):
+        model.observe([20] * 10, 2 * plain)
+    assert model.scale == pytest.approx(2)
+
+
+def test_tiny_steps_have_little_say():
+    model = CostModel(Coefficients(1e-6, 1e-4, 0.0))
+    for _ in range(5):
+        model.observe([10], 0.05)
+    model.observe([100] * 20, 0.3)
+    assert model.predict([100] * 20) == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_times_teach_nothing(seconds):
+    model = CostModel()
+    model.observe([10], seconds)
+    assert model.scale == 1
+
+
+@given(
+    lengths,
+    st.integers(1, 3000),
+    st.none() | st.integers(1, 8),
+    st.sampled_from(["ragged", "padded"]),
+)
+def test_a_choice_holds_the_first_and_obeys_the_limits(sizes, budget, max_pairs, cost):
+    chosen = choose(sizes, budget, max_pairs, cost)
+    assert chosen == sorted(set(chosen))
+    assert chosen[0] == 0
+    picked = [sizes[index] for index in chosen]
+    assert step_cost(picked, cost) <= budget or len(chosen) == 1
+    assert max_pairs is None or len(chosen) <= max_pairs
+    if cost == "padded" and len(chosen) > 1:
+        assert min(picked) >= MAX_FILL * max(picked)
+
+
+@given(lengths, st.integers(1, 3000))
+def test_a_ragged_choice_leaves_nothing_out_that_fits(sizes, budget):
+    chosen = choose(sizes, budget, None, "ragged")
+    room = budget - sum(sizes[index] for index in chosen)
+    assert all(index in chosen or size > room for index, size in enumerate(sizes))
+
+
+def test_a_padded_choice_fills_the_step_with_the_firsts_kind():
+    assert choose([100, 20, 95, 500, 99], 400, None, "padded") == [0, 2, 4]
+    assert choose([10, 500], 2048, None, "padded") == [0]
+    assert choose([100] * 9, 400, None, "padded") == [0, 1, 2, 3]
+    assert choose([90, 100, 100, 100], 400, None, "padded") == [0, 1, 2, 3]
