@@ -30,8 +30,9 @@ NOTES = {
     "TransformersCompiled": "as transformers; torch.compile(dynamic=True), inductor's freezing "
     "(weights prepacked)",
     "SentenceTransformers": "CrossEncoder.predict (sorts by characters), SDPA or eager attention",
-    "SentenceTransformersOnnx": "backend='onnx'; the exported graph, or the one optimised with "
-    "export_optimized_onnx_model at O3, or export_dynamic_quantized_onnx_model('avx512_vnni')",
+    "SentenceTransformersOnnx": "backend='onnx'; fp32: the exported graph, or optimised as by "
+    "export_optimized_onnx_model('O3'); int8: as by "
+    "export_dynamic_quantized_onnx_model('avx512_vnni')",
     "SentenceTransformersOpenVino": "backend='openvino', INFERENCE_PRECISION_HINT as named; int8: "
     "the static quantisation of nncf",
     "Flag": "FlagReranker.compute_score (sorts by tokens; forwards its first batch twice); bf16: "
@@ -177,18 +178,19 @@ class SentenceTransformers:
 
 
 class SentenceTransformersOnnx(SentenceTransformers):
-    """The ONNX backend; ``graph`` is a file that the benchmark exported."""
+    """The ONNX backend; ``graph`` is a folder that the benchmark made."""
 
     def __init__(self, _folder: Path, graphs: Path, *, graph: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads()
+        file = next((graphs / graph / "onnx").glob("*.onnx"))
         super().__init__(
-            graphs / "st-onnx",
+            graphs / graph,
             graphs,
             backend="onnx",
-            file_name=f"onnx/{graph}",
+            file_name=f"onnx/{file.name}",
             provider="CPUExecutionProvider",
             session_options=options,
         )

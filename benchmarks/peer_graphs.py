@@ -83,28 +83,33 @@ def infinity_onnx(folder: Path, graphs: Path, out: Path) -> None:
     _copy_settings(folder, out)
 
 
-def st_onnx(folder: Path, graphs: Path, out: Path) -> None:
-    """sentence-transformers' own optimised and quantised graphs beside the exported one."""
-    from sentence_transformers import (
-        CrossEncoder,
-        export_dynamic_quantized_onnx_model,
-        export_optimized_onnx_model,
-    )
-
+def st_onnx_plain(folder: Path, graphs: Path, out: Path) -> None:
+    """The exported graph where sentence-transformers looks for it."""
     (out / "onnx").mkdir()
     for file in (graphs / "onnx-plain").glob("model.onnx*"):
-        shutil.copy(file, out / "onnx")
+        (out / "onnx" / file.name).symlink_to(file.resolve())
     _copy_settings(folder, out)
-    given = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
-    model = CrossEncoder(str(out), backend="onnx", model_kwargs=given)
-    for step, setting in (
-        (export_dynamic_quantized_onnx_model, "avx512_vnni"),
-        (export_optimized_onnx_model, "O3"),
-    ):
-        try:
-            step(model, setting, str(out))
-        except Exception as error:  # noqa: BLE001 - the engine that wants this graph will say so
-            print(f"{step.__name__}({setting}): {error}")
+
+
+def st_onnx_o3(folder: Path, graphs: Path, out: Path) -> None:
+    """What export_optimized_onnx_model(…, "O3") does, without loading the model beside it."""
+    from optimum.onnxruntime import ORTOptimizer
+    from optimum.onnxruntime.configuration import AutoOptimizationConfig
+
+    optimizer = ORTOptimizer.from_pretrained(graphs / "onnx-plain", file_names=["model.onnx"])
+    optimizer.optimize(AutoOptimizationConfig.O3(), out / "onnx", file_suffix="O3")
+    _copy_settings(folder, out)
+
+
+def st_onnx_int8(folder: Path, graphs: Path, out: Path) -> None:
+    """What export_dynamic_quantized_onnx_model(…, "avx512_vnni") does, likewise."""
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    quantizer = ORTQuantizer.from_pretrained(graphs / "onnx-plain", file_name="model.onnx")
+    config = AutoQuantizationConfig.avx512_vnni(is_static=False)
+    quantizer.quantize(quantization_config=config, save_dir=out / "onnx", file_suffix="qint8")
+    _copy_settings(folder, out)
 
 
 def openvino_plain(folder: Path, _graphs: Path, out: Path) -> None:
@@ -170,7 +175,9 @@ STEPS = {
         onnx_int8_channel,
         onnx_fused_int8,
         infinity_onnx,
-        st_onnx,
+        st_onnx_plain,
+        st_onnx_o3,
+        st_onnx_int8,
         openvino_plain,
         openvino_int8,
         openvino_int8_weights,

@@ -39,13 +39,10 @@ TORCH = "torch==2.13.0"
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "onnx": (TORCH, "sentence-transformers[onnx]"),
     "openvino": (TORCH, "sentence-transformers[openvino]", "nncf"),
-    # The last releases with BetterTransformer, infinity's default for this kind of model.
-    "infinity": (
-        TORCH,
-        "infinity-emb[torch,optimum]",
-        "optimum[onnxruntime]<2",
-        "transformers<4.49",
-    ),
+    # The last releases with BetterTransformer, infinity's default for this kind of model; their
+    # ONNX part does not run with this torch.
+    "infinity": (TORCH, "infinity-emb[torch]", "optimum<2", "transformers<4.49"),
+    "infinity-onnx": (TORCH, "infinity-emb[torch,optimum]"),
 }
 """What pip installs, by environment; :data:`PROJECT` is the environment that runs this."""
 
@@ -137,7 +134,7 @@ def _torch(name: str, kind: str, precision: str) -> Engine:
 
 _PLAIN, _FUSED = ("onnx-plain",), ("onnx-plain", "onnx-fused")
 _INT8 = ("onnx-plain", "onnx-fused", "onnx-int8", "onnx-int8-channel", "onnx-fused-int8")
-_ST_ONNX, _OPENVINO = ("onnx-plain", "st-onnx"), ("openvino-plain",)
+_OPENVINO = ("openvino-plain",)
 _OPENVINO_INT8 = ("openvino-plain", "openvino-int8", "openvino-int8-weights")
 
 ENGINES: tuple[Engine, ...] = (
@@ -158,20 +155,20 @@ ENGINES: tuple[Engine, ...] = (
         "sentence-transformers onnx fp32",
         "SentenceTransformersOnnx",
         "fp32",
-        {"graph": "model_O3.onnx"},
-        ({"graph": "model.onnx"},),
+        {"graph": "st-onnx-o3"},
+        ({"graph": "st-onnx-plain"},),
         "onnx",
-        _ST_ONNX,
+        ("onnx-plain", "st-onnx-plain", "st-onnx-o3"),
         2.0,
     ),
     Engine(
         "sentence-transformers onnx int8",
         "SentenceTransformersOnnx",
         "int8",
-        {"graph": "model_qint8_avx512_vnni.onnx"},
+        {"graph": "st-onnx-int8"},
         (),
         "onnx",
-        _ST_ONNX,
+        ("onnx-plain", "st-onnx-int8"),
         0.6,
     ),
     *(
@@ -210,7 +207,7 @@ ENGINES: tuple[Engine, ...] = (
         "int8",
         {},
         (),
-        "infinity",
+        "infinity-onnx",
         ("onnx-plain", "onnx-int8", "infinity-onnx"),
         0.6,
     ),

@@ -160,26 +160,29 @@ def fit(tokenizer: Any, query: str, text: str, target: int) -> str:
 
 def sample(
     lengths: Sequence[int], size: int, unit: str, share: float = 0.2
-) -> tuple[list[list[int]], float]:
-    """A part of the steps that a sorted run with this step size would take.
+) -> tuple[list[int], float]:
+    """Pairs that stand for all: those of a part of the steps that a sorted run would take.
 
-    Whole steps are taken, spread over the lengths, so that padding is that of the real run.
+    Whole steps, spread over the lengths, so that padding is that of the real run.
 
     Args:
         lengths: of the pairs.
         size: pairs or tokens a step.
         unit: ``pairs`` or ``tokens``.
-        share: of the pairs, at least.
+        share: of the steps, at least.
 
     Returns:
-        Steps as indices of pairs, and by how much a full run costs more than they do.
+        Indices of pairs, and by how much a full run costs more than they do.
     """
     steps = _steps(lengths, size, unit)
+    if share >= 1:
+        return list(range(len(lengths))), 1.0
     full = steps[:-1] or steps  # the last one may be partial, and its speed another
-    wanted = max(1, math.ceil(share * len(full)))
+    wanted = math.ceil(share * len(full))
     taken = [full[int((i + 0.5) * len(full) / wanted)] for i in range(wanted)]
     whole = sum(_cost(lengths, step, unit) for step in steps)
-    return taken, whole / sum(_cost(lengths, step, unit) for step in taken)
+    scale = whole / sum(_cost(lengths, step, unit) for step in taken)
+    return [index for step in taken for index in step], scale
 
 
 def _steps(lengths: Sequence[int], size: int, unit: str) -> list[list[int]]:
