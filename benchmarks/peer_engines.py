@@ -232,9 +232,10 @@ class Infinity:
     def __init__(self, folder: Path, graphs: Path, **flags: Any) -> None:
         from infinity_emb import AsyncEmbeddingEngine, EngineArgs
 
-        model = _limited_copy(folder, graphs / "infinity")
+        # From inside the folder: it hands absolute names of graphs to optimum, which finds none.
+        os.chdir(_limited_copy(folder, graphs / "infinity"))
         arguments = EngineArgs(
-            model_name_or_path=str(model), device="cpu", model_warmup=False, batch_size=8, **flags
+            model_name_or_path=".", device="cpu", model_warmup=False, batch_size=8, **flags
         )
         self._loop = asyncio.new_event_loop()
         self._engine = AsyncEmbeddingEngine.from_args(arguments)
@@ -278,16 +279,16 @@ def _limited_copy(folder: Path, out: Path) -> Path:
     out = out.with_name(f"{out.name}-{folder.name}")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    limits = {"tokenizer_config.json": "model_max_length"}
+    if (folder / "model_quantized.onnx").exists():
+        limits["config.json"] = "max_position_embeddings"  # its optimum engine reads this one
     for file in folder.iterdir():
-        if file.suffix != ".json" and file.is_file():
-            (out / file.name).symlink_to(file.resolve())
-        elif file.is_file():
+        if file.name in limits:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if file.name == "tokenizer_config.json":
-                content["model_max_length"] = MAX_LENGTH
-            if file.name == "config.json" and (folder / "model_quantized.onnx").exists():
-                content["max_position_embeddings"] = MAX_LENGTH
+            content[limits[file.name]] = MAX_LENGTH
             (out / file.name).write_text(json.dumps(content), encoding="utf-8")
+        elif file.is_file():
+            (out / file.name).symlink_to(file.resolve())
     return out
 
 

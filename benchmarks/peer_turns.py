@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,42 +30,54 @@ REPEATS = {"realtime": 5}
 """Runs that make one sample, their median, where one run is too short."""
 
 
-@dataclass(slots=True)
 class Member:
     """An engine in its process.
 
-    Attributes:
+    Args:
         engine: which.
         model: folder it is opened on.
-        worker: its process.
-        options: it is open with.
+
+    Raises:
+        EngineFailed: it cannot be had or opened.
     """
 
-    engine: Engine
-    model: Path
-    worker: Worker
-    options: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, engine: Engine, model: Path) -> None:
+        self.engine = engine
+        self.options: dict[str, Any] | None = None
+        self._model = model
+        self._python = prepare(engine, model)
+        self._log = CACHE / "logs" / f"{engine.name.replace(' ', '-')}.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.unlink(missing_ok=True)
+        self.worker: Worker | None = None
+        self.open(engine.options)
 
-    @classmethod
-    def start(cls, engine: Engine, model: Path) -> Member:
-        """Start the process and open the engine with its first options."""
-        log = CACHE / "logs" / f"{engine.name.replace(' ', '-')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-        member = cls(engine, model, Worker(prepare(engine, model), log))
+    def open(self, options: dict[str, Any], *, anew: bool = False) -> None:
+        """Open the engine with these options, in a new process if they are others, or ``anew``."""
+        if options == self.options and not anew:
+            return
+        self.close()
+        self.worker = Worker(self._python, self._log)
         try:
-            member.open(engine.options)
+            self.worker.open(self.engine.kind, self._model, graphs_of(self._model), options)
         except EngineFailed:
-            member.worker.close()
+            self.close()
             raise
-        return member
+        self.options = options
 
-    def open(self, options: dict[str, Any]) -> None:
-        """Open the engine anew, if it is not open with these options."""
-        if options != self.options:
-            graphs = graphs_of(self.model)
-            self.worker.open(self.engine.kind, self.model, graphs, options)
-            self.options = options
+    def score(
+        self, task: Task, size: int, indices: Sequence[int] | None = None
+    ) -> tuple[float, list[float]]:
+        """Seconds and logits of a task's pairs, all or some."""
+        if self.worker is None:
+            raise EngineFailed("the engine is not open")
+        return self.worker.score(task.texts, size, indices)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = self.options = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +120,11 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
 
     def measure(size: int) -> float:
         one_step, _ = sample(lengths, size, engine.unit, share=0.01)
-        member.worker.score(task.texts, size, one_step)  # code is compiled, memory is got
+        member.score(task, size, one_step)  # code is compiled, memory is got
         indices, scale = sample(lengths, size, engine.unit, share)
         times: list[float] = []
         while len(times) < PROBE_RUNS and sum(times) < PROBE_SECONDS:
-            times.append(member.worker.score(task.texts, size, indices)[0])
+            times.append(member.score(task, size, indices)[0])
         return scale * min(times)
 
     most = len(lengths) if engine.unit == "pairs" else sum(lengths)
@@ -128,8 +140,8 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
         except EngineFailed as error:
             tried.append({"options": {**engine.options, **change}, "failure": str(error)})
     best = min((t for t in tried if "seconds" in t), key=lambda t: min(t["seconds"].values()))
-    if best["options"] != member.options:
-        member.open(best["options"])
+    if engine.alternatives:
+        member.open(best["options"], anew=True)  # what was tried leaves no memory behind
         measure(size)
     return {"size": size, "options": best["options"], "probes": tried}
 

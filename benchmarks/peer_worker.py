@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src"
 MEMORY_LINES = {"Rss": "rss", "Pss": "pss", "Anonymous": "anonymous"}
 REASON_LENGTH = 300
+PATIENCE_SECONDS = 1800
+"""An engine that hangs does not hold up the others for longer."""
 
 ENVIRONMENT = {
     **os.environ,
@@ -62,10 +65,11 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 env=ENVIRONMENT,
+                bufsize=0,  # so that select() sees what is there
             )
 
     def open(self, kind: str, folder: Path, graphs: Path, options: dict[str, Any]) -> float:
-        """Open an engine of :mod:`peer_engines` in place of the one open; seconds."""
+        """Open an engine of :mod:`peer_engines`; seconds. Once a process."""
         answer = self._ask(
             do="open", kind=kind, folder=str(folder), graphs=str(graphs), options=options
         )
@@ -99,6 +103,8 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], PATIENCE_SECONDS)[0]:
+                raise EngineFailed(f"no answer in {PATIENCE_SECONDS} s: {last_line(self.log)}")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = b""
@@ -136,7 +142,6 @@ def _answer(message: dict[str, Any], engine: list[Any]) -> dict[str, Any]:
     import peer_engines
 
     if message["do"] == "open":
-        engine.clear()  # the old one's memory first
         started = time.perf_counter()
         kind = getattr(peer_engines, message["kind"])
         folders = Path(message["folder"]), Path(message["graphs"])

@@ -101,7 +101,7 @@ class Bench:
             for task in warm:
                 self._take_turns(members, task, number)
             for member in members:
-                member.worker.close()
+                member.close()
         for task in tasks:
             if task.name == START:
                 self._start_up([e for e in ready if e.name in STARTERS], folder, task)
@@ -176,14 +176,14 @@ class Bench:
         say(f"{model}: reference scores of {REFERENCE}")
         engine = next(engine for engine in ENGINES if engine.name == REFERENCE)
         try:
-            member = Member.start(engine, folder)
+            member = Member(engine, folder)
             for task in wanted:
-                _, logits = member.worker.score(task.texts, REFERENCE_SIZE)
+                _, logits = member.score(task, REFERENCE_SIZE)
                 self.references[f"{model}/{task.name}"] = {
                     "fingerprint": task.part["fingerprint"],
                     "logits": [round(logit, 6) for logit in logits],
                 }
-            member.worker.close()
+            member.close()
         except EngineFailed as error:
             say(f"{REFERENCE}: {error}; agreement is not measured")
 
@@ -222,7 +222,7 @@ class Bench:
     def _opened(self, group: list[Engine], folder: Path, tasks: list[Task]) -> Iterator[Member]:
         for engine in group:
             try:
-                yield Member.start(engine, folder)
+                yield Member(engine, folder)
             except EngineFailed as error:
                 self._failed(engine, tasks, error)
 
@@ -270,7 +270,7 @@ class Bench:
         facts = task.part["engines"][member.engine.name]
         times = []
         for _ in range(REPEATS.get(task.name, 1)):
-            seconds, logits = member.worker.score(task.texts, facts["size"])
+            seconds, logits = member.score(task, facts["size"])
             times.append(seconds)
         reference = self._reference(task)
         if reference is not None:
@@ -285,11 +285,11 @@ class Bench:
             task.part["turns"].append(turn)
             for engine in engines:
                 try:
-                    member = Member.start(engine, folder)
-                    member.worker.score(task.texts, max(engine.sizes), [0])
+                    member = Member(engine, folder)
+                    member.score(task, max(engine.sizes), [0])
                     spent = time.perf_counter() - member.worker.started
                     turn["seconds"][engine.name] = spent
-                    member.worker.close()
+                    member.close()
                 except EngineFailed as error:
                     self._failed(engine, [task], error)
             self.save(task)
