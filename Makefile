@@ -29,7 +29,7 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'
-	$(BIN)/python benchmarks/tutorial_grid.py $(BENCH)
+	$(BIN)/python benchmarks/peers.py $(BENCH)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

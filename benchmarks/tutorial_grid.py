@@ -28,20 +28,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from make_checkpoint import SHAPES, make_checkpoint
+from peer_engines import Echelon, SentenceTransformers
+from workloads import DOCUMENTS, tutorial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-QUERY = "Which river flows through Vienna?"
-DOCUMENTS = (
-    "The Danube is the second longest river in Europe and flows straight through Vienna.",
-    "Vienna has very many old coffee houses today.",
-    "A river carries water from the hills down to the sea for many miles.",
-    "Bread is baked from flour, water and some salt.",
-)
 PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-MAX_LENGTH = 512
 RESULTS = Path(__file__).parent / "results"
 
 BUDGETS = (256, 512, 1024, 2048, 4096)
@@ -92,48 +86,15 @@ class Cell:
         }
 
 
-def workload(count: int) -> list[tuple[str, str]]:
-    """``count`` pairs: the question with the four sentences in turn."""
-    return [(QUERY, DOCUMENTS[i % len(DOCUMENTS)]) for i in range(count)]
-
-
 def peer(folder: Path, dtype: str) -> Contender:
     """sentence-transformers' CrossEncoder in a precision."""
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    model = CrossEncoder(
-        str(folder),
-        max_length=MAX_LENGTH,
-        device="cpu",
-        model_kwargs={"dtype": getattr(torch, dtype)},
-    )
-    identity = torch.nn.Identity()
-
-    def score(pairs: list[tuple[str, str]], size: int) -> Any:
-        return model.predict(
-            pairs, batch_size=size, activation_fn=identity, show_progress_bar=False
-        )
-
-    return Contender(score)
+    return Contender(SentenceTransformers(folder, folder, dtype=dtype).score)
 
 
-def ours(folder: Path, precision: str, *, tokens: bool) -> Contender:
-    """Echelon's engine; ``size`` counts tokens a step, or pairs."""
-    from echelon.encode.tokens import PairEncoder
-    from echelon.engine import Engine, Limits
-    from echelon.plan.pack import NO_BUDGET
-    from echelon.score.load import open_scorer
-
-    encoder = PairEncoder(folder)
-    engine = Engine(open_scorer(folder, precision=precision), Limits(NO_BUDGET))
-
-    def score(pairs: list[tuple[str, str]], size: int) -> Any:
-        limits = Limits(size) if tokens else Limits(NO_BUDGET, size)
-        encoded = encoder.encode(pairs, MAX_LENGTH, "longest_first")
-        return engine.run(encoded, limits=limits).logits
-
-    return Contender(score, "tokens a step" if tokens else "pairs a step")
+def ours(folder: Path, precision: str, *, unit: str) -> Contender:
+    """Echelon; ``size`` counts tokens a step, or pairs."""
+    engine = Echelon(folder, folder, precision=precision, unit=unit)
+    return Contender(engine.score, f"{unit} a step")
 
 
 def measure(engines: dict[str, Contender], rounds: int) -> list[Cell]:
@@ -146,10 +107,10 @@ def measure(engines: dict[str, Contender], rounds: int) -> list[Cell]:
         if size in contender.sizes(count)
     ]
     for contender in engines.values():
-        contender.score(workload(min(PAIRS)), 8 if contender.unit == "pairs a step" else 256)
+        contender.score(tutorial(min(PAIRS)), 8 if contender.unit == "pairs a step" else 256)
     for turn in range(1, rounds + 1):
         for cell in cells:
-            pairs = workload(cell.pairs)
+            pairs = tutorial(cell.pairs)
             started = time.perf_counter()
             engines[cell.engine].score(pairs, cell.size)
             cell.seconds.append(time.perf_counter() - started)
@@ -168,7 +129,7 @@ def best(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def agreement(engines: dict[str, Contender], reference: str) -> dict[str, float]:
     """Largest difference of a logit from the reference engine's, by engine."""
-    pairs = workload(len(DOCUMENTS))
+    pairs = tutorial(len(DOCUMENTS))
     exact = np.asarray(engines[reference].score(pairs, 1))
     scored = {name: np.asarray(engine.score(pairs, 256)) for name, engine in engines.items()}
     return {name: float(np.abs(logits - exact).max()) for name, logits in scored.items()}
@@ -230,9 +191,9 @@ def _run(folder: Path, arguments: argparse.Namespace) -> None:
     engines = {
         "sentence-transformers fp32": peer(folder, "float32"),
         "sentence-transformers bf16": peer(folder, "bfloat16"),
-        "echelon fp32": ours(folder, "fp32", tokens=False),
-        "echelon bf16": ours(folder, "bf16", tokens=False),
-        "echelon bf16, token budget": ours(folder, "bf16", tokens=True),
+        "echelon fp32": ours(folder, "fp32", unit="pairs"),
+        "echelon bf16": ours(folder, "bf16", unit="pairs"),
+        "echelon bf16, token budget": ours(folder, "bf16", unit="tokens"),
     }
     cells = [cell.as_dict() for cell in measure(engines, arguments.rounds)]
     top = {(c["engine"], c["pairs"]): c for c in best(cells)}
