@@ -13,8 +13,12 @@ import argparse
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 OPSET = 17
 CALIBRATION_LENGTH = 256
@@ -96,8 +100,9 @@ def st_onnx_o3(folder: Path, graphs: Path, out: Path) -> None:
     from optimum.onnxruntime import ORTOptimizer
     from optimum.onnxruntime.configuration import AutoOptimizationConfig
 
-    optimizer = ORTOptimizer.from_pretrained(graphs / "onnx-plain", file_names=["model.onnx"])
-    optimizer.optimize(AutoOptimizationConfig.O3(), out / "onnx", file_suffix="O3")
+    with _own_copy(graphs / "onnx-plain") as plain:
+        optimizer = ORTOptimizer.from_pretrained(plain, file_names=["model.onnx"])
+        optimizer.optimize(AutoOptimizationConfig.O3(), out / "onnx", file_suffix="O3")
     _copy_settings(folder, out)
 
 
@@ -106,10 +111,18 @@ def st_onnx_int8(folder: Path, graphs: Path, out: Path) -> None:
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    quantizer = ORTQuantizer.from_pretrained(graphs / "onnx-plain", file_name="model.onnx")
     config = AutoQuantizationConfig.avx512_vnni(is_static=False)
-    quantizer.quantize(quantization_config=config, save_dir=out / "onnx", file_suffix="qint8")
+    with _own_copy(graphs / "onnx-plain") as plain:
+        quantizer = ORTQuantizer.from_pretrained(plain, file_name="model.onnx")
+        quantizer.quantize(quantization_config=config, save_dir=out / "onnx", file_suffix="qint8")
     _copy_settings(folder, out)
+
+
+@contextmanager
+def _own_copy(graph: Path) -> Iterator[Path]:
+    """A copy to work on: optimum removes the weights file beside a large graph that it has read."""
+    with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
+        yield Path(shutil.copytree(graph, Path(scratch) / "copy"))
 
 
 def openvino_plain(folder: Path, _graphs: Path, out: Path) -> None:
