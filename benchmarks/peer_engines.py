@@ -68,8 +68,8 @@ class Echelon:
             return self._reranker.score_pairs(pairs, **{self._option: size}).logits
 
 
-def _unfolded(pairs: Pairs) -> tuple[Pairs, None, Any]:
-    return pairs, None, np.arange(len(pairs))
+def _unfolded(pairs: Pairs) -> tuple[Pairs, list[int], Any]:
+    return pairs, [*range(len(pairs))], np.arange(len(pairs))
 
 
 class Padded:
