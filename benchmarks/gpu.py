@@ -29,7 +29,8 @@ import numpy as np
 from gpu_engines import DTYPES, Ours, Peer, free, open_peers, reference, versions
 from gpu_page import page
 from gpu_workloads import LIMIT, Writer, build, by_query, flop
-from tutorial_grid import DOCUMENTS, QUERY, workload
+from workloads import DOCUMENTS, QUERY
+from workloads import tutorial as tutorial_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -202,7 +203,7 @@ def tutorial(bench: Bench) -> list[dict[str, Any]]:
     """The tutorial's grid: 10, 50 and 100 short pairs, batch sizes 1 to 32, token budgets."""
     rows = []
     for count in TUTORIAL_PAIRS:
-        pairs = workload(count)
+        pairs = tutorial_pairs(count)
         cells = _cells(bench.engines, "batch", [b for b in TUTORIAL_BATCHES if b <= count], pairs)
         cells += _cells(bench.ours.values(), "budget", TUTORIAL_BUDGETS, pairs)
         rows += [{"pairs": count, **row} for row in bench.in_turn(cells, count)]

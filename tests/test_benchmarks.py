@@ -1,4 +1,4 @@
-"""The pure parts of the peer benchmark: workloads, the search for a size, merging, targets."""
+"""The peer benchmark: workloads, the search for a size, merging, targets, Echelon unfolded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import peer_engines
 import peer_report
 import peer_results
 import peer_setup
@@ -213,3 +214,12 @@ def test_graph_steps_exist():
     for engine in peer_setup.ENGINES:
         for step in engine.graphs:
             assert f"def {step.replace('-', '_')}(" in source
+
+
+def test_copies_of_a_pair_are_scored_too(toy, monkeypatch):
+    monkeypatch.setattr(peer_engines, "MAX_LENGTH", 64)
+    engine = peer_engines.Echelon(toy("bert"), Path(), precision="fp32", unit="tokens")
+    pairs = [("a kettle", "an old stove"), ("a kettle", "a ferry")] * 3
+    logits = engine.score(pairs, 64)
+    assert len(logits) == len(pairs)
+    assert len(set(logits.round(4).tolist())) == 2
