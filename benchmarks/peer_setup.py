@@ -67,7 +67,7 @@ SHOWN_VERSIONS = (
 )
 
 PAIR_SIZES = (1, 2, 4, 8, 16, 32, 64)
-TOKEN_SIZES = (256, 512, 1024, 2048, 4096)
+TOKEN_SIZES = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, slots=True)

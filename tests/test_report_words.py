@@ -100,3 +100,16 @@ def test_spread_never_claims_more_than_the_interval(seconds):
     slack = 1e-9 * latency["high"]
     assert latency["median"] * (1 + share) >= latency["high"] - slack
     assert latency["median"] * (1 - share) <= latency["low"] + slack
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"precision": "bf16"}, "bf16"),
+        ({"precision": "int8", "keep_bf16": []}, "int8"),
+        ({"precision": "int8", "keep_bf16": ["a"]}, "int8, 1 layer in bf16"),
+        ({"precision": "int8", "keep_bf16": ["a", "b"]}, "int8, 2 layers in bf16"),
+    ],
+)
+def test_a_precision_says_what_it_leaves_in_bf16(row, shown):
+    assert words.precision(row) == shown

@@ -69,7 +69,7 @@ def _precision_table(profile: Profile) -> Table:
     )
     for row in profile.precisions:
         table.add_row(
-            row["precision"],
+            words.precision(row),
             words.number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",

@@ -267,7 +267,7 @@ def _precision_rows(profile: Profile) -> list[dict[str, Any]]:
     fastest = max((row["tokens_per_s"] for row in profile.precisions), default=1.0)
     return [
         {
-            "name": row["precision"],
+            "name": words.precision(row),
             "rate": words.number(row["tokens_per_s"]),
             "share": f"{100 * row['tokens_per_s'] / fastest:.0f}%",
             "tau": f"{row['tau']:.4f}",

@@ -44,6 +44,13 @@ def measured(entry: Entry) -> bool:
     return "latency_s" in entry
 
 
+def precision(row: dict[str, Any]) -> str:
+    """A compared precision, and what of it stays in bf16."""
+    kept = len(row.get("keep_bf16", ()))
+    layers = "1 layer" if kept == 1 else f"{kept} layers"
+    return f"{row['precision']}, {layers} in bf16" if kept else str(row["precision"])
+
+
 def number(value: float) -> str:
     """Three significant digits, thousands set apart, never an exponent."""
     if not math.isfinite(value):
