@@ -165,9 +165,9 @@ class Answer:
     """A served request.
 
     Attributes:
-        logits: float32 [pairs], raw logits in input order.
+        logits: float32 [pairs], raw logits in input order; of a document in chunks, the best.
         truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
-        tokens: tokens of all its pairs as the model saw them.
+        tokens: tokens of all its pairs, or chunks, as the model saw them.
         cost_tokens: its share of what its steps were paid for, padding included.
         timings: where the time went.
         batch_sizes: pairs of each step that held pairs of it, other requests' included.

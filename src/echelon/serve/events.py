@@ -57,9 +57,9 @@ class RequestEnded:
 
     Attributes:
         outcome: how.
-        documents: its pairs.
-        tokens: their tokens, after truncation.
-        truncated_documents: pairs that lost tokens to ``max_length``.
+        documents: its documents.
+        tokens: their tokens as the model saw them, chunks' overlaps included.
+        truncated_documents: documents that lost tokens.
         truncated_tokens: tokens that they lost.
         queue_s: seconds from joining the queue to the first of its steps.
         tokenise_s: seconds of tokenising, waiting for a thread included.

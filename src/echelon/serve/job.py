@@ -11,12 +11,13 @@ from echelon.types import Answer, LadderStep, Timings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.encode.chunks import Whole
     from echelon.encode.pairs import EncodedPairs
     from echelon.errors import EchelonError
     from echelon.plan.fair import Priority
     from echelon.plan.queue import Step
     from echelon.serve.events import Outcome
-    from echelon.types import FloatArray
+    from echelon.types import FloatArray, IntArray
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Job:
         tokenise_s: seconds of tokenising.
         deadline: when the answer is due; None means never.
         priority: its share of the device.
+        whole: where its pairs are chunks, the way back to the documents.
         joined: when it joined the queue.
         started: when the first of its steps began.
         compute_s: seconds of its steps.
@@ -46,12 +48,19 @@ class Job:
     tokenise_s: float = 0.0
     deadline: float | None = None
     priority: Priority = "normal"
+    whole: Whole | None = None
     joined: float = 0.0
     started: float | None = None
     compute_s: float = 0.0
     cost_tokens: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
     ladder: list[LadderStep] = field(default_factory=list)
+
+    @property
+    def truncated_tokens(self) -> IntArray:
+        """int32 [documents], tokens that each lost."""
+        lost = self.pairs.truncated_tokens
+        return lost if self.whole is None else self.whole.truncated_tokens(lost)
 
     def scored(self, step: Step, seconds: float, now: float) -> None:
         """A step with pairs of it took ``seconds`` and has ended."""
@@ -74,8 +83,8 @@ class Job:
     def answer(self, logits: FloatArray, now: float) -> Answer:
         """What its caller gets."""
         return Answer(
-            logits=logits,
-            truncated_tokens=self.pairs.truncated_tokens,
+            logits=logits if self.whole is None else self.whole.best(logits),
+            truncated_tokens=self.truncated_tokens,
             tokens=int(self.pairs.lengths.sum()),
             cost_tokens=round(self.cost_tokens),
             timings=self.timings(now),
@@ -85,10 +94,10 @@ class Job:
 
     def ended(self, outcome: Outcome, now: float) -> RequestEnded:
         """What a listener hears."""
-        times, truncated = self.timings(now), self.pairs.truncated_tokens
+        times, truncated = self.timings(now), self.truncated_tokens
         return RequestEnded(
             outcome=outcome,
-            documents=len(self.pairs),
+            documents=len(truncated),
             tokens=int(self.pairs.lengths.sum()),
             truncated_documents=int((truncated > 0).sum()),
             truncated_tokens=int(truncated.sum()),

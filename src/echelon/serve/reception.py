@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.checks import check_pairs
-from echelon.encode.pairs import EncodedPairs, join
-from echelon.errors import Overloaded
+from echelon.encode.chunks import chunk
+from echelon.encode.pairs import EncodedPairs, TruncationImpossible, join
+from echelon.errors import InvalidInput, Overloaded
 from echelon.plan.admit import Ask, Bounds, House, TokenEstimate, refuse
 from echelon.serve.events import Refused
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.config import Truncation
+    from echelon.encode.chunks import Chunking, Whole
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.fair import Priority
     from echelon.serve.dispatch import Dispatch
@@ -36,15 +38,39 @@ SLICE = 64
 """Documents that are tokenised at a time, some ten milliseconds: requests take turns in between."""
 
 
+UNREAD = 2**20
+"""Tokens of a document that is read whole, for the estimate at the door: more than one request
+may have, so that the characters alone decide."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How a caller wants its pairs encoded and served."""
+    """How a caller wants its pairs encoded and served.
+
+    Attributes:
+        max_length: tokens a pair may have.
+        truncation: what gives way when a pair is longer.
+        max_query_tokens: tokens kept of a query.
+        deadline: when the answer is due; None means never.
+        priority: its share of the device.
+        chunking: how longer documents are read in chunks; None cuts them.
+        whole: a pair that would lose tokens is refused instead.
+    """
 
     max_length: int
     truncation: Truncation = "longest_first"
     max_query_tokens: int | None = None
     deadline: float | None = None
     priority: Priority = "normal"
+    chunking: Chunking | None = None
+    whole: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a document may come to, in all its chunks."""
+        if self.chunking is None:
+            return self.max_length
+        return max(self.max_length, self.chunking.max_tokens or UNREAD)
 
 
 class Reception:
@@ -77,18 +103,28 @@ class Reception:
         load, cost = self._dispatch.load(), self._dispatch.cost
         return House(load, cost, self._workers(), self._coming, self._coming_tokens)
 
-    async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> EncodedPairs:
+    async def let_in(
+        self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish
+    ) -> tuple[EncodedPairs, Whole | None]:
         """Admit and encode; the caller has to put the pairs into the queue before it awaits.
 
+        Returns:
+            The pairs to score; and where they are chunks, the way back to the documents.
+
         Raises:
-            InvalidInput: a pair is not two texts, or its query leaves no room.
+            InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
             EchelonError: the request is refused.
         """
         if not isinstance(pairs, EncodedPairs):
             pairs = await self._tokenise(pairs, wish)
+        if wish.whole:
+            _refuse_longer(pairs, wish.max_length)
+        whole = None
+        if wish.chunking is not None:
+            pairs, whole = await self._split(pairs, wish.max_length, wish.chunking)
         squares = int(np.square(pairs.lengths, dtype=np.int64).sum())
         self._judge(len(pairs), int(pairs.lengths.sum()), squares, wish)
-        return pairs
+        return pairs, whole
 
     def close(self) -> None:
         """End the threads; what they do now is of no use to anyone."""
@@ -96,8 +132,8 @@ class Reception:
 
     async def _tokenise(self, pairs: Sequence[Pair], wish: Wish) -> EncodedPairs:
         characters = _characters(pairs)
-        tokens = self._estimate.tokens(characters, len(pairs), wish.max_length)
-        self._judge(len(pairs), tokens, tokens * tokens // len(pairs), wish)
+        tokens = self._estimate.tokens(characters, len(pairs), wish.longest)
+        self._judge(len(pairs), tokens, tokens * min(tokens // len(pairs), wish.max_length), wish)
         loop = asyncio.get_running_loop()
         self._coming += 1
         self._coming_tokens += tokens
@@ -124,6 +160,21 @@ class Reception:
             places,
         )
 
+    async def _split(
+        self, pairs: EncodedPairs, max_length: int, how: Chunking
+    ) -> tuple[EncodedPairs, Whole]:
+        """Longer documents in chunks, in a thread: ten thousand documents take some 100 ms."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, chunk, pairs, max_length, how)
+        except TruncationImpossible as error:
+            raise InvalidInput(
+                f"pairs[{error.index}].query",
+                f"its {error.query_tokens} tokens are more than half of the {error.room} that a "
+                "chunk has room for",
+                "Shorten the query, or use truncation='longest_first'.",
+            ) from None
+
     def _judge(self, documents: int, tokens: int, squares: int, wish: Wish) -> None:
         ask = Ask(documents, tokens, squares, wish.deadline, wish.priority)
         refusal = refuse(ask, self.house(), self._bounds, self._dispatch.clock())
@@ -133,6 +184,23 @@ class Reception:
         retry = error.retry_after_s if isinstance(error, Overloaded) else None
         self._dispatch.listener.refused(Refused(refusal.reason, documents, retry))
         raise error
+
+
+def _refuse_longer(pairs: EncodedPairs, max_length: int) -> None:
+    """Refuse what would lose tokens.
+
+    Raises:
+        InvalidInput: names the first pair that does.
+    """
+    lost = pairs.truncated_tokens
+    if lost.any():
+        index = int(np.flatnonzero(lost)[0])
+        raise InvalidInput(
+            f"pairs[{pairs.places[index]}].document",
+            f"with its query it has {int(pairs.lengths[index] + lost[index])} tokens, and "
+            f"{max_length} is the most",
+            "Shorten it, or allow truncation.",
+        )
 
 
 def _characters(pairs: Sequence[Pair]) -> int:

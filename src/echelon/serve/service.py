@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from echelon.clock import Clock
     from echelon.config import Truncation
+    from echelon.encode.chunks import Chunking
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.fair import Priority
@@ -152,7 +153,7 @@ class Service:
 
     # Its work.
 
-    async def submit(
+    async def submit(  # noqa: PLR0913 - what a caller may wish
         self,
         pairs: Sequence[Pair] | EncodedPairs,
         *,
@@ -161,6 +162,8 @@ class Service:
         max_length: int | None = None,
         truncation: Truncation | None = None,
         max_query_tokens: int | None = None,
+        chunking: Chunking | None = None,
+        whole: bool = False,
     ) -> Answer:
         """Score pairs; cancelling the awaiting task takes them out of the queue.
 
@@ -171,9 +174,11 @@ class Service:
             max_length: tokens a pair may have; None is the service's own.
             truncation: what gives way when a pair is longer; None is the service's own.
             max_query_tokens: tokens kept of a query; None is the service's own.
+            chunking: read longer documents in chunks, whose best is the document's score.
+            whole: refuse pairs that would be cut.
 
         Raises:
-            InvalidInput: a pair is not two texts, or its query leaves no room.
+            InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
             TooLarge: more documents or tokens than one request may have.
             Overloaded: refused; it says when to come again.
             DeadlinePassed: the deadline passed, or cannot be met.
@@ -194,6 +199,8 @@ class Service:
             max_query_tokens=max_query_tokens or self.settings.max_query_tokens,
             deadline=deadline,
             priority=priority,
+            chunking=chunking,
+            whole=whole,
         )
         self._enter()
         try:
@@ -306,7 +313,7 @@ class Service:
     async def _serve(
         self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish, arrived: float
     ) -> Answer:
-        encoded = await self._reception.let_in(pairs, wish)
+        encoded, whole = await self._reception.let_in(pairs, wish)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
         job = Job(
@@ -317,6 +324,7 @@ class Service:
             tokenise_s=self.clock() - arrived,
             deadline=wish.deadline,
             priority=wish.priority,
+            whole=whole,
         )
         self._dispatch.submit(job)
         try:
