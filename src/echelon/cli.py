@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from echelon import __version__
+from echelon.api.command import config, serve
 from echelon.errors import EchelonError, InvalidInput
+from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from echelon.config import Options
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -76,50 +76,6 @@ def sizes(value: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
 
 
-_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("--device",), {"default": "auto", "help": "auto, cpu, cuda or cuda:N."}),
-    (("--precision",), {"default": "auto", "help": "auto, fp32, bf16 or fp16."}),
-    (("--max-length",), {"type": int, "help": "Tokens a pair may have [model's limit]."}),
-    (
-        ("--truncation",),
-        {"default": "longest_first", "help": "longest_first or only_second (the document)."},
-    ),
-    (("--threads",), {"type": int, "help": "CPU threads [all the process may use]."}),
-    (("--revision",), {"help": "Hub branch, tag or commit."}),
-    (("--label",), {"help": "Which output of a head with several labels to score."}),
-)
-
-_STEP_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("--token-budget",), {"type": int, "help": "Tokens a step may cost."}),
-    (("--batch-size",), {"type": int, "help": "Pairs a step may hold."}),
-    (("--profile",), {"help": "Profile written by `echelon tune`."}),
-    (
-        ("--allow",),
-        {
-            "multiple": True,
-            "help": "What may give way when a pair alone does not fit: precision, max_length.",
-        },
-    ),
-)
-
-
-def _model_options(*tables: Any) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for names, settings in reversed([entry for table in tables for entry in table]):
-            command = click.option(*names, **settings)(command)
-        return command
-
-    return decorate
-
-
-def _options(values: dict[str, Any], *, quiet: bool) -> Options:
-    from echelon.config import Options
-
-    if "allow" in values:
-        values["allow"] = tuple(values["allow"])
-    return Options.of(**values, progress=not quiet)
-
-
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
@@ -127,6 +83,10 @@ def _options(values: dict[str, Any], *, quiet: bool) -> Options:
 @click.version_option(__version__, prog_name="echelon")
 def cli() -> None:
     """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
+
+
+cli.add_command(serve)
+cli.add_command(config)
 
 
 @cli.command()
@@ -137,7 +97,7 @@ def cli() -> None:
 @click.option("--top-n", type=int, help="Results to show [all].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", is_flag=True, help="No progress.")
-@_model_options(_OPTIONS, _STEP_OPTIONS)
+@with_flags(MODEL_FLAGS, STEP_FLAGS)
 def rank(  # noqa: PLR0913 - one argument each option
     *,
     query: str,
@@ -157,12 +117,12 @@ def rank(  # noqa: PLR0913 - one argument each option
 
     check_top_n(top_n)
     texts = _read_documents(documents, file)
-    options = _options(values, quiet=quiet)
+    options = options_of(values, quiet=quiet)
     from dataclasses import asdict
 
     from echelon.reranker import Reranker
 
-    with Reranker(model, **_as_keywords(options)) as reranker:
+    with Reranker(model, **as_keywords(options)) as reranker:
         ranking = reranker.rank(query, texts, top_n)
     if as_json:
         _print_json(asdict(ranking))
@@ -170,12 +130,6 @@ def rank(  # noqa: PLR0913 - one argument each option
     from echelon.tables import print_ranking
 
     print_ranking(ranking)
-
-
-def _as_keywords(options: Options) -> dict[str, Any]:
-    from dataclasses import fields
-
-    return {field.name: getattr(options, field.name) for field in fields(options)}
 
 
 def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
@@ -233,7 +187,7 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 @click.option("--report", default="echelon-report.html", show_default=True, help="Report to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
-@_model_options(_OPTIONS)
+@with_flags(MODEL_FLAGS)
 def tune(  # noqa: PLR0913 - one argument each option
     *,
     model: str,
@@ -252,7 +206,7 @@ def tune(  # noqa: PLR0913 - one argument each option
 
     Results are kept after every run: after an interruption the same command goes on.
     """
-    options = _options(values, quiet=quiet)
+    options = options_of(values, quiet=quiet)
     target = Path(profile)
     partial = target.with_name(f"{target.name}.partial.json")
     from echelon.tuner import Plan

@@ -2,7 +2,8 @@
 
     EchelonError
     ├── InvalidInput            what the caller passed is wrong (also a ValueError)
-    │   └── TooLarge            more documents or tokens than one request may have
+    │   ├── TooLarge            more documents or tokens than one request may have
+    │   └── Malformed           a request's body that is no JSON object
     ├── ModelError              the model cannot be used
     │   ├── ModelNotFound       no such folder, hub repository or revision
     │   ├── BadCheckpoint       the files are there, but damaged or contradictory
@@ -15,6 +16,9 @@
     ├── DeadlinePassed          the caller's deadline passed, or cannot be met
     ├── WorkerLost              the scoring process died twice over the same pairs
     ├── ShuttingDown            the service takes no more requests
+    ├── Unauthorised            no key, or a wrong one
+    ├── NoSuchRoute             no such path, or another method belongs to it
+    ├── SlowClient              a request's body did not come in time
     ├── StorageError            a result could not be written
     └── MissingDependency       an optional package is needed and not installed
 
@@ -66,6 +70,12 @@ class TooLarge(InvalidInput):
     """A request has more documents or tokens than one request may have."""
 
     status = 413
+
+
+class Malformed(InvalidInput):
+    """A request's body is no JSON object."""
+
+    status = 400
 
 
 class ModelError(EchelonError):
@@ -144,6 +154,24 @@ class ShuttingDown(EchelonError):
     """The service takes no more requests, or never began."""
 
     status = 503
+
+
+class Unauthorised(EchelonError):
+    """A request without a key, or with a wrong one."""
+
+    status = 401
+
+
+class NoSuchRoute(EchelonError):
+    """There is no such path, or it is asked for with another method."""
+
+    status = 404
+
+
+class SlowClient(EchelonError):
+    """A request's body did not come in time."""
+
+    status = 408
 
 
 class StorageError(EchelonError):

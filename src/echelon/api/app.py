@@ -1,0 +1,198 @@
+"""The ASGI application: routes, what stands before all of them, and the service's life."""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from echelon import __version__
+from echelon.api.dialects.cohere import COHERE_V1
+from echelon.api.dialects.table import PATHS
+from echelon.api.dialects.tei import TEI, TeiInfo
+from echelon.api.door import Door
+from echelon.api.metrics import CONTENT_TYPE
+from echelon.api.openapi import describe
+from echelon.api.ranking import as_json, complaint, endpoint
+from echelon.errors import EchelonError, NoSuchRoute
+from echelon.serve.reception import TOKENISERS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from starlette.requests import Request
+
+    from echelon.api.house import House
+
+    Handler = Callable[[House, Request], Awaitable[Response]]
+
+
+def make_app(house: House) -> Door:
+    """The application of one server."""
+
+    @asynccontextmanager
+    async def life(_: Starlette) -> AsyncIterator[None]:
+        await house.open()
+        try:
+            yield
+        finally:
+            await house.close()
+
+    ranks = [
+        Route(path, endpoint(house, them), methods=["POST"], name=path)
+        for path, them in PATHS.items()
+    ]
+    asked: list[tuple[str, Handler]] = [
+        ("/v1/models", _models),
+        ("/models", _models),
+        ("/info", _info),
+        ("/health", _health),
+        ("/ready", _ready),
+        ("/metrics", _metrics),
+        ("/openapi.json", _openapi),
+        ("/docs", _docs),
+    ]
+    routes = [Route(path, partial(handler, house), name=path) for path, handler in asked]
+    app = Starlette(
+        routes=[*ranks, *routes, *_assets()],
+        middleware=_middleware(house),
+        exception_handlers={EchelonError: _failed, HTTPException: _not_found},
+        lifespan=life,
+    )
+    return Door(app)
+
+
+def _middleware(house: House) -> list[Middleware]:
+    """What browsers may do from other origins: nothing, unless it was allowed."""
+    origins = house.rules.origins
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    ]
+
+
+# Errors outside of the routes that rank: in the plainest shape, which most clients can read.
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    if not isinstance(error, EchelonError):
+        raise error
+    return complaint(error, COHERE_V1)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    path = request.url.path
+    words = f"There is no {request.method} {path}. See /docs."
+    response = complaint(NoSuchRoute(words), TEI if path == "/" else COHERE_V1)
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response
+
+
+# Plain routes.
+
+
+async def _models(house: House, request: Request) -> Response:
+    house.rules.keys.check(request.headers)
+    model: dict[str, Any] = {
+        "id": house.model,
+        "object": "model",
+        "created": house.since,
+        "owned_by": "echelon",
+        "max_model_len": house.service.longest(),
+    }
+    return as_json({"object": "list", "data": [model]}, 200)
+
+
+async def _info(house: House, request: Request) -> Response:
+    house.rules.keys.check(request.headers)
+    service = house.service
+    bounds = service.settings.bounds
+    info = TeiInfo(
+        model_id=house.model,
+        model_sha=house.revision,
+        model_dtype=service.facts.precision,
+        served_model_name=house.model,
+        model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+        max_concurrent_requests=bounds.max_requests,
+        max_input_length=service.longest(),
+        max_batch_tokens=service.snapshot().load.budget,
+        max_batch_requests=service.settings.max_pairs,
+        max_client_batch_size=bounds.max_documents,
+        auto_truncate=True,
+        tokenization_workers=TOKENISERS,
+        version=__version__,
+        sha=None,
+        docker_label=None,
+    )
+    return as_json(msgspec.to_builtins(info), 200)
+
+
+async def _health(house: House, _: Request) -> Response:
+    return as_json({"status": "ok", "unix": time.time(), "model": house.model}, 200)
+
+
+async def _ready(house: House, _: Request) -> Response:
+    service = house.running
+    if service is None:
+        return as_json({"ready": False, "reason": "not started"}, 503)
+    found = await service.ready()
+    status = 200 if found.ready else 503
+    return as_json({"ready": found.ready, "reason": found.reason}, status)
+
+
+async def _metrics(house: House, _: Request) -> Response:
+    return Response(house.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _openapi(house: House, _: Request) -> Response:
+    return as_json(describe(f"Echelon: {house.model}"), 200)
+
+
+async def _docs(_: House, request: Request) -> Response:
+    return HTMLResponse(_PAGE.replace("ROOT", request.scope.get("root_path", "")))
+
+
+def _assets() -> list[Mount]:
+    """Swagger UI's own files, out of its package: nothing is asked of other servers."""
+    from swagger_ui_bundle import swagger_ui_path
+
+    return [Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))]
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Echelon: API</title>
+<link rel="stylesheet" href="ROOT/docs/assets/swagger-ui.css">
+</head>
+<body>
+<div id="api"></div>
+<script src="ROOT/docs/assets/swagger-ui-bundle.js"></script>
+<script>
+SwaggerUIBundle({url: "ROOT/openapi.json", dom_id: "#api", validatorUrl: null});
+</script>
+</body>
+</html>
+"""

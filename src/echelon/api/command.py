@@ -1,0 +1,160 @@
+"""``echelon serve``. Imports click only; the server's packages are loaded when it runs."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from echelon.api.config_file import PREFIX, origins, take_file
+from echelon.errors import MissingDependency
+from echelon.flags import MODEL_FLAGS, STEP_FLAGS, Flag, as_keywords, options_of, with_flags
+
+if TYPE_CHECKING:
+    from echelon.api.house import House
+    from echelon.config import Options
+
+_DOOR_FLAGS: tuple[Flag, ...] = (
+    (("--host",), {"default": "127.0.0.1", "help": "Address to listen on."}),
+    (("--port",), {"default": 8080, "help": "Port; 0 takes a free one."}),
+    (("--workers",), {"default": 1, "help": "Processes that score: one a GPU, or several a CPU."}),
+    (("--served-name",), {"help": "What answers call the model [its own name]."}),
+    (("--api-keys",), {"help": "File with API keys, one a line; ECHELON_API_KEYS adds more."}),
+    (("--cors",), {"multiple": True, "help": "Origin whose pages may read answers [none]."}),
+    (("--max-body-mb",), {"default": 32.0, "help": "Longest body, in MiB."}),
+    (("--body-timeout-s",), {"default": 30.0, "help": "Seconds in which a body must come."}),
+    (("--drain-s",), {"default": 30.0, "help": "Seconds to answer what is inside at the end."}),
+    (("--max-requests",), {"default": 512, "help": "Requests inside at once."}),
+    (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
+    (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
+    (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
+    (("--tls-cert",), {"help": "Certificate chain in PEM: serve HTTPS."}),
+    (("--tls-key",), {"help": "Its private key in PEM."}),
+    (("--log-format",), {"type": click.Choice(["json", "text"]), "default": "json"}),
+    (("--log-level",), {"type": click.Choice(["debug", "info", "warning"]), "default": "info"}),
+)
+
+
+_FILE_FLAG: tuple[Flag, ...] = (
+    (
+        ("--config",),
+        {
+            "is_eager": True,
+            "expose_value": False,
+            "callback": take_file,
+            "help": "TOML file with a table [serve] of these settings.",
+        },
+    ),
+)
+
+
+def _settings(command: Any) -> Any:
+    """All flags of the server."""
+    shown = tuple((names, {"show_default": True, **more}) for names, more in _DOOR_FLAGS)
+    return with_flags(_FILE_FLAG, shown, MODEL_FLAGS, STEP_FLAGS)(command)
+
+
+@click.command(context_settings={"auto_envvar_prefix": PREFIX})
+@click.argument("model")
+@_settings
+def serve(*, model: str, **values: Any) -> None:
+    """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
+
+    The API is described at /docs. SIGTERM or Ctrl-C answers what is inside, then ends. Each setting
+    is also an environment variable, such as ECHELON_SERVE_PORT, and an entry of the --config file.
+    """
+    _require_packages()
+    from echelon.api.logs import set_up
+    from echelon.api.server import Address, run
+
+    door = {name: values.pop(name) for name in _door_names()}
+    options = options_of(values, quiet=True)
+    address = Address(door["host"], door["port"], door["tls_cert"], door["tls_key"])
+    house = _house(model, options, door)
+    set_up(door["log_format"], door["log_level"])
+    run(house, address, exposed=not is_loopback(door["host"]))
+
+
+@click.command(context_settings={"auto_envvar_prefix": PREFIX})
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_settings
+@click.pass_context
+def config(context: click.Context, /, *, as_json: bool, **_: Any) -> None:
+    """Say what `echelon serve` would be told by flags, environment and file, and by which."""
+    rows = [row for row in origins(context) if row[0] != "as_json"]
+    if as_json:
+        import json
+
+        told = {name: {"value": value, "origin": origin} for name, value, origin in rows}
+        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        return
+    for name, value, origin in rows:
+        click.echo(f"{name:20} {origin:12} {'' if value is None else value}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _door_names() -> list[str]:
+    return [names[0].removeprefix("--").replace("-", "_") for names, _ in _DOOR_FLAGS]
+
+
+def _house(model: str, options: Options, door: dict[str, Any]) -> House:
+    from functools import partial
+
+    from echelon.api.auth import read_keys
+    from echelon.api.house import House, Rules
+    from echelon.api.metrics import Metrics
+    from echelon.plan.admit import Bounds
+    from echelon.serve.launch import launch
+
+    rules = Rules(
+        keys=read_keys(door["api_keys"]),
+        max_body_bytes=int(door["max_body_mb"] * 2**20),
+        body_timeout_s=door["body_timeout_s"],
+        drain_s=door["drain_s"],
+        origins=door["cors"],
+    )
+    metrics = Metrics()
+    limit = door["memory_limit_mb"]
+    start = partial(
+        launch,
+        model,
+        workers=door["workers"],
+        bounds=Bounds(
+            max_requests=door["max_requests"],
+            max_documents=door["max_documents"],
+            max_wait_s=door["max_wait_s"],
+        ),
+        memory_limit_bytes=None if limit is None else limit * 2**20,
+        listener=metrics,
+        **as_keywords(options),
+    )
+    return House(start, door["served_name"] or name_of(model), metrics, rules, options.revision)
+
+
+def name_of(model: str) -> str:
+    """What answers call a model: a folder's own name, or the name that was given."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    needed = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"echelon serve needs {', '.join(missing)}. "
+            "Install them with: pip install 'echelon-rerank[serve]'"
+        )

@@ -1,0 +1,1 @@
+"""One file for each API shape, and the table of paths."""

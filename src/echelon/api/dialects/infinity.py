@@ -1,0 +1,78 @@
+"""infinity's rerank. On the paths that it shares, ``raw_scores`` tells it apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, holds, limit_of, pairs_of
+
+if TYPE_CHECKING:
+    from echelon.api.wire import Body, Outcome
+
+
+class InfinityRequest(Extras, kw_only=True):
+    """Body of ``/rerank``."""
+
+    query: str
+    documents: list[str]
+    model: str | None = None
+    top_n: int | None = None
+    return_documents: bool = False
+
+
+def _read(body: InfinityRequest) -> Wanted:
+    return Wanted(
+        pairs=pairs_of(body.query, body.documents),
+        documents=body.documents if body.return_documents else None,
+        top_n=limit_of(body.top_n),
+        raw=body.raw_scores,
+        explain=body.explain,
+        timeout_ms=body.timeout_ms,
+    )
+
+
+def _write(outcome: Outcome) -> Body:
+    results = [
+        {"relevance_score": hit.score, "index": hit.index, "document": hit.document}
+        for hit in outcome.hits
+    ]
+    return {
+        "object": "rerank",
+        "results": results,
+        "model": outcome.model,
+        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
+        "id": f"infinity-{outcome.number}",
+        "created": outcome.created,
+    }
+
+
+_DETAILED = {400, 401, 413, 422}
+"""Errors that infinity's framework answers, in its words."""
+
+
+def _complain(complaint: Complaint) -> tuple[int, Body]:
+    words, status = str(complaint), complaint.status
+    if status in _DETAILED:
+        return status, {"detail": words}
+    kind = type(complaint.error).__name__
+    return status, {"error": {"message": words, "type": kind, "param": None, "code": status}}
+
+
+INFINITY = Dialect(
+    name="infinity",
+    title="infinity",
+    paths=("/rerank",),
+    request=InfinityRequest,
+    claims=holds("raw_scores"),
+    read=_read,
+    write=_write,
+    complain=_complain,
+    noun="documents",
+    example={
+        "model": "default/not-specified",
+        "query": "how do I reset my router?",
+        "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
+        "return_documents": True,
+        "raw_scores": False,
+    },
+)

@@ -1,0 +1,100 @@
+"""What the routes share: the running service, the rules of the door, metrics, the model's name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from echelon.api.auth import Keys
+from echelon.errors import InvalidInput, ShuttingDown
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from echelon.api.metrics import Metrics
+    from echelon.serve.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the server lets in, and how it ends.
+
+    Attributes:
+        keys: who may ask.
+        max_body_bytes: longest body: 10,000 documents of some 500 tokens are 20 to 30 MB.
+        body_timeout_s: a body must have come in this time, so that slow clients hold nothing.
+        drain_s: at its end the server waits so long for the requests inside.
+        origins: web pages that browsers let read answers (CORS); none by default.
+    """
+
+    keys: Keys = field(default_factory=Keys)
+    max_body_bytes: int = 32 * 2**20
+    body_timeout_s: float = 30.0
+    drain_s: float = 30.0
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "body_timeout_s", "drain_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give more.")
+
+
+class House:
+    """One server.
+
+    Args:
+        launch: starts the service.
+        model: the served model's name.
+        metrics: counts.
+        rules: what it lets in.
+        revision: the model's revision, for ``/info``.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[], Awaitable[Service]],
+        model: str,
+        metrics: Metrics,
+        rules: Rules | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model
+        self.revision = revision
+        self.metrics = metrics
+        self.rules = rules or Rules()
+        self.since = int(time.time())
+        self.failure: Exception | None = None
+        self._launch = launch
+        self._service: Service | None = None
+
+    @property
+    def service(self) -> Service:
+        """The running service.
+
+        Raises:
+            ShuttingDown: it has not started.
+        """
+        if self._service is None:
+            raise ShuttingDown("The service has not started. Try again soon.")
+        return self._service
+
+    @property
+    def running(self) -> Service | None:
+        """The service, where it has started."""
+        return self._service
+
+    async def open(self) -> None:
+        """Start the service; what hinders it is kept for whoever started the server."""
+        try:
+            self._service = await self._launch()
+        except Exception as error:
+            self.failure = error
+            raise
+        self.metrics.watch(self._service)
+
+    async def close(self) -> None:
+        """Answer what is inside, then end."""
+        if self._service is not None:
+            await self._service.drain(self.rules.drain_s)
+            await self._service.stop()

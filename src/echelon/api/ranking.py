@@ -1,0 +1,212 @@
+"""The routes that rank: body in, service asked, answer or error out, in the caller's dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from echelon.api.answer import (
+    explanation,
+    headers_of,
+    hits_of,
+    in_callers_words,
+    retry_after,
+    tei_headers,
+    warnings_of,
+)
+from echelon.api.dialects.table import choose, read
+from echelon.api.dialects.tei import TEI
+from echelon.api.intake import read_body, timeout_of
+from echelon.api.logs import request_id
+from echelon.api.wire import Complaint, Outcome
+from echelon.errors import EchelonError, Overloaded, ScoringFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from starlette.requests import Request
+
+    from echelon.api.house import House
+    from echelon.api.wire import Body, Dialect, Wanted
+    from echelon.types import Answer
+
+logger = logging.getLogger(__name__)
+
+GONE = 499
+"""What metrics and logs call a client that went away; nobody receives it."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request on its way.
+
+    Attributes:
+        house: the server.
+        request: what came.
+        dialect: its language, the path's last until the body has told.
+        began: the service's time when it came; None where it has not started.
+        timeout_s: seconds that the caller gives us; None is no limit.
+        facts: what the log is told.
+    """
+
+    house: House
+    request: Request
+    dialect: Dialect
+    began: float | None = None
+    timeout_s: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def endpoint(
+    house: House, candidates: tuple[Dialect, ...]
+) -> Callable[[Request], Awaitable[Response]]:
+    """The route of one path."""
+
+    async def rank(request: Request) -> Response:
+        began = time.perf_counter()
+        call = Call(house, request, candidates[-1])
+        response = await _respond(call, candidates)
+        seconds = time.perf_counter() - began
+        _note(call, response.status_code, seconds)
+        return response
+
+    return rank
+
+
+async def _respond(call: Call, candidates: tuple[Dialect, ...]) -> Response:
+    try:
+        return await _answer(call, candidates)
+    except ClientDisconnect:
+        return Response(status_code=GONE)
+    except EchelonError as error:
+        return complaint(error, call.dialect)
+    except Exception as error:
+        logger.exception("A request met what the server does not know. This is a bug.")
+        words = f"{type(error).__name__}: {error}. This is a bug; the log has more."
+        return complaint(ScoringFailed(words), call.dialect)
+
+
+async def _answer(call: Call, candidates: tuple[Dialect, ...]) -> Response:
+    house, request = call.house, call.request
+    service = house.service
+    call.began = service.clock()
+    house.rules.keys.check(request.headers)
+    body = await read_body(request, house.rules)
+    call.dialect = choose(candidates, body)
+    wanted = read(call.dialect, body)
+    call.timeout_s = timeout_of(request.headers, wanted.timeout_ms)
+    answer = await _unless_gone(call, wanted)
+    call.facts = {"documents": len(wanted.pairs), **headers_facts(answer)}
+    content = call.dialect.write(_outcome(house, wanted, answer))
+    if wanted.explain and isinstance(content, dict):
+        content["echelon"] = explanation(answer)
+    headers = headers_of(answer)
+    if call.dialect is TEI:
+        headers |= tei_headers(answer, wanted)
+    return as_json(content, 200, headers)
+
+
+async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
+    """The service's answer; if the client goes away first, its work is taken out of the queue.
+
+    Raises:
+        ClientDisconnect: it went away.
+    """
+    asking = asyncio.ensure_future(_ask(call, wanted))
+    watching = asyncio.ensure_future(_goes(call.request))
+    try:
+        await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            return asking.result()
+        raise ClientDisconnect
+    finally:
+        watching.cancel()
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError, EchelonError):
+            await asking
+
+
+async def _ask(call: Call, wanted: Wanted) -> Answer:
+    service = call.house.service
+    deadline = None
+    if call.timeout_s is not None and call.began is not None:
+        deadline = call.began + call.timeout_s
+    return await service.submit(
+        wanted.pairs,
+        deadline=deadline,
+        priority=wanted.priority,
+        max_length=wanted.max_length,
+        truncation=wanted.truncation,
+        max_query_tokens=wanted.max_query_tokens,
+        chunking=wanted.chunking,
+        whole=wanted.whole,
+    )
+
+
+async def _goes(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _outcome(house: House, wanted: Wanted, answer: Answer) -> Outcome:
+    return Outcome(
+        number=request_id.get(),
+        created=int(time.time()),
+        model=house.model,
+        hits=hits_of(answer, wanted),
+        tokens=answer.tokens,
+        with_documents=wanted.documents is not None,
+        warnings=warnings_of(answer),
+    )
+
+
+def complaint(error: EchelonError, dialect: Dialect) -> Response:
+    """The one place where an error becomes an answer."""
+    words = in_callers_words(str(error), dialect.noun)
+    status, body = dialect.complain(Complaint(error, words, request_id.get()))
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = retry_after(error.retry_after_s)
+    return as_json(body, status, headers)
+
+
+def as_json(content: Body, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    """A response of JSON."""
+    encoded = b"" if content is None else msgspec.json.encode(content)
+    return Response(encoded, status, dict(headers or {}), media_type="application/json")
+
+
+def headers_facts(answer: Answer) -> dict[str, Any]:
+    """What the log says of an answer."""
+    told = explanation(answer)
+    return {name: told[name] for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms")}
+
+
+def _note(call: Call, status: int, seconds: float) -> None:
+    metrics = call.house.metrics
+    metrics.answered(call.dialect.name, status, seconds)
+    if call.timeout_s is not None:
+        metrics.due(met=status == 200)  # noqa: PLR2004 - HTTP's own
+    logger.info(
+        "%s %s",
+        call.request.scope["path"],
+        status,
+        extra={
+            "facts": {
+                "path": call.request.scope["path"],
+                "dialect": call.dialect.name,
+                "status": status,
+                "seconds": round(seconds, 6),
+                **call.facts,
+            }
+        },
+    )

@@ -1,0 +1,171 @@
+"""The HTTP server under the application: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from echelon.api.app import make_app
+from echelon.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from echelon.api.house import House
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75
+"""Idle connections live longer than those of usual load balancers (60 s), so that these never send
+a request into a connection that is just being closed."""
+
+GRACE_S = 2
+"""Beyond the time to drain, for answers to be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen.
+
+    Attributes:
+        host: an address or a name.
+        port: 0 takes a free one.
+        certificate: PEM file with the chain; None serves plain HTTP.
+        key: PEM file with its private key.
+    """
+
+    host: str
+    port: int
+    certificate: str | None = None
+    key: str | None = None
+
+    def bind(self) -> socket.socket:
+        """A socket that is taken but does not listen yet.
+
+        Until the model is loaded, connections are refused at once and nobody waits in vain.
+
+        Raises:
+            InvalidInput: the address cannot be taken.
+        """
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, where = found[0]
+            taken = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise self._refused(error) from None
+        try:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(where)
+        except OSError as error:
+            taken.close()
+            raise self._refused(error) from None
+        return taken
+
+    def check_certificate(self) -> None:
+        """Refuse a certificate that cannot be served with, before anything is loaded.
+
+        Raises:
+            InvalidInput: a file is missing, or they do not belong together.
+        """
+        if self.certificate is None:
+            if self.key is not None:
+                raise InvalidInput("--tls-key", "has no certificate", "Give --tls-cert too.")
+            return
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # an SSLError is one
+            raise InvalidInput(
+                "--tls-cert",
+                f"{self.certificate} cannot be used ({error.strerror or error})",
+                "Give PEM files of a certificate and its key.",
+            ) from None
+
+    def _refused(self, error: OSError) -> InvalidInput:
+        where = f"{self.host}:{self.port}"
+        return InvalidInput(
+            "--port", f"{where} cannot be taken ({error.strerror})", "Choose another."
+        )
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says where it listens and ends well when it is told to end.
+
+    Its own class raises the signal again once it has drained, so that the exit code says failure.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Load the model, then listen."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            scheme = "https" if self.config.is_ssl else "http"
+            url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+            logger.info("Serving at %s; the API is described at %s/docs", url, url,
+                        extra={"facts": {"url": url}})  # fmt: skip
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C begin the end; a second Ctrl-C hurries it."""
+        kept = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+def run(house: House, address: Address, *, exposed: bool) -> None:
+    """Serve until told to end.
+
+    Args:
+        house: what to serve.
+        address: where.
+        exposed: other machines reach it: say so.
+
+    Raises:
+        InvalidInput: the address or the certificate cannot be used.
+        EchelonError: why the service could not start.
+    """
+    address.check_certificate()
+    taken = address.bind()
+    if exposed:
+        logger.warning("%s", _warning(house, address))
+    config = uvicorn.Config(
+        make_app(house),
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=round(house.rules.drain_s) + GRACE_S,
+        ssl_certfile=address.certificate,
+        ssl_keyfile=address.key,
+    )
+    try:
+        Server(config).run(sockets=[taken])
+    finally:
+        taken.close()
+    if house.failure is not None:
+        raise house.failure
+    logger.info("Ended; everyone inside was answered.")
+
+
+def _warning(house: House, address: Address) -> str:
+    words = f"Listening on {address.host}: other machines may reach this server"
+    if not len(house.rules.keys):
+        words += ", and no API key is asked for (--api-keys)"
+    if address.certificate is None:
+        words += "; what is sent is not encrypted (--tls-cert)"
+    return f"{words}."

@@ -1,0 +1,119 @@
+"""Servers for tests: one in this process without weights, and one as people start it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import httpx
+
+from echelon.api.app import make_app
+from echelon.api.house import House
+from echelon.api.metrics import Metrics
+from services import GUARD_S, service
+
+DOCUMENTS = [f"document {i}" for i in range(5)]
+ASKED = {"query": "q", "documents": DOCUMENTS}
+
+
+@contextlib.asynccontextmanager
+async def app_of(made=None, rules=None, **settings):
+    """A client of an application in this process, and its house."""
+    metrics = Metrics()
+    made = made or service(ears=metrics, **settings)
+
+    async def launch():
+        await made.start()
+        return made
+
+    house = House(launch, "the-model", metrics, rules)
+    await house.open()
+    transport = httpx.ASGITransport(make_app(house))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client, house
+    finally:
+        await house.close()
+
+
+def run_app(main, *arguments, **settings):
+    async def guarded():
+        async with asyncio.timeout(GUARD_S), app_of(*arguments, **settings) as (client, house):
+            await main(client, house)
+
+    asyncio.run(guarded())
+
+
+def metric(house, name) -> float:
+    """A sample of the metrics, such as ``echelon_requests_total{outcome="answered"}``."""
+    for line in house.metrics.text().decode().splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+class Live:
+    """``echelon serve`` in a process of its own, on a free port of the loopback.
+
+    Attributes:
+        url: where it listens.
+        lines: its log, as objects.
+    """
+
+    def __init__(self, model, *arguments, **environment):
+        command = [sys.executable, "-m", "echelon", "serve", str(model), "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.lines: list = []
+        self.url = self._await_url()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def end(self, number: int) -> int:
+        """Send a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=60)
+        self._reader.join(timeout=60)
+        self.process.stderr.close()
+        return code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()
+
+    def _await_url(self) -> str:
+        for line in self.process.stderr:
+            self._keep(line)
+            if isinstance(self.lines[-1], dict) and "url" in self.lines[-1]:
+                return self.lines[-1]["url"]
+        raise AssertionError(f"the server did not start: {self.lines}")
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self._keep(line)
+
+    def _keep(self, line: str) -> None:
+        try:
+            self.lines.append(json.loads(line))
+        except ValueError:
+            self.lines.append(line)

@@ -1,0 +1,382 @@
+"""Each dialect as its clients know it: bodies in, bodies out, errors; no server."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from echelon.api.dialects.table import DIALECTS, PATHS, SHARED, choose, read
+from echelon.api.wire import Complaint, Hit, Outcome
+from echelon.encode.chunks import Chunking
+from echelon.errors import (
+    DeadlinePassed,
+    InvalidInput,
+    Malformed,
+    OutOfMemory,
+    Overloaded,
+    ScoringFailed,
+    TooLarge,
+    Unauthorised,
+    WorkerLost,
+)
+
+BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+PAIRS = [("q", "a"), ("q", "b")]
+
+
+def body(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def read_as(name, **fields):
+    return read(BY_NAME[name], body(**fields))
+
+
+# Which dialect a body is in.
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "model": "rerank-v3.5"}, "cohere_v1"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "model": "jina-reranker-v2"}, "jina"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "top_k": 2}, "voyage"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "truncation": True}, "voyage"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "raw_scores": False}, "infinity"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "truncate_prompt_tokens": 9}, "vllm"),
+        ("/v2/rerank", {"query": "q", "documents": ["a"], "model": "m"}, "cohere_v2"),
+        ("/v2/rerank", {"query": "q", "documents": ["a"], "use_activation": True}, "vllm"),
+        ("/rerank", {"query": "q", "texts": ["a"]}, "tei"),
+        ("/rerank", {"query": "q", "texts": ["a"], "raw_scores": True}, "tei"),
+        ("/rerank", {"query": "q", "documents": ["a"]}, "vllm"),
+        ("/rerank", {"query": "q", "documents": ["a"], "raw_scores": True}, "infinity"),
+        ("/score", {"text_1": "q", "text_2": "a"}, "vllm_score"),
+        ("/v1/ranking", {"query": {"text": "q"}, "passages": [{"text": "a"}]}, "nim"),
+        ("/jina/v1/rerank", {"query": "q", "documents": ["a"], "top_k": 2}, "jina"),
+        ("/infinity/rerank", {"query": "q", "documents": ["a"]}, "infinity"),
+    ],
+)
+def test_bodies_tell_their_dialect(path, fields, name):
+    assert choose(PATHS[path], body(**fields)).name == name
+
+
+def test_every_dialect_has_a_path_of_its_own_and_an_example_that_leads_to_it():
+    for dialect in DIALECTS:
+        alone = [path for path, them in PATHS.items() if them == (dialect,)]
+        assert alone
+        shared = [path for path, them in SHARED.items() if dialect in them]
+        assert shared
+        text = body(**dialect.example)
+        assert choose(SHARED[shared[0]], text) is dialect
+        assert len(read(dialect, text).pairs) == 2
+
+
+# Bodies in.
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("cohere_v1", {"query": "q", "documents": ["a", {"text": "b", "title": "t"}]}),
+        ("cohere_v2", {"query": "q", "documents": ["a", "b"], "model": "m"}),
+        ("jina", {"query": "q", "documents": ["a", {"text": "b"}]}),
+        ("tei", {"query": "q", "texts": ["a", "b"], "unknown": {"x": 1}}),
+        ("vllm", {"query": "q", "documents": ["a", {"text": "b"}], "user": "me"}),
+        ("vllm_score", {"text_1": "q", "text_2": ["a", "b"]}),
+        ("vllm_score", {"queries": ["q", "q"], "documents": ["a", "b"]}),
+        ("vllm_score", {"data_1": "q", "items": [{"text": "a"}, "b"]}),
+        ("infinity", {"query": "q", "documents": ["a", "b"]}),
+        ("voyage", {"query": "q", "documents": ["a", "b"]}),
+        ("nim", {"query": {"text": "q"}, "passages": [{"text": "a"}, {"text": "b"}]}),
+    ],
+)
+def test_the_pairs_are_the_same_in_every_dialect(name, fields):
+    wanted = read_as(name, **fields)
+    assert list(wanted.pairs) == PAIRS
+    assert wanted.ranked == (name != "vllm_score")
+    assert (wanted.top_n, wanted.timeout_ms, wanted.priority) == (None, None, "normal")
+
+
+def test_documents_come_back_as_each_dialect_has_them():
+    objects = [{"text": "a"}, {"text": "b", "title": "t"}]
+    base = {"query": "q", "documents": ["a", objects[1]]}
+    assert read_as("cohere_v1", **base).documents is None
+    assert read_as("cohere_v1", **base, return_documents=True).documents == objects
+    assert read_as("jina", **base).documents == [{"text": "a"}, {"text": "b"}]
+    assert read_as("jina", **base, return_documents=False).documents is None
+    assert read_as("vllm", **base).documents == ["a", "b"]
+    plain = {"query": "q", "documents": ["a", "b"]}
+    assert read_as("cohere_v2", **plain).documents is None
+    for name in ("infinity", "voyage"):
+        assert read_as(name, **plain).documents is None
+        assert read_as(name, **plain, return_documents=True).documents == ["a", "b"]
+    texts = {"query": "q", "texts": ["a", "b"]}
+    assert read_as("tei", **texts).documents is None
+    assert read_as("tei", **texts, return_text=True).documents == ["a", "b"]
+
+
+def test_cohere_ranks_named_fields():
+    documents = [{"title": "t", "text": "b", "n": 3}, "plain"]
+    wanted = read_as(
+        "cohere_v1", query="q", documents=documents, rank_fields=["title", "n", "none"]
+    )
+    assert [document for _, document in wanted.pairs] == ["title: t\nn: 3", "plain"]
+    with pytest.raises(InvalidInput, match=r"documents\[0\]: has none of the rank_fields"):
+        read_as("cohere_v1", query="q", documents=documents, rank_fields=["none"])
+
+
+def test_options_find_their_meaning():
+    plain = {"query": "q", "documents": ["a"]}
+    assert read_as("cohere_v1", **plain, max_chunks_per_doc=3).chunking == Chunking(None, 3)
+    assert read_as("cohere_v2", **plain, max_tokens_per_doc=9).chunking == Chunking(9)
+    assert read_as("vllm", **plain, max_tokens_per_doc=9).chunking == Chunking(9)
+    assert read_as("vllm", **plain, max_tokens_per_query=5).max_query_tokens == 5
+    assert read_as("vllm", **plain, truncate_prompt_tokens=-1).max_length is None
+    assert read_as("vllm", **plain, truncate_prompt_tokens=64).max_length == 64
+    assert read_as("vllm", **plain, use_activation=False).raw
+    assert [read_as("cohere_v2", **plain, priority=p).priority for p in (0, 5)] == ["normal", "low"]
+    assert read_as("vllm", **plain, priority=-1).priority == "high"
+    assert read_as("voyage", **plain, top_k=1, truncation=False).whole
+    assert read_as("infinity", **plain, raw_scores=True).raw
+    assert read_as("tei", query="q", texts=["a"], truncate=False, raw_scores=True).whole
+    assert not read_as("tei", query="q", texts=["a"], truncation_direction="right").whole
+    assert read_as("tei", query="q", texts=["a"], truncation_direction="Left").whole
+    nim = {"query": {"text": "q"}, "passages": [{"text": "a"}]}
+    assert read_as("nim", **nim).whole
+    assert not read_as("nim", **nim, truncate="END").whole
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
+def test_extras_are_understood_everywhere(dialect):
+    wanted = read(dialect, body(**dialect.example, timeout_ms=50, explain=True))
+    assert (wanted.timeout_ms, wanted.explain) == (50, True)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, None), (0, None), (1, 1), (99, 99)])
+def test_top_n(given, kept):
+    for name in ("cohere_v1", "cohere_v2", "jina", "vllm", "infinity"):
+        assert read_as(name, query="q", documents=["a"], top_n=given).top_n == kept
+    assert read_as("voyage", query="q", documents=["a"], top_k=given).top_n == kept
+
+
+# What is wrong with bodies.
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("cohere_v1", {"documents": ["a"]}, "query: is missing"),
+        ("cohere_v2", {"query": "q"}, "documents: is missing"),
+        ("cohere_v2", {"query": 3, "documents": ["a"]}, "query: Expected str, got int"),
+        ("cohere_v2", {"query": "q", "documents": ["a", 3]}, "documents[1]: Expected"),
+        ("cohere_v2", {"query": "q", "documents": []}, "documents: is empty"),
+        ("cohere_v2", {"query": "q", "documents": ["a", {"x": 1}]}, "documents[1]: has no 'text'"),
+        ("cohere_v2", {"query": "q", "documents": ["a"], "top_n": -1}, "top_n: -1 is negative"),
+        ("cohere_v2", {"query": "q", "documents": ["a"], "max_tokens_per_doc": 0}, "is not pos"),
+        ("voyage", {"query": "q", "documents": ["a"], "top_k": -1}, "top_k: -1 is negative"),
+        ("tei", {"query": "q", "texts": ["a"], "truncation_direction": "up"}, "'up' is unknown"),
+        ("nim", {"query": {}, "passages": []}, "query.text: is missing"),
+        ("nim", {"query": {"text": "q"}, "passages": [], "truncate": "NONE"}, "passages: is empty"),
+        ("nim", {"query": {"text": "q"}, "passages": [], "truncate": "x"}, "truncate: 'x' is unk"),
+        ("vllm", {"query": "q", "documents": ["a"], "instruction": "be kind"}, "instruction: mea"),
+        ("vllm", {"query": "q", "documents": ["a"], "truncate_prompt_tokens": 0}, "not positive"),
+        ("vllm_score", {"text_2": ["a"]}, "text_1: is missing"),
+        ("vllm_score", {"text_1": ["q", "r"], "text_2": ["a"]}, "text_1: has 2 texts and text_2"),
+        ("vllm_score", {"text_1": [], "text_2": []}, "text_1: is empty"),
+        ("vllm_score", {"text_1": "q", "text_2": []}, "text_2: is empty"),
+    ],
+)
+def test_what_is_wrong_is_named(name, fields, words):
+    with pytest.raises(InvalidInput) as caught:
+        read_as(name, **fields)
+    assert words in str(caught.value)
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b'{"query": "\\ud800"}'])
+def test_what_is_no_json(text):
+    for path in ("/v1/rerank", "/score"):
+        with pytest.raises(Malformed, match="body: is no JSON object") as caught:
+            read(choose(PATHS[path], text), text)
+        assert caught.value.status == 400
+
+
+def test_what_is_no_text():
+    for text in (b'{"query": "\xff", "documents": []}', b'{"query": "q", "documents": ["\xff"]}'):
+        with pytest.raises(Malformed, match="body: is no JSON object"):
+            read(choose(PATHS["/v1/rerank"], text), text)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"null"])
+def test_what_is_no_object(text):
+    for path in ("/v1/rerank", "/score"):
+        with pytest.raises(InvalidInput, match="body: "):
+            read(choose(PATHS[path], text), text)
+
+
+# Bodies out.
+
+OUTCOME = Outcome(
+    number="abc",
+    created=1700000000,
+    model="m",
+    hits=[Hit(1, 0.75, 1.5), Hit(0, 0.25, -1.5)],
+    tokens=12,
+)
+LONG = Outcome("abc", 1700000000, "m", [Hit(0, 0.5, 0.0, "a")], 12, with_documents=True)
+RESULTS = [{"index": 1, "relevance_score": 0.75}, {"index": 0, "relevance_score": 0.25}]
+USAGE = {"prompt_tokens": 12, "total_tokens": 12}
+
+
+def meta(version, **more):
+    return {
+        "api_version": {"version": version},
+        "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": 12, "output_tokens": 0},
+        **more,
+    }
+
+
+GOLDEN = {
+    "cohere_v1": {
+        "id": "abc",
+        "object": "rerank",
+        "created": 1700000000,
+        "model": "m",
+        "results": RESULTS,
+        "usage": USAGE,
+        "meta": meta("1"),
+    },
+    "cohere_v2": {"id": "abc", "results": RESULTS, "meta": meta("2")},
+    "jina": {"model": "m", "object": "list", "usage": USAGE, "results": RESULTS},
+    "tei": [{"index": 1, "score": 0.75}, {"index": 0, "score": 0.25}],
+    "vllm_score": {
+        "id": "score-abc",
+        "object": "list",
+        "created": 1700000000,
+        "model": "m",
+        "data": [
+            {"index": 1, "object": "score", "score": 0.75},
+            {"index": 0, "object": "score", "score": 0.25},
+        ],
+        "usage": USAGE,
+    },
+    "infinity": {
+        "object": "rerank",
+        "results": [
+            {"relevance_score": 0.75, "index": 1, "document": None},
+            {"relevance_score": 0.25, "index": 0, "document": None},
+        ],
+        "model": "m",
+        "usage": USAGE,
+        "id": "infinity-abc",
+        "created": 1700000000,
+    },
+    "voyage": {"object": "list", "data": RESULTS, "model": "m", "usage": {"total_tokens": 12}},
+    "nim": {"rankings": [{"index": 1, "logit": 1.5}, {"index": 0, "logit": -1.5}], "usage": USAGE},
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_answers(name):
+    assert BY_NAME[name].write(OUTCOME) == GOLDEN[name]
+    msgspec.json.encode(BY_NAME[name].write(OUTCOME))
+
+
+def test_answers_with_documents():
+    result = {"index": 0, "relevance_score": 0.5, "document": "a"}
+    assert BY_NAME["cohere_v1"].write(LONG)["results"] == [result]
+    assert BY_NAME["jina"].write(LONG)["results"] == [result]
+    assert BY_NAME["voyage"].write(LONG)["data"] == [result]
+    assert BY_NAME["infinity"].write(LONG)["results"] == [result]
+    assert BY_NAME["tei"].write(LONG) == [{"index": 0, "score": 0.5, "text": "a"}]
+    assert BY_NAME["cohere_v2"].write(LONG)["results"] == [{"index": 0, "relevance_score": 0.5}]
+    assert BY_NAME["vllm"].write(LONG) == {
+        "id": "rerank-abc",
+        "model": "m",
+        "usage": USAGE,
+        "results": [
+            {"index": 0, "document": {"text": "a", "multi_modal": None}, "relevance_score": 0.5}
+        ],
+    }
+
+
+def test_warnings_are_where_cohere_has_them():
+    warned = Outcome("abc", 1, "m", [], 12, warnings=("1 of 2 documents were cut.",))
+    expected = meta("2", warnings=["1 of 2 documents were cut."])
+    assert BY_NAME["cohere_v2"].write(warned)["meta"] == expected
+
+
+# Errors out.
+
+ERRORS = {
+    "invalid": InvalidInput("texts[1]", "is wrong", "Mend it."),
+    "large": TooLarge("documents", "are too many", "Send fewer."),
+    "malformed": Malformed("body", "is no JSON object", "Send JSON."),
+    "unauthorised": Unauthorised("An API key is needed."),
+    "overloaded": Overloaded("full", 2.5),
+    "late": DeadlinePassed("late"),
+    "failed": ScoringFailed("on fire"),
+    "memory": OutOfMemory("too large"),
+    "lost": WorkerLost("gone"),
+}
+STATUS = {
+    # invalid, large, malformed, unauthorised, overloaded, late, failed, memory, lost
+    "cohere_v1": (422, 413, 400, 401, 429, 504, 500, 507, 503),
+    "cohere_v2": (422, 413, 400, 401, 429, 504, 500, 507, 503),
+    "jina": (422, 413, 400, 401, 429, 504, 500, 507, 503),
+    "tei": (422, 413, 400, 401, 429, 504, 424, 424, 503),
+    "vllm": (400, 413, 400, 401, 429, 504, 500, 507, 503),
+    "vllm_score": (400, 413, 400, 401, 429, 504, 500, 507, 503),
+    "infinity": (422, 413, 400, 401, 429, 504, 500, 507, 503),
+    "voyage": (400, 413, 400, 401, 429, 504, 500, 507, 503),
+    "nim": (422, 413, 400, 401, 429, 504, 500, 507, 503),
+}
+
+
+def complain(name, error):
+    return BY_NAME[name].complain(Complaint(error, str(error), "abc"))
+
+
+@pytest.mark.parametrize("name", STATUS)
+def test_statuses_of_errors(name):
+    assert tuple(complain(name, error)[0] for error in ERRORS.values()) == STATUS[name]
+
+
+def test_bodies_of_errors():
+    words = "texts[1]: is wrong. Mend it."
+    invalid, overloaded = ERRORS["invalid"], ERRORS["overloaded"]
+    told = {"id": "abc", "message": words, "detail": words}
+    assert complain("cohere_v1", invalid)[1] == complain("cohere_v2", invalid)[1] == told
+    assert complain("jina", invalid)[1] == complain("voyage", invalid)[1] == {"detail": words}
+    assert complain("tei", invalid)[1] == {"error": words, "error_type": "Validation"}
+    assert complain("tei", overloaded)[1]["error_type"] == "Overloaded"
+    assert complain("tei", ERRORS["failed"])[1]["error_type"] == "Backend"
+    assert complain("tei", ERRORS["lost"])[1]["error_type"] == "Unhealthy"
+    assert complain("vllm", invalid)[1] == {
+        "error": {"message": words, "type": "BadRequestError", "param": "texts[1]", "code": 400}
+    }
+    assert complain("infinity", invalid)[1] == {"detail": words}
+    assert complain("infinity", overloaded)[1] == {
+        "error": {
+            "message": "full. Try again in 2.5 s.",
+            "type": "Overloaded",
+            "param": None,
+            "code": 429,
+        }
+    }
+    assert complain("nim", invalid)[1] == {
+        "object": "error",
+        "message": words,
+        "detail": {},
+        "type": "invalid_request_error",
+    }
+
+
+def test_tei_has_a_status_of_its_own_for_nothing():
+    with pytest.raises(InvalidInput) as caught:
+        read_as("tei", query="q", texts=[])
+    status, told = complain("tei", caught.value)
+    assert (status, told["error_type"]) == (400, "Empty")
