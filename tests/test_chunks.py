@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from echelon.encode.chunks import Chunking, chunk, spans
+from echelon.encode.chunks import Chunking, chunk, cut_at, spans
 from echelon.encode.pairs import TruncationImpossible
 from echelon.errors import InvalidInput, TooLarge
 from echelon.plan.admit import Bounds
@@ -86,6 +86,16 @@ def test_models_that_keep_the_end_keep_it():
     assert split.documents[0].tolist() == pairs.documents[0][-30:].tolist()
 
 
+def test_the_other_end_may_be_cut():
+    pairs = pairs_of([20, 200], 60, query=5)
+    cut, whole = cut_at(pairs, "left")
+    assert cut.documents[0].tolist() == pairs.documents[0].tolist()
+    assert cut.documents[1].tolist() == pairs.documents[1][-(60 - 5 - 3) :].tolist()
+    assert cut.lengths.tolist() == pairs.lengths.tolist() == [20, 60]
+    assert whole.truncated_tokens(cut.truncated_tokens).tolist() == [0, 140]
+    assert whole.best(np.array([1, 2], dtype=np.float32)).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"max_chunks": -1}])
 def test_limits_that_make_no_sense(wrong):
     with pytest.raises(InvalidInput, match=r"_per_doc: .* is not positive"):
@@ -105,6 +115,9 @@ def test_a_service_reads_in_chunks():
             cut = await made.submit([("query", text)])
             assert one.logits.tolist() == cut.logits.tolist()
             assert one.truncated_tokens.tolist() == cut.truncated_tokens.tolist()
+            left = await made.submit([("query", text)], side="left")
+            assert left.logits.tolist() == scores([("query", text[-52:])])
+            assert left.truncated_tokens.tolist() == cut.truncated_tokens.tolist()
             with pytest.raises(InvalidInput, match=r"pairs\[1\]\.document: with its query it has"):
                 await made.submit([("query", "d"), ("query", text)], whole=True)
             with pytest.raises(InvalidInput, match=r"pairs\[0\]\.query: its 50 tokens"):

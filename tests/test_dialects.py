@@ -141,8 +141,9 @@ def test_options_find_their_meaning():
     assert read_as("voyage", **plain, top_k=1, truncation=False).whole
     assert read_as("infinity", **plain, raw_scores=True).raw
     assert read_as("tei", query="q", texts=["a"], truncate=False, raw_scores=True).whole
-    assert not read_as("tei", query="q", texts=["a"], truncation_direction="right").whole
-    assert read_as("tei", query="q", texts=["a"], truncation_direction="Left").whole
+    for word, side in (("right", "right"), ("Left", "left"), (None, None)):
+        assert read_as("tei", query="q", texts=["a"], truncation_direction=word).side == side
+        assert read_as("vllm", **plain, truncation_side=word).side == side
     nim = {"query": {"text": "q"}, "passages": [{"text": "a"}]}
     assert read_as("nim", **nim).whole
     assert not read_as("nim", **nim, truncate="END").whole
@@ -152,6 +153,18 @@ def test_options_find_their_meaning():
 def test_extras_are_understood_everywhere(dialect):
     wanted = read(dialect, body(**dialect.example, timeout_ms=50, explain=True))
     assert (wanted.timeout_ms, wanted.explain) == (50, True)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
+def test_null_means_left_out(dialect):
+    base = {
+        name: value
+        for name, value in dialect.example.items()
+        if name in {"query", "documents", "texts", "passages", "text_1", "text_2"}
+    }
+    optional = [field.name for field in msgspec.structs.fields(dialect.request)]
+    nulls = dict.fromkeys(name for name in optional if name not in base)
+    assert read(dialect, body(**base, **nulls)) == read(dialect, body(**base))
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, None), (0, None), (1, 1), (99, 99)])

@@ -148,6 +148,7 @@ async def _ask(call: Call, wanted: Wanted) -> Answer:
         max_query_tokens=wanted.max_query_tokens,
         chunking=wanted.chunking,
         whole=wanted.whole,
+        side=wanted.side,
     )
 
 

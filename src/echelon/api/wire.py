@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from echelon.config import Truncation
-    from echelon.encode.chunks import Chunking
+    from echelon.encode.chunks import Chunking, Side
     from echelon.errors import EchelonError
     from echelon.plan.fair import Priority
     from echelon.types import Pair
@@ -32,6 +32,9 @@ Body = dict[str, Any] | list[Any] | None
 class Extras(msgspec.Struct, kw_only=True):
     """What a request of any dialect may hold besides its own fields.
 
+    Here and in the dialects every field but those that must be there may be null, which means what
+    leaving it out means: many clients send all that they know.
+
     Attributes:
         timeout_ms: milliseconds until the answer is of no use.
         raw_scores: logits instead of their sigmoid.
@@ -39,8 +42,8 @@ class Extras(msgspec.Struct, kw_only=True):
     """
 
     timeout_ms: float | None = None
-    raw_scores: bool = False
-    explain: bool = False
+    raw_scores: bool | None = None
+    explain: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Wanted:
         truncation: what gives way when a pair is longer; None is the server's own.
         chunking: how longer documents are read.
         whole: refuse documents that would be cut.
+        side: the end at which longer texts are cut; None is the model's own.
         priority: share of the device.
     """
 
@@ -75,6 +79,7 @@ class Wanted:
     truncation: Truncation | None = None
     chunking: Chunking | None = None
     whole: bool = False
+    side: Side | None = None
     priority: Priority = "normal"
 
 
@@ -170,6 +175,15 @@ class Dialect:
     example: Mapping[str, Any]
 
 
+def extras(body: Extras) -> dict[str, Any]:
+    """What the fields of every dialect say, as arguments of :class:`Wanted`."""
+    return {
+        "raw": bool(body.raw_scores),
+        "explain": bool(body.explain),
+        "timeout_ms": body.timeout_ms,
+    }
+
+
 def holds(*names: str) -> Callable[[Fields], bool]:
     """A claim on bodies with one of these fields."""
 
@@ -213,6 +227,22 @@ def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = 
             f"documents[{index}]", "has no 'text' that is a string", "Send a string or {text: …}."
         )
     return text
+
+
+def side_of(word: str | None, field: str) -> Side | None:
+    """The end at which texts are cut.
+
+    Raises:
+        InvalidInput: neither left nor right.
+    """
+    if word is None:
+        return None
+    match word.lower():
+        case "left":
+            return "left"
+        case "right":
+            return "right"
+    raise InvalidInput(field, f"{word!r} is unknown", "Use left or right.")
 
 
 def limit_of(top_n: int | None, field: str = "top_n") -> int | None:

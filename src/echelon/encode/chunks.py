@@ -6,8 +6,8 @@ scored as ever, so asking for chunks changes nothing where none are needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from echelon.errors import InvalidInput
 if TYPE_CHECKING:
     from echelon.encode.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
+
+Side = Literal["left", "right"]
+"""An end of a text, at which truncation cuts."""
 
 OVERLAP_SHARE = 8
 """A chunk shares an eighth of its tokens with the one before: a sentence or two at 512 tokens, so
@@ -119,6 +122,21 @@ def chunk(pairs: EncodedPairs, max_length: int, how: Chunking) -> tuple[EncodedP
         places += [place] * len(found)
     split = encode_pairs(pairs.template, queries, chunks, max_length, pairs.truncation, places)
     return split, Whole(np.array(starts, dtype=np.int32), np.array(cut, dtype=np.int32))
+
+
+def cut_at(pairs: EncodedPairs, side: Side) -> tuple[EncodedPairs, Whole]:
+    """Pairs that lose tokens lose them at ``side``, whatever the model's own is.
+
+    How many each text keeps stays as it was.
+
+    Returns:
+        The pairs, already cut; and what they lost.
+    """
+    kept = pairs.kept.tolist()
+    queries = [_first(ids, keep, side) for ids, (keep, _) in zip(pairs.queries, kept, strict=True)]
+    texts = [_first(ids, keep, side) for ids, (_, keep) in zip(pairs.documents, kept, strict=True)]
+    cut = replace(pairs, queries=queries, documents=texts)
+    return cut, Whole(np.arange(len(pairs), dtype=np.int32), pairs.truncated_tokens)
 
 
 def _first(ids: IntArray, keep: int | None, side: str) -> IntArray:

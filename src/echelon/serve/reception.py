@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.checks import check_pairs
-from echelon.encode.chunks import chunk
+from echelon.encode.chunks import chunk, cut_at
 from echelon.encode.pairs import EncodedPairs, TruncationImpossible, join
 from echelon.errors import InvalidInput, Overloaded
 from echelon.plan.admit import Ask, Bounds, House, TokenEstimate, refuse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.config import Truncation
-    from echelon.encode.chunks import Chunking, Whole
+    from echelon.encode.chunks import Chunking, Side, Whole
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.fair import Priority
     from echelon.serve.dispatch import Dispatch
@@ -55,6 +55,7 @@ class Wish:
         priority: its share of the device.
         chunking: how longer documents are read in chunks; None cuts them.
         whole: a pair that would lose tokens is refused instead.
+        side: the end at which longer texts are cut; None is the model's own.
     """
 
     max_length: int
@@ -64,6 +65,7 @@ class Wish:
     priority: Priority = "normal"
     chunking: Chunking | None = None
     whole: bool = False
+    side: Side | None = None
 
     @property
     def longest(self) -> int:
@@ -122,6 +124,8 @@ class Reception:
         whole = None
         if wish.chunking is not None:
             pairs, whole = await self._split(pairs, wish.max_length, wish.chunking)
+        elif wish.side is not None and wish.side != pairs.template.side:
+            pairs, whole = cut_at(pairs, wish.side)
         squares = int(np.square(pairs.lengths, dtype=np.int64).sum())
         self._judge(len(pairs), int(pairs.lengths.sum()), squares, wish)
         return pairs, whole

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from echelon.clock import Clock
     from echelon.config import Truncation
-    from echelon.encode.chunks import Chunking
+    from echelon.encode.chunks import Chunking, Side
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.fair import Priority
@@ -164,6 +164,7 @@ class Service:
         max_query_tokens: int | None = None,
         chunking: Chunking | None = None,
         whole: bool = False,
+        side: Side | None = None,
     ) -> Answer:
         """Score pairs; cancelling the awaiting task takes them out of the queue.
 
@@ -176,6 +177,7 @@ class Service:
             max_query_tokens: tokens kept of a query; None is the service's own.
             chunking: read longer documents in chunks, whose best is the document's score.
             whole: refuse pairs that would be cut.
+            side: the end at which longer texts are cut; None is the model's own.
 
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
@@ -201,6 +203,7 @@ class Service:
             priority=priority,
             chunking=chunking,
             whole=whole,
+            side=side,
         )
         self._enter()
         try:

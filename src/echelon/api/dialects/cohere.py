@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, limit_of, pairs_of, text_of
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
 from echelon.api.wire import priority_of as _priority_of
 from echelon.encode.chunks import Chunking
 
@@ -48,10 +48,8 @@ def _read_v1(body: CohereV1) -> Wanted:
         pairs=pairs_of(body.query, texts),
         documents=[_as_object(d) for d in body.documents] if body.return_documents else None,
         top_n=limit_of(body.top_n),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
         chunking=_chunking(body.max_tokens_per_doc, body.max_chunks_per_doc),
+        **extras(body),
     )
 
 
@@ -60,11 +58,9 @@ def _read_v2(body: CohereV2) -> Wanted:
     return Wanted(
         pairs=pairs_of(body.query, texts),
         top_n=limit_of(body.top_n),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
         chunking=_chunking(body.max_tokens_per_doc, None),
         priority=_priority_of(body.priority),
+        **extras(body),
     )
 
 

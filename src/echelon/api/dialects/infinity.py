@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, holds, limit_of, pairs_of
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, holds, limit_of, pairs_of
 
 if TYPE_CHECKING:
     from echelon.api.wire import Body, Outcome
@@ -17,7 +17,7 @@ class InfinityRequest(Extras, kw_only=True):
     documents: list[str]
     model: str | None = None
     top_n: int | None = None
-    return_documents: bool = False
+    return_documents: bool | None = None
 
 
 def _read(body: InfinityRequest) -> Wanted:
@@ -25,9 +25,7 @@ def _read(body: InfinityRequest) -> Wanted:
         pairs=pairs_of(body.query, body.documents),
         documents=body.documents if body.return_documents else None,
         top_n=limit_of(body.top_n),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
+        **extras(body),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, limit_of, pairs_of, text_of
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
 
 if TYPE_CHECKING:
     from echelon.api.wire import Body, Fields, Outcome
@@ -17,7 +17,7 @@ class JinaRequest(Extras, kw_only=True):
     documents: list[str | dict[str, Any]]
     model: str | None = None
     top_n: int | None = None
-    return_documents: bool = True
+    return_documents: bool | None = None
 
 
 def _claims(fields: Fields) -> bool:
@@ -28,11 +28,11 @@ def _read(body: JinaRequest) -> Wanted:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
     return Wanted(
         pairs=pairs_of(body.query, texts),
-        documents=[{"text": text} for text in texts] if body.return_documents else None,
+        documents=[{"text": text} for text in texts]
+        if body.return_documents is not False
+        else None,
         top_n=limit_of(body.top_n),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
+        **extras(body),
     )
 
 

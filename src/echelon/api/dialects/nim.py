@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, limit_of, pairs_of
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -25,20 +25,19 @@ class NimRequest(Extras, kw_only=True):
     query: NimText
     passages: list[NimText]
     model: str | None = None
-    truncate: str = "NONE"
+    truncate: str | None = None
     top_n: int | None = None
 
 
 def _read(body: NimRequest) -> Wanted:
-    if body.truncate not in {"NONE", "END"}:
-        raise InvalidInput("truncate", f"{body.truncate!r} is unknown", "Use NONE or END.")
+    truncate = body.truncate or "NONE"
+    if truncate not in {"NONE", "END"}:
+        raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
     return Wanted(
         pairs=pairs_of(body.query.text, [passage.text for passage in body.passages], "passages"),
         top_n=limit_of(body.top_n),
-        raw=True,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
-        whole=body.truncate == "NONE",
+        whole=truncate == "NONE",
+        **(extras(body) | {"raw": True}),
     )
 
 

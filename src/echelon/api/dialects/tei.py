@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, holds, limit_of, pairs_of
+from echelon.api.wire import (
+    Complaint,
+    Dialect,
+    Extras,
+    Wanted,
+    extras,
+    holds,
+    limit_of,
+    pairs_of,
+    side_of,
+)
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,25 +29,19 @@ class TeiRequest(Extras, kw_only=True):
     query: str
     texts: list[str]
     truncate: bool | None = None
-    truncation_direction: str = "Right"
-    return_text: bool = False
+    truncation_direction: str | None = None
+    return_text: bool | None = None
     top_n: int | None = None
 
 
 def _read(body: TeiRequest) -> Wanted:
-    direction = body.truncation_direction.lower()
-    if direction not in {"left", "right"}:
-        raise InvalidInput(
-            "truncation_direction", f"{body.truncation_direction!r} is unknown", "Use Left, Right."
-        )
     return Wanted(
         pairs=pairs_of(body.query, body.texts, "texts"),
         documents=body.texts if body.return_text else None,
         top_n=limit_of(body.top_n),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
-        whole=body.truncate is False or direction == "left",
+        whole=body.truncate is False,
+        side=side_of(body.truncation_direction, "truncation_direction"),
+        **extras(body),
     )
 
 

@@ -15,10 +15,12 @@ from echelon.api.wire import (
     Dialect,
     Extras,
     Wanted,
+    extras,
     holds,
     limit_of,
     pairs_of,
     priority_of,
+    side_of,
     text_of,
 )
 from echelon.encode.chunks import Chunking
@@ -40,7 +42,7 @@ class Common(Extras, kw_only=True):
     use_activation: bool | None = None
     activation: bool | None = None
     softmax: bool | None = None
-    priority: int = 0
+    priority: int | None = None
     instruction: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     normalize: bool | None = None
@@ -118,12 +120,11 @@ def _common(body: Common) -> dict[str, Any]:
     plain = False in (body.use_activation, body.activation, body.softmax)
     cut = body.truncate_prompt_tokens
     return {
-        "raw": body.raw_scores or plain,
-        "explain": body.explain,
-        "timeout_ms": body.timeout_ms,
+        **extras(body),
+        "raw": bool(body.raw_scores) or plain,
         "max_length": None if cut == -1 else _positive("truncate_prompt_tokens", cut),
         "priority": priority_of(body.priority),
-        "whole": body.truncation_side == "left",
+        "side": side_of(body.truncation_side, "truncation_side"),
     }
 
 

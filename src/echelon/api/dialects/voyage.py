@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, holds, limit_of, pairs_of
+from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, holds, limit_of, pairs_of
 
 if TYPE_CHECKING:
     from echelon.api.wire import Body, Outcome
@@ -17,8 +17,8 @@ class VoyageRequest(Extras, kw_only=True):
     documents: list[str]
     model: str | None = None
     top_k: int | None = None
-    return_documents: bool = False
-    truncation: bool = True
+    return_documents: bool | None = None
+    truncation: bool | None = None
 
 
 def _read(body: VoyageRequest) -> Wanted:
@@ -26,10 +26,8 @@ def _read(body: VoyageRequest) -> Wanted:
         pairs=pairs_of(body.query, body.documents),
         documents=body.documents if body.return_documents else None,
         top_n=limit_of(body.top_k, "top_k"),
-        raw=body.raw_scores,
-        explain=body.explain,
-        timeout_ms=body.timeout_ms,
-        whole=not body.truncation,
+        whole=body.truncation is False,
+        **extras(body),
     )
 
 
