@@ -197,6 +197,22 @@ def test_a_full_house_and_a_graceful_end(bert, speak):
         assert "everyone inside was answered" in server.lines[-1]["message"]
 
 
+def test_an_end_that_cannot_wait_tells_whoever_is_inside(bert):
+    with Live(bert, *MODEL, "--drain-s", 0.2) as server:
+        (worker,) = psutil.Process(server.process.pid).children()
+        worker.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as thread:
+            inside = thread.submit(
+                httpx.post, f"{server.url}/v1/rerank", content=BODY, timeout=GUARD_S
+            )
+            until(lambda: "echelon_requests_inside 1.0" in metrics(server))
+            assert server.end(signal.SIGTERM) == 0
+            answer = inside.result(GUARD_S)
+        assert (answer.status_code, worker.is_running()) == (503, False)
+        assert "stopped before the request was done" in answer.json()["message"]
+        assert "--drain-s was over" in server.lines[-1]["message"]
+
+
 def metrics(server) -> str:
     return httpx.get(f"{server.url}/metrics").text
 
@@ -221,6 +237,13 @@ def test_a_model_that_is_not_there_is_one_line_and_a_code(tmp_path):
     ended = run(tmp_path, "--port", 0)
     assert ended.returncode == 3
     assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("echelon: ")
+
+
+def test_a_broken_profile_has_its_own_code(tmp_path):
+    (tmp_path / "p.json").write_text("{", "utf-8")
+    ended = run(tmp_path, "--port", 0, "--profile", tmp_path / "p.json")
+    assert ended.returncode == 4
     assert ended.stderr.splitlines()[-1].startswith("echelon: ")
 
 

@@ -65,6 +65,7 @@ class House:
         self.rules = rules or Rules()
         self.since = int(time.time())
         self.failure: Exception | None = None
+        self.cut_short = False
         self._launch = launch
         self._service: Service | None = None
 
@@ -92,6 +93,12 @@ class House:
             self.failure = error
             raise
         self.metrics.watch(self._service)
+
+    async def hurry(self) -> None:
+        """The time to drain is over: whoever is still inside is told so now."""
+        if self._service is not None:
+            self.cut_short = self._service.snapshot().requests > 0
+            await self._service.stop()
 
     async def close(self) -> None:
         """Answer what is inside, then end."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import ssl
@@ -26,8 +28,8 @@ KEEP_ALIVE_S = 75
 """Idle connections live longer than those of usual load balancers (60 s), so that these never send
 a request into a connection that is just being closed."""
 
-GRACE_S = 2
-"""Beyond the time to drain, for answers to be written."""
+GRACE_S = 5
+"""Beyond the time to drain, for workers to end and answers to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,17 @@ class Address:
 class Server(uvicorn.Server):
     """uvicorn, which says where it listens and ends well when it is told to end.
 
-    Its own class raises the signal again once it has drained, so that the exit code says failure.
+    Its own class raises the signal again once it has drained, so that the exit code says failure,
+    and cuts the connections of whoever is not done in time.
+
+    Args:
+        config: uvicorn's.
+        house: what it serves.
     """
+
+    def __init__(self, config: uvicorn.Config, house: House) -> None:
+        super().__init__(config)
+        self._house = house
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the model, then listen."""
@@ -110,6 +121,18 @@ class Server(uvicorn.Server):
             url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
             logger.info("Serving at %s; the API is described at %s/docs", url, url,
                         extra={"facts": {"url": url}})  # fmt: skip
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is inside; who is not done when the time to drain is over gets 503."""
+        hurrying = asyncio.create_task(self._hurry())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hurrying.cancel()
+
+    async def _hurry(self) -> None:
+        await asyncio.sleep(self._house.rules.drain_s)
+        await self._house.hurry()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -149,17 +172,23 @@ def run(house: House, address: Address, *, exposed: bool) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=round(house.rules.drain_s) + GRACE_S,
+        timeout_graceful_shutdown=math.ceil(house.rules.drain_s) + GRACE_S,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
     try:
-        Server(config).run(sockets=[taken])
+        Server(config, house).run(sockets=[taken])
+    except SystemExit:  # uvicorn's word for a failed start
+        if house.failure is None:
+            raise
     finally:
         taken.close()
     if house.failure is not None:
         raise house.failure
-    logger.info("Ended; everyone inside was answered.")
+    if house.cut_short:
+        logger.warning("Ended; --drain-s was over before everyone inside had a result.")
+    else:
+        logger.info("Ended; everyone inside was answered.")
 
 
 def _warning(house: House, address: Address) -> str:
