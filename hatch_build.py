@@ -68,7 +68,7 @@ def _compile(folder: Path) -> str | None:
     sources = [str(folder / name) for name in SOURCES]
     command = [*compiler.split(), *FLAGS, *sources, "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
     except OSError as error:
         return f"{compiler} did not start ({error})"
     if done.returncode:

@@ -148,7 +148,7 @@ def test_a_file(model: Path) -> None:
 @pytest.mark.parametrize("name", [None, 7, b"demo", "", "  ", ["demo"]])
 def test_what_is_no_name(name: object) -> None:
     with pytest.raises(InvalidInput) as caught:
-        resolve(name)  # type: ignore[arg-type]
+        resolve(name)  # type: ignore[arg-type]  # what is wrong is the test
 
     assert caught.value.field == "model"
 

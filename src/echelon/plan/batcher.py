@@ -371,7 +371,7 @@ class Batcher:
 
     def _rest(self) -> None:
         """Nobody waits: begin anew, with nothing left over."""
-        self._order.reset()
+        self._order = FairOrder()  # from zero: virtual time stays small enough to be exact
         for queue in (self._fair, self._haste, self._again, self._start_by, self._deadlines):
             queue.clear()
 

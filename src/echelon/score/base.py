@@ -29,7 +29,7 @@ class Facts:
         family: architecture, such as ``xlm-roberta``.
         device: ``cpu`` or ``cuda:N``.
         device_name: the processor's or card's own name.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         max_tokens: longest pair the model's positions allow, special tokens included.
         cost: ragged or padded.
         weights_bytes: memory of the loaded weights, memory-mapped tables left out.

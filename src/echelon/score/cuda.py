@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.score.base import Facts
-from echelon.score.device import DTYPES, device_name, release_memory, run_step
+from echelon.score.device import DTYPES, release_memory, run_step
 from echelon.score.fused import Rows, values_of
 from echelon.score.graphs import CudaRecorder, Graphs
-from echelon.score.packed import finish, heads
+from echelon.score.packed import finish, heads, native_facts
 from echelon.score.staging import LARGEST, Inputs, Room, bucket_of, fill, read
 from echelon.score.varlen import Spans, choose_attention
 
@@ -66,16 +65,7 @@ class CudaScorer:
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
         self._graphs = Graphs(self._forward_fixed, record or CudaRecorder(device))
         self.use_graphs = True
-        self.facts = Facts(
-            family=architecture.family,
-            device=str(device),
-            device_name=device_name(device),
-            precision=precision,
-            max_tokens=architecture.max_tokens,
-            cost="ragged",
-            weights_bytes=weights.loaded_bytes,
-            threads=0,
-        )
+        self.facts = native_facts(architecture, weights, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.score.base.Scorer`.

@@ -86,11 +86,12 @@ class PrepackedLinear:
     quantized = False
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001
+        operators = torch.ops.mkldnn
+        self._packed = operators._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001 - no public name exists
         self._bias = bias
         self.activated = activation != "none"
         self._operation, self._algorithm = ONEDNN_ACTIVATIONS[activation]
-        call = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - no public name exists
+        call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
         self._plain, self._adding = call.default, call.binary
         # With kernels the norm that follows adds the residual, and needs no pass of its own either.
         self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None

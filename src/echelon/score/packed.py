@@ -84,6 +84,26 @@ class Weights:
     loaded_bytes: int
 
 
+def native_facts(
+    architecture: Architecture,
+    weights: Weights,
+    device: torch.device,
+    precision: str,
+    threads: int,
+) -> Facts:
+    """What a native model is, on any device."""
+    return Facts(
+        family=architecture.family,
+        device=str(device),
+        device_name=device_name(device),
+        precision=precision,
+        max_tokens=architecture.max_tokens,
+        cost="ragged",
+        weights_bytes=weights.loaded_bytes,
+        threads=threads,
+    )
+
+
 class PackedScorer:
     """A :class:`~echelon.score.base.Scorer` over packed rows.
 
@@ -107,16 +127,7 @@ class PackedScorer:
         self._weights: Weights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
-        self.facts = Facts(
-            family=architecture.family,
-            device=str(device),
-            device_name=device_name(device),
-            precision=precision,
-            max_tokens=architecture.max_tokens,
-            cost="ragged",
-            weights_bytes=weights.loaded_bytes,
-            threads=threads,
-        )
+        self.facts = native_facts(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.score.base.Scorer`.
