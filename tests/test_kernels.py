@@ -195,6 +195,28 @@ def test_settling_and_quantising(request, kernel):
     assert_rows(coded, rows.double(), None)
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+def test_a_rows_codes_are_its_own(request, kernel):
+    """However much larger the rows beside it are."""
+    if not kernel:
+        request.getfixturevalue("without_kernels")
+    torch.manual_seed(5)
+    rows = (torch.randn(70, 48) * torch.logspace(-2, 2, 70)[:, None]).bfloat16()
+    wide, norm = Product(rows, torch.ones(70), torch.zeros(48)), norm_of(48)
+    makers = {
+        "quantize": lambda part: quantize(part.values),
+        "activate": lambda part: activate(part, "gelu", SHIFTS["gelu"]),
+        "add_norm": lambda part: add_norm(part, norm, quantized=True),
+    }
+    for name, make in makers.items():
+        together = make(wide)
+        assert len(set(together.scales.tolist())) > 35, name
+        for i in (0, 35, 69):
+            alone = make(wide.part(slice(i, i + 1)))
+            assert torch.equal(alone.codes[0], together.codes[i]), name
+            assert alone.scales[0] == together.scales[i], name
+
+
 @needs_kernels
 def test_far_values_of_the_activations():
     edges = torch.tensor([[-3e4, -200.0, -9.0, -4.3, 0.0, 4.3, 9.0, 200.0, 3e4]]).bfloat16()
