@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -17,8 +18,10 @@ from echelon.score.device import choose_precision, multiplies_int8
 from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.score.linear import Int8Linear
 from echelon.score.load import layer_errors, open_scorer
+from echelon.serve.launch import launch
 from echelon.tune.texts import load_texts
-from helpers import NATIVE, make_toy, random_batch, split
+from echelon.tuner import Plan, tune
+from helpers import NATIVE, SENTENCES, make_toy, random_batch, split
 
 pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
 
@@ -253,3 +256,52 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
     monkeypatch.undo()
     with pytest.raises(InvalidInput, match="not built for distilbert"):
         open_scorer(toy("distilbert"), device="cpu", precision="int8")
+
+
+def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
+    batch = random_batch([40, 22], 150, 1, types=True)
+    names = list(layer_errors(bert, [batch]))
+    monkeypatch.setattr("echelon.serve.launch.pass_gate", lambda *_: names)
+    pairs = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
+    with Reranker(bert, device="cpu", precision="bf16", threads=1) as reranker:
+        expected = reranker.score(pairs)
+
+    async def main():
+        service = await launch(bert, device="cpu", threads=1, precision="int8")
+        try:
+            answer = await service.submit(pairs)
+            assert service.facts.precision == "int8"
+        finally:
+            await service.stop()
+        return answer.logits
+
+    found = asyncio.run(main())
+    with_codes = open_scorer(bert, precision="int8", threads=1)
+    encoded = PairEncoder(bert).encode(pairs, 130, "longest_first")
+    codes = with_codes.score(encoded.batch(range(len(pairs))))
+    assert np.abs(found - expected).max() < np.abs(codes - expected).max() / 2
+
+
+QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
+
+
+def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
+    monkeypatch.setattr("echelon.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}])
+    with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
+        tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
+
+
+def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
+    row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
+    monkeypatch.setattr("echelon.tuner.compare", lambda *_: [row])
+    opened = []
+    real = gate.Trial.open
+
+    def remembering(self, precision, keep_bf16=()):
+        opened.append((precision, list(keep_bf16)))
+        return real(self, precision, keep_bf16)
+
+    monkeypatch.setattr(gate.Trial, "open", remembering)
+    found = tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
+    assert found.settings.precision == "int8"
+    assert set(map(str, opened)) == {str(("int8", row["keep_bf16"]))}
