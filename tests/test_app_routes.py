@@ -129,6 +129,9 @@ def test_the_description_is_whole_and_needs_no_other_server():
             assert source.startswith("/")
             assert (await client.get(source)).status_code == 200
         told = (await client.get("/openapi.json")).json()
+        assert told["openapi"].startswith("3.0.")  # the page under /docs reads no other
+        assert '"null"' not in json.dumps(told)
+        assert '"nullable": true' in json.dumps(told)
         assert told["info"]["title"] == "Echelon: the-model"
         routes = {route.path for route in make_app(house).app.routes}
         assert set(PATHS) | set(PLAIN) <= routes

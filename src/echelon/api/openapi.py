@@ -41,6 +41,10 @@ PLAIN = {
 """Routes that are asked with GET."""
 
 
+VERSION = "3.0.3"
+"""The newest that the page under /docs reads: Swagger UI 4 refuses 3.1."""
+
+
 def describe(title: str = "Echelon") -> dict[str, Any]:
     """The description."""
     types = [dialect.request for dialect in DIALECTS]
@@ -54,8 +58,8 @@ def describe(title: str = "Echelon") -> dict[str, Any]:
     paths |= {path: {"get": _plain(says)} for path, says in PLAIN.items()}
     answer = paths["/info"]["get"]["responses"]["200"]
     answer["content"] = {"application/json": {"schema": schemas[-1]}}
-    return {
-        "openapi": "3.1.0",
+    description = {
+        "openapi": VERSION,
         "info": {"title": title, "version": __version__, "description": _WORDS},
         "paths": paths,
         "components": {
@@ -64,6 +68,24 @@ def describe(title: str = "Echelon") -> dict[str, Any]:
         },
         "security": [{}, {"key": []}],
     }
+    told: dict[str, Any] = _without_null(description)
+    return told
+
+
+def _without_null(part: Any) -> Any:
+    """Schemas in the words of OpenAPI 3.0, where null is no type but a property of one."""
+    if isinstance(part, list):
+        return [_without_null(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _without_null(value) for key, value in part.items()}
+    kinds = part.get("anyOf", ())
+    rest = [kind for kind in kinds if kind != {"type": "null"}]
+    if len(rest) == len(kinds):
+        return part
+    others = {key: value for key, value in part.items() if key != "anyOf"}
+    one = len(rest) == 1 and "$ref" not in rest[0]  # words beside a $ref would be ignored
+    return {**(rest[0] if one else {"anyOf": rest}), **others, "nullable": True}
 
 
 _WORDS = (
