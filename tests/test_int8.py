@@ -261,7 +261,7 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
 def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     batch = random_batch([40, 22], 150, 1, types=True)
     names = list(layer_errors(bert, [batch]))
-    monkeypatch.setattr("echelon.serve.launch.pass_gate", lambda *_: names)
+    monkeypatch.setattr("echelon.prepare.pass_gate", lambda *_: names)
     pairs = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
     with Reranker(bert, device="cpu", precision="bf16", threads=1) as reranker:
         expected = reranker.score(pairs)

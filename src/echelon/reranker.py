@@ -23,21 +23,11 @@ from echelon.checks import (
     check_top_n,
 )
 from echelon.config import Options
-from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits, closed
 from echelon.errors import EchelonWarning, InvalidInput
-from echelon.fetch.resolve import resolve
-from echelon.gate import pass_gate
 from echelon.plan.pack import step_budget, windows
-from echelon.progress import bar, status
-from echelon.score.load import open_scorer, require_model
-from echelon.tune.profile import (
-    Profile,
-    apply_profile,
-    current_key,
-    remember_budget,
-    warn_if_stale,
-)
+from echelon.prepare import prepare, with_profile
+from echelon.progress import bar
 from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:
@@ -72,33 +62,19 @@ class Reranker:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        asked = Options.of(**options)
-        folder = resolve(model, revision=asked.revision, progress=asked.progress)
-        profile = None if asked.profile is None else Profile.load(asked.profile)
-        self.options = asked if profile is None else apply_profile(asked, profile)
-        self.model = folder
-        require_model(folder.path)  # first of all: a folder that is no model says so
-        self._encoder = PairEncoder(folder.path)
-        with status("Comparing int8 with fp32", shown=self.options.progress) as told:
-            kept = pass_gate(folder, self.options, self._encoder, profile, told)
-        self._open = partial(
-            open_scorer,
-            folder.path,
-            device=self.options.device,
-            threads=self.options.threads,
-            label=self.options.label,
-            keep_bf16=kept,
-        )
-        scorer = self._open(precision=self.options.precision)
-        if profile is not None:
-            key = current_key(folder.name, folder.revision, scorer.facts)
-            warn_if_stale(profile, key, asked.profile)
+        self.options, profile = with_profile(Options.of(**options))
+        prepared = prepare(model, self.options, profile)
+        self.model = prepared.folder
+        self._encoder = prepared.encoder
+        opener = prepared.opener()
+        scorer = opener(precision=self.options.precision)
+        prepared.check_profile(scorer.facts)
         self._max_length = self._longest(self.options.max_length, scorer.facts)
         self._engine = Engine(
             scorer,
             self._limits(scorer.facts),
-            reopen=lambda precision: self._open(precision=precision),
-            learned=partial(remember_budget, self.options.profile),
+            reopen=lambda precision: opener(precision=precision),
+            learned=prepared.learned,
         )
 
     @property

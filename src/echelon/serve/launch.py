@@ -1,4 +1,4 @@
-"""From a model's name to a service that runs: resolve, read the profile, open the workers."""
+"""From a model's name to a service that runs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from echelon.config import Options
-from echelon.encode.tokens import PairEncoder
-from echelon.fetch.resolve import resolve
-from echelon.gate import pass_gate
 from echelon.plan.admit import Bounds
+from echelon.prepare import prepare, with_profile
 from echelon.score.device import usable_cpus
-from echelon.score.load import open_scorer, require_model
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
-from echelon.tune.profile import (
-    Profile,
-    apply_profile,
-    current_key,
-    remember_budget,
-    warn_if_stale,
-)
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
-    from pathlib import Path
 
+    from echelon.prepare import PreparedModel
     from echelon.serve.events import Listener
 
 
@@ -57,27 +47,18 @@ async def launch(
         ProfileError: the profile cannot be read.
         OutOfMemory: the weights do not fit.
     """
-    asked = Options.of(**options)
-    profile = None if asked.profile is None else Profile.load(asked.profile)
-    chosen = asked if profile is None else apply_profile(asked, profile)
+    chosen, profile = with_profile(Options.of(**options))
     settings = settings_of(chosen, workers, bounds, memory_limit_bytes)
-    folder = await asyncio.to_thread(
-        resolve, model, revision=asked.revision, progress=asked.progress
-    )
-    require_model(folder.path)  # before anything is opened: a folder that is no model says so
-    encoder = await asyncio.to_thread(PairEncoder, folder.path)
-    kept = await asyncio.to_thread(pass_gate, folder, chosen, encoder, profile)
+    prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
-        encoder,
-        partial(_make_worker, folder.path, chosen, kept, workers),
+        prepared.encoder,
+        partial(_make_worker, prepared, workers),
         settings,
         listener=listener,
-        learned=partial(remember_budget, chosen.profile),
+        learned=prepared.learned,
     )
     await service.start()
-    if profile is not None:
-        key = current_key(folder.name, folder.revision, service.facts)
-        warn_if_stale(profile, key, asked.profile)
+    prepared.check_profile(service.facts)
     return service
 
 
@@ -100,20 +81,11 @@ def settings_of(
 
 
 def _make_worker(
-    folder: Path,
-    options: Options,
-    keep_bf16: list[str],
-    workers: int,
-    number: int,
-    ended: Callable[[], None],
+    prepared: PreparedModel, workers: int, number: int, ended: Callable[[], None]
 ) -> ChildWorker:
-    opener = partial(
-        open_scorer,
-        folder,
-        device=device_of(options.device, number, workers),
-        threads=threads_of(options.threads, workers),
-        label=options.label,
-        keep_bf16=keep_bf16,
+    options = prepared.options
+    opener = prepared.opener(
+        device_of(options.device, number, workers), threads_of(options.threads, workers)
     )
     return ChildWorker(opener, f"worker {number}", on_end=ended)
 

@@ -186,7 +186,7 @@ def warn_if_stale(profile: Profile, now: Key, path: object) -> None:
         warnings.warn(
             f"{path} is stale: {'; '.join(differences)}. It is used all the same. {TUNE_AGAIN}",
             EchelonWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
