@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from echelon.encode.pairs import EncodedPairs
     from echelon.plan.degrade import Action
     from echelon.score.base import Facts, Scorer
-    from echelon.types import FloatArray, IntArray
+    from echelon.types import FloatArray, IntArray, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,39 @@ class Engine:
                 scored(run.last_finished)
         return run.outcome()
 
+    def step(self, batch: TokenBatch) -> FloatArray:
+        """Score one step that somebody else planned, between the steps of :meth:`run`.
+
+        Returns:
+            float32 [pairs], raw logits.
+
+        Raises:
+            InvalidInput: the engine is closed.
+            DeviceOutOfMemory: it did not fit; nothing was done about it.
+        """
+        with self._device:
+            if not self._open:
+                raise closed()
+            return self._scorer.score(batch)
+
+    def release(self) -> None:
+        """Give cached memory back to the device."""
+        with self._device:
+            if self._open:
+                self._scorer.release()
+
+    def use_precision(self, precision: str) -> None:
+        """Open the model in another precision, where it is known how."""
+        with self._device:
+            if self._open:
+                self._switch(precision)
+
+    def learn(self, budget: int) -> None:
+        """Keep a smaller token budget that memory taught."""
+        self._learned_budget = min(self._learned_budget, budget)
+        if self._learned is not None:
+            self._learned(self._learned_budget)
+
     def close(self) -> None:
         """Close the scorer once the step under way has ended; closing twice does nothing."""
         with self._device:
@@ -178,19 +211,18 @@ class Engine:
         self._scorer.release()
         run.caches_dropped = True
         if action.budget is not None:
-            self._learn(action.budget)
-        if action.precision is not None and self._reopen is not None:
-            self._close_scorer()
-            self._scorer = self._reopen(action.precision)
-            self._open = True
+            self.learn(action.budget)
+        if action.precision is not None:
+            self._switch(action.precision)
         if action.max_length is not None:
             run.shorten(action.max_length)
         run.plan(self._ceiling(run), self.facts)
 
-    def _learn(self, budget: int) -> None:
-        self._learned_budget = min(self._learned_budget, budget)
-        if self._learned is not None:
-            self._learned(self._learned_budget)
+    def _switch(self, precision: str) -> None:
+        if self._reopen is not None:
+            self._close_scorer()
+            self._scorer = self._reopen(precision)
+            self._open = True
 
 
 def closed() -> InvalidInput:

@@ -5,44 +5,28 @@ A call goes: check → fold identical pairs → encode → plan and score (engin
 
 from __future__ import annotations
 
-import asyncio
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
-from echelon.checks import (
-    check_documents,
-    check_max_length,
-    check_pairs,
-    check_text,
-    check_top_n,
-)
+from echelon.call import Call, check_rank, ranking_of, warn_if_cut
+from echelon.checks import check_max_length
 from echelon.config import Options
-from echelon.engine import Engine, Limits, closed
-from echelon.errors import EchelonWarning, InvalidInput
-from echelon.plan.pack import step_budget, windows
+from echelon.engine import Engine, Limits
+from echelon.errors import InvalidInput
+from echelon.plan.pack import step_budget
 from echelon.prepare import prepare, with_profile
 from echelon.progress import bar
-from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    import numpy.typing as npt
+    from collections.abc import Iterable, Iterator, Sequence
 
     from echelon.encode.pairs import EncodedPairs
     from echelon.score.base import Facts
-    from echelon.types import FloatArray, IntArray, Pair
-
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
+    from echelon.serve.together import Together
+    from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
 
 
 class Reranker:
@@ -105,16 +89,7 @@ class Reranker:
         Warns:
             EchelonWarning: pairs were truncated; :meth:`score_pairs` tells which.
         """
-        scored = self.score_pairs(pairs)
-        cut = int(np.count_nonzero(scored.truncated_tokens))
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(scored.logits)} pairs were cut to {self._max_length} tokens. "
-                "Raise max_length if the model allows, or call score_pairs to see which.",
-                EchelonWarning,
-                stacklevel=2,
-            )
-        return scored.logits
+        return warn_if_cut(self.score_pairs(pairs), self._max_length)
 
     def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
         """Score pairs and tell how: truncations, tokens, steps, memory ladder.
@@ -128,47 +103,19 @@ class Reranker:
             InvalidInput: as in :meth:`score`, or an override that is unknown or wrong.
             OutOfMemory: a pair does not fit in memory alone.
         """
-        options = _override(self.options, overrides)
-        checked = check_pairs(pairs)
-        distinct, first, back = _fold(checked)
-        logits = np.empty(len(distinct), dtype=np.float32)
-        truncated = np.empty(len(distinct), dtype=np.int32)
-        reports = []
+        options = override(self.options, overrides)
+        call = self.begin(pairs, options)
         limits = self._limits(self.facts, options)
-        with bar("Scoring", len(distinct), shown=options.progress) as scored:
-            for window, encoded in self._encoded_ahead(distinct, first, options):
+        with bar("Scoring", call.distinct, shown=options.progress) as scored:
+            for window, encoded in _encoded_ahead(call):
                 outcome = self._engine.run(encoded, limits=limits, scored=scored)
-                logits[window], truncated[window] = outcome.logits, outcome.truncated_tokens
-                reports.append(outcome.report)
-        report = replace(RunReport.of(reports), pairs=len(checked))
-        return ScoredPairs(logits[back], truncated[back], report)
+                call.keep(window, outcome.logits, outcome.truncated_tokens, outcome.report)
+        return call.scored()
 
-    def _encoded_ahead(
-        self, pairs: Sequence[Pair], places: Sequence[int], options: Options
-    ) -> Iterator[tuple[list[int], EncodedPairs]]:
-        """Pairs in windows, longest texts first, each encoded while the one before is scored."""
+    def begin(self, pairs: Iterable[Pair], options: Options) -> Call:
+        """Check and fold the pairs of a call."""
         longest = self._longest(options.max_length, self.facts)
-
-        def encode(window: list[int]) -> EncodedPairs:
-            return self._encoder.encode(
-                [pairs[i] for i in window],
-                longest,
-                options.truncation,
-                options.max_query_tokens,
-                [places[i] for i in window],
-            )
-
-        sizes = [len(query) + len(document) for query, document in pairs]
-        first, *others = windows(sizes)
-        ready = encode(first)
-        if not others:
-            yield first, ready
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
-            for window, following in pairwise([first, *others, []]):
-                coming = thread.submit(encode, following)
-                yield window, ready
-                ready = coming.result()
+        return Call(pairs, self._encoder, options, longest)
 
     def rank(
         self,
@@ -189,23 +136,15 @@ class Reranker:
             InvalidInput: as in :meth:`score`, or ``top_n`` is not a positive number.
             OutOfMemory: a pair does not fit in memory alone.
         """
-        check_text("query", query)
-        check_documents(documents)
-        check_top_n(top_n)
+        check_rank(query, documents, top_n)
         scored = self.score_pairs([(query, document) for document in documents], **overrides)
-        order = np.argsort(-scored.logits, kind="stable")[:top_n]
-        chances = sigmoid(scored.logits)
-        results = tuple(
-            RankedDocument(
-                index=int(i),
-                score=float(chances[i]),
-                logit=float(scored.logits[i]),
-                document=documents[i],
-                truncated_tokens=int(scored.truncated_tokens[i]),
-            )
-            for i in order
-        )
-        return Ranking(query, results, scored.report)
+        return ranking_of(query, documents, top_n, scored)
+
+    def together(self) -> Together:
+        """A way to score the calls of many tasks in shared steps; close it before the model."""
+        from echelon.serve.together import Together
+
+        return Together(self._engine, self._limits(self.facts))
 
     def close(self) -> None:
         """Free the model."""
@@ -240,76 +179,26 @@ CALL_OPTIONS = frozenset(
 """Options that one call may set for itself; the others are fixed when the model is loaded."""
 
 
-class AsyncReranker:
-    """:class:`Reranker` for asyncio: the same methods, awaited.
+def _encoded_ahead(call: Call) -> Iterator[tuple[list[int], EncodedPairs]]:
+    """A call's windows, each encoded while the one before is scored."""
+    first, *others = call.windows
+    ready = call.encode(first)
+    if not others:
+        yield first, ready
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
+        for window, following in pairwise([first, *others, []]):
+            coming = thread.submit(call.encode, following)
+            yield window, ready
+            ready = coming.result()
 
-    Work runs in one thread of its own, so the event loop never waits for the model.
 
-    Args:
-        model: as in :class:`Reranker`; it is loaded at once.
-        **options: as in :class:`Reranker`.
+def override(options: Options, overrides: dict[str, Any]) -> Options:
+    """Options for one call.
+
+    Raises:
+        InvalidInput: an override is unknown, wrong, or cannot be set for one call.
     """
-
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self.reranker = Reranker(model, **options)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="echelon")
-        self._open = True
-
-    async def score(self, pairs: Iterable[Pair]) -> FloatArray:
-        """As :meth:`Reranker.score`."""
-        return await self._call(self.reranker.score, pairs)
-
-    async def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
-        """As :meth:`Reranker.score_pairs`."""
-        return await self._call(self.reranker.score_pairs, pairs, **overrides)
-
-    async def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_n: int | None = None,
-        **overrides: Any,
-    ) -> Ranking:
-        """As :meth:`Reranker.rank`."""
-        return await self._call(self.reranker.rank, query, documents, top_n, **overrides)
-
-    async def close(self) -> None:
-        """Free the model once the calls under way have ended; closing twice does nothing."""
-        if self._open:
-            self._open = False
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, self.reranker.close)
-            self._thread.shutdown(wait=False)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
-
-    async def _call(
-        self, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
-    ) -> Result:
-        if not self._open:
-            raise closed()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
-
-
-def sigmoid(logits: FloatArray) -> npt.NDArray[np.float64]:
-    """Logistic function in float64: large logits stay apart, very negative ones do not overflow."""
-    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
-
-
-def _fold(pairs: list[Pair]) -> tuple[list[Pair], list[int], IntArray]:
-    """Distinct pairs, where each stands first, and for every pair which of them it is."""
-    numbers: dict[Pair, int] = {}
-    back = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
-    first = np.unique(back, return_index=True)[1].tolist()
-    return list(numbers), first, back
-
-
-def _override(options: Options, overrides: dict[str, Any]) -> Options:
     if not overrides:
         return options
     fixed = sorted(set(overrides) - CALL_OPTIONS)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from echelon.call import sigmoid
 from echelon.checks import check_pairs
 from echelon.compat.keywords import capped, device_option, refuse, take_refused
 from echelon.compat.locate import Storage, locate
 from echelon.compat.saved import read_saved
 from echelon.config import Options
 from echelon.errors import InvalidInput
-from echelon.reranker import Reranker, sigmoid
+from echelon.reranker import Reranker
 
 if TYPE_CHECKING:
     import os

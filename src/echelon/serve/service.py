@@ -9,10 +9,9 @@ error of :mod:`echelon.errors` that says what to do. :mod:`echelon.serve.dispatc
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from functools import partial
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
 from echelon.serve.crew import Keeper, Orders
 from echelon.serve.dispatch import EXPIRED, Dispatch
 from echelon.serve.events import Careful, Refused, Silence
+from echelon.serve.futures import resolve
 from echelon.serve.job import Job
 from echelon.serve.reception import Reception, Wish
 from echelon.serve.state import Readiness, Settings, Snapshot
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
     from echelon.types import Pair, TokenBatch
-
-Result = TypeVar("Result")
 
 CANARY: Pair = ("is anybody there", "A bird sings in the mine.")
 """A pair that any model can score: readiness means that it was, not that a port is open."""
@@ -286,7 +284,7 @@ class Service:
                 wedge_floor_s=self.settings.wedge_floor_s,
             ),
             opened=self._opened,
-            settled=partial(_resolve, loop, settled),
+            settled=partial(resolve, loop, settled),
         )
 
     def _opened(self, facts: Facts) -> list[TokenBatch]:
@@ -322,7 +320,7 @@ class Service:
         job = Job(
             number=next(self._numbers),
             pairs=encoded,
-            done=partial(_resolve, loop, future),
+            done=partial(resolve, loop, future),
             arrived=arrived,
             tokenise_s=self.clock() - arrived,
             deadline=wish.deadline,
@@ -342,19 +340,6 @@ class Service:
     async def _sing(self) -> Answer:
         deadline = self.clock() + CANARY_TIMEOUT_S
         return await self.submit([CANARY], deadline=deadline, priority="high")
-
-
-def _resolve(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Result], value: Result
-) -> None:
-    """Give a future its value from another thread, unless nobody waits any more."""
-
-    def give() -> None:
-        if not future.done():
-            future.set_result(value)
-
-    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
-        loop.call_soon_threadsafe(give)
 
 
 def _nothing() -> Answer:
