@@ -60,13 +60,13 @@ class Echelon:
         from echelon import Reranker
 
         # Random weights would not pass int8's gate; how scores agree is measured here anyway.
-        with mock.patch("echelon.reranker.pass_gate", return_value=[]):
+        with mock.patch("echelon.prepare.pass_gate", return_value=[]):
             self._reranker = Reranker(folder, precision=precision, max_length=MAX_LENGTH)
         self._option = "token_budget" if unit == "tokens" else "batch_size"
 
     def score(self, pairs: Pairs, size: int) -> Any:
         """Every pair goes through the model, also one that stands there twice."""
-        with mock.patch("echelon.reranker._fold", _unfolded):
+        with mock.patch("echelon.call._fold", _unfolded):
             return self._reranker.score_pairs(pairs, **{self._option: size}).logits
 
 
