@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from echelon import Reranker
+from echelon.score.mapped import MappedPages
 from helpers import make_toy, run_python
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ print(json.dumps([peak - before, after - before, scorer.facts.weights_bytes]))
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
+from safetensors import safe_open
+
 from echelon import Reranker
+from echelon.score.mapped import MappedPages
 
 def address_space():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -163,3 +168,56 @@ def test_weights_that_do_not_fit(medium, tmp_path):
         assert ran.returncode == 0, ran.stderr[-3000:]
         assert f"{folder}: the weights do not fit on cpu in fp32" in ran.stdout
         assert "choose a lower precision" in ran.stdout
+
+
+TABLE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import torch
+from echelon.score.load import open_scorer
+from echelon.score.mapped import MappedPages
+from echelon.types import TokenBatch
+
+def mapped():
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    inside, kib = False, 0
+    for line in lines:
+        if "-" in line.split()[0]:
+            inside = line.endswith("model.safetensors")
+        elif inside and line.startswith("Rss:"):
+            kib += int(line.split()[1])
+    return kib * 1024
+
+scorer = open_scorer(Path(sys.argv[1]), device="cpu", precision="fp32", threads=1)
+table = scorer._weights.embeddings.words
+assert MappedPages.of(table) is None  # small: stays
+assert MappedPages.of(table.clone(), 0) is None  # no file's: zeros would be left
+ids = np.arange(5, 2005, dtype=np.int32)
+batch = TokenBatch(ids, None, np.arange(0, 2001, 100, dtype=np.int32))
+before = scorer.score(batch)
+kept = mapped()
+scorer._mapped = MappedPages.of(table, 0)
+after = scorer.score(batch)
+print(json.dumps([kept, mapped(), table.nbytes, bool((before == after).all())]))
+"""
+
+
+def test_pages_of_the_word_table_are_given_back(tokenizers, tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 2500}
+    folder = make_toy(tmp_path / "toy", "bert", tokenizers["bert"], **shape)
+    done = run_python(TABLE, folder)
+    assert not done.stderr, done.stderr
+    kept, left, table, equal = json.loads(done.stdout)
+    assert equal
+    assert kept > table / 2
+    assert left < table / 10
+
+
+def test_a_table_that_was_written_to_is_not_given_back(tokenizers, tmp_path):
+    folder = make_toy(tmp_path / "toy", "bert", tokenizers["bert"], vocab_size=2500)
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        table = opened.get_tensor("bert.embeddings.word_embeddings.weight")
+    assert MappedPages.of(table, 0) is not None
+    table[7] = 1.0
+    assert MappedPages.of(table, 0) is None

@@ -18,6 +18,7 @@ from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.base import Facts
 from echelon.score.device import DTYPES, device_name, release_memory, run_step
 from echelon.score.fused import Norm, Product, Rows, add_norm, settle, values_of
+from echelon.score.mapped import MappedPages
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class PackedScorer:
         self._weights: Weights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
+        self._mapped = MappedPages.of(weights.embeddings.words)
         self.facts = native_facts(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
@@ -145,7 +147,7 @@ class PackedScorer:
 
     def close(self) -> None:
         """Free the weights."""
-        self._weights = None
+        self._weights = self._mapped = None
         self.release()
 
     def _forward(self, batch: TokenBatch) -> Tensor:
@@ -163,6 +165,8 @@ class PackedScorer:
         """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
         positions = self._shape.positions(batch)
         rows = self._look_up(embeddings.words, batch.ids)
+        if self._mapped is not None:
+            self._mapped.touched(len(batch.ids))
         rows += self._look_up(embeddings.positions, positions)
         segments = batch.type_ids
         if segments is None or not self._shape.reads_segments:
