@@ -5,12 +5,14 @@ The names are documented in docs/SERVING.md; a test holds the two together.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
-from echelon.serve.events import Silence
+from echelon.plan.admit import RULES
+from echelon.plan.degrade import RUNGS
+from echelon.serve.events import Outcome, Silence, WorkerState
 
 if TYPE_CHECKING:
     from echelon.serve.events import (
@@ -37,7 +39,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics(Silence):
     """Listens to a service and counts.
 
-    Each server has its own, so that several may live in one process.
+    Each server has its own, so that several may live in one process. Counters whose labels are
+    known stand at zero from the start: Prometheus sees no increase in a series that begins at one.
     """
 
     def __init__(self) -> None:
@@ -47,6 +50,7 @@ class Metrics(Silence):
         self._requests()
         self._steps()
         self._state()
+        self._begin()
 
     def watch(self, service: Service) -> None:
         """The service whose state is asked for with each scrape."""
@@ -54,6 +58,7 @@ class Metrics(Silence):
         facts = service.facts
         self._info.labels(__version__, facts.family, facts.device, facts.precision).set(1)
         self._budget.set(service.snapshot().load.budget)
+        self._memory_limit.set(service.settings.memory_limit_bytes or 0)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -183,11 +188,25 @@ class Metrics(Silence):
         self._oldest = self._gauge("oldest_seconds", "Age of the oldest request in the queue.")
         self._workers = self._gauge("workers_up", "Workers that are up.")
         self._resident = self._gauge("worker_resident_bytes", "Memory of a worker.", "worker")
+        self._memory_limit = self._gauge(
+            "worker_memory_limit_bytes", "A worker that holds more is replaced; 0: none is."
+        )
         self._worker_changes = self._counter(
             "worker_changes_total", "Workers' changes of state.", "state"
         )
         self._scale = self._gauge("cost_scale", "Actual over default step time, as learned.")
         self._draining = self._gauge("draining", "1 while nothing more is taken in.")
+
+    def _begin(self) -> None:
+        for counter, values in (
+            (self._deadlines, ("met", "missed")),
+            (self._ended, get_args(Outcome)),
+            (self._refused, (*RULES, "shutting_down")),
+            (self._ladder, [rung.__name__.removeprefix("_") for rung in RUNGS]),
+            (self._worker_changes, get_args(WorkerState)),
+        ):
+            for value in values:
+                counter.labels(value)
 
     def _look(self, service: Service) -> None:
         now = service.snapshot()
