@@ -11,6 +11,7 @@ from helpers import run_python
 
 PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
+    "echelon.adapters.haystack",  # Haystack looks for torch when it is imported
     "echelon.compat.activation",
     "echelon.score.attention",
     "echelon.score.cuda",

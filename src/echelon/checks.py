@@ -43,7 +43,7 @@ def check_documents(documents: object) -> None:
         check_text(f"documents[{index}]", document)
 
 
-def check_top_n(top_n: object) -> None:
+def check_top_n(top_n: object, field: str = "top_n") -> None:
     """Refuse what is not a positive number or None.
 
     Raises:
@@ -52,7 +52,7 @@ def check_top_n(top_n: object) -> None:
     if top_n is None:
         return
     if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
-        raise InvalidInput("top_n", f"{top_n!r} is not a positive whole number", "Give 1 or more.")
+        raise InvalidInput(field, f"{top_n!r} is not a positive whole number", "Give 1 or more.")
 
 
 def check_pairs(pairs: object, first: int = 0) -> list[Pair]:

@@ -1,0 +1,140 @@
+"""Echelon as Haystack's ranker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from echelon.adapters.ranking import Model, check_no_options, missing, opened, ranked
+from echelon.checks import check_top_n
+from echelon.config import Options
+from echelon.errors import InvalidInput
+from echelon.reranker import AsyncReranker, Reranker
+
+try:
+    from haystack import Document, component, default_from_dict, default_to_dict
+except ImportError as error:
+    raise missing("haystack-ai", "haystack") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@component
+class EchelonRanker:
+    """Sorts documents by relevance to the query.
+
+    What comes back are copies under new scores (sigmoid of the logit). The model is loaded by
+    ``warm_up``, which a pipeline calls.
+
+    Args:
+        model: hub id, local folder, ``"demo"``, or a reranker that is open.
+        top_k: documents to give back; None gives all.
+        meta_fields_to_embed: fields of ``meta`` put before the content, where they hold something.
+        embedding_separator: what stands between them.
+        **options: see :class:`echelon.config.Options`.
+
+    Raises:
+        InvalidInput: ``top_k`` or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        top_k: int | None = None,
+        meta_fields_to_embed: Sequence[str] = (),
+        embedding_separator: str = "\n",
+        **options: Any,
+    ) -> None:
+        check_top_n(top_k, "top_k")
+        if isinstance(model, Reranker | AsyncReranker):
+            check_no_options(options)
+        Options.of(**options)
+        self.model = model
+        self.top_k = top_k
+        self.meta_fields_to_embed = list(meta_fields_to_embed)
+        self.embedding_separator = embedding_separator
+        self.options = options
+        self._reranker: Reranker | None = None
+
+    def warm_up(self) -> None:
+        """Load the model; a second time does nothing.
+
+        Raises:
+            ModelError: the model is not there, damaged, or of an unsupported kind.
+            ProfileError: the profile cannot be read.
+            OutOfMemory: the weights do not fit.
+        """
+        self._warm()
+
+    def close(self) -> None:
+        """Free the model, unless it came in open; the next run loads it again."""
+        if self._reranker is not None and not isinstance(self.model, Reranker | AsyncReranker):
+            self._reranker.close()
+        self._reranker = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The component as plain data.
+
+        Raises:
+            InvalidInput: the model came in as an open reranker, which no text can stand for.
+        """
+        if isinstance(self.model, Reranker | AsyncReranker):
+            raise InvalidInput(
+                "model",
+                "is an open reranker, which cannot be saved",
+                "Pass the model's name and the options to a component that is to be saved.",
+            )
+        plain = Options.of(**self.options).as_dict()
+        data: dict[str, Any] = default_to_dict(
+            self,
+            model=str(self.model),
+            top_k=self.top_k,
+            meta_fields_to_embed=self.meta_fields_to_embed,
+            embedding_separator=self.embedding_separator,
+            **{name: plain[name] for name in self.options},
+        )
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EchelonRanker:
+        """The component that :meth:`to_dict` described."""
+        made: EchelonRanker = default_from_dict(cls, data)
+        return made
+
+    @component.output_types(documents=list[Document])
+    def run(
+        self, query: str, documents: list[Document], top_k: int | None = None
+    ) -> dict[str, list[Document]]:
+        """The best documents, best first, under ``documents``.
+
+        Args:
+            query: the query.
+            documents: what to sort.
+            top_k: documents to give back, instead of the constructor's.
+
+        Raises:
+            InvalidInput: a document has no text, ``top_k`` is wrong, or the query leaves no room.
+            ModelError: as in :meth:`warm_up`.
+            OutOfMemory: a document does not fit in memory alone.
+
+        Warns:
+            EchelonWarning: documents were cut to ``max_length``.
+        """
+        check_top_n(top_k, "top_k")
+        texts = [self._text(document, place) for place, document in enumerate(documents)]
+        results = ranked(self._warm(), query, texts, self.top_k if top_k is None else top_k)
+        return {"documents": [replace(documents[r.index], score=r.score) for r in results]}
+
+    def _warm(self) -> Reranker:
+        if self._reranker is None:
+            self._reranker = opened(self.model, self.options)
+        return self._reranker
+
+    def _text(self, document: Document, place: int) -> str:
+        if document.content is None:
+            raise InvalidInput(
+                f"documents[{place}]", "has no content", "Rank documents that hold text."
+            )
+        fields = [document.meta.get(name) for name in self.meta_fields_to_embed]
+        return self.embedding_separator.join([*(str(f) for f in fields if f), document.content])

@@ -1,0 +1,87 @@
+"""Echelon as LangChain's document compressor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echelon.adapters.ranking import Model, missing, opened, ranked
+from echelon.checks import check_top_n
+
+try:
+    from langchain_core.documents.compressor import BaseDocumentCompressor
+    from pydantic import ConfigDict, PrivateAttr
+except ImportError as error:
+    raise missing("langchain-core", "langchain") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.documents import Document
+
+    from echelon.reranker import Reranker
+
+
+class EchelonReranker(BaseDocumentCompressor):
+    """Sorts documents by relevance to the query.
+
+    What comes back are copies, with ``relevance_score`` (sigmoid of the logit) in their metadata.
+
+    Args:
+        model: hub id, local folder, ``"demo"``, or a reranker that is open.
+        top_n: documents to give back; None gives all.
+        **options: see :class:`echelon.config.Options`.
+
+    Raises:
+        InvalidInput: ``top_n`` or an option is wrong.
+        ModelError: the model is not there, damaged, or of an unsupported kind.
+        OutOfMemory: the weights do not fit.
+    """
+
+    model: Model
+    top_n: int | None = None
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="allow")
+    _reranker: Reranker = PrivateAttr()
+
+    def __init__(self, model: Model, top_n: int | None = None, **options: Any) -> None:
+        check_top_n(top_n)
+        reranker = opened(model, options)
+        fields: dict[str, Any] = {"model": model, "top_n": top_n, **options}
+        super().__init__(**fields)
+        self._reranker = reranker
+
+    @property
+    def reranker(self) -> Reranker:
+        """The reranker that is asked; its ``close`` frees the model."""
+        return self._reranker
+
+    def compress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,
+    ) -> Sequence[Document]:
+        """The best documents, best first.
+
+        ``acompress_documents``, inherited, does the same in a thread.
+
+        Raises:
+            InvalidInput: the query leaves no room.
+            OutOfMemory: a document does not fit in memory alone.
+
+        Warns:
+            EchelonWarning: documents were cut to ``max_length``.
+        """
+        del callbacks
+        texts = [document.page_content for document in documents]
+        return [
+            documents[result.index].model_copy(
+                update={
+                    "metadata": {
+                        **documents[result.index].metadata,
+                        "relevance_score": result.score,
+                    }
+                }
+            )
+            for result in ranked(self._reranker, query, texts, self.top_n)
+        ]

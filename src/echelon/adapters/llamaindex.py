@@ -1,0 +1,100 @@
+"""Echelon as LlamaIndex's node postprocessor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echelon.adapters.ranking import Model, missing, opened, ranked
+from echelon.checks import check_top_n
+from echelon.errors import InvalidInput
+
+try:
+    from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr
+    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+except ImportError as error:
+    raise missing("llama-index-core", "llamaindex") from error
+
+if TYPE_CHECKING:
+    from echelon.reranker import Reranker
+
+dispatcher = get_dispatcher(__name__)
+
+
+class EchelonRerank(BaseNodePostprocessor):
+    """Sorts nodes by relevance to the query.
+
+    The text of a node is what LlamaIndex would embed, metadata included. What comes back are the
+    same nodes under new scores (sigmoid of the logit).
+
+    Args:
+        model: hub id, local folder, ``"demo"``, or a reranker that is open.
+        top_n: nodes to give back; None gives all.
+        **options: see :class:`echelon.config.Options`; ``callback_manager`` is LlamaIndex's.
+
+    Raises:
+        InvalidInput: ``top_n`` or an option is wrong.
+        ModelError: the model is not there, damaged, or of an unsupported kind.
+        OutOfMemory: the weights do not fit.
+    """
+
+    model: Model
+    top_n: int | None = None
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="allow")
+    _reranker: Reranker = PrivateAttr()
+
+    def __init__(self, model: Model, top_n: int | None = None, **options: Any) -> None:
+        check_top_n(top_n)
+        own = {name: options[name] for name in options.keys() - {"callback_manager"}}
+        reranker = opened(model, own)
+        fields: dict[str, Any] = {"model": model, "top_n": top_n, **options}
+        super().__init__(**fields)
+        self._reranker = reranker
+
+    @property
+    def reranker(self) -> Reranker:
+        """The reranker that is asked; its ``close`` frees the model."""
+        return self._reranker
+
+    @classmethod
+    def class_name(cls) -> str:
+        """What serialised pipelines call it."""
+        return "EchelonRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """The best nodes, best first; LlamaIndex's observers are told.
+
+        Raises:
+            InvalidInput: there is no query, or it leaves no room.
+            OutOfMemory: a node does not fit in memory alone.
+
+        Warns:
+            EchelonWarning: nodes were cut to ``max_length``.
+        """
+        if query_bundle is None:
+            raise InvalidInput("query_bundle", "is missing", "Pass query_bundle or query_str.")
+        query, name = query_bundle.query_str, str(self.model)
+        top_n = len(nodes) if self.top_n is None else self.top_n
+        dispatcher.event(
+            ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=top_n, model_name=name)
+        )
+        told: dict[str, Any] = {
+            EventPayload.NODES: nodes,
+            EventPayload.MODEL_NAME: name,
+            EventPayload.QUERY_STR: query,
+            EventPayload.TOP_K: top_n,
+        }
+        with self.callback_manager.event(CBEventType.RERANKING, payload=told) as event:
+            texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+            best = [
+                NodeWithScore(node=nodes[result.index].node, score=result.score)
+                for result in ranked(self._reranker, query, texts, self.top_n)
+            ]
+            event.on_end(payload={EventPayload.NODES: best})
+        dispatcher.event(ReRankEndEvent(nodes=best))
+        return best
