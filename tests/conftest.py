@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from helpers import SHAPES, TOKENIZER_OF, make_toy, save_tokenizer
+from helpers import SENTENCES, SHAPES, TOKENIZER_OF, make_toy, save_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from echelon import Ranking, Reranker
+    from served import Live
 
 # A slow machine is no failure: no test looks at the clock.
 hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
@@ -53,3 +56,41 @@ def demo_folder() -> Path:
     from echelon.fetch import demo
 
     return demo.pull()
+
+
+@pytest.fixture(scope="session")
+def live(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """``echelon serve`` over the toy BERT, for whoever has ``served.KEY``."""
+    from served import KEY, MODEL, Live
+
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"{KEY}\n", "utf-8")
+    rules = ("--api-keys", keys, "--body-timeout-s", 1, "--max-documents", 50)
+    with Live(bert, *MODEL, *rules) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def full() -> Iterator[str]:
+    """URL of a server that refuses everyone with 429."""
+    from served import full_house
+
+    with full_house() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def reranker(bert: Path) -> Iterator[Reranker]:
+    """The toy BERT, open in this process."""
+    from echelon import Reranker
+
+    with Reranker(bert, device="cpu", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def expected(reranker: Reranker) -> Ranking:
+    """What clients of ``live`` should get for ``served.QUERY`` and ``helpers.SENTENCES``."""
+    from served import QUERY
+
+    return reranker.rank(QUERY, SENTENCES)

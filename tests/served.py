@@ -6,17 +6,27 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import uvicorn
 
 from echelon.api.app import make_app
-from echelon.api.house import House
+from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
+from echelon.api.server import Server
+from echelon.plan.admit import Bounds
+from scorers import HANG
 from services import GUARD_S, service
 
+KEY = "a-key-for-tests"
+QUERY = "rain at the kitchen window"
+MODEL = ("--device", "cpu", "--threads", 1)
 DOCUMENTS = [f"document {i}" for i in range(5)]
 ASKED = {"query": "q", "documents": DOCUMENTS}
 
@@ -117,3 +127,40 @@ class Live:
             self.lines.append(json.loads(line))
         except ValueError:
             self.lines.append(line)
+
+
+HOLDING = {"query": "q", "documents": [chr(HANG)]}
+
+
+@contextlib.contextmanager
+def full_house():
+    """URL of a server in this process whose only place a request has taken that never ends."""
+    metrics = Metrics()
+    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_floor_s=10 * GUARD_S)
+
+    async def launch():
+        await made.start()
+        return made
+
+    house = House(launch, "the-model", metrics, Rules(drain_s=0.01))
+    server = Threaded(uvicorn.Config(make_app(house), lifespan="on", log_config=None), house)
+    with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(2) as threads:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        serving = threads.submit(server.run, sockets=[taken])
+        holding = threads.submit(httpx.post, f"{url}/v1/rerank", json=HOLDING, timeout=GUARD_S)
+        guard = time.monotonic() + GUARD_S
+        while metric(house, "echelon_requests_inside") < 1:
+            assert time.monotonic() < guard
+            time.sleep(0.005)
+        try:
+            yield url
+        finally:
+            server.should_exit = True
+            serving.result(GUARD_S)
+            assert holding.result(GUARD_S).status_code == 503
+
+
+class Threaded(Server):
+    """A server in a thread, which signals never reach."""
+
+    capture_signals = contextlib.nullcontext

@@ -371,7 +371,10 @@ def test_bodies_of_errors():
     assert complain("vllm", invalid)[1] == {
         "error": {"message": words, "type": "BadRequestError", "param": "texts[1]", "code": 400}
     }
-    assert complain("infinity", invalid)[1] == {"detail": words}
+    assert complain("infinity", invalid)[1] == {
+        "detail": [{"loc": ["body", "texts[1]"], "msg": words, "type": "value_error"}]
+    }
+    assert complain("infinity", ERRORS["unauthorised"])[1] == {"detail": "An API key is needed."}
     assert complain("infinity", overloaded)[1] == {
         "error": {
             "message": "full. Try again in 2.5 s.",

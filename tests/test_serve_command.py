@@ -22,29 +22,11 @@ from echelon.api.command import is_loopback, name_of
 from echelon.api.server import Address
 from echelon.errors import InvalidInput
 from helpers import SENTENCES
-from served import Live
+from served import KEY, MODEL, QUERY, Live
 from test_onnx import write_graph
 
 GUARD_S = 60.0
-KEY = "a-key-for-tests"
-QUERY = "rain at the kitchen window"
 NO_RETRY = {"max_retries": 0}
-MODEL = ("--device", "cpu", "--threads", 1)
-
-
-@pytest.fixture(scope="module")
-def live(bert, tmp_path_factory):
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"{KEY}\n", "utf-8")
-    rules = ("--api-keys", keys, "--body-timeout-s", 1, "--max-documents", 50)
-    with Live(bert, *MODEL, *rules) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def expected(bert):
-    with Reranker(bert, device="cpu", threads=1) as reranker:
-        return reranker.rank(QUERY, SENTENCES)
 
 
 def until(condition) -> None:

@@ -44,12 +44,18 @@ def _write(outcome: Outcome) -> Body:
     }
 
 
-_DETAILED = {400, 401, 413, 422}
+_DETAILED = {400, 401, 413}
 """Errors that infinity's framework answers, in its words."""
+
+_LISTED = 422
+"""One for which its words are a list; its client takes every entry apart."""
 
 
 def _complain(complaint: Complaint) -> tuple[int, Body]:
     words, status = str(complaint), complaint.status
+    if status == _LISTED:
+        field = words.partition(": ")[0]
+        return status, {"detail": [{"loc": ["body", field], "msg": words, "type": "value_error"}]}
     if status in _DETAILED:
         return status, {"detail": words}
     kind = type(complaint.error).__name__
