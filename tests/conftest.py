@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from echelon import Ranking, Reranker
     from served import Live
+
+# Read when Haystack is imported: its pipelines report to a server otherwise.
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 # A slow machine is no failure: no test looks at the clock.
 hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
