@@ -67,6 +67,22 @@ def metric(house, name) -> float:
     return 0.0
 
 
+@contextlib.contextmanager
+def counted(shared):
+    """The queries that an AsyncReranker is asked meanwhile."""
+    queries, rank = [], shared.rank
+
+    async def noted(query, *arguments, **settings):
+        queries.append(query)
+        return await rank(query, *arguments, **settings)
+
+    shared.rank = noted
+    try:
+        yield queries
+    finally:
+        del shared.rank
+
+
 class Live:
     """``echelon serve`` in a process of its own, on a free port of the loopback.
 

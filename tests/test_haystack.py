@@ -20,10 +20,10 @@ from haystack_integrations.components.rankers.huggingface_api import (
 from haystack_integrations.components.rankers.jina import JinaRanker
 from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 
-from echelon import EchelonWarning, InvalidInput, ModelNotFound
+from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
 from echelon.adapters.haystack import EchelonRanker
 from helpers import SENTENCES, words
-from served import KEY, QUERY
+from served import KEY, QUERY, counted
 
 ALL = len(SENTENCES)
 FOUND = [Document(content=text, id=f"d{i}", score=0.5) for i, text in enumerate(SENTENCES)]
@@ -74,8 +74,11 @@ def test_what_is_saved(bert, tmp_path):
 
 
 def test_order_and_scores_are_exactly_the_librarys(reranker, expected):
-    answer = EchelonRanker(reranker).run(QUERY, FOUND)
-    assert seen(answer) == [(r.index, r.score) for r in expected.results]
+    for answer in (
+        EchelonRanker(reranker).run(QUERY, FOUND),
+        asyncio.run(EchelonRanker(reranker).run_async(QUERY, FOUND)),
+    ):
+        assert seen(answer) == [(r.index, r.score) for r in expected.results]
 
 
 def test_fields_of_meta_are_read(reranker):
@@ -105,6 +108,22 @@ def test_the_model_is_loaded_once_and_freed_where_it_is_ours(bert, reranker):
     shared.warm_up()
     shared.close()
     assert reranker.rank("q", ["d"]).results
+
+
+def test_an_open_async_reranker_is_shared(bert, expected):
+    async def main():
+        async with AsyncReranker(bert, device="cpu", threads=1) as shared:
+            pipeline = Pipeline()
+            pipeline.add_component("ranker", EchelonRanker(shared, top_k=3))
+            asked = {"ranker": {"query": QUERY, "documents": FOUND}}
+            with counted(shared) as calls:
+                answer = await pipeline.run_async(asked)
+            assert calls == [QUERY]
+            pipeline.get_component("ranker").close()
+            assert (await shared.rank("q", ["d"])).results
+            return answer["ranker"]
+
+    assert seen(asyncio.run(main())) == told(expected, 3)
 
 
 def test_no_documents_are_no_documents(reranker):

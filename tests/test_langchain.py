@@ -14,7 +14,7 @@ from langchain_nvidia_ai_endpoints import NVIDIARerank
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
 from echelon.adapters.langchain import EchelonReranker
 from helpers import SENTENCES, words
-from served import KEY, QUERY
+from served import KEY, QUERY, counted
 
 FOUND = [Document(text, id=f"d{i}", metadata={"at": i}) for i, text in enumerate(SENTENCES)]
 
@@ -80,7 +80,11 @@ def test_an_open_async_reranker_is_shared(bert, expected):
         async with AsyncReranker(bert, device="cpu", threads=1) as shared:
             compressor = EchelonReranker(shared)
             assert compressor.reranker is shared.reranker
-            return await compressor.acompress_documents(FOUND, QUERY)
+            with counted(shared) as calls:
+                found = await compressor.acompress_documents(FOUND, QUERY)
+            assert calls == [QUERY]
+            assert seen(compressor.compress_documents(FOUND, QUERY)) == told(expected)
+            return found
 
     assert seen(asyncio.run(main())) == told(expected)
 

@@ -21,10 +21,10 @@ from llama_index.postprocessor.jinaai_rerank import JinaRerank
 from llama_index.postprocessor.nvidia_rerank import NVIDIARerank
 from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
 
-from echelon import EchelonWarning, InvalidInput
+from echelon import AsyncReranker, EchelonWarning, InvalidInput
 from echelon.adapters.llamaindex import EchelonRerank
 from helpers import SENTENCES, words
-from served import KEY, QUERY
+from served import KEY, QUERY, counted
 
 ALL = len(SENTENCES)
 
@@ -123,6 +123,19 @@ def test_observers_are_told(reranker):
     assert ended.payload["nodes"] == found
     names = [type(event).__name__ for event in ears.heard if "ReRank" in type(event).__name__]
     assert names == ["ReRankStartEvent", "ReRankEndEvent"]
+
+
+def test_an_open_async_reranker_is_shared(bert, expected):
+    async def main():
+        async with AsyncReranker(bert, device="cpu", threads=1) as shared:
+            reranks = EchelonRerank(shared, top_n=3)
+            with counted(shared) as calls:
+                found = await reranks.apostprocess_nodes(nodes(), query_str=QUERY)
+            assert calls == [QUERY]
+            assert seen(reranks.postprocess_nodes(nodes(), query_str=QUERY)) == seen(found)
+            return found
+
+    assert seen(asyncio.run(main())) == told(expected, 3)
 
 
 def test_no_nodes_are_no_nodes(reranker):

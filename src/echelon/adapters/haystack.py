@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import Model, check_no_options, missing, opened, ranked
+from echelon.adapters.ranking import (
+    Model,
+    check_no_options,
+    missing,
+    opened,
+    ranked,
+    ranked_async,
+)
+from echelon.async_reranker import AsyncReranker
 from echelon.checks import check_top_n
 from echelon.config import Options
 from echelon.errors import InvalidInput
-from echelon.reranker import AsyncReranker, Reranker
+from echelon.reranker import Reranker
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
@@ -18,6 +26,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from echelon.types import RankedDocument
 
 
 @component
@@ -121,10 +131,24 @@ class EchelonRanker:
         Warns:
             EchelonWarning: documents were cut to ``max_length``.
         """
+        top_n = self._limit(top_k)
+        return _copies(documents, ranked(self._warm(), query, self._texts(documents), top_n))
+
+    @component.output_types(documents=list[Document])
+    async def run_async(
+        self, query: str, documents: list[Document], top_k: int | None = None
+    ) -> dict[str, list[Document]]:
+        """As :meth:`run`; calls share steps where the model is an AsyncReranker."""
+        top_n, texts = self._limit(top_k), self._texts(documents)
+        best = await ranked_async(self.model, self._warm(), query, texts, top_n)
+        return _copies(documents, best)
+
+    def _limit(self, top_k: int | None) -> int | None:
         check_top_n(top_k, "top_k")
-        texts = [self._text(document, place) for place, document in enumerate(documents)]
-        results = ranked(self._warm(), query, texts, self.top_k if top_k is None else top_k)
-        return {"documents": [replace(documents[r.index], score=r.score) for r in results]}
+        return self.top_k if top_k is None else top_k
+
+    def _texts(self, documents: Sequence[Document]) -> list[str]:
+        return [self._text(document, place) for place, document in enumerate(documents)]
 
     def _warm(self) -> Reranker:
         if self._reranker is None:
@@ -138,3 +162,9 @@ class EchelonRanker:
             )
         fields = [document.meta.get(name) for name in self.meta_fields_to_embed]
         return self.embedding_separator.join([*(str(f) for f in fields if f), document.content])
+
+
+def _copies(
+    documents: Sequence[Document], best: Sequence[RankedDocument]
+) -> dict[str, list[Document]]:
+    return {"documents": [replace(documents[r.index], score=r.score) for r in best]}

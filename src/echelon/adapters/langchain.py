@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import Model, missing, opened, ranked
+from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
 from echelon.checks import check_top_n
 
 try:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from langchain_core.documents import Document
 
     from echelon.reranker import Reranker
+    from echelon.types import RankedDocument
 
 
 class EchelonReranker(BaseDocumentCompressor):
@@ -63,8 +64,6 @@ class EchelonReranker(BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """The best documents, best first.
 
-        ``acompress_documents``, inherited, does the same in a thread.
-
         Raises:
             InvalidInput: the query leaves no room.
             OutOfMemory: a document does not fit in memory alone.
@@ -74,14 +73,25 @@ class EchelonReranker(BaseDocumentCompressor):
         """
         del callbacks
         texts = [document.page_content for document in documents]
-        return [
-            documents[result.index].model_copy(
-                update={
-                    "metadata": {
-                        **documents[result.index].metadata,
-                        "relevance_score": result.score,
-                    }
-                }
-            )
-            for result in ranked(self._reranker, query, texts, self.top_n)
-        ]
+        return _copies(documents, ranked(self._reranker, query, texts, self.top_n))
+
+    async def acompress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,
+    ) -> Sequence[Document]:
+        """As :meth:`compress_documents`; calls share steps where the model is an AsyncReranker."""
+        del callbacks
+        texts = [document.page_content for document in documents]
+        best = await ranked_async(self.model, self._reranker, query, texts, self.top_n)
+        return _copies(documents, best)
+
+
+def _copies(documents: Sequence[Document], best: Sequence[RankedDocument]) -> list[Document]:
+    copies = []
+    for result in best:
+        document = documents[result.index]
+        metadata = {**document.metadata, "relevance_score": result.score}
+        copies.append(document.model_copy(update={"metadata": metadata}))
+    return copies

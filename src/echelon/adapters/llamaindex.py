@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import Model, missing, opened, ranked
+from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
 from echelon.checks import check_top_n
 from echelon.errors import InvalidInput
 
@@ -19,7 +20,10 @@ except ImportError as error:
     raise missing("llama-index-core", "llamaindex") from error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from echelon.reranker import Reranker
+    from echelon.types import RankedDocument
 
 dispatcher = get_dispatcher(__name__)
 
@@ -76,8 +80,29 @@ class EchelonRerank(BaseNodePostprocessor):
         Warns:
             EchelonWarning: nodes were cut to ``max_length``.
         """
+        with self._observed(nodes, query_bundle) as (query, best):
+            results = ranked(self._reranker, query, _texts(nodes), self.top_n)
+            best.extend(_scored(nodes, results))
+        return best
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """As ``_postprocess_nodes``; calls share steps where the model is an AsyncReranker."""
+        with self._observed(nodes, query_bundle) as (query, best):
+            texts = _texts(nodes)
+            results = await ranked_async(self.model, self._reranker, query, texts, self.top_n)
+            best.extend(_scored(nodes, results))
+        return best
+
+    @contextmanager
+    def _observed(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None
+    ) -> Iterator[tuple[str, list[NodeWithScore]]]:
+        """Tell LlamaIndex's observers what is asked, and what was put into the list in between."""
         if query_bundle is None:
             raise InvalidInput("query_bundle", "is missing", "Pass query_bundle or query_str.")
+        best: list[NodeWithScore] = []
         query, name = query_bundle.query_str, str(self.model)
         top_n = len(nodes) if self.top_n is None else self.top_n
         dispatcher.event(
@@ -90,11 +115,14 @@ class EchelonRerank(BaseNodePostprocessor):
             EventPayload.TOP_K: top_n,
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=told) as event:
-            texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-            best = [
-                NodeWithScore(node=nodes[result.index].node, score=result.score)
-                for result in ranked(self._reranker, query, texts, self.top_n)
-            ]
+            yield query, best
             event.on_end(payload={EventPayload.NODES: best})
         dispatcher.event(ReRankEndEvent(nodes=best))
-        return best
+
+
+def _texts(nodes: list[NodeWithScore]) -> list[str]:
+    return [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+
+
+def _scored(nodes: list[NodeWithScore], best: Sequence[RankedDocument]) -> list[NodeWithScore]:
+    return [NodeWithScore(node=nodes[r.index].node, score=r.score) for r in best]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from echelon.async_reranker import AsyncReranker
 from echelon.errors import EchelonWarning, InvalidInput, MissingDependency
-from echelon.reranker import AsyncReranker, Reranker
+from echelon.reranker import Reranker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from echelon.types import RankedDocument
+    from echelon.types import RankedDocument, Ranking
 
 Model = str | os.PathLike[str] | Reranker | AsyncReranker
 """A hub id, a local folder, ``"demo"``, or a reranker that is open."""
@@ -59,16 +61,30 @@ def ranked(
     Warns:
         EchelonWarning: documents were cut to ``max_length``.
     """
-    results = reranker.rank(query, documents).results
-    cut = sum(result.truncated_tokens > 0 for result in results)
+    return _best(reranker.rank(query, documents), reranker.max_length, top_n)
+
+
+async def ranked_async(
+    model: Model, reranker: Reranker, query: str, documents: Sequence[str], top_n: int | None
+) -> Sequence[RankedDocument]:
+    """As :func:`ranked`; in steps shared with other calls where the model is an AsyncReranker."""
+    if isinstance(model, AsyncReranker):
+        ranking = await model.rank(query, documents)
+    else:
+        ranking = await asyncio.to_thread(reranker.rank, query, documents)
+    return _best(ranking, reranker.max_length, top_n)
+
+
+def _best(ranking: Ranking, max_length: int, top_n: int | None) -> Sequence[RankedDocument]:
+    cut = sum(result.truncated_tokens > 0 for result in ranking.results)
     if cut:
         warnings.warn(
-            f"{cut} of {len(results)} documents were cut to {reranker.max_length} tokens. "
+            f"{cut} of {len(ranking.results)} documents were cut to {max_length} tokens. "
             "Raise max_length if the model allows, or split them before.",
             EchelonWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return results[:top_n]
+    return ranking.results[:top_n]
 
 
 def missing(package: str, extra: str) -> MissingDependency:
