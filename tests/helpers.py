@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -271,3 +272,16 @@ def words(count: int, seed: int = 0) -> str:
     chance = random.Random(seed)
     vocabulary = " ".join(SENTENCES).split()
     return " ".join(chance.choice(vocabulary) for _ in range(count))
+
+
+def readme_code(word: str, readme: str) -> str:
+    """The one Python block of a README that holds the word."""
+    page = (ROOT / readme).read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if word in block]
+    return code
+
+
+READMES = ("README.md", "README.zh.md")
+ROUTER = ("Bananas are yellow.", "Hold the power button of the router for ten seconds.")
+"""Documents of which the second answers what the READMEs ask, in the demo model's language."""

@@ -22,7 +22,7 @@ from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
 from echelon.adapters.haystack import EchelonRanker
-from helpers import SENTENCES, words
+from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 
 ALL = len(SENTENCES)
@@ -73,12 +73,13 @@ def test_what_is_saved(bert, tmp_path):
     assert EchelonRanker.from_dict(made.to_dict()).to_dict() == made.to_dict()
 
 
-def test_order_and_scores_are_exactly_the_librarys(reranker, expected):
+def test_order_and_scores_are_exactly_the_librarys(reranker):
+    ranking = reranker.rank(QUERY, SENTENCES)
     for answer in (
         EchelonRanker(reranker).run(QUERY, FOUND),
         asyncio.run(EchelonRanker(reranker).run_async(QUERY, FOUND)),
     ):
-        assert seen(answer) == [(r.index, r.score) for r in expected.results]
+        assert seen(answer) == [(r.index, r.score) for r in ranking.results]
 
 
 def test_fields_of_meta_are_read(reranker):
@@ -150,6 +151,18 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
         EchelonRanker(reranker).to_dict()
     with pytest.raises(ModelNotFound):
         EchelonRanker(tmp_path).warm_up()
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readmes_example(demo_folder, readme):
+    names = {"documents": [Document(content=text, id=f"d{i}") for i, text in enumerate(ROUTER)]}
+    exec(readme_code("adapters.haystack", readme), names)
+    found = seen(names["found"]["ranker"])
+    assert sorted(place for place, _ in found) == [0, 1]
+    assert found[0][1] > found[1][1]
+    if readme == "README.md":
+        assert found[0][0] == 1
+    names["pipeline"].close()
 
 
 # Clients.
@@ -233,6 +246,10 @@ def test_teis_ranker_says_what_is_wrong(live, full):
         tei(live.url, "wrong").run(QUERY, FOUND)
     with pytest.raises(RuntimeError, match=r"413.*more than the 50 of one request"):
         tei(live.url).run(QUERY, [Document(content=f"d{i}") for i in range(51)])
+    client = tei(live.url)
+    client.raw_scores = 3
+    with pytest.raises(RuntimeError, match=r"422.*raw_scores: Expected bool"):
+        client.run(QUERY, FOUND)
     with pytest.raises(RuntimeError, match=r"429.*Overloaded"):
         tei(full).run(QUERY, FOUND)
 
@@ -242,6 +259,10 @@ def test_jinas_ranker_says_what_is_wrong(live, full):
         jina(live.url, "wrong").run(QUERY, FOUND)
     with pytest.raises(RuntimeError, match="51 are more than the 50"):
         jina(live.url).run(QUERY, [Document(content=f"d{i}") for i in range(51)])
+    client = jina(live.url)
+    client.model = 3
+    with pytest.raises(RuntimeError, match="model: Expected str"):
+        client.run(QUERY, FOUND)
     with pytest.raises(RuntimeError, match="1 requests are inside"):
         jina(full).run(QUERY, FOUND)
 

@@ -81,6 +81,17 @@ def test_the_barrier_bars(name):
     assert "torch must not be imported here" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("langchain", "langchain_core"), ("llamaindex", "llama_index"), ("haystack", "haystack")],
+)
+def test_an_adapter_without_its_framework_names_the_extra(name, package):
+    code = f"import sys; sys.modules[{package!r}] = None; import echelon.adapters.{name}"
+    ran = run_python(code)
+    assert "echelon.errors.MissingDependency: " in ran.stderr
+    assert f"pip install 'echelon-rerank[{name}]'" in ran.stderr
+
+
 def test_importing_echelon_costs_nothing():
     code = "import sys, echelon; print(sorted(n for n in sys.modules if 'numpy' in n))"
     assert run_python(code).stdout.strip() == "[]"

@@ -13,17 +13,19 @@ from langchain_nvidia_ai_endpoints import NVIDIARerank
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
 from echelon.adapters.langchain import EchelonReranker
-from helpers import SENTENCES, words
+from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 
 FOUND = [Document(text, id=f"d{i}", metadata={"at": i}) for i, text in enumerate(SENTENCES)]
 
 
 class Fixed(BaseRetriever):
-    """A retriever that finds everything."""
+    """A retriever that finds the same for everyone."""
+
+    found: list[Document] = FOUND
 
     def _get_relevant_documents(self, query, *, run_manager):
-        return FOUND
+        return self.found
 
 
 def seen(documents, name="relevance_score"):
@@ -36,8 +38,11 @@ def seen(documents, name="relevance_score"):
     return [(document.metadata["at"], document.metadata[name]) for document in documents]
 
 
-def told(ranking, top_n=None):
-    return [(result.index, result.score) for result in ranking.results[:top_n]]
+def told(ranking, top_n=None, *, logits=False):
+    return [
+        (r.index, pytest.approx(r.logit if logits else r.score, abs=1e-5))
+        for r in ranking.results[:top_n]
+    ]
 
 
 # Our compressor.
@@ -62,9 +67,7 @@ def test_a_chain_of_runnables_takes_it(reranker, expected):
 def test_a_models_name_and_options(bert, expected):
     compressor = EchelonReranker(str(bert), top_n=2, device="cpu", threads=1, max_length=100)
     assert compressor.reranker.options.max_length == 100
-    assert seen(compressor.compress_documents(FOUND, QUERY)) == [
-        (place, pytest.approx(score, abs=1e-6)) for place, score in told(expected, 2)
-    ]
+    assert seen(compressor.compress_documents(FOUND, QUERY)) == told(expected, 2)
     assert compressor.model_dump() == {
         "model": str(bert),
         "top_n": 2,
@@ -87,6 +90,12 @@ def test_an_open_async_reranker_is_shared(bert, expected):
             return found
 
     assert seen(asyncio.run(main())) == told(expected)
+
+
+def test_order_and_scores_are_exactly_the_librarys(reranker):
+    found = EchelonReranker(reranker).compress_documents(FOUND, QUERY)
+    ranking = reranker.rank(QUERY, SENTENCES)
+    assert seen(found) == [(r.index, r.score) for r in ranking.results]
 
 
 def test_no_documents_are_no_documents(reranker):
@@ -119,6 +128,19 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
         EchelonReranker(tmp_path)
 
 
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readmes_example(demo_folder, readme):
+    names = {"vectors": Fixed(found=[Document(text) for text in ROUTER])}
+    exec(readme_code("adapters.langchain", readme), names)
+    found = names["documents"]
+    assert {document.page_content for document in found} == set(ROUTER)
+    scores = [document.metadata["relevance_score"] for document in found]
+    assert scores == sorted(scores, reverse=True)
+    if readme == "README.md":
+        assert found[0].page_content == ROUTER[1]
+    names["retriever"].base_compressor.reranker.close()
+
+
 # NVIDIA's client, which asks as NIM's users do.
 
 
@@ -128,7 +150,7 @@ def nim(url, **settings):
 
 def test_nvidias_client_gets_the_librarys_ranking(live, expected):
     client = nim(live.url, api_key=KEY, top_n=len(SENTENCES), truncate="END")
-    logits = [(result.index, pytest.approx(result.logit, abs=1e-5)) for result in expected.results]
+    logits = told(expected, logits=True)
     assert seen(client.compress_documents(FOUND, QUERY)) == logits
     assert seen(asyncio.run(client.acompress_documents(FOUND, QUERY))) == logits
     assert seen(nim(live.url, api_key=KEY, top_n=2).compress_documents(FOUND, QUERY)) == logits[:2]

@@ -23,7 +23,7 @@ from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput
 from echelon.adapters.llamaindex import EchelonRerank
-from helpers import SENTENCES, words
+from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 
 ALL = len(SENTENCES)
@@ -51,10 +51,14 @@ def told(ranking, top_n=None, *, logits=False):
 
 
 class Fixed(BaseRetriever):
-    """A retriever that finds everything."""
+    """A retriever that finds the same for everyone."""
+
+    def __init__(self, texts=SENTENCES):
+        super().__init__()
+        self._texts = texts
 
     def _retrieve(self, query_bundle):
-        return nodes()
+        return nodes(self._texts)
 
 
 def test_a_query_engine_answers_from_the_librarys_ranking(reranker, expected):
@@ -65,10 +69,11 @@ def test_a_query_engine_answers_from_the_librarys_ranking(reranker, expected):
     assert seen(asyncio.run(engine.aquery(QUERY)).source_nodes) == told(expected, 4)
 
 
-def test_order_and_scores_are_exactly_the_librarys(reranker, expected):
+def test_order_and_scores_are_exactly_the_librarys(reranker):
+    ranking = reranker.rank(QUERY, SENTENCES)
     given = nodes()
     found = EchelonRerank(reranker).postprocess_nodes(given, query_str=QUERY)
-    assert seen(found) == [(r.index, r.score) for r in expected.results]
+    assert seen(found) == [(r.index, r.score) for r in ranking.results]
     assert all(node.score == 0.5 for node in given)
     assert {id(node.node) for node in found} == {id(node.node) for node in given}
 
@@ -156,6 +161,17 @@ def test_what_is_wrong_is_named(reranker):
         EchelonRerank(reranker, threads=1)
     with pytest.raises(InvalidInput, match="topn: unknown option"):
         EchelonRerank("demo", topn=1)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_readmes_example(demo_folder, readme):
+    names = {"retriever": Fixed(ROUTER), "llm": MockLLM()}
+    exec(readme_code("adapters.llamaindex", readme), names)
+    found = seen(names["answer"].source_nodes)
+    assert sorted(place for place, _ in found) == [0, 1]
+    assert found[0][1] > found[1][1]
+    if readme == "README.md":
+        assert found[0][0] == 1
 
 
 # Clients. Those of TEI and Jina know no errors but these.
