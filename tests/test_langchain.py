@@ -174,5 +174,5 @@ def test_nvidias_client_says_what_is_wrong(live, full):
     long = [Document(words(400))]
     with pytest.raises(Exception, match=r"\[422\] passages\[0\]: .*130"):
         nim(live.url, api_key=KEY).compress_documents(long, QUERY)
-    with pytest.raises(Exception, match=r"\[429\] 1 requests are inside"):
+    with pytest.raises(Exception, match=r"\[429\] as many requests are inside"):
         nim(full, api_key=KEY).compress_documents(FOUND, QUERY)

@@ -131,7 +131,7 @@ class Overloaded(EchelonError):
     def __init__(self, problem: str, retry_after_s: float) -> None:
         self.problem = problem
         self.retry_after_s = retry_after_s
-        super().__init__(f"{problem}. Try again in {retry_after_s:.1f} s.")
+        super().__init__(f"{problem}. Try again in {max(0.1, retry_after_s):.1f} s.")
 
     def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
         """Travel between processes: exceptions are rebuilt from their arguments."""

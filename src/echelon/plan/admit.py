@@ -202,7 +202,7 @@ def _requests_full(ask: Ask, house: House, bounds: Bounds, now: float) -> Echelo
         return None
     places = house.requests - bounds.max_requests + 1
     return Overloaded(
-        f"{house.requests} requests are inside, the most there may be",
+        f"as many requests are inside as there may be ({house.requests})",
         house.backlog_s * places / house.requests,
     )
 
