@@ -7,6 +7,7 @@ import contextlib
 import shutil
 import socket
 import threading
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
@@ -101,3 +102,34 @@ def chromium():
             yield browser
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def visit(browser, url, *, tolerated="never", strip="", **settings):
+    """A tab of its own; it must not ask other servers, raise or complain.
+
+    ``strip`` is the path that a proxy takes off before the server sees an address.
+    """
+    context = browser.new_context(**settings)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda m: complaints.append(m.text) if m.type != "log" else None)
+    if strip:
+        page.route(
+            "**/*", lambda route: route.continue_(url=route.request.url.replace(strip, "", 1))
+        )
+    page.goto(url)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert {urlsplit(address).netloc for address in asked} == {urlsplit(page.url).netloc}
+    assert [words for words in complaints if tolerated not in words] == []
+
+
+def fits(page):
+    """Whether nothing has to be scrolled sideways."""
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")

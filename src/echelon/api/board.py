@@ -79,7 +79,7 @@ def _total(view: View, slices: int) -> dict[str, Any]:
         counts.setdefault(kind, {})[name] = count
     return {
         "seconds": seconds,
-        **(_rates(total, seconds) if seconds else {}),
+        **(_rates(total, seconds) if seconds else dict.fromkeys(_rates(total, 1.0))),
         "counts": counts,
         "step_pairs": total.pairs,
         "step_tokens": total.tokens,

@@ -62,8 +62,9 @@ def _settings(command: Any) -> Any:
 def serve(*, model: str, **values: Any) -> None:
     """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
 
-    The API is described at /docs. SIGTERM or Ctrl-C answers what is inside, then ends. Each setting
-    is also an environment variable, such as ECHELON_SERVE_PORT, and an entry of the --config file.
+    A playground is at /, a dashboard at /dashboard; the API is described at /docs. SIGTERM or
+    Ctrl-C answers what is inside, then ends. Each setting is also an environment variable, such as
+    ECHELON_SERVE_PORT, and an entry of the --config file.
     """
     _require_packages()
     from echelon.api.logs import set_up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from echelon.api.metrics import Metrics
     from echelon.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +124,8 @@ class House:
     async def _look(self, service: Service) -> None:
         """Look at the service twice a slice, so that none goes without a look."""
         while True:
-            self.recent.looked(service.snapshot())
+            try:
+                self.recent.looked(service.snapshot())
+            except Exception:
+                logger.exception("The service could not be looked at. This is a bug.")
             await asyncio.sleep(self.recent.slice_s / 2)

@@ -7,13 +7,13 @@ const LEAST_SHOWN_S = 60;
 const last = (column) => column.findLast((value) => value !== null) ?? null;
 
 /** Lines over time. */
-function lines(columns, { fill = false, scale = 1 } = {}) {
+function lines(columns, { fill = false } = {}) {
   return (data) => {
     const x = data.columns.ends_at.map((end) => new Date(end * 1000));
     return Object.entries(columns).map(([name, column], place) => ({
       name,
       x,
-      y: data.columns[column].map((value) => (value === null ? null : value * scale)),
+      y: data.columns[column],
       mode: "lines+markers", // a lone point between gaps is seen too
       marker: { size: 2.5 },
       line: { color: COLOURS[place], width: 1.75 },
@@ -42,11 +42,16 @@ function againstPredicted(data) {
   const points = data.steps.recent.filter(([predicted, actual]) => predicted > 0 && actual > 0);
   const all = points.flat();
   const ends = all.length ? [Math.min(...all) / 1.3, Math.max(...all) * 1.3] : [];
-  const ms = (place) => points.map((point) => point[place] * 1000);
+  const part = (place) => points.map((point) => point[place]);
   return [
-    { name: "as predicted", x: ends.map((s) => s * 1000), y: ends.map((s) => s * 1000), mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
-    { name: "step", x: ms(0), y: ms(1), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
+    { name: "as predicted", x: ends, y: ends, mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
+    { name: "step", x: part(0), y: part(1), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
   ];
+}
+
+function drift(data) {
+  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", "learned factor": "cost_scale" })(data);
+  return [ratio, { ...scale, yaxis: "y2" }];
 }
 
 function memory(data) {
@@ -61,7 +66,8 @@ function memory(data) {
 }
 
 const minuteOf = (name) => (data) => `${number(data.minute[name])}/s`;
-const LOG = { type: "log", ticksuffix: " ms", dtick: "D2" };
+const TIME = { tickformat: "~s", ticksuffix: "s" };
+const LOG = { type: "log", dtick: "D2", ...TIME };
 
 const CHARTS = [
   { id: "documents", title: "Documents a second", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
@@ -69,13 +75,13 @@ const CHARTS = [
   { id: "tokens", title: "Tokens a second", note: "Useful tokens scored, padding left out.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
   {
     id: "latency", title: "Latency", note: "From a request's headers to its answer, of requests answered with 200.",
-    traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }, { scale: 1000 }), layout: { yaxis: { ticksuffix: " ms" } },
+    traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }), layout: { yaxis: TIME },
     now: (data) => `P95 ${seconds(data.minute.p95_s)}`,
   },
   { id: "waiting", title: "Waiting pairs", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
   {
     id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time until all is scored.",
-    traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: { ticksuffix: " s" } }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
+    traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
   },
   { id: "step-pairs", title: "Pairs of a step", note: "How many steps held so many pairs.", traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
   {
@@ -88,8 +94,8 @@ const CHARTS = [
     now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
   },
   {
-    id: "drift", title: "Drift", note: "Actual over predicted time of steps (1 is as predicted), and the cost model's own scale.",
-    traces: lines({ "actual ÷ predicted": "drift", "learned scale": "cost_scale" }), now: (data) => `${number(data.minute.drift)} ×`,
+    id: "drift", title: "Drift", note: "Actual over predicted time of steps; right, the factor by which steps are slower than the cost model's defaults.",
+    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, nticks: 5 } }, now: (data) => `${number(data.minute.drift)} ×`,
   },
   {
     id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },

@@ -145,7 +145,7 @@ export function number(value) {
 
 export function milliseconds(value) {
   if (value === null || value === undefined) return "–";
-  if (value >= 10000) return `${number(value / 1000)} s`;
+  if (value >= 1000) return `${number(value / 1000)} s`;
   return `${value >= 100 ? Math.round(value).toLocaleString("en") : Number(value.toPrecision(3))} ms`;
 }
 

@@ -20,9 +20,14 @@ function wanted() {
 
 async function rank() {
   running?.abort();
-  const mine = (running = new AbortController());
   const body = wanted();
   clear();
+  if (body.query.trim() === "") {
+    showError("query: is empty. Type a question or some words."); // the API would rank by nothing
+    $("query").focus();
+    return;
+  }
+  const mine = (running = new AbortController());
   busy(true);
   try {
     const response = await ask("/v2/rerank", {
@@ -34,6 +39,7 @@ async function rank() {
     if (response.ok) showAnswer(await response.json(), response.headers, body.documents);
     else await showRefusal(response);
   } catch (error) {
+    if (running !== mine) return; // another question took its place
     if (mine.signal.aborted) $("status").textContent = "Stopped";
     else showError(`The server does not answer (${error.message}). Is it running?`);
   } finally {
@@ -114,7 +120,7 @@ function item(hit, rank) {
   );
 }
 
-const scoreOf = (relevance) => (relevance > 0.0001 ? relevance.toFixed(4) : relevance.toExponential(1));
+const scoreOf = (relevance) => (relevance >= 0.01 ? relevance.toFixed(4) : relevance.toPrecision(3));
 
 /** A document's text: as text, whatever it holds, and at first not more than can be looked over. */
 function text(whole) {
@@ -146,7 +152,7 @@ function showFacts(headers, told) {
     ["Tokens", number(Number(head("Tokens")))],
     ["Cut documents", head("Truncated-Documents")],
     ["Largest step", plural(Number(head("Batch-Size")), "pair")],
-    ["Memory ladder", told.ladder.map((step) => step.rung).join(", ") || "not needed"],
+    ["Memory ladder", told.ladder.map((step) => step.rung).join(", ") || "none"],
   ];
   $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
   $("request-id").textContent = `Request ${headers.get("X-Request-Id")}`;
