@@ -39,18 +39,17 @@ function label(size, before, isLast) {
 }
 
 function againstPredicted(data) {
-  const points = data.steps.recent.filter(([predicted, actual]) => predicted > 0 && actual > 0);
+  const points = data.steps.recent.filter(([predicted, actual]) => predicted > 0 && actual > 0).map((point) => point.map((s) => s * 1000));
   const all = points.flat();
   const ends = all.length ? [Math.min(...all) / 1.3, Math.max(...all) * 1.3] : [];
-  const part = (place) => points.map((point) => point[place]);
   return [
     { name: "as predicted", x: ends, y: ends, mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
-    { name: "step", x: part(0), y: part(1), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
+    { name: "step", x: points.map((point) => point[0]), y: points.map((point) => point[1]), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
   ];
 }
 
 function drift(data) {
-  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", "learned factor": "cost_scale" })(data);
+  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", factor: "cost_scale" })(data);
   return [ratio, { ...scale, yaxis: "y2" }];
 }
 
@@ -67,7 +66,7 @@ function memory(data) {
 
 const minuteOf = (name) => (data) => `${number(data.minute[name])}/s`;
 const TIME = { tickformat: "~s", ticksuffix: "s" };
-const LOG = { type: "log", dtick: "D2", ...TIME };
+const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
 
 const CHARTS = [
   { id: "documents", title: "Documents a second", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
@@ -89,13 +88,13 @@ const CHARTS = [
     now: (data) => `budget ${number(data.now?.token_budget)}`,
   },
   {
-    id: "predicted", title: "Step time", note: "The last 200 steps: predicted across, actual up; on the line both are the same.",
+    id: "predicted", title: "Step time", note: "Milliseconds of the last 200 steps: predicted across, actual up; on the line both are the same.",
     traces: againstPredicted, layout: { xaxis: LOG, yaxis: LOG, hovermode: "closest", showlegend: false },
     now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
   },
   {
     id: "drift", title: "Drift", note: "Actual over predicted time of steps; right, the factor by which steps are slower than the cost model's defaults.",
-    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, nticks: 5 } }, now: (data) => `${number(data.minute.drift)} ×`,
+    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.minute.drift)} ×`,
   },
   {
     id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
