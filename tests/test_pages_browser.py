@@ -152,6 +152,24 @@ def test_errors_are_shown_in_the_servers_words(browser, site):
         assert not error.is_visible()
 
 
+def test_a_wait_can_be_stopped_and_a_full_house_says_when_to_come_again(browser, site):
+    with visit(browser, site.url, tolerated="429") as page:
+        page.route("**/v2/rerank", lambda route: None)  # no answer ever
+        enter(page)
+        page.locator("#rank").click()
+        page.get_by_text("Ranking …").wait_for()
+        page.locator("#stop").click()
+        page.get_by_text("Stopped").wait_for()
+        assert page.locator("#rank").is_enabled()
+        page.unroute("**/v2/rerank")
+        full = {"status": 429, "headers": {"Retry-After": "7"}, "json": {"message": "It is full."}}
+        page.route("**/v2/rerank", lambda route: route.fulfill(**full))
+        page.locator("#rank").click()
+        alert = page.get_by_text("429 · It is full.")
+        alert.wait_for()
+        assert "Retry-After: 7 s" in alert.inner_text()
+
+
 def test_a_key_is_refused_then_taken_and_never_in_an_address(browser, locked):
     with visit(browser, locked.url, tolerated="401") as page:
         enter(page)
