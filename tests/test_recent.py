@@ -167,6 +167,7 @@ def test_after_a_long_silence_nothing_old_is_told():
     heard.answered(500, 0.1, 0)
     heard.step_finished(step())
     time.now += 2.0 * (SLICES + 1)
+    assert not heard.view().slices
     assert shown(heard)["window"]["counts"] == {}
     assert set(shown(heard)["columns"]["tokens_per_s"]) == {0.0}
     assert set(shown(heard)["columns"]["drift"]) == {None}
