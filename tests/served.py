@@ -19,8 +19,10 @@ import uvicorn
 from echelon.api.app import make_app
 from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
+from echelon.api.recent import SLICE_S, Recent
 from echelon.api.server import Server
 from echelon.plan.admit import Bounds
+from echelon.serve.events import Fan
 from scorers import HANG
 from services import GUARD_S, service
 
@@ -32,16 +34,16 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 
 
 @contextlib.asynccontextmanager
-async def app_of(made=None, rules=None, **settings):
+async def app_of(made=None, rules=None, slice_s=SLICE_S, recent=None, **settings):
     """A client of an application in this process, and its house."""
-    metrics = Metrics()
-    made = made or service(ears=metrics, **settings)
+    metrics, recent = Metrics(), recent or Recent(slice_s)
+    made = made or service(ears=Fan(metrics, recent), **settings)
 
     async def launch():
         await made.start()
         return made
 
-    house = House(launch, "the-model", metrics, rules)
+    house = House(launch, "the-model", metrics, rules, recent=recent)
     await house.open()
     transport = httpx.ASGITransport(make_app(house))
     try:

@@ -17,12 +17,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from echelon import __version__
+from echelon.api.board import board
 from echelon.api.dialects.cohere import COHERE_V1
 from echelon.api.dialects.table import PATHS
 from echelon.api.dialects.tei import TEI, TeiInfo
 from echelon.api.door import Door
 from echelon.api.metrics import CONTENT_TYPE
 from echelon.api.openapi import describe
+from echelon.api.pages import files
 from echelon.api.ranking import as_json, complaint, endpoint
 from echelon.errors import EchelonError, NoSuchRoute
 from echelon.serve.reception import TOKENISERS
@@ -53,6 +55,9 @@ def make_app(house: House) -> Door:
         for path, them in PATHS.items()
     ]
     asked: list[tuple[str, Handler]] = [
+        ("/", _playground),
+        ("/dashboard", _dashboard),
+        ("/dashboard/data", _board),
         ("/v1/models", _models),
         ("/models", _models),
         ("/info", _info),
@@ -64,7 +69,7 @@ def make_app(house: House) -> Door:
     ]
     routes = [Route(path, partial(handler, house), name=path) for path, handler in asked]
     app = Starlette(
-        routes=[*ranks, *routes, *_assets()],
+        routes=[*ranks, *routes, Route("/pages/{name}", files.file), *_assets()],
         middleware=_middleware(house),
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
         lifespan=life,
@@ -103,12 +108,35 @@ async def _not_found(request: Request, error: Exception) -> Response:
     path = request.url.path
     words = f"There is no {request.method} {path}. See /docs."
     response = complaint(NoSuchRoute(words), TEI if path == "/" else COHERE_V1)
+    if path == "/":  # the playground is no route of the API: to its clients there is nothing here
+        return response
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     return response
 
 
 # Plain routes.
+
+
+async def _playground(house: House, request: Request) -> Response:
+    return _page("playground.html", house, request)
+
+
+async def _dashboard(house: House, request: Request) -> Response:
+    return _page("dashboard.html", house, request)
+
+
+def _page(name: str, house: House, request: Request) -> Response:
+    root = request.scope.get("root_path", "")
+    return files.page(name, root, keys=len(house.rules.keys) > 0)
+
+
+async def _board(house: House, request: Request) -> Response:
+    house.rules.keys.check(request.headers)
+    service = house.running
+    facts, state = (service.facts, service.snapshot()) if service else (None, None)
+    told = board(house.recent.view(), house.model, facts, state)
+    return as_json(told, 200, {"Cache-Control": "no-store"})
 
 
 async def _models(house: House, request: Request) -> Response:

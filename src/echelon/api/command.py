@@ -62,8 +62,9 @@ def _settings(command: Any) -> Any:
 def serve(*, model: str, **values: Any) -> None:
     """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
 
-    The API is described at /docs. SIGTERM or Ctrl-C answers what is inside, then ends. Each setting
-    is also an environment variable, such as ECHELON_SERVE_PORT, and an entry of the --config file.
+    A playground is at /, a dashboard at /dashboard; the API is described at /docs. SIGTERM or
+    Ctrl-C answers what is inside, then ends. Each setting is also an environment variable, such as
+    ECHELON_SERVE_PORT, and an entry of the --config file.
     """
     _require_packages()
     from echelon.api.logs import set_up
@@ -114,7 +115,9 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
     from echelon.api.auth import read_keys
     from echelon.api.house import House, Rules
     from echelon.api.metrics import Metrics
+    from echelon.api.recent import Recent
     from echelon.plan.admit import Bounds
+    from echelon.serve.events import Fan
     from echelon.serve.launch import launch
 
     rules = Rules(
@@ -124,7 +127,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         drain_s=door["drain_s"],
         origins=door["cors"],
     )
-    metrics = Metrics()
+    metrics, recent = Metrics(), Recent()
     limit = door["memory_limit_mb"]
     start = partial(
         launch,
@@ -136,10 +139,11 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
             max_wait_s=door["max_wait_s"],
         ),
         memory_limit_bytes=None if limit is None else limit * 2**20,
-        listener=metrics,
+        listener=Fan(metrics, recent),
         **as_keywords(options),
     )
-    return House(start, door["served_name"] or name_of(model), metrics, rules, options.revision)
+    name = door["served_name"] or name_of(model)
+    return House(start, name, metrics, rules, options.revision, recent)
 
 
 def name_of(model: str) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echelon.api.auth import Keys
+from echelon.api.recent import Recent
 from echelon.errors import InvalidInput, ShuttingDown
 
 if TYPE_CHECKING:
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
 
     from echelon.api.metrics import Metrics
     from echelon.serve.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class House:
         metrics: counts.
         rules: what it lets in.
         revision: the model's revision, for ``/info``.
+        recent: the last ten minutes, for ``/dashboard``; it hears of a service what it is told.
     """
 
     def __init__(
@@ -58,16 +65,19 @@ class House:
         metrics: Metrics,
         rules: Rules | None = None,
         revision: str | None = None,
+        recent: Recent | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self.metrics = metrics
         self.rules = rules or Rules()
+        self.recent = recent or Recent()
         self.since = int(time.time())
         self.failure: Exception | None = None
         self.cut_short = False
         self._launch = launch
         self._service: Service | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def service(self) -> Service:
@@ -93,6 +103,7 @@ class House:
             self.failure = error
             raise
         self.metrics.watch(self._service)
+        self._looking = asyncio.create_task(self._look(self._service))
 
     async def hurry(self) -> None:
         """The time to drain is over: whoever is still inside is told so now."""
@@ -102,6 +113,19 @@ class House:
 
     async def close(self) -> None:
         """Answer what is inside, then end."""
+        if self._looking is not None:
+            self._looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._looking
         if self._service is not None:
             await self._service.drain(self.rules.drain_s)
             await self._service.stop()
+
+    async def _look(self, service: Service) -> None:
+        """Look at the service twice a slice, so that none goes without a look."""
+        while True:
+            try:
+                self.recent.looked(service.snapshot())
+            except Exception:
+                logger.exception("The service could not be looked at. This is a bug.")
+            await asyncio.sleep(self.recent.slice_s / 2)

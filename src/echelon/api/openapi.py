@@ -35,8 +35,11 @@ PLAIN = {
     "/health": "200 as long as the process lives.",
     "/ready": "200 where a pair was really scored lately; else 503 with the reason.",
     "/metrics": "Metrics for Prometheus.",
+    "/dashboard/data": "The last ten minutes of this server, for the dashboard.",
     "/openapi.json": "This description.",
     "/docs": "This description, to read and try.",
+    "/": "The playground: a page to try the model.",
+    "/dashboard": "The dashboard: a page that shows the last ten minutes.",
 }
 """Routes that are asked with GET."""
 

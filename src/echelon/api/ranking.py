@@ -195,6 +195,7 @@ def headers_facts(answer: Answer) -> dict[str, Any]:
 def _note(call: Call, status: int, seconds: float) -> None:
     metrics = call.house.metrics
     metrics.answered(call.dialect.name, status, seconds)
+    call.house.recent.answered(status, seconds, call.facts.get("documents", 0))
     if call.timeout_s is not None:
         metrics.due(met=status == 200)  # noqa: PLR2004 - HTTP's own
     logger.info(

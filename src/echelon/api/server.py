@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
             url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-            logger.info("Serving at %s; the API is described at %s/docs", url, url,
+            logger.info("Serving at %s (open it to try); the API is described at %s/docs", url, url,
                         extra={"facts": {"url": url}})  # fmt: skip
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

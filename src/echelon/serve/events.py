@@ -196,6 +196,38 @@ class Careful:
         _tell(self._listener.worker_changed, event)
 
 
+class Fan:
+    """Hands events on to several listeners; one that raises does not keep them from the others."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = tuple(Careful(listener) for listener in listeners)
+
+    def step_finished(self, event: StepFinished) -> None:
+        """A step was scored."""
+        for listener in self._listeners:
+            listener.step_finished(event)
+
+    def request_ended(self, event: RequestEnded) -> None:
+        """A request ended."""
+        for listener in self._listeners:
+            listener.request_ended(event)
+
+    def refused(self, event: Refused) -> None:
+        """A request was refused."""
+        for listener in self._listeners:
+            listener.refused(event)
+
+    def ladder_taken(self, event: LadderTaken) -> None:
+        """Memory trouble was dealt with."""
+        for listener in self._listeners:
+            listener.ladder_taken(event)
+
+    def worker_changed(self, event: WorkerChanged) -> None:
+        """A worker came up or went down."""
+        for listener in self._listeners:
+            listener.worker_changed(event)
+
+
 def _tell(hear: Callable[[Event], None], event: Event) -> None:
     try:
         hear(event)

@@ -1,0 +1,149 @@
+"""What the dashboard is told: the last ten minutes as JSON (pure).
+
+Columns have a value for each full slice of the window, null where there was nothing to measure. The
+slice that is being filled is left out: half of it would look like half the traffic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echelon import __version__
+from echelon.api.recent import POWERS, SLICES, Slice, added, percentiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from echelon.api.recent import Happening, View
+    from echelon.score.base import Facts
+    from echelon.serve.state import Snapshot
+
+    Row = dict[str, float | None]
+
+MINUTE_S = 60.0
+RANKS = (50, 95, 99)
+
+STATE: dict[str, Callable[[Snapshot], float]] = {
+    "waiting_pairs": lambda state: state.load.pairs,
+    "waiting_tokens": lambda state: state.load.tokens,
+    "requests_inside": lambda state: state.requests,
+    "backlog_s": lambda state: round(state.backlog_s, 4),
+    "oldest_s": lambda state: round(state.oldest_s, 4),
+    "token_budget": lambda state: state.load.budget,
+    "workers_up": lambda state: state.workers,
+    "cost_scale": lambda state: round(state.scale, 4),
+}
+"""What is read off the service at each look."""
+
+
+def board(view: View, model: str, facts: Facts | None, state: Snapshot | None) -> dict[str, Any]:
+    """Everything that the dashboard shows.
+
+    Args:
+        view: what is remembered.
+        model: the served model's name.
+        facts: the scorer's; None before the start.
+        state: the service now; None before the start.
+    """
+    minute = max(1, round(MINUTE_S / view.slice_s))
+    return {
+        "model": model,
+        "version": __version__,
+        "scorer": facts and {n: getattr(facts, n) for n in ("family", "device", "precision")},
+        "since": view.since,
+        "at": view.since + view.number * view.slice_s,
+        "slice_s": view.slice_s,
+        "now": state and {**_state(state), "draining": state.draining},
+        "workers": [
+            {**_told(worker), "resident_bytes": _memory(state, worker.worker)}
+            for worker in view.workers
+        ],
+        "minute": _total(view, minute),
+        "window": _total(view, SLICES),
+        "columns": _columns(view),
+        "steps": {
+            "powers": [2**power for power in range(POWERS)],
+            "recent": [[round(p, 6), round(a, 6)] for p, a in view.steps],
+        },
+        "events": [_told(event) for event in reversed(view.events)],
+    }
+
+
+def _total(view: View, slices: int) -> dict[str, Any]:
+    """The last slices as one."""
+    first = max(0, view.number - slices)
+    total = added(past for past in view.slices if past.number >= first)
+    seconds = (view.number - first) * view.slice_s
+    counts: dict[str, dict[str, int]] = {}
+    for (kind, name), count in sorted(total.counts.items()):
+        counts.setdefault(kind, {})[name] = count
+    return {
+        "seconds": seconds,
+        **(_rates(total, seconds) if seconds else dict.fromkeys(_rates(total, 1.0))),
+        "counts": counts,
+        "step_pairs": total.pairs,
+        "step_tokens": total.tokens,
+    }
+
+
+def _columns(view: View) -> dict[str, Any]:
+    by_number = {past.number: past for past in view.slices}
+    numbers = range(max(0, view.number - SLICES), view.number)
+    slices = [by_number.get(number) or Slice(number) for number in numbers]
+    rows = [_row(past, view.slice_s) for past in slices]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _NAMES}
+    columns["ends_at"] = [view.since + (number + 1) * view.slice_s for number in numbers]
+    columns["resident_bytes"] = [
+        [_memory(past.state, worker.worker) for past in slices] for worker in view.workers
+    ]
+    return columns
+
+
+def _row(past: Slice, seconds: float) -> Row:
+    return {**_rates(past, seconds), **_state(past.state)}
+
+
+def _rates(past: Slice, seconds: float) -> Row:
+    """Rates, percentiles and drift of so many seconds."""
+    sums, answers = past.sums, past.counts
+    asked = sum(count for (kind, _), count in answers.items() if kind == "http")
+    found: list[float | None] = [None] * len(RANKS)
+    if past.latencies is not None:
+        found = percentiles(past.latencies, *RANKS)
+    predicted = sums.get("predicted", 0.0)
+    return {
+        "requests_per_s": round(asked / seconds, 3),
+        "errors_per_s": round((asked - answers["http", "200"]) / seconds, 3),
+        "documents_per_s": round(sums.get("documents", 0.0) / seconds, 3),
+        "tokens_per_s": round(sums.get("tokens", 0.0) / seconds, 1),
+        **{f"p{rank}_s": s and round(s, 6) for rank, s in zip(RANKS, found, strict=True)},
+        "drift": round(sums["actual"] / predicted, 4) if predicted > 0 else None,
+    }
+
+
+def _state(state: Snapshot | None) -> Row:
+    return {name: None if state is None else read(state) for name, read in STATE.items()}
+
+
+def _memory(state: Snapshot | None, worker: int) -> int | None:
+    """Bytes of a worker; None before its first step."""
+    if state is None or worker >= len(state.resident_bytes):
+        return None
+    return state.resident_bytes[worker] or None
+
+
+def _told(event: Happening) -> dict[str, Any]:
+    return {
+        "at": event.at,
+        "kind": event.kind,
+        "name": event.name,
+        "worker": event.worker,
+        "words": event.words,
+    }
+
+
+def _names() -> Iterable[str]:
+    return _row(Slice(0), 1.0)
+
+
+_NAMES = tuple(_names())

@@ -1,0 +1,173 @@
+// The dashboard's charts: what each shows, and how plotly.js draws it.
+import { bytes, make, milliseconds, number, plural, root, seconds } from "./common.js";
+
+const COLOURS = ["#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f"]; // as in the tuning report
+const LEAST_SHOWN_S = 60;
+
+const last = (column) => column.findLast((value) => value !== null) ?? null;
+
+/** Lines over time. */
+function lines(columns, { fill = false } = {}) {
+  return (data) => {
+    const x = data.columns.ends_at.map((end) => new Date(end * 1000));
+    return Object.entries(columns).map(([name, column], place) => ({
+      name,
+      x,
+      y: data.columns[column],
+      mode: "lines+markers", // a lone point between gaps is seen too
+      marker: { size: 2.5 },
+      line: { color: COLOURS[place], width: 1.75 },
+      ...(fill ? { fill: "tozeroy", fillcolor: `${COLOURS[place]}26` } : {}),
+    }));
+  };
+}
+
+function bars(counts) {
+  return (data) => {
+    const found = data.window[counts];
+    const powers = data.steps.powers;
+    const first = found.findIndex(Boolean);
+    const end = found.findLastIndex(Boolean) + 1;
+    const x = powers.map((size, place) => label(size, powers[place - 1], place === powers.length - 1));
+    return [{ type: "bar", x: x.slice(first, end), y: found.slice(first, end), marker: { color: COLOURS[0] } }];
+  };
+}
+
+function label(size, before, isLast) {
+  if (isLast) return `> ${number(before)}`;
+  return size <= 2 ? number(size) : `≤ ${number(size)}`;
+}
+
+function againstPredicted(data) {
+  const points = data.steps.recent.filter(([predicted, actual]) => predicted > 0 && actual > 0).map((point) => point.map((s) => s * 1000));
+  const all = points.flat();
+  const ends = all.length ? [Math.min(...all) / 1.3, Math.max(...all) * 1.3] : [];
+  return [
+    { name: "as predicted", x: ends, y: ends, mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
+    { name: "step", x: points.map((point) => point[0]), y: points.map((point) => point[1]), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
+  ];
+}
+
+function drift(data) {
+  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", factor: "cost_scale" })(data);
+  return [ratio, { ...scale, yaxis: "y2" }];
+}
+
+function memory(data) {
+  const x = data.columns.ends_at.map((end) => new Date(end * 1000));
+  return data.workers.map((worker, place) => ({
+    name: `worker ${worker.worker}`,
+    x,
+    y: data.columns.resident_bytes[place].map((value) => (value === null ? null : value / 2 ** 20)),
+    mode: "lines",
+    line: { color: COLOURS[place % COLOURS.length], width: 1.75 },
+  }));
+}
+
+const minuteOf = (name) => (data) => `${number(data.minute[name])}/s`;
+const TIME = { tickformat: "~s", ticksuffix: "s" };
+const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
+
+const CHARTS = [
+  { id: "documents", title: "Documents a second", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
+  { id: "requests", title: "Requests a second", note: "Errors are answers of any status but 200.", traces: lines({ answered: "requests_per_s", errors: "errors_per_s" }), now: minuteOf("requests_per_s") },
+  { id: "tokens", title: "Tokens a second", note: "Useful tokens scored, padding left out.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
+  {
+    id: "latency", title: "Latency", note: "From a request's headers to its answer, of requests answered with 200.",
+    traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }), layout: { yaxis: TIME },
+    now: (data) => `P95 ${seconds(data.minute.p95_s)}`,
+  },
+  { id: "waiting", title: "Waiting pairs", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
+  {
+    id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time until all is scored.",
+    traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
+  },
+  { id: "step-pairs", title: "Pairs of a step", note: "How many steps held so many pairs.", traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
+  {
+    id: "step-tokens", title: "Tokens of a step", note: "How many steps cost so many tokens, padding included.", traces: bars("step_tokens"), layout: { xaxis: { type: "category" } },
+    now: (data) => `budget ${number(data.now?.token_budget)}`,
+  },
+  {
+    id: "predicted", title: "Step time", note: "Milliseconds of the last 200 steps: predicted across, actual up; on the line both are the same.",
+    traces: againstPredicted, layout: { xaxis: LOG, yaxis: LOG, hovermode: "closest", showlegend: false },
+    now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
+  },
+  {
+    id: "drift", title: "Drift", note: "Actual over predicted time of steps; right, the factor by which steps are slower than the cost model's defaults.",
+    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.minute.drift)} ×`,
+  },
+  {
+    id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
+    now: (data) => `${bytes(data.workers.reduce((sum, worker) => sum + (worker.resident_bytes ?? 0), 0))} in all`,
+  },
+  { id: "budget", title: "Token budget", note: "Tokens that a step may cost; memory trouble lowers it.", traces: lines({ budget: "token_budget" }), now: (data) => `${number(data.now?.token_budget)} now` },
+];
+
+function steps(data) {
+  return plural(data.window.step_pairs.reduce((sum, count) => sum + count, 0), "step");
+}
+
+export function setUpCharts(parent) {
+  for (const { id, title, note } of CHARTS) {
+    const caption = note ? make("figcaption", {}, note) : null;
+    const head = make("header", {}, make("h3", {}, title), make("span", { id: `${id}-now` }));
+    parent.append(make("figure", {}, head, make("div", { class: "plot", id, role: "img" }), caption));
+  }
+}
+
+/** Draw, or draw anew; before plotly.js has come, only the words. */
+export function draw(data) {
+  for (const chart of CHARTS) {
+    const words = chart.now(data);
+    document.getElementById(`${chart.id}-now`).textContent = words;
+    const plot = document.getElementById(chart.id);
+    plot.setAttribute("aria-label", `${chart.title}: ${words}`);
+    if (window.Plotly) window.Plotly.react(plot, ...figure(chart, data));
+  }
+}
+
+function figure(chart, data) {
+  const traces = chart.traces(data);
+  const css = getComputedStyle(document.documentElement);
+  const colour = (name) => css.getPropertyValue(name).trim();
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true, fixedrange: true };
+  const isEmpty = traces.every((trace) => trace.y.every((value) => value === null));
+  const { xaxis = timeAxis(data), yaxis, ...rest } = chart.layout ?? {};
+  const layout = {
+    margin: { l: 8, r: 8, t: 6, b: 8 },
+    paper_bgcolor: "transparent",
+    plot_bgcolor: "transparent",
+    font: { color: colour("--soft"), size: 11, family: getComputedStyle(document.body).fontFamily },
+    hovermode: "x unified",
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+    showlegend: traces.length > 1,
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    xaxis: { ...axis, ...xaxis },
+    yaxis: { ...axis, rangemode: "tozero", nticks: 5, ...yaxis },
+    bargap: 0.15,
+    annotations: isEmpty ? [{ text: "nothing measured yet", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
+    ...rest,
+  };
+  if (isEmpty) layout.yaxis = { ...layout.yaxis, showticklabels: false };
+  return [traces, layout, { displayModeBar: false, responsive: true }];
+}
+
+/** The window's ten minutes, or as much of them as the server has lived. */
+function timeAxis(data) {
+  const from = Math.min(Math.max(data.since, data.at - 600), data.at - LEAST_SHOWN_S);
+  const tickformat = data.at - from > 240 ? "%H:%M" : "%H:%M:%S";
+  return { type: "date", range: [new Date(from * 1000), new Date(data.at * 1000)], nticks: 5, tickformat, hoverformat: "%H:%M:%S" };
+}
+
+/** plotly.js, from this server; the page works without it, in numbers. */
+export function loadPlotly(version) {
+  return new Promise((resolve, reject) => {
+    const script = make("script", { src: `${root}/pages/plotly.js?v=${encodeURIComponent(version)}` });
+    script.addEventListener("load", resolve);
+    script.addEventListener("error", () => {
+      script.remove();
+      reject(new Error("the charts' script did not come"));
+    });
+    document.head.append(script);
+  });
+}

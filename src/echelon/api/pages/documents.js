@@ -1,0 +1,91 @@
+// The documents as they are entered: one per line, or in boxes that may hold line breaks.
+import { $, make, plural } from "./common.js";
+
+let boxed = false;
+let changed = () => {};
+
+const isBroken = (text) => /[\r\n]/.test(text);
+const isText = (text) => text.trim() !== "";
+
+/** What will be sent. Empty boxes between others stay, so that a box's number is its index. */
+export function documents() {
+  if (!boxed) return $("lines").value.split(/\r\n|\r|\n/).filter(isText);
+  const all = boxes().map((box) => box.value);
+  return all.slice(0, all.findLastIndex(isText) + 1);
+}
+
+export function setDocuments(texts) {
+  if (boxed || texts.some(isBroken)) fillBoxes(texts);
+  else $("lines").value = texts.join("\n");
+  told();
+}
+
+export function setUpDocuments(whenChanged) {
+  changed = whenChanged;
+  $("lines").addEventListener("input", told);
+  $("box-list").addEventListener("input", told);
+  $("as-lines").addEventListener("click", toLines);
+  $("as-boxes").addEventListener("click", () => boxed || fillBoxes(documents()));
+  $("add").addEventListener("click", () => addBox("").focus());
+  told();
+}
+
+const boxes = () => [...$("box-list").querySelectorAll("textarea")];
+
+function told() {
+  $("entry-note").textContent = "";
+  $("count").textContent = `· ${plural(documents().length, "document")}`;
+  changed();
+}
+
+function toLines() {
+  if (!boxed) return;
+  const texts = documents();
+  const broken = texts.findIndex(isBroken);
+  if (broken >= 0) {
+    $("entry-note").textContent = `Document ${broken} holds line breaks; as lines it would become several. It stays in its box.`;
+    return;
+  }
+  $("lines").value = texts.filter(isText).join("\n");
+  show(false);
+}
+
+function fillBoxes(texts) {
+  $("box-list").replaceChildren();
+  for (const text of texts.length ? texts : [""]) addBox(text);
+  show(true);
+}
+
+function show(inBoxes) {
+  boxed = inBoxes;
+  $("lines").hidden = boxed;
+  $("boxes").hidden = !boxed;
+  $("as-boxes").setAttribute("aria-pressed", String(boxed));
+  $("as-lines").setAttribute("aria-pressed", String(!boxed));
+  told();
+}
+
+function addBox(text) {
+  const box = make("textarea", { rows: "2", spellcheck: "false" });
+  box.value = text;
+  const remove = make("button", { type: "button", class: "plain" }, "Remove");
+  const item = make("li", {}, box, remove);
+  remove.addEventListener("click", () => {
+    const next = item.nextElementSibling ?? item.previousElementSibling;
+    item.remove();
+    (next?.querySelector("textarea") ?? $("add")).focus();
+    rename();
+    told();
+  });
+  $("box-list").append(item);
+  rename();
+  told();
+  return box;
+}
+
+function rename() {
+  boxes().forEach((box, index) => {
+    box.setAttribute("aria-label", `Document ${index}`);
+    box.nextElementSibling.setAttribute("aria-label", `Remove document ${index}`);
+  });
+}

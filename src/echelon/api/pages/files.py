@@ -1,0 +1,141 @@
+"""What the pages are made of: files of this folder, and plotly's own script out of its package.
+
+They hold no data, so they need no key; what they show they ask for with one.
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from html import escape
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import HTMLResponse, Response
+
+from echelon.errors import NoSuchRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.requests import Request
+
+FOLDER = Path(__file__).parent
+
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = frozenset(path.name for path in FOLDER.iterdir() if path.suffix in KINDS)
+"""Files of this folder that are served as they are."""
+
+PLOTLY = "plotly.js"
+
+SQUEEZED_FROM = 1024
+"""Bytes from which compressing is worth a client's while."""
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+POLICIES = {
+    "playground.html": _POLICY.format(style="'self'"),
+    # plotly.js draws with style attributes; no script can come that way.
+    "dashboard.html": _POLICY.format(style="'self' 'unsafe-inline'"),
+}
+"""What a browser lets each page do: nothing but ask this server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A file as it goes out.
+
+    Attributes:
+        content: its bytes.
+        tag: their ETag.
+        squeezed: whether they are compressed.
+    """
+
+    content: bytes
+    tag: str
+    squeezed: bool
+
+
+def page(name: str, root: str, *, keys: bool) -> Response:
+    """A page.
+
+    Args:
+        name: its file.
+        root: path that a proxy has put before ours.
+        keys: whether the server asks for API keys.
+    """
+    filled = _template(name).substitute(
+        root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=version("plotly")
+    )
+    headers = {
+        "Content-Security-Policy": POLICIES[name],
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return HTMLResponse(filled, headers=headers)
+
+
+async def file(request: Request) -> Response:
+    """One of the files; compressed once, when it is first asked for.
+
+    Raises:
+        NoSuchRoute: there is no such file.
+    """
+    name = request.path_params["name"]
+    if name not in FILES and name != PLOTLY:
+        raise NoSuchRoute(f"There is no {request.method} {request.url.path}. See /docs.")
+    body = await run_in_threadpool(body_of, name, squeezed=takes_gzip(request.headers))
+    headers = {
+        "ETag": body.tag,
+        "Vary": "Accept-Encoding",
+        "X-Content-Type-Options": "nosniff",
+        # The pages name plotly's version in its address; the other files change with ours.
+        "Cache-Control": "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache",
+    }
+    if body.tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    if body.squeezed:
+        headers["Content-Encoding"] = "gzip"
+    kind = KINDS[Path(name).suffix]
+    return Response(body.content, headers={**headers, "Content-Type": f"{kind}; charset=utf-8"})
+
+
+@cache
+def body_of(name: str, *, squeezed: bool) -> Body:
+    """A file's bytes, kept from the first time on."""
+    content = (_plotly() if name == PLOTLY else FOLDER / name).read_bytes()
+    squeezed = squeezed and len(content) >= SQUEEZED_FROM
+    if squeezed:
+        content = gzip.compress(content, mtime=0)
+    return Body(content, f'"{sha256(content).hexdigest()[:20]}"', squeezed)
+
+
+def takes_gzip(headers: Mapping[str, str]) -> bool:
+    """Whether a client reads gzip."""
+    for part in headers.get("accept-encoding", "").lower().split(","):
+        name, _, weight = part.partition(";")
+        if name.strip() in {"gzip", "*"}:
+            return weight.replace(" ", "").rstrip("0").rstrip(".") not in {"q=", "q=0"}
+    return False
+
+
+def _plotly() -> Path:
+    """The script, found without importing plotly, which takes a second."""
+    spec = find_spec("plotly")
+    if spec is None or not spec.submodule_search_locations:
+        raise NoSuchRoute("plotly is not installed, so there are no charts. Install plotly.")
+    return Path(spec.submodule_search_locations[0], "package_data", "plotly.min.js")
+
+
+@cache
+def _template(name: str) -> Template:
+    return Template((FOLDER / name).read_text(encoding="utf-8"))

@@ -1,0 +1,231 @@
+// The playground: asks the server as any client would, and shows all that it answers.
+import { $, ask, askForKey, asksForKeys, copy, hasKey, keyField, make, milliseconds, number, plural, root, showModel, themeButton, watchReadiness, wordsOf } from "./common.js";
+import { documents, setDocuments, setUpDocuments } from "./documents.js";
+import { EXAMPLE } from "./example.js";
+import { bodyOf, LANGUAGES } from "./snippets.js";
+
+const SHOWN_HITS = 100; // a page of results at a time
+const SHOWN_LETTERS = 600; // of a document, until more is asked for
+
+let language = "curl";
+let model = "";
+let running = null;
+
+/** What the form asks for; what is no whole number goes to the server as it is, which says why not. */
+function wanted() {
+  const typed = $("top-n").value.trim();
+  const topN = typed === "" ? null : Number.isNaN(Number(typed)) ? typed : Number(typed);
+  return bodyOf($("query").value, documents(), topN);
+}
+
+async function rank() {
+  running?.abort();
+  const body = wanted();
+  clear();
+  if (body.query.trim() === "") {
+    showError("query: is empty. Type a question or some words."); // the API would rank by nothing
+    $("query").focus();
+    return;
+  }
+  const mine = (running = new AbortController());
+  busy(true);
+  try {
+    const response = await ask("/v2/rerank", {
+      method: "POST",
+      signal: mine.signal,
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ ...body, raw_scores: true, explain: true }),
+    });
+    if (response.ok) showAnswer(await response.json(), response.headers, body.documents);
+    else await showRefusal(response);
+  } catch (error) {
+    if (running !== mine) return; // another question took its place
+    if (mine.signal.aborted) $("status").textContent = "Stopped";
+    else showError(`The server does not answer (${error.message}). Is it running?`);
+  } finally {
+    if (running === mine) {
+      running = null;
+      busy(false);
+    }
+  }
+}
+
+function busy(isBusy) {
+  $("answer").setAttribute("aria-busy", String(isBusy));
+  $("rank").disabled = isBusy;
+  $("stop").hidden = !isBusy;
+  if (isBusy) $("status").textContent = "Ranking …";
+}
+
+function clear() {
+  for (const id of ["error", "warnings", "empty", "facts", "more"]) $(id).hidden = true;
+  $("results").replaceChildren();
+}
+
+// Errors, in the server's own words.
+
+async function showRefusal(response) {
+  const again = response.headers.get("Retry-After");
+  showError(`${response.status} · ${await wordsOf(response)}${again ? `\nRetry-After: ${again} s` : ""}`);
+  if (response.status === 401) askForKey();
+}
+
+function showError(words) {
+  $("status").textContent = "";
+  $("error").textContent = words;
+  $("error").hidden = false;
+}
+
+// Answers.
+
+function showAnswer(answer, headers, texts) {
+  const told = answer.echelon;
+  $("status").textContent = `${plural(answer.results.length, "result")} of ${plural(texts.length, "document")}`;
+  const hits = answer.results.map(({ index, relevance_score: logit }) => ({
+    index,
+    logit,
+    relevance: 1 / (1 + Math.exp(-logit)),
+    text: texts[index],
+    cut: told.truncated_tokens[index],
+  }));
+  showWarnings(answer.meta.warnings ?? []);
+  showHits(hits, 0);
+  showFacts(headers, told);
+}
+
+function showWarnings(warnings) {
+  $("warnings").hidden = warnings.length === 0;
+  $("warnings").replaceChildren(make("ul", {}, ...warnings.map((words) => make("li", {}, words))));
+}
+
+function showHits(hits, from) {
+  const upTo = Math.min(hits.length, from + SHOWN_HITS);
+  $("results").append(...hits.slice(from, upTo).map((hit, place) => item(hit, from + place + 1)));
+  $("more").hidden = upTo === hits.length;
+  $("more").textContent = `Show ${number(Math.min(SHOWN_HITS, hits.length - upTo))} more of ${number(hits.length)}`;
+  $("more").onclick = () => showHits(hits, upTo);
+}
+
+function item(hit, rank) {
+  const bar = make("span");
+  bar.style.width = `${100 * hit.relevance}%`;
+  const place = make("span", { class: "place" }, `#${rank} · document ${hit.index} · logit ${number(hit.logit)}`);
+  if (hit.cut) place.append(make("span", { class: "cut" }, `cut: ${plural(hit.cut, "token")} lost`));
+  return make(
+    "li",
+    { "data-index": hit.index },
+    make("div", { class: "hit" }, place, make("span", { class: "score", title: `relevance ${hit.relevance}` }, scoreOf(hit.relevance))),
+    make("div", { class: "bar", "aria-hidden": "true" }, bar),
+    ...text(hit.text),
+  );
+}
+
+const scoreOf = (relevance) => (relevance >= 0.01 ? relevance.toFixed(4) : relevance.toPrecision(3));
+
+/** A document's text: as text, whatever it holds, and at first not more than can be looked over. */
+function text(whole) {
+  const words = make("p", { class: "text" });
+  if (whole.length <= SHOWN_LETTERS) {
+    words.textContent = whole;
+    return [words];
+  }
+  const start = [...whole.slice(0, SHOWN_LETTERS)].slice(0, -1).join(""); // splits no pair of surrogates
+  words.textContent = `${start} …`;
+  const more = make("button", { type: "button", class: "plain", "aria-expanded": "false" }, `Show all ${number(whole.length)} letters`);
+  more.addEventListener("click", () => {
+    const open = more.getAttribute("aria-expanded") === "true";
+    words.textContent = open ? `${start} …` : whole;
+    more.textContent = open ? `Show all ${number(whole.length)} letters` : "Show less";
+    more.setAttribute("aria-expanded", String(!open));
+  });
+  return [words, more];
+}
+
+function showFacts(headers, told) {
+  const head = (name) => headers.get(`X-Echelon-${name}`);
+  const time = (name) => milliseconds(Number(head(name)));
+  const rows = [
+    ["Total", time("Total-Ms")],
+    ["Queue", time("Queue-Ms")],
+    ["Tokenise", time("Tokenise-Ms")],
+    ["Compute", time("Compute-Ms")],
+    ["Tokens", number(Number(head("Tokens")))],
+    ["Cut documents", head("Truncated-Documents")],
+    ["Largest step", plural(Number(head("Batch-Size")), "pair")],
+    ["Memory ladder", told.ladder.map((step) => step.rung).join(", ") || "none"],
+  ];
+  $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
+  $("request-id").textContent = `Request ${headers.get("X-Request-Id")}`;
+  $("facts").hidden = false;
+}
+
+// The same call elsewhere.
+
+function showSnippet() {
+  const url = location.origin + root;
+  $("snippet").textContent = LANGUAGES[language]({ url, model, body: wanted(), keyed: asksForKeys || hasKey() });
+  $("copied").textContent = "";
+}
+
+function setUpSnippets() {
+  const tabs = Object.keys(LANGUAGES).map((name) => {
+    const tab = make("button", { type: "button", role: "tab", "aria-controls": "snippet" }, name);
+    tab.addEventListener("click", () => choose(name));
+    return tab;
+  });
+  const choose = (name) => {
+    language = name;
+    for (const tab of tabs) {
+      const chosen = tab.textContent === name;
+      tab.setAttribute("aria-selected", String(chosen));
+      tab.tabIndex = chosen ? 0 : -1;
+    }
+    showSnippet();
+  };
+  $("tabs").append(...tabs);
+  $("tabs").addEventListener("keydown", (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!move) return;
+    const next = tabs[(tabs.indexOf(document.activeElement) + move + tabs.length) % tabs.length];
+    next.focus();
+    choose(next.textContent);
+  });
+  $("copy").addEventListener("click", async () => {
+    try {
+      await copy($("snippet").textContent);
+      $("copied").textContent = "Copied.";
+    } catch (error) {
+      $("copied").textContent = `Not copied: ${error.message}. Select the text instead.`;
+    }
+  });
+  choose(language);
+}
+
+// Start.
+
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  rank();
+});
+$("ask").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) rank();
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("example").addEventListener("click", () => {
+  $("query").value = EXAMPLE.query;
+  setDocuments(EXAMPLE.documents);
+  $("rank").focus();
+});
+for (const id of ["query", "top-n"]) $(id).addEventListener("input", showSnippet);
+setUpSnippets();
+setUpDocuments(showSnippet);
+keyField(() => {
+  $("error").hidden = true;
+  showSnippet();
+});
+themeButton();
+watchReadiness();
+showModel().then((name) => {
+  model = name;
+  showSnippet();
+});
