@@ -112,7 +112,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _models(house: House, request: Request) -> Response:
-    house.rules.keys.check(request.headers)
+    house.rules.keys.holder(request.headers)
     model: dict[str, Any] = {
         "id": house.model,
         "object": "model",
@@ -124,7 +124,7 @@ async def _models(house: House, request: Request) -> Response:
 
 
 async def _info(house: House, request: Request) -> Response:
-    house.rules.keys.check(request.headers)
+    house.rules.keys.holder(request.headers)
     service = house.service
     bounds = service.settings.bounds
     info = TeiInfo(

@@ -51,6 +51,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        if not self.wedge_floor_s > 0:
+            raise InvalidInput(
+                "wedge_floor_s", f"{self.wedge_floor_s} is not positive", "Give seconds."
+            )
 
 
 @dataclass(frozen=True, slots=True)
