@@ -28,7 +28,7 @@ def changes(server, state: str) -> float:
     ("number", "state"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "wedged")]
 )
 def test_a_worker_that_is_killed_or_stopped_is_replaced(gate, number, state):
-    settings = {"scorer": PACE, "gate": str(gate), "service": {"wedge_floor_s": 1.0}}
+    settings = {"scorer": PACE, "gate": str(gate), "service": {"wedge_after_s": 1.0}}
 
     async def main(server):
         async with streaming(server) as stream:

@@ -109,10 +109,19 @@ def test_a_body_that_never_ends_is_given_up(live):
     assert alive(live)
 
 
+def test_headers_that_never_end_are_given_up(live):
+    with socket.create_connection(("127.0.0.1", live.port), timeout=GUARD_S) as client:
+        client.sendall(post(BODY)[:30])
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+    assert alive(live)
+
+
 def test_byte_by_byte_is_slow_and_right(live):
     with socket.create_connection(("127.0.0.1", live.port), timeout=GUARD_S) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in post(BODY):
+        whole = post(BODY)
+        client.sendall(whole[:-20])  # headers are in a hurry here
+        for byte in whole[-20:]:
             client.sendall(bytes([byte]))
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
 

@@ -33,7 +33,10 @@ _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
     (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
     (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
-    (("--wedge-after-s",), {"default": 20.0, "help": "A worker silent for longer is replaced."}),
+    (
+        ("--wedge-after-s",),
+        {"default": 20.0, "help": "A silent worker is replaced, never sooner."},
+    ),
     (("--tls-cert",), {"help": "Certificate chain in PEM: serve HTTPS."}),
     (("--tls-key",), {"help": "Its private key in PEM."}),
     (
@@ -149,7 +152,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
             max_wait_s=door["max_wait_s"],
         ),
         memory_limit_bytes=None if limit is None else limit * 2**20,
-        wedge_floor_s=door["wedge_after_s"],
+        wedge_after_s=door["wedge_after_s"],
         listener=metrics,
         **as_keywords(options),
     )
