@@ -26,7 +26,8 @@ WHOLE = HEAD + b"\r\n" + BODY
 @pytest.fixture(scope="module")
 def live():
     limits = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_bytes": 2000}
-    with LiveFake(limits=limits, rules={"max_body_bytes": 5000}) as server:
+    rules, scorer = {"max_body_bytes": 20_000}, {"pace_s": 0.0001}
+    with LiveFake(limits=limits, rules=rules, scorer=scorer) as server:
         yield server
 
 
@@ -135,6 +136,17 @@ def test_pipelined_requests_are_answered_in_turn(live):
             told += client.recv(65536)
 
 
+def test_the_next_requests_slow_headers_cost_nobody_the_answer_before(live):
+    body = json.dumps({"query": "q", "documents": [f"{i} " + "d" * 90 for i in range(100)]})
+    head = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    with client_of(live) as client:  # a second of work, three times as long as headers may take
+        client.sendall(f"{head}{body}".encode())
+        client.sendall(HEAD)
+        told = answer(client)
+    assert told.count(b"HTTP/1.1 200") == told.count(b"HTTP/1.1 408") == 1
+    assert status(told) == 200
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -163,12 +175,12 @@ def test_headers_of_the_largest_size_come_in(live):
 
 
 def test_a_refused_body_cannot_hold_the_connection(live):
-    head = b"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n"
+    head = b"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n"
     with client_of(live) as client:
         client.sendall(head + b"{")
         told = answer(client)
     assert status(told) == 413
-    assert b"longer than 5000 bytes" in told
+    assert b"longer than 20000 bytes" in told
 
 
 def test_only_so_many_connections(live):
@@ -181,6 +193,8 @@ def test_only_so_many_connections(live):
         with client_of(live) as ninth:
             ninth.sendall(WHOLE)
             told = answer(ninth)
+            held[1].sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert b"\nechelon_connections 8.0\n" in one_answer(held[1])  # it does not count
         assert status(told) == 503
         assert b"retry-after: 1\r\n" in told
         assert json.loads(told.partition(b"\r\n\r\n")[2])["message"].startswith("This server has")

@@ -116,6 +116,11 @@ class Connection(HttpToolsProtocol):
 
     # What the parser tells.
 
+    def on_message_begin(self) -> None:
+        """A request begins, perhaps right behind the one before."""
+        self._start_clock()
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """The headers are whole: let the request in, unless they are too large."""
         self._stop_clock()
