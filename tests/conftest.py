@@ -70,6 +70,7 @@ def live(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"{KEY}\n", "utf-8")
     rules = ("--api-keys", keys, "--body-timeout-s", 1, "--max-documents", 50)
+    rules += ("--header-timeout-s", 1)
     with Live(bert, *MODEL, *rules) as server:
         yield server
 

@@ -94,6 +94,16 @@ def opens_once(folder: str, *, precision: str):
     return Obedient(precision=precision)
 
 
+def gated(folder: str, *, precision: str, **settings):
+    """An opener that, but for the first time, waits until there is a file named ``go``."""
+    try:
+        Path(folder, "opened").touch(exist_ok=False)
+    except FileExistsError:
+        while not Path(folder, "go").exists():
+            time.sleep(0.01)
+    return Obedient(precision=precision, **settings)
+
+
 def dying(*, precision: str):
     """An opener that never returns."""
     os._exit(3)

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
+import psutil
 import uvicorn
 
 from echelon.api.app import make_app
@@ -63,7 +66,12 @@ def run_app(main, *arguments, **settings):
 
 def metric(house, name) -> float:
     """A sample of the metrics, such as ``echelon_requests_total{outcome="answered"}``."""
-    for line in house.metrics.text().decode().splitlines():
+    return sample(house.metrics.text().decode(), name)
+
+
+def sample(text: str, name: str) -> float:
+    """A sample in Prometheus' text format; 0 where there is none."""
+    for line in text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.rpartition(" ")[2])
     return 0.0
@@ -94,9 +102,12 @@ class Live:
     """
 
     def __init__(self, model, *arguments, **environment):
-        command = [sys.executable, "-m", "echelon", "serve", str(model), "--port", "0"]
+        command = ["-m", "echelon", "serve", model, "--port", 0, *arguments]
+        self._start(command, environment)
+
+    def _start(self, command, environment):
         self.process = subprocess.Popen(
-            [*command, *map(str, arguments)],
+            [sys.executable, *map(str, command)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
@@ -154,7 +165,7 @@ HOLDING = {"query": "q", "documents": [chr(HANG)]}
 def full_house():
     """URL of a server in this process whose only place a request has taken that never ends."""
     metrics = Metrics()
-    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_floor_s=10 * GUARD_S)
+    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_after_s=10 * GUARD_S)
 
     async def launch():
         await made.start()
@@ -182,3 +193,20 @@ class Threaded(Server):
     """A server in a thread, which signals never reach."""
 
     capture_signals = contextlib.nullcontext
+
+
+class LiveFake(Live):
+    """:mod:`serve_fake` in a process of its own; keywords are its settings."""
+
+    def __init__(self, environment=None, **settings):
+        script = Path(__file__).with_name("serve_fake.py")
+        self._start([script, json.dumps(settings)], environment or {})
+
+    @property
+    def workers(self) -> list:
+        return psutil.Process(self.process.pid).children()
+
+    def metric(self, name: str) -> float:
+        """A sample of its metrics; 0 where there is none."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as told:
+            return sample(told.read().decode(), name)

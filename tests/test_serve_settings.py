@@ -7,7 +7,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from echelon.api.command import config
+from echelon.api.auth import ANYBODY
+from echelon.api.command import config, serve
+from echelon.api.connection import Limits
+from echelon.api.rate import Limit
 from echelon.errors import InvalidInput
 
 
@@ -78,3 +81,62 @@ def test_values_of_the_wrong_kind_are_usage_errors(tmp_path):
     result = CliRunner().invoke(config, ["--config", str(path)])
     assert result.exit_code == 2
     assert "--port" in result.output
+
+
+@pytest.fixture
+def houses(monkeypatch):
+    """What would have been served."""
+    made = []
+    monkeypatch.setattr("echelon.api.server.run", lambda house, *_, **__: made.append(house))
+    monkeypatch.setattr("echelon.api.logs.set_up", lambda *_: None)
+    return made
+
+
+def served(houses, *arguments, **environment):
+    result = CliRunner().invoke(serve, ["m", *map(str, arguments)], env=environment)
+    if result.exception is not None:
+        raise result.exception
+    return houses.pop()
+
+
+def test_what_the_server_is_told_reaches_it(houses, tmp_path):
+    flags = ("--max-connections", 5, "--header-timeout-s", 2.5, "--rate-limit", "900/min")
+    house = served(houses, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
+    assert house.rules.limits == Limits(5, 2.5)
+    assert house.rules.keys.holder({}).name == ANYBODY
+    assert house.rules.keys.holder({}).bucket.limit == Limit(15, 15)
+    assert house._launch.keywords["wedge_after_s"] == 7.5
+    assert house.traces is None
+    (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
+    keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").rules.keys
+    assert keys.holder({"api-key": "abc"}).bucket.limit == Limit(5, 5)
+
+
+def test_traces_are_asked_for_by_flag_environment_or_file(houses, tmp_path):
+    (tmp_path / "e.toml").write_text("[serve]\notel = true\n", "utf-8")
+    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    for arguments, environment, on in (
+        (("--otel",), {}, True),
+        ((), asked, True),
+        (("--no-otel",), asked, False),
+        (("--config", tmp_path / "e.toml"), {}, True),
+        ((), {"ECHELON_SERVE_OTEL": "0", **asked}, False),
+    ):
+        traces = served(houses, *arguments, **environment).traces
+        assert (traces is not None) is on
+        if traces is not None:
+            traces.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--max-connections", 0), "max_connections: 0 is not positive"),
+        (("--header-timeout-s", -1), "header_timeout_s: -1.0 is not positive"),
+        (("--rate-limit", "fast"), "--rate-limit: 'fast' is no rate"),
+    ],
+)
+def test_settings_that_make_no_sense(houses, flags, words):
+    with pytest.raises(InvalidInput) as caught:
+        served(houses, *flags)
+    assert words in str(caught.value)

@@ -275,7 +275,9 @@ def test_a_listener_that_raises_harms_nobody(caplog):
     assert "This is a bug in it" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["workers", "token_budget", "max_pairs", "max_length"])
+@pytest.mark.parametrize(
+    "field", ["workers", "token_budget", "max_pairs", "max_length", "wedge_after_s"]
+)
 def test_settings_that_make_no_sense(field):
     with pytest.raises(InvalidInput) as caught:
         Settings(**{field: 0})

@@ -124,7 +124,7 @@ def test_a_wedged_worker_is_replaced():
         assert isinstance(answers[0], WorkerLost)
         assert answers[1].logits.tolist() == scores(texts(1))
 
-    run(main, service(ears=ears, wedge_floor_s=0.5))
+    run(main, service(ears=ears, wedge_after_s=0.5))
     assert ears.states().count("wedged") == 2
 
 

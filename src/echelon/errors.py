@@ -13,6 +13,7 @@
     ├── NonFiniteScore          the model gave NaN or infinity for a pair
     ├── ScoringFailed           the model raised an error that is not about memory
     ├── Overloaded              the queue is full; it says when to come again
+    │   └── RateLimited         a key has used up what it may have scored in a time
     ├── DeadlinePassed          the caller's deadline passed, or cannot be met
     ├── WorkerLost              the scoring process died twice over the same pairs
     ├── ShuttingDown            the service takes no more requests
@@ -136,6 +137,10 @@ class Overloaded(EchelonError):
     def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
         """Travel between processes: exceptions are rebuilt from their arguments."""
         return type(self), (self.problem, self.retry_after_s)
+
+
+class RateLimited(Overloaded):
+    """A key has used up what it may have scored in a time; others are let in."""
 
 
 class DeadlinePassed(EchelonError):

@@ -132,7 +132,7 @@ def _page(name: str, house: House, request: Request) -> Response:
 
 
 async def _board(house: House, request: Request) -> Response:
-    house.rules.keys.check(request.headers)
+    house.rules.keys.holder(request.headers)
     service = house.running
     facts, state = (service.facts, service.snapshot()) if service else (None, None)
     told = board(house.recent.view(), house.model, facts, state)
@@ -140,7 +140,7 @@ async def _board(house: House, request: Request) -> Response:
 
 
 async def _models(house: House, request: Request) -> Response:
-    house.rules.keys.check(request.headers)
+    house.rules.keys.holder(request.headers)
     model: dict[str, Any] = {
         "id": house.model,
         "object": "model",
@@ -152,7 +152,7 @@ async def _models(house: House, request: Request) -> Response:
 
 
 async def _info(house: House, request: Request) -> Response:
-    house.rules.keys.check(request.headers)
+    house.rules.keys.holder(request.headers)
     service = house.service
     bounds = service.settings.bounds
     info = TeiInfo(

@@ -1,13 +1,19 @@
-"""API keys: who may ask. Keys are kept as digests and compared in constant time."""
+"""API keys: who may ask, under which name, and how much.
+
+Keys are kept as digests and compared in constant time; logs and metrics know names only.
+"""
 
 from __future__ import annotations
 
 import hmac
 import os
+import re
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from echelon.api.rate import Bucket, Limit, limit_of
 from echelon.errors import InvalidInput, Unauthorised
 
 if TYPE_CHECKING:
@@ -20,58 +26,164 @@ HEADERS = ("authorization", "x-api-key", "api-key")
 """Where clients put their key. In ``Authorization`` it stands after ``Bearer``, or alone, as the
 TEI client of LlamaIndex sends it."""
 
+ANYBODY = "anybody"
+"""The name of all who ask where no keys are known."""
 
-class Keys:
-    """The keys that are let in; without any, everyone is.
+UNLIMITED = "none"
+"""A rate that frees a key from the limit of ``--rate-limit``."""
 
-    Args:
-        keys: texts.
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key, as it is written.
+
+    Attributes:
+        text: the key itself; never shown.
+        name: what logs and metrics call its holder.
+        limit: what it may have scored; None is no limit.
     """
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = tuple({_digest(key) for key in keys})
+    text: str
+    name: str
+    limit: Limit | None = None
+
+    def __repr__(self) -> str:
+        return f"Key({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who asks.
+
+    Attributes:
+        name: for logs and metrics.
+        bucket: what is left of its limit; None is no limit.
+    """
+
+    name: str
+    bucket: Bucket | None = None
+
+
+class Keys:
+    """The keys that are let in; without any, everyone is, and all share one limit.
+
+    Keys of one name, such as an old and a new one, share a limit.
+
+    Args:
+        keys: those that are known.
+        common: limit of everybody together, where no key is known.
+
+    Raises:
+        InvalidInput: keys of one name have different limits.
+    """
+
+    def __init__(self, keys: Iterable[Key] = (), common: Limit | None = None) -> None:
+        holders: dict[str, Holder] = {}
+        self._holders: dict[bytes, Holder] = {}
+        for key in keys:
+            holder = holders.setdefault(key.name, _holder(key.name, key.limit))
+            if key.limit != (holder.bucket and holder.bucket.limit):
+                raise InvalidInput(
+                    "--api-keys",
+                    f"keys with the name {key.name} have different limits",
+                    "Keys of one name share a limit: write the same, or another name.",
+                )
+            self._holders.setdefault(_digest(key.text), holder)
+        self._anybody = _holder(ANYBODY, common)
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return len(self._holders)
 
-    def check(self, headers: Mapping[str, str]) -> None:
-        """Let a request pass.
+    def holder(self, headers: Mapping[str, str]) -> Holder:
+        """Who sends a request.
 
         Every key is compared, so that the time says nothing about which is near.
 
         Raises:
             Unauthorised: no key, or a wrong one.
         """
-        if not self._digests:
-            return
+        if not self._holders:
+            return self._anybody
         given = next((headers[name] for name in HEADERS if name in headers), None)
         if given is None:
             raise Unauthorised("An API key is needed. Send it as 'Authorization: Bearer KEY'.")
         scheme, _, rest = given.strip().partition(" ")
         digest = _digest(rest.strip() if scheme.lower() == "bearer" else given.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if not any(matches):
+        matches = [
+            holder for known, holder in self._holders.items() if hmac.compare_digest(digest, known)
+        ]
+        if not matches:
             raise Unauthorised("The API key is not known here. Send another.")
+        return matches[0]
 
 
-def read_keys(path: str | os.PathLike[str] | None) -> Keys:
-    """Keys out of a file, one a line (``#`` begins a comment), and out of the environment.
+def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> Keys:
+    """Keys out of the environment and a file, one a line (``#`` begins a comment).
+
+    A line is ``KEY``, then what else is known of it in any order: ``name=web-shop``,
+    ``rate=50/s``, ``burst=200``. A key without a name is called after its place: ``line-3`` of
+    the file, ``env-1`` of the environment.
+
+    Args:
+        path: the file; None reads the environment only.
+        rate: the limit of keys that have none of their own.
 
     Raises:
-        InvalidInput: the file cannot be read or holds none.
+        InvalidInput: the file cannot be read, holds no key, or a line is wrong; no message holds
+            a key.
     """
-    keys = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    common = None if rate is None else limit_of("--rate-limit", rate)
+    texts = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
+    keys = [Key(text, f"env-{number}", common) for number, text in enumerate(texts, 1)]
     if path is None:
-        return Keys(keys)
+        return Keys(keys, common)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput("--api-keys", f"cannot be read ({error})", "Give a text file.") from None
-    found = [line.partition("#")[0].strip() for line in lines]
-    found = [key for key in found if key]
+    found = [
+        _key(words, f"{path}, line {number}", f"line-{number}", common)
+        for number, line in enumerate(lines, 1)
+        if (words := line.partition("#")[0].split())
+    ]
     if not found:
         raise InvalidInput("--api-keys", f"{path} holds no key", "Write one key a line.")
-    return Keys([*keys, *found])
+    return Keys([*keys, *found], common)
+
+
+def _key(words: list[str], where: str, name: str, common: Limit | None) -> Key:
+    """A line's key and what is said of it."""
+    told: dict[str, str] = {}
+    for word in words[1:]:
+        field, _, value = word.partition("=")
+        if field not in {"name", "rate", "burst"} or not value or field in told:
+            raise InvalidInput(
+                "--api-keys",
+                f"{where}: what follows the key is not understood",
+                "Write KEY name=NAME rate=50/s burst=200, each at most once.",
+            )
+        told[field] = value
+    name = told.get("name", name)
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            "--api-keys", f"{where}: the name is odd", "Use letters, digits, dots and dashes."
+        )
+    return Key(words[0], name, _limit(told, f"--api-keys: {where}", common))
+
+
+def _limit(told: dict[str, str], field: str, common: Limit | None) -> Limit | None:
+    rate, burst = told.get("rate"), told.get("burst")
+    if burst is not None and rate in {None, UNLIMITED}:
+        raise InvalidInput(field, "a burst without a rate limits nothing", "Write rate=50/s too.")
+    if rate is None:
+        return common
+    return None if rate == UNLIMITED else limit_of(field, rate, burst)
+
+
+def _holder(name: str, limit: Limit | None) -> Holder:
+    return Holder(name, None if limit is None else Bucket(limit))
 
 
 def _digest(key: str) -> bytes:

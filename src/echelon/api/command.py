@@ -22,16 +22,27 @@ _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--workers",), {"default": 1, "help": "Processes that score: one a GPU, or several a CPU."}),
     (("--served-name",), {"help": "What answers call the model [its own name]."}),
     (("--api-keys",), {"help": "File with API keys, one a line; ECHELON_API_KEYS adds more."}),
+    (("--rate-limit",), {"help": "Documents for a key in a time, such as 50/s or 900/min [no]."}),
     (("--cors",), {"multiple": True, "help": "Origin whose pages may read answers [none]."}),
     (("--max-body-mb",), {"default": 32.0, "help": "Longest body, in MiB."}),
     (("--body-timeout-s",), {"default": 30.0, "help": "Seconds in which a body must come."}),
+    (("--header-timeout-s",), {"default": 10.0, "help": "Seconds in which headers must come."}),
+    (("--max-connections",), {"default": 768, "help": "Connections at once, idle ones too."}),
     (("--drain-s",), {"default": 30.0, "help": "Seconds to answer what is inside at the end."}),
     (("--max-requests",), {"default": 512, "help": "Requests inside at once."}),
     (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
     (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
     (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
+    (
+        ("--wedge-after-s",),
+        {"default": 20.0, "help": "A silent worker is replaced, never sooner."},
+    ),
     (("--tls-cert",), {"help": "Certificate chain in PEM: serve HTTPS."}),
     (("--tls-key",), {"help": "Its private key in PEM."}),
+    (
+        ("--otel/--no-otel",),
+        {"default": None, "help": "Traces over OTLP [where OTEL_EXPORTER_OTLP_ENDPOINT is set]."},
+    ),
     (("--log-format",), {"type": click.Choice(["json", "text"]), "default": "json"}),
     (("--log-level",), {"type": click.Choice(["debug", "info", "warning"]), "default": "info"}),
 )
@@ -73,8 +84,8 @@ def serve(*, model: str, **values: Any) -> None:
     door = {name: values.pop(name) for name in _door_names()}
     options = options_of(values, quiet=True)
     address = Address(door["host"], door["port"], door["tls_cert"], door["tls_key"])
-    house = _house(model, options, door)
     set_up(door["log_format"], door["log_level"])
+    house = _house(model, options, door)
     run(house, address, exposed=not is_loopback(door["host"]))
 
 
@@ -106,26 +117,31 @@ def is_loopback(host: str) -> bool:
 
 
 def _door_names() -> list[str]:
-    return [names[0].removeprefix("--").replace("-", "_") for names, _ in _DOOR_FLAGS]
+    return [
+        names[0].partition("/")[0].removeprefix("--").replace("-", "_") for names, _ in _DOOR_FLAGS
+    ]
 
 
 def _house(model: str, options: Options, door: dict[str, Any]) -> House:
     from functools import partial
 
     from echelon.api.auth import read_keys
+    from echelon.api.connection import Limits
     from echelon.api.house import House, Rules
     from echelon.api.metrics import Metrics
     from echelon.api.recent import Recent
+    from echelon.api.traces import open_traces
     from echelon.plan.admit import Bounds
     from echelon.serve.events import Fan
     from echelon.serve.launch import launch
 
     rules = Rules(
-        keys=read_keys(door["api_keys"]),
+        keys=read_keys(door["api_keys"], door["rate_limit"]),
         max_body_bytes=int(door["max_body_mb"] * 2**20),
         body_timeout_s=door["body_timeout_s"],
         drain_s=door["drain_s"],
         origins=door["cors"],
+        limits=Limits(door["max_connections"], door["header_timeout_s"]),
     )
     metrics, recent = Metrics(), Recent()
     limit = door["memory_limit_mb"]
@@ -139,11 +155,13 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
             max_wait_s=door["max_wait_s"],
         ),
         memory_limit_bytes=None if limit is None else limit * 2**20,
+        wedge_after_s=door["wedge_after_s"],
         listener=Fan(metrics, recent),
         **as_keywords(options),
     )
     name = door["served_name"] or name_of(model)
-    return House(start, name, metrics, rules, options.revision, recent)
+    traces = open_traces(door["otel"])
+    return House(start, name, metrics, rules, options.revision, recent=recent, traces=traces)
 
 
 def name_of(model: str) -> str:

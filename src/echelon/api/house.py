@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echelon.api.auth import Keys
+from echelon.api.connection import Limits
 from echelon.api.recent import Recent
 from echelon.errors import InvalidInput, ShuttingDown
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from echelon.api.metrics import Metrics
+    from echelon.api.traces import Traces
     from echelon.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Rules:
         body_timeout_s: a body must have come in this time, so that slow clients hold nothing.
         drain_s: at its end the server waits so long for the requests inside.
         origins: web pages that browsers let read answers (CORS); none by default.
+        limits: what a connection may do.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -39,6 +42,7 @@ class Rules:
     body_timeout_s: float = 30.0
     drain_s: float = 30.0
     origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "body_timeout_s", "drain_s"):
@@ -56,22 +60,26 @@ class House:
         rules: what it lets in.
         revision: the model's revision, for ``/info``.
         recent: the last ten minutes, for ``/dashboard``; it hears of a service what it is told.
+        traces: where each request is told of; None tells nobody.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that the routes share
         self,
         launch: Callable[[], Awaitable[Service]],
         model: str,
         metrics: Metrics,
         rules: Rules | None = None,
         revision: str | None = None,
+        *,
         recent: Recent | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self.metrics = metrics
         self.rules = rules or Rules()
         self.recent = recent or Recent()
+        self.traces = traces
         self.since = int(time.time())
         self.failure: Exception | None = None
         self.cut_short = False

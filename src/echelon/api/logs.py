@@ -54,7 +54,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up(style: str, level: str) -> None:
-    """Send the logs of Echelon and of the HTTP server to standard error.
+    """Send the logs of Echelon, the HTTP server and the exporter of traces to standard error.
 
     Args:
         style: ``json`` or ``text``.
@@ -63,7 +63,7 @@ def set_up(style: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if style == "json" else plain)
-    for name in ("echelon", "uvicorn"):
+    for name in ("echelon", "uvicorn", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

@@ -15,6 +15,9 @@ from echelon.plan.degrade import RUNGS
 from echelon.serve.events import Outcome, Silence, WorkerState
 
 if TYPE_CHECKING:
+    from collections.abc import Sized
+
+    from echelon.api.connection import Reason
     from echelon.serve.events import (
         LadderTaken,
         Refused,
@@ -76,6 +79,22 @@ class Metrics(Silence):
     def due(self, *, met: bool) -> None:
         """A request with a deadline was answered, or not in time."""
         self._deadlines.labels("met" if met else "missed").inc()
+
+    def asked(self, key: str, documents: int) -> None:
+        """The holder of a key had documents scored."""
+        self._key_documents.labels(key).inc(documents)
+
+    def rate_limited(self, key: str) -> None:
+        """The holder of a key has used up what it may."""
+        self._rate_limited.labels(key).inc()
+
+    def connection_refused(self, reason: Reason) -> None:
+        """A connection was closed before it had asked for anything."""
+        self._connections_refused.labels(reason).inc()
+
+    def watch_connections(self, connections: Sized) -> None:
+        """The open connections, counted with each scrape."""
+        self._connections.set_function(lambda: len(connections))
 
     # What the service tells; called from any thread.
 
@@ -142,6 +161,16 @@ class Metrics(Silence):
         )
         self._deadlines = self._counter(
             "deadline_requests_total", "Requests with a deadline, by whether it was met.", "outcome"
+        )
+        self._key_documents = self._counter(
+            "key_documents_total", "Documents of answered requests, by the key's name.", "key"
+        )
+        self._rate_limited = self._counter(
+            "rate_limited_total", "Requests over a key's limit, by the key's name.", "key"
+        )
+        self._connections = self._gauge("connections", "Open connections.")
+        self._connections_refused = self._counter(
+            "connections_refused_total", "Connections closed before they asked.", "reason"
         )
 
     def _requests(self) -> None:

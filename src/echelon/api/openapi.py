@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 ERRORS = {
     400: "The body is no JSON object; vLLM's and Voyage's dialects say 400 for 422 too.",
     401: "No API key, or a wrong one.",
-    408: "The body did not come in time.",
+    408: "The headers or the body did not come in time.",
     413: "More documents, tokens or bytes than one request may have; the field is named.",
     422: "A field is missing or wrong; it is named, with what to do.",
-    429: "The queue is full, or would make the request late. Retry-After says when to come again.",
+    429: "The queue is full, or would make the request late, or the key has used up its limit. "
+    "Retry-After says when to come again.",
+    431: "The headers are too long.",
     500: "The model failed; TEI's dialect says 424.",
-    503: "Not started, draining, or no worker can be kept alive.",
+    503: "Not started, draining, no worker can be kept alive, or too many connections.",
     504: "The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met.",
     507: "A document does not fit in memory, even alone.",
 }

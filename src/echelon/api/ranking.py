@@ -26,14 +26,23 @@ from echelon.api.dialects.table import choose, read
 from echelon.api.dialects.tei import TEI
 from echelon.api.intake import read_body, timeout_of
 from echelon.api.logs import request_id
+from echelon.api.traces import Told
 from echelon.api.wire import Complaint, Outcome
-from echelon.errors import EchelonError, Overloaded, ScoringFailed
+from echelon.errors import (
+    EchelonError,
+    InvalidInput,
+    Overloaded,
+    RateLimited,
+    ScoringFailed,
+    ShuttingDown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from starlette.requests import Request
 
+    from echelon.api.auth import Holder
     from echelon.api.house import House
     from echelon.api.wire import Body, Dialect, Wanted
     from echelon.types import Answer
@@ -54,6 +63,10 @@ class Call:
         dialect: its language, the path's last until the body has told.
         began: the service's time when it came; None where it has not started.
         timeout_s: seconds that the caller gives us; None is no limit.
+        holder: whose key it came with; None until that is known.
+        documents: its documents; None until they are read.
+        answer: the service's answer, where there is one.
+        answered_s: seconds from the begin to that answer.
         facts: what the log is told.
     """
 
@@ -62,6 +75,10 @@ class Call:
     dialect: Dialect
     began: float | None = None
     timeout_s: float | None = None
+    holder: Holder | None = None
+    documents: int | None = None
+    answer: Answer | None = None
+    answered_s: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,6 +104,8 @@ async def _respond(call: Call, candidates: tuple[Dialect, ...]) -> Response:
     except ClientDisconnect:
         return Response(status_code=GONE)
     except EchelonError as error:
+        if isinstance(error, RateLimited) and call.holder is not None:
+            call.house.metrics.rate_limited(call.holder.name)
         return complaint(error, call.dialect)
     except Exception as error:
         logger.exception("A request met what the server does not know. This is a bug.")
@@ -98,13 +117,15 @@ async def _answer(call: Call, candidates: tuple[Dialect, ...]) -> Response:
     house, request = call.house, call.request
     service = house.service
     call.began = service.clock()
-    house.rules.keys.check(request.headers)
+    _identify(call, service.clock())
     body = await read_body(request, house.rules)
     call.dialect = choose(candidates, body)
     wanted = read(call.dialect, body)
     call.timeout_s = timeout_of(request.headers, wanted.timeout_ms)
-    answer = await _unless_gone(call, wanted)
-    call.facts = {"documents": len(wanted.pairs), **headers_facts(answer)}
+    call.documents = len(wanted.pairs)
+    answer = call.answer = await _within_limit(call, wanted)
+    call.answered_s = service.clock() - call.began
+    call.facts |= {"documents": call.documents, **headers_facts(answer)}
     content = call.dialect.write(_outcome(house, wanted, answer))
     if wanted.explain and isinstance(content, dict):
         content["echelon"] = explanation(answer)
@@ -112,6 +133,38 @@ async def _answer(call: Call, candidates: tuple[Dialect, ...]) -> Response:
     if call.dialect is TEI:
         headers |= tei_headers(answer, wanted)
     return as_json(content, 200, headers)
+
+
+def _identify(call: Call, now: float) -> None:
+    """Whose request it is; one that has used up its limit is refused before its body is read.
+
+    Raises:
+        Unauthorised: no key, or a wrong one.
+        RateLimited: not even one document would be let in.
+    """
+    holder = call.holder = call.house.rules.keys.holder(call.request.headers)
+    if len(call.house.rules.keys):
+        call.facts["key"] = holder.name
+    if holder.bucket is not None:
+        holder.bucket.ask(1, now)
+
+
+async def _within_limit(call: Call, wanted: Wanted) -> Answer:
+    """The service's answer, paid for by the key; what the service refuses costs nothing.
+
+    Raises:
+        RateLimited: the key has used up what it may have scored.
+    """
+    bucket = call.holder.bucket if call.holder else None
+    documents = len(wanted.pairs)
+    if bucket is None:
+        return await _unless_gone(call, wanted)
+    bucket.take(documents, call.house.service.clock())
+    try:
+        return await _unless_gone(call, wanted)
+    except (InvalidInput, Overloaded, ShuttingDown):
+        bucket.give_back(documents)
+        raise
 
 
 async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
@@ -196,8 +249,12 @@ def _note(call: Call, status: int, seconds: float) -> None:
     metrics = call.house.metrics
     metrics.answered(call.dialect.name, status, seconds)
     call.house.recent.answered(status, seconds, call.facts.get("documents", 0))
+    if call.answer is not None and call.holder is not None:
+        metrics.asked(call.holder.name, len(call.answer.logits))
     if call.timeout_s is not None:
         metrics.due(met=status == 200)  # noqa: PLR2004 - HTTP's own
+    if call.house.traces is not None:
+        call.facts["trace_id"] = call.house.traces.tell(_told(call, status, seconds))
     logger.info(
         "%s %s",
         call.request.scope["path"],
@@ -211,4 +268,19 @@ def _note(call: Call, status: int, seconds: float) -> None:
                 **call.facts,
             }
         },
+    )
+
+
+def _told(call: Call, status: int, seconds: float) -> Told:
+    return Told(
+        path=call.request.scope["path"],
+        headers=call.request.headers,
+        number=request_id.get(),
+        dialect=call.dialect.name,
+        status=status,
+        seconds=seconds,
+        documents=call.documents,
+        answer=call.answer,
+        answered_s=call.answered_s,
+        key=call.facts.get("key"),
     )

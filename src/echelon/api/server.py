@@ -10,11 +10,14 @@ import signal
 import socket
 import ssl
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from echelon.api.app import make_app
+from echelon.api.connection import Connection
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -27,6 +30,10 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """Idle connections live longer than those of usual load balancers (60 s), so that these never send
 a request into a connection that is just being closed."""
+
+OTHER_FILES = 64
+"""Files that a server has open besides its connections, with room: pipes and sockets of some
+workers, standard streams, the log's and the event loop's own."""
 
 GRACE_S = 5
 """Beyond the time to drain, for workers to end and answers to be written."""
@@ -80,15 +87,28 @@ class Address:
             if self.key is not None:
                 raise InvalidInput("--tls-key", "has no certificate", "Give --tls-cert too.")
             return
+        for flag, path in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
+            if path is not None:
+                _readable(flag, path)
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:  # an SSLError is one
-            raise InvalidInput(
-                "--tls-cert",
-                f"{self.certificate} cannot be used ({error.strerror or error})",
-                "Give PEM files of a certificate and its key.",
-            ) from None
+            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+        except ssl.SSLError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: ssl.SSLError) -> InvalidInput:
+        """Which of the two files is wrong, as far as OpenSSL says."""
+        cert, key = self.certificate, self.key or self.certificate
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return InvalidInput(
+                "--tls-key", f"{key} is not the key of {cert}", "Give the one it was made with."
+            )
+        words = error.reason or "no certificate or key in PEM, or the key is encrypted"
+        return InvalidInput(
+            "--tls-cert",
+            f"{cert} with {key} cannot be used ({words})",
+            "Give PEM files of a certificate and its key, without a password.",
+        )
 
     def _refused(self, error: OSError) -> InvalidInput:
         where = f"{self.host}:{self.port}"
@@ -115,6 +135,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the model, then listen."""
         await super().startup(sockets)
+        self._house.metrics.watch_connections(self.server_state.connections)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
@@ -148,6 +169,20 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def _readable(flag: str, path: str) -> None:
+    try:
+        Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInput(
+            flag, f"{path} cannot be used ({error.strerror})", "Name a file in PEM."
+        ) from None
+
+
+def _no_password() -> str:
+    """The answer to an encrypted key, which would otherwise ask the terminal."""
+    return ""
+
+
 def run(house: House, address: Address, *, exposed: bool) -> None:
     """Serve until told to end.
 
@@ -164,9 +199,12 @@ def run(house: House, address: Address, *, exposed: bool) -> None:
     taken = address.bind()
     if exposed:
         logger.warning("%s", _warning(house, address))
+    make_room_for(house.rules.limits.max_connections)
     config = uvicorn.Config(
         make_app(house),
-        http="httptools",
+        http=partial(  # type: ignore[arg-type]  # uvicorn calls it and asks nothing else of it
+            Connection, limits=house.rules.limits, refused=house.metrics.connection_refused
+        ),
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -183,12 +221,37 @@ def run(house: House, address: Address, *, exposed: bool) -> None:
             raise
     finally:
         taken.close()
+        if house.traces is not None:
+            house.traces.close()
     if house.failure is not None:
         raise house.failure
     if house.cut_short:
         logger.warning("Ended; --drain-s was over before everyone inside had a result.")
     else:
         logger.info("Ended; everyone inside was answered.")
+
+
+def make_room_for(connections: int) -> None:
+    """Let this process open as many files as its connections need.
+
+    Raises:
+        InvalidInput: it may not.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, where sockets are no files
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + OTHER_FILES
+    if resource.RLIM_INFINITY in (soft, hard) or needed <= soft:
+        return
+    if needed > hard:
+        raise InvalidInput(
+            "--max-connections",
+            f"{connections} need {needed} open files, and this process may have {hard}",
+            "Lower it, or raise the limit (ulimit -n).",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _warning(house: House, address: Address) -> str:

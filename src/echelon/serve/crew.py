@@ -17,7 +17,7 @@ from echelon.errors import EchelonError, ScoringFailed
 from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
 from echelon.score.worker import RESTART_DELAYS_S
 from echelon.serve.events import LadderTaken, WorkerChanged
-from echelon.serve.state import WEDGE_FLOOR_S
+from echelon.serve.state import WEDGE_AFTER_S
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ class Orders:
     Attributes:
         precision: what their scorers compute in.
         memory_limit_bytes: a worker that holds more is replaced between steps; None means never.
-        wedge_floor_s: see :data:`echelon.serve.state.WEDGE_FLOOR_S`.
+        wedge_after_s: see :data:`echelon.serve.state.WEDGE_AFTER_S`.
         delays_s: see :data:`echelon.score.worker.RESTART_DELAYS_S`.
     """
 
     precision: str = "auto"
     memory_limit_bytes: int | None = None
-    wedge_floor_s: float = WEDGE_FLOOR_S
+    wedge_after_s: float = WEDGE_AFTER_S
     delays_s: Sequence[float] = RESTART_DELAYS_S
 
 
@@ -165,9 +165,9 @@ class Keeper(threading.Thread):
 
     def _warm_up(self, steps: Sequence[TokenBatch]) -> None:
         for batch in steps:
-            self._worker.send(batch, self._orders.wedge_floor_s)
+            self._worker.send(batch, self._orders.wedge_after_s)
             try:
-                scored = self._worker.receive(self._orders.wedge_floor_s)
+                scored = self._worker.receive(self._orders.wedge_after_s)
             except DeviceOutOfMemory:
                 logger.warning("Worker %d: no room for %d tokens", self.number, len(batch.ids))
                 self._worker.release()
@@ -249,7 +249,7 @@ class Keeper(threading.Thread):
         self._worker.send(prepared.batch, self._patience(prepared.step))
 
     def _patience(self, step: Step) -> float:
-        return max(self._orders.wedge_floor_s, WEDGE_FACTOR * step.predicted_s)
+        return max(self._orders.wedge_after_s, WEDGE_FACTOR * step.predicted_s)
 
     def _receive(self) -> None:
         step, _ = self._sent[0]

@@ -230,7 +230,8 @@ class Dispatch:
         with self._lock:
             for position, step in enumerate(steps):
                 if position == 0:
-                    self._deliver(self._batcher.retry(step.number))
+                    ended = self._batcher.retry(step.number)
+                    self._deliver(ended, partial(_lost, len(step.places)))
                 else:
                     self._batcher.put_back(step.number)
             self._lock.notify_all()
@@ -329,17 +330,23 @@ class Dispatch:
 
 def _error(broken: Broken, name: str) -> EchelonError:
     """What a caller is told of a pair that got no score."""
-    if broken.fault == "worker_lost":
-        return WorkerLost(
-            f"{name}: the scoring process ended twice with this document in it. "
-            "Send the others without it; the server's log has the cause."
-        )
     if broken.fault == "not_finite":
         return NonFiniteScore(
             f"{name}: the model gave {broken.logit}. Serve it with precision='fp32', whose range "
             "is wider; if it persists, the weights are damaged."
         )
     return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
+
+
+def _lost(pairs: int, name: str) -> WorkerLost:
+    """A worker ended over a step of one request for the second time."""
+    which, remedy = "this document", "Send the others without it"
+    if pairs > 1:
+        which, remedy = f"this or one of {pairs - 1} others", "Send them one at a time to find it"
+    return WorkerLost(
+        f"{name}: the scoring process ended twice with {which} in it. {remedy}; "
+        "the server's log has the cause."
+    )
 
 
 def _does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:

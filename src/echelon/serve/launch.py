@@ -12,7 +12,7 @@ from echelon.prepare import prepare, with_profile
 from echelon.score.device import usable_cpus
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
-from echelon.serve.state import Settings
+from echelon.serve.state import WEDGE_AFTER_S, Settings
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +28,7 @@ async def launch(
     workers: int = 1,
     bounds: Bounds | None = None,
     memory_limit_bytes: int | None = None,
+    wedge_after_s: float = WEDGE_AFTER_S,
     listener: Listener | None = None,
     **options: Any,
 ) -> Service:
@@ -38,6 +39,7 @@ async def launch(
         workers: processes that score: one for each GPU, or several that share the CPU's cores.
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
+        wedge_after_s: no step is given up before this.
         listener: hears what happens, from any thread.
         **options: see :class:`echelon.config.Options`.
 
@@ -48,7 +50,7 @@ async def launch(
         OutOfMemory: the weights do not fit.
     """
     chosen, profile = with_profile(Options.of(**options))
-    settings = settings_of(chosen, workers, bounds, memory_limit_bytes)
+    settings = settings_of(chosen, workers, bounds, memory_limit_bytes, wedge_after_s)
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
         prepared.encoder,
@@ -63,7 +65,11 @@ async def launch(
 
 
 def settings_of(
-    options: Options, workers: int, bounds: Bounds | None, memory_limit_bytes: int | None
+    options: Options,
+    workers: int,
+    bounds: Bounds | None,
+    memory_limit_bytes: int | None,
+    wedge_after_s: float,
 ) -> Settings:
     """The settings that options mean for a service."""
     return Settings(
@@ -77,6 +83,7 @@ def settings_of(
         allow=options.allow,
         bounds=bounds or Bounds(),
         memory_limit_bytes=memory_limit_bytes,
+        wedge_after_s=wedge_after_s,
     )
 
 

@@ -281,7 +281,7 @@ class Service:
             Orders(
                 precision=self.settings.precision,
                 memory_limit_bytes=self.settings.memory_limit_bytes,
-                wedge_floor_s=self.settings.wedge_floor_s,
+                wedge_after_s=self.settings.wedge_after_s,
             ),
             opened=self._opened,
             settled=partial(resolve, loop, settled),

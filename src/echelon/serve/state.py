@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from echelon.config import Allowance, Truncation
     from echelon.plan.queue import Load
 
-WEDGE_FLOOR_S = 20.0
+WEDGE_AFTER_S = 20.0
 """No step is given up before this: first steps compile, and a machine may swap."""
 
 
@@ -31,7 +31,7 @@ class Settings:
         allow: what may be given up when one pair alone does not fit in memory.
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
-        wedge_floor_s: no step is given up before this.
+        wedge_after_s: no step is given up before this.
     """
 
     workers: int = 1
@@ -44,13 +44,17 @@ class Settings:
     allow: tuple[Allowance, ...] = ()
     bounds: Bounds = field(default_factory=Bounds)
     memory_limit_bytes: int | None = None
-    wedge_floor_s: float = WEDGE_FLOOR_S
+    wedge_after_s: float = WEDGE_AFTER_S
 
     def __post_init__(self) -> None:
         for name in ("workers", "token_budget", "max_pairs", "max_length", "max_query_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        if not self.wedge_after_s > 0:
+            raise InvalidInput(
+                "wedge_after_s", f"{self.wedge_after_s} is not positive", "Give seconds."
+            )
 
 
 @dataclass(frozen=True, slots=True)

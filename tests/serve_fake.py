@@ -1,0 +1,50 @@
+"""A server with a scorer that does as it is told, to be run in a process of its own.
+
+``python tests/serve_fake.py SETTINGS`` with JSON: what :class:`scorers.Obedient` takes under
+``scorer``, the folder of :func:`scorers.gated` under ``gate``, and what the service, the rules, the
+connections and the address take.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from functools import partial
+
+from echelon.api.auth import read_keys
+from echelon.api.connection import Limits
+from echelon.api.house import House, Rules
+from echelon.api.logs import set_up
+from echelon.api.metrics import Metrics
+from echelon.api.server import Address, run
+from echelon.api.traces import open_traces
+from echelon.plan.admit import Bounds
+from scorers import Obedient, gated
+from services import service
+
+
+def main(told: dict) -> None:
+    set_up("json", "info")
+    metrics = Metrics()
+    scorer = told.get("scorer", {})
+    opener = (
+        partial(gated, told["gate"], **scorer) if "gate" in told else partial(Obedient, **scorer)
+    )
+    bounds = Bounds(**told.get("bounds", {}))
+    made = service(opener, ears=metrics, bounds=bounds, **told.get("service", {}))
+
+    async def launch():
+        await made.start()
+        return made
+
+    keys = read_keys(told.get("keys"), told.get("rate"))
+    rules = Rules(keys=keys, limits=Limits(**told.get("limits", {})), **told.get("rules", {}))
+    house = House(launch, "fake", metrics, rules, traces=open_traces(None))
+    address = Address("127.0.0.1", 0, **told.get("address", {}))
+    run(house, address, exposed=False)
+
+
+if __name__ == "__main__":
+    logging.captureWarnings(capture=True)
+    main(json.loads(sys.argv[1]))
