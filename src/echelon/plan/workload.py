@@ -71,6 +71,9 @@ class Fixed:
         del random
         return [self.value] * count
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 @dataclass(frozen=True, slots=True)
 class Between:
@@ -88,6 +91,9 @@ class Between:
         """So many numbers of the range."""
         drawn: list[int] = random.integers(self.low, self.high, count, endpoint=True).tolist()
         return drawn
+
+    def __str__(self) -> str:
+        return f"{self.low}-{self.high}"
 
 
 @dataclass(frozen=True, slots=True)
