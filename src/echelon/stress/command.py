@@ -109,7 +109,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
             click.echo(f"\nPage: {html}", err=True)
     if result.interrupted:
         click.echo("echelon: Interrupted; above is what was measured until then.", err=True)
-        raise click.exceptions.Exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
         from echelon.stress.tables import verdict
 
@@ -187,7 +187,7 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
         trace=trace,
         clients=values["clients"],
         warmup_s=values["warmup_s"],
-        duration_s=values["duration_s"] or default_s,
+        duration_s=default_s if values["duration_s"] is None else values["duration_s"],
         goal=None if goal_ms is None else Goal(goal_ms / 1000),
         marked=not values["same_texts"],
         seed=values["seed"],

@@ -51,7 +51,9 @@ class Shape:
             found = json.loads(answer)
         except ValueError:
             return "the answer is no JSON"
-        rows = found.get(self.results) if isinstance(found, dict) and self.results else found
+        rows = found
+        if self.results is not None:
+            rows = found.get(self.results) if isinstance(found, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             where = f"list {self.results!r}" if self.results else "list of results"
             return f"the answer has no {where}"

@@ -45,7 +45,9 @@ def verdict(result: Result) -> str:
         return _search_verdict(result, promised)
     summary = None if result.run is None else result.run.summary
     if summary is None or summary.p99_s is None:
-        return "Nothing was answered." if not result.interrupted else "Stopped before any answer."
+        if result.interrupted:
+            return "Stopped before any answer that counts."
+        return "Nothing was answered." if goal is None else "The goal was missed: no answer at all."
     load = f"{words.number(summary.offered_per_s)} requests/s"
     if result.plan.clients is not None:
         load = f"{result.plan.clients} clients"
