@@ -21,6 +21,7 @@ Kind = Literal["answered", "refused", "timeout", "error", "wrong"]
 """``refused`` is 429 or 503; ``wrong`` is an answer without a score for every document."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+ANSWERED = KINDS.index("answered")
 
 
 class Record(NamedTuple):

@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from hdrh.histogram import HdrHistogram
-
 from echelon.stress.result import over_time
-from echelon.stress.summary import percentiles
+from echelon.stress.summary import latencies, percentiles
 from echelon.tune.plots import COLOURS, LINES, Chart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from echelon.stress.drive import Outcome
+    from echelon.stress.ledger import Column
     from echelon.stress.result import Result
     from echelon.stress.run import Probe
-    from echelon.stress.summary import Summary
 
     Trace = dict[str, Any]
 
@@ -44,7 +43,8 @@ def charts(result: Result) -> list[Chart]:
     if result.found is not None and result.found.probes:
         drawn.append(_load(result.found.probes, goal_s))
     if result.run is not None and result.run.summary.latency_s:
-        drawn += [_spectrum(result.run.summary, goal_s), _over_time(result, goal_s)]
+        outcome = result.run.outcome
+        drawn += [_spectrum(latencies(outcome), goal_s), _over_time(outcome, goal_s)]
     return drawn
 
 
@@ -73,13 +73,12 @@ def _say(probe: Probe) -> str:
     return f"{probe.rate:.3g}/s: {p99}<br>{100 * summary.failure_share:.2f} % failed"
 
 
-def _spectrum(summary: Summary, goal_s: float | None) -> Chart:
+def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
     """Latency at each percentile, the far ones drawn apart."""
-    answered = summary.kinds["answered"]
+    answered = len(latency_s)
     decades = max(1.0, math.log10(answered))
     shares = [10 ** (-i / STEPS_A_DECADE) for i in range(int(decades * STEPS_A_DECADE) + 1)]
-    histogram = HdrHistogram.decode(summary.histogram)
-    found = percentiles(histogram, tuple(100 * (1 - share) for share in shares))
+    found = percentiles(latency_s, tuple(100 * (1 - share) for share in shares))
     # Across goes one over the share that is slower: 90 % is 10, 99 % is 100.
     trace = _line("latency", [1 / share for share in shares], list(found.values()), BLUE)
     trace["mode"] = "lines"
@@ -100,11 +99,9 @@ def _spectrum(summary: Summary, goal_s: float | None) -> Chart:
     return Chart("spectrum", "Latency by percentile", note, {"data": [trace], "layout": layout})
 
 
-def _over_time(result: Result, goal_s: float | None) -> Chart:
+def _over_time(outcome: Outcome, goal_s: float | None) -> Chart:
     """Whether it is steady, or grows until the end."""
-    if result.run is None:
-        raise RuntimeError("a chart without a run. This is a bug.")
-    rows = over_time(result.run.outcome)
+    rows = over_time(outcome)
     times = [row["at_s"] + row["width_s"] / 2 for row in rows]
     traces = []
     for name, key, colour in (("P99", "p99_ms", ORANGE), ("P50", "p50_ms", BLUE)):
@@ -119,7 +116,7 @@ def _over_time(result: Result, goal_s: float | None) -> Chart:
         layout["yaxis"]["domain"] = [0.34, 1]
         axis = {"title": {"text": "Failed"}, "domain": [0, 0.22], "rangemode": "tozero"}
         layout["yaxis2"] = axis | LINES
-    shade = {"type": "rect", "xref": "x", "x0": 0, "x1": result.run.outcome.warmup_s}
+    shade = {"type": "rect", "xref": "x", "x0": 0, "x1": outcome.warmup_s}
     shade |= {"yref": "paper", "y0": 0, "y1": 1, "line": {"width": 0}}
     layout["shapes"].append(shade | {"fillcolor": "rgba(128, 128, 128, 0.12)"})
     note = "By when requests were due. The shaded warm-up does not count."

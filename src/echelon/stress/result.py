@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon import __version__
-from echelon.stress.ledger import KINDS
+from echelon.stress.ledger import ANSWERED
 from echelon.stress.summary import ALLOWED_FAILURES
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def over_time(outcome: Outcome) -> list[dict[str, Any]]:
         return []
     width_s = float(max(1, -(-outcome.ended_s // MOST_ROWS)))
     due, latency_ms = ledger.scheduled, 1000 * (ledger.ended - ledger.scheduled)
-    answered = ledger.kinds == KINDS.index("answered")
+    answered = ledger.kinds == ANSWERED
     rows = []
     places = (due // width_s).astype(np.int64)
     for place in np.unique(places).tolist():

@@ -1,7 +1,4 @@
-"""A run in numbers. Pure.
-
-Latencies go into an HdrHistogram, so that those of several generators can be added.
-"""
+"""A run in numbers. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-from echelon.stress.ledger import KINDS
+from echelon.stress.ledger import ANSWERED, KINDS
 from echelon.stress.watch import Health, doubts
 
 if TYPE_CHECKING:
@@ -133,13 +130,11 @@ def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
     """The numbers of a run."""
     ledger = outcome.ledger
     counted = ledger.scheduled >= outcome.warmup_s
-    answered = ledger.kinds == KINDS.index("answered")
-    latency = ledger.ended - ledger.scheduled
+    answered = ledger.kinds == ANSWERED
     window_s = max(0.0, outcome.ended_s - outcome.warmup_s)
     inside = answered & (ledger.ended >= outcome.warmup_s) & (ledger.ended <= outcome.ended_s)
-    histogram = histogram_of(latency[counted & answered])
+    good = latencies(outcome)
     lag = (ledger.sent - ledger.scheduled)[counted]
-    good = None if goal is None else counted & answered & (latency <= goal.p99_s)
     kinds = np.bincount(ledger.kinds[counted], minlength=len(KINDS)).tolist()
     return Summary(
         window_s=window_s,
@@ -148,17 +143,25 @@ def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
         offered_per_s=_per_s(counted.sum(), window_s),
         answered_per_s=_per_s(inside.sum(), window_s),
         documents_per_s=_per_s(ledger.documents[inside].sum(), window_s),
-        latency_s=percentiles(histogram),
-        mean_s=float(latency[counted & answered].mean()) if (counted & answered).any() else None,
+        latency_s=percentiles(good),
+        mean_s=float(good.mean()) if len(good) else None,
         send_lag_s=float(np.percentile(lag, 99)) if len(lag) else 0.0,
         goal=goal,
-        goodput_per_s=None if good is None else _per_s(good.sum(), window_s),
+        goodput_per_s=None if goal is None else _per_s((good <= goal.p99_s).sum(), window_s),
         health=outcome.health,
         complaints=outcome.complaints,
         unfinished=outcome.unfinished,
         interrupted=outcome.interrupted,
-        histogram=histogram.encode().decode("ascii"),
+        histogram=histogram_of(good).encode().decode("ascii"),
     )
+
+
+def latencies(outcome: Outcome) -> Column:
+    """float64 [answered], seconds from when each was due, the warm-up left out."""
+    ledger = outcome.ledger
+    counted = ledger.scheduled >= outcome.warmup_s
+    found: Column = (ledger.ended - ledger.scheduled)[counted & (ledger.kinds == ANSWERED)]
+    return found
 
 
 def _per_s(count: float, window_s: float) -> float:
@@ -167,7 +170,10 @@ def _per_s(count: float, window_s: float) -> float:
 
 
 def histogram_of(latency_s: Column) -> HdrHistogram:
-    """A histogram in microseconds of latencies in seconds; longer than an hour counts as one."""
+    """A histogram in microseconds of latencies in seconds, to be added to other generators'.
+
+    What is longer than an hour counts as an hour.
+    """
     histogram = HdrHistogram(1, LONGEST_US, DIGITS)
     microseconds = np.clip(np.rint(latency_s * 1e6), 1, LONGEST_US).astype(np.int64)
     for value, count in zip(*np.unique(microseconds, return_counts=True), strict=True):
@@ -175,10 +181,12 @@ def histogram_of(latency_s: Column) -> HdrHistogram:
     return histogram
 
 
-def percentiles(
-    histogram: HdrHistogram, wanted: tuple[float, ...] = PERCENTILES
-) -> dict[float, float]:
-    """Seconds at each percentile; empty where nothing was recorded."""
-    if histogram.get_total_count() == 0:
+def percentiles(latency_s: Column, wanted: tuple[float, ...] = PERCENTILES) -> dict[float, float]:
+    """Seconds within which so many per cent were answered, and no fewer; empty without any.
+
+    Of the records themselves: a histogram's ranks and values are rounded, which near a goal counts.
+    """
+    if not len(latency_s):
         return {}
-    return {p: histogram.get_value_at_percentile(p) / 1e6 for p in wanted}
+    found = np.percentile(latency_s, wanted, method="inverted_cdf").tolist()
+    return dict(zip(wanted, found, strict=True))
