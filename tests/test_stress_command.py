@@ -125,6 +125,7 @@ def test_the_page_shows_the_numbers_and_obeys_nobody(call, tmp_path):
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)[1])
     assert set(figures) == {"spectrum", "time"}
     spectrum = figures["spectrum"]["data"][0]
+    assert spectrum["x"] == sorted(spectrum["x"])
     assert spectrum["y"] == sorted(spectrum["y"])
     assert figures["spectrum"]["layout"]["shapes"][0]["y0"] == 9.0
     failed = [t for t in figures["time"]["data"] if t["name"] == "failed"]
