@@ -16,6 +16,7 @@ from echelon import __version__
 from echelon.api.command import config, serve
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
+from echelon.stress.command import stress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ Exit codes:
   5    out of memory, one pair at a time
   6    a result could not be written
   7    an optional package is missing
+  8    a load test missed its goal
   130  interrupted (Ctrl-C); what was measured is kept"""
 
 
@@ -87,6 +89,7 @@ def cli() -> None:
 
 cli.add_command(serve)
 cli.add_command(config)
+cli.add_command(stress)
 
 
 @cli.command()

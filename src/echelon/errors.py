@@ -21,7 +21,8 @@
     ├── NoSuchRoute             no such path, or another method belongs to it
     ├── SlowClient              a request's body did not come in time
     ├── StorageError            a result could not be written
-    └── MissingDependency       an optional package is needed and not installed
+    ├── MissingDependency       an optional package is needed and not installed
+    └── GoalMissed              a load test that did not hold what was promised
 
 Each class carries the HTTP ``status`` and the command line's ``exit_code``, so that one handler
 serves each. A message names what is wrong and then the remedy.
@@ -190,6 +191,12 @@ class MissingDependency(EchelonError):
     """An optional package is needed and not installed."""
 
     exit_code = 7
+
+
+class GoalMissed(EchelonError):
+    """A load test did not hold its goal."""
+
+    exit_code = 8
 
 
 class EchelonWarning(UserWarning):

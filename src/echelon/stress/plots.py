@@ -1,0 +1,156 @@
+"""The page's charts as plain data, in the form that plotly.js draws. Pure.
+
+As in :mod:`echelon.tune.plots`, colours of text and grid belong to the page.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from echelon.stress.result import over_time
+from echelon.stress.summary import latencies, percentiles
+from echelon.tune.plots import COLOURS, LINES, Chart
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.stress.drive import Outcome
+    from echelon.stress.ledger import Column
+    from echelon.stress.result import Result
+    from echelon.stress.run import Probe
+
+    Trace = dict[str, Any]
+
+BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
+
+STEPS_A_DECADE = 10
+"""Points of the spectrum between 90 % and 99 %, 99 % and 99.9 %, and so on."""
+
+LATENCY_AXIS = {
+    "title": {"text": "Latency"},
+    "rangemode": "tozero",
+    "tickformat": "~s",
+    "ticksuffix": "s",
+    **LINES,
+}
+
+
+def charts(result: Result) -> list[Chart]:
+    """All charts that there are numbers for."""
+    goal_s = None if result.plan.goal is None else result.plan.goal.p99_s
+    drawn = []
+    if result.found is not None and result.found.probes:
+        drawn.append(_load(result.found.probes, goal_s))
+    if result.run is not None and result.run.summary.latency_s:
+        outcome = result.run.outcome
+        drawn += [_spectrum(latencies(outcome), goal_s), _over_time(outcome, goal_s)]
+    return drawn
+
+
+def _load(probes: Sequence[Probe], goal_s: float | None) -> Chart:
+    """Latency against load: flat, then a wall."""
+    ordered = sorted(probes, key=lambda probe: probe.rate)
+    rates = [probe.rate for probe in ordered]
+    traces = [
+        _line(name, rates, [p.run.summary.latency_s.get(q) for p in ordered], colour)
+        for name, q, colour in (("P99", 99.0, ORANGE), ("P50", 50.0, BLUE))
+    ]
+    for trace in traces:
+        trace["marker"] = {"size": 9, "symbol": ["circle" if p.held else "x" for p in ordered]}
+        trace["text"] = [_say(probe) for probe in ordered]
+        trace["hoverinfo"] = "text"
+    across = {"title": {"text": "Requests/s"}, "rangemode": "tozero", **LINES}
+    layout = _layout(across, dict(LATENCY_AXIS), goal_s)
+    note = "A cross marks a rate that did not hold. The dashed line is the goal."
+    return Chart("load", "Latency against load", note, {"data": traces, "layout": layout})
+
+
+def _say(probe: Probe) -> str:
+    summary = probe.run.summary
+    high = summary.p99_s
+    p99 = "nothing answered" if high is None else f"P99 {1000 * high:.0f} ms"
+    return f"{probe.rate:.3g}/s: {p99}<br>{100 * summary.failure_share:.2f} % failed"
+
+
+def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
+    """Latency at each percentile, the far ones drawn apart."""
+    answered = len(latency_s)
+    decades = max(1.0, math.log10(answered))
+    shares = [10 ** (-i / STEPS_A_DECADE) for i in range(int(decades * STEPS_A_DECADE) + 1)]
+    found = percentiles(latency_s, tuple(100 * (1 - share) for share in shares))
+    # Across goes one over the share that is slower: 90 % is 10, 99 % is 100.
+    trace = _line("latency", [1 / share for share in shares], list(found.values()), BLUE)
+    trace["mode"] = "lines"
+    trace["text"] = [f"P{p:.4g}: {1000 * s:.1f} ms" for p, s in found.items()]
+    trace["hoverinfo"] = "text"
+    whole = range(int(decades) + 1)
+    across = {
+        "type": "log",
+        "title": {"text": "Percentile"},
+        "tickvals": [10**n for n in whole],
+        "ticktext": [
+            "0 %" if n == 0 else f"{100 * (1 - 10**-n):.{max(0, n - 2)}f} %" for n in whole
+        ],
+        **LINES,
+    }
+    layout = _layout(across, dict(LATENCY_AXIS), goal_s) | {"showlegend": False}
+    note = f"Of {answered:,} answered requests, from when each was due."
+    return Chart("spectrum", "Latency by percentile", note, {"data": [trace], "layout": layout})
+
+
+def _over_time(outcome: Outcome, goal_s: float | None) -> Chart:
+    """Whether it is steady, or grows until the end."""
+    rows = over_time(outcome)
+    times = [row["at_s"] + row["width_s"] / 2 for row in rows]
+    traces = []
+    for name, key, colour in (("P99", "p99_ms", ORANGE), ("P50", "p50_ms", BLUE)):
+        values = [None if row[key] is None else row[key] / 1000 for row in rows]
+        traces.append(_line(name, times, values, colour))
+    across = {"title": {"text": "Seconds since the start"}, "rangemode": "tozero", **LINES}
+    layout = _layout(across, dict(LATENCY_AXIS), goal_s)
+    if any(row["failed"] for row in rows):
+        failed = _line("failed", times, [row["failed"] for row in rows], PURPLE)
+        traces.append(failed | {"type": "bar", "yaxis": "y2", "marker": {"color": PURPLE}})
+        layout["xaxis"]["anchor"] = "y2"
+        layout["yaxis"]["domain"] = [0.34, 1]
+        axis = {"title": {"text": "Failed"}, "domain": [0, 0.22], "rangemode": "tozero"}
+        layout["yaxis2"] = axis | LINES
+    shade = {"type": "rect", "xref": "x", "x0": 0, "x1": outcome.warmup_s}
+    shade |= {"yref": "paper", "y0": 0, "y1": 1, "line": {"width": 0}}
+    layout["shapes"].append(shade | {"fillcolor": "rgba(128, 128, 128, 0.12)"})
+    note = "By when requests were due. The shaded warm-up does not count."
+    return Chart("time", "Latency over time", note, {"data": traces, "layout": layout})
+
+
+def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": list(x),
+        "y": list(y),
+        "line": {"color": colour, "width": 2},
+        "marker": {"size": 5},
+    }
+
+
+def _layout(
+    across: dict[str, Any], upright: dict[str, Any], goal_s: float | None
+) -> dict[str, Any]:
+    shapes = []
+    if goal_s is not None:
+        line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal_s, "y1": goal_s}
+        shapes.append(line | {"line": {"color": GREEN, "width": 2, "dash": "dash"}})
+    return {
+        "autosize": True,
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "dragmode": False,
+        "hovermode": "closest",
+        "margin": {"l": 60, "r": 12, "t": 8, "b": 44},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": across,
+        "yaxis": upright,
+        "shapes": shapes,
+    }

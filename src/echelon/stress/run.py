@@ -1,0 +1,254 @@
+"""The spine of a load test: connect, try out, drive, sum up; or search for the highest rate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from echelon.errors import InvalidInput
+from echelon.plan.workload import Constant, Fixed, Poisson, Replay, Workload
+from echelon.stress.client import Client, settle, try_out
+from echelon.stress.drive import Drive, closed_loop, open_loop
+from echelon.stress.summary import Goal, Summary, summarise
+from echelon.stress.texts import Material
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+    from echelon.plan.workload import Arrivals, Known, Sizes
+    from echelon.stress.client import Target
+    from echelon.stress.drive import Outcome
+    from echelon.stress.ledger import Record
+    from echelon.stress.search import Search
+    from echelon.tune.texts import Topic
+
+    Told = Callable[[str, float | None], object]
+
+TICK_S = 0.25
+"""Between two words to whoever looks on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to test and how.
+
+    Attributes:
+        target: the server.
+        topics: texts to send.
+        documents: documents of a request.
+        tokens: tokens of a pair, about; None sends texts whole.
+        rate: requests a second of an open loop; where a search begins.
+        even: at even distances, not by chance.
+        trace: replay these instead; gone through once.
+        clients: a closed loop of so many; None is an open loop.
+        warmup_s: seconds before anything counts.
+        duration_s: seconds that count; None, in a trace only: to its end.
+        goal: what callers were promised.
+        marked: make each request's texts its own; else identical pairs may be folded.
+        seed: the same seed gives the same requests at the same times.
+    """
+
+    target: Target
+    topics: Sequence[Topic]
+    documents: Sizes = Fixed(10)  # noqa: RUF009 - frozen, so that all may share one
+    tokens: Sizes | None = None
+    rate: float = 1.0
+    even: bool = False
+    trace: Iterable[Known] | None = None
+    clients: int | None = None
+    warmup_s: float = 5.0
+    duration_s: float | None = 30.0
+    goal: Goal | None = None
+    marked: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_s < 0:
+            raise InvalidInput("--warmup-s", f"{self.warmup_s} is negative", "Give 0 or more.")
+        if self.duration_s is None and self.trace is None:
+            raise InvalidInput("--duration-s", "is missing", "Give seconds.")
+        if self.duration_s is not None and not 0 < self.duration_s < float("inf"):
+            raise InvalidInput("--duration-s", f"{self.duration_s} is not above 0", "Give seconds.")
+        if self.clients is not None and self.clients < 1:
+            raise InvalidInput("--clients", f"{self.clients} is not positive", "Give 1 or more.")
+
+    @property
+    def mode(self) -> Literal["open", "closed"]:
+        """Which loop."""
+        return "open" if self.clients is None else "closed"
+
+    @property
+    def ends_s(self) -> float | None:
+        """When the last request may be due; None: when the trace ends."""
+        return None if self.duration_s is None else self.warmup_s + self.duration_s
+
+    def workload(self) -> Workload:
+        """The requests."""
+        arrivals: Arrivals = Constant(self.rate) if self.even else Poisson(self.rate)
+        if self.trace is not None:
+            arrivals = Replay(self.trace)
+        return Workload(arrivals, self.documents, self.tokens, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: its records and their summary."""
+
+    outcome: Outcome
+    summary: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One rate of a search.
+
+    Attributes:
+        rate: requests a second.
+        run: what came of it.
+        held: whether the goal held, and the generator kept up.
+    """
+
+    rate: float
+    run: Run
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A search's end.
+
+    Attributes:
+        rate: the highest rate that held; 0 where none did.
+        limit: why no higher one: ``server`` broke its goal, the ``generator`` could not keep up,
+            the search was ``bounded``, or ``interrupted``.
+        probes: all that was tried, in order.
+    """
+
+    rate: float
+    limit: Literal["server", "generator", "bounded", "interrupted"]
+    probes: tuple[Probe, ...]
+
+    @property
+    def best(self) -> Probe | None:
+        """The probe of the highest rate that held."""
+        return next((p for p in self.probes if p.held and p.rate == self.rate), None)
+
+
+class LoadTest:
+    """A target with open connections, tried out. To be used as :func:`opened` gives it."""
+
+    def __init__(self, plan: Plan, client: Client, stop: asyncio.Event, told: Told) -> None:
+        self.plan = plan
+        self._client = client
+        self._stop = stop
+        self._told = told
+        self._material = Material(plan.topics, seed=plan.seed, marked=plan.marked)
+
+    async def measure(self, plan: Plan | None = None) -> Run:
+        """One run under the plan, or under another one for the same target."""
+        plan = plan or self.plan
+        counts = {"answered": 0, "failed": 0}
+
+        def count(record: Record) -> None:
+            counts["answered" if record.kind == "answered" else "failed"] += 1
+
+        drive = Drive(
+            self._client, self._material, warmup_s=plan.warmup_s, stop=self._stop, told=count
+        )
+        async with self._ticking(plan, counts):
+            if plan.clients is None:
+                requests = plan.workload().requests(plan.ends_s or float("inf"))
+                outcome = await open_loop(drive, requests, plan.ends_s)
+            else:
+                endless = Workload(Constant(1.0), plan.documents, plan.tokens, plan.seed)
+                ends_s = plan.ends_s or 0.0
+                outcome = await closed_loop(drive, endless.requests(), plan.clients, ends_s)
+        return Run(outcome, summarise(outcome, plan.goal))
+
+    async def find_max(self, search: Search, tried: Callable[[Probe], object]) -> Found:
+        """Probe rate after rate, with time to settle in between.
+
+        Args:
+            search: where to begin.
+            tried: called with each probe.
+        """
+        probes: list[Probe] = []
+        while not search.over and not self._stop.is_set():
+            run = await self.measure(replace(self.plan, rate=search.rate))
+            if run.outcome.interrupted:
+                break
+            probe = Probe(search.rate, run, run.summary.held and run.summary.trusted)
+            probes.append(probe)
+            tried(probe)
+            search.tell(held=probe.held)
+            if not search.over:
+                await self._settle()
+        return Found(search.held, _limit(search, probes), tuple(probes))
+
+    async def try_out(self) -> None:
+        """One request; see :func:`echelon.stress.client.try_out`."""
+        await try_out(self._client, *self._one())
+
+    async def _settle(self) -> None:
+        goal = self.plan.goal
+        within_s = self.plan.target.timeout_s if goal is None else goal.p99_s
+        self._told("settling", None)
+        await settle(self._client, *self._one(), within_s=within_s, stop=self._stop)
+
+    def _one(self) -> tuple[bytes, int]:
+        arrival = next(Workload(Constant(1.0), self.plan.documents, self.plan.tokens).requests())
+        target = self.plan.target
+        query, documents = self._material.request(arrival)
+        return target.shape.body(query, documents, target.model), len(documents)
+
+    @contextlib.asynccontextmanager
+    async def _ticking(self, plan: Plan, counts: dict[str, int]) -> AsyncIterator[None]:
+        """Say how it goes for as long as the context is open."""
+        loop = asyncio.get_running_loop()
+        began, whole_s = loop.time(), plan.ends_s
+
+        async def tick() -> None:
+            while True:
+                share = None if whole_s is None else min(1.0, (loop.time() - began) / whole_s)
+                rate = f"{plan.rate:.3g}/s, " if plan.mode == "open" and not plan.trace else ""
+                self._told(f"{rate}{counts['answered']:,} ok, {counts['failed']:,} failed", share)
+                await asyncio.sleep(TICK_S)
+
+        task = asyncio.create_task(tick())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+def _limit(
+    search: Search, probes: Sequence[Probe]
+) -> Literal["server", "generator", "bounded", "interrupted"]:
+    if not search.over:
+        return "interrupted"
+    broken = [p for p in probes if p.rate == search.broke]
+    if not broken:
+        return "bounded"
+    return "server" if not broken[-1].run.summary.held else "generator"
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    plan: Plan, *, stop: asyncio.Event | None = None, told: Told = lambda *_: None
+) -> AsyncIterator[LoadTest]:
+    """Connect to a plan's target and try it out.
+
+    Args:
+        plan: what to test.
+        stop: set it to end a run; what was measured is kept.
+        told: hears what is being done, and the share that is done.
+
+    Raises:
+        InvalidInput: the server cannot be reached or does not speak the dialect.
+    """
+    async with Client(plan.target) as client:
+        tester = LoadTest(plan, client, stop or asyncio.Event(), told)
+        await tester.try_out()
+        yield tester

@@ -1,0 +1,192 @@
+"""A run in numbers. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from hdrh.histogram import HdrHistogram
+
+from echelon.stress.ledger import ANSWERED, KINDS
+from echelon.stress.watch import Health, doubts
+
+if TYPE_CHECKING:
+    from echelon.stress.drive import Outcome
+    from echelon.stress.ledger import Column, Kind
+
+PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0)
+
+DIGITS = 3
+"""Significant digits of the histogram."""
+
+LONGEST_US = 3_600_000_000
+"""The histogram's end: an hour."""
+
+ALLOWED_FAILURES = 0.001
+"""Share of requests that may be refused, fail, or be answered wrongly while the goal holds."""
+
+FEW = 100
+"""Answers below which P99 is the slowest answer and no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What callers were promised.
+
+    Attributes:
+        p99_s: seconds within which 99 of 100 are answered, and the rest fails at most one time in
+            a thousand.
+    """
+
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run, the warm-up left out.
+
+    Attributes:
+        window_s: seconds in which requests were due.
+        requests: requests due in it that ended.
+        kinds: how many of each kind.
+        offered_per_s: requests due a second.
+        answered_per_s: answers that came within the window, a second.
+        documents_per_s: their documents.
+        latency_s: percentile to seconds, of the answered, from when they were due; empty: none was.
+        mean_s: mean of the same.
+        send_lag_s: P99 of how late requests were sent.
+        goal: what was promised; None: nothing.
+        goodput_per_s: requests answered within the goal, a second; None without a goal.
+        health: what the generator noticed of itself.
+        complaints: for each kind of trouble, how often and the first message.
+        unfinished: requests left at an interruption.
+        interrupted: whether the run was stopped before its end.
+        histogram: HdrHistogram of the latencies in microseconds, V2, base64.
+    """
+
+    window_s: float
+    requests: int
+    kinds: dict[Kind, int]
+    offered_per_s: float
+    answered_per_s: float
+    documents_per_s: float
+    latency_s: dict[float, float]
+    mean_s: float | None
+    send_lag_s: float
+    goal: Goal | None
+    goodput_per_s: float | None
+    health: Health
+    complaints: dict[str, tuple[int, str]]
+    unfinished: int
+    interrupted: bool
+    histogram: str
+
+    @property
+    def failures(self) -> int:
+        """Requests that were not answered well."""
+        return self.requests - self.kinds["answered"]
+
+    @property
+    def failure_share(self) -> float:
+        """The same as a share; 1 where there was no request."""
+        return self.failures / self.requests if self.requests else 1.0
+
+    @property
+    def p99_s(self) -> float | None:
+        """P99 of the latency; None where nothing was answered."""
+        return self.latency_s.get(99.0)
+
+    @property
+    def held(self) -> bool:
+        """Whether the goal held; without one, whether anything was answered."""
+        if self.p99_s is None:
+            return False
+        if self.goal is None:
+            return True
+        return self.p99_s <= self.goal.p99_s and self.failure_share <= ALLOWED_FAILURES
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the numbers cannot be trusted; nothing where they can."""
+        goal_s = 0.0 if self.goal is None else self.goal.p99_s
+        return doubts(self.health, self.send_lag_s, max(self.p99_s or 0.0, goal_s))
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the server was measured and not the generator."""
+        return not self.doubts
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know besides."""
+        answered = self.kinds["answered"]
+        if 0 < answered < FEW:
+            return [f"Only {answered} answers: P99 is the slowest of them. Test for longer."]
+        return []
+
+
+def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
+    """The numbers of a run."""
+    ledger = outcome.ledger
+    counted = ledger.scheduled >= outcome.warmup_s
+    answered = ledger.kinds == ANSWERED
+    window_s = max(0.0, outcome.ended_s - outcome.warmup_s)
+    inside = answered & (ledger.ended >= outcome.warmup_s) & (ledger.ended <= outcome.ended_s)
+    good = latencies(outcome)
+    lag = (ledger.sent - ledger.scheduled)[counted]
+    kinds = np.bincount(ledger.kinds[counted], minlength=len(KINDS)).tolist()
+    return Summary(
+        window_s=window_s,
+        requests=int(counted.sum()),
+        kinds=dict(zip(KINDS, kinds, strict=True)),
+        offered_per_s=_per_s(counted.sum(), window_s),
+        answered_per_s=_per_s(inside.sum(), window_s),
+        documents_per_s=_per_s(ledger.documents[inside].sum(), window_s),
+        latency_s=percentiles(good),
+        mean_s=float(good.mean()) if len(good) else None,
+        send_lag_s=float(np.percentile(lag, 99)) if len(lag) else 0.0,
+        goal=goal,
+        goodput_per_s=None if goal is None else _per_s((good <= goal.p99_s).sum(), window_s),
+        health=outcome.health,
+        complaints=outcome.complaints,
+        unfinished=outcome.unfinished,
+        interrupted=outcome.interrupted,
+        histogram=histogram_of(good).encode().decode("ascii"),
+    )
+
+
+def latencies(outcome: Outcome) -> Column:
+    """float64 [answered], seconds from when each was due, the warm-up left out."""
+    ledger = outcome.ledger
+    counted = ledger.scheduled >= outcome.warmup_s
+    found: Column = (ledger.ended - ledger.scheduled)[counted & (ledger.kinds == ANSWERED)]
+    return found
+
+
+def _per_s(count: float, window_s: float) -> float:
+    """A rate; 0 where the run was stopped before it began to count."""
+    return float(count) / window_s if window_s > 0 else 0.0
+
+
+def histogram_of(latency_s: Column) -> HdrHistogram:
+    """A histogram in microseconds of latencies in seconds, to be added to other generators'.
+
+    What is longer than an hour counts as an hour.
+    """
+    histogram = HdrHistogram(1, LONGEST_US, DIGITS)
+    microseconds = np.clip(np.rint(latency_s * 1e6), 1, LONGEST_US).astype(np.int64)
+    for value, count in zip(*np.unique(microseconds, return_counts=True), strict=True):
+        histogram.record_value(int(value), int(count))
+    return histogram
+
+
+def percentiles(latency_s: Column, wanted: tuple[float, ...] = PERCENTILES) -> dict[float, float]:
+    """Seconds within which so many per cent were answered, and no fewer; empty without any.
+
+    Of the records themselves: a histogram's ranks and values are rounded, which near a goal counts.
+    """
+    if not len(latency_s):
+        return {}
+    found = np.percentile(latency_s, wanted, method="inverted_cdf").tolist()
+    return dict(zip(wanted, found, strict=True))

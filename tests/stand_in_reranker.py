@@ -1,0 +1,125 @@
+"""A reranking server that does as it is told, and the test of it, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+
+from aiohttp import web
+
+from echelon.stress.client import Client, Target, route_of
+from echelon.stress.run import Plan
+from echelon.stress.shapes import SHAPES
+from echelon.tune.texts import Topic
+
+TOPICS = (Topic("one query", ("a b c", "d e f g")), Topic("another", ("h i",)))
+GUARD_S = 60.0
+
+
+def good(body, dialect="cohere"):
+    """What a server of a dialect answers."""
+    shape = SHAPES[dialect]
+    texts = body.get("documents") or body.get("texts") or body.get("text_2") or body["passages"]
+    rows = [{"index": i, shape.score: 0.5} for i in range(len(texts))]
+    return rows if shape.results is None else {shape.results: rows}
+
+
+class StandIn:
+    """Listens on a free port.
+
+    Attributes:
+        bodies: all that it was sent.
+        headers: with these headers.
+        peers: the other ends of its connections.
+        answer: from (number of the request, body) to an answer: a web.Response, or data for JSON.
+    """
+
+    def __init__(self, answer=lambda _number, body: good(body)):
+        self.answer = answer
+        self.bodies, self.headers, self.peers = [], [], set()
+        self.inside = self.most_inside = 0
+        self.url = ""
+
+    async def __aenter__(self):
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    async def __aexit__(self, *_):
+        await self._runner.cleanup()
+
+    async def _handle(self, request):
+        body = json.loads(await request.read())
+        self.bodies.append(body)
+        self.headers.append(request.headers)
+        self.peers.add(request.transport.get_extra_info("peername"))
+        self.inside += 1
+        self.most_inside = max(self.inside, self.most_inside)
+        try:
+            answer = self.answer(len(self.bodies), body)
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+        finally:
+            self.inside -= 1
+        return answer if isinstance(answer, web.Response) else web.json_response(answer)
+
+
+def target_of(url, dialect="cohere", **more):
+    shape = SHAPES[dialect]
+    return Target(route_of(url, shape), shape, **more)
+
+
+def plan_of(url, **changes):
+    """A short test."""
+    settings = {"topics": TOPICS, "rate": 200.0, "warmup_s": 0.0, "duration_s": 0.2}
+    dialect = changes.pop("dialect", "cohere")
+    wait_s = changes.pop("timeout_s", 10.0)
+    return Plan(target_of(url, dialect, timeout_s=wait_s), **(settings | changes))
+
+
+@contextlib.asynccontextmanager
+async def connected(answer=None, **target):
+    """A stand-in and a client of it."""
+    server = StandIn() if answer is None else StandIn(answer)
+    async with server, Client(target_of(server.url, **target)) as client:
+        yield server, client
+
+
+def run(main):
+    async def guarded():
+        async with asyncio.timeout(GUARD_S):
+            return await main
+
+    return asyncio.run(guarded())
+
+
+@contextlib.contextmanager
+def in_a_thread(answer=None):
+    """A stand-in beside a test that runs a whole command."""
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    server = StandIn() if answer is None else StandIn(answer)
+
+    async def serve():
+        ended = asyncio.Event()
+        async with server:
+            server.end = lambda: loop.call_soon_threadsafe(ended.set)
+            started.set()
+            await ended.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    try:
+        assert started.wait(GUARD_S)
+        yield server
+    finally:
+        server.end()
+        thread.join(GUARD_S)
+        loop.close()
