@@ -119,8 +119,7 @@ class Dispatch:
     def set_up(self, facts: Facts, budget: int) -> None:
         """What the scorer turned out to be."""
         with self._lock:
-            self.cost.cost = facts.cost
-            self.cost.coefficients = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
+            self.cost.begin(DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]], facts.cost)
             self._batcher.budget = budget
 
     def load(self) -> Load:
