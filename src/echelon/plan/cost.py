@@ -19,7 +19,7 @@ import numpy as np
 from echelon.plan.refit import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from echelon.types import Cost, IntArray
 
@@ -58,7 +58,7 @@ class Coefficients:
         pairs = zip(self.prices, self.amounts(work), strict=True)
         return sum(price * amount for price, amount in pairs)
 
-    def priced(self, prices: Sequence[float]) -> Coefficients:
+    def priced(self, prices: Iterable[float]) -> Coefficients:
         """Other prices, the knee where it is."""
         base, token, square, beyond = map(float, prices)
         return Coefficients(base, token, square, self.knee_tokens, beyond)

@@ -44,7 +44,7 @@ that does other work too differ by as much."""
 
 PULL = 0.01
 """Weight of the prior beside some thirty steps: a price that is a fiftieth of the time is half
-learned from a window, one that is a tenth nearly whole; what is left over is about 1 % of a step."""
+learned from a window, one that is a tenth nearly whole; about 1 % of a step is left over."""
 
 LEAST_SHARE = 0.05
 """A price of zero may come back: the pull takes it for this share of a typical step's time."""
