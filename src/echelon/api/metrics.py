@@ -194,7 +194,9 @@ class Metrics(Silence):
         self._worker_changes = self._counter(
             "worker_changes_total", "Workers' changes of state.", "state"
         )
-        self._scale = self._gauge("cost_scale", "Actual over default step time, as learned.")
+        self._scale = self._gauge("cost_scale", "Step time over what the model began with.")
+        self._drift = self._gauge("cost_drift_ratio", "Step time over this machine's normal one.")
+        self._drifted = self._gauge("cost_drifted", "1 while it is far from 1.")
         self._draining = self._gauge("draining", "1 while nothing more is taken in.")
 
     def _begin(self) -> None:
@@ -218,6 +220,8 @@ class Metrics(Silence):
         self._oldest.set(now.oldest_s)
         self._workers.set(now.workers)
         self._scale.set(now.scale)
+        self._drift.set(now.drift)
+        self._drifted.set(now.drifted)
         self._draining.set(now.draining)
         for number, size in enumerate(now.resident_bytes):
             self._resident.labels(str(number)).set(size)

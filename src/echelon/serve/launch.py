@@ -13,6 +13,7 @@ from echelon.score.device import usable_cpus
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
+from echelon.tune.fit import CostFit, Prior
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from echelon.prepare import PreparedModel
     from echelon.serve.events import Listener
+    from echelon.tune.profile import Profile
 
 
 async def launch(
@@ -56,6 +58,7 @@ async def launch(
         settings,
         listener=listener,
         learned=prepared.learned,
+        prior=prior_of(profile, chosen, workers),
     )
     await service.start()
     prepared.check_profile(service.facts)
@@ -78,6 +81,24 @@ def settings_of(
         bounds=bounds or Bounds(),
         memory_limit_bytes=memory_limit_bytes,
     )
+
+
+def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior | None:
+    """What steps cost, as the profile knows it.
+
+    Raises:
+        ProfileError: its cost model is damaged.
+    """
+    if profile is None or profile.cost is None:
+        return None
+    fit = CostFit.from_dict(profile.cost)
+    key, device = profile.key, profile.key.device
+    alone = workers == 1 or device != "cpu"  # several share the cores
+    same = alone and (options.precision, options.threads) == (
+        key.precision,
+        profile.settings.threads,
+    )
+    return Prior(fit.coefficients, fit.paid, device, same)
 
 
 def _make_worker(

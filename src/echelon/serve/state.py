@@ -64,7 +64,9 @@ class Snapshot:
         oldest_s: how long the oldest request has been in the queue; 0 where there is none.
         workers: workers that are up.
         resident_bytes: memory of each worker.
-        scale: actual over default step time, as the cost model has learned it.
+        scale: actual step time over what the cost model began with.
+        drift: step time over what is normal for this machine, see :mod:`echelon.plan.drift`.
+        drifted: whether it has been so far from 1 for so long that somebody should look.
         draining: whether nothing more is taken in.
     """
 
@@ -75,6 +77,8 @@ class Snapshot:
     workers: int
     resident_bytes: tuple[int, ...]
     scale: float
+    drift: float
+    drifted: bool
     draining: bool
 
 
