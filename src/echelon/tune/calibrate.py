@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from echelon.types import TokenBatch
 
 
+LEVEL_STEPS = 3
+"""Steps after the first that tell how fast the machine is, roughly: the probes are planned by it."""
+
+
 class Stuff:
     """Steps of any shape out of real texts.
 
@@ -121,11 +125,13 @@ def fitted(probes: list[Probe], unseen: list[Probe], limits: Range) -> Calibrati
 def level(
     run: Callable[[Lengths], None], limits: Range, prior: Coefficients, clock: Clock
 ) -> Coefficients:
-    """Default prices at the speed of this machine, by the second of two steps of one long pair."""
+    """Default prices at the speed of this machine: the fastest of some steps of one long pair."""
     shape = (limits.longest,)
     run(shape)
-    began = clock()
-    run(shape)
-    seconds = clock() - began
-    scale = max(seconds, 1e-9) / prior.seconds(work_of(shape, limits.paid))
+    times = []
+    for _ in range(LEVEL_STEPS):
+        began = clock()
+        run(shape)
+        times.append(clock() - began)
+    scale = max(min(times), 1e-9) / prior.seconds(work_of(shape, limits.paid))
     return prior.priced([scale * price for price in prior.prices])
