@@ -98,6 +98,7 @@ def tune(
     *,
     clock: Clock = monotonic,
     told: Callable[[str, float], None] = lambda *_: None,
+    known: Profile | None = None,
 ) -> Profile:
     """Measure the machine with a model and choose settings.
 
@@ -107,6 +108,7 @@ def tune(
         plan: what to measure.
         clock: seconds.
         told: called with what is being done and the share of the sweep done, 0 to 1.
+        known: a profile whose precisions and threads still hold and are not compared again.
 
     Raises:
         InvalidInput: an option, or the data.
@@ -117,6 +119,8 @@ def tune(
     texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
     encoder = PairEncoder(folder.path)
     kept = _Partial.of(plan, options, folder, texts)
+    if known is not None:
+        kept.precisions, kept.threads = known.precisions, known.threads
     trial = Trial.of(folder, options, encoder, texts)
     kept.precisions = precisions = kept.precisions or _compare_precisions(trial, told)
     precision, keep_bf16 = _fastest(precisions, options)

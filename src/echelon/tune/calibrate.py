@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 LEVEL_STEPS = 3
-"""Steps after the first that tell how fast the machine is, roughly: the probes are planned by it."""
+"""Steps after the first that tell roughly how fast the machine is: the probes are planned by it."""
 
 
 class Stuff:
@@ -41,6 +41,7 @@ class Stuff:
     """
 
     def __init__(self, encoder: PairEncoder, texts: Texts, longest: int) -> None:
+        self.longest = longest
         topic = texts.topics[0]
         document = " ".join(text for topic in texts.topics for text in topic.documents)
         self._whole = encoder.encode([(topic.query, document)], longest, "longest_first")

@@ -247,7 +247,8 @@ def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
     if len(probes) < LEAST_PROBES or not unseen:
         raise TooNoisy(
             f"Only {len(probes)} shapes of step could be measured, and {len(unseen)} to check "
-            f"them, too few for a model. Free memory, or raise --time-limit."
+            "them, too few for a model. Free memory or raise --time-limit, and measure again with "
+            "`echelon tune --refresh`."
         )
 
 
