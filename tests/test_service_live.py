@@ -171,3 +171,20 @@ def test_the_profiles_prices_hold_from_the_start_where_they_are_of_this_kind(pri
         assert town.service.snapshot().drifted == normal
 
     live(main, prior=prior)
+
+
+def test_late_steps_and_missed_goals_lower_the_budget_and_quiet_ones_raise_it():
+    async def main(town):
+        full = wish(*[3] * 10, count=20)  # some 300 tokens: more than half of the budget
+        town.worker.prices = USUAL.priced([50 * price for price in USUAL.prices])
+        for _ in range(4):
+            await town.service.submit(full)
+        town.worker.prices = USUAL
+        for _ in range(200):
+            await town.service.submit(full)
+        moves = [(event.tokens, event.reason) for event in town.ears.of("BudgetMoved")]
+        assert moves[0] == (300, "goal")
+        assert moves[-1] == (400, "recovered")
+        assert town.service.snapshot().load.budget == 400
+
+    live(main, token_budget=400, goal_s=0.5)

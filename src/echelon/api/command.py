@@ -29,6 +29,7 @@ _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--max-requests",), {"default": 512, "help": "Requests inside at once."}),
     (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
     (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
+    (("--slo-p99-ms",), {"type": float, "help": "Latency goal: steps stay below half of it [no]."}),
     (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
     (("--tls-cert",), {"help": "Certificate chain in PEM: serve HTTPS."}),
     (("--tls-key",), {"help": "Its private key in PEM."}),
@@ -128,7 +129,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         origins=door["cors"],
     )
     metrics, recent = Metrics(), Recent()
-    limit = door["memory_limit_mb"]
+    limit, goal_ms = door["memory_limit_mb"], door["slo_p99_ms"]
     start = partial(
         launch,
         model,
@@ -139,6 +140,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
             max_wait_s=door["max_wait_s"],
         ),
         memory_limit_bytes=None if limit is None else limit * 2**20,
+        goal_s=None if goal_ms is None else goal_ms / 1000,
         listener=Fan(metrics, recent),
         **as_keywords(options),
     )

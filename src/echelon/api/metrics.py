@@ -16,6 +16,7 @@ from echelon.serve.events import Outcome, Silence, WorkerState
 
 if TYPE_CHECKING:
     from echelon.serve.events import (
+        BudgetMoved,
         LadderTaken,
         Refused,
         RequestEnded,
@@ -120,6 +121,10 @@ class Metrics(Silence):
         """A worker came up or went down."""
         self._worker_changes.labels(event.state).inc()
 
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        self._budget_moves.labels(event.reason).inc()
+
     # Inside.
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
@@ -181,6 +186,9 @@ class Metrics(Silence):
     def _state(self) -> None:
         self._info = self._gauge("info", "Always 1.", "version", "family", "device", "precision")
         self._budget = self._gauge("token_budget", "Tokens that a step may cost now.")
+        self._budget_moves = self._counter(
+            "token_budget_moves_total", "Times that it has changed.", "reason"
+        )
         self._inside = self._gauge("requests_inside", "Requests inside, tokenising included.")
         self._waiting = self._gauge("waiting_pairs", "Distinct pairs that wait.")
         self._waiting_tokens = self._gauge("waiting_tokens", "Their tokens.")

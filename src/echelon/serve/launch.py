@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ async def launch(
     workers: int = 1,
     bounds: Bounds | None = None,
     memory_limit_bytes: int | None = None,
+    goal_s: float | None = None,
     listener: Listener | None = None,
     **options: Any,
 ) -> Service:
@@ -40,6 +42,7 @@ async def launch(
         workers: processes that score: one for each GPU, or several that share the CPU's cores.
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
+        goal_s: latency goal in seconds; steps are kept below half of it.
         listener: hears what happens, from any thread.
         **options: see :class:`echelon.config.Options`.
 
@@ -50,7 +53,7 @@ async def launch(
         OutOfMemory: the weights do not fit.
     """
     chosen, profile = with_profile(Options.of(**options))
-    settings = settings_of(chosen, workers, bounds, memory_limit_bytes)
+    settings = replace(settings_of(chosen, workers, bounds, memory_limit_bytes), goal_s=goal_s)
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
         prepared.encoder,

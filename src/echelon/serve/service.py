@@ -297,7 +297,7 @@ class Service:
         """Learn what the scorer is; what to warm it up with. Called from keepers' threads."""
         budget = step_budget(self.settings.token_budget, self.settings.max_pairs, facts.device)
         if self._facts is None:
-            self._dispatch.set_up(facts, budget, self._prior)
+            self._dispatch.set_up(facts, budget, self._prior, self.settings.goal_s)
         self._facts = facts
         canary = self._encoder.encode([CANARY], self.longest(), "longest_first")
         tokens = min(self._dispatch.load().budget, DEFAULT_BUDGETS[facts.device.partition(":")[0]])

@@ -32,6 +32,7 @@ class Settings:
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_floor_s: no step is given up before this.
+        goal_s: latency goal; steps are kept below half of it.
     """
 
     workers: int = 1
@@ -45,12 +46,15 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     memory_limit_bytes: int | None = None
     wedge_floor_s: float = WEDGE_FLOOR_S
+    goal_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "token_budget", "max_pairs", "max_length", "max_query_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        if self.goal_s is not None and not self.goal_s > 0:
+            raise InvalidInput("goal_s", f"{self.goal_s} is not positive", "Give seconds.")
 
 
 @dataclass(frozen=True, slots=True)
