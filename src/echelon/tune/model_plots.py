@@ -39,7 +39,7 @@ def _time_chart(fit: CostFit) -> Chart:
     )
     pairs = [(shape, shape["seconds"], shape["predicted_s"]) for shape in fit.shapes]
     traces = [_points(pairs, unseen=unseen, say=words.duration) for unseen in UNSEEN]
-    axis = {"type": "log", "tickformat": "~s", "ticksuffix": "s"}
+    axis = {"type": "log", "dtick": 1, "tickformat": "~s", "ticksuffix": "s"}
     return Chart(
         name="predicted-time",
         title="Step time, predicted against measured",
