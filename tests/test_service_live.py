@@ -179,6 +179,7 @@ def test_late_steps_and_missed_goals_lower_the_budget_and_quiet_ones_raise_it():
         town.worker.prices = USUAL.priced([50 * price for price in USUAL.prices])
         for _ in range(4):
             await town.service.submit(full)
+        assert town.service.snapshot().load.budget == 300
         town.worker.prices = USUAL
         for _ in range(200):
             await town.service.submit(full)
