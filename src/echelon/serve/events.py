@@ -252,6 +252,11 @@ class Fan:
         for listener in self._listeners:
             listener.worker_changed(event)
 
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        for listener in self._listeners:
+            listener.budget_moved(event)
+
 
 def _tell(hear: Callable[[Event], None], event: Event) -> None:
     try:

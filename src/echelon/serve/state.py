@@ -81,9 +81,9 @@ class Snapshot:
     workers: int
     resident_bytes: tuple[int, ...]
     scale: float
-    drift: float
-    drifted: bool
     draining: bool
+    drift: float = 1.0
+    drifted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
