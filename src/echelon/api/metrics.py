@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from echelon import __version__
 from echelon.plan.admit import RULES
+from echelon.plan.budget import Reason as MoveReason
 from echelon.plan.degrade import RUNGS
 from echelon.serve.events import Outcome, Silence, WorkerState
 
@@ -214,6 +215,7 @@ class Metrics(Silence):
             (self._refused, (*RULES, "shutting_down")),
             (self._ladder, [rung.__name__.removeprefix("_") for rung in RUNGS]),
             (self._worker_changes, get_args(WorkerState)),
+            (self._budget_moves, get_args(MoveReason)),
         ):
             for value in values:
                 counter.labels(value)
