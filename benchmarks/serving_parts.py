@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from echelon.plan.workload import Constant, Fixed, Lognormal, Poisson, Workload
 from echelon.stress.client import Client
 from echelon.stress.drive import Drive, closed_loop, open_loop
@@ -18,10 +19,9 @@ from echelon.stress.texts import Material
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from echelon import Reranker
     from echelon.plan.workload import Arrivals
     from echelon.stress.drive import Outcome
-
-    from echelon import Reranker
     from echelon.tune.texts import Topic
     from serving_servers import Server
 

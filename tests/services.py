@@ -39,6 +39,7 @@ class Ears(Silence):
         self.heard.append(event)
 
     step_finished = request_ended = refused = ladder_taken = worker_changed = note
+    budget_moved = note
 
     def of(self, kind) -> list:
         return [event for event in self.heard if type(event).__name__ == kind]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.plan.choose import MAX_FILL, choose
-from echelon.plan.cost import REMEMBERED_STEPS, Coefficients, CostModel, Work
+from echelon.plan.cost import Coefficients, CostModel, Work
 from echelon.plan.pack import step_cost
+from echelon.plan.refit import REMEMBERED_STEPS
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=30)
 PRICES = Coefficients(2.0, 0.1, 0.01)
@@ -22,6 +23,14 @@ def test_ragged_steps_pay_for_tokens_and_padded_ones_for_the_longest():
     assert padded == pytest.approx(2 + 0.1 * 40 + 0.01 * 800)
     assert CostModel(PRICES).predict([]) == 2
     assert CostModel(PRICES).seconds(Work(3, 100, 0)) == pytest.approx(16)
+
+
+def test_tokens_beyond_the_knee_cost_more_in_one_step_and_in_many():
+    knee = Coefficients(2.0, 0.1, 0.0, knee_tokens=100, beyond_s=0.5)
+    assert CostModel(knee).predict([100]) == pytest.approx(12)
+    assert CostModel(knee).predict([70, 50]) == pytest.approx(14 + 0.5 * 20)
+    assert CostModel(knee).seconds(Work(3, 360, 0)) == pytest.approx(3 * 24)
+    assert CostModel(Coefficients(2.0, 0.1, 0.0, beyond_s=0.5)).predict([100]) == pytest.approx(12)
 
 
 @given(lengths, st.floats(0.01, 100))
@@ -39,11 +48,13 @@ def test_a_machine_that_changes_its_speed_is_followed_and_outliers_are_not():
     for _ in range(REMEMBERED_STEPS // 2):
         model.observe([20] * 10, 100 * plain)
         assert model.scale == pytest.approx(1)
+        assert model.predict([20] * 10) == pytest.approx(plain, rel=0.02)
     for _ in range(REMEMBERED_STEPS):
         model.observe([20] * 10, plain)
     for _ in range(REMEMBERED_STEPS // 2 + 1):
         model.observe([20] * 10, 2 * plain)
     assert model.scale == pytest.approx(2)
+    assert model.predict([20] * 10) == pytest.approx(2 * plain, rel=0.02)
 
 
 def test_tiny_steps_have_little_say():

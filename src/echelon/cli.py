@@ -21,6 +21,10 @@ from echelon.stress.command import stress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from echelon.config import Options
+    from echelon.tune.profile import Profile
+    from echelon.tuner import Plan
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
@@ -187,6 +191,9 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 @click.option(
     "--profile", default="echelon-profile.json", show_default=True, help="Profile to write."
 )
+@click.option(
+    "--refresh", is_flag=True, help="Bring --profile up to date: measure only what is stale."
+)
 @click.option("--report", default="echelon-report.html", show_default=True, help="Report to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
@@ -200,6 +207,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     data: str | None,
     time_limit: float,
     profile: str,
+    refresh: bool,
     report: str,
     as_json: bool,
     quiet: bool,
@@ -225,7 +233,10 @@ def tune(  # noqa: PLR0913 - one argument each option
     )
     try:
         with _tuning_bar(shown=not (quiet or as_json)) as told:
-            found = run_tuning(model, options, plan, told=told)
+            if refresh:
+                found = _refresh(model, options, plan, profile, told=told)
+            else:
+                found = run_tuning(model, options, plan, told=told)
     except KeyboardInterrupt:
         _fail(
             f"Interrupted. What was measured is kept in {partial}; "
@@ -245,6 +256,21 @@ def tune(  # noqa: PLR0913 - one argument each option
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)
+
+
+def _refresh(
+    model: str, options: Options, plan: Plan, path: str, *, told: Callable[[str, float], None]
+) -> Profile:
+    """Bring a profile up to date, and say what was measured and what was kept."""
+    from echelon.refresh import refresh
+    from echelon.tune.profile import Profile
+
+    fresh = refresh(model, options, plan, Profile.load(path), told=told)
+    if options.progress:
+        for title, lines in (("Measured", fresh.measured), ("Kept", fresh.kept)):
+            for line in lines:
+                click.echo(f"{title}: {line}.", err=True)
+    return fresh.profile
 
 
 @contextlib.contextmanager

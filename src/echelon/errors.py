@@ -9,6 +9,7 @@
     │   ├── BadCheckpoint       the files are there, but damaged or contradictory
     │   └── UnsupportedModel    a sound model that Echelon cannot score with
     ├── ProfileError            a profile file that cannot be read
+    ├── TooNoisy                measurements that prove nothing
     ├── OutOfMemory             the ladder's end: this pair does not fit
     ├── NonFiniteScore          the model gave NaN or infinity for a pair
     ├── ScoringFailed           the model raised an error that is not about memory
@@ -103,6 +104,10 @@ class ProfileError(EchelonError):
     """A profile file that cannot be read or understood."""
 
     exit_code = 4
+
+
+class TooNoisy(EchelonError):
+    """Measurements that differ too much to conclude anything from them."""
 
 
 class OutOfMemory(EchelonError):

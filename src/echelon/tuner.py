@@ -1,7 +1,7 @@
 """Spine 2: machine in, profile out.
 
 A tuning run goes: texts → compare precisions with fp32 → compare thread counts → sweep step
-sizes → choose → profile.
+sizes → probes for the cost model → choose → profile.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from echelon.encode.tokens import PairEncoder
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.gate import Trial, compare, require_passed
-from echelon.plan.pack import NO_BUDGET, pack, step_cost
-from echelon.score.device import CudaMemoryMeter, usable_cpus
+from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
+from echelon.score.device import usable_cpus
 from echelon.score.load import precisions_to_compare, runs_on_cpu
+from echelon.tune.calibrate import Calibration, Stuff, calibrate
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
-from echelon.tune.hardware import MemoryMeter, describe_machine
+from echelon.tune.hardware import describe_machine, meter_of
+from echelon.tune.probes import Range
 from echelon.tune.profile import (
     Key,
     Profile,
@@ -52,6 +54,9 @@ PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 
+PROBE_SHARE = 0.4
+"""Time of the probes for the cost model, beside that of the sweep."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -62,7 +67,7 @@ class Plan:
         batch_sizes: pairs a step.
         token_budgets: tokens a step, measured at the largest number of pairs.
         data: the user's JSONL; None is the built-in set.
-        time_limit_s: seconds for the sweep.
+        time_limit_s: seconds for the sweep; probes have PROBE_SHARE of it beside.
         partial: file that results are kept in while the run lasts; None keeps none.
     """
 
@@ -93,6 +98,7 @@ def tune(
     *,
     clock: Clock = monotonic,
     told: Callable[[str, float], None] = lambda *_: None,
+    known: Profile | None = None,
 ) -> Profile:
     """Measure the machine with a model and choose settings.
 
@@ -102,6 +108,7 @@ def tune(
         plan: what to measure.
         clock: seconds.
         told: called with what is being done and the share of the sweep done, 0 to 1.
+        known: a profile whose precisions and threads still hold and are not compared again.
 
     Raises:
         InvalidInput: an option, or the data.
@@ -112,6 +119,8 @@ def tune(
     texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
     encoder = PairEncoder(folder.path)
     kept = _Partial.of(plan, options, folder, texts)
+    if known is not None:
+        kept.precisions, kept.threads = known.precisions, known.threads
     trial = Trial.of(folder, options, encoder, texts)
     kept.precisions = precisions = kept.precisions or _compare_precisions(trial, told)
     precision, keep_bf16 = _fastest(precisions, options)
@@ -132,6 +141,7 @@ def tune(
             saved=kept.save,
             told=lambda point, share: told(f"measuring {point.label}", share),
         )
+        models = probe(replace(trial, options=options), scorer, plan, texts, clock=clock, told=told)
         key = current_key(folder.name, folder.revision, scorer.facts)
         used = scorer.facts.threads or None
     finally:
@@ -147,7 +157,33 @@ def tune(
         points=[measured.as_dict() for measured in results],
         best=[measured.as_dict() for measured in best_batches(results)],
         situations=[situation.as_dict() for situation in situations(results)],
-        warnings=cautions(results),
+        warnings=[*cautions(results), *models.warnings],
+        cost=models.cost,
+        memory=models.memory,
+    )
+
+
+def probe(
+    trial: Trial,
+    scorer: Scorer,
+    plan: Plan,
+    texts: Texts,
+    *,
+    clock: Clock,
+    told: Callable[[str, float], None],
+) -> Calibration:
+    """The cost model and the memory model of an open scorer, up to the plan's largest step."""
+    facts, encoder = scorer.facts, trial.encoder
+    specials = encoder.template.specials
+    longest = check_max_length(trial.options.max_length, facts.max_tokens, specials)
+    largest = max(plan.token_budgets, default=step_budget(None, None, facts.device))
+    return calibrate(
+        scorer,
+        Stuff(encoder, texts, longest),
+        Range(longest, largest, facts.cost),
+        clock,
+        PROBE_SHARE * plan.time_limit_s,
+        lambda share: told("measuring probes for the cost model", share),
     )
 
 
@@ -239,8 +275,7 @@ class _Timed:
         self._scorer = scorer
         self._clock = clock
         self._samples = samples
-        on_cpu = facts.device == "cpu"
-        self._meter = MemoryMeter() if on_cpu else CudaMemoryMeter(facts.device)
+        self._meter = meter_of(facts.device)
 
     def __call__(self, point: Point) -> Run:
         """Measure one run of ``point``; see :func:`echelon.tune.grid.sweep`."""

@@ -32,6 +32,7 @@ _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--max-requests",), {"default": 512, "help": "Requests inside at once."}),
     (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
     (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
+    (("--slo-p99-ms",), {"type": float, "help": "Latency goal: steps stay below half of it [no]."}),
     (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
     (
         ("--wedge-after-s",),
@@ -144,7 +145,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         limits=Limits(door["max_connections"], door["header_timeout_s"]),
     )
     metrics, recent = Metrics(), Recent()
-    limit = door["memory_limit_mb"]
+    limit, goal_ms = door["memory_limit_mb"], door["slo_p99_ms"]
     start = partial(
         launch,
         model,
@@ -156,6 +157,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         ),
         memory_limit_bytes=None if limit is None else limit * 2**20,
         wedge_after_s=door["wedge_after_s"],
+        goal_s=None if goal_ms is None else goal_ms / 1000,
         listener=Fan(metrics, recent),
         **as_keywords(options),
     )

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from echelon import __version__
 from echelon.plan.admit import RULES
+from echelon.plan.budget import Reason as MoveReason
 from echelon.plan.degrade import RUNGS
 from echelon.serve.events import Outcome, Silence, WorkerState
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from echelon.api.connection import Reason
     from echelon.serve.events import (
+        BudgetMoved,
         LadderTaken,
         Refused,
         RequestEnded,
@@ -139,6 +141,10 @@ class Metrics(Silence):
         """A worker came up or went down."""
         self._worker_changes.labels(event.state).inc()
 
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        self._budget_moves.labels(event.reason).inc()
+
     # Inside.
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
@@ -210,6 +216,9 @@ class Metrics(Silence):
     def _state(self) -> None:
         self._info = self._gauge("info", "Always 1.", "version", "family", "device", "precision")
         self._budget = self._gauge("token_budget", "Tokens that a step may cost now.")
+        self._budget_moves = self._counter(
+            "token_budget_moves_total", "Times that it has changed.", "reason"
+        )
         self._inside = self._gauge("requests_inside", "Requests inside, tokenising included.")
         self._waiting = self._gauge("waiting_pairs", "Distinct pairs that wait.")
         self._waiting_tokens = self._gauge("waiting_tokens", "Their tokens.")
@@ -223,7 +232,9 @@ class Metrics(Silence):
         self._worker_changes = self._counter(
             "worker_changes_total", "Workers' changes of state.", "state"
         )
-        self._scale = self._gauge("cost_scale", "Actual over default step time, as learned.")
+        self._scale = self._gauge("cost_scale", "Step time over what the model began with.")
+        self._drift = self._gauge("cost_drift_ratio", "Step time over this machine's normal one.")
+        self._drifted = self._gauge("cost_drifted", "1 while it is far from 1.")
         self._draining = self._gauge("draining", "1 while nothing more is taken in.")
 
     def _begin(self) -> None:
@@ -233,6 +244,7 @@ class Metrics(Silence):
             (self._refused, (*RULES, "shutting_down")),
             (self._ladder, [rung.__name__.removeprefix("_") for rung in RUNGS]),
             (self._worker_changes, get_args(WorkerState)),
+            (self._budget_moves, get_args(MoveReason)),
         ):
             for value in values:
                 counter.labels(value)
@@ -247,6 +259,8 @@ class Metrics(Silence):
         self._oldest.set(now.oldest_s)
         self._workers.set(now.workers)
         self._scale.set(now.scale)
+        self._drift.set(now.drift)
+        self._drifted.set(now.drifted)
         self._draining.set(now.draining)
         for number, size in enumerate(now.resident_bytes):
             self._resident.labels(str(number)).set(size)

@@ -1,43 +1,67 @@
 """The cost model: how long a step takes, from the lengths of its pairs alone.
 
 Pure: it is told what steps took and answers what the next will take; it must not know texts,
-devices or the time of day. ``T = base + token · Σ n + square · Σ n²`` with n the tokens of a pair:
-the linear layers pay for tokens, attention for their squares. A padded scorer pays for every pair
-as if it were the longest.
+devices or the time of day. ``T = base + token · Σ n + square · Σ n² + beyond · max(0, Σ n − knee)``
+with n the tokens of a pair: the linear layers pay for tokens, attention for their squares, and a
+device that small steps leave idle pays for tokens only beyond its knee. A padded scorer pays for
+every pair as if it were the longest. :mod:`echelon.tune.fit` measures the prices,
+:mod:`echelon.plan.refit` keeps them true while steps run.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echelon.plan.refit import Window
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from echelon.types import Cost, IntArray
-
-REMEMBERED_STEPS = 15
-"""Steps whose times count. The median of 15 follows a machine that changes its speed after 8 steps
-and does not move for 7 outliers in a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """What a step costs.
+    """What a step costs; nothing is negative.
 
     Attributes:
         base_s: seconds of an empty step.
         token_s: seconds a token.
         square_s: seconds a squared token of one pair.
+        knee_tokens: tokens of a step from which on each costs ``beyond_s`` more.
+        beyond_s: see there; 0 where the device has no knee.
     """
 
     base_s: float
     token_s: float
     square_s: float
+    knee_tokens: int = 0
+    beyond_s: float = 0.0
+
+    @property
+    def prices(self) -> tuple[float, float, float, float]:
+        """Seconds for each number of :meth:`amounts`."""
+        return self.base_s, self.token_s, self.square_s, self.beyond_s
+
+    def amounts(self, work: Work) -> tuple[int, int, int, int]:
+        """Steps, tokens, squares and tokens beyond the knee, the steps all alike."""
+        knee = self.knee_tokens
+        beyond = max(0, work.tokens - knee * work.steps) if knee else 0
+        return work.steps, work.tokens, work.squares, beyond
+
+    def seconds(self, work: Work) -> float:
+        """Seconds that an amount of work takes on one worker."""
+        pairs = zip(self.prices, self.amounts(work), strict=True)
+        return sum(price * amount for price, amount in pairs)
+
+    def priced(self, prices: Iterable[float]) -> Coefficients:
+        """Other prices, the knee where it is."""
+        base, token, square, beyond = map(float, prices)
+        return Coefficients(base, token, square, self.knee_tokens, beyond)
 
 
 DEFAULT_COEFFICIENTS = {
@@ -75,22 +99,26 @@ def work_of(lengths: Sequence[int] | IntArray, cost: Cost) -> Work:
 class CostModel:
     """Predicts step times, and corrects itself by what steps really took.
 
-    The correction is one factor: the median of actual over predicted of the last steps, each
-    weighted with the time it was predicted to take, so that tiny steps, which are mostly overhead,
-    have little say about the price of a token.
-
     Args:
-        coefficients: prices; see :data:`DEFAULT_COEFFICIENTS`.
+        prior: prices to begin with; see :data:`DEFAULT_COEFFICIENTS`.
         cost: how the scorer pays.
     """
 
     def __init__(
-        self, coefficients: Coefficients = DEFAULT_COEFFICIENTS["cpu"], cost: Cost = "ragged"
+        self, prior: Coefficients = DEFAULT_COEFFICIENTS["cpu"], cost: Cost = "ragged"
     ) -> None:
-        self.coefficients = coefficients
+        self.begin(prior, cost)
+
+    def begin(self, prior: Coefficients, cost: Cost) -> None:
+        """Start from other prices, and forget all steps seen."""
         self.cost: Cost = cost
-        self.scale = 1.0
-        self._seen: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_STEPS)
+        self.prior = self.coefficients = prior
+        self._window = Window(prior.prices)
+
+    @property
+    def scale(self) -> float:
+        """Seconds of the last steps over what the prior says of them, the median."""
+        return self._window.scale
 
     def predict(self, lengths: Sequence[int] | IntArray) -> float:
         """Seconds that one step of pairs of these lengths will take."""
@@ -98,27 +126,12 @@ class CostModel:
 
     def seconds(self, work: Work) -> float:
         """Seconds that an amount of work will take on one worker."""
-        return self.scale * self._unscaled(work)
+        return self.coefficients.seconds(work)
 
     def observe(self, lengths: Sequence[int] | IntArray, seconds: float) -> None:
         """Learn from a step that took ``seconds``; a time of zero or less teaches nothing."""
-        plain = self._unscaled(work_of(lengths, self.cost))
-        if seconds <= 0 or plain <= 0 or not math.isfinite(seconds):
+        work = work_of(lengths, self.cost)
+        if seconds <= 0 or not math.isfinite(seconds) or self.prior.seconds(work) <= 0:
             return
-        self._seen.append((seconds / plain, plain))
-        self.scale = _weighted_median(self._seen)
-
-    def _unscaled(self, work: Work) -> float:
-        c = self.coefficients
-        return c.base_s * work.steps + c.token_s * work.tokens + c.square_s * work.squares
-
-
-def _weighted_median(seen: deque[tuple[float, float]]) -> float:
-    """The value at which half of the weight is reached, of (value, weight)."""
-    half = sum(weight for _, weight in seen) / 2
-    reached = 0.0
-    for value, weight in sorted(seen):
-        reached += weight
-        if reached >= half:
-            return value
-    raise AssertionError("no observation. This is a bug.")
+        prices = self._window.learn(self.prior.amounts(work), seconds)
+        self.coefficients = self.prior.priced(prices)

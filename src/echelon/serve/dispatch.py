@@ -24,10 +24,12 @@ from echelon.errors import (
     ShuttingDown,
     WorkerLost,
 )
+from echelon.plan.budget import Budget
 from echelon.plan.cost import DEFAULT_COEFFICIENTS
 from echelon.plan.degrade import Failure, next_action
+from echelon.plan.drift import Drift
 from echelon.plan.queue import Completed, Request
-from echelon.serve.events import StepFinished
+from echelon.serve.events import BudgetMoved, StepFinished
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
@@ -42,11 +44,27 @@ if TYPE_CHECKING:
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
     from echelon.serve.job import Job
+    from echelon.tune.fit import Prior
     from echelon.types import IntArray, TokenBatch
 
     Explanation = Callable[[str], EchelonError]
 
 logger = logging.getLogger(__name__)
+
+DRIFT_NEWS = {
+    "drifted": (
+        logging.WARNING,
+        (
+            "Steps take %.2f times as long as when the machine was measured. Predictions follow; "
+            "find what else runs or throttles it, or measure again with `echelon tune --refresh`."
+        ),
+    ),
+    "recovered": (
+        logging.INFO,
+        "Steps take %.2f times as long as when the machine was measured: as before.",
+    ),
+}
+"""What the log says of a machine that changed its speed, see :mod:`echelon.plan.drift`."""
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
 
@@ -85,6 +103,8 @@ class Dispatch:
         self._batcher = batcher
         self.listener = listener
         self.cost = batcher.cost
+        self.drift = Drift()
+        self._budget = Budget(batcher.budget)
         self._allow = allow
         self._learned = learned
         self._jobs: dict[int, Job] = {}
@@ -116,11 +136,21 @@ class Dispatch:
                 late = job.deadline is not None and job.deadline <= now
                 self.listener.request_ended(job.ended("expired" if late else "cancelled", now))
 
-    def set_up(self, facts: Facts, budget: int) -> None:
-        """What the scorer turned out to be."""
+    def set_up(self, facts: Facts, budget: int, prior: Prior | None, goal_s: float | None) -> None:
+        """What the scorer turned out to be.
+
+        Args:
+            facts: what it is.
+            budget: most tokens a step may cost.
+            prior: what steps cost when the machine was tuned.
+            goal_s: latency goal that steps are kept small for.
+        """
+        prices = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
+        known = prior is not None and prior.serves(facts)
         with self._lock:
-            self.cost.cost = facts.cost
-            self.cost.coefficients = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
+            self.cost.begin(prior.coefficients if prior and known else prices, facts.cost)
+            self.drift = Drift(1.0 if prior and known and prior.same else None)
+            self._budget = Budget(budget, goal_s)
             self._batcher.budget = budget
 
     def load(self) -> Load:
@@ -192,6 +222,8 @@ class Dispatch:
         with self._lock:
             now = self.last_scored = self.clock()
             self.cost.observe(step.lengths, scored.seconds)
+            self._watch_drift()
+            self._move_budget(step, scored.seconds)
             for job in self._of(step):
                 job.scored(step, scored.seconds, now)
             ended = self._batcher.finish(step.number, scored.logits)
@@ -289,12 +321,24 @@ class Dispatch:
             self._tell(number, DeadlinePassed(EXPIRED), "expired")
         return step
 
+    def _watch_drift(self) -> None:
+        news = self.drift.see(self.cost.scale)
+        if news is not None:
+            logger.log(*DRIFT_NEWS[news], self.drift.ratio)
+
     def _of(self, step: Step) -> list[Job]:
         return [self._jobs[number] for number in step.requests if number in self._jobs]
 
+    def _move_budget(self, step: Step, seconds: float) -> None:
+        reason = self._budget.ended(step.cost_tokens, step.predicted_s, seconds)
+        if reason is not None:
+            self._batcher.budget = self._budget.tokens
+            self.listener.budget_moved(BudgetMoved(self._budget.tokens, reason))
+
     def _learn(self, budget: int) -> None:
-        if budget < self._batcher.budget:
+        if self._budget.out_of_memory(budget):
             self._batcher.budget = budget
+            self.listener.budget_moved(BudgetMoved(budget, "memory"))
             if self._learned is not None:
                 self._learned(budget)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.plan.budget import Reason
     from echelon.types import LadderStep
 
 Event = TypeVar("Event")
@@ -108,6 +109,19 @@ class LadderTaken:
     budget: int
 
 
+@dataclass(frozen=True, slots=True)
+class BudgetMoved:
+    """The token budget has changed.
+
+    Attributes:
+        tokens: what a step may cost now.
+        reason: why, see :mod:`echelon.plan.budget`.
+    """
+
+    tokens: int
+    reason: Reason
+
+
 WorkerState = Literal["starting", "up", "died", "wedged", "recycled", "failed", "stopped"]
 
 
@@ -149,6 +163,10 @@ class Listener(Protocol):
         """A worker came up or went down."""
         ...
 
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        ...
+
 
 class Silence:
     """Hears everything and does nothing; a base for listeners that care for some events only."""
@@ -167,6 +185,9 @@ class Silence:
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """A worker came up or went down."""
+
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
 
 
 class Careful:
@@ -194,6 +215,10 @@ class Careful:
     def worker_changed(self, event: WorkerChanged) -> None:
         """A worker came up or went down."""
         _tell(self._listener.worker_changed, event)
+
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        _tell(self._listener.budget_moved, event)
 
 
 class Fan:
@@ -226,6 +251,11 @@ class Fan:
         """A worker came up or went down."""
         for listener in self._listeners:
             listener.worker_changed(event)
+
+    def budget_moved(self, event: BudgetMoved) -> None:
+        """The token budget has changed."""
+        for listener in self._listeners:
+            listener.budget_moved(event)
 
 
 def _tell(hear: Callable[[Event], None], event: Event) -> None:

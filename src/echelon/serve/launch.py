@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from echelon.score.device import usable_cpus
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
 from echelon.serve.state import WEDGE_AFTER_S, Settings
+from echelon.tune.fit import CostFit, Prior
 
 if TYPE_CHECKING:
     import os
@@ -20,15 +22,17 @@ if TYPE_CHECKING:
 
     from echelon.prepare import PreparedModel
     from echelon.serve.events import Listener
+    from echelon.tune.profile import Profile
 
 
-async def launch(
+async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     model: str | os.PathLike[str],
     *,
     workers: int = 1,
     bounds: Bounds | None = None,
     memory_limit_bytes: int | None = None,
     wedge_after_s: float = WEDGE_AFTER_S,
+    goal_s: float | None = None,
     listener: Listener | None = None,
     **options: Any,
 ) -> Service:
@@ -40,6 +44,7 @@ async def launch(
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: no step is given up before this.
+        goal_s: latency goal in seconds; steps are kept below half of it.
         listener: hears what happens, from any thread.
         **options: see :class:`echelon.config.Options`.
 
@@ -50,7 +55,14 @@ async def launch(
         OutOfMemory: the weights do not fit.
     """
     chosen, profile = with_profile(Options.of(**options))
-    settings = settings_of(chosen, workers, bounds, memory_limit_bytes, wedge_after_s)
+    settings = replace(
+        settings_of(chosen),
+        workers=workers,
+        bounds=bounds or Bounds(),
+        memory_limit_bytes=memory_limit_bytes,
+        wedge_after_s=wedge_after_s,
+        goal_s=goal_s,
+    )
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
         prepared.encoder,
@@ -58,22 +70,16 @@ async def launch(
         settings,
         listener=listener,
         learned=prepared.learned,
+        prior=prior_of(profile, chosen, workers),
     )
     await service.start()
     prepared.check_profile(service.facts)
     return service
 
 
-def settings_of(
-    options: Options,
-    workers: int,
-    bounds: Bounds | None,
-    memory_limit_bytes: int | None,
-    wedge_after_s: float,
-) -> Settings:
-    """The settings that options mean for a service."""
+def settings_of(options: Options) -> Settings:
+    """The settings of a service that are options of a library call as well."""
     return Settings(
-        workers=workers,
         precision=options.precision,
         token_budget=options.token_budget,
         max_pairs=options.batch_size,
@@ -81,10 +87,25 @@ def settings_of(
         truncation=options.truncation,
         max_query_tokens=options.max_query_tokens,
         allow=options.allow,
-        bounds=bounds or Bounds(),
-        memory_limit_bytes=memory_limit_bytes,
-        wedge_after_s=wedge_after_s,
     )
+
+
+def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior | None:
+    """What steps cost, as the profile knows it.
+
+    Raises:
+        ProfileError: its cost model is damaged.
+    """
+    if profile is None or profile.cost is None:
+        return None
+    fit = CostFit.from_dict(profile.cost)
+    key, device = profile.key, profile.key.device
+    alone = workers == 1 or device != "cpu"  # several share the cores
+    same = alone and (options.precision, options.threads) == (
+        key.precision,
+        profile.settings.threads,
+    )
+    return Prior(fit.coefficients, fit.paid, device, same)
 
 
 def _make_worker(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
+    from echelon.tune.fit import Prior
     from echelon.types import Pair, TokenBatch
 
 CANARY: Pair = ("is anybody there", "A bird sings in the mine.")
@@ -64,9 +65,10 @@ class Service:
         listener: hears what happens, from any thread.
         clock: seconds; deadlines are times of this clock.
         learned: called with each smaller token budget that memory taught.
+        prior: what steps cost when the machine was tuned; None learns it from the first steps.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a distinct collaborator
         self,
         encoder: PairEncoder,
         make_worker: Callable[[int, Callable[[], None]], Worker],
@@ -75,11 +77,13 @@ class Service:
         listener: Listener | None = None,
         clock: Clock = monotonic,
         learned: Callable[[int], None] | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.clock = clock
         self._encoder = encoder
         self._make_worker = make_worker
+        self._prior = prior
         self._listener = Careful(listener or Silence())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
         self._dispatch = Dispatch(
@@ -263,6 +267,8 @@ class Service:
             workers=house.workers,
             resident_bytes=tuple(keeper.resident_bytes for keeper in self._keepers),
             scale=self._dispatch.cost.scale,
+            drift=self._dispatch.drift.ratio,
+            drifted=self._dispatch.drift.drifted,
             draining=self._draining,
         )
 
@@ -291,7 +297,7 @@ class Service:
         """Learn what the scorer is; what to warm it up with. Called from keepers' threads."""
         budget = step_budget(self.settings.token_budget, self.settings.max_pairs, facts.device)
         if self._facts is None:
-            self._dispatch.set_up(facts, budget)
+            self._dispatch.set_up(facts, budget, self._prior, self.settings.goal_s)
         self._facts = facts
         canary = self._encoder.encode([CANARY], self.longest(), "longest_first")
         tokens = min(self._dispatch.load().budget, DEFAULT_BUDGETS[facts.device.partition(":")[0]])

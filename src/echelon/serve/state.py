@@ -32,6 +32,7 @@ class Settings:
         bounds: what is taken in at most.
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: no step is given up before this.
+        goal_s: latency goal; steps are kept below half of it.
     """
 
     workers: int = 1
@@ -45,6 +46,7 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     memory_limit_bytes: int | None = None
     wedge_after_s: float = WEDGE_AFTER_S
+    goal_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "token_budget", "max_pairs", "max_length", "max_query_tokens"):
@@ -55,6 +57,8 @@ class Settings:
             raise InvalidInput(
                 "wedge_after_s", f"{self.wedge_after_s} is not positive", "Give seconds."
             )
+        if self.goal_s is not None and not self.goal_s > 0:
+            raise InvalidInput("goal_s", f"{self.goal_s} is not positive", "Give seconds.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,9 @@ class Snapshot:
         oldest_s: how long the oldest request has been in the queue; 0 where there is none.
         workers: workers that are up.
         resident_bytes: memory of each worker.
-        scale: actual over default step time, as the cost model has learned it.
+        scale: actual step time over what the cost model began with.
+        drift: step time over what is normal for this machine, see :mod:`echelon.plan.drift`.
+        drifted: whether it has been so far from 1 for so long that somebody should look.
         draining: whether nothing more is taken in.
     """
 
@@ -80,6 +86,8 @@ class Snapshot:
     resident_bytes: tuple[int, ...]
     scale: float
     draining: bool
+    drift: float = 1.0
+    drifted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

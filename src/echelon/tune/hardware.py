@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 MATRIX_FLAGS = ("amx_int8", "amx_bf16", "amx_fp16", "avx512_bf16", "avx512_vnni", "avx2")
 """Processor features that matrix products profit from, best first."""
@@ -50,6 +50,18 @@ def describe_gpus() -> list[dict[str, Any]]:
         return []
 
 
+class Meter(Protocol):
+    """Reads peak memory."""
+
+    def reset(self) -> None:
+        """Begin a new measurement."""
+        ...
+
+    def peak_bytes(self) -> int:
+        """Peak since the last reset."""
+        ...
+
+
 class MemoryMeter:
     """Peak memory of this process between :meth:`reset` and :meth:`peak_bytes`.
 
@@ -82,3 +94,10 @@ class MemoryMeter:
         except OSError:
             return False
         return True
+
+
+def meter_of(device: str) -> Meter:
+    """What reads the peak memory of a device: ``cpu`` or ``cuda:N``."""
+    from echelon.score.device import CudaMemoryMeter
+
+    return MemoryMeter() if device == "cpu" else CudaMemoryMeter(device)

@@ -80,6 +80,9 @@ class Profile:
         situations: advice for the four situations, see :mod:`echelon.tune.solve`.
         warnings: what to know before trusting it.
         learned_token_budget: smaller budget that memory pressure taught since; None if none.
+        cost: how long a step takes, see :class:`echelon.tune.fit.CostFit`; None where that was
+            refused, or the profile is older.
+        memory: how much it needs, see :class:`echelon.tune.fit.MemoryFit`; None likewise.
     """
 
     key: Key
@@ -94,6 +97,8 @@ class Profile:
     situations: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     learned_token_budget: int | None = None
+    cost: dict[str, Any] | None = None
+    memory: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

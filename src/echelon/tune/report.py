@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
 from echelon.tune import words
+from echelon.tune.model_plots import model_charts
 from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
@@ -103,7 +104,7 @@ def _plotly_js() -> str:
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     """What the template shows, in words."""
-    drawn = charts(profile)
+    drawn = [*charts(profile), *model_charts(profile)]
     return {
         "model": profile.key.model,
         "verdict": _verdict(profile),

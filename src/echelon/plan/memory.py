@@ -1,0 +1,46 @@
+"""The memory model: how much a step needs at its peak, from the lengths of its pairs alone. Pure.
+
+``fixed + token · Σ n + square · Σ n²``, as :mod:`echelon.plan.cost` counts. It holds for the
+process on CPU and for the card on CUDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from echelon.plan.pack import NO_BUDGET
+
+if TYPE_CHECKING:
+    from echelon.plan.cost import Work
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """What a step needs; nothing is negative.
+
+    Attributes:
+        fixed_bytes: bytes without any step: weights, libraries.
+        token_bytes: bytes a token.
+        square_bytes: bytes a squared token of one pair.
+    """
+
+    fixed_bytes: float
+    token_bytes: float
+    square_bytes: float
+
+    def peak_bytes(self, work: Work) -> float:
+        """Bytes at the peak of one step."""
+        steps = self.token_bytes * work.tokens + self.square_bytes * work.squares
+        return self.fixed_bytes + steps
+
+    def tokens_within(self, limit_bytes: float, length: int) -> int:
+        """Most tokens of a step of pairs of one length under a limit.
+
+        Returns:
+            0 where not even an empty step fits; NO_BUDGET where tokens cost nothing.
+        """
+        room, each = limit_bytes - self.fixed_bytes, self.token_bytes + self.square_bytes * length
+        if room < 0:
+            return 0
+        return int(room / each) if room < each * NO_BUDGET else NO_BUDGET
