@@ -50,10 +50,12 @@ class Packing:
     Attributes:
         pairs: mean pairs of a step; entry i is for ``2**(i - 1)`` waiting documents or more.
         padding: tokens paid for over useful tokens, likewise.
+        reach: documents from the front of the queue among which a step is chosen.
     """
 
     pairs: tuple[float, ...]
     padding: tuple[float, ...]
+    reach: int
 
     def step(self, documents: float) -> tuple[float, float]:
         """Pairs of the next step, and its padding, where so many documents wait."""
@@ -61,7 +63,7 @@ class Packing:
         return self.pairs[entry], self.padding[entry]
 
 
-RAGGED = Packing((math.inf,), (1.0,))
+RAGGED = Packing((math.inf,), (1.0,), 0)
 """Tokens alone decide, and nothing is padded."""
 
 
@@ -80,7 +82,8 @@ def packing_of(tokens: Sizes, truth: CostModel, budget: int) -> Packing:
             pairs, useful = pairs + len(step), useful + sum(step)
             paid += step_cost(step, truth.cost)
         found.append((pairs / SAMPLES, paid / useful))
-    return Packing(*zip(*found, strict=True))
+    pairs_of, padding_of = zip(*found, strict=True)
+    return Packing(pairs_of, padding_of, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,17 @@ def simulate_fleet(
         goal_s: latency that an answer may have.
         warm_s: requests that come before are served and not counted.
     """
-    run = _Run(truth, fleet, Tally(goal_s, warm_s))
+    tally = tally_fleet(traffic, truth, fleet, Tally(goal_s, warm_s))
+    return tally.outcome(fleet.replicas * fleet.setting.workers)
+
+
+def tally_fleet(traffic: Iterable[Block], truth: CostModel, fleet: Fleet, tally: Tally) -> Tally:
+    """Serve requests by a fleet, and count in ``tally``; see :func:`simulate_fleet`."""
+    run = _Run(truth, fleet, tally)
     for block in traffic:
         run.through(block)
     run.end()
-    return run.tally.outcome(fleet.replicas * fleet.setting.workers)
+    return tally
 
 
 class _Replica:
@@ -336,7 +345,8 @@ class _Run:
         step.take(queue[0], 1)
         whole = int(places + next(self._chances))  # so that the mean is right
         for _ in range(min(whole, int(replica.documents)) - 1):
-            place = next(self._chances) * (replica.documents - step.documents)
+            there = min(replica.documents - step.documents, self._packing.reach)
+            place = next(self._chances) * there
             for guest in queue:
                 place -= guest[2]
                 if place < 0:

@@ -42,6 +42,11 @@ class Block:
     lengths: list[float]
     squares: list[float]
 
+    def first(self, count: int) -> Block:
+        """The first so many requests of the block."""
+        lists = (self.at_s, self.documents, self.lengths, self.squares)
+        return Block(*(values[:count] for values in lists))  # type: ignore[arg-type] # as they were
+
 
 def blocks(workload: Workload, duration_s: float = math.inf) -> Iterator[Block]:
     """A workload's requests, up to ``duration_s``.
