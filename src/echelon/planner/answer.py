@@ -77,9 +77,11 @@ def make_plan(
     best: Choice | None = None
     for budget in budgets:
         told(f"steps of {budget} tokens")
-        capacity = Capacity(traffic, truth, _setting(profile, goal, budget), goal.slo_s, goal.routing)
+        capacity = Capacity(
+            traffic, truth, _setting(profile, goal, budget), goal.slo_s, goal.routing
+        )
         most = math.inf if best is None else best.machines
-        machines = capacity.machines(rate, most)
+        machines = capacity.machines(rate * (1 + goal.headroom), most)
         tried.append((capacity, machines))
         if machines is not None and (best is None or _better(capacity, machines, best, rate)):
             best = Choice(capacity, machines)
@@ -172,6 +174,7 @@ def _asked(goal: Goal, rate: float) -> dict[str, Any]:
         "trace_requests": len(goal.trace),
         "memory_limit_bytes": goal.memory_limit_bytes,
         "overhead_s": goal.overhead_s,
+        "headroom": goal.headroom,
         "price_per_hour": goal.price_per_hour,
     }
 
@@ -221,7 +224,7 @@ def _tried(capacity: Capacity, machines: int | None, rate: float) -> dict[str, A
 
 
 def _at_rate(best: Choice, goal: Goal, rate: float) -> dict[str, Any]:
-    machines = best.capacity.machines(rate)
+    machines = best.capacity.machines(rate * (1 + goal.headroom))
     return _changed(best.capacity, machines, goal, rate) | {"rate": rate}
 
 
@@ -230,13 +233,11 @@ def _at_lengths(best: Choice, goal: Goal, rate: float, factor: float) -> dict[st
     capacity = Capacity(
         _stretched(old.traffic, factor), old.truth, old.setting, old.goal_s, old.routing
     )
-    machines = capacity.machines(rate)
+    machines = capacity.machines(rate * (1 + goal.headroom))
     return _changed(capacity, machines, goal, rate) | {"lengths": factor}
 
 
-def _changed(
-    capacity: Capacity, machines: int | None, goal: Goal, rate: float
-) -> dict[str, Any]:
+def _changed(capacity: Capacity, machines: int | None, goal: Goal, rate: float) -> dict[str, Any]:
     if machines is None:
         return {"machines": None, "p99_s": None, "price_per_hour": None}
     outcome = capacity.at(rate, machines)
@@ -273,9 +274,7 @@ def _routed(best: Choice, rate: float, routing: Any) -> dict[str, Any]:
     }
 
 
-def _day(
-    best: Choice, goal: Goal, rate: float, told: Callable[[str], None]
-) -> dict[str, Any]:
+def _day(best: Choice, goal: Goal, rate: float, told: Callable[[str], None]) -> dict[str, Any]:
     capacity = best.capacity
     day = simulate_day(
         capacity.traffic.workload,
@@ -295,8 +294,8 @@ def _notes(profile: Profile, goal: Goal, traffic: Traffic) -> list[str]:
     asked = longest(traffic.workload.tokens, goal.trace)
     if measured and asked > measured:
         notes.append(
-            f"Pairs of up to {asked} tokens are asked for, and the longest measured had {measured}: "
-            "beyond, times are extrapolated. Tune with such texts (--data)."
+            f"Pairs of up to {asked} tokens are asked for, and the longest measured had "
+            f"{measured}: beyond, times are extrapolated. Tune with such texts (--data)."
         )
     if goal.trace and len(goal.trace) < FEW_REQUESTS:
         notes.append(

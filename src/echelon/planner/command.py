@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 @click.option("--max-length", type=int, help="Tokens a pair may have [the profile's].")
 @click.option("--memory-limit", type=float, metavar="MIB", help="Memory of a worker, in MiB.")
 @click.option("--overhead-ms", default=2.0, show_default=True, help="HTTP and network a request.")
+@click.option(
+    "--headroom-percent", default=20.0, show_default=True, help="By which the rate may rise."
+)
 @click.option("--price-per-hour", type=float, help="Of a machine.")
 @click.option(
     "--day", metavar="F,F,…", help="A day too: relative rates, --rate the largest; or 'typical'."
@@ -76,6 +79,7 @@ def _goal(
         trace=() if trace is None else _read(trace),
         memory_limit_bytes=None if limit is None else limit * 2**20,
         overhead_s=values.pop("overhead_ms") / 1000,
+        headroom=values.pop("headroom_percent") / 100,
         day=() if day is None else _shape(day),
         **values,
     )

@@ -33,6 +33,7 @@ class Goal:
         max_length: tokens a pair may have; None takes the profile's own.
         memory_limit_bytes: memory of a worker.
         overhead_s: seconds of a request beside the queue and its steps.
+        headroom: share of the rate by which it may rise and the goal still be met.
         price_per_hour: of a machine.
         day: relative rates of equal parts of a day; empty for none.
         seed: of everything random.
@@ -48,6 +49,7 @@ class Goal:
     max_length: int | None = None
     memory_limit_bytes: float | None = None
     overhead_s: float = 0.002
+    headroom: float = 0.2
     price_per_hour: float | None = None
     day: tuple[float, ...] = field(default=())
     seed: int = 0
@@ -61,15 +63,18 @@ class Goal:
         for name, value in (("--workers", self.workers), ("--max-length", self.max_length)):
             if value is not None and value < 1:
                 raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
-        for name, value in (
+        for name, amount in (
             ("--memory-limit", self.memory_limit_bytes),
             ("--price-per-hour", self.price_per_hour),
         ):
-            if value is not None:
-                _above_zero(name, value, "Give a number above 0, or leave it out.")
+            if amount is not None:
+                _above_zero(name, amount, "Give a number above 0, or leave it out.")
         if not 0 <= self.overhead_s < math.inf:
             problem = f"{1000 * self.overhead_s:g} is below 0"
             raise InvalidInput("--overhead-ms", problem, "Give 0 or more.")
+        if not 0 <= self.headroom < math.inf:
+            problem = f"{100 * self.headroom:g} is below 0"
+            raise InvalidInput("--headroom-percent", problem, "Give 0 or more.")
         if self.overhead_s >= self.slo_s:
             raise InvalidInput(
                 "--slo-p99-ms",

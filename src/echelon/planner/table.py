@@ -114,7 +114,8 @@ def _print_day(console: Console, day: Row) -> None:
     console.print(Text("A day", style="bold"))
     console.print(
         f"{day['requests']:,} requests ({day['simulated']:,} simulated): "
-        f"P50 {_seconds(day['p50_s'])}, P95 {_seconds(day['p95_s'])}, P99 {_seconds(day['p99_s'])}; "
+        f"P50 {_seconds(day['p50_s'])}, P95 {_seconds(day['p95_s'])}, "
+        f"P99 {_seconds(day['p99_s'])}; "
         f"{percent(day['missed'], 2)} miss the goal, mean load {percent(day['utilisation'])}."
     )
     if day["overfull_s"]:

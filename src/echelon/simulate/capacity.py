@@ -84,11 +84,12 @@ class Traffic:
             arrivals = Replay(self.trace, rate / self.trace_rate)
         return replace(self.workload, arrivals=arrivals)
 
-    def span_s(self, rate: float) -> float:
-        """Seconds of a simulation at so many requests a second."""
+    def span_s(self, rate: float, count: int = REQUESTS) -> float:
+        """Seconds in which so many requests come, as far as the trace has them."""
         if self.trace:
-            return (self.trace[-1].at_s - self.trace[0].at_s) * self.trace_rate / rate
-        return REQUESTS / rate
+            last = self.trace[min(count, len(self.trace)) - 1]
+            return (last.at_s - self.trace[0].at_s) * self.trace_rate / rate
+        return count / rate
 
 
 class Capacity:

@@ -172,7 +172,9 @@ def _day(parts: list[Part], tallies: list[tuple[float, Tally]]) -> Day:
     )
     p50, p95, p99 = weighted_percentiles(latencies, weights, (0.50, 0.95, 0.99))
     total = sum(weight for weight, _ in tallies)
-    share = [(weight / total, part.outcome) for (weight, _), part in zip(tallies, parts, strict=True)]
+    share = [
+        (weight / total, part.outcome) for (weight, _), part in zip(tallies, parts, strict=True)
+    ]
     return Day(
         requests=round(total),
         simulated=sum(part.outcome.requests for part in parts),

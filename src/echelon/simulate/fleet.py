@@ -324,7 +324,7 @@ class _Run:
     def _fill(self, replica: _Replica, places: float) -> _Step:
         """Whole documents of requests in turn, as long as they fit; the first always goes."""
         step, queue = _Step(), replica.queue
-        room = self._setting.token_budget
+        room = float(self._setting.token_budget)
         while queue:
             guest = queue[0]
             fit = min(room // guest[3], places)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from echelon.simulate.outcome import Outcome
 
@@ -29,24 +29,28 @@ class Ladder:
 
     Args:
         run: simulates a load.
+        rungs: loads, rising.
     """
 
-    def __init__(self, run: Callable[[float], Outcome]) -> None:
+    def __init__(self, run: Callable[[float], Outcome], rungs: Sequence[float] = RUNGS) -> None:
         self._run = run
+        self._rungs = rungs
         self._outcomes: list[Outcome] = []
 
     def at(self, load: float) -> Outcome | None:
         """The outcome at the rung for a load; None where the goal is missed there or below."""
-        rung = bisect_left(RUNGS, load)
-        if rung >= len(RUNGS) or not self._climb(rung):
+        rung = bisect_left(self._rungs, load)
+        if rung >= len(self._rungs) or not self._climb(rung):
             return None
         return self._outcomes[rung]
 
     @property
     def most(self) -> float:
         """The highest load that meets the goal; 0 where none does."""
-        self._climb(len(RUNGS) - 1)
-        met = [load for load, found in zip(RUNGS, self._outcomes, strict=False) if meets(found)]
+        self._climb(len(self._rungs) - 1)
+        met = [
+            load for load, found in zip(self._rungs, self._outcomes, strict=False) if meets(found)
+        ]
         return met[-1] if met else 0.0
 
     @property
@@ -60,7 +64,7 @@ class Ladder:
         while len(self._outcomes) <= rung:
             if self._outcomes and not meets(self._outcomes[-1]):
                 return False
-            self._outcomes.append(self._run(RUNGS[len(self._outcomes)]))
+            self._outcomes.append(self._run(self._rungs[len(self._outcomes)]))
         return meets(self._outcomes[rung])
 
 

@@ -118,7 +118,7 @@ class _Pairs:
 
     def take(self, now: float, most: int) -> list[_Pair]:
         """What is there then."""
-        step = []
+        step: list[_Pair] = []
         while len(step) < most and self._see(1) and self._queue[0][0] <= now:
             step.append(self._queue.popleft())
         return step

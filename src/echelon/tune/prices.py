@@ -121,5 +121,8 @@ def _nonnegative(rows: np.ndarray[Any, Any]) -> tuple[float, float]:
     if (both >= 0).all():
         return float(both[0]), float(both[1])
     alone = [float(column.sum() / (column @ column)) for column in rows.T]
-    misses = [float(((column * price - 1) ** 2).sum()) for column, price in zip(rows.T, alone, strict=True)]
+    misses = [
+        float(((column * price - 1) ** 2).sum())
+        for column, price in zip(rows.T, alone, strict=True)
+    ]
     return (alone[0], 0.0) if misses[0] < misses[1] else (0.0, alone[1])
