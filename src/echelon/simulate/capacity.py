@@ -84,7 +84,7 @@ class Traffic:
             arrivals = Replay(self.trace, rate / self.trace_rate)
         return replace(self.workload, arrivals=arrivals)
 
-    def span_s(self, rate: float, count: int = REQUESTS) -> float:
+    def span_s(self, rate: float, count: int) -> float:
         """Seconds in which so many requests come, as far as the trace has them."""
         if self.trace:
             last = self.trace[min(count, len(self.trace)) - 1]
@@ -123,7 +123,8 @@ class Capacity:
     def most(self) -> float:
         """Requests a second that one machine does at most."""
         at_once = self.traffic.at(1e9)
-        fleet = replace(self.fleet(1), setting=replace(self.setting, bounds=OPEN))
+        setting = replace(self.setting, bounds=OPEN, request_s=0.0, document_s=0.0)
+        fleet = replace(self.fleet(1), setting=setting)
         return simulate_fleet(_first(blocks(at_once), FULL), self.truth, fleet).throughput
 
     def fleet(self, machines: int) -> Fleet:
@@ -167,7 +168,7 @@ class Capacity:
     def _run(self, machines: int, load: float) -> Outcome:
         rate = load * machines * self.most
         traffic = _first(blocks(self.traffic.at(rate)), REQUESTS)
-        warm_s = WARM * self.traffic.span_s(rate)
+        warm_s = WARM * self.traffic.span_s(rate, REQUESTS)
         fleet = self.fleet(machines)
         return simulate_fleet(traffic, self.truth, fleet, goal_s=self.goal_s, warm_s=warm_s)
 

@@ -229,7 +229,7 @@ class _Run:
         if self._sent[worker]:
             self._begin(now, worker)
         self._batcher.cost.observe(step.lengths, seconds)
-        self.tally.ran(len(step.places), step.tokens, seconds)
+        self.tally.ran(len(step.places), step.tokens, seconds, now)
         for end in self._batcher.finish(step.number, [0.0] * len(step.lengths)):
             self.tally.answer(self._guests.pop(end.request).at_s, now)
         if not self._sent[worker]:

@@ -315,7 +315,7 @@ class _Run:
         self._held[worker] = step
         ready = max(began, min(end, began + step.seconds - LEAD_S))
         heapq.heappush(self._events, (ready, worker))
-        self.tally.ran(step.documents, step.tokens, seconds)
+        self.tally.ran(step.documents, step.tokens, seconds, end)
         setting = self._setting
         for guest in step.ended:
             extra = setting.request_s + setting.document_s * guest[6]

@@ -25,7 +25,7 @@ class Outcome:
         refused: requests refused, by the reason's name.
         expired: requests whose deadline passed.
         within: requests answered within the goal; all that were answered where there is none.
-        duration_s: from the end of the warm-up to the last answer or arrival.
+        duration_s: from the end of the warm-up to the last arrival or end of a step.
         p50_s: median latency of those answered; NaN where there is none, as the next ones.
         p95_s: their 95th percentile.
         p99_s: their 99th percentile.
@@ -124,8 +124,9 @@ class Tally:
         if at_s >= self.warm_s:
             self.latencies.append(now - at_s)
 
-    def ran(self, pairs: float, tokens: float, seconds: float) -> None:
-        """A step ran."""
+    def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
+        """A step ran until then."""
+        self.last_s = max(self.last_s, end_s)
         self.steps += 1
         self.pairs += pairs
         self.tokens += tokens

@@ -78,7 +78,7 @@ def simulate_static(  # noqa: PLR0913 - as `exact.simulate`
         began = pairs.full_at(heapq.heappop(free), policy)
         step = pairs.take(began, policy.pairs)
         seconds = truth.predict([tokens for _, tokens, _ in step]) * next(factors)
-        tally.ran(len(step), sum(tokens for _, tokens, _ in step), seconds)
+        tally.ran(len(step), sum(tokens for _, tokens, _ in step), seconds, began + seconds)
         for _, _, guest in step:
             guest.left -= 1
             if guest.left == 0:
