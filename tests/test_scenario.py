@@ -58,14 +58,21 @@ limits = st.builds(
 models_of = st.lists(candidates, min_size=1, max_size=3)
 
 
+def solved(scenario, models, given_limits):
+    """The recommendation, or why there is none."""
+    try:
+        return solve(scenario, TRAFFIC, models, given_limits)
+    except InvalidInput as error:
+        return error
+
+
 @given(st.sampled_from(SCENARIOS), models_of, limits)
 @settings(deadline=None, max_examples=25)
 def test_it_never_recommends_what_its_own_models_forbid(scenario, models, given_limits):
-    try:
-        found = solve(scenario, TRAFFIC, models, given_limits)
-    except InvalidInput as error:
-        assert error.field in {"--rate", "--slo-p99-ms", "--memory-limit", "--allow"}
-        assert error.remedy
+    found = solved(scenario, models, given_limits)
+    if isinstance(found, InvalidInput):
+        assert found.field in {"--rate", "--slo-p99-ms", "--memory-limit", "--allow"}
+        assert found.remedy
         return
     chosen = found.chosen
     assert chosen.reason is None
@@ -84,11 +91,8 @@ def test_it_never_recommends_what_its_own_models_forbid(scenario, models, given_
 @settings(deadline=None, max_examples=20)
 def test_more_rate_never_gives_fewer_workers(scenario, models, given_limits, factor):
     def workers(rate):
-        try:
-            found = solve(scenario, TRAFFIC, models, replace(given_limits, rate=rate))
-        except InvalidInput:
-            return 99
-        return found.chosen.candidate.workers
+        found = solved(scenario, models, replace(given_limits, rate=rate))
+        return 99 if isinstance(found, InvalidInput) else found.chosen.candidate.workers
 
     assert workers(given_limits.rate) <= workers(given_limits.rate * factor)
 

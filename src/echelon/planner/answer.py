@@ -119,7 +119,8 @@ def _better(capacity: Capacity, machines: int, best: Choice, rate: float) -> boo
 
 def _traffic(profile: Profile, goal: Goal) -> Traffic:
     tokens = goal.tokens or lengths_of(profile)
-    if tokens is None and not all(one.tokens for one in goal.trace):
+    told = bool(goal.trace) and all(one.tokens for one in goal.trace)
+    if tokens is None and not told:
         raise InvalidInput(
             "--tokens", "the profile does not say how long texts are", "Give tokens of a pair."
         )

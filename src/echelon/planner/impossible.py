@@ -10,7 +10,7 @@ import numpy as np
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Fixed
 from echelon.simulate.capacity import CELLS, Capacity, Traffic
-from echelon.simulate.ladder import RUNGS
+from echelon.simulate.ladder import RUNGS, meets
 from echelon.tune.words import duration, size
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _quiet(goal: Goal, capacity: Capacity, documents: int) -> bool:
     fewer = Capacity(
         Traffic(workload), capacity.truth, capacity.setting, goal.slo_s, capacity.routing
     )
-    return fewer.ladder(1).calm.p99_s <= goal.slo_s
+    return meets(fewer.ladder(CELLS[-1]).calm)
 
 
 def _typical(traffic: Traffic) -> int:

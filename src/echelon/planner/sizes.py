@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from echelon.plan.workload import Between, Fixed, Lognormal
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ class Scaled:
 
     def draw(self, random: Generator, count: int) -> list[int]:
         """So many numbers."""
-        return [max(1, round(size * self.factor)) for size in self.sizes.draw(random, count)]
+        scaled = np.rint(np.array(self.sizes.draw(random, count)) * self.factor)
+        numbers: list[int] = np.maximum(1, scaled).astype(np.int64).tolist()
+        return numbers
 
 
 def longest(sizes: Sizes | None, trace: Iterable[Known] = ()) -> int:

@@ -52,7 +52,7 @@ class Guest:
     lengths: tuple[int, ...]
 
 
-def simulate(  # noqa: PLR0913 - what is served, by whom, and what is looked at
+def simulate(
     requests: Iterable[Arrival],
     truth: CostModel,
     setting: Setting,

@@ -57,7 +57,7 @@ _Pair = tuple[float, int, _Guest]
 """(when it joined the queue, tokens, whose)."""
 
 
-def simulate_static(  # noqa: PLR0913 - as `exact.simulate`
+def simulate_static(
     requests: Iterable[Arrival],
     truth: CostModel,
     setting: Setting,

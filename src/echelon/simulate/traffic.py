@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from echelon.plan.workload import Known, Workload
 
-BLOCK = 4096
+BLOCK = 2048
 """Requests drawn at a time."""
 
 
