@@ -223,6 +223,16 @@ def test_a_trace_gives_rate_documents_and_lengths(plan, tmp_path):
     assert more["answer"]["machines"] > found["answer"]["machines"]
 
 
+def test_the_profiles_own_budget_is_tried_first_and_a_better_one_taken(plan):
+    made = profile(base=0.02, learned_token_budget=128)
+    found = json.loads(plan(*ASKED, "--json", made=made)[1])
+    rows = {row["token_budget"]: row["machines"] for row in found["budgets"]}
+    assert list(rows) == [128, 1024, 256]
+    assert found["answer"]["token_budget"] == 1024
+    assert rows[128] is None or rows[128] > rows[1024]
+    assert rows[256] is None
+
+
 def test_memory_bounds_the_budget(plan):
     found = json.loads(plan(*ASKED, "--json", "--memory-limit", 701)[1])
     assert max(row["token_budget"] for row in found["budgets"]) == 1024

@@ -88,7 +88,7 @@ def test_it_never_recommends_what_its_own_models_forbid(scenario, models, given_
 
 
 @given(st.sampled_from(["api", "concurrent", "edge"]), models_of, limits, st.floats(1.0, 20.0))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 def test_more_rate_never_gives_fewer_workers(scenario, models, given_limits, factor):
     def workers(rate):
         found = solved(scenario, models, replace(given_limits, rate=rate))
@@ -124,6 +124,17 @@ def test_the_fewest_workers_that_reach_the_goal():
     assert chosen == sorted(chosen)
     assert chosen[0] == 1
     assert chosen[-1] > 1
+    found = solve("concurrent", TRAFFIC, models, Limits(0.5, 2.0))
+    assert found.chosen.candidate.workers == 1
+    assert found.value < max(one.bears for one in found.tried)
+
+
+def test_each_worker_needs_its_own_memory():
+    models = [candidate(512, workers=2), candidate(512)]
+    found = solve("offline", TRAFFIC, models, Limits(memory_bytes=600 * MIB))
+    assert found.chosen.candidate.workers == 1
+    assert found.tried[0].reason.startswith("needs")
+    assert solve("offline", TRAFFIC, models, Limits()).chosen.candidate.workers == 2
 
 
 def test_an_edge_machine_gives_a_little_speed_for_memory():

@@ -66,6 +66,12 @@ def test_a_request_that_is_tokenised_too_long_expires():
     assert outcome.as_dict()["p99_s"] is None
 
 
+def test_a_request_is_judged_again_once_it_is_tokenised():
+    setting = Setting(100, request_s=0.5, deadline_s=0.52)
+    _, outcome = steps_of(requests((0.0, 30)), setting)
+    assert (outcome.refused, outcome.expired) == ({"deadline_impossible": 1}, 0)
+
+
 def test_refusals_are_counted_by_reason_and_miss_the_goal():
     setting = Setting(20, bounds=Bounds(max_requests=2))
     outcome = simulate(requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, goal_s=1.0)

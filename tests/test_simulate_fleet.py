@@ -20,7 +20,7 @@ from echelon.plan.workload import (
     Workload,
 )
 from echelon.simulate import day
-from echelon.simulate.day import rates_of, simulate_day, weighted_percentiles
+from echelon.simulate.day import rates_of, simulate_day
 from echelon.simulate.exact import simulate
 from echelon.simulate.fleet import RAGGED, Fleet, packing_of, simulate_fleet
 from echelon.simulate.setting import Setting
@@ -40,7 +40,7 @@ def traffic(rate, seed=0):
 def test_the_lighter_model_agrees_with_the_exact_one(cost, p50, p99, rate, budget, workers):
     workload, truth = traffic(rate * workers), cpu(cost)
     setting = Setting(budget, workers=workers)
-    seconds = 400 / workers
+    seconds = 250 / workers
     exact = simulate(workload.requests(seconds), truth, setting)
     fleet = Fleet(1, setting, packing=packing_of(LENGTHS, truth, budget))
     light = simulate_fleet(blocks(workload, seconds), truth, fleet)
@@ -133,6 +133,14 @@ def test_routing_by_requests_counts_requests_and_by_tokens_tokens():
     assert by["requests"].longest_s > 0.1
 
 
+def test_a_replica_that_is_done_is_chosen_again():
+    rows = [(0.0, 1, 90), (10.0, 1, 10), (10.001, 1, 10)]
+    for routing in ("tokens", "requests"):
+        fleet = Fleet(2, Setting(100), routing)
+        found = simulate_fleet([block(*rows)], SIMPLE, fleet, warm_s=5.0)
+        assert found.longest_s == pytest.approx(0.02)
+
+
 def test_random_routing_reaches_all_and_a_seed_repeats_it():
     workload = traffic(50.0)
     runs = [
@@ -206,14 +214,16 @@ def test_a_day_counts_its_quarters_by_their_requests(monkeypatch):
     assert [part.rate for part in found.parts] == [4.0, 60.0, 4.0]
     assert [part.overfull for part in found.parts] == [False, True, False]
     assert found.requests == 68 * 86_400 / 4
+    assert found.overfull_s == 86_400 / 4
     assert found.missed == pytest.approx(
-        sum(part.rate / 68 * part.outcome.missed for part in found.parts)
+        sum(part.rate / 68 * part.outcome.missed for part in found.parts), rel=0.05
     )
+    assert found.utilisation == pytest.approx(sum(p.outcome.utilisation for p in found.parts) / 4)
     assert found.p50_s > 3 * found.parts[0].outcome.p99_s
     assert found.as_dict()["parts"][1]["outcome"]["missed"] > 0.5
 
 
-def test_weighted_percentiles():
-    values, weights = np.array([3.0, 1.0, 2.0]), np.array([1.0, 98.0, 1.0])
-    assert weighted_percentiles(values, weights, (0.5, 0.985, 0.999)) == [1.0, 2.0, 3.0]
-    assert math.isnan(weighted_percentiles(np.zeros(0), np.zeros(0), (0.5,))[0])
+def test_a_day_without_requests_says_nothing():
+    found = simulate_day(traffic(1.0), [0.0, 0.0], cpu(), Fleet(1, Setting(2048)))
+    assert (found.requests, found.simulated, found.utilisation, found.missed) == (0, 0, 0, 0)
+    assert found.as_dict()["p99_s"] is None

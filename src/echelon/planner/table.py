@@ -75,7 +75,10 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
-    table = _table("By token budget (–: never, or more machines)", ("Tokens a step", "Machines", "P99", "A machine's most"))
+    table = _table(
+        "By token budget (–: never, or more machines)",
+        ("Tokens a step", "Machines", "P99", "A machine's most"),
+    )
     for row in rows:
         table.add_row(
             f"{row['token_budget']:,}",

@@ -1,9 +1,9 @@
 """A day of traffic: a window of each quarter of an hour, simulated request by request. Pure.
 
 A queue forgets within seconds while the rate changes over hours, so each quarter is in the steady
-state of its rate and a window tells of all of it; quarters count by the requests they have. That
-holds only while the fleet keeps up: a quarter whose queue grows all through is marked, and what it
-says is a lower bound.
+state of its rate and a window tells of all of it; windows are equally long, so together they are a
+fair sample of the day's requests. That holds only while the fleet keeps up: a quarter whose queue
+grows all through is marked, and what it says is a lower bound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Poisson
 from echelon.simulate.fleet import tally_fleet
-from echelon.simulate.outcome import Tally
+from echelon.simulate.outcome import Tally, percentiles
 from echelon.simulate.traffic import blocks
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Day:
         missed: share that was not answered within the goal.
         refused: share that was refused.
         utilisation: mean share of the time that workers ran.
+        overfull_s: seconds of the day in which the fleet did not keep up.
         parts: its quarters.
     """
 
@@ -87,17 +88,12 @@ class Day:
     missed: float
     refused: float
     utilisation: float
+    overfull_s: float
     parts: tuple[Part, ...]
-
-    @property
-    def overfull_s(self) -> float:
-        """Seconds of the day in which the fleet did not keep up."""
-        return sum(part.overfull for part in self.parts) * DAY_S / PARTS
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; None where there is no latency."""
         content = asdict(self) | {
-            "overfull_s": self.overfull_s,
             "parts": [
                 {
                     "start_s": part.start_s,
@@ -149,7 +145,7 @@ def simulate_day(
     """
     workers = fleet.replicas * fleet.setting.workers
     parts: list[Part] = []
-    tallies: list[tuple[float, Tally]] = []
+    latencies: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     for number, rate in enumerate(rates):
         told(number / len(rates))
         if rate <= 0:
@@ -160,45 +156,25 @@ def simulate_day(
         outcome = tally.outcome(workers)
         overfull = outcome.utilisation > OVERFULL
         parts.append(Part(number * DAY_S / len(rates), rate, overfull, outcome))
-        tallies.append((rate * DAY_S / len(rates), tally))
-    return _day(parts, tallies)
+        latencies.append(np.array(tally.latencies))
+    return _day(parts, np.concatenate([np.zeros(0), *latencies]), len(rates))
 
 
-def _day(parts: list[Part], tallies: list[tuple[float, Tally]]) -> Day:
-    counted = [(weight, tally) for weight, tally in tallies if tally.requests]
-    latencies = np.concatenate([np.frombuffer(t.latencies) for _, t in counted] or [np.zeros(0)])
-    weights = np.concatenate(
-        [np.full(len(t.latencies), weight / t.requests) for weight, t in counted] or [np.zeros(0)]
-    )
-    p50, p95, p99 = weighted_percentiles(latencies, weights, (0.50, 0.95, 0.99))
-    total = sum(weight for weight, _ in tallies)
-    share = [
-        (weight / total, part.outcome) for (weight, _), part in zip(tallies, parts, strict=True)
-    ]
+def _day(parts: list[Part], latencies: np.ndarray[Any, Any], count: int) -> Day:
+    p50, p95, p99 = percentiles(latencies)
+    outcomes = [part.outcome for part in parts]
+    simulated = sum(outcome.requests for outcome in outcomes)
+    within = sum(outcome.within for outcome in outcomes)
+    refused = sum(sum(outcome.refused.values()) for outcome in outcomes)
     return Day(
-        requests=round(total),
-        simulated=sum(part.outcome.requests for part in parts),
+        requests=round(sum(part.rate for part in parts) * DAY_S / count),
+        simulated=simulated,
         p50_s=p50,
         p95_s=p95,
         p99_s=p99,
-        missed=sum(w * outcome.missed for w, outcome in share),
-        refused=sum(
-            w * sum(outcome.refused.values()) / outcome.requests
-            for w, outcome in share
-            if outcome.requests
-        ),
-        utilisation=sum(part.outcome.utilisation for part in parts) / PARTS,
+        missed=(simulated - within) / max(1, simulated),
+        refused=refused / max(1, simulated),
+        utilisation=sum(outcome.utilisation for outcome in outcomes) / count,
+        overfull_s=sum(part.overfull for part in parts) * DAY_S / count,
         parts=tuple(parts),
     )
-
-
-def weighted_percentiles(
-    values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], shares: Sequence[float]
-) -> list[float]:
-    """The smallest values that so much of the weight does not exceed; NaN where there are none."""
-    if not len(values):
-        return [float("nan")] * len(shares)
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order])
-    places = np.searchsorted(reached, np.array(shares) * reached[-1])
-    return [float(values[order[min(place, len(values) - 1)]]) for place in places]

@@ -220,7 +220,7 @@ class _Run:
     def _form(self, now: float, number: int) -> None:
         """A running step should soon end: its worker takes the next, unless it has ended."""
         for worker, sent in enumerate(self._sent):
-            if len(sent) == 1 and sent[0].number == number:
+            if sent and sent[0].number == number:
                 self._take(now, worker)
 
     def _end(self, now: float, worker: int) -> None:

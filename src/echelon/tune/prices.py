@@ -1,8 +1,8 @@
 """A profile to what simulations need: prices of steps, memory, noise, lengths. Pure.
 
-Where the profile holds no fitted prices they are fitted to its measured points. All points score
-texts of one kind, so tokens cannot be told from squared tokens there; the share of the squares is
-the default's (:data:`echelon.plan.cost.DEFAULT_COEFFICIENTS`).
+Prices are fitted to the measured points. All of them score texts of one kind, so tokens cannot be
+told from squared tokens there; the share of the squares is the default's
+(:data:`echelon.plan.cost.DEFAULT_COEFFICIENTS`).
 """
 
 from __future__ import annotations
