@@ -16,6 +16,7 @@ from echelon import __version__
 from echelon.api.command import config, serve
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
+from echelon.planner.command import plan
 from echelon.stress.command import stress
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def cli() -> None:
 cli.add_command(serve)
 cli.add_command(config)
 cli.add_command(stress)
+cli.add_command(plan)
 
 
 @cli.command()

@@ -37,7 +37,7 @@ class FairOrder:
         """Weight of all who share the virtual server."""
         return self._weight
 
-    def join(self, member: int, tokens: int, weight: int) -> float:
+    def join(self, member: int, tokens: float, weight: int) -> float:
         """Let a request in.
 
         Returns:
@@ -55,9 +55,9 @@ class FairOrder:
         _, weight = self._members.pop(member, (0.0, 0))
         self._weight -= weight
 
-    def serve(self, tokens: int) -> None:
+    def serve(self, tokens: float) -> None:
         """Tokens were served: virtual time goes on, and requests end on the way."""
-        left = float(tokens)
+        left = tokens
         while self._members:
             tag, member = self._ends[0]
             if member in self._members:

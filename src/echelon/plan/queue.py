@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from echelon.plan.fair import Priority
     from echelon.types import FloatArray
 
+LEAD_S = 0.005
+"""The next step is formed and sent when the running one should end in this time: forming, joining
+and sending take about one millisecond, and Python's threads take turns every five. Earlier would
+fix the next step while a short request may still come."""
+
 Place = tuple[int, int]
 """(number of a request, index of a pair in it)."""
 

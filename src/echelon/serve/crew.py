@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
+from echelon.plan.queue import LEAD_S
 from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
 from echelon.score.worker import RESTART_DELAYS_S
 from echelon.serve.events import LadderTaken, WorkerChanged
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from echelon.types import TokenBatch
 
 logger = logging.getLogger(__name__)
-
-LEAD_S = 0.005
-"""The next step is formed and sent when the running one should end in this time: forming, joining
-and sending take about one millisecond, and Python's threads take turns every five. Earlier would
-fix the next step while a short request may still come."""
 
 WEDGE_FACTOR = 20.0
 """A step has hung when it takes this many times what was predicted. A machine shared with others

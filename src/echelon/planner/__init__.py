@@ -1,0 +1,1 @@
+"""`echelon plan`: profile and goal in, machines out."""

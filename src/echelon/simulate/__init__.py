@@ -1,0 +1,1 @@
+"""Services and fleets on a virtual clock. Pure and deterministic: no torch, no wall clock."""

@@ -1,0 +1,240 @@
+"""One service, exactly: the real batcher and the real admission on a virtual clock.
+
+Pure and deterministic. Steps follow one another as :mod:`echelon.serve.crew` sends them: an idle
+worker takes a step at once; a busy one takes its next step when the running one should end in
+:data:`~echelon.plan.queue.LEAD_S`, and what comes later waits for the step after. The cost model
+says how long steps take; the batcher has a copy of it and learns from each step, as in a server.
+
+Left out: memory trouble, workers that die, and the queue for the threads that tokenise.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from echelon.errors import InvalidInput
+from echelon.plan.admit import Ask, House, refuse
+from echelon.plan.batcher import Batcher
+from echelon.plan.budget import Budget
+from echelon.plan.queue import LEAD_S, Request
+from echelon.simulate.outcome import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from echelon.plan.cost import CostModel
+    from echelon.plan.queue import Step
+    from echelon.plan.workload import Arrival
+    from echelon.simulate.outcome import Outcome
+    from echelon.simulate.setting import Setting
+
+
+class Kind(IntEnum):
+    """What happens; at one moment in this order."""
+
+    END = 0
+    DEADLINE = 1
+    ARRIVE = 2
+    JOIN = 3
+    FORM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A request inside."""
+
+    at_s: float
+    ask: Ask
+    lengths: tuple[int, ...]
+
+
+def simulate(
+    requests: Iterable[Arrival],
+    truth: CostModel,
+    setting: Setting,
+    *,
+    goal_s: float | None = None,
+    warm_s: float = 0.0,
+    told: Callable[[float, Step], None] = lambda *_: None,
+) -> Outcome:
+    """Serve requests.
+
+    Args:
+        requests: in order of time, with their lengths.
+        truth: how long steps take, but for the setting's noise.
+        setting: how the service runs.
+        goal_s: latency that an answer may have.
+        warm_s: requests that come before are served and not counted.
+        told: called with the time and each step that is formed.
+    """
+    run = _Run(truth, setting, Tally(goal_s, warm_s), told)
+    run.through(requests)
+    return run.tally.outcome(setting.workers)
+
+
+class _Run:
+    """A service under way."""
+
+    def __init__(
+        self,
+        truth: CostModel,
+        setting: Setting,
+        tally: Tally,
+        told: Callable[[float, Step], None],
+    ) -> None:
+        self.tally = tally
+        self._truth = truth
+        self._setting = setting
+        self._told = told
+        self._batcher = Batcher(copy.deepcopy(truth), setting.token_budget, setting.max_pairs)
+        self._budget = Budget(setting.token_budget, setting.goal_s)
+        self._factors = setting.factors()
+        self._sent: list[deque[Step]] = [deque() for _ in range(setting.workers)]
+        self._ends = [0.0] * setting.workers
+        self._seconds: dict[int, float] = {}
+        self._guests: dict[int, Guest] = {}
+        self._coming: dict[int, Guest] = {}
+        self._coming_tokens = 0
+        self._numbers = 0
+        # (time, kind, counting up, what): what is a request's, a worker's or a step's number.
+        self._events: list[tuple[float, Kind, int, int]] = []
+        self._count = 0
+
+    def through(self, requests: Iterable[Arrival]) -> None:
+        """Let all requests come, and end what is inside."""
+        last = 0.0
+        for arrival in requests:
+            if arrival.at_s < last:
+                raise InvalidInput("requests", f"{arrival.at_s} s is before {last} s", "Sort them.")
+            if not arrival.lengths:
+                raise InvalidInput("requests", "one has no lengths", "Give tokens of its pairs.")
+            last = arrival.at_s
+            self._until((arrival.at_s, Kind.ARRIVE))
+            self._arrive(arrival)
+        self._until(None)
+
+    def _until(self, moment: tuple[float, Kind] | None) -> None:
+        acts = {
+            Kind.END: self._end,
+            Kind.DEADLINE: self._expire,
+            Kind.JOIN: self._join,
+            Kind.FORM: self._form,
+        }
+        while self._events and (moment is None or self._events[0][:2] < moment):
+            now, kind, _, what = heapq.heappop(self._events)
+            acts[kind](now, what)
+
+    def _later(self, at_s: float, kind: Kind, what: int) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (at_s, kind, self._count, what))
+
+    # Requests.
+
+    def _arrive(self, arrival: Arrival) -> None:
+        now, lengths, setting = arrival.at_s, arrival.lengths, self._setting
+        self.tally.came(now, len(lengths))
+        deadline = None if setting.deadline_s is None else now + setting.deadline_s
+        squares = sum(length * length for length in lengths)
+        guest = Guest(now, Ask(len(lengths), sum(lengths), squares, deadline), lengths)
+        if not self._admits(guest, now):
+            return
+        self._numbers += 1
+        number = self._numbers
+        self._coming[number] = guest
+        self._coming_tokens += guest.ask.tokens
+        if deadline is not None:
+            self._later(deadline, Kind.DEADLINE, number)
+        ready_s = now + setting.request_s + setting.document_s * len(lengths)
+        if ready_s > now:
+            self._later(ready_s, Kind.JOIN, number)
+        else:
+            self._join(now, number)
+
+    def _join(self, now: float, number: int) -> None:
+        guest = self._coming.pop(number, None)
+        if guest is None:
+            return  # its deadline came first
+        self._coming_tokens -= guest.ask.tokens
+        if not self._admits(guest, now):
+            return
+        self._guests[number] = guest
+        self._batcher.submit(Request(number, guest.lengths, deadline=guest.ask.deadline), now)
+        for worker, sent in enumerate(self._sent):
+            if not sent:
+                self._fetch(now, worker)
+                break
+
+    def _admits(self, guest: Guest, now: float) -> bool:
+        """Judge a request, as the reception does: at the door, and again with its true tokens."""
+        house = House(
+            self._batcher.load(),
+            self._batcher.cost,
+            self._setting.workers,
+            len(self._coming),
+            self._coming_tokens,
+        )
+        refusal = refuse(guest.ask, house, self._setting.bounds, now)
+        if refusal is not None:
+            self.tally.refuse(guest.at_s, refusal.reason)
+        return refusal is None
+
+    def _expire(self, now: float, number: int) -> None:
+        del now
+        guest = self._coming.pop(number, None)
+        if guest is not None:
+            self._coming_tokens -= guest.ask.tokens
+        elif self._batcher.cancel(number):
+            guest = self._guests.pop(number)
+        if guest is not None:
+            self.tally.expire(guest.at_s)
+
+    # Workers.
+
+    def _fetch(self, now: float, worker: int) -> None:
+        """An idle worker takes a step, if there is one."""
+        if self._take(now, worker):
+            self._begin(now, worker)
+
+    def _take(self, now: float, worker: int) -> bool:
+        step = self._batcher.next_step(now)
+        for number in self._batcher.expire(now):
+            self.tally.expire(self._guests.pop(number).at_s)
+        if step is None:
+            return False
+        self._told(now, step)
+        self._sent[worker].append(step)
+        return True
+
+    def _begin(self, now: float, worker: int) -> None:
+        """The first step sent to a worker begins."""
+        step = self._sent[worker][0]
+        seconds = self._truth.predict(step.lengths) * next(self._factors)
+        self._seconds[worker] = seconds
+        self._ends[worker] = now + seconds
+        self._later(now + seconds, Kind.END, worker)
+        self._later(now + max(0.0, step.predicted_s - LEAD_S), Kind.FORM, step.number)
+
+    def _form(self, now: float, number: int) -> None:
+        """A running step should soon end: its worker takes the next, unless it has ended."""
+        for worker, sent in enumerate(self._sent):
+            if sent and sent[0].number == number:
+                self._take(now, worker)
+
+    def _end(self, now: float, worker: int) -> None:
+        step = self._sent[worker].popleft()
+        seconds = self._seconds[worker]
+        if self._sent[worker]:
+            self._begin(now, worker)
+        self._batcher.cost.observe(step.lengths, seconds)
+        if self._budget.ended(step.cost_tokens, step.predicted_s, seconds) is not None:
+            self._batcher.budget = self._budget.tokens
+        self.tally.ran(len(step.places), step.tokens, seconds, now)
+        for end in self._batcher.finish(step.number, [0.0] * len(step.lengths)):
+            self.tally.answer(self._guests.pop(end.request).at_s, now)
+        if not self._sent[worker]:
+            self._fetch(now, worker)

@@ -1,0 +1,144 @@
+"""A profile to what simulations need: prices of steps, memory, noise, lengths. Pure.
+
+Prices are those that tuning fitted. A profile without them has measured points: all of one kind of
+texts, so tokens cannot be told from squared tokens there, and the share of the squares is the
+default's (:data:`echelon.plan.cost.DEFAULT_COEFFICIENTS`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echelon.errors import ProfileError
+from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel
+from echelon.plan.workload import Lognormal
+from echelon.tune.fit import CostFit, MemoryFit
+from echelon.tune.profile import TUNE_AGAIN
+
+if TYPE_CHECKING:
+    from echelon.tune.profile import Profile
+    from echelon.types import Cost
+
+Point = dict[str, Any]
+
+FEWEST_POINTS = 2
+"""Two prices cannot be fitted to less."""
+
+MOST_NOISE = 0.5
+"""A machine whose runs differ by more was not measured but disturbed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of one worker.
+
+    Attributes:
+        base_bytes: held whatever the step: weights, libraries, caches.
+        token_bytes: more for each token of a step.
+    """
+
+    base_bytes: float
+    token_bytes: float
+
+    def bytes_of(self, tokens: int) -> float:
+        """Bytes that steps of so many tokens need."""
+        return self.base_bytes + self.token_bytes * tokens
+
+    def tokens_in(self, limit_bytes: float) -> int:
+        """Tokens of the largest step within a limit; 0 or less where not even the base fits."""
+        left = limit_bytes - self.base_bytes
+        if left <= 0:
+            return 0
+        return int(min(left / self.token_bytes, 2**40)) if self.token_bytes else 2**40
+
+
+def cost_of(profile: Profile) -> CostModel:
+    """How long steps take on the profile's machine.
+
+    Raises:
+        ProfileError: its cost model is damaged; or without one, too few points were measured.
+    """
+    if profile.cost is not None:
+        fit = CostFit.from_dict(profile.cost)
+        return CostModel(fit.coefficients, fit.paid)
+    return _of_points(profile)
+
+
+def _of_points(profile: Profile) -> CostModel:
+    points = _measured(profile)
+    default = DEFAULT_COEFFICIENTS[profile.key.device.partition(":")[0]]
+    share = default.square_s / default.token_s
+    lengths = profile.data.get("tokens", {})
+    per_token = 1 + share * _square_over_mean(lengths)
+    rows = np.array([[p["steps"], p["cost_tokens"] * per_token] for p in points], dtype=float)
+    seconds = np.array([p["latency_s"]["median"] for p in points])
+    if len(points) < FEWEST_POINTS:
+        raise ProfileError(f"{len(points)} measured points are too few to plan with. {TUNE_AGAIN}")
+    base, token = _nonnegative(rows / seconds[:, None])
+    padded = any(p["cost_tokens"] > p["tokens"] for p in points)
+    cost: Cost = "padded" if padded else "ragged"
+    return CostModel(Coefficients(base, token, token * share), cost)
+
+
+def memory_of(profile: Profile) -> Memory | None:
+    """Memory by the tokens of a step; None if unknown.
+
+    The model that tuning fitted, squared tokens at the profile's mean length; without one, a line
+    that no measured point lies above.
+    """
+    if profile.memory is not None:
+        model = MemoryFit.from_dict(profile.memory).model
+        length = profile.data.get("tokens", {}).get("mean", 0.0)
+        return Memory(model.fixed_bytes, model.token_bytes + model.square_bytes * length)
+    points = [p for p in _measured(profile) if p.get("peak_bytes")]
+    if not points:
+        return None
+    tokens = np.array([p["cost_tokens"] / p["steps"] for p in points])
+    peaks = np.array([p["peak_bytes"] for p in points], dtype=float)
+    slope = 0.0
+    if np.ptp(tokens) > 0:
+        slope = max(0.0, float(np.polyfit(tokens, peaks, 1)[0]))
+    return Memory(float((peaks - slope * tokens).max()), slope)
+
+
+def noise_of(profile: Profile) -> float:
+    """Standard deviation of the logarithm of a step's time, as runs of one point differ."""
+    spreads = [np.log(p["seconds"]).std(ddof=1) for p in _measured(profile) if p["samples"] > 1]
+    return min(MOST_NOISE, float(np.median(spreads))) if spreads else 0.0
+
+
+def lengths_of(profile: Profile) -> Lognormal | None:
+    """Lengths like those of the texts that were measured; None where the profile has none."""
+    tokens = profile.data.get("tokens")
+    if not tokens:
+        return None
+    spread = math.sqrt(2 * math.log(max(1.0, tokens["mean"] / tokens["p50"])))
+    return Lognormal(tokens["mean"], spread, int(profile.settings.max_length or tokens["max"]))
+
+
+def _measured(profile: Profile) -> list[Point]:
+    return [p for p in profile.points if p.get("status") == "ok" and p.get("steps")]
+
+
+def _square_over_mean(tokens: dict[str, Any]) -> float:
+    """Mean squared tokens over mean tokens, of a lognormal with this mean and median."""
+    if not tokens:
+        return 0.0
+    return float(tokens["mean"] * (tokens["mean"] / tokens["p50"]) ** 2)
+
+
+def _nonnegative(rows: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Two prices of which neither is negative, so that each row comes to 1, in least squares."""
+    both, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    alone = [float(column.sum() / (column @ column)) for column in rows.T]
+    misses = [
+        float(((column * price - 1) ** 2).sum())
+        for column, price in zip(rows.T, alone, strict=True)
+    ]
+    return (alone[0], 0.0) if misses[0] < misses[1] else (0.0, alone[1])

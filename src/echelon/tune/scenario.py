@@ -1,0 +1,344 @@
+"""Scenario, traffic and goal to a setting, by simulation with the real batcher. Pure.
+
+Four scenarios, each with its own measure:
+
+- ``api``: the lowest P99 at the rate asked for, with the fewest workers that meet the goal.
+- ``concurrent``: the highest rate under the goal, with the fewest workers that bear the one asked
+  for.
+- ``offline``: the most documents a second when all are there at once.
+- ``edge``: the least memory that keeps nearly the shortest answers.
+
+A candidate is judged by its own cost and memory models and is never chosen where they say that it
+misses the goal or a limit. Rising load goes through :mod:`echelon.simulate.ladder`, and workers
+come first in every order of choice, so more rate never gives fewer workers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, get_args
+
+from echelon.errors import InvalidInput
+from echelon.simulate.capacity import OPEN
+from echelon.simulate.exact import simulate
+from echelon.simulate.ladder import Ladder
+from echelon.simulate.setting import Setting
+from echelon.tune.words import duration, number, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from echelon.plan.cost import CostModel
+    from echelon.plan.workload import Arrival
+    from echelon.simulate.capacity import Traffic
+    from echelon.simulate.outcome import Outcome
+    from echelon.tune.prices import Memory
+
+Scenario = Literal["api", "offline", "edge", "concurrent"]
+
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+
+LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of what a candidate does at most that are simulated."""
+
+REQUESTS = 2_000
+"""Requests of one simulation: the slowest hundredth are twenty, and a simulation takes a third of
+a second."""
+
+WARM = 0.1
+"""Share of them that comes before counting begins."""
+
+FULL = 300
+"""Requests that are all there at once when it is asked what a candidate does at most."""
+
+NEARLY = 1.05
+"""An edge machine may answer this much slower than the fastest for less memory."""
+
+AGREEMENT = 0.97
+"""Least rank agreement (Kendall's τ) with fp32 at full length, as in tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to run a service on this machine.
+
+    Attributes:
+        token_budget: most tokens a step may cost.
+        cost: how long steps of one of its workers take, the others running.
+        max_pairs: most pairs a step may hold.
+        workers: scorers that share the queue.
+        threads: CPU threads of each; None where that has no meaning.
+        precision: of the forward pass.
+        max_length: tokens a pair may have; None leaves all as they are.
+        agreement: rank agreement with fp32 at full length.
+        memory: of one worker; None where it is not known.
+    """
+
+    token_budget: int
+    cost: CostModel
+    max_pairs: int | None = None
+    workers: int = 1
+    threads: int | None = None
+    precision: str = "fp32"
+    max_length: int | None = None
+    agreement: float = 1.0
+    memory: Memory | None = None
+
+    @property
+    def bytes(self) -> float:
+        """Memory of all its workers; 0 where it is not known."""
+        if self.memory is None:
+            return 0.0
+        return self.workers * self.memory.bytes_of(self.token_budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What must hold.
+
+    Attributes:
+        goal_s: latency that 99 of 100 requests may have; ``api`` and ``concurrent`` need one.
+        rate: requests a second; ``api`` and ``concurrent`` need one.
+        memory_bytes: memory of all workers.
+        agreement: least rank agreement.
+        overhead_s: seconds of a request beside the queue and its steps.
+        noise: of step times, see :class:`echelon.simulate.setting.Setting`.
+        seed: of everything random.
+    """
+
+    goal_s: float | None = None
+    rate: float | None = None
+    memory_bytes: float | None = None
+    agreement: float = AGREEMENT
+    overhead_s: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("goal_s", "rate", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidInput(name, f"{value} is not above 0", "Give a number above 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A candidate as it was judged.
+
+    Attributes:
+        candidate: who.
+        reason: why it cannot be chosen; None where it can.
+        documents_per_s: documents a second when all are there at once; None if not simulated.
+        bears: requests a second up to which it meets the goal; None if not simulated.
+        calm: what the simulation found at little load; None if not simulated.
+        predicted: what it found at the rate asked for (at the load at or above it); the calm one
+            without a rate, and for ``offline`` all at once; None where the goal is missed.
+    """
+
+    candidate: Candidate
+    reason: str | None = None
+    documents_per_s: float | None = None
+    bears: float | None = None
+    calm: Outcome | None = None
+    predicted: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The setting for a scenario.
+
+    Attributes:
+        scenario: which.
+        chosen: the candidate, with what is predicted of it.
+        measure: name of what was compared.
+        value: of the chosen one.
+        tried: all candidates, as given.
+    """
+
+    scenario: Scenario
+    chosen: Tried
+    measure: str
+    value: float
+    tried: tuple[Tried, ...]
+
+
+def solve(
+    scenario: Scenario, traffic: Traffic, models: Sequence[Candidate], limits: Limits
+) -> Recommendation:
+    """Choose.
+
+    Args:
+        scenario: what for.
+        traffic: what requests are made of; its lengths must be known.
+        models: what there is to choose from.
+        limits: what must hold.
+
+    Raises:
+        InvalidInput: nothing holds the limits; it says what is possible instead.
+    """
+    _check(scenario, models, limits)
+    tried = tuple(_try(scenario, traffic, candidate, limits) for candidate in models)
+    able = [one for one in tried if one.reason is None]
+    if not able:
+        raise _impossible(tried, limits)
+    fastest = min(_calm_s(one) for one in tried if one.calm is not None)
+    chosen = min(able, key=lambda one: _turn(scenario, one, fastest))
+    measure, value = _measure(scenario, chosen)
+    return Recommendation(scenario, chosen, measure, value, tried)
+
+
+def _check(scenario: Scenario, models: Sequence[Candidate], limits: Limits) -> None:
+    if scenario not in SCENARIOS:
+        raise InvalidInput(
+            "--scenario", f"{scenario!r} is unknown", f"One of {', '.join(SCENARIOS)}."
+        )
+    if not models:
+        raise InvalidInput("models", "there are none", "Give at least one candidate.")
+    if scenario in {"api", "concurrent"}:
+        for field, value in (("--slo-p99-ms", limits.goal_s), ("--rate", limits.rate)):
+            if value is None:
+                raise InvalidInput(field, f"{scenario} needs one", "Give it.")
+
+
+# Judging one candidate.
+
+
+def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Limits) -> Tried:
+    if candidate.agreement < limits.agreement:
+        problem = f"rank agreement {candidate.agreement:.3f} is below {limits.agreement:.3f}"
+        return Tried(candidate, problem)
+    if limits.memory_bytes is not None and candidate.bytes > limits.memory_bytes:
+        need, there = size(round(candidate.bytes)), size(round(limits.memory_bytes))
+        return Tried(candidate, f"needs {need} of {there}")
+    service = _Service(traffic, candidate, limits)
+    full = service.at_once()
+    per_s = full.documents / full.duration_s
+    if scenario == "offline":
+        return Tried(candidate, None, per_s, None, full, full)
+    most = full.requests / full.duration_s
+    ladder = Ladder(lambda load: service.at(load * most), LOADS)
+    load = LOADS[0] if limits.rate is None else limits.rate / most
+    predicted = ladder.at(load)
+    reason = None
+    if predicted is None:
+        reason = f"misses the goal: it bears {number(ladder.most * most)} requests/s"
+    return Tried(candidate, reason, per_s, ladder.most * most, ladder.calm, predicted)
+
+
+class _Service:
+    """A candidate, simulated."""
+
+    def __init__(self, traffic: Traffic, candidate: Candidate, limits: Limits) -> None:
+        self._traffic = traffic
+        self._candidate = candidate
+        self._goal_s = limits.goal_s
+        self._setting = Setting(
+            candidate.token_budget,
+            candidate.max_pairs,
+            candidate.workers,
+            request_s=limits.overhead_s,
+            noise=limits.noise,
+            seed=limits.seed,
+        )
+
+    def at_once(self) -> Outcome:
+        """All requests are there."""
+        requests = [replace(one, at_s=0.0) for one in self._requests(1.0, FULL)]
+        setting = replace(self._setting, bounds=OPEN, request_s=0.0)
+        return simulate(requests, self._candidate.cost, setting)
+
+    def at(self, rate: float) -> Outcome:
+        """So many requests a second."""
+        return simulate(
+            self._requests(rate, REQUESTS),
+            self._candidate.cost,
+            self._setting,
+            goal_s=self._goal_s,
+            warm_s=WARM * self._traffic.span_s(rate, REQUESTS),
+        )
+
+    def _requests(self, rate: float, count: int) -> Iterator[Arrival]:
+        """The first requests, cut to the candidate's length."""
+        most = self._candidate.max_length
+        for request in islice(self._traffic.at(rate).requests(), count):
+            if most is None:
+                yield request
+            else:
+                lengths = tuple(min(length, most) for length in request.lengths)
+                yield replace(request, lengths=lengths)
+
+
+# Choosing.
+
+
+def _turn(scenario: Scenario, one: Tried, fastest: float) -> tuple[float, ...]:
+    """What comes first is chosen; ties go to the smaller step."""
+    candidate = one.candidate
+    step = (candidate.bytes, candidate.token_budget, candidate.max_pairs or math.inf)
+    if scenario == "offline":
+        return (-(one.documents_per_s or 0.0), *step)
+    workers = candidate.workers
+    if scenario == "concurrent":
+        return (workers, -(one.bears or 0.0), *step)
+    if scenario == "edge":
+        return (workers, _calm_s(one) > NEARLY * fastest, *step)
+    return (workers, math.inf if one.predicted is None else one.predicted.p99_s, *step)
+
+
+def _measure(scenario: Scenario, chosen: Tried) -> tuple[str, float]:
+    if scenario == "offline":
+        return "documents_per_s", chosen.documents_per_s or 0.0
+    if scenario == "concurrent":
+        return "bears_rate", chosen.bears or 0.0
+    if scenario == "edge":
+        return "p50_s", _calm_s(chosen)
+    return "p99_s", math.nan if chosen.predicted is None else chosen.predicted.p99_s
+
+
+def _calm_s(one: Tried) -> float:
+    return math.inf if one.calm is None else one.calm.p50_s
+
+
+# Where nothing can be chosen.
+
+
+def _impossible(tried: Sequence[Tried], limits: Limits) -> InvalidInput:
+    simulated = [one for one in tried if one.calm is not None]
+    if simulated:
+        return _too_much(simulated, limits)
+    agreeing = [one for one in tried if one.candidate.agreement >= limits.agreement]
+    if not agreeing:
+        best = max(one.candidate.agreement for one in tried)
+        return InvalidInput(
+            "--allow",
+            f"no candidate ranks as fp32 does: the best agreement is {best:.3f}, "
+            f"{limits.agreement:.3f} is asked for",
+            "Allow fp32 at full length.",
+        )
+    least = size(round(min(one.candidate.bytes for one in agreeing)))
+    there = size(round(limits.memory_bytes or 0))
+    return InvalidInput(
+        "--memory-limit",
+        f"{there} hold none of the {len(agreeing)} settings",
+        f"Possible are {least} and more, a lower precision, or a smaller model.",
+    )
+
+
+def _too_much(simulated: Sequence[Tried], limits: Limits) -> InvalidInput:
+    bears = max(one.bears or 0.0 for one in simulated)
+    calm_s = min(one.calm.p99_s for one in simulated if one.calm is not None)
+    goal = "" if limits.goal_s is None else f" within {duration(limits.goal_s)}"
+    if bears:
+        return InvalidInput(
+            "--rate",
+            f"{number(limits.rate or 0)} requests/s cannot be answered{goal} by this machine",
+            f"Possible are {number(bears)}; for more take more machines (`echelon plan`).",
+        )
+    return InvalidInput(
+        "--slo-p99-ms",
+        f"nothing is answered{goal} by this machine: P99 is {duration(calm_s)} at "
+        f"{LOADS[0]:.0%} load",
+        f"Possible are {duration(1.25 * calm_s)} and more, or fewer or shorter documents.",
+    )
