@@ -17,10 +17,6 @@ from echelon.encode.pairs import TruncationImpossible, gather
 from echelon.errors import (
     DeadlinePassed,
     EchelonError,
-    InvalidInput,
-    NonFiniteScore,
-    OutOfMemory,
-    ScoringFailed,
     ShuttingDown,
     WorkerLost,
 )
@@ -29,6 +25,7 @@ from echelon.plan.cost import DEFAULT_COEFFICIENTS
 from echelon.plan.degrade import Failure, next_action
 from echelon.plan.drift import Drift
 from echelon.plan.queue import Completed, Request
+from echelon.serve.apologies import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.serve.events import BudgetMoved, StepFinished
 from echelon.types import LadderStep
 
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     from echelon.config import Allowance
     from echelon.plan.batcher import Batcher
     from echelon.plan.degrade import Action
-    from echelon.plan.queue import Broken, Ended, Load, Step
+    from echelon.plan.queue import Ended, Load, Step
     from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
@@ -65,8 +62,6 @@ DRIFT_NEWS = {
     ),
 }
 """What the log says of a machine that changed its speed, see :mod:`echelon.plan.drift`."""
-
-EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +258,7 @@ class Dispatch:
             for position, step in enumerate(steps):
                 if position == 0:
                     ended = self._batcher.retry(step.number)
-                    self._deliver(ended, partial(_lost, len(step.places)))
+                    self._deliver(ended, partial(lost, len(step.places)))
                 else:
                     self._batcher.put_back(step.number)
             self._lock.notify_all()
@@ -304,7 +299,7 @@ class Dispatch:
             if action.rung == "give_up":
                 ended = self._batcher.fail(step.number, "out_of_memory")
                 words = f"{facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
-                self._deliver(ended, partial(_does_not_fit, failure.longest, words))
+                self._deliver(ended, partial(does_not_fit, failure.longest, words))
             elif action.max_length is not None:
                 self._shorten(step, action.max_length)
             else:
@@ -351,7 +346,7 @@ class Dispatch:
                 job.pairs = job.pairs.shortened(max_length, [index])
             except TruncationImpossible as error:
                 self._batcher.cancel(number)
-                self._tell(number, _query_too_long(error, max_length))
+                self._tell(number, query_too_long(error, max_length))
 
     def _deliver(self, ended: Iterable[Ended], explain: Explanation | None = None) -> None:
         for end in ended:
@@ -359,7 +354,7 @@ class Dispatch:
                 self._answer(end)
             else:
                 name = f"pairs[{self._jobs[end.request].pairs.places[end.index]}]"
-                self._tell(end.request, explain(name) if explain else _error(end, name))
+                self._tell(end.request, explain(name) if explain else error_of(end, name))
 
     def _answer(self, end: Completed) -> None:
         job, now = self._jobs.pop(end.request), self.clock()
@@ -370,37 +365,3 @@ class Dispatch:
         job = self._jobs.pop(number)
         self.listener.request_ended(job.ended(outcome, self.clock()))
         job.done(error)
-
-
-def _error(broken: Broken, name: str) -> EchelonError:
-    """What a caller is told of a pair that got no score."""
-    if broken.fault == "not_finite":
-        return NonFiniteScore(
-            f"{name}: the model gave {broken.logit}. Serve it with precision='fp32', whose range "
-            "is wider; if it persists, the weights are damaged."
-        )
-    return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
-
-
-def _lost(pairs: int, name: str) -> WorkerLost:
-    """A worker ended over a step of one request for the second time."""
-    which, remedy = "this document", "Send the others without it"
-    if pairs > 1:
-        which, remedy = f"this or one of {pairs - 1} others", "Send them one at a time to find it"
-    return WorkerLost(
-        f"{name}: the scoring process ended twice with {which} in it. {remedy}; "
-        "the server's log has the cause."
-    )
-
-
-def _does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:
-    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {words}")
-
-
-def _query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
-    return InvalidInput(
-        f"pairs[{error.index}].query",
-        f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
-        "which memory pressure had to cut",
-        "Shorten the query, or use truncation='longest_first'.",
-    )

@@ -21,8 +21,9 @@ from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLos
 from echelon.plan.batcher import Batcher
 from echelon.plan.cost import CostModel
 from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
+from echelon.serve.apologies import EXPIRED
 from echelon.serve.crew import Keeper, Orders
-from echelon.serve.dispatch import EXPIRED, Dispatch
+from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Careful, Refused, Silence
 from echelon.serve.futures import resolve
 from echelon.serve.job import Job
