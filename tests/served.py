@@ -158,6 +158,7 @@ class Live:
             self.lines.append(line)
 
 
+DAY_S = 86_400.0
 HOLDING = {"query": "q", "documents": [chr(HANG)]}
 
 
@@ -165,7 +166,7 @@ HOLDING = {"query": "q", "documents": [chr(HANG)]}
 def full_house():
     """URL of a server in this process whose only place a request has taken that never ends."""
     metrics = Metrics()
-    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_after_s=10 * GUARD_S)
+    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_after_s=DAY_S)
 
     async def launch():
         await made.start()
@@ -176,7 +177,7 @@ def full_house():
     with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(2) as threads:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         serving = threads.submit(server.run, sockets=[taken])
-        holding = threads.submit(httpx.post, f"{url}/v1/rerank", json=HOLDING, timeout=GUARD_S)
+        holding = threads.submit(httpx.post, f"{url}/v1/rerank", json=HOLDING, timeout=None)
         guard = time.monotonic() + GUARD_S
         while metric(house, "echelon_requests_inside") < 1:
             assert time.monotonic() < guard
