@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from echelon.api.auth import Keys
+from echelon.api.auth import Key, Keys
 from echelon.api.house import Rules
 from services import GUARD_S
 from website import Site, chromium, fits, visit
@@ -111,7 +111,7 @@ def test_it_outlives_the_server_and_says_so(browser):
 
 
 def test_it_asks_for_a_key_before_it_asks_for_data(browser):
-    with Site(rules=Rules(keys=Keys(["sesame"]))) as site:
+    with Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as site:
         address = f"{site.url}/dashboard"
         with visit(browser, address, tolerated="401") as page:
             page.get_by_text("This server asks for an API key.").wait_for()

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from echelon.api.app import make_app
-from echelon.api.auth import Keys
+from echelon.api.auth import Key, Keys
 from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
 from echelon.api.pages.files import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
@@ -94,7 +94,7 @@ def test_pages_stand_open_and_data_asks_for_a_key():
         assert allowed.status_code == 200
         assert allowed.headers["Cache-Control"] == "no-store"
 
-    run_app(main, None, Rules(keys=Keys(["sesame"])))
+    run_app(main, None, Rules(keys=Keys([Key("sesame", "tests")])))
 
 
 def test_the_path_that_a_proxy_puts_before_is_in_every_address():

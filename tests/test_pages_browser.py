@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from echelon.api.auth import Keys
+from echelon.api.auth import Key, Keys
 from echelon.api.house import Rules
 from website import Site, chromium, fits, visit
 
@@ -35,7 +35,7 @@ def site(browser):  # not started where there is no browser
 
 @pytest.fixture(scope="module")
 def locked(browser):
-    with Site(rules=Rules(keys=Keys(["sesame"]))) as served:
+    with Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as served:
         yield served
 
 
