@@ -5,7 +5,8 @@
 
 Parts (a letter each): a saturated, b half of the capacity, c twice of it, d single documents beside
 thousands, e beside the tutorial's batcher and infinity, f overhead of a request. Whatever is
-compared takes turns in one run. Writes benchmarks/results/serving.json and serving.md.
+compared takes turns in one run; parts may be run one by one and are merged. Writes
+benchmarks/results/serving.json and serving.md.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the parts asked for, our server up all the time."""
+    """Run the parts asked for, our server up all the time; the first says what it can do."""
     model = str(resolve(arguments.model).path)
     ours = echelon(model, arguments.precision)
     with (
@@ -58,7 +59,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             found["f"] = _told("f", overhead, bench)
         if "e" in arguments.parts:
             found["e"] = _beside(arguments, bench, model, capacity)
-    return found
+    for numbers in found.values():
+        numbers["capacity_pairs_per_s"] = capacity
+        numbers["command"] = shlex.join(["python", "benchmarks/serving.py", *sys.argv[1:]])
+    return {k: v for k, v in found.items() if k in arguments.parts}
 
 
 def _beside(
@@ -106,7 +110,11 @@ def main() -> None:
     }
     file = arguments.results / "serving.json"
     kept = json.loads(file.read_text())["models"] if file.exists() else []
+    for entry in kept:
+        if entry["model"] == found["model"] and entry["machine"] == found["machine"]:
+            found["parts"] = entry["parts"] | found["parts"]  # measured one by one
     models = [entry for entry in kept if entry["model"] != found["model"]] + [found]
+    models.sort(key=lambda entry: str(entry["model"]))
     arguments.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"models": models}, indent=1) + "\n")
     (arguments.results / "serving.md").write_text(page(models))
