@@ -19,7 +19,7 @@ from echelon.jobs.readers import (
     Table,
     complain_if_terminal,
 )
-from echelon.jobs.streams import STANDARD, compression_of, digest_of, suffix_of, unreadable
+from echelon.jobs.streams import STANDARD, Source, compression_of, digest_of, suffix_of, unreadable
 from echelon.jobs.trec import RunFile
 from echelon.jobs.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
 
@@ -102,6 +102,7 @@ class Job:
         if len(self.run_tag.split()) != 1:
             raise InvalidInput("--run-tag", f"{self.run_tag!r} is not one word", "Give one word.")
         self._check_files()
+        self._check_input()
 
     def _check_pairs(self) -> None:
         one_each = "the input is pairs, each of which stands alone"
@@ -111,6 +112,13 @@ class Job:
             raise InvalidInput("--top-n", one_each, "Leave it out.")
         if self.qrels is not None:
             raise InvalidInput("--qrels", one_each, "Give queries with documents, or a run.")
+
+    def _check_input(self) -> None:
+        """See that it is there and, in a table, has its columns; standard input is read once."""
+        if self.input != STANDARD:
+            Source(self.input, INPUT).close()
+            if self.reads in PAIRS:
+                self.reader(Path(), {}).close()
 
     def _check_files(self) -> None:
         if self.output == STANDARD:

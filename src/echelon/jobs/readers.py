@@ -193,12 +193,11 @@ class Table(LineReader):
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         self._rows = csv.reader(_Texts(self._lines), **how)
         try:
-            self._names = next(self._rows)
-        except (StopIteration, csv.Error, _LongLine):
-            raise InvalidInput(
-                INPUT, "its first line holds no names of columns", "Add a line of names."
-            ) from None
-        columns.check(self._names)
+            self._names = self._header()
+            columns.check(self._names)
+        except InvalidInput:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Entry]:
         while True:
@@ -211,6 +210,14 @@ class Table(LineReader):
                 return
             except (csv.Error, BadValue, _LongLine) as error:
                 yield (BadRow(line, str(error)),)
+
+    def _header(self) -> list[str]:
+        try:
+            return next(self._rows)
+        except (StopIteration, csv.Error, _LongLine):
+            raise InvalidInput(
+                INPUT, "its first line holds no names of columns", "Add a line of names."
+            ) from None
 
     def _row(self, line: int, fields: list[str]) -> Row:
         if len(fields) != len(self._names):
@@ -264,11 +271,11 @@ class Parquet:
             self._file = parquet.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise unreadable(INPUT, path, error) from error
-        columns.check(self._file.schema_arrow.names)
-        for option, name in columns.named():
-            kind = self._file.schema_arrow.field(name).type
-            if not _is_text(kind):
-                raise InvalidInput(option, f"the column {name!r} is {kind}", "Name one of text.")
+        try:
+            _check_schema(self._file.schema_arrow, columns)
+        except InvalidInput:
+            self.close()
+            raise
         self._position = 0
         self._hash = hashlib.sha256()
 
@@ -329,6 +336,14 @@ class Parquet:
         for value in values.values():
             length = -1 if value is None else len(value)
             self._hash.update(length.to_bytes(8, "little", signed=True) + (value or b""))
+
+
+def _check_schema(schema: Any, columns: Columns) -> None:
+    columns.check(schema.names)
+    for option, name in columns.named():
+        kind = schema.field(name).type
+        if not _is_text(kind):
+            raise InvalidInput(option, f"the column {name!r} is {kind}", "Name one of text.")
 
 
 def _is_text(kind: Any) -> bool:

@@ -43,6 +43,10 @@ class Watcher(Protocol):
         """An earlier run had come so far."""
         ...
 
+    def loaded(self) -> None:
+        """The model is there."""
+        ...
+
     def step(self, pairs: int) -> None:
         """A step was scored, of so many pairs; called from another thread."""
         ...
@@ -111,6 +115,7 @@ def run(job: Job, watcher: Watcher) -> Summary:
             _go_on(job, state, store, reader, watcher)
             with Scoring(job.model, job.options, state.steps) as scoring:
                 state.steps = scoring.steps
+                watcher.loaded()
                 _score(job, state, store, _Tools(reader, scoring, writer, judge, watcher))
                 store.finish(state, writer)
     return _summary(state, store, done)

@@ -39,7 +39,7 @@ class Screen:
         self._share: float | None = None
         self._done = 0
         self._since_window = 0
-        self._began = self._window_began = monotonic()
+        self._began = self._window_began = self._loaded = monotonic()
         self.pairs = 0
 
     def __enter__(self) -> Self:
@@ -69,11 +69,13 @@ class Screen:
         if not self._quiet:
             click.echo(f"Going on after {counts.pairs:,} pairs of an earlier run.", err=True)
 
+    def loaded(self) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        self._window_began = self._loaded = monotonic()
+
     def step(self, pairs: int) -> None:
         """See :class:`~echelon.jobs.run.Watcher`."""
         with self._lock:
-            if self.pairs + self._since_window == 0:
-                self._window_began = monotonic()
             self._since_window += pairs
             self._show("Scoring", self._share, self._said())
 
@@ -92,9 +94,10 @@ class Screen:
 
     def _said(self) -> str:
         done = self.pairs + self._since_window
+        seconds = monotonic() - self._loaded
         left = self._forecast.left_s()
         rest = "" if left is None else f", {span(self._left(left))} left"
-        return f"{self._done + done:,} pairs, {done / max(self.seconds, 1e-9):,.0f} pairs/s{rest}"
+        return f"{self._done + done:,} pairs, {done / max(seconds, 1e-9):,.0f} pairs/s{rest}"
 
     def _left(self, at_window: float) -> float:
         return max(0.0, at_window - (monotonic() - self._window_began))

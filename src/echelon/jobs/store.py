@@ -325,6 +325,7 @@ def _lock(file: IO[bytes], path: Path) -> None:
     except BlockingIOError:
         mine = False
     if not mine:
+        file.close()
         raise InvalidInput(
             "-o", f"another process is writing {path}", "Wait for it, or name another file."
         )
