@@ -6,9 +6,10 @@ his own (semanlink.net). A tag is a query, the papers filed under it are relevan
 file may be relevant too, so the numbers are lower bounds, for both rankings alike.
 
 BM25 (`bm25s`, Lucene's variant, English stop words and stems) ranks all papers for each tag;
-`echelon batch` reranks the best of them with the demo model, in every precision.
+`echelon batch` reranks the best of them with the demo model. Needs the extras torch, files, bench.
 
-    python benchmarks/ir_run.py                  # needs the extras torch, files and bench
+    python benchmarks/ir_run.py --depth 50 --compare      # in every precision
+    python benchmarks/ir_run.py --precision bf16
 
 Writes benchmarks/results/ir_run.json.
 """
@@ -113,7 +114,9 @@ def main() -> None:
     """Fetch, rank, rerank, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--depth", type=int, default=50, help="papers of each query to rerank")
+    parser.add_argument("--depth", type=int, default=20, help="papers of each query to rerank")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compare", action="store_true", help="all precisions, not only that")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -123,16 +126,17 @@ def main() -> None:
             input=str(folder / "bm25.run"),
             output=str(folder / "reranked.run"),
             model=arguments.model,
-            options=Options(precision="fp32"),
+            options=Options(precision=arguments.precision),
             topics=str(folder / "topics.tsv"),
             collection=str(folder / "collection.tsv"),
             qrels=str(folder / "qrels"),
         )
         with Screen(quiet=False) as screen:
             summary = run(job, screen)
-        trials = compare_precisions(job, print)
-    print_quality(summary)
-    print_trials(trials)
+        print_quality(summary)
+        trials = compare_precisions(job, print) if arguments.compare else []
+    if trials:
+        print_trials(trials)
     content = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),
@@ -143,6 +147,7 @@ def main() -> None:
         "relevant": sum(map(len, relevant.values())),
         "depth": arguments.depth,
         "model": arguments.model,
+        "precision": arguments.precision,
         "quality": summary.quality,
         "precisions": [asdict(trial) for trial in trials],
     }

@@ -381,7 +381,7 @@ def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
     for text in ("Quality on", "nDCG@10", "Precisions on your", "bf16", "pairs of 3 rows"):
         assert text in shown.err
     assert "int8 was refused: precision: int8 ranks differently here" in shown.err
-    assert "echelon: 1 rows could not be scored: " in shown.err
+    assert "echelon: 1 row could not be scored: " in shown.err
 
 
 def test_standard_input_and_output(bert):

@@ -66,14 +66,20 @@ def batch(*, quiet: bool, compare: str | None, **values: Any) -> None:
     """
     from echelon.jobs.compare import check_comparable, compare_precisions
     from echelon.jobs.run import run
-    from echelon.jobs.screen import Screen, print_quality, print_trials, say_summary
+    from echelon.jobs.screen import Screen, number, print_quality, print_trials, say_summary
+    from echelon.jobs.streams import STANDARD
     from echelon.progress import status
 
     job = job_of(values)
     if compare is not None:
         check_comparable(job)
     with Screen(quiet=quiet) as screen:
-        summary = run(job, screen)
+        try:
+            summary = run(job, screen)
+        except KeyboardInterrupt:
+            if STANDARD not in {job.input, job.output}:
+                click.echo("What was finished is kept: the same command goes on.", err=True)
+            raise
     if not quiet:
         say_summary(summary, job.output, screen)
     if job.qrels is not None:
@@ -84,7 +90,7 @@ def batch(*, quiet: bool, compare: str | None, **values: Any) -> None:
         print_trials(trials)
     if summary.counts.bad:
         where = "" if summary.errors is None else f": {summary.errors}"
-        raise BadRows(f"{summary.counts.bad:,} rows could not be scored{where}")
+        raise BadRows(f"{number(summary.counts.bad, 'row')} could not be scored{where}")
 
 
 def job_of(values: dict[str, Any]) -> Any:

@@ -133,6 +133,11 @@ def span(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004 - one digit
 
 
+def number(count: int, what: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def say_summary(summary: Summary, output: str, screen: Screen) -> None:
     """What came of a job, in a few lines."""
     counts = summary.counts
@@ -140,9 +145,11 @@ def say_summary(summary: Summary, output: str, screen: Screen) -> None:
         click.echo(f"{output} was finished before; --restart makes it anew.", err=True)
     rate = "" if not screen.pairs else f" in {span(screen.seconds)}"
     before = f", {summary.resumed:,} of them by earlier runs" if summary.resumed and rate else ""
-    click.echo(f"{counts.pairs:,} pairs of {counts.rows:,} rows{rate}{before}.", err=True)
+    done = f"{number(counts.pairs, 'pair')} of {number(counts.rows, 'row')}"
+    click.echo(f"{done}{rate}{before}.", err=True)
     if counts.cut:
-        click.echo(f"{counts.cut:,} pairs were cut to {summary.max_length} tokens.", err=True)
+        cut = number(counts.cut, "pair")
+        click.echo(f"Cut to {summary.max_length} tokens: {cut}.", err=True)
     if counts.memory:
         click.echo(
             f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that.",

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -134,7 +135,12 @@ class Store:
         self._standard = output == STANDARD
         self.output = Path(output)
         self.state_path = self._beside("job.json")
-        self.index_path = self._beside("index")
+        self.index_path = (
+            Path(tempfile.gettempdir(), f"echelon-{os.getpid()}.index")
+            if self._standard
+            else self._beside("index")
+        )
+        self._finished = False
         self._part_path = self._beside("part")
         self._resumable = resumable and not self._standard
         self._named_errors = errors
@@ -228,6 +234,7 @@ class Store:
             fresh.write_text(text + "\n", encoding="utf-8")
             flushed(fresh)
             fresh.replace(self.state_path)
+            flushed(self.output.parent)
 
     def finish(self, state: State, writer: Writer) -> None:
         """Turn the blocks into the output.
@@ -241,7 +248,7 @@ class Store:
                     writer.assemble(self._part_path, self.output)
                     flushed(self.output.parent)
         self.keep(state)
-        self.index_path.unlink(missing_ok=True)
+        self._finished = True
 
     def _moved(self, state: State) -> bool:
         """Whether a run was killed when it had moved the blocks but not said so.
@@ -262,12 +269,14 @@ class Store:
             _write(self._errors, problems)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what only a job under way needs is removed."""
         for file in (self._part, self._errors):
             if file is not None:
                 # What a full disk refused once is refused again, and does not count.
                 with contextlib.suppress(OSError):
                     file.close()
+        if self._finished or not self._resumable:
+            self.index_path.unlink(missing_ok=True)
         for path in (self._part_path, self.errors_path):
             if path is not None and path.is_file() and path.stat().st_size == 0:
                 path.unlink()
@@ -304,6 +313,8 @@ def _write(file: IO[bytes], data: bytes) -> None:
 
 def flushed(path: Path) -> None:
     """Wait until a file, or a folder's names, are on disk; where folders cannot, do not."""
+    if path.is_dir() and os.name == "nt":
+        return
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
     descriptor = os.open(path, flags)
     try:
