@@ -99,6 +99,8 @@ def expected(reranker: Reranker) -> Ranking:
     from served import QUERY
 
     return reranker.rank(QUERY, SENTENCES)
+
+
 @pytest.fixture
 def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy BERT's folder, where every model is now scored without weights."""
