@@ -99,3 +99,13 @@ def expected(reranker: Reranker) -> Ranking:
     from served import QUERY
 
     return reranker.rank(QUERY, SENTENCES)
+
+
+@pytest.fixture
+def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy BERT's folder, where every model is now scored without weights."""
+    from echelon import prepare
+    from jobs_kit import Frugal
+
+    monkeypatch.setattr(prepare, "open_scorer", lambda _, **__: Frugal(max_tokens=130))
+    return bert

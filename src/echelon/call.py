@@ -34,6 +34,7 @@ class Call:
         longest: tokens a pair may have.
 
     Attributes:
+        options: the call's options.
         distinct: how many different pairs there are.
         windows: their positions, longest texts first, in portions that are encoded at once.
 
@@ -47,7 +48,7 @@ class Call:
         checked = check_pairs(pairs)
         self._pairs, self._places, self._back = _fold(checked)
         self._encoder = encoder
-        self._options = options
+        self.options = options
         self._longest = longest
         self.distinct = len(self._pairs)
         self.windows = windows([len(query) + len(document) for query, document in self._pairs])
@@ -64,8 +65,8 @@ class Call:
         return self._encoder.encode(
             [self._pairs[i] for i in window],
             self._longest,
-            self._options.truncation,
-            self._options.max_query_tokens,
+            self.options.truncation,
+            self.options.max_query_tokens,
             [self._places[i] for i in window],
         )
 

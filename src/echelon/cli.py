@@ -16,6 +16,7 @@ from echelon import __version__
 from echelon.api.command import config, serve
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
+from echelon.jobs.command import batch
 from echelon.planner.command import plan
 from echelon.stress.command import stress
 
@@ -40,7 +41,8 @@ Exit codes:
   6    a result could not be written
   7    an optional package is missing
   8    a load test missed its goal
-  130  interrupted (Ctrl-C); what was measured is kept"""
+  9    some rows of a file could not be scored; the others were
+  130  interrupted (Ctrl-C); what was measured or scored is kept"""
 
 
 def main() -> NoReturn:
@@ -92,6 +94,7 @@ def cli() -> None:
     """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
 
 
+cli.add_command(batch)
 cli.add_command(serve)
 cli.add_command(config)
 cli.add_command(stress)

@@ -22,6 +22,7 @@
     ├── NoSuchRoute             no such path, or another method belongs to it
     ├── SlowClient              a request's body did not come in time
     ├── StorageError            a result could not be written
+    ├── BadRows                 some rows of a file could not be scored; the others were
     ├── MissingDependency       an optional package is needed and not installed
     └── GoalMissed              a load test that did not hold what was promised
 
@@ -190,6 +191,13 @@ class StorageError(EchelonError):
 
     status = 507
     exit_code = 6
+
+
+class BadRows(EchelonError):
+    """Some rows of a file could not be scored; the others were, and the file names the bad ones."""
+
+    status = 422
+    exit_code = 9
 
 
 class MissingDependency(EchelonError):

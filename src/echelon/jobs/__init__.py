@@ -1,0 +1,1 @@
+"""Files: offline reranking that goes on where it was; see docs/BATCH.md."""

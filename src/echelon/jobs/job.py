@@ -1,0 +1,251 @@
+"""What a job is: the user's wishes, checked before anything is loaded, and its identity."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echelon.config import Options
+from echelon.errors import InvalidInput
+from echelon.jobs.library import Library, Shelf, facts_of
+from echelon.jobs.readers import (
+    INPUT,
+    Columns,
+    JsonLines,
+    LineReader,
+    Parquet,
+    Reader,
+    Table,
+    complain_if_terminal,
+)
+from echelon.jobs.streams import STANDARD, Source, compression_of, digest_of, suffix_of, unreadable
+from echelon.jobs.trec import RunFile
+from echelon.jobs.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from echelon.tune.profile import Profile
+
+INPUT_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".run": "trec",
+    ".trec": "trec",
+}
+OUTPUT_SUFFIXES = {s: f for s, f in INPUT_SUFFIXES.items() if f not in {"csv", "tsv"}}
+PAIRS = ("csv", "tsv", "parquet")
+"""Inputs of one pair a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file to rerank; the names are those of the command's options.
+
+    Attributes:
+        input: path, or ``-``.
+        output: path, or ``-``.
+        model: hub id, folder or ``demo``.
+        options: how it loads and scores.
+        input_format: None goes by the suffix.
+        output_format: None goes by the suffix.
+        columns: names of a table's columns.
+        topics: queries of a run.
+        collection: documents of a run.
+        errors: file for bad rows; None is beside the output.
+        top_n: results kept of a query; None keeps all.
+        run_tag: name in a TREC run's last column.
+        qrels: judgements, or None.
+        strict: stop at the first bad row.
+        restart: forget what earlier runs left.
+    """
+
+    input: str
+    output: str
+    model: str = "demo"
+    options: Options = field(default_factory=Options)
+    input_format: str | None = None
+    output_format: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    topics: str | None = None
+    collection: str | None = None
+    errors: str | None = None
+    top_n: int | None = None
+    run_tag: str = "echelon"
+    qrels: str | None = None
+    strict: bool = False
+    restart: bool = False
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            InvalidInput: names the option.
+        """
+        complain_if_terminal(self.input)
+        if self.reads == "trec":
+            for option in ("topics", "collection"):
+                if getattr(self, option) is None:
+                    raise InvalidInput(
+                        f"--{option}", "is missing, and a run has no texts", "Name its file."
+                    )
+        elif self.topics or self.collection:
+            raise InvalidInput(
+                "--topics", f"is for TREC runs, the input is {self.reads}", "Leave it out."
+            )
+        if self.reads in PAIRS:
+            self._check_pairs()
+        if len(self.run_tag.split()) != 1:
+            raise InvalidInput("--run-tag", f"{self.run_tag!r} is not one word", "Give one word.")
+        self._check_files()
+        self._check_input()
+
+    def _check_pairs(self) -> None:
+        one_each = "the input is pairs, each of which stands alone"
+        if self.writes == "trec":
+            raise InvalidInput("--output-format", one_each, "Write JSONL or Parquet.")
+        if self.top_n is not None:
+            raise InvalidInput("--top-n", one_each, "Leave it out.")
+        if self.qrels is not None:
+            raise InvalidInput("--qrels", one_each, "Give queries with documents, or a run.")
+
+    def _check_input(self) -> None:
+        """See that it is there and, in a table, has its columns; standard input is read once."""
+        if self.input != STANDARD:
+            Source(self.input, INPUT).close()
+            if self.reads in PAIRS:
+                self.reader(Path(), {}).close()
+
+    def _check_files(self) -> None:
+        if self.output == STANDARD:
+            if self.writes == "parquet":
+                raise InvalidInput("-o", "Parquet cannot be written to a pipe", "Name a file.")
+            return
+        target = Path(self.output)
+        if not target.parent.is_dir() or target.is_dir():
+            raise InvalidInput("-o", f"{self.output} is no place for a file", "Name a file.")
+        for path in (self.input, self.topics, self.collection, self.qrels):
+            if path is not None and path != STANDARD and _same(path, self.output):
+                raise InvalidInput("-o", "it is one of the input files", "Name another file.")
+
+    @property
+    def reads(self) -> str:
+        """The input's format."""
+        if self.input_format is None and self.topics is not None:
+            return "trec"
+        return self.input_format or _format(INPUT, self.input, INPUT_SUFFIXES)
+
+    @property
+    def writes(self) -> str:
+        """The output's format."""
+        return self.output_format or _format("-o", self.output, OUTPUT_SUFFIXES)
+
+    def writer(self) -> Writer:
+        """How scores are written."""
+        how = compression_of(self.output)
+        if self.writes == "parquet":
+            return ParquetWriter(self.top_n, pairs=self.reads in PAIRS)
+        if self.writes == "trec":
+            return TrecWriter(how, self.top_n, self.run_tag)
+        return JsonWriter(how, self.top_n, pairs=self.reads in PAIRS)
+
+    def shelf(self) -> Shelf | None:
+        """A run's other files."""
+        if self.topics is None or self.collection is None:
+            return None
+        return Shelf(self.topics, self.collection)
+
+    def reader(
+        self,
+        index: Path,
+        facts: dict[str, Any],
+        told: Callable[[str, float | None], None] = lambda *_: None,
+    ) -> Reader:
+        """Open the input.
+
+        Args:
+            index: where a collection's index is, or goes.
+            facts: what :func:`~echelon.jobs.library.facts_of` said of a run's files.
+            told: called with what is being indexed and how much of it.
+        """
+        shelf = self.shelf()
+        if self.reads == "trec" and shelf is not None:
+            return RunFile(self.input, Library(shelf, facts, index, told))
+        if self.reads == "parquet":
+            return Parquet(self.input, self.columns)
+        if self.reads == "jsonl":
+            return JsonLines(self.input)
+        return Table(self.input, self.columns, tabs=self.reads == "tsv")
+
+    def plain_reader(self) -> LineReader | Parquet:
+        """The input without its other files: enough to see that it is unchanged."""
+        return (
+            Parquet(self.input, self.columns) if self.reads == "parquet" else LineReader(self.input)
+        )
+
+    def facts(self, index: Path) -> dict[str, Any]:
+        """Size, time and digest of a run's other files."""
+        shelf = self.shelf()
+        return {} if shelf is None else facts_of(shelf, index)
+
+    def identity(self, facts: dict[str, Any], profile: Profile | None) -> dict[str, Any]:
+        """What the output depends on, flat, as it comes back from JSON.
+
+        Memory pressure writes a smaller budget into a profile; only what tuning chose counts.
+        """
+        from echelon.fetch.resolve import resolve
+        from echelon.tune.profile import library_versions
+
+        folder = resolve(self.model, revision=self.options.revision, progress=self.options.progress)
+        options = self.options.as_dict()
+        for name in ("progress", "profile", "revision"):
+            del options[name]
+        columns = asdict(self.columns) if self.reads in PAIRS else {}
+        return {
+            "model": folder.name,
+            "model revision": folder.revision,
+            "input size": None if self.input == STANDARD else Path(self.input).stat().st_size,
+            "input format": self.reads,
+            "output format": self.writes,
+            "output compression": compression_of(self.output),
+            "top_n": self.top_n,
+            "run tag": self.run_tag if self.writes == "trec" else None,
+            "qrels": None if self.qrels is None else _digest("--qrels", self.qrels),
+            "profile": None if profile is None else asdict(profile.settings),
+            **{name: entry["sha256"] for name, entry in facts.items()},
+            **{f"{name} column": value for name, value in columns.items()},
+            **{f"{name} version": value for name, value in library_versions().items()},
+            **options,
+        }
+
+
+def _format(option: str, path: str, suffixes: dict[str, str]) -> str:
+    if path == STANDARD:
+        return "jsonl"
+    suffix = suffix_of(path)
+    if suffix not in suffixes:
+        which = "--input-format" if option == INPUT else "--output-format"
+        known = ", ".join(suffixes)
+        raise InvalidInput(
+            option, f"the suffix of {path!r} tells no format", f"Use {known}, or give {which}."
+        )
+    return suffixes[suffix]
+
+
+def _same(first: str, second: str) -> bool:
+    try:
+        return Path(first).samefile(second)
+    except OSError:
+        return False
+
+
+def _digest(option: str, path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return digest_of(file)
+    except OSError as error:
+        raise unreadable(option, path, error) from error

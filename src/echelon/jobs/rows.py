@@ -1,0 +1,165 @@
+"""What a file is made of: rows, bad rows, windows. Plain data and its checks; no files here.
+
+A row is one query with its documents; a pair is a row with one document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ROW_BYTES = 64 * 2**20
+"""Longest row. A row must be held in memory to be ranked; its bound bounds the memory."""
+
+ROW_DOCUMENTS = 100_000
+"""Most documents of one row, for the same reason."""
+
+Id = str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One query with its documents.
+
+    Attributes:
+        line: where it begins in its file, from 1; in Parquet the number of the row.
+        id: the query's id, where it has one.
+        query: the query.
+        documents: texts, in the file's order.
+        document_ids: one for each document; None where a document has none.
+    """
+
+    line: int
+    id: Id
+    query: str
+    documents: tuple[str, ...]
+    document_ids: tuple[Id, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row, or a part of one, that cannot be scored.
+
+    Attributes:
+        line: as in :class:`Row`.
+        reason: what is wrong, in words.
+        file: the side file it stands in; empty for the input itself.
+    """
+
+    line: int
+    reason: str
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place between two rows, and what came before it.
+
+    Attributes:
+        position: bytes read, decompressed; in Parquet rows.
+        line: lines read.
+        digest: SHA-256 over what was read.
+    """
+
+    position: int
+    line: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Rows that are scored together.
+
+    Attributes:
+        rows: good rows, in the file's order.
+        bad: bad ones.
+        end: where the file was left.
+        tokens: estimated tokens of each pair, row after row.
+        share: how much of the input has been read, 0 to 1; None where nobody knows.
+    """
+
+    rows: tuple[Row, ...]
+    bad: tuple[BadRow, ...]
+    end: Mark
+    tokens: tuple[int, ...]
+    share: float | None = None
+
+
+class BadValue(Exception):
+    """A row that cannot be used; its text says why."""
+
+
+def text_of(field: str, value: Any) -> str:
+    """A field that must be text.
+
+    Raises:
+        BadValue: it is missing, not a string, or not encodable.
+    """
+    if value is None:
+        raise BadValue(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadValue(f"{field} is {_kind(value)}, not a string")
+    if not value.isascii():
+        check_unicode(field, value)
+    return value
+
+
+def check_unicode(field: str, text: str) -> None:
+    """Refuse what is no Unicode text: bytes that were not UTF-8, or half a surrogate pair.
+
+    Raises:
+        BadValue: it is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        strange = ord(text[error.start])
+        if 0xDC80 <= strange <= 0xDCFF:  # noqa: PLR2004 - where Python keeps undecodable bytes
+            raise BadValue(f"{field} is not UTF-8 (byte 0x{strange - 0xDC00:02x})") from None
+        raise BadValue(f"{field} holds half a surrogate pair, which is no text") from None
+
+
+def id_of(field: str, value: Any) -> Id:
+    """An id: text, a whole number, or none.
+
+    Raises:
+        BadValue: anything else.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, str):
+        raise BadValue(f"{field} is {_kind(value)}, not a string or a whole number")
+    return text_of(field, value)
+
+
+def row_of(line: int, record: Any) -> Row:
+    """A line of JSONL: ``{"id": …, "query": …, "documents": [text or {"id": …, "text": …}]}``.
+
+    Raises:
+        BadValue: it is something else.
+    """
+    if not isinstance(record, dict):
+        raise BadValue(f"the line is {_kind(record)}, not an object")
+    query = text_of("query", record.get("query"))
+    listed = record.get("documents")
+    if listed is None:
+        raise BadValue("documents is missing")
+    if not isinstance(listed, list):
+        raise BadValue(f"documents is {_kind(listed)}, not a list")
+    if len(listed) > ROW_DOCUMENTS:
+        raise BadValue(f"documents has {len(listed):,} entries; {ROW_DOCUMENTS:,} are the most")
+    texts, ids = [], []
+    for index, entry in enumerate(listed):
+        field = f"documents[{index}]"
+        if isinstance(entry, dict):
+            texts.append(text_of(f"{field}.text", entry.get("text")))
+            ids.append(id_of(f"{field}.id", entry.get("id")))
+        else:
+            texts.append(text_of(field, entry))
+            ids.append(None)
+    return Row(line, id_of("id", record.get("id")), query, tuple(texts), tuple(ids))
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}
+    return names.get(type(value), "null" if value is None else "a number")

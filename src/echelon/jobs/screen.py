@@ -1,0 +1,203 @@
+"""What a job shows people: a bar while it runs, a few lines when it ends. Standard error only."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+from echelon.clock import monotonic
+from echelon.jobs.forecast import Forecast
+from echelon.jobs.quality import MEASURES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.jobs.compare import Trial
+    from echelon.jobs.run import Summary
+    from echelon.jobs.score import Scored
+    from echelon.jobs.store import Counts
+
+MINUTE_S, HOUR_S = 60, 3600
+
+
+class Screen:
+    """Shows how a job goes; a :class:`~echelon.jobs.run.Watcher`.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._lock = threading.Lock()
+        self._forecast = Forecast()
+        self._share: float | None = None
+        self._done = 0
+        self._since_window = 0
+        self._began = self._window_began = self._loaded = monotonic()
+        self.pairs = 0
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = _bar()
+            self._bar.start()
+            self._task = self._bar.add_task("Loading", total=None, said="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return monotonic() - self._began
+
+    def indexing(self, doing: str, share: float | None) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        self._show(doing, share, "")
+
+    def resumed(self, counts: Counts, share: float | None) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        self._done, self._share = counts.pairs, share
+        self._forecast = Forecast(share or 0.0)
+        if not self._quiet:
+            click.echo(f"Going on after {counts.pairs:,} pairs of an earlier run.", err=True)
+
+    def loaded(self) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        self._window_began = self._loaded = monotonic()
+
+    def step(self, pairs: int) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        with self._lock:
+            self._since_window += pairs
+            self._show("Scoring", self._share, self._said())
+
+    def window(self, scored: Scored) -> None:
+        """See :class:`~echelon.jobs.run.Watcher`."""
+        now = monotonic()
+        with self._lock:
+            self.pairs += len(scored.logits)
+            # Steps of the next window may have been counted; they will be again.
+            self._since_window = 0
+            self._share = scored.window.share
+            if scored.window.tokens:
+                self._forecast.done(scored.window.tokens, now - self._window_began, self._share)
+            self._window_began = now
+            self._show("Scoring", self._share, self._said())
+
+    def _said(self) -> str:
+        done = self.pairs + self._since_window
+        seconds = monotonic() - self._loaded
+        left = self._forecast.left_s()
+        rest = "" if left is None else f", {span(self._left(left))} left"
+        return f"{self._done + done:,} pairs, {done / max(seconds, 1e-9):,.0f} pairs/s{rest}"
+
+    def _left(self, at_window: float) -> float:
+        return max(0.0, at_window - (monotonic() - self._window_began))
+
+    def _show(self, doing: str, share: float | None, said: str) -> None:
+        if self._bar is not None:
+            total = None if share is None else 1.0
+            self._bar.update(
+                self._task, description=doing, total=total, completed=share or 0.0, said=said
+            )
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def span(seconds: float) -> str:
+    """A length of time in words, in one or two units."""
+    whole = round(seconds)
+    if whole >= HOUR_S:
+        return f"{whole // HOUR_S} h {whole % HOUR_S // MINUTE_S} min"
+    if whole >= MINUTE_S:
+        return f"{whole // MINUTE_S} min {whole % MINUTE_S} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004 - one digit
+
+
+def number(count: int, what: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def say_summary(summary: Summary, output: str, screen: Screen) -> None:
+    """What came of a job, in a few lines."""
+    counts = summary.counts
+    if summary.already:
+        click.echo(f"{output} was finished before; --restart makes it anew.", err=True)
+    rate = "" if not screen.pairs else f" in {span(screen.seconds)}"
+    before = f", {summary.resumed:,} of them by earlier runs" if summary.resumed and rate else ""
+    done = f"{number(counts.pairs, 'pair')} of {number(counts.rows, 'row')}"
+    click.echo(f"{done}{rate}{before}.", err=True)
+    if counts.cut:
+        cut = number(counts.cut, "pair")
+        click.echo(f"Cut to {summary.max_length} tokens: {cut}.", err=True)
+    if counts.memory:
+        click.echo(
+            f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that.",
+            err=True,
+        )
+
+
+def print_quality(summary: Summary) -> None:
+    """Metrics before and after."""
+    if not summary.queries:
+        click.echo("No query of the input has a relevant document in --qrels.", err=True)
+        return
+    before, after = summary.quality["before"], summary.quality["after"]
+    rows = [[name, before[name], after[name], after[name] - before[name]] for name in MEASURES]
+    title = f"Quality on {summary.queries:,} judged queries"
+    _print(title, ["Metric", "Before", "After", "Change"], rows, signed=(3,))
+
+
+def print_trials(trials: Sequence[Trial]) -> None:
+    """Metrics of each precision, and what it loses beside fp32."""
+    base = trials[0].quality
+    if not any(trial.quality for trial in trials):
+        click.echo("No query of the input has a relevant document in --qrels.", err=True)
+        return
+    rows: list[list[Any]] = []
+    for trial in trials:
+        if trial.quality:
+            cells = [trial.quality[name] for name in MEASURES]
+            change = trial.quality["nDCG@10"] - base.get("nDCG@10", trial.quality["nDCG@10"])
+            rows.append([trial.precision, *cells, change, f"{trial.pairs_per_s:,.0f}"])
+    columns = ["Precision", *MEASURES, "nDCG@10 lost or won", "Pairs/s"]
+    _print("Precisions on your judgements", columns, rows, signed=(len(MEASURES) + 1,))
+    for trial in trials:
+        if trial.refused:
+            click.echo(f"{trial.precision} was refused: {trial.refused}", err=True)
+
+
+def _print(title: str, columns: list[str], rows: list[list[Any]], signed: tuple[int, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        cells = [
+            cell if isinstance(cell, str) else f"{cell:+.4f}" if index in signed else f"{cell:.4f}"
+            for index, cell in enumerate(row)
+        ]
+        table.add_row(*cells)
+    Console(stderr=True).print(table)

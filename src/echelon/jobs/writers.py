@@ -1,0 +1,291 @@
+"""Scores to records: JSONL, TREC runs and Parquet, a window at a time.
+
+A window's records are one block of bytes that stands for itself (a gzip member, a zstd frame, an
+Arrow stream), so that a file is its blocks one after another and can be cut between any two.
+Parquet has its index at the end: it is put together from Arrow blocks when all are there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from echelon.call import sigmoid
+from echelon.jobs.rows import BadValue, Id, Row
+from echelon.jobs.streams import need
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from echelon.jobs.score import Scored
+    from echelon.types import FloatArray, IntArray
+
+FORMATS = ("jsonl", "parquet", "trec")
+
+
+class Writer(Protocol):
+    """How scores become bytes."""
+
+    def check(self, row: Row) -> None:
+        """Refuse a row that cannot be written in this format.
+
+        Raises:
+            BadValue: with the reason.
+        """
+        ...
+
+    def block(self, scored: Scored) -> bytes:
+        """A window's records."""
+        ...
+
+    def assemble(self, part: Path, output: Path) -> None:
+        """Make the output out of the file of blocks."""
+        ...
+
+
+class RankedRow:
+    """A row's documents, best first.
+
+    Attributes:
+        row: the row.
+        order: positions of its documents, best first; equal logits keep the file's order.
+    """
+
+    def __init__(self, row: Row, logits: FloatArray, cut: IntArray, top_n: int | None) -> None:
+        self.row, self.logits, self.cut = row, logits, cut
+        self.order: list[int] = np.argsort(-logits, kind="stable")[:top_n].tolist()
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Each document's result; a logit has the fewest digits that tell its 32 bits."""
+        chances = sigmoid(self.logits)
+        for index in self.order:
+            result: dict[str, Any] = {"index": index}
+            if self.row.document_ids[index] is not None:
+                result["id"] = self.row.document_ids[index]
+            result["score"] = float(chances[index])
+            result["logit"] = shortest(self.logits[index])
+            if self.cut[index]:
+                result["truncated_tokens"] = int(self.cut[index])
+            yield result
+
+
+def ranked(scored: Scored, top_n: int | None) -> Iterator[RankedRow]:
+    """A window's rows."""
+    start = 0
+    for row in scored.rows:
+        end = start + len(row.documents)
+        logits, cut = scored.logits[start:end], scored.truncated_tokens[start:end]
+        yield RankedRow(row, logits, cut, top_n)
+        start = end
+
+
+def shortest(logit: np.float32) -> float:
+    """A float whose digits are the fewest that lead back to the same float32."""
+    return float(str(logit))
+
+
+class JsonWriter:
+    """JSONL, compressed or not.
+
+    Args:
+        compression: None, ``gzip`` or ``zstd``.
+        top_n: results kept of a row; None keeps all.
+        pairs: whether the input was pairs: then a line is a pair, in the file's order.
+    """
+
+    def __init__(self, compression: str | None, top_n: int | None, *, pairs: bool) -> None:
+        self._compress = compressor(compression)
+        self._top_n, self._pairs = top_n, pairs
+
+    def check(self, row: Row) -> None:
+        """See :class:`Writer`; JSONL takes every row."""
+
+    def block(self, scored: Scored) -> bytes:
+        """See :class:`Writer`."""
+        record = _pair_record if self._pairs else _query_record
+        rows = ranked(scored, self._top_n)
+        lines = [json.dumps(record(row), ensure_ascii=False) + "\n" for row in rows]
+        return self._compress("".join(lines).encode())
+
+    def assemble(self, part: Path, output: Path) -> None:
+        """See :class:`Writer`."""
+        self._compress.close(part)
+        part.replace(output)
+
+
+def _query_record(ranking: RankedRow) -> dict[str, Any]:
+    row = ranking.row
+    head = {"line": row.line} if row.id is None else {"id": row.id}
+    return {**head, "results": list(ranking.results())}
+
+
+def _pair_record(ranking: RankedRow) -> dict[str, Any]:
+    (result,) = ranking.results()
+    names = {"query_id": ranking.row.id, "document_id": result.pop("id", None)}
+    del result["index"]
+    given = {name: value for name, value in names.items() if value is not None}
+    return {"line": ranking.row.line, **given, **result}
+
+
+class TrecWriter:
+    """A TREC run; its score is the logit.
+
+    Args:
+        compression: None, ``gzip`` or ``zstd``.
+        top_n: lines kept of a query; None keeps all.
+        tag: the run's name, its last column.
+    """
+
+    def __init__(self, compression: str | None, top_n: int | None, tag: str) -> None:
+        self._compress = compressor(compression)
+        self._top_n, self._tag = top_n, tag
+
+    def check(self, row: Row) -> None:
+        """See :class:`Writer`: ids must be there, without spaces, and different."""
+        _check_name("id", row.id)
+        for index, name in enumerate(row.document_ids):
+            _check_name(f"documents[{index}].id", name)
+        if len(set(map(str, row.document_ids))) < len(row.document_ids):
+            raise BadValue("two documents have the same id, which a TREC run cannot tell apart")
+
+    def block(self, scored: Scored) -> bytes:
+        """See :class:`Writer`."""
+        lines = [
+            f"{ranking.row.id} Q0 {result['id']} {rank} {result['logit']} {self._tag}\n"
+            for ranking in ranked(scored, self._top_n)
+            for rank, result in enumerate(ranking.results(), 1)
+        ]
+        return self._compress("".join(lines).encode())
+
+    def assemble(self, part: Path, output: Path) -> None:
+        """See :class:`Writer`."""
+        self._compress.close(part)
+        part.replace(output)
+
+
+def _check_name(field: str, name: Id) -> None:
+    if name is None:
+        raise BadValue(f"{field} is missing, and a TREC run needs it")
+    if not str(name) or len(str(name).split()) != 1 or str(name).strip() != str(name):
+        raise BadValue(f"{field} {name!r} has a space in it, or nothing, which a TREC run forbids")
+
+
+class ParquetWriter:
+    """Parquet: one row for each result, in rank order; for pairs one for each pair.
+
+    Args:
+        top_n: results kept of a row; None keeps all.
+        pairs: whether the input was pairs.
+    """
+
+    def __init__(self, top_n: int | None, *, pairs: bool) -> None:
+        need("pyarrow", "Parquet")
+        import pyarrow as pa
+
+        self._top_n = top_n
+        ranks = [] if pairs else [("rank", pa.int32()), ("index", pa.int32())]
+        self._schema = pa.schema(
+            [
+                ("line", pa.int64()),
+                ("query_id", pa.string()),
+                *ranks,
+                ("document_id", pa.string()),
+                ("score", pa.float64()),
+                ("logit", pa.float32()),
+                ("truncated_tokens", pa.int32()),
+            ]
+        )
+
+    def check(self, row: Row) -> None:
+        """See :class:`Writer`; Parquet takes every row."""
+
+    def block(self, scored: Scored) -> bytes:
+        """See :class:`Writer`."""
+        import pyarrow as pa
+
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        for ranking in ranked(scored, self._top_n):
+            for name, values in _cells(ranking).items():
+                if name in columns:
+                    columns[name] += values
+        batch = pa.record_batch(list(columns.values()), schema=self._schema)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self._schema) as stream:
+            stream.write_batch(batch)
+        return bytes(sink.getvalue().to_pybytes())
+
+    def assemble(self, part: Path, output: Path) -> None:
+        """See :class:`Writer`: a row group a window, written beside its place and moved there."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        from echelon.jobs.store import flushed
+
+        building = output.with_name(f"{output.name}.building")
+        with pa.OSFile(str(part)) as blocks, parquet.ParquetWriter(building, self._schema) as file:
+            while blocks.tell() < blocks.size():
+                file.write_table(pa.ipc.open_stream(blocks).read_all())
+        flushed(building)
+        building.replace(output)
+        part.unlink()
+
+
+def _cells(ranking: RankedRow) -> dict[str, list[Any]]:
+    row, order = ranking.row, ranking.order
+    chances = sigmoid(ranking.logits)
+    return {
+        "line": [row.line] * len(order),
+        "query_id": [_name(row.id)] * len(order),
+        "rank": list(range(1, len(order) + 1)),
+        "index": order,
+        "document_id": [_name(row.document_ids[i]) for i in order],
+        "score": chances[order].tolist(),
+        "logit": ranking.logits[order].tolist(),
+        "truncated_tokens": ranking.cut[order].tolist(),
+    }
+
+
+def _name(given: Id) -> str | None:
+    return None if given is None else str(given)
+
+
+class compressor:  # noqa: N801 - used as a function
+    """Compresses blocks, always to the same bytes.
+
+    Args:
+        how: None, ``gzip`` or ``zstd``.
+
+    Raises:
+        MissingDependency: zstd without pyarrow.
+    """
+
+    def __init__(self, how: str | None) -> None:
+        if how == "zstd":
+            need("pyarrow", "zstd")
+        self._how = how
+
+    def __call__(self, data: bytes) -> bytes:
+        """One member or frame; nothing for nothing."""
+        return self._compressed(data) if data else b""
+
+    def close(self, part: Path) -> None:
+        """Make a file of no blocks one that unpacks to nothing."""
+        if part.stat().st_size == 0:
+            part.write_bytes(self._compressed(b""))
+
+    def _compressed(self, data: bytes) -> bytes:
+        if self._how is None:
+            return data
+        if self._how == "gzip":
+            target = io.BytesIO()
+            with gzip.GzipFile("", "wb", fileobj=target, mtime=0) as file:
+                file.write(data)
+            return target.getvalue()
+        import pyarrow as pa
+
+        return bytes(pa.Codec("zstd").compress(data, asbytes=True))
