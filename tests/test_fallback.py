@@ -231,7 +231,9 @@ def test_priorities_are_names_or_numbers(dialect):
         priority("soon")
 
 
-def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold):
+def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
+    caplog.set_level(logging.INFO, "echelon")
+
     async def main(client, house):
         made = house.service
         async with pressed(made, hold):
@@ -248,6 +250,7 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold):
                 ]
             asking = [asyncio.create_task(post) for post in posts]
             await until(lambda: made.snapshot().load.requests == 1 + len(posts))
+            caplog.clear()
             board = (await client.get("/dashboard/data")).json()
             assert board["now"]["fallback"] is True
             assert metric(house, "echelon_fallback_on") == 1
@@ -262,10 +265,18 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold):
             if isinstance(answer.json(), dict):
                 expected = {"max_length": SHORT} if flag else None
                 assert answer.json()["echelon"]["fallback"] == expected
-        warned = answers[1].json()["meta"]["warnings"]
-        assert any(f"of low priority was read with max_length={SHORT}" in w for w in warned)
+        (warned,) = answers[1].json()["meta"]["warnings"]
+        assert warned == (
+            "2 of 2 documents were cut. The queue was long, so this request of low priority was read "
+            f"with max_length={SHORT}. Ask again later, or with normal priority."
+        )
         assert "warnings" not in answers[0].json()["meta"]
         assert metric(house, "echelon_fallback_requests_total") == 2 * len(DIALECTS)
+        logged = [
+            r.facts.get("fallback") for r in caplog.records if r.name == "echelon.api.ranking"
+        ]
+        assert logged.count({"max_length": SHORT}) == 2 * len(DIALECTS)
+        assert logged.count(None) == 2 * len(DIALECTS)
 
     run_app(main, opener=partial(Held, str(hold.parent)), fallback_max_length=SHORT, goal_s=1e-6)
 

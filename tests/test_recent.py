@@ -228,7 +228,7 @@ def test_the_state_at_each_look_and_now():
     assert found["columns"]["waiting_pairs"] == [5, None]
     assert found["columns"]["resident_bytes"] == [[7, None], [None, None]]
     assert found["now"]["waiting_pairs"] == 9
-    assert set(found["now"]) == {*STATE, "draining"}
+    assert set(found["now"]) == {*STATE, "draining", "fallback"}
     assert [worker["resident_bytes"] for worker in found["workers"]] == [7, None]
 
 

@@ -105,19 +105,25 @@ def tei_headers(answer: Answer, wanted: Wanted) -> dict[str, str]:
 def warnings_of(answer: Answer) -> tuple[str, ...]:
     """What the caller should know: cut documents, memory-ladder steps, falling back."""
     cut = int(np.count_nonzero(answer.truncated_tokens))
-    words = [f"{s.detail}. {s.remedy}" for s in answer.ladder]
+    words = []
     if cut:
-        words.insert(
-            0,
-            f"{cut} of {len(answer.logits)} documents were cut. Ask for max_tokens_per_doc to have "
-            "them read in chunks, or serve with a larger max_length.",
+        words.append(f"{cut} of {len(answer.logits)} documents were cut. {_remedy(answer)}")
+    elif answer.fallback is not None:
+        words.append(_remedy(answer))
+    return (*words, *(f"{step.detail}. {step.remedy}" for step in answer.ladder))
+
+
+def _remedy(answer: Answer) -> str:
+    """What to do so that documents are read whole."""
+    if answer.fallback is None:
+        return (
+            "Ask for max_tokens_per_doc to have them read in chunks, or serve with a larger "
+            "max_length."
         )
-    if answer.fallback is not None:
-        words.append(
-            f"The queue was long, so this request of low priority was read with max_length="
-            f"{answer.fallback}. Ask again later, or with normal priority."
-        )
-    return tuple(words)
+    return (
+        "The queue was long, so this request of low priority was read with "
+        f"max_length={answer.fallback}. Ask again later, or with normal priority."
+    )
 
 
 def retry_after(seconds: float) -> str:

@@ -198,7 +198,8 @@ async def _openapi(house: House, _: Request) -> Response:
 
 
 async def _docs(_: House, request: Request) -> Response:
-    return HTMLResponse(_PAGE.replace("ROOT", escape(request.scope.get("root_path", ""))))
+    root = escape(request.scope.get("root_path", "").rstrip("/"))
+    return HTMLResponse(_PAGE.replace("ROOT", root))
 
 
 def _assets() -> list[Mount]:
