@@ -267,8 +267,8 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
                 assert answer.json()["echelon"]["fallback"] == expected
         (warned,) = answers[1].json()["meta"]["warnings"]
         assert warned == (
-            "2 of 2 documents were cut. The queue was long, so this request of low priority was read "
-            f"with max_length={SHORT}. Ask again later, or with normal priority."
+            "2 of 2 documents were cut. The queue was long, so this request of low priority was "
+            f"read with max_length={SHORT}. Ask again later, or with normal priority."
         )
         assert "warnings" not in answers[0].json()["meta"]
         assert metric(house, "echelon_fallback_requests_total") == 2 * len(DIALECTS)
