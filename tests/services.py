@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 
+from echelon.clock import monotonic
 from echelon.encode.pairs import encode_pairs
 from echelon.score.fake import FakeScorer
 from echelon.score.worker import ChildWorker
@@ -70,13 +71,14 @@ def scores(pairs):
     return [FakeScorer().score(pairs.batch([i]))[0] for i in range(len(pairs))]
 
 
-def service(opener=Obedient, *, ears=None, learned=None, **settings) -> Service:
+def service(opener=Obedient, *, ears=None, learned=None, clock=monotonic, **settings) -> Service:
     settings.setdefault("precision", "fp32")
     return Service(
         LetterEncoder(),
         lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
         Settings(**settings),
         listener=ears,
+        clock=clock,
         learned=learned,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import httpx
@@ -135,6 +136,24 @@ def test_the_description_is_whole_and_needs_no_other_server():
         assert told["info"]["title"] == "Echelon: the-model"
         routes = {route.path for route in make_app(house).app.routes}
         assert set(PATHS) | set(PLAIN) <= routes
+
+    run_app(main)
+
+
+def test_the_path_that_a_proxy_puts_before_is_no_markup_in_the_docs():
+    root = '/a"><script>alert(1)</script>'
+
+    async def main(client, house):
+        behind = httpx.ASGITransport(make_app(house), root_path=f"{root}/")
+        async with httpx.AsyncClient(transport=behind, base_url="http://test") as proxied:
+            page = (await proxied.get("/docs")).text
+        assert page.count("<script") == 2
+        found = re.findall(r'(?:src|href|data-url)="([^"]+)"', page)
+        assert {unescape(address).removeprefix(root) for address in found} == {
+            "/docs/assets/swagger-ui.css",
+            "/docs/assets/swagger-ui-bundle.js",
+            "/openapi.json",
+        }
 
     run_app(main)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 
 from echelon import cli, errors
@@ -49,6 +50,18 @@ def test_rank_prints_the_documents_in_order(demo_folder, call):
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert out.index("Tap the lid") < out.index("[bold]Cars[/bold]")
+
+
+def test_a_command_that_ends_with_a_code_gives_it_to_the_shell(call, monkeypatch):
+    @click.command()
+    @click.argument("code", type=int)
+    @click.pass_context
+    def ends(context, code):
+        context.exit(code)
+
+    monkeypatch.setitem(cli.cli.commands, "ends", ends)
+    assert call("ends", 3)[0] == 3
+    assert call("ends", 0)[0] == 0
 
 
 def test_rank_as_json_has_the_exact_numbers(demo_folder, call):

@@ -96,7 +96,7 @@ def test_the_pairs_are_the_same_in_every_dialect(name, fields):
     wanted = read_as(name, **fields)
     assert list(wanted.pairs) == PAIRS
     assert wanted.ranked == (name != "vllm_score")
-    assert (wanted.top_n, wanted.timeout_ms, wanted.priority) == (None, None, "normal")
+    assert (wanted.top_n, wanted.timeout_ms, wanted.priority) == (None, None, None)
 
 
 def test_documents_come_back_as_each_dialect_has_them():
@@ -136,8 +136,6 @@ def test_options_find_their_meaning():
     assert read_as("vllm", **plain, truncate_prompt_tokens=-1).max_length is None
     assert read_as("vllm", **plain, truncate_prompt_tokens=64).max_length == 64
     assert read_as("vllm", **plain, use_activation=False).raw
-    assert [read_as("cohere_v2", **plain, priority=p).priority for p in (0, 5)] == ["normal", "low"]
-    assert read_as("vllm", **plain, priority=-1).priority == "high"
     assert read_as("voyage", **plain, top_k=1, truncation=False).whole
     assert read_as("infinity", **plain, raw_scores=True).raw
     assert read_as("tei", query="q", texts=["a"], truncate=False, raw_scores=True).whole

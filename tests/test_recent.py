@@ -61,8 +61,8 @@ def step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3, *, again=False
     return StepFinished(0, predicted, actual, pairs, 1, tokens, cost, 0.0, 2**20, again)
 
 
-def ended(outcome="answered", cut=0):
-    return RequestEnded(outcome, 2, 40, cut, cut * 7, 0.1, 0.1, 0.1, 0.3)
+def ended(outcome="answered", cut=0, fallback=None):
+    return RequestEnded(outcome, 2, 40, cut, cut * 7, 0.1, 0.1, 0.1, 0.3, fallback)
 
 
 def snapshot(pairs=5, memory=(7, 0), budget=2048):
@@ -195,7 +195,8 @@ def test_troubles_are_told_by_kind_and_one_by_one():
     time = Time()
     heard = recent(time)
     heard.refused(Refused("requests_full", 3, 1.0))
-    heard.request_ended(ended("expired", cut=2))
+    heard.request_ended(ended("expired", cut=2, fallback=64))
+    heard.request_ended(ended("answered"))
     taken = LadderStep("halve_budget", "token budget 8 -> 4", "Do so.")
     heard.ladder_taken(LadderTaken(1, taken, 4))
     time.now += 2.0
@@ -205,8 +206,9 @@ def test_troubles_are_told_by_kind_and_one_by_one():
     found = shown(heard)
     counts = found["window"]["counts"]
     assert counts["refused"] == {"requests_full": 1}
-    assert counts["outcome"] == {"expired": 1}
+    assert counts["outcome"] == {"answered": 1, "expired": 1}
     assert counts["truncated"] == {"documents": 2}
+    assert counts["fallback"] == {"requests": 1}
     assert counts["ladder"] == {"halve_budget": 1}
     assert counts["worker"] == {"died": 1, "starting": 1}
     assert [event["name"] for event in found["events"]] == ["starting", "died", "halve_budget"]
@@ -228,7 +230,7 @@ def test_the_state_at_each_look_and_now():
     assert found["columns"]["waiting_pairs"] == [5, None]
     assert found["columns"]["resident_bytes"] == [[7, None], [None, None]]
     assert found["now"]["waiting_pairs"] == 9
-    assert set(found["now"]) == {*STATE, "draining"}
+    assert set(found["now"]) == {*STATE, "draining", "fallback"}
     assert [worker["resident_bytes"] for worker in found["workers"]] == [7, None]
 
 

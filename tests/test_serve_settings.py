@@ -107,9 +107,23 @@ def test_what_the_server_is_told_reaches_it(houses, tmp_path):
     assert house.rules.keys.holder({}).bucket.limit == Limit(15, 15)
     assert house._launch.keywords["wedge_after_s"] == 7.5
     assert house.traces is None
+    assert house._launch.keywords["fallback_max_length"] is None
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
     keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").rules.keys
     assert keys.holder({"api-key": "abc"}).bucket.limit == Limit(5, 5)
+
+
+def test_falling_back_is_off_unless_flag_environment_or_file_say_so(houses, tmp_path):
+    assert told()["fallback_max_length"] == {"value": None, "origin": "default"}
+    (tmp_path / "e.toml").write_text("[serve]\nfallback-max-length = 64\n", "utf-8")
+    for arguments, environment, length in (
+        (("--fallback-max-length", 128), {}, 128),
+        ((), {"ECHELON_SERVE_FALLBACK_MAX_LENGTH": "96"}, 96),
+        (("--config", tmp_path / "e.toml"), {}, 64),
+    ):
+        house = served(houses, *arguments, **environment)
+        assert house._launch.keywords["fallback_max_length"] == length
+        assert told(*arguments, **environment)["fallback_max_length"]["value"] == length
 
 
 def test_traces_are_asked_for_by_flag_environment_or_file(houses, tmp_path):

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import httpx
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
@@ -22,8 +23,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from echelon.api import traces
 from echelon.api.auth import Key, Keys
 from echelon.api.house import Rules
-from echelon.api.traces import ENDPOINTS, Traces, open_traces, wanted
+from echelon.api.traces import ENDPOINTS, Told, Traces, open_traces, wanted
 from echelon.errors import MissingDependency
+from echelon.types import Answer, Timings
 from scorers import RAISE, Obedient
 from served import ASKED, LiveFake, run_app
 
@@ -123,6 +125,16 @@ def test_what_went_wrong_is_told(seen, caplog):
         assert span.attributes["echelon.documents"] == 1
 
     run_app(main)
+
+
+def test_falling_back_is_told_where_it_happened(seen):
+    exporter, told = seen
+    logits, lost = np.zeros(1, np.float32), np.zeros(1, np.int32)
+    for fallback in (None, 64):
+        answer = Answer(logits, lost, 9, 9, Timings(), fallback=fallback)
+        told.tell(Told("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
+        span = spans_of(exporter)["POST /v1/rerank"]
+        assert span.attributes.get("echelon.fallback_max_length") == fallback
 
 
 def test_a_trace_that_is_not_sampled_makes_no_spans(seen):

@@ -81,6 +81,26 @@ def check_pairs(pairs: object, first: int = 0) -> list[Pair]:
     return checked
 
 
+def check_fallback(asked: int | None, longest: int, specials: int) -> None:
+    """Refuse a fallback that would change nothing, or leave no text.
+
+    Args:
+        asked: tokens that a pair may have then; None never falls back.
+        longest: tokens that it may have otherwise.
+        specials: special tokens added to every pair.
+
+    Raises:
+        InvalidInput: not below ``longest``, or no room beside the special tokens.
+    """
+    if asked is not None and not specials < asked < longest:
+        raise InvalidInput(
+            "fallback_max_length",
+            f"{asked} is not between {specials}, the special tokens of a pair, and {longest}, the "
+            "tokens that it may have anyway",
+            f"Use {specials + 1} to {longest - 1}, or leave it out.",
+        )
+
+
 def check_max_length(asked: int | None, limit: int, specials: int) -> int:
     """The ``max_length`` to use: the model's own limit unless the user asked for less.
 

@@ -49,7 +49,7 @@ def main() -> NoReturn:
     """Run the command line; errors become one line on standard error and an exit code."""
     warnings.showwarning = _show_warning
     try:
-        cli(standalone_mode=False)
+        ended = cli(standalone_mode=False)  # the code of a `context.exit(code)`, else None
     except click.exceptions.Abort:
         _fail("Interrupted.", INTERRUPTED)
     except KeyboardInterrupt:
@@ -57,15 +57,13 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
     except EchelonError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader went away (`echelon rank … | head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    sys.exit(0)
+    sys.exit(ended or 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -172,6 +172,7 @@ class Answer:
         timings: where the time went.
         batch_sizes: pairs of each step that held pairs of it, other requests' included.
         ladder: memory-ladder actions that its steps went through.
+        fallback: tokens that its pairs were cut to because the queue was long; None: they were not.
     """
 
     logits: FloatArray
@@ -181,3 +182,4 @@ class Answer:
     timings: Timings
     batch_sizes: tuple[int, ...] = ()
     ladder: tuple[LadderStep, ...] = ()
+    fallback: int | None = None

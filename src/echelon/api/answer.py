@@ -29,6 +29,8 @@ HEADERS = {
     "X-Echelon-Truncated-Documents": "documents that lost tokens",
     "X-Echelon-Batch-Size": "pairs of the largest step that held pairs of it",
     "X-Echelon-Ladder": "memory-ladder steps that it went through, separated by commas",
+    "X-Echelon-Fallback": "max_length=N where the queue was so long that pairs were cut to N "
+    "tokens, as configured for low priority; else empty",
 }
 """Headers of every answer with results, and what they say."""
 
@@ -63,6 +65,7 @@ def explanation(answer: Answer) -> dict[str, Any]:
         "truncated_tokens": answer.truncated_tokens.tolist(),
         "batch_sizes": list(answer.batch_sizes),
         "ladder": [{"rung": s.rung, "detail": s.detail, "remedy": s.remedy} for s in answer.ladder],
+        "fallback": None if answer.fallback is None else {"max_length": answer.fallback},
     }
 
 
@@ -78,6 +81,7 @@ def headers_of(answer: Answer) -> dict[str, str]:
         int(np.count_nonzero(answer.truncated_tokens)),
         max(answer.batch_sizes, default=0),
         ",".join(step.rung for step in answer.ladder),
+        "" if answer.fallback is None else f"max_length={answer.fallback}",
     )
     return {name: str(value) for name, value in zip(HEADERS, values, strict=True)}
 
@@ -99,16 +103,27 @@ def tei_headers(answer: Answer, wanted: Wanted) -> dict[str, str]:
 
 
 def warnings_of(answer: Answer) -> tuple[str, ...]:
-    """What the caller should know: cut documents, and steps of the memory ladder."""
+    """What the caller should know: cut documents, memory-ladder steps, falling back."""
     cut = int(np.count_nonzero(answer.truncated_tokens))
-    words = [f"{s.detail}. {s.remedy}" for s in answer.ladder]
+    words = []
     if cut:
-        words.insert(
-            0,
-            f"{cut} of {len(answer.logits)} documents were cut. Ask for max_tokens_per_doc to have "
-            "them read in chunks, or serve with a larger max_length.",
+        words.append(f"{cut} of {len(answer.logits)} documents were cut. {_remedy(answer)}")
+    elif answer.fallback is not None:
+        words.append(_remedy(answer))
+    return (*words, *(f"{step.detail}. {step.remedy}" for step in answer.ladder))
+
+
+def _remedy(answer: Answer) -> str:
+    """What to do so that documents are read whole."""
+    if answer.fallback is None:
+        return (
+            "Ask for max_tokens_per_doc to have them read in chunks, or serve with a larger "
+            "max_length."
         )
-    return tuple(words)
+    return (
+        "The queue was long, so this request of low priority was read with "
+        f"max_length={answer.fallback}. Ask again later, or with normal priority."
+    )
 
 
 def retry_after(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import asynccontextmanager
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -197,7 +198,8 @@ async def _openapi(house: House, _: Request) -> Response:
 
 
 async def _docs(_: House, request: Request) -> Response:
-    return HTMLResponse(_PAGE.replace("ROOT", request.scope.get("root_path", "")))
+    root = escape(request.scope.get("root_path", "").rstrip("/"))
+    return HTMLResponse(_PAGE.replace("ROOT", root))
 
 
 def _assets() -> list[Mount]:
@@ -216,10 +218,11 @@ _PAGE = """<!doctype html>
 <link rel="stylesheet" href="ROOT/docs/assets/swagger-ui.css">
 </head>
 <body>
-<div id="api"></div>
+<div id="api" data-url="ROOT/openapi.json"></div>
 <script src="ROOT/docs/assets/swagger-ui-bundle.js"></script>
 <script>
-SwaggerUIBundle({url: "ROOT/openapi.json", dom_id: "#api", validatorUrl: null});
+const {url} = document.getElementById("api").dataset;
+SwaggerUIBundle({url, dom_id: "#api", validatorUrl: null});
 </script>
 </body>
 </html>

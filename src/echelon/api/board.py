@@ -53,7 +53,12 @@ def board(view: View, model: str, facts: Facts | None, state: Snapshot | None) -
         "since": view.since,
         "at": view.since + view.number * view.slice_s,
         "slice_s": view.slice_s,
-        "now": state and {**_state(state), "draining": state.draining},
+        "now": state
+        and {
+            **_state(state),
+            "draining": state.draining,
+            "fallback": state.fallback,
+        },
         "workers": [
             {**_told(worker), "resident_bytes": _memory(state, worker.worker)}
             for worker in view.workers

@@ -33,6 +33,10 @@ _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
     (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
     (("--slo-p99-ms",), {"type": float, "help": "Latency goal: steps stay below half of it [no]."}),
+    (
+        ("--fallback-max-length",),
+        {"type": int, "help": "Tokens a pair of low priority may have in a long queue [no]."},
+    ),
     (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
     (
         ("--wedge-after-s",),
@@ -158,6 +162,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         memory_limit_bytes=None if limit is None else limit * 2**20,
         wedge_after_s=door["wedge_after_s"],
         goal_s=None if goal_ms is None else goal_ms / 1000,
+        fallback_max_length=door["fallback_max_length"],
         listener=Fan(metrics, recent),
         **as_keywords(options),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from echelon.api.wire import priority_of
 from echelon.errors import InvalidInput, SlowClient, TooLarge
 
 if TYPE_CHECKING:
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from echelon.api.house import Rules
+    from echelon.plan.fair import Priority
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+PRIORITY_HEADER = "x-request-priority"
 
 
 async def read_body(request: Request, rules: Rules) -> bytes:
@@ -61,6 +64,17 @@ def timeout_of(headers: Mapping[str, str], timeout_ms: float | None) -> float | 
     if not 0 < timeout_ms < float("inf"):
         raise InvalidInput(field, "is no positive number of milliseconds", "Give 1 or more.")
     return timeout_ms / 1000
+
+
+def priority_asked(headers: Mapping[str, str], priority: Priority | None) -> Priority:
+    """Share of the device that the caller asks for, in the body or the header.
+
+    Raises:
+        InvalidInput: the header has an unknown name.
+    """
+    if priority is None:
+        priority = priority_of(headers.get(PRIORITY_HEADER), "X-Request-Priority")
+    return priority or "normal"
 
 
 def _too_large(rules: Rules) -> TooLarge:

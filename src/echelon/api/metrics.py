@@ -119,6 +119,8 @@ class Metrics(Silence):
         self._ended.labels(event.outcome).inc()
         self._truncated.inc(event.truncated_documents)
         self._truncated_tokens.inc(event.truncated_tokens)
+        if event.fallback is not None:
+            self._fallback_requests.inc()
         for phase, seconds in (
             ("tokenise", event.tokenise_s),
             ("queue", event.queue_s),
@@ -189,6 +191,9 @@ class Metrics(Silence):
         )
         self._truncated = self._counter("truncated_documents_total", "Documents that lost tokens.")
         self._truncated_tokens = self._counter("truncated_tokens_total", "Tokens that they lost.")
+        self._fallback_requests = self._counter(
+            "fallback_requests_total", "Requests of low priority that were read shorter."
+        )
         self._phases = self._histogram(
             "request_seconds", "Seconds of a request, by phase.", SECONDS, "phase"
         )
@@ -235,6 +240,7 @@ class Metrics(Silence):
         self._scale = self._gauge("cost_scale", "Step time over what the model began with.")
         self._drift = self._gauge("cost_drift_ratio", "Step time over this machine's normal one.")
         self._drifted = self._gauge("cost_drifted", "1 while it is far from 1.")
+        self._fallback = self._gauge("fallback_on", "1 while low priority is read shorter.")
         self._draining = self._gauge("draining", "1 while nothing more is taken in.")
 
     def _begin(self) -> None:
@@ -261,6 +267,7 @@ class Metrics(Silence):
         self._scale.set(now.scale)
         self._drift.set(now.drift)
         self._drifted.set(now.drifted)
+        self._fallback.set(now.fallback)
         self._draining.set(now.draining)
         for number, size in enumerate(now.resident_bytes):
             self._resident.labels(str(number)).set(size)

@@ -10,6 +10,7 @@ from echelon import __version__
 from echelon.api.answer import HEADERS
 from echelon.api.dialects.table import DIALECTS, SHARED
 from echelon.api.dialects.tei import TeiInfo
+from echelon.plan.fair import WEIGHTS
 
 if TYPE_CHECKING:
     from echelon.api.wire import Dialect
@@ -114,7 +115,13 @@ def _ranks(
                 "in": "header",
                 "description": "Milliseconds until the answer is of no use; as timeout_ms.",
                 "schema": {"type": "number"},
-            }
+            },
+            {
+                "name": "X-Request-Priority",
+                "in": "header",
+                "description": "Share of the device; as priority.",
+                "schema": {"type": "string", "enum": list(WEIGHTS)},
+            },
         ],
         "requestBody": {
             "required": True,

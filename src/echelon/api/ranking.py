@@ -24,7 +24,7 @@ from echelon.api.answer import (
 )
 from echelon.api.dialects.table import choose, read
 from echelon.api.dialects.tei import TEI
-from echelon.api.intake import read_body, timeout_of
+from echelon.api.intake import priority_asked, read_body, timeout_of
 from echelon.api.logs import request_id
 from echelon.api.traces import Told
 from echelon.api.wire import Complaint, Outcome
@@ -195,7 +195,7 @@ async def _ask(call: Call, wanted: Wanted) -> Answer:
     return await service.submit(
         wanted.pairs,
         deadline=deadline,
-        priority=wanted.priority,
+        priority=priority_asked(call.request.headers, wanted.priority),
         max_length=wanted.max_length,
         truncation=wanted.truncation,
         max_query_tokens=wanted.max_query_tokens,
@@ -242,7 +242,8 @@ def as_json(content: Body, status: int, headers: Mapping[str, str] | None = None
 def headers_facts(answer: Answer) -> dict[str, Any]:
     """What the log says of an answer."""
     told = explanation(answer)
-    return {name: told[name] for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms")}
+    facts = {name: told[name] for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms")}
+    return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
 
 
 def _note(call: Call, status: int, seconds: float) -> None:

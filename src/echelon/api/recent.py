@@ -188,6 +188,8 @@ class Recent(Silence):
             now.counts["outcome", event.outcome] += 1
             if event.truncated_documents:
                 now.counts["truncated", "documents"] += event.truncated_documents
+            if event.fallback is not None:
+                now.counts["fallback", "requests"] += 1
 
     def refused(self, event: Refused) -> None:
         """A request was refused."""

@@ -189,6 +189,8 @@ def _attributes(told: Told) -> dict[str, Any]:
             "echelon.compute_s": answer.timings.compute_s,
             "echelon.ladder": tuple(step.rung for step in answer.ladder),
         }
+        if answer.fallback is not None:
+            told_of["echelon.fallback_max_length"] = answer.fallback
     return told_of
 
 

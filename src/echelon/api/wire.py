@@ -39,11 +39,13 @@ class Extras(msgspec.Struct, kw_only=True):
         timeout_ms: milliseconds until the answer is of no use.
         raw_scores: logits instead of their sigmoid.
         explain: the answer's body says what happened, under ``echelon``.
+        priority: low, normal or high; or a number of which lower is sooner and 0 is normal.
     """
 
     timeout_ms: float | None = None
     raw_scores: bool | None = None
     explain: bool | None = None
+    priority: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Wanted:
         chunking: how longer documents are read.
         whole: refuse documents that would be cut.
         side: the end at which longer texts are cut; None is the model's own.
-        priority: share of the device.
+        priority: share of the device; None where the body does not say.
     """
 
     pairs: Sequence[Pair]
@@ -80,7 +82,7 @@ class Wanted:
     chunking: Chunking | None = None
     whole: bool = False
     side: Side | None = None
-    priority: Priority = "normal"
+    priority: Priority | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,7 @@ def extras(body: Extras) -> dict[str, Any]:
         "raw": bool(body.raw_scores),
         "explain": bool(body.explain),
         "timeout_ms": body.timeout_ms,
+        "priority": priority_of(body.priority),
     }
 
 
@@ -256,8 +259,21 @@ def limit_of(top_n: int | None, field: str = "top_n") -> int | None:
     return top_n or None
 
 
-def priority_of(number: int | None) -> Priority:
-    """Share of the device for a number of which lower is sooner, and 0 is usual."""
-    if not number:
-        return "normal"
-    return "low" if number > 0 else "high"
+def priority_of(told: int | str | None, field: str = "priority") -> Priority | None:
+    """Share of the device, by name or by a number of which lower is sooner and 0 is normal.
+
+    Raises:
+        InvalidInput: an unknown name.
+    """
+    if told is None:
+        return None
+    if isinstance(told, int):
+        return "low" if told > 0 else "high" if told < 0 else "normal"
+    match told.lower():
+        case "low":
+            return "low"
+        case "normal":
+            return "normal"
+        case "high":
+            return "high"
+    raise InvalidInput(field, f"{told!r} is unknown", "Use low, normal or high.")

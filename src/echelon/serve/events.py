@@ -66,6 +66,7 @@ class RequestEnded:
         tokenise_s: seconds of tokenising, waiting for a thread included.
         compute_s: seconds of the steps that held its pairs.
         total_s: seconds from its arrival to its end.
+        fallback: tokens that its pairs were cut to because the queue was long; None: they were not.
     """
 
     outcome: Outcome
@@ -77,6 +78,7 @@ class RequestEnded:
     tokenise_s: float
     compute_s: float
     total_s: float
+    fallback: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

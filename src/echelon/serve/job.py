@@ -33,6 +33,7 @@ class Job:
         deadline: when the answer is due; None means never.
         priority: its share of the device.
         whole: where its pairs are chunks, the way back to the documents.
+        fallback: tokens that its pairs were cut to because the queue was long.
         joined: when it joined the queue.
         started: when the first of its steps began.
         compute_s: seconds of its steps.
@@ -49,6 +50,7 @@ class Job:
     deadline: float | None = None
     priority: Priority = "normal"
     whole: Whole | None = None
+    fallback: int | None = None
     joined: float = 0.0
     started: float | None = None
     compute_s: float = 0.0
@@ -90,6 +92,7 @@ class Job:
             timings=self.timings(now),
             batch_sizes=tuple(self.batch_sizes),
             ladder=tuple(self.ladder),
+            fallback=self.fallback,
         )
 
     def ended(self, outcome: Outcome, now: float) -> RequestEnded:
@@ -105,6 +108,7 @@ class Job:
             tokenise_s=times.tokenise_s,
             compute_s=times.compute_s,
             total_s=times.total_s,
+            fallback=self.fallback,
         )
 
     def _share(self, step: Step) -> float:

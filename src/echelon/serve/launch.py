@@ -33,6 +33,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     memory_limit_bytes: int | None = None,
     wedge_after_s: float = WEDGE_AFTER_S,
     goal_s: float | None = None,
+    fallback_max_length: int | None = None,
     listener: Listener | None = None,
     **options: Any,
 ) -> Service:
@@ -45,6 +46,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: no step is given up before this.
         goal_s: latency goal in seconds; steps are kept below half of it.
+        fallback_max_length: tokens that a pair of low priority may have while the queue is long.
         listener: hears what happens, from any thread.
         **options: see :class:`echelon.config.Options`.
 
@@ -62,6 +64,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         memory_limit_bytes=memory_limit_bytes,
         wedge_after_s=wedge_after_s,
         goal_s=goal_s,
+        fallback_max_length=fallback_max_length,
     )
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,7 @@ class Wish:
         chunking: how longer documents are read in chunks; None cuts them.
         whole: a pair that would lose tokens is refused instead.
         side: the end at which longer texts are cut; None is the model's own.
+        shorter: cut pairs to so many tokens, because the queue is long.
     """
 
     max_length: int
@@ -66,13 +67,31 @@ class Wish:
     chunking: Chunking | None = None
     whole: bool = False
     side: Side | None = None
+    shorter: int | None = None
 
     @property
     def longest(self) -> int:
         """Tokens that a document may come to, in all its chunks."""
+        if self.shorter is not None:
+            return self.shorter
         if self.chunking is None:
             return self.max_length
         return max(self.max_length, self.chunking.max_tokens or UNREAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A request that was let in.
+
+    Attributes:
+        pairs: what to score.
+        whole: where they are chunks, the way back to the documents.
+        fallback: tokens that they were cut to because the queue is long; None: they were not.
+    """
+
+    pairs: EncodedPairs
+    whole: Whole | None = None
+    fallback: int | None = None
 
 
 class Reception:
@@ -105,13 +124,8 @@ class Reception:
         load, cost = self._dispatch.load(), self._dispatch.cost
         return House(load, cost, self._workers(), self._coming, self._coming_tokens)
 
-    async def let_in(
-        self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish
-    ) -> tuple[EncodedPairs, Whole | None]:
+    async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> Guest:
         """Admit and encode; the caller has to put the pairs into the queue before it awaits.
-
-        Returns:
-            The pairs to score; and where they are chunks, the way back to the documents.
 
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
@@ -121,14 +135,13 @@ class Reception:
             pairs = await self._tokenise(pairs, wish)
         if wish.whole:
             _refuse_longer(pairs, wish.max_length)
-        whole = None
-        if wish.chunking is not None:
-            pairs, whole = await self._split(pairs, wish.max_length, wish.chunking)
-        elif wish.side is not None and wish.side != pairs.template.side:
-            pairs, whole = cut_at(pairs, wish.side)
-        squares = int(np.square(pairs.lengths, dtype=np.int64).sum())
-        self._judge(len(pairs), int(pairs.lengths.sum()), squares, wish)
-        return pairs, whole
+        guest = None if wish.shorter is None else await self._shortened(pairs, wish, wish.shorter)
+        if guest is None:
+            guest = await self._in_full(pairs, wish)
+        lengths = guest.pairs.lengths
+        squares = int(np.square(lengths, dtype=np.int64).sum())
+        self._judge(len(lengths), int(lengths.sum()), squares, wish)
+        return guest
 
     def close(self) -> None:
         """End the threads; what they do now is of no use to anyone."""
@@ -164,6 +177,28 @@ class Reception:
             places,
         )
 
+    async def _in_full(self, pairs: EncodedPairs, wish: Wish) -> Guest:
+        if wish.chunking is None:
+            return Guest(*_cut_at(pairs, wish.side))
+        return Guest(*await self._split(pairs, wish.max_length, wish.chunking))
+
+    async def _shortened(self, pairs: EncodedPairs, wish: Wish, most: int) -> Guest | None:
+        """Pairs of ``most`` tokens; of a document in chunks the first, in a thread.
+
+        None where a query leaves no room then and may not be cut: falling back refuses nobody.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            if wish.chunking is not None:
+                how = replace(wish.chunking, max_chunks=1)
+                split = await loop.run_in_executor(self._threads, chunk, pairs, most, how)
+                return Guest(*split, most)
+            every = range(len(pairs))
+            cut = await loop.run_in_executor(self._threads, pairs.shortened, most, every)
+        except TruncationImpossible:
+            return None
+        return Guest(*_cut_at(cut, wish.side), most)
+
     async def _split(
         self, pairs: EncodedPairs, max_length: int, how: Chunking
     ) -> tuple[EncodedPairs, Whole]:
@@ -188,6 +223,13 @@ class Reception:
         retry = error.retry_after_s if isinstance(error, Overloaded) else None
         self._dispatch.listener.refused(Refused(refusal.reason, documents, retry))
         raise error
+
+
+def _cut_at(pairs: EncodedPairs, side: Side | None) -> tuple[EncodedPairs, Whole | None]:
+    """Pairs cut at a side, where that is not the model's own."""
+    if side is None or side == pairs.template.side:
+        return pairs, None
+    return cut_at(pairs, side)
 
 
 def _refuse_longer(pairs: EncodedPairs, max_length: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from echelon.checks import check_max_length
+from echelon.checks import check_fallback, check_max_length
 from echelon.clock import monotonic
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.plan.batcher import Batcher
@@ -27,6 +27,7 @@ from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Careful, Refused, Silence
 from echelon.serve.futures import resolve
 from echelon.serve.job import Job
+from echelon.serve.pressure import Pressure
 from echelon.serve.reception import Reception, Wish
 from echelon.serve.state import Readiness, Settings, Snapshot
 from echelon.types import Answer, Timings
@@ -96,6 +97,7 @@ class Service:
             workers=self.settings.workers,
         )
         self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
+        self._pressure = Pressure(self.settings, self._reception.house, clock)
         self._facts: Facts | None = None
         self._keepers: list[Keeper] = []
         self._numbers = itertools.count(1)
@@ -198,8 +200,9 @@ class Service:
             raise hopeless
         if not len(pairs):
             return _nothing()
+        longest = self.longest(max_length)
         wish = Wish(
-            max_length=self.longest(max_length),
+            max_length=longest,
             truncation=truncation or self.settings.truncation,
             max_query_tokens=max_query_tokens or self.settings.max_query_tokens,
             deadline=deadline,
@@ -207,6 +210,7 @@ class Service:
             chunking=chunking,
             whole=whole,
             side=side,
+            shorter=None if whole else self._pressure.shorter(priority, longest),
         )
         self._enter()
         try:
@@ -258,7 +262,7 @@ class Service:
 
     def snapshot(self) -> Snapshot:
         """The service now, for metrics."""
-        house = self._reception.house()
+        house = self._pressure.look()
         oldest = house.load.oldest
         return Snapshot(
             load=house.load,
@@ -271,6 +275,7 @@ class Service:
             drift=self._dispatch.drift.ratio,
             drifted=self._dispatch.drift.drifted,
             draining=self._draining,
+            fallback=self._pressure.on,
         )
 
     # Inside.
@@ -300,6 +305,8 @@ class Service:
         if self._facts is None:
             self._dispatch.set_up(facts, budget, self._prior, self.settings.goal_s)
         self._facts = facts
+        specials = self._encoder.template.specials
+        check_fallback(self.settings.fallback_max_length, self.longest(), specials)
         canary = self._encoder.encode([CANARY], self.longest(), "longest_first")
         tokens = min(self._dispatch.load().budget, DEFAULT_BUDGETS[facts.device.partition(":")[0]])
         most = self.settings.max_pairs or tokens
@@ -321,18 +328,19 @@ class Service:
     async def _serve(
         self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish, arrived: float
     ) -> Answer:
-        encoded, whole = await self._reception.let_in(pairs, wish)
+        guest = await self._reception.let_in(pairs, wish)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
         job = Job(
             number=next(self._numbers),
-            pairs=encoded,
+            pairs=guest.pairs,
             done=partial(resolve, loop, future),
             arrived=arrived,
             tokenise_s=self.clock() - arrived,
             deadline=wish.deadline,
             priority=wish.priority,
-            whole=whole,
+            whole=guest.whole,
+            fallback=guest.fallback,
         )
         self._dispatch.submit(job)
         try:

@@ -16,6 +16,17 @@ WEDGE_AFTER_S = 20.0
 """No step is given up before this: first steps compile, and a machine may swap."""
 
 
+_COUNTS = (
+    "workers",
+    "token_budget",
+    "max_pairs",
+    "max_length",
+    "max_query_tokens",
+    "fallback_max_length",
+)
+"""Settings that are whole numbers from 1 on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a service runs; unset values are the model's or the device's own.
@@ -33,6 +44,7 @@ class Settings:
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: no step is given up before this.
         goal_s: latency goal; steps are kept below half of it.
+        fallback_max_length: tokens that a pair of low priority may have while the queue is long.
     """
 
     workers: int = 1
@@ -47,9 +59,10 @@ class Settings:
     memory_limit_bytes: int | None = None
     wedge_after_s: float = WEDGE_AFTER_S
     goal_s: float | None = None
+    fallback_max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("workers", "token_budget", "max_pairs", "max_length", "max_query_tokens"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
@@ -76,6 +89,7 @@ class Snapshot:
         drift: step time over what is normal for this machine, see :mod:`echelon.plan.drift`.
         drifted: whether it has been so far from 1 for so long that somebody should look.
         draining: whether nothing more is taken in.
+        fallback: whether low priority is read shorter, see :mod:`echelon.plan.fallback`.
     """
 
     load: Load
@@ -88,6 +102,7 @@ class Snapshot:
     draining: bool
     drift: float = 1.0
     drifted: bool = False
+    fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)

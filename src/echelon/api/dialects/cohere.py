@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
-from echelon.api.wire import priority_of as _priority_of
 from echelon.encode.chunks import Chunking
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ class CohereV2(Extras, kw_only=True):
     model: str | None = None
     top_n: int | None = None
     max_tokens_per_doc: int | None = None
-    priority: int | None = None
 
 
 def _read_v1(body: CohereV1) -> Wanted:
@@ -59,7 +57,6 @@ def _read_v2(body: CohereV2) -> Wanted:
         pairs=pairs_of(body.query, texts),
         top_n=limit_of(body.top_n),
         chunking=_chunking(body.max_tokens_per_doc, None),
-        priority=_priority_of(body.priority),
         **extras(body),
     )
 

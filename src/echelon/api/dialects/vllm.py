@@ -19,7 +19,6 @@ from echelon.api.wire import (
     holds,
     limit_of,
     pairs_of,
-    priority_of,
     side_of,
     text_of,
 )
@@ -42,7 +41,6 @@ class Common(Extras, kw_only=True):
     use_activation: bool | None = None
     activation: bool | None = None
     softmax: bool | None = None
-    priority: int | None = None
     instruction: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     normalize: bool | None = None
@@ -123,7 +121,6 @@ def _common(body: Common) -> dict[str, Any]:
         **extras(body),
         "raw": bool(body.raw_scores) or plain,
         "max_length": None if cut == -1 else _positive("truncate_prompt_tokens", cut),
-        "priority": priority_of(body.priority),
         "side": side_of(body.truncation_side, "truncation_side"),
     }
 

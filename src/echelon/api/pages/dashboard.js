@@ -88,7 +88,7 @@ function showAbout() {
   const { scorer, version, since, minute, now } = data;
   $("updated").textContent = `Updated ${clock(data.at)} · rates and latency over the last ${number(minute.seconds)} s`;
   const what = scorer ? `${scorer.family} on ${scorer.device} in ${scorer.precision}` : "no scorer yet";
-  $("about").textContent = `Echelon ${version}, ${what}, running since ${clock(since)}${now?.draining ? "; takes nothing more in" : ""}.`;
+  $("about").textContent = `Echelon ${version}, ${what}, running since ${clock(since)}${now?.fallback ? "; reads low priority shorter" : ""}${now?.draining ? "; takes nothing more in" : ""}.`;
 }
 
 function showTiles() {
@@ -116,6 +116,7 @@ const TOLD = {
   outcome: (name) => `taken in, ${words(name)}`,
   step: () => "step scored again",
   truncated: () => "documents that were cut",
+  fallback: () => "low priority, read shorter",
   ladder: (name) => `memory ladder: ${words(name)}`,
   worker: (name) => `worker ${words(name)}`,
 };
