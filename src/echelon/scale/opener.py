@@ -1,0 +1,66 @@
+"""How a worker on another machine opens the model that the server was given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from echelon.fetch.resolve import DEMO, resolve
+from echelon.score.load import open_scorer
+
+if TYPE_CHECKING:
+    import os
+
+    from echelon.prepare import PreparedModel
+    from echelon.score.base import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Abroad:
+    """Opens a model where it runs, fetching it where it is not there yet.
+
+    Attributes:
+        model: hub id, a folder that every machine has, or ``"demo"``.
+        revision: the hub's commit, so that all workers have the same; else None.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads of the forward pass.
+        label: which output of a head with several labels to score.
+        keep_bf16: layers that int8 leaves in bf16, as the gate found.
+    """
+
+    model: str
+    revision: str | None
+    device: str
+    threads: int
+    label: str | int | None
+    keep_bf16: tuple[str, ...]
+
+    def __call__(self, *, precision: str) -> Scorer:
+        """Open the model in a precision.
+
+        Raises:
+            ModelError: it is not there, damaged, or of an unsupported kind.
+        """
+        return open_scorer(
+            resolve(self.model, revision=self.revision).path,
+            device=self.device,
+            precision=precision,
+            threads=self.threads,
+            label=self.label,
+            keep_bf16=list(self.keep_bf16),
+        )
+
+
+def abroad(prepared: PreparedModel, model: str | os.PathLike[str], cpus: float) -> Abroad:
+    """What opens a prepared model on a worker that has so many CPUs."""
+    folder, options = prepared.folder, prepared.options
+    fetched = model != DEMO and folder.path.name == folder.revision  # the hub's snapshots are so
+    here = str(folder.path) if not fetched and model != DEMO else str(model)
+    return Abroad(
+        model=here,
+        revision=folder.revision if fetched else None,
+        device=options.device,
+        threads=options.threads or max(1, int(cpus)),
+        label=options.label,
+        keep_bf16=tuple(prepared.keep_bf16),
+    )

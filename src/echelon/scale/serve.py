@@ -1,0 +1,252 @@
+"""The server on Ray Serve: the same HTTP application, its workers anywhere in the cluster.
+
+``serve run echelon.scale.serve:app model=demo`` or a YAML file under ``deploy/ray``. Each replica
+of the one deployment is a whole server (tokeniser, queue, admission) whose workers are actors: a
+worker takes a step whenever it is about to be free, so the one with the fewest tokens before it is
+always the next (docs/decisions/0010-ray.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from echelon.api.app import make_app
+from echelon.api.command import house_of, require_packages, split
+from echelon.api.config_file import PREFIX, check_names
+from echelon.api.server import GRACE_S, KEEP_ALIVE_S
+from echelon.errors import InvalidInput, ShuttingDown
+from echelon.plan.scale import Scaling
+from echelon.scale.command import HERE, SCALE
+from echelon.scale.command import serve as command
+from echelon.scale.opener import abroad
+from echelon.scale.worker import RayWorker, Share
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from ray.serve import Application
+
+    from echelon.api.door import Door
+    from echelon.api.house import House
+    from echelon.prepare import PreparedModel
+    from echelon.serve.launch import MakeWorker
+
+logger = logging.getLogger(__name__)
+
+NAME = "echelon"
+"""The application's and the deployment's name."""
+
+ELSEWHERE = {
+    "host": "http_options of Ray Serve",
+    "port": "http_options of Ray Serve",
+    "log_format": "logging_config of Ray Serve",
+    "log_level": "logging_config of Ray Serve",
+    "tls_cert": "a proxy in front of Ray Serve",
+    "tls_key": "a proxy in front of Ray Serve",
+}
+"""Settings of ``echelon serve`` that are Ray's affair here, and whose."""
+
+NO_TLS = ("tls_cert", "tls_key")
+"""What no server on Ray can have."""
+
+BESIDE = 64
+"""Requests that a replica takes in beyond those inside, to refuse them with the reason itself."""
+
+
+class Ingress:
+    """One replica: a server whose workers are elsewhere.
+
+    Args:
+        build: gives the server.
+    """
+
+    def __init__(self, build: Callable[[], House]) -> None:
+        self._house = build()
+
+    def __serve_build_asgi_app__(self) -> Door:
+        """The application."""
+        return make_app(self._house)
+
+    async def check_health(self) -> None:
+        """Whether a pair was really scored lately.
+
+        A replica without workers is not ill: they come back, and its requests wait for them; a new
+        replica would have none either, and those requests would be lost.
+
+        Raises:
+            ShuttingDown: it has workers, and none of them scores.
+        """
+        service = self._house.service
+        if service.snapshot().workers == 0:
+            return
+        found = await service.ready()
+        if not found.ready:
+            raise ShuttingDown(f"The canary was not scored: {found.reason}")
+
+
+def deploy(
+    build: Callable[[], House],
+    *,
+    ingresses: int = 1,
+    max_requests: int = 512,
+    drain_s: float = 30.0,
+    **more: Any,
+) -> Application:
+    """The application of servers that ``build`` gives.
+
+    Args:
+        build: gives a server; it runs in each replica.
+        ingresses: replicas.
+        max_requests: requests that one lets in; Ray's own bound is beyond it.
+        drain_s: seconds that one has to answer what is inside, at its end.
+        **more: other settings of the deployment.
+    """
+    deployment = serve.deployment(
+        name=NAME,
+        num_replicas=ingresses,
+        max_ongoing_requests=max_requests + BESIDE,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=drain_s + GRACE_S,
+        **more,
+    )(serve.ingress()(Ingress))
+    application: Application = deployment.bind(build)
+    return application
+
+
+def app(settings: dict[str, Any]) -> Application:
+    """The application of a model, for ``serve run`` and ``serve deploy``.
+
+    Args:
+        settings: ``model``, and what `echelon serve` has flags for, under the same names.
+
+    Raises:
+        InvalidInput: a setting is unknown or wrong.
+    """
+    for name in settings:
+        if name in ELSEWHERE:
+            raise InvalidInput(name, "is not set here", f"Set it in {ELSEWHERE[name]}.")
+    return application_of(values_of(settings))
+
+
+def values_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of ``echelon serve``: those given, the environment's and the defaults.
+
+    Raises:
+        InvalidInput: a setting is unknown, has a wrong value, or is missing.
+    """
+    import click
+
+    known = [str(param.name) for param in command.params if param.name not in {"ray", "config"}]
+    check_names(settings, known, "args")
+    given = {name: value for name, value in settings.items() if name != "model"}
+    try:
+        context = command.make_context(
+            "serve", [str(settings["model"])], default_map=given, auto_envvar_prefix=PREFIX
+        )
+    except KeyError:
+        raise InvalidInput("args", "there is no model", "Name one: model=demo.") from None
+    except click.UsageError as error:
+        raise InvalidInput("args", error.format_message().rstrip("."), "Mend it.") from None
+    return {name: value for name, value in context.params.items() if name != "ray"}
+
+
+def application_of(values: dict[str, Any]) -> Application:
+    """The application that settings ask for.
+
+    Raises:
+        InvalidInput: a value is wrong.
+    """
+    for name in NO_TLS:
+        if values[name] is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
+    if values["ingresses"] < 1:
+        raise InvalidInput("--ingresses", f"{values['ingresses']} is not positive", "Give 1.")
+    share_of(values), scaling_of(values), split(dict(values))  # say at once what is wrong
+    require_packages()
+    return deploy(
+        partial(_build, values),
+        ingresses=values["ingresses"],
+        max_requests=values["max_requests"],
+        drain_s=values["drain_s"],
+    )
+
+
+def share_of(values: dict[str, Any]) -> Share:
+    """What of a machine a worker has."""
+    return Share(values["worker_cpus"], values["worker_gpus"])
+
+
+def scaling_of(values: dict[str, Any]) -> Scaling:
+    """Between which bounds the number of workers is, and when it changes."""
+    most = values["max_workers"] or values["workers"]
+    return Scaling(values["workers"], most, delay_s=values["max_delay_s"])
+
+
+def _build(values: dict[str, Any]) -> House:
+    """The server of a replica."""
+    values = dict(values)
+    share, scaling = share_of(values), scaling_of(values)
+    model = values.pop("model")
+    for name in SCALE:
+        del values[name]
+    door, options = split(values)
+    hire = partial(_hire, share)
+    return house_of(model, options, door, scaling=scaling, hire=hire)
+
+
+def _hire(share: Share, prepared: PreparedModel, model: str | os.PathLike[str]) -> MakeWorker:
+    opener = abroad(prepared, model, share.cpus)
+
+    def make(number: int, ended: Callable[[], None]) -> RayWorker:
+        return RayWorker(opener, share, f"worker {number}", on_end=ended)
+
+    return make
+
+
+def run_here(address: str, values: dict[str, Any]) -> None:
+    """Serve on a cluster until told to end; for ``echelon serve --ray``.
+
+    Args:
+        address: the cluster's, or :data:`echelon.scale.command.HERE`.
+        values: all settings of ``echelon serve``.
+
+    Raises:
+        InvalidInput: a setting is wrong, or no cluster is there.
+    """
+    application = application_of(values)
+    connect(address)
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    host, port = values["host"], values["port"]
+    http = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S}
+    serve.start(proxy_location="EveryNode", http_options=http)
+    try:
+        serve.run(application, name=NAME)
+        logger.warning("Serving at http://%s:%d on every machine of the cluster", host, port)
+        told.wait()
+    finally:
+        serve.delete(NAME)
+        ray.shutdown()
+
+
+def connect(address: str) -> None:
+    """Connect to a cluster.
+
+    Raises:
+        InvalidInput: none is there.
+    """
+    try:
+        ray.init(None if address == HERE else address, log_to_driver=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        words = str(error).splitlines()[0].rstrip(".")
+        raise InvalidInput("--ray", f"{address} cannot be reached ({words})", "Mend it.") from None

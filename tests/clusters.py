@@ -1,0 +1,166 @@
+"""What the tests on Ray share: a cluster of this machine alone, and servers without weights on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import httpx
+import psutil
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from echelon.api.house import House
+from echelon.api.metrics import Metrics
+from echelon.scale.serve import NAME, deploy
+from echelon.scale.worker import RayWorker, Share
+from echelon.serve.service import Service
+from echelon.serve.state import Settings
+from services import LetterEncoder, scores
+
+STORE = 80 * 2**20
+SHARE = Share(cpus=2)
+"""The head has one CPU, for the server itself; workers go to machines with more."""
+
+SYSTEM = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 200,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+"""A machine that went is noticed in a second or two; Ray itself takes fifteen."""
+
+
+@contextlib.contextmanager
+def cluster():
+    """A head without room for workers; :func:`machine` adds some."""
+    kept = dict(os.environ)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tell nobody
+    os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "object_store_memory": STORE,
+            "include_dashboard": False,
+            "_system_config": SYSTEM,
+        },
+    )
+    try:
+        ray.init(made.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield made
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        made.remove_node(made.head_node, allow_graceful=False)
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def machine(made: Cluster, workers: int = 1):
+    """One more machine, with room for so many workers."""
+    node = made.add_node(num_cpus=workers * SHARE.cpus, object_store_memory=STORE)
+    try:
+        yield node
+    finally:
+        if node in made.worker_nodes:
+            made.remove_node(node, allow_graceful=False)
+
+
+def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
+    """A service whose workers are actors."""
+    settings.setdefault("precision", "fp32")
+
+    def hire(number, ended):
+        return RayWorker(
+            opener, SHARE, f"worker {number}", start_timeout_s=start_timeout_s, on_end=ended
+        )
+
+    return Service(LetterEncoder(), hire, Settings(**settings), listener=ears)
+
+
+@dataclass
+class Fake:
+    """Builds servers without weights; an object, so that it can travel to a replica."""
+
+    opener: object
+    workers: int = 1
+    model: str = "fake"
+    token_budget: int = 1500
+
+    def __call__(self) -> House:
+        metrics = Metrics()
+
+        async def launch() -> Service:
+            made = service(
+                self.opener, ears=metrics, workers=self.workers, token_budget=self.token_budget
+            )
+            await made.start()
+            return made
+
+        return House(launch, self.model, metrics)
+
+
+def engines() -> list[int]:
+    """Processes of the cluster that hold a scorer."""
+    ours = psutil.Process().children(recursive=True)
+    return [process.pid for process in ours if "ray::Engine" in " ".join(process.cmdline())]
+
+
+def serve_at(port: int) -> str:
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    return f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def run_fake(build: Fake) -> None:
+    serve.run(deploy(build, drain_s=20.0), name=NAME)
+
+
+async def ask(client: httpx.AsyncClient, seed: int, count: int = 10) -> None:
+    """One request, whose answer must be right."""
+    documents = [f"document {seed} {i} " + "x" * (7 * i % 40) for i in range(count)]
+    query = f"query {seed}"
+    body = {"query": query, "texts": documents, "raw_scores": True}
+    answer = await client.post("/rerank", json=body)
+    assert answer.status_code == 200, answer.text
+    found = {hit["index"]: hit["score"] for hit in answer.json()}
+    right = scores([(query, document) for document in documents])
+    assert found == {index: float(score) for index, score in enumerate(right)}
+
+
+class Load:
+    """Clients that ask one after another until told to stop."""
+
+    def __init__(self, client: httpx.AsyncClient, clients: int = 4) -> None:
+        self.answered = 0
+        self._client = client
+        self._stop = False
+        self._tasks = [asyncio.create_task(self._ask(number)) for number in range(clients)]
+
+    async def more(self, count: int) -> None:
+        """Wait until so many more were answered, or one failed."""
+        goal = self.answered + count
+        while self.answered < goal and not any(task.done() for task in self._tasks):
+            await asyncio.sleep(0.01)
+
+    async def end(self) -> None:
+        self._stop = True
+        await asyncio.gather(*self._tasks)
+
+    async def _ask(self, number: int) -> None:
+        while not self._stop:
+            await ask(self._client, number * 1000 + self.answered)
+            self.answered += 1

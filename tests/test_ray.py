@@ -1,0 +1,152 @@
+"""Many machines: a Ray cluster of several nodes on this one, in which workers and nodes die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from functools import partial
+
+import httpx
+import pytest
+
+pytest.importorskip("ray", reason="Ray is in an extra of its own")
+
+import ray
+from ray import serve
+
+import scorers
+from clusters import (
+    Fake,
+    Load,
+    cluster,
+    engines,
+    free_port,
+    machine,
+    run_fake,
+    serve_at,
+    service,
+)
+from echelon.errors import ModelNotFound, WorkerLost
+from echelon.scale.serve import NAME
+from scorers import Obedient
+from services import Ears, run, scores, texts, until, wish
+
+slow = partial(Obedient, pace_s=0.00002)
+
+
+@pytest.fixture(scope="module")
+def made():
+    with cluster() as made, machine(made):
+        yield made
+
+
+async def answered(service, seeds) -> None:
+    answers = await asyncio.gather(*(service.submit(texts(seed, 20)) for seed in seeds))
+    for seed, answer in zip(seeds, answers, strict=True):
+        assert answer.logits.tolist() == scores(texts(seed, 20))
+
+
+# Workers.
+
+
+def test_a_worker_elsewhere_scores_as_one_here(made):
+    async def main(it):
+        await answered(it, range(20))
+        assert it.facts.family == "fake"
+        assert (await it.ready()).ready
+
+    run(main, service(slow, token_budget=1500))
+
+
+def test_trouble_elsewhere_is_dealt_with_as_here(made):
+    ears = Ears()
+
+    async def main(it):
+        answer = await it.submit(texts(1, 60))
+        assert answer.logits.tolist() == scores(texts(1, 60))
+        assert "halve_budget" in [step.rung for step in answer.ladder]
+        assert isinstance(
+            (await asyncio.gather(it.submit(wish(scorers.KILL)), return_exceptions=True))[0],
+            WorkerLost,
+        )
+        await answered(it, range(3))
+
+    run(main, service(partial(Obedient, 500), ears=ears))
+    assert ears.states().count("died") == 2
+
+
+def test_a_worker_that_hangs_is_replaced(made, tmp_path):
+    ears = Ears()
+
+    async def main(it):
+        first = asyncio.create_task(it.submit(wish(scorers.HANG)))
+        await until(lambda: "wedged" in ears.states())
+        first.cancel()
+        await answered(it, range(3))
+
+    run(main, service(Obedient, ears=ears, wedge_floor_s=1.0))
+
+
+def test_a_model_that_cannot_be_opened_elsewhere_is_told(made):
+    with pytest.raises(ModelNotFound, match="no such folder"):
+        run(None, service(scorers.missing))
+
+
+def test_no_room_is_told_with_what_is_needed(made):
+    with pytest.raises(WorkerLost, match="needs a machine with 2 CPUs and 0 GPUs"):
+        run(None, service(Obedient, workers=2, start_timeout_s=2.0))
+
+
+def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
+    ears, names = Ears(), []
+
+    async def main(it, second):
+        load = asyncio.create_task(answered(it, range(150)))
+        await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
+        stays, goes = (keeper._worker for keeper in it._keepers)
+        if stays._machine == second.node_id:
+            stays, goes = goes, stays
+        names.extend((f"{stays.name} (process {stays.pid})", goes.name))
+        os.kill(stays.pid, signal.SIGKILL)
+        await until(lambda: ears.states().count("up") == 3)
+        await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
+        await load
+
+    with machine(made) as second:
+        run(partial(main, second=second), service(slow, ears=ears, workers=2, token_budget=300))
+    killed, gone = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
+    assert killed.startswith(f"{names[0]} ended (")
+    assert gone == f"{names[1]}: the machine it was on has gone"
+
+
+# The server.
+
+
+@pytest.fixture(scope="module")
+def url(made):
+    return serve_at(free_port())
+
+
+def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url):
+    async def main(second):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            load = Load(client)
+            await load.more(20)
+            assert (await client.get("/info")).json()["model_id"] == "before"
+            os.kill(engines()[0], signal.SIGKILL)
+            await load.more(40)
+            await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
+            await load.more(40)
+            await asyncio.to_thread(run_fake, Fake(slow, 1, "after"))
+            await load.more(20)
+            assert (await client.get("/info")).json()["model_id"] == "after"
+            await load.end()
+            assert (await client.get("/ready")).status_code == 200
+
+    with machine(made) as second:
+        run_fake(Fake(slow, 2, "before"))
+        asyncio.run(main(second))
+    serve.delete(NAME)
+
+
