@@ -1,4 +1,4 @@
-"""What the tests on Ray share: a cluster of this machine alone, and servers without weights on it."""
+"""What the tests on Ray share: a cluster on this machine, and servers without weights on it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import httpx
 import psutil
 import ray
 from ray import serve
@@ -22,7 +22,10 @@ from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
-from services import LetterEncoder, scores
+from services import LetterEncoder, scores, until
+
+if TYPE_CHECKING:
+    import httpx
 
 STORE = 80 * 2**20
 SHARE = Share(cpus=2)
@@ -153,8 +156,7 @@ class Load:
     async def more(self, count: int) -> None:
         """Wait until so many more were answered, or one failed."""
         goal = self.answered + count
-        while self.answered < goal and not any(task.done() for task in self._tasks):
-            await asyncio.sleep(0.01)
+        await until(lambda: self.answered >= goal or any(task.done() for task in self._tasks))
 
     async def end(self) -> None:
         self._stop = True

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 pytest.importorskip("ray", reason="Ray is in an extra of its own")
 
-import ray
 from ray import serve
 
 import scorers
@@ -27,10 +29,14 @@ from clusters import (
     serve_at,
     service,
 )
-from echelon.errors import ModelNotFound, WorkerLost
-from echelon.scale.serve import NAME
+from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
+from echelon.reranker import Reranker
+from echelon.scale.serve import NAME, Ingress
 from scorers import Obedient
 from services import Ears, run, scores, texts, until, wish
+from services import service as local_service
+
+DOCUMENTS = ("A bird has feathers and wings.", "Stones are hard.", "The cat sleeps all day long.")
 
 slow = partial(Obedient, pace_s=0.00002)
 
@@ -150,3 +156,47 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
     serve.delete(NAME)
 
 
+def test_the_command_serves_a_real_model_and_takes_it_away(made, url, bert):
+    port = url.rpartition(":")[2]
+    told = [str(bert), "--port", port, "--worker-cpus", "2", f"--ray={made.address}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "echelon", "serve", *told], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            lines = iter(server.stderr.readline, "")
+            assert any(f"Serving at {url}" in line for line in lines)
+            with Reranker(bert) as here, httpx.Client(base_url=url, timeout=60) as client:
+                right = here.rank("what is a bird", DOCUMENTS).results
+                body = {"query": "what is a bird", "documents": list(DOCUMENTS)}
+                results = client.post("/v2/rerank", json=body).json()["results"]
+                assert [hit["index"] for hit in results] == [hit.index for hit in right]
+                assert [hit["relevance_score"] for hit in results] == pytest.approx(
+                    [hit.score for hit in right], abs=1e-6
+                )
+        finally:
+            server.send_signal(signal.SIGTERM)
+        rest = server.stderr.read()
+        assert server.wait() == 0, rest
+    assert NAME not in serve.status().applications
+
+
+# The replica's health.
+
+
+def test_a_replica_without_workers_is_not_ill_and_one_whose_workers_hang_is():
+    async def main(it):
+        replica = Ingress(lambda: SimpleNamespace(service=it))
+        await replica.check_health()
+        it._dispatch.last_scored = None
+        it.clock = lambda: it._dispatch.clock() + 10_000
+        it._canary = asyncio.create_task(_refused())
+        with pytest.raises(ShuttingDown, match="too many"):
+            await replica.check_health()
+        it._keepers[0].up = False
+        await replica.check_health()
+
+    run(main, local_service())
+
+
+async def _refused():
+    raise Overloaded("too many", 1.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from echelon.api.door import Door
     from echelon.api.house import House
+    from echelon.config import Options
     from echelon.prepare import PreparedModel
     from echelon.serve.launch import MakeWorker
 
@@ -133,7 +135,7 @@ def app(settings: dict[str, Any]) -> Application:
     for name in settings:
         if name in ELSEWHERE:
             raise InvalidInput(name, "is not set here", f"Set it in {ELSEWHERE[name]}.")
-    return application_of(values_of(settings))
+    return application_of(plan_of(values_of(settings)))
 
 
 def values_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -158,49 +160,71 @@ def values_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in context.params.items() if name != "ray"}
 
 
-def application_of(values: dict[str, Any]) -> Application:
-    """The application that settings ask for.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a server on Ray is made of; it travels to the replicas.
+
+    Attributes:
+        model: what to serve.
+        options: of the model.
+        door: settings of the HTTP server.
+        share: what of a machine a worker has.
+        scaling: between which bounds the number of workers is, and when it changes.
+        ingresses: replicas.
+    """
+
+    model: str
+    options: Options
+    door: dict[str, Any]
+    share: Share
+    scaling: Scaling
+    ingresses: int
+
+    def __call__(self) -> House:
+        """The server of a replica."""
+        hire = partial(_hire, self.share)
+        return house_of(self.model, self.options, self.door, scaling=self.scaling, hire=hire)
+
+
+def plan_of(values: dict[str, Any]) -> Plan:
+    """What the settings of ``echelon serve`` mean on Ray.
 
     Raises:
-        InvalidInput: a value is wrong.
+        InvalidInput: a value is wrong, or cannot be had on Ray.
     """
+    values = dict(values)
+    model = values.pop("model")
+    own = {name: values.pop(name) for name in SCALE}
+    door, options = split(values)
     for name in NO_TLS:
-        if values[name] is not None:
+        if door[name] is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
-    if values["ingresses"] < 1:
-        raise InvalidInput("--ingresses", f"{values['ingresses']} is not positive", "Give 1.")
-    share_of(values), scaling_of(values), split(dict(values))  # say at once what is wrong
-    require_packages()
-    return deploy(
-        partial(_build, values),
-        ingresses=values["ingresses"],
-        max_requests=values["max_requests"],
-        drain_s=values["drain_s"],
+    if own["ingresses"] < 1:
+        raise InvalidInput("ingresses", f"{own['ingresses']} is not positive", "Give 1 or more.")
+    return Plan(
+        model=model,
+        options=options,
+        door=door,
+        share=Share(own["worker_cpus"], own["worker_gpus"]),
+        scaling=Scaling(
+            least=door["workers"],
+            most=door["workers"] if own["max_workers"] is None else own["max_workers"],
+            delay_s=own["max_delay_s"],
+        ),
+        ingresses=own["ingresses"],
     )
 
 
-def share_of(values: dict[str, Any]) -> Share:
-    """What of a machine a worker has."""
-    return Share(values["worker_cpus"], values["worker_gpus"])
-
-
-def scaling_of(values: dict[str, Any]) -> Scaling:
-    """Between which bounds the number of workers is, and when it changes."""
-    most = values["max_workers"] or values["workers"]
-    return Scaling(values["workers"], most, delay_s=values["max_delay_s"])
-
-
-def _build(values: dict[str, Any]) -> House:
-    """The server of a replica."""
-    values = dict(values)
-    share, scaling = share_of(values), scaling_of(values)
-    model = values.pop("model")
-    for name in SCALE:
-        del values[name]
-    door, options = split(values)
-    hire = partial(_hire, share)
-    return house_of(model, options, door, scaling=scaling, hire=hire)
+def application_of(plan: Plan) -> Application:
+    """The application of a plan."""
+    require_packages()
+    return deploy(
+        plan,
+        ingresses=plan.ingresses,
+        max_requests=plan.door["max_requests"],
+        drain_s=plan.door["drain_s"],
+    )
 
 
 def _hire(share: Share, prepared: PreparedModel, model: str | os.PathLike[str]) -> MakeWorker:
@@ -222,12 +246,13 @@ def run_here(address: str, values: dict[str, Any]) -> None:
     Raises:
         InvalidInput: a setting is wrong, or no cluster is there.
     """
-    application = application_of(values)
+    plan = plan_of(values)
+    application = application_of(plan)
     connect(address)
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
-    host, port = values["host"], values["port"]
+    host, port = plan.door["host"], plan.door["port"]
     http = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S}
     serve.start(proxy_location="EveryNode", http_options=http)
     try:
