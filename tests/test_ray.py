@@ -126,6 +126,15 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     assert gone == f"{names[1]}: the machine it was on has gone"
 
 
+def test_a_worker_that_waits_for_room_ends_when_told(made):
+    async def main(it):
+        it.resize(2)
+        await until(lambda: it.snapshot().staff == 2)
+        await it.stop()
+
+    run(main, service(Obedient, start_timeout_s=10_000.0))
+
+
 # The server.
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
+from echelon.clock import monotonic
 from echelon.errors import InvalidInput
 from echelon.score.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.child import fault_of, resident_bytes, score_step
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from echelon.score.worker import Opener, Reply
 
 logger = logging.getLogger(__name__)
+
+LOOK_S = 0.2
+"""While it starts, a worker looks so often whether it was told to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +154,12 @@ class RayWorker:
             raise
 
     def _hello(self) -> Facts:
-        if not self.wait(self._start_timeout_s):
-            raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._asked}")
+        end = monotonic() + self._start_timeout_s
+        while not self.wait(LOOK_S):
+            if self._killed:  # Ray says nothing of an actor that was killed before there was room
+                raise WorkerDied(f"{self.name} was stopped")
+            if monotonic() >= end:
+                raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._asked}")
         (facts, self._machine, self.pid), _, _ = unpack(self._reply())
         found: Facts = facts
         return found
