@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.scale.files import Bench
 from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share
 from echelon.serve.service import Service
@@ -111,10 +112,17 @@ class Fake:
         return House(launch, self.model, metrics)
 
 
-def engines() -> list[int]:
-    """Processes of the cluster that hold a scorer."""
+def actors(name: str) -> list[int]:
+    """Processes of the cluster that are such actors."""
     ours = psutil.Process().children(recursive=True)
-    return [process.pid for process in ours if "ray::Engine" in " ".join(process.cmdline())]
+    return [process.pid for process in ours if f"ray::{name}" in " ".join(process.cmdline())]
+
+
+class Lethal(Bench):
+    """A worker that no window leaves alive."""
+
+    def score(self, window):
+        os._exit(1)
 
 
 def serve_at(port: int) -> str:

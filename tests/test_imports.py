@@ -23,7 +23,7 @@ NEEDS_TORCH = {
     "echelon.score.packed",
     "echelon.score.varlen",
 }
-NEEDS_RAY = {"echelon.scale.bench", "echelon.scale.serve", "echelon.scale.worker"}
+NEEDS_RAY = {"echelon.scale.files", "echelon.scale.serve", "echelon.scale.worker"}
 
 PUBLIC = {
     "AsyncReranker",

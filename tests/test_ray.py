@@ -15,23 +15,30 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is in an extra of its own")
 
+import ray
 from ray import serve
 
 import scorers
 from clusters import (
     Fake,
+    Lethal,
     Load,
+    actors,
     cluster,
-    engines,
     free_port,
     machine,
     run_fake,
     serve_at,
     service,
 )
+from echelon.config import Options
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
+from echelon.jobs.rows import Row, Window
+from echelon.jobs.run import run as run_file
 from echelon.reranker import Reranker
+from echelon.scale.files import Machines, Wanted
 from echelon.scale.serve import NAME, Ingress
+from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
 from services import Ears, run, scores, texts, until, wish
 from services import service as local_service
@@ -91,7 +98,7 @@ def test_a_worker_that_hangs_is_replaced(made, tmp_path):
         first.cancel()
         await answered(it, range(3))
 
-    run(main, service(Obedient, ears=ears, wedge_floor_s=1.0))
+    run(main, service(Obedient, ears=ears, wedge_after_s=1.0))
 
 
 def test_a_model_that_cannot_be_opened_elsewhere_is_told(made):
@@ -149,7 +156,7 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
             load = Load(client)
             await load.more(20)
             assert (await client.get("/info")).json()["model_id"] == "before"
-            os.kill(engines()[0], signal.SIGKILL)
+            os.kill(actors("Engine")[0], signal.SIGKILL)
             await load.more(40)
             await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
             await load.more(40)
@@ -209,3 +216,65 @@ def test_a_replica_without_workers_is_not_ill_and_one_whose_workers_hang_is():
 
 async def _refused():
     raise Overloaded("too many", 1.0)
+
+
+# Files.
+
+
+class Saboteur(Deaf):
+    """Kills a worker after the second window, and takes a machine away after the fourth."""
+
+    def __init__(self, made, second):
+        super().__init__()
+        self._deeds = {
+            2: lambda: os.kill(actors("Bench")[0], signal.SIGKILL),
+            4: lambda: made.remove_node(second, allow_graceful=False),
+        }
+
+    def window(self, scored):
+        super().window(scored)
+        self._deeds.pop(self.windows, lambda: None)()
+        self.all_done = not self._deeds
+
+
+def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, bert, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", queries(80))
+    here = do(job_of(bert, source, tmp_path / "here.jsonl"))
+    with machine(made) as second:
+        saboteur = Saboteur(made, second)
+        there = run_file(
+            job_of(bert, source, tmp_path / "there.jsonl"),
+            saboteur,
+            partial(Machines, wanted=Wanted(workers=2, cpus=2)),
+        )
+    assert saboteur.all_done
+    assert there.counts.pairs == here.counts.pairs > 200
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+
+
+def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
+    monkeypatch.setattr("echelon.scale.files._BENCH", ray.remote(Lethal))
+    window = Window((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
+    with (
+        Machines(str(bert), Options(), None, Wanted(workers=1, cpus=2)) as machines,
+        pytest.raises(WorkerLost, match="3 workers ended in turn from line 7"),
+    ):
+        list(machines.score([window]))
+
+
+def test_a_model_that_is_not_there_ends_a_job_at_once(made, tmp_path):
+    with pytest.raises(ModelNotFound):
+        Machines(str(tmp_path / "nothing"), Options(), None)
+
+
+def test_the_command_reranks_a_file_on_a_cluster(made, bert, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", queries(3))
+    told = ["--model", str(bert), "--worker-cpus", "2", "--quiet", f"--ray={made.address}"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "echelon", "batch", source, "-o", tmp_path / "out.jsonl", *told],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [row["id"] for row in read_lines(tmp_path / "out.jsonl")] == ["q0", "q1", "q2"]

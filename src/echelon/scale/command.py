@@ -1,4 +1,4 @@
-"""``--ray`` of ``echelon serve``. Imports click only; Ray is loaded when it is asked for."""
+"""``--ray`` of ``echelon serve`` and ``echelon batch``. Ray is loaded when it is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import click
 
 from echelon.api.command import config as plain_config
 from echelon.api.command import serve as plain_serve
-from echelon.errors import MissingDependency
+from echelon.errors import InvalidInput, MissingDependency
+from echelon.jobs.command import batch as plain_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,13 +48,15 @@ SCALE = tuple(option.name or "" for option in scale_options())
 """Their names."""
 
 
-def _extended(command: click.Command, callback: Callable[..., Any]) -> click.Command:
-    """A command with the options of Ray, and what it then does."""
+def _extended(
+    command: click.Command, callback: Callable[..., Any], options: list[click.Option]
+) -> click.Command:
+    """A command with options of Ray, and what it then does."""
     return click.Command(
         command.name,
         context_settings=command.context_settings,
         callback=callback,
-        params=[*command.params, ray_option(), *scale_options()],
+        params=[*command.params, ray_option(), *options],
         help=command.help,
     )
 
@@ -62,10 +65,7 @@ def _serve(*, model: str, ray: str | None, **values: Any) -> None:
     if ray is None:
         for name in SCALE:
             del values[name]
-        run: Callable[..., Any] | None = plain_serve.callback
-        if run is None:
-            raise AssertionError("serve does nothing. This is a bug.")
-        run(model=model, **values)
+        _call(plain_serve, model=model, **values)
         return
     require_ray()
     from echelon.scale.serve import run_here
@@ -73,11 +73,61 @@ def _serve(*, model: str, ray: str | None, **values: Any) -> None:
     run_here(ray, {"model": model, **values})
 
 
-serve = _extended(plain_serve, _serve)
+def _config(**values: Any) -> None:
+    _call(plain_config, **values)
+
+
+def _batch(
+    *,
+    ray: str | None,
+    workers: int | None,
+    worker_cpus: float | None,
+    worker_gpus: float,
+    **values: Any,
+) -> None:
+    if ray is None:
+        if workers is not None:
+            raise InvalidInput("--workers", "is of use on Ray only", "Add --ray.")
+        _call(plain_batch, **values)
+        return
+    require_ray()
+    from functools import partial
+
+    from echelon.jobs.command import rerank_file
+    from echelon.scale.files import Machines, Wanted
+    from echelon.scale.worker import connect
+
+    wanted = Wanted(workers, worker_cpus, worker_gpus)
+    quiet, compare = values.pop("quiet"), values.pop("compare")
+    connect(ray)
+    rerank_file(values, partial(Machines, wanted=wanted), quiet=quiet, compare=compare)
+
+
+def _call(command: click.Command, **values: Any) -> None:
+    """Do what a plain command does."""
+    if command.callback is None:
+        raise AssertionError(f"{command.name} does nothing. This is a bug.")
+    command.callback(**values)
+
+
+def _file_options() -> list[click.Option]:
+    cpus = "CPUs of a worker on Ray [--threads, or all of this machine; 1 beside a GPU]."
+    gpus = "GPUs of a worker on Ray; 0.5 lets two share one."
+    return [
+        click.Option(["--workers"], type=int, help="Workers on Ray [as many as have room]."),
+        click.Option(["--worker-cpus"], type=float, help=cpus),
+        click.Option(["--worker-gpus"], default=0.0, show_default=True, help=gpus),
+    ]
+
+
+serve = _extended(plain_serve, _serve, scale_options())
 """``echelon serve``, here or on Ray."""
 
-config = _extended(plain_config, plain_config.callback or _serve)
+config = _extended(plain_config, _config, scale_options())
 """``echelon config``, which knows of both."""
+
+batch = _extended(plain_batch, _batch, _file_options())
+"""``echelon batch``, here or on Ray."""
 
 
 def require_ray() -> None:

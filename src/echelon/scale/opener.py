@@ -11,6 +11,7 @@ from echelon.score.load import open_scorer
 if TYPE_CHECKING:
     import os
 
+    from echelon.fetch.resolve import ModelFolder
     from echelon.prepare import PreparedModel
     from echelon.score.base import Scorer
 
@@ -51,14 +52,22 @@ class Abroad:
         )
 
 
+def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """What other machines have to resolve to have the same model: its name and revision."""
+    if model == DEMO:
+        return DEMO, None
+    if folder.path.name == folder.revision:  # a snapshot of the hub's is named by its commit
+        return str(model), folder.revision
+    return str(folder.path), None
+
+
 def abroad(prepared: PreparedModel, model: str | os.PathLike[str], cpus: float) -> Abroad:
     """What opens a prepared model on a worker that has so many CPUs."""
-    folder, options = prepared.folder, prepared.options
-    fetched = model != DEMO and folder.path.name == folder.revision  # the hub's snapshots are so
-    here = str(folder.path) if not fetched and model != DEMO else str(model)
+    options = prepared.options
+    name, revision = place_of(prepared.folder, model)
     return Abroad(
-        model=here,
-        revision=folder.revision if fetched else None,
+        model=name,
+        revision=revision,
         device=options.device,
         threads=options.threads or max(1, int(cpus)),
         label=options.label,

@@ -24,10 +24,10 @@ from echelon.api.config_file import PREFIX, check_names
 from echelon.api.server import GRACE_S, KEEP_ALIVE_S
 from echelon.errors import InvalidInput, ShuttingDown
 from echelon.plan.scale import Scaling
-from echelon.scale.command import HERE, SCALE
+from echelon.scale.command import SCALE
 from echelon.scale.command import serve as command
 from echelon.scale.opener import abroad
-from echelon.scale.worker import RayWorker, Share
+from echelon.scale.worker import RayWorker, Share, connect
 
 if TYPE_CHECKING:
     import os
@@ -49,6 +49,8 @@ NAME = "echelon"
 ELSEWHERE = {
     "host": "http_options of Ray Serve",
     "port": "http_options of Ray Serve",
+    "header_timeout_s": "the environment of Ray Serve's proxies",
+    "max_connections": "a proxy in front of Ray Serve",
     "log_format": "logging_config of Ray Serve",
     "log_level": "logging_config of Ray Serve",
     "tls_cert": "a proxy in front of Ray Serve",
@@ -262,16 +264,3 @@ def run_here(address: str, values: dict[str, Any]) -> None:
     finally:
         serve.delete(NAME)
         ray.shutdown()
-
-
-def connect(address: str) -> None:
-    """Connect to a cluster.
-
-    Raises:
-        InvalidInput: none is there.
-    """
-    try:
-        ray.init(None if address == HERE else address, log_to_driver=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        words = str(error).splitlines()[0].rstrip(".")
-        raise InvalidInput("--ray", f"{address} cannot be reached ({words})", "Mend it.") from None

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from echelon.clock import monotonic
 from echelon.errors import InvalidInput
+from echelon.scale.command import HERE
 from echelon.score.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.child import fault_of, resident_bytes, score_step
 from echelon.score.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, Scored, unpack
@@ -251,7 +252,7 @@ class RayWorker:
         self.kill()
         if told:
             return WorkerDied(f"{self.name} was stopped")
-        if self._machine is not None and not _is_alive(self._machine):
+        if self._machine is not None and not is_alive(self._machine):
             return WorkerGone(f"{self.name}: the machine it was on has gone")
         words = str(error).strip().splitlines() or ["?"]
         return WorkerDied(f"{self.name} (process {self.pid}) ended ({words[-1].strip()})")
@@ -265,5 +266,19 @@ _ENGINE = ray.remote(
 )(Engine)
 
 
-def _is_alive(machine: str) -> bool:
+def is_alive(machine: str) -> bool:
+    """Whether a machine of the cluster is there."""
     return any(node["NodeID"] == machine and node["Alive"] for node in ray.nodes())
+
+
+def connect(address: str) -> None:
+    """Connect to a cluster.
+
+    Raises:
+        InvalidInput: none is there.
+    """
+    try:
+        ray.init(None if address == HERE else address, log_to_driver=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        words = str(error).splitlines()[0].rstrip(".")
+        raise InvalidInput("--ray", f"{address} cannot be reached ({words})", "Mend it.") from None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     MakeWorker = Callable[[int, Callable[[], None]], Worker]
     Hire = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
 
+
 async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     model: str | os.PathLike[str],
     *,
