@@ -25,6 +25,7 @@ from clusters import (
     Load,
     actors,
     cluster,
+    deployed,
     free_port,
     machine,
     run_fake,
@@ -152,7 +153,7 @@ def url(made):
 
 def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url):
     async def main(second):
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             load = Load(client)
             await load.more(20)
             assert (await client.get("/info")).json()["model_id"] == "before"
@@ -166,10 +167,8 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
             await load.end()
             assert (await client.get("/ready")).status_code == 200
 
-    with machine(made) as second:
-        run_fake(Fake(slow, 2, "before"))
+    with machine(made) as second, deployed(Fake(slow, 2, "before")):
         asyncio.run(main(second))
-    serve.delete(NAME)
 
 
 def test_the_command_serves_a_real_model_and_takes_it_away(made, url, bert):
@@ -181,7 +180,7 @@ def test_the_command_serves_a_real_model_and_takes_it_away(made, url, bert):
         try:
             lines = iter(server.stderr.readline, "")
             assert any(f"Serving at {url}" in line for line in lines)
-            with Reranker(bert) as here, httpx.Client(base_url=url, timeout=60) as client:
+            with Reranker(bert) as here, httpx.Client(base_url=url, timeout=120) as client:
                 right = here.rank("what is a bird", DOCUMENTS).results
                 body = {"query": "what is a bird", "documents": list(DOCUMENTS)}
                 results = client.post("/v2/rerank", json=body).json()["results"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import kubernetes_validate
 import pytest
+import yaml
 from click.testing import CliRunner
 
 pytest.importorskip("ray", reason="Ray is in an extra of its own")
 
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
+from echelon.api.server import GRACE_S
 from echelon.cli import cli
 from echelon.config import Options
 from echelon.errors import InvalidInput, MissingDependency
@@ -19,7 +23,7 @@ from echelon.scale import command
 from echelon.scale.opener import abroad
 from echelon.scale.serve import app, plan_of, values_of
 from echelon.scale.worker import Share
-from helpers import run_python
+from helpers import ROOT, run_python
 
 
 def test_an_application_holds_its_settings():
@@ -111,3 +115,51 @@ def test_a_folder_is_opened_by_its_whole_path(tmp_path):
 def test_the_demo_model_is_found_by_every_machine_itself(tmp_path):
     found = abroad(prepared(tmp_path, "demo", "demo"), DEMO, 0.5)
     assert (found.model, found.revision, found.threads) == (DEMO, None, 1)
+
+
+# deploy/ray.
+
+RAY = ROOT / "deploy/ray"
+
+
+def test_the_file_for_serve_is_one_that_ray_and_the_application_take():
+    made = ServeDeploySchema.model_validate(yaml.safe_load((RAY / "serve.yaml").read_text("utf-8")))
+    (told,) = made.applications
+    assert told.import_path == "echelon.scale.serve:app"
+    plan = plan_of(values_of(told.args))
+    assert plan.scaling == Scaling(1, 4, delay_s=2.0)
+    assert app(told.args)._bound_deployment.name == "echelon"
+
+
+def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
+    manifest = yaml.safe_load((RAY / "rayservice.yaml").read_text("utf-8"))
+    spec = manifest["spec"]
+    told = yaml.safe_load(spec["serveConfigV2"])
+    assert told == yaml.safe_load((RAY / "serve.yaml").read_text("utf-8"))
+    plan = plan_of(values_of(told["applications"][0]["args"]))
+    (scorers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    head = spec["rayClusterConfig"]["headGroupSpec"]
+    for group in (scorers, head):
+        pod = group["template"]["spec"]
+        assert pod["enableServiceLinks"] is False
+        (container,) = pod["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports["serve"] == told["http_options"]["port"]
+        variables = {entry["name"] for entry in container["env"]}
+        assert {"ECHELON_API_KEYS", "RAY_USAGE_STATS_ENABLED"} <= variables
+        kubernetes_validate.validate(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": "pod"},
+                "spec": pod,
+            },
+            "1.37",
+            strict=True,
+        )
+    limits = scorers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert float(limits["cpu"]) == plan.share.cpus
+    assert scorers["maxReplicas"] == plan.scaling.most
+    grace = scorers["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > plan.door["drain_s"] + GRACE_S
+    assert int(head["rayStartParams"]["num-cpus"]) < plan.share.cpus
