@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     import httpx
 
 STORE = 80 * 2**20
+HEAD = {"head": 10}
 SHARE = Share(cpus=2)
-"""The head has one CPU, for the server itself; workers go to machines with more."""
+"""The head has no CPUs: workers go to other machines."""
 
 SYSTEM = {
     "health_check_initial_delay_ms": 0,
@@ -51,7 +52,8 @@ def cluster():
     made = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": 1,
+            "num_cpus": 0,
+            "resources": HEAD,
             "object_store_memory": STORE,
             "include_dashboard": False,
             "_system_config": SYSTEM,
@@ -138,7 +140,9 @@ def free_port() -> int:
 
 
 def run_fake(build: Fake) -> None:
-    serve.run(deploy(build, drain_s=20.0), name=NAME)
+    """Deploy a server on the head: another machine may be taken away."""
+    options = {"num_cpus": 0, "resources": dict.fromkeys(HEAD, 1)}
+    serve.run(deploy(build, drain_s=20.0, ray_actor_options=options), name=NAME)
 
 
 @contextlib.contextmanager

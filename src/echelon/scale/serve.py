@@ -113,6 +113,8 @@ def deploy(
         drain_s: seconds that one has to answer what is inside, at its end.
         **more: other settings of the deployment.
     """
+    # With a CPU of its own it could take the place of a worker that it then waits for.
+    more.setdefault("ray_actor_options", {"num_cpus": 0})
     deployment = serve.deployment(
         name=NAME,
         num_replicas=ingresses,
