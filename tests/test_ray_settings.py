@@ -71,6 +71,12 @@ def test_the_command_refuses_what_ray_cannot_do():
     assert "Ray Serve has no TLS" in str(ran.exception)
 
 
+def test_workers_of_a_file_are_rays_alone():
+    ran = CliRunner().invoke(cli, ["batch", "in.jsonl", "-o", "out.jsonl", "--workers", "2"])
+    assert isinstance(ran.exception, InvalidInput)
+    assert "Add --ray" in str(ran.exception)
+
+
 def test_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"echelon-rerank\[ray\]"):
