@@ -129,7 +129,8 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
 
     with machine(made) as second:
         run(partial(main, second=second), service(slow, ears=ears, workers=2, token_budget=300))
-    killed, gone = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
+    # A start on the machine that Ray does not yet know to have gone may fail too.
+    killed, gone, *_ = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
     assert killed.startswith(f"{names[0]} ended (")
     assert gone == f"{names[1]}: the machine it was on has gone"
 

@@ -19,7 +19,7 @@ from echelon.fetch.resolve import resolve
 from echelon.jobs.score import Scored, Scoring
 from echelon.prepare import with_profile
 from echelon.scale.opener import place_of
-from echelon.scale.worker import Share, is_alive
+from echelon.scale.worker import Share, has_gone
 from echelon.score.child import fault_of, resident_bytes
 from echelon.score.device import usable_cpus
 from echelon.score.worker import START_TIMEOUT_S, unpack
@@ -283,7 +283,7 @@ class Machines:
 
     def _lost(self, member: _Member, number: int | None, error: RayError) -> None:
         """A worker has gone: what it had goes to others, and another takes its place."""
-        gone = member.machine is not None and not is_alive(member.machine)
+        gone = member.machine is not None and has_gone(member.machine, error)
         why = "its machine has gone" if gone else str(error).strip().splitlines()[-1].strip()
         logger.warning("A worker is lost: %s", why)
         self._flying = {ref: at for ref, at in self._flying.items() if at[0] is not member}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from echelon.clock import monotonic
 from echelon.errors import InvalidInput
@@ -252,7 +252,7 @@ class RayWorker:
         self.kill()
         if told:
             return WorkerDied(f"{self.name} was stopped")
-        if self._machine is not None and not is_alive(self._machine):
+        if self._machine is not None and has_gone(self._machine, error):
             return WorkerGone(f"{self.name}: the machine it was on has gone")
         words = str(error).strip().splitlines() or ["?"]
         return WorkerDied(f"{self.name} (process {self.pid}) ended ({words[-1].strip()})")
@@ -266,9 +266,14 @@ _ENGINE = ray.remote(
 )(Engine)
 
 
-def is_alive(machine: str) -> bool:
-    """Whether a machine of the cluster is there."""
-    return any(node["NodeID"] == machine and node["Alive"] for node in ray.nodes())
+def has_gone(machine: str, error: BaseException) -> bool:
+    """Whether an actor ended with its machine.
+
+    Of a machine that has just gone, Ray first says only that its actors cannot be reached.
+    """
+    if isinstance(error, ActorUnavailableError):
+        return True
+    return not any(node["NodeID"] == machine and node["Alive"] for node in ray.nodes())
 
 
 def connect(address: str) -> None:
