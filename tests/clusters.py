@@ -74,11 +74,16 @@ def cluster():
 def machine(made: Cluster, workers: int = 1):
     """One more machine, with room for so many workers."""
     node = made.add_node(num_cpus=workers * SHARE.cpus, object_store_memory=STORE)
+    ours = psutil.Process().children(recursive=True)
     try:
         yield node
     finally:
         if node in made.worker_nodes:
             made.remove_node(node, allow_graceful=False)
+        for process in ours:  # agents of a machine that was taken away may outlive it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.ppid() == 1:
+                    process.kill()
 
 
 def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
