@@ -17,9 +17,9 @@ import uvicorn
 import yaml
 
 from echelon.api.app import make_app
-from echelon.api.command import serve
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.scale.command import serve
 from echelon.serve.events import Outcome, WorkerState
 from helpers import ROOT
 from services import GUARD_S, service

@@ -30,9 +30,9 @@ from deployed import (
     settings,
 )
 from echelon.api import auth
-from echelon.api.command import config
 from echelon.api.server import GRACE_S
 from echelon.fetch import demo
+from echelon.scale.command import config
 from echelon.score.kernels import library
 from echelon.serve.service import CANARY_TIMEOUT_S
 from helpers import ROOT

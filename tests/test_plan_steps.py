@@ -144,7 +144,9 @@ def test_a_step_looks_at_a_steps_worth_however_many_wait(cost, requests, monkeyp
         made.submit(Request(number, tuple(20 + i % 200 for i in range(100_000 // requests))), 0)
     seen = []
     look = made._choose
-    monkeypatch.setattr(made, "_choose", lambda units: seen.append(len(units)) or look(units))
+    monkeypatch.setattr(
+        made, "_choose", lambda units, *more: seen.append(len(units)) or look(units, *more)
+    )
     for _ in range(20):
         finish(made, made.next_step(0))
     assert max(seen) <= 4 * 2000 / 20

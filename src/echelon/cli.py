@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from echelon import __version__
-from echelon.api.command import config, serve
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
-from echelon.jobs.command import batch
 from echelon.planner.command import plan
+from echelon.scale.command import batch, config, serve
 from echelon.stress.command import stress
 
 if TYPE_CHECKING:

@@ -82,15 +82,14 @@ def serve(*, model: str, **values: Any) -> None:
     Ctrl-C answers what is inside, then ends. Each setting is also an environment variable, such as
     ECHELON_SERVE_PORT, and an entry of the --config file.
     """
-    _require_packages()
+    require_packages()
     from echelon.api.logs import set_up
     from echelon.api.server import Address, run
 
-    door = {name: values.pop(name) for name in _door_names()}
-    options = options_of(values, quiet=True)
+    door, options = split(values)
     address = Address(door["host"], door["port"], door["tls_cert"], door["tls_key"])
     set_up(door["log_format"], door["log_level"])
-    house = _house(model, options, door)
+    house = house_of(model, options, door)
     run(house, address, exposed=not is_loopback(door["host"]))
 
 
@@ -121,13 +120,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _door_names() -> list[str]:
-    return [
-        names[0].partition("/")[0].removeprefix("--").replace("-", "_") for names, _ in _DOOR_FLAGS
-    ]
+def _name_of(flag: str) -> str:
+    return flag.partition("/")[0].removeprefix("--").replace("-", "_")
 
 
-def _house(model: str, options: Options, door: dict[str, Any]) -> House:
+def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+    """What the flags say of the server, and of the model."""
+    names = [_name_of(names[0]) for names, _ in _DOOR_FLAGS]
+    door = {name: values.pop(name) for name in names}
+    return door, options_of(values, quiet=True)
+
+
+def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) -> House:
+    """The server that flags ask for.
+
+    Args:
+        model: what to serve.
+        options: of the model.
+        door: of the server.
+        **more: as in :func:`echelon.serve.launch.launch`.
+    """
     from functools import partial
 
     from echelon.api.auth import read_keys
@@ -164,6 +176,7 @@ def _house(model: str, options: Options, door: dict[str, Any]) -> House:
         goal_s=None if goal_ms is None else goal_ms / 1000,
         fallback_max_length=door["fallback_max_length"],
         listener=Fan(metrics, recent),
+        **more,
         **as_keywords(options),
     )
     name = door["served_name"] or name_of(model)
@@ -177,7 +190,12 @@ def name_of(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """See that the server's packages are there.
+
+    Raises:
+        MissingDependency: names those that are not.
+    """
     from importlib.util import find_spec
 
     needed = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")

@@ -60,13 +60,21 @@ def load(path: str, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise InvalidInput("--config", f"{path}: {TABLE} is no table", f"Begin with [{TABLE}].")
     values = {name.replace("-", "_"): value for name, value in table.items()}
-    names = list(known)
-    for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "See: echelon serve --help."
-            raise InvalidInput("--config", f"{path}: unknown setting {name!r}", hint)
+    check_names(values, list(known), "--config", f"{path}: ")
     return values
+
+
+def check_names(values: Iterable[str], known: list[str], field: str, where: str = "") -> None:
+    """Refuse settings that no flag has.
+
+    Raises:
+        InvalidInput: names the nearest that there is.
+    """
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "See: echelon serve --help."
+            raise InvalidInput(field, f"{where}unknown setting {name!r}", hint)
 
 
 def origins(context: click.Context) -> Iterator[tuple[str, Any, str]]:

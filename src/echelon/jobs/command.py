@@ -64,6 +64,20 @@ def batch(*, quiet: bool, compare: str | None, **values: Any) -> None:
     Killed at any instant, the same command goes on where it was, and the output is the same to the
     byte. Rows that cannot be scored go to a file of their own.
     """
+    from echelon.jobs.score import Scoring
+
+    rerank_file(values, Scoring, quiet=quiet, compare=compare)
+
+
+def rerank_file(values: dict[str, Any], scoring: Any, *, quiet: bool, compare: str | None) -> None:
+    """What the command does.
+
+    Args:
+        values: of its flags.
+        scoring: what scores; see :func:`echelon.jobs.run.run`.
+        quiet: no progress and no summary.
+        compare: what to compare afterwards.
+    """
     from echelon.jobs.compare import check_comparable, compare_precisions
     from echelon.jobs.run import run
     from echelon.jobs.screen import Screen, number, print_quality, print_trials, say_summary
@@ -75,7 +89,7 @@ def batch(*, quiet: bool, compare: str | None, **values: Any) -> None:
         check_comparable(job)
     with Screen(quiet=quiet) as screen:
         try:
-            summary = run(job, screen)
+            summary = run(job, screen, scoring)
         except KeyboardInterrupt:
             if STANDARD not in {job.input, job.output}:
                 click.echo("What was finished is kept: the same command goes on.", err=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -24,11 +24,13 @@ from echelon.jobs.writers import ranked
 from echelon.prepare import with_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from echelon.config import Options
     from echelon.jobs.job import Job
     from echelon.jobs.readers import Entry, Reader
-    from echelon.jobs.rows import Mark
+    from echelon.jobs.rows import Mark, Window
+    from echelon.jobs.score import Steps
     from echelon.jobs.writers import Writer
 
 
@@ -79,12 +81,40 @@ class Summary:
     already: bool = False
 
 
-def run(job: Job, watcher: Watcher) -> Summary:
+class Scores(Protocol):
+    """Scores windows in their order; see :class:`echelon.jobs.score.Scoring`."""
+
+    @property
+    def steps(self) -> Steps:
+        """What decides the steps."""
+        ...
+
+    def score(
+        self, windows: Iterable[Window], told: Callable[[int], None] | None = None
+    ) -> Generator[Scored, None, None]:
+        """Score windows."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        ...
+
+    def __exit__(self, *exc: object) -> None:
+        """End."""
+        ...
+
+
+def run(
+    job: Job,
+    watcher: Watcher,
+    scoring: Callable[[str, Options, Steps | None], Scores] = Scoring,
+) -> Summary:
     """Rerank a file.
 
     Args:
         job: what to do; it goes on where an earlier run of the same job stopped.
         watcher: hears how it goes.
+        scoring: what scores, of a model, its options and the steps of an earlier run.
 
     Raises:
         InvalidInput: an option is wrong, a file cannot be read or is not that of the earlier run,
@@ -113,10 +143,10 @@ def run(job: Job, watcher: Watcher) -> Summary:
         done = state.counts.pairs
         with closing(job.reader(store.index_path, facts, watcher.indexing)) as reader:
             _go_on(job, state, store, reader, watcher)
-            with Scoring(job.model, job.options, state.steps) as scoring:
-                state.steps = scoring.steps
+            with scoring(job.model, job.options, state.steps) as scores:
+                state.steps = scores.steps
                 watcher.loaded()
-                _score(job, state, store, _Tools(reader, scoring, writer, judge, watcher))
+                _score(job, state, store, _Tools(reader, scores, writer, judge, watcher))
                 store.finish(state, writer)
     return _summary(state, store, done)
 
@@ -126,7 +156,7 @@ class _Tools:
     """What a run works with."""
 
     reader: Reader
-    scoring: Scoring
+    scoring: Scores
     writer: Writer
     judge: Judge | None
     watcher: Watcher

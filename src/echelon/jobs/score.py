@@ -107,6 +107,8 @@ class Scoring:
         if steps is not None:
             _check_same(steps, replace(now, precision=steps.precision) if steps.lowered else now)
         self._steps = steps or now
+        self._encode = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-encode")
+        self._score = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-score")
 
     def score(
         self, windows: Iterable[Window], told: Callable[[int], None] | None = None
@@ -121,24 +123,23 @@ class Scoring:
             OutOfMemory: a pair does not fit in memory alone; the message names its line.
             NonFiniteScore: the model gave no number for a pair; likewise.
         """
-        encode = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-encode")
-        score = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-score")
         try:
             waiting = None
             for window in windows:
-                begun = encode.submit(self._begin, window)
-                scored = score.submit(self._finish, begun, told)
+                scored = self.submit(window, told)
                 if waiting is not None:
                     yield waiting.result()
                 waiting = scored
             if waiting is not None:
                 yield waiting.result()
         except BaseException:
-            self.reranker.close()  # the window under way ends with its next step
+            self.close()
             raise
-        finally:
-            encode.shutdown(cancel_futures=True)
-            score.shutdown(cancel_futures=True)
+
+    def submit(self, window: Window, told: Callable[[int], None] | None = None) -> Future[Scored]:
+        """Score a window behind those that were submitted before; see :meth:`score`."""
+        begun = self._encode.submit(self._begin, window)
+        return self._score.submit(self._finish, begun, told)
 
     @property
     def steps(self) -> Steps:
@@ -151,8 +152,10 @@ class Scoring:
         )
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model; the window under way ends with its next step."""
         self.reranker.close()
+        self._encode.shutdown(cancel_futures=True)
+        self._score.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from collections import deque
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from echelon.plan.choose import REACH, choose
+from echelon.plan.choose import REACH, choose, share
 from echelon.plan.cost import Work
 from echelon.plan.fair import WEIGHTS, FairOrder
 from echelon.plan.pack import step_cost
@@ -107,10 +107,10 @@ class Batcher:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
             self._watch(entry, request.deadline)
 
-    def next_step(self, now: float) -> Step | None:
-        """Form the next step; None where nothing waits. Several may be under way."""
+    def next_step(self, now: float, idle: int = 1) -> Step | None:
+        """Form the next step, for one of ``idle`` workers; None where nothing waits."""
         self._drop_expired(now)
-        units = self._repeated() or self._by_turn(now)
+        units = self._repeated() or self._by_turn(now, idle)
         return self._start(units) if units else None
 
     def finish(self, number: int, logits: FloatArray | Sequence[float]) -> list[Ended]:
@@ -236,28 +236,30 @@ class Batcher:
             group = [unit for unit in self._again.popleft() if unit.owners]
             if not group:
                 continue
-            chosen = set(self._choose(group))
+            chosen = set(self._choose(group, self.budget))
             left = [unit for index, unit in enumerate(group) if index not in chosen]
             if left:
                 self._again.appendleft(left)
             return [unit for index, unit in enumerate(group) if index in chosen]
         return []
 
-    def _by_turn(self, now: float) -> list[Unit]:
+    def _by_turn(self, now: float, idle: int) -> list[Unit]:
         self._hurry(now)
-        drawn = self._draw()
+        pairs, tokens, _ = self._waiting
+        budget = share(pairs, tokens, idle, self.budget, self._seconds)
+        drawn = self._draw(budget)
         if not drawn:
             return []
         distinct = list(dict.fromkeys(unit for _, unit in drawn))
-        taken = {distinct[index] for index in self._choose(distinct)}
+        taken = {distinct[index] for index in self._choose(distinct, budget)}
         for entry, unit in reversed(drawn):
             if unit not in taken:
                 self._return(entry, unit)
         return [unit for unit in distinct if unit in taken]
 
-    def _choose(self, units: list[Unit]) -> list[int]:
+    def _choose(self, units: list[Unit], budget: int) -> list[int]:
         lengths = [unit.length for unit in units]
-        return choose(lengths, self.budget, self.max_pairs, self.cost.cost)
+        return choose(lengths, budget, self.max_pairs, self.cost.cost)
 
     def _hurry(self, now: float) -> None:
         """Let the requests whose deadline is in danger queue by deadline too."""
@@ -268,7 +270,7 @@ class Batcher:
                 entry.hasty = True
                 self._haste.add(entry)
 
-    def _draw(self) -> list[tuple[Entry, Unit]]:
+    def _draw(self, budget: int) -> list[tuple[Entry, Unit]]:
         """Candidates in the order of their turn, more than one step's worth.
 
         Who is first is sure to go. It is the first in the fair order, and in every other step the
@@ -277,12 +279,12 @@ class Batcher:
         drawn: list[tuple[Entry, Unit]] = []
         reach = REACH[self.cost.cost]
         most = math.inf if self.max_pairs is None else math.ceil(reach * self.max_pairs)
-        half = HASTE_SHARE * self.budget
+        half = HASTE_SHARE * budget
         tokens = 0
         if self._steps % 2 == 0:
             tokens += self._fair.draw(drawn, 1, 1)
         tokens += self._haste.draw(drawn, half - tokens, max(1, most * HASTE_SHARE))
-        tokens += self._fair.draw(drawn, reach * self.budget - tokens, most)
+        tokens += self._fair.draw(drawn, reach * budget - tokens, most)
         return drawn
 
     def _return(self, entry: Entry, unit: Unit) -> None:

@@ -26,6 +26,10 @@ MAX_FILL = 0.8
 """A padded step takes no pair shorter than this share of its longest: it would pay more for the
 padding than the base cost of a step of its own is worth (an eighth to a quarter of a step)."""
 
+SPLIT_GAIN_S = 0.005
+"""What waits is shared among idle workers where a step then ends so much sooner: less is eaten up
+by handing another step over, which takes a millisecond or two between machines."""
+
 
 def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, cost: Cost) -> Choice:
     """Choose candidates for one step.
@@ -38,6 +42,25 @@ def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, cost: Cos
     """
     most = len(lengths) if max_pairs is None else max_pairs
     return CHOOSERS[cost](lengths, budget, most)
+
+
+def share(
+    pairs: int, tokens: int, idle: int, budget: int, seconds: Callable[[int, int], float]
+) -> int:
+    """Budget of the next step: one idle worker's part, where what waits then ends sooner.
+
+    Args:
+        pairs: pairs that wait.
+        tokens: their tokens.
+        idle: workers that could take a step now.
+        budget: most tokens a step may cost.
+        seconds: predicts how long so many tokens, in so many pairs, take.
+    """
+    part, whole = -(-tokens // max(1, idle)), min(tokens, budget)
+    if part >= whole:
+        return budget
+    gain_s = seconds(whole, pairs * whole // tokens) - seconds(part, pairs * part // tokens)
+    return part if gain_s >= SPLIT_GAIN_S else budget
 
 
 def _first_fit(lengths: Sequence[int], budget: int, most: int) -> Choice:

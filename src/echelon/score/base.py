@@ -17,6 +17,10 @@ class WorkerDied(Exception):
     """The process that scores has ended; its steps have no result."""
 
 
+class WorkerGone(WorkerDied):
+    """The machine of the process that scores has gone; its steps are not to blame."""
+
+
 class WorkerWedged(WorkerDied):
     """The process that scores gave no answer in time and was killed."""
 

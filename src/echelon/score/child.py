@@ -25,6 +25,7 @@ from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     from echelon.score.base import Scorer
+    from echelon.score.worker import Reply
     from echelon.types import TokenBatch
 
 
@@ -55,7 +56,7 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
         opener, precision = pickle.loads(message)  # noqa: S301 - from our own parent
         scorer: Scorer = opener(precision=precision)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
-        channel.send(_fault(error))
+        channel.send(fault_of(error))
         return None
     channel.send(("facts", scorer.facts, 0.0, resident_bytes()))
     return scorer
@@ -65,7 +66,7 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
     while True:
         match pickle.loads(inbox.get()):  # noqa: S301 - from our own parent
             case ("score", batch):
-                channel.send(_score(scorer, batch))
+                channel.send(score_step(scorer, batch))
             case ("release",):
                 scorer.release()
             case ("stop",):
@@ -73,18 +74,19 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
                 return
 
 
-def _score(scorer: Scorer, batch: TokenBatch) -> tuple[object, ...]:
+def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
+    """Score a step; whatever happens is told in words for :func:`echelon.score.worker.unpack`."""
     began = time.perf_counter()
     try:
         logits = scorer.score(batch)
     except DeviceOutOfMemory as error:
         return "memory", str(error), time.perf_counter() - began, resident_bytes()
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
-        return _fault(error)
+        return fault_of(error)
     return "scores", logits, time.perf_counter() - began, resident_bytes()
 
 
-def _fault(error: Exception) -> tuple[object, ...]:
+def fault_of(error: Exception) -> Reply:
     """An error as it can travel: ours whole, others as words, their traceback in the log."""
     traceback.print_exception(error)
     words = f"{type(error).__name__}: {error}"

@@ -38,6 +38,10 @@ RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 costs no wait, and a model that cannot live does not burn the machine."""
 
 
+Reply = tuple[str, Any, float, int]
+"""What a scoring process answers: a kind, what goes with it, seconds, and the bytes it holds."""
+
+
 class Opener(Protocol):
     """Opens the scorer in the child; it is pickled, so it must be importable there."""
 
@@ -234,12 +238,12 @@ class ChildWorker:
 
     def _reply(self, timeout_s: float) -> tuple[Any, float, int]:
         try:
-            kind, what, seconds, resident = self._open_channel().receive(timeout_s)
+            reply: Reply = self._open_channel().receive(timeout_s)
         except TimeoutError:
             raise self._wedged("stopped in the middle of an answer") from None
         except (EOFError, OSError):
             raise self._died() from None
-        return FAULTS[kind](what) if kind in FAULTS else (what, seconds, resident)
+        return unpack(reply)
 
     def _open_channel(self) -> Channel:
         if self._channel is None:
@@ -261,6 +265,17 @@ class ChildWorker:
             code = 0
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return WorkerDied(f"{self.name} (process {self.pid}) ended {how}")
+
+
+def unpack(reply: Reply) -> tuple[Any, float, int]:
+    """What a reply holds, the seconds it took, and the bytes that its process holds.
+
+    Raises:
+        DeviceOutOfMemory: the step did not fit.
+        EchelonError: what the scorer raised.
+    """
+    kind, what, seconds, resident = reply
+    return FAULTS[kind](what) if kind in FAULTS else (what, seconds, resident)
 
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:

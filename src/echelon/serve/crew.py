@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.plan.queue import LEAD_S
-from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
+from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.worker import RESTART_DELAYS_S
 from echelon.serve.events import LadderTaken, WorkerChanged
 from echelon.serve.state import WEDGE_AFTER_S
@@ -102,6 +102,7 @@ class Keeper(threading.Thread):
         self._caches_dropped = False
         self._sent: deque[tuple[Step, float]] = deque()
         self._leaving = threading.Event()
+        self._retiring = threading.Event()
 
     def run(self) -> None:
         """Keep the worker until told to leave or everything is closed."""
@@ -112,7 +113,8 @@ class Keeper(threading.Thread):
             except WorkerDied as error:
                 if self._over():
                     break  # it was told to
-                self._down("wedged" if isinstance(error, WorkerWedged) else "died", str(error))
+                state: WorkerState = "wedged" if isinstance(error, WorkerWedged) else "died"
+                self._down(state, str(error), blamed=not isinstance(error, WorkerGone))
             except EchelonError as error:
                 self._down("failed", str(error))
             except Exception as error:
@@ -120,18 +122,33 @@ class Keeper(threading.Thread):
                 self._down("failed", f"{type(error).__name__}: {error}. This is a bug.")
         self.up = False
         self._worker.stop()
+        self._dispatch.put_back([step for step, _ in self._sent])
         self._change("stopped")
 
     def leave(self) -> None:
-        """Kill the worker and end; from any thread."""
+        """Kill the worker and end; from any thread. What it was given is given back."""
         self._leaving.set()
         self._worker.kill()
         self._dispatch.wake()
 
+    @property
+    def stays(self) -> bool:
+        """Whether it goes on keeping its worker."""
+        return self.is_alive() and not (self._retiring.is_set() or self._leaving.is_set())
+
+    def retire(self) -> None:
+        """End after the steps that were sent; at once where the worker is not up."""
+        self._retiring.set()
+        if self.up:
+            self._dispatch.wake()
+        else:
+            self.leave()
+
     # The worker's life.
 
     def _over(self) -> bool:
-        return self._leaving.is_set() or self._dispatch.closed
+        retired = self._retiring.is_set() and not self._sent
+        return retired or self._leaving.is_set() or self._dispatch.closed
 
     def _start(self) -> None:
         delays = self._orders.delays_s
@@ -180,8 +197,8 @@ class Keeper(threading.Thread):
             )
             self._memory_limit = None
 
-    def _down(self, state: WorkerState, why: str) -> None:
-        """The worker is lost, with what it was given."""
+    def _down(self, state: WorkerState, why: str, *, blamed: bool = True) -> None:
+        """The worker is lost, with what it was given, which may be to blame."""
         self._failures += 1
         self._failed_starts += not self.up
         self.up = False
@@ -190,7 +207,10 @@ class Keeper(threading.Thread):
         self._change(state, why)
         steps = [step for step, _ in self._sent]
         self._sent.clear()
-        self._dispatch.lost(steps)
+        if blamed:
+            self._dispatch.lost(steps)
+        else:
+            self._dispatch.put_back(steps)
         if self._failed_starts >= HOPELESS_STARTS:
             self._dispatch.hope(self.number, why)
 
@@ -213,7 +233,7 @@ class Keeper(threading.Thread):
                     self._worker.receive(0)  # nothing was sent: this raises how it ended
                     raise AssertionError("an answer that nobody asked for. This is a bug.")
                 continue
-            if not self._too_large:
+            if not self._too_large and not self._retiring.is_set():
                 self._prefetch()
             self._receive()
             if self._too_large and not self._sent:
@@ -226,7 +246,7 @@ class Keeper(threading.Thread):
 
     def _fetch(self) -> bool:
         """Wait for a step and send it; False where there is other news."""
-        prepared = self._dispatch.take(lambda: self._leaving.is_set() or self._worker.wait(0))
+        prepared = self._dispatch.take(lambda: self._over() or self._worker.wait(0))
         if prepared is not None:
             self._send(prepared)
         return prepared is not None

@@ -30,7 +30,7 @@ from echelon.serve.events import BudgetMoved, StepFinished
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from echelon.clock import Clock
     from echelon.config import Allowance
@@ -95,6 +95,7 @@ class Dispatch:
     ) -> None:
         self.clock = clock
         self.last_scored: float | None = None
+        self.busy_s = 0.0
         self._batcher = batcher
         self.listener = listener
         self.cost = batcher.cost
@@ -106,6 +107,7 @@ class Dispatch:
         self._lock = threading.Condition()
         self._closed = False
         self._workers = workers
+        self._idle = 0
         self._troubles: dict[int, str] = {}
 
     # For callers.
@@ -177,6 +179,12 @@ class Dispatch:
                     self._batcher.cancel(number)
                     self._tell(number, error)
 
+    def staff(self, numbers: Collection[int]) -> None:
+        """The workers that there are from now on."""
+        with self._lock:
+            self._workers = len(numbers)
+            self._troubles = {n: why for n, why in self._troubles.items() if n in numbers}
+
     @property
     def hopeless(self) -> WorkerLost | None:
         """Why no worker will come up soon; None while one may."""
@@ -205,10 +213,14 @@ class Dispatch:
             news: wait for a step until this is true, or all is closed; None waits for nothing.
         """
         with self._lock:
-            while (step := self._next()) is None:
-                if news is None or self._closed or news():
-                    return None
-                self._lock.wait()
+            self._idle += 1
+            try:
+                while (step := self._next()) is None:
+                    if news is None or self._closed or news():
+                        return None
+                    self._lock.wait()
+            finally:
+                self._idle -= 1
             picks = [(self._jobs[number].pairs, index) for number, index in step.places]
         return Prepared(step, gather(picks))
 
@@ -216,6 +228,7 @@ class Dispatch:
         """A worker scored a step."""
         with self._lock:
             now = self.last_scored = self.clock()
+            self.busy_s += scored.seconds
             self.cost.observe(step.lengths, scored.seconds)
             self._watch_drift()
             self._move_budget(step, scored.seconds)
@@ -311,7 +324,7 @@ class Dispatch:
 
     def _next(self) -> Step | None:
         now = self.clock()
-        step = None if self._closed else self._batcher.next_step(now)
+        step = None if self._closed else self._batcher.next_step(now, self._idle)
         for number in self._batcher.expire(now):
             self._tell(number, DeadlinePassed(EXPIRED), "expired")
         return step

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from echelon.plan.scale import Scaling
     from echelon.prepare import PreparedModel
+    from echelon.score.worker import Worker
     from echelon.serve.events import Listener
     from echelon.tune.profile import Profile
+
+    MakeWorker = Callable[[int, Callable[[], None]], Worker]
+    Hire = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
 
 
 async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
@@ -35,6 +40,8 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     goal_s: float | None = None,
     fallback_max_length: int | None = None,
     listener: Listener | None = None,
+    scaling: Scaling | None = None,
+    hire: Hire | None = None,
     **options: Any,
 ) -> Service:
     """Start a service for a model; the caller stops it.
@@ -48,6 +55,8 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         goal_s: latency goal in seconds; steps are kept below half of it.
         fallback_max_length: tokens that a pair of low priority may have while the queue is long.
         listener: hears what happens, from any thread.
+        scaling: when there are more or fewer workers; None means never.
+        hire: gives the workers of a model; None takes processes of this machine.
         **options: see :class:`echelon.config.Options`.
 
     Raises:
@@ -65,11 +74,12 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         wedge_after_s=wedge_after_s,
         goal_s=goal_s,
         fallback_max_length=fallback_max_length,
+        scaling=scaling,
     )
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
         prepared.encoder,
-        partial(_make_worker, prepared, workers),
+        partial(_make_worker, prepared, workers) if hire is None else hire(prepared, model),
         settings,
         listener=listener,
         learned=prepared.learned,

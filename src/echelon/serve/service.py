@@ -29,6 +29,7 @@ from echelon.serve.futures import resolve
 from echelon.serve.job import Job
 from echelon.serve.pressure import Pressure
 from echelon.serve.reception import Reception, Wish
+from echelon.serve.scaling import keep_scaled
 from echelon.serve.state import Readiness, Settings, Snapshot
 from echelon.types import Answer, Timings
 
@@ -106,6 +107,7 @@ class Service:
         self._empty.set()
         self._draining = True
         self._canary: asyncio.Task[Answer] | None = None
+        self._scaling: asyncio.Task[None] | None = None
 
     # Its life.
 
@@ -115,16 +117,35 @@ class Service:
         Raises:
             EchelonError: why the model cannot be opened.
         """
-        loop = asyncio.get_running_loop()
-        settled = [loop.create_future() for _ in range(self.settings.workers)]
-        self._keepers = [self._keeper(*pair, loop) for pair in enumerate(settled)]
-        for keeper in self._keepers:
-            keeper.start()
+        settled = self.resize(self.settings.workers)
         failures = [failure for failure in await asyncio.gather(*settled) if failure is not None]
         if failures:
             await self.stop()
             raise _not_started(failures[0])
         self._draining = False
+        if self.settings.scaling is not None:
+            self._scaling = asyncio.create_task(keep_scaled(self, self.settings.scaling))
+
+    def resize(self, workers: int) -> list[asyncio.Future[Exception | None]]:
+        """Have so many workers: new ones start, and those too many end after their steps.
+
+        Returns:
+            For each new one, what settles when it is up (None) or cannot be brought up (why).
+        """
+        loop = asyncio.get_running_loop()
+        self._keepers = [keeper for keeper in self._keepers if keeper.is_alive()]
+        staff = sorted((k for k in self._keepers if k.stays), key=lambda k: (not k.up, k.number))
+        for keeper in staff[workers:]:
+            keeper.retire()
+        taken = {keeper.number for keeper in self._keepers}
+        free = (number for number in itertools.count() if number not in taken)
+        new = [(next(free), loop.create_future()) for _ in range(workers - len(staff))]
+        hired = [self._keeper(number, settled, loop) for number, settled in new]
+        self._keepers += hired
+        self._dispatch.staff({keeper.number for keeper in [*staff[:workers], *hired]})
+        for keeper in hired:
+            keeper.start()
+        return [settled for _, settled in new]
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing more in, and wait for what is inside.
@@ -143,6 +164,8 @@ class Service:
     async def stop(self) -> None:
         """End the workers; whoever still waits is told. Stopping twice does nothing."""
         self._draining = True
+        if self._scaling is not None:
+            self._scaling.cancel()
         self._dispatch.close()
         for keeper in self._keepers:
             keeper.leave()
@@ -248,7 +271,8 @@ class Service:
         if self._draining:
             return Readiness(ready=False, reason="stopping, or not started")
         if not self._up():
-            return Readiness(ready=False, reason=f"no worker is up: {self._keepers[0].trouble}")
+            trouble = self._keepers[0].trouble if self._keepers else "there is none"
+            return Readiness(ready=False, reason=f"no worker is up: {trouble}")
         last = self._dispatch.last_scored
         if last is not None and self.clock() - last <= CANARY_FRESH_S:
             return Readiness(ready=True)
@@ -270,6 +294,8 @@ class Service:
             backlog_s=house.backlog_s,
             oldest_s=0.0 if oldest is None else self.clock() - oldest,
             workers=house.workers,
+            staff=sum(keeper.stays for keeper in self._keepers),
+            busy_s=self._dispatch.busy_s,
             resident_bytes=tuple(keeper.resident_bytes for keeper in self._keepers),
             scale=self._dispatch.cost.scale,
             drift=self._dispatch.drift.ratio,
@@ -314,7 +340,7 @@ class Service:
         return [canary.batch([0] * pairs) for pairs in (1, full, full)]
 
     def _up(self) -> int:
-        return sum(keeper.up for keeper in self._keepers)
+        return sum(keeper.up and keeper.stays for keeper in self._keepers)
 
     def _enter(self) -> None:
         self._inside += 1

@@ -11,6 +11,7 @@ from echelon.plan.admit import Bounds
 if TYPE_CHECKING:
     from echelon.config import Allowance, Truncation
     from echelon.plan.queue import Load
+    from echelon.plan.scale import Scaling
 
 WEDGE_AFTER_S = 20.0
 """No step is given up before this: first steps compile, and a machine may swap."""
@@ -33,6 +34,7 @@ class Settings:
 
     Attributes:
         workers: scorers that share the queue.
+        scaling: when there are more or fewer of them; None means never.
         precision: as in :class:`echelon.config.Options`.
         token_budget: most tokens a step may cost.
         max_pairs: most pairs a step may hold.
@@ -48,6 +50,7 @@ class Settings:
     """
 
     workers: int = 1
+    scaling: Scaling | None = None
     precision: str = "auto"
     token_budget: int | None = None
     max_pairs: int | None = None
@@ -84,6 +87,8 @@ class Snapshot:
         backlog_s: predicted seconds until all of it is scored.
         oldest_s: how long the oldest request has been in the queue; 0 where there is none.
         workers: workers that are up.
+        staff: workers that there are, those that start among them.
+        busy_s: seconds that workers have scored since the beginning, in all.
         resident_bytes: memory of each worker.
         scale: actual step time over what the cost model began with.
         drift: step time over what is normal for this machine, see :mod:`echelon.plan.drift`.
@@ -97,6 +102,8 @@ class Snapshot:
     backlog_s: float
     oldest_s: float
     workers: int
+    staff: int
+    busy_s: float
     resident_bytes: tuple[int, ...]
     scale: float
     draining: bool

@@ -1,0 +1,196 @@
+"""What the tests on Ray share: a cluster on this machine, and servers without weights on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from echelon.api.house import House
+from echelon.api.metrics import Metrics
+from echelon.scale.files import Bench
+from echelon.scale.serve import NAME, deploy
+from echelon.scale.worker import RayWorker, Share
+from echelon.serve.service import Service
+from echelon.serve.state import Settings
+from services import LetterEncoder, scores, until
+
+if TYPE_CHECKING:
+    import httpx
+
+STORE = 80 * 2**20
+HEAD = {"head": 10}
+SHARE = Share(cpus=2)
+"""The head has no CPUs: workers go to other machines."""
+
+SYSTEM = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 300,
+    "health_check_timeout_ms": 10_000,
+    "health_check_failure_threshold": 8,
+}
+"""A machine that went is noticed in three seconds, where Ray itself takes fifteen; one that is only
+slow, on a busy computer, has a minute."""
+
+
+@contextlib.contextmanager
+def cluster():
+    """A head without room for workers; :func:`machine` adds some."""
+    kept = dict(os.environ)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tell nobody
+    os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "resources": HEAD,
+            "object_store_memory": STORE,
+            "include_dashboard": False,
+            "_system_config": SYSTEM,
+        },
+    )
+    try:
+        ray.init(made.address, logging_level=logging.ERROR, log_to_driver=False)
+        yield made
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        made.remove_node(made.head_node, allow_graceful=False)
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def machine(made: Cluster, workers: int = 1):
+    """One more machine, with room for so many workers."""
+    node = made.add_node(num_cpus=workers * SHARE.cpus, object_store_memory=STORE)
+    ours = psutil.Process().children(recursive=True)
+    try:
+        yield node
+    finally:
+        if node in made.worker_nodes:
+            made.remove_node(node, allow_graceful=False)
+        for process in ours:  # agents of a machine that was taken away may outlive it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.ppid() == 1:
+                    process.kill()
+
+
+def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
+    """A service whose workers are actors."""
+    settings.setdefault("precision", "fp32")
+
+    def hire(number, ended):
+        return RayWorker(
+            opener, SHARE, f"worker {number}", start_timeout_s=start_timeout_s, on_end=ended
+        )
+
+    return Service(LetterEncoder(), hire, Settings(**settings), listener=ears)
+
+
+@dataclass
+class Fake:
+    """Builds servers without weights; an object, so that it can travel to a replica."""
+
+    opener: object
+    workers: int = 1
+    model: str = "fake"
+    token_budget: int = 1500
+
+    def __call__(self) -> House:
+        metrics = Metrics()
+
+        async def launch() -> Service:
+            made = service(
+                self.opener, ears=metrics, workers=self.workers, token_budget=self.token_budget
+            )
+            await made.start()
+            return made
+
+        return House(launch, self.model, metrics)
+
+
+def actors(name: str) -> list[int]:
+    """Processes of the cluster that are such actors."""
+    ours = psutil.Process().children(recursive=True)
+    return [process.pid for process in ours if f"ray::{name}" in " ".join(process.cmdline())]
+
+
+class Lethal(Bench):
+    """A worker that no window leaves alive."""
+
+    def score(self, window):
+        os._exit(1)
+
+
+def serve_at(port: int) -> str:
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    return f"http://127.0.0.1:{port}"
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def run_fake(build: Fake) -> None:
+    """Deploy a server on the head: another machine may be taken away."""
+    options = {"num_cpus": 0, "resources": dict.fromkeys(HEAD, 1)}
+    serve.run(deploy(build, drain_s=20.0, ray_actor_options=options), name=NAME)
+
+
+@contextlib.contextmanager
+def deployed(build: Fake):
+    """A server on the cluster, which is gone afterwards whatever happens."""
+    try:
+        run_fake(build)
+        yield
+    finally:
+        serve.delete(NAME)
+
+
+async def ask(client: httpx.AsyncClient, seed: int, count: int = 10) -> None:
+    """One request, whose answer must be right."""
+    documents = [f"document {seed} {i} " + "x" * (7 * i % 40) for i in range(count)]
+    query = f"query {seed}"
+    body = {"query": query, "texts": documents, "raw_scores": True}
+    answer = await client.post("/rerank", json=body)
+    assert answer.status_code == 200, answer.text
+    found = {hit["index"]: hit["score"] for hit in answer.json()}
+    right = scores([(query, document) for document in documents])
+    assert found == {index: float(score) for index, score in enumerate(right)}
+
+
+class Load:
+    """Clients that ask one after another until told to stop."""
+
+    def __init__(self, client: httpx.AsyncClient, clients: int = 4) -> None:
+        self.answered = 0
+        self._client = client
+        self._stop = False
+        self._tasks = [asyncio.create_task(self._ask(number)) for number in range(clients)]
+
+    async def more(self, count: int) -> None:
+        """Wait until so many more were answered, or one failed."""
+        goal = self.answered + count
+        await until(lambda: self.answered >= goal or any(task.done() for task in self._tasks))
+
+    async def end(self) -> None:
+        self._stop = True
+        await asyncio.gather(*self._tasks)
+
+    async def _ask(self, number: int) -> None:
+        while not self._stop:
+            await ask(self._client, number * 1000 + self.answered)
+            self.answered += 1
