@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ STORE = 80 * 2**20
 HEAD = {"head": 10}
 SHARE = Share(cpus=2)
 """The head has no CPUs: workers go to other machines."""
+
+GONE_S = 120.0
 
 SYSTEM = {
     "health_check_initial_delay_ms": 0,
@@ -80,10 +83,19 @@ def machine(made: Cluster, workers: int = 1):
     finally:
         if node in made.worker_nodes:
             made.remove_node(node, allow_graceful=False)
+        _await_the_end_of(node)
         for process in ours:  # agents of a machine that was taken away may outlive it
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.ppid() == 1:
                     process.kill()
+
+
+def _await_the_end_of(node) -> None:
+    """Until Ray knows: what it still plans for that machine would fail in the test that follows."""
+    ends = time.monotonic() + GONE_S
+    while any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
 
 def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
