@@ -18,6 +18,7 @@ from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 from echelon.jobs.command import batch
 from echelon.planner.command import plan
+from echelon.reports.command import report
 from echelon.stress.command import stress
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ cli.add_command(serve)
 cli.add_command(config)
 cli.add_command(stress)
 cli.add_command(plan)
+cli.add_command(report)
 
 
 @cli.command()
