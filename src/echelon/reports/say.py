@@ -74,13 +74,12 @@ def _faster(row: Row, how: str) -> str:
             f"A tie: {what} take {a} on A and {b} on B, {how}; medians within "
             f"{words.percent(TIE)} are a tie."
         )
-    names = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
+    first, quick, last, slow = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
     if ratio["value"] < 1:
         ratio = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse.as_dict()
-    first, quick, last, slow = names
     return (
-        f"{first} is {words.number(ratio['value'])} times as fast as {last}: {what} take {quick} on {first} "
-        f"and {slow} on {last}, {how}. {_certainty(ratio)}"
+        f"{first} is {words.number(ratio['value'])} times as fast as {last}: {what} take {quick} "
+        f"on {first} and {slow} on {last}, {how}. {_certainty(ratio)}"
     )
 
 
