@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, ProfileError
 
 
 @click.group()
@@ -31,7 +31,7 @@ def show(*, profile: str, output: str, quiet: bool) -> None:
     found = Profile.load(profile)
     try:
         write_report(found, output, profile_path=profile)
-    except DAMAGED as error:
+    except (ProfileError, *DAMAGED) as error:
         raise damaged(profile, error) from error
     _say(output, quiet=quiet)
 

@@ -210,10 +210,10 @@ def _precision(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positive(value: Any) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (sound and math.isfinite(value) and value > 0):
         raise ValueError(f"{value!r} is no number above 0")
-    return number
+    return float(value)
 
 
 def _count(value: Any) -> int:
