@@ -16,6 +16,7 @@ from echelon import __version__
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 from echelon.planner.command import plan
+from echelon.reports.command import report
 from echelon.scale.command import batch, config, serve
 from echelon.stress.command import stress
 
@@ -96,6 +97,7 @@ cli.add_command(serve)
 cli.add_command(config)
 cli.add_command(stress)
 cli.add_command(plan)
+cli.add_command(report)
 
 
 @cli.command()

@@ -25,6 +25,8 @@ def model_charts(profile: Profile) -> list[Chart]:
     if profile.cost is None:
         return []
     fit = CostFit.from_dict(profile.cost)
+    if not fit.shapes:
+        return []
     found = [_time_chart(fit)]
     peaks = [shape for shape in fit.shapes if shape["peak_bytes"]]
     if profile.memory is not None and peaks:

@@ -145,7 +145,7 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     if not known:
         return None
     gaps = [e for e in entries if e["status"] in SIGNS]
-    pen = _Pen(quantity, unit, _looks(entries))
+    pen = Pen(quantity, unit, _looks(entries))
     traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
     traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
     traces += pen.gaps(gaps)
@@ -155,8 +155,7 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
         note=_note(quantity, known),
         figure={
             "data": [trace for trace in traces if trace is not None],
-            "layout": _layout(unit, entries, "y2" if gaps else "y")
-            | _upright(quantity, known, gaps),
+            "layout": layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps),
         },
     )
 
@@ -179,27 +178,29 @@ def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class Look:
+    """Colour and sign of a line."""
+
     colour: str
     symbol: str
 
 
-def _looks(entries: Iterable[Entry]) -> dict[int, _Look]:
+def _looks(entries: Iterable[Entry]) -> dict[int, Look]:
     """Colour and sign for each number of pairs."""
     counts = sorted({entry["pairs"] for entry in entries})
     return {
-        count: _Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
+        count: Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
         for i, count in enumerate(counts)
     }
 
 
 @dataclass(frozen=True, slots=True)
-class _Pen:
+class Pen:
     """Draws the traces of one chart."""
 
     quantity: Quantity
     unit: str
-    looks: dict[int, _Look]
+    looks: dict[int, Look]
 
     def line(self, entries: Sequence[Entry]) -> Trace | None:
         """The measured points of one number of pairs."""
@@ -291,7 +292,7 @@ WIDE = 8
 """Latencies this many times apart are drawn on a logarithmic axis, or the short ones lie flat."""
 
 
-def _layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
+def layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
     """Everything but the vertical axes; ``foot`` is the one that the sizes stand under."""
     across = {"type": "log", "title": {"text": AXES[unit]}, "anchor": foot}
     return {
@@ -313,7 +314,7 @@ def _ticks(unit: str, entries: Iterable[Entry]) -> dict[str, Any]:
     return {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
 
 
-def _upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
+def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
     """The vertical axis; beneath it a shaded strip for sizes without a number, if there are any."""
     axis = {**quantity.axis, **LINES}
     if quantity is LATENCY:

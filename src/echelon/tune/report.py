@@ -18,6 +18,7 @@ from echelon.tune.stats import CONFIDENCE
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from echelon.tune.profile import Profile
     from echelon.tune.words import Entry
@@ -83,17 +84,27 @@ def write_report(
 
 def render(profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_NAME) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
+    return fill(_template("report.html.j2"), _content(profile, str(profile_path)))
+
+
+def fill(text: str, content: Mapping[str, Any]) -> str:
+    """A template with its content as HTML; it may extend ``report.html.j2``."""
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        (files("echelon.tune") / "report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(_content(profile, str(profile_path)), plotly_js=_plotly_js())
+    page = environment.from_string(text).render(content, plotly_js=_plotly_js())
     # A file name that is no UTF-8 reaches us with lone surrogates, which no file can hold.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _template(name: str) -> str:
+    return (files("echelon.tune") / name).read_text(encoding="utf-8")
 
 
 def _plotly_js() -> str:

@@ -1,0 +1,1 @@
+"""Reports out of profiles: one again, or two side by side."""

@@ -1,0 +1,81 @@
+"""``echelon report``. Imports click only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from echelon.errors import InvalidInput, ProfileError
+
+
+@click.group()
+def report() -> None:
+    """Show a profile of `echelon tune` again, or compare two."""
+
+
+@report.command()
+@click.argument("profile")
+@click.option(
+    "--output", "-o", default="echelon-report.html", show_default=True, help="Page to write."
+)
+@click.option("--quiet", is_flag=True, help="Say nothing.")
+def show(*, profile: str, output: str, quiet: bool) -> None:
+    """Write the report of PROFILE again, as one HTML page."""
+    _spare(output, profile)
+    from echelon.reports.side import DAMAGED, damaged
+    from echelon.tune.profile import Profile
+    from echelon.tune.report import write_report
+
+    found = Profile.load(profile)
+    try:
+        write_report(found, output, profile_path=profile)
+    except (ProfileError, *DAMAGED) as error:
+        raise damaged(profile, error) from error
+    _say(output, quiet=quiet)
+
+
+@report.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--output", "-o", help="HTML page to write [none].")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/REPORT.md).")
+@click.option("--quiet", is_flag=True, help="No tables.")
+def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool) -> None:
+    """Compare the profiles A and B.
+
+    Says which is faster, by how much, and whether that is more than the spread of the runs. They
+    may come of two machines, or of one before and after a change. A ratio is B over A.
+    """
+    if output is not None:
+        _spare(output, a, b)
+    from echelon.reports.compare import compare as compare_sides
+    from echelon.reports.side import Side
+
+    sides = Side.load(a), Side.load(b)
+    found = compare_sides(*sides)
+    if output is not None:
+        from echelon.reports.page import write_page
+
+        write_page(*sides, found, output)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+    elif not quiet:
+        from echelon.reports.table import print_comparison
+
+        print_comparison(found)
+    if output is not None:
+        _say(output, quiet=quiet or as_json)
+
+
+def _spare(output: str, *profiles: str) -> None:
+    """No page may replace a profile that it is made of."""
+    target = Path(output).resolve()
+    if target in {Path(profile).resolve() for profile in profiles}:
+        raise InvalidInput("--output", f"{output} is the profile itself", "Give another file.")
+
+
+def _say(output: str, *, quiet: bool) -> None:
+    if not quiet:
+        click.echo(f"Page: {output}", err=True)

@@ -1,0 +1,243 @@
+"""Two profiles side by side, as plain data; docs/REPORT.md describes it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from echelon.plan.cost import work_of
+from echelon.plan.pack import NO_BUDGET
+from echelon.reports.ratio import Known, Ratio
+from echelon.reports.say import notes, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from echelon.reports.side import Number, Side
+    from echelon.tune.fit import CostFit, MemoryFit
+
+Row = dict[str, Any]
+
+SCHEMA = 1
+"""Version of the answer's layout, see docs/REPORT.md."""
+
+STEPS = ((1, 128), (8, 128), (32, 128), (8, 512))
+"""Pairs and tokens of each: steps whose predicted times are compared."""
+
+MACHINE = ("cpu", "usable_cpus", "memory_bytes", "system", "python")
+"""What of the machine's description tells two apart; its cards are named by the device."""
+
+LENGTHS = ("mean", "max")
+
+
+def compare(a: Side, b: Side) -> Row:
+    """Compare two profiles.
+
+    A ratio is always B over A. Times of other models or of other texts are shown side by side,
+    without ratios: there a ratio would not tell which machine is faster.
+
+    Returns:
+        Plain data.
+    """
+    obstacles = _obstacles(a, b)
+    times = not obstacles
+    found = {
+        "schema": SCHEMA,
+        "kind": "comparison",
+        "a": _about(a),
+        "b": _about(b),
+        "comparable": {"times": times, "model": _same_model(a, b), "obstacles": obstacles},
+        "keys": _keys(a, b),
+        "settings": _settings(a, b),
+        "chosen": _numbers(a.chosen(), b.chosen(), times=times),
+        "best": _numbers(a.best, b.best, times=times),
+        "points": _numbers(a.points, b.points, times=times),
+        "precisions": _precisions(a, b, times=times),
+        "cost": _cost(a, b),
+        "memory": _memory(a, b),
+    }
+    return found | {"verdict": verdict(found), "notes": notes(found)}
+
+
+# What is compared with what.
+
+
+def _same_model(a: Side, b: Side) -> bool:
+    """The same name, or the same files under another one."""
+    one, other = a.profile.key, b.profile.key
+    return one.model == other.model or one.revision == other.revision
+
+
+def _same_texts(a: Side, b: Side) -> bool:
+    """Whether calls of as many pairs hold as many tokens.
+
+    A file's name does not tell, it differs between machines; it must where no call is shared.
+    """
+    one, other = a.tokens(), b.tokens()
+    shared = one.keys() & other.keys()
+    if shared:
+        return all(one[pairs] == other[pairs] for pairs in shared)
+    return _texts(a) == _texts(b)
+
+
+def _texts(side: Side) -> tuple[Any, Any, Any]:
+    data, settings = side.profile.data, side.profile.settings
+    return data.get("name"), data.get("pairs"), settings.max_length
+
+
+def _obstacles(a: Side, b: Side) -> list[str]:
+    found = [] if _same_model(a, b) else ["the models differ"]
+    if not _same_texts(a, b):
+        found.append("the texts that were scored differ")
+    return found
+
+
+def _about(side: Side) -> Row:
+    profile = side.profile
+    return {
+        "file": side.file,
+        "key": asdict(profile.key),
+        "created": profile.created,
+        "learned_token_budget": profile.learned_token_budget,
+        "warnings": list(map(str, profile.warnings)),
+    }
+
+
+def _keys(a: Side, b: Side) -> list[Row]:
+    one, other = _key_values(a), _key_values(b)
+    return [_values(name, one.get(name), other.get(name)) for name in {**one, **other}]
+
+
+def _key_values(side: Side) -> Row:
+    profile, key = side.profile, side.profile.key
+    found = {
+        n: getattr(key, n) for n in ("model", "revision", "device", "device_name", "precision")
+    }
+    found |= {f"versions.{name}": version for name, version in key.versions.items()}
+    found |= {f"machine.{name}": profile.machine.get(name) for name in MACHINE}
+    found |= {f"data.{name}": profile.data.get(name) for name in ("name", "pairs")}
+    lengths = profile.data.get("tokens") or {}
+    return found | {f"data.tokens.{name}": lengths.get(name) for name in LENGTHS}
+
+
+def _settings(a: Side, b: Side) -> list[Row]:
+    one, other = _setting_values(a), _setting_values(b)
+    return [_values(name, one[name], other[name]) for name in one]
+
+
+def _setting_values(side: Side) -> Row:
+    found = asdict(side.profile.settings)
+    if found["token_budget"] == NO_BUDGET:
+        found["token_budget"] = None
+    return found | {"learned_token_budget": side.profile.learned_token_budget}
+
+
+def _values(name: str, a: Any, b: Any) -> Row:
+    return {"name": name, "a": a, "b": b, "differs": a != b}
+
+
+# Ratios.
+
+
+def _ratio(a: Known | None, b: Known | None) -> Ratio | None:
+    return None if a is None or b is None else Ratio.of(a, b)
+
+
+def _plain(ratio: Ratio | None) -> Row | None:
+    return None if ratio is None else ratio.as_dict()
+
+
+def _known(value: float | None) -> Known | None:
+    return Known(value) if value else None
+
+
+def _plain_ratio(a: float | None, b: float | None) -> Row | None:
+    """Of two numbers without an interval; None unless both are known and above 0."""
+    return _plain(_ratio(_known(a), _known(b)))
+
+
+def _numbers(a: Mapping[Any, Number], b: Mapping[Any, Number], *, times: bool) -> list[Row]:
+    places = sorted({**a, **b}, key=repr)
+    return sorted((_number(a.get(p), b.get(p), times=times) for p in places), key=_order)
+
+
+def _order(row: Row) -> tuple[int, bool, int, int]:
+    """By pairs, batch sizes before token budgets."""
+    number = row["a"] or row["b"]
+    batch_size, budget = number["batch_size"] or 0, number["token_budget"] or 0
+    return row["pairs"], not batch_size, batch_size, budget
+
+
+def _number(a: Number | None, b: Number | None, *, times: bool) -> Row:
+    latency = _ratio(a.latency, b.latency) if times and a and b else None
+    either = a or b
+    return {
+        "pairs": either.pairs if either else 0,
+        "a": None if a is None else a.as_dict(),
+        "b": None if b is None else b.as_dict(),
+        "latency": _plain(latency),
+        "throughput": _plain(None if latency is None else latency.inverse),
+    }
+
+
+def _precisions(a: Side, b: Side, *, times: bool) -> list[Row]:
+    rows = []
+    for name in {**a.precisions, **b.precisions}:
+        one, other = a.precisions.get(name), b.precisions.get(name)
+        speed = _plain_ratio(one["tokens_per_s"], other["tokens_per_s"]) if one and other else None
+        rows.append({"precision": name, "a": one, "b": other, "speed": speed if times else None})
+    return rows
+
+
+# The models: they hold for texts of any length, so only the reranker must be the same.
+
+
+def _cost(a: Side, b: Side) -> Row:
+    prices = [_cost_values(side.cost) for side in (a, b)]
+    rows = [_step(a, b, pairs, tokens) for pairs, tokens in STEPS]
+    return {"a": prices[0], "b": prices[1], "steps": rows if a.cost or b.cost else []}
+
+
+def _cost_values(fit: CostFit | None) -> Row | None:
+    if fit is None:
+        return None
+    error = {"error_median": fit.error.median, "error_p90": fit.error.p90}
+    return asdict(fit.coefficients) | {"paid": fit.paid} | error | {"spread": fit.spread}
+
+
+def _step(a: Side, b: Side, pairs: int, tokens: int) -> Row:
+    one, other = (_seconds(side.cost, pairs, tokens) for side in (a, b))
+    ratio = _plain_ratio(one, other) if _same_model(a, b) else None
+    return {"pairs": pairs, "tokens": tokens, "a_s": one, "b_s": other, "time": ratio}
+
+
+def _seconds(fit: CostFit | None, pairs: int, tokens: int) -> float | None:
+    if fit is None:
+        return None
+    return float(fit.coefficients.seconds(work_of([tokens] * pairs, fit.paid)))
+
+
+def _memory(a: Side, b: Side) -> Row:
+    """Of processes or of cards; one is not compared with the other."""
+    ratios = _same_model(a, b) and a.kind == b.kind
+    rows = []
+    for pairs, tokens in STEPS:
+        one, other = (_peak(side.memory, pairs, tokens) for side in (a, b))
+        ratio = _plain_ratio(one, other) if ratios else None
+        step = {"pairs": pairs, "tokens": tokens}
+        rows.append(step | {"a_bytes": one, "b_bytes": other, "size": ratio})
+    found = {"a": _memory_values(a.memory), "b": _memory_values(b.memory)}
+    return found | {"of": [a.kind, b.kind], "steps": rows if a.memory or b.memory else []}
+
+
+def _memory_values(fit: MemoryFit | None) -> Row | None:
+    if fit is None:
+        return None
+    error = {"error_median": fit.error.median, "error_p90": fit.error.p90}
+    return asdict(fit.model) | error
+
+
+def _peak(fit: MemoryFit | None, pairs: int, tokens: int) -> float | None:
+    if fit is None:
+        return None
+    return float(fit.model.peak_bytes(work_of([tokens] * pairs, "ragged")))

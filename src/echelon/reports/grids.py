@@ -1,0 +1,285 @@
+"""A comparison as tables of words, for the terminal and the page alike. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from echelon.reports.say import factor
+from echelon.tune import words
+from echelon.tune.solve import TIE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Row = dict[str, Any]
+
+NAMES = {
+    "model": "Model",
+    "revision": "Revision",
+    "device": "Device",
+    "device_name": "Device's name",
+    "precision": "Precision",
+    "machine.cpu": "Processor",
+    "machine.usable_cpus": "Usable cores",
+    "machine.memory_bytes": "Memory",
+    "machine.system": "System",
+    "machine.python": "Python",
+    "data.name": "Texts",
+    "data.pairs": "Pairs in them",
+    "data.tokens.mean": "Tokens a pair, mean",
+    "data.tokens.max": "Tokens a pair, longest",
+    "token_budget": "Token budget",
+    "batch_size": "Batch size",
+    "threads": "Threads",
+    "max_length": "Longest pair",
+    "learned_token_budget": "Budget that memory taught",
+}
+"""Keys and settings for people; a library's version keeps its own name."""
+
+PRICES = {
+    "base_s": "An empty step",
+    "token_s": "A token",
+    "square_s": "A squared token",
+    "beyond_s": "A token beyond the knee",
+}
+
+SIZES = {
+    "fixed_bytes": "Without any step",
+    "token_bytes": "A token",
+    "square_bytes": "A squared token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One table.
+
+    Attributes:
+        name: id in the page.
+        title: heading.
+        columns: headings of the columns.
+        rows: cells of each row.
+        marked: indices of the rows that differ.
+        note: how to read it.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    marked: set[int] = field(default_factory=set)
+    note: str = ""
+
+
+def keys(found: Row) -> Grid:
+    """What was measured."""
+    return _values("keys", "What was compared", found["keys"])
+
+
+def settings(found: Row) -> Grid:
+    """What tuning chose."""
+    return _values("settings", "Chosen settings", found["settings"])
+
+
+def best(found: Row) -> Grid:
+    """The best batch for each number of pairs, and the chosen setting."""
+    rows = [_best(row, "best batch") for row in found["best"]]
+    rows += [_best(row, "chosen") for row in found["chosen"]]
+    return Grid(
+        "best",
+        "Best batch, and the chosen setting",
+        ("Pairs", "Step", "Throughput B/A", "Latency B/A", "A", "B"),
+        rows,
+        note=SPREAD,
+    )
+
+
+SPREAD = (
+    "± is the farther end of the median's interval, n=… the number of runs where they are too few "
+    "for one. A ratio is B over A, with its interval where both have one; within "
+    f"{words.percent(TIE)} is a tie."
+)
+
+
+def precisions(found: Row) -> Grid:
+    """Speed and agreement of each precision."""
+    return Grid(
+        "precisions",
+        "Precisions",
+        ("Precision", "A tokens/s", "B tokens/s", "Speed B/A", "A agreement", "B agreement"),
+        [
+            [
+                row["precision"],
+                *(_cell(row[side], lambda p: words.number(p["tokens_per_s"])) for side in "ab"),
+                factor(row["speed"], timed=False),
+                *(_cell(row[side], _agreement) for side in "ab"),
+            ]
+            for row in found["precisions"]
+        ],
+        note="Agreement with fp32: Kendall τ, overlap of the top 10, and whether it may serve. "
+        "Each speed is one timed pass, so it has no interval.",
+    )
+
+
+def cost(found: Row) -> Grid:
+    """Prices of steps, and what steps take by them."""
+    models = found["cost"]
+    rows = _model_rows(models, PRICES, _price)
+    rows += [
+        [
+            _step(row),
+            _cell(row["a_s"], words.duration),
+            _cell(row["b_s"], words.duration),
+            factor(row["time"], timed=False),
+        ]
+        for row in models["steps"]
+    ]
+    return Grid(
+        "cost",
+        "Cost model",
+        ("Time of", "A", "B", "B/A"),
+        rows,
+        note="Predicted by each side's cost model, for pairs of one length. Error: on shapes that "
+        "the model has not seen.",
+    )
+
+
+def memory(found: Row) -> Grid:
+    """What steps need."""
+    models = found["memory"]
+    rows = _model_rows(models, SIZES, _bytes)
+    rows += [
+        [
+            _step(row),
+            _bytes(row["a_bytes"]),
+            _bytes(row["b_bytes"]),
+            factor(row["size"], timed=False),
+        ]
+        for row in models["steps"]
+    ]
+    return Grid(
+        "memory",
+        "Memory",
+        ("Memory of", "A", "B", "B/A"),
+        rows,
+        note="Of the process on CPU, of the GPU on CUDA, the model included; by each side's memory "
+        "model.",
+    )
+
+
+def points(found: Row) -> Grid:
+    """Every point that either side measured."""
+    return Grid(
+        "points",
+        "All points",
+        ("Pairs", "Step", "Throughput B/A", "A", "B", "A peak memory", "B peak memory"),
+        [
+            [
+                str(row["pairs"]),
+                words.step_of(row["a"] or row["b"]),
+                factor(row["throughput"]),
+                *(_cell(row[side], _number) for side in "ab"),
+                *(_cell(row[side], lambda n: words.size(n["peak_bytes"])) for side in "ab"),
+            ]
+            for row in found["points"]
+        ],
+        note=SPREAD,
+    )
+
+
+# Cells.
+
+
+def _cell(value: Any, say: Callable[[Any], str]) -> str:
+    return words.UNKNOWN if value is None else say(value)
+
+
+def _values(name: str, title: str, rows: list[Row]) -> Grid:
+    shown = [row for row in rows if row["a"] is not None or row["b"] is not None]
+    return Grid(
+        name,
+        title,
+        ("", "A", "B"),
+        [[_name(row["name"]), *(_value(row["name"], row[side]) for side in "ab")] for row in shown],
+        {index for index, row in enumerate(shown) if row["differs"]},
+        "≠ marks what differs.",
+    )
+
+
+def _name(name: str) -> str:
+    return NAMES.get(name, name.removeprefix("versions."))
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return words.UNKNOWN
+    if name == "machine.memory_bytes":
+        return words.size(value)
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _best(row: Row, how: str) -> list[str]:
+    return [
+        str(row["pairs"]),
+        how,
+        factor(row["throughput"]),
+        factor(row["latency"]),
+        *(_cell(row[side], lambda n: f"{words.step_of(n)}: {_number(n)}") for side in "ab"),
+    ]
+
+
+def _number(number: Row) -> str:
+    """A point's latency and throughput, or why there are none."""
+    if number["latency_s"] is None:
+        return words.MISSING.get(number["status"], str(number["status"]))
+    ends = {"median": number["latency_s"], "low": number["low_s"], "high": number["high_s"]}
+    spread = words.spread({"latency_s": ends, "samples": number["samples"]})
+    rate = f"{words.number(number['pairs_per_s'])} pairs/s"
+    return f"{words.duration(number['latency_s'])} ({spread}), {rate}"
+
+
+def _agreement(row: Row) -> str:
+    passed = "passed" if row["passed"] else "failed"
+    return f"τ {row['tau']:.4f}, {words.percent(row['overlap'], 1)}, {passed}"
+
+
+def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -> list[list[str]]:
+    """A model's numbers on both sides, then its errors; none where neither side has one."""
+    sides = [models["a"], models["b"]]
+    if not any(sides):
+        return []
+    rows = [
+        [title, *(_cell(side and side[name], say) for side in sides), words.UNKNOWN]
+        for name, title in names.items()
+    ]
+    errors = {"error_median": "Error, median", "error_p90": "Error, P90"}
+    return rows + [
+        [title, *(_cell(side and side[name], words.percent) for side in sides), words.UNKNOWN]
+        for name, title in errors.items()
+    ]
+
+
+def _step(row: Row) -> str:
+    pairs = "1 pair" if row["pairs"] == 1 else f"{row['pairs']} pairs"
+    return f"{pairs} of {row['tokens']} tokens"
+
+
+def _price(seconds: float) -> str:
+    if seconds and seconds < MICROSECOND:
+        return f"{words.number(seconds * 1e9)}{words.SPACE}ns"
+    small = seconds and seconds < MILLISECOND
+    return f"{words.number(seconds * 1e6)}{words.SPACE}µs" if small else words.duration(seconds)
+
+
+MICROSECOND, MILLISECOND = 1e-6, 1e-3
+
+
+def _bytes(count: float | None) -> str:
+    """In the unit that suits: a model's numbers lie far apart."""
+    if count is None:
+        return words.UNKNOWN
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{words.number(count / unit)}{words.SPACE}{name}"
+    return f"{words.number(count)}{words.SPACE}B"

@@ -1,0 +1,69 @@
+"""A comparison as one HTML page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echelon.reports import grids
+from echelon.reports.overlay import overlays
+from echelon.tune import report, words
+from echelon.tune.profile import write_text
+
+if TYPE_CHECKING:
+    import os
+
+    from echelon.reports.side import Side
+
+Row = dict[str, Any]
+
+
+def write_page(a: Side, b: Side, found: Row, path: str | os.PathLike[str]) -> None:
+    """Write the page whole or not at all.
+
+    Args:
+        a: one profile.
+        b: the other.
+        found: what :func:`echelon.reports.compare.compare` says of them.
+        path: the HTML file.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_text(Path(path), render(a, b, found))
+
+
+def render(a: Side, b: Side, found: Row) -> str:
+    """The page as HTML; arguments as in :func:`write_page`."""
+    text = (files("echelon.reports") / "compare.html.j2").read_text(encoding="utf-8")
+    return report.fill(text, _content(a, b, found))
+
+
+def _content(a: Side, b: Side, found: Row) -> Row:
+    drawn = overlays(a, b)
+    return {
+        "verdict": found["verdict"],
+        "sides": [_side(name, found[name]) for name in "ab"],
+        "notes": found["notes"],
+        "first": [grids.keys(found), grids.settings(found), grids.best(found)],
+        "then": [
+            grids.precisions(found),
+            grids.cost(found),
+            grids.memory(found),
+            grids.points(found),
+        ],
+        "charts": drawn,
+        "figures": {chart.name: chart.figure for chart in drawn},
+    }
+
+
+def _side(name: str, side: Row) -> Row:
+    key = side["key"]
+    return {
+        "name": name.upper(),
+        "file": side["file"],
+        "model": str(key["model"]),
+        "device": f"{key['device_name']} ({key['device']}), {key['precision']}",
+        "created": words.when(str(side["created"])),
+    }
