@@ -83,6 +83,8 @@ class Profile:
         cost: how long a step takes, see :class:`echelon.tune.fit.CostFit`; None where that was
             refused, or the profile is older.
         memory: how much it needs, see :class:`echelon.tune.fit.MemoryFit`; None likewise.
+        scenario: what the settings were chosen for and how that was proved, see docs/TUNE.md; None
+            where no scenario was asked for.
     """
 
     key: Key
@@ -99,6 +101,7 @@ class Profile:
     learned_token_budget: int | None = None
     cost: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    scenario: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

@@ -28,7 +28,7 @@ from echelon.simulate.setting import Setting
 from echelon.tune.words import duration, number, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from echelon.plan.cost import CostModel
     from echelon.plan.workload import Arrival
@@ -52,6 +52,9 @@ WARM = 0.1
 
 FULL = 300
 """Requests that are all there at once when it is asked what a candidate does at most."""
+
+APART_S = 3600.0
+"""Seconds between two requests of a caller who waits for each answer: the first has long ended."""
 
 NEARLY = 1.05
 """An edge machine may answer this much slower than the fastest for less memory."""
@@ -234,14 +237,7 @@ class _Service:
         self._traffic = traffic
         self._candidate = candidate
         self._goal_s = limits.goal_s
-        self._setting = Setting(
-            candidate.token_budget,
-            candidate.max_pairs,
-            candidate.workers,
-            request_s=limits.overhead_s,
-            noise=limits.noise,
-            seed=limits.seed,
-        )
+        self._setting = _setting(candidate, limits)
 
     def at_once(self) -> Outcome:
         """All requests are there."""
@@ -261,13 +257,44 @@ class _Service:
 
     def _requests(self, rate: float, count: int) -> Iterator[Arrival]:
         """The first requests, cut to the candidate's length."""
-        most = self._candidate.max_length
-        for request in islice(self._traffic.at(rate).requests(), count):
-            if most is None:
-                yield request
-            else:
-                lengths = tuple(min(length, most) for length in request.lengths)
-                yield replace(request, lengths=lengths)
+        return cut(islice(self._traffic.at(rate).requests(), count), self._candidate.max_length)
+
+
+def predict(
+    scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: Limits
+) -> Outcome:
+    """What comes of certain requests, such as those that a test sends.
+
+    For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
+    long been answered; for the others they come at their times.
+    """
+    setting, goal_s = _setting(candidate, limits), limits.goal_s
+    if scenario == "offline":
+        setting = replace(setting, bounds=OPEN, request_s=0.0)
+        requests = (replace(one, at_s=0.0) for one in requests)
+    elif scenario == "edge":
+        requests = (replace(one, at_s=APART_S * i) for i, one in enumerate(requests))
+    return simulate(cut(requests, candidate.max_length), candidate.cost, setting, goal_s=goal_s)
+
+
+def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
+    """Requests whose pairs have at most so many tokens."""
+    for request in requests:
+        if most is None:
+            yield request
+        else:
+            yield replace(request, lengths=tuple(min(length, most) for length in request.lengths))
+
+
+def _setting(candidate: Candidate, limits: Limits) -> Setting:
+    return Setting(
+        candidate.token_budget,
+        candidate.max_pairs,
+        candidate.workers,
+        request_s=limits.overhead_s,
+        noise=limits.noise,
+        seed=limits.seed,
+    )
 
 
 # Choosing.

@@ -1,0 +1,1 @@
+"""``echelon tune --scenario``: predict, choose, prove, and say how far the two were apart."""

@@ -1,0 +1,231 @@
+"""The spine of a recommendation: profile and goal to settings, proved.
+
+It goes: traffic → candidates → choose by simulation → prove → where the two disagree, correct the
+models by what was measured, choose and prove once more → profile with the settings.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echelon.advise.answer import Round, answer_of, missed_words, settings_of
+from echelon.advise.ask import HURRIED
+from echelon.advise.candidates import Prices, candidates, prices_of, row_of
+from echelon.advise.numbers import Numbers, agree, correct, differences
+from echelon.advise.proof import Stage, prove
+from echelon.advise.sending import Load, scale_of
+from echelon.advise.shorter import Shorter, shorter
+from echelon.clock import monotonic
+from echelon.errors import GoalMissed, InvalidInput
+from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
+from echelon.tune.scenario import Limits, predict, solve
+from echelon.tuner import probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from echelon.advise.ask import Ask
+    from echelon.advise.model import Model
+    from echelon.plan.workload import Arrival
+    from echelon.tune.profile import Profile
+    from echelon.tune.scenario import Candidate, Recommendation
+    from echelon.tuner import Plan
+
+OVERHEAD_S = 0.002
+"""HTTP and tokenising of a request before anything was measured, as `echelon plan` has it."""
+
+DRY_S = 20.0
+"""Seconds of traffic that are predicted where nothing is proved."""
+
+LOOK_AHEAD = 200
+"""Requests whose lengths are looked at to see what a shorter limit would cut."""
+
+PROOFS = 2
+"""The first, and one after a correction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A recommendation.
+
+    Attributes:
+        profile: with the settings and what is known of them.
+        missed: in words, that the goal was missed in reality; None where it held or nothing was
+            proved.
+    """
+
+    profile: Profile
+    missed: GoalMissed | None
+
+
+def advise(
+    model: Model,
+    profile: Profile,
+    ask: Ask,
+    plan: Plan,
+    told: Callable[[str, float], None] = lambda *_: None,
+) -> Advice:
+    """Choose settings and prove them.
+
+    Args:
+        model: what is asked about.
+        profile: what was measured of it.
+        ask: what for.
+        plan: of the tuning run, for what is to be measured besides.
+        told: called with what is being done, and the share that is done.
+
+    Raises:
+        InvalidInput: no setting reaches the goal; it says what is possible instead.
+        ProfileError: the profile holds too little to predict with.
+        ServerFailed: the server that should prove them did not start.
+    """
+    return _Advisor(model, profile, ask, plan, told).run()
+
+
+@dataclass(slots=True)
+class _Advisor:
+    model: Model
+    profile: Profile
+    ask: Ask
+    plan: Plan
+    told: Callable[[str, float], None]
+    rounds: list[Round] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    probed: dict[str, Profile] = field(default_factory=dict)
+
+    def run(self) -> Advice:
+        load = self._load()
+        lengths = self._shorter(load)
+        limits = Limits(
+            goal_s=self.ask.goal_s,
+            rate=load.rate if self.ask.scenario in HURRIED else None,
+            memory_bytes=self.ask.memory_limit_bytes,
+            overhead_s=OVERHEAD_S if self.ask.scenario in HURRIED else 0.0,
+            noise=noise_of(self.profile),
+            seed=self.ask.seed,
+        )
+        models, found = self._choose(load, lengths, limits)
+        self._prove(load, models, limits, found)
+        best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
+        answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
+        settled = replace(self._settled(best.found.chosen.candidate), scenario=answer)
+        missed = None
+        if best.proof is not None and not best.held:
+            missed = GoalMissed(missed_words(self.ask, best))
+        return Advice(settled, missed)
+
+    # What comes.
+
+    def _load(self) -> Load:
+        tokens = self.ask.tokens or lengths_of(self.profile)
+        if tokens is None:
+            raise InvalidInput("--tokens", "the texts do not say how long pairs are", "Give it.")
+        traffic = self.ask.traffic(tokens)
+        rate = self.ask.rate or (traffic.trace_rate if self.ask.trace else 1.0)
+        topics = self.model.texts.topics
+        encoder = self.model.trial.encoder
+        scale = scale_of(topics, encoder, tokens, traffic.trace, self.model.longest)
+        return Load(traffic, rate, topics, scale)
+
+    def _shorter(self, load: Load) -> list[Shorter]:
+        if "max_length" not in self.ask.allow:
+            return []
+        requests = load.first(float(LOOK_AHEAD))
+        precision = self.profile.key.precision
+        row = row_of(self.profile, precision) or {}
+        trial = self.model.tuned(self.profile)
+        kept = row.get("keep_bf16", [])
+        return shorter(trial, precision, kept, requests, lambda doing: self.told(doing, 0.0))
+
+    # Choosing.
+
+    def _choose(
+        self, load: Load, lengths: Sequence[Shorter], limits: Limits
+    ) -> tuple[list[Candidate], Recommendation]:
+        """Choose; a precision whose steps were not measured is measured before it is taken."""
+        prices = prices_of(self.profile)
+        while True:
+            models = candidates(self.profile, self.ask, prices, lengths)
+            self.told("simulating", 0.0)
+            found = solve(self.ask.scenario, load.traffic, models, limits)
+            precision = found.chosen.candidate.precision
+            if precision in prices:
+                return models, found
+            prices[precision] = self._probe(precision, found.chosen.candidate)
+
+    def _probe(self, precision: str, guess: Candidate) -> Prices:
+        row = row_of(self.profile, precision) or {}
+        trial = self.model.tuned(self.profile)
+        trial = replace(trial, options=replace(trial.options, precision=precision))
+        scorer = trial.open(precision, row.get("keep_bf16", []))
+        try:
+            models = probe(
+                trial, scorer, self.plan, self.model.texts, clock=monotonic, told=self.told
+            )
+        finally:
+            scorer.close()
+        note = f"The sweep's times are {self.profile.key.precision}'s; the scenario takes "
+        measured = replace(
+            self.profile,
+            key=replace(self.profile.key, precision=precision),
+            cost=models.cost,
+            memory=models.memory,
+            warnings=[*self.profile.warnings, *models.warnings, f"{note}{precision}."],
+        )
+        self.probed[precision] = measured
+        if models.cost is None:
+            self.notes.append(f"Steps in {precision} were too noisy: their times are estimated.")
+            return Prices(guess.cost, guess.memory)
+        return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
+
+    # Proving.
+
+    def _prove(
+        self, load: Load, models: Sequence[Candidate], limits: Limits, found: Recommendation
+    ) -> None:
+        while True:
+            shown = self._round(load, limits, found)
+            self.rounds.append(shown)
+            if shown.proof is None or len(self.rounds) == PROOFS:
+                return
+            if shown.held and agree(shown.off):
+                return
+            models, limits = correct(models, limits, shown.predicted, shown.proof)
+            self.told("simulating", 0.0)
+            try:
+                found = solve(self.ask.scenario, load.traffic, models, limits)
+            except InvalidInput as error:
+                self.notes.append(f"With the measured times nothing else can be chosen: {error}")
+                return
+
+    def _round(self, load: Load, limits: Limits, found: Recommendation) -> Round:
+        chosen, name = found.chosen.candidate, self.ask.scenario
+        requests = self._requests(load, found.chosen.documents_per_s or 1.0)
+        outcome = predict(name, requests, chosen, limits)
+        predicted = Numbers.of(name, outcome, chosen)
+        if not self.ask.verify_s:
+            return Round(found, predicted, limits.overhead_s)
+        seconds = outcome.duration_s if name == "offline" else outcome.mean_s
+        with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
+            file = Path(folder) / "profile.json"
+            self._settled(chosen).save(file)
+            on_card = self.profile.key.device != "cpu"
+            stage = Stage(self.ask, self.model, load, file, on_card, self.told)
+            proof = prove(stage, chosen, requests, seconds)
+        off = differences(name, predicted, proof.numbers)
+        return Round(found, predicted, limits.overhead_s, proof, off)
+
+    def _requests(self, load: Load, documents_per_s: float) -> list[Arrival]:
+        """Those that a proof sends, if the setting is as fast as predicted."""
+        seconds = self.ask.verify_s or DRY_S
+        if self.ask.scenario in HURRIED:
+            return load.requests(seconds, self.ask.seed)
+        return load.first(documents_per_s * seconds)
+
+    def _settled(self, chosen: Candidate) -> Profile:
+        """The profile with the settings of a candidate."""
+        base = self.probed.get(chosen.precision, self.profile)
+        return replace(base, settings=settings_of(chosen))

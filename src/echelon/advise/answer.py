@@ -1,0 +1,204 @@
+"""A recommendation as plain data and in words; docs/TUNE.md describes it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from echelon.advise.candidates import row_of
+from echelon.advise.numbers import AGREES, agree
+from echelon.tune.profile import Settings
+from echelon.tune.words import duration, number, percent, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.advise.ask import Ask
+    from echelon.advise.numbers import Numbers, Proof
+    from echelon.advise.shorter import Shorter
+    from echelon.tune.profile import Profile
+    from echelon.tune.scenario import Candidate, Recommendation, Tried
+
+SCHEMA = 1
+"""Version of the entry's layout, see docs/TUNE.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A choice, and its proof.
+
+    Attributes:
+        found: the solver's.
+        predicted: of the requests that the proof sends.
+        overhead_s: seconds of a request beside queue and steps that were reckoned with.
+        proof: what was measured; None where nothing was.
+        off: by how much it differs, relative.
+    """
+
+    found: Recommendation
+    predicted: Numbers
+    overhead_s: float
+    proof: Proof | None = None
+    off: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def held(self) -> bool:
+        """Whether goal and limit held in reality."""
+        return self.proof is not None and self.proof.held
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer's entry."""
+        proof = self.proof
+        return {
+            "chosen": _setting(self.found.chosen.candidate),
+            "predicted": self.predicted.as_dict(),
+            "overhead_s": self.overhead_s,
+            "measured": None if proof is None else proof.numbers.as_dict(),
+            "held": None if proof is None else proof.held,
+            "agrees": None if proof is None else agree(self.off),
+            "off": self.off,
+            "pace": None if proof is None else proof.pace,
+            "measured_overhead_s": None if proof is None else proof.overhead_s,
+        }
+
+
+def settings_of(chosen: Candidate) -> Settings:
+    """A candidate as the profile's settings."""
+    return Settings(
+        chosen.precision,
+        chosen.token_budget,
+        chosen.max_pairs,
+        chosen.threads,
+        chosen.max_length,
+    )
+
+
+def answer_of(  # noqa: PLR0913 - the parts of the entry
+    ask: Ask,
+    best: Round,
+    rounds: Sequence[Round],
+    profile: Profile,
+    lengths: Sequence[Shorter],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """The profile's entry ``scenario``."""
+    found = best.found
+    shown = best.as_dict()
+    doubts = () if best.proof is None else best.proof.doubts
+    return {
+        "schema": SCHEMA,
+        "scenario": ask.scenario,
+        "asked": ask.as_dict(),
+        "chosen": shown["chosen"],
+        "accuracy": _accuracy(found.chosen.candidate, profile, lengths),
+        "measure": {"name": found.measure, "value": found.value},
+        "predicted": shown["predicted"],
+        "measured": shown["measured"],
+        "held": shown["held"],
+        "agrees": shown["agrees"],
+        "rounds": [one.as_dict() for one in rounds],
+        "tried": [_tried(one) for one in found.tried],
+        "lengths": [one.as_dict() for one in lengths],
+        "notes": [*_notes(ask, rounds), *doubts, *notes],
+    }
+
+
+def missed_words(ask: Ask, best: Round) -> str:
+    """That the goal was missed in reality, and what to do."""
+    proof, parts = best.proof, []
+    if proof is None:
+        raise RuntimeError("This is a bug: nothing was measured.")
+    came, said = proof.numbers, best.predicted
+    if ask.goal_s is not None:
+        p99 = "nothing was answered" if came.p99_s is None else f"P99 is {duration(came.p99_s)}"
+        told = "" if said.p99_s is None else f", {duration(said.p99_s)} were predicted"
+        parts.append(
+            f"{p99}, {duration(ask.goal_s)} are asked for{told}; {came.missed} of {came.requests} "
+            "requests came late or failed"
+        )
+    limit = ask.memory_limit_bytes
+    if limit is not None and came.memory_bytes is not None and came.memory_bytes > limit:
+        parts.append(f"{size(round(came.memory_bytes))} of memory, {size(round(limit))} are asked")
+    return (
+        f"The goal of {ask.scenario} is missed in reality: {'; '.join(parts)}. Ask for a lower "
+        "rate, fewer documents or a longer goal, or take more machines (`echelon plan`). "
+        "The profile holds the settings all the same and says that they miss it."
+    )
+
+
+def _setting(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "token_budget": candidate.token_budget,
+        "batch_size": candidate.max_pairs,
+        "workers": candidate.workers,
+        "threads": candidate.threads,
+        "precision": candidate.precision,
+        "max_length": candidate.max_length,
+        "agreement": candidate.agreement,
+        "memory_bytes": candidate.bytes or None,
+    }
+
+
+def _tried(one: Tried) -> dict[str, Any]:
+    predicted = one.predicted
+    return _setting(one.candidate) | {
+        "reason": one.reason,
+        "documents_per_s": one.documents_per_s,
+        "bears_rate": one.bears,
+        "predicted": None if predicted is None else predicted.as_dict(),
+    }
+
+
+def _accuracy(
+    chosen: Candidate, profile: Profile, lengths: Sequence[Shorter]
+) -> dict[str, Any] | None:
+    """How the chosen setting ranks against fp32 at full length; None where nobody compared."""
+    full = profile.settings.max_length
+    names = ("tau", "overlap", "ndcg_loss")
+    for one in lengths:
+        if one.max_length == chosen.max_length != full:
+            return {name: getattr(one, name) for name in names}
+    row = row_of(profile, chosen.precision)
+    if row is not None:
+        return {name: row[name] for name in names}
+    exact = {"tau": 1.0, "overlap": 1.0, "ndcg_loss": None}
+    return exact if chosen.precision == "fp32" else None
+
+
+def _notes(ask: Ask, rounds: Sequence[Round]) -> list[str]:
+    notes = []
+    if not ask.verify_s:
+        notes.append("Nothing was proved, as --verify-s 0 asks: the numbers are predictions.")
+    for place, one in enumerate(rounds, 1):
+        if one.proof is None or agree(one.off):
+            continue
+        words = ", ".join(_off(name, one) for name in one.off if abs(one.off[name]) > AGREES)
+        more = (
+            "The models were corrected by what was measured, and chosen and proved again."
+            if place < len(rounds)
+            else "Trust the measured numbers."
+        )
+        notes.append(f"Proof {place} disagrees with its prediction: {words}. {more}")
+    return notes
+
+
+def _off(name: str, one: Round) -> str:
+    said = getattr(one.predicted, name)
+    came = None if one.proof is None else getattr(one.proof.numbers, name)
+    words = {"p50_s": "P50", "p99_s": "P99", "documents_per_s": "documents/s"}
+    words["memory_bytes"] = "memory"
+    return f"{words[name]} {value_of(name, came)}, predicted {value_of(name, said)}"
+
+
+def value_of(name: str, value: float | None) -> str:
+    """A number of :class:`~echelon.advise.numbers.Numbers` with its unit."""
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return size(round(value))
+    return duration(value) if name.startswith("p") else number(value)
+
+
+def percent_of(change: float) -> str:
+    """A relative difference with its sign."""
+    return f"{'+' if change >= 0 else '−'}{percent(abs(change))}"

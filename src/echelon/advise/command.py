@@ -1,0 +1,90 @@
+"""The flags of ``echelon tune --scenario``. Imports click only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from echelon.errors import InvalidInput
+from echelon.flags import Flag
+
+if TYPE_CHECKING:
+    from echelon.advise.ask import Ask
+
+SCENARIO_FLAGS: tuple[Flag, ...] = (
+    (
+        ("--scenario",),
+        {
+            "type": click.Choice(["api", "offline", "edge", "concurrent"]),
+            "help": "Choose the settings for this use, and prove them (docs/TUNE.md).",
+        },
+    ),
+    (("--slo-p99-ms",), {"type": float, "help": "Scenario: latency that 99 % may have."}),
+    (("--rate",), {"type": float, "help": "Scenario: requests a second."}),
+    (("--trace",), {"help": "Scenario: CSV of requests, timestamp,documents[,tokens]."}),
+    (
+        ("--documents",),
+        {
+            "help": "Scenario: of a request, N or LOW-HIGH [api, edge 1-10; offline 50-200; "
+            "concurrent 10]."
+        },
+    ),
+    (("--tokens",), {"help": "Scenario: of a pair, N or LOW-HIGH [as in the texts]."}),
+    (
+        ("--memory-limit",),
+        {"type": float, "metavar": "MIB", "help": "Scenario: memory of all workers, in MiB."},
+    ),
+    (
+        ("--allow",),
+        {"help": "Scenario: what may be chosen besides: precision, max_length (with commas)."},
+    ),
+    (
+        ("--verify-s",),
+        {"type": float, "help": "Scenario: seconds of the proof; 0 does without [20]."},
+    ),
+)
+"""What a recommendation is asked for."""
+
+VERIFY_S = 20.0
+
+
+def ask_of(values: dict[str, Any]) -> Ask | None:
+    """Take the flags of a scenario out of ``values``; None where no scenario is given.
+
+    Raises:
+        InvalidInput: a value is wrong, or is given without ``--scenario``.
+    """
+    names = [flags[0].removeprefix("--").replace("-", "_") for flags, _ in SCENARIO_FLAGS]
+    given = {name: values.pop(name) for name in names}
+    scenario = given.pop("scenario")
+    if scenario is not None:
+        return _ask(scenario, **given)
+    for name, value in given.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            problem = "is for --scenario, which is not given"
+            raise InvalidInput(flag, problem, "Give --scenario api, offline, edge or concurrent.")
+    return None
+
+
+def _ask(scenario: str, **given: Any) -> Ask:
+    from echelon.advise.ask import Ask
+    from echelon.plan.workload import sizes_of
+    from echelon.stress.command import TraceFile
+
+    goal_ms, limit = given["slo_p99_ms"], given["memory_limit"]
+    documents, tokens = given["documents"], given["tokens"]
+    allow = [name.strip() for name in (given["allow"] or "").split(",")]
+    fields: Any = {
+        "scenario": scenario,
+        "goal_s": None if goal_ms is None else goal_ms / 1000,
+        "rate": given["rate"],
+        "trace": () if given["trace"] is None else tuple(TraceFile(given["trace"])),
+        "documents": None if documents is None else sizes_of(documents, "--documents"),
+        "tokens": None if tokens is None else sizes_of(tokens, "--tokens"),
+        "memory_limit_bytes": None if limit is None else limit * 2**20,
+        "allow": tuple(name.replace("-", "_") for name in allow if name),
+        "verify_s": VERIFY_S if given["verify_s"] is None else given["verify_s"],
+    }
+    return Ask(**fields)

@@ -1,0 +1,163 @@
+"""What was predicted and what was measured, side by side. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from echelon.plan.cost import CostModel, Work
+from echelon.tune.prices import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.plan.workload import Arrival
+    from echelon.simulate.outcome import Outcome
+    from echelon.tune.scenario import Candidate, Limits, Scenario
+
+AGREES = 0.25
+"""Relative difference up to which a measurement agrees with its prediction."""
+
+PACE = (0.1, 10.0)
+"""A measured pace beyond is no pace but a fault of the measurement."""
+
+COMPARED = {
+    "api": ("p50_s", "p99_s"),
+    "concurrent": ("p50_s", "p99_s"),
+    "edge": ("p50_s", "p99_s"),
+    "offline": ("documents_per_s",),
+}
+"""Numbers of each scenario that must agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a setting does, predicted or measured.
+
+    Attributes:
+        p50_s: median latency; None where the scenario has none, as the next ones.
+        p95_s: 95th percentile.
+        p99_s: 99th percentile.
+        requests_per_s: requests answered a second.
+        documents_per_s: their documents.
+        memory_bytes: of all workers; None where it is not known.
+        requests: requests that came.
+        missed: those that were refused, failed or, where there is a goal, came late.
+    """
+
+    p50_s: float | None
+    p95_s: float | None
+    p99_s: float | None
+    requests_per_s: float
+    documents_per_s: float
+    memory_bytes: float | None
+    requests: int
+    missed: int
+
+    @classmethod
+    def of(cls, scenario: Scenario, outcome: Outcome, candidate: Candidate) -> Numbers:
+        """What a simulation says."""
+        answered = outcome.answered > 0 and scenario != "offline"
+        duration_s = outcome.duration_s
+        if scenario == "edge" and outcome.answered:
+            duration_s = outcome.mean_s * outcome.answered  # one after another, nobody waits
+        share = outcome.answered / outcome.requests if outcome.requests else 0.0
+        return cls(
+            outcome.p50_s if answered else None,
+            outcome.p95_s if answered else None,
+            outcome.p99_s if answered else None,
+            outcome.answered / duration_s if duration_s else 0.0,
+            outcome.documents * share / duration_s if duration_s else 0.0,
+            candidate.bytes or None,
+            outcome.requests,
+            outcome.requests - outcome.within,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer's entry."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A setting under load.
+
+    Attributes:
+        numbers: what was measured.
+        pace: time of its steps over what the cost model says of them.
+        overhead_s: seconds of a request beside the queue and its steps; None where there is no
+            server.
+        held: whether the goal and the limit held.
+        doubts: why the numbers may mislead.
+    """
+
+    numbers: Numbers
+    pace: float
+    overhead_s: float | None
+    held: bool
+    doubts: tuple[str, ...] = ()
+
+
+def differences(scenario: Scenario, predicted: Numbers, measured: Numbers) -> dict[str, float]:
+    """By how much the measured numbers that matter are off, relative; beside them the memory."""
+    found = {}
+    for name in (*COMPARED[scenario], "memory_bytes"):
+        said, came = getattr(predicted, name), getattr(measured, name)
+        if said and came is not None:
+            found[name] = came / said - 1
+        elif name != "memory_bytes":
+            found[name] = float("inf") if said != came else 0.0
+    return found
+
+
+def agree(off: dict[str, float]) -> bool:
+    """Whether the prediction held; memory is told, but not corrected for."""
+    return all(abs(value) <= AGREES for name, value in off.items() if name != "memory_bytes")
+
+
+def correct(
+    models: Sequence[Candidate], limits: Limits, predicted: Numbers, proof: Proof
+) -> tuple[list[Candidate], Limits]:
+    """The candidates and limits as the proof showed them: pace, memory, overhead."""
+    said, came = predicted.memory_bytes, proof.numbers.memory_bytes
+    heavier = max(1.0, came / said) if said and came else 1.0
+    corrected = [
+        replace(
+            one,
+            cost=paced(one.cost, proof.pace),
+            memory=one.memory and Memory(one.memory.base_bytes * heavier, one.memory.token_bytes),
+        )
+        for one in models
+    ]
+    if proof.overhead_s is not None:
+        limits = replace(limits, overhead_s=proof.overhead_s)
+    return corrected, limits
+
+
+def paced(cost: CostModel, pace: float) -> CostModel:
+    """The same model on a machine that takes so many times longer."""
+    prices = cost.coefficients
+    return CostModel(prices.priced(price * pace for price in prices.prices), cost.cost)
+
+
+def squares_share(requests: Sequence[Arrival], most: int | None) -> float:
+    """Squared tokens for each token, the requests cut to a length."""
+    lengths = [length for one in requests for length in one.lengths]
+    lengths = [length if most is None else min(length, most) for length in lengths]
+    return sum(length * length for length in lengths) / max(1, sum(lengths))
+
+
+def pace_of(seconds: float, steps: float, tokens: float, share: float, cost: CostModel) -> float:
+    """Time of steps over what a cost model says of them; 1 where nothing was measured.
+
+    Args:
+        seconds: that they took.
+        steps: how many.
+        tokens: that they paid for.
+        share: squared tokens for each.
+        cost: the model.
+    """
+    said = cost.seconds(Work(round(steps), round(tokens), round(tokens * share)))
+    if not (seconds > 0 and said > 0):
+        return 1.0
+    return min(max(seconds / said, PACE[0]), PACE[1])

@@ -1,0 +1,251 @@
+"""The chosen setting under its load: the real server, or the real reranker."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from echelon.advise.ask import HURRIED
+from echelon.advise.numbers import PACE, Numbers, Proof, pace_of, squares_share
+from echelon.advise.server import Server
+from echelon.clock import monotonic
+from echelon.simulate.ladder import MISSES
+from echelon.simulate.outcome import percentiles
+from echelon.tune.hardware import meter_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from echelon.advise.ask import Ask
+    from echelon.advise.model import Model
+    from echelon.advise.sending import Load
+    from echelon.plan.workload import Arrival
+    from echelon.reranker import Reranker
+    from echelon.stress.run import Plan, Run
+    from echelon.tune.scenario import Candidate
+
+    Scraped = dict[str, float]
+
+WARM_S = 2.0
+"""Longest warm-up."""
+
+WARM_SEED = 1
+"""Of requests that do not count: others than those that do."""
+
+TIMEOUT_S = 30.0
+"""A request that is not answered by then has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """All that a proof needs.
+
+    Attributes:
+        ask: what must hold.
+        model: what is asked about.
+        load: how it is sent.
+        profile: file with the settings to prove.
+        on_card: whether steps run on a GPU, whose memory a server does not tell.
+        told: called with what is being done, and the share that is done.
+    """
+
+    ask: Ask
+    model: Model
+    load: Load
+    profile: Path
+    on_card: bool
+    told: Callable[[str, float], None]
+
+
+def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds: float) -> Proof:
+    """Run the setting under the requests.
+
+    Args:
+        stage: what for, and with what.
+        chosen: the setting, as the stage's profile has it.
+        requests: in tokens; the same that were simulated.
+        seconds: that the simulation says of ``offline``, and a caller's mean wait for ``edge``.
+
+    Raises:
+        ServerFailed: the server did not start.
+    """
+    if stage.ask.scenario in HURRIED:
+        return _serve(stage, chosen, requests)
+    return _rerank(stage, requests, seconds)
+
+
+# A server under load.
+
+
+def _serve(stage: Stage, chosen: Candidate, requests: Sequence[Arrival]) -> Proof:
+    stage.told("starting the server", 0.0)
+    with Server(arguments(stage, chosen)) as server:
+        run, before, after = asyncio.run(_drive(stage, server))
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    summary = run.summary
+    gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]
+    memory = float(sum(gauges)) if gauges and not stage.on_card else None
+    late = summary.requests - summary.kinds["answered"] + _late(run, stage.ask.goal_s)
+    numbers = Numbers(
+        summary.latency_s.get(50.0),
+        summary.latency_s.get(95.0),
+        summary.latency_s.get(99.0),
+        summary.answered_per_s,
+        summary.documents_per_s,
+        memory,
+        summary.requests,
+        late,
+    )
+    paid = grown["echelon_step_tokens_sum"]
+    steps = grown["echelon_step_seconds_count"]
+    share = squares_share(requests, chosen.max_length)
+    took = grown["echelon_step_actual_seconds_total"]
+    return Proof(
+        numbers,
+        pace_of(took, steps, paid, share, chosen.cost),
+        _overhead(grown, summary.mean_s),
+        late <= MISSES * summary.requests and _fits(stage.ask, memory),
+        (*summary.doubts, *summary.notes),
+    )
+
+
+def arguments(stage: Stage, chosen: Candidate) -> list[str]:
+    """Of ``echelon serve``: the profile says the rest."""
+    options = stage.model.options
+    several = chosen.workers > 1
+    told: dict[str, Any] = {
+        "--profile": stage.profile,
+        "--workers": chosen.workers,
+        "--device": "cuda" if several else options.device,
+        "--truncation": options.truncation,
+        "--revision": options.revision,
+        "--label": options.label,
+    }
+    given = [(name, str(value)) for name, value in told.items() if value is not None]
+    return [str(stage.model.name), *(word for pair in given for word in pair)]
+
+
+async def _drive(stage: Stage, server: Server) -> tuple[Run, Scraped, Scraped]:
+    from echelon.stress.run import opened
+
+    ask = stage.ask
+    plan = stress_plan(stage, server.url)
+    warm_s = min(WARM_S, ask.verify_s)
+    async with opened(plan, told=lambda doing, share: stage.told(doing, share or 0.0)) as tester:
+        await tester.measure(replace(plan, duration_s=warm_s, seed=ask.seed + WARM_SEED))
+        before = await asyncio.to_thread(server.metrics)
+        run = await tester.measure()
+        return run, before, await asyncio.to_thread(server.metrics)
+
+
+def stress_plan(stage: Stage, url: str) -> Plan:
+    """The load test whose requests the simulation has seen."""
+    from echelon.stress.client import Target, route_of
+    from echelon.stress.run import Plan
+    from echelon.stress.shapes import shape_of
+    from echelon.stress.summary import Goal
+
+    ask, load, shape = stage.ask, stage.load, shape_of("cohere")
+    timeout_s = max(TIMEOUT_S, 4 * (ask.goal_s or 0.0))
+    return Plan(
+        target=Target(route_of(url, shape), shape, timeout_s=timeout_s),
+        topics=load.topics,
+        documents=ask.sizes,
+        tokens=load.tokens,
+        rate=load.rate,
+        trace=load.trace or None,
+        warmup_s=0.0,
+        duration_s=ask.verify_s,
+        goal=None if ask.goal_s is None else Goal(ask.goal_s),
+        seed=ask.seed,
+    )
+
+
+def _late(run: Run, goal_s: float | None) -> int:
+    from echelon.stress.summary import latencies
+
+    return 0 if goal_s is None else int((latencies(run.outcome) > goal_s).sum())
+
+
+def _overhead(grown: Scraped, mean_s: float | None) -> float:
+    """What a caller waits beside the queue and the steps: reading, tokenising, answering."""
+
+    def phase(name: str) -> float:
+        of = f'{{phase="{name}"}}'
+        count = grown.get(f"echelon_request_seconds_count{of}", 0.0)
+        return grown.get(f"echelon_request_seconds_sum{of}", 0.0) / count if count else 0.0
+
+    return max(0.0, (mean_s or 0.0) - (phase("total") - phase("tokenise")))
+
+
+def _fits(ask: Ask, memory: float | None) -> bool:
+    limit = ask.memory_limit_bytes
+    return limit is None or memory is None or memory <= limit
+
+
+# The reranker of this process.
+
+
+def _rerank(stage: Stage, requests: Sequence[Arrival], seconds: float) -> Proof:
+    from echelon.reranker import Reranker
+
+    ask, options = stage.ask, stage.model.options
+    stage.told("loading the reranker", 0.0)
+    texts = stage.load.texts(requests, ask.seed)
+    warm = stage.load.texts(requests[:2], ask.seed + WARM_SEED)
+    keywords: dict[str, Any] = {
+        "profile": stage.profile,
+        "device": options.device,
+        "truncation": options.truncation,
+        "revision": options.revision,
+        "label": options.label,
+    }
+    with Reranker(stage.model.name, **keywords) as reranker:
+        for query, documents in warm:
+            reranker.rank(query, documents)
+        meter = meter_of(reranker.facts.device)
+        meter.reset()
+        stage.told("reranking", 0.0)
+        if ask.scenario == "offline":
+            waits, whole = [], _all_at_once(reranker, texts)
+        else:
+            waits = _one_after_another(reranker, texts, stage)
+            whole = sum(waits)
+        memory = float(meter.peak_bytes())
+    p50, p95, p99 = percentiles(waits) if waits else (None, None, None)
+    done = requests[: len(waits)] if waits else requests
+    count = sum(one.documents for one in done)
+    late = sum(wait > ask.goal_s for wait in waits) if ask.goal_s is not None else 0
+    numbers = Numbers(
+        p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late
+    )
+    expected = seconds * len(done) if waits else seconds
+    pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
+    held = late <= MISSES * len(done) and _fits(ask, memory)
+    return Proof(numbers, pace, None, held)
+
+
+def _all_at_once(reranker: Reranker, texts: Sequence[tuple[str, list[str]]]) -> float:
+    pairs = [(query, document) for query, documents in texts for document in documents]
+    began = monotonic()
+    reranker.score_pairs(pairs)
+    return monotonic() - began
+
+
+def _one_after_another(
+    reranker: Reranker, texts: Sequence[tuple[str, list[str]]], stage: Stage
+) -> list[float]:
+    """Each caller's wait; where they are slower than predicted, those of the time there is."""
+    began, waits = monotonic(), []
+    for query, documents in texts:
+        started = monotonic()
+        reranker.rank(query, documents)
+        ended = monotonic()
+        waits.append(ended - started)
+        gone = (ended - began) / stage.ask.verify_s
+        stage.told("reranking", min(1.0, gone))
+        if gone >= 1:
+            break
+    return waits
