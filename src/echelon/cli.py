@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from echelon import __version__
+from echelon.advise.command import SCENARIO_FLAGS, Adviser, ask_of
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 from echelon.planner.command import plan
@@ -40,7 +41,7 @@ Exit codes:
   5    out of memory, one pair at a time
   6    a result could not be written
   7    an optional package is missing
-  8    a load test missed its goal
+  8    a load test or a proof missed its goal
   9    some rows of a file could not be scored; the others were
   130  interrupted (Ctrl-C); what was measured or scored is kept"""
 
@@ -201,7 +202,7 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 @click.option("--report", default="echelon-report.html", show_default=True, help="Report to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
-@with_flags(MODEL_FLAGS)
+@with_flags(MODEL_FLAGS, SCENARIO_FLAGS)
 def tune(  # noqa: PLR0913 - one argument each option
     *,
     model: str,
@@ -219,8 +220,10 @@ def tune(  # noqa: PLR0913 - one argument each option
 ) -> None:
     """Find the best batch size of MODEL on this machine.
 
-    Results are kept after every run: after an interruption the same command goes on.
+    Results are kept after every run: after an interruption the same command goes on. With
+    --scenario the settings are chosen for that use by simulation, and proved under its load.
     """
+    ask = ask_of(values)
     options = options_of(values, quiet=quiet)
     target = Path(profile)
     partial = target.with_name(f"{target.name}.partial.json")
@@ -237,10 +240,12 @@ def tune(  # noqa: PLR0913 - one argument each option
     )
     try:
         with _tuning_bar(shown=not (quiet or as_json)) as told:
+            adviser = Adviser(ask, model, options, plan)
             if refresh:
                 found = _refresh(model, options, plan, profile, told=told)
             else:
                 found = run_tuning(model, options, plan, told=told)
+            found = adviser.advised(found, told)
     except KeyboardInterrupt:
         _fail(
             f"Interrupted. What was measured is kept in {partial}; "
@@ -250,9 +255,11 @@ def tune(  # noqa: PLR0913 - one argument each option
     if as_json:
         _print_json(found.as_dict())
     elif not quiet:
+        from echelon.advise.table import print_scenario
         from echelon.tables import print_profile
 
         print_profile(found)
+        print_scenario(found)
     from echelon.tune.report import write_report
 
     found.save(target)
@@ -260,6 +267,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)
+    adviser.end()
 
 
 def _refresh(

@@ -82,7 +82,10 @@ def advise(
         ProfileError: the profile holds too little to predict with.
         ServerFailed: the server that should prove them did not start.
     """
-    return _Advisor(model, profile, ask, plan, told).run()
+    # What an earlier recommendation chose binds nobody: lengths are those asked for now.
+    settings = replace(profile.settings, max_length=model.options.max_length)
+    fresh = replace(profile, settings=settings, scenario=None)
+    return _Advisor(model, fresh, ask, plan, told).run()
 
 
 @dataclass(slots=True)
@@ -149,17 +152,21 @@ class _Advisor:
         prices = prices_of(self.profile)
         while True:
             models = candidates(self.profile, self.ask, prices, lengths)
-            self.told("simulating", 0.0)
-            found = solve(self.ask.scenario, load.traffic, models, limits)
+            found = self._solve(load, models, limits)
             precision = found.chosen.candidate.precision
             if precision in prices:
                 return models, found
             prices[precision] = self._probe(precision, found.chosen.candidate)
 
+    def _solve(self, load: Load, models: Sequence[Candidate], limits: Limits) -> Recommendation:
+        def told(share: float) -> None:
+            self.told(f"simulating {len(models)} settings", share)
+
+        return solve(self.ask.scenario, load.traffic, models, limits, told)
+
     def _probe(self, precision: str, guess: Candidate) -> Prices:
         row = row_of(self.profile, precision) or {}
         trial = self.model.tuned(self.profile)
-        trial = replace(trial, options=replace(trial.options, precision=precision))
         scorer = trial.open(precision, row.get("keep_bf16", []))
         try:
             models = probe(
@@ -194,9 +201,8 @@ class _Advisor:
             if shown.held and agree(shown.off):
                 return
             models, limits = correct(models, limits, shown.predicted, shown.proof)
-            self.told("simulating", 0.0)
             try:
-                found = solve(self.ask.scenario, load.traffic, models, limits)
+                found = self._solve(load, models, limits)
             except InvalidInput as error:
                 self.notes.append(f"With the measured times nothing else can be chosen: {error}")
                 return
@@ -204,8 +210,8 @@ class _Advisor:
     def _round(self, load: Load, limits: Limits, found: Recommendation) -> Round:
         chosen, name = found.chosen.candidate, self.ask.scenario
         requests = self._requests(load, found.chosen.documents_per_s or 1.0)
-        outcome = predict(name, requests, chosen, limits)
-        predicted = Numbers.of(name, outcome, chosen)
+        outcome, largest = predict(name, requests, chosen, limits)
+        predicted = Numbers.of(name, outcome, chosen, largest)
         if not self.ask.verify_s:
             return Round(found, predicted, limits.overhead_s)
         seconds = outcome.duration_s if name == "offline" else outcome.mean_s

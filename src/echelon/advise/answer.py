@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.advise.candidates import row_of
 from echelon.advise.numbers import AGREES, agree
+from echelon.tune.card import NUMBERS, value
 from echelon.tune.profile import Settings
-from echelon.tune.words import duration, number, percent, size
+from echelon.tune.words import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +74,7 @@ def settings_of(chosen: Candidate) -> Settings:
     )
 
 
-def answer_of(  # noqa: PLR0913 - the parts of the entry
+def answer_of(
     ask: Ask,
     best: Round,
     rounds: Sequence[Round],
@@ -88,7 +89,7 @@ def answer_of(  # noqa: PLR0913 - the parts of the entry
     return {
         "schema": SCHEMA,
         "scenario": ask.scenario,
-        "asked": ask.as_dict(),
+        "asked": ask.as_dict() | {"max_length": profile.settings.max_length},
         "chosen": shown["chosen"],
         "accuracy": _accuracy(found.chosen.candidate, profile, lengths),
         "measure": {"name": found.measure, "value": found.value},
@@ -185,20 +186,4 @@ def _notes(ask: Ask, rounds: Sequence[Round]) -> list[str]:
 def _off(name: str, one: Round) -> str:
     said = getattr(one.predicted, name)
     came = None if one.proof is None else getattr(one.proof.numbers, name)
-    words = {"p50_s": "P50", "p99_s": "P99", "documents_per_s": "documents/s"}
-    words["memory_bytes"] = "memory"
-    return f"{words[name]} {value_of(name, came)}, predicted {value_of(name, said)}"
-
-
-def value_of(name: str, value: float | None) -> str:
-    """A number of :class:`~echelon.advise.numbers.Numbers` with its unit."""
-    if value is None:
-        return "–"
-    if name.endswith("_bytes"):
-        return size(round(value))
-    return duration(value) if name.startswith("p") else number(value)
-
-
-def percent_of(change: float) -> str:
-    """A relative difference with its sign."""
-    return f"{'+' if change >= 0 else '−'}{percent(abs(change))}"
+    return f"{NUMBERS[name]} {value(name, came)}, predicted {value(name, said)}"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.errors import InvalidInput
-from echelon.flags import Flag
+from echelon.errors import EchelonError, InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from echelon.advise.ask import Ask
+    from echelon.advise.model import Model
+    from echelon.config import Options
+    from echelon.flags import Flag
+    from echelon.tune.profile import Profile
+    from echelon.tuner import Plan
+
+NEEDED = ("aiohttp", "hdrh", "httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
+"""What a server under load needs."""
 
 SCENARIO_FLAGS: tuple[Flag, ...] = (
     (
@@ -66,6 +76,66 @@ def ask_of(values: dict[str, Any]) -> Ask | None:
             problem = "is for --scenario, which is not given"
             raise InvalidInput(flag, problem, "Give --scenario api, offline, edge or concurrent.")
     return None
+
+
+class Adviser:
+    """Recommends after a tuning run: looks at the model before it, at the profile after it.
+
+    Args:
+        ask: what for; None recommends nothing.
+        name: the model, as the user gave it.
+        options: as for tuning.
+        plan: as for tuning.
+
+    Raises:
+        InvalidInput: what no setting of this model can do.
+        MissingDependency: a package that the proof needs.
+    """
+
+    def __init__(self, ask: Ask | None, name: str, options: Options, plan: Plan) -> None:
+        self._ask = ask
+        self._plan = plan
+        self._model: Model | None = None
+        self.trouble: EchelonError | None = None
+        if ask is not None:
+            from echelon.advise.model import look
+
+            _require_packages(ask)
+            self._model = look(name, options, plan.data, ask)
+
+    def advised(self, profile: Profile, told: Callable[[str, float], None]) -> Profile:
+        """The profile with the recommendation.
+
+        Where there is none, or it misses its goal, ``trouble`` is the error to end with: what was
+        measured is shown and kept before.
+        """
+        if self._ask is None or self._model is None:
+            return profile
+        from echelon.advise.advisor import advise
+
+        try:
+            found = advise(self._model, profile, self._ask, self._plan, told)
+        except EchelonError as error:
+            self.trouble = error
+            return profile
+        self.trouble = found.missed
+        return found.profile
+
+    def end(self) -> None:
+        """Raise the trouble, if there was any."""
+        if self.trouble is not None:
+            raise self.trouble
+
+
+def _require_packages(ask: Ask) -> None:
+    if ask.scenario not in {"api", "concurrent"} or not ask.verify_s:
+        return
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"The proof of --scenario {ask.scenario} needs {', '.join(missing)}. Install them "
+            "with: pip install 'echelon-rerank[serve,stress]', or give --verify-s 0."
+        )
 
 
 def _ask(scenario: str, **given: Any) -> Ask:

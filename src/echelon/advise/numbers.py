@@ -40,7 +40,7 @@ class Numbers:
         p99_s: 99th percentile.
         requests_per_s: requests answered a second.
         documents_per_s: their documents.
-        memory_bytes: of all workers; None where it is not known.
+        memory_bytes: of all workers at the largest step there was; None where it is not known.
         requests: requests that came.
         missed: those that were refused, failed or, where there is a goal, came late.
     """
@@ -55,12 +55,15 @@ class Numbers:
     missed: int
 
     @classmethod
-    def of(cls, scenario: Scenario, outcome: Outcome, candidate: Candidate) -> Numbers:
-        """What a simulation says."""
+    def of(
+        cls, scenario: Scenario, outcome: Outcome, candidate: Candidate, largest: int
+    ) -> Numbers:
+        """What a simulation says whose largest step had so many tokens."""
         answered = outcome.answered > 0 and scenario != "offline"
         duration_s = outcome.duration_s
         if scenario == "edge" and outcome.answered:
             duration_s = outcome.mean_s * outcome.answered  # one after another, nobody waits
+        memory = candidate.memory
         share = outcome.answered / outcome.requests if outcome.requests else 0.0
         return cls(
             outcome.p50_s if answered else None,
@@ -68,7 +71,7 @@ class Numbers:
             outcome.p99_s if answered else None,
             outcome.answered / duration_s if duration_s else 0.0,
             outcome.documents * share / duration_s if duration_s else 0.0,
-            candidate.bytes or None,
+            None if memory is None else candidate.workers * memory.bytes_of(largest),
             outcome.requests,
             outcome.requests - outcome.within,
         )

@@ -218,9 +218,7 @@ def _rerank(stage: Stage, requests: Sequence[Arrival], seconds: float) -> Proof:
     done = requests[: len(waits)] if waits else requests
     count = sum(one.documents for one in done)
     late = sum(wait > ask.goal_s for wait in waits) if ask.goal_s is not None else 0
-    numbers = Numbers(
-        p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late
-    )
+    numbers = Numbers(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
     expected = seconds * len(done) if waits else seconds
     pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
     held = late <= MISSES * len(done) and _fits(ask, memory)

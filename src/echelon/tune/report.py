@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
-from echelon.tune import words
+from echelon.tune import card, words
 from echelon.tune.model_plots import model_charts
 from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
@@ -118,6 +118,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     drawn = [*charts(profile), *model_charts(profile)]
     return {
         "model": profile.key.model,
+        "card": card.card(profile),
+        "card_type": card.command(profile, profile_path),
         "verdict": _verdict(profile),
         "tiles": _tiles(profile),
         "situations": [_situation(profile, name, profile_path) for name in SITUATIONS],
@@ -174,6 +176,8 @@ def _slowest(profile: Profile, chosen: Entry) -> Entry | None:
 def _verdict(profile: Profile) -> str:
     chosen = _chosen(profile)
     precision = profile.settings.precision
+    if chosen is None and profile.scenario is not None:
+        return "The step was chosen by simulation for this use; the sweep below has other sizes."
     if chosen is None:
         return (
             "The chosen setting has no measured point, so nothing can be said about its speed. "
@@ -382,11 +386,12 @@ def _repeat(profile: Profile) -> str:
     for option, name in SIZES.items() if profile.points else ():
         sizes = sorted({entry[name] for entry in profile.points if entry[name]})
         parts += [option, ",".join(map(str, sizes))]
-    chosen, data = profile.settings, str(profile.data.get("name") or "built-in")
+    found, chosen = profile.scenario, profile.settings
+    data = str(profile.data.get("name") or "built-in")
     asked = {
         "--data": None if data.startswith("built-in") else data,
         "--precision": None if profile.precisions else chosen.precision,
-        "--max-length": chosen.max_length,
+        "--max-length": chosen.max_length if found is None else found["asked"]["max_length"],
         "--threads": chosen.threads,
     }
     for option, value in asked.items():

@@ -28,9 +28,10 @@ from echelon.simulate.setting import Setting
 from echelon.tune.words import duration, number, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from echelon.plan.cost import CostModel
+    from echelon.plan.queue import Step
     from echelon.plan.workload import Arrival
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
@@ -168,7 +169,11 @@ class Recommendation:
 
 
 def solve(
-    scenario: Scenario, traffic: Traffic, models: Sequence[Candidate], limits: Limits
+    scenario: Scenario,
+    traffic: Traffic,
+    models: Sequence[Candidate],
+    limits: Limits,
+    told: Callable[[float], object] = lambda _: None,
 ) -> Recommendation:
     """Choose.
 
@@ -177,19 +182,23 @@ def solve(
         traffic: what requests are made of; its lengths must be known.
         models: what there is to choose from.
         limits: what must hold.
+        told: called with the share of the candidates that is judged.
 
     Raises:
         InvalidInput: nothing holds the limits; it says what is possible instead.
     """
     _check(scenario, models, limits)
-    tried = tuple(_try(scenario, traffic, candidate, limits) for candidate in models)
+    tried: list[Tried] = []
+    for candidate in models:
+        told(len(tried) / len(models))
+        tried.append(_try(scenario, traffic, candidate, limits))
     able = [one for one in tried if one.reason is None]
     if not able:
         raise _impossible(tried, limits)
     fastest = min(_calm_s(one) for one in tried if one.calm is not None)
     chosen = min(able, key=lambda one: _turn(scenario, one, fastest))
     measure, value = _measure(scenario, chosen)
-    return Recommendation(scenario, chosen, measure, value, tried)
+    return Recommendation(scenario, chosen, measure, value, tuple(tried))
 
 
 def _check(scenario: Scenario, models: Sequence[Candidate], limits: Limits) -> None:
@@ -262,8 +271,8 @@ class _Service:
 
 def predict(
     scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: Limits
-) -> Outcome:
-    """What comes of certain requests, such as those that a test sends.
+) -> tuple[Outcome, int]:
+    """What comes of certain requests, such as those that a test sends; and their largest step.
 
     For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
     long been answered; for the others they come at their times.
@@ -274,7 +283,15 @@ def predict(
         requests = (replace(one, at_s=0.0) for one in requests)
     elif scenario == "edge":
         requests = (replace(one, at_s=APART_S * i) for i, one in enumerate(requests))
-    return simulate(cut(requests, candidate.max_length), candidate.cost, setting, goal_s=goal_s)
+    largest = 0
+
+    def look(_: float, step: Step) -> None:
+        nonlocal largest
+        largest = max(largest, step.cost_tokens)
+
+    asked = cut(requests, candidate.max_length)
+    outcome = simulate(asked, candidate.cost, setting, goal_s=goal_s, told=look)
+    return outcome, largest
 
 
 def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
