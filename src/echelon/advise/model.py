@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
+from echelon.advise.sending import scale_of
 from echelon.checks import check_max_length
 from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
@@ -88,6 +89,8 @@ def look(
         asked = longest(ask.tokens, ask.trace)
         if asked > limit:
             raise too_long(asked, limit)
+        if ask.tokens is not None:
+            scale_of(texts.topics, trial.encoder, ask.tokens, ask.trace, limit)
         _check_memory(scorer, ask, before if facts.device == "cpu" else 0, options)
         _check_goal(scorer, ask, model)
     finally:

@@ -231,6 +231,11 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
         return Tried(candidate, None, per_s, None, full, full)
     most = full.requests / full.duration_s
     ladder = Ladder(lambda load: service.at(load * most), LOADS)
+    if limits.rate is None and scenario == "edge":
+        # One caller never makes a queue: how much load it would bear is not asked.
+        predicted = ladder.at(LOADS[0])
+        reason = None if predicted is not None else "misses the goal with a single caller"
+        return Tried(candidate, reason, per_s, None, ladder.calm, predicted)
     load = LOADS[0] if limits.rate is None else limits.rate / most
     predicted = ladder.at(load)
     reason = None

@@ -1,0 +1,317 @@
+"""What a recommendation is made of: what is asked, candidates, texts of a length, corrections."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echelon.advise import shorter as shorter_module
+from echelon.advise.ask import Ask
+from echelon.advise.candidates import budgets, candidates, prices_of
+from echelon.advise.model import look
+from echelon.advise.numbers import (
+    Numbers,
+    Proof,
+    agree,
+    correct,
+    differences,
+    pace_of,
+    paced,
+    squares_share,
+)
+from echelon.advise.proof import Stage, arguments, stress_plan
+from echelon.advise.sending import Load, scale_of
+from echelon.advise.server import Server, ServerFailed
+from echelon.advise.shorter import Shorter, shorter
+from echelon.config import Options
+from echelon.errors import InvalidInput
+from echelon.plan.cost import Coefficients, CostModel, work_of
+from echelon.plan.pack import NO_BUDGET
+from echelon.plan.workload import Arrival, Between, Fixed, Known
+from echelon.tune.prices import Memory
+from echelon.tune.profile import Key, Profile, Settings
+from echelon.tune.quality import Agreement
+from echelon.tune.scenario import Candidate, Limits, cut, predict
+
+MIB = 2**20
+PRICES = Coefficients(2e-3, 5e-5, 4e-8)
+
+
+def row(precision, tau=0.99, speed=100.0, *, passed=True):
+    return {
+        "precision": precision,
+        "tokens_per_s": speed,
+        "tau": tau,
+        "overlap": 1.0,
+        "ndcg_loss": None,
+        "passed": passed,
+    }
+
+
+def point(budget, status="ok"):
+    return {"token_budget": budget, "batch_size": None, "pairs": 8, "status": status}
+
+
+def profile(**changes):
+    error = {"median": 0.01, "p90": 0.02, "shapes": 9}
+    cost = {"base_s": 2e-3, "token_s": 5e-5, "square_s": 4e-8, "knee_tokens": 0, "beyond_s": 0.0}
+    made = Profile(
+        Key("toy", "r", "cpu", "a CPU", "bf16", {}),
+        Settings("bf16", 700, None, 2, None),
+        "2026-01-01T00:00:00+00:00",
+        data={"tokens": {"mean": 60.0, "p50": 50.0, "p90": 100.0, "max": 130}},
+        precisions=[row("fp32", 1.0, 50.0), row("bf16"), row("int8", 0.9, passed=False)],
+        cost={"coefficients": cost, "paid": "ragged", "error": error, "spread": 0.01},
+        memory={
+            "model": {"fixed_bytes": 300.0 * MIB, "token_bytes": 0.1 * MIB, "square_bytes": 0.0},
+            "error": error,
+        },
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def model(bert):
+    return look(bert, Options(device="cpu", threads=1, precision="fp32"), None, Ask("edge"))
+
+
+# What is asked.
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"scenario": "batch"}, "--scenario"),
+        ({"scenario": "api", "rate": 5.0}, "--slo-p99-ms"),
+        ({"scenario": "concurrent", "goal_s": 0.1}, "--rate"),
+        ({"scenario": "api", "goal_s": 0.1, "rate": -1.0}, "--rate"),
+        ({"scenario": "api", "goal_s": float("nan"), "rate": 1.0}, "--slo-p99-ms"),
+        ({"scenario": "api", "goal_s": 0.1, "rate": 9.0, "trace": (Known(0.0),)}, "--rate"),
+        ({"scenario": "api", "goal_s": 0.1, "rate": 0.1}, "--verify-s"),
+        ({"scenario": "edge", "rate": 1.0}, "--rate"),
+        ({"scenario": "offline", "goal_s": 0.1}, "--slo-p99-ms"),
+        ({"scenario": "edge", "memory_limit_bytes": 0.0}, "--memory-limit"),
+        ({"scenario": "edge", "verify_s": -1.0}, "--verify-s"),
+        ({"scenario": "edge", "allow": ("speed",)}, "--allow"),
+    ],
+)
+def test_nonsense_is_refused_with_the_remedy(asked, field):
+    with pytest.raises(InvalidInput) as caught:
+        Ask(**asked)
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+def test_each_scenario_has_its_usual_documents_and_a_trace_its_own_rate():
+    assert [str(Ask(s).sizes) for s in ("edge", "offline")] == ["1-10", "50-200"]
+    trace = tuple(Known(float(i) / 2, 3, 40) for i in range(9))
+    ask = Ask("api", goal_s=0.1, trace=trace, documents=Fixed(4))
+    assert ask.traffic(Fixed(50)).trace_rate == 2.0
+    assert ask.as_dict()["trace_requests"] == 9
+    with pytest.raises(InvalidInput, match="one moment"):
+        Ask("api", goal_s=0.1, trace=trace[:1]).traffic(Fixed(50))
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (Ask("edge", tokens=Fixed(131)), "--tokens"),
+        (Ask("edge", trace=(Known(0.0, 1, 40), Known(1.0, 1, 200))), "--tokens"),
+        (Ask("edge", tokens=Fixed(3)), "--tokens"),
+        (Ask("edge", goal_s=1e-7), "--slo-p99-ms"),
+        (Ask("edge", memory_limit_bytes=5.0 * MIB), "--memory-limit"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_tuning(bert, ask, field):
+    with pytest.raises(InvalidInput) as caught:
+        look(bert, Options(device="cpu", threads=1), None, ask)
+    assert caught.value.field == field
+    assert any(character.isdigit() for character in caught.value.remedy)
+
+
+# Candidates.
+
+
+def test_budgets_stay_below_what_memory_refused_and_allows():
+    assert budgets(profile(), Ask("edge")) == [256, 512, 700, 1024, 2048, 4096]
+    refused = profile(points=[point(2048, "out_of_memory"), point(1024)])
+    assert budgets(refused, Ask("edge")) == [256, 512, 700, 1024]
+    assert budgets(profile(learned_token_budget=300), Ask("edge")) == [256]
+    assert budgets(profile(learned_token_budget=100), Ask("edge")) == [100]
+    limited = Ask("edge", memory_limit_bytes=380.0 * MIB)
+    assert budgets(profile(), limited) == [256, 512, 700]
+    free = profile(settings=Settings("bf16", NO_BUDGET, 4, 2, None))
+    assert max(budgets(free, Ask("edge"))) == 4096
+
+
+def test_precisions_and_lengths_are_there_when_allowed_and_proved():
+    made = profile()
+    base = candidates(made, Ask("edge"), prices_of(made), ())
+    assert {one.precision for one in base} == {"bf16"}
+    assert {one.agreement for one in base} == {0.99}
+    lengths = [
+        Shorter(100, "bf16", 0.98, 1.0, None, 0.5, 0.5, passed=True, reason=None),
+        Shorter(64, "bf16", 0.5, 0.5, None, 0.5, 0.5, passed=False, reason="ranks differently"),
+    ]
+    more = candidates(made, Ask("edge", allow=("precision",)), prices_of(made), lengths)
+    assert {(one.precision, one.max_length, one.agreement) for one in more} == {
+        ("bf16", None, 0.99),
+        ("bf16", 100, 0.98),
+        ("fp32", None, 1.0),
+    }
+    steps = {one.precision: one.cost.predict((50, 50)) for one in more if one.token_budget == 256}
+    assert steps["fp32"] == pytest.approx(2 * steps["bf16"])
+
+
+def test_several_cards_give_candidates_with_several_workers():
+    key = replace(profile().key, device="cuda:0")
+    cards = profile(key=key, machine={"gpus": [{}, {}]})
+    found = candidates(cards, Ask("edge"), prices_of(cards), ())
+    assert {one.workers for one in found} == {1, 2}
+
+
+def test_a_limit_without_measured_memory_is_refused():
+    made = profile(memory=None)
+    with pytest.raises(InvalidInput, match="--memory-limit"):
+        candidates(made, Ask("edge", memory_limit_bytes=1e9), prices_of(made), ())
+
+
+# Requests as texts.
+
+
+@pytest.mark.parametrize("tokens", [Fixed(70), Between(50, 120)])
+def test_texts_have_the_lengths_that_are_simulated(model, tokens):
+    traffic = Ask("edge", documents=Fixed(8)).traffic(tokens)
+    encoder, topics = model.trial.encoder, model.texts.topics
+    load = Load(traffic, 1.0, topics, scale_of(topics, encoder, tokens, (), model.longest))
+    requests = load.first(160)
+    assert sum(one.documents for one in requests) == 160
+    wanted = np.array([length for one in requests for length in one.lengths])
+    pairs = [(q, d) for q, documents in load.texts(requests, 0) for d in documents]
+    sent = encoder.encode(pairs, model.longest, "longest_first").lengths
+    assert sent.mean() == pytest.approx(wanted.mean(), rel=0.1)
+    assert len(set(pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize("trace", [(), tuple(Known(i / 4, 2, 60) for i in range(40))])
+def test_the_load_test_sends_the_requests_that_were_simulated(model, trace, tmp_path):
+    rate = None if trace else 4.0
+    ask = Ask("api", 0.5, rate, trace, Between(1, 6), verify_s=6.0, seed=3)
+    load = Load(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, 1.5)
+    stage = Stage(ask, model, load, tmp_path / "p.json", on_card=False, told=lambda *_: None)
+    simulated = load.requests(6.0, 3)
+    sent = list(stress_plan(stage, "http://127.0.0.1:1").workload().requests(6.0))
+    assert len(sent) > 10
+    assert [(a.at_s, a.documents) for a in sent] == [(a.at_s, a.documents) for a in simulated]
+    for one, other in zip(sent, simulated, strict=True):
+        assert one.lengths == tuple(round(1.5 * n) for n in other.lengths)
+
+
+def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):
+    stage = Stage(Ask("edge"), model, None, tmp_path / "p.json", on_card=False, told=print)
+    told = arguments(stage, Candidate(256, CostModel()))
+    assert told[0] == str(model.name)
+    assert told[told.index("--profile") + 1] == str(tmp_path / "p.json")
+    assert told[told.index("--device") + 1] == "cpu"
+    many = arguments(stage, Candidate(256, CostModel(), workers=2))
+    assert many[many.index("--device") + 1] == "cuda"
+
+
+def test_a_server_that_does_not_start_says_why():
+    with (
+        pytest.raises(ServerFailed, match="no folder.*--verify-s 0"),
+        Server(["/no/such/model"]),
+    ):
+        pass
+
+
+# A shorter length.
+
+
+def verdict(tau):
+    return Agreement(tau, 1.0, 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("tau", "lengths", "said"),
+    [(0.99, (60, 90), None), (0.9, (60, 90), "do not rank"), (0.99, (120,) * 9, "proves nothing")],
+)
+def test_a_shorter_length_needs_a_proof_on_texts_as_long(model, monkeypatch, tau, lengths, said):
+    monkeypatch.setattr(shorter_module, "LENGTHS", (110, 500))
+    monkeypatch.setattr(shorter_module, "agreement", lambda *_: verdict(tau))
+    monkeypatch.setattr(shorter_module, "_lengths", lambda *_: [60, 120])
+    requests = [Arrival(0.0, len(lengths) + 1, (*lengths, 120))]
+    (found,) = shorter(model.trial, "fp32", (), requests, lambda _: None)
+    assert (found.max_length, found.tau, found.cut) == (110, tau, 0.5)
+    assert found.reason is None if said is None else said in found.reason
+
+
+def test_the_agreement_of_a_shorter_length_is_measured(model, monkeypatch):
+    monkeypatch.setattr(shorter_module, "LENGTHS", (129, 40))
+    requests = [Arrival(0.0, 1, (130,))]
+    little, much = shorter(model.trial, "fp32", (), requests, lambda _: None)
+    assert little.tau > 0.9 > much.tau
+    assert much.cut > little.cut
+    assert shorter(model.trial, "fp32", (), [Arrival(0.0, 1, (20,))], lambda _: None) == []
+
+
+# Predicted beside measured.
+
+
+def numbers(p50=0.01, p99=0.02, per_s=100.0, memory=400.0 * MIB):
+    return Numbers(p50, p50, p99, 10.0, per_s, memory, 50, 0)
+
+
+@given(st.floats(0.11, 9.9), st.lists(st.integers(1, 200), min_size=1, max_size=20))
+def test_the_pace_of_steps_is_found_again(pace, lengths):
+    cost = CostModel(PRICES)
+    slow = paced(cost, pace)
+    assert slow.predict(lengths) == pytest.approx(pace * cost.predict(lengths))
+    work, share = work_of(lengths, "ragged"), squares_share([Arrival(0, 1, tuple(lengths))], None)
+    found = pace_of(slow.predict(lengths), 1, work.tokens, share, cost)
+    assert found == pytest.approx(pace, rel=1e-3)
+
+
+def test_nothing_measured_is_no_pace_and_a_fault_is_bounded():
+    assert pace_of(0.0, 0, 0, 1.0, CostModel(PRICES)) == 1.0
+    assert pace_of(1e9, 1, 100, 50.0, CostModel(PRICES)) == 10.0
+
+
+def test_what_matters_must_agree_within_a_quarter():
+    off = differences("api", numbers(), numbers(p50=0.012, p99=0.026))
+    assert off["p50_s"] == pytest.approx(0.2)
+    assert not agree(off)
+    assert agree(differences("api", numbers(), numbers(p99=0.024, memory=900.0 * MIB)))
+    assert agree(differences("offline", numbers(), numbers(p99=9.0, per_s=80.0)))
+    assert not agree(differences("offline", numbers(), numbers(per_s=70.0)))
+
+
+def test_a_correction_takes_what_was_measured():
+    one = Candidate(512, CostModel(PRICES), memory=Memory(100.0, 1.0))
+    proof = Proof(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
+    (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof)
+    assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
+    assert slower.memory == Memory(200.0, 1.0)
+    assert limits.overhead_s == 0.007
+    calm = replace(proof, overhead_s=None)
+    assert correct([one], Limits(overhead_s=0.002), numbers(), calm)[1].overhead_s == 0.002
+
+
+def test_certain_requests_are_predicted_as_their_scenario_has_them():
+    requests = [Arrival(0.0, 2, (50, 300)), Arrival(0.001, 1, (60,))]
+    one = Candidate(1000, CostModel(PRICES), max_length=100)
+    assert [list(a.lengths) for a in cut(requests, 100)] == [[50, 100], [60]]
+    first = one.cost.predict((50, 100))
+    calm, largest = predict("edge", requests, one, Limits())
+    assert largest == 150
+    assert calm.longest_s == pytest.approx(first)
+    found = Numbers.of("edge", calm, one, largest)
+    assert found.requests_per_s == pytest.approx(1 / calm.mean_s)
+    once, largest = predict("offline", requests, one, Limits(overhead_s=1.0))
+    assert largest == 150  # the first to come finds an idle worker
+    assert once.duration_s == pytest.approx(first + one.cost.predict((60,)))
+    assert Numbers.of("offline", once, one, largest).p99_s is None
