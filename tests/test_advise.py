@@ -223,7 +223,7 @@ def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):
 
 def test_a_server_that_does_not_start_says_why():
     with (
-        pytest.raises(ServerFailed, match="no folder.*--verify-s 0"),
+        pytest.raises(ServerFailed, match=r"no folder.*--verify-s 0"),
         Server(["/no/such/model"]),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Whole recommendations on a tiny model: the command, the real server, corrections, missed goals."""
+"""Whole recommendations on a tiny model: command, real server, corrections, missed goals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SLOW_S = 600.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(scenario, "REQUESTS", 100)
-    monkeypatch.setattr(scenario, "FULL", 30)
+    monkeypatch.setattr(scenario, "REQUESTS", 60)
+    monkeypatch.setattr(scenario, "FULL", 20)
 
 
 @pytest.fixture
