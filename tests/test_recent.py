@@ -67,7 +67,7 @@ def ended(outcome="answered", cut=0, fallback=None):
 
 def snapshot(pairs=5, memory=(7, 0), budget=2048):
     load = Load(1, pairs, 60, 700, 1, 0.0, budget, None)
-    return Snapshot(load, 2, 0.5, 0.25, 1, memory, 1.1, draining=False)
+    return Snapshot(load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False)
 
 
 # Percentiles.
