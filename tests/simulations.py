@@ -125,8 +125,8 @@ def serve(trace, setting, cost="ragged"):
     steps = []
     form = batcher.next_step
 
-    def next_step(now):
-        step = form(now)
+    def next_step(now, *idle):
+        step = form(now, *idle)
         if step is not None:
             steps.append((now, step.places, step.lengths))
         return step
