@@ -44,6 +44,11 @@ from scorers import Obedient
 from services import Ears, run, scores, texts, until, wish
 from services import service as local_service
 
+pytestmark = pytest.mark.skipif(
+    "ECHELON_ALL_TESTS" not in os.environ,
+    reason="needs ECHELON_ALL_TESTS=1: its processes miss their times on a busy machine",
+)
+
 DOCUMENTS = ("A bird has feathers and wings.", "Stones are hard.", "The cat sleeps all day long.")
 
 slow = partial(Obedient, pace_s=0.00002)
