@@ -11,6 +11,7 @@ import pytest
 
 from echelon.api.auth import Key, Keys
 from echelon.api.house import Rules
+from echelon.plan.drift import Drift
 from services import GUARD_S
 from website import Site, chromium, fits, visit
 
@@ -136,3 +137,16 @@ def test_without_the_charts_script_the_numbers_still_come(browser):
         without_charts(page, site)
         page.locator("#workers tr", has_text="up").wait_for()
         page.get_by_role("img", name="Token budget: 2,048 now").wait_for()
+
+
+def test_a_machine_that_has_become_slow_is_told_with_the_remedy(browser):
+    with Site() as site:
+        drift = Drift(1.0)
+        while drift.see(2.0) is None:
+            pass
+        drift.see = lambda level: None
+        site.house.service._dispatch.drift = drift
+        with visit(browser, f"{site.url}/dashboard") as page:
+            page.locator("#about", has_text="echelon tune --refresh").wait_for()
+            slowdown = page.locator("#tiles div", has_text="Slowdown").locator("dd").inner_text()
+            assert slowdown == "1.99 ×"

@@ -67,7 +67,9 @@ def ended(outcome="answered", cut=0, fallback=None):
 
 def snapshot(pairs=5, memory=(7, 0), budget=2048):
     load = Load(1, pairs, 60, 700, 1, 0.0, budget, None)
-    return Snapshot(load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False)
+    return Snapshot(
+        load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False, drift=1.75, drifted=True
+    )
 
 
 # Percentiles.
@@ -230,7 +232,8 @@ def test_the_state_at_each_look_and_now():
     assert found["columns"]["waiting_pairs"] == [5, None]
     assert found["columns"]["resident_bytes"] == [[7, None], [None, None]]
     assert found["now"]["waiting_pairs"] == 9
-    assert set(found["now"]) == {*STATE, "draining", "fallback"}
+    assert set(found["now"]) == {*STATE, "draining", "drifted", "fallback"}
+    assert (found["now"]["slowdown"], found["now"]["drifted"]) == (1.75, True)
     assert [worker["resident_bytes"] for worker in found["workers"]] == [7, None]
 
 

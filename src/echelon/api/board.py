@@ -31,7 +31,7 @@ STATE: dict[str, Callable[[Snapshot], float]] = {
     "oldest_s": lambda state: round(state.oldest_s, 4),
     "token_budget": lambda state: state.load.budget,
     "workers_up": lambda state: state.workers,
-    "cost_scale": lambda state: round(state.scale, 4),
+    "slowdown": lambda state: round(state.drift, 4),
 }
 """What is read off the service at each look."""
 
@@ -57,6 +57,7 @@ def board(view: View, model: str, facts: Facts | None, state: Snapshot | None) -
         and {
             **_state(state),
             "draining": state.draining,
+            "drifted": state.drifted,
             "fallback": state.fallback,
         },
         "workers": [
@@ -109,7 +110,7 @@ def _row(past: Slice, seconds: float) -> Row:
 
 
 def _rates(past: Slice, seconds: float) -> Row:
-    """Rates, percentiles and drift of so many seconds."""
+    """Rates, percentiles, and actual over predicted step time, of so many seconds."""
     sums, answers = past.sums, past.counts
     asked = sum(count for (kind, _), count in answers.items() if kind == "http")
     found: list[float | None] = [None] * len(RANKS)

@@ -49,7 +49,7 @@ function againstPredicted(data) {
 }
 
 function drift(data) {
-  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", factor: "cost_scale" })(data);
+  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", slowdown: "slowdown" })(data);
   return [ratio, { ...scale, yaxis: "y2" }];
 }
 
@@ -93,8 +93,8 @@ const CHARTS = [
     now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
   },
   {
-    id: "drift", title: "Drift", note: "Actual over predicted time of steps; right, the factor by which steps are slower than the cost model's defaults.",
-    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.minute.drift)} ×`,
+    id: "drift", title: "Drift", note: "Actual over predicted time of steps, which predictions follow; right, how many times as long steps take as is normal for this machine.",
+    traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.now?.slowdown)} ×`,
   },
   {
     id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },

@@ -88,7 +88,13 @@ function showAbout() {
   const { scorer, version, since, minute, now } = data;
   $("updated").textContent = `Updated ${clock(data.at)} · rates and latency over the last ${number(minute.seconds)} s`;
   const what = scorer ? `${scorer.family} on ${scorer.device} in ${scorer.precision}` : "no scorer yet";
-  $("about").textContent = `Echelon ${version}, ${what}, running since ${clock(since)}${now?.fallback ? "; reads low priority shorter" : ""}${now?.draining ? "; takes nothing more in" : ""}.`;
+  const remarks = [
+    `Echelon ${version}, ${what}, running since ${clock(since)}`,
+    now?.fallback && "reads low priority shorter",
+    now?.drifted && `steps take ${number(now.slowdown)} times as long as is normal here: find what else runs or throttles the machine, or measure again with "echelon tune --refresh"`,
+    now?.draining && "takes nothing more in",
+  ];
+  $("about").textContent = `${remarks.filter(Boolean).join("; ")}.`;
 }
 
 function showTiles() {
@@ -101,7 +107,7 @@ function showTiles() {
     ["Latency P50", seconds(minute.p50_s)],
     ["Latency P95", seconds(minute.p95_s)],
     ["Latency P99", seconds(minute.p99_s)],
-    ["Drift", minute.drift === null || minute.drift === undefined ? "–" : `${number(minute.drift)} ×`],
+    ["Slowdown", now ? `${number(now.slowdown)} ×` : "–"],
     ["Waiting pairs", number(now?.waiting_pairs)],
     ["Oldest", seconds(now?.oldest_s)],
     ["Backlog", seconds(now?.backlog_s)],
