@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 from echelon.encode.pairs import Template, encode_pairs
 from echelon.score.fake import FakeScorer
@@ -285,3 +286,14 @@ def readme_code(word: str, readme: str) -> str:
 READMES = ("README.md", "README.zh.md")
 ROUTER = ("Bananas are yellow.", "Hold the power button of the router for ten seconds.")
 """Documents of which the second answers what the READMEs ask, in the demo model's language."""
+
+
+def run_command(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+    """``echelon`` in this process: (exit code, output, error output)."""
+    from echelon import cli
+
+    monkeypatch.setattr(sys, "argv", ["echelon", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err

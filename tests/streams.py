@@ -110,8 +110,8 @@ async def streaming(server, clients: int = 6):
 async def readiness(server, status: int) -> None:
     """Wait until ``/ready`` says so."""
     async with client_of(server) as client:
-        while (await client.get("/ready")).status_code != status:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)  # it changes in another process
+        while (await client.get("/ready")).status_code != status:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.02)
 
 
 async def counted(server, name: str, least: float) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from echelon import cli
 from echelon.advise import advisor
 from echelon.advise.advisor import advise
 from echelon.advise.ask import Ask
@@ -22,6 +21,7 @@ from echelon.plan.workload import Between, Fixed
 from echelon.tune import scenario
 from echelon.tune.profile import Profile
 from echelon.tuner import Plan
+from helpers import run_command
 from test_advise import MIB, profile
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
@@ -39,14 +39,7 @@ def quick(monkeypatch):
 def call(capsys, monkeypatch):
     """The command in this process: (exit code, output, error output)."""
 
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["echelon", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return called
+    return partial(run_command, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from echelon import cli, prepare
+from echelon import prepare
 from echelon.call import sigmoid
 from echelon.errors import InvalidInput
 from echelon.jobs import compare, streams, trec
@@ -29,6 +29,7 @@ from echelon.jobs.rows import Mark
 from echelon.jobs.windows import windows
 from echelon.jobs.writers import shortest
 from echelon.reranker import Reranker
+from helpers import run_command
 from jobs_kit import Frugal, do, job_of, leftovers, queries, read_lines, write_lines
 
 BAD_LINES = {
@@ -373,15 +374,12 @@ def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
     (tmp_path / "qrels").write_text("q0 0 d0 1\nq1 0 d1 1\nq2 0 d1 2\n")
     command = ["batch", source, "-o", tmp_path / "out.jsonl", "--model", fake]
     command += ["--qrels", tmp_path / "qrels", "--compare", "precision"]
-    monkeypatch.setattr(sys, "argv", ["echelon", *map(str, command)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out) == (9, "")
+    code, out, err = run_command(capsys, monkeypatch, *command)
+    assert (code, out) == (9, "")
     for text in ("Quality on", "nDCG@10", "Precisions on your", "bf16", "pairs of 3 rows"):
-        assert text in shown.err
-    assert "int8 was refused: precision: int8 ranks differently here" in shown.err
-    assert "echelon: 1 row could not be scored: " in shown.err
+        assert text in err
+    assert "int8 was refused: precision: int8 ranks differently here" in err
+    assert "echelon: 1 row could not be scored: " in err
 
 
 def test_standard_input_and_output(bert):

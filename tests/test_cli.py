@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import click
 import pytest
 
 from echelon import cli, errors
+from helpers import run_command
 
 QUICK = (
     "--pairs=4",
@@ -33,14 +35,7 @@ def run(*arguments, **more):
 def call(capsys, monkeypatch):
     """The command in this process: (exit code, output, error output)."""
 
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["echelon", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return called
+    return partial(run_command, capsys, monkeypatch)
 
 
 def test_rank_prints_the_documents_in_order(demo_folder, call):

@@ -6,14 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from echelon import cli
 from echelon.reports import page
 from echelon.reports.command import report as group
 from echelon.tune import report
+from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import RESULTS, Page, leave_plotly_out
 from website import chromium
@@ -37,14 +38,7 @@ def call(capsys, monkeypatch, tmp_path):
     profile_of().save("a.json")
     profile_of(0.5).save("b.json")
 
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["echelon", "report", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return called
+    return partial(run_command, capsys, monkeypatch, "report")
 
 
 # Comparing.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon import cli
 from echelon.errors import ProfileError
 from echelon.plan.cost import Coefficients
 from echelon.plan.memory import MemoryModel
@@ -21,6 +19,7 @@ from echelon.simulate import capacity, day, traffic
 from echelon.tune.fit import CostFit, Error, MemoryFit
 from echelon.tune.prices import Memory, cost_of, lengths_of, memory_of, noise_of
 from echelon.tune.profile import Key, Profile, Settings
+from helpers import run_command
 
 MIB = 2**20
 ROOT = Path(__file__).parents[1]
@@ -149,13 +148,7 @@ def plan(tmp_path, capsys, monkeypatch):
     def called(*arguments, made=None):
         path = tmp_path / "profile.json"
         (made or profile()).save(path)
-        monkeypatch.setattr(
-            sys, "argv", ["echelon", "plan", "--profile", str(path), *map(str, arguments)]
-        )
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
+        return run_command(capsys, monkeypatch, "plan", "--profile", path, *arguments)
 
     return called
 

@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from echelon import cli
 from echelon.stress import page
+from helpers import run_command
 from stand_in_reranker import good, in_a_thread
 
 SHORT = ("--rate", "100", "--duration-s", "0.4", "--warmup-s", "0.1")
@@ -30,14 +31,7 @@ def call(capsys, monkeypatch):
     monkeypatch.setattr("echelon.stress.watch.BUSY_SHARE", 100.0)
     monkeypatch.setattr("echelon.stress.watch.LATE_S", 100.0)
 
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["echelon", "stress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return called
+    return partial(run_command, capsys, monkeypatch, "stress")
 
 
 def full(number, body):
