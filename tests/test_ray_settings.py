@@ -19,7 +19,6 @@ from echelon.errors import InvalidInput, MissingDependency
 from echelon.fetch.resolve import DEMO, ModelFolder
 from echelon.plan.scale import Scaling
 from echelon.prepare import PreparedModel
-from echelon.scale import command
 from echelon.scale.opener import abroad
 from echelon.scale.serve import app, plan_of, values_of
 from echelon.scale.worker import Share
@@ -79,8 +78,10 @@ def test_workers_of_a_file_are_rays_alone():
 
 def test_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"echelon-rerank\[ray\]"):
-        command.require_ray()
+    ran = CliRunner().invoke(cli, ["serve", "demo", "--ray"])
+    assert isinstance(ran.exception, MissingDependency)
+    assert "--ray needs ray" in str(ran.exception)
+    assert "echelon-rerank[ray]" in str(ran.exception)
 
 
 def test_config_knows_of_ray():

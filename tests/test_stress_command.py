@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from echelon.stress import page
+from echelon.tune import page
 from helpers import run_command
 from stand_in_reranker import good, in_a_thread
 

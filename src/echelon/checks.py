@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
     from echelon.types import Pair
+
+
+DISTRIBUTIONS = {"hdrh": "hdrhistogram"}
+"""What pip calls a package that is imported under another name."""
+
+
+def require_packages(who: str, extra: str, packages: Iterable[str], other: str = "") -> None:
+    """Refuse to begin without packages of an extra.
+
+    Args:
+        who: what needs them.
+        extra: what to install.
+        packages: names to import.
+        other: another way out, in words.
+
+    Raises:
+        MissingDependency: names those that are missing.
+    """
+    missing = [
+        DISTRIBUTIONS.get(name, name) for name in packages if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingDependency(
+            f"{who} needs {', '.join(missing)}. "
+            f"Install with: pip install 'echelon-rerank[{extra}]'{other}"
+        )
 
 
 def check_text(field: str, text: object) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.errors import EchelonError, InvalidInput, MissingDependency
+from echelon.api.command import PACKAGES as SERVER_PACKAGES
+from echelon.checks import require_packages
+from echelon.errors import EchelonError, InvalidInput
+from echelon.stress.command import PACKAGES as STRESS_PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
     from echelon.flags import Flag
     from echelon.tune.profile import Profile
     from echelon.tuner import Plan
-
-NEEDED = ("aiohttp", "hdrh", "httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
-"""What a server under load needs."""
 
 SCENARIO_FLAGS: tuple[Flag, ...] = (
     (
@@ -130,12 +129,12 @@ class Adviser:
 def _require_packages(ask: Ask) -> None:
     if ask.scenario not in {"api", "concurrent"} or not ask.verify_s:
         return
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise MissingDependency(
-            f"The proof of --scenario {ask.scenario} needs {', '.join(missing)}. Install them "
-            "with: pip install 'echelon-rerank[serve,stress]', or give --verify-s 0."
-        )
+    require_packages(
+        f"The proof of --scenario {ask.scenario}",
+        "serve,stress",
+        [*SERVER_PACKAGES, *STRESS_PACKAGES],
+        ", or give --verify-s 0.",
+    )
 
 
 def _ask(scenario: str, **given: Any) -> Ask:

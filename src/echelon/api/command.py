@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.api.config_file import PREFIX, origins, take_file
-from echelon.errors import MissingDependency
+from echelon.checks import require_packages
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, Flag, as_keywords, options_of, with_flags
 
 if TYPE_CHECKING:
     from echelon.api.house import House
     from echelon.config import Options
+
+PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 _DOOR_FLAGS: tuple[Flag, ...] = (
     (("--host",), {"default": "127.0.0.1", "help": "Address to listen on."}),
@@ -82,7 +84,7 @@ def serve(*, model: str, **values: Any) -> None:
     Ctrl-C answers what is inside, then ends. Each setting is also an environment variable, such as
     ECHELON_SERVE_PORT, and an entry of the --config file.
     """
-    require_packages()
+    require_packages("echelon serve", "serve", PACKAGES)
     from echelon.api.logs import set_up
     from echelon.api.server import Address, run
 
@@ -188,20 +190,3 @@ def name_of(model: str) -> str:
     """What answers call a model: a folder's own name, or the name that was given."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
-
-
-def require_packages() -> None:
-    """See that the server's packages are there.
-
-    Raises:
-        MissingDependency: names those that are not.
-    """
-    from importlib.util import find_spec
-
-    needed = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise MissingDependency(
-            f"echelon serve needs {', '.join(missing)}. "
-            "Install them with: pip install 'echelon-rerank[serve]'"
-        )

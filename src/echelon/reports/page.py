@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.reports import grids
 from echelon.reports.overlay import overlays
-from echelon.tune import report, words
+from echelon.tune import words
+from echelon.tune.page import fill
 from echelon.tune.profile import write_text
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def write_page(a: Side, b: Side, found: Row, path: str | os.PathLike[str]) -> No
 
 def render(a: Side, b: Side, found: Row) -> str:
     """The page as HTML; arguments as in :func:`write_page`."""
-    text = (files("echelon.reports") / "compare.html.j2").read_text(encoding="utf-8")
-    return report.fill(text, _content(a, b, found))
+    return fill("echelon.reports", "compare.html.j2", _content(a, b, found))
 
 
 def _content(a: Side, b: Side, found: Row) -> Row:

@@ -8,7 +8,8 @@ import click
 
 from echelon.api.command import config as plain_config
 from echelon.api.command import serve as plain_serve
-from echelon.errors import InvalidInput, MissingDependency
+from echelon.checks import require_packages
+from echelon.errors import InvalidInput
 from echelon.jobs.command import batch as plain_batch
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _serve(*, model: str, ray: str | None, **values: Any) -> None:
             del values[name]
         _call(plain_serve, model=model, **values)
         return
-    require_ray()
+    require_packages("--ray", "ray", ["ray"])
     from echelon.scale.serve import run_here
 
     run_here(ray, {"model": model, **values})
@@ -90,7 +91,7 @@ def _batch(
             raise InvalidInput("--workers", "is of use on Ray only", "Add --ray.")
         _call(plain_batch, **values)
         return
-    require_ray()
+    require_packages("--ray", "ray", ["ray"])
     from functools import partial
 
     from echelon.jobs.command import rerank_file
@@ -128,17 +129,3 @@ config = _extended(plain_config, _config, scale_options())
 
 batch = _extended(plain_batch, _batch, _file_options())
 """``echelon batch``, here or on Ray."""
-
-
-def require_ray() -> None:
-    """See that Ray is there.
-
-    Raises:
-        MissingDependency: it is not.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("ray") is None:
-        raise MissingDependency(
-            "--ray needs ray. Install it with: pip install 'echelon-rerank[ray]'"
-        )

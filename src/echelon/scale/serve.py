@@ -19,9 +19,10 @@ import ray
 from ray import serve
 
 from echelon.api.app import make_app
-from echelon.api.command import house_of, require_packages, split
+from echelon.api.command import PACKAGES, house_of, split
 from echelon.api.config_file import PREFIX, check_names
 from echelon.api.server import GRACE_S, KEEP_ALIVE_S
+from echelon.checks import require_packages
 from echelon.errors import InvalidInput, ShuttingDown
 from echelon.plan.scale import Scaling
 from echelon.scale.command import SCALE
@@ -222,7 +223,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
 
 def application_of(plan: Plan) -> Application:
     """The application of a plan."""
-    require_packages()
+    require_packages("echelon serve", "serve", PACKAGES)
     return deploy(
         plan,
         ingresses=plan.ingresses,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.errors import GoalMissed, InvalidInput, MissingDependency
+from echelon.checks import require_packages
+from echelon.errors import GoalMissed, InvalidInput
 from echelon.flags import Flag, with_flags
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from echelon.stress.search import Search
 
 KEY = "ECHELON_API_KEY"
+
+PACKAGES = ("aiohttp", "hdrh")
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -95,7 +98,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
     Exit code 8 says that the goal of --slo-p99-ms was missed. An API key is taken from the
     environment variable ECHELON_API_KEY.
     """
-    _require_packages()
+    require_packages("echelon stress", "stress", PACKAGES)
     _check(values)
     plan, data = _plan(url, values)
     shown = not quiet and not as_json
@@ -114,17 +117,6 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
         from echelon.stress.tables import verdict
 
         raise GoalMissed(verdict(result))
-
-
-def _require_packages() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("aiohttp", "hdrh") if find_spec(name) is None]
-    if missing:
-        raise MissingDependency(
-            f"echelon stress needs {', '.join(missing).replace('hdrh', 'hdrhistogram')}. "
-            "Install them with: pip install 'echelon-rerank[stress]'"
-        )
 
 
 _ALONE = (

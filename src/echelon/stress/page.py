@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from echelon.stress.plots import charts
 from echelon.stress.result import name_of
 from echelon.stress.tables import probe_row, verdict
 from echelon.tune import words
+from echelon.tune.page import fill
 from echelon.tune.profile import write_text
 
 if TYPE_CHECKING:
@@ -30,21 +30,7 @@ def write_page(result: Result, path: str | os.PathLike[str]) -> None:
 
 def render(result: Result) -> str:
     """The page as HTML."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = (files("echelon.stress") / "page.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(text).render(_content(result), plotly_js=_plotly_js())
-    # What a server says may hold lone surrogates, which no file can hold.
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _plotly_js() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
+    return fill("echelon.stress", "page.html.j2", _content(result))
 
 
 def _content(result: Result) -> dict[str, Any]:

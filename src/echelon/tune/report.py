@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
 from echelon.tune import card, words
 from echelon.tune.model_plots import model_charts
+from echelon.tune.page import fill
 from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
@@ -18,7 +18,6 @@ from echelon.tune.stats import CONFIDENCE
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
     from echelon.tune.profile import Profile
     from echelon.tune.words import Entry
@@ -84,33 +83,7 @@ def write_report(
 
 def render(profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_NAME) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
-    return fill(_template("report.html.j2"), _content(profile, str(profile_path)))
-
-
-def fill(text: str, content: Mapping[str, Any]) -> str:
-    """A template with its content as HTML; it may extend ``report.html.j2``."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.from_string(text).render(content, plotly_js=_plotly_js())
-    # A file name that is no UTF-8 reaches us with lone surrogates, which no file can hold.
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _template(name: str) -> str:
-    return (files("echelon.tune") / name).read_text(encoding="utf-8")
-
-
-def _plotly_js() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
+    return fill("echelon.tune", "report.html.j2", _content(profile, str(profile_path)))
 
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
