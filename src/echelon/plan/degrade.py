@@ -31,7 +31,7 @@ class Failure:
         pairs: pairs in it.
         cost: tokens it was paid for.
         longest: tokens of its longest pair.
-        caches_dropped: no step has succeeded since the caches were last dropped.
+        caches_dropped: the caches have been dropped for this step, or one of its requests, already.
         precision: the scorer's precision.
         allow: what the user allowed to be given up.
     """

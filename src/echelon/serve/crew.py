@@ -99,7 +99,6 @@ class Keeper(threading.Thread):
         self._precision = orders.precision
         self._memory_limit = orders.memory_limit_bytes
         self._failures = self._failed_starts = 0
-        self._caches_dropped = False
         self._sent: deque[tuple[Step, float]] = deque()
         self._leaving = threading.Event()
         self._retiring = threading.Event()
@@ -169,7 +168,6 @@ class Keeper(threading.Thread):
 
     def _open(self) -> None:
         self._facts = self._worker.start(self._precision)
-        self._caches_dropped = False
         self._warm_up(self._opened(self._facts))
         self.up = True
         self._failed_starts = 0
@@ -281,7 +279,6 @@ class Keeper(threading.Thread):
             return
         self._next()
         self._failures = 0
-        self._caches_dropped = False
         self.resident_bytes = scored.resident_bytes
         self._dispatch.finish(step, scored, self.number)
 
@@ -294,10 +291,7 @@ class Keeper(threading.Thread):
     def _make_room(self, step: Step, reason: str) -> None:
         if self._facts is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
-        action, budget = self._dispatch.out_of_memory(
-            step, reason, self._facts, caches_dropped=self._caches_dropped
-        )
-        self._caches_dropped = True
+        action, budget = self._dispatch.out_of_memory(step, reason, self._facts)
         self._worker.release()
         taken = LadderStep(action.rung, action.detail, action.remedy)
         self._listener.ladder_taken(LadderTaken(self.number, taken, budget))

@@ -286,19 +286,22 @@ class Dispatch:
             self._deliver(ended, lambda _: error)
             self._lock.notify_all()
 
-    def out_of_memory(
-        self, step: Step, reason: str, facts: Facts, *, caches_dropped: bool
-    ) -> tuple[Action, int]:
+    def out_of_memory(self, step: Step, reason: str, facts: Facts) -> tuple[Action, int]:
         """A step did not fit: decide what to do, and plan it anew.
+
+        Caches are dropped for a request once. Whether other steps went well meanwhile says nothing:
+        one that was sent ahead always does, and a pair that never fits would be tried for ever.
 
         Returns:
             What was decided, and the token budget from now on.
         """
+        with self._lock:
+            taken = {rung.rung for job in self._of(step) for rung in job.ladder}
         failure = Failure(
             pairs=len(step.places),
             cost=step.cost_tokens,
             longest=max(step.lengths),
-            caches_dropped=caches_dropped,
+            caches_dropped="drop_caches" in taken,
             precision=facts.precision,
             allow=self._allow,
         )

@@ -1,0 +1,51 @@
+"""The desk between callers and workers, asked directly: no thread, no process."""
+
+from __future__ import annotations
+
+from echelon.plan.batcher import Batcher
+from echelon.plan.cost import CostModel
+from echelon.score.fake import FakeScorer
+from echelon.score.worker import Scored
+from echelon.serve.dispatch import Dispatch
+from echelon.serve.events import Silence
+from echelon.serve.job import Job
+from services import wish
+
+FACTS = FakeScorer().facts
+
+
+def desk(answers):
+    dispatch = Dispatch(Batcher(CostModel(), 1), Silence(), lambda: 0.0)
+    dispatch.set_up(FACTS, 40, None, None)
+
+    def submit(number, pairs):
+        dispatch.submit(Job(number, pairs, lambda told: answers.setdefault(number, told), 0.0))
+
+    return dispatch, submit
+
+
+def scored(dispatch, prepared):
+    logits = FakeScorer().score(prepared.batch)
+    dispatch.finish(prepared.step, Scored(logits, 0.01, 0), 0)
+
+
+def test_a_pair_that_never_fits_ends_though_other_steps_go_well_in_between():
+    """A step sent ahead ends well after each failure: that must not begin the ladder anew."""
+    answers: dict = {}
+    dispatch, submit = desk(answers)
+    submit(1, wish(*range(3, 60)))
+    rungs = []
+    for number in range(2, 12):
+        submit(number, wish(number))
+        large, ahead = dispatch.take(), dispatch.take()
+        while large.step.requests != (1,):  # it has its turn among the others
+            scored(dispatch, large)
+            large, ahead = ahead, dispatch.take()
+        action, _ = dispatch.out_of_memory(large.step, "no room", FACTS)
+        rungs.append(action.rung)
+        if ahead is not None:
+            scored(dispatch, ahead)
+        if 1 in answers:
+            break
+    assert rungs == ["drop_caches", "give_up"]
+    assert type(answers[1]).__name__ == "OutOfMemory"
