@@ -10,6 +10,7 @@ import pytest
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, Reranker
 from echelon.plan.pack import windows
+from echelon.score.base import DeviceOutOfMemory
 from helpers import SENTENCES, words
 
 QUERY = "rain at the kitchen window"
@@ -219,5 +220,25 @@ def test_a_call_in_windows_keeps_its_order(bert, monkeypatch):
                 assert result.logit == pytest.approx(expected[result.index], abs=1e-4)
             with pytest.raises(InvalidInput, match=r"pairs\[0\].query"):
                 await reranker.score_pairs([(words(300), "rain")], truncation="only_second")
+
+    asyncio.run(main())
+
+
+def test_memory_teaches_a_smaller_budget(bert, monkeypatch):
+    async def main():
+        async with AsyncReranker(bert, device="cpu", threads=1, token_budget=400) as reranker:
+            scorer = reranker.reranker._engine._scorer
+            score = scorer.score
+
+            def narrow(batch):
+                if len(batch.ids) > 200:
+                    raise DeviceOutOfMemory("full")
+                return score(batch)
+
+            monkeypatch.setattr(scorer, "score", narrow)
+            ranking = await reranker.rank(QUERY, [words(20 + i) for i in range(12)])
+            assert len(ranking.results) == 12
+            assert [step.rung for step in ranking.report.ladder] == ["drop_caches", "halve_budget"]
+            assert reranker.reranker.token_budget <= 200
 
     asyncio.run(main())

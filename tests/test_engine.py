@@ -289,3 +289,13 @@ def test_the_order_of_pairs_does_not_change_their_scores(lengths, chance):
     assert Engine(PatientScorer(250), Limits(1000)).run(other).logits.tolist() == [
         whole[i] for i in order
     ]
+
+
+def test_steps_that_others_planned():
+    scorer = PatientScorer(100)
+    engine = Engine(scorer, Limits(150))
+    pairs = pairs_of([30, 40])
+    assert engine.step(pairs.batch([1])).tolist() == expected(pairs)[1:].tolist()
+    engine.close()
+    with pytest.raises(InvalidInput, match="it is closed"):
+        engine.step(pairs.batch([0]))

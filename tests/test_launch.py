@@ -7,6 +7,8 @@ import asyncio
 import pytest
 
 from echelon import InvalidInput, ModelNotFound, Reranker
+from echelon.config import Options
+from echelon.prepare import prepare
 from echelon.serve.launch import device_of, launch, threads_of
 from helpers import SENTENCES
 
@@ -41,6 +43,16 @@ def test_what_cannot_be_launched_says_why(tmp_path):
         asyncio.run(launch(tmp_path))
     with pytest.raises(InvalidInput, match="workers: 0 is not positive"):
         asyncio.run(launch("demo", workers=0))
+
+
+def test_workers_open_the_model_where_they_are_told(bert):
+    options = Options(device="cpu", threads=2)
+    opener = prepare(bert, options, None).opener
+    assert (
+        opener("cuda:1", 3).keywords | {"device": "cuda:1", "threads": 3}
+        == opener("cuda:1", 3).keywords
+    )
+    assert (opener().keywords["device"], opener().keywords["threads"]) == ("cpu", 2)
 
 
 def test_workers_share_the_machine(monkeypatch):
