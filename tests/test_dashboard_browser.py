@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 
 import httpx
@@ -14,11 +13,6 @@ from echelon.api.house import Rules
 from echelon.plan.drift import Drift
 from services import GUARD_S
 from website import Site, chromium, fits, visit
-
-pytestmark = pytest.mark.skipif(
-    "ECHELON_ALL_TESTS" not in os.environ,
-    reason="needs ECHELON_ALL_TESTS=1: its processes miss their times on a busy machine",
-)
 
 COLOURS = """[getComputedStyle(document.body).backgroundColor,
 document.getElementById('documents')._fullLayout.font.color]"""
