@@ -70,6 +70,9 @@ def require_torch() -> None:
     # Read once, when torch loads its OpenMP library; a user's own choice stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    # Weights in pages of 2 MiB, where the system gives them to those who ask: a large model's
+    # products read all of them in every step (docs/LOG.md). Read at torch's first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         import torch  # noqa: F401 - the import is the check
     except ImportError as error:
