@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ WORSE = 1.05
 PROBE_SHARE = 0.2
 PROBE_SECONDS, PROBE_RUNS = 2.0, 3
 """A probe is the fastest of this many runs, or of as many as pass this time."""
+
+FINALISTS, FINAL_TURNS = 2, 3
+"""The cheapest sizes are probed again, in turn, so often."""
 
 FIRST_SIZES = {"pairs": 8, "tokens": 1024}
 REPEATS = {"realtime": 5}
@@ -113,6 +117,13 @@ def cheapest(costs: dict[int, float]) -> int:
     return min(costs, key=costs.__getitem__)
 
 
+def play_off(costs: dict[int, float], measure: Callable[[int], float]) -> dict[int, float]:
+    """The cheapest sizes once more, in turn, so that what drifts between probes does not decide."""
+    best = sorted(costs, key=lambda size: costs[size])[:FINALISTS]
+    turns = [{size: measure(size) for size in best} for _ in range(FINAL_TURNS)]
+    return {size: statistics.median(turn[size] for turn in turns) for size in best}
+
+
 def settle(member: Member, task: Task) -> dict[str, Any]:
     """Find the options and the step size that are fastest on a part of the pairs."""
     engine, lengths = member.engine, task.workload.lengths
@@ -131,7 +142,9 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
     sizes = [s for i, s in enumerate(engine.sizes) if i == 0 or engine.sizes[i - 1] < most]
     first = min(FIRST_SIZES[engine.unit], sizes[-1])
     costs = climb(sizes, first, measure)
-    size = cheapest(costs)
+    finals = play_off(costs, measure)
+    size = cheapest(finals)
+    costs |= finals
     tried = [{"options": member.options, "seconds": costs}]
     for change in engine.alternatives:
         try:
@@ -139,7 +152,7 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
             tried.append({"options": member.options, "seconds": {size: measure(size)}})
         except EngineFailed as error:
             tried.append({"options": {**engine.options, **change}, "failure": str(error)})
-    best = min((t for t in tried if "seconds" in t), key=lambda t: min(t["seconds"].values()))
+    best = min((t for t in tried if "seconds" in t), key=lambda t: t["seconds"][size])
     if engine.alternatives:
         member.open(best["options"], anew=True)  # what was tried leaves no memory behind
         measure(size)
