@@ -126,7 +126,8 @@ async def rate(workers: int, seconds: float, loops: int = 16) -> float:
             seed = number * 100_000
             while time.perf_counter() < end:
                 seed += 1
-                done += len((await made.submit(pairs_of(seed, 40))).logits)
+                answer = await made.submit(pairs_of(seed, 40))
+                done += len(answer.logits)  # not in one line: it would read `done` before it waits
 
         await asyncio.gather(*(loop(number) for number in range(loops)))
         return done / (time.perf_counter() - began)
