@@ -141,7 +141,7 @@ def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
             await answered(it, range(3))
         assert keeper._worker.pid == pid
 
-    run(main, service(partial(Obedient, pace_s=0.0003), ears=ears))
+    run(main, service(slower, ears=ears))
     assert ears.states() == ["starting", "up", "stopped"]
 
 
@@ -171,7 +171,7 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     ears, names = Ears(), []
 
     async def main(it, second):
-        load = asyncio.create_task(answered(it, range(300)))
+        load = asyncio.create_task(answered(it, range(220)))
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
         stays, goes = (keeper._worker for keeper in it._keepers)
         if stays._machine == second.node_id:
@@ -215,7 +215,7 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
 
     async def main(it):
         load = [asyncio.create_task(client(it, number)) for number in range(CLIENTS)]
-        await until(lambda: len(delays[2]) > 3 * CLIENTS)
+        await until(lambda: len(delays[2]) > 2 * CLIENTS)
         assert len({keeper._worker._machine for keeper in it._keepers}) == 2
         stop.set()
         await asyncio.gather(*load)
