@@ -3,7 +3,7 @@
 A cluster of this machine alone, with a scorer that sleeps for as long as a step would take, so that
 what is measured is everything but the scoring. Run it on a machine that has nothing else to do:
 
-    python benchmarks/ray_scale.py --out benchmarks/results/ray_scale.json
+    python benchmarks/ray_scale.py --out benchmarks/results/ray_scale.json     # five minutes
 
 1. Requests from closed loops, on one worker and on two: pairs a second.
 2. Requests of mixed sizes at the same times, P50 and P99: two replicas of one worker each, between
@@ -34,6 +34,7 @@ from echelon.scale.worker import RayWorker, Share
 from echelon.score.fake import FakeScorer
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
+from echelon.tune.hardware import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -125,7 +126,8 @@ async def rate(workers: int, seconds: float, loops: int = 16) -> float:
             seed = number * 100_000
             while time.perf_counter() < end:
                 seed += 1
-                done += len((await made.submit(pairs_of(seed, 40))).logits)
+                answer = await made.submit(pairs_of(seed, 40))
+                done += len(answer.logits)  # not in one line: it would read `done` before it waits
 
         await asyncio.gather(*(loop(number) for number in range(loops)))
         return done / (time.perf_counter() - began)
@@ -194,10 +196,15 @@ def cluster(machines: int) -> Iterator[None]:
         made.shutdown()
 
 
+def say(words: str) -> None:
+    """Tell whoever waits how it goes."""
+    print(words, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.6, help="of two workers, in routing")
     parser.add_argument("--out", type=Path)
@@ -208,16 +215,19 @@ def main() -> None:
         for turn in range(told.rounds):
             for workers, seen in rates.items():
                 seen.append(round(asyncio.run(rate(workers, told.seconds)), 1))
+                say(f"round {turn + 1}, workers {workers}: {seen[-1]} pairs/s")
             trace = arrivals(told.seconds, told.load, turn)
             for way, found in ways.items():
                 found.append(routed(way, trace))
+                say(f"round {turn + 1}, routing by {way}: P99 {found[-1]['all: p99 ms']} ms")
     medians = {
         way: {name: median(one[name] for one in found if name in one) for name in found[0]}
         for way, found in ways.items()
     }
     results = {
-        "command": "python benchmarks/ray_scale.py "
-        f"--seconds {told.seconds:g} --rounds {told.rounds} --load {told.load:g}",
+        "command": "python " + " ".join(sys.argv),
+        "machine": describe_machine(),
+        "versions": {"ray": ray.__version__},
         "step": {"base_s": BASE_S, "token_s": TOKEN_S, "token_budget": BUDGET},
         "pairs/s": {str(workers): seen for workers, seen in rates.items()},
         "two over one": round(median(rates[2]) / median(rates[1]), 3),
@@ -227,6 +237,7 @@ def main() -> None:
     text = json.dumps(results, indent=2)
     print(text)
     if told.out is not None:
+        told.out.parent.mkdir(parents=True, exist_ok=True)
         told.out.write_text(text + "\n", encoding="utf-8")
 
 

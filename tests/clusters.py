@@ -25,6 +25,7 @@ from echelon.scale.worker import RayWorker, Share
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
 from services import LetterEncoder, scores, until
+from services import run as run_guarded
 
 if TYPE_CHECKING:
     import httpx
@@ -34,23 +35,31 @@ HEAD = {"head": 10}
 SHARE = Share(cpus=2)
 """The head has no CPUs: workers go to other machines."""
 
-GONE_S = 120.0
+GUARD_S = 300.0
+"""Nothing here waits so long unless it hangs; starting actors on a busy computer takes its time."""
 
 SYSTEM = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 300,
-    "health_check_timeout_ms": 10_000,
+    "health_check_timeout_ms": 30_000,
     "health_check_failure_threshold": 8,
+    "worker_register_timeout_seconds": 240,
 }
-"""A machine that went is noticed in three seconds, where Ray itself takes fifteen; one that is only
-slow, on a busy computer, has a minute."""
+"""A machine that went refuses connections, which is noticed in three seconds, where Ray itself
+takes fifteen; one that is only slow, on a busy computer, has half a minute for each check."""
+
+PATIENCE = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+}
+"""The same for the proxies of Ray Serve, which replaces slow ones, connections and all."""
 
 
 @contextlib.contextmanager
 def cluster():
     """A head without room for workers; :func:`machine` adds some."""
     kept = dict(os.environ)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # tell nobody
+    os.environ.update(PATIENCE, RAY_USAGE_STATS_ENABLED="0")  # tell nobody
     os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     made = Cluster(
         initialize_head=True,
@@ -92,13 +101,13 @@ def machine(made: Cluster, workers: int = 1):
 
 def _await_the_end_of(node) -> None:
     """Until Ray knows: what it still plans for that machine would fail in the test that follows."""
-    ends = time.monotonic() + GONE_S
+    ends = time.monotonic() + GUARD_S
     while any(one["NodeID"] == node.node_id and one["Alive"] for one in ray.nodes()):
         assert time.monotonic() < ends
         time.sleep(0.05)
 
 
-def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
+def service(opener, *, ears=None, start_timeout_s=GUARD_S, **settings) -> Service:
     """A service whose workers are actors."""
     settings.setdefault("precision", "fp32")
 
@@ -108,6 +117,28 @@ def service(opener, *, ears=None, start_timeout_s=60.0, **settings) -> Service:
         )
 
     return Service(LetterEncoder(), hire, Settings(**settings), listener=ears)
+
+
+def run(main, made: Service):
+    return run_guarded(main, made, GUARD_S)
+
+
+def cut(pid: int) -> int:
+    """Break the connections that this process has to an actor, as a network does; how many."""
+    ports = {
+        made.laddr.port
+        for made in psutil.Process(pid).net_connections("tcp")
+        if made.status == psutil.CONN_LISTEN
+    }
+    ours = [
+        made
+        for made in psutil.Process().net_connections("tcp")
+        if made.raddr and made.raddr.port in ports
+    ]
+    for made in ours:
+        with socket.socket(fileno=os.dup(made.fd)) as end:
+            end.shutdown(socket.SHUT_RDWR)
+    return len(ours)
 
 
 @dataclass

@@ -83,9 +83,9 @@ def service(opener=Obedient, *, ears=None, learned=None, clock=monotonic, **sett
     )
 
 
-def run(main, made: Service):
+def run(main, made: Service, guard_s: float = GUARD_S):
     async def guarded():
-        async with asyncio.timeout(GUARD_S), made:
+        async with asyncio.timeout(guard_s), made:
             return await main(made)
 
     return asyncio.run(guarded())

@@ -304,3 +304,26 @@ def test_profiles_that_do_not_tell(plan):
 def test_lengths_beyond_what_was_measured_are_noted(plan):
     found = json.loads(plan(*ASKED, "--tokens", "50-400", "--json")[1])
     assert "extrapolated" in found["notes"][0]
+
+
+# What the deployment guide shows.
+
+
+def test_the_plan_in_the_deployment_guide_is_what_the_command_says(capsys, monkeypatch):
+    page = (ROOT / "docs/DEPLOY.md").read_text("utf-8")
+    section = page[page.index("## How many") : page.index("## Scaling out")]
+    (command,) = re.findall(r"^echelon (plan .*)$", section, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    code, printed, _ = run_command(capsys, monkeypatch, *command.split(), "--quiet")
+    assert code == 0
+    (shown,) = re.findall(r"```\n(51 .*?)```", section, re.DOTALL)
+    lines = printed.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert set(shown.splitlines()) <= {line.strip() for line in lines}
+    cells = re.sub(r"[│\s]+", " ", printed)
+    rows = re.findall(r"^\| .*? \| (\d+) \| (\d+ ms) \|$", section, re.MULTILINE)
+    assert len(rows) == 3
+    for machines, p99 in rows:
+        assert f"{machines} {p99} " in cells
+    for rate in (253, 569, 600):
+        assert f" {rate}/s " in cells
+        assert str(rate) in section

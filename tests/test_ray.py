@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from functools import partial
+from statistics import median
 from types import SimpleNamespace
 
 import httpx
@@ -17,6 +19,7 @@ pytest.importorskip("ray", reason="Ray is in an extra of its own")
 
 import ray
 from ray import serve
+from ray.exceptions import ActorUnavailableError
 
 import scorers
 from clusters import (
@@ -25,9 +28,11 @@ from clusters import (
     Load,
     actors,
     cluster,
+    cut,
     deployed,
     free_port,
     machine,
+    run,
     run_fake,
     serve_at,
     service,
@@ -36,22 +41,25 @@ from echelon.config import Options
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.jobs.rows import Row, Window
 from echelon.jobs.run import run as run_file
+from echelon.plan.scale import Scaling
 from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted
 from echelon.scale.serve import NAME, Ingress
 from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
-from services import Ears, run, scores, texts, until, wish
+from services import Ears, scores, texts, until, wish
+from services import run as run_here
 from services import service as local_service
 
-pytestmark = pytest.mark.skipif(
+long = pytest.mark.skipif(
     "ECHELON_ALL_TESTS" not in os.environ,
-    reason="needs ECHELON_ALL_TESTS=1: its processes miss their times on a busy machine",
+    reason="needs ECHELON_ALL_TESTS=1: many seconds for what other tests show in part",
 )
 
 DOCUMENTS = ("A bird has feathers and wings.", "Stones are hard.", "The cat sleeps all day long.")
 
 slow = partial(Obedient, pace_s=0.00002)
+slower = partial(Obedient, pace_s=0.0001)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def test_a_worker_that_hangs_is_replaced(made, tmp_path):
         first.cancel()
         await answered(it, range(3))
 
-    run(main, service(Obedient, ears=ears, wedge_after_s=1.0))
+    run(main, service(Obedient, ears=ears, wedge_after_s=2.0))
 
 
 def test_a_model_that_cannot_be_opened_elsewhere_is_told(made):
@@ -117,11 +125,53 @@ def test_no_room_is_told_with_what_is_needed(made):
         run(None, service(Obedient, workers=2, start_timeout_s=2.0))
 
 
+def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
+    """Ray then says that the actor is unavailable, which passes; the model is not opened again."""
+    ears = Ears()
+
+    async def main(it):
+        keeper = it._keepers[0]
+        pid = keeper._worker.pid
+        for seed in (1, 2):  # each while a step runs, then while nothing is asked
+            answer = asyncio.create_task(it.submit(texts(seed, 20)))
+            await until(lambda: keeper._sent)
+            assert cut(pid)
+            assert (await answer).logits.tolist() == scores(texts(seed, 20))
+            assert cut(pid)
+            await answered(it, range(3))
+        assert keeper._worker.pid == pid
+
+    run(main, service(slower, ears=ears))
+    assert ears.states() == ["starting", "up", "stopped"]
+
+
+def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
+    """Whatever Ray tried failed: it is not known whether the machine went."""
+    ears = Ears()
+
+    async def main(it):
+        worker = it._keepers[0]._worker
+        pid, broken = worker.pid, Future()
+        broken.set_exception(ActorUnavailableError("no route", None))
+        await until(lambda: it._dispatch._idle == 1)
+        monkeypatch.setattr(worker, "send", lambda *_: worker._sent.append(broken))
+        await asyncio.gather(answered(it, range(3)), restored(worker, pid))
+        assert worker.pid != pid
+
+    async def restored(worker, pid):
+        await until(lambda: "died" in ears.states())
+        monkeypatch.undo()
+
+    run(main, service(slow, ears=ears))
+    (told,) = (told for told in ears.of("WorkerChanged") if told.state == "died")
+    assert told.detail == "worker 0: it could not be reached, nor when tried again"
+
+
 def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     ears, names = Ears(), []
 
     async def main(it, second):
-        load = asyncio.create_task(answered(it, range(150)))
+        load = asyncio.create_task(answered(it, range(220)))
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
         stays, goes = (keeper._worker for keeper in it._keepers)
         if stays._machine == second.node_id:
@@ -129,6 +179,7 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
         names.extend((f"{stays.name} (process {stays.pid})", goes.name))
         os.kill(stays.pid, signal.SIGKILL)
         await until(lambda: ears.states().count("up") == 3)
+        assert not load.done()
         await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
         await load
 
@@ -137,7 +188,62 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     # A start on the machine that Ray does not yet know to have gone may fail too.
     killed, gone, *_ = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
     assert killed.startswith(f"{names[0]} ended (")
-    assert gone == f"{names[1]}: the machine it was on has gone"
+    assert gone in {
+        f"{names[1]}: the machine it was on has gone",
+        f"{names[1]}: it could not be reached, nor when tried again",
+    }
+
+
+# More workers and fewer.
+
+CLIENTS, GOAL_S = 20, 1.2
+"""One worker has nearly two seconds of work before it, two have half of that each."""
+
+
+def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
+    ears = Ears()
+    scaling = Scaling(1, 2, delay_s=GOAL_S, up_s=0.5, down_s=4.0)
+    delays = {1: [], 2: []}
+    stop = asyncio.Event()
+
+    async def client(it, seed):
+        while not stop.is_set():
+            seed += 1000
+            await answered(it, [seed])
+            now = it.snapshot()
+            delays[now.workers].append(now.backlog_s)
+
+    async def main(it):
+        load = [asyncio.create_task(client(it, number)) for number in range(CLIENTS)]
+        await until(lambda: len(delays[2]) > 2 * CLIENTS)
+        assert len({keeper._worker._machine for keeper in it._keepers}) == 2
+        stop.set()
+        await asyncio.gather(*load)
+        await split(it, ears)
+        while it.snapshot().staff == 2:  # a little is asked now and then
+            assert (await it.submit(texts(7, 1))).logits.tolist() == scores(texts(7, 1))
+            await asyncio.sleep(0.05)
+        await answered(it, range(3))
+
+    with machine(made):
+        run(main, service(slower, ears=ears, scaling=scaling, token_budget=1000))
+    before, after = median(delays[1]), median(delays[2][CLIENTS:])
+    assert before > GOAL_S
+    assert after < 0.75 * before
+    assert ears.states().count("up") == 2
+    assert "died" not in ears.states()
+    assert not any(step.again for step in ears.of("StepFinished"))
+    assert {end.outcome for end in ears.of("RequestEnded")} == {"answered"}
+
+
+async def split(it, ears):
+    """A large request goes to all that are idle, where that ends sooner."""
+    await until(lambda: it._dispatch._idle == 2)
+    before = len(ears.of("StepFinished"))
+    await answered(it, [5])
+    first, second = ears.of("StepFinished")[before:]
+    assert {first.worker, second.worker} == {0, 1}
+    assert first.requests == second.requests == 1
 
 
 def test_a_worker_that_waits_for_room_ends_when_told(made):
@@ -177,6 +283,7 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
         asyncio.run(main(second))
 
 
+@long
 def test_the_command_serves_a_real_model_and_takes_it_away(made, url, bert):
     port = url.rpartition(":")[2]
     told = [str(bert), "--port", port, "--worker-cpus", "2", f"--ray={made.address}"]
@@ -216,7 +323,7 @@ def test_a_replica_without_workers_is_not_ill_and_one_whose_workers_hang_is():
         it._keepers[0].up = False
         await replica.check_health()
 
-    run(main, local_service())
+    run_here(main, local_service())
 
 
 async def _refused():
@@ -257,6 +364,7 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
+@long
 def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
     monkeypatch.setattr("echelon.scale.files._BENCH", ray.remote(Lethal))
     window = Window((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
@@ -272,6 +380,7 @@ def test_a_model_that_is_not_there_ends_a_job_at_once(made, tmp_path):
         Machines(str(tmp_path / "nothing"), Options(), None)
 
 
+@long
 def test_the_command_reranks_a_file_on_a_cluster(made, bert, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", queries(3))
     told = ["--model", str(bert), "--worker-cpus", "2", "--quiet", f"--ray={made.address}"]

@@ -7,6 +7,7 @@ the output is that of one machine of the same kind, to the byte.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +20,7 @@ from echelon.fetch.resolve import resolve
 from echelon.jobs.score import Scored, Scoring
 from echelon.prepare import with_profile
 from echelon.scale.opener import place_of
-from echelon.scale.worker import Share, has_gone
+from echelon.scale.worker import TRIES_AGAIN, Share, loss_of
 from echelon.score.child import fault_of, resident_bytes
 from echelon.score.device import usable_cpus
 from echelon.score.worker import START_TIMEOUT_S, unpack
@@ -97,11 +98,13 @@ class Bench:
 
     def __init__(self) -> None:
         self._scoring: Scoring | None = None
+        self._opening = threading.Lock()
 
     def open(self, model: str, options: Options, steps: Steps | None) -> Reply:
-        """Open the model; the machine's id goes with what decides the steps."""
+        """Open the model, once; the machine's id goes with what decides the steps."""
         try:
-            self._scoring = Scoring(model, options, steps)
+            with self._opening:  # while it is, Ray may ask again
+                self._scoring = self._scoring or Scoring(model, options, steps)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
             return fault_of(error)
         found = self._scoring.steps, ray.get_runtime_context().get_node_id()
@@ -119,7 +122,10 @@ class Bench:
 
 
 _BENCH = ray.remote(
-    max_concurrency=AHEAD, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+    max_concurrency=AHEAD,
+    max_restarts=0,
+    max_task_retries=TRIES_AGAIN,
+    scheduling_strategy="SPREAD",
 )(Bench)
 
 
@@ -283,15 +289,14 @@ class Machines:
 
     def _lost(self, member: _Member, number: int | None, error: RayError) -> None:
         """A worker has gone: what it had goes to others, and another takes its place."""
-        gone = member.machine is not None and has_gone(member.machine, error)
-        why = "its machine has gone" if gone else str(error).strip().splitlines()[-1].strip()
+        why, blame = loss_of(member.machine, error)
         logger.warning("A worker is lost: %s", why)
         self._flying = {ref: at for ref, at in self._flying.items() if at[0] is not member}
         self._queue.extendleft(reversed(member.windows))
         self._members.remove(member)
         ray.kill(member.actor)
         blamed = member.windows[0] if member.windows else number
-        self._ended[blamed] += not gone
+        self._ended[blamed] += blame
         if self._ended[blamed] >= ATTEMPTS:
             at = "as they started" if blamed is None else f"from line {_line(self._kept[blamed])}"
             raise WorkerLost(f"{ATTEMPTS} workers ended in turn {at} ({why}). See Ray's logs.")

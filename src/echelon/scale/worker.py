@@ -1,8 +1,13 @@
 """A worker on any machine of a Ray cluster: an actor that holds the scorer.
 
 It is to a service what a child process is: steps go there, scores come back, and when the actor or
-its machine has gone, the service gives the steps to another. Ray retries nothing and restarts
-nothing here; :mod:`echelon.serve.crew` does.
+its machine has gone, the service gives the steps to another. Ray restarts nothing here;
+:mod:`echelon.serve.crew` does.
+
+Ray knows two ends of a call (its page "Actor fault tolerance"): the actor died, or it is
+unavailable, which may pass, and the call may have run or not. No call here does harm twice, so that
+Ray makes one again (``max_task_retries``) when the connection breaks; an actor that stays
+unavailable is replaced.
 """
 
 from __future__ import annotations
@@ -37,6 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRIES_AGAIN = 1
+"""How often Ray makes a call again whose actor cannot be reached; one that died is not asked."""
+
 LOOK_S = 0.2
 """While it starts, a worker looks so often whether it was told to stop."""
 
@@ -69,9 +77,9 @@ class Engine:
         self._scorer: Scorer | None = None
 
     def open(self, opener: Opener, precision: str) -> Reply:
-        """Open the scorer; where it is, machine and process, goes with its facts."""
+        """Open the scorer, once; where it is, machine and process, goes with its facts."""
         try:
-            self._scorer = opener(precision=precision)
+            self._scorer = self._scorer or opener(precision=precision)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
             return fault_of(error)
         found = self._scorer.facts, ray.get_runtime_context().get_node_id(), os.getpid()
@@ -91,8 +99,9 @@ class Engine:
         if self._scorer is not None:
             self._scorer.release()
 
+    @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]
     def live(self) -> None:
-        """Never return: whoever waits for it hears of the actor's end."""
+        """Never return: whoever waits for it hears of the actor's end, and of nothing else."""
         threading.Event().wait()
 
 
@@ -145,7 +154,7 @@ class RayWorker:
         self._actor = _ENGINE.options(
             num_cpus=self._share.cpus, num_gpus=self._share.gpus
         ).remote()  # fmt: skip
-        self._life = self._actor.live.options(concurrency_group="life").remote().future()
+        self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
         self._sent.append(self._actor.open.remote(self._opener, precision).future())
         try:
@@ -197,7 +206,7 @@ class RayWorker:
         Raises:
             DeviceOutOfMemory: it did not fit; the worker lives on.
             EchelonError: what the scorer raised; the worker lives on.
-            WorkerGone: the machine has gone.
+            WorkerGone: the machine has gone, or cannot be reached.
             WorkerDied: the actor has ended.
             WorkerWedged: no answer in time; the actor was killed.
         """
@@ -252,28 +261,36 @@ class RayWorker:
         self.kill()
         if told:
             return WorkerDied(f"{self.name} was stopped")
-        if self._machine is not None and has_gone(self._machine, error):
-            return WorkerGone(f"{self.name}: the machine it was on has gone")
-        words = str(error).strip().splitlines() or ["?"]
-        return WorkerDied(f"{self.name} (process {self.pid}) ended ({words[-1].strip()})")
+        why, blamed = loss_of(self._machine, error)
+        if not blamed:
+            return WorkerGone(f"{self.name}: {why}")
+        return WorkerDied(f"{self.name} (process {self.pid}) ended ({why})")
 
 
 _ENGINE = ray.remote(
     concurrency_groups={"life": 1},  # beside the one thread in which steps go one by one
     max_restarts=0,
-    max_task_retries=0,
+    max_task_retries=TRIES_AGAIN,
     scheduling_strategy="SPREAD",
 )(Engine)
 
 
-def has_gone(machine: str, error: BaseException) -> bool:
-    """Whether an actor ended with its machine.
+def loss_of(machine: str | None, error: BaseException) -> tuple[str, bool]:
+    """Why an actor is lost, and whether what it did may be to blame.
 
     Of a machine that has just gone, Ray first says only that its actors cannot be reached.
+
+    Args:
+        machine: where it was; None before that was known.
+        error: what became of a call of it.
     """
     if isinstance(error, ActorUnavailableError):
-        return True
-    return not any(node["NodeID"] == machine and node["Alive"] for node in ray.nodes())
+        return "it could not be reached, nor when tried again", False
+    if machine is not None and not any(
+        node["NodeID"] == machine and node["Alive"] for node in ray.nodes()
+    ):
+        return "the machine it was on has gone", False
+    return (str(error).strip().splitlines() or ["?"])[-1].strip(), True
 
 
 def connect(address: str) -> None:

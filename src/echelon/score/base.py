@@ -18,7 +18,7 @@ class WorkerDied(Exception):
 
 
 class WorkerGone(WorkerDied):
-    """The machine of the process that scores has gone; its steps are not to blame."""
+    """The machine of the process that scores has gone, or is out of reach; no step is to blame."""
 
 
 class WorkerWedged(WorkerDied):
