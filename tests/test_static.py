@@ -236,7 +236,8 @@ def test_a_reranker_apart_says_what_went_wrong(tmp_path):
 def test_callers_are_served_while_there_is_time(bert, within_s, served):
     texts = [("a kettle", ["an old stove", "a ferry"])] * 3
     told = []
-    ran = run(Task(bert, {"device": "cpu"}, texts[:1], texts, False, within_s), told.append)
+    task = Task(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
+    ran = run(task, told.append)
     assert len(ran.waits) == len(told) == served
     assert ran.whole_s == sum(ran.waits) > 0
     assert told[-1] == 1.0
