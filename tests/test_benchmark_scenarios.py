@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def commands(monkeypatch):
     def pretend(command, *, check):
         assert not check
         ran.append(command)
-        values = dict(zip(command, command[1:], strict=False))
+        values = dict(pairwise(command))
         name = values.get("--scenario")
         made = profile(scenario=name or "api")
         entry = made.scenario

@@ -203,9 +203,6 @@ def test_trouble_beside_takes_nothing_from_the_recommendation(model, known, seen
     entry = advice.profile.scenario
     assert (entry["static"], entry["held"], advice.missed) == (None, True, None)
     assert "all is gone" in entry["notes"][-1]
-    assert advise(model, known, ask("api", static_rounds=0), Plan()).profile.scenario[
-        "static"
-    ] is None  # fmt: skip
     assert seen == []
 
 
@@ -232,7 +229,7 @@ def test_a_reranker_apart_says_what_went_wrong(tmp_path):
             how(task)
 
 
-@pytest.mark.parametrize(("within_s", "served"), [(None, 3), (0.0, 1)])
+@pytest.mark.parametrize(("within_s", "served"), [(None, 3), (1e-9, 1)])
 def test_callers_are_served_while_there_is_time(bert, within_s, served):
     texts = [("a kettle", ["an old stove", "a ferry"])] * 3
     told = []
