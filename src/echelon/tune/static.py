@@ -62,11 +62,19 @@ def beside_static(profile: Profile) -> Entry | None:
             }
             for row in found["settings"]
         ],
-        "note": (
-            f"Medians of {found['rounds']} rounds, in each of which all had the same requests; "
-            f"in brackets the lowest and the highest {MEASURES[measure]} of a round."
-        ),
+        "note": _note(found["rounds"], MEASURES[measure]),
     }
+
+
+def _note(rounds: int, measure: str) -> str:
+    if rounds == 1:
+        return (
+            "One round, in which all had the same requests; more rounds would say how sure it is."
+        )
+    return (
+        f"Medians of {rounds} rounds, in each of which all had the same requests; in brackets the "
+        f"lowest and the highest {measure} of a round."
+    )
 
 
 def _verdict(found: Entry) -> str:
