@@ -129,6 +129,7 @@ def test_without_a_proof_it_says_so(model, known):
     entry = advice.profile.scenario
     assert advice.missed is None
     assert (entry["measured"], entry["held"], entry["agrees"]) == (None, None, None)
+    assert entry["static"] is None
     assert entry["predicted"]["requests"] > 50
     assert "Nothing was proved" in entry["notes"][0]
 

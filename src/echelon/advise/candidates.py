@@ -92,16 +92,7 @@ def budgets(profile: Profile, ask: Ask) -> list[int]:
     """Token budgets, rising: the profile's own and the usual ones that memory did not refuse."""
     settings, kind = profile.settings, profile.key.device.partition(":")[0]
     own = [settings.token_budget] if settings.token_budget != NO_BUDGET else []
-    refused = [
-        point["token_budget"]
-        for point in profile.points
-        if point.get("token_budget") and point.get("status") == "out_of_memory"
-    ]
-    most = min(
-        [one - 1 for one in refused]
-        + [one for one in (profile.learned_token_budget,) if one is not None],
-        default=2**40,
-    )
+    most = most_tokens(profile)
     found = sorted({one for one in (*own, *BUDGETS[kind]) if one <= most})
     found = found or [most]
     memory = memory_of(profile)
@@ -109,6 +100,20 @@ def budgets(profile: Profile, ask: Ask) -> list[int]:
         return found
     fit = [one for one in found if memory.bytes_of(one) <= ask.memory_limit_bytes]
     return fit or found[:1]  # the solver says what is possible instead
+
+
+def most_tokens(profile: Profile) -> int:
+    """Tokens of a step that memory did not refuse."""
+    refused = [
+        point["token_budget"]
+        for point in profile.points
+        if point.get("token_budget") and point.get("status") == "out_of_memory"
+    ]
+    return min(
+        [one - 1 for one in refused]
+        + [one for one in (profile.learned_token_budget,) if one is not None],
+        default=NO_BUDGET,
+    )
 
 
 def worker_counts(profile: Profile) -> list[int]:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.advise.ask import HURRIED
 from echelon.advise.numbers import PACE, Numbers, Proof, pace_of, squares_share
+from echelon.advise.reranking import Task, run, run_apart
 from echelon.advise.server import Server
-from echelon.clock import monotonic
 from echelon.simulate.ladder import MISSES
 from echelon.simulate.outcome import percentiles
-from echelon.tune.hardware import meter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from echelon.advise.model import Model
     from echelon.advise.sending import Load
     from echelon.plan.workload import Arrival
-    from echelon.reranker import Reranker
     from echelon.stress.run import Plan, Run
     from echelon.tune.scenario import Candidate
 
@@ -49,6 +47,8 @@ class Stage:
         profile: file with the settings to prove.
         on_card: whether steps run on a GPU, whose memory a server does not tell.
         told: called with what is being done, and the share that is done.
+        beside: whether it is one of several that are compared: a reranker then has a process of
+            its own, and does all requests however long they take.
     """
 
     ask: Ask
@@ -57,6 +57,7 @@ class Stage:
     profile: Path
     on_card: bool
     told: Callable[[str, float], None]
+    beside: bool = False
 
 
 def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds: float) -> Proof:
@@ -185,16 +186,32 @@ def _fits(ask: Ask, memory: float | None) -> bool:
     return limit is None or memory is None or memory <= limit
 
 
-# The reranker of this process.
+# The reranker.
 
 
 def _rerank(stage: Stage, requests: Sequence[Arrival], seconds: float) -> Proof:
-    from echelon.reranker import Reranker
+    ask, offline = stage.ask, stage.ask.scenario == "offline"
+    task = rerank_task(stage, requests)
+    stage.told("reranking", 0.0)
+    if stage.beside:
+        ran = run_apart(task)
+    else:
+        ran = run(task, lambda share: stage.told("reranking", share))
+    p50, p95, p99 = (None, None, None) if offline else percentiles(ran.waits)
+    done = requests if offline else requests[: len(ran.waits)]
+    count = sum(one.documents for one in done)
+    late = sum(wait > ask.goal_s for wait in ran.waits) if ask.goal_s is not None else 0
+    memory, whole = float(ran.peak_bytes), ran.whole_s
+    numbers = Numbers(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
+    expected = seconds if offline else seconds * len(done)
+    pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
+    held = late <= MISSES * len(done) and _fits(ask, memory)
+    return Proof(numbers, pace, None, held)
 
+
+def rerank_task(stage: Stage, requests: Sequence[Arrival]) -> Task:
+    """The requests as a reranker gets them, with the stage's profile."""
     ask, options = stage.ask, stage.model.options
-    stage.told("loading the reranker", 0.0)
-    texts = stage.load.texts(requests, ask.seed)
-    warm = stage.load.texts(requests[:2], ask.seed + WARM_SEED)
     keywords: dict[str, Any] = {
         "profile": stage.profile,
         "device": options.device,
@@ -202,48 +219,11 @@ def _rerank(stage: Stage, requests: Sequence[Arrival], seconds: float) -> Proof:
         "revision": options.revision,
         "label": options.label,
     }
-    with Reranker(stage.model.name, **keywords) as reranker:
-        for query, documents in warm:
-            reranker.rank(query, documents)
-        meter = meter_of(reranker.facts.device)
-        meter.reset()
-        stage.told("reranking", 0.0)
-        if ask.scenario == "offline":
-            waits, whole = [], _all_at_once(reranker, texts)
-        else:
-            waits = _one_after_another(reranker, texts, stage)
-            whole = sum(waits)
-        memory = float(meter.peak_bytes())
-    p50, p95, p99 = percentiles(waits) if waits else (None, None, None)
-    done = requests[: len(waits)] if waits else requests
-    count = sum(one.documents for one in done)
-    late = sum(wait > ask.goal_s for wait in waits) if ask.goal_s is not None else 0
-    numbers = Numbers(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
-    expected = seconds * len(done) if waits else seconds
-    pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
-    held = late <= MISSES * len(done) and _fits(ask, memory)
-    return Proof(numbers, pace, None, held)
-
-
-def _all_at_once(reranker: Reranker, texts: Sequence[tuple[str, list[str]]]) -> float:
-    pairs = [(query, document) for query, documents in texts for document in documents]
-    began = monotonic()
-    reranker.score_pairs(pairs)
-    return monotonic() - began
-
-
-def _one_after_another(
-    reranker: Reranker, texts: Sequence[tuple[str, list[str]]], stage: Stage
-) -> list[float]:
-    """Each caller's wait; where they are slower than predicted, those of the time there is."""
-    began, waits = monotonic(), []
-    for query, documents in texts:
-        started = monotonic()
-        reranker.rank(query, documents)
-        ended = monotonic()
-        waits.append(ended - started)
-        gone = (ended - began) / stage.ask.verify_s
-        stage.told("reranking", min(1.0, gone))
-        if gone >= 1:
-            break
-    return waits
+    return Task(
+        stage.model.name,
+        keywords,
+        warm=stage.load.texts(requests[:2], ask.seed + WARM_SEED),
+        texts=stage.load.texts(requests, ask.seed),
+        at_once=ask.scenario == "offline",
+        within_s=None if stage.beside else ask.verify_s,
+    )

@@ -14,6 +14,7 @@ from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
 from echelon.tune.solve import ENOUGH, TIE
+from echelon.tune.static import beside_static
 from echelon.tune.stats import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "model": profile.key.model,
         "card": card.card(profile),
         "card_type": card.command(profile, profile_path),
+        "static": beside_static(profile),
         "verdict": _verdict(profile),
         "tiles": _tiles(profile),
         "situations": [_situation(profile, name, profile_path) for name in SITUATIONS],

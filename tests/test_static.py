@@ -1,0 +1,286 @@
+"""Static batch sizes beside the chosen settings: what is compared, how it is run, what is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from echelon.advise import advisor, rivals
+from echelon.advise.advisor import advise
+from echelon.advise.ask import Ask
+from echelon.advise.model import look
+from echelon.advise.numbers import Numbers, Proof
+from echelon.advise.reranking import Task, run, run_apart
+from echelon.advise.rivals import SIZES
+from echelon.advise.standing import Rival, standing
+from echelon.advise.table import print_scenario
+from echelon.config import Options
+from echelon.errors import InvalidInput, ModelNotFound
+from echelon.plan.pack import NO_BUDGET
+from echelon.plan.workload import Between, Fixed
+from echelon.tune import scenario
+from echelon.tune.profile import Profile, current_key
+from echelon.tune.static import beside_static
+from echelon.tuner import Plan
+from report_pages import leave_plotly_out, read
+from test_advise import MIB, profile, row
+from test_report_card import profile as shown
+
+quick_pages = pytest.fixture(leave_plotly_out, autouse=True)
+
+GOALS = {"api": 0.5, "concurrent": 0.5, "offline": None, "edge": None}
+
+
+def ask(name, **changes):
+    rate = None if GOALS[name] is None else 5.0
+    return Ask(name, **{"goal_s": GOALS[name], "rate": rate, "static_rounds": 2} | changes)
+
+
+def numbers(p50=0.05, p99=0.1, per_s=100.0, memory=400.0, missed=0):
+    return Numbers(p50, p50, p99, 10.0, per_s, memory * MIB, 100, missed)
+
+
+def among(name, chosen, *others, **changes):
+    """The standing of chosen rounds among others' rounds."""
+    found = [Rival(None, chosen), *(Rival(2**i, rounds) for i, rounds in enumerate(others))]
+    return standing(ask(name, **changes), found)
+
+
+def slow(*seconds):
+    return [numbers(p99=one) for one in seconds]
+
+
+# What is compared.
+
+
+@pytest.mark.parametrize(
+    ("theirs", "verdict", "best", "behind"),
+    [((0.11, 0.12), "best", None, 0.0), ((0.098, 0.0985), "within", 1, 0.0178),
+     ((0.08, 0.08), "behind", 1, 0.25)],
+)  # fmt: skip
+def test_the_verdict_says_where_it_stands(theirs, verdict, best, behind):
+    found = among("api", slow(0.1, 0.1), slow(*theirs))
+    assert (found["verdict"], found["best"], found["measure"]) == (verdict, best, "p99_s")
+    assert found["behind"] == pytest.approx(behind, abs=1e-4)
+    assert found["rounds"] == 2
+
+
+def test_it_is_compared_round_by_round():
+    # Medians over all rounds would call the static size better: 0.2 against 0.21.
+    found = among("api", slow(0.1, 0.21, 0.3), slow(0.11, 0.2, 0.33))
+    assert found["verdict"] == "best"
+    assert found["settings"][1]["ahead"] == pytest.approx(0.1 / 0.11 - 1)
+    assert [found["settings"][1][name] for name in ("low", "value", "high")] == [0.11, 0.2, 0.33]
+
+
+def test_who_does_not_bear_the_load_is_not_better_by_refusing_it():
+    refusing = [numbers(p99=0.01, missed=30)] * 2
+    found = among("api", slow(0.1, 0.1), refusing)
+    assert found["best"] is None
+    assert found["settings"][1]["reason"] == "does not bear the load"
+    assert found["settings"][1]["ahead"] is None
+
+
+def test_an_overloaded_choice_is_compared_by_goodput():
+    found = among("api", [numbers(missed=20)], [numbers(missed=0)])
+    assert (found["measure"], found["verdict"]) == ("goodput_per_s", "behind")
+    assert found["behind"] == pytest.approx(0.25)
+    nothing = among("concurrent", [numbers(missed=100)], [numbers()])
+    assert (nothing["verdict"], nothing["behind"], nothing["best"]) == ("behind", None, 1)
+
+
+def test_concurrent_counts_goodput_until_all_bear_the_load():
+    lighter, heavier = slow(0.08), [numbers(p99=0.9, missed=40)]
+    overloaded = among("concurrent", slow(0.1), lighter, heavier)
+    assert (overloaded["measure"], overloaded["verdict"]) == ("goodput_per_s", "best")
+    assert overloaded["settings"][0]["value"] == 100 / 20
+    assert overloaded["settings"][2]["ahead"] == pytest.approx(-0.4)
+    assert among("concurrent", slow(0.1), lighter)["measure"] == "p99_s"
+
+
+def test_offline_counts_documents():
+    found = among("offline", [numbers(per_s=100.0)], [numbers(per_s=90.0)], [numbers(per_s=102.0)])
+    assert (found["measure"], found["best"], found["verdict"]) == ("documents_per_s", 2, "within")
+
+
+def test_edge_counts_memory_among_the_quick_and_then_only_quickness():
+    small = [numbers(p50=0.05, memory=380.0)]
+    tardy = [numbers(p50=0.2, memory=300.0)]
+    quick = [numbers(p50=0.048, memory=500.0)]
+    found = among("edge", small, tardy, quick)
+    assert (found["measure"], found["verdict"]) == ("memory_bytes", "best")
+    assert found["settings"][1]["reason"] == "answers too late"
+    found = among("edge", tardy, small)
+    assert (found["measure"], found["verdict"]) == ("p50_s", "behind")
+    assert found["behind"] == pytest.approx(3.0)
+
+
+def test_what_may_not_be_had_or_failed_is_not_better():
+    found = among("offline", [numbers()], [numbers(per_s=200.0, memory=900.0)],
+                  memory_limit_bytes=500.0 * MIB)  # fmt: skip
+    assert found["verdict"] == "best"
+    assert "memory" in found["settings"][1]["reason"]
+    failed = standing(ask("edge"), [Rival(None, [numbers()]), Rival(1, [], "died")])
+    assert failed["settings"][1] | {"reason": "died", "value": None} == failed["settings"][1]
+
+
+@pytest.mark.parametrize(("rounds", "verify_s"), [(-1, 20.0), (3, 0.0)])
+def test_rounds_need_something_to_run(rounds, verify_s):
+    with pytest.raises(InvalidInput, match="--against-static"):
+        ask("edge", static_rounds=rounds, verify_s=verify_s)
+
+
+# How it is run.
+
+
+@pytest.fixture(scope="module")
+def model(bert):
+    options = Options(device="cpu", threads=1, precision="fp32")
+    return look(bert, options, None, Ask("edge"))
+
+
+@pytest.fixture(scope="module")
+def known(model):
+    scorer = model.trial.open("fp32")
+    try:
+        folder = model.trial.folder
+        key = current_key(folder.name, folder.revision, scorer.facts)
+    finally:
+        scorer.close()
+    settings = replace(profile().settings, precision="fp32", threads=1)
+    return profile(key=key, settings=settings, precisions=[row("fp32", 1.0)])
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What was run, in order: (static size, settings, requests, seed); static 8 always fails."""
+    monkeypatch.setattr(scenario, "REQUESTS", 60)
+    monkeypatch.setattr(scenario, "FULL", 20)
+    found = []
+
+    def pretended(stage, chosen, requests, _):
+        settings = Profile.load(stage.profile).settings
+        found.append((chosen.max_pairs, settings, requests, stage.ask.seed))
+        if chosen.max_pairs == 8:
+            raise ModelNotFound("static 8 is gone")
+        return Proof(numbers(), 1.0, 0.0, held=True)
+
+    monkeypatch.setattr(rivals, "prove", pretended)
+    monkeypatch.setattr(advisor, "prove", lambda *_: Proof(numbers(), 1.0, 0.0, held=True))
+    return found
+
+
+def test_all_take_turns_on_the_same_requests(model, known, seen):
+    advice = advise(model, known, ask("api", verify_s=2.0), Plan())
+    assert [one[0] for one in seen] == [None, *SIZES, 32, 16, 4, 2, 1, None]
+    first, second = seen[:7], seen[7:]
+    for turn in (first, second):
+        assert all(one[2:] == turn[0][2:] for one in turn)
+    assert first[0][2] != second[0][2]
+    chosen = advice.profile.settings
+    for size, settings, *_ in seen:
+        bound = {} if size is None else {"batch_size": size, "token_budget": NO_BUDGET}
+        assert settings == replace(chosen, **bound)
+    found = advice.profile.scenario["static"]
+    assert [one["static"] for one in found["settings"]] == [None, *SIZES]
+    assert "gone" in found["settings"][4]["reason"]
+    assert advice.profile.scenario["asked"]["static_rounds"] == 2
+
+
+def test_no_step_is_larger_than_memory_allows(model, known, seen):
+    refused = replace(known, learned_token_budget=900)
+    advise(model, refused, ask("api", verify_s=2.0, static_rounds=1), Plan())
+    assert {one[1].token_budget for one in seen if one[0]} == {900}
+
+
+def test_trouble_beside_takes_nothing_from_the_recommendation(model, known, seen, monkeypatch):
+    def gone(*_):
+        raise ModelNotFound("all is gone")
+
+    monkeypatch.setattr(rivals, "prove", gone)
+    advice = advise(model, known, ask("api", verify_s=2.0), Plan())
+    entry = advice.profile.scenario
+    assert (entry["static"], entry["held"], advice.missed) == (None, True, None)
+    assert "all is gone" in entry["notes"][-1]
+    assert seen == []
+
+
+def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, capsys):
+    monkeypatch.setattr(scenario, "REQUESTS", 60)
+    monkeypatch.setattr(scenario, "FULL", 20)
+    monkeypatch.setattr(rivals, "SIZES", (2,))
+    asked = ask("offline", documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
+    found = advise(model, known, replace(asked, static_rounds=1), Plan()).profile
+    rows = found.scenario["static"]["settings"]
+    assert [one["bears"] for one in rows] == [True, True]
+    assert all(one["median"]["memory_bytes"] > 50 * MIB for one in rows)
+    assert rows[0]["rounds"][0]["requests"] == rows[1]["rounds"][0]["requests"] > 0
+    print_scenario(found)
+    out = capsys.readouterr().out
+    assert "Static 2" in out
+    assert "Documents/s" in out
+
+
+def test_a_reranker_apart_says_what_went_wrong(tmp_path):
+    task = Task(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
+    for how in (run, run_apart):
+        with pytest.raises(ModelNotFound):
+            how(task)
+
+
+@pytest.mark.parametrize(("within_s", "served"), [(None, 3), (1e-9, 1)])
+def test_callers_are_served_while_there_is_time(bert, within_s, served):
+    texts = [("a kettle", ["an old stove", "a ferry"])] * 3
+    told = []
+    task = Task(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
+    ran = run(task, told.append)
+    assert len(ran.waits) == len(told) == served
+    assert ran.whole_s == sum(ran.waits) > 0
+    assert told[-1] == 1.0
+
+
+# What is said.
+
+
+def page_of(found):
+    made = shown()
+    return replace(made, scenario=made.scenario | {"static": found})
+
+
+def words_of(page):
+    return page.text.replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (0.11, "✓ Best: no static batch size is better in P99."),
+        (0.098, "✓ Within 3 % of the best: 2.0 % behind static 1 in P99."),
+        (0.08, "✗ 25.0 % behind static 1 in P99."),
+    ],
+)
+def test_the_report_says_honestly_where_it_stands(theirs, said):
+    page = read(page_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4))))
+    assert said in words_of(page)
+    table = page.table("Than the chosen")
+    assert [one[""].split(" ✓")[0] for one in table] == [
+        "Chosen: 1,024 tokens a step",
+        "Static 1",
+        "Static 2",
+    ]
+    assert sum("✓ best" in one[""] for one in table) == 1
+    assert table[2]["Than the chosen"].replace("\u00a0", " ") == "75.0 % worse"
+    assert "(100 ms – 100 ms)" in table[0]["P99"].replace("\u00a0", " ")
+
+
+def test_a_far_better_one_and_an_unfit_one_have_words():
+    far = page_of(among("concurrent", [numbers(missed=100)], [numbers()]))
+    assert "Far behind static 1 in goodput" in words_of(read(far))
+    unfit = page_of(among("api", slow(0.1), [numbers(missed=50)]))
+    assert "does not bear the load" in words_of(read(unfit))
+
+
+def test_older_profiles_have_no_such_table():
+    assert beside_static(shown()) is None
+    assert "static batch sizes" not in read(shown()).text
