@@ -14,7 +14,7 @@ from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, n
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
 LOADING = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href"}
-SECTIONS = ["advice", "best", "plots", "precision", "warnings", "numbers", "facts", "use"]
+SECTIONS = ["advice", "best", "rules", "plots", "precision", "warnings", "numbers", "facts", "use"]
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
