@@ -24,9 +24,57 @@ from test_report_card import entry as scenario
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
-NAMES = set(
-    ["A", "B", "B/A", "Echelon", "Python", "GPU", "CPU", "CUDA", "API", "P50", "P90", "P95", "P99", "nDCG", "Kendall", "logit", "Max", "token", "fp32", "bf16", "fp16", "int8", "GiB", "MiB", "KiB", "ms", "ns", "µs", "cpu", "echelon", "tune", "refresh", "time", "limit", "batch", "sizes", "pairs", "budgets", "JavaScript", "scenario", "concurrent", "api", "stress", "precision", "auto", "n", "s"]
-)
+NAMES = {
+    "A",
+    "B",
+    "B/A",
+    "Echelon",
+    "Python",
+    "GPU",
+    "CPU",
+    "CUDA",
+    "API",
+    "P50",
+    "P90",
+    "P95",
+    "P99",
+    "nDCG",
+    "Kendall",
+    "logit",
+    "Max",
+    "token",
+    "fp32",
+    "bf16",
+    "fp16",
+    "int8",
+    "GiB",
+    "MiB",
+    "KiB",
+    "ms",
+    "ns",
+    "µs",
+    "cpu",
+    "echelon",
+    "tune",
+    "refresh",
+    "time",
+    "limit",
+    "batch",
+    "sizes",
+    "pairs",
+    "budgets",
+    "JavaScript",
+    "UTC",
+    "en",
+    "scenario",
+    "concurrent",
+    "api",
+    "stress",
+    "precision",
+    "auto",
+    "n",
+    "s",
+}
 """Names, units and flags that have no other word in Chinese."""
 
 SHOWN = {"text", "name", "title", "ticktext"}
@@ -139,8 +187,10 @@ def rich(factor=1.0, **changes):
         | {"cpu": "机", "system": "系", "machine": "", "matrix_features": []}
         | {"gpus": [{"name": "卡", "memory_bytes": 2**34, "capability": "9.0"}]},
         warnings=[
-            "3 of 9 points are known to no better than ±10 %. Close other programs, or "
-            "raise --time-limit."
+            (
+                "3 of 9 points are known to no better than ±10 %. Close other programs, or "
+                "raise --time-limit."
+            )
         ],
         learned_token_budget=512,
         scenario=scenario(notes=["Trust the measured numbers."]),
@@ -175,7 +225,7 @@ def test_no_english_is_left_on_a_chinese_report(changes):
 def test_no_english_is_left_on_a_chinese_comparison(changes):
     a, b = rich(), rich(0.5, **changes)
     page = comparison.render(*sides(a, b), compared(a, b), lang="zh")
-    assert set(english(page)) <= {"a", "b", "json", "Linux", "en", "built", "in", "x", "html"}
+    assert set(english(page)) <= {"a", "b", "json"}
     assert '<html lang="zh-CN">' in page
 
 
@@ -193,7 +243,7 @@ def test_english_is_the_default_and_comes_back():
 
 
 def test_a_wrong_language_is_refused_by_name():
-    with pytest.raises(InvalidInput, match="'fr' is no language of pages. Give en or zh"):
+    with pytest.raises(InvalidInput, match=r"'fr' is no language of pages\. Give en or zh"):
         report.render(rich(), lang="fr")
 
 

@@ -162,7 +162,7 @@ def status(entry: Entry) -> str:
 
 def missing(name: str) -> str:
     """Words for a status."""
-    return tr(MISSING.get(name, str(name)))
+    return tr("ok") if name == "ok" else tr(MISSING.get(name, str(name)))
 
 
 def when(created: str) -> str:
@@ -183,7 +183,7 @@ def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         (tr("Cores"), tr("{usable} usable of {present}", usable=usable, present=present)),
         (tr("Memory"), size(found.get("memory_bytes"))),
         (tr("GPU"), "; ".join(map(_gpu, found.get("gpus") or ())) or tr("none")),
-        ("System", ", ".join(part for part in system if part) or UNKNOWN),
+        (tr("System"), ", ".join(part for part in system if part) or UNKNOWN),
         (tr("Python"), str(found.get("python") or UNKNOWN)),
     ]
 
