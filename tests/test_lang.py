@@ -207,9 +207,13 @@ CHOSEN = replace(rich().settings, token_budget=777)
     [
         {},
         {"scenario": None},
-        {"scenario": scenario(held=False), "settings": CHOSEN},
+        {"scenario": scenario(held=False, notes=[]), "settings": CHOSEN},
         {"scenario": None, "settings": CHOSEN},
-        {"scenario": scenario(scenario="offline", held=None, measured=None, accuracy=None)},
+        {
+            "scenario": scenario(
+                scenario="offline", held=None, measured=None, accuracy=None, notes=[]
+            )
+        },
         BARE | {"scenario": None, "warnings": [], "learned_token_budget": None},
     ],
 )
