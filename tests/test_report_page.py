@@ -111,7 +111,10 @@ def test_hostile_texts_are_shown_and_not_obeyed():
     assert page.text.count(HOSTILE) >= 10
     assert all("alert(1)" not in script for script in page.scripts[1:])
     hovers = [
-        t for figure in page.figures.values() for trace in figure["data"] for t in trace["text"]
+        t
+        for figure in page.figures.values()
+        for trace in figure["data"]
+        for t in trace.get("text", ())
     ]
     assert any("alert(1)" in hover for hover in hovers)
     assert not any("<" in hover.replace("<br>", "") for hover in hovers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from echelon.tune.card import agreement
@@ -22,7 +23,7 @@ def agreement_charts(profile: Profile) -> list[Chart]:
     if not rows:
         return []
     names = [row["precision"] for row in rows]
-    hovers = [f"{row['precision']}<br>{agreement(row)}" for row in rows]
+    hovers = [f"{escape(str(row['precision']))}<br>{agreement(row)}" for row in rows]
     series = (
         ("tau", tr("Kendall τ"), COLOURS[0], "circle"),
         ("overlap", tr("Top-10 overlap"), COLOURS[1], "square-open"),

@@ -76,7 +76,8 @@ def _catalogue(language: str) -> Catalogue:
 
 def _pattern(sentence: str) -> re.Pattern[str]:
     """What matches a sentence whose placeholders were filled."""
-    parts, seen = [], set()
+    parts: list[str] = []
+    seen: set[str] = set()
     for literal, name, _, _ in Formatter().parse(sentence):
         parts.append(re.escape(literal))
         if name is not None:

@@ -28,7 +28,7 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"tr": tr, "lang": tag()}
+    environment.globals.update(tr=tr, lang=tag())
     template = environment.from_string(_read(package, name))
     page = template.render(content, plotly_js=_plotly_js())
     # File names and servers' words may hold lone surrogates, which no file can hold.
