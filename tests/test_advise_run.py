@@ -153,7 +153,7 @@ def test_a_proof_that_disagrees_corrects_the_model_and_proves_once_more(model, k
     assert [one["agrees"] for one in entry["rounds"]] == [False, True]
     assert entry["agrees"]
     assert "Proof 1 disagrees with its prediction: P50" in entry["notes"][0]
-    assert "chosen and proved again" in entry["notes"][0]
+    assert any("chosen and proved again" in note for note in entry["notes"])
 
 
 def test_it_corrects_only_once(model, known, monkeypatch):
@@ -161,7 +161,7 @@ def test_it_corrects_only_once(model, known, monkeypatch):
     entry = advise(model, known, api(), Plan()).profile.scenario
     assert len(seen) == 2
     assert not entry["agrees"]
-    assert "Trust the measured numbers" in entry["notes"][1]
+    assert [note for note in entry["notes"] if "Proof" not in note][1].startswith("Trust the meas")
 
 
 def test_a_goal_missed_in_reality_is_an_error_with_the_profile(model, known, monkeypatch):

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from echelon.tune import plots, words
+from echelon.tune.agreement_plot import agreement_charts
 from report_pages import RESULTS, entry, leave_plotly_out, make_profile, number_rows, read, traces
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
@@ -50,7 +51,7 @@ def check_charts(profile, figures):
                 assert f"{name}-{unit}" not in figures
                 continue
             lines = traces(figures[f"{name}-{unit}"], "measured")
-            assert [line["name"] for line in lines] == [f"{n} pairs" for n in counts]
+            assert [line["name"] for line in lines] == [words.pairs(n) for n in counts]
             for line, pairs in zip(lines, counts, strict=True):
                 found = sorted(expected_line(profile, unit, pairs), key=lambda e: e[unit])
                 assert line["x"] == [e[unit] for e in found]
@@ -78,6 +79,24 @@ def test_best_points_are_ringed():
     assert traces(figures["latency-token_budget"], "best")[0]["x"] == [1024]
 
 
+def test_a_star_marks_the_knee_of_each_line():
+    figures = read(make_profile()).figures
+    for name in ("throughput", "latency"):
+        assert traces(figures[f"{name}-batch_size"], "knee")[0]["x"] == [8, 8]
+        assert traces(figures[f"{name}-token_budget"], "knee")[0]["x"] == [1024]
+    assert traces(figures["memory-batch_size"], "knee") == []
+
+
+def test_agreement_is_drawn_beside_what_is_needed():
+    figure = read(make_profile()).figures["agreement"]
+    assert traces(figure, "tau")[0]["y"] == [1.0, 0.9962, 0.913]
+    assert traces(figure, "needed")[0]["y"] == [0.97] * 3
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert low < 0.913
+    assert high > 1
+    assert "agreement" not in read(make_profile(precisions=[])).figures
+
+
 def test_sizes_without_a_number_have_hollow_signs():
     figures = read(make_profile()).figures
     gaps = {t["name"]: t for t in traces(figures["throughput-batch_size"], "missing")}
@@ -95,7 +114,8 @@ def test_plotly_knows_every_attribute():
     from plotly import graph_objects
 
     drawn = plots.charts(make_profile())
-    assert len(drawn) == 6
+    drawn += agreement_charts(make_profile())
+    assert len(drawn) == 7
     for chart in drawn:
         graph_objects.Figure(chart.figure)
 

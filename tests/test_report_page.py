@@ -14,7 +14,7 @@ from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, n
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
 LOADING = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href"}
-SECTIONS = ["advice", "best", "plots", "precision", "warnings", "numbers", "facts", "use"]
+SECTIONS = ["advice", "best", "rules", "plots", "precision", "warnings", "numbers", "facts", "use"]
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -111,7 +111,10 @@ def test_hostile_texts_are_shown_and_not_obeyed():
     assert page.text.count(HOSTILE) >= 10
     assert all("alert(1)" not in script for script in page.scripts[1:])
     hovers = [
-        t for figure in page.figures.values() for trace in figure["data"] for t in trace["text"]
+        t
+        for figure in page.figures.values()
+        for trace in figure["data"]
+        for t in trace.get("text", ())
     ]
     assert any("alert(1)" in hover for hover in hovers)
     assert not any("<" in hover.replace("<br>", "") for hover in hovers)

@@ -15,7 +15,7 @@ import click
 from echelon import __version__
 from echelon.advise.command import SCENARIO_FLAGS, Adviser, ask_of
 from echelon.errors import EchelonError, InvalidInput
-from echelon.flags import MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
+from echelon.flags import LANG_FLAG, MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 from echelon.planner.command import plan
 from echelon.reports.command import report
 from echelon.scale.command import batch, config, serve
@@ -202,7 +202,7 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
 @click.option("--report", default="echelon-report.html", show_default=True, help="Report to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
-@with_flags(MODEL_FLAGS, SCENARIO_FLAGS)
+@with_flags(MODEL_FLAGS, SCENARIO_FLAGS, LANG_FLAG)
 def tune(  # noqa: PLR0913 - one argument each option
     *,
     model: str,
@@ -216,6 +216,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     report: str,
     as_json: bool,
     quiet: bool,
+    lang: str,
     **values: Any,
 ) -> None:
     """Find the best batch size of MODEL on this machine.
@@ -263,7 +264,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     from echelon.tune.report import write_report
 
     found.save(target)
-    write_report(found, Path(report), profile_path=profile)
+    write_report(found, Path(report), profile_path=profile, lang=lang)
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         click.echo(f"\nProfile: {profile}\nReport:  {report}", err=True)

@@ -27,6 +27,19 @@ MODEL_FLAGS: tuple[Flag, ...] = (
 )
 """How a model is loaded."""
 
+LANG_FLAG: tuple[Flag, ...] = (
+    (
+        ("--lang",),
+        {
+            "type": click.Choice(["en", "zh"]),
+            "default": "en",
+            "show_default": True,
+            "help": "Language of the page.",
+        },
+    ),
+)
+"""What a page is written in."""
+
 STEP_FLAGS: tuple[Flag, ...] = (
     (("--token-budget",), {"type": int, "help": "Tokens a step may cost."}),
     (("--batch-size",), {"type": int, "help": "Pairs a step may hold."}),

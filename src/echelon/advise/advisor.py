@@ -23,6 +23,7 @@ from echelon.advise.shorter import Shorter, shorter
 from echelon.advise.standing import standing
 from echelon.clock import monotonic
 from echelon.errors import EchelonError, GoalMissed, InvalidInput
+from echelon.tune.lang import kept
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
 from echelon.tune.scenario import Limits, predict, solve
 from echelon.tuner import probe
@@ -180,17 +181,26 @@ class _Advisor:
             )
         finally:
             scorer.close()
-        note = f"The sweep's times are {self.profile.key.precision}'s; the scenario takes "
+        note = kept(
+            "The sweep's times are {swept}'s; the scenario takes {taken}.",
+            swept=self.profile.key.precision,
+            taken=precision,
+        )
         measured = replace(
             self.profile,
             key=replace(self.profile.key, precision=precision),
             cost=models.cost,
             memory=models.memory,
-            warnings=[*self.profile.warnings, *models.warnings, f"{note}{precision}."],
+            warnings=[*self.profile.warnings, *models.warnings, note],
         )
         self.probed[precision] = measured
         if models.cost is None:
-            self.notes.append(f"Steps in {precision} were too noisy: their times are estimated.")
+            self.notes.append(
+                kept(
+                    "Steps in {precision} were too noisy: their times are estimated.",
+                    precision=precision,
+                )
+            )
             return Prices(guess.cost, guess.memory)
         return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
 
@@ -210,7 +220,15 @@ class _Advisor:
             try:
                 found = self._solve(load, models, limits)
             except InvalidInput as error:
-                self.notes.append(f"With the measured times nothing else can be chosen: {error}")
+                self.notes.append(
+                    kept(
+                        "With the measured times nothing else can be chosen: {field}: {problem}. "
+                        "{remedy}",
+                        field=error.field,
+                        problem=error.problem,
+                        remedy=error.remedy,
+                    )
+                )
                 return
 
     def _round(self, load: Load, limits: Limits, found: Recommendation) -> Round:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.advise.candidates import row_of
 from echelon.advise.numbers import AGREES, agree
 from echelon.tune.card import NUMBERS, value
+from echelon.tune.lang import kept
 from echelon.tune.profile import Settings
 from echelon.tune.words import duration, size
 
@@ -169,21 +170,26 @@ def _accuracy(
 def _notes(ask: Ask, rounds: Sequence[Round]) -> list[str]:
     notes = []
     if not ask.verify_s:
-        notes.append("Nothing was proved, as --verify-s 0 asks: the numbers are predictions.")
+        notes.append(kept("Nothing was proved, as --verify-s 0 asks: the numbers are predictions."))
     for place, one in enumerate(rounds, 1):
         if one.proof is None or agree(one.off):
             continue
-        words = ", ".join(_off(name, one) for name in one.off if abs(one.off[name]) > AGREES)
-        more = (
-            "The models were corrected by what was measured, and chosen and proved again."
+        notes += [_off(place, name, one) for name in one.off if abs(one.off[name]) > AGREES]
+        notes.append(
+            kept("The models were corrected by what was measured, and chosen and proved again.")
             if place < len(rounds)
-            else "Trust the measured numbers."
+            else kept("Trust the measured numbers.")
         )
-        notes.append(f"Proof {place} disagrees with its prediction: {words}. {more}")
     return notes
 
 
-def _off(name: str, one: Round) -> str:
+def _off(place: int, name: str, one: Round) -> str:
     said = getattr(one.predicted, name)
     came = None if one.proof is None else getattr(one.proof.numbers, name)
-    return f"{NUMBERS[name]} {value(name, came)}, predicted {value(name, said)}"
+    return kept(
+        "Proof {place} disagrees with its prediction: {name} {came}, predicted {said}.",
+        place=place,
+        name=NUMBERS[name],
+        came=value(name, came),
+        said=value(name, said),
+    )

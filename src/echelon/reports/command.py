@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from echelon.errors import InvalidInput, ProfileError
+from echelon.flags import LANG_FLAG, with_flags
 
 
 @click.group()
@@ -21,7 +22,8 @@ def report() -> None:
     "--output", "-o", default="echelon-report.html", show_default=True, help="Page to write."
 )
 @click.option("--quiet", is_flag=True, help="Say nothing.")
-def show(*, profile: str, output: str, quiet: bool) -> None:
+@with_flags(LANG_FLAG)
+def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
     """Write the report of PROFILE again, as one HTML page."""
     _spare(output, profile)
     from echelon.reports.side import DAMAGED, damaged
@@ -30,7 +32,7 @@ def show(*, profile: str, output: str, quiet: bool) -> None:
 
     found = Profile.load(profile)
     try:
-        write_report(found, output, profile_path=profile)
+        write_report(found, output, profile_path=profile, lang=lang)
     except (ProfileError, *DAMAGED) as error:
         raise damaged(profile, error) from error
     _say(output, quiet=quiet)
@@ -42,7 +44,8 @@ def show(*, profile: str, output: str, quiet: bool) -> None:
 @click.option("--output", "-o", help="HTML page to write [none].")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/REPORT.md).")
 @click.option("--quiet", is_flag=True, help="No tables.")
-def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool) -> None:
+@with_flags(LANG_FLAG)
+def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, lang: str) -> None:
     """Compare the profiles A and B.
 
     Says which is faster, by how much, and whether that is more than the spread of the runs. They
@@ -58,7 +61,7 @@ def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool) -
     if output is not None:
         from echelon.reports.page import write_page
 
-        write_page(*sides, found, output)
+        write_page(*sides, found, output, lang=lang)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     elif not quiet:

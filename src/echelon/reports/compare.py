@@ -9,6 +9,7 @@ from echelon.plan.cost import work_of
 from echelon.plan.pack import NO_BUDGET
 from echelon.reports.ratio import Known, Ratio
 from echelon.reports.say import notes, verdict
+from echelon.tune.lang import mark
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,9 +87,9 @@ def _texts(side: Side) -> tuple[Any, Any, Any]:
 
 
 def _obstacles(a: Side, b: Side) -> list[str]:
-    found = [] if _same_model(a, b) else ["the models differ"]
+    found = [] if _same_model(a, b) else [mark("the models differ")]
     if not _same_texts(a, b):
-        found.append("the texts that were scored differ")
+        found.append(mark("the texts that were scored differ"))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.reports.say import factor
 from echelon.tune import words
+from echelon.tune.lang import listed, mark, told, tr
 from echelon.tune.solve import TIE
 
 if TYPE_CHECKING:
@@ -15,39 +16,39 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 NAMES = {
-    "model": "Model",
-    "revision": "Revision",
-    "device": "Device",
-    "device_name": "Device's name",
-    "precision": "Precision",
-    "machine.cpu": "Processor",
-    "machine.usable_cpus": "Usable cores",
-    "machine.memory_bytes": "Memory",
-    "machine.system": "System",
+    "model": mark("Model"),
+    "revision": mark("Revision"),
+    "device": mark("Device"),
+    "device_name": mark("Device's name"),
+    "precision": mark("Precision"),
+    "machine.cpu": mark("Processor"),
+    "machine.usable_cpus": mark("Usable cores"),
+    "machine.memory_bytes": mark("Memory"),
+    "machine.system": mark("System"),
     "machine.python": "Python",
-    "data.name": "Texts",
-    "data.pairs": "Pairs in them",
-    "data.tokens.mean": "Tokens a pair, mean",
-    "data.tokens.max": "Tokens a pair, longest",
-    "token_budget": "Token budget",
-    "batch_size": "Batch size",
-    "threads": "Threads",
-    "max_length": "Longest pair",
-    "learned_token_budget": "Budget that memory taught",
+    "data.name": mark("Texts"),
+    "data.pairs": mark("Pairs in them"),
+    "data.tokens.mean": mark("Tokens a pair, mean"),
+    "data.tokens.max": mark("Tokens a pair, longest"),
+    "token_budget": mark("Token budget"),
+    "batch_size": mark("Batch size"),
+    "threads": mark("Threads"),
+    "max_length": mark("Longest pair"),
+    "learned_token_budget": mark("Budget that memory taught"),
 }
 """Keys and settings for people; a library's version keeps its own name."""
 
 PRICES = {
-    "base_s": "An empty step",
-    "token_s": "A token",
-    "square_s": "A squared token",
-    "beyond_s": "A token beyond the knee",
+    "base_s": mark("An empty step"),
+    "token_s": mark("A token"),
+    "square_s": mark("A squared token"),
+    "beyond_s": mark("A token beyond the knee"),
 }
 
 SIZES = {
-    "fixed_bytes": "Without any step",
-    "token_bytes": "A token",
-    "square_bytes": "A squared token",
+    "fixed_bytes": mark("Without any step"),
+    "token_bytes": mark("A token"),
+    "square_bytes": mark("A squared token"),
 }
 
 
@@ -74,31 +75,31 @@ class Grid:
 
 def keys(found: Row) -> Grid:
     """What was measured."""
-    return _values("keys", "What was compared", found["keys"])
+    return _values("keys", tr("What was compared"), found["keys"])
 
 
 def settings(found: Row) -> Grid:
     """What tuning chose."""
-    return _values("settings", "Chosen settings", found["settings"])
+    return _values("settings", tr("Chosen settings"), found["settings"])
 
 
 def best(found: Row) -> Grid:
     """The best batch for each number of pairs, and the chosen setting."""
-    rows = [_best(row, "best batch") for row in found["best"]]
-    rows += [_best(row, "chosen") for row in found["chosen"]]
+    rows = [_best(row, tr("best batch")) for row in found["best"]]
+    rows += [_best(row, tr("chosen")) for row in found["chosen"]]
     return Grid(
         "best",
-        "Best batch, and the chosen setting",
-        ("Pairs", "Step", "Throughput B/A", "Latency B/A", "A", "B"),
+        tr("Best batch, and the chosen setting"),
+        (tr("Pairs"), tr("Step"), tr("Throughput B/A"), tr("Latency B/A"), "A", "B"),
         rows,
-        note=SPREAD,
+        note=tr(SPREAD, tie=words.percent(TIE)),
     )
 
 
-SPREAD = (
+SPREAD = mark(
     "± is the farther end of the median's interval, n=… the number of runs where they are too few "
     "for one. A ratio is B over A, with its interval where both have one; within "
-    f"{words.percent(TIE)} is a tie."
+    "{tie} is a tie."
 )
 
 
@@ -106,8 +107,15 @@ def precisions(found: Row) -> Grid:
     """Speed and agreement of each precision."""
     return Grid(
         "precisions",
-        "Precisions",
-        ("Precision", "A tokens/s", "B tokens/s", "Speed B/A", "A agreement", "B agreement"),
+        tr("Precisions"),
+        (
+            tr("Precision"),
+            tr("A tokens/s"),
+            tr("B tokens/s"),
+            tr("Speed B/A"),
+            tr("A agreement"),
+            tr("B agreement"),
+        ),
         [
             [
                 row["precision"],
@@ -117,8 +125,10 @@ def precisions(found: Row) -> Grid:
             ]
             for row in found["precisions"]
         ],
-        note="Agreement with fp32: Kendall τ, overlap of the top 10, and whether it may serve. "
-        "Each speed is one timed pass, so it has no interval.",
+        note=tr(
+            "Agreement with fp32: Kendall τ, overlap of the top 10, and whether it may serve. "
+            "Each speed is one timed pass, so it has no interval."
+        ),
     )
 
 
@@ -137,11 +147,13 @@ def cost(found: Row) -> Grid:
     ]
     return Grid(
         "cost",
-        "Cost model",
-        ("Time of", "A", "B", "B/A"),
+        tr("Cost model"),
+        (tr("Time of"), "A", "B", "B/A"),
         rows,
-        note="Predicted by each side's cost model, for pairs of one length. Error: on shapes that "
-        "the model has not seen.",
+        note=tr(
+            "Predicted by each side's cost model, for pairs of one length. Error: on shapes that "
+            "the model has not seen."
+        ),
     )
 
 
@@ -160,11 +172,13 @@ def memory(found: Row) -> Grid:
     ]
     return Grid(
         "memory",
-        "Memory",
-        ("Memory of", "A", "B", "B/A"),
+        tr("Memory"),
+        (tr("Memory of"), "A", "B", "B/A"),
         rows,
-        note="Of the process on CPU, of the GPU on CUDA, the model included; by each side's memory "
-        "model.",
+        note=tr(
+            "Of the process on CPU, of the GPU on CUDA, the model included; by each side's memory "
+            "model."
+        ),
     )
 
 
@@ -172,8 +186,16 @@ def points(found: Row) -> Grid:
     """Every point that either side measured."""
     return Grid(
         "points",
-        "All points",
-        ("Pairs", "Step", "Throughput B/A", "A", "B", "A peak memory", "B peak memory"),
+        tr("All points"),
+        (
+            tr("Pairs"),
+            tr("Step"),
+            tr("Throughput B/A"),
+            "A",
+            "B",
+            tr("A peak memory"),
+            tr("B peak memory"),
+        ),
         [
             [
                 str(row["pairs"]),
@@ -184,7 +206,7 @@ def points(found: Row) -> Grid:
             ]
             for row in found["points"]
         ],
-        note=SPREAD,
+        note=tr(SPREAD, tie=words.percent(TIE)),
     )
 
 
@@ -203,12 +225,12 @@ def _values(name: str, title: str, rows: list[Row]) -> Grid:
         ("", "A", "B"),
         [[_name(row["name"]), *(_value(row["name"], row[side]) for side in "ab")] for row in shown],
         {index for index, row in enumerate(shown) if row["differs"]},
-        "≠ marks what differs.",
+        tr("≠ marks what differs."),
     )
 
 
 def _name(name: str) -> str:
-    return NAMES.get(name, name.removeprefix("versions."))
+    return tr(NAMES.get(name, name.removeprefix("versions.")))
 
 
 def _value(name: str, value: Any) -> str:
@@ -216,7 +238,7 @@ def _value(name: str, value: Any) -> str:
         return words.UNKNOWN
     if name == "machine.memory_bytes":
         return words.size(value)
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    return f"{value:,}" if isinstance(value, int | float) else told(str(value))
 
 
 def _best(row: Row, how: str) -> list[str]:
@@ -225,23 +247,26 @@ def _best(row: Row, how: str) -> list[str]:
         how,
         factor(row["throughput"]),
         factor(row["latency"]),
-        *(_cell(row[side], lambda n: f"{words.step_of(n)}: {_number(n)}") for side in "ab"),
+        *(_cell(row[side], _stepped) for side in "ab"),
     ]
+
+
+def _stepped(number: Row) -> str:
+    return tr("{what}: {found}", what=words.step_of(number), found=_number(number))
 
 
 def _number(number: Row) -> str:
     """A point's latency and throughput, or why there are none."""
     if number["latency_s"] is None:
-        return words.MISSING.get(number["status"], str(number["status"]))
+        return words.missing(number["status"])
     ends = {"median": number["latency_s"], "low": number["low_s"], "high": number["high_s"]}
-    spread = words.spread({"latency_s": ends, "samples": number["samples"]})
-    rate = f"{words.number(number['pairs_per_s'])} pairs/s"
-    return f"{words.duration(number['latency_s'])} ({spread}), {rate}"
+    latency = words.latency({"latency_s": ends, "samples": number["samples"]})
+    return listed([latency, words.rate(number["pairs_per_s"])])
 
 
 def _agreement(row: Row) -> str:
-    passed = "passed" if row["passed"] else "failed"
-    return f"τ {row['tau']:.4f}, {words.percent(row['overlap'], 1)}, {passed}"
+    passed = tr("passed") if row["passed"] else tr("failed")
+    return listed([f"τ {row['tau']:.4f}", words.percent(row["overlap"], 1), passed])
 
 
 def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -> list[list[str]]:
@@ -250,19 +275,18 @@ def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -
     if not any(sides):
         return []
     rows = [
-        [title, *(_cell(side and side[name], say) for side in sides), words.UNKNOWN]
+        [tr(title), *(_cell(side and side[name], say) for side in sides), words.UNKNOWN]
         for name, title in names.items()
     ]
-    errors = {"error_median": "Error, median", "error_p90": "Error, P90"}
+    errors = {"error_median": mark("Error, median"), "error_p90": mark("Error, P90")}
     return rows + [
-        [title, *(_cell(side and side[name], words.percent) for side in sides), words.UNKNOWN]
+        [tr(title), *(_cell(side and side[name], words.percent) for side in sides), words.UNKNOWN]
         for name, title in errors.items()
     ]
 
 
 def _step(row: Row) -> str:
-    pairs = "1 pair" if row["pairs"] == 1 else f"{row['pairs']} pairs"
-    return f"{pairs} of {row['tokens']} tokens"
+    return tr("{pairs} of {tokens} tokens", pairs=words.pairs(row["pairs"]), tokens=row["tokens"])
 
 
 def _price(seconds: float) -> str:

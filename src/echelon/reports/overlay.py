@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.tune import words
+from echelon.tune.lang import tr
 from echelon.tune.plots import (
     COLOURS,
     SYMBOLS,
@@ -14,6 +15,7 @@ from echelon.tune.plots import (
     Look,
     Pen,
     layout,
+    title_of,
     upright,
 )
 
@@ -46,9 +48,11 @@ def _overlay(a: Side, b: Side, unit: str) -> Chart | None:
     ]
     return Chart(
         name=f"overlay-{unit}",
-        title=f"Throughput against {UNITS[unit]}",
-        note="A in blue and solid, B in orange and dashed; another sign is another number of "
-        "pairs. Sizes without a number are in the table of all points.",
+        title=title_of(THROUGHPUT, unit),
+        note=tr(
+            "A in blue and solid, B in orange and dashed; another sign is another number of "
+            "pairs. Sizes without a number are in the table of all points."
+        ),
         figure={
             "data": traces,
             "layout": layout(unit, both, "y") | upright(THROUGHPUT, both, []),
@@ -71,7 +75,7 @@ def _lines(
     for count in counts:
         trace = pen.line([entry for entry in entries if entry["pairs"] == count])
         if trace is not None:
-            trace["name"] = f"{name}, {trace['name']}"
+            trace["name"] = tr("{side}, {line}", side=name, line=trace["name"])
             trace["text"] = [f"{name}: {text}" for text in trace["text"]]
             trace["line"]["dash"] = DASHES[index]
             yield trace

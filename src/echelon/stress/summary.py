@@ -10,6 +10,7 @@ from hdrh.histogram import HdrHistogram
 
 from echelon.stress.ledger import ANSWERED, KINDS
 from echelon.stress.watch import Health, doubts
+from echelon.tune.lang import kept
 
 if TYPE_CHECKING:
     from echelon.stress.drive import Outcome
@@ -122,7 +123,12 @@ class Summary:
         """What to know besides."""
         answered = self.kinds["answered"]
         if 0 < answered < FEW:
-            return [f"Only {answered} answers: P99 is the slowest of them. Test for longer."]
+            return [
+                kept(
+                    "Only {answered} answers: P99 is the slowest of them. Test for longer.",
+                    answered=answered,
+                )
+            ]
         return []
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echelon.tune.lang import kept
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -98,22 +100,34 @@ def doubts(health: Health, send_lag_s: float, latency_s: float) -> list[str]:
     bearable_s = max(LATE_S, LATE_SHARE * latency_s)
     if send_lag_s > bearable_s:
         found.append(
-            f"Requests were sent up to {1000 * send_lag_s:.0f} ms late (P99): the generator could "
-            "not keep up. Test from a machine of its own, or with a lower rate or smaller requests."
+            kept(
+                "Requests were sent up to {ms} ms late (P99): the generator could not keep up. "
+                "Test from a machine of its own, or with a lower rate or smaller requests.",
+                ms=f"{1000 * send_lag_s:.0f}",
+            )
         )
     if health.loop_lag_s > bearable_s:
         found.append(
-            f"The generator's event loop woke up to {1000 * health.loop_lag_s:.0f} ms late (P99), "
-            "so answers were read late. Test from a machine that does nothing else."
+            kept(
+                "The generator's event loop woke up to {ms} ms late (P99), so answers were read "
+                "late. Test from a machine that does nothing else.",
+                ms=f"{1000 * health.loop_lag_s:.0f}",
+            )
         )
     if health.cpu_share > BUSY_SHARE:
         found.append(
-            f"The generator used {100 * health.cpu_share:.0f} % of a CPU: it, and not the server, "
-            "may be the limit. Split the rate among several generators."
+            kept(
+                "The generator used {share} % of a CPU: it, and not the server, may be the limit. "
+                "Split the rate among several generators.",
+                share=f"{100 * health.cpu_share:.0f}",
+            )
         )
     if health.own_faults:
         found.append(
-            f"{health.own_faults} requests could not be sent: this machine had no connections "
-            "left. Raise `ulimit -n`, or set --max-connections."
+            kept(
+                "{faults} requests could not be sent: this machine had no connections left. Raise "
+                "`ulimit -n`, or set --max-connections.",
+                faults=health.own_faults,
+            )
         )
     return found

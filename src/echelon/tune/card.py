@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune.words import UNKNOWN, duration, number, percent, shell, size
+from echelon.tune.lang import listed, mark, told, tr
+from echelon.tune.words import UNKNOWN, duration, number, percent, shell, size, tokens
 
 if TYPE_CHECKING:
     from echelon.tune.profile import Profile
@@ -13,19 +14,19 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 TITLES = {
-    "api": "Realtime API",
-    "offline": "Offline reranking",
-    "edge": "Small edge machine",
-    "concurrent": "High concurrency",
+    "api": mark("Realtime API"),
+    "offline": mark("Offline reranking"),
+    "edge": mark("Small edge machine"),
+    "concurrent": mark("High concurrency"),
 }
 
 NUMBERS = {
     "p50_s": "P50",
     "p95_s": "P95",
     "p99_s": "P99",
-    "requests_per_s": "Requests/s",
-    "documents_per_s": "Documents/s",
-    "memory_bytes": "Memory",
+    "requests_per_s": mark("Requests/s"),
+    "documents_per_s": mark("Documents/s"),
+    "memory_bytes": mark("Memory"),
 }
 """Rows of the card: numbers that are predicted and measured."""
 
@@ -45,14 +46,14 @@ def card(profile: Profile) -> Entry | None:
         return None
     state = {True: "held", False: "missed", None: "unproved"}[found["held"]]
     return {
-        "title": TITLES[found["scenario"]],
+        "title": tr(TITLES[found["scenario"]]),
         "asked": _asked(found["asked"]),
         "state": state,
         "verdict": _verdict(found, state),
         "settings": _settings(found["chosen"]),
         "accuracy": _accuracy(found["accuracy"]),
         "rows": _rows(found["predicted"], found["measured"]),
-        "notes": found["notes"],
+        "notes": [told(str(note)) for note in found["notes"]],
     }
 
 
@@ -87,64 +88,75 @@ def change(said: float | None, came: float | None) -> str:
 def _asked(asked: Entry) -> str:
     parts = []
     if asked["rate"] is not None:
-        parts.append(f"{number(asked['rate'])} requests/s")
+        parts.append(tr("{rate} requests/s", rate=number(asked["rate"])))
     if asked["trace_requests"]:
-        parts.append(f"a trace of {asked['trace_requests']:,} requests")
+        parts.append(tr("a trace of {count} requests", count=f"{asked['trace_requests']:,}"))
     if asked["slo_p99_s"] is not None:
-        parts.append(f"P99 within {duration(asked['slo_p99_s'])}")
+        parts.append(tr("P99 within {goal}", goal=duration(asked["slo_p99_s"])))
     if asked["memory_limit_bytes"] is not None:
-        parts.append(f"at most {size(round(asked['memory_limit_bytes']))}")
+        parts.append(tr("at most {limit}", limit=size(round(asked["memory_limit_bytes"]))))
     documents = asked["documents"].replace("-", "–")
-    parts.append("1 document a request" if documents == "1" else f"{documents} documents a request")
+    parts.append(
+        tr("1 document a request")
+        if documents == "1"
+        else tr("{documents} documents a request", documents=documents)
+    )
     if asked["tokens"] is not None:
-        parts.append(f"{asked['tokens'].replace('-', '–')} tokens a pair")
-    return ", ".join(parts)
+        parts.append(tr("{tokens} tokens a pair", tokens=asked["tokens"].replace("-", "–")))
+    return listed(parts)
 
 
 def _verdict(found: Entry, state: str) -> str:
     seconds = number(found["asked"]["verify_s"])
     if state == "unproved":
-        return "Predicted only; nothing was proved under load."
+        return tr("Predicted only; nothing was proved under load.")
     if found["scenario"] in SERVED:
-        how = f"the real server under this load for {seconds} s"
+        how = tr("the real server under this load for {seconds} s", seconds=seconds)
     else:
-        how = f"the real reranker on such requests for about {seconds} s"
+        how = tr("the real reranker on such requests for about {seconds} s", seconds=seconds)
     if state == "missed":
-        return f"Misses the goal in reality: {how}."
+        return tr("Misses the goal in reality: {how}.", how=how)
     if found["asked"]["slo_p99_s"] is None and found["asked"]["memory_limit_bytes"] is None:
-        return f"Measured: {how}."
-    return f"Proved: {how}."
+        return tr("Measured: {how}.", how=how)
+    return tr("Proved: {how}.", how=how)
 
 
 def _settings(chosen: Entry) -> list[tuple[str, str]]:
     threads, workers = chosen["threads"], chosen["workers"]
     rows = [
-        ("Step", f"{chosen['token_budget']:,} tokens"),
+        (tr("Step"), tokens(chosen["token_budget"])),
         (
-            "Pairs a step",
-            "as many as fit" if chosen["batch_size"] is None else chosen["batch_size"],
+            tr("Pairs a step"),
+            tr("as many as fit") if chosen["batch_size"] is None else chosen["batch_size"],
         ),
-        ("Precision", chosen["precision"]),
-        ("Longest pair", _longest(chosen["max_length"])),
-        ("Workers", str(workers)),
+        (tr("Precision"), chosen["precision"]),
+        (tr("Longest pair"), longest(chosen["max_length"])),
+        (tr("Workers"), str(workers)),
     ]
     if threads is not None:
-        rows.append(("Threads", str(threads)))
+        rows.append((tr("Threads"), str(threads)))
     return rows
 
 
-def _longest(most: int | None) -> str:
-    return "the model's limit" if most is None else f"{most:,} tokens"
+def longest(most: int | None) -> str:
+    """Tokens that a pair may have."""
+    return tr("the model's limit") if most is None else tokens(most)
 
 
 def _accuracy(found: Entry | None) -> str:
     if found is None:
-        return "not compared with fp32"
-    words = f"τ {found['tau']:.4f}, top-10 overlap {percent(found['overlap'], 1)}"
-    loss = found["ndcg_loss"]
-    if loss is not None:
-        words += f", nDCG@10 loss {loss:.4f}".replace("-", "−")
-    return words
+        return tr("not compared with fp32")
+    return agreement(found)
+
+
+def agreement(row: Entry) -> str:
+    """How something ranks against fp32."""
+    overlap = percent(row["overlap"], 1)
+    parts = [f"τ {row['tau']:.4f}", tr("top-10 overlap {share}", share=overlap)]
+    if row["ndcg_loss"] is not None:
+        loss = f"{row['ndcg_loss']:.4f}".replace("-", "−")
+        parts.append(tr("nDCG@10 loss {loss}", loss=loss))
+    return listed(parts)
 
 
 def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
@@ -152,5 +164,5 @@ def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
     for name, label in NUMBERS.items():
         said, came = predicted[name], None if measured is None else measured[name]
         if said is not None or came is not None:
-            rows.append([label, value(name, said), value(name, came), change(said, came)])
+            rows.append([tr(label), value(name, said), value(name, came), change(said, came)])
     return rows

@@ -18,6 +18,7 @@ from echelon.errors import ProfileError, TooNoisy
 from echelon.plan.cost import Coefficients, Work, work_of
 from echelon.plan.memory import MemoryModel
 from echelon.plan.nonnegative import solve
+from echelon.tune.lang import kept
 from echelon.types import Cost
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ because it is the best of some thirty places."""
 SAME = 1e-6
 """Mean squared relative error, (0.1 %)², below which two models are equally good."""
 
-REMEDY = (
+REMEDY = kept(
     "Close other programs, or give the process cores of its own, and measure again with "
     "`echelon tune --refresh`."
 )
@@ -98,7 +99,12 @@ class Error:
     @property
     def words(self) -> str:
         """For messages."""
-        return f"median {self.median:.0%}, P90 {self.p90:.0%} on {self.shapes} unseen shapes"
+        return kept(
+            "median {median}, P90 {p90} on {shapes} unseen shapes",
+            median=f"{self.median:.0%}",
+            p90=f"{self.p90:.0%}",
+            shapes=self.shapes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +209,11 @@ def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> Co
     spread = float(np.median([probe.spread for probe in (*probes, *unseen)]))
     if spread > MOST_SPREAD:
         raise TooNoisy(
-            f"Repeats of one step differ by {spread:.0%}, so no cost model was kept. {REMEDY}"
+            kept(
+                "Repeats of one step differ by {spread}, so no cost model was kept. {remedy}",
+                spread=f"{spread:.0%}",
+                remedy=REMEDY,
+            )
         )
     coefficients = _best_knee(probes, paid)
 
@@ -211,7 +221,7 @@ def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> Co
         return coefficients.seconds(work_of(probe.lengths, paid))
 
     error = Error.of([predict(probe) for probe in unseen], [probe.median_s for probe in unseen])
-    _require_true("step times", error)
+    _require_true(kept("step times"), error)
     shapes = [
         _shape(probe, paid, predict(probe), unseen=is_unseen)
         for some, is_unseen in ((probes, False), (unseen, True))
@@ -235,7 +245,7 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> 
     model = MemoryModel(float(fixed), float(token), float(square))
     predicted = [model.peak_bytes(work_of(probe.lengths, paid)) for probe in unseen]
     error = Error.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
-    _require_true("peak memory", error)
+    _require_true(kept("peak memory"), error)
     return MemoryFit(model, error)
 
 
@@ -246,15 +256,26 @@ def _amounts(work: Work) -> tuple[int, int, int]:
 def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
     if len(probes) < LEAST_PROBES or not unseen:
         raise TooNoisy(
-            f"Only {len(probes)} shapes of step could be measured, and {len(unseen)} to check "
-            "them, too few for a model. Free memory or raise --time-limit, and measure again with "
-            "`echelon tune --refresh`."
+            kept(
+                "Only {probes} shapes of step could be measured, and {checks} to check them, too "
+                "few for a model. Free memory or raise --time-limit, and measure again with "
+                "`echelon tune --refresh`.",
+                probes=len(probes),
+                checks=len(unseen),
+            )
         )
 
 
 def _require_true(what: str, error: Error) -> None:
     if error.median > MOST_MEDIAN or error.p90 > MOST_P90:
-        raise TooNoisy(f"Predicted {what} are off ({error.words}), so none were kept. {REMEDY}")
+        raise TooNoisy(
+            kept(
+                "Predicted {what} are off ({error}), so none were kept. {remedy}",
+                what=what,
+                error=error.words,
+                remedy=REMEDY,
+            )
+        )
 
 
 def _shape(probe: Probe, paid: Cost, predicted_s: float, *, unseen: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from echelon.score.base import DeviceOutOfMemory
+from echelon.tune.lang import kept
 from echelon.tune.stats import Summary, summarize
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ class Point:
     @property
     def label(self) -> str:
         """Words for a progress line."""
-        unit = "pairs" if self.batch_size else "tokens"
-        return f"{self.pairs} pairs, steps of {self.size} {unit}"
+        if self.batch_size:
+            return kept("{pairs} pairs, steps of {size} pairs", pairs=self.pairs, size=self.size)
+        return kept("{pairs} pairs, steps of {size} tokens", pairs=self.pairs, size=self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
             break
     for measured in results:
         if measured.status == "not_reached":
-            measured.reason = "the time limit came first; raise --time-limit"
+            measured.reason = kept("the time limit came first; raise --time-limit")
     return results
 
 
@@ -240,7 +242,8 @@ def _out_of_memory(measured: Measured, results: list[Measured], reason: str) -> 
     for larger in results:
         if larger.point.row == measured.point.row and larger.point.size > measured.point.size:
             larger.status = "skipped"
-            larger.reason = f"steps of {measured.point.size} already ran out of memory"
+            size = measured.point.size
+            larger.reason = kept("steps of {size} already ran out of memory", size=size)
             larger.seconds.clear()
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.plan.cost import Work
 from echelon.tune import words
 from echelon.tune.fit import CostFit, MemoryFit
-from echelon.tune.plots import COLOURS, LINES, Chart
+from echelon.tune.lang import listed, mark, told, tr
+from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
     Shape = dict[str, Any]
 
-UNSEEN = {False: ("fitted", COLOURS[0], "circle"), True: ("unseen", COLOURS[1], "square")}
+UNSEEN = {
+    False: (mark("fitted"), COLOURS[0], "circle"),
+    True: (mark("unseen"), COLOURS[1], "square"),
+}
 """Name, colour and sign of the shapes that were fitted, and of those that check the fit."""
 
 
@@ -35,16 +39,18 @@ def model_charts(profile: Profile) -> list[Chart]:
 
 
 def _time_chart(fit: CostFit) -> Chart:
-    note = (
-        "Each point is a step of another shape; on the line, the model is right. Error: "
-        f"{fit.error.words}. Repeats differ by {words.percent(fit.spread, 1)}."
+    note = tr(
+        "Each point is a step of another shape; on the line, the model is right. Error: {error}. "
+        "Repeats differ by {spread}.",
+        error=told(fit.error.words),
+        spread=words.percent(fit.spread, 1),
     )
     pairs = [(shape, shape["seconds"], shape["predicted_s"]) for shape in fit.shapes]
     traces = [_points(pairs, unseen=unseen, say=words.duration) for unseen in UNSEEN]
     axis = {"type": "log", "dtick": 1, "tickformat": "~s", "ticksuffix": "s"}
     return Chart(
         name="predicted-time",
-        title="Step time, predicted against measured",
+        title=tr("Step time, predicted against measured"),
         note=note,
         figure=_figure(pairs, [t for t in traces if t["x"]], axis),
     )
@@ -66,8 +72,8 @@ def _memory_chart(fit: MemoryFit, shapes: Sequence[Shape]) -> Chart:
     ]
     return Chart(
         name="predicted-memory",
-        title="Peak memory, predicted against measured",
-        note=f"In GiB, the model included. Error: {fit.error.words}.",
+        title=tr("Peak memory, predicted against measured"),
+        note=tr("In GiB, the model included. Error: {error}.", error=told(fit.error.words)),
         figure=_figure(pairs, [t for t in traces if t["x"]], {}),
     )
 
@@ -80,18 +86,27 @@ def _points(
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": name,
+        "name": tr(name),
         "meta": "predicted",
         "x": [measured for _, measured, _ in chosen],
         "y": [predicted for _, _, predicted in chosen],
         "text": [
-            f"{shape['pairs']:,} pairs, {shape['tokens']:,} tokens:<br>"
-            f"{say(predicted)} predicted, {say(measured)} measured"
+            tr(
+                "{shape}:<br>{predicted} predicted, {measured} measured",
+                shape=shape_of(shape),
+                predicted=say(predicted),
+                measured=say(measured),
+            )
             for shape, measured, predicted in chosen
         ],
         "hoverinfo": "text",
         "marker": {"color": colour, "symbol": symbol, "size": 8},
     }
+
+
+def shape_of(shape: Shape) -> str:
+    """A step's shape in words."""
+    return listed([words.pairs(shape["pairs"]), words.tokens(shape["tokens"])])
 
 
 def _figure(
@@ -101,7 +116,7 @@ def _figure(
     line = {
         "type": "scatter",
         "mode": "lines",
-        "name": "as measured",
+        "name": tr("as measured"),
         "meta": "diagonal",
         "x": ends,
         "y": ends,
@@ -111,14 +126,8 @@ def _figure(
     return {
         "data": [line, *traces],
         "layout": {
-            "autosize": True,
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "dragmode": False,
-            "hovermode": "closest",
-            "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-            "xaxis": {**axis, "title": {"text": "Measured"}, **LINES},
-            "yaxis": {**axis, "title": {"text": "Predicted"}, **LINES},
+            **PAPER,
+            "xaxis": {**axis, "title": {"text": tr("Measured")}, **LINES},
+            "yaxis": {**axis, "title": {"text": tr("Predicted")}, **LINES},
         },
     }

@@ -5,17 +5,19 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from echelon.tune.lang import tag, tr
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
-    """The page as HTML.
+    """The page as HTML, in the language that is spoken.
 
     Args:
         package: where the template lies.
         name: its file; it may extend ``report.html.j2`` of this package.
-        content: what it shows; ``plotly_js`` is added.
+        content: what it shows; ``plotly_js``, ``tr`` and ``lang`` are added.
     """
     import jinja2
 
@@ -26,6 +28,7 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals.update(tr=tr, lang=tag())
     template = environment.from_string(_read(package, name))
     page = template.render(content, plotly_js=_plotly_js())
     # File names and servers' words may hold lone surrogates, which no file can hold.

@@ -5,14 +5,16 @@ Colours of text and grid are not here: the page sets them, so that both themes c
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from echelon.tune import words
+from echelon.tune.entries import knees
+from echelon.tune.lang import mark, tr
 from echelon.tune.stats import CONFIDENCE
+from echelon.tune.ticks import log_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,11 +39,11 @@ HOVER_WIDTH = 40
 MOST_TICKS = 8
 """Labels on the size axis that a phone's width holds."""
 
-UNITS = {"batch_size": "batch size", "token_budget": "token budget"}
+UNITS = {"batch_size": mark("batch size"), "token_budget": mark("token budget")}
 
 AXES = {
-    "batch_size": "Batch size (pairs a step)",
-    "token_budget": "Token budget (tokens a step)",
+    "batch_size": mark("Batch size (pairs a step)"),
+    "token_budget": mark("Token budget (tokens a step)"),
 }
 
 
@@ -54,6 +56,7 @@ class Quantity:
         title: heading of the chart.
         value: the number of an entry; None where it was not measured.
         bounds: lower and upper end of the number's interval; None where there is none.
+        unit: heading of the axis.
         axis: plotly's settings of the axis.
     """
 
@@ -61,6 +64,7 @@ class Quantity:
     title: str
     value: Callable[[Entry], float | None]
     bounds: Callable[[Entry], tuple[float, float] | None]
+    unit: str
     axis: dict[str, Any]
 
 
@@ -98,29 +102,27 @@ def _gibibytes(entry: Entry) -> float | None:
 
 THROUGHPUT = Quantity(
     "throughput",
-    "Throughput",
+    mark("Throughput"),
     lambda entry: float(entry["pairs_per_s"]),
     _throughput_bounds,
-    {"title": {"text": "Pairs/s"}, "rangemode": "tozero"},
+    mark("Pairs/s"),
+    {"rangemode": "tozero"},
 )
 LATENCY = Quantity(
     "latency",
-    "Latency",
+    mark("Latency"),
     lambda entry: float(entry["latency_s"]["median"]),
     _latency_bounds,
-    {
-        "title": {"text": "Median of a call"},
-        "rangemode": "tozero",
-        "tickformat": "~s",
-        "ticksuffix": "s",
-    },
+    mark("Median of a call"),
+    {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "s"},
 )
 MEMORY = Quantity(
     "memory",
-    "Peak memory",
+    mark("Peak memory"),
     _gibibytes,
     lambda _: None,
-    {"title": {"text": "GiB"}, "rangemode": "tozero"},
+    "GiB",
+    {"rangemode": "tozero"},
 )
 
 CHARTS = (
@@ -148,16 +150,23 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     pen = Pen(quantity, unit, _looks(entries))
     traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
     traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
+    if quantity is not MEMORY:
+        traces.append(pen.stars(knees(known, unit)))
     traces += pen.gaps(gaps)
     return Chart(
         name=f"{quantity.name}-{unit}",
-        title=f"{quantity.title} against {UNITS[unit]}",
+        title=title_of(quantity, unit),
         note=_note(quantity, known),
         figure={
             "data": [trace for trace in traces if trace is not None],
             "layout": layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps),
         },
     )
+
+
+def title_of(quantity: Quantity, unit: str) -> str:
+    """A chart's heading."""
+    return tr("{quantity} against {unit}", quantity=tr(quantity.title), unit=tr(UNITS[unit]))
 
 
 def _is_best(profile: Profile, entry: Entry, unit: str) -> bool:
@@ -169,12 +178,23 @@ def _is_best(profile: Profile, entry: Entry, unit: str) -> bool:
 
 def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
     if quantity is MEMORY:
-        return "Highest during a call, the model included."
+        return tr("Highest during a call, the model included.")
     bars = sum(quantity.bounds(entry) is not None for entry in known)
-    whose = {0: "No point", len(known): "Every point"}.get(bars, f"{bars} of {len(known)} points")
-    verb = "has" if bars in {0, 1, len(known)} else "have"
-    bar = f"an error bar ({words.percent(CONFIDENCE)} interval of the median)"
-    return f"{whose} {verb} enough runs for {bar}."
+    interval = words.percent(CONFIDENCE)
+    if bars == 0:
+        return tr(
+            "No point has enough runs for an error bar ({interval} interval of the median).",
+            interval=interval,
+        )
+    if bars == len(known):
+        return tr("Error bars: {interval} interval of the median.", interval=interval)
+    return tr(
+        "Error bars: {interval} interval of the median, where there are enough runs for one "
+        "({bars} of {all} points).",
+        interval=interval,
+        bars=bars,
+        all=len(known),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +227,7 @@ class Pen:
         if not entries:
             return None
         look = self.looks[entries[0]["pairs"]]
-        trace = self._trace(entries, f"{entries[0]['pairs']} pairs", mode="lines+markers")
+        trace = self._trace(entries, words.pairs(entries[0]["pairs"]), mode="lines+markers")
         trace["meta"] = "measured"
         trace["line"] = {"color": look.colour, "width": 2}
         trace["marker"] = {"color": look.colour, "symbol": look.symbol, "size": 8}
@@ -218,11 +238,21 @@ class Pen:
         """A ring around each point that tuning chose."""
         if not entries:
             return None
-        trace = self._trace(entries, "best", mode="markers")
+        trace = self._trace(entries, tr("best"), mode="markers")
         colours = [self.looks[entry["pairs"]].colour for entry in entries]
         trace["meta"] = "best"
         trace["marker"] = {"symbol": "circle-open", "size": 19, "color": colours}
         trace["marker"]["line"] = {"width": 2.5}
+        return trace
+
+    def stars(self, entries: Sequence[Entry]) -> Trace | None:
+        """A star on each line's knee."""
+        if not entries:
+            return None
+        trace = self._trace(entries, tr("knee"), mode="markers")
+        colours = [self.looks[entry["pairs"]].colour for entry in entries]
+        trace["meta"] = "knee"
+        trace["marker"] = {"symbol": "star", "size": 15, "color": colours}
         return trace
 
     def gaps(self, entries: Sequence[Entry]) -> list[Trace]:
@@ -234,7 +264,7 @@ class Pen:
 
     def _gap(self, entries: Sequence[Entry], heights: dict[int, float]) -> Trace:
         status = entries[0]["status"]
-        trace = self._trace(entries, words.MISSING[status], mode="markers")
+        trace = self._trace(entries, words.missing(status), mode="markers")
         trace["meta"] = "missing"
         trace["y"] = [heights[entry["pairs"]] for entry in entries]
         trace["yaxis"] = "y2"
@@ -288,21 +318,26 @@ GRID = "rgba(128, 128, 128, 0.28)"
 LINES = {"gridcolor": GRID, "zerolinecolor": GRID, "fixedrange": True, "automargin": True}
 """Of both axes; fixed, because a finger that scrolls the page must not zoom."""
 
+PAPER: dict[str, Any] = {
+    "autosize": True,
+    "paper_bgcolor": "rgba(0, 0, 0, 0)",
+    "plot_bgcolor": "rgba(0, 0, 0, 0)",
+    "dragmode": False,
+    "hovermode": "closest",
+    "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+}
+"""Of every chart's layout."""
+
 WIDE = 8
 """Latencies this many times apart are drawn on a logarithmic axis, or the short ones lie flat."""
 
 
 def layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
     """Everything but the vertical axes; ``foot`` is the one that the sizes stand under."""
-    across = {"type": "log", "title": {"text": AXES[unit]}, "anchor": foot}
+    across = {"type": "log", "title": {"text": tr(AXES[unit])}, "anchor": foot}
     return {
-        "autosize": True,
-        "paper_bgcolor": "rgba(0, 0, 0, 0)",
-        "plot_bgcolor": "rgba(0, 0, 0, 0)",
-        "dragmode": False,
-        "hovermode": "closest",
-        "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        **PAPER,
         "xaxis": {**across, **_ticks(unit, entries), **LINES},
     }
 
@@ -316,7 +351,7 @@ def _ticks(unit: str, entries: Iterable[Entry]) -> dict[str, Any]:
 
 def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
     """The vertical axis; beneath it a shaded strip for sizes without a number, if there are any."""
-    axis = {**quantity.axis, **LINES}
+    axis = {**quantity.axis, "title": {"text": tr(quantity.unit)}, **LINES}
     if quantity is LATENCY:
         axis |= _latency_ticks([entry["latency_s"]["median"] for entry in known])
     if not gaps:
@@ -333,12 +368,7 @@ def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -
 def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
     """Logarithmic where the latencies are far apart, with round labels."""
     least, most = min(medians), max(medians)
-    if most < WIDE * least:
-        return {}
-    digits = (1, 2, 5) if most < 1000 * least else (1,)
-    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
-    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    return {"type": "log", "tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
+    return {} if most < WIDE * least else log_ticks(least, most, _tick)
 
 
 def _tick(seconds: float) -> str:

@@ -25,7 +25,8 @@ from echelon.simulate.capacity import OPEN
 from echelon.simulate.exact import simulate
 from echelon.simulate.ladder import Ladder
 from echelon.simulate.setting import Setting
-from echelon.tune.words import duration, number, size
+from echelon.tune.refusal import impossible
+from echelon.tune.words import number, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,7 +195,7 @@ def solve(
         tried.append(_try(scenario, traffic, candidate, limits))
     able = [one for one in tried if one.reason is None]
     if not able:
-        raise _impossible(tried, limits)
+        raise impossible(tried, limits, LOADS[0])
     fastest = min(_calm_s(one) for one in tried if one.calm is not None)
     chosen = min(able, key=lambda one: _turn(scenario, one, fastest))
     measure, value = _measure(scenario, chosen)
@@ -348,46 +349,3 @@ def _measure(scenario: Scenario, chosen: Tried) -> tuple[str, float]:
 
 def _calm_s(one: Tried) -> float:
     return math.inf if one.calm is None else one.calm.p50_s
-
-
-# Where nothing can be chosen.
-
-
-def _impossible(tried: Sequence[Tried], limits: Limits) -> InvalidInput:
-    simulated = [one for one in tried if one.calm is not None]
-    if simulated:
-        return _too_much(simulated, limits)
-    agreeing = [one for one in tried if one.candidate.agreement >= limits.agreement]
-    if not agreeing:
-        best = max(one.candidate.agreement for one in tried)
-        return InvalidInput(
-            "--allow",
-            f"no candidate ranks as fp32 does: the best agreement is {best:.3f}, "
-            f"{limits.agreement:.3f} is asked for",
-            "Allow fp32 at full length.",
-        )
-    least = size(round(min(one.candidate.bytes for one in agreeing)))
-    there = size(round(limits.memory_bytes or 0))
-    return InvalidInput(
-        "--memory-limit",
-        f"{there} hold none of the {len(agreeing)} settings",
-        f"Possible are {least} and more, a lower precision, or a smaller model.",
-    )
-
-
-def _too_much(simulated: Sequence[Tried], limits: Limits) -> InvalidInput:
-    bears = max(one.bears or 0.0 for one in simulated)
-    calm_s = min(one.calm.p99_s for one in simulated if one.calm is not None)
-    goal = "" if limits.goal_s is None else f" within {duration(limits.goal_s)}"
-    if bears:
-        return InvalidInput(
-            "--rate",
-            f"{number(limits.rate or 0)} requests/s cannot be answered{goal} by this machine",
-            f"Possible are {number(bears)}; for more take more machines (`echelon plan`).",
-        )
-    return InvalidInput(
-        "--slo-p99-ms",
-        f"nothing is answered{goal} by this machine: P99 is {duration(calm_s)} at "
-        f"{LOADS[0]:.0%} load",
-        f"Possible are {duration(1.25 * calm_s)} and more, or fewer or shorter documents.",
-    )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from echelon.tune.lang import kept
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -127,17 +129,25 @@ def cautions(results: Sequence[Measured]) -> list[str]:
     noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
     if noisy:
         found.append(
-            f"{len(noisy)} of {len(results)} points are known to no better than ±10 %. "
-            "Close other programs, or raise --time-limit."
+            kept(
+                "{noisy} of {all} points are known to no better than ±10 %. Close other programs, "
+                "or raise --time-limit.",
+                noisy=len(noisy),
+                all=len(results),
+            )
         )
     missed = [m for m in results if m.status == "not_reached"]
     if missed:
         found.append(
-            f"{len(missed)} points were not reached in time. Raise --time-limit, or give fewer "
-            "sizes."
+            kept(
+                "{missed} points were not reached in time. Raise --time-limit, or give fewer "
+                "sizes.",
+                missed=len(missed),
+            )
         )
     memory = [m for m in results if m.status == "out_of_memory"]
     found += [
-        f"{m.point.label}: out of memory. Larger steps were skipped; stay below." for m in memory
+        kept("{point}: out of memory. Larger steps were skipped; stay below.", point=m.point.label)
+        for m in memory
     ]
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.tune.card import value
+from echelon.tune.lang import mark, told, tr
+from echelon.tune.solve import TIE
 from echelon.tune.words import UNKNOWN, percent, step
 
 if TYPE_CHECKING:
@@ -21,19 +23,19 @@ COLUMNS = {
 """Numbers of each scenario that are shown."""
 
 TITLES = {
-    "p50_s": "P50",
-    "p99_s": "P99",
-    "goodput_per_s": "Goodput/s",
-    "documents_per_s": "Documents/s",
-    "memory_bytes": "Memory",
+    "p50_s": mark("P50"),
+    "p99_s": mark("P99"),
+    "goodput_per_s": mark("Goodput/s"),
+    "documents_per_s": mark("Documents/s"),
+    "memory_bytes": mark("Memory"),
 }
 
 MEASURES = {
-    "p50_s": "P50",
-    "p99_s": "P99",
-    "goodput_per_s": "goodput",
-    "documents_per_s": "documents a second",
-    "memory_bytes": "memory",
+    "p50_s": mark("P50"),
+    "p99_s": mark("P99"),
+    "goodput_per_s": mark("goodput"),
+    "documents_per_s": mark("documents a second"),
+    "memory_bytes": mark("memory"),
 }
 
 
@@ -52,7 +54,7 @@ def beside_static(profile: Profile) -> Entry | None:
     return {
         "verdict": _verdict(found),
         "good": found["verdict"] != "behind",
-        "head": [*(TITLES[name] for name in columns), "Than the chosen"],
+        "head": [*(tr(TITLES[name]) for name in columns), tr("Than the chosen")],
         "rows": [
             {
                 "name": _name(row, scenario["chosen"]),
@@ -62,38 +64,43 @@ def beside_static(profile: Profile) -> Entry | None:
             }
             for row in found["settings"]
         ],
-        "note": _note(found["rounds"], MEASURES[measure]),
+        "note": _note(found["rounds"], tr(MEASURES[measure])),
     }
 
 
 def _note(rounds: int, measure: str) -> str:
     if rounds == 1:
-        return (
+        return tr(
             "One round, in which all had the same requests; more rounds would say how sure it is."
         )
-    return (
-        f"Medians of {rounds} rounds, in each of which all had the same requests; in brackets the "
-        f"lowest and the highest {measure} of a round."
+    return tr(
+        "Medians of {rounds} rounds, in each of which all had the same requests; in brackets the "
+        "lowest and the highest {measure} of a round.",
+        rounds=rounds,
+        measure=measure,
     )
 
 
 def _verdict(found: Entry) -> str:
-    measure = MEASURES[found["measure"]]
+    measure = tr(MEASURES[found["measure"]])
     if found["verdict"] == "best":
-        return f"Best: no static batch size is better in {measure}."
-    behind = "far" if found["behind"] is None else percent(found["behind"], 1)
-    words = f"{behind} behind static {found['best']} in {measure}"
-    return (
-        f"Within {percent(0.03)} of the best: {words}."
-        if found["verdict"] == "within"
-        else (f"{words[0].upper()}{words[1:]}.")
-    )
+        return tr("Best: no static batch size is better in {measure}.", measure=measure)
+    if found["behind"] is None:
+        return tr("Far behind static {size} in {measure}.", size=found["best"], measure=measure)
+    values = {"share": percent(found["behind"], 1), "size": found["best"], "measure": measure}
+    if found["verdict"] == "within":
+        return tr(
+            "Within {tolerance} of the best: {share} behind static {size} in {measure}.",
+            tolerance=percent(TIE),
+            **values,
+        )
+    return tr("{share} behind static {size} in {measure}.", **values)
 
 
 def _name(row: Entry, chosen: Entry) -> str:
     if row["static"] is None:
-        return f"Chosen: {step(chosen['batch_size'], chosen['token_budget'])}"
-    return f"Static {row['static']}"
+        return tr("Chosen: {step}", step=step(chosen["batch_size"], chosen["token_budget"]))
+    return tr("Static {size}", size=row["static"])
 
 
 def _cell(name: str, row: Entry, measure: str) -> str:
@@ -109,7 +116,10 @@ def _than(row: Entry) -> str:
     if row["static"] is None:
         return ""
     if row["reason"] is not None:
-        return str(row["reason"])
+        return told(str(row["reason"]))
     if row["ahead"] is None:
-        return "far better"
-    return f"{percent(abs(row['ahead']), 1)} {'better' if row['ahead'] > 0 else 'worse'}"
+        return tr("far better")
+    share = percent(abs(row["ahead"]), 1)
+    return (
+        tr("{share} better", share=share) if row["ahead"] > 0 else tr("{share} worse", share=share)
+    )

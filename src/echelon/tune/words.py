@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
+from echelon.tune.lang import listed, mark, told, tr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +33,26 @@ SPACE = "\u00a0"
 UNKNOWN = "–"
 
 MISSING = {
-    "out_of_memory": "out of memory",
-    "skipped": "skipped",
-    "not_reached": "not reached",
+    "out_of_memory": mark("out of memory"),
+    "skipped": mark("skipped"),
+    "not_reached": mark("not reached"),
 }
 """Words for each status without a number."""
+
+
+def pairs(count: int) -> str:
+    """How many pairs."""
+    return tr("1 pair") if count == 1 else tr("{count} pairs", count=f"{count:,}")
+
+
+def rate(pairs_per_s: float) -> str:
+    """Throughput."""
+    return tr("{number} pairs/s", number=number(pairs_per_s))
+
+
+def tokens(count: int) -> str:
+    """How many tokens."""
+    return tr("{count} tokens", count=f"{count:,}")
 
 
 def measured(entry: Entry) -> bool:
@@ -46,15 +62,18 @@ def measured(entry: Entry) -> bool:
 
 def precision(row: dict[str, Any]) -> str:
     """A compared precision, and what of it stays in bf16."""
-    kept = len(row.get("keep_bf16", ()))
-    layers = "1 layer" if kept == 1 else f"{kept} layers"
-    return f"{row['precision']}, {layers} in bf16" if kept else str(row["precision"])
+    kept, name = len(row.get("keep_bf16", ())), str(row["precision"])
+    if not kept:
+        return name
+    if kept == 1:
+        return tr("{precision}, 1 layer in bf16", precision=name)
+    return tr("{precision}, {count} layers in bf16", precision=name, count=kept)
 
 
 def number(value: float) -> str:
     """Three significant digits, thousands set apart, never an exponent."""
     if not math.isfinite(value):
-        return "not a number"
+        return tr("not a number")
     if value == 0:
         return "0"
     rounded = float(f"{value:.2e}")
@@ -107,10 +126,10 @@ def percentile(entry: Entry, name: str) -> str:
 
 def step(batch_size: int | None, token_budget: int | None) -> str:
     """How a step is bounded, in words; a budget without end bounds nothing."""
-    parts = [f"batch {batch_size:,}"] if batch_size else []
+    parts = [tr("batch {size}", size=f"{batch_size:,}")] if batch_size else []
     if token_budget and token_budget != NO_BUDGET:
-        parts.append(f"{token_budget:,} tokens a step")
-    return ", ".join(parts) or "no limit"
+        parts.append(tr("{count} tokens a step", count=f"{token_budget:,}"))
+    return listed(parts) or tr("no limit")
 
 
 def step_of(entry: Entry) -> str:
@@ -120,17 +139,30 @@ def step_of(entry: Entry) -> str:
 
 def point(entry: Entry) -> str:
     """A point in one line."""
-    what = f"{entry['pairs']} pairs, {step_of(entry)}: "
+    what = listed([pairs(entry["pairs"]), step_of(entry)])
     if not measured(entry):
-        return f"{what}{status(entry)}"
-    found = f"{duration(entry['latency_s']['median'])} ({spread(entry)})"
-    return f"{what}{found}, {number(entry['pairs_per_s'])} pairs/s, {size(entry['peak_bytes'])}"
+        return tr("{what}: {found}", what=what, found=status(entry))
+    found = listed([latency(entry), rate(entry["pairs_per_s"]), size(entry["peak_bytes"])])
+    return tr("{what}: {found}", what=what, found=found)
+
+
+def latency(entry: Entry) -> str:
+    """A point's median, and how sure it is."""
+    median = duration(entry["latency_s"]["median"])
+    return tr("{value} ({certainty})", value=median, certainty=spread(entry))
 
 
 def status(entry: Entry) -> str:
     """What became of a point, with the reason if it has no number."""
-    found = MISSING.get(entry["status"], str(entry["status"]))
-    return f"{found}: {entry['reason']}" if entry["reason"] else found
+    found = missing(entry["status"])
+    if not entry["reason"]:
+        return found
+    return tr("{what}: {found}", what=found, found=told(str(entry["reason"])))
+
+
+def missing(name: str) -> str:
+    """Words for a status."""
+    return tr("ok") if name == "ok" else tr(MISSING.get(name, str(name)))
 
 
 def when(created: str) -> str:
@@ -146,30 +178,31 @@ def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     usable, present = (found.get(name, UNKNOWN) for name in ("usable_cpus", "cpus"))
     system = [found.get("system"), found.get("machine")]
     return [
-        ("Processor", str(found.get("cpu") or UNKNOWN)),
-        ("Matrix features", ", ".join(found.get("matrix_features") or ()) or "none known"),
-        ("Cores", f"{usable} usable of {present}"),
-        ("Memory", size(found.get("memory_bytes"))),
-        ("GPU", "; ".join(map(_gpu, found.get("gpus") or ())) or "none"),
-        ("System", ", ".join(part for part in system if part) or UNKNOWN),
-        ("Python", str(found.get("python") or UNKNOWN)),
+        (tr("Processor"), str(found.get("cpu") or UNKNOWN)),
+        (tr("Matrix features"), listed(found.get("matrix_features") or ()) or tr("none known")),
+        (tr("Cores"), tr("{usable} usable of {present}", usable=usable, present=present)),
+        (tr("Memory"), size(found.get("memory_bytes"))),
+        (tr("GPU"), "; ".join(map(_gpu, found.get("gpus") or ())) or tr("none")),
+        (tr("System"), ", ".join(part for part in system if part) or UNKNOWN),
+        (tr("Python"), str(found.get("python") or UNKNOWN)),
     ]
 
 
 def _gpu(gpu: Mapping[str, Any]) -> str:
     name, capability = (gpu.get(name, UNKNOWN) for name in ("name", "capability"))
-    return f"{name}, {size(gpu.get('memory_bytes'))}, compute {capability}"
+    compute = tr("compute {capability}", capability=capability)
+    return listed([str(name), size(gpu.get("memory_bytes")), compute])
 
 
 def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The texts that were scored, as labels and values."""
     lengths = found.get("tokens") or {}
-    names = {"mean": "mean", "p50": "median", "p90": "P90", "max": "longest"}
+    names = {"mean": tr("mean"), "p50": tr("median"), "p90": "P90", "max": tr("longest")}
     known = [f"{names[name]} {lengths[name]:,.0f}" for name in names if name in lengths]
     return [
-        ("Texts", str(found.get("name") or UNKNOWN)),
-        ("Pairs in it", f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
-        ("Tokens a pair", ", ".join(known) or UNKNOWN),
+        (tr("Texts"), told(str(found.get("name") or UNKNOWN))),
+        (tr("Pairs in it"), f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
+        (tr("Tokens a pair"), listed(known) or UNKNOWN),
     ]
 
 

@@ -1,0 +1,256 @@
+"""Rules of thumb for batch sizes, each beside what this very profile measured. Pure.
+
+The rules are those that tutorials give: 4 to 8 pairs a batch for a realtime API, 16 to 32 for
+offline work, 1 to 4 on an edge machine, adaptive batching under concurrency, larger is faster,
+half precision loses nothing, watch P99 and memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from echelon.tune import words
+from echelon.tune.card import SERVED, agreement
+from echelon.tune.entries import chosen, fastest, slower
+from echelon.tune.lang import listed, tr
+from echelon.tune.memory_plot import limit_of
+from echelon.tune.solve import TIE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.tune.profile import Profile
+    from echelon.tune.words import Entry
+
+State = Literal["holds", "costs", "unknown"]
+
+FEW, MANY = 10, 50
+"""Pairs of a call: at most so many for a realtime API, at least so many for offline work."""
+
+HALF = ("bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule and what became of it here.
+
+    Attributes:
+        name: short, the same in all languages.
+        rule: the rule.
+        found: what was measured.
+        state: ``holds``, ``costs`` or ``unknown``.
+        verdict: the same in words.
+    """
+
+    name: str
+    rule: str
+    found: str
+    state: State
+    verdict: str
+
+
+def rules(profile: Profile) -> list[Rule]:
+    """Each rule beside this machine."""
+    return [_api(profile), _offline(profile), _edge(profile), *_others(profile)]
+
+
+def _others(profile: Profile) -> list[Rule]:
+    return [_concurrent(profile), _larger(profile), _half(profile), _watch(profile)]
+
+
+# Batch sizes.
+
+
+def _api(profile: Profile) -> Rule:
+    rule = tr("Realtime API, 1–10 documents: batch 4–8")
+    return _sizes("api", rule, _few(profile), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8."))
+
+
+def _offline(profile: Profile) -> Rule:
+    rule = tr("Offline, 50–200 documents: batch 16–32")
+    remedy = tr("Give --pairs 100 --batch-sizes 16,32.")
+    return _sizes("offline", rule, _many(profile), (16, 32), remedy)
+
+
+def _edge(profile: Profile) -> Rule:
+    rule = tr("Edge device, 1–5 documents: batch 1–4")
+    remedy = tr("Give --pairs 10 --batch-sizes 1,4.")
+    found = _sizes("edge", rule, _few(profile), (1, 4), remedy)
+    if found.state == "unknown":
+        return found
+    memory = [_memory(entry) for entry in _within(_few(profile), (1, 4))]
+    told = f"{found.found} {tr('Peak memory: {sizes}.', sizes=listed(memory))}"
+    return Rule(found.name, found.rule, told, found.state, found.verdict)
+
+
+def _sizes(
+    name: str, rule: str, entries: Sequence[Entry], range_: tuple[int, int], remedy: str
+) -> Rule:
+    """A rule that names batch sizes: what each costs against the best of all sizes."""
+    best, inside = fastest(entries), _within(entries, range_)
+    if best is None or not inside:
+        return _unknown(name, rule, remedy)
+    found = tr(
+        "{pairs}: the best is {step}, {latency}, {rate}.",
+        pairs=words.pairs(best["pairs"]),
+        step=words.step_of(best),
+        latency=words.duration(best["latency_s"]["median"]),
+        rate=words.rate(best["pairs_per_s"]),
+    )
+    each = listed(_cost(entry, best) for entry in inside)
+    told = f"{found} {tr('Of the rule: {each}.', each=each)}"
+    return Rule(name, rule, told, *_judged(max(slower(entry, best) for entry in inside)))
+
+
+def _judged(cost: float) -> tuple[State, str]:
+    if cost <= TIE:
+        return "holds", tr("holds")
+    return "costs", tr("costs up to {share} here", share=words.percent(cost))
+
+
+def _cost(entry: Entry, best: Entry) -> str:
+    cost = slower(entry, best)
+    step = words.step_of(entry)
+    if entry is best:
+        return tr("{step} is the best", step=step)
+    if cost <= 0:
+        return tr("{step} takes no longer", step=step)
+    return tr("{step} takes {share} longer", step=step, share=words.percent(cost))
+
+
+def _memory(entry: Entry) -> str:
+    step, size = words.step_of(entry), words.size(entry["peak_bytes"])
+    return tr("{step} {size}", step=step, size=size)
+
+
+def _unknown(name: str, rule: str, remedy: str) -> Rule:
+    return Rule(name, rule, remedy, "unknown", tr("not measured"))
+
+
+def _few(profile: Profile) -> list[Entry]:
+    """The calls of the most pairs that a realtime API has."""
+    return _of(profile, max((n for n in _counts(profile) if n <= FEW), default=0))
+
+
+def _many(profile: Profile) -> list[Entry]:
+    """The calls of the most pairs, if they are many."""
+    return _of(profile, max((n for n in _counts(profile) if n >= MANY), default=0))
+
+
+def _counts(profile: Profile) -> set[int]:
+    return {entry["pairs"] for entry in profile.points if words.measured(entry)}
+
+
+def _of(profile: Profile, pairs: int) -> list[Entry]:
+    return [e for e in profile.points if words.measured(e) and e["pairs"] == pairs]
+
+
+def _batches(entries: Sequence[Entry]) -> list[Entry]:
+    found = [entry for entry in entries if entry["batch_size"]]
+    return sorted(found, key=lambda entry: int(entry["batch_size"]))
+
+
+def _within(entries: Sequence[Entry], range_: tuple[int, int]) -> list[Entry]:
+    return [e for e in _batches(entries) if range_[0] <= e["batch_size"] <= range_[1]]
+
+
+# The others.
+
+
+def _concurrent(profile: Profile) -> Rule:
+    rule = tr("High concurrency: adaptive batching")
+    found = profile.scenario
+    if found is None or found["scenario"] not in SERVED or found["measured"] is None:
+        remedy = tr("A sweep has no load. Run echelon tune --scenario concurrent.")
+        return _unknown("concurrent", rule, remedy)
+    measured = found["measured"]
+    p99 = measured["p99_s"]
+    told = tr(
+        "Under load the server's adaptive steps answered {rate} requests/s with a P99 of {p99}.",
+        rate=words.number(measured["requests_per_s"]),
+        p99=words.UNKNOWN if p99 is None else words.duration(p99),
+    )
+    if found["held"]:
+        return Rule("concurrent", rule, told, "holds", tr("holds: the goal is met"))
+    return Rule("concurrent", rule, told, "costs", tr("the goal is missed here"))
+
+
+def _larger(profile: Profile) -> Rule:
+    rule = tr("Larger batches are faster")
+    most = max(_counts(profile), default=0)
+    batches = _batches(_of(profile, most))
+    best = fastest(batches)
+    if best is None or len(batches) == 1:
+        return _unknown("larger", rule, tr("Give --batch-sizes 1,2,4,8,16,32."))
+    largest = batches[-1]
+    told = tr(
+        "{pairs}: {rate} with {step}, {best_rate} with {best}, the best.",
+        pairs=words.pairs(most),
+        rate=words.rate(largest["pairs_per_s"]),
+        step=words.step_of(largest),
+        best_rate=words.rate(best["pairs_per_s"]),
+        best=words.step_of(best),
+    )
+    if largest is best:
+        told = tr(
+            "{pairs}: the largest measured, {step}, is the best, {rate}.",
+            pairs=words.pairs(most),
+            step=words.step_of(best),
+            rate=words.rate(best["pairs_per_s"]),
+        )
+        return Rule("larger", rule, told, "holds", tr("holds, up to the largest measured"))
+    if slower(largest, best) <= TIE:
+        verdict = tr("only up to {step}; beyond, nothing is gained", step=words.step_of(best))
+        return Rule("larger", rule, told, "costs", verdict)
+    share = words.percent(slower(largest, best))
+    verdict = tr("the largest costs {share} here", share=share)
+    return Rule("larger", rule, told, "costs", verdict)
+
+
+def _half(profile: Profile) -> Rule:
+    rule = tr("bf16 or fp16 loses no accuracy")
+    rows = [row for row in profile.precisions if row["precision"] in HALF]
+    if not rows:
+        return _unknown("half", rule, tr("Give --precision auto: it compares them with fp32."))
+    parts = [tr("{what}: {found}", what=row["precision"], found=agreement(row)) for row in rows]
+    told = " ".join(tr("{sentence}.", sentence=part) for part in parts)
+    failed = [row["precision"] for row in rows if not row["passed"]]
+    if failed:
+        verdict = tr("not for {precisions} here", precisions=listed(failed))
+        return Rule("half", rule, told, "costs", verdict)
+    return Rule("half", rule, told, "holds", tr("holds within the limits of ranking"))
+
+
+def _watch(profile: Profile) -> Rule:
+    rule = tr("Watch P99 and memory")
+    measured = (profile.scenario or {}).get("measured") or {}
+    p50, p99 = measured.get("p50_s"), measured.get("p99_s")
+    parts = _peak(profile)
+    if p50 and p99:
+        parts.append(
+            tr(
+                "Under load P99 is {p99}, {times} times the median.",
+                p99=words.duration(p99),
+                times=words.number(p99 / p50),
+            )
+        )
+        return Rule("watch", rule, " ".join(parts), "holds", tr("measured under load"))
+    parts.append(tr("P99 needs load: run echelon tune --scenario api, or echelon stress."))
+    return Rule("watch", rule, " ".join(parts), "unknown", tr("P99 is not measured"))
+
+
+def _peak(profile: Profile) -> list[str]:
+    """The chosen size's memory beside the limit; nothing where either is not known."""
+    point, limit = chosen(profile), limit_of(profile)
+    if point is None or point["peak_bytes"] is None or limit is None:
+        return []
+    return [
+        tr(
+            "The chosen step needs {size}, {share} of the {limit} ({whose}).",
+            size=words.size(point["peak_bytes"]),
+            share=words.percent(point["peak_bytes"] / limit[0], 1),
+            limit=words.size(round(limit[0])),
+            whose=limit[1],
+        )
+    ]
