@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echelon.advise.answer import Round, answer_of, missed_words, settings_of
 from echelon.advise.ask import HURRIED
@@ -20,8 +20,10 @@ from echelon.advise.sending import Load, scale_of
 from echelon.advise.shorter import Shorter, shorter
 from echelon.clock import monotonic
 from echelon.errors import GoalMissed, InvalidInput
+from echelon.tune.curve import curve_of
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
-from echelon.tune.scenario import Limits, predict, solve
+from echelon.tune.scenario import Limits, solve
+from echelon.tune.served import predict
 from echelon.tuner import probe
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ class _Advisor:
         self._prove(load, models, limits, found)
         best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
         answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
+        answer["curve"] = self._curve(load, best, limits)
         settled = replace(self._settled(best.found.chosen.candidate), scenario=answer)
         missed = None
         if best.proof is not None and not best.held:
@@ -187,6 +190,14 @@ class _Advisor:
             self.notes.append(f"Steps in {precision} were too noisy: their times are estimated.")
             return Prices(guess.cost, guess.memory)
         return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
+
+    def _curve(self, load: Load, best: Round, limits: Limits) -> dict[str, Any] | None:
+        """Latency over load, with the models that the settings were chosen by."""
+        if self.ask.scenario not in HURRIED:
+            return None
+        self.told("simulating rising load", 0.0)
+        limits = replace(limits, overhead_s=best.overhead_s)
+        return curve_of(load.traffic, best.found.chosen.candidate, limits).as_dict(load.rate)
 
     # Proving.
 

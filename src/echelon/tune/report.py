@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.plan.pack import NO_BUDGET
 from echelon.tune import card, words
+from echelon.tune.curve_plots import curve_chart
 from echelon.tune.model_plots import model_charts
 from echelon.tune.page import fill
 from echelon.tune.plots import charts
@@ -89,6 +90,8 @@ def render(profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_N
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     """What the template shows, in words."""
     drawn = [*charts(profile), *model_charts(profile)]
+    curve = curve_chart(profile)
+    figures = [*drawn, *([] if curve is None else [curve])]
     return {
         "model": profile.key.model,
         "card": card.card(profile),
@@ -98,7 +101,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "situations": [_situation(profile, name, profile_path) for name in SITUATIONS],
         "best": _best_rows(profile),
         "charts": drawn,
-        "figures": {chart.name: chart.figure for chart in drawn},
+        "curve": curve,
+        "figures": {chart.name: chart.figure for chart in figures},
         "precisions": _precision_rows(profile),
         "needed": _agreement_needed(),
         "warnings": _warnings(profile),
