@@ -17,7 +17,7 @@ PERCENTILES = {"p50_s": ("P50", 0), "p95_s": ("P95", 2), "p99_s": ("P99", 1)}
 
 
 def curve_chart(profile: Profile) -> Chart | None:
-    """Predicted latency at rising rates; None where no rate was asked for, or by an older Echelon."""
+    """Predicted latency at rising rates; None where the profile has none."""
     found = profile.scenario
     curve = None if found is None else found.get("curve")
     if found is None or curve is None:

@@ -16,7 +16,7 @@ come first in every order of choice, so more rate never gives fewer workers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from echelon.errors import InvalidInput
