@@ -54,7 +54,7 @@ class Guest:
     lengths: tuple[int, ...]
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 - few callers give more than three
     requests: Iterable[Arrival],
     truth: CostModel,
     setting: Setting,
