@@ -35,7 +35,8 @@ from echelon.plan.workload import Arrival, Between, Fixed, Known
 from echelon.tune.prices import Memory
 from echelon.tune.profile import Key, Profile, Settings
 from echelon.tune.quality import Agreement
-from echelon.tune.scenario import Candidate, Limits, cut, predict
+from echelon.tune.scenario import Candidate, Limits
+from echelon.tune.served import cut, predict
 
 MIB = 2**20
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)

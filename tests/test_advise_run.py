@@ -18,7 +18,7 @@ from echelon.advise.table import print_scenario
 from echelon.config import Options
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.plan.workload import Between, Fixed
-from echelon.tune import scenario
+from echelon.tune import scenario, served
 from echelon.tune.profile import Profile
 from echelon.tuner import Plan
 from helpers import run_command
@@ -31,8 +31,8 @@ SLOW_S = 600.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(scenario, "REQUESTS", 60)
-    monkeypatch.setattr(scenario, "FULL", 20)
+    monkeypatch.setattr(served, "REQUESTS", 60)
+    monkeypatch.setattr(served, "FULL", 20)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def proofs(monkeypatch, *factors, held=True):
     def pretended(stage, chosen, requests, seconds):
         factor = left.pop(0)
         seen.append((chosen, Profile.load(stage.profile).settings))
-        outcome, largest = scenario.predict("api", requests, chosen, scenario.Limits(goal_s=0.5))
+        outcome, largest = served.predict("api", requests, chosen, scenario.Limits(goal_s=0.5))
         said = advisor.Numbers.of("api", outcome, chosen, largest)
         scaled = {f"p{n}_s": getattr(said, f"p{n}_s") * factor for n in (50, 95, 99)}
         return Proof(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)
@@ -104,8 +104,11 @@ def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
     assert {one["token_budget"] for one in entry["tried"]} >= {256, 512}
     assert entry["rounds"][0]["pace"] > 0
     assert entry["rounds"][0]["measured_overhead_s"] > 0
+    assert entry["curve"]["rate"] == 20
+    assert entry["curve"]["most_rate"] >= entry["curve"]["points"][0]["rate"] > 0
     html = (tmp_path / "r.html").read_text("utf-8")
     assert "Realtime API" in html
+    assert "Latency over load" in html
     assert "echelon</span> <span>serve" in html
 
 

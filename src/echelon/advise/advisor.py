@@ -23,9 +23,11 @@ from echelon.advise.shorter import Shorter, shorter
 from echelon.advise.standing import standing
 from echelon.clock import monotonic
 from echelon.errors import EchelonError, GoalMissed, InvalidInput
+from echelon.tune.curve import curve_of
 from echelon.tune.lang import kept
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
-from echelon.tune.scenario import Limits, predict, solve
+from echelon.tune.scenario import Limits, solve
+from echelon.tune.served import predict
 from echelon.tuner import probe
 
 if TYPE_CHECKING:
@@ -119,9 +121,8 @@ class _Advisor:
         best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
         static = self._beside(load, best)
         answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
-        settled = replace(
-            self._settled(best.found.chosen.candidate), scenario=answer | {"static": static}
-        )
+        extras = {"static": static, "curve": self._curve(load, best, limits)}
+        settled = replace(self._settled(best.found.chosen.candidate), scenario=answer | extras)
         missed = None
         if best.proof is not None and not best.held:
             missed = GoalMissed(missed_words(self.ask, best))
@@ -203,6 +204,14 @@ class _Advisor:
             )
             return Prices(guess.cost, guess.memory)
         return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
+
+    def _curve(self, load: Load, best: Round, limits: Limits) -> dict[str, Any] | None:
+        """Latency over load, with the models that the settings were chosen by."""
+        if self.ask.scenario not in HURRIED:
+            return None
+        self.told("simulating rising load", 0.0)
+        limits = replace(limits, overhead_s=best.overhead_s)
+        return curve_of(load.traffic, best.found.chosen.candidate, limits).as_dict(load.rate)
 
     # Proving.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
@@ -53,13 +54,14 @@ class Guest:
     lengths: tuple[int, ...]
 
 
-def simulate(
+def simulate(  # noqa: PLR0913 - few callers give more than three
     requests: Iterable[Arrival],
     truth: CostModel,
     setting: Setting,
     *,
     goal_s: float | None = None,
     warm_s: float = 0.0,
+    most_missed: float | None = None,
     told: Callable[[float, Step], None] = lambda *_: None,
 ) -> Outcome:
     """Serve requests.
@@ -70,10 +72,12 @@ def simulate(
         setting: how the service runs.
         goal_s: latency that an answer may have.
         warm_s: requests that come before are served and not counted.
+        most_missed: where more requests than this are late, refused or expired, the run ends there:
+            its outcome then says that the goal is missed, and not by how much. None never ends it.
         told: called with the time and each step that is formed.
     """
     run = _Run(truth, setting, Tally(goal_s, warm_s), told)
-    run.through(requests)
+    run.through(requests, most_missed)
     return run.tally.outcome(setting.workers)
 
 
@@ -105,9 +109,9 @@ class _Run:
         self._events: list[tuple[float, Kind, int, int]] = []
         self._count = 0
 
-    def through(self, requests: Iterable[Arrival]) -> None:
-        """Let all requests come, and end what is inside."""
-        last = 0.0
+    def through(self, requests: Iterable[Arrival], most_missed: float | None = None) -> None:
+        """Let all requests come, and end what is inside; or end early, see :func:`simulate`."""
+        last, most = 0.0, math.inf if most_missed is None else most_missed
         for arrival in requests:
             if arrival.at_s < last:
                 raise InvalidInput("requests", f"{arrival.at_s} s is before {last} s", "Sort them.")
@@ -115,6 +119,8 @@ class _Run:
                 raise InvalidInput("requests", "one has no lengths", "Give tokens of its pairs.")
             last = arrival.at_s
             self._until((arrival.at_s, Kind.ARRIVE))
+            if self.tally.missed > most:
+                return
             self._arrive(arrival)
         self._until(None)
 
@@ -230,7 +236,8 @@ class _Run:
         seconds = self._seconds[worker]
         if self._sent[worker]:
             self._begin(now, worker)
-        self._batcher.cost.observe(step.lengths, seconds)
+        if self._setting.learns:
+            self._batcher.cost.observe(step.lengths, seconds)
         if self._budget.ended(step.cost_tokens, step.predicted_s, seconds) is not None:
             self._batcher.budget = self._budget.tokens
         self.tally.ran(len(step.places), step.tokens, seconds, now)

@@ -92,6 +92,7 @@ class Tally:
     warm_s: float = 0.0
     requests: int = 0
     documents: int = 0
+    late: int = 0
     expired: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     latencies: array[float] = field(default_factory=lambda: array("d"))
@@ -123,6 +124,13 @@ class Tally:
         self.last_s = max(self.last_s, now)
         if at_s >= self.warm_s:
             self.latencies.append(now - at_s)
+            if self.goal_s is not None and now - at_s > self.goal_s:
+                self.late += 1
+
+    @property
+    def missed(self) -> int:
+        """Requests known to be late, refused or expired."""
+        return self.late + self.expired + self.refused.total()
 
     def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
         """A step ran until then."""

@@ -31,6 +31,7 @@ class Setting:
         request_s: seconds of a request beside tokenising and steps: reading, answering.
         document_s: seconds that tokenising a document takes.
         noise: standard deviation of the logarithm of actual over predicted step time.
+        learns: the batcher learns from each step how long steps take, as a server's does.
         seed: of the noise, and of routing.
     """
 
@@ -43,6 +44,7 @@ class Setting:
     request_s: float = 0.0
     document_s: float = 0.0
     noise: float = 0.0
+    learns: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.tune import card, rows, words
 from echelon.tune.agreement_plot import agreement_charts
 from echelon.tune.card import longest
+from echelon.tune.curve_plots import curve_chart
 from echelon.tune.lang import listed, speaking, tr
 from echelon.tune.memory_plot import memory_charts
 from echelon.tune.model_plots import model_charts
@@ -71,6 +72,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         *model_charts(profile),
         *agreement_charts(profile),
     ]
+    curve = curve_chart(profile)
+    figures = [*drawn, *([] if curve is None else [curve])]
     return {
         "model": profile.key.model,
         "card": card.card(profile),
@@ -82,7 +85,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "rules": rules(profile),
         "best": rows.best_rows(profile),
         "charts": drawn,
-        "figures": {chart.name: chart.figure for chart in drawn},
+        "curve": curve,
+        "figures": {chart.name: chart.figure for chart in figures},
         "precisions": rows.precision_rows(profile),
         "needed": rows.agreement_needed(),
         "warnings": rows.warnings(profile),

@@ -16,24 +16,19 @@ come first in every order of choice, so more rate never gives fewer workers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from echelon.errors import InvalidInput
-from echelon.simulate.capacity import OPEN
-from echelon.simulate.exact import simulate
 from echelon.simulate.ladder import Ladder
-from echelon.simulate.setting import Setting
 from echelon.tune.refusal import impossible
+from echelon.tune.served import Service
 from echelon.tune.words import number, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from echelon.plan.cost import CostModel
-    from echelon.plan.queue import Step
-    from echelon.plan.workload import Arrival
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
     from echelon.tune.prices import Memory
@@ -44,19 +39,6 @@ SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of what a candidate does at most that are simulated."""
-
-REQUESTS = 2_000
-"""Requests of one simulation: the slowest hundredth are twenty, and a simulation takes a third of
-a second."""
-
-WARM = 0.1
-"""Share of them that comes before counting begins."""
-
-FULL = 300
-"""Requests that are all there at once when it is asked what a candidate does at most."""
-
-APART_S = 3600.0
-"""Seconds between two requests of a caller who waits for each answer: the first has long ended."""
 
 NEARLY = 1.05
 """An edge machine may answer this much slower than the fastest for less memory."""
@@ -136,7 +118,8 @@ class Tried:
         candidate: who.
         reason: why it cannot be chosen; None where it can.
         documents_per_s: documents a second when all are there at once; None if not simulated.
-        bears: requests a second up to which it meets the goal; None if not simulated.
+        bears: requests a second up to which it meets the goal; None where that was not asked: for
+            ``api`` where the goal is met.
         calm: what the simulation found at little load; None if not simulated.
         predicted: what it found at the rate asked for (at the load at or above it); the calm one
             without a rate, and for ``offline`` all at once; None where the goal is missed.
@@ -225,13 +208,14 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
     if limits.memory_bytes is not None and candidate.bytes > limits.memory_bytes:
         need, there = size(round(candidate.bytes)), size(round(limits.memory_bytes))
         return Tried(candidate, f"needs {need} of {there}")
-    service = _Service(traffic, candidate, limits)
+    service = Service(traffic, candidate, limits)
     full = service.at_once()
     per_s = full.documents / full.duration_s
     if scenario == "offline":
         return Tried(candidate, None, per_s, None, full, full)
     most = full.requests / full.duration_s
-    ladder = Ladder(lambda load: service.at(load * most), LOADS)
+    # The lowest rung says how fast a calm service is, whether or not that is fast enough.
+    ladder = Ladder(lambda load: service.at(load * most, whole=load == LOADS[0]), LOADS)
     if limits.rate is None and scenario == "edge":
         # One caller never makes a queue: how much load it would bear is not asked.
         predicted = ladder.at(LOADS[0])
@@ -239,85 +223,13 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
         return Tried(candidate, reason, per_s, None, ladder.calm, predicted)
     load = LOADS[0] if limits.rate is None else limits.rate / most
     predicted = ladder.at(load)
-    reason = None
+    reason = bears = None
     if predicted is None:
-        reason = f"misses the goal: it bears {number(ladder.most * most)} requests/s"
-    return Tried(candidate, reason, per_s, ladder.most * most, ladder.calm, predicted)
-
-
-class _Service:
-    """A candidate, simulated."""
-
-    def __init__(self, traffic: Traffic, candidate: Candidate, limits: Limits) -> None:
-        self._traffic = traffic
-        self._candidate = candidate
-        self._goal_s = limits.goal_s
-        self._setting = _setting(candidate, limits)
-
-    def at_once(self) -> Outcome:
-        """All requests are there."""
-        requests = [replace(one, at_s=0.0) for one in self._requests(1.0, FULL)]
-        setting = replace(self._setting, bounds=OPEN, request_s=0.0)
-        return simulate(requests, self._candidate.cost, setting)
-
-    def at(self, rate: float) -> Outcome:
-        """So many requests a second."""
-        return simulate(
-            self._requests(rate, REQUESTS),
-            self._candidate.cost,
-            self._setting,
-            goal_s=self._goal_s,
-            warm_s=WARM * self._traffic.span_s(rate, REQUESTS),
-        )
-
-    def _requests(self, rate: float, count: int) -> Iterator[Arrival]:
-        """The first requests, cut to the candidate's length."""
-        return cut(islice(self._traffic.at(rate).requests(), count), self._candidate.max_length)
-
-
-def predict(
-    scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: Limits
-) -> tuple[Outcome, int]:
-    """What comes of certain requests, such as those that a test sends; and their largest step.
-
-    For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
-    long been answered; for the others they come at their times.
-    """
-    setting, goal_s = _setting(candidate, limits), limits.goal_s
-    if scenario == "offline":
-        setting = replace(setting, bounds=OPEN, request_s=0.0)
-        requests = (replace(one, at_s=0.0) for one in requests)
-    elif scenario == "edge":
-        requests = (replace(one, at_s=APART_S * i) for i, one in enumerate(requests))
-    largest = 0
-
-    def look(_: float, step: Step) -> None:
-        nonlocal largest
-        largest = max(largest, step.cost_tokens)
-
-    asked = cut(requests, candidate.max_length)
-    outcome = simulate(asked, candidate.cost, setting, goal_s=goal_s, told=look)
-    return outcome, largest
-
-
-def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
-    """Requests whose pairs have at most so many tokens."""
-    for request in requests:
-        if most is None:
-            yield request
-        else:
-            yield replace(request, lengths=tuple(min(length, most) for length in request.lengths))
-
-
-def _setting(candidate: Candidate, limits: Limits) -> Setting:
-    return Setting(
-        candidate.token_budget,
-        candidate.max_pairs,
-        candidate.workers,
-        request_s=limits.overhead_s,
-        noise=limits.noise,
-        seed=limits.seed,
-    )
+        bears = ladder.most * most
+        reason = f"misses the goal: it bears {number(bears)} requests/s"
+    elif scenario != "api":
+        bears = ladder.most * most  # an api is chosen by its P99 alone
+    return Tried(candidate, reason, per_s, bears, ladder.calm, predicted)
 
 
 # Choosing.

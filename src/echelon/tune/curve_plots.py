@@ -1,0 +1,137 @@
+"""The report's chart of latency over load, with the goal and what the proof measured. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echelon.tune import words
+from echelon.tune.lang import tr
+from echelon.tune.plots import COLOURS, LINES, Chart
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.tune.profile import Profile
+
+PERCENTILES = {"p50_s": ("P50", 0), "p95_s": ("P95", 2), "p99_s": ("P99", 1)}
+"""Name and colour of each line."""
+
+
+def curve_chart(profile: Profile) -> Chart | None:
+    """Predicted latency at rising rates; None where the profile has none."""
+    found = profile.scenario
+    curve = None if found is None else found.get("curve")
+    if found is None or curve is None:
+        return None
+    goal_s, points = found["asked"]["slo_p99_s"], curve["points"]
+    ends = [0.0, max(curve["rate"], *(point["rate"] for point in points))]
+    traces = [_line(points, name) for name in PERCENTILES]
+    traces.append(_straight(tr("goal"), "goal", ends, [goal_s, goal_s], "dash"))
+    height = _height(points, goal_s)
+    traces.append(_straight(tr("rate asked for"), "rate", [curve["rate"]] * 2, height, "dot"))
+    if found["measured"] is not None:
+        traces.append(_measured(curve["rate"], found["measured"]))
+    return Chart("load-curve", tr("Latency over load"), _note(curve, goal_s), _figure(traces))
+
+
+def _note(curve: dict[str, Any], goal_s: float) -> str:
+    goal = words.duration(goal_s)
+    if curve["most_rate"] is None:
+        most = tr("No rate keeps P99 within {goal}.", goal=goal)
+    else:
+        rate = words.number(curve["most_rate"])
+        most = tr(
+            "Up to {rate} requests/s keep P99 within {goal} with nothing refused.",
+            rate=rate,
+            goal=goal,
+        )
+    return f"{tr('Lines are predicted, diamonds were measured by the proof.')} {most}"
+
+
+def _height(points: Sequence[dict[str, Any]], goal_s: float) -> list[float]:
+    known = [point[name] for point in points for name in PERCENTILES if point[name]]
+    return [min([goal_s, *known]), max([goal_s, *known])]
+
+
+def _line(points: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    label, colour = PERCENTILES[name]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": label,
+        "meta": name,
+        "x": [point["rate"] for point in points],
+        "y": [point[name] for point in points],
+        "text": [_hover(point, label, name) if point[name] else "" for point in points],
+        "hoverinfo": "text",
+        "line": {"color": COLOURS[colour], "width": 2},
+        "marker": {"color": COLOURS[colour], "size": 4},
+    }
+
+
+def _hover(point: dict[str, Any], label: str, name: str) -> str:
+    return tr(
+        "{rate} requests/s:<br>{label} {latency}, {goodput} within the goal,<br>{refused} refused",
+        rate=words.number(point["rate"]),
+        label=label,
+        latency=words.duration(point[name]),
+        goodput=words.number(point["goodput"]),
+        refused=words.percent(point["refused"], 1),
+    )
+
+
+def _straight(name: str, meta: str, x: list[float], y: list[float], dash: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name,
+        "meta": meta,
+        "x": x,
+        "y": y,
+        "hoverinfo": "skip",
+        "line": {"color": COLOURS[5], "dash": dash, "width": 1.5},
+    }
+
+
+def _measured(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
+    known = [name for name in PERCENTILES if measured[name] is not None]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": tr("measured"),
+        "meta": "measured",
+        "x": [rate] * len(known),
+        "y": [measured[name] for name in known],
+        "text": [
+            tr(
+                "measured: {label} {latency}",
+                label=PERCENTILES[name][0],
+                latency=words.duration(measured[name]),
+            )
+            for name in known
+        ],
+        "hoverinfo": "text",
+        "marker": {
+            "color": [COLOURS[PERCENTILES[name][1]] for name in known],
+            "symbol": "diamond",
+            "size": 11,
+        },
+    }
+
+
+def _figure(traces: list[dict[str, Any]]) -> dict[str, Any]:
+    axis = {"type": "log", "tickformat": "~s", "ticksuffix": "s", "title": {"text": tr("Latency")}}
+    return {
+        "data": traces,
+        "layout": {
+            "autosize": True,
+            "paper_bgcolor": "rgba(0, 0, 0, 0)",
+            "plot_bgcolor": "rgba(0, 0, 0, 0)",
+            "dragmode": False,
+            "hovermode": "closest",
+            "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "xaxis": {"title": {"text": tr("Requests/s")}, "rangemode": "tozero", **LINES},
+            "yaxis": {**axis, **LINES},
+        },
+    }
