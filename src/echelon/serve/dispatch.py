@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from echelon.plan.batcher import Batcher
     from echelon.plan.degrade import Action
     from echelon.plan.queue import Ended, Load, Step
+    from echelon.plan.soonest import Soon
     from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
@@ -154,6 +155,11 @@ class Dispatch:
         """What lies ahead."""
         with self._lock:
             return self._batcher.load()
+
+    def soonest(self, places: int, workers: int) -> list[Soon]:
+        """The next requests to end; see :func:`echelon.plan.soonest.soonest`."""
+        with self._lock:
+            return self._batcher.soonest(places, workers)
 
     def close(self) -> None:
         """Take nothing more in; whoever still waits is told."""
