@@ -77,7 +77,8 @@ def _ends(
         end = heapq.heappop(free) + step.predicted_s
         heapq.heappush(free, end)
         for unit in units:
-            ends |= {entry.number: max(end, ends.get(entry.number, 0.0)) for entry, _ in unit.owners}
+            for entry, _ in unit.owners:
+                ends[entry.number] = max(end, ends.get(entry.number, 0.0))
     return ends, sum(free) / workers
 
 
