@@ -49,3 +49,18 @@ def test_a_pair_that_never_fits_ends_though_other_steps_go_well_in_between():
             break
     assert rungs == ["drop_caches", "give_up"]
     assert type(answers[1]).__name__ == "OutOfMemory"
+
+
+def test_no_answer_waits_for_the_prices_and_each_step_teaches_once():
+    answers: dict = {}
+    dispatch, submit = desk(answers)
+    submit(1, wish(*range(3, 30)))
+    before = dispatch.cost.predict([30])
+    scored(dispatch, dispatch.take())
+    assert 1 in answers
+    assert dispatch.cost.predict([30]) == before
+    dispatch.learn()
+    learned = dispatch.cost.predict([30])
+    assert learned != before
+    dispatch.learn()
+    assert dispatch.cost.predict([30]) == learned

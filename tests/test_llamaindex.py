@@ -227,10 +227,26 @@ def test_nvidias_client_gets_the_librarys_ranking(live, nim, bert, expected):
         assert nim(live.url).model == bert.name
 
 
-def test_teis_client_takes_no_error_for_scores(live, full, tei):
-    for client in (tei(live.url, "wrong"), tei(full)):
+def test_teis_client_takes_no_error_for_scores(live, full, tei, monkeypatch):
+    """It does not look at statuses; what it was told has TEI's type, once its body was read."""
+    told = []
+
+    def post(client, *arguments, **settings):
+        told.append(plain(client, *arguments, **settings))
+        return told[-1]
+
+    plain = httpx.Client.post
+    monkeypatch.setattr(httpx.Client, "post", post)
+    for client, query in ((tei(live.url, "wrong"), QUERY), (tei(full), QUERY), (tei(live.url), 7)):
         with pytest.raises(AssertionError):
-            client.postprocess_nodes(nodes(), query_str=QUERY)
+            client.postprocess_nodes(nodes(), QueryBundle(query))  # which is not checked
+    assert [(answer.status_code, answer.json().get("error_type")) for answer in told] == [
+        (401, None),  # before the body tells whose path this is
+        (429, "Overloaded"),
+        (422, "Validation"),
+    ]
+    assert "The API key is not known" in told[0].text
+    assert "Retry-After" in told[1].headers
 
 
 def test_jinas_client_says_what_is_wrong(live, full, jina):

@@ -219,5 +219,6 @@ def test_without_keys_everybody_shares_the_limit():
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 429
         assert metric(house, 'echelon_rate_limited_total{key="anybody"}') == 1
+        assert house.recent._slices[-1].counts["limited", "requests"] == 1
 
     run_app(main, rules=Rules(keys=keys))

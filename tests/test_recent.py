@@ -197,6 +197,8 @@ def test_troubles_are_told_by_kind_and_one_by_one():
     time = Time()
     heard = recent(time)
     heard.refused(Refused("requests_full", 3, 1.0))
+    heard.connection_refused("too_many")
+    heard.rate_limited()
     heard.request_ended(ended("expired", cut=2, fallback=64))
     heard.request_ended(ended("answered"))
     taken = LadderStep("halve_budget", "token budget 8 -> 4", "Do so.")
@@ -208,6 +210,7 @@ def test_troubles_are_told_by_kind_and_one_by_one():
     found = shown(heard)
     counts = found["window"]["counts"]
     assert counts["refused"] == {"requests_full": 1}
+    assert (counts["connection"], counts["limited"]) == ({"too_many": 1}, {"requests": 1})
     assert counts["outcome"] == {"answered": 1, "expired": 1}
     assert counts["truncated"] == {"documents": 2}
     assert counts["fallback"] == {"requests": 1}

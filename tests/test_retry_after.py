@@ -50,7 +50,7 @@ class Simulation:
         squares = sum(length**2 for length in lengths)
         deadline = None if timeout_s is None else self.now + timeout_s
         asked = Ask(len(lengths), sum(lengths), squares, deadline)
-        house = House(self._batcher.load(), self._cost)
+        house = House(self._batcher.load(), self._cost, soonest=self._batcher.soonest)
         refusal = refuse(asked, house, self._bounds, self.now)
         if refusal is None:
             self._requests += 1

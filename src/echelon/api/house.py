@@ -17,6 +17,7 @@ from echelon.errors import InvalidInput, ShuttingDown
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from echelon.api.connection import Reason
     from echelon.api.metrics import Metrics
     from echelon.api.traces import Traces
     from echelon.serve.service import Service
@@ -102,6 +103,16 @@ class House:
     def running(self) -> Service | None:
         """The service, where it has started."""
         return self._service
+
+    def connection_refused(self, reason: Reason) -> None:
+        """A connection was closed before it had asked for anything."""
+        self.metrics.connection_refused(reason)
+        self.recent.connection_refused(reason)
+
+    def rate_limited(self, key: str) -> None:
+        """The holder of a key has used up what it may."""
+        self.metrics.rate_limited(key)
+        self.recent.rate_limited()
 
     async def open(self) -> None:
         """Start the service; what hinders it is kept for whoever started the server."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
+from echelon.api.connection import Reason
 from echelon.plan.admit import RULES
 from echelon.plan.budget import Reason as MoveReason
 from echelon.plan.degrade import RUNGS
@@ -18,7 +19,6 @@ from echelon.serve.events import Outcome, Silence, WorkerState
 if TYPE_CHECKING:
     from collections.abc import Sized
 
-    from echelon.api.connection import Reason
     from echelon.serve.events import (
         BudgetMoved,
         LadderTaken,
@@ -248,6 +248,7 @@ class Metrics(Silence):
             (self._deadlines, ("met", "missed")),
             (self._ended, get_args(Outcome)),
             (self._refused, (*RULES, "shutting_down")),
+            (self._connections_refused, get_args(Reason)),
             (self._ladder, [rung.__name__.removeprefix("_") for rung in RUNGS]),
             (self._worker_changes, get_args(WorkerState)),
             (self._budget_moves, get_args(MoveReason)),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -92,7 +93,8 @@ def endpoint(
         call = Call(house, request, candidates[-1])
         response = await _respond(call, candidates)
         seconds = time.perf_counter() - began
-        _note(call, response.status_code, seconds)
+        # Metrics and the log come once the answer has gone out, before any other request.
+        response.background = BackgroundTask(_note, call, response.status_code, seconds)
         return response
 
     return rank
@@ -105,7 +107,7 @@ async def _respond(call: Call, candidates: tuple[Dialect, ...]) -> Response:
         return Response(status_code=GONE)
     except EchelonError as error:
         if isinstance(error, RateLimited) and call.holder is not None:
-            call.house.metrics.rate_limited(call.holder.name)
+            call.house.rate_limited(call.holder.name)
         return complaint(error, call.dialect)
     except Exception as error:
         logger.exception("A request met what the server does not know. This is a bug.")
@@ -246,7 +248,8 @@ def headers_facts(answer: Answer) -> dict[str, Any]:
     return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
 
 
-def _note(call: Call, status: int, seconds: float) -> None:
+async def _note(call: Call, status: int, seconds: float) -> None:
+    """Tell of an answer; a coroutine, since anything else would go through a thread."""
     metrics = call.house.metrics
     metrics.answered(call.dialect.name, status, seconds)
     call.house.recent.answered(status, seconds, call.facts.get("documents", 0))

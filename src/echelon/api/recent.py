@@ -163,6 +163,16 @@ class Recent(Silence):
                     now.latencies = np.zeros(BINS, dtype=np.int32)
                 now.latencies[bin_of(seconds)] += 1
 
+    def connection_refused(self, reason: str) -> None:
+        """A connection was closed before it had asked for anything."""
+        with self._lock:
+            self._now().counts["connection", reason] += 1
+
+    def rate_limited(self) -> None:
+        """A request was over the limit of its key."""
+        with self._lock:
+            self._now().counts["limited", "requests"] += 1
+
     def looked(self, state: Snapshot) -> None:
         """The service was looked at."""
         with self._lock:

@@ -203,7 +203,7 @@ def run(house: House, address: Address, *, exposed: bool) -> None:
     config = uvicorn.Config(
         make_app(house),
         http=partial(  # type: ignore[arg-type]  # uvicorn calls it and asks nothing else of it
-            Connection, limits=house.rules.limits, refused=house.metrics.connection_refused
+            Connection, limits=house.rules.limits, refused=house.connection_refused
         ),
         lifespan="on",
         log_config=None,

@@ -16,12 +16,13 @@ from echelon.plan.cost import Work
 from echelon.plan.fair import WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from echelon.errors import EchelonError
     from echelon.plan.cost import CostModel
     from echelon.plan.fair import Priority
     from echelon.plan.queue import Load
+    from echelon.plan.soonest import Soon
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,12 @@ class Ask:
     priority: Priority = "normal"
 
 
+def _unknown(places: int, workers: int) -> Sequence[Soon]:
+    """Nothing is known of single requests."""
+    del places, workers
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class House:
     """What is there already.
@@ -91,6 +98,8 @@ class House:
         workers: workers that are up.
         coming: requests still being tokenised.
         coming_tokens: their estimated tokens.
+        soonest: what so many of the requests wait for until they end, with so many workers; asked
+            only where the house is full. See :meth:`echelon.plan.batcher.Batcher.soonest`.
     """
 
     load: Load
@@ -98,6 +107,7 @@ class House:
     workers: int = 1
     coming: int = 0
     coming_tokens: int = 0
+    soonest: Callable[[int, int], Sequence[Soon]] = _unknown
 
     @property
     def requests(self) -> int:
@@ -122,6 +132,19 @@ class House:
         """Predicted seconds of so much work on one worker, in full steps."""
         steps = -(-tokens // self.load.budget)
         return self.cost.seconds(Work(max(1, steps), tokens, squares))
+
+    def free_s(self, places: int) -> float:
+        """Predicted seconds until so many of the requests inside have ended.
+
+        Of those that are still tokenised nothing single is known: they count as all alike.
+        """
+        workers = max(1, self.workers)
+        soon = self.soonest(places, workers)
+        if len(soon) < places:
+            return self.backlog_s * places / max(1, self.requests)
+        last = soon[places - 1]
+        queued_s = self.seconds(last.tokens, last.squares) if last.tokens else 0.0
+        return last.running_s + queued_s / workers
 
     def own_s(self, ask: Ask) -> float:
         """Predicted seconds of a request alone on idle workers."""
@@ -203,7 +226,7 @@ def _requests_full(ask: Ask, house: House, bounds: Bounds, now: float) -> Echelo
     places = house.requests - bounds.max_requests + 1
     return Overloaded(
         f"as many requests are inside as there may be ({house.requests})",
-        house.backlog_s * places / house.requests,
+        house.free_s(places),
     )
 
 

@@ -39,12 +39,14 @@ from echelon.plan.queue import (
     by_deadline,
     by_tag,
 )
+from echelon.plan.soonest import soonest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from echelon.plan.cost import CostModel
     from echelon.plan.queue import Ended, Fault, Place, Request, Turn
+    from echelon.plan.soonest import Soon
     from echelon.types import FloatArray
 
 HASTE = 3.0
@@ -141,7 +143,7 @@ class Batcher:
             if unit.attempts >= ATTEMPTS:
                 ended += self._break(unit, fault)
         left = [unit for unit in units if unit.attempts < ATTEMPTS]
-        for _, group in groupby(left, key=_first_owner):
+        for _, group in groupby(left, key=lambda unit: unit.first_owner):
             self._put_again(group)
         return ended
 
@@ -186,7 +188,6 @@ class Batcher:
     def load(self) -> Load:
         """What lies ahead."""
         pairs, tokens, squares = self._waiting
-        running = sum(step.predicted_s for step, _ in self._running.values())
         oldest = next(iter(self._entries.values()), None)
         return Load(
             requests=len(self._entries),
@@ -194,10 +195,14 @@ class Batcher:
             tokens=tokens,
             squares=squares,
             weight=self._order.weight,
-            running_s=running,
+            running_s=sum(step.predicted_s for step, _ in self._running.values()),
             budget=self.budget,
             oldest=None if oldest is None else oldest.came,
         )
+
+    def soonest(self, places: int, workers: int) -> list[Soon]:
+        """The next requests to end; see :func:`echelon.plan.soonest.soonest`."""
+        return soonest(self._entries.values(), list(self._running.values()), places, workers)
 
     # Taking requests in.
 
@@ -391,10 +396,5 @@ class Batcher:
             del self._units[unit.key]
 
     def _count(self, unit: Unit, sign: int) -> None:
-        amounts = (1, unit.length, unit.length**2)
-        for position, amount in enumerate(amounts):
+        for position, amount in enumerate((1, unit.length, unit.length**2)):
             self._waiting[position] += sign * amount
-
-
-def _first_owner(unit: Unit) -> int:
-    return unit.owners[0][0].request.number if unit.owners else -1

@@ -152,6 +152,11 @@ class Unit:
         self.attempts = 0
         self.counted = False
 
+    @property
+    def first_owner(self) -> int:
+        """The first request that still wants it; -1 where none does."""
+        return self.owners[0][0].number if self.owners else -1
+
 
 class Entry:
     """A request with what is left of it."""

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ from echelon.score.base import DeviceOutOfMemory
 from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
+    import psutil
+
     from echelon.score.base import Scorer
     from echelon.score.worker import Reply
     from echelon.types import TokenBatch
@@ -95,9 +98,14 @@ def fault_of(error: Exception) -> Reply:
 
 def resident_bytes() -> int:
     """Memory that this process holds, mapped weights included."""
+    return int(_this_process().memory_info().rss)
+
+
+@cache
+def _this_process() -> psutil.Process:
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return psutil.Process()
 
 
 if __name__ == "__main__":

@@ -231,6 +231,7 @@ class Keeper(threading.Thread):
                     self._worker.receive(0)  # nothing was sent: this raises how it ended
                     raise AssertionError("an answer that nobody asked for. This is a bug.")
                 continue
+            self._dispatch.learn()  # while the worker computes
             if not self._too_large and not self._retiring.is_set():
                 self._prefetch()
             self._receive()

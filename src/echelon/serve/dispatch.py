@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from echelon.plan.batcher import Batcher
     from echelon.plan.degrade import Action
     from echelon.plan.queue import Ended, Load, Step
+    from echelon.plan.soonest import Soon
     from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
@@ -100,6 +101,7 @@ class Dispatch:
         self.listener = listener
         self.cost = batcher.cost
         self.drift = Drift()
+        self._took: list[tuple[tuple[int, ...], float]] = []
         self._budget = Budget(batcher.budget)
         self._allow = allow
         self._learned = learned
@@ -154,6 +156,11 @@ class Dispatch:
         """What lies ahead."""
         with self._lock:
             return self._batcher.load()
+
+    def soonest(self, places: int, workers: int) -> list[Soon]:
+        """The next requests to end; see :func:`echelon.plan.soonest.soonest`."""
+        with self._lock:
+            return self._batcher.soonest(places, workers)
 
     def close(self) -> None:
         """Take nothing more in; whoever still waits is told."""
@@ -229,8 +236,7 @@ class Dispatch:
         with self._lock:
             now = self.last_scored = self.clock()
             self.busy_s += scored.seconds
-            self.cost.observe(step.lengths, scored.seconds)
-            self._watch_drift()
+            self._took.append((step.lengths, scored.seconds))
             self._move_budget(step, scored.seconds)
             for job in self._of(step):
                 job.scored(step, scored.seconds, now)
@@ -251,6 +257,16 @@ class Dispatch:
                 )
             )
             self._deliver(ended)
+
+    def learn(self) -> None:
+        """Fit prices to the steps that ended: half a millisecond that no answer should wait for."""
+        with self._lock:
+            for lengths, seconds in self._took:
+                self.cost.observe(lengths, seconds)
+                news = self.drift.see(self.cost.scale)
+                if news is not None:
+                    logger.log(*DRIFT_NEWS[news], self.drift.ratio)
+            self._took.clear()
 
     def observe(self, lengths: IntArray, seconds: float) -> None:
         """A step of nobody's, scored to warm up, took so long."""
@@ -331,11 +347,6 @@ class Dispatch:
         for number in self._batcher.expire(now):
             self._tell(number, DeadlinePassed(EXPIRED), "expired")
         return step
-
-    def _watch_drift(self) -> None:
-        news = self.drift.see(self.cost.scale)
-        if news is not None:
-            logger.log(*DRIFT_NEWS[news], self.drift.ratio)
 
     def _of(self, step: Step) -> list[Job]:
         return [self._jobs[number] for number in step.requests if number in self._jobs]

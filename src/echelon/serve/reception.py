@@ -121,8 +121,9 @@ class Reception:
 
     def house(self) -> House:
         """What is inside already."""
-        load, cost = self._dispatch.load(), self._dispatch.cost
-        return House(load, cost, self._workers(), self._coming, self._coming_tokens)
+        desk = self._dispatch
+        coming, tokens = self._coming, self._coming_tokens
+        return House(desk.load(), desk.cost, self._workers(), coming, tokens, desk.soonest)
 
     async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> Guest:
         """Admit and encode; the caller has to put the pairs into the queue before it awaits.

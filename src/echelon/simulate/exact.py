@@ -183,6 +183,7 @@ class _Run:
             self._setting.workers,
             len(self._coming),
             self._coming_tokens,
+            self._batcher.soonest,
         )
         refusal = refuse(guest.ask, house, self._setting.bounds, now)
         if refusal is not None:

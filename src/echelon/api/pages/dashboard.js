@@ -119,6 +119,8 @@ function showTiles() {
 const TOLD = {
   http: (name) => (name === "200" ? "answered: 200" : name === "499" ? "client went away: 499" : `answered: ${name}`),
   refused: (name) => `refused: ${words(name)}`,
+  limited: () => "over a key's limit",
+  connection: (name) => `connection refused: ${words(name)}`,
   outcome: (name) => `taken in, ${words(name)}`,
   step: () => "step scored again",
   truncated: () => "documents that were cut",
