@@ -87,7 +87,7 @@ def test_the_chart_has_goal_rate_and_what_was_measured():
     assert traces["p99_s"]["x"] == [1.0, 4.0, 6.0]
     assert traces["p99_s"]["y"] == [0.05, 0.2, 0.3]
     assert traces["goal"]["y"] == [0.2, 0.2]
-    assert traces["rate asked for"]["x"] == [5.0, 5.0]
+    assert traces["rate"]["x"] == [5.0, 5.0]
     assert traces["measured"]["y"] == [0.05, 0.08, 0.12]
     assert "Up to 4.00 requests/s" in chart.note.replace("\u00a0", " ")
     page = read(made)

@@ -20,7 +20,9 @@ from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import RESULTS, Page, entry, leave_plotly_out, steady
 from sentences import catalogue, placeholders, sentences
+from test_curve import CURVE
 from test_report_card import entry as scenario
+from test_static import among, slow
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -198,6 +200,14 @@ def rich(factor=1.0, **changes):
     return replace(made, **changes)
 
 
+UNREACHED = CURVE | {"most_rate": None}
+
+
+def against(chosen, *others):
+    """Settings beside static batch sizes, by their P99 in seconds."""
+    return among("api", slow(chosen, chosen), *(slow(one, one) for one in others))
+
+
 BARE = {"points": [], "best": [], "situations": [], "precisions": [], "cost": None}
 CHOSEN = replace(rich().settings, token_budget=777)
 
@@ -206,6 +216,13 @@ CHOSEN = replace(rich().settings, token_budget=777)
     "changes",
     [
         {},
+        {"scenario": scenario(notes=[], curve=CURVE, static=against(0.08, 0.1))},
+        {
+            "scenario": scenario(
+                notes=[], curve=CURVE | {"most_rate": None}, static=against(0.1, 0.098)
+            )
+        },
+        {"scenario": scenario(notes=[], static=against(0.1, 0.05, 0.01))},
         {"scenario": None},
         {"scenario": scenario(held=False, notes=[]), "settings": CHOSEN},
         {"scenario": None, "settings": CHOSEN},

@@ -19,7 +19,7 @@ from echelon.config import Options
 from echelon.errors import InvalidInput, ModelNotFound
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Between, Fixed
-from echelon.tune import scenario
+from echelon.tune import served
 from echelon.tune.profile import Profile, current_key
 from echelon.tune.static import beside_static
 from echelon.tuner import Plan
@@ -155,8 +155,8 @@ def known(model):
 @pytest.fixture
 def seen(monkeypatch):
     """What was run, in order: (static size, settings, requests, seed); static 8 always fails."""
-    monkeypatch.setattr(scenario, "REQUESTS", 60)
-    monkeypatch.setattr(scenario, "FULL", 20)
+    monkeypatch.setattr(served, "REQUESTS", 60)
+    monkeypatch.setattr(served, "FULL", 20)
     found = []
 
     def pretended(stage, chosen, requests, _):
@@ -207,8 +207,8 @@ def test_trouble_beside_takes_nothing_from_the_recommendation(model, known, seen
 
 
 def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, capsys):
-    monkeypatch.setattr(scenario, "REQUESTS", 60)
-    monkeypatch.setattr(scenario, "FULL", 20)
+    monkeypatch.setattr(served, "REQUESTS", 60)
+    monkeypatch.setattr(served, "FULL", 20)
     monkeypatch.setattr(rivals, "SIZES", (2,))
     asked = ask("offline", documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
     found = advise(model, known, replace(asked, static_rounds=1), Plan()).profile

@@ -101,6 +101,7 @@ class _Run:
         self._sent: list[deque[Step]] = [deque() for _ in range(setting.workers)]
         self._ends = [0.0] * setting.workers
         self._seconds: dict[int, float] = {}
+        self._took: list[tuple[tuple[int, ...], float]] = []
         self._guests: dict[int, Guest] = {}
         self._coming: dict[int, Guest] = {}
         self._coming_tokens = 0
@@ -202,10 +203,17 @@ class _Run:
 
     # Workers.
 
+    def _learn(self) -> None:
+        """Fit prices while a step runs, as keepers do: after an idle worker took its next one."""
+        for lengths, seconds in self._took:
+            self._batcher.cost.observe(lengths, seconds)
+        self._took.clear()
+
     def _fetch(self, now: float, worker: int) -> None:
         """An idle worker takes a step, if there is one."""
         if self._take(now, worker):
             self._begin(now, worker)
+            self._learn()
 
     def _take(self, now: float, worker: int) -> bool:
         step = self._batcher.next_step(now)
@@ -238,7 +246,9 @@ class _Run:
         if self._sent[worker]:
             self._begin(now, worker)
         if self._setting.learns:
-            self._batcher.cost.observe(step.lengths, seconds)
+            self._took.append((step.lengths, seconds))
+        if self._sent[worker]:
+            self._learn()
         if self._budget.ended(step.cost_tokens, step.predicted_s, seconds) is not None:
             self._batcher.budget = self._budget.tokens
         self.tally.ran(len(step.places), step.tokens, seconds, now)
