@@ -68,6 +68,9 @@ SHARES = (0.3, 0.5, 0.7)
 SLACK = 4.0
 """P99 may be so many requests alone."""
 
+PATIENCE_S = 30.0
+"""The goal until a request alone was measured; no caller waits longer than four times this."""
+
 ALONE = 20
 """Requests of the one caller, about; before them a tenth of the time warms up."""
 
@@ -169,12 +172,18 @@ class Line:
         run = await self._tester.measure(plan)
         after = await asyncio.to_thread(self._server.metrics)
         proof = proof_of(stage, self._candidate, requests, run, (before, after))
-        numbers = proof.numbers
-        row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
-        row |= {"missed": numbers.missed / max(1, numbers.requests), "held": proof.held}
-        row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "doubts": list(proof.doubts)}
+        row = row_of(proof)
         print(f"{rate:.3g}/s: {json.dumps(row)}", flush=True)
         return proof, row
+
+
+def row_of(proof: Proof) -> Row:
+    """A run's entry."""
+    numbers = proof.numbers
+    row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
+    row |= {"missed": numbers.missed / max(1, numbers.requests), "held": proof.held}
+    row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "doubts": list(proof.doubts)}
+    return row
 
 
 def calibrated(model: Model, seconds: float) -> Profile:
@@ -203,7 +212,7 @@ def calibrated(model: Model, seconds: float) -> Profile:
 def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     """Everything about one model."""
     tokens = Lognormal(options.tokens, 0.5, LONGEST)
-    ask = Ask(SCENARIO, 3600.0, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED)
+    ask = Ask(SCENARIO, PATIENCE_S, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED)
     asked = Options(device="cpu", precision=options.precision)
     model = look(options.model, asked, None, ask)
     print("measuring probes for the cost model", flush=True)
@@ -226,12 +235,13 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     print("starting the server", flush=True)
     with Server(arguments(stage, candidate)) as server:
         async with opened(stress_plan(stage, server.url)) as tester:
-            line = Line(bench, server, tester, candidate)
+            caller = Line(bench, server, tester, candidate)
             one_s = candidate.cost.predict([int(bench.ask.tokens.mean)] * DOCUMENTS)
             alone_s = max(2.0, ALONE * one_s)
-            await line.run(1.0, OTHER_SEED, alone_s=alone_s / 10)
-            first, alone = await line.run(1.0, OTHER_SEED, alone_s=alone_s)
+            await caller.run(1.0, OTHER_SEED, alone_s=alone_s / 10)
+            first, alone = await caller.run(1.0, OTHER_SEED, alone_s=alone_s)
             bench = replace(bench, ask=replace(bench.ask, goal_s=SLACK * alone["p50_s"]))
+            line = Line(bench, server, tester, candidate)
             limits = Limits(bench.ask.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED)
             full = Service(bench.load.traffic, candidate, limits).at_once()
             capacity = full.requests / full.duration_s

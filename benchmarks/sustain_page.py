@@ -144,7 +144,7 @@ def _model(model: Row) -> list[str]:
     lines.append(f"| highest rate | {tried} | {measured} |{cells}")
     cells = "".join(f" {_per_s(most['in_the_long_run'][name])} | |" for name in names)
     lines.append(f"| highest rate, simulated for long | | | |{cells}")
-    rows = [model["alone"], *(point["measured"] for point in model["points"]), *most["probes"]]
+    rows = [*(point["measured"] for point in model["points"]), *most["probes"]]
     doubts = dict.fromkeys(doubt for row in rows for doubt in row["doubts"])
     return lines + [line for doubt in doubts for line in ("", f"Note: {doubt}")]
 

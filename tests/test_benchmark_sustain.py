@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -17,11 +20,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sustain
 from echelon.advise.ask import Ask
-from echelon.advise.numbers import Numbers, Proof
+from echelon.advise.numbers import Numbers, Proof, paced
 from echelon.advise.proof import stress_plan
 from echelon.advise.sending import Load
 from echelon.plan.workload import Fixed, Lognormal
+from echelon.simulate.ladder import meets
+from echelon.tune import served
 from echelon.tune.scenario import Candidate, Limits
+from echelon.tune.served import predict
 from echelon.tune.texts import load_texts
 from simulations import SIMPLE
 from sustain_page import GOAL, Bisection, merged, off, page, verdict
@@ -77,6 +83,52 @@ def test_a_look_corrects_pace_and_overhead(bench, forecast):
     assert looked.candidate.cost.predict([60]) == pytest.approx(2 * SIMPLE.predict([60]))
     assert bench.predicted(looked, 0.5)[0]["p50_s"] > 2 * bench.predicted(forecast, 0.5)[0]["p50_s"]
     assert bench.highest(looked, 1.7) < bench.highest(forecast, 1.7)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that takes 1.2 times the predicted, and 20 ms beside."""
+    truth = Candidate(2048, paced(SIMPLE, 1.2))
+
+    async def run(line, rate, seed=sustain.SEED, *, alone_s=None):
+        stage = line._bench.stage(rate, seed)
+        sent = stage.load.requests(stage.ask.verify_s, seed)
+        limits = Limits(stage.ask.goal_s, overhead_s=0.02)
+        kind = "concurrent" if alone_s is None else "edge"
+        outcome, largest = predict(kind, sent, truth, limits)
+        proof = Proof(Numbers.of(kind, outcome, truth, largest), 1.2, 0.02, meets(outcome))
+        return proof, sustain.row_of(proof)
+
+    @contextlib.asynccontextmanager
+    async def opened(plan):
+        yield plan
+
+    server = SimpleNamespace(url="http://127.0.0.1:1")
+    monkeypatch.setattr(sustain, "Server", lambda _: contextlib.nullcontext(server))
+    monkeypatch.setattr(sustain, "arguments", lambda *_: [])
+    monkeypatch.setattr(sustain, "opened", opened)
+    monkeypatch.setattr(sustain.Line, "run", run)
+    monkeypatch.setattr(served, "REQUESTS", 200)
+
+
+def test_a_machine_that_is_slower_under_load_is_found_out(bench, machine):
+    found = asyncio.run(sustain.measure(bench, Candidate(2048, SIMPLE), 5))
+    alone_s = 0.02 + 1.2 * SIMPLE.predict([60] * 10)
+    assert found["alone"]["p50_s"] == pytest.approx(alone_s, rel=0.1)
+    assert found["goal_s"] == 4 * found["alone"]["p50_s"]
+    assert found["capacity_per_s"] == pytest.approx(1 / 0.6, rel=0.1)
+    shares = [point["rate_per_s"] / found["capacity_per_s"] for point in found["points"]]
+    assert shares == pytest.approx([0.3, 0.5, 0.7])
+    for point in found["points"]:
+        assert point["off"]["after a look"] == pytest.approx(0.0, abs=0.01)
+        assert point["off"]["probes"] < -0.1
+    most = found["most"]
+    assert len(most["probes"]) == 5
+    assert most["between"][0] <= most["measured"] <= most["between"][1]
+    assert most["off"]["after a look"] == pytest.approx(0.0, abs=0.06)
+    assert most["off"]["probes"] > 0.12
+    assert found["verdict"]["after a look"]["met"]
+    assert most["in_the_long_run"]["probes"] > most["in_the_long_run"]["after a look"] > 0
 
 
 @given(st.floats(0.01, 0.99), st.integers(6, 10))
@@ -145,7 +197,7 @@ def evaluated(p99_s=0.40, most=10.0):
         "alone": came,
         "goal_s": 0.4,
         "capacity_per_s": 14.5,
-        "forecasts": dict.fromkeys(NAMES, {"pace": 1.0, "overhead_s": 0.003}),
+        "forecasts": {name: {"pace": 1.0, "overhead_s": 0.003} for name in NAMES},
         "points": [point],
         "most": highest,
         "verdict": {name: verdict(name, [point], highest) for name in NAMES},
