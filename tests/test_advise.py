@@ -30,9 +30,9 @@ from echelon.advise.shorter import Shorter, shorter
 from echelon.config import Options
 from echelon.errors import InvalidInput
 from echelon.plan.cost import Coefficients, CostModel, work_of
+from echelon.plan.memory import MemoryModel
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Arrival, Between, Fixed, Known
-from echelon.tune.prices import Memory
 from echelon.tune.profile import Key, Profile, Settings
 from echelon.tune.quality import Agreement
 from echelon.tune.scenario import Candidate, Limits
@@ -292,11 +292,11 @@ def test_what_matters_must_agree_within_a_quarter():
 
 
 def test_a_correction_takes_what_was_measured():
-    one = Candidate(512, CostModel(PRICES), memory=Memory(100.0, 1.0))
+    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(100.0, 1.0))
     proof = Proof(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
     (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof)
     assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
-    assert slower.memory == Memory(200.0, 1.0)
+    assert slower.memory == MemoryModel(200.0, 1.0)
     assert limits.overhead_s == 0.007
     calm = replace(proof, overhead_s=None)
     assert correct([one], Limits(overhead_s=0.002), numbers(), calm)[1].overhead_s == 0.002

@@ -17,7 +17,7 @@ from echelon.plan.memory import MemoryModel
 from echelon.planner import answer
 from echelon.simulate import capacity, day, traffic
 from echelon.tune.fit import CostFit, Error, MemoryFit
-from echelon.tune.prices import Memory, cost_of, lengths_of, memory_of, noise_of
+from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
 from echelon.tune.profile import Key, Profile, Settings
 from helpers import run_command
 
@@ -76,7 +76,7 @@ def test_prices_that_tuning_fitted_are_taken():
     made = profile(cost=fitted.as_dict(), memory=memory.as_dict())
     assert cost_of(made).coefficients == fitted.coefficients
     assert cost_of(made).cost == "padded"
-    assert memory_of(made) == Memory(5e8, 1e4 + 20.0 * 100)
+    assert memory_of(made) == MemoryModel(5e8, 1e4 + 20.0 * 100)
     with pytest.raises(ProfileError, match="damaged cost model"):
         cost_of(profile(cost={"coefficients": {}}))
 
@@ -106,19 +106,19 @@ def test_points_that_were_not_measured_do_not_count():
 
 def test_memory_is_a_line_above_all_points():
     memory = memory_of(profile())
-    assert memory.base_bytes == pytest.approx(700 * MIB)
+    assert memory.fixed_bytes == pytest.approx(700 * MIB)
     assert memory.token_bytes == pytest.approx(1000)
     points = [point(1, n, 0.1, peak_bytes=peak * MIB) for n, peak in ((10, 50), (20, 90), (30, 60))]
     uneven = memory_of(profile(points))
     assert all(uneven.bytes_of(p["tokens"]) >= p["peak_bytes"] - 1 for p in points)
     shrinking = [point(1, n, 0.1, peak_bytes=(100 - n) * MIB) for n in (10, 20)]
-    assert memory_of(profile(shrinking)) == Memory(90 * MIB, 0.0)
+    assert memory_of(profile(shrinking)) == MemoryModel(90 * MIB, 0.0)
 
 
 @given(st.floats(0, 1e9), st.floats(0.1, 1e6), st.floats(1, 1e10))
 def test_the_largest_step_within_a_limit_fits(base, per_token, limit):
-    memory = Memory(base, per_token)
-    tokens = memory.tokens_in(limit)
+    memory = MemoryModel(base, per_token)
+    tokens = memory.tokens_within(limit)
     if tokens:
         assert memory.bytes_of(tokens) <= limit * (1 + 1e-9)
     assert memory.bytes_of(tokens + 1) > limit * (1 - 1e-9)

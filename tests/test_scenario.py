@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
 from echelon.plan.cost import Coefficients, CostModel
+from echelon.plan.memory import MemoryModel
 from echelon.plan.workload import Between, Poisson, Workload
 from echelon.simulate.capacity import Traffic
 from echelon.tune import served as module
-from echelon.tune.prices import Memory
 from echelon.tune.scenario import SCENARIOS, Candidate, Limits, solve
 
 TRAFFIC = Traffic(Workload(Poisson(1.0), Between(1, 10), Between(20, 200)))
 MIB = 2**20
-MEMORY = Memory(500 * MIB, 0.1 * MIB)
+MEMORY = MemoryModel(500 * MIB, 0.1 * MIB)
 
 
 @pytest.fixture(autouse=True)

@@ -151,6 +151,9 @@ def test_a_step_within_the_limit_fits_and_a_larger_one_does_not(
     def needs(tokens):
         return model.peak_bytes(Work(1, tokens, tokens * length))
 
+    of_length = model.of_length(length)
+    assert of_length.tokens_within(limit) == pytest.approx(most, rel=1e-9)
+    assert of_length.bytes_of(1000) == pytest.approx(needs(1000))
     if most == NO_BUDGET:
         assert needs(10**9) <= limit
     elif most == 0:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from echelon.advise.ask import Ask
     from echelon.advise.shorter import Shorter
     from echelon.plan.cost import CostModel
-    from echelon.tune.prices import Memory
+    from echelon.plan.memory import MemoryModel
     from echelon.tune.profile import Profile
 
 
@@ -32,7 +32,7 @@ class Prices:
     """
 
     cost: CostModel
-    memory: Memory | None
+    memory: MemoryModel | None
 
 
 def prices_of(profile: Profile) -> dict[str, Prices]:

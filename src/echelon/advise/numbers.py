@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.cost import CostModel, Work
-from echelon.tune.prices import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +127,7 @@ def correct(
         replace(
             one,
             cost=paced(one.cost, proof.pace),
-            memory=one.memory and Memory(one.memory.base_bytes * heavier, one.memory.token_bytes),
+            memory=one.memory and replace(one.memory, fixed_bytes=one.memory.fixed_bytes * heavier),
         )
         for one in models
     ]

@@ -84,6 +84,26 @@ def _serve(stage: Stage, chosen: Candidate, requests: Sequence[Arrival]) -> Proo
     stage.told("starting the server", 0.0)
     with Server(arguments(stage, chosen)) as server:
         run, before, after = asyncio.run(_drive(stage, server))
+    return proof_of(stage, chosen, requests, run, (before, after))
+
+
+def proof_of(
+    stage: Stage,
+    chosen: Candidate,
+    requests: Sequence[Arrival],
+    run: Run,
+    scraped: tuple[Scraped, Scraped],
+) -> Proof:
+    """What a run shows of a served setting.
+
+    Args:
+        stage: what for.
+        chosen: the setting.
+        requests: in tokens; those that were sent.
+        run: what callers saw.
+        scraped: the server's metrics before it and after.
+    """
+    before, after = scraped
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     summary = run.summary
     gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]

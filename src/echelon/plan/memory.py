@@ -22,20 +22,28 @@ class MemoryModel:
     Attributes:
         fixed_bytes: bytes without any step: weights, libraries.
         token_bytes: bytes a token.
-        square_bytes: bytes a squared token of one pair.
+        square_bytes: bytes a squared token of one pair; 0 where they are not told from tokens.
     """
 
     fixed_bytes: float
     token_bytes: float
-    square_bytes: float
+    square_bytes: float = 0.0
 
     def peak_bytes(self, work: Work) -> float:
         """Bytes at the peak of one step."""
         steps = self.token_bytes * work.tokens + self.square_bytes * work.squares
         return self.fixed_bytes + steps
 
-    def tokens_within(self, limit_bytes: float, length: int) -> int:
-        """Most tokens of a step of pairs of one length under a limit.
+    def of_length(self, length: float) -> MemoryModel:
+        """The same where all pairs have one length: their squares are tokens then."""
+        return MemoryModel(self.fixed_bytes, self.token_bytes + self.square_bytes * length)
+
+    def bytes_of(self, tokens: int) -> float:
+        """Bytes at the peak of a step of so many tokens, squares left out; see `of_length`."""
+        return self.fixed_bytes + self.token_bytes * tokens
+
+    def tokens_within(self, limit_bytes: float, length: int = 0) -> int:
+        """Most tokens of a step of pairs of one length under a limit; 0 leaves squares out.
 
         Returns:
             0 where not even an empty step fits; NO_BUDGET where tokens cost nothing.

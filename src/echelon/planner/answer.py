@@ -146,7 +146,7 @@ def _budgets(profile: Profile, goal: Goal) -> list[int]:
             "the profile holds no measured memory",
             "Leave it out, or run `echelon tune` on the machine that it is about.",
         )
-    fit = memory.tokens_in(goal.memory_limit_bytes)
+    fit = memory.tokens_within(goal.memory_limit_bytes)
     left = [budget for budget in budgets if budget <= fit]
     if not left:
         raise too_little_memory(goal.memory_limit_bytes, memory, min(budgets))

@@ -16,8 +16,8 @@ from echelon.tune.words import duration, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from echelon.plan.memory import MemoryModel
     from echelon.planner.goal import Goal
-    from echelon.tune.prices import Memory
 
 
 def too_fast(goal: Goal, traffic: Traffic, tried: Sequence[Capacity]) -> InvalidInput:
@@ -49,12 +49,12 @@ def too_long(asked: int, limit: int) -> InvalidInput:
     )
 
 
-def too_little_memory(limit: float, memory: Memory, budget: int) -> InvalidInput:
+def too_little_memory(limit: float, memory: MemoryModel, budget: int) -> InvalidInput:
     """Not even the smallest step fits."""
     need = memory.bytes_of(budget)
     return InvalidInput(
         "--memory-limit",
-        f"{_bytes(limit)} are less than the {_bytes(memory.base_bytes)} that a worker holds and "
+        f"{_bytes(limit)} are less than the {_bytes(memory.fixed_bytes)} that a worker holds and "
         f"the {_bytes(need)} that its smallest steps need",
         f"Possible are {_bytes(1.05 * need)} and more, a lower precision, or a smaller model.",
     )

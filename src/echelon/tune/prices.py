@@ -8,13 +8,13 @@ default's (:data:`echelon.plan.cost.DEFAULT_COEFFICIENTS`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echelon.errors import ProfileError
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel
+from echelon.plan.memory import MemoryModel
 from echelon.plan.workload import Lognormal
 from echelon.tune.fit import CostFit, MemoryFit
 from echelon.tune.profile import TUNE_AGAIN
@@ -30,30 +30,6 @@ FEWEST_POINTS = 2
 
 MOST_NOISE = 0.5
 """A machine whose runs differ by more was not measured but disturbed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Memory of one worker.
-
-    Attributes:
-        base_bytes: held whatever the step: weights, libraries, caches.
-        token_bytes: more for each token of a step.
-    """
-
-    base_bytes: float
-    token_bytes: float
-
-    def bytes_of(self, tokens: int) -> float:
-        """Bytes that steps of so many tokens need."""
-        return self.base_bytes + self.token_bytes * tokens
-
-    def tokens_in(self, limit_bytes: float) -> int:
-        """Tokens of the largest step within a limit; 0 or less where not even the base fits."""
-        left = limit_bytes - self.base_bytes
-        if left <= 0:
-            return 0
-        return int(min(left / self.token_bytes, 2**40)) if self.token_bytes else 2**40
 
 
 def cost_of(profile: Profile) -> CostModel:
@@ -84,16 +60,15 @@ def _of_points(profile: Profile) -> CostModel:
     return CostModel(Coefficients(base, token, token * share), cost)
 
 
-def memory_of(profile: Profile) -> Memory | None:
+def memory_of(profile: Profile) -> MemoryModel | None:
     """Memory by the tokens of a step; None if unknown.
 
     The model that tuning fitted, squared tokens at the profile's mean length; without one, a line
     that no measured point lies above.
     """
     if profile.memory is not None:
-        model = MemoryFit.from_dict(profile.memory).model
         length = profile.data.get("tokens", {}).get("mean", 0.0)
-        return Memory(model.fixed_bytes, model.token_bytes + model.square_bytes * length)
+        return MemoryFit.from_dict(profile.memory).model.of_length(length)
     points = [p for p in _measured(profile) if p.get("peak_bytes")]
     if not points:
         return None
@@ -102,7 +77,7 @@ def memory_of(profile: Profile) -> Memory | None:
     slope = 0.0
     if np.ptp(tokens) > 0:
         slope = max(0.0, float(np.polyfit(tokens, peaks, 1)[0]))
-    return Memory(float((peaks - slope * tokens).max()), slope)
+    return MemoryModel(float((peaks - slope * tokens).max()), slope)
 
 
 def noise_of(profile: Profile) -> float:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.plan.cost import CostModel
+    from echelon.plan.memory import MemoryModel
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
-    from echelon.tune.prices import Memory
 
 Scenario = Literal["api", "offline", "edge", "concurrent"]
 
@@ -71,7 +71,7 @@ class Candidate:
     precision: str = "fp32"
     max_length: int | None = None
     agreement: float = 1.0
-    memory: Memory | None = None
+    memory: MemoryModel | None = None
 
     @property
     def bytes(self) -> float:

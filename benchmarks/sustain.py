@@ -1,0 +1,354 @@
+"""P99 and the highest sustainable rate, predicted by simulation and measured under `echelon serve`.
+
+    python benchmarks/sustain.py                                  # the demo model, about 8 minutes
+    python benchmarks/sustain.py --model FOLDER --name large --seconds 300      # one more beside it
+
+Fits the cost model to the probes of `echelon tune`, starts the server with that profile, and lets
+one caller ask: that gives the overhead of a request and the goal, P99 within four times a request
+alone. Two predictions are compared with the measurements, by simulation of the very requests that
+are sent (same seed, same times, same finite number): one from the probes and that overhead alone,
+and one corrected by a look at half of the capacity, as `echelon tune --scenario` corrects itself
+after its first proof. The highest rate is found by bisection, in the simulation and in reality, by
+the same criterion: all but a hundredth of the requests are answered within the goal.
+
+Writes benchmarks/results/sustain.json and sustain.md. The goal: both within 25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echelon.advise.ask import Ask
+from echelon.advise.model import look
+from echelon.advise.numbers import correct
+from echelon.advise.proof import Stage, arguments, proof_of, stress_plan
+from echelon.advise.sending import Load, scale_of
+from echelon.advise.server import Server
+from echelon.clock import monotonic
+from echelon.config import Options
+from echelon.errors import EchelonError, TooNoisy
+from echelon.plan.pack import step_budget
+from echelon.plan.workload import Fixed, Lognormal
+from echelon.simulate.ladder import meets
+from echelon.stress.run import opened
+from echelon.tune.curve import curve_of
+from echelon.tune.hardware import describe_machine
+from echelon.tune.prices import cost_of
+from echelon.tune.profile import Profile, Settings, current_key, library_versions, write_text
+from echelon.tune.scenario import Candidate, Limits
+from echelon.tune.served import Service, predict
+from echelon.tuner import PROBE_SHARE, Plan, probe
+from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from echelon.advise.model import Model
+    from echelon.advise.numbers import Proof
+    from echelon.plan.workload import Arrival
+    from echelon.stress.run import LoadTest
+
+RESULTS = Path(__file__).parent / "results"
+
+SCENARIO = "concurrent"
+LONGEST = 512
+SHARES = (0.3, 0.5, 0.7)
+"""Of the predicted capacity."""
+
+SLACK = 4.0
+"""P99 may be so many requests alone."""
+
+PATIENCE_S = 30.0
+"""The goal until a request alone was measured; no caller waits longer than four times this."""
+
+ALONE = 20
+"""Requests of the one caller, about; before them a tenth of the time warms up."""
+
+BRACKET, SEARCHED = (0.05, 1.25), 10
+"""Of the capacity, where the simulation's highest rate is looked for, and in how many steps. A
+finite number of requests can be borne at somewhat more than the capacity."""
+
+AROUND = (0.5, 1.5)
+"""Of the predicted highest rate, where the measured one is looked for."""
+
+SEED, OTHER_SEED = 2026, 2027
+"""Of the requests that are compared, and of those that overhead and pace are learned from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The models that a prediction is made with.
+
+    Attributes:
+        name: what the results call it.
+        candidate: the setting, and how long its steps take.
+        limits: goal and overhead.
+        pace: time of steps over what the probes said of them.
+    """
+
+    name: str
+    candidate: Candidate
+    limits: Limits
+    pace: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What is asked of which model, and for how long.
+
+    Attributes:
+        model: the model, looked at.
+        ask: lengths and goal; its rate and seconds are replaced.
+        load: how requests are sent.
+        profile: the file that the server reads.
+        requests: of a run.
+        seconds: of a run at most.
+    """
+
+    model: Model
+    ask: Ask
+    load: Load
+    profile: Path
+    requests: int
+    seconds: float
+
+    def stage(self, rate: float, seed: int = SEED) -> Stage:
+        """One run."""
+        seconds = min(self.seconds, self.requests / rate)
+        ask = replace(self.ask, rate=rate, verify_s=seconds, seed=seed)
+        load = replace(self.load, rate=rate)
+        return Stage(ask, self.model, load, self.profile, on_card=False, told=lambda *_: None)
+
+    def arrivals(self, rate: float) -> list[Arrival]:
+        """The requests that are compared, in tokens."""
+        ask = self.stage(rate).ask
+        return replace(self.load, rate=rate).requests(ask.verify_s, ask.seed)
+
+    def predicted(self, forecast: Forecast, rate: float) -> tuple[Row, bool]:
+        """What the simulation says of them, and whether the goal is met."""
+        outcome, _ = predict(SCENARIO, self.arrivals(rate), forecast.candidate, forecast.limits)
+        known = outcome.as_dict()
+        return {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "missed")}, meets(outcome)
+
+    def highest(self, forecast: Forecast, capacity: float) -> float | None:
+        """The highest rate whose requests meet the goal in the simulation."""
+        search = Bisection(*(share * capacity for share in BRACKET))
+        for _ in range(SEARCHED):
+            search.tell(held=self.predicted(forecast, search.rate)[1])
+        return search.found
+
+
+class Line:
+    """A server that runs, and who asks it."""
+
+    def __init__(
+        self, bench: Bench, server: Server, tester: LoadTest, candidate: Candidate
+    ) -> None:
+        self._bench = bench
+        self._server = server
+        self._tester = tester
+        self._candidate = candidate
+
+    async def run(
+        self, rate: float, seed: int = SEED, *, alone_s: float | None = None
+    ) -> tuple[Proof, Row]:
+        """Send the requests of a rate when they are due; or those of one caller for a time."""
+        stage = self._bench.stage(rate, seed)
+        plan = stress_plan(stage, self._server.url)
+        if alone_s is not None:
+            plan = replace(plan, clients=1, duration_s=alone_s)
+        requests = stage.load.requests(stage.ask.verify_s, seed)
+        before = await asyncio.to_thread(self._server.metrics)
+        run = await self._tester.measure(plan)
+        after = await asyncio.to_thread(self._server.metrics)
+        proof = proof_of(stage, self._candidate, requests, run, (before, after))
+        row = row_of(proof)
+        print(f"{rate:.3g}/s: {json.dumps(row)}", flush=True)
+        return proof, row
+
+
+def row_of(proof: Proof) -> Row:
+    """A run's entry."""
+    numbers = proof.numbers
+    row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
+    row |= {"missed": numbers.missed / max(1, numbers.requests), "held": proof.held}
+    row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "doubts": list(proof.doubts)}
+    return row
+
+
+def calibrated(model: Model, seconds: float) -> Profile:
+    """Step times as `echelon tune` fits them, and the settings of a server that was told nothing.
+
+    Raises:
+        TooNoisy: no fit was kept.
+    """
+    trial = model.trial
+    scorer = trial.open(trial.options.precision)
+    try:
+        facts = scorer.facts
+        plan = Plan(time_limit_s=seconds / PROBE_SHARE)
+        found = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
+        key = current_key(trial.folder.name, trial.folder.revision, facts)
+    finally:
+        scorer.close()
+    if found.cost is None:
+        raise TooNoisy(" ".join(found.warnings))
+    budget = step_budget(None, None, facts.device)
+    settings = Settings(facts.precision, budget, None, facts.threads or None, None)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Profile(key, settings, created, cost=found.cost, memory=found.memory)
+
+
+def evaluate(options: argparse.Namespace, folder: Path) -> Row:
+    """Everything about one model."""
+    tokens = Lognormal(options.tokens, 0.5, LONGEST)
+    ask = Ask(SCENARIO, PATIENCE_S, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED)
+    asked = Options(device="cpu", precision=options.precision)
+    model = look(options.model, asked, None, ask)
+    print("measuring probes for the cost model", flush=True)
+    profile = calibrated(model, options.tune_seconds)
+    file = folder / "profile.json"
+    profile.save(file)
+    topics = model.texts.topics
+    scale = scale_of(topics, model.trial.encoder, tokens, (), model.longest)
+    load = Load(ask.traffic(tokens), 1.0, topics, scale)
+    bench = Bench(model, ask, load, file, options.requests, options.seconds)
+    settings = profile.settings
+    candidate = Candidate(settings.token_budget, cost_of(profile), precision=settings.precision)
+    found = asyncio.run(measure(bench, candidate, options.bisections))
+    return {"threads": settings.threads, "cost": profile.cost, **found}
+
+
+async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
+    """One caller, the predictions, and what comes of the same requests in reality."""
+    stage = bench.stage(1.0)
+    print("starting the server", flush=True)
+    with Server(arguments(stage, candidate)) as server:
+        async with opened(stress_plan(stage, server.url)) as tester:
+            caller = Line(bench, server, tester, candidate)
+            one_s = candidate.cost.predict([int(bench.ask.tokens.mean)] * DOCUMENTS)
+            alone_s = max(2.0, ALONE * one_s)
+            await caller.run(1.0, OTHER_SEED, alone_s=alone_s / 10)
+            first, alone = await caller.run(1.0, OTHER_SEED, alone_s=alone_s)
+            bench = replace(bench, ask=replace(bench.ask, goal_s=SLACK * alone["p50_s"]))
+            line = Line(bench, server, tester, candidate)
+            limits = Limits(bench.ask.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED)
+            full = Service(bench.load.traffic, candidate, limits).at_once()
+            capacity = full.requests / full.duration_s
+            forecasts = [Forecast("probes", candidate, limits)]
+            second, glance = await line.run(capacity / 2, OTHER_SEED)
+            forecasts.append(corrected(forecasts[0], second))
+            points = [await _point(line, bench, forecasts, s, capacity) for s in SHARES]
+            most = await _most(line, bench, forecasts, capacity, bisections)
+    return {
+        "alone": alone,
+        "look": glance,
+        "goal_s": bench.ask.goal_s,
+        "capacity_per_s": capacity,
+        "forecasts": {
+            one.name: {"pace": one.pace, "overhead_s": one.limits.overhead_s} for one in forecasts
+        },
+        "points": points,
+        "most": most,
+        "verdict": {one.name: verdict(one.name, points, most) for one in forecasts},
+    }
+
+
+def corrected(forecast: Forecast, proof: Proof) -> Forecast:
+    """The models after a look, as `echelon tune --scenario` corrects them after a proof."""
+    chosen, limits = forecast.candidate, forecast.limits
+    # Memory plays no part here: what was predicted of it is what came.
+    (candidate,), limits = correct([chosen], limits, proof.numbers, proof)
+    return Forecast("after a look", candidate, limits, proof.pace)
+
+
+async def _point(
+    line: Line, bench: Bench, forecasts: Sequence[Forecast], share: float, capacity: float
+) -> Row:
+    rate = share * capacity
+    said = {one.name: bench.predicted(one, rate)[0] for one in forecasts}
+    _, came = await line.run(rate)
+    return {
+        "share": share,
+        "rate_per_s": rate,
+        "measured": came,
+        "predicted": said,
+        "off": {name: off(row["p99_s"], came["p99_s"]) for name, row in said.items()},
+    }
+
+
+async def _most(
+    line: Line, bench: Bench, forecasts: Sequence[Forecast], capacity: float, bisections: int
+) -> Row:
+    said = {one.name: bench.highest(one, capacity) for one in forecasts}
+    around = said[forecasts[-1].name] or capacity
+    search = Bisection(*(share * around for share in AROUND))
+    probes = []
+    for _ in range(bisections):
+        rate = search.rate
+        proof, row = await line.run(rate)
+        probes.append({"rate_per_s": rate, **row})
+        search.tell(held=proof.held)
+    curves = {
+        one.name: curve_of(bench.load.traffic, one.candidate, one.limits).most for one in forecasts
+    }
+    return {
+        "predicted": said,
+        "in_the_long_run": curves,
+        "measured": search.found,
+        "between": [search.low, search.high],
+        "probes": probes,
+        "off": {name: off(value, search.found) for name, value in said.items()},
+    }
+
+
+def main() -> None:
+    """Parse the command line, measure, merge with what other models gave, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo", help="hub id, folder or 'demo'")
+    parser.add_argument("--name", help="what the results call the model [its name]")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--tokens", type=int, default=60, help="mean tokens of a pair")
+    parser.add_argument("--requests", type=int, default=300, help="of each run")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of a run at most")
+    parser.add_argument("--tune-seconds", type=float, default=60.0, help="of the probes")
+    parser.add_argument("--bisections", type=int, default=5, help="runs for the highest rate")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = {
+        "model": options.name or options.model,
+        "command": shlex.join(["python", "benchmarks/sustain.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": library_versions(),
+        "load_before": os.getloadavg(),
+        "precision": options.precision,
+        "tokens": options.tokens,
+    }
+    with tempfile.TemporaryDirectory() as home:
+        found |= evaluate(options, Path(home))
+    file = options.out / "sustain.json"
+    kept = json.loads(file.read_text("utf-8"))["models"] if file.exists() else []
+    models = merged(kept, found)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({"models": models}, indent=1) + "\n")
+    write_text(options.out / "sustain.md", page(models))
+    for name, row in found["verdict"].items():
+        print(f"{name}: P99 off by {share_of(row['p99'])}, highest rate by {share_of(row['rate'])}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EchelonError as error:
+        sys.exit(str(error))
