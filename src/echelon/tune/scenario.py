@@ -41,7 +41,8 @@ LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of what a candidate does at most that are simulated."""
 
 NEARLY = 1.05
-"""An edge machine may answer this much slower than the fastest for less memory."""
+"""What is this close to the best is as good: the models know it no better (docs/LOG.md). An edge
+machine may answer this much slower than the fastest for less memory."""
 
 AGREEMENT = 0.97
 """Least rank agreement (Kendall's τ) with fp32 at full length, as in tuning."""
@@ -180,7 +181,8 @@ def solve(
     if not able:
         raise impossible(tried, limits, LOADS[0])
     fastest = min(_calm_s(one) for one in tried if one.calm is not None)
-    chosen = min(able, key=lambda one: _turn(scenario, one, fastest))
+    peers = able if scenario == "offline" else _fewest_workers(able)
+    chosen = min(peers, key=lambda one: _turn(scenario, one, peers, fastest))
     measure, value = _measure(scenario, chosen)
     return Recommendation(scenario, chosen, measure, value, tuple(tried))
 
@@ -235,18 +237,32 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
 # Choosing.
 
 
-def _turn(scenario: Scenario, one: Tried, fastest: float) -> tuple[float, ...]:
-    """What comes first is chosen; ties go to the smaller step."""
-    candidate = one.candidate
+def _fewest_workers(able: Sequence[Tried]) -> list[Tried]:
+    fewest = min(one.candidate.workers for one in able)
+    return [one for one in able if one.candidate.workers == fewest]
+
+
+def _turn(
+    scenario: Scenario, one: Tried, peers: Sequence[Tried], fastest: float
+) -> tuple[float, ...]:
+    """What comes first is chosen; ties go to the smaller step.
+
+    Differences below :data:`NEARLY` are finer than the models: there an api and a service for many
+    take what has the most in reserve, the most documents a second.
+    """
+    candidate, per_s = one.candidate, one.documents_per_s or 0.0
     step = (candidate.bytes, candidate.token_budget, candidate.max_pairs or math.inf)
     if scenario == "offline":
-        return (-(one.documents_per_s or 0.0), *step)
-    workers = candidate.workers
+        return (-per_s, *step)
     if scenario == "concurrent":
-        return (workers, -(one.bears or 0.0), *step)
+        return ((one.bears or 0.0) * NEARLY < max(p.bears or 0.0 for p in peers), -per_s, *step)
     if scenario == "edge":
-        return (workers, _calm_s(one) > NEARLY * fastest, *step)
-    return (workers, math.inf if one.predicted is None else one.predicted.p99_s, *step)
+        return (_calm_s(one) > NEARLY * fastest, *step)
+    return (_p99_s(one) > NEARLY * min(map(_p99_s, peers)), -per_s, *step)
+
+
+def _p99_s(one: Tried) -> float:
+    return math.inf if one.predicted is None else one.predicted.p99_s
 
 
 def _measure(scenario: Scenario, chosen: Tried) -> tuple[str, float]:
