@@ -119,6 +119,8 @@ class RayWorker:
         pid: the actor's process, on its machine; None before it was up.
     """
 
+    renewable = True
+
     def __init__(
         self,
         opener: Opener,

@@ -83,6 +83,7 @@ def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
     try:
         logits = scorer.score(batch)
     except DeviceOutOfMemory as error:
+        scorer.release()  # now: a step that was sent ahead begins before the parent can ask for it
         return "memory", str(error), time.perf_counter() - began, resident_bytes()
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
         return fault_of(error)

@@ -66,7 +66,13 @@ class Scored:
 
 
 class Worker(Protocol):
-    """Where steps are scored: results come in the order of the steps sent."""
+    """Where steps are scored: results come in the order of the steps sent.
+
+    Attributes:
+        renewable: whether :meth:`start` begins a fresh process.
+    """
+
+    renewable: bool
 
     def start(self, precision: str) -> Facts:
         """Open the scorer, closing one that is still open."""
@@ -106,6 +112,8 @@ class ChildWorker:
         start_timeout_s: longest time that opening may take.
         on_end: called from a thread of its own whenever a child has ended.
     """
+
+    renewable = True
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 class LocalWorker:
     """An engine as a worker; see :class:`echelon.score.worker.Worker`."""
 
+    renewable = False
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._steps: deque[TokenBatch] = deque()
