@@ -72,9 +72,12 @@ class Worn(Obedient):
 
 
 def worn(folder: str, broken: tuple[int, ...] = (), *, precision: str):
-    """An opener of them, with room for 200 tokens; calls of the ``broken`` numbers fail."""
+    """An opener of them, with room for 200 tokens; calls of the ``broken`` numbers fail.
+
+    Each leaves a file with its number, in which is what oneDNN is told to keep.
+    """
     number = len(list(Path(folder).iterdir()))
-    Path(folder, str(number)).touch()
+    Path(folder, str(number)).write_text(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ""))
     if number in broken:
         raise ModelNotFound("it is away. Wait.")
     return Worn(200, precision=precision)

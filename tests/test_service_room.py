@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from functools import partial
 
 import pytest
 
 from echelon.errors import OutOfMemory
 from echelon.plan.queue import Step
+from echelon.score.child import PRIMITIVES
 from echelon.score.fake import FakeScorer
 from echelon.serve.crew import Orders
 from echelon.serve.room import Room
 from scorers import worn
-from services import Ears, run, scores, service, texts
+from services import Ears, run, scores, service, texts, until
 
 FACTS = FakeScorer().facts
 LONG = [("q", "d" * 300)]
@@ -110,6 +113,21 @@ def test_a_pair_survives_a_fresh_process_that_does_not_come_up(tmp_path, monkeyp
     assert ears.states() == [
         "starting", "up", "renewed", "failed", "starting", "failed", "starting", "up", "stopped",
     ]  # fmt: skip
+
+
+def test_a_process_that_begins_after_memory_ran_out_keeps_little(tmp_path, monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    ears = Ears()
+
+    async def main(made):
+        await refused(made, "304 tokens")
+        await made.submit(USUAL)
+        os.kill(made._keepers[0]._worker.pid, signal.SIGKILL)
+        await until(lambda: ears.states().count("up") == 3)
+
+    run(main, tired(tmp_path, ears))
+    told = [(tmp_path / str(number)).read_text() for number in range(3)]
+    assert told == ["", str(PRIMITIVES), str(PRIMITIVES)]
 
 
 # What is remembered, asked directly.

@@ -99,7 +99,7 @@ class Keeper(threading.Thread):
         self._precision = orders.precision
         self._memory_limit = orders.memory_limit_bytes
         self._failures = self._failed_starts = 0
-        self._fresh = True
+        self._fresh, self._sparing = True, False
         self._sent: deque[tuple[Prepared, float]] = deque()
         self._leaving = threading.Event()
         self._retiring = threading.Event()
@@ -168,7 +168,7 @@ class Keeper(threading.Thread):
             self._settled(None)
 
     def _open(self) -> None:
-        self._facts = self._worker.start(self._precision)
+        self._facts = self._worker.start(self._precision, sparing=self._sparing)
         self._warm_up(self._opened(self._facts))
         self._fresh = self.up = True
         self._failed_starts = 0
@@ -300,6 +300,7 @@ class Keeper(threading.Thread):
         if self._facts is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
         fresh, self._fresh = self._fresh, False
+        self._sparing = True  # from now on: what filled this process would fill the next
         action, budget = self._dispatch.out_of_memory(
             prepared.step, reason, self._facts, fresh=fresh, renewable=self._worker.renewable
         )
