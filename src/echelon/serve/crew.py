@@ -257,8 +257,8 @@ class Keeper(threading.Thread):
 
     def _prefetch(self) -> None:
         """Send the next step when the running one should soon end, unless it has ended."""
-        prepared, sent = self._sent[0]
-        left = sent + prepared.step.predicted_s - LEAD_S - self._dispatch.clock()
+        running, sent = self._sent[0]
+        left = sent + running.step.predicted_s - LEAD_S - self._dispatch.clock()
         if len(self._sent) == 1 and not self._worker.wait(left):
             prepared = self._dispatch.take()
             if prepared is not None:
