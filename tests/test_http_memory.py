@@ -8,7 +8,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import pytest
 
 from echelon import Reranker
@@ -31,7 +30,7 @@ WIDE = {
     "intermediate_size": 16384,
     "max_position_embeddings": 8200,
 }
-"""A step's largest tensor has 64 KiB a token: 10,000 tokens take 640 MiB."""
+"""A step's largest tensor has 64 KiB a token: 10,000 tokens take 640 MiB, a pair of 8,192 512."""
 
 SPARE_BYTES = 300 * 2**20
 """Address space that the worker may still have. With much less, native code crashes where it
@@ -61,13 +60,25 @@ def asked(seed: int) -> dict:
     return {"query": "rain", "documents": documents(seed), "raw_scores": True}
 
 
-def limit(server) -> None:
-    """Leave the server's worker little address space from now on."""
+def held(server) -> int:
+    """Bytes of address space that the server's worker has."""
+    (worker,) = server.workers
+    return worker.memory_info().vms
+
+
+def limit(server, new: int) -> None:
+    """Leave the server's worker, and all that follow it, little address space from now on.
+
+    Args:
+        server: it.
+        new: what a worker has that was just opened.
+    """
     import resource
 
     (worker,) = server.workers
-    most = psutil.Process(worker.pid).memory_info().vms + SPARE_BYTES
-    resource.prlimit(worker.pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    for pid, most in ((worker.pid, held(server)), (server.process.pid, new)):
+        limits = most + SPARE_BYTES, resource.RLIM_INFINITY
+        resource.prlimit(pid, resource.RLIMIT_AS, limits)  # children have their parent's
 
 
 def check(response, expected) -> None:
@@ -77,15 +88,23 @@ def check(response, expected) -> None:
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-def test_every_request_is_answered_rightly_in_smaller_steps(wide):
+def refused(response) -> None:
+    assert response.status_code == 507, response.text
+    message = response.json()["message"]
+    assert message.startswith("documents[0] of 8192 tokens does not fit in the memory of cpu")
+
+
+def test_every_request_is_answered_rightly_or_honestly(wide):
     with Reranker(wide, device="cpu", threads=2) as reranker:
         expected = {
             seed: reranker.score([["rain", text] for text in documents(seed)])
             for seed in range(CLIENTS)
         }
 
-    async def burst(client):
-        bodies = map(asked, range(CLIENTS))
+    impossible = {"query": "rain", "documents": ["rain " * 9000]}
+
+    async def burst(client, *more):
+        bodies = [*map(asked, range(CLIENTS)), *more]
         answers = await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
         for seed in range(CLIENTS):
             check(answers[seed], expected[seed])
@@ -93,9 +112,10 @@ def test_every_request_is_answered_rightly_in_smaller_steps(wide):
 
     async def main(server):
         async with asyncio.timeout(GUARD_S), client_of(server) as client:
+            new = held(server)
             for answer in await burst(client):
                 assert answer.headers["X-Echelon-Ladder"] == ""
-            limit(server)
+            limit(server, new)
             answers = await burst(client)
             rungs = [rung for a in answers for rung in a.headers["X-Echelon-Ladder"].split(",")]
             assert {"drop_caches", "halve_budget"} <= set(rungs)
@@ -105,6 +125,15 @@ def test_every_request_is_answered_rightly_in_smaller_steps(wide):
             assert sample(told, 'echelon_token_budget_moves_total{reason="memory"}') >= 1
             assert sample(told, "echelon_token_budget") <= 5000
             assert sample(told, 'echelon_requests_total{outcome="failed"}') == 0
+
+            for _ in range(2):
+                refused((await burst(client, impossible))[-1])
+            await burst(client)
+            told = (await client.get("/metrics")).text
+            assert sample(told, 'echelon_requests_total{outcome="failed"}') == 2
+            assert sample(told, 'echelon_ladder_steps_total{rung="give_up"}') == 2
+            renewed = sample(told, 'echelon_worker_changes_total{state="renewed"}')
+            assert renewed == sample(told, 'echelon_ladder_steps_total{rung="fresh_worker"}') >= 1
             for state in ("died", "wedged", "failed"):
                 assert sample(told, f'echelon_worker_changes_total{{state="{state}"}}') == 0
 

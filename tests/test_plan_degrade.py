@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from echelon.plan.degrade import LOWER_PRECISION, RUNGS, SHORTEST_MAX_LENGTH, Failure, next_action
 
-ORDER = ["drop_caches", "halve_budget", "one_pair", "lower_precision", "shorten", "give_up"]
+ORDER = [
+    "drop_caches",
+    "halve_budget",
+    "one_pair",
+    "fresh_worker",
+    "lower_precision",
+    "shorten",
+    "give_up",
+]
 
 allowances = st.lists(st.sampled_from(["precision", "max_length"]), unique=True).map(tuple)
 
@@ -26,6 +34,7 @@ def failures(draw: st.DrawFn) -> Failure:
         caches_dropped=draw(st.booleans()),
         precision=draw(st.sampled_from(["fp32", "bf16", "fp16"])),
         allow=draw(allowances),
+        fresh_may_do=draw(st.booleans()),
     )
 
 
@@ -64,8 +73,14 @@ def test_budgets_shrink_and_still_hold_the_longest_pair(failure):
 
 
 @given(failures())
+def test_a_lone_pair_has_a_fresh_process_before_anything_is_given_up(failure):
+    lone = replace(failure, pairs=1, cost=failure.longest, caches_dropped=True, fresh_may_do=True)
+    assert next_action(lone).rung == "fresh_worker"
+
+
+@given(failures())
 def test_a_lone_pair_is_shortened_only_after_precision(failure):
-    lone = replace(failure, pairs=1, cost=failure.longest, caches_dropped=True)
+    lone = replace(failure, pairs=1, cost=failure.longest, caches_dropped=True, fresh_may_do=False)
     lower = LOWER_PRECISION.get(lone.precision) if "precision" in lone.allow else None
     may_cut = "max_length" in lone.allow and lone.longest // 2 >= SHORTEST_MAX_LENGTH
     expected = "lower_precision" if lower else "shorten" if may_cut else "give_up"
@@ -83,7 +98,7 @@ def test_the_ladder_ends_in_order(failure):
         assert len(rungs) < 64
     places = [ORDER.index(rung) for rung in rungs]
     assert places == sorted(places)
-    for once in ("drop_caches", "one_pair", "lower_precision", "give_up"):
+    for once in ("drop_caches", "one_pair", "fresh_worker", "lower_precision", "give_up"):
         assert rungs.count(once) <= 1
 
 
@@ -93,6 +108,8 @@ def _after(failure: Failure, action: object) -> Failure:
     if action.budget is not None:
         pairs = max(1, min(failure.pairs - 1, action.budget // failure.longest))
         failure = replace(failure, pairs=pairs, cost=pairs * failure.longest)
+    if action.rung == "fresh_worker":
+        failure = replace(failure, fresh_may_do=False)
     if action.precision is not None:
         failure = replace(failure, precision=action.precision)
     if action.max_length is not None:
@@ -111,6 +128,7 @@ BASE = Failure(pairs=4, cost=400, longest=100, caches_dropped=True, precision="f
         (replace(BASE, cost=401), "halve_budget", 200),
         (replace(BASE, pairs=2, cost=200), "one_pair", 100),
         (replace(BASE, pairs=2, cost=101), "one_pair", 100),
+        (replace(BASE, pairs=1, cost=100, fresh_may_do=True), "fresh_worker", None),
         (replace(BASE, pairs=1, cost=100), "give_up", None),
     ],
 )

@@ -35,7 +35,7 @@ class Planned:
         self._scorer = FakeScorer()
         self._sent = deque()
 
-    def start(self, precision):
+    def start(self, precision, *, sparing=False):
         return self._scorer.facts
 
     def send(self, batch, timeout_s):

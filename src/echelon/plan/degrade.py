@@ -20,7 +20,15 @@ SHORTEST_MAX_LENGTH = 64
 LOWER_PRECISION = {"fp32": "bf16"}
 """The next precision down; half-width formats have none yet."""
 
-Rung = Literal["drop_caches", "halve_budget", "one_pair", "lower_precision", "shorten", "give_up"]
+Rung = Literal[
+    "drop_caches",
+    "halve_budget",
+    "one_pair",
+    "fresh_worker",
+    "lower_precision",
+    "shorten",
+    "give_up",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,7 @@ class Failure:
         caches_dropped: the caches have been dropped for this step, or one of its requests, already.
         precision: the scorer's precision.
         allow: what the user allowed to be given up.
+        fresh_may_do: a fresh process can be had, and may have room that this one has not.
     """
 
     pairs: int
@@ -42,6 +51,7 @@ class Failure:
     caches_dropped: bool
     precision: str
     allow: tuple[Allowance, ...] = ()
+    fresh_may_do: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,16 @@ def _one_pair(failure: Failure) -> Action | None:
     )
 
 
+def _fresh_worker(failure: Failure) -> Action | None:
+    if not failure.fresh_may_do:
+        return None
+    return Action(
+        "fresh_worker",
+        f"a fresh process for a pair of {failure.longest} tokens",
+        "Leave the device more free memory, or set a smaller token_budget.",
+    )
+
+
 def _lower_precision(failure: Failure) -> Action | None:
     lower = LOWER_PRECISION.get(failure.precision)
     if "precision" not in failure.allow or lower is None:
@@ -135,6 +155,7 @@ RUNGS: tuple[Callable[[Failure], Action | None], ...] = (
     _drop_caches,
     _halve_budget,
     _one_pair,
+    _fresh_worker,
     _lower_precision,
     _shorten,
     _give_up,

@@ -27,7 +27,7 @@ from echelon.clock import monotonic
 from echelon.errors import InvalidInput
 from echelon.scale.command import HERE
 from echelon.score.base import WorkerDied, WorkerGone, WorkerWedged
-from echelon.score.child import fault_of, resident_bytes, score_step
+from echelon.score.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.score.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, Scored, unpack
 from echelon.types import TokenBatch
 
@@ -76,8 +76,10 @@ class Engine:
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
 
-    def open(self, opener: Opener, precision: str) -> Reply:
+    def open(self, opener: Opener, precision: str, *, sparing: bool) -> Reply:
         """Open the scorer, once; where it is, machine and process, goes with its facts."""
+        if sparing:
+            spare_memory()
         try:
             self._scorer = self._scorer or opener(precision=precision)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
@@ -119,6 +121,8 @@ class RayWorker:
         pid: the actor's process, on its machine; None before it was up.
     """
 
+    renewable = True
+
     def __init__(
         self,
         opener: Opener,
@@ -139,7 +143,7 @@ class RayWorker:
         self._sent: deque[Future[Reply]] = deque()
         self._killed = False
 
-    def start(self, precision: str = "auto") -> Facts:
+    def start(self, precision: str = "auto", *, sparing: bool = False) -> Facts:
         """Start an actor and open the scorer in it; one that still lives is killed first.
 
         Raises:
@@ -156,7 +160,8 @@ class RayWorker:
         ).remote()  # fmt: skip
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
-        self._sent.append(self._actor.open.remote(self._opener, precision).future())
+        opening = self._actor.open.remote(self._opener, precision, sparing=sparing)
+        self._sent.append(opening.future())
         try:
             return self._hello()
         except BaseException:

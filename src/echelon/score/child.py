@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from echelon.score.worker import Reply
     from echelon.types import TokenBatch
 
+PRIMITIVES = 64
+"""Products that oneDNN keeps ready in a process that begins after memory ran out, instead of 1024.
+It compiles code for every number of rows and cannot be made to give it back: that is what filled
+processes until a usual pair found no room. So few cost no time that could be told (docs/LOG.md)."""
+
 
 def main(descriptor: int) -> None:
     """Live until told to stop."""
@@ -56,13 +61,20 @@ def _read(channel: Channel, inbox: SimpleQueue[bytes]) -> None:
 
 def _open(channel: Channel, message: bytes) -> Scorer | None:
     try:
-        opener, precision = pickle.loads(message)  # noqa: S301 - from our own parent
+        opener, precision, sparing = pickle.loads(message)  # noqa: S301 - from our own parent
+        if sparing:
+            spare_memory()
         scorer: Scorer = opener(precision=precision)
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
         channel.send(fault_of(error))
         return None
     channel.send(("facts", scorer.facts, 0.0, resident_bytes()))
     return scorer
+
+
+def spare_memory() -> None:
+    """Let this process, which has computed nothing yet, keep little beside the model."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
 
 
 def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
@@ -83,6 +95,7 @@ def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
     try:
         logits = scorer.score(batch)
     except DeviceOutOfMemory as error:
+        scorer.release()  # now: a step that was sent ahead begins before the parent can ask for it
         return "memory", str(error), time.perf_counter() - began, resident_bytes()
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
         return fault_of(error)

@@ -66,10 +66,21 @@ class Scored:
 
 
 class Worker(Protocol):
-    """Where steps are scored: results come in the order of the steps sent."""
+    """Where steps are scored: results come in the order of the steps sent.
 
-    def start(self, precision: str) -> Facts:
-        """Open the scorer, closing one that is still open."""
+    Attributes:
+        renewable: whether :meth:`start` begins a fresh process.
+    """
+
+    renewable: bool
+
+    def start(self, precision: str, *, sparing: bool = False) -> Facts:
+        """Open the scorer, closing one that is still open.
+
+        Args:
+            precision: what it computes in.
+            sparing: where a fresh process begins, it keeps little beside the model.
+        """
         ...
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
@@ -107,6 +118,8 @@ class ChildWorker:
         on_end: called from a thread of its own whenever a child has ended.
     """
 
+    renewable = True
+
     def __init__(
         self,
         opener: Opener,
@@ -127,7 +140,7 @@ class ChildWorker:
         """The child's process id; None before it was started."""
         return None if self._process is None else self._process.pid
 
-    def start(self, precision: str = "auto") -> Facts:
+    def start(self, precision: str = "auto", *, sparing: bool = False) -> Facts:
         """Start a child and open the scorer in it; a child that still lives is killed first.
 
         Raises:
@@ -143,13 +156,13 @@ class ChildWorker:
             self._process = _spawn(theirs.fileno())
         threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         try:
-            return self._hello(precision)
+            return self._hello(precision, sparing=sparing)
         except BaseException:
             self._discard()
             raise
 
-    def _hello(self, precision: str) -> Facts:
-        self.send((self._opener, precision), self._start_timeout_s)
+    def _hello(self, precision: str, *, sparing: bool) -> Facts:
+        self.send((self._opener, precision, sparing), self._start_timeout_s)
         if not self.wait(self._start_timeout_s):
             raise self._wedged(f"did not open its model in {self._start_timeout_s:g} s")
         facts: Facts = self._reply(self._start_timeout_s)[0]
@@ -160,7 +173,7 @@ class ChildWorker:
         self.send(batch, timeout_s)
         return self.receive(timeout_s)
 
-    def send(self, batch: TokenBatch | tuple[Opener, str], timeout_s: float) -> None:
+    def send(self, batch: TokenBatch | tuple[Opener, str, bool], timeout_s: float) -> None:
         """Hand a step over; a second may be handed over while the first runs.
 
         Raises:

@@ -99,7 +99,8 @@ class Keeper(threading.Thread):
         self._precision = orders.precision
         self._memory_limit = orders.memory_limit_bytes
         self._failures = self._failed_starts = 0
-        self._sent: deque[tuple[Step, float]] = deque()
+        self._fresh, self._sparing = True, False
+        self._sent: deque[tuple[Prepared, float]] = deque()
         self._leaving = threading.Event()
         self._retiring = threading.Event()
 
@@ -121,7 +122,7 @@ class Keeper(threading.Thread):
                 self._down("failed", f"{type(error).__name__}: {error}. This is a bug.")
         self.up = False
         self._worker.stop()
-        self._dispatch.put_back([step for step, _ in self._sent])
+        self._dispatch.put_back(self._take_back())
         self._change("stopped")
 
     def leave(self) -> None:
@@ -167,9 +168,9 @@ class Keeper(threading.Thread):
             self._settled(None)
 
     def _open(self) -> None:
-        self._facts = self._worker.start(self._precision)
+        self._facts = self._worker.start(self._precision, sparing=self._sparing)
         self._warm_up(self._opened(self._facts))
-        self.up = True
+        self._fresh = self.up = True
         self._failed_starts = 0
         self._dispatch.hope(self.number, None)
         self._change("up")
@@ -203,14 +204,18 @@ class Keeper(threading.Thread):
         self.trouble = why
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
-        steps = [step for step, _ in self._sent]
-        self._sent.clear()
         if blamed:
-            self._dispatch.lost(steps)
+            self._dispatch.lost(self._take_back())
         else:
-            self._dispatch.put_back(steps)
+            self._dispatch.put_back(self._take_back())
         if self._failed_starts >= HOPELESS_STARTS:
             self._dispatch.hope(self.number, why)
+
+    def _take_back(self) -> list[Step]:
+        """What was sent and has not ended."""
+        steps = [prepared.step for prepared, _ in self._sent]
+        self._sent.clear()
+        return steps
 
     def _recycle(self) -> None:
         """Replace a worker that has grown too large, while it has nothing to do."""
@@ -252,27 +257,28 @@ class Keeper(threading.Thread):
 
     def _prefetch(self) -> None:
         """Send the next step when the running one should soon end, unless it has ended."""
-        step, sent = self._sent[0]
-        left = sent + step.predicted_s - LEAD_S - self._dispatch.clock()
+        running, sent = self._sent[0]
+        left = sent + running.step.predicted_s - LEAD_S - self._dispatch.clock()
         if len(self._sent) == 1 and not self._worker.wait(left):
             prepared = self._dispatch.take()
             if prepared is not None:
                 self._send(prepared)
 
     def _send(self, prepared: Prepared) -> None:
-        self._sent.append((prepared.step, self._dispatch.clock()))
+        self._sent.append((prepared, self._dispatch.clock()))
         self._worker.send(prepared.batch, self._patience(prepared.step))
 
     def _patience(self, step: Step) -> float:
         return max(self._orders.wedge_after_s, WEDGE_FACTOR * step.predicted_s)
 
     def _receive(self) -> None:
-        step, _ = self._sent[0]
+        prepared, _ = self._sent[0]
+        step = prepared.step
         try:
             scored = self._worker.receive(self._patience(step))
         except DeviceOutOfMemory as error:
             self._next()
-            self._make_room(step, str(error))
+            self._make_room(prepared, str(error))
             return
         except EchelonError as error:
             self._next()
@@ -280,6 +286,7 @@ class Keeper(threading.Thread):
             return
         self._next()
         self._failures = 0
+        self._fresh = False
         self.resident_bytes = scored.resident_bytes
         self._dispatch.finish(step, scored, self.number)
 
@@ -289,20 +296,38 @@ class Keeper(threading.Thread):
         if self._sent:
             self._sent[0] = (self._sent[0][0], self._dispatch.clock())
 
-    def _make_room(self, step: Step, reason: str) -> None:
+    def _make_room(self, prepared: Prepared, reason: str) -> None:
         if self._facts is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
-        action, budget = self._dispatch.out_of_memory(step, reason, self._facts)
+        fresh, self._fresh = self._fresh, False
+        self._sparing = True  # from now on: what filled this process would fill the next
+        action, budget = self._dispatch.out_of_memory(
+            prepared.step, reason, self._facts, fresh=fresh, renewable=self._worker.renewable
+        )
         self._worker.release()
         taken = LadderStep(action.rung, action.detail, action.remedy)
         self._listener.ladder_taken(LadderTaken(self.number, taken, budget))
         if action.precision is not None:
             self._reopen(action.precision)
+        if action.rung == "fresh_worker":
+            self._renew(prepared, action.detail)
+
+    def _renew(self, prepared: Prepared, why: str) -> None:
+        """Score a step in a fresh process, before all others; one sent ahead goes back."""
+        self._dispatch.put_back(self._take_back())
+        self.up = False
+        self.trouble = why
+        self._change("renewed", why)
+        try:
+            self._open()
+        except BaseException:
+            self._dispatch.put_back([prepared.step])  # it never began there
+            raise
+        self._send(prepared)
 
     def _reopen(self, precision: str) -> None:
         """Open the model in another precision; a step that had been sent ahead goes back."""
-        self._dispatch.put_back([step for step, _ in self._sent])
-        self._sent.clear()
+        self._dispatch.put_back(self._take_back())
         self._precision = precision
         self.up = False
         self._change("starting", f"in {precision}")

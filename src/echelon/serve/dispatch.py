@@ -22,11 +22,11 @@ from echelon.errors import (
 )
 from echelon.plan.budget import Budget
 from echelon.plan.cost import DEFAULT_COEFFICIENTS
-from echelon.plan.degrade import Failure, next_action
 from echelon.plan.drift import Drift
 from echelon.plan.queue import Completed, Request
 from echelon.serve.apologies import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.serve.events import BudgetMoved, StepFinished
+from echelon.serve.room import Room
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Dispatch:
         self.drift = Drift()
         self._took: list[tuple[tuple[int, ...], float]] = []
         self._budget = Budget(batcher.budget)
-        self._allow = allow
+        self._room = Room(allow)
         self._learned = learned
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Condition()
@@ -238,6 +238,7 @@ class Dispatch:
             self.busy_s += scored.seconds
             self._took.append((step.lengths, scored.seconds))
             self._move_budget(step, scored.seconds)
+            self._room.fitted(step)
             for job in self._of(step):
                 job.scored(step, scored.seconds, now)
             ended = self._batcher.finish(step.number, scored.logits)
@@ -302,8 +303,18 @@ class Dispatch:
             self._deliver(ended, lambda _: error)
             self._lock.notify_all()
 
-    def out_of_memory(self, step: Step, reason: str, facts: Facts) -> tuple[Action, int]:
+    def out_of_memory(
+        self,
+        step: Step,
+        reason: str,
+        facts: Facts,
+        *,
+        fresh: bool = False,
+        renewable: bool = False,
+    ) -> tuple[Action, int]:
         """A step did not fit: decide what to do, and plan it anew.
+
+        For ``fresh_worker`` it stays with the keeper, who scores it in a fresh process.
 
         Caches are dropped for a request once. Whether other steps went well meanwhile says nothing:
         one that was sent ahead always does, and a pair that never fits would be tried for ever.
@@ -313,15 +324,7 @@ class Dispatch:
         """
         with self._lock:
             taken = {rung.rung for job in self._of(step) for rung in job.ladder}
-        failure = Failure(
-            pairs=len(step.places),
-            cost=step.cost_tokens,
-            longest=max(step.lengths),
-            caches_dropped="drop_caches" in taken,
-            precision=facts.precision,
-            allow=self._allow,
-        )
-        action = next_action(failure)
+            action = self._room.lacked(step, taken, facts, fresh=fresh, renewable=renewable)
         logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
         with self._lock:
             for job in self._of(step):
@@ -330,11 +333,12 @@ class Dispatch:
                 self._learn(action.budget)
             if action.rung == "give_up":
                 ended = self._batcher.fail(step.number, "out_of_memory")
-                words = f"{facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
-                self._deliver(ended, partial(does_not_fit, failure.longest, words))
+                where = "even alone in a fresh process" if fresh else "even alone"
+                words = f"{facts.device} {where} ({reason.splitlines()[0]}). {action.remedy}"
+                self._deliver(ended, partial(does_not_fit, max(step.lengths), words))
             elif action.max_length is not None:
                 self._shorten(step, action.max_length)
-            else:
+            elif action.rung != "fresh_worker":
                 self._batcher.put_back(step.number)
             self._lock.notify_all()
             return action, self._batcher.budget

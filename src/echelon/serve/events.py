@@ -124,7 +124,9 @@ class BudgetMoved:
     reason: Reason
 
 
-WorkerState = Literal["starting", "up", "died", "wedged", "recycled", "failed", "stopped"]
+WorkerState = Literal[
+    "starting", "up", "died", "wedged", "recycled", "renewed", "failed", "stopped"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 class LocalWorker:
     """An engine as a worker; see :class:`echelon.score.worker.Worker`."""
 
+    renewable = False
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._steps: deque[TokenBatch] = deque()
 
-    def start(self, precision: str) -> Facts:
+    def start(self, precision: str, *, sparing: bool = False) -> Facts:
         """Open the model in a precision, unless it is."""
+        del sparing  # there is no fresh process
         if precision not in {"auto", self._engine.facts.precision}:
             self._engine.use_precision(precision)
         return self._engine.facts
