@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # Read when Haystack is imported: its pipelines report to a server otherwise.
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+
+# Started in the background of a script, tests and what they start would ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure: no test looks at the clock.
 hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
