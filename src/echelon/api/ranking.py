@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -93,8 +92,7 @@ def endpoint(
         call = Call(house, request, candidates[-1])
         response = await _respond(call, candidates)
         seconds = time.perf_counter() - began
-        # Metrics and the log come once the answer has gone out, before any other request.
-        response.background = BackgroundTask(_note, call, response.status_code, seconds)
+        _note(call, response.status_code, seconds)
         return response
 
     return rank
@@ -248,8 +246,7 @@ def headers_facts(answer: Answer) -> dict[str, Any]:
     return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
 
 
-async def _note(call: Call, status: int, seconds: float) -> None:
-    """Tell of an answer; a coroutine, since anything else would go through a thread."""
+def _note(call: Call, status: int, seconds: float) -> None:
     metrics = call.house.metrics
     metrics.answered(call.dialect.name, status, seconds)
     call.house.recent.answered(status, seconds, call.facts.get("documents", 0))
