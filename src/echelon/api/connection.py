@@ -81,6 +81,7 @@ class Connection(HttpToolsProtocol):
         self._in_headers = True
         self._header_bytes = 0
         self._due: asyncio.TimerHandle | None = None
+        self._rest_due: asyncio.TimerHandle | None = None
 
     # What the transport and the application tell.
 
@@ -106,13 +107,18 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         self._stop_clock()
+        if self._rest_due is not None:
+            self._rest_due.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """A request was answered; where its body is not wanted any more, the connection ends."""
+        """A request was answered; a body that is not wanted any more may still come, but soon.
+
+        A client that meant to use the connection again would be hung up on otherwise.
+        """
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
-            self._end()
+            self._rest_due = self.loop.call_later(LINGER_S, self._end)
 
     # What the parser tells.
 
@@ -140,6 +146,13 @@ class Connection(HttpToolsProtocol):
         """The request is whole; what comes now is the next one's headers."""
         self._in_headers = True
         self._header_bytes = 0
+        if self._rest_due is not None:
+            self._rest_due.cancel()
+            self._rest_due = None
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         if not self._over:
             super().on_message_complete()
 
