@@ -33,7 +33,7 @@ from echelon.plan.cost import Coefficients, CostModel, work_of
 from echelon.plan.memory import MemoryModel
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Arrival, Between, Fixed, Known
-from echelon.tune.profile import Key, Profile, Settings
+from echelon.tune.profile import Key, Profile, Settings, current_key
 from echelon.tune.quality import Agreement
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import cut, predict
@@ -57,6 +57,23 @@ def point(budget, status="ok"):
     return {"token_budget": budget, "batch_size": None, "pairs": 8, "status": status}
 
 
+def toy(folder):
+    """A toy opened for an edge machine."""
+    return look(folder, Options(device="cpu", threads=1, precision="fp32"), None, Ask("edge"))
+
+
+def known_as(model, **changes):
+    """A profile of the model, as if it had been measured."""
+    scorer = model.trial.open("fp32")
+    try:
+        folder = model.trial.folder
+        key = current_key(folder.name, folder.revision, scorer.facts)
+    finally:
+        scorer.close()
+    settings = replace(profile().settings, precision="fp32", threads=1)
+    return profile(key=key, settings=settings, **changes)
+
+
 def profile(**changes):
     error = {"median": 0.01, "p90": 0.02, "shapes": 9}
     cost = {"base_s": 2e-3, "token_s": 5e-5, "square_s": 4e-8, "knee_tokens": 0, "beyond_s": 0.0}
@@ -77,7 +94,7 @@ def profile(**changes):
 
 @pytest.fixture(scope="module")
 def model(bert):
-    return look(bert, Options(device="cpu", threads=1, precision="fp32"), None, Ask("edge"))
+    return toy(bert)
 
 
 # What is asked.

@@ -11,18 +11,16 @@ import pytest
 from echelon.advise import advisor
 from echelon.advise.advisor import advise
 from echelon.advise.ask import Ask
-from echelon.advise.model import look
 from echelon.advise.numbers import Proof
 from echelon.advise.proof import prove
 from echelon.advise.table import print_scenario
-from echelon.config import Options
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.plan.workload import Between, Fixed
 from echelon.tune import scenario, served
 from echelon.tune.profile import Profile
 from echelon.tuner import Plan
 from helpers import run_command
-from test_advise import MIB, profile
+from test_advise import MIB, known_as, toy
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
 SLOW_S = 600.0
@@ -44,23 +42,12 @@ def call(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(bert):
-    options = Options(device="cpu", threads=1, precision="fp32")
-    return look(bert, options, None, Ask("edge"))
+    return toy(bert)
 
 
 @pytest.fixture(scope="module")
 def known(model):
-    """A profile of the model, as if it had been measured."""
-    from echelon.tune.profile import current_key
-
-    scorer = model.trial.open("fp32")
-    try:
-        folder = model.trial.folder
-        key = current_key(folder.name, folder.revision, scorer.facts)
-    finally:
-        scorer.close()
-    settings = replace(profile().settings, precision="fp32", threads=1)
-    return profile(key=key, settings=settings, precisions=[])
+    return known_as(model, precisions=[])
 
 
 def api(**changes):

@@ -183,6 +183,17 @@ def test_a_refused_body_cannot_hold_the_connection(live):
     assert b"longer than 20000 bytes" in told
 
 
+def test_a_body_that_comes_behind_its_refusal_costs_no_connection(tmp_path):
+    (tmp_path / "keys").write_text("right-key-0123456789 name=team\n", "utf-8")
+    with LiveFake(keys=str(tmp_path / "keys")) as server, client_of(server) as client:
+        for _ in range(3):
+            client.sendall(HEAD + b"Authorization: Bearer wrong\r\n\r\n")
+            assert status(one_answer(client)) == 401  # before the body was read
+            client.sendall(BODY)
+        client.sendall(HEAD + b"Authorization: Bearer right-key-0123456789\r\n\r\n" + BODY)
+        assert status(one_answer(client)) == 200
+
+
 def test_only_so_many_connections(live):
     until(lambda: live.metric("echelon_connections") == 1)  # the one that asks
     with contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from helpers import make_toy
 from served import LiveFake, sample
 from services import GUARD_S
 from streams import PATH, client_of
+from test_memory import WIDE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,13 +24,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits another process' address space, which is Linux's"
 )
 
-WIDE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 16384,
-    "max_position_embeddings": 8200,
-}
+LONG = WIDE | {"max_position_embeddings": 8200}
 """A step's largest tensor has 64 KiB a token: 10,000 tokens take 640 MiB, a pair of 8,192 512."""
 
 SPARE_BYTES = 300 * 2**20
@@ -48,7 +43,7 @@ class LiveModel(LiveFake):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tokenizers: dict[str, Path]) -> Path:
-    return make_toy(tmp_path_factory.mktemp("wide"), "bert", tokenizers["bert"], **WIDE)
+    return make_toy(tmp_path_factory.mktemp("wide"), "bert", tokenizers["bert"], **LONG)
 
 
 def documents(seed: int) -> list[str]:

@@ -9,22 +9,20 @@ import pytest
 from echelon.advise import advisor, rivals
 from echelon.advise.advisor import advise
 from echelon.advise.ask import Ask
-from echelon.advise.model import look
 from echelon.advise.numbers import Numbers, Proof
 from echelon.advise.reranking import Task, run, run_apart
 from echelon.advise.rivals import SIZES
 from echelon.advise.standing import Rival, standing
 from echelon.advise.table import print_scenario
-from echelon.config import Options
 from echelon.errors import InvalidInput, ModelNotFound
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Between, Fixed
 from echelon.tune import served
-from echelon.tune.profile import Profile, current_key
+from echelon.tune.profile import Profile
 from echelon.tune.static import beside_static
 from echelon.tuner import Plan
 from report_pages import leave_plotly_out, read
-from test_advise import MIB, profile, row
+from test_advise import MIB, known_as, row, toy
 from test_report_card import profile as shown
 
 quick_pages = pytest.fixture(leave_plotly_out, autouse=True)
@@ -136,20 +134,12 @@ def test_rounds_need_something_to_run(rounds, verify_s):
 
 @pytest.fixture(scope="module")
 def model(bert):
-    options = Options(device="cpu", threads=1, precision="fp32")
-    return look(bert, options, None, Ask("edge"))
+    return toy(bert)
 
 
 @pytest.fixture(scope="module")
 def known(model):
-    scorer = model.trial.open("fp32")
-    try:
-        folder = model.trial.folder
-        key = current_key(folder.name, folder.revision, scorer.facts)
-    finally:
-        scorer.close()
-    settings = replace(profile().settings, precision="fp32", threads=1)
-    return profile(key=key, settings=settings, precisions=[row("fp32", 1.0)])
+    return known_as(model, precisions=[row("fp32", 1.0)])
 
 
 @pytest.fixture

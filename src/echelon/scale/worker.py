@@ -101,6 +101,7 @@ class Engine:
         if self._scorer is not None:
             self._scorer.release()
 
+    # Ray's decorator carries no types.
     @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]
     def live(self) -> None:
         """Never return: whoever waits for it hears of the actor's end, and of nothing else."""

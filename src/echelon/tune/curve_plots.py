@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.tune import words
 from echelon.tune.lang import tr
-from echelon.tune.plots import COLOURS, LINES, Chart
+from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,13 +124,7 @@ def _figure(traces: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "data": traces,
         "layout": {
-            "autosize": True,
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "dragmode": False,
-            "hovermode": "closest",
-            "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            **PAPER,
             "xaxis": {"title": {"text": tr("Requests/s")}, "rangemode": "tozero", **LINES},
             "yaxis": {**axis, **LINES},
         },
