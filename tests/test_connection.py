@@ -53,13 +53,19 @@ def status(told: bytes) -> int:
 
 def one_answer(client) -> bytes:
     """One answer off a connection that stays."""
+
+    def more() -> bytes:
+        part = client.recv(65536)
+        assert part, "the server has closed the connection"
+        return part
+
     told = b""
     while b"\r\n\r\n" not in told:
-        told += client.recv(65536)
+        told += more()
     head, _, body = told.partition(b"\r\n\r\n")
     (length,) = [ln for ln in head.lower().split(b"\r\n") if ln.startswith(b"content-length")]
     while len(body) < int(length.split()[1]):
-        body += client.recv(65536)
+        body += more()
     return head + b"\r\n\r\n" + body
 
 
