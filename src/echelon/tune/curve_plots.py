@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.tune import words
 from echelon.tune.lang import tr
-from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
+from echelon.tune.plots import COLOURS, LINES, PAPER, Chart, time_tick
+from echelon.tune.ticks import log_ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,9 @@ def curve_chart(profile: Profile) -> Chart | None:
     traces.append(_straight(tr("rate asked for"), "rate", [curve["rate"]] * 2, height, "dot"))
     if found["measured"] is not None:
         traces.append(_measured(curve["rate"], found["measured"]))
-    return Chart("load-curve", tr("Latency over load"), _note(curve, goal_s), _figure(traces))
+    return Chart(
+        "load-curve", tr("Latency over load"), _note(curve, goal_s), _figure(traces, *height)
+    )
 
 
 def _note(curve: dict[str, Any], goal_s: float) -> str:
@@ -119,13 +122,13 @@ def _measured(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figure(traces: list[dict[str, Any]]) -> dict[str, Any]:
-    axis = {"type": "log", "tickformat": "~s", "ticksuffix": "s", "title": {"text": tr("Latency")}}
+def _figure(traces: list[dict[str, Any]], lowest: float, highest: float) -> dict[str, Any]:
+    latency = log_ticks(lowest, highest, time_tick)
     return {
         "data": traces,
         "layout": {
             **PAPER,
             "xaxis": {"title": {"text": tr("Requests/s")}, "rangemode": "tozero", **LINES},
-            "yaxis": {**axis, **LINES},
+            "yaxis": {**latency, "title": {"text": tr("Latency")}, **LINES},
         },
     }

@@ -118,11 +118,14 @@ def kept(sentence: str, /, **values: object) -> str:
 
 
 def told(sentence: str) -> str:
-    """What :func:`kept` wrote, in the page's language; what it did not write stays as it is."""
+    """What :func:`kept` wrote, or a page's own word in it, in the page's language.
+
+    What neither is stays as it is.
+    """
     spoken = _spoken.get()
     for pattern, translation in spoken.kept:
         match = pattern.fullmatch(sentence)
         if match is not None:
             values = {name: told(value) for name, value in match.groupdict().items()}
             return translation.format(**values)
-    return sentence
+    return spoken.said.get(sentence, sentence)

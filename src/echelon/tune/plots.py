@@ -368,9 +368,9 @@ def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -
 def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
     """Logarithmic where the latencies are far apart, with round labels."""
     least, most = min(medians), max(medians)
-    return {} if most < WIDE * least else log_ticks(least, most, _tick)
+    return {} if most < WIDE * least else log_ticks(least, most, time_tick)
 
 
-def _tick(seconds: float) -> str:
-    """As plotly labels the linear axis."""
+def time_tick(seconds: float) -> str:
+    """A time as plotly labels the linear axis."""
     return f"{seconds:g}s" if seconds >= 1 else f"{1000 * seconds:g}ms"
