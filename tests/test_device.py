@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import sys
 
 import numpy as np
@@ -183,6 +184,17 @@ def test_threads_are_set_for_the_process():
         assert device.set_threads(3, torch.device("cuda", 0)) == 0
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT"])
+def test_torch_is_told_to_be_a_good_neighbour_unless_the_user_was_before(monkeypatch, name):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv(name, "7")
+    device.require_torch()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    device.require_torch()
+    assert os.environ[name] == {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "3000"}[name]
 
 
 def test_the_processor_has_a_name():

@@ -247,15 +247,15 @@ def _turn(
 ) -> tuple[float, ...]:
     """What comes first is chosen; ties go to the smaller step.
 
-    Differences below :data:`NEARLY` are finer than the models: there an api and a service for many
-    take what has the most in reserve, the most documents a second.
+    Differences of P99 below :data:`NEARLY` are finer than the models: there an api takes what has
+    the most in reserve, the most documents a second.
     """
     candidate, per_s = one.candidate, one.documents_per_s or 0.0
     step = (candidate.bytes, candidate.token_budget, candidate.max_pairs or math.inf)
     if scenario == "offline":
         return (-per_s, *step)
     if scenario == "concurrent":
-        return ((one.bears or 0.0) * NEARLY < max(p.bears or 0.0 for p in peers), -per_s, *step)
+        return (-(one.bears or 0.0), *step)
     if scenario == "edge":
         return (_calm_s(one) > NEARLY * fastest, *step)
     return (_p99_s(one) > NEARLY * min(map(_p99_s, peers)), -per_s, *step)
