@@ -1,9 +1,9 @@
 """What is remembered of memory trouble, so that the ladder is climbed once. Pure.
 
 A process that has run for a while may have no room left for a pair that a fresh one has room for:
-what it freed lies scattered, or is kept by libraries. So a lone pair is tried in a fresh process
-before it is refused, but each request has only one such try, and none for a pair as long as one
-that had no room there: a client that goes on sending what cannot fit restarts nothing.
+libraries keep what they compiled for each size of step (docs/LOG.md). So a lone pair is tried in a
+fresh process before it is refused, but each request has only one such try, and none for a pair as
+long as one that had no room there: a client that goes on sending what cannot fit restarts nothing.
 """
 
 from __future__ import annotations
