@@ -126,6 +126,31 @@ def test_it_asks_for_a_key_before_it_asks_for_data(browser):
             assert page.url == address
 
 
+def test_a_late_no_to_an_earlier_key_does_not_hide_the_data(browser):
+    held = []
+
+    def hold(route):
+        if route.request.headers["authorization"].endswith("wrong"):
+            held.append(route)
+        else:
+            route.continue_()
+
+    with (
+        Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as site,
+        visit(browser, f"{site.url}/dashboard", tolerated="401") as page,
+    ):
+        page.route("**/dashboard/data", hold)
+        for key in ("wrong", "sesame"):
+            with page.expect_request("**/dashboard/data"):
+                page.locator("#key").fill(key)
+                page.keyboard.press("Enter")
+        page.locator("#about", has_text="running since").wait_for()
+        with page.expect_response(lambda response: response.status == 401):
+            held[0].fulfill(status=401, json={"message": "late"})
+        page.evaluate("new Promise((resolve) => setTimeout(resolve, 50))")  # it has been read
+        assert not page.locator("#trouble").is_visible()
+
+
 def test_without_the_charts_script_the_numbers_still_come(browser):
     with Site() as site, visit(browser, "about:blank", tolerated="net::ERR") as page:
         without_charts(page, site)

@@ -11,6 +11,7 @@ let data = null;
 let awaySince = null;
 let plotly = null;
 let timer = 0;
+let turn = 0;
 
 async function look() {
   if (document.hidden) return; // goes on when it is looked at again
@@ -18,14 +19,18 @@ async function look() {
     wantKey("This server asks for an API key.");
     return; // goes on when one was entered
   }
+  const mine = ++turn;
   try {
     const response = await ask("/dashboard/data", { signal: AbortSignal.timeout(PATIENCE_MS) });
-    if (response.ok) take(await response.json());
-    else await refused(response);
+    const told = response.ok ? await response.json() : await wordsOf(response);
+    if (mine !== turn) return; // asked again meanwhile, with another key perhaps: this one is old
+    if (response.ok) take(told);
+    else refused(response.status, told);
   } catch {
+    if (mine !== turn) return;
     away();
   }
-  clearTimeout(timer); // of another look that ended meanwhile
+  clearTimeout(timer);
   timer = setTimeout(look, period);
 }
 
@@ -42,9 +47,9 @@ function take(fresh) {
   plotly ??= loadPlotly(document.documentElement.dataset.plotly).then(show, () => (plotly = null));
 }
 
-async function refused(response) {
-  const words = `${response.status} · ${await wordsOf(response)}`;
-  if (response.status === 401) wantKey(words);
+function refused(status, said) {
+  const words = `${status} · ${said}`;
+  if (status === 401) wantKey(words);
   else trouble(words);
 }
 
