@@ -53,6 +53,8 @@ DOCUMENTS = 50
 WORDS = (6, 30)
 DEMO_WORDS = (40, 160)
 SAMPLE_S = 0.1
+STARTING_S = 1.0
+"""A process needs this long before it scores anything."""
 MAX_LENGTH = 512
 
 
@@ -139,7 +141,8 @@ def killed(source: Path, output: Path, kills: int, seconds: float) -> dict[str, 
         runs += 1
         try:
             if done < kills:
-                process.wait(chance.uniform(0, 2 * seconds / kills) + 1.0)
+                # Some while it starts; and all of them before the end can be reached.
+                process.wait(chance.uniform(0, STARTING_S + seconds / kills))
             if process.wait():
                 raise SystemExit("a run failed")
             return {"kills": done, "runs": runs, "sha256": digest(output)}

@@ -109,12 +109,14 @@ def main() -> None:
         "parts": measure(arguments),
     }
     file = arguments.results / "serving.json"
-    kept = json.loads(file.read_text())["models"] if file.exists() else []
-    for entry in kept:
-        if entry["model"] == found["model"] and entry["machine"] == found["machine"]:
+    models = json.loads(file.read_text())["models"] if file.exists() else []
+    for entry in models:
+        if (entry["model"], entry["machine"]) == (found["model"], found["machine"]):
             found["parts"] = entry["parts"] | found["parts"]  # measured one by one
-    models = [entry for entry in kept if entry["model"] != found["model"]] + [found]
-    models.sort(key=lambda entry: str(entry["model"]))
+            models.remove(entry)
+            break
+    models.append(found)
+    models.sort(key=lambda entry: (str(entry["model"]), str(entry["date"])))
     arguments.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"models": models}, indent=1) + "\n")
     (arguments.results / "serving.md").write_text(page(models))
