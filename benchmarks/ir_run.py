@@ -1,23 +1,26 @@
 """A real IR run, reranked: what it is worth by people's judgements, before and after.
 
-No installable package was found to carry Cranfield. The source package of `cherche` carries another
-small collection: abstracts of 314 arXiv papers that one reader, F.-P. Servant, filed under tags of
-his own (semanlink.net). A tag is a query, the papers filed under it are relevant. What he did not
-file may be relevant too, so the numbers are lower bounds, for both rankings alike.
+Two collections. Cranfield is 1,400 abstracts on aerodynamics with 225 questions, the first that
+retrieval was ever judged by. No installable package was found to carry it: give a folder with
+cran.all.1400.xml, cran.qry.xml and cranqrel.trec.txt. Without one, the source package of `cherche`
+serves: abstracts of 314 arXiv papers that one reader, F.-P. Servant, filed under tags of his own
+(semanlink.net). A tag is a query, the papers filed under it are relevant. What he did not file may
+be relevant too, so the numbers are lower bounds, for both rankings alike.
 
-BM25 (`bm25s`, Lucene's variant, English stop words and stems) ranks all papers for each tag;
+BM25 (`bm25s`, Lucene's variant, English stop words and stems) ranks all documents for each query;
 `echelon batch` reranks the best of them with the demo model. Needs the extras torch, files, bench.
 
-    python benchmarks/ir_run.py --depth 50 --compare      # in every precision
+    python benchmarks/ir_run.py --cranfield FOLDER --depth 50 --compare      # in every precision
     python benchmarks/ir_run.py --precision bf16
 
-Writes benchmarks/results/ir_run.json.
+Writes benchmarks/results/cranfield.json, or ir_run.json for the arXiv papers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -38,7 +41,7 @@ from echelon.jobs.screen import Screen, print_quality, print_trials
 from echelon.tune.hardware import describe_machine
 from echelon.tune.profile import library_versions
 
-RESULTS = Path(__file__).parent / "results" / "ir_run.json"
+RESULTS = Path(__file__).parent / "results"
 PACKAGE = "cherche==2.2.1"
 FOLDER = "cherche-2.2.1/cherche/data/semanlink"
 LEAST_RELEVANT, MOST_SHARE = 3, 0.2
@@ -80,6 +83,33 @@ def collection_of(
     return documents, {name: " ".join(labels[name].split()) for name in relevant}, relevant
 
 
+def cranfield(
+    folder: Path,
+) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
+    """Documents, queries and relevant documents by query.
+
+    The judgements count the queries from 1, whatever numbers stand beside them. An abstract
+    repeats its title, which is left away; two of them are empty.
+    """
+
+    def fields(name: str, text: str) -> list[str]:
+        found = re.findall(rf"<{name}>(.*?)</{name}>", text, re.DOTALL)
+        return [" ".join(one.split()) for one in found]
+
+    source = (folder / "cran.all.1400.xml").read_text(encoding="utf-8")
+    documents = dict(zip(fields("docno", source), fields("text", source), strict=True))
+    asked = fields("title", (folder / "cran.qry.xml").read_text(encoding="utf-8"))
+    queries = {str(number): query for number, query in enumerate(asked, 1)}
+    relevant = defaultdict(set)
+    for line in (folder / "cranqrel.trec.txt").read_text(encoding="utf-8").splitlines():
+        if line:
+            query, _, name, grade = line.split()
+            if int(grade) > 0:
+                relevant[query].add(name)
+    documents = {name: text for name, text in documents.items() if text}
+    return documents, {name: queries[name] for name in relevant}, relevant
+
+
 def write(
     folder: Path,
     documents: dict[str, str],
@@ -114,13 +144,17 @@ def main() -> None:
     """Fetch, rank, rerank, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--depth", type=int, default=20, help="papers of each query to rerank")
+    parser.add_argument("--cranfield", type=Path, help="folder of that collection")
+    parser.add_argument("--depth", type=int, default=20, help="documents of a query to rerank")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--compare", action="store_true", help="all precisions, not only that")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        documents, queries, relevant = collection_of(*fetch(folder))
+        if arguments.cranfield is None:
+            documents, queries, relevant = collection_of(*fetch(folder))
+        else:
+            documents, queries, relevant = cranfield(arguments.cranfield)
         write(folder, documents, queries, relevant, arguments.depth)
         job = Job(
             input=str(folder / "bm25.run"),
@@ -141,7 +175,7 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),
         "versions": {**library_versions(), "bm25s": bm25s.__version__},
-        "collection": PACKAGE,
+        "collection": PACKAGE if arguments.cranfield is None else "Cranfield",
         "documents": len(documents),
         "queries": len(queries),
         "relevant": sum(map(len, relevant.values())),
@@ -151,7 +185,8 @@ def main() -> None:
         "quality": summary.quality,
         "precisions": [asdict(trial) for trial in trials],
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    name = "ir_run.json" if arguments.cranfield is None else "cranfield.json"
+    (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -115,28 +119,24 @@ async def _served(server: Server, requests: Sequence[tuple[str, list[str]]]) -> 
 def overhead(bench: Bench) -> dict[str, Any]:
     """(f) One caller: a request over HTTP, and the same documents ranked in this process.
 
-    The same step takes up to a twentieth longer in one process than in another, start by start,
-    which is more than the goal. So the forward passes are timed on both sides and taken off too:
-    what is left is all that a server adds.
+    The caller is as plain as can be, so that the server is measured. The same step takes up to a
+    twentieth longer in one process than in another, start by start, which is more than the goal. So
+    the forward passes are timed on both sides and taken off too: what is left is all that a server
+    adds.
     """
     requests = bench.requests(max(20, 4 * round(bench.seconds)), seed=7)
     target = bench.server.target()
+    address = urlsplit(target.url)
     forward = _Forward(bench.reranker)
-
-    async def alternate() -> tuple[list[float], list[float]]:
-        direct, served = [], []
-        async with Client(target) as client:
-            for query, documents in requests:
-                body = target.shape.body(query, documents)
-                served.append(await _timed(client, body, len(documents)))
-                began = time.perf_counter()
-                bench.reranker.rank(query, documents)
-                direct.append(time.perf_counter() - began)
-        return served, direct
-
+    direct, served = [], []
     before = _steps(bench.server)
-    with forward:
-        served, direct = asyncio.run(alternate())
+    with forward, closing(HTTPConnection(address.netloc)) as connection:
+        for query, documents in requests:
+            body = target.shape.body(query, documents)
+            served.append(_plain(connection, address.path, body))
+            began = time.perf_counter()
+            bench.reranker.rank(query, documents)
+            direct.append(time.perf_counter() - began)
     steps = [after - start for after, start in zip(_steps(bench.server), before, strict=True)]
     extra = [(a - b) * 1e3 for a, b in zip(served, direct, strict=True)]
     around = {
@@ -174,6 +174,17 @@ class _Forward:
         finally:
             self.seconds += time.perf_counter() - began
             self.steps += 1
+
+
+def _plain(connection: HTTPConnection, path: str, body: bytes) -> float:
+    began = time.perf_counter()
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    took = time.perf_counter() - began
+    if response.status != HTTPStatus.OK:
+        raise RuntimeError(f"a request was not answered: {answer[:200]!r}")
+    return took
 
 
 async def _timed(client: Client, body: bytes, documents: int) -> float:

@@ -32,7 +32,7 @@ from echelon.advise.ask import Ask
 from echelon.advise.model import look
 from echelon.advise.numbers import correct
 from echelon.advise.proof import Stage, arguments, proof_of, stress_plan
-from echelon.advise.sending import Load, scale_of
+from echelon.advise.sending import Load, ruler_of
 from echelon.advise.server import Server
 from echelon.clock import monotonic
 from echelon.config import Options
@@ -220,8 +220,7 @@ def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     file = folder / "profile.json"
     profile.save(file)
     topics = model.texts.topics
-    scale = scale_of(topics, model.trial.encoder, tokens, (), model.longest)
-    load = Load(ask.traffic(tokens), 1.0, topics, scale)
+    load = Load(ask.traffic(tokens), 1.0, topics, ruler_of(model.trial.encoder))
     bench = Bench(model, ask, load, file, options.requests, options.seconds)
     settings = profile.settings
     candidate = Candidate(settings.token_budget, cost_of(profile), precision=settings.precision)

@@ -24,7 +24,7 @@ from echelon.advise.numbers import (
     squares_share,
 )
 from echelon.advise.proof import Stage, arguments, stress_plan
-from echelon.advise.sending import Load, scale_of
+from echelon.advise.sending import Load, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
 from echelon.config import Options
@@ -205,13 +205,14 @@ def test_a_limit_without_measured_memory_is_refused():
 def test_texts_have_the_lengths_that_are_simulated(model, tokens):
     traffic = Ask("edge", documents=Fixed(8)).traffic(tokens)
     encoder, topics = model.trial.encoder, model.texts.topics
-    load = Load(traffic, 1.0, topics, scale_of(topics, encoder, tokens, (), model.longest))
+    load = Load(traffic, 1.0, topics, ruler_of(encoder))
     requests = load.first(160)
     assert sum(one.documents for one in requests) == 160
     wanted = np.array([length for one in requests for length in one.lengths])
     pairs = [(q, d) for q, documents in load.texts(requests, 0) for d in documents]
     sent = encoder.encode(pairs, model.longest, "longest_first").lengths
-    assert sent.mean() == pytest.approx(wanted.mean(), rel=0.1)
+    assert sent.mean() == pytest.approx(wanted.mean(), rel=0.01)
+    assert np.abs(sent - wanted).max() <= 2  # cut within a word, it may count otherwise
     assert len(set(pairs)) == len(pairs)
 
 
@@ -219,14 +220,14 @@ def test_texts_have_the_lengths_that_are_simulated(model, tokens):
 def test_the_load_test_sends_the_requests_that_were_simulated(model, trace, tmp_path):
     rate = None if trace else 4.0
     ask = Ask("api", 0.5, rate, trace, Between(1, 6), verify_s=6.0, seed=3)
-    load = Load(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, 1.5)
+    ruler = ruler_of(model.trial.encoder)
+    load = Load(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, ruler)
     stage = Stage(ask, model, load, tmp_path / "p.json", on_card=False, told=lambda *_: None)
     simulated = load.requests(6.0, 3)
-    sent = list(stress_plan(stage, "http://127.0.0.1:1").workload().requests(6.0))
-    assert len(sent) > 10
-    assert [(a.at_s, a.documents) for a in sent] == [(a.at_s, a.documents) for a in simulated]
-    for one, other in zip(sent, simulated, strict=True):
-        assert one.lengths == tuple(round(1.5 * n) for n in other.lengths)
+    plan = stress_plan(stage, "http://127.0.0.1:1")
+    assert list(plan.workload().requests(6.0)) == simulated
+    assert len(simulated) > 10
+    assert plan.ruler is ruler
 
 
 def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import uvicorn
 from hypothesis import given
@@ -15,13 +16,14 @@ from echelon.api.app import make_app
 from echelon.api.dialects.table import DIALECTS, PATHS, choose
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.encode.tokens import PairEncoder
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Arrival, Between, Fixed
 from echelon.stress.client import route_of
 from echelon.stress.run import opened
 from echelon.stress.shapes import SHAPES, shape_of
-from echelon.stress.texts import TOKENS_OF_MARKS, Material, of_words
-from echelon.tune.texts import load_texts
+from echelon.stress.texts import TOKENS_OF_MARKS, Material, Tokens, of_words
+from echelon.tune.texts import Topic, load_texts
 from services import service
 from stand_in_reranker import TOPICS, good, plan_of, run
 
@@ -196,3 +198,20 @@ def test_lengths_in_tokens_are_met_about(demo_folder, tokens):
     found = [len(tokenizer.encode(query, text).ids) for query, texts in pairs for text in texts]
     assert sum(found) / len(found) == pytest.approx(tokens, rel=0.15)
     assert TOKENS_OF_MARKS < 40
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_with_the_tokenizer_lengths_are_met_exactly(demo_folder, marked):
+    encoder = PairEncoder(demo_folder)
+    topics = [*load_texts(None, "en").topics, Topic("what", ("", "one", "two words"))]
+    ruler = Tokens(encoder.ends, encoder.template.specials)
+    material = Material(topics, marked=marked, ruler=ruler)
+    lengths = tuple(Between(30, 400).draw(np.random.default_rng(0), 20))
+    for _ in range(30):
+        query, documents = material.request(Arrival(0, 20, lengths))
+        pairs = [(query, document) for document in documents]
+        found = encoder.encode(pairs, 512, "longest_first").lengths
+        # A word that is cut in two may be as many tokens more or fewer.
+        assert np.abs(found - lengths).max() <= 3
+        assert np.mean(found) == pytest.approx(np.mean(lengths), rel=0.01)
+        assert all(documents)

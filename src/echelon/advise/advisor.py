@@ -18,7 +18,7 @@ from echelon.advise.candidates import Prices, candidates, most_tokens, prices_of
 from echelon.advise.numbers import Numbers, agree, correct, differences
 from echelon.advise.proof import Stage, prove
 from echelon.advise.rivals import compete
-from echelon.advise.sending import Load, scale_of
+from echelon.advise.sending import Load, ruler_of
 from echelon.advise.shorter import Shorter, shorter
 from echelon.advise.standing import standing
 from echelon.clock import monotonic
@@ -137,9 +137,7 @@ class _Advisor:
         traffic = self.ask.traffic(tokens)
         rate = self.ask.rate or (traffic.trace_rate if self.ask.trace else 1.0)
         topics = self.model.texts.topics
-        encoder = self.model.trial.encoder
-        scale = scale_of(topics, encoder, tokens, traffic.trace, self.model.longest)
-        return Load(traffic, rate, topics, scale)
+        return Load(traffic, rate, topics, ruler_of(self.model.trial.encoder))
 
     def _shorter(self, load: Load) -> list[Shorter]:
         if "max_length" not in self.ask.allow:

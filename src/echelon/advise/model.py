@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from echelon.advise.sending import scale_of
+from echelon.advise.sending import require_texts
 from echelon.checks import check_max_length
 from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
@@ -90,7 +90,7 @@ def look(
         if asked > limit:
             raise too_long(asked, limit)
         if ask.tokens is not None:
-            scale_of(texts.topics, trial.encoder, ask.tokens, ask.trace, limit)
+            require_texts(texts.topics, trial.encoder, ask.tokens, ask.trace, limit)
         _check_memory(scorer, ask, before if facts.device == "cpu" else 0, options)
         _check_goal(scorer, ask, model)
     finally:

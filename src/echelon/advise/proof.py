@@ -174,13 +174,14 @@ def stress_plan(stage: Stage, url: str) -> Plan:
         target=Target(route_of(url, shape), shape, timeout_s=timeout_s),
         topics=load.topics,
         documents=ask.sizes,
-        tokens=load.tokens,
+        tokens=load.traffic.workload.tokens,
         rate=load.rate,
-        trace=load.trace or None,
+        trace=load.traffic.trace or None,
         warmup_s=0.0,
         duration_s=ask.verify_s,
         goal=None if ask.goal_s is None else Goal(ask.goal_s),
         seed=ask.seed,
+        ruler=load.ruler,
     )
 
 

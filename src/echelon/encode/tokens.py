@@ -76,6 +76,11 @@ class PairEncoder:
         except TruncationImpossible as error:
             raise _query_too_long(error, max_length) from None
 
+    def ends(self, text: str) -> list[int]:
+        """Where each token of a text ends, in characters from its beginning."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [end for _, end in offsets]
+
     def _encode_texts(self, texts: Sequence[str]) -> list[IntArray]:
         encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
             texts, add_special_tokens=False

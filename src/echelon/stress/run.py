@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from echelon.stress.drive import Outcome
     from echelon.stress.ledger import Record
     from echelon.stress.search import Search
+    from echelon.stress.texts import Ruler
     from echelon.tune.texts import Topic
 
     Told = Callable[[str, float | None], object]
@@ -48,6 +49,7 @@ class Plan:
         goal: what callers were promised.
         marked: make each request's texts its own; else identical pairs may be folded.
         seed: the same seed gives the same requests at the same times.
+        ruler: cuts texts to length; None goes by words.
     """
 
     target: Target
@@ -63,6 +65,7 @@ class Plan:
     goal: Goal | None = None
     marked: bool = True
     seed: int = 0
+    ruler: Ruler | None = None
 
     def __post_init__(self) -> None:
         if self.warmup_s < 0:
@@ -144,7 +147,7 @@ class LoadTest:
         self._client = client
         self._stop = stop
         self._told = told
-        self._material = Material(plan.topics, seed=plan.seed, marked=plan.marked)
+        self._material = Material(plan.topics, seed=plan.seed, marked=plan.marked, ruler=plan.ruler)
 
     async def measure(self, plan: Plan | None = None) -> Run:
         """One run under the plan, or under another one for the same target."""

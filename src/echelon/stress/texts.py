@@ -3,7 +3,8 @@
 Servers score a pair once that several requests ask for, and some remember pairs or the beginnings
 of texts. A load test of a few hundred texts would then measure that memory. So each query begins
 with a mark of its own, and so does each document: a few tokens, different in every request and
-every run. Pure, but for the run's salt.
+every run. Lengths are exact where the model's tokenizer is at hand, and met about so by words where
+only a server's address is known. Pure, but for the run's salt.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import random
 import re
 import secrets
+from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from echelon.plan.workload import Arrival
     from echelon.tune.texts import Topic
@@ -30,6 +32,72 @@ TOKENS_OF_MARKS = 12
 _PIECES = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]\s*|[^\s\u3040-\u9fff\uac00-\ud7af]+\s*")
 """Words with the space behind them; where words are not set apart, letters."""
 
+REMEMBERED = 4096
+"""Texts whose tokens are not counted again."""
+
+
+class Ruler(Protocol):
+    """Cuts texts so that pairs have the lengths asked for."""
+
+    def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
+        """A query's text that leaves room for the document of a pair of so many tokens."""
+        ...
+
+    def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
+        """A document's text: its first words, or itself several times; never empty.
+
+        Args:
+            text: to make it of.
+            length: tokens that the pair should have.
+            query: the other text of the pair.
+            marks: what is put before either.
+        """
+        ...
+
+
+class Words:
+    """Goes by words: no server tells its tokenizer."""
+
+    def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
+        """Queries are sent whole."""
+        del length, marks
+        return text
+
+    def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
+        """See :class:`Ruler`."""
+        taken = TOKENS_OF_MARKS if any(marks) else 0
+        words = round((length - taken) / TOKENS_PER_WORD) - len(_PIECES.findall(query))
+        return of_words(text, max(1, words))
+
+
+class Tokens:
+    """Goes by the model's own tokens.
+
+    Args:
+        ends: where each token of a text ends, in characters.
+        specials: special tokens of a pair.
+    """
+
+    def __init__(self, ends: Callable[[str], Sequence[int]], specials: int) -> None:
+        self._ends = lru_cache(REMEMBERED)(ends)
+        self._specials = specials
+
+    def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
+        """At most half of what a pair has room for."""
+        most = max(1, (length - self._spent(marks)) // 2)
+        return text if len(self._ends(text)) <= most else text[: self._ends(text)[most - 1]]
+
+    def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
+        """See :class:`Ruler`."""
+        if not self._ends(text):
+            text = "word"
+        ends = self._ends(text)
+        whole, rest = divmod(max(1, length - self._spent((query, *marks))), len(ends))
+        return (f"{text} " * whole + text[: ends[rest - 1] if rest else 0]).rstrip()
+
+    def _spent(self, texts: Sequence[str]) -> int:
+        return self._specials + sum(len(self._ends(text)) for text in texts)
+
 
 class Material:
     """Queries with documents, for as many requests as are asked for.
@@ -39,6 +107,7 @@ class Material:
         seed: which query comes when.
         marked: tell requests apart; else texts are sent as they are.
         salt: tells this run's marks from another's; None takes a new one.
+        ruler: cuts texts to length; None goes by words.
     """
 
     def __init__(
@@ -48,6 +117,7 @@ class Material:
         seed: int = 0,
         marked: bool = True,
         salt: str | None = None,
+        ruler: Ruler | None = None,
     ) -> None:
         self._random = random.Random(seed)  # noqa: S311 - draws texts, guards nothing
         self._topics = [topic for topic in topics if topic.documents]
@@ -57,22 +127,28 @@ class Material:
         self._marked = marked
         self._salt = secrets.token_hex(2) if salt is None else salt
         self._number = 0
+        self._ruler: Ruler = ruler or Words()
 
     def request(self, arrival: Arrival) -> tuple[str, list[str]]:
         """A query and its documents: its own, then those of the topics that follow."""
         drawn = self._random.randrange(len(self._topics))
         query, start = self._topics[drawn].query, self._starts[drawn]
         documents = [self._pool[(start + i) % len(self._pool)] for i in range(arrival.documents)]
+        query_mark, marks = self._marks(arrival.documents)
         if arrival.lengths:
-            spent = len(_PIECES.findall(query))
-            marks = TOKENS_OF_MARKS if self._marked else 0
-            words = [round((n - marks) / TOKENS_PER_WORD) - spent for n in arrival.lengths]
-            documents = [of_words(t, max(1, n)) for t, n in zip(documents, words, strict=True)]
+            query = self._ruler.query(query, min(arrival.lengths), (query_mark, marks[-1]))
+            documents = [
+                self._ruler.cut(text, length, query, (query_mark, mark))
+                for text, length, mark in zip(documents, arrival.lengths, marks, strict=True)
+            ]
+        return query_mark + query, [m + text for m, text in zip(marks, documents, strict=True)]
+
+    def _marks(self, documents: int) -> tuple[str, list[str]]:
         if not self._marked:
-            return query, documents
+            return "", [""] * documents
         self._number += 1
         mark = f"{self._salt}{self._number:x}"
-        return f"{mark} {query}", [f"{mark}.{i} {text}" for i, text in enumerate(documents)]
+        return f"{mark} ", [f"{mark}.{i} " for i in range(documents)]
 
 
 def of_words(text: str, words: int) -> str:
