@@ -182,8 +182,8 @@ def row_of(proof: Proof) -> Row:
     numbers = proof.numbers
     row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
     row |= {"missed": numbers.missed / max(1, numbers.requests), "held": proof.held}
-    row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "doubts": list(proof.doubts)}
-    return row
+    row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "noise": proof.noise}
+    return row | {"doubts": list(proof.doubts)}
 
 
 def calibrated(model: Model, seconds: float) -> Profile:
@@ -255,7 +255,12 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
         "goal_s": bench.ask.goal_s,
         "capacity_per_s": capacity,
         "forecasts": {
-            one.name: {"pace": one.pace, "overhead_s": one.limits.overhead_s} for one in forecasts
+            one.name: {
+                "pace": one.pace,
+                "overhead_s": one.limits.overhead_s,
+                "noise": one.limits.noise,
+            }
+            for one in forecasts
         },
         "points": points,
         "most": most,

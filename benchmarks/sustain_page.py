@@ -75,8 +75,8 @@ def page(models: Sequence[Row]) -> str:
         f"Requests of {DOCUMENTS} documents, open loop, Poisson. The goal of a prediction: within "
         f"{GOAL:.0%} of what was measured with the same requests. *probes*: step times as `echelon "
         "tune` fits them, and the overhead of a request as one caller found it; *after a look*: "
-        "both corrected by a run at half of the capacity, with other requests, as `echelon tune "
-        "--scenario` does."
+        "both, and how much step times vary, corrected by a run at half of the capacity, with "
+        "other requests, as `echelon tune --scenario` does."
     )
     lines = [
         "# P99 and the highest sustainable rate: predicted against measured",
@@ -102,7 +102,8 @@ def _model(model: Row) -> list[str]:
     machine, most = model["machine"], model["most"]
     versions = ", ".join(f"{name} {version}" for name, version in model["versions"].items())
     known = [
-        f"{name}: {1000 * one['overhead_s']:.1f} ms overhead, pace {one['pace']:.2f}"
+        f"{name}: {1000 * one['overhead_s']:.1f} ms overhead, pace {one['pace']:.2f}, "
+        f"noise {one['noise']:.2f}"
         for name, one in model["forecasts"].items()
     ]
     head = "".join(f" {name} | off |" for name in names)

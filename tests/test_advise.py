@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from echelon.advise.numbers import (
     agree,
     correct,
     differences,
+    noise_of_ratios,
     pace_of,
     paced,
     squares_share,
@@ -27,6 +29,7 @@ from echelon.advise.proof import Stage, arguments, stress_plan
 from echelon.advise.sending import Load, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
+from echelon.api.metrics import RATIOS
 from echelon.config import Options
 from echelon.errors import InvalidInput
 from echelon.plan.cost import Coefficients, CostModel, work_of
@@ -315,9 +318,25 @@ def test_a_correction_takes_what_was_measured():
     (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof)
     assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
     assert slower.memory == MemoryModel(200.0, 1.0)
-    assert limits.overhead_s == 0.007
+    assert (limits.overhead_s, limits.noise) == (0.007, 0.0)
+    assert correct([one], limits, numbers(), replace(proof, noise=0.2))[1].noise == 0.2
     calm = replace(proof, overhead_s=None)
     assert correct([one], Limits(overhead_s=0.002), numbers(), calm)[1].overhead_s == 0.002
+
+
+def test_the_noise_of_steps_is_read_from_their_ratios():
+    bounds = [*RATIOS, math.inf]
+
+    def counted(ratios):
+        return {bound: float((ratios <= bound).sum()) for bound in bounds}
+
+    chance = np.random.default_rng(0)
+    for noise in (0.1, 0.2, 0.4):
+        ratios = 1.1 * chance.lognormal(0.0, noise, 4000)
+        assert noise_of_ratios(counted(ratios)) == pytest.approx(noise, rel=0.1)
+    assert noise_of_ratios(counted(np.full(50, 1.02))) == pytest.approx(0.0, abs=1e-9)
+    assert noise_of_ratios(counted(np.array([0.1, 30.0]))) > 1
+    assert noise_of_ratios(counted(np.array([1.0]))) is None
 
 
 def test_certain_requests_are_predicted_as_their_scenario_has_them():

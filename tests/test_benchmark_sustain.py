@@ -195,7 +195,7 @@ def evaluated(p99_s=0.40, most=10.0):
         "alone": came,
         "goal_s": 0.4,
         "capacity_per_s": 14.5,
-        "forecasts": {name: {"pace": 1.0, "overhead_s": 0.003} for name in NAMES},
+        "forecasts": {name: {"pace": 1.0, "overhead_s": 0.003, "noise": 0.1} for name in NAMES},
         "points": [point],
         "most": highest,
         "verdict": {name: verdict(name, [point], highest) for name in NAMES},

@@ -121,7 +121,7 @@ class _Advisor:
         best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
         static = self._beside(load, best)
         answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
-        extras = {"static": static, "curve": self._curve(load, best, limits)}
+        extras = {"static": static, "curve": self._curve(load, best)}
         settled = replace(self._settled(best.found.chosen.candidate), scenario=answer | extras)
         missed = None
         if best.proof is not None and not best.held:
@@ -203,13 +203,12 @@ class _Advisor:
             return Prices(guess.cost, guess.memory)
         return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
 
-    def _curve(self, load: Load, best: Round, limits: Limits) -> dict[str, Any] | None:
+    def _curve(self, load: Load, best: Round) -> dict[str, Any] | None:
         """Latency over load, with the models that the settings were chosen by."""
         if self.ask.scenario not in HURRIED:
             return None
         self.told("simulating rising load", 0.0)
-        limits = replace(limits, overhead_s=best.overhead_s)
-        return curve_of(load.traffic, best.found.chosen.candidate, limits).as_dict(load.rate)
+        return curve_of(load.traffic, best.found.chosen.candidate, best.limits).as_dict(load.rate)
 
     # Proving.
 
@@ -244,7 +243,7 @@ class _Advisor:
         outcome, largest = predict(name, requests, chosen, limits)
         predicted = Numbers.of(name, outcome, chosen, largest)
         if not self.ask.verify_s:
-            return Round(found, predicted, limits.overhead_s)
+            return Round(found, predicted, limits)
         seconds = outcome.duration_s if name == "offline" else outcome.mean_s
         with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
             file = Path(folder) / "profile.json"
@@ -252,7 +251,7 @@ class _Advisor:
             stage = self._stage(load, file)
             proof = prove(stage, chosen, requests, seconds)
         off = differences(name, predicted, proof.numbers)
-        return Round(found, predicted, limits.overhead_s, proof, off)
+        return Round(found, predicted, limits, proof, off)
 
     def _stage(self, load: Load, file: Path) -> Stage:
         on_card = self.profile.key.device != "cpu"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from echelon.advise.numbers import Numbers, Proof
     from echelon.advise.shorter import Shorter
     from echelon.tune.profile import Profile
-    from echelon.tune.scenario import Candidate, Recommendation, Tried
+    from echelon.tune.scenario import Candidate, Limits, Recommendation, Tried
 
 SCHEMA = 1
 """Version of the entry's layout, see docs/TUNE.md."""
@@ -32,14 +32,14 @@ class Round:
     Attributes:
         found: the solver's.
         predicted: of the requests that the proof sends.
-        overhead_s: seconds of a request beside queue and steps that were reckoned with.
+        limits: goal, overhead and noise that were reckoned with.
         proof: what was measured; None where nothing was.
         off: by how much it differs, relative.
     """
 
     found: Recommendation
     predicted: Numbers
-    overhead_s: float
+    limits: Limits
     proof: Proof | None = None
     off: dict[str, float] = field(default_factory=dict)
 
@@ -54,13 +54,15 @@ class Round:
         return {
             "chosen": _setting(self.found.chosen.candidate),
             "predicted": self.predicted.as_dict(),
-            "overhead_s": self.overhead_s,
+            "overhead_s": self.limits.overhead_s,
+            "noise": self.limits.noise,
             "measured": None if proof is None else proof.numbers.as_dict(),
             "held": None if proof is None else proof.held,
             "agrees": None if proof is None else agree(self.off),
             "off": self.off,
             "pace": None if proof is None else proof.pace,
             "measured_overhead_s": None if proof is None else proof.overhead_s,
+            "measured_noise": None if proof is None else proof.noise,
         }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.plan.cost import CostModel, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from echelon.plan.workload import Arrival
     from echelon.simulate.outcome import Outcome
@@ -19,6 +21,9 @@ AGREES = 0.25
 
 PACE = (0.1, 10.0)
 """A measured pace beyond is no pace but a fault of the measurement."""
+
+EDGE = 1.5
+"""What lies beyond the outermost bounds of a histogram is at most so many times beyond."""
 
 COMPARED = {
     "api": ("p50_s", "p99_s"),
@@ -91,6 +96,8 @@ class Proof:
             server.
         held: whether the goal and the limit held.
         doubts: why the numbers may mislead.
+        noise: of its steps' times, see :class:`echelon.simulate.setting.Setting`; None where there
+            is no server.
     """
 
     numbers: Numbers
@@ -98,6 +105,7 @@ class Proof:
     overhead_s: float | None
     held: bool
     doubts: tuple[str, ...] = ()
+    noise: float | None = None
 
 
 def differences(scenario: Scenario, predicted: Numbers, measured: Numbers) -> dict[str, float]:
@@ -120,7 +128,7 @@ def agree(off: dict[str, float]) -> bool:
 def correct(
     models: Sequence[Candidate], limits: Limits, predicted: Numbers, proof: Proof
 ) -> tuple[list[Candidate], Limits]:
-    """The candidates and limits as the proof showed them: pace, memory, overhead."""
+    """The candidates and limits as the proof showed them: pace, memory, overhead, noise."""
     said, came = predicted.memory_bytes, proof.numbers.memory_bytes
     heavier = max(1.0, came / said) if said and came else 1.0
     corrected = [
@@ -133,6 +141,8 @@ def correct(
     ]
     if proof.overhead_s is not None:
         limits = replace(limits, overhead_s=proof.overhead_s)
+    if proof.noise is not None:
+        limits = replace(limits, noise=proof.noise)
     return corrected, limits
 
 
@@ -140,6 +150,28 @@ def paced(cost: CostModel, pace: float) -> CostModel:
     """The same model on a machine that takes so many times longer."""
     prices = cost.coefficients
     return CostModel(prices.priced(price * pace for price in prices.prices), cost.cost)
+
+
+def noise_of_ratios(counts: Mapping[float, float]) -> float | None:
+    """Standard deviation of the logarithm of actual over predicted step time.
+
+    Args:
+        counts: steps whose ratio was at most so much, by that bound, as Prometheus' histograms
+            count them; each is taken for the middle of its interval.
+
+    Returns:
+        None without two steps.
+    """
+    bounds = sorted(counts)
+    below = [0.0, *(counts[bound] for bound in bounds[:-1])]
+    steps = [counts[bound] - less for bound, less in zip(bounds, below, strict=True)]
+    if sum(steps) < 2:  # noqa: PLR2004 - a deviation needs two
+        return None
+    edges = [bounds[0] / EDGE, *bounds[:-1], bounds[-2] * EDGE]
+    middles = [math.log(low * high) / 2 for low, high in itertools.pairwise(edges)]
+    mean = sum(n * at for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    spread = sum(n * (at - mean) ** 2 for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    return math.sqrt(spread)
 
 
 def squares_share(requests: Sequence[Arrival], most: int | None) -> float:

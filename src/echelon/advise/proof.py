@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.advise.ask import HURRIED
-from echelon.advise.numbers import PACE, Numbers, Proof, pace_of, squares_share
+from echelon.advise.numbers import (
+    PACE,
+    Numbers,
+    Proof,
+    noise_of_ratios,
+    pace_of,
+    squares_share,
+)
 from echelon.advise.reranking import Task, run, run_apart
 from echelon.advise.server import Server
 from echelon.simulate.ladder import MISSES
@@ -129,6 +136,7 @@ def proof_of(
         _overhead(grown, summary.mean_s),
         late <= MISSES * summary.requests and _fits(stage.ask, memory),
         (*summary.doubts, *summary.notes),
+        noise_of_ratios(_ratios(grown)),
     )
 
 
@@ -200,6 +208,16 @@ def _overhead(grown: Scraped, mean_s: float | None) -> float:
         return grown.get(f"echelon_request_seconds_sum{of}", 0.0) / count if count else 0.0
 
     return max(0.0, (mean_s or 0.0) - (phase("total") - phase("tokenise")))
+
+
+def _ratios(grown: Scraped) -> dict[float, float]:
+    """Steps whose actual time was at most so many times the predicted, by that bound."""
+    name = 'echelon_step_actual_over_predicted_bucket{le="'
+    return {
+        float(key.removeprefix(name).rstrip('"}')): count
+        for key, count in grown.items()
+        if key.startswith(name)
+    }
 
 
 def _fits(ask: Ask, memory: float | None) -> bool:
