@@ -50,9 +50,9 @@ ZERO_POINT = 128
 """The code of 0 in rows that may be negative."""
 
 
-BLOCK_ROWS = 64
-"""Rows that torch works on at a time where there are no kernels: what one pass leaves is still in
-cache for the next."""
+BLOCK = 2**18
+"""Numbers that torch works on at a time where there are no kernels: what one pass leaves is still
+near for the next, and there are few enough calls. Half and twice as many were slower."""
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
         return Rows(out, codes, scales)
     if product.scales is None and not quantized:
         return Rows(norm(_settled(product)))
-    return _by_blocks(product, lambda rows: _coded(norm(rows), None, keep=True, codes=quantized))
+    return _by_blocks(product, norm, keep=True, codes=quantized)
 
 
 def activate(product: Product, activation: str, shift: float | None = None) -> Rows:
@@ -157,9 +157,7 @@ def activate(product: Product, activation: str, shift: float | None = None) -> R
     function, coded = ACTIVATIONS[activation], shift is not None
     if product.scales is None and not coded:
         return Rows(function(_settled(product)))
-    return _by_blocks(
-        product, lambda rows: _coded(function(rows), shift, keep=not coded, codes=coded)
-    )
+    return _by_blocks(product, function, shift, keep=not coded, codes=coded)
 
 
 def quantize(rows: Tensor) -> Rows:
@@ -172,7 +170,7 @@ def quantize(rows: Tensor) -> Rows:
         codes, scales = _code_buffers(rows)
         _call("echelon_quantize", rows, *rows.shape, codes, scales)
         return Rows(rows, codes, scales)
-    coded = _by_blocks(Product(rows), lambda part: _coded(part, None, keep=False, codes=True))
+    coded = _by_blocks(Product(rows), ACTIVATIONS["none"], keep=False, codes=True)
     return Rows(rows, coded.codes, coded.scales)
 
 
@@ -183,23 +181,41 @@ def values_of(rows: Rows) -> Tensor:
     return rows.values
 
 
-def _by_blocks(product: Product, make: Callable[[Tensor], Rows]) -> Rows:
-    """What ``make`` gives for the product's true value, a few rows in cache at a time."""
-    count = len(product.values)
-    blocks = [
-        make(_settled(product.part(slice(first, first + BLOCK_ROWS))))
-        for first in range(0, count, BLOCK_ROWS)
-    ]
-    columns = zip(*((b.values, b.codes, b.scales) for b in blocks), strict=True)
-    return Rows(*(None if column[0] is None else torch.cat(column) for column in columns))
+def _by_blocks(
+    product: Product,
+    function: Callable[[Tensor], Tensor],
+    shift: float | None = None,
+    *,
+    keep: bool,
+    codes: bool,
+) -> Rows:
+    """A function of the product's true value, a few rows in cache at a time.
+
+    Args:
+        product: what it is applied to.
+        function: of rows.
+        shift: see :func:`activate`; None for codes around 128.
+        keep: whether the values are wanted.
+        codes: whether their codes are.
+    """
+    like = product.values
+    out = Rows(
+        torch.empty_like(like, dtype=torch.bfloat16) if keep else None,
+        *(_code_buffers(like) if codes else ()),
+    )
+    step = max(1, BLOCK // like.shape[1])
+    for first in range(0, len(like), step):
+        part = slice(first, first + step)
+        rows = function(_settled(product.part(part)))
+        if out.values is not None:
+            out.values[part] = rows
+        if out.codes is not None and out.scales is not None:
+            out.scales[part] = _encode(rows.float(), shift, out.codes[part])
+    return out
 
 
-def _coded(rows: Tensor, shift: float | None, *, keep: bool, codes: bool) -> Rows:
-    """Rows as what the next layer wants: bf16 values, codes, or both."""
-    values = rows.bfloat16() if keep else None
-    rows = rows.float()
-    if not codes:
-        return Rows(values)
+def _encode(rows: Tensor, shift: float | None, codes: Tensor) -> Tensor:
+    """Fill in the codes of rows; their scales, [rows]."""
     if shift is None:
         # Two passes, and still faster than torch.aminmax.
         most = torch.maximum(-rows.amin(1), rows.amax(1))
@@ -208,17 +224,21 @@ def _coded(rows: Tensor, shift: float | None, *, keep: bool, codes: bool) -> Row
         most, steps, zero = rows.amax(1) + shift, SHIFTED_CODES, 0.0
     scales = torch.where(most > 0, most / steps, torch.ones_like(most))
     inverse = scales.reciprocal()[:, None]
-    # Half a code more, so that cutting off the fraction rounds.
-    origin = inverse * (shift or 0.0) + (zero + 0.5)
-    return Rows(values, (rows * inverse).add_(origin).byte(), scales)
+    numbers = (rows * inverse).add_(inverse * (shift or 0.0) + (zero - ZERO_POINT)).round_()
+    # By way of signed bytes, which torch makes in a quarter of the time that unsigned ones take.
+    codes.view(torch.int8).copy_(numbers)
+    codes.bitwise_xor_(ZERO_POINT)
+    return scales
 
 
 def _settled(product: Product) -> Tensor:
     """The true value; in fp32 where scales are pending."""
-    values = product.values
-    if product.scales is not None:
+    values = product.values if product.scales is None else product.values.float()
+    if product.scales is not None and product.bias is not None:
+        values = torch.addcmul(product.bias, values, product.scales[:, None])
+    elif product.scales is not None:
         values = values * product.scales[:, None]
-    if product.bias is not None:
+    elif product.bias is not None:
         values = values + product.bias
     return values if product.residual is None else values + product.residual
 

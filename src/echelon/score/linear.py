@@ -134,8 +134,6 @@ class Int8Linear:
         added = 0.0 if shift is None else shift * scales * codes.sum(1, dtype=torch.int32)
         self._bias = bias.float() - added
         self._call = torch.ops.onednn.qlinear_pointwise.default
-        # Without kernels fp32 saves torch a pass that converts.
-        self._dtype = torch.float32 if kernels() is None else torch.bfloat16
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """See :class:`Linear`."""
@@ -143,7 +141,7 @@ class Int8Linear:
             rows = quantize(values_of(rows))
         product = self._call(
             *(rows.codes, 1.0, self._zero_point, self._packed, self._scales, self._zeros, None),
-            *(1.0, 0, self._dtype, "none", [], ""),
+            *(1.0, 0, torch.bfloat16, "none", [], ""),
         )
         return Product(product, rows.scales, self._bias, residual)
 
