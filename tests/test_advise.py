@@ -26,7 +26,7 @@ from echelon.advise.numbers import (
     squares_share,
 )
 from echelon.advise.proof import Stage, arguments, stress_plan
-from echelon.advise.sending import Load, ruler_of
+from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
 from echelon.api.metrics import RATIOS
@@ -322,6 +322,14 @@ def test_a_correction_takes_what_was_measured():
     assert correct([one], limits, numbers(), replace(proof, noise=0.2))[1].noise == 0.2
     calm = replace(proof, overhead_s=None)
     assert correct([one], Limits(overhead_s=0.002), numbers(), calm)[1].overhead_s == 0.002
+
+
+@pytest.mark.parametrize(("sizes", "trace"), [(Fixed(6), ()), (Fixed(90), (Known(0.0, 2, 6),))])
+def test_pairs_shorter_than_what_tells_them_apart_are_refused(model, sizes, trace):
+    topics, encoder = model.texts.topics, model.trial.encoder
+    require_texts(topics, encoder, Fixed(90), (), model.longest)
+    with pytest.raises(InvalidInput, match="--tokens: pairs of 6 tokens cannot be made"):
+        require_texts(topics, encoder, sizes, trace, model.longest)
 
 
 def test_the_noise_of_steps_is_read_from_their_ratios():

@@ -18,7 +18,7 @@ from echelon.advise.candidates import Prices, candidates, most_tokens, prices_of
 from echelon.advise.numbers import Numbers, agree, correct, differences
 from echelon.advise.proof import Stage, prove
 from echelon.advise.rivals import compete
-from echelon.advise.sending import Load, ruler_of
+from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.shorter import Shorter, shorter
 from echelon.advise.standing import standing
 from echelon.clock import monotonic
@@ -136,8 +136,9 @@ class _Advisor:
             raise InvalidInput("--tokens", "the texts do not say how long pairs are", "Give it.")
         traffic = self.ask.traffic(tokens)
         rate = self.ask.rate or (traffic.trace_rate if self.ask.trace else 1.0)
-        topics = self.model.texts.topics
-        return Load(traffic, rate, topics, ruler_of(self.model.trial.encoder))
+        topics, encoder = self.model.texts.topics, self.model.trial.encoder
+        require_texts(topics, encoder, tokens, traffic.trace, self.model.longest)
+        return Load(traffic, rate, topics, ruler_of(encoder))
 
     def _shorter(self, load: Load) -> list[Shorter]:
         if "max_length" not in self.ask.allow:
