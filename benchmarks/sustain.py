@@ -41,6 +41,7 @@ from echelon.plan.pack import step_budget
 from echelon.plan.workload import Fixed, Lognormal
 from echelon.simulate.ladder import meets
 from echelon.stress.run import opened
+from echelon.tune.calibrate import models_of
 from echelon.tune.curve import curve_of
 from echelon.tune.hardware import describe_machine
 from echelon.tune.prices import cost_of
@@ -193,14 +194,16 @@ def calibrated(model: Model, seconds: float) -> Profile:
         TooNoisy: no fit was kept.
     """
     trial = model.trial
-    scorer = trial.open(trial.options.precision)
+    opener = trial.opener()
+    scorer = opener(precision=trial.options.precision)
     try:
         facts = scorer.facts
         plan = Plan(time_limit_s=seconds / PROBE_SHARE)
-        found = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
+        probed = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
         key = current_key(trial.folder.name, trial.folder.revision, facts)
     finally:
         scorer.close()
+    found = models_of(probed, opener)
     if found.cost is None:
         raise TooNoisy(" ".join(found.warnings))
     budget = step_budget(None, None, facts.device)
@@ -272,7 +275,7 @@ def corrected(forecast: Forecast, proof: Proof) -> Forecast:
     """The models after a look, as `echelon tune --scenario` corrects them after a proof."""
     chosen, limits = forecast.candidate, forecast.limits
     # Memory plays no part here: what was predicted of it is what came.
-    (candidate,), limits = correct([chosen], limits, proof.numbers, proof)
+    (candidate,), limits = correct([chosen], limits, proof.numbers, proof, 1)
     return Forecast("after a look", candidate, limits, proof.pace)
 
 

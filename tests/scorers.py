@@ -156,3 +156,19 @@ def batch_of(*pairs: list[int]) -> TokenBatch:
     ids = np.array([number for pair in pairs for number in pair], dtype=np.int32)
     offsets = np.cumsum([0, *map(len, pairs)]).astype(np.int32)
     return TokenBatch(ids, None, offsets)
+
+
+class Weighty(Obedient):
+    """Holds `TOKEN_BYTES` a token while it scores; dies, or finds no room, beyond some tokens."""
+
+    TOKEN_BYTES = 64 * 1024
+
+    def __init__(self, dies_beyond: int | None = None, **settings) -> None:
+        super().__init__(**settings)
+        self._dies_beyond = dies_beyond
+
+    def score(self, batch: TokenBatch):
+        if self._dies_beyond is not None and len(batch.ids) > self._dies_beyond:
+            os.kill(os.getpid(), signal.SIGKILL)
+        held = np.ones(len(batch.ids) * self.TOKEN_BYTES, dtype=np.uint8)
+        return super().score(batch) + 0 * held[:1]

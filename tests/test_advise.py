@@ -313,15 +313,24 @@ def test_what_matters_must_agree_within_a_quarter():
 
 
 def test_a_correction_takes_what_was_measured():
-    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(100.0, 1.0))
+    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
     proof = Proof(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
-    (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof)
+    (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof, 1)
     assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
-    assert slower.memory == MemoryModel(200.0, 1.0)
     assert (limits.overhead_s, limits.noise) == (0.007, 0.0)
-    assert correct([one], limits, numbers(), replace(proof, noise=0.2))[1].noise == 0.2
+    assert correct([one], limits, numbers(), replace(proof, noise=0.2), 1)[1].noise == 0.2
     calm = replace(proof, overhead_s=None)
-    assert correct([one], Limits(overhead_s=0.002), numbers(), calm)[1].overhead_s == 0.002
+    assert correct([one], Limits(overhead_s=0.002), numbers(), calm, 1)[1].overhead_s == 0.002
+
+
+@pytest.mark.parametrize(
+    ("came", "workers", "fixed"), [(800, 1, 700), (800, 2, 500), (300, 1, 200), (1, 1, 0)]
+)
+def test_memory_is_corrected_both_ways_by_what_a_worker_holds(came, workers, fixed):
+    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
+    proof = Proof(numbers(memory=came * MIB), 1.0, None, held=True)
+    (found,), _ = correct([one], Limits(), numbers(), proof, workers)
+    assert found.memory == MemoryModel(fixed * MIB, 1.0)
 
 
 @pytest.mark.parametrize(("sizes", "trace"), [(Fixed(6), ()), (Fixed(90), (Known(0.0, 2, 6),))])

@@ -189,13 +189,13 @@ def test_a_precision_is_measured_before_it_is_taken(model, known, monkeypatch):
     rows = [{"precision": "fp32", "tokens_per_s": 50.0, **row},
             {"precision": "bf16", "tokens_per_s": 500.0, **row}]  # fmt: skip
     asked = []
-    real = advisor.probe
+    real = advisor.models_of
 
-    def probed(trial, scorer, plan, texts, **more):
-        asked.append(scorer.facts.precision)
-        return replace(real(trial, scorer, plan, texts, **more), cost=None, memory=None)
+    def noisy(probed, opener):
+        asked.append(probed.facts.precision)
+        return replace(real(probed, opener), cost=None, memory=None)
 
-    monkeypatch.setattr(advisor, "probe", probed)
+    monkeypatch.setattr(advisor, "models_of", noisy)
     ask = api(verify_s=0.0, allow=("precision",))
     plan = Plan(token_budgets=(256,), time_limit_s=0.2)
     found = advise(model, replace(known, precisions=rows), ask, plan).profile

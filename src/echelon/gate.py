@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from echelon.encode.tokens import PairEncoder
     from echelon.fetch.resolve import ModelFolder
     from echelon.score.base import Facts, Scorer
+    from echelon.score.worker import Opener
     from echelon.tune.profile import Profile
     from echelon.tune.texts import Texts, Topic
     from echelon.types import FloatArray
@@ -68,16 +70,20 @@ class Trial:
         apart = max(1, len(texts.topics) // TOPICS)
         return cls(folder, options, encoder, texts.topics[::apart][:TOPICS])
 
-    def open(self, precision: str, keep_bf16: Sequence[str] = ()) -> Scorer:
-        """The model in a precision."""
-        return open_scorer(
+    def opener(self, keep_bf16: Sequence[str] = ()) -> Opener:
+        """Opens the model in a precision, in this process or another."""
+        return partial(
+            open_scorer,
             self.folder.path,
             device=self.options.device,
-            precision=precision,
             threads=self.options.threads,
             label=self.options.label,
             keep_bf16=keep_bf16,
         )
+
+    def open(self, precision: str, keep_bf16: Sequence[str] = ()) -> Scorer:
+        """The model in a precision."""
+        return self.opener(keep_bf16)(precision=precision)
 
     def encode(self, facts: Facts) -> EncodedPairs:
         """All pairs of the topics."""

@@ -20,7 +20,7 @@ from echelon.gate import Trial
 from echelon.plan.cost import work_of
 from echelon.plan.pack import NO_BUDGET
 from echelon.score.base import DeviceOutOfMemory
-from echelon.tune.calibrate import Stuff
+from echelon.tune.calibrate import Stuff, models_of
 from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
 from echelon.tune.hardware import meter_of
 from echelon.tune.probes import Range, measure
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from echelon.clock import Clock
     from echelon.config import Options
     from echelon.score.base import Scorer
+    from echelon.tune.calibrate import Calibration, Probed
     from echelon.tune.profile import Profile
     from echelon.tune.texts import Texts
     from echelon.tuner import Plan
@@ -127,12 +128,15 @@ def refresh(
             specials = encoder.template.specials
             longest = check_max_length(trial.options.max_length, scorer.facts.max_tokens, specials)
             opened = _Model(trial, scorer, texts, Stuff(encoder, texts, longest), clock)
-            fresh, drifted = _renew(opened, old, plan, told)
+            fresh, drifted, probed = _renew(opened, old, plan, told)
     finally:
         scorer.close()
     if different:
         found = tune(model, options, plan, clock=clock, told=told)
         return Refreshed(found, [f"everything: {'; '.join(different)}"], [])
+    if probed is not None:
+        models = models_of(probed, trial.opener(_keep_bf16(old)))
+        fresh = replace(fresh, profile=_remodelled(fresh.profile, models))
     if not drifted:
         return fresh
     found = tune(model, options, plan, clock=clock, told=told, known=old)
@@ -142,21 +146,24 @@ def refresh(
 
 def _renew(
     opened: _Model, old: Profile, plan: Plan, told: Callable[[str, float], None]
-) -> tuple[Refreshed, bool]:
-    """A profile whose key holds; and whether all its times are still to be measured again."""
+) -> tuple[Refreshed, bool, Probed | None]:
+    """A profile whose key holds, and what is still missing.
+
+    Returns:
+        What was done; whether all times are to be measured again; and the probes of models that the
+        profile has not got yet.
+    """
     measured, kept = [], ["ranking agreement and threads: model, device and versions are the same"]
-    profile, budget = old, old.learned_token_budget
+    profile, budget, probed = old, old.learned_token_budget, None
     why, drifted = _stale(opened, old, plan)
     if drifted:
         measured.append(f"times and the cost model: {why}")
     elif why:
         measured.append(f"the cost model: {why}")
         kept.append("times of the sweep: the machine is not known to have changed")
-        models = probe(
+        probed = probe(
             opened.trial, opened.scorer, plan, opened.texts, clock=opened.clock, told=told
         )
-        warnings = [w for w in old.warnings if "--refresh" not in w] + models.warnings
-        profile = replace(old, cost=models.cost, memory=models.memory, warnings=warnings)
     else:
         kept.append("times and the cost model: some steps took what it says")
     full = old.settings.token_budget
@@ -166,7 +173,12 @@ def _renew(
             profile = replace(profile, learned_token_budget=None)
         else:
             kept.append(f"the token budget {budget}: {full} still do not fit")
-    return Refreshed(profile, measured, kept), drifted
+    return Refreshed(profile, measured, kept), drifted, probed
+
+
+def _remodelled(profile: Profile, models: Calibration) -> Profile:
+    warnings = [w for w in profile.warnings if "--refresh" not in w] + models.warnings
+    return replace(profile, cost=models.cost, memory=models.memory, warnings=warnings)
 
 
 def _stale(opened: _Model, old: Profile, plan: Plan) -> tuple[str, bool]:

@@ -23,7 +23,7 @@ from echelon.gate import Trial, compare, require_passed
 from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
 from echelon.score.device import usable_cpus
 from echelon.score.load import precisions_to_compare, runs_on_cpu
-from echelon.tune.calibrate import Calibration, Stuff, calibrate
+from echelon.tune.calibrate import Probed, Stuff, calibrate, models_of
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import describe_machine, meter_of
 from echelon.tune.probes import Range
@@ -141,11 +141,13 @@ def tune(
             saved=kept.save,
             told=lambda point, share: told(f"measuring {point.label}", share),
         )
-        models = probe(replace(trial, options=options), scorer, plan, texts, clock=clock, told=told)
+        probed = probe(replace(trial, options=options), scorer, plan, texts, clock=clock, told=told)
         key = current_key(folder.name, folder.revision, scorer.facts)
         used = scorer.facts.threads or None
     finally:
         scorer.close()
+    told("measuring a worker's memory", 1.0)
+    models = models_of(probed, replace(trial, options=options).opener(keep_bf16))
     return Profile(
         key=key,
         settings=_settings(key, results, used, options.max_length),
@@ -171,8 +173,8 @@ def probe(
     *,
     clock: Clock,
     told: Callable[[str, float], None],
-) -> Calibration:
-    """The cost model and the memory model of an open scorer, up to the plan's largest step."""
+) -> Probed:
+    """Probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
     facts, encoder = scorer.facts, trial.encoder
     specials = encoder.template.specials
     longest = check_max_length(trial.options.max_length, facts.max_tokens, specials)

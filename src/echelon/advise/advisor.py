@@ -23,6 +23,7 @@ from echelon.advise.shorter import Shorter, shorter
 from echelon.advise.standing import standing
 from echelon.clock import monotonic
 from echelon.errors import EchelonError, GoalMissed, InvalidInput
+from echelon.tune.calibrate import models_of
 from echelon.tune.curve import curve_of
 from echelon.tune.lang import kept
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
@@ -174,13 +175,15 @@ class _Advisor:
     def _probe(self, precision: str, guess: Candidate) -> Prices:
         row = row_of(self.profile, precision) or {}
         trial = self.model.tuned(self.profile)
-        scorer = trial.open(precision, row.get("keep_bf16", []))
+        opener = trial.opener(row.get("keep_bf16", []))
+        scorer = opener(precision=precision)
         try:
-            models = probe(
+            probed = probe(
                 trial, scorer, self.plan, self.model.texts, clock=monotonic, told=self.told
             )
         finally:
             scorer.close()
+        models = models_of(probed, opener)
         note = kept(
             "The sweep's times are {swept}'s; the scenario takes {taken}.",
             swept=self.profile.key.precision,
@@ -223,7 +226,8 @@ class _Advisor:
                 return
             if shown.held and agree(shown.off):
                 return
-            models, limits = correct(models, limits, shown.predicted, shown.proof)
+            workers = found.chosen.candidate.workers
+            models, limits = correct(models, limits, shown.predicted, shown.proof, workers)
             try:
                 found = self._solve(load, models, limits)
             except InvalidInput as error:

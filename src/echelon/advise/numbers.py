@@ -126,16 +126,20 @@ def agree(off: dict[str, float]) -> bool:
 
 
 def correct(
-    models: Sequence[Candidate], limits: Limits, predicted: Numbers, proof: Proof
+    models: Sequence[Candidate], limits: Limits, predicted: Numbers, proof: Proof, workers: int
 ) -> tuple[list[Candidate], Limits]:
-    """The candidates and limits as the proof showed them: pace, memory, overhead, noise."""
+    """The candidates and limits as the proof showed them: pace, memory, overhead, noise.
+
+    What a worker holds more or less than predicted, it holds whatever the step: libraries,
+    tokenizer, products that are kept ready.
+    """
     said, came = predicted.memory_bytes, proof.numbers.memory_bytes
-    heavier = max(1.0, came / said) if said and came else 1.0
+    more = (came - said) / workers if said and came else 0.0
     corrected = [
         replace(
             one,
             cost=paced(one.cost, proof.pace),
-            memory=one.memory and replace(one.memory, fixed_bytes=one.memory.fixed_bytes * heavier),
+            memory=one.memory and one.memory.shifted(more),
         )
         for one in models
     ]

@@ -6,7 +6,7 @@ process on CPU and for the card on CUDA.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from echelon.plan.pack import NO_BUDGET
@@ -37,6 +37,10 @@ class MemoryModel:
     def of_length(self, length: float) -> MemoryModel:
         """The same where all pairs have one length: their squares are tokens then."""
         return MemoryModel(self.fixed_bytes, self.token_bytes + self.square_bytes * length)
+
+    def shifted(self, more_bytes: float) -> MemoryModel:
+        """The same where so much more is held without any step; less where it is negative."""
+        return replace(self, fixed_bytes=max(0.0, self.fixed_bytes + more_bytes))
 
     def bytes_of(self, tokens: int) -> float:
         """Bytes at the peak of a step of so many tokens, squares left out; see `of_length`."""

@@ -1,17 +1,26 @@
-"""A model on its device to a cost model and a memory model: choose probes, measure, fit."""
+"""A model on its device to a cost model and a memory model: choose probes, measure, fit.
+
+Times are those of an open scorer. Memory on CPU is that of a worker, a process of its own as
+``echelon serve`` has them: the tuning process has had the model open in other precisions and still
+holds what libraries kept of those.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from echelon.encode.pairs import gather
-from echelon.errors import TooNoisy
+from echelon.errors import EchelonError, TooNoisy
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
+from echelon.score.base import DeviceOutOfMemory, WorkerDied
+from echelon.score.worker import ChildWorker
 from echelon.tune.fit import fit_cost, fit_memory
-from echelon.tune.hardware import meter_of
-from echelon.tune.probes import FEWEST_ROUNDS, choose, measure
+from echelon.tune.hardware import MemoryMeter, meter_of
+from echelon.tune.lang import kept
+from echelon.tune.probes import FEWEST_ROUNDS, choose, growing, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,15 +29,21 @@ if TYPE_CHECKING:
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.cost import Coefficients
-    from echelon.score.base import Scorer
+    from echelon.score.base import Facts, Scorer
+    from echelon.score.worker import Opener
     from echelon.tune.fit import Probe
     from echelon.tune.probes import Lengths, Range
     from echelon.tune.texts import Texts
     from echelon.types import TokenBatch
 
 
+logger = logging.getLogger(__name__)
+
 LEVEL_STEPS = 3
 """Steps after the first that tell roughly how fast the machine is: the probes are planned by it."""
+
+STEP_TIMEOUT_S = 600.0
+"""A probe takes seconds; a worker that answers none for so long hangs."""
 
 
 class Stuff:
@@ -76,6 +91,25 @@ class Calibration:
     warnings: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Probes, measured on an open scorer.
+
+    Attributes:
+        probes: to fit models to.
+        checks: to judge them by.
+        limits: the largest step and pair there were.
+        stuff: made their steps.
+        facts: the scorer's.
+    """
+
+    probes: list[Probe]
+    checks: list[Probe]
+    limits: Range
+    stuff: Stuff
+    facts: Facts
+
+
 def calibrate(
     scorer: Scorer,
     stuff: Stuff,
@@ -83,8 +117,8 @@ def calibrate(
     clock: Clock,
     limit_s: float,
     told: Callable[[float], None] = lambda _: None,
-) -> Calibration:
-    """Measure probes and fit both models.
+) -> Probed:
+    """Choose probes and measure them.
 
     Args:
         scorer: the model, open.
@@ -104,7 +138,67 @@ def calibrate(
     measured = measure(shapes.probes + shapes.checks, run, meter, clock, limit_s, told)
     checks = set(shapes.checks)
     probes = [probe for probe in measured if probe.lengths not in checks]
-    return fitted(probes, [probe for probe in measured if probe.lengths in checks], limits)
+    unseen = [probe for probe in measured if probe.lengths in checks]
+    return Probed(probes, unseen, limits, stuff, scorer.facts)
+
+
+def models_of(probed: Probed, opener: Opener) -> Calibration:
+    """Both models, once the scorer is closed: on CPU a worker opens it again.
+
+    Args:
+        probed: what was measured.
+        opener: opens the same model.
+    """
+    probes, checks, limits = probed.probes, probed.checks, probed.limits
+    if probed.facts.device != "cpu":
+        return fitted(probes, checks, limits)
+    try:
+        peaks = worker_peaks([*probes, *checks], probed.stuff, opener, probed.facts.precision)
+    except (EchelonError, DeviceOutOfMemory, WorkerDied) as error:
+        return _without_memory(fitted(probes, checks, limits), error)
+    seen, unseen = (
+        [replace(probe, peak_bytes=peaks.get(probe.lengths)) for probe in some]
+        for some in (probes, checks)
+    )
+    return fitted(seen, unseen, limits)
+
+
+def worker_peaks(
+    probes: list[Probe], stuff: Stuff, opener: Opener, precision: str
+) -> dict[Lengths, int]:
+    """Peak memory of a worker in each step, in bytes; without those that did not fit.
+
+    Raises:
+        EchelonError: it could not open the model, or score a step.
+        DeviceOutOfMemory: not even the smallest step fitted.
+        WorkerDied: it ended before it had scored one.
+    """
+    worker = ChildWorker(opener, "worker that probes memory")
+    worker.start(precision)
+    peaks: dict[Lengths, int] = {}
+    meter = MemoryMeter(worker.pid)
+    try:
+        for shape in growing(probe.lengths for probe in probes):
+            meter.reset()
+            worker.score(stuff.batch(shape), STEP_TIMEOUT_S)
+            peaks[shape] = meter.peak_bytes()
+    except (DeviceOutOfMemory, WorkerDied) as end:
+        if not peaks:
+            raise
+        # Larger ones would not fit either.
+        logger.info("Memory was probed up to %d steps: %s", len(peaks), end)
+    finally:
+        worker.stop()
+    return peaks
+
+
+def _without_memory(models: Calibration, error: Exception) -> Calibration:
+    words = kept(
+        "No memory model: a worker could not be measured ({error}). Free memory, and measure again "
+        "with `echelon tune --refresh`.",
+        error=str(error),
+    )
+    return replace(models, memory=None, warnings=[*models.warnings, words])
 
 
 def fitted(probes: list[Probe], unseen: list[Probe], limits: Range) -> Calibration:

@@ -63,13 +63,18 @@ class Meter(Protocol):
 
 
 class MemoryMeter:
-    """Peak memory of this process between :meth:`reset` and :meth:`peak_bytes`.
+    """Peak memory of a process between :meth:`reset` and :meth:`peak_bytes`.
 
-    Linux lets a process reset its own high-water mark; where that is refused the resident size
-    at the time of asking is the best that can be had.
+    Linux lets a process reset its own high-water mark and its children's; where that is refused
+    the resident size at the time of asking is the best that can be had.
+
+    Args:
+        pid: of a child; None is this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int | None = None) -> None:
+        self._pid = pid
+        self._folder = Path(f"/proc/{'self' if pid is None else pid}")
         self._resets = self._try_reset()
 
     def reset(self) -> None:
@@ -82,15 +87,14 @@ class MemoryMeter:
         import psutil
 
         if self._resets:
-            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            for line in (self._folder / "status").read_text(encoding="utf-8").splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        return int(psutil.Process().memory_info().rss)
+        return int(psutil.Process(self._pid).memory_info().rss)
 
-    @staticmethod
-    def _try_reset() -> bool:
+    def _try_reset(self) -> bool:
         try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            (self._folder / "clear_refs").write_text("5", encoding="ascii")
         except OSError:
             return False
         return True

@@ -21,7 +21,7 @@ from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import Probe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from echelon.clock import Clock
     from echelon.plan.cost import Coefficients
@@ -191,7 +191,7 @@ def measure(
     """
     started = clock()
     first: dict[Lengths, tuple[float, int | None]] = {}
-    for shape in sorted(shapes, key=lambda shape: (sum(shape), sum(n * n for n in shape))):
+    for shape in growing(shapes):
         meter.reset()
         try:
             seconds = _timed(run, shape, clock)
@@ -211,6 +211,11 @@ def measure(
         Probe(shape, tuple(times[shape] or [seconds]), peak)
         for shape, (seconds, peak) in first.items()
     ]
+
+
+def growing(shapes: Iterable[Lengths]) -> list[Lengths]:
+    """The smallest step first."""
+    return sorted(shapes, key=lambda shape: (sum(shape), sum(n * n for n in shape)))
 
 
 def _enough(times: dict[Lengths, list[float]]) -> bool:
