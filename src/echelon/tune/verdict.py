@@ -86,5 +86,5 @@ def _precision_note(profile: Profile) -> str:
 def memory_of(profile: Profile) -> str:
     """Whose memory was measured."""
     if profile.key.device == "cpu":
-        return tr("the process, model included")
+        return tr("the process that tuned, with what it kept of other precisions and sizes")
     return tr("the GPU, model included")
