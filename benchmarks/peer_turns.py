@@ -153,9 +153,8 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
         except EngineFailed as error:
             tried.append({"options": {**engine.options, **change}, "failure": str(error)})
     best = min((t for t in tried if "seconds" in t), key=lambda t: t["seconds"][size])
-    if engine.alternatives:
-        member.open(best["options"], anew=True)  # what was tried leaves no memory behind
-        measure(size)
+    member.open(best["options"], anew=True)  # what was tried leaves no memory behind
+    measure(size)
     return {"size": size, "options": best["options"], "probes": tried}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -92,7 +92,7 @@ def endpoint(
         call = Call(house, request, candidates[-1])
         response = await _respond(call, candidates)
         seconds = time.perf_counter() - began
-        _note(call, response.status_code, seconds)
+        response.background = BackgroundTask(_note, call, response.status_code, seconds)
         return response
 
     return rank
@@ -170,21 +170,32 @@ async def _within_limit(call: Call, wanted: Wanted) -> Answer:
 async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
     """The service's answer; if the client goes away first, its work is taken out of the queue.
 
+    No task of its own asks: each turn of the loop until the answer is out would be waited for.
+
     Raises:
         ClientDisconnect: it went away.
     """
-    asking = asyncio.ensure_future(_ask(call, wanted))
+    asking = asyncio.current_task()
+    if asking is None:
+        raise RuntimeError("a request is answered outside of a task. This is a bug.")
     watching = asyncio.ensure_future(_goes(call.request))
-    try:
-        await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            return asking.result()
-        raise ClientDisconnect
-    finally:
-        watching.cancel()
+    gone = False
+
+    def leave(_: asyncio.Task[None]) -> None:
+        nonlocal gone
+        gone = True
         asking.cancel()
-        with contextlib.suppress(asyncio.CancelledError, EchelonError):
-            await asking
+
+    watching.add_done_callback(leave)
+    try:
+        return await _ask(call, wanted)
+    except asyncio.CancelledError:
+        if gone and not asking.uncancel():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watching.remove_done_callback(leave)
+        watching.cancel()
 
 
 async def _ask(call: Call, wanted: Wanted) -> Answer:
@@ -246,7 +257,9 @@ def headers_facts(answer: Answer) -> dict[str, Any]:
     return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
 
 
-def _note(call: Call, status: int, seconds: float) -> None:
+async def _note(call: Call, status: int, seconds: float) -> None:
+    """Metrics, traces and the log; nobody waits for them, so the answer goes out first."""
+    await asyncio.sleep(0)  # what was written leaves at the end of the loop's turn
     metrics = call.house.metrics
     metrics.answered(call.dialect.name, status, seconds)
     call.house.recent.answered(status, seconds, call.facts.get("documents", 0))
