@@ -21,6 +21,10 @@ from services import ids, scores, until
 LOGITS = [float(logit) for logit in scores([("q", document) for document in DOCUMENTS])]
 ORDER = sorted(range(5), key=lambda i: -LOGITS[i])
 
+RANKING = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": []}
+RANKING |= {"query_string": b"", "server": ("test", 80), "scheme": "http"}
+"""A request as the application gets it from an ASGI server."""
+
 
 def sigmoid(logit):
     return 1 / (1 + math.exp(-logit))
@@ -214,6 +218,25 @@ def test_a_client_that_goes_takes_its_work_along():
     run_app(main, opener=partial(Obedient, pace_s=0.0001))
 
 
+def test_an_answer_goes_out_before_it_is_counted_and_logged():
+    async def main(_, house):
+        count = 'echelon_http_requests_total{dialect="cohere_v1",status="200"}'
+        parts = [{"type": "http.request", "body": json.dumps(ASKED).encode(), "more_body": False}]
+        counted = {}
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message):
+            counted[message["type"]] = metric(house, count)
+
+        await make_app(house)(RANKING, receive, send)
+        assert counted == {"http.response.start": 0.0, "http.response.body": 0.0}
+        assert metric(house, count) == 1.0
+
+    run_app(main)
+
+
 async def _until_it_goes(house, body: bytes) -> None:
     """A request whose client hangs up once its work waits."""
     parts = [{"type": "http.request", "body": body, "more_body": False}]
@@ -230,8 +253,6 @@ async def _until_it_goes(house, body: bytes) -> None:
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": []}
-    scope |= {"query_string": b"", "server": ("test", 80), "scheme": "http"}
-    await make_app(house)(scope, receive, send)
+    await make_app(house)(RANKING, receive, send)
     assert gone.is_set()
     assert sent[0]["status"] == 499
