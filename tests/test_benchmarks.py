@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +26,13 @@ import workloads
 from peer_results import Target
 
 WORDS = [f"w{i}" for i in range(300)]
+
+ENGINES = {
+    "OpenVINO int8": "openvino int8",
+    "OpenVINO bf16": "openvino bf16",
+    "ONNX Runtime int8": "onnxruntime int8",
+}
+"""What the README calls them, and the results."""
 
 
 @pytest.fixture
@@ -223,3 +232,22 @@ def test_copies_of_a_pair_are_scored_too(toy, monkeypatch):
     logits = engine.score(pairs, 64)
     assert len(logits) == len(pairs)
     assert len(set(logits.round(4).tolist())) == 2
+
+
+def test_the_readme_says_what_was_measured():
+    parts = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["parts"]
+    text = (ROOT / "README.md").read_text().partition("## Measured")[2]
+    rows = [re.findall(r"[^|]+", line) for line in text.splitlines() if line.startswith("| ")]
+    said = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows[1:]}
+    assert len(said) >= 7
+    for name, cells in said.items():
+        assert cells == [shown(parts, name, workload) for workload in peer_results.SPEED]
+
+
+def shown(parts, name, workload):
+    """A cell of the README's table."""
+    engine = ENGINES.get(name, name.lower())
+    found, facts = peer_results.latest(parts, "large", workload)[engine]
+    cell = f"{peer_results.rate(found, engine).median:#.3g}"
+    ratio = peer_results.paired(found, f"echelon {facts['precision']}", engine)
+    return cell if facts["ours"] or ratio is None else f"{cell} ({ratio.median:.2f} ×)"
