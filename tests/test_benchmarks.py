@@ -234,9 +234,12 @@ def test_copies_of_a_pair_are_scored_too(toy, monkeypatch):
     assert len(set(logits.round(4).tolist())) == 2
 
 
-def test_the_readme_says_what_was_measured():
+@pytest.mark.parametrize(
+    ("file", "title"), [("README.md", "## Measured"), ("README.zh.md", "## 实测数据")]
+)
+def test_the_readme_says_what_was_measured(file, title):
     parts = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["parts"]
-    text = (ROOT / "README.md").read_text().partition("## Measured")[2]
+    text = (ROOT / file).read_text(encoding="utf-8").partition(title)[2]
     rows = [re.findall(r"[^|]+", line) for line in text.splitlines() if line.startswith("| ")]
     said = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows[1:]}
     assert len(said) >= 7
