@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.tune.card import value
 from echelon.tune.lang import mark, told, tr
 from echelon.tune.solve import TIE
-from echelon.tune.words import UNKNOWN, percent, step
+from echelon.tune.words import SPACE, UNKNOWN, percent, step
 
 if TYPE_CHECKING:
     from echelon.tune.profile import Profile
@@ -109,7 +109,7 @@ def _cell(name: str, row: Entry, measure: str) -> str:
     shown = value(name, row["median"][name])
     if name != measure or row["low"] is None:
         return shown
-    return f"{shown} ({value(name, row['low'])} – {value(name, row['high'])})"
+    return f"{shown} ({value(name, row['low'])}{SPACE}– {value(name, row['high'])})"
 
 
 def _than(row: Entry) -> str:
