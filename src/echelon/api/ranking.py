@@ -179,12 +179,13 @@ async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
     if asking is None:
         raise RuntimeError("a request is answered outside of a task. This is a bug.")
     watching = asyncio.ensure_future(_goes(call.request))
-    gone = False
+    waiting, gone = True, False
 
     def leave(_: asyncio.Task[None]) -> None:
         nonlocal gone
-        gone = True
-        asking.cancel()
+        if waiting:  # it is told of its own end as well, and perhaps after ours
+            gone = True
+            asking.cancel()
 
     watching.add_done_callback(leave)
     try:
@@ -194,7 +195,7 @@ async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
             raise ClientDisconnect from None
         raise
     finally:
-        watching.remove_done_callback(leave)
+        waiting = False
         watching.cancel()
 
 
