@@ -7,9 +7,11 @@ import json
 import logging
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from echelon.api import ranking
 from echelon.api.answer import HEADERS
 from echelon.api.app import make_app
 from echelon.api.dialects.table import DIALECTS, PATHS
@@ -235,6 +237,24 @@ def test_an_answer_goes_out_before_it_is_counted_and_logged():
         assert metric(house, count) == 1.0
 
     run_app(main)
+
+
+def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing(monkeypatch):
+    async def ask(*_):
+        await asyncio.sleep(0)
+        return "answer"
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def main():
+        call = SimpleNamespace(request=SimpleNamespace(receive=receive))
+        assert await ranking._unless_gone(call, None) == "answer"
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(ranking, "_ask", ask)
+    asyncio.run(main())
 
 
 async def _until_it_goes(house, body: bytes) -> None:
