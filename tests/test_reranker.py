@@ -148,17 +148,6 @@ def test_score_warns_that_pairs_were_cut(bert):
             reranker.score_pairs([(QUERY, words(80))])
 
 
-@pytest.mark.parametrize(("long_s", "times"), [(0.0, 1), (1000.0, 0)])
-def test_what_a_long_call_leaves_is_given_back_once(small_memory, monkeypatch, long_s, times):
-    monkeypatch.setattr("echelon.reranker.LONG_CALL_S", long_s)
-    opened, scorer = small_memory
-    released = []
-    monkeypatch.setattr(scorer, "release", lambda: released.append(len(scorer.batches)))
-    opened.score_pairs([("q", f"d{i}") for i in range(30)], token_budget=16)
-    assert released == [len(scorer.batches)] * times
-    assert len(scorer.batches) > 1
-
-
 def test_overrides_hold_for_one_call(reranker):
     pairs = [(QUERY, document) for document in DOCUMENTS]
     plain = reranker.score_pairs(pairs)

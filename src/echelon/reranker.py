@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from echelon.call import Call, check_rank, ranking_of, warn_if_cut
 from echelon.checks import check_max_length
-from echelon.clock import monotonic
 from echelon.config import Options
 from echelon.engine import Engine, Limits
 from echelon.errors import InvalidInput
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
     from echelon.score.base import Facts
     from echelon.serve.together import Together
     from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
-
-
-LONG_CALL_S = 1.0
-"""Seconds of scoring after which a call on CPU gives back what the C library kept of its steps, a
-tenth of a large model's memory. It takes some ten milliseconds, which a short call would feel."""
 
 
 class Reranker:
@@ -133,12 +127,9 @@ class Reranker:
             scored: called after each step with the distinct pairs it finished.
         """
         limits = self._limits(self.facts, call.options)
-        began = monotonic()
         for window, encoded in portions:
             outcome = self._engine.run(encoded, limits=limits, scored=scored)
             call.keep(window, outcome.logits, outcome.truncated_tokens, outcome.report)
-        if monotonic() - began > LONG_CALL_S and self.facts.device == "cpu":
-            self._engine.release()
         return call.scored()
 
     def rank(
