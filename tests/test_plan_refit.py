@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
@@ -97,6 +97,7 @@ def test_one_shape_alone_moves_every_price_alike():
         max_size=60,
     )
 )
+@example([([1, 1, 1, 1, 4, 188], 16.0), ([109], 0.5), ([1], 55.0)])
 def test_whatever_steps_take_prices_are_finite_and_not_negative(seen):
     model = CostModel(Coefficients(1e-3, 1e-5, 0.0, knee_tokens=100, beyond_s=1e-5))
     for lengths, seconds in seen:

@@ -49,6 +49,10 @@ learned from a window, one that is a tenth nearly whole; about 1 % of a step is 
 LEAST_SHARE = 0.05
 """A price of zero may come back: the pull takes it for this share of a typical step's time."""
 
+LEAST_PRICE = 1e-3
+"""Of the prior at its level: a price never falls lower, or a step that pays it alone would be
+predicted to take no time."""
+
 ROUNDS = 4
 """Weighings of the window; further ones change prices by less than a percent."""
 
@@ -79,7 +83,8 @@ class Window:
         self._amounts = matrix = np.vstack([self._amounts[1 - WINDOW :], amounts])
         self._seconds = took = np.append(self._seconds[1 - WINDOW :], seconds)
         self.scale = _level(matrix @ self._prior, took)
-        prices = refit(self.scale * self._prior, matrix, took)
+        anchor = self.scale * self._prior
+        prices = np.maximum(refit(anchor, matrix, took), LEAST_PRICE * anchor)
         return prices * _level(matrix @ prices, took)
 
 
