@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from echelon import prepare
+from echelon import gate
 from echelon.config import Options
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
@@ -70,7 +70,7 @@ class Frugal(FakeScorer):
 
 def child(source: str, output: str) -> None:
     """One run of a job on the fake model."""
-    prepare.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
+    gate.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
     with Screen(quiet=True) as screen:
         run(Job(source, output), screen)
 

@@ -277,7 +277,7 @@ def latency(bench: Bench) -> list[dict[str, Any]]:
         call = lambda: reranker.rank(QUERY, documents)  # noqa: E731 - as the others
         rows.insert(0, _repeated(bench, "echelon fp16, Reranker.rank", call))
     for peer in bench.peers:
-        call = lambda p=peer: p.score(pairs, batch=32)  # noqa: E731
+        call = lambda p=peer: p.score(pairs, batch=32)  # noqa: E731 - as above
         rows.append(_repeated(bench, peer.name, call))
     return rows
 

@@ -64,9 +64,9 @@ def _prepacked(rows: int, inner: int, out: int, dtype: Any) -> Callable[[], Any]
     import torch
 
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(out, inner).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # noqa: SLF001
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # noqa: SLF001 - no public name exists
     bias = torch.zeros(out, dtype=dtype)
-    product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+    product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - as above
     return lambda: product(x, packed, bias, "none", [], "")
 
 
@@ -75,7 +75,7 @@ def _int_mm(rows: int, inner: int, out: int) -> Callable[[], Any]:
 
     x = torch.randint(-127, 127, (rows, inner), dtype=torch.int8)
     weight = torch.randint(-127, 127, (out, inner), dtype=torch.int8)
-    return partial(torch._int_mm, x, weight.t())  # noqa: SLF001
+    return partial(torch._int_mm, x, weight.t())  # noqa: SLF001 - as above
 
 
 def _qlinear(rows: int, inner: int, out: int) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from echelon import prepare
+from echelon import gate, prepare
 from echelon.call import sigmoid
 from echelon.errors import InvalidInput
 from echelon.jobs import compare, streams, trec
@@ -367,7 +367,7 @@ def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
             raise InvalidInput("precision", "int8 ranks differently here", "Use bf16.")
         return Frugal(max_tokens=130, precision="fp32" if precision == "auto" else precision)
 
-    monkeypatch.setattr(prepare, "open_scorer", opener)
+    monkeypatch.setattr(gate, "open_scorer", opener)
     monkeypatch.setattr(compare, "candidate_precisions", lambda _: ["fp32", "bf16", "int8"])
     monkeypatch.setattr(prepare, "pass_gate", lambda *_: [])
     source = write_lines(tmp_path / "in.jsonl", [*queries(3, documents=3), {"query": 1}])

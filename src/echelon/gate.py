@@ -55,6 +55,24 @@ KEPT_SHARES = (16, 8, 4)
 quarter little would be left of its speed."""
 
 
+def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()) -> Opener:
+    """Opens a model in a precision, in this process or another.
+
+    Args:
+        folder: where it lies.
+        options: its device, threads and label.
+        keep_bf16: layers that int8 leaves in bf16.
+    """
+    return partial(
+        open_scorer,
+        folder.path,
+        device=options.device,
+        threads=options.threads,
+        label=options.label,
+        keep_bf16=keep_bf16,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A model and the judged texts that precisions are compared on."""
@@ -71,15 +89,8 @@ class Trial:
         return cls(folder, options, encoder, texts.topics[::apart][:TOPICS])
 
     def opener(self, keep_bf16: Sequence[str] = ()) -> Opener:
-        """Opens the model in a precision, in this process or another."""
-        return partial(
-            open_scorer,
-            self.folder.path,
-            device=self.options.device,
-            threads=self.options.threads,
-            label=self.options.label,
-            keep_bf16=keep_bf16,
-        )
+        """See :func:`opener`."""
+        return opener(self.folder, self.options, keep_bf16)
 
     def open(self, precision: str, keep_bf16: Sequence[str] = ()) -> Scorer:
         """The model in a precision."""

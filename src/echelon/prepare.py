@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
-from echelon.gate import pass_gate
+from echelon.gate import opener, pass_gate
 from echelon.progress import status
-from echelon.score.load import open_scorer, require_model
+from echelon.score.load import require_model
 from echelon.tune.profile import (
     Profile,
     apply_profile,
@@ -53,14 +52,12 @@ class PreparedModel:
             device: instead of the options' own.
             threads: instead of the options' own.
         """
-        return partial(
-            open_scorer,
-            self.folder.path,
+        options = replace(
+            self.options,
             device=device or self.options.device,
             threads=threads or self.options.threads,
-            label=self.options.label,
-            keep_bf16=self.keep_bf16,
         )
+        return opener(self.folder, options, self.keep_bf16)
 
     def check_profile(self, facts: Facts) -> None:
         """Warn where the profile was measured on something else."""

@@ -102,7 +102,7 @@ class Engine:
             self._scorer.release()
 
     # Ray's decorator carries no types.
-    @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]
+    @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]  # as said
     def live(self) -> None:
         """Never return: whoever waits for it hears of the actor's end, and of nothing else."""
         threading.Event().wait()
