@@ -129,7 +129,8 @@ INLINE void score_rows(const Task& task, const bf16* query, const Scratch& scrat
     }
 }
 
-// Softmax of one row without its division: writes bf16 weights, returns their sum.
+// Softmax of one row without its division: writes bf16 weights, returns their sum. The scale comes
+// with log2(e) in it.
 INLINE float soften(const float* scores, bf16* to, int keys, int blocks, float scale) {
     const __m512 least = _mm512_set1_ps(-3.0e38f);
     const __mmask16 end = lanes(keys - 16 * (blocks - 1));
@@ -140,7 +141,7 @@ INLINE float soften(const float* scores, bf16* to, int keys, int blocks, float s
     __m512 sum = _mm512_setzero_ps();
     for (int b = 0; b < blocks; ++b) {
         const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + 16 * b), factor, shift);
-        const __m512 weight = _mm512_maskz_mov_ps(b + 1 < blocks ? 0xFFFF : end, exp_coarse(x));
+        const __m512 weight = _mm512_maskz_mov_ps(b + 1 < blocks ? 0xFFFF : end, exp2_coarse(x));
         sum = _mm512_add_ps(sum, weight);
         _mm256_store_si256((__m256i*)(to + 16 * b), (__m256i)_mm512_cvtneps_pbh(weight));
     }
@@ -226,7 +227,7 @@ extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride,
     int longest = 0;
     for (int i = 0; i < pairs; ++i)
         longest = offsets[i + 1] - offsets[i] > longest ? offsets[i + 1] - offsets[i] : longest;
-    const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+    const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
