@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from echelon import Reranker
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.score import load
+from echelon.score import onnx as onnx_scorer
 from echelon.score.base import DeviceOutOfMemory
 from echelon.score.load import open_scorer
 from echelon.score.onnx import OnnxScorer, find_graph, graph_precision
@@ -191,3 +193,14 @@ def test_rank_and_tune_work_without_torch(folder, tmp_path):
         expected = reranker.rank("q", ["a", "b"])
     logits = [result["logit"] for result in json.loads(ranked.stdout)["results"]]
     assert logits == pytest.approx([result.logit for result in expected.results], abs=1e-5)
+
+
+def test_freed_memory_stays_until_it_is_released(folder, monkeypatch):
+    done = []
+    monkeypatch.setattr(load, "keep_freed", lambda: done.append("keep"))
+    monkeypatch.setattr(onnx_scorer, "give_back", lambda: done.append("give back"))
+    scorer = load.open_scorer(folder)
+    assert done == ["keep"]
+    scorer.release()
+    assert done == ["keep", "give back"]
+    scorer.close()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import platform
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.score.base import DeviceOutOfMemory
+from echelon.score.heap import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,8 +232,8 @@ def release_memory(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    else:
+        give_back()
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:

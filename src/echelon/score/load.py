@@ -24,6 +24,7 @@ from echelon.score.device import (
     set_threads,
     usable_cpus,
 )
+from echelon.score.heap import keep_freed
 from echelon.score.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def open_scorer(
     chosen = choose_device(device)
     precision = choose_precision(precision, chosen)
     used = set_threads(threads, chosen)
+    if chosen.type == "cpu":
+        keep_freed()
     try:
         plan = LayerPlan(precision, frozenset(keep_bf16))
         return _open_weights(folder, config, chosen, plan, used, chosen_label)
@@ -187,6 +190,7 @@ def _open_graph(
         )
     config = graph_config(folder)
     chosen_label = choose_label(labels_of(config), label)
+    keep_freed()
     return OnnxScorer(graph, config, threads or usable_cpus(), chosen_label)
 
 

@@ -12,6 +12,7 @@ from echelon.errors import BadCheckpoint, MissingDependency, UnsupportedModel
 from echelon.score.architecture import NATIVE_FAMILIES, read_config, read_object
 from echelon.score.base import DeviceOutOfMemory, Facts
 from echelon.score.device import cpu_name
+from echelon.score.heap import give_back
 from echelon.score.padding import UNBOUNDED_MAX_TOKENS, pad
 
 if TYPE_CHECKING:
@@ -87,11 +88,13 @@ class OnnxScorer:
         return scores
 
     def release(self) -> None:
-        """Nothing is cached: the memory arena is off."""
+        """Give freed memory back to the system; the session caches none, its arena is off."""
+        give_back()
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
+        give_back()
 
     def _feed(self, batch: TokenBatch) -> dict[str, Any]:
         padded = pad(batch, self._padding_id).items()
