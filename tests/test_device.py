@@ -17,6 +17,8 @@ from echelon.score.base import DeviceOutOfMemory
 from echelon.score.load import open_scorer
 from helpers import random_batch, run_python
 
+pytestmark = pytest.mark.device
+
 CPU = torch.device("cpu")
 
 SEEN = [
@@ -149,6 +151,42 @@ def test_precision_without_a_profile():
     assert device.choose_precision("auto", CPU) == "fp32"
     assert device.choose_precision("auto", torch.device("cuda", 0)) == "fp16"
     assert device.choose_precision("bf16", CPU) == "bf16"
+
+
+@pytest.fixture
+def new(monkeypatch):
+    """A processor and a torch build that have everything."""
+    monkeypatch.setattr(device, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", None, raising=False)
+    for name in ("_is_amx_tile_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: True, raising=False)
+    monkeypatch.delenv(device.CPU_SWITCH, raising=False)
+
+
+@pytest.mark.usefixtures("new")
+def test_a_new_processor_is_taken_for_an_old_one_where_told(monkeypatch):
+    assert device.candidate_precisions("cpu") == ["fp32", "bf16", "int8"]
+    assert device.has_amx()
+    assert device.multiplies_half("fp16")
+    monkeypatch.setenv(device.CPU_SWITCH, "avx2")
+    assert device.candidate_precisions("cpu") == ["fp32"]
+    assert not device.has_amx()
+    assert not device.multiplies_half("fp16")
+    with pytest.raises(InvalidInput, match="VNNI or AMX"):
+        device.choose_precision("int8", CPU)
+    monkeypatch.setenv(device.CPU_SWITCH, "")  # as if it were not there
+    assert device.multiplies_int8()
+
+
+@pytest.mark.parametrize("value", ["AVX2", "avx512", "off", " "])
+def test_an_unknown_processor_is_refused(monkeypatch, value):
+    monkeypatch.setenv(device.CPU_SWITCH, value)
+    with pytest.raises(InvalidInput, match="Set it to avx2, or unset it") as caught:
+        device.multiplies_int8()
+    assert caught.value.field == "ECHELON_CPU"
+    assert repr(value) in caught.value.problem
 
 
 @pytest.mark.parametrize(

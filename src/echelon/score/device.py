@@ -52,6 +52,27 @@ step of 28 ms took 124 ms in the median and 780 ms in the 90th percentile beside
 with 3000 spins 53 and 55 ms; alone it costs a tenth at most (docs/LOG.md)."""
 
 
+CPU_SWITCH = "ECHELON_CPU"
+"""Environment variable: what Echelon takes this processor for. ``avx2``, the one value there is,
+means one with AVX2 and nothing newer: no fast bf16, no int8, no matrix units, no compiled kernels.
+So a new machine shows what an old one would do; ``make test-portable`` sets it. Torch and oneDNN
+have variables of their own (``ATEN_CPU_CAPABILITY``, ``ONEDNN_MAX_CPU_ISA``)."""
+
+
+def held_to_avx2() -> bool:
+    """Whether :data:`CPU_SWITCH` holds Echelon to AVX2; read at every call.
+
+    Raises:
+        InvalidInput: the variable has another value.
+    """
+    value = os.environ.get(CPU_SWITCH, "")
+    if value not in {"", "avx2"}:
+        raise InvalidInput(
+            CPU_SWITCH, f"{value!r} is unknown", "Set it to avx2, or unset it for this processor."
+        )
+    return value == "avx2"
+
+
 def has_torch() -> bool:
     """Whether torch can be imported; it is not."""
     try:
@@ -131,7 +152,7 @@ def multiplies_int8() -> bool:
     """
     import torch
 
-    if not has_onednn() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    if held_to_avx2() or not has_onednn() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
     return has_amx() or bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
 
@@ -140,7 +161,17 @@ def has_amx() -> bool:
     """Whether the processor has AMX matrix units that torch may use."""
     import torch
 
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # no public name
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # no public name
+    return not held_to_avx2() and bool(amx())
+
+
+def multiplies_half(kind: str) -> bool:
+    """Whether this processor and torch build have oneDNN's products of ``bf16`` or ``fp16``."""
+    import torch
+
+    if held_to_avx2() or not has_onednn():
+        return False
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
 
 
 def usable_cpus() -> int:
@@ -296,10 +327,7 @@ def candidate_precisions(device: str) -> list[str]:
     """Precisions worth comparing on a device, the exact one first."""
     if choose_device(device).type == "cuda":
         return ["fp32", "fp16", "bf16"]
-    import torch
-
-    bf16 = has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 - no public name
-    return ["fp32", *["bf16"] * bf16, *["int8"] * multiplies_int8()]
+    return ["fp32", *["bf16"] * multiplies_half("bf16"), *["int8"] * multiplies_int8()]
 
 
 def is_cuda_build() -> bool:

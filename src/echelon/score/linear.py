@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional
 
-from echelon.score.device import has_onednn
+from echelon.score.device import has_onednn, multiplies_half
 from echelon.score.fused import (
     SHIFTS,
     ZERO_POINT,
@@ -222,9 +222,5 @@ def _can_prepack(dtype: torch.dtype) -> bool:
     """Whether this torch build and processor have oneDNN's prepacked product for the dtype."""
     if not has_onednn() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    checks = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    check = checks.get(dtype)
-    return check is None or bool(getattr(torch.ops.mkldnn, check)())
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return kind is None or multiplies_half(kind)

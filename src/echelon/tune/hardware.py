@@ -30,14 +30,20 @@ def describe_machine() -> dict[str, Any]:
 
 
 def matrix_features() -> list[str]:
-    """Which of :data:`MATRIX_FLAGS` the processor has; empty where the system does not tell."""
+    """Which of :data:`MATRIX_FLAGS` the processor has; empty where the system does not tell.
+
+    ``ECHELON_CPU`` may hide the newer ones.
+    """
+    from echelon.score.device import held_to_avx2
+
+    shown = {"avx2"} if held_to_avx2() else set(MATRIX_FLAGS)
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return []
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     flags = set(line.partition(":")[2].split())
-    return [flag for flag in MATRIX_FLAGS if flag in flags]
+    return [flag for flag in MATRIX_FLAGS if flag in flags & shown]
 
 
 def describe_gpus() -> list[dict[str, Any]]:

@@ -12,10 +12,14 @@ import os
 from functools import cache
 from pathlib import Path
 
+from echelon.score.device import CPU_SWITCH, held_to_avx2
+
 LIBRARY = Path(__file__).parent / "libechelon.so.1"
 
 SWITCH = "ECHELON_KERNELS"
-"""Environment variable; ``off`` leaves the kernels out."""
+"""Environment variable; ``off`` leaves the kernels out. So does ``ECHELON_CPU=avx2``, see
+:data:`echelon.score.device.CPU_SWITCH`. Both are read when the kernels are first asked for; the
+answer holds as long as the process."""
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -50,6 +54,8 @@ def missing() -> str | None:
     """Why there are no kernels, in words; None where there are."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off leaves them out"
+    if held_to_avx2():
+        return f"{CPU_SWITCH}=avx2 leaves them out"
     if not LIBRARY.is_file():
         return "they were not built, for want of a C++ compiler or because of the platform"
     try:
