@@ -5,20 +5,26 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/score/kernels/*.cpp src/echelon/score/kernels/*.h)
 PYTHON ?= python3
 MODEL ?= demo
+TESTS ?=
+# What torch, oneDNN and Echelon then take the processor for.
+OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-portable check bench clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## install, fetch the demo model, tune it (about two minutes), rank an example
 	@$(BIN)/echelon pull demo
 	@$(BIN)/echelon tune $(MODEL) --profile echelon-profile.json --report echelon-report.html
 	@$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.installed-test ## install with the test extras and run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test ## install with the test extras and run the tests (a part: TESTS="...")
+	$(BIN)/python -m pytest --durations=10 $(TESTS)
+
+test-portable: $(VENV)/.installed-test ## the same as on a processor with AVX2 and nothing newer
+	$(OLD_CPU) $(BIN)/python -m pytest --durations=10 $(TESTS)
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+import scorers
+from echelon import gate
 from echelon.encode.pairs import Template, encode_pairs
 from echelon.score.fake import FakeScorer
 from echelon.types import TokenBatch
@@ -255,6 +257,12 @@ class PatientScorer(FakeScorer):
         super().release()
         self.releases += 1
         assert self.releases < 1000, "the memory ladder has no end"
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
+    """Let fake scorers stand for every model, in these precisions, whatever the processor has."""
+    monkeypatch.setattr("echelon.score.load.candidate_precisions", lambda _: list(precisions))
+    monkeypatch.setattr(gate, "open_scorer", scorers.anywhere)
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

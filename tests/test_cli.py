@@ -14,7 +14,11 @@ import click
 import pytest
 
 from echelon import cli, errors
-from helpers import run_command
+from echelon.score.device import CPU_SWITCH
+from echelon.score.kernels import library
+from helpers import offer, run_command
+
+pytestmark = pytest.mark.device
 
 QUICK = (
     "--pairs=4",
@@ -122,18 +126,18 @@ def test_bad_usage_is_one_clear_line_and_an_exit_code(bert, call, arguments, cod
     assert "Traceback" not in err
 
 
-def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path):
+def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path, call, monkeypatch):
+    offer(monkeypatch, "fp32", "bf16")
     profile, report = tmp_path / "p.json", tmp_path / "r.html"
-    done = run("tune", bert, *QUICK, "--profile", profile, "--report", report)
-    assert done.returncode == 0, done.stderr
+    code, out, err = call("tune", bert, *QUICK, "--profile", profile, "--report", report)
+    assert code == 0, err
     for words in ("Best batch", "Pairs/s", "Best step", "realtime API", "Kendall"):
-        assert words in done.stdout
+        assert words in out
     assert json.loads(profile.read_text())["schema"] == 1
     assert "<html" in report.read_text("utf-8")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "r.html"]
-    ranked = run("rank", "q", "a", "b", "--model", bert, "--profile", profile, "--json")
-    assert ranked.returncode == 0
-    assert ranked.stderr == ""
+    code, _, err = call("rank", "q", "a", "b", "--model", bert, "--profile", profile, "--json")
+    assert (code, err) == (0, "")
 
 
 def test_tune_as_json_prints_the_profile_and_nothing_else(bert, tmp_path):
@@ -212,6 +216,26 @@ def test_doctor_says_what_is_there_and_what_will_be_used(call):
     code, out, _ = call("doctor")
     assert code == 0
     assert found["machine"]["cpu"] in out
+
+
+def test_doctor_takes_the_processor_for_an_old_one_where_told(call, monkeypatch):
+    monkeypatch.setenv(CPU_SWITCH, "avx2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    library.missing.cache_clear()
+    code, out, _ = call("doctor", "--json")
+    library.missing.cache_clear()
+    found = json.loads(out)
+    assert code == 0
+    assert set(found["machine"]["matrix_features"]) <= {"avx2"}
+    assert found["will_use"]["precisions_to_tune"] == ["fp32"]
+    assert not found["will_use"]["kernels"]
+
+
+def test_an_unknown_processor_is_refused(call, monkeypatch):
+    monkeypatch.setenv(CPU_SWITCH, "avx3")
+    code, out, err = call("doctor")
+    assert (code, out) == (errors.InvalidInput.exit_code, "")
+    assert "ECHELON_CPU: 'avx3' is unknown. Set it to avx2" in err
 
 
 def test_doctor_without_torch_names_the_command():

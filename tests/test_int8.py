@@ -21,11 +21,15 @@ from echelon.score.load import layer_errors, open_scorer
 from echelon.serve.launch import launch
 from echelon.tune.texts import load_texts
 from echelon.tuner import Plan, tune
-from helpers import NATIVE, SENTENCES, make_toy, random_batch, split
+from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
 
-pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+pytestmark = pytest.mark.device
+
+needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="needs AVX-512 VNNI or AMX")
 
 CPU = torch.device("cpu")
+
+ALL = ("fp32", "bf16", "int8")
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,7 @@ def own_home(request, tmp_path, monkeypatch):
     return tmp_path
 
 
+@needs_int8
 @pytest.mark.parametrize("shift", [None, SHIFTS["gelu"]])
 def test_a_layer_is_near_the_exact_one(shift):
     torch.manual_seed(0)
@@ -54,6 +59,7 @@ def test_a_layer_is_near_the_exact_one(shift):
     assert error < 0.015
 
 
+@needs_int8
 def test_weights_without_spread_are_no_trouble():
     with torch.inference_mode():
         weight = torch.zeros(8, 32)
@@ -65,6 +71,7 @@ def test_weights_without_spread_are_no_trouble():
     assert (product[:, 1] - 161).abs().max() <= 1
 
 
+@needs_int8
 def test_each_output_has_a_scale_of_its_own():
     """A thousandth as large beside the others, an output is as exact as alone."""
     torch.manual_seed(1)
@@ -76,6 +83,7 @@ def test_each_output_has_a_scale_of_its_own():
     assert (product - exact).norm() / exact.norm() < 0.02
 
 
+@needs_int8
 @pytest.mark.parametrize("family", NATIVE)
 def test_scores_stay_near_fp32_and_apart_from_their_neighbours(toy, family):
     folder = toy(family)
@@ -91,6 +99,7 @@ def test_scores_stay_near_fp32_and_apart_from_their_neighbours(toy, family):
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-3)
 
 
+@needs_int8
 def test_heads_of_the_kernels_size_too(tmp_path):
     folder = make_toy(
         tmp_path, "bert", None, vocab_size=150, hidden_size=128, num_attention_heads=2
@@ -102,6 +111,7 @@ def test_heads_of_the_kernels_size_too(tmp_path):
         np.testing.assert_allclose(found, exact, rtol=0, atol=bound)
 
 
+@needs_int8
 def test_kept_layers_compute_in_bf16(toy):
     folder = toy("bert")
     batch = random_batch([40, 22], 150, 1, types=True)
@@ -133,6 +143,7 @@ def spoiled(tmp_path, tokenizers):
     return folder
 
 
+@needs_int8
 def test_the_layer_that_int8_harms_is_found(spoiled):
     errors = layer_errors(spoiled, [random_batch([40, 22, 60], 150, 1, types=True)])
     assert next(iter(errors)) == "layer.0.intermediate.dense"
@@ -145,6 +156,7 @@ def trial(folder) -> gate.Trial:
     )
 
 
+@needs_int8
 def test_the_demo_passes_the_gate(demo_folder):
     rows = gate.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
     assert [row["precision"] for row in rows] == ["fp32", "int8"]
@@ -156,6 +168,7 @@ def test_the_demo_passes_the_gate(demo_folder):
     assert int8["tau"] >= 0.97
 
 
+@needs_int8
 def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypatch):
     pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
     with Reranker(demo_folder, device="cpu", precision="int8") as first:
@@ -173,6 +186,7 @@ def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypat
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "int8": {}}', '{"int8": 3}'])
 def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content):
+    offer(monkeypatch, *ALL)
     asked = []
 
     def compare(*_):
@@ -199,6 +213,7 @@ FAILED = {
 
 
 def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
     monkeypatch.setattr(gate, "compare", lambda *_: [{}, FAILED])
     with pytest.raises(InvalidInput) as caught:
         Reranker(bert, device="cpu", precision="int8")
@@ -209,6 +224,7 @@ def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch
 
 def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
     """Logits and errors are made up; which layers are tried, and when it stops, is not."""
+    offer(monkeypatch, *ALL)
     tried = []
     worst_first = [f"layer {i}" for i in range(13)]
     monkeypatch.setattr(gate.Trial, "sensitive_layers", lambda _: worst_first)
@@ -228,7 +244,8 @@ def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
     assert row["keep_bf16"] == worst_first[:3]
 
 
-def test_a_profile_that_fits_answers_for_the_gate(bert):
+def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
     folder = resolve(bert)
     key = gate.Key(
         folder.name, folder.revision, "cpu", gate.cpu_name(), "bf16", gate.library_versions()
@@ -253,11 +270,12 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
     monkeypatch.setattr("echelon.score.device.multiplies_int8", lambda: False)
     with pytest.raises(InvalidInput, match="VNNI or AMX"):
         choose_precision("int8", CPU)
-    monkeypatch.undo()
+    monkeypatch.setattr("echelon.score.device.multiplies_int8", lambda: True)
     with pytest.raises(InvalidInput, match="not built for distilbert"):
         open_scorer(toy("distilbert"), device="cpu", precision="int8")
 
 
+@needs_int8
 def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     batch = random_batch([40, 22], 150, 1, types=True)
     names = list(layer_errors(bert, [batch]))
@@ -286,12 +304,14 @@ QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
 
 
 def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
     monkeypatch.setattr("echelon.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}])
     with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
         tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
 
 
 def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
     row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
     monkeypatch.setattr("echelon.tuner.compare", lambda *_: [row])
     opened = []

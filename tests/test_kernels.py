@@ -17,9 +17,13 @@ from echelon.score import attention, fused
 from echelon.score.attention import Layout, attend, attend_first
 from echelon.score.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
 from echelon.score.kernels.library import SWITCH, missing
-from helpers import ROOT
+from helpers import ROOT, run_python
 
-needs_kernels = pytest.mark.skipif(missing() is not None, reason=f"no kernels here: {missing()}")
+needs_kernels = pytest.mark.skipif(
+    missing() is not None, reason=f"needs the kernels, and so AVX-512 BF16: {missing()}"
+)
+
+pytestmark = pytest.mark.device
 
 BF16_STEP = 2**-8
 """Half of the distance between neighbours, relative to the larger: what rounding may lose."""
@@ -236,6 +240,12 @@ def test_the_switch_leaves_the_kernels_out():
         check=True,
     )
     assert done.stdout == f"None {SWITCH}=off leaves them out\n"
+
+
+def test_a_processor_taken_for_an_old_one_has_no_kernels():
+    code = "from echelon.score.kernels.library import kernels, missing; print(kernels(), missing())"
+    done = run_python(code, ECHELON_CPU="avx2", **{SWITCH: ""})
+    assert done.stdout == "None ECHELON_CPU=avx2 leaves them out\n", done.stderr
 
 
 def build_hook():

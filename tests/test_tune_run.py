@@ -15,6 +15,9 @@ from echelon.score.base import DeviceOutOfMemory
 from echelon.tune import profile as profiles
 from echelon.tune.profile import Profile, apply_profile
 from echelon.tuner import Plan
+from helpers import offer
+
+pytestmark = pytest.mark.device
 
 QUICK = Plan(pairs=(4, 8), batch_sizes=(1, 4), token_budgets=(64, 256))
 SHORT = Options(max_length=100)
@@ -57,22 +60,26 @@ def test_steps_and_tokens_are_those_of_the_point(tuned):
     assert found[8, 1]["tokens"] == found[8, 4]["tokens"] > 8 * 4
 
 
-def test_auto_precision_is_compared_with_fp32_and_the_fastest_that_passes_is_taken(tuned):
-    first = tuned.precisions[0]
-    assert first["precision"] == "fp32"
+def test_auto_precision_is_compared_with_fp32_and_the_fastest_that_passes_is_taken(
+    bert, monkeypatch
+):
+    offer(monkeypatch, "fp32", "bf16", "int8")
+    found = tune(bert, SHORT, QUICK)
+    assert [row["precision"] for row in found.precisions] == ["fp32", "bf16", "int8"]
+    first = found.precisions[0]
     assert (first["tau"], first["max_delta"]) == (1.0, 0.0)
-    passed = {row["precision"]: row["tokens_per_s"] for row in tuned.precisions if row["passed"]}
-    assert tuned.settings.precision == max(passed, key=passed.get)
+    passed = {row["precision"]: row["tokens_per_s"] for row in found.precisions if row["passed"]}
+    assert found.settings.precision == max(passed, key=passed.get)
 
 
 def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
+    offer(monkeypatch, "fp32", "bf16")
     real = gate.agreement
 
     def spoiled(reference, candidate, grades):
         verdict = real(reference, candidate, grades)
         return verdict if candidate is reference else replace(verdict, tau=0.5)
 
-    monkeypatch.setattr(tuner, "precisions_to_compare", lambda *_: ["fp32", "bf16"])
     monkeypatch.setattr(gate, "agreement", spoiled)
     found = tune(bert, SHORT, QUICK)
     assert [row["passed"] for row in found.precisions] == [True, False]
@@ -112,6 +119,7 @@ def test_out_of_memory_is_recorded_and_larger_steps_are_skipped(bert, monkeypatc
 
 
 def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
+    offer(monkeypatch, "fp32", "bf16")
     partial = tmp_path / "p.partial.json"
     plan = replace(QUICK, partial=partial)
     trials = []
