@@ -1,7 +1,7 @@
 """The settings chosen for the four scenarios beside static batch sizes from 1 to 32.
 
-Tunes once, then lets `echelon tune --scenario` choose, prove and compare for each scenario: the
-same requests for all, in rounds whose order alternates.
+Tunes once, then lets `echelon tune --scenario` choose and prove for each scenario. What was chosen
+and the static sizes then take turns: the same requests for all, in rounds whose order alternates.
 
     python benchmarks/scenarios.py                      # the demo model, about 25 minutes
     python benchmarks/scenarios.py --scenarios api      # one of them; the others' results are kept
@@ -22,13 +22,21 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from echelon.advise.command import SCENARIO_FLAGS, ask_of
+from echelon.advise.model import look
+from echelon.config import Options
+from echelon.errors import EchelonError
 from echelon.score.device import cpu_name, usable_cpus
 from echelon.tune.card import TITLES, card
 from echelon.tune.profile import Profile, library_versions, write_json, write_text
-from echelon.tune.static import beside_static
 from echelon.tune.words import step
+from static_baselines import Contest, beside_static
+from static_words import in_words
+
+if TYPE_CHECKING:
+    from echelon.advise.ask import Ask
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,7 +65,7 @@ def tune(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, Any]:
-    """One scenario's entry of the profile, with the command that gave it."""
+    """One scenario's entry of the profile, with its standing and the command that gave it."""
     profile = tuned.with_name(f"{name}.json")
     profile.write_bytes(tuned.read_bytes())
     seconds = SHARES[name] * arguments.seconds
@@ -65,26 +73,49 @@ def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, 
         "--scenario": name,
         **LOADS[name],
         "--verify-s": f"{seconds:g}",
-        "--against-static": arguments.rounds,
     }
     files = {"--profile": profile, "--report": profile.with_suffix(".html")}
     load_before = os.getloadavg()
     _echelon(arguments, {"--refresh": None, **asked, **files})
     found = Profile.load(profile)
-    if found.scenario is None or found.scenario["static"] is None:
+    if found.scenario is None or found.scenario["measured"] is None:
         raise SystemExit(
-            f"{name}: nothing was compared. {found.scenario and found.scenario['notes']}"
+            f"{name}: nothing was proved. {found.scenario and found.scenario['notes']}"
         )
+    try:
+        static = compared(found, ask(asked), arguments, profile.with_name("static.json"))
+    except EchelonError as error:
+        raise SystemExit(f"{name}: nothing was compared. {error}") from error
+    entry = {k: v for k, v in found.scenario.items() if k not in {"tried", "rounds"}}
+    entry["static"] = static
     return {
         "command": _own_command(),
         "tune": _words(["echelon", "tune", arguments.model], asked),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": load_before,
         "precision": found.settings.precision,
-        "entry": {k: v for k, v in found.scenario.items() if k not in {"tried", "rounds"}},
-        "shown": beside_static(found),
+        "entry": entry,
+        "shown": in_words(entry),
         "asked": (card(found) or {})["asked"],
     }
+
+
+def ask(asked: dict[str, Any]) -> Ask:
+    """What the flags of a scenario ask for."""
+    values = {flags[0]: None for flags, _ in SCENARIO_FLAGS} | asked
+    values["--verify-s"] = float(asked["--verify-s"])
+    found = ask_of({flag[2:].replace("-", "_"): value for flag, value in values.items()})
+    if found is None:
+        raise ValueError("There is no --scenario.")
+    return found
+
+
+def compared(
+    found: Profile, asked: Ask, arguments: argparse.Namespace, file: Path
+) -> dict[str, Any]:
+    """Where a scenario's settings stand among static batch sizes."""
+    model = look(arguments.model, Options(), None, asked)
+    return beside_static(Contest.of(model, found, asked, file), arguments.rounds)
 
 
 def _echelon(arguments: argparse.Namespace, options: dict[str, Any]) -> None:

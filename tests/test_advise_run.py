@@ -13,8 +13,9 @@ from echelon.advise.advisor import advise
 from echelon.advise.ask import Ask
 from echelon.advise.numbers import Proof
 from echelon.advise.proof import prove
+from echelon.advise.reranking import Task, run
 from echelon.advise.table import print_scenario
-from echelon.errors import GoalMissed, InvalidInput
+from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.plan.workload import Between, Fixed
 from echelon.tune import scenario, served
 from echelon.tune.profile import Profile
@@ -119,7 +120,6 @@ def test_without_a_proof_it_says_so(model, known):
     entry = advice.profile.scenario
     assert advice.missed is None
     assert (entry["measured"], entry["held"], entry["agrees"]) == (None, None, None)
-    assert entry["static"] is None
     assert entry["predicted"]["requests"] > 50
     assert "Nothing was proved" in entry["notes"][0]
 
@@ -235,3 +235,20 @@ def test_an_impossible_goal_still_leaves_the_profile(bert, tmp_path, call):
 
 def test_the_proof_is_the_real_one():
     assert advisor.prove is prove
+
+
+def test_a_reranker_says_what_went_wrong(tmp_path):
+    task = Task(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
+    with pytest.raises(ModelNotFound):
+        run(task)
+
+
+@pytest.mark.parametrize(("within_s", "count"), [(None, 3), (1e-9, 1)])
+def test_callers_are_served_while_there_is_time(bert, within_s, count):
+    texts = [("a kettle", ["an old stove", "a ferry"])] * 3
+    told = []
+    task = Task(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
+    ran = run(task, told.append)
+    assert len(ran.waits) == len(told) == count
+    assert ran.whole_s == sum(ran.waits) > 0
+    assert told[-1] == 1.0

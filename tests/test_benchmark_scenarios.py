@@ -15,14 +15,20 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import scenarios
-from echelon.advise.command import ask_of
-from echelon.advise.standing import Rival, standing
+from echelon.errors import ModelNotFound
+from static_standing import Rival, standing
+from test_benchmark_static import ask, numbers
 from test_report_card import profile
-from test_static import ask, numbers
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def contests():
+    """Comparisons that were made: (scenario of the profile, what is asked, rounds)."""
+    return []
+
+
+@pytest.fixture
+def commands(monkeypatch, contests):
     """Commands that were run; each leaves the profile that it would."""
     ran = []
 
@@ -34,13 +40,18 @@ def commands(monkeypatch):
         made = profile(scenario=name or "api")
         entry = made.scenario
         if name:
-            rivals = [Rival(None, [numbers()]), Rival(1, [numbers(p50=0.09, p99=0.2, per_s=50.0)])]
-            entry["static"] = standing(ask(name), rivals)
             entry |= {"tried": ["much"], "rounds": ["more"]}
         made.save(values["--profile"])
         return SimpleNamespace(returncode=8 if name == "api" else 0)
 
+    def compared(found, asked, arguments, file):
+        assert file.parent.is_dir()
+        contests.append((found.scenario["scenario"], asked, arguments.rounds))
+        rivals = [Rival(None, [numbers()]), Rival(1, [numbers(p50=0.09, p99=0.2, per_s=50.0)])]
+        return standing(ask(asked.scenario), rivals)
+
     monkeypatch.setattr(scenarios.subprocess, "run", pretend)
+    monkeypatch.setattr(scenarios, "compared", compared)
     return ran
 
 
@@ -66,19 +77,40 @@ def test_scenarios_are_merged_one_by_one(commands, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", scenarios.LOADS)
-def test_what_is_asked_can_be_asked(name, commands, tmp_path, monkeypatch):
+def test_what_is_asked_can_be_asked(name, commands, contests, tmp_path, monkeypatch):
     found = run(monkeypatch, tmp_path, "--scenarios", name, "--rounds", "2")
     told = shlex.split(found["scenarios"][name]["tune"])
     assert told[:3] == ["echelon", "tune", "demo"]
-    numeric = {"--slo-p99-ms": float, "--rate": float, "--verify-s": float, "--against-static": int}
+    numeric = {"--slo-p99-ms": float, "--rate": float, "--verify-s": float}
     pairs = zip(told[3::2], told[4::2], strict=True)
     given = {flag: numeric.get(flag, str)(value) for flag, value in pairs}
     names = ("trace", "memory_limit", "allow", *scenarios.LOADS["api"], "verify_s")
     values = {one.removeprefix("--").replace("-", "_"): None for one in names}
     values |= {flag[2:].replace("-", "_"): value for flag, value in given.items()}
-    asked = ask_of(values)
-    assert asked.static_rounds == 2
+    asked = scenarios.ask_of(values)
+    assert contests == [(name, asked, 2)]
     assert (asked.scenario, asked.verify_s > 0) == (name, True)
+
+
+def test_what_was_not_proved_is_not_compared(monkeypatch, tmp_path):
+    def unproved(command, *, check):
+        values = dict(pairwise(command))
+        profile(held=None, measured=None).save(values["--profile"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(scenarios.subprocess, "run", unproved)
+    with pytest.raises(SystemExit, match="api: nothing was proved"):
+        run(monkeypatch, tmp_path, "--scenarios", "api")
+    assert not list(tmp_path.iterdir())
+
+
+def test_trouble_beside_is_told(commands, monkeypatch, tmp_path):
+    def gone(*_):
+        raise ModelNotFound("all is gone")
+
+    monkeypatch.setattr(scenarios, "compared", gone)
+    with pytest.raises(SystemExit, match=r"api: nothing was compared\. all is gone"):
+        run(monkeypatch, tmp_path, "--scenarios", "api")
 
 
 def test_an_unknown_scenario_is_refused(tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from report_pages import RESULTS, Page, entry, leave_plotly_out, steady
 from sentences import catalogue, placeholders, sentences
 from test_curve import CURVE
 from test_report_card import entry as scenario
-from test_static import among, slow
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -206,11 +205,6 @@ def rich(factor=1.0, **changes):
 UNREACHED = CURVE | {"most_rate": None}
 
 
-def against(chosen, *others):
-    """Settings beside static batch sizes, by their P99 in seconds."""
-    return among("api", slow(chosen, chosen), *(slow(one, one) for one in others))
-
-
 BARE = {"points": [], "best": [], "situations": [], "precisions": [], "cost": None}
 CHOSEN = replace(rich().settings, token_budget=777)
 
@@ -219,13 +213,9 @@ CHOSEN = replace(rich().settings, token_budget=777)
     "changes",
     [
         {},
-        {"scenario": scenario(notes=[], curve=CURVE, static=against(0.08, 0.1))},
-        {
-            "scenario": scenario(
-                notes=[], curve=CURVE | {"most_rate": None}, static=against(0.1, 0.098)
-            )
-        },
-        {"scenario": scenario(notes=[], static=against(0.1, 0.05, 0.01))},
+        {"scenario": scenario(notes=[], curve=CURVE)},
+        {"scenario": scenario(notes=[], curve=CURVE | {"most_rate": None})},
+        {"scenario": scenario(notes=[])},
         {"scenario": None},
         {"scenario": scenario(held=False, notes=[]), "settings": CHOSEN},
         {"scenario": None, "settings": CHOSEN},

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from echelon.advise.table import print_scenario
 from echelon.tune.card import card, change, command
+from echelon.tune.profile import Profile
 from report_pages import leave_plotly_out, make_profile, read
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
@@ -115,3 +117,18 @@ def test_the_length_to_measure_again_with_is_the_one_asked_for():
 )
 def test_a_difference_has_its_sign(said, came, words):
     assert change(said, came).startswith(words)
+
+
+def test_an_older_profile_with_static_batch_sizes_is_shown_without_them(tmp_path, capsys):
+    row = {"static": 1, "rounds": [], "median": None, "reason": "died", "ahead": None}
+    static = {"rounds": 1, "measure": "p99_s", "verdict": "best", "best": None, "settings": [row]}
+    older = entry(static=static)
+    older["asked"] |= {"static_rounds": 1}
+    made = make_profile(scenario=older)
+    made.save(tmp_path / "profile.json")
+    found = Profile.load(tmp_path / "profile.json")
+    assert read(found).text == read(profile()).text
+    print_scenario(found)
+    out = capsys.readouterr().out
+    assert "Realtime API" in out
+    assert "tatic" not in out

@@ -1,4 +1,4 @@
-"""One simulated service and static batches: sums done by heart, and what must always hold."""
+"""One simulated service: sums done by heart, and what must always hold."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
 from echelon.plan.admit import Bounds
-from echelon.plan.cost import Coefficients, CostModel
-from echelon.plan.workload import Arrival, Between, Poisson, Workload
+from echelon.plan.workload import Arrival
 from echelon.simulate.exact import simulate
 from echelon.simulate.outcome import Tally, percentiles
 from echelon.simulate.setting import Setting
-from echelon.simulate.static import Static, simulate_static
 from simulations import SIMPLE, cpu, requests, traces
 
 
@@ -137,55 +135,6 @@ def test_what_cannot_be_simulated_is_refused(rows, problem):
 def test_a_setting_names_what_is_wrong(wrong):
     with pytest.raises(InvalidInput, match=list(wrong)[-1]):
         Setting(**wrong)
-
-
-# Static batches.
-
-
-def test_a_static_batch_takes_what_is_there():
-    trace = requests((0.0, 10, 10, 10), (0.001, 10))
-    outcome = simulate_static(trace, SIMPLE, Setting(1), Static(2))
-    # Two at once take 30 ms, then the third and the fourth, at 60 ms.
-    assert outcome.steps == 2
-    assert outcome.longest_s == pytest.approx(0.06)
-    assert outcome.p50_s == pytest.approx(0.059)
-
-
-def test_a_patient_batch_waits_until_it_is_full_or_its_time_is_up():
-    late = simulate_static(requests((0.0, 10), (0.3, 10)), SIMPLE, Setting(1), Static(2, 0.1))
-    assert late.longest_s == pytest.approx(0.12)
-    assert late.steps == 2
-    full = simulate_static(requests((0.0, 10), (0.05, 10)), SIMPLE, Setting(1), Static(2, 0.1))
-    assert full.steps == 1
-    assert full.longest_s == pytest.approx(0.08)
-
-
-def test_a_padded_static_batch_pays_for_its_longest():
-    truth = CostModel(Coefficients(0.01, 0.001, 0.0), "padded")
-    outcome = simulate_static(requests((0.0, 10, 90)), truth, Setting(1), Static(2))
-    assert outcome.longest_s == pytest.approx(0.19)
-
-
-def test_workers_take_static_batches_in_turn():
-    trace = requests((0.0, 10, 10, 10, 10))
-    one = simulate_static(trace, SIMPLE, Setting(1, request_s=0.1), Static(1))
-    two = simulate_static(trace, SIMPLE, Setting(1, workers=2, request_s=0.1), Static(1))
-    assert (one.longest_s, two.longest_s) == (pytest.approx(0.18), pytest.approx(0.14))
-
-
-def test_small_static_batches_break_down_first():
-    workload = Workload(Poisson(9.0), Between(1, 20), Between(30, 200))
-    p99s = [
-        simulate_static(workload.requests(200), cpu(), Setting(1), Static(pairs)).p99_s
-        for pairs in (1, 4, 16)
-    ]
-    assert p99s[0] > p99s[1] > p99s[2]
-
-
-@pytest.mark.parametrize(("pairs", "patience_s"), [(0, 0.0), (1, -1.0)])
-def test_a_static_policy_names_what_is_wrong(pairs, patience_s):
-    with pytest.raises(InvalidInput):
-        Static(pairs, patience_s)
 
 
 # Outcomes.

@@ -1,8 +1,7 @@
 """The spine of a recommendation: profile and goal to settings, proved.
 
 It goes: traffic → candidates → choose by simulation → prove → where the two disagree, correct the
-models by what was measured, choose and prove once more → beside static batch sizes, where that
-is asked for → profile with the settings.
+models by what was measured, choose and prove once more → profile with the settings.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.advise.answer import Round, answer_of, missed_words, settings_of
 from echelon.advise.ask import HURRIED
-from echelon.advise.candidates import Prices, candidates, most_tokens, prices_of, row_of
+from echelon.advise.candidates import Prices, candidates, prices_of, row_of
 from echelon.advise.numbers import Numbers, agree, correct, differences
 from echelon.advise.proof import Stage, prove
-from echelon.advise.rivals import compete
 from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.shorter import Shorter, shorter
-from echelon.advise.standing import standing
 from echelon.clock import monotonic
-from echelon.errors import EchelonError, GoalMissed, InvalidInput
+from echelon.errors import GoalMissed, InvalidInput
 from echelon.tune.calibrate import models_of
 from echelon.tune.curve import curve_of
 from echelon.tune.lang import kept
@@ -120,10 +117,9 @@ class _Advisor:
         models, found = self._choose(load, lengths, limits)
         self._prove(load, models, limits, found)
         best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
-        static = self._beside(load, best)
         answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
-        extras = {"static": static, "curve": self._curve(load, best)}
-        settled = replace(self._settled(best.found.chosen.candidate), scenario=answer | extras)
+        entry = answer | {"curve": self._curve(load, best)}
+        settled = replace(self._settled(best.found.chosen.candidate), scenario=entry)
         missed = None
         if best.proof is not None and not best.held:
             missed = GoalMissed(missed_words(self.ask, best))
@@ -253,30 +249,11 @@ class _Advisor:
         with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
             file = Path(folder) / "profile.json"
             self._settled(chosen).save(file)
-            stage = self._stage(load, file)
+            on_card = self.profile.key.device != "cpu"
+            stage = Stage(self.ask, self.model, load, file, on_card, self.told)
             proof = prove(stage, chosen, requests, seconds)
         off = differences(name, predicted, proof.numbers)
         return Round(found, predicted, limits, proof, off)
-
-    def _stage(self, load: Load, file: Path) -> Stage:
-        on_card = self.profile.key.device != "cpu"
-        return Stage(self.ask, self.model, load, file, on_card, self.told)
-
-    def _beside(self, load: Load, best: Round) -> dict[str, Any] | None:
-        """Static batch sizes beside the settings; what goes wrong there takes nothing away."""
-        if best.proof is None or not self.ask.static_rounds:
-            return None
-        chosen, done = best.found.chosen, best.proof.numbers.requests
-        requests = self._requests(load, chosen.documents_per_s or 1.0)[:done]
-        with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
-            stage = self._stage(load, Path(folder) / "profile.json")
-            most = most_tokens(self.profile)
-            try:
-                rivals = compete(stage, chosen.candidate, most, requests, self._settled)
-            except EchelonError as error:
-                self.notes.append(f"Static batch sizes were not compared: {error}")
-                return None
-        return standing(self.ask, rivals)
 
     def _requests(self, load: Load, documents_per_s: float) -> list[Arrival]:
         """Those that a proof sends, if the setting is as fast as predicted."""

@@ -48,8 +48,6 @@ class Ask:
         memory_limit_bytes: memory of all workers.
         allow: what may change beside the size of a step.
         verify_s: seconds of the proof; 0 does without.
-        static_rounds: rounds in which static batch sizes are run beside the settings; 0 does
-            without.
         seed: of everything random.
     """
 
@@ -62,7 +60,6 @@ class Ask:
     memory_limit_bytes: float | None = None
     allow: tuple[Allowed, ...] = ()
     verify_s: float = 20.0
-    static_rounds: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,12 +98,6 @@ class Ask:
         self._check_proof()
 
     def _check_proof(self) -> None:
-        if self.static_rounds < 0:
-            problem = f"{self.static_rounds} is below 0"
-            raise InvalidInput("--against-static", problem, "Give rounds, such as 3.")
-        if self.static_rounds and not self.verify_s:
-            problem = "is given with --verify-s 0, and nothing is run then"
-            raise InvalidInput("--against-static", problem, "Leave one of the two out.")
         if self.rate is None or not 0 < self.verify_s * self.rate < LEAST_REQUESTS:
             return
         problem = f"{self.verify_s * self.rate:g} requests come in {self.verify_s:g} s, too few"
@@ -138,7 +129,6 @@ class Ask:
             "memory_limit_bytes": self.memory_limit_bytes,
             "allow": list(self.allow),
             "verify_s": self.verify_s,
-            "static_rounds": self.static_rounds,
         }
 
 

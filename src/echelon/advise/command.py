@@ -52,14 +52,6 @@ SCENARIO_FLAGS: tuple[Flag, ...] = (
         ("--verify-s",),
         {"type": float, "help": "Scenario: seconds of the proof; 0 does without [20]."},
     ),
-    (
-        ("--against-static",),
-        {
-            "type": int,
-            "metavar": "ROUNDS",
-            "help": "Scenario: rounds in which static batch sizes 1-32 run beside it [0].",
-        },
-    ),
 )
 """What a recommendation is asked for."""
 
@@ -163,6 +155,5 @@ def _ask(scenario: str, **given: Any) -> Ask:
         "memory_limit_bytes": None if limit is None else limit * 2**20,
         "allow": tuple(name.replace("-", "_") for name in allow if name),
         "verify_s": VERIFY_S if given["verify_s"] is None else given["verify_s"],
-        "static_rounds": given["against_static"] or 0,
     }
     return Ask(**fields)

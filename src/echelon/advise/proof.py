@@ -15,7 +15,7 @@ from echelon.advise.numbers import (
     pace_of,
     squares_share,
 )
-from echelon.advise.reranking import Task, run, run_apart
+from echelon.advise.reranking import Task, run
 from echelon.advise.server import Server
 from echelon.simulate.ladder import MISSES
 from echelon.simulate.outcome import percentiles
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from echelon.advise.ask import Ask
     from echelon.advise.model import Model
+    from echelon.advise.reranking import Ran
     from echelon.advise.sending import Load
     from echelon.plan.workload import Arrival
     from echelon.stress.run import Plan, Run
@@ -54,8 +55,6 @@ class Stage:
         profile: file with the settings to prove.
         on_card: whether steps run on a GPU, whose memory a server does not tell.
         told: called with what is being done, and the share that is done.
-        beside: whether it is one of several that are compared: a reranker then has a process of
-            its own, and does all requests however long they take.
     """
 
     ask: Ask
@@ -64,7 +63,6 @@ class Stage:
     profile: Path
     on_card: bool
     told: Callable[[str, float], None]
-    beside: bool = False
 
 
 def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds: float) -> Proof:
@@ -81,7 +79,9 @@ def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds:
     """
     if stage.ask.scenario in HURRIED:
         return _serve(stage, chosen, requests)
-    return _rerank(stage, requests, seconds)
+    stage.told("reranking", 0.0)
+    ran = run(rerank_task(stage, requests), lambda share: stage.told("reranking", share))
+    return proof_of_reranking(stage, requests, ran, seconds)
 
 
 # A server under load.
@@ -228,14 +228,11 @@ def _fits(ask: Ask, memory: float | None) -> bool:
 # The reranker.
 
 
-def _rerank(stage: Stage, requests: Sequence[Arrival], seconds: float) -> Proof:
+def proof_of_reranking(
+    stage: Stage, requests: Sequence[Arrival], ran: Ran, seconds: float
+) -> Proof:
+    """What a run shows of a reranker; arguments as in :func:`prove`."""
     ask, offline = stage.ask, stage.ask.scenario == "offline"
-    task = rerank_task(stage, requests)
-    stage.told("reranking", 0.0)
-    if stage.beside:
-        ran = run_apart(task)
-    else:
-        ran = run(task, lambda share: stage.told("reranking", share))
     p50, p95, p99 = (None, None, None) if offline else percentiles(ran.waits)
     done = requests if offline else requests[: len(ran.waits)]
     count = sum(one.documents for one in done)
@@ -264,5 +261,5 @@ def rerank_task(stage: Stage, requests: Sequence[Arrival]) -> Task:
         warm=stage.load.texts(requests[:2], ask.seed + WARM_SEED),
         texts=stage.load.texts(requests, ask.seed),
         at_once=ask.scenario == "offline",
-        within_s=None if stage.beside else ask.verify_s,
+        within_s=ask.verify_s,
     )

@@ -1,18 +1,11 @@
-"""The reranker under requests: all at once, or one caller after another.
-
-Here, or in a process of its own, whose memory is nobody else's.
-"""
+"""The reranker under requests: all at once, or one caller after another."""
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echelon.clock import monotonic
-from echelon.errors import WorkerLost
 from echelon.tune.hardware import meter_of
 
 if TYPE_CHECKING:
@@ -27,7 +20,7 @@ Texts = list[tuple[str, list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to rerank, and how. Plain data: it is sent to other processes.
+    """What to rerank, and how.
 
     Attributes:
         model: as the user gave it.
@@ -62,7 +55,7 @@ class Ran:
 
 
 def run(task: Task, told: Callable[[float], object] = lambda _: None) -> Ran:
-    """Rerank in this process.
+    """Rerank.
 
     Args:
         task: what.
@@ -79,23 +72,6 @@ def run(task: Task, told: Callable[[float], object] = lambda _: None) -> Ran:
             return Ran([], _all_at_once(reranker, task.texts), meter.peak_bytes())
         waits = _one_after_another(reranker, task, told)
         return Ran(waits, sum(waits), meter.peak_bytes())
-
-
-def run_apart(task: Task) -> Ran:
-    """Rerank in a new process.
-
-    Raises:
-        WorkerLost: it died.
-        EchelonError: as the reranker raised it.
-    """
-    fresh = multiprocessing.get_context("spawn")  # a fork would have this one's memory
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        try:
-            return pool.submit(run, task).result()
-        except BrokenProcessPool as error:
-            raise WorkerLost(
-                "The process that reranks died, perhaps for want of memory."
-            ) from error
 
 
 def _all_at_once(reranker: Reranker, texts: Texts) -> float:

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon.tune.card import card
-from echelon.tune.static import beside_static
 
 if TYPE_CHECKING:
     from echelon.tune.profile import Profile
@@ -34,22 +33,5 @@ def print_scenario(profile: Profile) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(Text(shown["verdict"], style=STYLES[shown["state"]]))
-    _print_static(console, profile)
     for note in shown["notes"]:
         console.print(Text(f"Note: {note}", style="yellow"))
-
-
-def _print_static(console: Console, profile: Profile) -> None:
-    shown = beside_static(profile)
-    if shown is None:
-        return
-    table = Table(header_style="bold")
-    table.add_column("")
-    for column in shown["head"]:
-        table.add_column(column, justify="right")
-    for row in shown["rows"]:
-        name = f"{row['name']} (best)" if row["best"] else row["name"]
-        table.add_row(name, *row["cells"], style="bold" if row["chosen"] else None)
-    console.print(table)
-    console.print(Text(shown["verdict"], style="green" if shown["good"] else "bold red"))
-    console.print(Text(shown["note"]))

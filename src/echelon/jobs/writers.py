@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from echelon.jobs.score import Scored
     from echelon.types import FloatArray, IntArray
 
-FORMATS = ("jsonl", "parquet", "trec")
-
 
 class Writer(Protocol):
     """How scores become bytes."""

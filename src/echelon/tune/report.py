@@ -18,7 +18,6 @@ from echelon.tune.plots import charts
 from echelon.tune.profile import write_text
 from echelon.tune.rules import rules
 from echelon.tune.solve import ENOUGH, TIE
-from echelon.tune.static import beside_static
 from echelon.tune.stats import CONFIDENCE
 from echelon.tune.verdict import memory_of, tiles, verdict
 
@@ -78,7 +77,6 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "model": profile.key.model,
         "card": card.card(profile),
         "card_type": card.command(profile, profile_path),
-        "static": beside_static(profile),
         "verdict": verdict(profile),
         "tiles": tiles(profile),
         "situations": [rows.situation(profile, name, profile_path) for name in rows.SITUATIONS],

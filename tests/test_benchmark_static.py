@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 
-from echelon.advise import advisor, rivals
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import static_baselines
+from echelon.advise import advisor
 from echelon.advise.advisor import advise
 from echelon.advise.ask import Ask
 from echelon.advise.numbers import Numbers, Proof
-from echelon.advise.reranking import Task, run, run_apart
-from echelon.advise.rivals import SIZES
-from echelon.advise.standing import Rival, standing
-from echelon.advise.table import print_scenario
-from echelon.errors import InvalidInput, ModelNotFound
+from echelon.advise.reranking import Task
+from echelon.errors import ModelNotFound
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Between, Fixed
 from echelon.tune import served
 from echelon.tune.profile import Profile
-from echelon.tune.static import beside_static
 from echelon.tuner import Plan
-from report_pages import leave_plotly_out, read
+from static_baselines import SIZES, Contest, beside_static, compete, run_apart
+from static_standing import Rival, standing
+from static_words import in_words
 from test_advise import MIB, known_as, row, toy
-from test_report_card import profile as shown
-
-quick_pages = pytest.fixture(leave_plotly_out, autouse=True)
+from test_report_card import entry
 
 GOALS = {"api": 0.5, "concurrent": 0.5, "offline": None, "edge": None}
 
 
 def ask(name, **changes):
     rate = None if GOALS[name] is None else 5.0
-    return Ask(name, **{"goal_s": GOALS[name], "rate": rate, "static_rounds": 2} | changes)
+    return Ask(name, **{"goal_s": GOALS[name], "rate": rate} | changes)
 
 
 def numbers(p50=0.05, p99=0.1, per_s=100.0, memory=400.0, missed=0):
@@ -123,12 +125,6 @@ def test_what_may_not_be_had_or_failed_is_not_better():
     assert failed["settings"][1] | {"reason": "died", "value": None} == failed["settings"][1]
 
 
-@pytest.mark.parametrize(("rounds", "verify_s"), [(-1, 20.0), (3, 0.0)])
-def test_rounds_need_something_to_run(rounds, verify_s):
-    with pytest.raises(InvalidInput, match="--against-static"):
-        ask("edge", static_rounds=rounds, verify_s=verify_s)
-
-
 # How it is run.
 
 
@@ -156,121 +152,118 @@ def seen(monkeypatch):
             raise ModelNotFound("static 8 is gone")
         return Proof(numbers(), 1.0, 0.0, held=True)
 
-    monkeypatch.setattr(rivals, "prove", pretended)
+    monkeypatch.setattr(static_baselines, "prove", pretended)
     monkeypatch.setattr(advisor, "prove", lambda *_: Proof(numbers(), 1.0, 0.0, held=True))
     return found
 
 
-def test_all_take_turns_on_the_same_requests(model, known, seen):
-    advice = advise(model, known, ask("api", verify_s=2.0), Plan())
+def contest(model, known, asked, tmp_path):
+    profile = advise(model, known, asked, Plan()).profile
+    return Contest.of(model, profile, asked, tmp_path / "static.json")
+
+
+def test_all_take_turns_on_the_same_requests(model, known, seen, tmp_path):
+    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    found = beside_static(made, 2)
     assert [one[0] for one in seen] == [None, *SIZES, 32, 16, 4, 2, 1, None]
     first, second = seen[:7], seen[7:]
     for turn in (first, second):
         assert all(one[2:] == turn[0][2:] for one in turn)
     assert first[0][2] != second[0][2]
-    chosen = advice.profile.settings
+    chosen = made.profile.settings
     for size, settings, *_ in seen:
         bound = {} if size is None else {"batch_size": size, "token_budget": NO_BUDGET}
         assert settings == replace(chosen, **bound)
-    found = advice.profile.scenario["static"]
     assert [one["static"] for one in found["settings"]] == [None, *SIZES]
     assert "gone" in found["settings"][4]["reason"]
-    assert advice.profile.scenario["asked"]["static_rounds"] == 2
 
 
-def test_no_step_is_larger_than_memory_allows(model, known, seen):
+def test_the_chosen_settings_run_as_they_were_chosen(model, known, seen, tmp_path):
+    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    found, entry = made.chosen(), made.profile.scenario["chosen"]
+    assert found.token_budget == entry["token_budget"]
+    assert (found.workers, found.threads) == (entry["workers"], entry["threads"])
+    assert (found.precision, found.max_length) == (entry["precision"], entry["max_length"])
+    with pytest.raises(ValueError, match="no scenario"):
+        replace(made, profile=known).chosen()
+
+
+def test_no_step_is_larger_than_memory_allows(model, known, seen, tmp_path):
     refused = replace(known, learned_token_budget=900)
-    advise(model, refused, ask("api", verify_s=2.0, static_rounds=1), Plan())
+    compete(contest(model, refused, ask("api", verify_s=2.0), tmp_path), 1)
     assert {one[1].token_budget for one in seen if one[0]} == {900}
 
 
-def test_trouble_beside_takes_nothing_from_the_recommendation(model, known, seen, monkeypatch):
+def test_trouble_with_the_chosen_settings_is_an_error(model, known, seen, tmp_path, monkeypatch):
     def gone(*_):
         raise ModelNotFound("all is gone")
 
-    monkeypatch.setattr(rivals, "prove", gone)
-    advice = advise(model, known, ask("api", verify_s=2.0), Plan())
-    entry = advice.profile.scenario
-    assert (entry["static"], entry["held"], advice.missed) == (None, True, None)
-    assert "all is gone" in entry["notes"][-1]
+    monkeypatch.setattr(static_baselines, "prove", gone)
+    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    with pytest.raises(ModelNotFound, match="all is gone"):
+        compete(made, 2)
     assert seen == []
 
 
-def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, capsys):
+def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_path):
     monkeypatch.setattr(served, "REQUESTS", 60)
     monkeypatch.setattr(served, "FULL", 20)
-    monkeypatch.setattr(rivals, "SIZES", (2,))
+    monkeypatch.setattr(static_baselines, "SIZES", (2,))
     asked = ask("offline", documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
-    found = advise(model, known, replace(asked, static_rounds=1), Plan()).profile
-    rows = found.scenario["static"]["settings"]
+    made = contest(model, known, asked, tmp_path)
+    found = beside_static(made, 1)
+    rows = found["settings"]
     assert [one["bears"] for one in rows] == [True, True]
     assert all(one["median"]["memory_bytes"] > 50 * MIB for one in rows)
-    assert rows[0]["rounds"][0]["requests"] == rows[1]["rounds"][0]["requests"] > 0
-    print_scenario(found)
-    out = capsys.readouterr().out
-    assert "Static 2" in out
-    assert "Documents/s" in out
+    proved = made.profile.scenario["measured"]["requests"]
+    assert rows[0]["rounds"][0]["requests"] == rows[1]["rounds"][0]["requests"] == proved > 0
+    shown = in_words(made.profile.scenario | {"static": found})
+    assert [one["name"] for one in shown["rows"]][1] == "Static 2"
+    assert "Documents/s" in shown["head"]
 
 
 def test_a_reranker_apart_says_what_went_wrong(tmp_path):
     task = Task(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
-    for how in (run, run_apart):
-        with pytest.raises(ModelNotFound):
-            how(task)
-
-
-@pytest.mark.parametrize(("within_s", "served"), [(None, 3), (1e-9, 1)])
-def test_callers_are_served_while_there_is_time(bert, within_s, served):
-    texts = [("a kettle", ["an old stove", "a ferry"])] * 3
-    told = []
-    task = Task(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
-    ran = run(task, told.append)
-    assert len(ran.waits) == len(told) == served
-    assert ran.whole_s == sum(ran.waits) > 0
-    assert told[-1] == 1.0
+    with pytest.raises(ModelNotFound):
+        run_apart(task)
 
 
 # What is said.
 
 
-def page_of(found):
-    made = shown()
-    return replace(made, scenario=made.scenario | {"static": found})
+def words_of(found):
+    return in_words(entry(static=found))
 
 
-def words_of(page):
-    return page.text.replace("\u00a0", " ")
+def plain(text):
+    return text.replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(
-    ("theirs", "said"),
+    ("theirs", "good", "said"),
     [
-        (0.11, "✓ Best: no static batch size is better in P99."),
-        (0.098, "✓ Within 3 % of the best: 2.0 % behind static 1 in P99."),
-        (0.08, "✗ 25.0 % behind static 1 in P99."),
+        (0.11, True, "Best: no static batch size is better in P99."),
+        (0.098, True, "Within 3 % of the best: 2.0 % behind static 1 in P99."),
+        (0.08, False, "25.0 % behind static 1 in P99."),
     ],
 )
-def test_the_report_says_honestly_where_it_stands(theirs, said):
-    page = read(page_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4))))
-    assert said in words_of(page)
-    table = page.table("Than the chosen")
-    assert [one[""].split(" ✓")[0] for one in table] == [
-        "Chosen: 1,024 tokens a step",
-        "Static 1",
-        "Static 2",
-    ]
-    assert sum("✓ best" in one[""] for one in table) == 1
-    assert table[2]["Than the chosen"].replace("\u00a0", " ") == "75.0 % worse"
-    assert "(100 ms – 100 ms)" in table[0]["P99"].replace("\u00a0", " ")
+def test_it_is_said_honestly_where_it_stands(theirs, good, said):
+    shown = words_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4)))
+    assert (plain(shown["verdict"]), shown["good"]) == (said, good)
+    rows = shown["rows"]
+    assert [one["name"] for one in rows] == ["Chosen: 1,024 tokens a step", "Static 1", "Static 2"]
+    assert [one["chosen"] for one in rows] == [True, False, False]
+    assert sum(one["best"] for one in rows) == 1
+    assert shown["head"][-1] == "Than the chosen"
+    assert plain(rows[2]["cells"][-1]) == "75.0 % worse"
+    assert "(100 ms – 100 ms)" in plain(rows[0]["cells"][shown["head"].index("P99")])
+    assert "Medians of 2 rounds" in shown["note"]
 
 
 def test_a_far_better_one_and_an_unfit_one_have_words():
-    far = page_of(among("concurrent", [numbers(missed=100)], [numbers()]))
-    assert "Far behind static 1 in goodput" in words_of(read(far))
-    unfit = page_of(among("api", slow(0.1), [numbers(missed=50)]))
-    assert "does not bear the load" in words_of(read(unfit))
-
-
-def test_older_profiles_have_no_such_table():
-    assert beside_static(shown()) is None
-    assert "static batch sizes" not in read(shown()).text
+    far = words_of(among("concurrent", [numbers(missed=100)], [numbers()]))
+    assert far["verdict"] == "Far behind static 1 in goodput."
+    assert far["rows"][1]["cells"][-1] == "far better"
+    unfit = words_of(among("api", slow(0.1), [numbers(missed=50)]))
+    assert unfit["rows"][1]["cells"][-1] == "does not bear the load"
+    assert "more rounds" in unfit["note"]

@@ -56,11 +56,19 @@ class Rival:
 
 
 def standing(ask: Ask, rivals: Sequence[Rival]) -> Row:
-    """The entry ``static`` of the profile's ``scenario``, see docs/TUNE.md.
+    """Where they stand: what the results keep as ``static``.
 
     Args:
         ask: what for.
         rivals: the chosen settings, which ran all rounds, then the static ones.
+
+    Returns:
+        ``rounds``, ``measure``, ``verdict`` (``best``; ``within``, up to WITHIN behind the best;
+        or ``behind``), ``best`` (the static size; None for the chosen settings), ``behind``
+        (relative; None where the chosen had nothing to compare) and ``settings``, a row each: its
+        ``static`` size, ``rounds`` and their ``median`` (with ``goodput_per_s``), ``value``,
+        ``low`` and ``high`` of the measure, whether it ``bears`` the load, how far it is ``ahead``
+        of the chosen, and the ``reason`` why it was not compared.
     """
     rows = [_row(ask, rival) for rival in rivals]
     chosen = rows[0]

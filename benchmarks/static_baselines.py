@@ -1,0 +1,162 @@
+"""Static batch sizes beside the chosen settings: the same requests, in turns, round after round.
+
+A static one is bounded in pairs and in nothing else, but for the tokens that were too many for
+memory. Everything else is as chosen: precision, length, threads, workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from echelon.advise.answer import settings_of
+from echelon.advise.ask import HURRIED
+from echelon.advise.candidates import most_tokens
+from echelon.advise.proof import Stage, proof_of_reranking, prove, rerank_task
+from echelon.advise.reranking import Ran, Task, run
+from echelon.advise.sending import Load, ruler_of
+from echelon.errors import EchelonError, WorkerLost
+from echelon.tune.prices import cost_of, lengths_of
+from echelon.tune.scenario import Candidate
+from static_standing import Rival, standing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from echelon.advise.ask import Ask
+    from echelon.advise.model import Model
+    from echelon.advise.numbers import Proof
+    from echelon.plan.workload import Arrival
+    from echelon.tune.profile import Profile
+
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Static batch sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What the settings are compared under.
+
+    Attributes:
+        profile: with a scenario's settings, which were proved.
+        stage: what for, and how settings are run; its file is written for each run.
+    """
+
+    profile: Profile
+    stage: Stage
+
+    @classmethod
+    def of(cls, model: Model, profile: Profile, ask: Ask, file: Path) -> Contest:
+        """The contest of a profile's settings; ``file`` is written for each run."""
+        settings = replace(profile.settings, max_length=model.options.max_length)
+        tokens = ask.tokens or lengths_of(replace(profile, settings=settings))
+        if tokens is None:
+            raise ValueError("The profile does not say how long pairs are.")
+        ruler = ruler_of(model.trial.encoder)
+        load = Load(ask.traffic(tokens), ask.rate or 1.0, model.texts.topics, ruler)
+        on_card = profile.key.device != "cpu"
+        return cls(profile, Stage(ask, model, load, file, on_card, lambda *_: None))
+
+    def chosen(self) -> Candidate:
+        """The settings that were recommended."""
+        found = self._entry["chosen"]
+        return Candidate(
+            found["token_budget"],
+            cost_of(self.profile),
+            found["batch_size"],
+            found["workers"],
+            found["threads"],
+            found["precision"],
+            found["max_length"],
+        )
+
+    def entered(self) -> list[tuple[Candidate, Rival]]:
+        """All that take part: the chosen settings, then the static ones."""
+        chosen, most = self.chosen(), most_tokens(self.profile)
+        static = [(replace(chosen, token_budget=most, max_pairs=n), Rival(n)) for n in SIZES]
+        return [(chosen, Rival(None)), *static]
+
+    def requests(self, turn: Stage) -> list[Arrival]:
+        """Of one round: with a rate others than in the last, else as many as the proof served."""
+        load, ask = turn.load, turn.ask
+        if ask.scenario in HURRIED:
+            return load.requests(ask.verify_s, ask.seed)
+        served = self._entry["measured"]["requests"]
+        return list(islice(load.traffic.at(load.rate).requests(), served))
+
+    def settle(self, candidate: Candidate) -> None:
+        """Write the profile with the settings of a candidate, for the run to read."""
+        settings = settings_of(candidate)
+        replace(self.profile, settings=settings, scenario=None).save(self.stage.profile)
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        if self.profile.scenario is None:
+            raise ValueError("The profile has no scenario.")
+        return self.profile.scenario
+
+
+def beside_static(contest: Contest, rounds: int) -> dict[str, Any]:
+    """Where the chosen settings stand among static batch sizes, see :func:`standing`."""
+    return standing(contest.stage.ask, compete(contest, rounds))
+
+
+def compete(contest: Contest, rounds: int) -> list[Rival]:
+    """Run all of them in rounds, every other round in the opposite order.
+
+    A static size that fails is told why, and left out from then on.
+
+    Returns:
+        The chosen settings, then the static ones.
+
+    Raises:
+        EchelonError: the chosen settings failed.
+    """
+    entered = contest.entered()
+    for number in range(rounds):
+        ask = contest.stage.ask
+        turn = replace(contest.stage, ask=replace(ask, seed=ask.seed + number))
+        requests = contest.requests(turn)
+        for candidate, rival in entered[:: 1 if number % 2 == 0 else -1]:
+            if rival.failed is not None:
+                continue
+            contest.settle(candidate)
+            try:
+                proof = apart(turn, candidate, requests)
+            except EchelonError as error:
+                if rival.pairs is None:
+                    raise
+                rival.failed = str(error)
+            else:
+                rival.rounds.append(proof.numbers)
+    return [rival for _, rival in entered]
+
+
+def apart(stage: Stage, candidate: Candidate, requests: Sequence[Arrival]) -> Proof:
+    """A proof in a process of its own, in which a reranker serves all requests."""
+    if stage.ask.scenario in HURRIED:
+        return prove(stage, candidate, requests, 0.0)
+    task = replace(rerank_task(stage, requests), within_s=None)
+    return proof_of_reranking(stage, requests, run_apart(task), 0.0)
+
+
+def run_apart(task: Task) -> Ran:
+    """Rerank in a new process, whose memory is nobody else's.
+
+    Raises:
+        WorkerLost: it died.
+        EchelonError: as the reranker raised it.
+    """
+    fresh = multiprocessing.get_context("spawn")  # a fork would have this one's memory
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        try:
+            return pool.submit(run, task).result()
+        except BrokenProcessPool as error:
+            raise WorkerLost(
+                "The process that reranks died, perhaps for want of memory."
+            ) from error
