@@ -41,25 +41,38 @@ GUARD_S = 300.0
 SYSTEM = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 300,
-    "health_check_timeout_ms": 30_000,
+    "health_check_timeout_ms": 60_000,
     "health_check_failure_threshold": 8,
-    "worker_register_timeout_seconds": 240,
+    "gcs_rpc_server_connect_timeout_s": 60,
+    "gcs_rpc_server_reconnect_timeout_s": 600,
+    "gcs_server_request_timeout_seconds": 300,
+    "grpc_keepalive_time_ms": 300_000,
+    "grpc_keepalive_timeout_ms": 300_000,
+    "grpc_client_keepalive_timeout_ms": 300_000,
+    "worker_register_timeout_seconds": 300,
+    "agent_register_timeout_ms": 300_000,
+    "memory_monitor_refresh_ms": 0,
+    "enable_metrics_collection": False,
 }
 """A machine that went refuses connections, which is noticed in three seconds, where Ray itself
-takes fifteen; one that is only slow, on a busy computer, has half a minute for each check."""
+takes fifteen. One that is only slow, on a busy computer or one that stalls, has eight minutes, and
+no connection is given up meanwhile. Nothing is killed because others fill the memory."""
 
 PATIENCE = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "300",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",  # tell nobody
+    **{f"RAY_{name}": str(value).lower() for name, value in SYSTEM.items()},
 }
-"""The same for the proxies of Ray Serve, which replaces slow ones, connections and all."""
+"""The same for the proxies of Ray Serve, which replaces slow ones, connections and all; and for
+whoever has not yet heard of the system's settings from the head."""
 
 
 @contextlib.contextmanager
 def cluster():
     """A head without room for workers; :func:`machine` adds some."""
     kept = dict(os.environ)
-    os.environ.update(PATIENCE, RAY_USAGE_STATS_ENABLED="0")  # tell nobody
+    os.environ.update(PATIENCE)
     os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     made = Cluster(
         initialize_head=True,
