@@ -58,7 +58,7 @@ def shown(heard, state=None):
 
 
 def step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3, *, again=False):
-    return StepFinished(0, predicted, actual, pairs, 1, tokens, cost, 0.0, 2**20, again)
+    return StepFinished(0, predicted, actual, pairs, 1, tokens, cost, 2**20, again)
 
 
 def ended(outcome="answered", cut=0, fallback=None):

@@ -242,7 +242,6 @@ class Dispatch:
             for job in self._of(step):
                 job.scored(step, scored.seconds, now)
             ended = self._batcher.finish(step.number, scored.logits)
-            oldest = self._batcher.load().oldest
             self.listener.step_finished(
                 StepFinished(
                     worker=worker,
@@ -252,7 +251,6 @@ class Dispatch:
                     requests=len(step.requests),
                     tokens=step.tokens,
                     cost_tokens=step.cost_tokens,
-                    queue_age_s=0.0 if oldest is None else now - oldest,
                     resident_bytes=scored.resident_bytes,
                     again=step.again,
                 )

@@ -32,7 +32,6 @@ class StepFinished:
         requests: requests that waited for them.
         tokens: useful tokens.
         cost_tokens: tokens paid for, padding included.
-        queue_age_s: how long the oldest request has been here; 0 where none is left.
         resident_bytes: memory of the worker's process.
         again: its pairs were in a step before that did not end well.
     """
@@ -44,7 +43,6 @@ class StepFinished:
     requests: int
     tokens: int
     cost_tokens: int
-    queue_age_s: float
     resident_bytes: int
     again: bool
 
