@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.jobs.score import Steps
 from echelon.scale.files import Bench
 from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share
@@ -183,7 +184,11 @@ def actors(name: str) -> list[int]:
 
 
 class Lethal(Bench):
-    """A worker that no window leaves alive."""
+    """A worker without a model that no window leaves alive."""
+
+    def open(self, model, options, steps):
+        steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
+        return "steps", (steps, ray.get_runtime_context().get_node_id()), 0.0, 0
 
     def score(self, window):
         os._exit(1)

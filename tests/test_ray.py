@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -44,6 +45,7 @@ from echelon.plan.scale import Scaling
 from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted
 from echelon.scale.serve import NAME, Ingress
+from echelon.serve.scaling import keep_scaled
 from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
 from services import Ears, scores, texts, until, wish
@@ -196,7 +198,7 @@ CLIENTS, GOAL_S = 20, 1.2
 
 def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
     ears = Ears()
-    scaling = Scaling(1, 2, delay_s=GOAL_S, up_s=0.5, down_s=4.0)
+    scaling = Scaling(1, 2, delay_s=GOAL_S, up_s=0.5)
     stop = asyncio.Event()
 
     async def client(it, seed):
@@ -211,6 +213,8 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
         stop.set()
         await asyncio.gather(*load)
         await split(it, ears)
+        it._scaling.cancel()  # until now no rest was long enough, however slow the machine
+        it._scaling = asyncio.create_task(keep_scaled(it, replace(scaling, down_s=1.0)))
         while it.snapshot().staff == 2:  # a little is asked now and then
             assert (await it.submit(texts(7, 1))).logits.tolist() == scores(texts(7, 1))
             await asyncio.sleep(0.05)
