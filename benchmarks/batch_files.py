@@ -30,18 +30,18 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from echelon import gate
-from echelon.config import Options
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
 from echelon.jobs.screen import Screen
+from echelon.options import Options
 from echelon.plan.pack import step_budget
+from echelon.profile import library_versions
 from echelon.score.fake import FakeScorer
 from echelon.score.load import open_scorer
 from echelon.tune.hardware import describe_machine
-from echelon.tune.profile import library_versions
 from echelon.tune.texts import load_texts
 
 if TYPE_CHECKING:

@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
     """Of everything that decides speed and scores."""
     import torch
 
-    from echelon.tune.profile import library_versions
+    from echelon.profile import library_versions
 
     found = library_versions() | {"platform": platform.platform(), "cuda": str(torch.version.cuda)}
     for name in ("transformers", "sentence_transformers", "flash_attn"):

@@ -33,13 +33,13 @@ from typing import Any
 import bm25s
 import Stemmer
 
-from echelon.config import Options
 from echelon.jobs.compare import compare_precisions
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
 from echelon.jobs.screen import Screen, print_quality, print_trials
+from echelon.options import Options
+from echelon.profile import library_versions
 from echelon.tune.hardware import describe_machine
-from echelon.tune.profile import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGE = "cherche==2.2.1"

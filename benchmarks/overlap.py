@@ -27,9 +27,9 @@ from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
 from echelon.gate import pass_gate
 from echelon.plan.pack import step_budget
+from echelon.profile import library_versions
 from echelon.score.load import open_scorer
 from echelon.tune.hardware import describe_machine
-from echelon.tune.profile import library_versions
 from echelon.tune.texts import load_texts
 
 if TYPE_CHECKING:

@@ -23,19 +23,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import TooNoisy
 from echelon.fetch.resolve import resolve
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
+from echelon.profile import library_versions
 from echelon.score.device import cpu_name, usable_cpus
 from echelon.score.load import open_scorer
 from echelon.tune.calibrate import Stuff, fitted, level
 from echelon.tune.fit import CostFit, Error
 from echelon.tune.hardware import meter_of
 from echelon.tune.probes import FEWEST_ROUNDS, Range, choose, measure
-from echelon.tune.profile import library_versions
 from echelon.tune.texts import load_texts
+from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, CostModel
 from echelon.plan.workload import Between, Lognormal, Poisson, Workload
+from echelon.profile import library_versions
 from echelon.simulate.capacity import Capacity, Traffic
 from echelon.simulate.day import TYPICAL, rates_of, simulate_day
 from echelon.simulate.exact import simulate
@@ -30,7 +31,6 @@ from echelon.simulate.fleet import Fleet, simulate_fleet
 from echelon.simulate.setting import Setting
 from echelon.simulate.traffic import blocks
 from echelon.tune.hardware import describe_machine
-from echelon.tune.profile import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

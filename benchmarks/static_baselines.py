@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from echelon.advise.model import Model
     from echelon.advise.numbers import Proof
     from echelon.plan.workload import Arrival
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Static batch sizes."""

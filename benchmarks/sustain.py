@@ -34,21 +34,21 @@ from echelon.advise.numbers import correct
 from echelon.advise.proof import Stage, arguments, proof_of, stress_plan
 from echelon.advise.sending import Load, ruler_of
 from echelon.advise.server import Server
-from echelon.clock import monotonic
-from echelon.config import Options
 from echelon.errors import EchelonError, TooNoisy
+from echelon.options import Options
 from echelon.plan.pack import step_budget
 from echelon.plan.workload import Fixed, Lognormal
+from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
 from echelon.simulate.ladder import meets
 from echelon.stress.run import opened
 from echelon.tune.calibrate import models_of
 from echelon.tune.curve import curve_of
 from echelon.tune.hardware import describe_machine
 from echelon.tune.prices import cost_of
-from echelon.tune.profile import Profile, Settings, current_key, library_versions, write_text
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import Service, predict
 from echelon.tuner import PROBE_SHARE, Plan, probe
+from echelon.types import monotonic
 from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of, verdict
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def calibrated(model: Model, seconds: float) -> Profile:
     if found.cost is None:
         raise TooNoisy(" ".join(found.warnings))
     budget = step_budget(None, None, facts.device)
-    settings = Settings(facts.precision, budget, None, facts.threads or None, None)
+    settings = TunedSettings(facts.precision, budget, None, facts.threads or None, None)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Profile(key, settings, created, cost=found.cost, memory=found.memory)
 

@@ -26,8 +26,8 @@ from echelon.types import TokenBatch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.config import Truncation
     from echelon.encode.pairs import EncodedPairs
+    from echelon.options import Truncation
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,9 +6,9 @@ import json
 import random
 from pathlib import Path
 
-from echelon.config import Options
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
+from echelon.options import Options
 from echelon.score.fake import FakeScorer
 from helpers import SENTENCES
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from echelon.plan.pack import NO_BUDGET
+from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.tune import report
 from echelon.tune.grid import Measured, Point
-from echelon.tune.profile import Key, Profile, Settings
 from echelon.tune.solve import best_batches, best_budget, situations
 
 # Building profiles.
@@ -59,7 +59,7 @@ PRECISIONS = [
 def make_profile(results=RESULTS, **changes):
     """A profile as the tuner builds it."""
     best, budget = best_batches(results), best_budget(results)
-    chosen = Settings(
+    chosen = TunedSettings(
         precision="bf16",
         token_budget=budget.point.token_budget if budget else NO_BUDGET,
         batch_size=None if budget or not best else best[-1].point.batch_size,
@@ -67,7 +67,7 @@ def make_profile(results=RESULTS, **changes):
         max_length=None,
     )
     profile = Profile(
-        key=Key("some/model", "abc123", "cpu", "A Processor", "bf16", {"torch": "2.13.0"}),
+        key=ProfileKey("some/model", "abc123", "cpu", "A Processor", "bf16", {"torch": "2.13.0"}),
         settings=chosen,
         created="2026-11-22T13:00:09+00:00",
         machine={

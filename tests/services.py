@@ -6,13 +6,13 @@ import asyncio
 
 import numpy as np
 
-from echelon.clock import monotonic
 from echelon.encode.pairs import encode_pairs
 from echelon.score.fake import FakeScorer
 from echelon.score.worker import ChildWorker
 from echelon.serve.events import Silence
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
+from echelon.types import monotonic
 from helpers import TEMPLATE
 from scorers import Obedient
 

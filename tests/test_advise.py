@@ -30,13 +30,13 @@ from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
 from echelon.api.metrics import RATIOS
-from echelon.config import Options
 from echelon.errors import InvalidInput
+from echelon.options import Options
 from echelon.plan.cost import Coefficients, CostModel, work_of
 from echelon.plan.memory import MemoryModel
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Arrival, Between, Fixed, Known
-from echelon.tune.profile import Key, Profile, Settings, current_key
+from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.tune.quality import Agreement
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import cut, predict
@@ -81,8 +81,8 @@ def profile(**changes):
     error = {"median": 0.01, "p90": 0.02, "shapes": 9}
     cost = {"base_s": 2e-3, "token_s": 5e-5, "square_s": 4e-8, "knee_tokens": 0, "beyond_s": 0.0}
     made = Profile(
-        Key("toy", "r", "cpu", "a CPU", "bf16", {}),
-        Settings("bf16", 700, None, 2, None),
+        ProfileKey("toy", "r", "cpu", "a CPU", "bf16", {}),
+        TunedSettings("bf16", 700, None, 2, None),
         "2026-01-01T00:00:00+00:00",
         data={"tokens": {"mean": 60.0, "p50": 50.0, "p90": 100.0, "max": 130}},
         precisions=[row("fp32", 1.0, 50.0), row("bf16"), row("int8", 0.9, passed=False)],
@@ -165,7 +165,7 @@ def test_budgets_stay_below_what_memory_refused_and_allows():
     assert budgets(profile(learned_token_budget=100), Ask("edge")) == [100]
     limited = Ask("edge", memory_limit_bytes=380.0 * MIB)
     assert budgets(profile(), limited) == [256, 512, 700]
-    free = profile(settings=Settings("bf16", NO_BUDGET, 4, 2, None))
+    free = profile(settings=TunedSettings("bf16", NO_BUDGET, 4, 2, None))
     assert max(budgets(free, Ask("edge"))) == 4096
 
 

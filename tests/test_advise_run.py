@@ -17,8 +17,8 @@ from echelon.advise.reranking import Task, run
 from echelon.advise.table import print_scenario
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.plan.workload import Between, Fixed
+from echelon.profile import Profile
 from echelon.tune import scenario, served
-from echelon.tune.profile import Profile
 from echelon.tuner import Plan
 from helpers import run_command
 from test_advise import MIB, known_as, toy

@@ -20,8 +20,8 @@ from echelon.advise.reranking import Task
 from echelon.errors import ModelNotFound
 from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Between, Fixed
+from echelon.profile import Profile
 from echelon.tune import served
-from echelon.tune.profile import Profile
 from echelon.tuner import Plan
 from static_baselines import SIZES, Contest, beside_static, compete, run_apart
 from static_standing import Rival, standing

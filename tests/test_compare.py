@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.plan.pack import NO_BUDGET
+from echelon.profile import TunedSettings
 from echelon.reports import grids
 from echelon.reports.ratio import Known, Ratio
-from echelon.tune.profile import Settings
 from echelon.tune.solve import TIE
 from profile_pairs import compared, profile_of, ratios
 from report_pages import RESULTS, entry, steady
@@ -246,7 +246,7 @@ def test_the_verdict_owns_up_to_what_it_does_not_know():
 
 
 def test_the_best_batch_speaks_where_the_chosen_setting_has_no_point():
-    settings = Settings("bf16", 12345, None, 2, None)
+    settings = TunedSettings("bf16", 12345, None, 2, None)
     a, b = (replace(profile_of(f), settings=settings) for f in (1.0, 0.5))
     found = compared(a, b)
     assert found["chosen"] == []
@@ -254,7 +254,7 @@ def test_the_best_batch_speaks_where_the_chosen_setting_has_no_point():
 
 
 def test_a_budget_without_end_is_no_number():
-    settings = Settings("bf16", NO_BUDGET, 8, 2, None)
+    settings = TunedSettings("bf16", NO_BUDGET, 8, 2, None)
     made = replace(profile_of(), settings=settings)
     found = compared(made, made)
     assert {row["name"]: row["a"] for row in found["settings"]}["token_budget"] is None

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon import EchelonWarning, InvalidInput, ProfileError, Reranker
-from echelon.config import Options
+from echelon.options import Options
+from echelon.profile import (
+    SCHEMA,
+    Profile,
+    ProfileKey,
+    TunedSettings,
+    apply_profile,
+    library_versions,
+)
 from echelon.score.base import DeviceOutOfMemory
-from echelon.tune.profile import SCHEMA, Key, Profile, Settings, apply_profile, library_versions
 
 COUNTS = ["max_length", "max_query_tokens", "token_budget", "batch_size", "threads"]
 
@@ -133,7 +140,7 @@ def test_options_are_plain_data():
 def profile_for(reranker: Reranker, **settings) -> Profile:
     facts = reranker.facts
     return Profile(
-        key=Key(
+        key=ProfileKey(
             reranker.model.name,
             reranker.model.revision,
             facts.device,
@@ -141,7 +148,7 @@ def profile_for(reranker: Reranker, **settings) -> Profile:
             facts.precision,
             library_versions(),
         ),
-        settings=Settings(
+        settings=TunedSettings(
             **{
                 "precision": "fp32",
                 "token_budget": 333,

@@ -12,7 +12,7 @@ import pytest
 
 import echelon
 from echelon import cli, errors
-from echelon.config import Options
+from echelon.options import Options
 from echelon.plan import degrade
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from echelon.api.dialects.table import DIALECTS, read
-from echelon.clock import monotonic
 from echelon.encode.chunks import Chunking
 from echelon.errors import InvalidInput
 from echelon.plan.admit import Bounds
@@ -21,6 +20,7 @@ from echelon.plan.fallback import ON_SHARE, QUIET_S
 from echelon.score.fake import FakeScorer
 from echelon.serve.pressure import Pressure
 from echelon.serve.state import Settings
+from echelon.types import monotonic
 from scorers import Held
 from served import metric, run_app
 from services import Ears, LetterEncoder, run, scores, service, texts, until, wish

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from echelon import InvalidInput, Reranker, gate
-from echelon.config import Options
 from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
+from echelon.options import Options
 from echelon.score.device import choose_precision, multiplies_int8
 from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.score.linear import Int8Linear
@@ -261,9 +261,9 @@ def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
 
 
 def gate_profile(key, row):
-    from echelon.tune.profile import Profile, Settings
+    from echelon.profile import Profile, TunedSettings
 
-    return Profile(key, Settings("bf16", 512, None, 1, None), "", precisions=[row])
+    return Profile(key, TunedSettings("bf16", 512, None, 1, None), "", precisions=[row])
 
 
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):

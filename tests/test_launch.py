@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from echelon import InvalidInput, ModelNotFound, Reranker
-from echelon.config import Options
+from echelon.options import Options
 from echelon.prepare import prepare
 from echelon.serve.launch import device_of, launch, threads_of
 from helpers import SENTENCES

@@ -15,10 +15,10 @@ from echelon.errors import ProfileError
 from echelon.plan.cost import Coefficients
 from echelon.plan.memory import MemoryModel
 from echelon.planner import answer
+from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.simulate import capacity, day, traffic
 from echelon.tune.fit import CostFit, Error, MemoryFit
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
-from echelon.tune.profile import Key, Profile, Settings
 from helpers import run_command
 
 MIB = 2**20
@@ -46,8 +46,8 @@ def profile(points=None, *, base=0.004, token=7e-5, **changes):
             point(steps, 5000, base * steps + token * 5000 * squares) for steps in (2, 5, 10, 50)
         ]
     made = Profile(
-        key=Key("demo", "1", "cpu", "a CPU", "fp32", {}),
-        settings=Settings("fp32", 2048, None, 2, changes.pop("max_length", None)),
+        key=ProfileKey("demo", "1", "cpu", "a CPU", "fp32", {}),
+        settings=TunedSettings("fp32", 2048, None, 2, changes.pop("max_length", None)),
         created="2026-01-01T00:00:00+00:00",
         data={"tokens": {"mean": 100.0, "p50": 100.0, "p90": 100.0, "max": 300}},
         points=points,

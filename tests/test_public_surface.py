@@ -28,7 +28,7 @@ from surface import form, there
 
 # Where things live inside the package: what moves is told here, and nowhere else in this file.
 
-OPTIONS = "echelon.config:Options"
+OPTIONS = "echelon.options:Options"
 ERRORS = "echelon.errors"
 COMMANDS = "echelon.cli:cli"
 METRICS = "echelon.api.metrics:Metrics"

@@ -37,10 +37,10 @@ from clusters import (
     serve_at,
     service,
 )
-from echelon.config import Options
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.jobs.rows import Row, Window
 from echelon.jobs.run import run as run_file
+from echelon.options import Options
 from echelon.plan.scale import Scaling
 from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted

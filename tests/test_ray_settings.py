@@ -14,9 +14,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from echelon.api.server import GRACE_S
 from echelon.cli import cli
-from echelon.config import Options
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.fetch.resolve import DEMO, ModelFolder
+from echelon.options import Options
 from echelon.plan.scale import Scaling
 from echelon.prepare import PreparedModel
 from echelon.scale.opener import abroad

@@ -8,8 +8,8 @@ import pytest
 
 from echelon.errors import StorageError
 from echelon.plan.pack import NO_BUDGET
+from echelon.profile import TunedSettings
 from echelon.tune import report, words
-from echelon.tune.profile import Settings
 from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, number_rows, read
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
@@ -215,9 +215,9 @@ BARE = {"points": [], "best": [], "situations": []}
         {"precisions": [], "warnings": []},
         {"machine": {"cpu": None, "gpus": None, "memory_bytes": None}},
         {"data": {"name": None, "tokens": None}},
-        {"settings": Settings("fp32", NO_BUDGET, None, None, None)},
-        {"settings": Settings("fp32", NO_BUDGET, 8, None, 512)},
-        {"settings": Settings("bf16", 12345, None, 2, None)},
+        {"settings": TunedSettings("fp32", NO_BUDGET, None, None, None)},
+        {"settings": TunedSettings("fp32", NO_BUDGET, 8, None, 512)},
+        {"settings": TunedSettings("bf16", 12345, None, 2, None)},
         {"created": "some day"},
     ],
 )

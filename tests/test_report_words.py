@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.config import Options
+from echelon.options import Options
 from echelon.tune import report, words
 from report_pages import entry, make_profile
 

@@ -11,11 +11,11 @@ import pytest
 
 from echelon.plan.cost import Coefficients, work_of
 from echelon.plan.memory import MemoryModel
+from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.tune.calibrate import fitted
 from echelon.tune.fit import CostFit, Probe
 from echelon.tune.model_plots import model_charts
 from echelon.tune.probes import Range, choose
-from echelon.tune.profile import Key, Profile, Settings
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -40,8 +40,8 @@ def made(*, memory=True):
 
 
 def profile(models) -> Profile:
-    key = Key("m", "r", "cpu", "a processor", "fp32", {})
-    settings = Settings("fp32", 1024, None, 2, None)
+    key = ProfileKey("m", "r", "cpu", "a processor", "fp32", {})
+    settings = TunedSettings("fp32", 1024, None, 2, None)
     return Profile(key, settings, "2026-01-01", cost=models.cost, memory=models.memory)
 
 

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from echelon import cli, refresh, tuner
-from echelon.config import Options
+from echelon.options import Options
+from echelon.profile import Profile
 from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import CostFit
-from echelon.tune.profile import Profile
 from echelon.tuner import Plan
 
 QUICK = Plan(pairs=(4,), batch_sizes=(1, 4), token_budgets=(64, 256))

@@ -9,11 +9,11 @@ from itertools import count
 import pytest
 
 from echelon import Reranker, gate, tuner
-from echelon.config import Options
+from echelon import profile as profiles
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
+from echelon.options import Options
+from echelon.profile import Profile, apply_profile
 from echelon.score.base import DeviceOutOfMemory
-from echelon.tune import profile as profiles
-from echelon.tune.profile import Profile, apply_profile
 from echelon.tuner import Plan
 from helpers import offer
 

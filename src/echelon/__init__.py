@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from echelon.async_reranker import AsyncReranker
     from echelon.errors import (
         BadCheckpoint,
         EchelonError,
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedModel,
     )
-    from echelon.reranker import Reranker
+    from echelon.reranker import AsyncReranker, Reranker
     from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 __version__ = "0.1.0"

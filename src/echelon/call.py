@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.checks import check_documents, check_pairs, check_text, check_top_n
 from echelon.errors import EchelonWarning
+from echelon.options import check_documents, check_pairs, check_text, check_top_n
 from echelon.plan.pack import windows
 from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from echelon.config import Options
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
+    from echelon.options import Options
     from echelon.types import FloatArray, IntArray, Pair
 
 

@@ -24,8 +24,8 @@ from echelon.stress.command import stress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from echelon.config import Options
-    from echelon.tune.profile import Profile
+    from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.tuner import Plan
 
 INTERRUPTED = 130
@@ -125,7 +125,7 @@ def rank(  # noqa: PLR0913 - one argument each option
 
     Documents are arguments, or lines of --file, or lines of standard input.
     """
-    from echelon.checks import check_top_n
+    from echelon.options import check_top_n
 
     check_top_n(top_n)
     texts = _read_documents(documents, file)
@@ -275,8 +275,8 @@ def _refresh(
     model: str, options: Options, plan: Plan, path: str, *, told: Callable[[str, float], None]
 ) -> Profile:
     """Bring a profile up to date, and say what was measured and what was kept."""
+    from echelon.profile import Profile
     from echelon.refresh import refresh
-    from echelon.tune.profile import Profile
 
     fresh = refresh(model, options, plan, Profile.load(path), told=told)
     if options.progress:

@@ -23,8 +23,8 @@ from echelon.types import LadderStep, RunReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.config import Allowance
     from echelon.encode.pairs import EncodedPairs
+    from echelon.options import Allowance
     from echelon.plan.degrade import Action
     from echelon.score.base import Facts, Scorer
     from echelon.types import FloatArray, IntArray, TokenBatch

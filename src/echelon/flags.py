@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.config import Options
+    from echelon.options import Options
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -72,7 +72,7 @@ def options_of(values: dict[str, Any], *, quiet: bool) -> Options:
     Raises:
         InvalidInput: a value is wrong.
     """
-    from echelon.config import Options
+    from echelon.options import Options
 
     if "allow" in values:
         values["allow"] = tuple(values["allow"])

@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.checks import check_max_length
-from echelon.clock import monotonic
 from echelon.engine import Engine, Limits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.fetch.demo import home
+from echelon.options import check_max_length
 from echelon.plan.pack import pack, step_budget
+from echelon.profile import ProfileKey, library_versions, read_json, write_json
 from echelon.score.device import cpu_name
 from echelon.score.kernels.library import kernels
 from echelon.score.load import layer_errors, may_choose_int8, open_scorer
-from echelon.tune.profile import Key, library_versions, read_json, write_json
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement
 from echelon.tune.texts import load_texts
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from echelon.config import Options
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.fetch.resolve import ModelFolder
+    from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
-    from echelon.tune.profile import Profile
     from echelon.tune.texts import Texts, Topic
     from echelon.types import FloatArray
 
@@ -204,7 +204,7 @@ def pass_gate(
     """
     if options.precision != "int8" or not may_choose_int8(folder.path, options.device):
         return []
-    key = Key(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
+    key = ProfileKey(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
     row = _from_profile(profile, key) or _kept(key)
     if row is None:
         logger.info("Comparing int8 with fp32, once for this model and machine.")
@@ -218,19 +218,19 @@ def pass_gate(
     return kept
 
 
-def _from_profile(profile: Profile | None, key: Key) -> dict[str, Any] | None:
+def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:
     if profile is None or replace(profile.key, precision="int8").differences(key):
         return None
     return next((row for row in profile.precisions if row["precision"] == "int8"), None)
 
 
-def _place(key: Key) -> Path:
+def _place(key: ProfileKey) -> Path:
     """The kept answer's file; kernels and torch round differently, so they count as well."""
     question = json.dumps([asdict(key), kernels() is not None], sort_keys=True)
     return home() / "gates" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
 
 
-def _kept(key: Key) -> dict[str, Any] | None:
+def _kept(key: ProfileKey) -> dict[str, Any] | None:
     try:
         content = read_json(_place(key))
         return dict(content["int8"]) if content["key"] == asdict(key) else None
@@ -238,7 +238,7 @@ def _kept(key: Key) -> dict[str, Any] | None:
         return None
 
 
-def _keep(key: Key, row: dict[str, Any]) -> None:
+def _keep(key: ProfileKey, row: dict[str, Any]) -> None:
     """Keep an answer; where that cannot be done the next process measures again."""
     path = _place(key)
     try:

@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING
 from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
 from echelon.gate import opener, pass_gate
+from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
 from echelon.score.load import require_model
-from echelon.tune.profile import (
-    Profile,
-    apply_profile,
-    current_key,
-    remember_budget,
-    warn_if_stale,
-)
 
 if TYPE_CHECKING:
     import os
 
-    from echelon.config import Options
     from echelon.fetch.resolve import ModelFolder
+    from echelon.options import Options
     from echelon.score.base import Facts
     from echelon.score.worker import Opener
 

@@ -11,34 +11,34 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from echelon.checks import check_max_length
-from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import ProfileError
 from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
+from echelon.options import check_max_length
 from echelon.plan.cost import work_of
 from echelon.plan.pack import NO_BUDGET
+from echelon.profile import apply_profile, current_key
 from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.calibrate import Stuff, models_of
 from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
 from echelon.tune.hardware import meter_of
 from echelon.tune.probes import Range, measure
-from echelon.tune.profile import apply_profile, current_key
 from echelon.tune.texts import load_texts
 from echelon.tuner import probe, tune
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from echelon.clock import Clock
-    from echelon.config import Options
+    from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.score.base import Scorer
     from echelon.tune.calibrate import Calibration, Probed
-    from echelon.tune.profile import Profile
     from echelon.tune.texts import Texts
     from echelon.tuner import Plan
+    from echelon.types import Clock
 
 OLD_DAYS = 30
 """Days after which a cost model is measured again, whatever the spot checks say: they look at few

@@ -11,7 +11,7 @@ from rich.text import Text
 from echelon.tune import words
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.types import Ranking
 
 SITUATIONS = {

@@ -14,41 +14,40 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.checks import check_max_length
-from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.gate import Trial, compare, require_passed
+from echelon.options import check_max_length
 from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
+from echelon.profile import (
+    Profile,
+    ProfileKey,
+    TunedSettings,
+    current_key,
+    library_versions,
+    read_json,
+    write_json,
+)
 from echelon.score.device import usable_cpus
 from echelon.score.load import precisions_to_compare, runs_on_cpu
 from echelon.tune.calibrate import Probed, Stuff, calibrate, models_of
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import describe_machine, meter_of
 from echelon.tune.probes import Range
-from echelon.tune.profile import (
-    Key,
-    Profile,
-    Settings,
-    current_key,
-    library_versions,
-    read_json,
-    write_json,
-)
 from echelon.tune.solve import best_batches, best_budget, cautions, situations
 from echelon.tune.texts import load_texts
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from echelon.clock import Clock
-    from echelon.config import Options
+    from echelon.options import Options
     from echelon.score.base import Scorer
     from echelon.tune.texts import Texts
-    from echelon.types import Pair
+    from echelon.types import Clock, Pair
 
 PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -363,12 +362,12 @@ class _Partial:
 
 
 def _settings(
-    key: Key, results: Sequence[Measured], threads: int | None, max_length: int | None
-) -> Settings:
+    key: ProfileKey, results: Sequence[Measured], threads: int | None, max_length: int | None
+) -> TunedSettings:
     """The best token budget; where none was measured, the best batch size of the most pairs."""
     budget = best_budget(results)
     if budget is not None:
-        return Settings(key.precision, budget.point.size, None, threads, max_length)
+        return TunedSettings(key.precision, budget.point.size, None, threads, max_length)
     best = best_batches(results)
     batch_size = best[-1].point.batch_size if best else None
-    return Settings(key.precision, NO_BUDGET, batch_size, threads, max_length)
+    return TunedSettings(key.precision, NO_BUDGET, batch_size, threads, max_length)

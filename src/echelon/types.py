@@ -1,7 +1,12 @@
-"""Plain data that crosses stages. No behaviour beyond arithmetic on its own fields, no torch."""
+"""Plain data that crosses stages. No behaviour beyond arithmetic on its own fields, no torch.
+
+Time is an argument: whoever needs it is handed a clock.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
 
@@ -183,3 +189,9 @@ class Answer:
     batch_sizes: tuple[int, ...] = ()
     ladder: tuple[LadderStep, ...] = ()
     fallback: int | None = None
+
+
+Clock = Callable[[], float]
+"""Seconds from an arbitrary start, never going back."""
+
+monotonic: Clock = time.perf_counter

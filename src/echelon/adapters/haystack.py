@@ -13,11 +13,9 @@ from echelon.adapters.ranking import (
     ranked,
     ranked_async,
 )
-from echelon.async_reranker import AsyncReranker
-from echelon.checks import check_top_n
-from echelon.config import Options
 from echelon.errors import InvalidInput
-from echelon.reranker import Reranker
+from echelon.options import Options, check_top_n
+from echelon.reranker import AsyncReranker, Reranker
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
@@ -42,7 +40,7 @@ class EchelonRanker:
         top_k: documents to give back; None gives all.
         meta_fields_to_embed: fields of ``meta`` put before the content, where they hold something.
         embedding_separator: what stands between them.
-        **options: see :class:`echelon.config.Options`.
+        **options: see :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: ``top_k`` or an option is wrong.

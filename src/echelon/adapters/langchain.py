@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
-from echelon.checks import check_top_n
+from echelon.options import check_top_n
 
 try:
     from langchain_core.documents.compressor import BaseDocumentCompressor
@@ -31,7 +31,7 @@ class EchelonReranker(BaseDocumentCompressor):
     Args:
         model: hub id, local folder, ``"demo"``, or a reranker that is open.
         top_n: documents to give back; None gives all.
-        **options: see :class:`echelon.config.Options`.
+        **options: see :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: ``top_n`` or an option is wrong.

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
-from echelon.checks import check_top_n
 from echelon.errors import InvalidInput
+from echelon.options import check_top_n
 
 try:
     from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr
@@ -37,7 +37,7 @@ class EchelonRerank(BaseNodePostprocessor):
     Args:
         model: hub id, local folder, ``"demo"``, or a reranker that is open.
         top_n: nodes to give back; None gives all.
-        **options: see :class:`echelon.config.Options`; ``callback_manager`` is LlamaIndex's.
+        **options: see :class:`echelon.options.Options`; ``callback_manager`` is LlamaIndex's.
 
     Raises:
         InvalidInput: ``top_n`` or an option is wrong.

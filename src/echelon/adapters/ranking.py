@@ -7,9 +7,8 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from echelon.async_reranker import AsyncReranker
 from echelon.errors import EchelonWarning, InvalidInput, MissingDependency
-from echelon.reranker import Reranker
+from echelon.reranker import AsyncReranker, Reranker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

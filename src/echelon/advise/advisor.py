@@ -18,7 +18,6 @@ from echelon.advise.numbers import Numbers, agree, correct, differences
 from echelon.advise.proof import Stage, prove
 from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.shorter import Shorter, shorter
-from echelon.clock import monotonic
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.tune.calibrate import models_of
 from echelon.tune.curve import curve_of
@@ -27,6 +26,7 @@ from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
 from echelon.tune.scenario import Limits, solve
 from echelon.tune.served import predict
 from echelon.tuner import probe
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from echelon.advise.ask import Ask
     from echelon.advise.model import Model
     from echelon.plan.workload import Arrival
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.scenario import Candidate, Recommendation
     from echelon.tuner import Plan
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.advise.candidates import row_of
 from echelon.advise.numbers import AGREES, agree
+from echelon.profile import TunedSettings
 from echelon.tune.card import NUMBERS, value
 from echelon.tune.lang import kept
-from echelon.tune.profile import Settings
 from echelon.tune.words import duration, size
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from echelon.advise.ask import Ask
     from echelon.advise.numbers import Numbers, Proof
     from echelon.advise.shorter import Shorter
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.scenario import Candidate, Limits, Recommendation, Tried
 
 SCHEMA = 1
@@ -66,9 +66,9 @@ class Round:
         }
 
 
-def settings_of(chosen: Candidate) -> Settings:
+def settings_of(chosen: Candidate) -> TunedSettings:
     """A candidate as the profile's settings."""
-    return Settings(
+    return TunedSettings(
         chosen.precision,
         chosen.token_budget,
         chosen.max_pairs,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from echelon.advise.shorter import Shorter
     from echelon.plan.cost import CostModel
     from echelon.plan.memory import MemoryModel
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.api.command import PACKAGES as SERVER_PACKAGES
-from echelon.checks import require_packages
 from echelon.errors import EchelonError, InvalidInput
+from echelon.options import require_packages
 from echelon.stress.command import PACKAGES as STRESS_PACKAGES
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from echelon.advise.ask import Ask
     from echelon.advise.model import Model
-    from echelon.config import Options
     from echelon.flags import Flag
-    from echelon.tune.profile import Profile
+    from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.tuner import Plan
 
 SCENARIO_FLAGS: tuple[Flag, ...] = (

@@ -9,26 +9,26 @@ import numpy as np
 import psutil
 
 from echelon.advise.sending import require_texts
-from echelon.checks import check_max_length
-from echelon.clock import monotonic
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import InvalidInput
 from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
+from echelon.options import check_max_length
 from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
 from echelon.score.load import require_model
 from echelon.tune.hardware import meter_of
 from echelon.tune.texts import load_texts
 from echelon.tune.words import duration, size
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
 
     from echelon.advise.ask import Ask
-    from echelon.config import Options
+    from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.score.base import Scorer
-    from echelon.tune.profile import Profile
     from echelon.tune.texts import Texts
 
 LOOKS = 3

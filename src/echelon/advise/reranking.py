@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from echelon.clock import monotonic
 from echelon.tune.hardware import meter_of
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os

@@ -11,7 +11,7 @@ from rich.text import Text
 from echelon.tune.card import card
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 STYLES = {"held": "green", "missed": "bold red", "unproved": "yellow"}
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.api.config_file import PREFIX, origins, take_file
-from echelon.checks import require_packages
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, Flag, as_keywords, options_of, with_flags
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from echelon.api.house import House
-    from echelon.config import Options
+    from echelon.options import Options
 
 PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 

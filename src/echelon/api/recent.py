@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.clock import monotonic
 from echelon.serve.events import Silence
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.clock import Clock
     from echelon.serve.events import (
         LadderTaken,
         Refused,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
         WorkerChanged,
     )
     from echelon.serve.state import Snapshot
-    from echelon.types import IntArray
+    from echelon.types import Clock, IntArray
 
 SLICES = 300
 """Slices that are kept, the one that is being filled not counted."""

@@ -16,9 +16,9 @@ from echelon.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from echelon.config import Truncation
     from echelon.encode.chunks import Chunking, Side
     from echelon.errors import EchelonError
+    from echelon.options import Truncation
     from echelon.plan.fair import Priority
     from echelon.types import Pair
 

@@ -8,7 +8,6 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from echelon.checks import check_pairs, check_text
 from echelon.compat.arguments import (
     as_documents,
     as_list,
@@ -28,8 +27,8 @@ from echelon.compat.keywords import (
 from echelon.compat.locate import Storage, locate
 from echelon.compat.movable import InnerModel, Movable
 from echelon.compat.saved import read_saved
-from echelon.config import Options
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.options import Options, check_pairs, check_text
 from echelon.reranker import Reranker
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class CrossEncoder(Movable):
         backend: must be ``torch``.
         prompts: name → text put before queries.
         default_prompt_name: the one to use when a call names none.
-        **options: any other of :class:`echelon.config.Options`, such as ``profile``.
+        **options: any other of :class:`echelon.options.Options`, such as ``profile``.
 
     Raises:
         InvalidInput: a keyword that is unknown, wrong or cannot be honoured, or a model with

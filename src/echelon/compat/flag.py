@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.call import sigmoid
-from echelon.checks import check_pairs
 from echelon.compat.keywords import capped, device_option, refuse, take_refused
 from echelon.compat.locate import Storage, locate
 from echelon.compat.saved import read_saved
-from echelon.config import Options
 from echelon.errors import InvalidInput
+from echelon.options import Options, check_pairs
 from echelon.reranker import Reranker
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class FlagReranker:
         query_max_length: tokens kept of a query; None is three quarters of ``max_length``.
         max_length: tokens a pair may have, special tokens included.
         normalize: return sigmoids instead of logits.
-        **options: any other of :class:`echelon.config.Options`, such as ``profile``.
+        **options: any other of :class:`echelon.options.Options`, such as ``profile``.
 
     Attributes:
         batch_size: as above; may be set at any time, and so may the others.

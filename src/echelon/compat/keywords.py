@@ -14,7 +14,7 @@ from echelon.errors import EchelonWarning, InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from echelon.config import Precision
+    from echelon.options import Precision
 
 P = ParamSpec("P")
 R = TypeVar("R")

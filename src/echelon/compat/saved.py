@@ -13,7 +13,7 @@ from echelon.score.architecture import labels_of, read_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from echelon.config import Precision
+    from echelon.options import Precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from echelon.types import TokenBatch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.config import Truncation
+    from echelon.options import Truncation
     from echelon.types import IntArray
 
 

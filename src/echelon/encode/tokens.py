@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding, Tokenizer
 
-    from echelon.config import Truncation
+    from echelon.options import Truncation
     from echelon.types import IntArray, Pair
 
 PROBES = ("a", "1", "的", "x y")

@@ -113,9 +113,9 @@ def job_of(values: dict[str, Any]) -> Any:
     Raises:
         InvalidInput: a value is wrong.
     """
-    from echelon.checks import check_top_n
     from echelon.jobs.job import Job
     from echelon.jobs.readers import Columns
+    from echelon.options import check_top_n
 
     names = ("query", "document", "query_id", "document_id")
     columns = Columns(**{name: values.pop(f"{name}_column") for name in names})

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from echelon.clock import monotonic
 from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.jobs.quality import Judge, Sums, means
 from echelon.jobs.rows import Row
@@ -17,14 +16,15 @@ from echelon.jobs.streams import STANDARD
 from echelon.jobs.windows import windows
 from echelon.jobs.writers import ranked
 from echelon.score.device import candidate_precisions
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from echelon.config import Precision
     from echelon.jobs.job import Job
     from echelon.jobs.readers import Entry, Reader
     from echelon.jobs.rows import Mark
+    from echelon.options import Precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.config import Options
 from echelon.errors import InvalidInput
 from echelon.jobs.library import Library, Shelf, facts_of
 from echelon.jobs.readers import (
@@ -22,11 +21,12 @@ from echelon.jobs.readers import (
 from echelon.jobs.streams import STANDARD, Source, compression_of, digest_of, suffix_of, unreadable
 from echelon.jobs.trec import RunFile
 from echelon.jobs.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
+from echelon.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 INPUT_SUFFIXES = {
     ".jsonl": "jsonl",
@@ -198,7 +198,7 @@ class Job:
         Memory pressure writes a smaller budget into a profile; only what tuning chose counts.
         """
         from echelon.fetch.resolve import resolve
-        from echelon.tune.profile import library_versions
+        from echelon.profile import library_versions
 
         folder = resolve(self.model, revision=self.options.revision, progress=self.options.progress)
         options = self.options.as_dict()

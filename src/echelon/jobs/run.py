@@ -26,12 +26,12 @@ from echelon.prepare import with_profile
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from echelon.config import Options
     from echelon.jobs.job import Job
     from echelon.jobs.readers import Entry, Reader
     from echelon.jobs.rows import Mark, Window
     from echelon.jobs.score import Steps
     from echelon.jobs.writers import Writer
+    from echelon.options import Options
 
 
 class Watcher(Protocol):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from echelon.clock import monotonic
 from echelon.jobs.forecast import Forecast
 from echelon.jobs.quality import MEASURES
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.config import Allowance
+    from echelon.options import Allowance
 
 SHORTEST_MAX_LENGTH = 64
 """Tokens below which cutting documents further would leave nothing worth scoring."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from echelon.plan.cost import CostModel
     from echelon.planner.goal import Goal
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""

@@ -52,7 +52,7 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     The profile says how fast a machine is; the simulation runs Echelon's own discipline.
     """
     from echelon.planner.answer import make_plan
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
     goal = _goal(**values)
     with _spinner(shown=not (quiet or as_json)) as told:

@@ -26,8 +26,8 @@ def report() -> None:
 def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
     """Write the report of PROFILE again, as one HTML page."""
     _spare(output, profile)
+    from echelon.profile import Profile
     from echelon.reports.side import DAMAGED, damaged
-    from echelon.tune.profile import Profile
     from echelon.tune.report import write_report
 
     found = Profile.load(profile)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.profile import write_text
 from echelon.reports import grids, say
 from echelon.reports.overlay import overlays
 from echelon.tune import words
 from echelon.tune.lang import speaking, tr
 from echelon.tune.page import fill
-from echelon.tune.profile import write_text
 
 if TYPE_CHECKING:
     import os

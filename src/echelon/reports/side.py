@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import ProfileError
 from echelon.plan.cost import work_of
+from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports.ratio import Known
 from echelon.tune import words
 from echelon.tune.fit import CostFit, MemoryFit
-from echelon.tune.profile import TUNE_AGAIN, Profile
 
 if TYPE_CHECKING:
     import os

@@ -8,9 +8,9 @@ import click
 
 from echelon.api.command import config as plain_config
 from echelon.api.command import serve as plain_serve
-from echelon.checks import require_packages
 from echelon.errors import InvalidInput
 from echelon.jobs.command import batch as plain_batch
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,9 +28,9 @@ from echelon.score.worker import START_TIMEOUT_S, unpack
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from echelon.config import Options
     from echelon.jobs.rows import BadRow, Window
     from echelon.jobs.score import Steps
+    from echelon.options import Options
     from echelon.score.worker import Reply
     from echelon.types import FloatArray, IntArray, RunReport
 

@@ -22,8 +22,8 @@ from echelon.api.app import make_app
 from echelon.api.command import PACKAGES, house_of, split
 from echelon.api.config_file import PREFIX, check_names
 from echelon.api.server import GRACE_S, KEEP_ALIVE_S
-from echelon.checks import require_packages
 from echelon.errors import InvalidInput, ShuttingDown
+from echelon.options import require_packages
 from echelon.plan.scale import Scaling
 from echelon.scale.command import SCALE
 from echelon.scale.command import serve as command
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from echelon.api.door import Door
     from echelon.api.house import House
-    from echelon.config import Options
+    from echelon.options import Options
     from echelon.prepare import PreparedModel
     from echelon.serve.launch import MakeWorker
 

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from echelon.clock import monotonic
 from echelon.errors import InvalidInput
 from echelon.scale.command import HERE
 from echelon.score.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.score.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, Scored, unpack
-from echelon.types import TokenBatch
+from echelon.types import TokenBatch, monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from echelon.clock import monotonic
 from echelon.score.device import has_amx
 from echelon.score.kernels.library import HEAD_SIZES, kernels
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

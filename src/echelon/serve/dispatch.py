@@ -32,8 +32,7 @@ from echelon.types import LadderStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from echelon.clock import Clock
-    from echelon.config import Allowance
+    from echelon.options import Allowance
     from echelon.plan.batcher import Batcher
     from echelon.plan.degrade import Action
     from echelon.plan.queue import Ended, Load, Step
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from echelon.serve.events import Listener, Outcome
     from echelon.serve.job import Job
     from echelon.tune.fit import Prior
-    from echelon.types import IntArray, TokenBatch
+    from echelon.types import Clock, IntArray, TokenBatch
 
     Explanation = Callable[[str], EchelonError]
 

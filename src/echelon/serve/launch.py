@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from echelon.config import Options
+from echelon.options import Options
 from echelon.plan.admit import Bounds
 from echelon.prepare import prepare, with_profile
 from echelon.score.device import usable_cpus
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from echelon.plan.scale import Scaling
     from echelon.prepare import PreparedModel
+    from echelon.profile import Profile
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
-    from echelon.tune.profile import Profile
 
     MakeWorker = Callable[[int, Callable[[], None]], Worker]
     Hire = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
@@ -57,7 +57,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         listener: hears what happens, from any thread.
         scaling: when there are more or fewer workers; None means never.
         hire: gives the workers of a model; None takes processes of this machine.
-        **options: see :class:`echelon.config.Options`.
+        **options: see :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: an option is unknown or wrong.

@@ -10,10 +10,10 @@ from echelon.plan.fallback import Fallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.clock import Clock
     from echelon.plan.admit import House
     from echelon.plan.fair import Priority
     from echelon.serve.state import Settings
+    from echelon.types import Clock
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from echelon.plan.degrade import Failure, next_action
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from echelon.config import Allowance
+    from echelon.options import Allowance
     from echelon.plan.degrade import Action
     from echelon.plan.queue import Step
     from echelon.score.base import Facts

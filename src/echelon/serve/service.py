@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from echelon.checks import check_fallback, check_max_length
-from echelon.clock import monotonic
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
+from echelon.options import check_fallback, check_max_length
 from echelon.plan.batcher import Batcher
 from echelon.plan.cost import CostModel
 from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
@@ -31,22 +30,21 @@ from echelon.serve.pressure import Pressure
 from echelon.serve.reception import Reception, Wish
 from echelon.serve.scaling import keep_scaled
 from echelon.serve.state import Readiness, Settings, Snapshot
-from echelon.types import Answer, Timings
+from echelon.types import Answer, Timings, monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.clock import Clock
-    from echelon.config import Truncation
     from echelon.encode.chunks import Chunking, Side
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
+    from echelon.options import Truncation
     from echelon.plan.fair import Priority
     from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
     from echelon.tune.fit import Prior
-    from echelon.types import Pair, TokenBatch
+    from echelon.types import Clock, Pair, TokenBatch
 
 CANARY: Pair = ("is anybody there", "A bird sings in the mine.")
 """A pair that any model can score: readiness means that it was, not that a port is open."""

@@ -9,7 +9,7 @@ from echelon.errors import InvalidInput
 from echelon.plan.admit import Bounds
 
 if TYPE_CHECKING:
-    from echelon.config import Allowance, Truncation
+    from echelon.options import Allowance, Truncation
     from echelon.plan.queue import Load
     from echelon.plan.scale import Scaling
 
@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         workers: scorers that share the queue.
         scaling: when there are more or fewer of them; None means never.
-        precision: as in :class:`echelon.config.Options`.
+        precision: as in :class:`echelon.options.Options`.
         token_budget: most tokens a step may cost.
         max_pairs: most pairs a step may hold.
         max_length: tokens a pair may have unless a request says otherwise.

@@ -12,7 +12,6 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
-from echelon.clock import monotonic
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.plan.batcher import Batcher
 from echelon.plan.cost import CostModel
@@ -23,6 +22,7 @@ from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Silence
 from echelon.serve.futures import resolve
 from echelon.serve.job import Job
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from echelon.encode.pairs import EncodedPairs

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.checks import require_packages
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.flags import Flag, with_flags
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.profile import write_text
 from echelon.stress.plots import charts
 from echelon.stress.result import name_of
 from echelon.stress.tables import probe_row, verdict
 from echelon.tune import words
 from echelon.tune.page import fill
-from echelon.tune.profile import write_text
 
 if TYPE_CHECKING:
     import os

@@ -11,7 +11,7 @@ from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
 from echelon.tune.quality import LEAST_TAU
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 ROOM = 0.01
 """Above and below what is drawn."""

@@ -25,7 +25,6 @@ from echelon.tune.probes import FEWEST_ROUNDS, choose, growing, measure
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.clock import Clock
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.cost import Coefficients
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from echelon.tune.fit import Probe
     from echelon.tune.probes import Lengths, Range
     from echelon.tune.texts import Texts
-    from echelon.types import TokenBatch
+    from echelon.types import Clock, TokenBatch
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from echelon.tune.lang import listed, mark, told, tr
 from echelon.tune.words import UNKNOWN, duration, number, percent, shell, size, tokens
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 Entry = dict[str, Any]
 

@@ -12,7 +12,7 @@ from echelon.tune.ticks import log_ticks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 PERCENTILES = {"p50_s": ("P50", 0), "p95_s": ("P95", 2), "p99_s": ("P99", 1)}
 """Name and colour of each line."""

@@ -14,7 +14,7 @@ from echelon.tune.words import measured
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.words import Entry
 
 

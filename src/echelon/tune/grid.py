@@ -17,7 +17,7 @@ from echelon.tune.stats import Summary, summarize
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.clock import Clock
+    from echelon.types import Clock
 
 Status = Literal["ok", "out_of_memory", "skipped", "not_reached"]
 

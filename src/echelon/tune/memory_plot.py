@@ -14,7 +14,7 @@ from echelon.tune.plots import COLOURS, LINES, PAPER, WIDE, Chart
 from echelon.tune.ticks import log_ticks
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
     Trace = dict[str, Any]
 

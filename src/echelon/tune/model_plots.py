@@ -13,7 +13,7 @@ from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
     Shape = dict[str, Any]
 

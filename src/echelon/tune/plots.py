@@ -19,7 +19,7 @@ from echelon.tune.ticks import log_ticks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.words import Entry
 
     Trace = dict[str, Any]

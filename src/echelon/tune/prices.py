@@ -16,11 +16,11 @@ from echelon.errors import ProfileError
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel
 from echelon.plan.memory import MemoryModel
 from echelon.plan.workload import Lognormal
+from echelon.profile import TUNE_AGAIN
 from echelon.tune.fit import CostFit, MemoryFit
-from echelon.tune.profile import TUNE_AGAIN
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.types import Cost
 
 Point = dict[str, Any]

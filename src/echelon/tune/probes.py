@@ -23,10 +23,9 @@ from echelon.tune.fit import Probe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.clock import Clock
     from echelon.plan.cost import Coefficients
     from echelon.tune.hardware import Meter
-    from echelon.types import Cost
+    from echelon.types import Clock, Cost
 
 Lengths = tuple[int, ...]
 """One shape: tokens of each pair."""

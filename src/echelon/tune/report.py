@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.profile import write_text
 from echelon.tune import card, rows, words
 from echelon.tune.agreement_plot import agreement_charts
 from echelon.tune.card import longest
@@ -15,7 +16,6 @@ from echelon.tune.memory_plot import memory_charts
 from echelon.tune.model_plots import model_charts
 from echelon.tune.page import fill
 from echelon.tune.plots import charts
-from echelon.tune.profile import write_text
 from echelon.tune.rules import rules
 from echelon.tune.solve import ENOUGH, TIE
 from echelon.tune.stats import CONFIDENCE
@@ -24,7 +24,7 @@ from echelon.tune.verdict import memory_of, tiles, verdict
 if TYPE_CHECKING:
     import os
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
 
 PROFILE_NAME = "echelon-profile.json"
 """Where `echelon tune` writes the profile unless told otherwise."""

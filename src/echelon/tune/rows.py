@@ -11,7 +11,7 @@ from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
 from echelon.tune.solve import ENOUGH, TIE
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.words import Entry
 
 NO_POINT = mark("No point was measured. Raise --time-limit.")

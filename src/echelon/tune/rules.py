@@ -20,7 +20,7 @@ from echelon.tune.solve import TIE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.words import Entry
 
 State = Literal["holds", "costs", "unknown"]

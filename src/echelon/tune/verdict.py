@@ -9,7 +9,7 @@ from echelon.tune.entries import chosen, slowest
 from echelon.tune.lang import listed, tr
 
 if TYPE_CHECKING:
-    from echelon.tune.profile import Profile
+    from echelon.profile import Profile
     from echelon.tune.words import Entry
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import EchelonWarning, ProfileError, StorageError
 
 if TYPE_CHECKING:
-    from echelon.config import Options
+    from echelon.options import Options
     from echelon.score.base import Facts
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ProfileKey:
     """What a profile holds for.
 
     Attributes:
@@ -46,15 +46,15 @@ class Key:
     precision: str
     versions: dict[str, str]
 
-    def differences(self, now: Key) -> list[str]:
+    def differences(self, now: ProfileKey) -> list[str]:
         """What is different now, in words; empty when the profile is fresh."""
         pairs = [(f.name, getattr(self, f.name), getattr(now, f.name)) for f in fields(self)]
         return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What tuning chose; the names are those of :class:`echelon.config.Options`."""
+class TunedSettings:
+    """What tuning chose; the names are those of :class:`echelon.options.Options`."""
 
     precision: str
     token_budget: int
@@ -87,8 +87,8 @@ class Profile:
             where no scenario was asked for.
     """
 
-    key: Key
-    settings: Settings
+    key: ProfileKey
+    settings: TunedSettings
     created: str
     machine: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -124,8 +124,8 @@ class Profile:
             )
         try:
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-            known["key"] = Key(**content["key"])
-            known["settings"] = Settings(**content["settings"])
+            known["key"] = ProfileKey(**content["key"])
+            known["settings"] = TunedSettings(**content["settings"])
             return cls(**known)
         except (KeyError, TypeError) as error:
             raise ProfileError(f"{path}: incomplete profile ({error}). {TUNE_AGAIN}") from error
@@ -143,9 +143,9 @@ class Profile:
         write_json(Path(path), self.as_dict())
 
 
-def current_key(model: str, revision: str, facts: Facts) -> Key:
+def current_key(model: str, revision: str, facts: Facts) -> ProfileKey:
     """The key of a model as it is loaded now."""
-    return Key(
+    return ProfileKey(
         model, revision, facts.device, facts.device_name, facts.precision, library_versions()
     )
 
@@ -183,7 +183,7 @@ def apply_profile(options: Options, profile: Profile) -> Options:
     return replace(options, **filled)
 
 
-def warn_if_stale(profile: Profile, now: Key, path: object) -> None:
+def warn_if_stale(profile: Profile, now: ProfileKey, path: object) -> None:
     """Say that a profile was measured under other conditions, and which.
 
     Warns:
