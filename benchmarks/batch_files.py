@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from echelon import gate
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
@@ -42,7 +43,6 @@ from echelon.profile import library_versions
 from echelon.score.fake import FakeScorer
 from echelon.score.load import open_scorer
 from echelon.tune.hardware import describe_machine
-from echelon.tune.texts import load_texts
 
 if TYPE_CHECKING:
     from echelon.types import FloatArray, Pair, TokenBatch

@@ -51,7 +51,7 @@ def make_tokenizer(out: Path) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import XLMRobertaTokenizer
 
-    from echelon.tune.texts import load_texts
+    from echelon.data import load_texts
 
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

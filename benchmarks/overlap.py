@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon import Reranker
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
@@ -30,7 +31,6 @@ from echelon.plan.pack import step_budget
 from echelon.profile import library_versions
 from echelon.score.load import open_scorer
 from echelon.tune.hardware import describe_machine
-from echelon.tune.texts import load_texts
 
 if TYPE_CHECKING:
     from echelon.types import Pair

@@ -313,7 +313,7 @@ def checkpoint(layers: int | None, tokenizer: Path) -> Path:
 
 def _calibration() -> Path:
     """Echelon's built-in texts, in two languages: none of the pairs that are measured."""
-    from echelon.tune.texts import load_texts
+    from echelon.data import load_texts
 
     path = CACHE / "calibration.json"
     path.write_text(json.dumps(load_texts().sample(CALIBRATION_PAIRS)), encoding="utf-8")

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import TooNoisy
 from echelon.fetch.resolve import resolve
@@ -34,7 +35,6 @@ from echelon.tune.calibrate import Stuff, fitted, level
 from echelon.tune.fit import CostFit, Error
 from echelon.tune.hardware import meter_of
 from echelon.tune.probes import FEWEST_ROUNDS, Range, choose, measure
-from echelon.tune.texts import load_texts
 from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from echelon import Reranker
+from echelon.data import load_texts
 from echelon.fetch.resolve import resolve
 from echelon.profile import library_versions
 from echelon.tune.hardware import describe_machine
-from echelon.tune.texts import load_texts
 from serving_page import page
 from serving_parts import (
     Bench,

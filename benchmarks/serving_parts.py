@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon import Reranker
+    from echelon.data import Topic
     from echelon.plan.workload import Arrivals
     from echelon.stress.drive import Outcome
-    from echelon.tune.texts import Topic
     from serving_servers import Server
 
 DOCUMENTS = 10

@@ -9,10 +9,10 @@ import threading
 
 from aiohttp import web
 
+from echelon.data import Topic
 from echelon.stress.client import Client, Target, route_of
 from echelon.stress.run import Plan
 from echelon.stress.shapes import SHAPES
-from echelon.tune.texts import Topic
 
 TOPICS = (Topic("one query", ("a b c", "d e f g")), Topic("another", ("h i",)))
 GUARD_S = 60.0

@@ -23,13 +23,13 @@ from echelon.advise.ask import Ask
 from echelon.advise.numbers import Numbers, Proof, paced
 from echelon.advise.proof import stress_plan
 from echelon.advise.sending import Load
+from echelon.data import load_texts
 from echelon.plan.workload import Fixed, Lognormal
 from echelon.simulate.ladder import meets
 from echelon.stress.texts import Words
 from echelon.tune import served
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import predict
-from echelon.tune.texts import load_texts
 from simulations import SIMPLE
 from sustain_page import GOAL, Bisection, merged, off, page, verdict
 

@@ -11,11 +11,11 @@ from scipy.stats import kendalltau
 from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
+from echelon.data import load_texts
 from echelon.score.graphs import FIRST_PATIENCE
 from echelon.score.load import open_scorer
 from echelon.score.staging import MOST_TOKENS
 from echelon.score.varlen import Spans, attention_with, efficient, efficient_in_fp32, flash
-from echelon.tune.texts import load_texts
 from helpers import LIMITS, NATIVE, SENTENCES, random_batch, reference_logits, vocabulary_of
 
 pytestmark = pytest.mark.skipif(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from echelon import InvalidInput, Reranker, gate
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
 from echelon.options import Options
@@ -19,7 +20,6 @@ from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.score.linear import Int8Linear
 from echelon.score.load import layer_errors, open_scorer
 from echelon.serve.launch import launch
-from echelon.tune.texts import load_texts
 from echelon.tuner import Plan, tune
 from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
 

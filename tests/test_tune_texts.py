@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from echelon.data import Texts, Topic, load_texts
 from echelon.errors import InvalidInput
-from echelon.tune.texts import Texts, Topic, load_texts
 
 
 def write(path, *records):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echelon.data import load_texts
 from echelon.engine import Engine, Limits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.fetch.demo import home
@@ -26,13 +27,13 @@ from echelon.score.device import cpu_name
 from echelon.score.kernels.library import kernels
 from echelon.score.load import layer_errors, may_choose_int8, open_scorer
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement
-from echelon.tune.texts import load_texts
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from echelon.data import Texts, Topic
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.fetch.resolve import ModelFolder
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from echelon.profile import Profile
     from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
-    from echelon.tune.texts import Texts, Topic
     from echelon.types import FloatArray
 
     Told = Callable[[str], None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import ProfileError
 from echelon.fetch.resolve import resolve
@@ -24,7 +25,6 @@ from echelon.tune.calibrate import Stuff, models_of
 from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
 from echelon.tune.hardware import meter_of
 from echelon.tune.probes import Range, measure
-from echelon.tune.texts import load_texts
 from echelon.tuner import probe, tune
 from echelon.types import monotonic
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from echelon.data import Texts
     from echelon.options import Options
     from echelon.profile import Profile
     from echelon.score.base import Scorer
     from echelon.tune.calibrate import Calibration, Probed
-    from echelon.tune.texts import Texts
     from echelon.tuner import Plan
     from echelon.types import Clock
 

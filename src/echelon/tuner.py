@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
@@ -36,7 +37,6 @@ from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import describe_machine, meter_of
 from echelon.tune.probes import Range
 from echelon.tune.solve import best_batches, best_budget, cautions, situations
-from echelon.tune.texts import load_texts
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from echelon.data import Texts
     from echelon.options import Options
     from echelon.score.base import Scorer
-    from echelon.tune.texts import Texts
     from echelon.types import Clock, Pair
 
 PAIRS = (10, 50, 100)

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from echelon.advise.sending import require_texts
+from echelon.data import load_texts
 from echelon.encode.tokens import PairEncoder
 from echelon.errors import InvalidInput
 from echelon.fetch.resolve import resolve
@@ -18,7 +19,6 @@ from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
 from echelon.score.load import require_model
 from echelon.tune.hardware import meter_of
-from echelon.tune.texts import load_texts
 from echelon.tune.words import duration, size
 from echelon.types import monotonic
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import os
 
     from echelon.advise.ask import Ask
+    from echelon.data import Texts
     from echelon.options import Options
     from echelon.profile import Profile
     from echelon.score.base import Scorer
-    from echelon.tune.texts import Texts
 
 LOOKS = 3
 """Steps of one pair, of which the fastest counts."""

@@ -19,11 +19,11 @@ from echelon.stress.texts import Material, Tokens
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from echelon.data import Topic
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.workload import Known, Sizes
     from echelon.simulate.capacity import Traffic
     from echelon.stress.texts import Ruler
-    from echelon.tune.texts import Topic
 
 SAMPLE, DOCUMENTS = 20, 10
 """Requests, and their documents, that are looked at beforehand."""

@@ -149,12 +149,12 @@ def _option(name: str) -> str:
 
 
 def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
+    from echelon.data import load_texts
     from echelon.plan.workload import sizes_of
     from echelon.stress.client import Target, route_of
     from echelon.stress.run import Plan
     from echelon.stress.shapes import shape_of
     from echelon.stress.summary import Goal
-    from echelon.tune.texts import load_texts
 
     shape = shape_of(values["dialect"])
     texts = load_texts(values["data"], None if values["data"] else "en")

@@ -17,13 +17,13 @@ from echelon.stress.texts import Material
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
+    from echelon.data import Topic
     from echelon.plan.workload import Arrivals, Known, Sizes
     from echelon.stress.client import Target
     from echelon.stress.drive import Outcome
     from echelon.stress.ledger import Record
     from echelon.stress.search import Search
     from echelon.stress.texts import Ruler
-    from echelon.tune.texts import Topic
 
     Told = Callable[[str, float | None], object]
 

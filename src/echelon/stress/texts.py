@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.data import Topic
     from echelon.plan.workload import Arrival
-    from echelon.tune.texts import Topic
 
 TOKENS_PER_WORD = 1.2
 """Of the demo model's tokenizer on the built-in texts in English, pairs' special tokens included;

@@ -25,6 +25,7 @@ from echelon.tune.probes import FEWEST_ROUNDS, choose, growing, measure
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.data import Texts
     from echelon.encode.pairs import EncodedPairs
     from echelon.encode.tokens import PairEncoder
     from echelon.plan.cost import Coefficients
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from echelon.score.worker import Opener
     from echelon.tune.fit import Probe
     from echelon.tune.probes import Lengths, Range
-    from echelon.tune.texts import Texts
     from echelon.types import Clock, TokenBatch
 
 
