@@ -31,7 +31,6 @@ import psutil
 
 from echelon import gate
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
 from echelon.jobs.job import Job
@@ -42,6 +41,7 @@ from echelon.plan.pack import step_budget
 from echelon.profile import library_versions
 from echelon.score.fake import FakeScorer
 from echelon.score.load import open_scorer
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import describe_machine
 
 if TYPE_CHECKING:

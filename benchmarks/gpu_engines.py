@@ -13,7 +13,7 @@ from gpu_workloads import LIMIT, one_pair
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from echelon.encode.pairs import EncodedPairs
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import Pair
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -23,10 +23,10 @@ class Ours:
     """Echelon's encoder and engine, texts in and logits out; identical pairs are not folded."""
 
     def __init__(self, folder: Path, precision: str, device: str) -> None:
-        from echelon.encode.tokens import PairEncoder
         from echelon.engine import Engine, Limits
         from echelon.plan.pack import NO_BUDGET
         from echelon.score.load import open_scorer
+        from echelon.tokenization.tokenizer import PairEncoder
 
         self.name = f"echelon {precision}"
         self.precision = precision

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
 from echelon.fetch.resolve import resolve
 from echelon.gate import pass_gate
 from echelon.plan.pack import step_budget
 from echelon.profile import library_versions
 from echelon.score.load import open_scorer
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import describe_machine
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import TooNoisy
 from echelon.fetch.resolve import resolve
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
 from echelon.profile import library_versions
 from echelon.score.device import cpu_name, usable_cpus
 from echelon.score.load import open_scorer
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Stuff, fitted, level
 from echelon.tune.fit import CostFit, Error
 from echelon.tune.hardware import meter_of

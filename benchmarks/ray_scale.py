@@ -28,12 +28,12 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from echelon.encode.pairs import EncodedPairs, Template, encode_pairs
 from echelon.plan.admit import Bounds
 from echelon.scale.worker import RayWorker, Share
 from echelon.score.fake import FakeScorer
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
+from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
 from echelon.tune.hardware import describe_machine
 
 if TYPE_CHECKING:

@@ -19,15 +19,15 @@ import pytest
 
 import scorers
 from echelon import gate
-from echelon.encode.pairs import Template, encode_pairs
 from echelon.score.fake import FakeScorer
+from echelon.tokenization.pairs import Template, encode_pairs
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.encode.pairs import EncodedPairs
     from echelon.options import Truncation
+    from echelon.tokenization.pairs import EncodedPairs
 
 ROOT = Path(__file__).parents[1]
 

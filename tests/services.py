@@ -6,12 +6,12 @@ import asyncio
 
 import numpy as np
 
-from echelon.encode.pairs import encode_pairs
 from echelon.score.fake import FakeScorer
 from echelon.score.worker import ChildWorker
 from echelon.serve.events import Silence
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
+from echelon.tokenization.pairs import encode_pairs
 from echelon.types import monotonic
 from helpers import TEMPLATE
 from scorers import Obedient

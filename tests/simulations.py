@@ -9,7 +9,6 @@ from collections import deque
 import numpy as np
 from hypothesis import strategies as st
 
-from echelon.encode.pairs import encode_pairs
 from echelon.errors import EchelonError
 from echelon.plan.batcher import Batcher
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel
@@ -21,6 +20,7 @@ from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Careful, Silence
 from echelon.serve.job import Job
 from echelon.serve.reception import Reception, Wish
+from echelon.tokenization.pairs import encode_pairs
 from helpers import TEMPLATE
 
 SPECIALS = TEMPLATE.specials

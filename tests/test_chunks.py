@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from echelon.encode.chunks import Chunking, chunk, cut_at, spans
-from echelon.encode.pairs import TruncationImpossible
 from echelon.errors import InvalidInput, TooLarge
 from echelon.plan.admit import Bounds
+from echelon.tokenization.chunking import Chunking, chunk, cut_at, spans
+from echelon.tokenization.pairs import TruncationImpossible
 from helpers import pairs_of
 from services import scores, service
 

@@ -9,7 +9,6 @@ import pytest
 
 from echelon.api.dialects.table import DIALECTS, PATHS, SHARED, choose, read
 from echelon.api.wire import Complaint, Hit, Outcome
-from echelon.encode.chunks import Chunking
 from echelon.errors import (
     DeadlinePassed,
     InvalidInput,
@@ -21,6 +20,7 @@ from echelon.errors import (
     Unauthorised,
     WorkerLost,
 )
+from echelon.tokenization.chunking import Chunking
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 PAIRS = [("q", "a"), ("q", "b")]

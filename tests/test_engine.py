@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.encode.pairs import encode_pairs
 from echelon.engine import Engine, Limits, NonFiniteScore
 from echelon.errors import InvalidInput, OutOfMemory
 from echelon.plan.pack import NO_BUDGET, step_cost
+from echelon.tokenization.pairs import encode_pairs
 from helpers import PatientScorer, pairs_of
 
 lengths = st.lists(st.integers(5, 300), max_size=30)

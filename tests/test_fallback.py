@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from echelon.api.dialects.table import DIALECTS, read
-from echelon.encode.chunks import Chunking
 from echelon.errors import InvalidInput
 from echelon.plan.admit import Bounds
 from echelon.plan.fallback import ON_SHARE, QUIET_S
 from echelon.score.fake import FakeScorer
 from echelon.serve.pressure import Pressure
 from echelon.serve.state import Settings
+from echelon.tokenization.chunking import Chunking
 from echelon.types import monotonic
 from scorers import Held
 from served import metric, run_app

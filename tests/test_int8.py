@@ -12,7 +12,6 @@ import torch
 
 from echelon import InvalidInput, Reranker, gate
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
 from echelon.options import Options
 from echelon.score.device import choose_precision, multiplies_int8
@@ -20,6 +19,7 @@ from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.score.linear import Int8Linear
 from echelon.score.load import layer_errors, open_scorer
 from echelon.serve.launch import launch
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuner import Plan, tune
 from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
 

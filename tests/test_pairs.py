@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from echelon.encode.pairs import Template, TruncationImpossible, encode_pairs, truncate
+from echelon.tokenization.pairs import Template, TruncationImpossible, encode_pairs, truncate
 
 LIBRARY = Tokenizer(models.WordLevel({"q": 1, "d": 2, "?": 0}, unk_token="?"))
 LIBRARY.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

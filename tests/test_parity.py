@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from echelon import Reranker
-from echelon.encode.tokens import PairEncoder
 from echelon.score.fused import ACTIVATIONS, Rows
 from echelon.score.linear import make_linear
 from echelon.score.load import open_scorer
 from echelon.score.packed import with_filler
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import TokenBatch
 from helpers import LIMITS, NATIVE, make_toy, random_batch, reference_logits, reference_model, split
 

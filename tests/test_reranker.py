@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from echelon import EchelonWarning, InvalidInput, OutOfMemory, Ranking, Reranker
 from echelon.call import sigmoid
-from echelon.encode.tokens import PairEncoder
 from echelon.engine import Engine, Limits
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import RunReport
 from helpers import SENTENCES, PatientScorer, reference_logits, words
 

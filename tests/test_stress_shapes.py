@@ -17,13 +17,13 @@ from echelon.api.dialects.table import DIALECTS, PATHS, choose
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
 from echelon.data import Topic, load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Arrival, Between, Fixed
 from echelon.stress.client import route_of
 from echelon.stress.run import opened
 from echelon.stress.shapes import SHAPES, shape_of
 from echelon.stress.texts import TOKENS_OF_MARKS, Material, Tokens, of_words
+from echelon.tokenization.tokenizer import PairEncoder
 from services import service
 from stand_in_reranker import TOPICS, good, plan_of, run
 

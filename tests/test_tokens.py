@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.tokenization.tokenizer import PairEncoder
 from helpers import SENTENCES, words
 
 V2_M3 = Path(named) if (named := os.environ.get("ECHELON_V2M3_TOKENIZER")) else None

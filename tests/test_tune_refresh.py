@@ -16,6 +16,8 @@ from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import CostFit
 from echelon.tuner import Plan
 
+pytestmark = pytest.mark.device
+
 QUICK = Plan(pairs=(4,), batch_sizes=(1, 4), token_budgets=(64, 256))
 SHORT = Options(max_length=100, precision="fp32", threads=1)
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from echelon.encode.pairs import EncodedPairs
-    from echelon.encode.tokens import PairEncoder
     from echelon.options import Options
+    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray, IntArray, Pair
 
 

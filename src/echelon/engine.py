@@ -23,10 +23,10 @@ from echelon.types import LadderStep, RunReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.encode.pairs import EncodedPairs
     from echelon.options import Allowance
     from echelon.plan.degrade import Action
     from echelon.score.base import Facts, Scorer
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ class _Run:
 
     def shorten(self, max_length: int) -> None:
         """Cut the pairs that are not finished."""
-        from echelon.encode.pairs import TruncationImpossible
+        from echelon.tokenization.pairs import TruncationImpossible
 
         left = np.flatnonzero(~self._done)
         try:

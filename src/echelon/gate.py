@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.data import Texts, Topic
-    from echelon.encode.pairs import EncodedPairs
-    from echelon.encode.tokens import PairEncoder
     from echelon.fetch.resolve import ModelFolder
     from echelon.options import Options
     from echelon.profile import Profile
     from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
+    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray
 
     Told = Callable[[str], None]

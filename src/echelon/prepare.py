@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from echelon.encode.tokens import PairEncoder
 from echelon.fetch.resolve import resolve
 from echelon.gate import opener, pass_gate
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
 from echelon.score.load import require_model
+from echelon.tokenization.tokenizer import PairEncoder
 
 if TYPE_CHECKING:
     import os

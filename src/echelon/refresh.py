@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import ProfileError
 from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
@@ -21,6 +20,7 @@ from echelon.plan.cost import work_of
 from echelon.plan.pack import NO_BUDGET
 from echelon.profile import apply_profile, current_key
 from echelon.score.base import DeviceOutOfMemory
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Stuff, models_of
 from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
 from echelon.tune.hardware import meter_of

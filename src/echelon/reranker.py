@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from echelon.encode.pairs import EncodedPairs
     from echelon.score.base import Facts
     from echelon.serve.together import Together
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
 
 

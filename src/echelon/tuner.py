@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.gate import Trial, compare, require_passed
@@ -32,6 +31,7 @@ from echelon.profile import (
 )
 from echelon.score.device import usable_cpus
 from echelon.score.load import precisions_to_compare, runs_on_cpu
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Probed, Stuff, calibrate, models_of
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
 from echelon.tune.hardware import describe_machine, meter_of

@@ -10,7 +10,6 @@ import psutil
 
 from echelon.advise.sending import require_texts
 from echelon.data import load_texts
-from echelon.encode.tokens import PairEncoder
 from echelon.errors import InvalidInput
 from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
@@ -18,6 +17,7 @@ from echelon.options import check_max_length
 from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
 from echelon.score.load import require_model
+from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import meter_of
 from echelon.tune.words import duration, size
 from echelon.types import monotonic

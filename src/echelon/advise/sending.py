@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from echelon.data import Topic
-    from echelon.encode.tokens import PairEncoder
     from echelon.plan.workload import Known, Sizes
     from echelon.simulate.capacity import Traffic
     from echelon.stress.texts import Ruler
+    from echelon.tokenization.tokenizer import PairEncoder
 
 SAMPLE, DOCUMENTS = 20, 10
 """Requests, and their documents, that are looked at beforehand."""

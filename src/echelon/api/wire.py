@@ -16,10 +16,10 @@ from echelon.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from echelon.encode.chunks import Chunking, Side
     from echelon.errors import EchelonError
     from echelon.options import Truncation
     from echelon.plan.fair import Priority
+    from echelon.tokenization.chunking import Chunking, Side
     from echelon.types import Pair
 
 Fields = dict[str, msgspec.Raw]

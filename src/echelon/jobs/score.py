@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from echelon.call import Call
-    from echelon.encode.pairs import EncodedPairs
     from echelon.options import Options, Precision
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 
 _PAIR = re.compile(r"pairs\[(\d+)\]")

@@ -13,9 +13,9 @@ from echelon.errors import (
 )
 
 if TYPE_CHECKING:
-    from echelon.encode.pairs import TruncationImpossible
     from echelon.errors import EchelonError
     from echelon.plan.queue import Broken
+    from echelon.tokenization.pairs import TruncationImpossible
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from echelon.encode.pairs import TruncationImpossible, gather
 from echelon.errors import (
     DeadlinePassed,
     EchelonError,
@@ -27,6 +26,7 @@ from echelon.plan.queue import Completed, Request
 from echelon.serve.apologies import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.serve.events import BudgetMoved, StepFinished
 from echelon.serve.room import Room
+from echelon.tokenization.pairs import TruncationImpossible, gather
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:

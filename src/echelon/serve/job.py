@@ -11,12 +11,12 @@ from echelon.types import Answer, LadderStep, Timings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.encode.chunks import Whole
-    from echelon.encode.pairs import EncodedPairs
     from echelon.errors import EchelonError
     from echelon.plan.fair import Priority
     from echelon.plan.queue import Step
     from echelon.serve.events import Outcome
+    from echelon.tokenization.chunking import Whole
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 
 

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.encode.chunks import chunk, cut_at
-from echelon.encode.pairs import EncodedPairs, TruncationImpossible, join
 from echelon.errors import InvalidInput, Overloaded
 from echelon.options import check_pairs
 from echelon.plan.admit import Ask, Bounds, House, TokenEstimate, refuse
 from echelon.serve.events import Refused
+from echelon.tokenization.chunking import chunk, cut_at
+from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.encode.chunks import Chunking, Side, Whole
-    from echelon.encode.tokens import PairEncoder
     from echelon.options import Truncation
     from echelon.plan.fair import Priority
     from echelon.serve.dispatch import Dispatch
+    from echelon.tokenization.chunking import Chunking, Side, Whole
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import Pair
 
 TOKENISERS = 2

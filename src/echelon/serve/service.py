@@ -35,14 +35,14 @@ from echelon.types import Answer, Timings, monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.encode.chunks import Chunking, Side
-    from echelon.encode.pairs import EncodedPairs
-    from echelon.encode.tokens import PairEncoder
     from echelon.options import Truncation
     from echelon.plan.fair import Priority
     from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
+    from echelon.tokenization.chunking import Chunking, Side
+    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.tune.fit import Prior
     from echelon.types import Clock, Pair, TokenBatch
 

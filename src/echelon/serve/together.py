@@ -25,9 +25,9 @@ from echelon.serve.job import Job
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from echelon.encode.pairs import EncodedPairs
     from echelon.engine import Engine, Limits
     from echelon.score.base import Facts
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import Answer, TokenBatch
 
 

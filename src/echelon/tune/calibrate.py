@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from echelon.encode.pairs import gather
 from echelon.errors import EchelonError, TooNoisy
 from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
 from echelon.score.base import DeviceOutOfMemory, WorkerDied
 from echelon.score.worker import ChildWorker
+from echelon.tokenization.pairs import gather
 from echelon.tune.fit import fit_cost, fit_memory
 from echelon.tune.hardware import MemoryMeter, meter_of
 from echelon.tune.lang import kept
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.data import Texts
-    from echelon.encode.pairs import EncodedPairs
-    from echelon.encode.tokens import PairEncoder
     from echelon.plan.cost import Coefficients
     from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
+    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.tune.fit import Probe
     from echelon.tune.probes import Lengths, Range
     from echelon.types import Clock, TokenBatch

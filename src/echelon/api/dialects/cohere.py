@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
-from echelon.encode.chunks import Chunking
+from echelon.tokenization.chunking import Chunking
 
 if TYPE_CHECKING:
     from echelon.api.wire import Body, Fields, Outcome

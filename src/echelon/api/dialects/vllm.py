@@ -22,8 +22,8 @@ from echelon.api.wire import (
     side_of,
     text_of,
 )
-from echelon.encode.chunks import Chunking
 from echelon.errors import InvalidInput
+from echelon.tokenization.chunking import Chunking
 
 if TYPE_CHECKING:
     from echelon.api.wire import Body, Outcome

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from echelon.encode.pairs import TruncationImpossible, encode_pairs
 from echelon.errors import InvalidInput
+from echelon.tokenization.pairs import TruncationImpossible, encode_pairs
 
 if TYPE_CHECKING:
-    from echelon.encode.pairs import EncodedPairs
+    from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 
 Side = Literal["left", "right"]

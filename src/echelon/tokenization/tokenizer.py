@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.encode.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.tokenization.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
