@@ -37,8 +37,8 @@ from echelon.jobs.job import Job
 from echelon.jobs.run import run
 from echelon.jobs.screen import Screen
 from echelon.options import Options
-from echelon.plan.pack import step_budget
 from echelon.profile import library_versions
+from echelon.scheduling.packing import step_budget
 from echelon.score.fake import FakeScorer
 from echelon.score.load import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.data import load_texts
 from echelon.errors import TooNoisy
 from echelon.fetch.resolve import resolve
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
 from echelon.profile import library_versions
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.score.device import cpu_name, usable_cpus
 from echelon.score.load import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder

@@ -28,8 +28,8 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from echelon.plan.admit import Bounds
 from echelon.scale.worker import RayWorker, Share
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.score.fake import FakeScorer
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
@@ -86,7 +86,7 @@ def service(workers: int) -> Service:
         workers=workers,
         precision="fp32",
         token_budget=BUDGET,
-        bounds=Bounds(max_requests=100_000, max_wait_s=600.0),
+        bounds=AdmissionLimits(max_requests=100_000, max_wait_s=600.0),
     )
     made: Any = Encoder()
     return Service(

@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, CostModel
 from echelon.plan.workload import Between, Lognormal, Poisson, Workload
 from echelon.profile import library_versions
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
 from echelon.simulate.capacity import Capacity, Traffic
 from echelon.simulate.day import TYPICAL, rates_of, simulate_day
 from echelon.simulate.exact import simulate

@@ -36,9 +36,9 @@ from echelon.advise.sending import Load, ruler_of
 from echelon.advise.server import Server
 from echelon.errors import EchelonError, TooNoisy
 from echelon.options import Options
-from echelon.plan.pack import step_budget
 from echelon.plan.workload import Fixed, Lognormal
 from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
+from echelon.scheduling.packing import step_budget
 from echelon.simulate.ladder import meets
 from echelon.stress.run import opened
 from echelon.tune.calibrate import models_of

@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 from hypothesis import strategies as st
 
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 PRIORITIES = ("high", "normal", "low")

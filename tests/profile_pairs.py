@@ -3,10 +3,9 @@
 import copy
 from dataclasses import replace
 
-from echelon.plan.cost import Coefficients
-from echelon.plan.memory import MemoryModel
 from echelon.reports.compare import compare
 from echelon.reports.side import Side
+from echelon.scheduling.cost_model import Coefficients, MemoryModel
 from echelon.tune.fit import CostFit, Error, MemoryFit
 from report_pages import RESULTS, make_profile
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from echelon.plan.pack import NO_BUDGET
 from echelon.profile import Profile, ProfileKey, TunedSettings
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import report
 from echelon.tune.grid import Measured, Point
 from echelon.tune.solve import best_batches, best_budget, situations

@@ -19,7 +19,7 @@ from echelon.api.logs import set_up
 from echelon.api.metrics import Metrics
 from echelon.api.server import Address, run
 from echelon.api.traces import open_traces
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 from scorers import Obedient, gated
 from services import service
 
@@ -31,7 +31,7 @@ def main(told: dict) -> None:
     opener = (
         partial(gated, told["gate"], **scorer) if "gate" in told else partial(Obedient, **scorer)
     )
-    bounds = Bounds(**told.get("bounds", {}))
+    bounds = AdmissionLimits(**told.get("bounds", {}))
     made = service(opener, ears=metrics, bounds=bounds, **told.get("service", {}))
 
     async def launch():

@@ -24,7 +24,7 @@ from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
 from echelon.api.recent import SLICE_S, Recent
 from echelon.api.server import Server
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.serve.events import Fan
 from scorers import HANG
 from services import GUARD_S, service
@@ -166,7 +166,7 @@ HOLDING = {"query": "q", "documents": [chr(HANG)]}
 def full_house():
     """URL of a server in this process whose only place a request has taken that never ends."""
     metrics = Metrics()
-    made = service(ears=metrics, bounds=Bounds(max_requests=1), wedge_after_s=DAY_S)
+    made = service(ears=metrics, bounds=AdmissionLimits(max_requests=1), wedge_after_s=DAY_S)
 
     async def launch():
         await made.start()

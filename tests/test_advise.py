@@ -32,11 +32,10 @@ from echelon.advise.shorter import Shorter, shorter
 from echelon.api.metrics import RATIOS
 from echelon.errors import InvalidInput
 from echelon.options import Options
-from echelon.plan.cost import Coefficients, CostModel, work_of
-from echelon.plan.memory import MemoryModel
-from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Arrival, Between, Fixed, Known
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
+from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.quality import Agreement
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import cut, predict

@@ -15,7 +15,7 @@ from echelon.api import ranking
 from echelon.api.answer import HEADERS
 from echelon.api.app import make_app
 from echelon.api.dialects.table import DIALECTS, PATHS
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 from scorers import Obedient
 from served import ASKED, DOCUMENTS, metric, run_app
 from services import ids, scores, until
@@ -127,7 +127,7 @@ def test_errors_are_in_the_dialect_of_the_route():
         assert many.status_code == 413
         assert many.json()["message"].startswith("documents: 7 are more than the 6 of one request")
 
-    run_app(main, bounds=Bounds(max_documents=6))
+    run_app(main, bounds=AdmissionLimits(max_documents=6))
 
 
 def test_unknown_paths_and_methods():
@@ -182,7 +182,7 @@ def test_a_full_house_says_when_to_come_again():
         assert metric(house, 'echelon_refused_total{reason="requests_full"}') == 4
         assert metric(house, 'echelon_http_requests_total{dialect="cohere_v1",status="429"}') == 4
 
-    run_app(main, bounds=Bounds(max_requests=2))
+    run_app(main, bounds=AdmissionLimits(max_requests=2))
 
 
 @pytest.mark.parametrize("header", [False, True])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, Reranker
-from echelon.plan.pack import windows
+from echelon.scheduling.packing import windows
 from echelon.score.base import DeviceOutOfMemory
 from helpers import SENTENCES, words
 

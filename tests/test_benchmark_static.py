@@ -18,9 +18,9 @@ from echelon.advise.ask import Ask
 from echelon.advise.numbers import Numbers, Proof
 from echelon.advise.reranking import Task
 from echelon.errors import ModelNotFound
-from echelon.plan.pack import NO_BUDGET
 from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import served
 from echelon.tuner import Plan
 from static_baselines import SIZES, Contest, beside_static, compete, run_apart

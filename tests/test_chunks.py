@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from echelon.errors import InvalidInput, TooLarge
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.chunking import Chunking, chunk, cut_at, spans
 from echelon.tokenization.pairs import TruncationImpossible
 from helpers import pairs_of
@@ -128,7 +128,7 @@ def test_a_service_reads_in_chunks():
 
 def test_chunks_count_for_admission():
     async def main():
-        bounds = Bounds(max_request_tokens=1000)
+        bounds = AdmissionLimits(max_request_tokens=1000)
         async with service(max_length=60, bounds=bounds) as made:
             await made.submit([("query", "x" * 5000)])
             with pytest.raises(TooLarge, match="tokens are more than the 1000"):

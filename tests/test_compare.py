@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.pack import NO_BUDGET
 from echelon.profile import TunedSettings
 from echelon.reports import grids
 from echelon.reports.ratio import Known, Ratio
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.solve import TIE
 from profile_pairs import compared, profile_of, ratios
 from report_pages import RESULTS, entry, steady

@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-from echelon.plan.cost import Coefficients, CostModel
 from echelon.plan.workload import Between, Poisson, Workload
+from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulate.capacity import Traffic
 from echelon.simulate.exact import simulate
 from echelon.simulate.setting import Setting

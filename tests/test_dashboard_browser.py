@@ -10,7 +10,7 @@ import pytest
 
 from echelon.api.auth import Key, Keys
 from echelon.api.house import Rules
-from echelon.plan.drift import Drift
+from echelon.scheduling.drift import Drift
 from services import GUARD_S
 from website import Site, chromium, fits, visit
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel
 from echelon.score.fake import FakeScorer
 from echelon.score.worker import Scored
 from echelon.serve.dispatch import Dispatch

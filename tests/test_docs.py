@@ -13,7 +13,7 @@ import pytest
 import echelon
 from echelon import cli, errors
 from echelon.options import Options
-from echelon.plan import degrade
+from echelon.scheduling import oom_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -50,7 +50,7 @@ def test_the_ladder_in_the_architecture_is_the_ladder():
     page = text(ROOT / "docs/ARCHITECTURE.md")
     section = page[page.index("## The memory ladder") :]
     listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    assert listed == [rung.__name__.removeprefix("_") for rung in degrade.RUNGS]
+    assert listed == [rung.__name__.removeprefix("_") for rung in oom_policy.RUNGS]
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)

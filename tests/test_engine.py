@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from echelon.engine import Engine, Limits, NonFiniteScore
 from echelon.errors import InvalidInput, OutOfMemory
-from echelon.plan.pack import NO_BUDGET, step_cost
+from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.tokenization.pairs import encode_pairs
 from helpers import PatientScorer, pairs_of
 

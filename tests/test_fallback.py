@@ -14,10 +14,9 @@ import pytest
 
 from echelon.api.dialects.table import DIALECTS, read
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
-from echelon.plan.fallback import ON_SHARE, QUIET_S
+from echelon.scheduling.admission import AdmissionLimits
+from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
 from echelon.score.fake import FakeScorer
-from echelon.serve.pressure import Pressure
 from echelon.serve.state import Settings
 from echelon.tokenization.chunking import Chunking
 from echelon.types import monotonic
@@ -107,7 +106,7 @@ def test_low_priority_is_cut_and_told_and_nobody_else(hold, caplog):
     ended = ears.of("RequestEnded")
     assert [event.fallback for event in ended].count(SHORT) == 2
     assert sum(event.truncated_documents for event in ended) == 6
-    lines = [r.getMessage() for r in caplog.records if r.name == "echelon.serve.pressure"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "echelon.scheduling.load_shedding"]
     assert len(lines) == 2
     assert (
         f"the goal is 1e-06 s: requests of low priority are read with max_length={SHORT}"
@@ -121,7 +120,7 @@ def test_low_priority_is_cut_and_told_and_nobody_else(hold, caplog):
     [
         {"fallback_max_length": None},
         {"goal_s": 3600.0},
-        {"goal_s": None, "bounds": Bounds(max_wait_s=3600.0)},
+        {"goal_s": None, "bounds": AdmissionLimits(max_wait_s=3600.0)},
     ],
 )
 def test_not_without_configuration_and_not_without_pressure(hold, settings):
@@ -136,9 +135,11 @@ def test_not_without_configuration_and_not_without_pressure(hold, settings):
 
 @pytest.mark.parametrize("goal_s", [None, 4.0])
 def test_the_goal_is_the_latency_goal_or_else_the_longest_wait(goal_s):
-    settings = Settings(fallback_max_length=64, goal_s=goal_s, bounds=Bounds(max_wait_s=10.0))
+    settings = Settings(
+        fallback_max_length=64, goal_s=goal_s, bounds=AdmissionLimits(max_wait_s=10.0)
+    )
     inside = SimpleNamespace(backlog_s=ON_SHARE * (goal_s or 10.0))
-    pressure = Pressure(settings, lambda: inside, lambda: 0.0)
+    pressure = LoadShedding(settings, lambda: inside, lambda: 0.0)
     assert pressure.shorter("low", 512) is None
     inside.backlog_s += 0.01
     assert pressure.shorter("low", 512) == 64

@@ -10,29 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import DeadlinePassed, InvalidInput, Overloaded, TooLarge
-from echelon.plan.admit import RULES, Ask, Bounds, House, TokenEstimate, refuse
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import Coefficients, CostModel
-from echelon.plan.queue import Request
+from echelon.scheduling.admission import (
+    RULES,
+    AdmissionLimits,
+    RequestCost,
+    SystemLoad,
+    TokenEstimate,
+    refuse,
+)
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import Coefficients, CostModel
+from echelon.scheduling.queue import PairRequest
 
 COST = CostModel(Coefficients(0.0, 0.001, 0.0))
 """A thousand tokens a second, nothing else."""
 
-BOUNDS = Bounds(
+BOUNDS = AdmissionLimits(
     max_requests=4, max_tokens=10_000, max_wait_s=5, max_documents=100, max_request_tokens=8000
 )
 
 
-def house(*requests: int, workers: int = 1, **settings) -> House:
+def house(*requests: int, workers: int = 1, **settings) -> SystemLoad:
     """Requests of one document each, with so many tokens, waiting for steps of 100."""
     batcher = Batcher(COST, 100)
     for number, tokens in enumerate(requests):
-        batcher.submit(Request(number, (tokens,)), 0)
-    return House(batcher.load(), COST, workers, **settings)
+        batcher.submit(PairRequest(number, (tokens,)), 0)
+    return SystemLoad(batcher.load(), COST, workers, **settings)
 
 
-def ask(tokens: int, **settings) -> Ask:
-    return Ask(settings.pop("documents", 1), tokens, tokens * tokens, **settings)
+def ask(tokens: int, **settings) -> RequestCost:
+    return RequestCost(settings.pop("documents", 1), tokens, tokens * tokens, **settings)
 
 
 CASES = {
@@ -136,7 +143,7 @@ def test_who_comes_again_when_told_is_let_in(requests, tokens, deadline, workers
 )
 def test_bounds_that_make_no_sense(settings, field):
     with pytest.raises(InvalidInput) as caught:
-        Bounds(**settings)
+        AdmissionLimits(**settings)
     assert caught.value.field == field
 
 

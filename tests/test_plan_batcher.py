@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from batchers import PRIORITIES, lengths, logit
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel, work_of
-from echelon.plan.pack import step_cost
-from echelon.plan.queue import Broken, Completed, Request
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel, work_of
+from echelon.scheduling.packing import step_cost
+from echelon.scheduling.queue import Completed, FailedRequest, PairRequest
 
 
-def key_of(request: Request, index: int):
+def key_of(request: PairRequest, index: int):
     return (request.number, index) if request.keys is None else request.keys[index]
 
 
@@ -29,7 +29,7 @@ class World(RuleBasedStateMachine):
     def begin(self, budget, max_pairs, cost):
         self.batcher = Batcher(CostModel(cost=cost), budget, max_pairs)
         self.now = 0.0
-        self.requests: dict[int, Request] = {}
+        self.requests: dict[int, PairRequest] = {}
         self.ended: dict[int, str] = {}
         self.running = {}
         self.cut: dict[tuple[int, int], int] = {}
@@ -46,7 +46,7 @@ class World(RuleBasedStateMachine):
         number = len(self.requests) + 1
         keys = tuple(("shared", n) for n in lengths) if shared else None
         deadline = None if left is None else self.now + left
-        request = Request(number, tuple(lengths), keys, deadline, priority)
+        request = PairRequest(number, tuple(lengths), keys, deadline, priority)
         self.requests[number] = request
         self.batcher.submit(request, self.now)
 
@@ -162,7 +162,7 @@ class World(RuleBasedStateMachine):
 
     def broken(self, ends, fault, step):
         for ended in ends:
-            assert isinstance(ended, Broken)
+            assert isinstance(ended, FailedRequest)
             assert ended.fault == fault
             assert key_of(self.requests[ended.request], ended.index) in self.keys(step)
             self.end(ended.request, fault)

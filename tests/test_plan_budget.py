@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.budget import (
+from echelon.scheduling.packing import NO_BUDGET
+from echelon.scheduling.token_budget import (
     GOAL_SHARE,
     LATE,
     LATE_OF,
@@ -14,9 +15,8 @@ from echelon.plan.budget import (
     MEMORY_QUIET,
     MOST_DOUBLINGS,
     QUIET,
-    Budget,
+    TokenBudget,
 )
-from echelon.plan.pack import NO_BUDGET
 
 MOST = 1024
 
@@ -31,7 +31,7 @@ def late(budget, count=LATE_OF[0]):
 
 
 def test_late_steps_lower_it_by_a_quarter_and_one_alone_does_not():
-    budget = Budget(MOST)
+    budget = TokenBudget(MOST)
     assert late(budget, 2) == [None, None]
     well(budget, LATE_OF[1])
     assert late(budget) == [None, None, "late"]
@@ -41,7 +41,7 @@ def test_late_steps_lower_it_by_a_quarter_and_one_alone_does_not():
 
 
 def test_small_late_steps_say_nothing_of_large_ones():
-    budget = Budget(MOST)
+    budget = TokenBudget(MOST)
     for _ in range(10):
         assert budget.ended(MOST // 2, 1.0, 9.0) is None
     assert budget.ended(MOST // 2 + 1, 1.0, 9.0) is None
@@ -49,7 +49,7 @@ def test_small_late_steps_say_nothing_of_large_ones():
 
 
 def test_lateness_stops_at_an_eighth_and_it_comes_all_the_way_back():
-    budget = Budget(MOST)
+    budget = TokenBudget(MOST)
     late(budget, 100)
     assert budget.tokens == MOST // LEAST_SHARE
     heard = well(budget, 40 * QUIET)
@@ -59,7 +59,7 @@ def test_lateness_stops_at_an_eighth_and_it_comes_all_the_way_back():
 
 
 def test_memory_lowers_it_at_once_and_each_time_for_longer():
-    budget, waits = Budget(MOST), []
+    budget, waits = TokenBudget(MOST), []
     for _ in range(MOST_DOUBLINGS + 3):
         assert budget.out_of_memory(budget.tokens // 2)
         before = budget.tokens
@@ -71,14 +71,14 @@ def test_memory_lowers_it_at_once_and_each_time_for_longer():
 
 
 def test_memory_that_asks_for_no_less_changes_nothing():
-    budget = Budget(MOST)
+    budget = TokenBudget(MOST)
     assert not budget.out_of_memory(MOST)
     assert budget.tokens == MOST
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(0.05, 10))
 def test_under_a_goal_steps_come_to_lie_below_its_share_and_stay(token_s, goal_s):
-    budget = Budget(MOST, goal_s)
+    budget = TokenBudget(MOST, goal_s)
 
     def run(count):
         return [
@@ -96,13 +96,13 @@ def test_under_a_goal_steps_come_to_lie_below_its_share_and_stay(token_s, goal_s
 
 
 def test_the_reason_is_the_goal_where_the_goal_is_missed():
-    budget = Budget(MOST, goal_s=1.0)
+    budget = TokenBudget(MOST, goal_s=1.0)
     assert [budget.ended(MOST, 0.6, 0.6) for _ in range(3)][-1] == "goal"
 
 
 @pytest.mark.parametrize("most", [1, 2, 7])
 def test_a_tiny_budget_stays_one(most):
-    budget = Budget(most)
+    budget = TokenBudget(most)
     late(budget, 100)
     assert budget.tokens >= 1
 
@@ -117,7 +117,7 @@ def test_a_tiny_budget_stays_one(most):
     ),
 )
 def test_whatever_happens_it_stays_within_its_bounds(most, goal_s, events):
-    budget, taught = Budget(most, goal_s), most
+    budget, taught = TokenBudget(most, goal_s), most
     for event in events:
         before = budget.tokens
         if isinstance(event, int):

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import ProfileError
-from echelon.plan.cost import Coefficients
-from echelon.plan.memory import MemoryModel
 from echelon.planner import answer
 from echelon.profile import Profile, ProfileKey, TunedSettings
+from echelon.scheduling.cost_model import Coefficients, MemoryModel
 from echelon.simulate import capacity, day, traffic
 from echelon.tune.fit import CostFit, Error, MemoryFit
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of

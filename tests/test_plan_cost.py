@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.choose import MAX_FILL, choose
-from echelon.plan.cost import Coefficients, CostModel, Work
-from echelon.plan.pack import step_cost
-from echelon.plan.refit import REMEMBERED_STEPS
+from echelon.scheduling.cost_model import REMEMBERED_STEPS, Coefficients, CostModel, Work
+from echelon.scheduling.packing import MAX_FILL, choose, step_cost
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=30)
 PRICES = Coefficients(2.0, 0.1, 0.01)

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.degrade import LOWER_PRECISION, RUNGS, SHORTEST_MAX_LENGTH, Failure, next_action
+from echelon.scheduling.oom_policy import (
+    LOWER_PRECISION,
+    RUNGS,
+    SHORTEST_MAX_LENGTH,
+    StepFailure,
+    next_action,
+)
 
 ORDER = [
     "drop_caches",
@@ -24,10 +30,10 @@ allowances = st.lists(st.sampled_from(["precision", "max_length"]), unique=True)
 
 
 @st.composite
-def failures(draw: st.DrawFn) -> Failure:
+def failures(draw: st.DrawFn) -> StepFailure:
     lengths = draw(st.lists(st.integers(1, 8192), min_size=1, max_size=20))
     padded = draw(st.booleans())
-    return Failure(
+    return StepFailure(
         pairs=len(lengths),
         cost=max(lengths) * len(lengths) if padded else sum(lengths),
         longest=max(lengths),
@@ -102,7 +108,7 @@ def test_the_ladder_ends_in_order(failure):
         assert rungs.count(once) <= 1
 
 
-def _after(failure: Failure, action: object) -> Failure:
+def _after(failure: StepFailure, action: object) -> StepFailure:
     """What may fail next: as many equal pairs as the new budget holds."""
     failure = replace(failure, caches_dropped=True)
     if action.budget is not None:
@@ -117,7 +123,7 @@ def _after(failure: Failure, action: object) -> Failure:
     return failure
 
 
-BASE = Failure(pairs=4, cost=400, longest=100, caches_dropped=True, precision="fp32")
+BASE = StepFailure(pairs=4, cost=400, longest=100, caches_dropped=True, precision="fp32")
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchers import PRIORITIES, batcher, finish, lengths
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel
-from echelon.plan.queue import Request
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel
+from echelon.scheduling.queue import PairRequest
 
 
 def test_a_short_request_behind_a_long_one_is_in_the_next_step():
     made = batcher()
-    made.submit(Request(1, (20,) * 1000), 0)
+    made.submit(PairRequest(1, (20,) * 1000), 0)
     running = made.next_step(0)
-    made.submit(Request(2, (20,)), 1)
+    made.submit(PairRequest(2, (20,)), 1)
     finish(made, running)
     step = made.next_step(2)
     assert 2 in step.requests
@@ -28,17 +28,17 @@ def test_a_short_request_behind_a_long_one_is_in_the_next_step():
 def test_also_behind_many_long_ones_that_are_half_done_and_late(cost, others):
     made = batcher(cost=cost)
     for number in range(others):
-        made.submit(Request(number, (20,) * 500), 0)
+        made.submit(PairRequest(number, (20,) * 500), 0)
     for _ in range(others * 40):
         finish(made, made.next_step(0))
-    made.submit(Request(99, (17,)), 1000)
+    made.submit(PairRequest(99, (17,)), 1000)
     assert 99 in made.next_step(1000).requests
 
 
 def test_requests_of_one_size_end_in_the_order_they_came():
     made = batcher()
     for number in range(1, 6):
-        made.submit(Request(number, (20,) * 10), number)
+        made.submit(PairRequest(number, (20,) * 10), number)
     order = []
     while step := made.next_step(10):
         order += [end.request for end in finish(made, step)]
@@ -47,9 +47,9 @@ def test_requests_of_one_size_end_in_the_order_they_came():
 
 def test_priorities_are_shares():
     made = batcher()
-    made.submit(Request(1, (20,) * 10, priority="low"), 0)
-    made.submit(Request(2, (20,) * 10), 0)
-    made.submit(Request(3, (20,) * 10, priority="high"), 0)
+    made.submit(PairRequest(1, (20,) * 10, priority="low"), 0)
+    made.submit(PairRequest(2, (20,) * 10), 0)
+    made.submit(PairRequest(3, (20,) * 10, priority="high"), 0)
     order = []
     while step := made.next_step(10):
         order += [end.request for end in finish(made, step)]
@@ -58,9 +58,9 @@ def test_priorities_are_shares():
 
 def test_low_priority_is_not_starved():
     made = batcher()
-    made.submit(Request(0, (20,) * 10, priority="low"), 0)
+    made.submit(PairRequest(0, (20,) * 10, priority="low"), 0)
     for number in range(1, 200):
-        made.submit(Request(number, (20,) * 10, priority="high"), 0)
+        made.submit(PairRequest(number, (20,) * 10, priority="high"), 0)
         for _ in range(2):
             if 0 in [end.request for end in finish(made, made.next_step(0))]:
                 return
@@ -71,9 +71,9 @@ def test_deadlines_in_danger_go_first_but_not_alone():
     model = CostModel()
     second = model.predict([20] * 5)
     made = Batcher(model, 100)
-    made.submit(Request(1, (20,) * 90), 0)
-    made.submit(Request(2, (20,) * 100, deadline=60 * second), 0)
-    made.submit(Request(3, (20,) * 100, deadline=50 * second), 0)
+    made.submit(PairRequest(1, (20,) * 90), 0)
+    made.submit(PairRequest(2, (20,) * 100, deadline=60 * second), 0)
+    made.submit(PairRequest(3, (20,) * 100, deadline=50 * second), 0)
     step = made.next_step(0)
     assert {number for number, _ in step.places} == {1, 3}
     assert sum(number == 3 for number, _ in step.places) == 2
@@ -81,8 +81,8 @@ def test_deadlines_in_danger_go_first_but_not_alone():
 
 def test_steps_of_one_pair_alternate_between_fairness_and_haste():
     made = batcher(max_pairs=1)
-    made.submit(Request(1, (20,) * 9), 0)
-    made.submit(Request(2, (20,) * 10, deadline=0.001), 0)
+    made.submit(PairRequest(1, (20,) * 9), 0)
+    made.submit(PairRequest(2, (20,) * 10, deadline=0.001), 0)
     numbers = [made.next_step(0).places[0][0] for _ in range(6)]
     assert numbers == [1, 2] * 3
 
@@ -131,7 +131,7 @@ def test_nobody_ends_later_than_if_the_device_were_shared_evenly(arrivals, budge
         for _ in range(pause):
             turn()
         came.append((served, sum(sizes)))
-        made.submit(Request(len(came) - 1, tuple(sizes), priority=priority), 0)
+        made.submit(PairRequest(len(came) - 1, tuple(sizes), priority=priority), 0)
     while turn():
         pass
     even = even_server(came, [{"high": 16, "normal": 4, "low": 1}[p] for *_, p in arrivals])
@@ -146,7 +146,7 @@ def test_nobody_ends_later_than_if_the_device_were_shared_evenly(arrivals, budge
 def test_who_has_been_served_or_has_gone_shares_no_longer():
     made = batcher()
     for number, key in enumerate("aabc"):
-        made.submit(Request(number, (20,), (key,)), 0)
+        made.submit(PairRequest(number, (20,), (key,)), 0)
     assert made.load().weight == 16
     made.cancel(3)
     assert made.load().weight == 12

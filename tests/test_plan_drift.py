@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.drift import FAR, HOLD, NEAR, Drift
+from echelon.scheduling.drift import FAR, HOLD, NEAR, Drift
 
 levels = st.floats(0.01, 100)
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.fair import WEIGHTS
-from echelon.plan.fallback import OFF_SHARE, ON_SHARE, QUIET_S, Fallback
+from echelon.scheduling.fair_queue import WEIGHTS
+from echelon.scheduling.load_shedding import OFF_SHARE, ON_SHARE, QUIET_S, LoadSheddingPolicy
 
 GOAL_S = 8.0
 ON_S, OFF_S = ON_SHARE * GOAL_S, OFF_SHARE * GOAL_S
@@ -30,14 +30,14 @@ def watched(fallback, seen):
 
 @given(looks, priorities)
 def test_never_without_configuration(seen, priority):
-    fallback = Fallback(None, GOAL_S)
+    fallback = LoadSheddingPolicy(None, GOAL_S)
     assert not any(news or on for _, _, news, on in watched(fallback, seen))
     assert fallback.shorter(priority, 512) is None
 
 
 @given(looks, st.integers(1, 600), st.integers(1, 600))
 def test_only_low_priority_and_only_what_is_longer(seen, max_length, longest):
-    fallback = Fallback(max_length, GOAL_S)
+    fallback = LoadSheddingPolicy(max_length, GOAL_S)
     watched(fallback, seen)
     assert fallback.shorter("normal", longest) is None
     assert fallback.shorter("high", longest) is None
@@ -48,7 +48,7 @@ def test_only_low_priority_and_only_what_is_longer(seen, max_length, longest):
 @given(looks)
 def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lower(seen):
     before = False
-    told = watched(Fallback(64, GOAL_S), seen)
+    told = watched(LoadSheddingPolicy(64, GOAL_S), seen)
     for place, (now, backlog_s, news, on) in enumerate(told):
         quiet = all(b < OFF_S for at, b, _, _ in told[: place + 1] if at > now - QUIET_S)
         if before:
@@ -61,17 +61,21 @@ def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lo
 
 @given(looks)
 def test_the_same_looks_give_the_same_answer(seen):
-    assert watched(Fallback(64, GOAL_S), seen) == watched(Fallback(64, GOAL_S), seen)
+    assert watched(LoadSheddingPolicy(64, GOAL_S), seen) == watched(
+        LoadSheddingPolicy(64, GOAL_S), seen
+    )
 
 
 @given(looks)
 def test_it_switches_at_most_twice_in_a_time_of_quiet(seen):
-    ends = [now for now, _, news, _ in watched(Fallback(64, GOAL_S), seen) if news == "off"]
+    ends = [
+        now for now, _, news, _ in watched(LoadSheddingPolicy(64, GOAL_S), seen) if news == "off"
+    ]
     assert all(b - a >= QUIET_S for a, b in pairwise(ends))
 
 
 def test_the_thresholds_themselves():
-    fallback = Fallback(64, GOAL_S)
+    fallback = LoadSheddingPolicy(64, GOAL_S)
     assert fallback.see(ON_S, 0.0) is None
     assert fallback.see(ON_S * 1.001, 1.0) == "on"
     assert fallback.see(OFF_S, 2.0) is None
@@ -83,7 +87,7 @@ def test_the_thresholds_themselves():
 
 @pytest.mark.parametrize("gap_s", [QUIET_S, 100 * QUIET_S])
 def test_nobody_looked_for_long_so_the_first_to_come_is_read_in_full(gap_s):
-    fallback = Fallback(64, GOAL_S)
+    fallback = LoadSheddingPolicy(64, GOAL_S)
     fallback.see(GOAL_S, 1000.0)
     assert fallback.shorter("low", 512) == 64
     assert fallback.see(0.0, 1000.0 + gap_s) == "off"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.plan.pack import (
+from echelon.scheduling.packing import (
     DEFAULT_BUDGETS,
     FIRST_WINDOW,
     NO_BUDGET,

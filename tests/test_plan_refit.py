@@ -11,9 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel, work_of
-from echelon.plan.nonnegative import MOST_COLUMNS, solve
-from echelon.plan.refit import WINDOW
+from echelon.scheduling.cost_model import (
+    DEFAULT_COEFFICIENTS,
+    MOST_COLUMNS,
+    WINDOW,
+    Coefficients,
+    CostModel,
+    solve,
+    work_of,
+)
 
 TRUE = DEFAULT_COEFFICIENTS["cpu"]
 WITHIN = 50

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from batchers import PRIORITIES, finish
 from echelon.errors import Overloaded
-from echelon.plan.admit import Ask, Bounds, House, refuse
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import Coefficients, CostModel
-from echelon.plan.queue import Request
-from echelon.plan.soonest import Soon
+from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoad, refuse
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import Coefficients, CostModel
+from echelon.scheduling.queue import CompletionEstimate, PairRequest
 
 BUDGET = 100
 STEP_S = 0.1
@@ -23,17 +22,20 @@ def batcher(*requests, budget=BUDGET, **settings) -> Batcher:
     """Requests of the given lengths, numbered from 0."""
     made = Batcher(CostModel(Coefficients(0.0, 0.001, 0.0)), budget)
     for number, lengths in enumerate(requests):
-        made.submit(Request(number, tuple(lengths), **settings), 0)
+        made.submit(PairRequest(number, tuple(lengths), **settings), 0)
     return made
 
 
-def house(made: Batcher, workers=1, **settings) -> House:
-    return House(made.load(), made.cost, workers, soonest=made.soonest, **settings)
+def house(made: Batcher, workers=1, **settings) -> SystemLoad:
+    return SystemLoad(made.load(), made.cost, workers, soonest=made.soonest, **settings)
 
 
 def test_the_smaller_request_ends_first_whoever_came_first():
     made = batcher([10] * 90, [10, 10])
-    assert made.soonest(2, 1) == [Soon(0.0, 20, 200), Soon(0.0, 920, 9200)]
+    assert made.soonest(2, 1) == [
+        CompletionEstimate(0.0, 20, 200),
+        CompletionEstimate(0.0, 920, 9200),
+    ]
     assert made.soonest(5, 1) == made.soonest(2, 1)
     assert made.soonest(1, 1) == made.soonest(2, 1)[:1]
 
@@ -42,15 +44,24 @@ def test_a_request_that_runs_whole_ends_with_its_last_step():
     made = batcher([10] * 14, [60])
     first, second = made.next_step(0), made.next_step(0)
     assert (first.requests, second.requests) == ((0, 1), (0,))
-    assert made.soonest(2, 1) == [Soon(pytest.approx(0.1)), Soon(pytest.approx(0.2))]
-    assert made.soonest(2, 2) == [Soon(pytest.approx(0.1)), Soon(pytest.approx(0.1))]
+    assert made.soonest(2, 1) == [
+        CompletionEstimate(pytest.approx(0.1)),
+        CompletionEstimate(pytest.approx(0.2)),
+    ]
+    assert made.soonest(2, 2) == [
+        CompletionEstimate(pytest.approx(0.1)),
+        CompletionEstimate(pytest.approx(0.1)),
+    ]
     made.put_back(second.number)  # its pairs wait once more, and no step of them is under way
-    assert made.soonest(2, 1) == [Soon(pytest.approx(0.1)), Soon(pytest.approx(0.1), 100, 1000)]
+    assert made.soonest(2, 1) == [
+        CompletionEstimate(pytest.approx(0.1)),
+        CompletionEstimate(pytest.approx(0.1), 100, 1000),
+    ]
 
 
 def test_a_pair_that_several_wait_for_is_scored_once():
     made = batcher([10] * 4, [10] * 4, [10] * 4, keys=("a", "b", "c", "d"))
-    assert made.soonest(3, 1) == [Soon(0.0, 40, 400)] * 3
+    assert made.soonest(3, 1) == [CompletionEstimate(0.0, 40, 400)] * 3
 
 
 def test_nobody_inside_is_nobody_to_end():
@@ -68,7 +79,9 @@ def test_several_workers_share_what_waits():
 def test_who_is_refused_at_a_full_house_hears_when_the_small_request_ends():
     """And not the mean: a hundred times as long, for the sake of one that is large."""
     made = batcher([10], [50] * 4000)
-    refusal = refuse(Ask(1, 10, 100), house(made), Bounds(max_requests=2, max_wait_s=1e6), 0)
+    refusal = refuse(
+        RequestCost(1, 10, 100), house(made), AdmissionLimits(max_requests=2, max_wait_s=1e6), 0
+    )
     assert refusal.reason == "requests_full"
     assert isinstance(refusal.error, Overloaded)
     assert refusal.error.retry_after_s == pytest.approx(0.01)
@@ -88,7 +101,7 @@ def test_places_are_free_when_they_were_said_to_be(requests, steps, data):
     """Within what is lost by whole steps: gaps are filled with pairs of those behind."""
     made = batcher()
     for number, (lengths, priority) in enumerate(requests):
-        made.submit(Request(number, tuple(lengths), priority=priority), 0)
+        made.submit(PairRequest(number, tuple(lengths), priority=priority), 0)
     for _ in range(steps):
         step = made.next_step(0)
         if step is not None:

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchers import batcher, finish, lengths, logit
-from echelon.plan.queue import Request
+from echelon.scheduling.queue import PairRequest
 
 
 def test_identical_pairs_in_flight_are_scored_once():
     made = batcher()
-    made.submit(Request(1, (20, 30, 20), ("a", "b", "a")), 0)
-    made.submit(Request(2, (20, 10), ("a", "c")), 0)
+    made.submit(PairRequest(1, (20, 30, 20), ("a", "b", "a")), 0)
+    made.submit(PairRequest(2, (20, 10), ("a", "c")), 0)
     assert made.load().pairs == 3
     step = made.next_step(0)
     assert sorted(step.lengths) == [10, 20, 30]
     assert step.requests == (1, 2)
-    made.submit(Request(3, (30,), ("b",)), 0)
+    made.submit(PairRequest(3, (30,), ("b",)), 0)
     assert made.next_step(0) is None
     values = {20: 1.0, 30: 2.0, 10: 3.0}
     ended = made.finish(step.number, [values[length] for length in step.lengths])
@@ -28,40 +28,40 @@ def test_identical_pairs_in_flight_are_scored_once():
         2: [1.0, 3.0],
         3: [2.0],
     }
-    made.submit(Request(4, (30,), ("b",)), 0)
+    made.submit(PairRequest(4, (30,), ("b",)), 0)
     assert made.next_step(0).places == ((4, 0),)
 
 
 def test_a_pair_outlives_the_request_that_brought_it():
     made = batcher(budget=20)
-    made.submit(Request(1, (20,), ("a",)), 0)
-    made.submit(Request(2, (20,), ("a",)), 0)
+    made.submit(PairRequest(1, (20,), ("a",)), 0)
+    made.submit(PairRequest(2, (20,), ("a",)), 0)
     made.cancel(1)
     assert made.next_step(0).places == ((2, 0),)
 
 
 def test_a_step_under_way_whose_callers_have_gone_ends_quietly():
     made = batcher()
-    made.submit(Request(1, (20,)), 0)
+    made.submit(PairRequest(1, (20,)), 0)
     step = made.next_step(0)
     made.cancel(1)
     assert finish(made, step) == []
     for again in (made.retry, made.put_back):
-        made.submit(Request(1, (20,), ("a",)), 0)
+        made.submit(PairRequest(1, (20,), ("a",)), 0)
         step = made.next_step(0)
         made.cancel(1)
         again(step.number)
         assert made.next_step(0) is None
-        made.submit(Request(2, (20,), ("a",)), 0)
+        made.submit(PairRequest(2, (20,), ("a",)), 0)
         assert [end.request for end in finish(made, made.next_step(0))] == [2]
 
 
 def test_a_lost_step_goes_again_first_and_each_request_on_its_own():
     made = batcher()
     for number in (1, 2):
-        made.submit(Request(number, (20, 20)), 0)
+        made.submit(PairRequest(number, (20, 20)), 0)
     lost = made.next_step(0)
-    made.submit(Request(3, (5,)), 0)
+    made.submit(PairRequest(3, (5,)), 0)
     assert made.retry(lost.number) == []
     first, second, third = (made.next_step(0) for _ in range(3))
     assert [step.requests for step in (first, second, third)] == [(1,), (2,), (3,)]
@@ -75,8 +75,8 @@ def test_a_lost_step_goes_again_first_and_each_request_on_its_own():
 
 def test_a_step_put_back_obeys_the_budget_of_now():
     made = batcher(budget=100)
-    made.submit(Request(1, (30,) * 3), 0)
-    made.submit(Request(2, (5,)), 0)
+    made.submit(PairRequest(1, (30,) * 3), 0)
+    made.submit(PairRequest(2, (5,)), 0)
     made.put_back(made.next_step(0).number)
     made.budget = 40
     assert [made.next_step(0).lengths for _ in range(3)] == [(5, 30), (30,), (30,)]
@@ -85,7 +85,7 @@ def test_a_step_put_back_obeys_the_budget_of_now():
 
 def test_a_budget_may_change_at_any_time():
     made = batcher(budget=100)
-    made.submit(Request(1, (30,) * 9), 0)
+    made.submit(PairRequest(1, (30,) * 9), 0)
     made.budget = 60
     assert len(made.next_step(0).places) == 2
     made.budget = 1000
@@ -94,8 +94,8 @@ def test_a_budget_may_change_at_any_time():
 
 def test_an_empty_request_or_a_number_in_use_is_a_bug():
     made = batcher()
-    made.submit(Request(1, (5,)), 0)
-    for request in (Request(1, (5,)), Request(2, ())):
+    made.submit(PairRequest(1, (5,)), 0)
+    for request in (PairRequest(1, (5,)), PairRequest(2, ())):
         with pytest.raises(ValueError, match="This is a bug"):
             made.submit(request, 0)
 
@@ -109,7 +109,7 @@ def test_the_order_of_documents_changes_no_score(requests, budget, chance):
             if shuffled:
                 chance.shuffle(order)
             sizes, keys = requests[number], [(number, i) for i in order]
-            made.submit(Request(number, tuple(sizes[i] for i in order), tuple(keys)), 0)
+            made.submit(PairRequest(number, tuple(sizes[i] for i in order), tuple(keys)), 0)
         answers = {}
         while step := made.next_step(0):
             keys = [(number, orders[number][index]) for number, index in step.places]
@@ -127,7 +127,7 @@ def test_the_same_trace_gives_the_same_steps(requests, budget, cost):
         made = batcher(budget, cost=cost)
         steps = []
         for number, sizes in enumerate(requests):
-            made.submit(Request(number, tuple(sizes), deadline=number + 1.0), number / 2)
+            made.submit(PairRequest(number, tuple(sizes), deadline=number + 1.0), number / 2)
             steps.append(made.next_step(number / 2))
         while step := made.next_step(1.5):
             steps.append(step)
@@ -141,7 +141,7 @@ def test_the_same_trace_gives_the_same_steps(requests, budget, cost):
 def test_a_step_looks_at_a_steps_worth_however_many_wait(cost, requests, monkeypatch):
     made = batcher(2000, cost=cost)
     for number in range(requests):
-        made.submit(Request(number, tuple(20 + i % 200 for i in range(100_000 // requests))), 0)
+        made.submit(PairRequest(number, tuple(20 + i % 200 for i in range(100_000 // requests))), 0)
     seen = []
     look = made._choose
     monkeypatch.setattr(
@@ -157,7 +157,7 @@ def test_padded_steps_hold_pairs_of_nearly_one_length():
     made = batcher(1000, cost="padded")
     chance = np.random.default_rng(0)
     for number in range(100):
-        made.submit(Request(number, tuple(chance.integers(10, 400, 10).tolist())), 0)
+        made.submit(PairRequest(number, tuple(chance.integers(10, 400, 10).tolist())), 0)
     tokens = paid = 0
     while step := made.next_step(0):
         tokens += step.tokens
@@ -168,12 +168,12 @@ def test_padded_steps_hold_pairs_of_nearly_one_length():
 
 def test_nobody_joins_a_pair_that_was_cut_nor_leaves_by_its_end():
     made = batcher()
-    made.submit(Request(1, (80,), ("a",)), 0)
+    made.submit(PairRequest(1, (80,), ("a",)), 0)
     assert made.shorten(made.next_step(0).number, 40) == ((1, 0),)
-    made.submit(Request(2, (80,), ("a",)), 0)
+    made.submit(PairRequest(2, (80,), ("a",)), 0)
     cut, whole = made.next_step(0), made.next_step(0)
     assert (cut.lengths, whole.lengths) == ((40,), (80,))
     assert [end.request for end in finish(made, cut)] == [1]
-    made.submit(Request(3, (80,), ("a",)), 0)
+    made.submit(PairRequest(3, (80,), ("a",)), 0)
     assert made.next_step(0) is None
     assert [end.request for end in finish(made, whole)] == [2, 3]

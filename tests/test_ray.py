@@ -41,10 +41,10 @@ from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.jobs.rows import Row, Window
 from echelon.jobs.run import run as run_file
 from echelon.options import Options
-from echelon.plan.scale import Scaling
 from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted
 from echelon.scale.serve import NAME, Ingress
+from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.serve.scaling import keep_scaled
 from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
@@ -198,7 +198,7 @@ CLIENTS, GOAL_S = 20, 1.2
 
 def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
     ears = Ears()
-    scaling = Scaling(1, 2, delay_s=GOAL_S, up_s=0.5)
+    scaling = AutoscalingLimits(1, 2, delay_s=GOAL_S, up_s=0.5)
     stop = asyncio.Event()
 
     async def client(it, seed):

@@ -17,11 +17,11 @@ from echelon.cli import cli
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.fetch.resolve import DEMO, ModelFolder
 from echelon.options import Options
-from echelon.plan.scale import Scaling
 from echelon.prepare import PreparedModel
 from echelon.scale.opener import abroad
 from echelon.scale.serve import app, plan_of, values_of
 from echelon.scale.worker import Share
+from echelon.scheduling.autoscaling import AutoscalingLimits
 from helpers import ROOT, run_python
 
 
@@ -39,9 +39,9 @@ def test_settings_come_out_of_arguments_environment_and_defaults(monkeypatch):
     values = values_of({"model": "demo", "workers": "2", "max_workers": 5, "worker_gpus": 0.5})
     plan = plan_of(values)
     assert (plan.model, plan.door["max_wait_s"], plan.options.max_length) == ("demo", 7.0, None)
-    assert plan.scaling == Scaling(2, 5, delay_s=2.0)
+    assert plan.scaling == AutoscalingLimits(2, 5, delay_s=2.0)
     assert plan.share == Share(1.0, 0.5)
-    assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == Scaling(3, 3)
+    assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == AutoscalingLimits(3, 3)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_file_for_serve_is_one_that_ray_and_the_application_take():
     (told,) = made.applications
     assert told.import_path == "echelon.scale.serve:app"
     plan = plan_of(values_of(told.args))
-    assert plan.scaling == Scaling(1, 4, delay_s=2.0)
+    assert plan.scaling == AutoscalingLimits(1, 4, delay_s=2.0)
     assert app(told.args)._bound_deployment.name == "echelon"
 
 

@@ -23,7 +23,7 @@ from echelon.api.recent import (
     percentiles,
     power_of,
 )
-from echelon.plan.queue import Load
+from echelon.scheduling.queue import QueueLoad
 from echelon.serve.events import (
     Fan,
     LadderTaken,
@@ -66,7 +66,7 @@ def ended(outcome="answered", cut=0, fallback=None):
 
 
 def snapshot(pairs=5, memory=(7, 0), budget=2048):
-    load = Load(1, pairs, 60, 700, 1, 0.0, budget, None)
+    load = QueueLoad(1, pairs, 60, 700, 1, 0.0, budget, None)
     return Snapshot(
         load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False, drift=1.75, drifted=True
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from echelon.errors import StorageError
-from echelon.plan.pack import NO_BUDGET
 from echelon.profile import TunedSettings
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import report, words
 from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, number_rows, read
 

@@ -268,15 +268,15 @@ def test_demo_puts_the_answer_first(demo_folder):
 
 
 def test_many_texts_are_encoded_in_windows_with_the_same_answers(bert, monkeypatch):
-    from echelon.plan import pack
+    from echelon.scheduling import packing
 
     pairs = [("how to boil an egg", "water " * (1 + i % 37)) for i in range(80)]
     pairs += [("a" * 4, f"text number {i}") for i in range(40)]
     with Reranker(bert, device="cpu", precision="fp32") as reranker:
         whole = reranker.score_pairs(pairs, max_length=30)
-        monkeypatch.setattr(pack, "FIRST_WINDOW", 100)
-        monkeypatch.setattr(pack, "WINDOW", 700)
-        assert len(pack.windows([len(q) + len(d) for q, d in set(pairs)])) > 4
+        monkeypatch.setattr(packing, "FIRST_WINDOW", 100)
+        monkeypatch.setattr(packing, "WINDOW", 700)
+        assert len(packing.windows([len(q) + len(d) for q, d in set(pairs)])) > 4
         parts = reranker.score_pairs(pairs, max_length=30)
         np.testing.assert_allclose(parts.logits, whole.logits, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(parts.truncated_tokens, whole.truncated_tokens)

@@ -12,10 +12,10 @@ import pytest
 
 from echelon.api.answer import retry_after
 from echelon.errors import Overloaded
-from echelon.plan.admit import Ask, Bounds, House, refuse
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, CostModel
-from echelon.plan.queue import Request
+from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoad, refuse
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
+from echelon.scheduling.queue import PairRequest
 
 SLOWER = 3.0
 STEP_TOKENS = 2048
@@ -24,7 +24,7 @@ STEP_TOKENS = 2048
 class Simulation:
     """One worker, and callers that come whenever they like."""
 
-    def __init__(self, bounds: Bounds, seed: int):
+    def __init__(self, bounds: AdmissionLimits, seed: int):
         self.now = 0.0
         self.random = random.Random(seed)
         self.deadlines: dict[int, float] = {}
@@ -49,12 +49,12 @@ class Simulation:
         """Come in; or why not."""
         squares = sum(length**2 for length in lengths)
         deadline = None if timeout_s is None else self.now + timeout_s
-        asked = Ask(len(lengths), sum(lengths), squares, deadline)
-        house = House(self._batcher.load(), self._cost, soonest=self._batcher.soonest)
+        asked = RequestCost(len(lengths), sum(lengths), squares, deadline)
+        house = SystemLoad(self._batcher.load(), self._cost, soonest=self._batcher.soonest)
         refusal = refuse(asked, house, self._bounds, self.now)
         if refusal is None:
             self._requests += 1
-            request = Request(self._requests, tuple(lengths), None, deadline)
+            request = PairRequest(self._requests, tuple(lengths), None, deadline)
             self._batcher.submit(request, self.now)
             if deadline is not None:
                 self.deadlines[request.number] = deadline
@@ -78,7 +78,7 @@ class Simulation:
 STEP_S = CostModel().predict([100] * (STEP_TOKENS // 100)) * SLOWER * 1.1
 
 
-def refused(bounds: Bounds, seed: int, most: int, timeout_s: float | None):
+def refused(bounds: AdmissionLimits, seed: int, most: int, timeout_s: float | None):
     """The simulation at the moment when somebody is refused, who, and why."""
     made = Simulation(bounds, seed)
     while True:
@@ -91,14 +91,14 @@ def refused(bounds: Bounds, seed: int, most: int, timeout_s: float | None):
 
 
 SITUATIONS = {
-    "requests_full": (Bounds(max_requests=20, max_wait_s=1e6), 40, None),
+    "requests_full": (AdmissionLimits(max_requests=20, max_wait_s=1e6), 40, None),
     "tokens_full": (
-        Bounds(max_tokens=200_000, max_request_tokens=100_000, max_wait_s=1e6),
+        AdmissionLimits(max_tokens=200_000, max_request_tokens=100_000, max_wait_s=1e6),
         300,
         None,
     ),
-    "wait_too_long": (Bounds(max_wait_s=20.0), 100, None),
-    "deadline_too_near": (Bounds(max_wait_s=1e6), 40, 8.0),
+    "wait_too_long": (AdmissionLimits(max_wait_s=20.0), 100, None),
+    "deadline_too_near": (AdmissionLimits(max_wait_s=1e6), 40, 8.0),
 }
 
 
@@ -121,7 +121,7 @@ def test_whoever_comes_when_told_is_let_in(reason, seed):
 def test_whoever_is_let_in_with_a_deadline_meets_it(seed):
     """More is asked for than can be scored; what is let in is in time, but for rare errors
     of prediction."""
-    made = Simulation(Bounds(), seed)
+    made = Simulation(AdmissionLimits(), seed)
     refusals = 0
     for _ in range(600):
         lengths = made.lengths(40)

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.cost import Coefficients, CostModel
-from echelon.plan.memory import MemoryModel
 from echelon.plan.workload import Between, Poisson, Workload
+from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel
 from echelon.simulate.capacity import Traffic
 from echelon.tune import served as module
 from echelon.tune.scenario import SCENARIOS, Candidate, Limits, solve

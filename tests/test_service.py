@@ -19,7 +19,7 @@ from echelon.errors import (
     TooLarge,
     WorkerLost,
 )
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.serve.events import RequestEnded, Silence
 from echelon.serve.state import Settings
 from scorers import Obedient
@@ -111,7 +111,7 @@ def test_several_workers_share_one_queue():
 
 def test_a_full_house_refuses_whole_requests_and_keeps_its_word():
     ears = Ears()
-    bounds = Bounds(max_requests=4)
+    bounds = AdmissionLimits(max_requests=4)
 
     async def main(made):
         answers = await asyncio.gather(

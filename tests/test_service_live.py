@@ -11,8 +11,8 @@ from random import Random
 import pytest
 
 from echelon.errors import DeadlinePassed
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, work_of
-from echelon.plan.drift import HOLD
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
+from echelon.scheduling.drift import HOLD
 from echelon.score.fake import FakeScorer
 from echelon.score.worker import Scored
 from echelon.serve.service import Service

@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 
 from echelon.errors import OutOfMemory
-from echelon.plan.queue import Step
+from echelon.scheduling.oom_policy import OomPolicy
+from echelon.scheduling.queue import PlannedStep
 from echelon.score.child import PRIMITIVES
 from echelon.score.fake import FakeScorer
 from echelon.serve.crew import Orders
-from echelon.serve.room import Room
 from scorers import worn
 from services import Ears, run, scores, service, texts, until
 
@@ -135,10 +135,10 @@ def test_a_process_that_begins_after_memory_ran_out_keeps_little(tmp_path, monke
 # What is remembered, asked directly.
 
 
-def step(*lengths: int) -> Step:
+def step(*lengths: int) -> PlannedStep:
     places = tuple((number, 0) for number in range(len(lengths)))
     numbers = tuple(range(len(lengths)))
-    return Step(1, places, lengths, numbers, sum(lengths), sum(lengths), 0.1, again=False)
+    return PlannedStep(1, places, lengths, numbers, sum(lengths), sum(lengths), 0.1, again=False)
 
 
 def lacked(room, failed, *taken, fresh=False, renewable=True):
@@ -147,7 +147,7 @@ def lacked(room, failed, *taken, fresh=False, renewable=True):
 
 
 def test_a_request_has_one_fresh_process_and_only_where_there_can_be_one():
-    room = Room(())
+    room = OomPolicy(())
     assert lacked(room, step(50)) == "fresh_worker"
     assert lacked(room, step(50), "fresh_worker") == "give_up"
     assert lacked(room, step(50), renewable=False) == "give_up"
@@ -155,7 +155,7 @@ def test_a_request_has_one_fresh_process_and_only_where_there_can_be_one():
 
 
 def test_no_pair_as_long_as_one_that_a_fresh_process_refused_is_tried_until_one_fits():
-    room = Room(())
+    room = OomPolicy(())
     assert lacked(room, step(50), fresh=True) == "give_up"
     assert lacked(room, step(60)) == lacked(room, step(50)) == "give_up"
     assert lacked(room, step(49)) == "fresh_worker"
@@ -166,6 +166,6 @@ def test_no_pair_as_long_as_one_that_a_fresh_process_refused_is_tried_until_one_
 
 
 def test_a_step_of_several_pairs_says_nothing_of_one_alone():
-    room = Room(())
+    room = OomPolicy(())
     assert lacked(room, step(50, 50), fresh=True) == "one_pair"
     assert lacked(room, step(50)) == "fresh_worker"

@@ -8,7 +8,7 @@ import signal
 from functools import partial
 
 from echelon.errors import ModelNotFound
-from echelon.plan.scale import Scaling
+from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.score.base import WorkerDied, WorkerGone
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_be_added_leaves_the_others_alone(tmp_path):
 
 def test_a_delay_brings_workers_and_rest_takes_them_away():
     ears = Ears()
-    scaling = Scaling(1, 2, delay_s=0.01, up_s=0.01, down_s=0.5)
+    scaling = AutoscalingLimits(1, 2, delay_s=0.01, up_s=0.01, down_s=0.5)
 
     async def main(made):
         async def load():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
 from echelon.plan.workload import Arrival
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulate.exact import simulate
 from echelon.simulate.outcome import Tally, percentiles
 from echelon.simulate.setting import Setting
@@ -71,7 +71,7 @@ def test_a_request_is_judged_again_once_it_is_tokenised():
 
 
 def test_refusals_are_counted_by_reason_and_miss_the_goal():
-    setting = Setting(20, bounds=Bounds(max_requests=2))
+    setting = Setting(20, bounds=AdmissionLimits(max_requests=2))
     outcome = simulate(requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, goal_s=1.0)
     assert outcome.refused == {"requests_full": 1}
     assert outcome.within == 2

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
 from echelon.plan.workload import (
     Between,
     Fixed,
@@ -19,6 +18,7 @@ from echelon.plan.workload import (
     Replay,
     Workload,
 )
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulate import day
 from echelon.simulate.day import rates_of, simulate_day
 from echelon.simulate.exact import simulate
@@ -89,21 +89,21 @@ def test_at_most_so_many_pairs_a_step():
 
 def test_a_full_replica_refuses_by_the_real_rules():
     rows = [(0.0, 1, 50)] * 5
-    setting = Setting(50, bounds=Bounds(max_requests=3))
+    setting = Setting(50, bounds=AdmissionLimits(max_requests=3))
     outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, setting))
     assert outcome.refused == {"requests_full": 2}
-    setting = Setting(50, bounds=Bounds(max_wait_s=0.1))
+    setting = Setting(50, bounds=AdmissionLimits(max_wait_s=0.1))
     outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, setting))
     exact = simulate(requests(*[(0.0, 50)] * 5), SIMPLE, setting)
     assert outcome.refused == exact.refused == {"wait_too_long": 3}
-    setting = Setting(50, bounds=Bounds(max_documents=4))
+    setting = Setting(50, bounds=AdmissionLimits(max_documents=4))
     outcome = simulate_fleet([block((0.0, 5, 1))], SIMPLE, Fleet(1, setting))
     assert outcome.refused == {"too_many_documents": 1}
 
 
 def test_both_models_refuse_as_much_when_there_is_too_much():
     workload = traffic(20.0)
-    setting = Setting(2048, bounds=Bounds(max_wait_s=1.0))
+    setting = Setting(2048, bounds=AdmissionLimits(max_wait_s=1.0))
     exact = simulate(workload.requests(60), cpu(), setting)
     light = simulate_fleet(blocks(workload, 60), cpu(), Fleet(1, setting))
     assert sum(exact.refused.values()) > 100

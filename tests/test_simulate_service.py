@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.plan.admit import Bounds
 from echelon.plan.workload import Between, Poisson, Workload
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulate.exact import simulate
 from echelon.simulate.setting import Setting
 from simulations import cpu, serve, traces
@@ -58,7 +58,10 @@ def test_the_same_trace_gives_the_same_steps(trace, budget, max_pairs, cost, noi
 @given(traces(), st.sampled_from([0.004, 0.02, 0.05]), st.integers(1, 4))
 @settings(deadline=None)
 def test_the_same_requests_are_refused_and_expire(trace, deadline_s, most):
-    check(trace, Setting(80, deadline_s=deadline_s, bounds=Bounds(max_requests=most), noise=0.3))
+    check(
+        trace,
+        Setting(80, deadline_s=deadline_s, bounds=AdmissionLimits(max_requests=most), noise=0.3),
+    )
 
 
 @given(traces(), st.sampled_from([0.002, 0.01, 0.05]))
@@ -69,7 +72,7 @@ def test_a_goal_moves_the_budget_of_both_alike(trace, goal_s):
 
 def test_under_load_some_are_refused_some_late_and_most_answered():
     workload = Workload(Poisson(60.0), Between(1, 9), Between(10, 60))
-    setting = Setting(256, deadline_s=0.12, bounds=Bounds(max_requests=6), noise=0.5)
+    setting = Setting(256, deadline_s=0.12, bounds=AdmissionLimits(max_requests=6), noise=0.5)
     trace = list(workload.requests(20.0))
     outcome = check(trace, setting)
     assert outcome.expired > 5

@@ -12,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import ProfileError, TooNoisy
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, Work, work_of
-from echelon.plan.memory import MemoryModel
-from echelon.plan.pack import NO_BUDGET, step_cost
+from echelon.scheduling.cost_model import (
+    DEFAULT_COEFFICIENTS,
+    Coefficients,
+    MemoryModel,
+    Work,
+    work_of,
+)
+from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.calibrate import fitted
 from echelon.tune.fit import LEAST_PROBES, MOST_P90, CostFit, MemoryFit, Probe, fit_cost, fit_memory

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from echelon.plan.cost import Coefficients, work_of
+from echelon.scheduling.cost_model import Coefficients, work_of
 from echelon.score.fake import FakeScorer
 from echelon.tune import calibrate
 from echelon.tune.calibrate import Probed, models_of, worker_peaks

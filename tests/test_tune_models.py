@@ -9,9 +9,8 @@ from itertools import count
 
 import pytest
 
-from echelon.plan.cost import Coefficients, work_of
-from echelon.plan.memory import MemoryModel
 from echelon.profile import Profile, ProfileKey, TunedSettings
+from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
 from echelon.tune.calibrate import fitted
 from echelon.tune.fit import CostFit, Probe
 from echelon.tune.model_plots import model_charts

@@ -10,7 +10,7 @@ import numpy as np
 
 from echelon.errors import EchelonWarning
 from echelon.options import check_documents, check_pairs, check_text, check_top_n
-from echelon.plan.pack import windows
+from echelon.scheduling.packing import windows
 from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:

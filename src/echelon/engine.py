@@ -1,7 +1,7 @@
 """The engine: takes encoded pairs through a scorer, step by step, and stays up.
 
 It owns the device: one step runs at a time, calls from several threads take turns step by step.
-It acts on the memory ladder; :mod:`echelon.plan.degrade` decides.
+It acts on the memory ladder; :mod:`echelon.scheduling.oom_policy` decides.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory
-from echelon.plan.degrade import Failure, next_action
-from echelon.plan.pack import NO_BUDGET, Step, pack, step_cost
+from echelon.scheduling.oom_policy import StepFailure, next_action
+from echelon.scheduling.packing import NO_BUDGET, Step, pack, step_cost
 from echelon.score.base import DeviceOutOfMemory
 from echelon.types import LadderStep, RunReport
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.options import Allowance
-    from echelon.plan.degrade import Action
+    from echelon.scheduling.oom_policy import OomAction
     from echelon.score.base import Facts, Scorer
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray, TokenBatch
@@ -189,7 +189,7 @@ class Engine:
 
     def _give_way(self, run: _Run, step: Step, reason: str) -> None:
         lengths = run.pairs.lengths[step]
-        failure = Failure(
+        failure = StepFailure(
             pairs=len(step),
             cost=step_cost(lengths, self.facts.cost),
             longest=int(lengths.max()),
@@ -207,7 +207,7 @@ class Engine:
         run.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
         self._act(action, run)
 
-    def _act(self, action: Action, run: _Run) -> None:
+    def _act(self, action: OomAction, run: _Run) -> None:
         self._scorer.release()
         run.caches_dropped = True
         if action.budget is not None:

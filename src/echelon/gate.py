@@ -21,8 +21,8 @@ from echelon.engine import Engine, Limits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.fetch.demo import home
 from echelon.options import check_max_length
-from echelon.plan.pack import pack, step_budget
 from echelon.profile import ProfileKey, library_versions, read_json, write_json
+from echelon.scheduling.packing import pack, step_budget
 from echelon.score.device import cpu_name
 from echelon.score.kernels.library import kernels
 from echelon.score.load import layer_errors, may_choose_int8, open_scorer

@@ -16,9 +16,9 @@ from echelon.errors import ProfileError
 from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
 from echelon.options import check_max_length
-from echelon.plan.cost import work_of
-from echelon.plan.pack import NO_BUDGET
 from echelon.profile import apply_profile, current_key
+from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.score.base import DeviceOutOfMemory
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Stuff, models_of

@@ -18,9 +18,9 @@ from echelon.call import Call, check_rank, ranking_of, warn_if_cut
 from echelon.engine import Engine, Limits, closed
 from echelon.errors import InvalidInput
 from echelon.options import Options, check_max_length
-from echelon.plan.pack import step_budget
 from echelon.prepare import prepare, with_profile
 from echelon.progress import bar
+from echelon.scheduling.packing import step_budget
 from echelon.types import RunReport
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageEr
 from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.gate import Trial, compare, require_passed
 from echelon.options import check_max_length
-from echelon.plan.pack import NO_BUDGET, pack, step_budget, step_cost
 from echelon.profile import (
     Profile,
     ProfileKey,
@@ -29,6 +28,7 @@ from echelon.profile import (
     read_json,
     write_json,
 )
+from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
 from echelon.score.device import usable_cpus
 from echelon.score.load import precisions_to_compare, runs_on_cpu
 from echelon.tokenization.tokenizer import PairEncoder

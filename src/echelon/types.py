@@ -56,7 +56,7 @@ class LadderStep:
     """One action that the memory ladder took.
 
     Attributes:
-        rung: the rung's name, as in :mod:`echelon.plan.degrade`.
+        rung: the rung's name, as in :mod:`echelon.scheduling.oom_policy`.
         detail: what changed, in words with units.
         remedy: what the user can do so that it need not happen again.
     """

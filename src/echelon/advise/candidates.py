@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.advise.numbers import paced
 from echelon.errors import InvalidInput
-from echelon.plan.pack import NO_BUDGET
 from echelon.planner.answer import BUDGETS
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.prices import cost_of, memory_of
 from echelon.tune.scenario import Candidate
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from echelon.advise.ask import Ask
     from echelon.advise.shorter import Shorter
-    from echelon.plan.cost import CostModel
-    from echelon.plan.memory import MemoryModel
     from echelon.profile import Profile
+    from echelon.scheduling.cost_model import CostModel, MemoryModel
 
 
 @dataclass(frozen=True, slots=True)

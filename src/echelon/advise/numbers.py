@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.cost import CostModel, Work
+from echelon.scheduling.cost_model import CostModel, Work
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -150,7 +150,7 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
     from echelon.api.metrics import Metrics
     from echelon.api.recent import Recent
     from echelon.api.traces import open_traces
-    from echelon.plan.admit import Bounds
+    from echelon.scheduling.admission import AdmissionLimits
     from echelon.serve.events import Fan
     from echelon.serve.launch import launch
 
@@ -168,7 +168,7 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
         launch,
         model,
         workers=door["workers"],
-        bounds=Bounds(
+        bounds=AdmissionLimits(
             max_requests=door["max_requests"],
             max_documents=door["max_documents"],
             max_wait_s=door["max_wait_s"],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from echelon.api.house import Rules
-    from echelon.plan.fair import Priority
+    from echelon.scheduling.fair_queue import Priority
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-request-priority"

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from echelon import __version__
 from echelon.api.connection import Reason
-from echelon.plan.admit import RULES
-from echelon.plan.budget import Reason as MoveReason
-from echelon.plan.degrade import RUNGS
+from echelon.scheduling.admission import RULES
+from echelon.scheduling.oom_policy import RUNGS
+from echelon.scheduling.token_budget import Reason as MoveReason
 from echelon.serve.events import Outcome, Silence, WorkerState
 
 if TYPE_CHECKING:

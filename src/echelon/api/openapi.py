@@ -10,7 +10,7 @@ from echelon import __version__
 from echelon.api.answer import HEADERS
 from echelon.api.dialects.table import DIALECTS, SHARED
 from echelon.api.dialects.tei import TeiInfo
-from echelon.plan.fair import WEIGHTS
+from echelon.scheduling.fair_queue import WEIGHTS
 
 if TYPE_CHECKING:
     from echelon.api.wire import Dialect

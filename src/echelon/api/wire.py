@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from echelon.errors import EchelonError
     from echelon.options import Truncation
-    from echelon.plan.fair import Priority
+    from echelon.scheduling.fair_queue import Priority
     from echelon.tokenization.chunking import Chunking, Side
     from echelon.types import Pair
 

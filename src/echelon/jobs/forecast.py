@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

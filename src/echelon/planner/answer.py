@@ -19,9 +19,9 @@ from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.plan.cost import CostModel
     from echelon.planner.goal import Goal
     from echelon.profile import Profile
+    from echelon.scheduling.cost_model import CostModel
 
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""

@@ -16,8 +16,8 @@ from echelon.tune.words import duration, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.plan.memory import MemoryModel
     from echelon.planner.goal import Goal
+    from echelon.scheduling.cost_model import MemoryModel
 
 
 def too_fast(goal: Goal, traffic: Traffic, tried: Sequence[Capacity]) -> InvalidInput:

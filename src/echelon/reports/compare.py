@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.cost import work_of
-from echelon.plan.pack import NO_BUDGET
 from echelon.reports.ratio import Known, Ratio
 from echelon.reports.say import notes, verdict
+from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.lang import mark
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import ProfileError
-from echelon.plan.cost import work_of
 from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports.ratio import Known
+from echelon.scheduling.cost_model import work_of
 from echelon.tune import words
 from echelon.tune.fit import CostFit, MemoryFit
 

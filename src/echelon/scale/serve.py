@@ -24,11 +24,11 @@ from echelon.api.config_file import PREFIX, check_names
 from echelon.api.server import GRACE_S, KEEP_ALIVE_S
 from echelon.errors import InvalidInput, ShuttingDown
 from echelon.options import require_packages
-from echelon.plan.scale import Scaling
 from echelon.scale.command import SCALE
 from echelon.scale.command import serve as command
 from echelon.scale.opener import abroad
 from echelon.scale.worker import RayWorker, Share, connect
+from echelon.scheduling.autoscaling import AutoscalingLimits
 
 if TYPE_CHECKING:
     import os
@@ -182,7 +182,7 @@ class Plan:
     options: Options
     door: dict[str, Any]
     share: Share
-    scaling: Scaling
+    scaling: AutoscalingLimits
     ingresses: int
 
     def __call__(self) -> House:
@@ -212,7 +212,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
         options=options,
         door=door,
         share=Share(own["worker_cpus"], own["worker_gpus"]),
-        scaling=Scaling(
+        scaling=AutoscalingLimits(
             least=door["workers"],
             most=door["workers"] if own["max_workers"] is None else own["max_workers"],
             delay_s=own["max_delay_s"],

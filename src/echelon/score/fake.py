@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.plan.pack import step_cost
+from echelon.scheduling.packing import step_cost
 from echelon.score.base import DeviceOutOfMemory, Facts
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from echelon.errors import (
 
 if TYPE_CHECKING:
     from echelon.errors import EchelonError
-    from echelon.plan.queue import Broken
+    from echelon.scheduling.queue import FailedRequest
     from echelon.tokenization.pairs import TruncationImpossible
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
 
 
-def error_of(broken: Broken, name: str) -> EchelonError:
+def error_of(broken: FailedRequest, name: str) -> EchelonError:
     """What a caller is told of a pair that got no score."""
     if broken.fault == "not_finite":
         return NonFiniteScore(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.plan.queue import LEAD_S
+from echelon.scheduling.queue import LEAD_S
 from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.worker import RESTART_DELAYS_S
 from echelon.serve.events import LadderTaken, WorkerChanged
@@ -24,7 +24,7 @@ from echelon.types import LadderStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.plan.queue import Step
+    from echelon.scheduling.queue import PlannedStep
     from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.dispatch import Dispatch, Prepared
@@ -211,7 +211,7 @@ class Keeper(threading.Thread):
         if self._failed_starts >= HOPELESS_STARTS:
             self._dispatch.hope(self.number, why)
 
-    def _take_back(self) -> list[Step]:
+    def _take_back(self) -> list[PlannedStep]:
         """What was sent and has not ended."""
         steps = [prepared.step for prepared, _ in self._sent]
         self._sent.clear()
@@ -268,7 +268,7 @@ class Keeper(threading.Thread):
         self._sent.append((prepared, self._dispatch.clock()))
         self._worker.send(prepared.batch, self._patience(prepared.step))
 
-    def _patience(self, step: Step) -> float:
+    def _patience(self, step: PlannedStep) -> float:
         return max(self._orders.wedge_after_s, WEDGE_FACTOR * step.predicted_s)
 
     def _receive(self) -> None:

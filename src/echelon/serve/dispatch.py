@@ -1,7 +1,7 @@
 """The desk between callers and workers: the batcher behind a lock, and what each caller is owed.
 
 Callers hand jobs in and are called back; workers' keepers take steps and bring results. It decides
-nothing itself: :mod:`echelon.plan.batcher` says which step is next, :mod:`echelon.plan.degrade`
+nothing itself: :mod:`echelon.scheduling.batcher` says which step is next, :mod:`echelon.scheduling.oom_policy`
 what to do when memory runs out.
 """
 
@@ -19,13 +19,13 @@ from echelon.errors import (
     ShuttingDown,
     WorkerLost,
 )
-from echelon.plan.budget import Budget
-from echelon.plan.cost import DEFAULT_COEFFICIENTS
-from echelon.plan.drift import Drift
-from echelon.plan.queue import Completed, Request
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS
+from echelon.scheduling.drift import Drift
+from echelon.scheduling.oom_policy import OomPolicy
+from echelon.scheduling.queue import Completed, PairRequest
+from echelon.scheduling.token_budget import TokenBudget
 from echelon.serve.apologies import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.serve.events import BudgetMoved, StepFinished
-from echelon.serve.room import Room
 from echelon.tokenization.pairs import TruncationImpossible, gather
 from echelon.types import LadderStep
 
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from echelon.options import Allowance
-    from echelon.plan.batcher import Batcher
-    from echelon.plan.degrade import Action
-    from echelon.plan.queue import Ended, Load, Step
-    from echelon.plan.soonest import Soon
+    from echelon.scheduling.batcher import Batcher
+    from echelon.scheduling.oom_policy import OomAction
+    from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
     from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
@@ -61,14 +60,14 @@ DRIFT_NEWS = {
         "Steps take %.2f times as long as when the machine was measured: as before.",
     ),
 }
-"""What the log says of a machine that changed its speed, see :mod:`echelon.plan.drift`."""
+"""What the log says of a machine that changed its speed, see :mod:`echelon.scheduling.drift`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A step, ready to go to a worker."""
 
-    step: Step
+    step: PlannedStep
     batch: TokenBatch
 
 
@@ -101,8 +100,8 @@ class Dispatch:
         self.cost = batcher.cost
         self.drift = Drift()
         self._took: list[tuple[tuple[int, ...], float]] = []
-        self._budget = Budget(batcher.budget)
-        self._room = Room(allow)
+        self._budget = TokenBudget(batcher.budget)
+        self._room = OomPolicy(allow)
         self._learned = learned
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Condition()
@@ -117,7 +116,7 @@ class Dispatch:
         """Put a request into the queue; from now on ``job.done`` is called once."""
         keys = job.pairs.keys()
         lengths = tuple(job.pairs.lengths.tolist())
-        request = Request(job.number, lengths, keys, job.deadline, job.priority)
+        request = PairRequest(job.number, lengths, keys, job.deadline, job.priority)
         with self._lock:
             if self._closed:
                 raise ShuttingDown("The service has stopped. Ask another server.")
@@ -148,16 +147,16 @@ class Dispatch:
         with self._lock:
             self.cost.begin(prior.coefficients if prior and known else prices, facts.cost)
             self.drift = Drift(1.0 if prior and known and prior.same else None)
-            self._budget = Budget(budget, goal_s)
+            self._budget = TokenBudget(budget, goal_s)
             self._batcher.budget = budget
 
-    def load(self) -> Load:
+    def load(self) -> QueueLoad:
         """What lies ahead."""
         with self._lock:
             return self._batcher.load()
 
-    def soonest(self, places: int, workers: int) -> list[Soon]:
-        """The next requests to end; see :func:`echelon.plan.soonest.soonest`."""
+    def soonest(self, places: int, workers: int) -> list[CompletionEstimate]:
+        """The next requests to end; see :func:`echelon.scheduling.queue.next_completions`."""
         with self._lock:
             return self._batcher.soonest(places, workers)
 
@@ -230,7 +229,7 @@ class Dispatch:
             picks = [(self._jobs[number].pairs, index) for number, index in step.places]
         return Prepared(step, gather(picks))
 
-    def finish(self, step: Step, scored: Scored, worker: int) -> None:
+    def finish(self, step: PlannedStep, scored: Scored, worker: int) -> None:
         """A worker scored a step."""
         with self._lock:
             now = self.last_scored = self.clock()
@@ -272,14 +271,14 @@ class Dispatch:
             self.cost.observe(lengths, seconds)
             self.last_scored = self.clock()
 
-    def put_back(self, steps: Iterable[Step]) -> None:
+    def put_back(self, steps: Iterable[PlannedStep]) -> None:
         """Steps that were taken and never began."""
         with self._lock:
             for step in steps:
                 self._batcher.put_back(step.number)
             self._lock.notify_all()
 
-    def lost(self, steps: Iterable[Step]) -> None:
+    def lost(self, steps: Iterable[PlannedStep]) -> None:
         """A worker has gone with steps: the first ran, the others never began."""
         with self._lock:
             for position, step in enumerate(steps):
@@ -290,7 +289,7 @@ class Dispatch:
                     self._batcher.put_back(step.number)
             self._lock.notify_all()
 
-    def fail(self, step: Step, error: EchelonError) -> None:
+    def fail(self, step: PlannedStep, error: EchelonError) -> None:
         """A step cannot be scored; where it was of several requests, each has a try of its own."""
         with self._lock:
             if len(step.requests) > 1:
@@ -302,13 +301,13 @@ class Dispatch:
 
     def out_of_memory(
         self,
-        step: Step,
+        step: PlannedStep,
         reason: str,
         facts: Facts,
         *,
         fresh: bool = False,
         renewable: bool = False,
-    ) -> tuple[Action, int]:
+    ) -> tuple[OomAction, int]:
         """A step did not fit: decide what to do, and plan it anew.
 
         For ``fresh_worker`` it stays with the keeper, who scores it in a fresh process.
@@ -342,17 +341,17 @@ class Dispatch:
 
     # Under the lock.
 
-    def _next(self) -> Step | None:
+    def _next(self) -> PlannedStep | None:
         now = self.clock()
         step = None if self._closed else self._batcher.next_step(now, self._idle)
         for number in self._batcher.expire(now):
             self._tell(number, DeadlinePassed(EXPIRED), "expired")
         return step
 
-    def _of(self, step: Step) -> list[Job]:
+    def _of(self, step: PlannedStep) -> list[Job]:
         return [self._jobs[number] for number in step.requests if number in self._jobs]
 
-    def _move_budget(self, step: Step, seconds: float) -> None:
+    def _move_budget(self, step: PlannedStep, seconds: float) -> None:
         reason = self._budget.ended(step.cost_tokens, step.predicted_s, seconds)
         if reason is not None:
             self._batcher.budget = self._budget.tokens
@@ -365,7 +364,7 @@ class Dispatch:
             if self._learned is not None:
                 self._learned(budget)
 
-    def _shorten(self, step: Step, max_length: int) -> None:
+    def _shorten(self, step: PlannedStep, max_length: int) -> None:
         """Cut the only pair of a step wherever it is asked for."""
         length = min(max_length, step.lengths[0])
         for number, index in self._batcher.shorten(step.number, length):

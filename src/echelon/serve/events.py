@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.plan.budget import Reason
+    from echelon.scheduling.token_budget import Reason
     from echelon.types import LadderStep
 
 Event = TypeVar("Event")
@@ -84,7 +84,7 @@ class Refused:
     """A request was not taken in.
 
     Attributes:
-        reason: a rule of :data:`echelon.plan.admit.RULES`, or ``shutting_down``.
+        reason: a rule of :data:`echelon.scheduling.admission.RULES`, or ``shutting_down``.
         documents: its pairs.
         retry_after_s: what the caller was told; None where no retry helps.
     """
@@ -115,7 +115,7 @@ class BudgetMoved:
 
     Attributes:
         tokens: what a step may cost now.
-        reason: why, see :mod:`echelon.plan.budget`.
+        reason: why, see :mod:`echelon.scheduling.token_budget`.
     """
 
     tokens: int

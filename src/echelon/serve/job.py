@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.errors import EchelonError
-    from echelon.plan.fair import Priority
-    from echelon.plan.queue import Step
+    from echelon.scheduling.fair_queue import Priority
+    from echelon.scheduling.queue import PlannedStep
     from echelon.serve.events import Outcome
     from echelon.tokenization.chunking import Whole
     from echelon.tokenization.pairs import EncodedPairs
@@ -64,7 +64,7 @@ class Job:
         lost = self.pairs.truncated_tokens
         return lost if self.whole is None else self.whole.truncated_tokens(lost)
 
-    def scored(self, step: Step, seconds: float, now: float) -> None:
+    def scored(self, step: PlannedStep, seconds: float, now: float) -> None:
         """A step with pairs of it took ``seconds`` and has ended."""
         self.compute_s += seconds
         self.cost_tokens += step.cost_tokens * self._share(step)
@@ -111,7 +111,7 @@ class Job:
             fallback=self.fallback,
         )
 
-    def _share(self, step: Step) -> float:
+    def _share(self, step: PlannedStep) -> float:
         """Its share of a step, by tokens; a pair of several requests is the first one's."""
         pairs = zip(step.places, step.lengths, strict=True)
         return sum(length for (owner, _), length in pairs if owner == self.number) / step.tokens

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from echelon.options import Options
-from echelon.plan.admit import Bounds
 from echelon.prepare import prepare, with_profile
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.score.device import usable_cpus
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from echelon.plan.scale import Scaling
     from echelon.prepare import PreparedModel
     from echelon.profile import Profile
+    from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
 
@@ -34,13 +34,13 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     model: str | os.PathLike[str],
     *,
     workers: int = 1,
-    bounds: Bounds | None = None,
+    bounds: AdmissionLimits | None = None,
     memory_limit_bytes: int | None = None,
     wedge_after_s: float = WEDGE_AFTER_S,
     goal_s: float | None = None,
     fallback_max_length: int | None = None,
     listener: Listener | None = None,
-    scaling: Scaling | None = None,
+    scaling: AutoscalingLimits | None = None,
     hire: Hire | None = None,
     **options: Any,
 ) -> Service:
@@ -69,7 +69,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     settings = replace(
         settings_of(chosen),
         workers=workers,
-        bounds=bounds or Bounds(),
+        bounds=bounds or AdmissionLimits(),
         memory_limit_bytes=memory_limit_bytes,
         wedge_after_s=wedge_after_s,
         goal_s=goal_s,

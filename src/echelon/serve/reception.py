@@ -15,7 +15,13 @@ import numpy as np
 
 from echelon.errors import InvalidInput, Overloaded
 from echelon.options import check_pairs
-from echelon.plan.admit import Ask, Bounds, House, TokenEstimate, refuse
+from echelon.scheduling.admission import (
+    AdmissionLimits,
+    RequestCost,
+    SystemLoad,
+    TokenEstimate,
+    refuse,
+)
 from echelon.serve.events import Refused
 from echelon.tokenization.chunking import chunk, cut_at
 from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible, join
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.options import Truncation
-    from echelon.plan.fair import Priority
+    from echelon.scheduling.fair_queue import Priority
     from echelon.serve.dispatch import Dispatch
     from echelon.tokenization.chunking import Chunking, Side, Whole
     from echelon.tokenization.tokenizer import PairEncoder
@@ -107,7 +113,7 @@ class Reception:
     def __init__(
         self,
         encoder: PairEncoder,
-        bounds: Bounds,
+        bounds: AdmissionLimits,
         dispatch: Dispatch,
         workers: Callable[[], int],
     ) -> None:
@@ -119,11 +125,11 @@ class Reception:
         self._estimate = TokenEstimate()
         self._coming = self._coming_tokens = 0
 
-    def house(self) -> House:
+    def house(self) -> SystemLoad:
         """What is inside already."""
         desk = self._dispatch
         coming, tokens = self._coming, self._coming_tokens
-        return House(desk.load(), desk.cost, self._workers(), coming, tokens, desk.soonest)
+        return SystemLoad(desk.load(), desk.cost, self._workers(), coming, tokens, desk.soonest)
 
     async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> Guest:
         """Admit and encode; the caller has to put the pairs into the queue before it awaits.
@@ -216,7 +222,7 @@ class Reception:
             ) from None
 
     def _judge(self, documents: int, tokens: int, squares: int, wish: Wish) -> None:
-        ask = Ask(documents, tokens, squares, wish.deadline, wish.priority)
+        ask = RequestCost(documents, tokens, squares, wish.deadline, wish.priority)
         refusal = refuse(ask, self.house(), self._bounds, self._dispatch.clock())
         if refusal is None:
             return

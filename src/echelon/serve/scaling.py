@@ -6,10 +6,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from echelon.plan.scale import Scaler
+from echelon.scheduling.autoscaling import Autoscaler
 
 if TYPE_CHECKING:
-    from echelon.plan.scale import Scaling
+    from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -18,9 +18,11 @@ LOOK_S = 0.5
 """Seconds between looks: many within the shortest delay that is worth a new worker."""
 
 
-async def keep_scaled(service: Service, scaling: Scaling, every_s: float = LOOK_S) -> None:
-    """Give a service as many workers as :mod:`echelon.plan.scale` wants, until cancelled."""
-    scaler = Scaler(scaling)
+async def keep_scaled(
+    service: Service, scaling: AutoscalingLimits, every_s: float = LOOK_S
+) -> None:
+    """Give a service as many workers as :mod:`echelon.scheduling.autoscaling` wants, until cancelled."""
+    scaler = Autoscaler(scaling)
     while True:
         await asyncio.sleep(every_s)
         now = service.snapshot()

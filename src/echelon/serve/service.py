@@ -17,16 +17,16 @@ import numpy as np
 
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.options import check_fallback, check_max_length
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel
-from echelon.plan.pack import DEFAULT_BUDGETS, step_budget
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel
+from echelon.scheduling.load_shedding import LoadShedding
+from echelon.scheduling.packing import DEFAULT_BUDGETS, step_budget
 from echelon.serve.apologies import EXPIRED
 from echelon.serve.crew import Keeper, Orders
 from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Careful, Refused, Silence
 from echelon.serve.futures import resolve
 from echelon.serve.job import Job
-from echelon.serve.pressure import Pressure
 from echelon.serve.reception import Reception, Wish
 from echelon.serve.scaling import keep_scaled
 from echelon.serve.state import Readiness, Settings, Snapshot
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.options import Truncation
-    from echelon.plan.fair import Priority
+    from echelon.scheduling.fair_queue import Priority
     from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
@@ -96,7 +96,7 @@ class Service:
             workers=self.settings.workers,
         )
         self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
-        self._pressure = Pressure(self.settings, self._reception.house, clock)
+        self._pressure = LoadShedding(self.settings, self._reception.house, clock)
         self._facts: Facts | None = None
         self._keepers: list[Keeper] = []
         self._numbers = itertools.count(1)

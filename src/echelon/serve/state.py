@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
     from echelon.options import Allowance, Truncation
-    from echelon.plan.queue import Load
-    from echelon.plan.scale import Scaling
+    from echelon.scheduling.autoscaling import AutoscalingLimits
+    from echelon.scheduling.queue import QueueLoad
 
 WEDGE_AFTER_S = 20.0
 """No step is given up before this: first steps compile, and a machine may swap."""
@@ -50,7 +50,7 @@ class Settings:
     """
 
     workers: int = 1
-    scaling: Scaling | None = None
+    scaling: AutoscalingLimits | None = None
     precision: str = "auto"
     token_budget: int | None = None
     max_pairs: int | None = None
@@ -58,7 +58,7 @@ class Settings:
     truncation: Truncation = "longest_first"
     max_query_tokens: int | None = None
     allow: tuple[Allowance, ...] = ()
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: AdmissionLimits = field(default_factory=AdmissionLimits)
     memory_limit_bytes: int | None = None
     wedge_after_s: float = WEDGE_AFTER_S
     goal_s: float | None = None
@@ -91,13 +91,13 @@ class Snapshot:
         busy_s: seconds that workers have scored since the beginning, in all.
         resident_bytes: memory of each worker.
         scale: actual step time over what the cost model began with.
-        drift: step time over what is normal for this machine, see :mod:`echelon.plan.drift`.
+        drift: step time over what is normal for this machine, see :mod:`echelon.scheduling.drift`.
         drifted: whether it has been so far from 1 for so long that somebody should look.
         draining: whether nothing more is taken in.
-        fallback: whether low priority is read shorter, see :mod:`echelon.plan.fallback`.
+        fallback: whether low priority is read shorter, see :mod:`echelon.scheduling.load_shedding`.
     """
 
-    load: Load
+    load: QueueLoad
     requests: int
     backlog_s: float
     oldest_s: float

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.plan.batcher import Batcher
-from echelon.plan.cost import CostModel
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.cost_model import CostModel
 from echelon.score.base import DeviceOutOfMemory
 from echelon.score.worker import Scored
 from echelon.serve.crew import Keeper, Orders

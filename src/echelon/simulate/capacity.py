@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
 from echelon.plan.workload import Observed, Poisson, Replay
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulate.fleet import Fleet, packing_of, simulate_fleet
 from echelon.simulate.ladder import RUNGS, Ladder, meets
 from echelon.simulate.traffic import blocks
@@ -23,8 +23,8 @@ from echelon.simulate.traffic import blocks
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from echelon.plan.cost import CostModel
     from echelon.plan.workload import Arrivals, Known, Sizes, Workload
+    from echelon.scheduling.cost_model import CostModel
     from echelon.simulate.outcome import Outcome
     from echelon.simulate.routing import Routing
     from echelon.simulate.setting import Setting
@@ -42,7 +42,7 @@ WARM = 0.1
 FULL = 2_000
 """Requests that are all there at once when it is asked what a machine does at most."""
 
-OPEN = Bounds(2**31, 2**62, math.inf, 2**31, 2**62)
+OPEN = AdmissionLimits(2**31, 2**62, math.inf, 2**31, 2**62)
 """Bounds that refuse nothing."""
 
 

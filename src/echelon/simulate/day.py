@@ -22,8 +22,8 @@ from echelon.simulate.traffic import blocks
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.plan.cost import CostModel
     from echelon.plan.workload import Workload
+    from echelon.scheduling.cost_model import CostModel
     from echelon.simulate.fleet import Fleet
     from echelon.simulate.outcome import Outcome
 

@@ -2,7 +2,7 @@
 
 Pure and deterministic. Steps follow one another as :mod:`echelon.serve.crew` sends them: an idle
 worker takes a step at once; a busy one takes its next step when the running one should end in
-:data:`~echelon.plan.queue.LEAD_S`, and what comes later waits for the step after. The cost model
+:data:`~echelon.scheduling.queue.LEAD_S`, and what comes later waits for the step after. The cost model
 says how long steps take; the batcher has a copy of it and learns from each step, as in a server.
 
 Left out: memory trouble, workers that die, and the queue for the threads that tokenise.
@@ -19,18 +19,18 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Ask, House, refuse
-from echelon.plan.batcher import Batcher
-from echelon.plan.budget import Budget
-from echelon.plan.queue import LEAD_S, Request
+from echelon.scheduling.admission import RequestCost, SystemLoad, refuse
+from echelon.scheduling.batcher import Batcher
+from echelon.scheduling.queue import LEAD_S, PairRequest
+from echelon.scheduling.token_budget import TokenBudget
 from echelon.simulate.outcome import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from echelon.plan.cost import CostModel
-    from echelon.plan.queue import Step
     from echelon.plan.workload import Arrival
+    from echelon.scheduling.cost_model import CostModel
+    from echelon.scheduling.queue import PlannedStep
     from echelon.simulate.outcome import Outcome
     from echelon.simulate.setting import Setting
 
@@ -50,7 +50,7 @@ class Guest:
     """A request inside."""
 
     at_s: float
-    ask: Ask
+    ask: RequestCost
     lengths: tuple[int, ...]
 
 
@@ -62,7 +62,7 @@ def simulate(  # noqa: PLR0913 - few callers give more than three
     goal_s: float | None = None,
     warm_s: float = 0.0,
     most_missed: float | None = None,
-    told: Callable[[float, Step], None] = lambda *_: None,
+    told: Callable[[float, PlannedStep], None] = lambda *_: None,
 ) -> Outcome:
     """Serve requests.
 
@@ -89,16 +89,16 @@ class _Run:
         truth: CostModel,
         setting: Setting,
         tally: Tally,
-        told: Callable[[float, Step], None],
+        told: Callable[[float, PlannedStep], None],
     ) -> None:
         self.tally = tally
         self._truth = truth
         self._setting = setting
         self._told = told
         self._batcher = Batcher(copy.deepcopy(truth), setting.token_budget, setting.max_pairs)
-        self._budget = Budget(setting.token_budget, setting.goal_s)
+        self._budget = TokenBudget(setting.token_budget, setting.goal_s)
         self._factors = setting.factors()
-        self._sent: list[deque[Step]] = [deque() for _ in range(setting.workers)]
+        self._sent: list[deque[PlannedStep]] = [deque() for _ in range(setting.workers)]
         self._ends = [0.0] * setting.workers
         self._seconds: dict[int, float] = {}
         self._took: list[tuple[tuple[int, ...], float]] = []
@@ -147,7 +147,7 @@ class _Run:
         self.tally.came(now, len(lengths))
         deadline = None if setting.deadline_s is None else now + setting.deadline_s
         squares = sum(length * length for length in lengths)
-        guest = Guest(now, Ask(len(lengths), sum(lengths), squares, deadline), lengths)
+        guest = Guest(now, RequestCost(len(lengths), sum(lengths), squares, deadline), lengths)
         if not self._admits(guest, now):
             return
         self._numbers += 1
@@ -170,7 +170,7 @@ class _Run:
         if not self._admits(guest, now):
             return
         self._guests[number] = guest
-        self._batcher.submit(Request(number, guest.lengths, deadline=guest.ask.deadline), now)
+        self._batcher.submit(PairRequest(number, guest.lengths, deadline=guest.ask.deadline), now)
         for worker, sent in enumerate(self._sent):
             if not sent:
                 self._fetch(now, worker)
@@ -178,7 +178,7 @@ class _Run:
 
     def _admits(self, guest: Guest, now: float) -> bool:
         """Judge a request, as the reception does: at the door, and again with its true tokens."""
-        house = House(
+        house = SystemLoad(
             self._batcher.load(),
             self._batcher.cost,
             self._setting.workers,

@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Ask, House, refuse
-from echelon.plan.choose import REACH, choose
-from echelon.plan.cost import Work
-from echelon.plan.fair import WEIGHTS, FairOrder
-from echelon.plan.pack import step_cost
-from echelon.plan.queue import LEAD_S, Load
+from echelon.scheduling.admission import RequestCost, SystemLoad, refuse
+from echelon.scheduling.cost_model import Work
+from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
+from echelon.scheduling.packing import REACH, choose, step_cost
+from echelon.scheduling.queue import LEAD_S, QueueLoad
 from echelon.simulate.outcome import Tally
 from echelon.simulate.routing import Router, chances
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from echelon.plan.cost import CostModel
     from echelon.plan.workload import Sizes
+    from echelon.scheduling.cost_model import CostModel
     from echelon.simulate.outcome import Outcome
     from echelon.simulate.routing import Routing
     from echelon.simulate.setting import Setting
@@ -261,16 +260,16 @@ class _Run:
             and documents <= bounds.max_documents
         ):
             return True
-        ask = Ask(documents, int(tokens * self._padding), int(squares * self._padding))
+        ask = RequestCost(documents, int(tokens * self._padding), int(squares * self._padding))
         refusal = refuse(ask, self._house(replica, number), bounds, now)
         if refusal is not None:
             self.tally.refuse(now, refusal.reason)
         return refusal is None
 
-    def _house(self, replica: _Replica, number: int) -> House:
+    def _house(self, replica: _Replica, number: int) -> SystemLoad:
         first = number * self._workers
         held = self._held[first : first + self._workers]
-        load = Load(
+        load = QueueLoad(
             requests=replica.requests,
             pairs=0,
             tokens=int(replica.tokens * self._padding),
@@ -280,7 +279,7 @@ class _Run:
             budget=self._setting.token_budget,
             oldest=None,
         )
-        return House(load, self._truth, self._workers)
+        return SystemLoad(load, self._truth, self._workers)
 
     # Workers.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput
-from echelon.plan.admit import Bounds
+from echelon.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Setting:
     token_budget: int
     max_pairs: int | None = None
     workers: int = 1
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: AdmissionLimits = field(default_factory=AdmissionLimits)
     deadline_s: float | None = None
     goal_s: float | None = None
     request_s: float = 0.0

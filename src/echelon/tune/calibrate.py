@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonError, TooNoisy
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, work_of
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.score.base import DeviceOutOfMemory, WorkerDied
 from echelon.score.worker import ChildWorker
 from echelon.tokenization.pairs import gather
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.data import Texts
-    from echelon.plan.cost import Coefficients
+    from echelon.scheduling.cost_model import Coefficients
     from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
     from echelon.tokenization.pairs import EncodedPairs

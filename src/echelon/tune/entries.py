@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echelon.plan.pack import NO_BUDGET
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.solve import ENOUGH, TIE
 from echelon.tune.words import measured
 

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from echelon.errors import ProfileError, TooNoisy
-from echelon.plan.cost import Coefficients, Work, work_of
-from echelon.plan.memory import MemoryModel
-from echelon.plan.nonnegative import solve
+from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
 from echelon.tune.lang import kept
 from echelon.types import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from echelon.plan.nonnegative import Array
+    from echelon.scheduling.cost_model import Array
     from echelon.score.base import Facts
 
 MOST_SPREAD = 0.10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.cost import Work
-from echelon.plan.pack import NO_BUDGET
+from echelon.scheduling.cost_model import Work
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import words
 from echelon.tune.fit import CostFit, MemoryFit
 from echelon.tune.lang import tr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.cost import Work
+from echelon.scheduling.cost_model import Work
 from echelon.tune import words
 from echelon.tune.fit import CostFit, MemoryFit
 from echelon.tune.lang import listed, mark, told, tr

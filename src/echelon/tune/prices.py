@@ -2,7 +2,7 @@
 
 Prices are those that tuning fitted. A profile without them has measured points: all of one kind of
 texts, so tokens cannot be told from squared tokens there, and the share of the squares is the
-default's (:data:`echelon.plan.cost.DEFAULT_COEFFICIENTS`).
+default's (:data:`echelon.scheduling.cost_model.DEFAULT_COEFFICIENTS`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import ProfileError
-from echelon.plan.cost import DEFAULT_COEFFICIENTS, Coefficients, CostModel
-from echelon.plan.memory import MemoryModel
 from echelon.plan.workload import Lognormal
 from echelon.profile import TUNE_AGAIN
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel, MemoryModel
 from echelon.tune.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:

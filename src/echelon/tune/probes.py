@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.plan.cost import work_of
-from echelon.plan.pack import step_cost
+from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.packing import step_cost
 from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.plan.cost import Coefficients
+    from echelon.scheduling.cost_model import Coefficients
     from echelon.tune.hardware import Meter
     from echelon.types import Clock, Cost
 

@@ -28,8 +28,7 @@ from echelon.tune.words import number, size
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.plan.cost import CostModel
-    from echelon.plan.memory import MemoryModel
+    from echelon.scheduling.cost_model import CostModel, MemoryModel
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
 

@@ -14,8 +14,8 @@ from echelon.simulate.setting import Setting
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from echelon.plan.queue import Step
     from echelon.plan.workload import Arrival
+    from echelon.scheduling.queue import PlannedStep
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
     from echelon.tune.scenario import Candidate, Limits, Scenario
@@ -95,7 +95,7 @@ def predict(
         requests = (replace(one, at_s=APART_S * i) for i, one in enumerate(requests))
     largest = 0
 
-    def look(_: float, step: Step) -> None:
+    def look(_: float, step: PlannedStep) -> None:
         nonlocal largest
         largest = max(largest, step.cost_tokens)
 

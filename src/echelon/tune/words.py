@@ -11,7 +11,7 @@ import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.pack import NO_BUDGET
+from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.lang import listed, mark, told, tr
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ texts, devices or threads; whoever drives it (server, async API, simulator) exec
 The discipline and its reasons are in docs/decisions/0007-batcher.md:
 
 1. Work-conserving: where anything waits, :meth:`Batcher.next_step` gives a step; there is no timer.
-2. Requests take turns in the fair order of :mod:`echelon.plan.fair`; the first in it is in every
+2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`; the first in it is in every
    step, so a short request behind a long one is in the very next.
 3. Requests whose deadline is in danger may have half of a step, earliest deadline first.
 4. A pair that several requests wait for is scored once.
 5. What nobody wants any more, cancelled or past its deadline, is not scored.
 6. A step that did not end well goes first, and not together with anybody else's pairs.
 
-Its capacity is not bounded here: :mod:`echelon.plan.admit` decides who comes in.
+Its capacity is not bounded here: :mod:`echelon.scheduling.admission` decides who comes in.
 """
 
 from __future__ import annotations
@@ -23,30 +23,28 @@ from collections import deque
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from echelon.plan.choose import REACH, choose, share
-from echelon.plan.cost import Work
-from echelon.plan.fair import WEIGHTS, FairOrder
-from echelon.plan.pack import step_cost
-from echelon.plan.queue import (
-    Broken,
+from echelon.scheduling.cost_model import Work
+from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
+from echelon.scheduling.packing import REACH, choose, share, step_cost
+from echelon.scheduling.queue import (
     Completed,
-    Entry,
-    Line,
-    Load,
-    State,
-    Step,
-    Unit,
+    FailedRequest,
+    PairState,
+    PlannedStep,
+    QueuedRequest,
+    QueueLoad,
+    RequestQueue,
+    UniquePair,
     by_deadline,
     by_tag,
+    next_completions,
 )
-from echelon.plan.soonest import soonest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.plan.cost import CostModel
-    from echelon.plan.queue import Ended, Fault, Place, Request, Turn
-    from echelon.plan.soonest import Soon
+    from echelon.scheduling.cost_model import CostModel
+    from echelon.scheduling.queue import CompletionEstimate, Ended, Fault, PairRequest, Place, Turn
     from echelon.types import FloatArray
 
 HASTE = 3.0
@@ -76,18 +74,18 @@ class Batcher:
         self.max_pairs = max_pairs
         self._steps = 0
         self._step_s = 0.0
-        self._entries: dict[int, Entry] = {}
-        self._units: dict[object, Unit] = {}
-        self._running: dict[int, tuple[Step, list[Unit]]] = {}
-        self._again: deque[list[Unit]] = deque()
+        self._entries: dict[int, QueuedRequest] = {}
+        self._units: dict[object, UniquePair] = {}
+        self._running: dict[int, tuple[PlannedStep, list[UniquePair]]] = {}
+        self._again: deque[list[UniquePair]] = deque()
         self._order = FairOrder()
-        self._fair, self._haste = Line(by_tag), Line(by_deadline)
+        self._fair, self._haste = RequestQueue(by_tag), RequestQueue(by_deadline)
         self._start_by: list[Turn] = []
         self._deadlines: list[Turn] = []
         self._expired: list[int] = []
         self._waiting = [0, 0, 0]
 
-    def submit(self, request: Request, now: float) -> None:
+    def submit(self, request: PairRequest, now: float) -> None:
         """Take a request in; from now on it ends exactly once.
 
         It ends as a value of :meth:`finish`, :meth:`retry` or :meth:`fail`, of :meth:`expire`, or
@@ -95,7 +93,7 @@ class Batcher:
         """
         if not request.lengths or request.number in self._entries:
             raise ValueError(f"request {request.number} is empty or twice here. This is a bug.")
-        entry = Entry(request, now)
+        entry = QueuedRequest(request, now)
         lengths = request.lengths
         wanted = sum(
             lengths[index]
@@ -109,7 +107,7 @@ class Batcher:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
             self._watch(entry, request.deadline)
 
-    def next_step(self, now: float, idle: int = 1) -> Step | None:
+    def next_step(self, now: float, idle: int = 1) -> PlannedStep | None:
         """Form the next step, for one of ``idle`` workers; None where nothing waits."""
         self._drop_expired(now)
         units = self._repeated() or self._by_turn(now, idle)
@@ -185,11 +183,11 @@ class Batcher:
         expired, self._expired = self._expired, []
         return expired
 
-    def load(self) -> Load:
+    def load(self) -> QueueLoad:
         """What lies ahead."""
         pairs, tokens, squares = self._waiting
         oldest = next(iter(self._entries.values()), None)
-        return Load(
+        return QueueLoad(
             requests=len(self._entries),
             pairs=pairs,
             tokens=tokens,
@@ -200,29 +198,31 @@ class Batcher:
             oldest=None if oldest is None else oldest.came,
         )
 
-    def soonest(self, places: int, workers: int) -> list[Soon]:
-        """The next requests to end; see :func:`echelon.plan.soonest.soonest`."""
-        return soonest(self._entries.values(), list(self._running.values()), places, workers)
+    def soonest(self, places: int, workers: int) -> list[CompletionEstimate]:
+        """The next requests to end; see :func:`echelon.scheduling.queue.next_completions`."""
+        return next_completions(
+            self._entries.values(), list(self._running.values()), places, workers
+        )
 
     # Taking requests in.
 
-    def _want(self, entry: Entry, index: int) -> bool:
+    def _want(self, entry: QueuedRequest, index: int) -> bool:
         """Note who wants a pair; whether its turn is still to come."""
         request = entry.request
         key = (request.number, index) if request.keys is None else request.keys[index]
         unit = self._units.get(key)
         if unit is None:
-            unit = self._units[key] = Unit(key, request.lengths[index])
+            unit = self._units[key] = UniquePair(key, request.lengths[index])
             self._count(unit, 1)
         known = bool(unit.owners) and unit.owners[-1][0] is entry
         unit.owners.append((entry, index))
         if not known:
             entry.units.append(unit)
-            if unit.state is State.WAITING:
+            if unit.state is PairState.WAITING:
                 entry.waiting.append(unit)
         return not unit.counted
 
-    def _watch(self, entry: Entry, deadline: float) -> None:
+    def _watch(self, entry: QueuedRequest, deadline: float) -> None:
         """Note when a request's deadline will be in danger."""
         tokens = sum(unit.length for unit in entry.units)
         start_by = deadline - HASTE * (self._step_s + self._seconds(tokens, len(entry.units)))
@@ -235,7 +235,7 @@ class Batcher:
 
     # Forming a step.
 
-    def _repeated(self) -> list[Unit]:
+    def _repeated(self) -> list[UniquePair]:
         """What the next group that goes again makes of one step."""
         while self._again:
             group = [unit for unit in self._again.popleft() if unit.owners]
@@ -248,7 +248,7 @@ class Batcher:
             return [unit for index, unit in enumerate(group) if index in chosen]
         return []
 
-    def _by_turn(self, now: float, idle: int) -> list[Unit]:
+    def _by_turn(self, now: float, idle: int) -> list[UniquePair]:
         self._hurry(now)
         pairs, tokens, _ = self._waiting
         budget = share(pairs, tokens, idle, self.budget, self._seconds)
@@ -262,7 +262,7 @@ class Batcher:
                 self._return(entry, unit)
         return [unit for unit in distinct if unit in taken]
 
-    def _choose(self, units: list[Unit], budget: int) -> list[int]:
+    def _choose(self, units: list[UniquePair], budget: int) -> list[int]:
         lengths = [unit.length for unit in units]
         return choose(lengths, budget, self.max_pairs, self.cost.cost)
 
@@ -275,13 +275,13 @@ class Batcher:
                 entry.hasty = True
                 self._haste.add(entry)
 
-    def _draw(self, budget: int) -> list[tuple[Entry, Unit]]:
+    def _draw(self, budget: int) -> list[tuple[QueuedRequest, UniquePair]]:
         """Candidates in the order of their turn, more than one step's worth.
 
         Who is first is sure to go. It is the first in the fair order, and in every other step the
         one in most haste: a step may have room for a single pair.
         """
-        drawn: list[tuple[Entry, Unit]] = []
+        drawn: list[tuple[QueuedRequest, UniquePair]] = []
         reach = REACH[self.cost.cost]
         most = math.inf if self.max_pairs is None else math.ceil(reach * self.max_pairs)
         half = HASTE_SHARE * budget
@@ -292,18 +292,18 @@ class Batcher:
         tokens += self._fair.draw(drawn, reach * budget - tokens, most)
         return drawn
 
-    def _return(self, entry: Entry, unit: Unit) -> None:
+    def _return(self, entry: QueuedRequest, unit: UniquePair) -> None:
         """Give a candidate that was not taken back to the request it was drawn from."""
         entry.waiting.appendleft(unit)
         self._fair.add(entry)
         if entry.hasty:
             self._haste.add(entry)
 
-    def _start(self, units: list[Unit]) -> Step:
+    def _start(self, units: list[UniquePair]) -> PlannedStep:
         self._steps += 1
         lengths = tuple(unit.length for unit in units)
         owners = [unit.owners for unit in units]
-        step = Step(
+        step = PlannedStep(
             number=self._steps,
             places=tuple((first[0][0].request.number, first[0][1]) for first in owners),
             lengths=lengths,
@@ -319,8 +319,8 @@ class Batcher:
         self._step_s = step.predicted_s
         return step
 
-    def _take(self, unit: Unit) -> None:
-        unit.state = State.RUNNING
+    def _take(self, unit: UniquePair) -> None:
+        unit.state = PairState.RUNNING
         self._count(unit, -1)
         if not unit.counted:
             unit.counted = True
@@ -328,9 +328,9 @@ class Batcher:
 
     # Ending.
 
-    def _score(self, unit: Unit, logit: float) -> list[Ended]:
+    def _score(self, unit: UniquePair, logit: float) -> list[Ended]:
         self._forget(unit)
-        unit.state = State.GONE
+        unit.state = PairState.GONE
         ended: list[Ended] = []
         for entry, index in unit.owners:
             entry.logits[index] = logit
@@ -341,20 +341,22 @@ class Batcher:
             self._end(self._entries[end.request])
         return ended
 
-    def _break(self, unit: Unit, fault: Fault, logit: float | None = None) -> list[Ended]:
+    def _break(self, unit: UniquePair, fault: Fault, logit: float | None = None) -> list[Ended]:
         """End every request that waits for a pair, naming its first place there."""
         self._forget(unit)
-        unit.state = State.GONE
+        unit.state = PairState.GONE
         places = {entry.request.number: index for entry, index in reversed(unit.owners)}
         for number in places:
             self._end(self._entries[number])
-        return [Broken(number, index, fault, logit) for number, index in sorted(places.items())]
+        return [
+            FailedRequest(number, index, fault, logit) for number, index in sorted(places.items())
+        ]
 
-    def _put_again(self, units: Iterable[Unit]) -> None:
+    def _put_again(self, units: Iterable[UniquePair]) -> None:
         group = []
         for unit in units:
             if unit.owners:
-                unit.state = State.AGAIN
+                unit.state = PairState.AGAIN
                 self._count(unit, 1)
                 group.append(unit)
             else:
@@ -362,15 +364,15 @@ class Batcher:
         if group:
             self._again.append(group)
 
-    def _end(self, entry: Entry) -> None:
+    def _end(self, entry: QueuedRequest) -> None:
         """Take a request out; pairs that nobody else wants go with it."""
         del self._entries[entry.request.number]
         entry.ended = True
         self._order.leave(entry.request.number)
         for unit in entry.units:
             unit.owners = [owner for owner in unit.owners if owner[0] is not entry]
-            if not unit.owners and unit.state in {State.WAITING, State.AGAIN}:
-                unit.state = State.GONE
+            if not unit.owners and unit.state in {PairState.WAITING, PairState.AGAIN}:
+                unit.state = PairState.GONE
                 self._count(unit, -1)
                 self._forget(unit)
         if not self._entries:
@@ -390,11 +392,11 @@ class Batcher:
                 self._end(entry)
                 self._expired.append(int(number))
 
-    def _forget(self, unit: Unit) -> None:
+    def _forget(self, unit: UniquePair) -> None:
         """Let the next who wants this pair have one of its own."""
         if self._units.get(unit.key) is unit:
             del self._units[unit.key]
 
-    def _count(self, unit: Unit, sign: int) -> None:
+    def _count(self, unit: UniquePair, sign: int) -> None:
         for position, amount in enumerate((1, unit.length, unit.length**2)):
             self._waiting[position] += sign * amount

@@ -12,21 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import DeadlinePassed, InvalidInput, Overloaded, TooLarge
-from echelon.plan.cost import Work
-from echelon.plan.fair import WEIGHTS
+from echelon.scheduling.cost_model import Work
+from echelon.scheduling.fair_queue import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.errors import EchelonError
-    from echelon.plan.cost import CostModel
-    from echelon.plan.fair import Priority
-    from echelon.plan.queue import Load
-    from echelon.plan.soonest import Soon
+    from echelon.scheduling.cost_model import CostModel
+    from echelon.scheduling.fair_queue import Priority
+    from echelon.scheduling.queue import CompletionEstimate, QueueLoad
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class AdmissionLimits:
     """What is taken in at most.
 
     Attributes:
@@ -64,7 +63,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RequestCost:
     """What a request asks for.
 
     Attributes:
@@ -82,14 +81,14 @@ class Ask:
     priority: Priority = "normal"
 
 
-def _unknown(places: int, workers: int) -> Sequence[Soon]:
+def _unknown(places: int, workers: int) -> Sequence[CompletionEstimate]:
     """Nothing is known of single requests."""
     del places, workers
     return ()
 
 
 @dataclass(frozen=True, slots=True)
-class House:
+class SystemLoad:
     """What is there already.
 
     Attributes:
@@ -99,15 +98,15 @@ class House:
         coming: requests still being tokenised.
         coming_tokens: their estimated tokens.
         soonest: what so many of the requests wait for until they end, with so many workers; asked
-            only where the house is full. See :meth:`echelon.plan.batcher.Batcher.soonest`.
+            only where the house is full. See :meth:`echelon.scheduling.batcher.Batcher.soonest`.
     """
 
-    load: Load
+    load: QueueLoad
     cost: CostModel
     workers: int = 1
     coming: int = 0
     coming_tokens: int = 0
-    soonest: Callable[[int, int], Sequence[Soon]] = _unknown
+    soonest: Callable[[int, int], Sequence[CompletionEstimate]] = _unknown
 
     @property
     def requests(self) -> int:
@@ -146,12 +145,12 @@ class House:
         queued_s = self.seconds(last.tokens, last.squares) if last.tokens else 0.0
         return last.running_s + queued_s / workers
 
-    def own_s(self, ask: Ask) -> float:
+    def own_s(self, ask: RequestCost) -> float:
         """Predicted seconds of a request alone on idle workers."""
         steps = max(1, -(-ask.tokens // self.load.budget))
         return self.seconds(ask.tokens, ask.squares) / min(max(1, self.workers), steps)
 
-    def wait_s(self, ask: Ask) -> float:
+    def wait_s(self, ask: RequestCost) -> float:
         """Predicted seconds that others hold a request up.
 
         In the fair order nobody receives more than the request itself, by weight, before it ends;
@@ -190,14 +189,18 @@ class Refusal:
     error: EchelonError
 
 
-def _deadline_passed(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _deadline_passed(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del house, bounds
     if ask.deadline is None or ask.deadline > now:
         return None
     return DeadlinePassed("The deadline had passed before the request began. Allow more time.")
 
 
-def _too_many_documents(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _too_many_documents(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del house, now
     if ask.documents <= bounds.max_documents:
         return None
@@ -208,7 +211,9 @@ def _too_many_documents(ask: Ask, house: House, bounds: Bounds, now: float) -> E
     )
 
 
-def _too_many_tokens(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _too_many_tokens(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del house, now
     if ask.tokens <= bounds.max_request_tokens:
         return None
@@ -219,7 +224,9 @@ def _too_many_tokens(ask: Ask, house: House, bounds: Bounds, now: float) -> Eche
     )
 
 
-def _requests_full(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _requests_full(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del ask, now
     if house.requests < bounds.max_requests:
         return None
@@ -230,7 +237,9 @@ def _requests_full(ask: Ask, house: House, bounds: Bounds, now: float) -> Echelo
     )
 
 
-def _tokens_full(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _tokens_full(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del now
     excess = house.tokens + ask.tokens - bounds.max_tokens
     if excess <= 0:
@@ -241,7 +250,9 @@ def _tokens_full(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonE
     )
 
 
-def _deadline_impossible(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _deadline_impossible(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del bounds
     own_s = house.own_s(ask)
     if ask.deadline is None or own_s <= ask.deadline - now:
@@ -252,7 +263,9 @@ def _deadline_impossible(ask: Ask, house: House, bounds: Bounds, now: float) -> 
     )
 
 
-def _deadline_too_near(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _deadline_too_near(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del bounds
     if ask.deadline is None:
         return None
@@ -266,7 +279,9 @@ def _deadline_too_near(ask: Ask, house: House, bounds: Bounds, now: float) -> Ec
     )
 
 
-def _wait_too_long(ask: Ask, house: House, bounds: Bounds, now: float) -> EchelonError | None:
+def _wait_too_long(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> EchelonError | None:
     del now
     excess_s = house.wait_s(ask) - bounds.max_wait_s
     if excess_s <= 0:
@@ -278,7 +293,9 @@ def _wait_too_long(ask: Ask, house: House, bounds: Bounds, now: float) -> Echelo
     )
 
 
-RULES: dict[Reason, Callable[[Ask, House, Bounds, float], EchelonError | None]] = {
+RULES: dict[
+    Reason, Callable[[RequestCost, SystemLoad, AdmissionLimits, float], EchelonError | None]
+] = {
     "deadline_passed": _deadline_passed,
     "too_many_documents": _too_many_documents,
     "too_many_tokens": _too_many_tokens,
@@ -292,7 +309,9 @@ RULES: dict[Reason, Callable[[Ask, House, Bounds, float], EchelonError | None]] 
 one would, except that an impossible deadline is only predicted and a full queue is a fact."""
 
 
-def refuse(ask: Ask, house: House, bounds: Bounds, now: float) -> Refusal | None:
+def refuse(
+    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+) -> Refusal | None:
     """The first reason to refuse a request; None takes it in."""
     for reason, rule in RULES.items():
         error = rule(ask, house, bounds, now)

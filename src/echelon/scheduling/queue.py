@@ -2,6 +2,13 @@
 
 Pure data. A *unit* is one distinct pair; its owners are the places in requests that want its
 score. A request keeps its units in the order in which it gives them away.
+
+Which requests inside should end next, and what has to be done until then.
+
+Pure: looks at the batcher's records and changes nothing. Requests end in the fair order
+(:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all run already, or the first in
+that order; the large ones behind it do not matter. A step under way counts whole, as the batcher
+does not know when it began, and deadlines are not looked at: both let requests end earlier only.
 """
 
 from __future__ import annotations
@@ -16,9 +23,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from echelon.plan.fair import Priority
+    from echelon.scheduling.fair_queue import Priority
     from echelon.types import FloatArray
 
 LEAD_S = 0.005
@@ -31,7 +38,7 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PairRequest:
     """Pairs that are asked for together.
 
     Attributes:
@@ -50,7 +57,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PlannedStep:
     """Pairs that go through the model together.
 
     Attributes:
@@ -86,7 +93,7 @@ Fault = Literal["worker_lost", "not_finite", "out_of_memory", "scorer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class FailedRequest:
     """A request that cannot be answered.
 
     Attributes:
@@ -102,11 +109,11 @@ class Broken:
     logit: float | None = None
 
 
-Ended = Completed | Broken
+Ended = Completed | FailedRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class QueueLoad:
     """What the batcher has before it.
 
     Attributes:
@@ -130,7 +137,7 @@ class Load:
     oldest: float | None
 
 
-class State(Enum):
+class PairState(Enum):
     """Where a unit is."""
 
     WAITING = auto()  # in the queue of every owner that came before it was taken
@@ -139,7 +146,7 @@ class State(Enum):
     GONE = auto()
 
 
-class Unit:
+class UniquePair:
     """One distinct pair."""
 
     __slots__ = ("attempts", "counted", "key", "length", "owners", "state")
@@ -147,8 +154,8 @@ class Unit:
     def __init__(self, key: Hashable, length: int) -> None:
         self.key = key
         self.length = length
-        self.state = State.WAITING
-        self.owners: list[tuple[Entry, int]] = []
+        self.state = PairState.WAITING
+        self.owners: list[tuple[QueuedRequest, int]] = []
         self.attempts = 0
         self.counted = False
 
@@ -158,17 +165,17 @@ class Unit:
         return self.owners[0][0].number if self.owners else -1
 
 
-class Entry:
+class QueuedRequest:
     """A request with what is left of it."""
 
     __slots__ = ("came", "ended", "hasty", "left", "logits", "request", "tag", "units", "waiting")
 
-    def __init__(self, request: Request, came: float) -> None:
+    def __init__(self, request: PairRequest, came: float) -> None:
         self.request = request
         self.came = came
         self.tag = 0.0
-        self.units: list[Unit] = []
-        self.waiting: deque[Unit] = deque()
+        self.units: list[UniquePair] = []
+        self.waiting: deque[UniquePair] = deque()
         self.left = len(request.lengths)
         self.logits = np.full(self.left, np.nan, dtype=np.float32)
         self.hasty = False
@@ -184,37 +191,39 @@ Turn = tuple[float, ...]
 """A key to sort by; the last number is the request's own."""
 
 
-def by_tag(entry: Entry) -> Turn:
+def by_tag(entry: QueuedRequest) -> Turn:
     """Place in the fair order: equal tags go by deadline, then by arrival."""
     deadline = entry.request.deadline
     return entry.tag, math.inf if deadline is None else deadline, entry.number
 
 
-def by_deadline(entry: Entry) -> Turn:
+def by_deadline(entry: QueuedRequest) -> Turn:
     """Earliest deadline first."""
     deadline = entry.request.deadline
     return math.inf if deadline is None else deadline, entry.number
 
 
-class Line:
+class RequestQueue:
     """Requests in the order of their turn, which give their waiting units away.
 
     Args:
         turn: what to sort by; it must not change while a request is in line.
     """
 
-    def __init__(self, turn: Callable[[Entry], Turn]) -> None:
+    def __init__(self, turn: Callable[[QueuedRequest], Turn]) -> None:
         self._turn = turn
-        self._heap: list[tuple[Turn, Entry]] = []
+        self._heap: list[tuple[Turn, QueuedRequest]] = []
         self._here: set[int] = set()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: QueuedRequest) -> None:
         """Let a request queue, unless it does."""
         if entry.number not in self._here:
             self._here.add(entry.number)
             heapq.heappush(self._heap, (self._turn(entry), entry))
 
-    def draw(self, drawn: list[tuple[Entry, Unit]], tokens: float, most: float) -> int:
+    def draw(
+        self, drawn: list[tuple[QueuedRequest, UniquePair]], tokens: float, most: float
+    ) -> int:
         """Append units with their requests to ``drawn``.
 
         Args:
@@ -233,7 +242,7 @@ class Line:
                 self._here.discard(entry.number)
                 continue
             unit = entry.waiting.popleft()
-            if unit.state is State.WAITING:
+            if unit.state is PairState.WAITING:
                 drawn.append((entry, unit))
                 got += unit.length
         return got
@@ -242,3 +251,70 @@ class Line:
         """Send everyone away."""
         self._heap.clear()
         self._here.clear()
+
+
+QUEUED = {PairState.WAITING, PairState.AGAIN}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionEstimate:
+    """What has to be done until a request has ended.
+
+    Attributes:
+        running_s: predicted seconds of the steps under way that it waits for.
+        tokens: tokens that wait, of it and of those before it; 0 where all of it runs.
+        squares: their squared tokens.
+    """
+
+    running_s: float
+    tokens: int = 0
+    squares: int = 0
+
+
+def next_completions(
+    entries: Iterable[QueuedRequest],
+    running: Sequence[tuple[PlannedStep, list[UniquePair]]],
+    places: int,
+    workers: int,
+) -> list[CompletionEstimate]:
+    """The next ``places`` requests to end, or all where there are fewer, in the order of ending.
+
+    Args:
+        entries: requests inside.
+        running: steps under way with their pairs, in the order in which they were formed.
+        places: how many.
+        workers: workers that run the steps.
+    """
+    ends, all_s = _ends(running, workers)
+    # From the end: what is given away last waits longest.
+    queued = {e.number: e for e in entries if any(map(_waits, reversed(e.units)))}
+    soon = [CompletionEstimate(seconds) for number, seconds in ends.items() if number not in queued]
+    soon = heapq.nsmallest(places, soon, key=lambda end: end.running_s)
+    tokens, squares = 0, 0
+    seen: set[UniquePair] = set()
+    for entry in heapq.nsmallest(places - len(soon), queued.values(), key=by_tag):
+        units = {unit for unit in entry.units if _waits(unit)} - seen
+        seen |= units
+        tokens += sum(unit.length for unit in units)
+        squares += sum(unit.length**2 for unit in units)
+        soon.append(CompletionEstimate(all_s, tokens, squares))
+    return soon
+
+
+def _ends(
+    running: Sequence[tuple[PlannedStep, list[UniquePair]]], workers: int
+) -> tuple[dict[int, float], float]:
+    """When each request's last running pair is scored, and when a worker is free on average."""
+    free = [0.0] * workers
+    ends: dict[int, float] = {}
+    for step, units in running:
+        end = heapq.heappop(free) + step.predicted_s
+        heapq.heappush(free, end)
+        for unit in units:
+            for entry, _ in unit.owners:
+                ends[entry.number] = max(end, ends.get(entry.number, 0.0))
+    return ends, sum(free) / workers
+
+
+def _waits(unit: UniquePair) -> bool:
+    return unit.state in QUEUED

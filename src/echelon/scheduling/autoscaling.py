@@ -18,7 +18,7 @@ BUSY = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class AutoscalingLimits:
     """Between which bounds, and when.
 
     Attributes:
@@ -50,14 +50,14 @@ class Scaling:
                 raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give seconds.")
 
 
-class Scaler:
+class Autoscaler:
     """Decides, one look after another.
 
     Args:
         scaling: the bounds.
     """
 
-    def __init__(self, scaling: Scaling) -> None:
+    def __init__(self, scaling: AutoscalingLimits) -> None:
         self._scaling = scaling
         self._late_since: float | None = None
         self._looks: deque[tuple[float, float, float]] = deque()
