@@ -32,15 +32,15 @@ import psutil
 from echelon import gate
 from echelon.data import load_texts
 from echelon.engine import Engine, Limits
-from echelon.fetch.resolve import resolve
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
 from echelon.jobs.screen import Screen
+from echelon.models.fake import FakeScorer
+from echelon.models.hub import resolve
+from echelon.models.registry import open_scorer
 from echelon.options import Options
 from echelon.profile import library_versions
 from echelon.scheduling.packing import step_budget
-from echelon.score.fake import FakeScorer
-from echelon.score.load import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import describe_machine
 

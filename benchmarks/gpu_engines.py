@@ -24,8 +24,8 @@ class Ours:
 
     def __init__(self, folder: Path, precision: str, device: str) -> None:
         from echelon.engine import Engine, Limits
+        from echelon.models.registry import open_scorer
         from echelon.scheduling.packing import NO_BUDGET
-        from echelon.score.load import open_scorer
         from echelon.tokenization.tokenizer import PairEncoder
 
         self.name = f"echelon {precision}"

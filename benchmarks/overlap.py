@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 from echelon import Reranker
 from echelon.data import load_texts
 from echelon.engine import Engine, Limits
-from echelon.fetch.resolve import resolve
 from echelon.gate import pass_gate
+from echelon.models.hub import resolve
+from echelon.models.registry import open_scorer
 from echelon.profile import library_versions
 from echelon.scheduling.packing import step_budget
-from echelon.score.load import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import describe_machine
 

@@ -350,7 +350,7 @@ def _run_model(bench: Bench, model: str) -> None:
     if model == "large":
         folder = checkpoint(arguments.layers, arguments.tokenizer)
     else:
-        from echelon.fetch.demo import pull
+        from echelon.models.demo import pull
 
         folder, languages = pull(), ("en",)
     passages = read_passages(arguments.xquad, languages) if arguments.xquad else ()

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.data import load_texts
 from echelon.errors import TooNoisy
-from echelon.fetch.resolve import resolve
+from echelon.models.device import cpu_name, usable_cpus
+from echelon.models.hub import resolve
+from echelon.models.registry import open_scorer
 from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
-from echelon.score.device import cpu_name, usable_cpus
-from echelon.score.load import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Stuff, fitted, level
 from echelon.tune.fit import CostFit, Error

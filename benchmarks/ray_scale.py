@@ -28,9 +28,9 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from echelon.models.fake import FakeScorer
 from echelon.scale.worker import RayWorker, Share
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.score.fake import FakeScorer
 from echelon.serve.service import Service
 from echelon.serve.state import Settings
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from echelon.advise.command import SCENARIO_FLAGS, ask_of
 from echelon.advise.model import look
 from echelon.errors import EchelonError
+from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
-from echelon.score.device import cpu_name, usable_cpus
 from echelon.tune.card import TITLES, card
 from echelon.tune.words import step
 from static_baselines import Contest, beside_static

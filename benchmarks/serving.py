@@ -22,7 +22,7 @@ from typing import Any
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.fetch.resolve import resolve
+from echelon.models.hub import resolve
 from echelon.profile import library_versions
 from echelon.tune.hardware import describe_machine
 from serving_page import page

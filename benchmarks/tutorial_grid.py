@@ -179,7 +179,7 @@ def _folder(arguments: argparse.Namespace, scratch: Path) -> Path:
         return Path(arguments.checkpoint)
     if arguments.tokenizer is not None:
         return make_checkpoint(scratch, SHAPES["xlm-roberta-large"], arguments.tokenizer)
-    from echelon.fetch.demo import pull
+    from echelon.models.demo import pull
 
     return pull()
 

@@ -62,7 +62,7 @@ def bert(toy: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The demo model, fetched on first use and kept in Echelon's own cache."""
-    from echelon.fetch import demo
+    from echelon.models import demo
 
     return demo.pull()
 

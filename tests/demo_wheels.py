@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import helper, numpy_helper
 
-from echelon.fetch import demo
+from echelon.models import demo
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ import pytest
 
 import scorers
 from echelon import gate
-from echelon.score.fake import FakeScorer
+from echelon.models.fake import FakeScorer
 from echelon.tokenization.pairs import Template, encode_pairs
 from echelon.types import TokenBatch
 
@@ -261,7 +261,7 @@ class PatientScorer(FakeScorer):
 
 def offer(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
     """Let fake scorers stand for every model, in these precisions, whatever the processor has."""
-    monkeypatch.setattr("echelon.score.load.candidate_precisions", lambda _: list(precisions))
+    monkeypatch.setattr("echelon.models.registry.candidate_precisions", lambda _: list(precisions))
     monkeypatch.setattr(gate, "open_scorer", scorers.anywhere)
 
 

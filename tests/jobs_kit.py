@@ -8,8 +8,8 @@ from pathlib import Path
 
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
+from echelon.models.fake import FakeScorer
 from echelon.options import Options
-from echelon.score.fake import FakeScorer
 from helpers import SENTENCES
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from echelon.score.fake import FakeScorer
+from echelon.models.fake import FakeScorer
 from echelon.score.worker import ChildWorker
 from echelon.serve.events import Silence
 from echelon.serve.service import Service

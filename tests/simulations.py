@@ -10,10 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from echelon.errors import EchelonError
+from echelon.models.fake import FakeScorer
 from echelon.plan.workload import Arrival
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel
-from echelon.score.fake import FakeScorer
 from echelon.score.worker import Scored
 from echelon.serve.crew import Keeper, Orders
 from echelon.serve.dispatch import Dispatch

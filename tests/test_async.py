@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, Reranker
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.packing import windows
-from echelon.score.base import DeviceOutOfMemory
 from helpers import SENTENCES, words
 
 QUERY = "rain at the kitchen window"

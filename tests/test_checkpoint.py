@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound
-from echelon.score.checkpoint import Checkpoint
-from echelon.score.load import open_scorer
+from echelon.models.checkpoint import Checkpoint
+from echelon.models.registry import open_scorer
 from helpers import make_toy, random_batch, reference_logits
 
 if TYPE_CHECKING:

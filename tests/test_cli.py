@@ -14,8 +14,8 @@ import click
 import pytest
 
 from echelon import cli, errors
-from echelon.score.device import CPU_SWITCH
-from echelon.score.kernels import library
+from echelon.models import kernels
+from echelon.models.device import CPU_SWITCH
 from helpers import offer, run_command
 
 pytestmark = pytest.mark.device
@@ -221,9 +221,9 @@ def test_doctor_says_what_is_there_and_what_will_be_used(call):
 def test_doctor_takes_the_processor_for_an_old_one_where_told(call, monkeypatch):
     monkeypatch.setenv(CPU_SWITCH, "avx2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    library.missing.cache_clear()
+    kernels.missing.cache_clear()
     code, out, _ = call("doctor", "--json")
-    library.missing.cache_clear()
+    kernels.missing.cache_clear()
     found = json.loads(out)
     assert code == 0
     assert set(found["machine"]["matrix_features"]) <= {"avx2"}

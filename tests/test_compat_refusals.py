@@ -154,7 +154,7 @@ def test_a_model_out_of_a_hub_cache(tmp_path: Path, bert: Path) -> None:
 
 
 def test_a_hub_model_is_asked_for_once(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from echelon.fetch.resolve import ModelFolder
+    from echelon.models.hub import ModelFolder
 
     asked: list[tuple[str, str | None]] = []
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon import EchelonWarning, InvalidInput, ProfileError, Reranker
+from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import (
     SCHEMA,
@@ -21,7 +22,6 @@ from echelon.profile import (
     apply_profile,
     library_versions,
 )
-from echelon.score.base import DeviceOutOfMemory
 
 COUNTS = ["max_length", "max_query_tokens", "token_budget", "batch_size", "threads"]
 

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.score.graphs import FIRST_PATIENCE
-from echelon.score.load import open_scorer
-from echelon.score.staging import MOST_TOKENS
-from echelon.score.varlen import Spans, attention_with, efficient, efficient_in_fp32, flash
+from echelon.models.attention_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
+from echelon.models.cuda_graphs import FIRST_PATIENCE
+from echelon.models.registry import open_scorer
+from echelon.models.staging import MOST_TOKENS
 from helpers import LIMITS, NATIVE, SENTENCES, random_batch, reference_logits, vocabulary_of
 
 pytestmark = pytest.mark.skipif(

@@ -31,9 +31,8 @@ from deployed import (
 )
 from echelon.api import auth
 from echelon.api.server import GRACE_S
-from echelon.fetch import demo
+from echelon.models import demo, kernels
 from echelon.scale.command import config
-from echelon.score.kernels import library
 from echelon.serve.service import CANARY_TIMEOUT_S
 from helpers import ROOT
 
@@ -64,7 +63,7 @@ def test_yaml_is_yaml(path):
 def test_settings_that_are_named_exist(path):
     text = path.read_text("utf-8")
     known = settings()
-    others = {auth.VARIABLE, library.SWITCH, "ECHELON_HOME"}
+    others = {auth.VARIABLE, kernels.SWITCH, "ECHELON_HOME"}
     named = set(re.findall(r"\bECHELON_[A-Z_]+[A-Z]\b", text)) - {"ECHELON_SERVE"}
     assert named <= known.keys() | others
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", _about_serve(text)))

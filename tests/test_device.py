@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from echelon.errors import InvalidInput, MissingDependency
-from echelon.score import device
-from echelon.score.base import DeviceOutOfMemory
-from echelon.score.load import open_scorer
+from echelon.models import device
+from echelon.models.base import DeviceOutOfMemory
+from echelon.models.registry import open_scorer
 from helpers import random_batch, run_python
 
 pytestmark = pytest.mark.device

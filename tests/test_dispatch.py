@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from echelon.models.fake import FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
-from echelon.score.fake import FakeScorer
 from echelon.score.worker import Scored
 from echelon.serve.dispatch import Dispatch
 from echelon.serve.events import Silence

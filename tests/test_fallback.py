@@ -14,9 +14,9 @@ import pytest
 
 from echelon.api.dialects.table import DIALECTS, read
 from echelon.errors import InvalidInput
+from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
-from echelon.score.fake import FakeScorer
 from echelon.serve.state import Settings
 from echelon.tokenization.chunking import Chunking
 from echelon.types import monotonic

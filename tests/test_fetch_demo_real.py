@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from demo_wheels import PRODUCED
-from echelon.fetch import demo
+from echelon.models import demo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

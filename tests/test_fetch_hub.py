@@ -15,8 +15,8 @@ from huggingface_hub.utils import (
 )
 
 from echelon.errors import ModelNotFound, StorageError, UnsupportedModel
-from echelon.fetch import hub
-from echelon.fetch.resolve import ModelFolder, resolve
+from echelon.models import hub
+from echelon.models.hub import ModelFolder, resolve
 from stand_in_hub import NEW, PLAIN, REPO, SHARDS, UNWANTED, StandIn, names, serve
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def test_progress_bars_are_switched_and_put_back(
 def test_the_environment_is_honoured(server: StandIn, tmp_path: Path) -> None:
     """A fresh process, as the library reads HF_ENDPOINT, HF_HOME and the rest when imported."""
     server.add(REPO, NEW, PLAIN)
-    code = f"from echelon.fetch.resolve import resolve; print(resolve({REPO!r}).path)"
+    code = f"from echelon.models.hub import resolve; print(resolve({REPO!r}).path)"
     environment = os.environ | {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from echelon.errors import EchelonWarning, ModelNotFound
-from echelon.fetch.resolve import resolve
+from echelon.models.hub import resolve
 from stand_in_hub import NEW, OLD, PLAIN, REPO, SHARDS, UNWANTED, StandIn, go_offline, names, serve
 
 server = pytest.fixture(serve)

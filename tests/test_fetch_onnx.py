@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from echelon.errors import BadCheckpoint
-from echelon.fetch import protobuf
-from echelon.fetch.onnx_weights import float_weights, read_graph
+from echelon.models import onnx_weights
+from echelon.models.onnx_weights import float_weights, read_graph
 
 KINDS = {np.float32: TensorProto.FLOAT, np.int8: TensorProto.INT8, np.uint8: TensorProto.UINT8}
 
@@ -224,8 +224,10 @@ def test_a_multiplied_tensor_that_is_not_quantised() -> None:
         ([memoryview(b"\xfe" + b"\xff" * 8 + b"\x01"), 1], [-2, 1]),
     ],
 )
-def test_numbers_come_one_by_one_or_packed(items: list[protobuf.Field], numbers: list[int]) -> None:
-    assert list(protobuf.integers(items)) == numbers
+def test_numbers_come_one_by_one_or_packed(
+    items: list[onnx_weights.Field], numbers: list[int]
+) -> None:
+    assert list(onnx_weights.integers(items)) == numbers
 
 
 @pytest.mark.parametrize(
@@ -240,13 +242,13 @@ def test_numbers_come_one_by_one_or_packed(items: list[protobuf.Field], numbers:
 )
 def test_a_message_that_cannot_be_split(data: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        protobuf.fields(memoryview(data))
+        onnx_weights.fields(memoryview(data))
 
 
 def test_a_message_is_split_by_number_and_kind() -> None:
     data = b"\x08\x96\x01\x12\x02hi\x08\x01\x1d\x00\x00\x80\x3f\x21" + bytes(8)
 
-    assert protobuf.fields(memoryview(data)) == {
+    assert onnx_weights.fields(memoryview(data)) == {
         1: [150, 1],
         2: [b"hi"],
         3: [b"\x00\x00\x80\x3f"],

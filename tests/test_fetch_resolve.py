@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from echelon.errors import InvalidInput, ModelNotFound
-from echelon.fetch import demo, hub
-from echelon.fetch.resolve import ModelFolder, fingerprint, resolve
+from echelon.models import demo, hub
+from echelon.models.hub import ModelFolder, fingerprint, resolve
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, echelon.fetch.resolve; print(*{m.partition('.')[0] for m in sys.modules})"
+    code = "import sys, echelon.models.hub; print(*{m.partition('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 
     loaded = set(done.stdout.split())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from echelon import Reranker
 from echelon.errors import BadCheckpoint, EchelonWarning, UnsupportedModel
-from echelon.score.load import open_scorer
+from echelon.models.registry import open_scorer
 from helpers import (
     GENERIC,
     LIMITS,

@@ -17,22 +17,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
-from echelon.score import graphs as graphs_module
-from echelon.score import varlen
-from echelon.score.architecture import native_architecture, read_config
-from echelon.score.cuda import CudaScorer
-from echelon.score.fused import Norm
-from echelon.score.graphs import BACKOFF, FIRST_PATIENCE, Graphs, Recording
-from echelon.score.linear import DenseLinear, FeedForward
-from echelon.score.load import open_scorer
-from echelon.score.packed import Embeddings, Head, Layer, Weights
-from echelon.score.staging import LARGEST, MOST_PAIRS, MOST_TOKENS, Room, bucket_of, fill, read
-from echelon.score.varlen import Spans, attention_with, choose_kernel
+from echelon.models import attention_cuda
+from echelon.models import cuda_graphs as graphs_module
+from echelon.models.architecture import native_architecture, read_config
+from echelon.models.attention_cuda import Spans, attention_with, choose_kernel
+from echelon.models.cuda_graphs import BACKOFF, FIRST_PATIENCE, CudaGraphs, Recording
+from echelon.models.encoder import Embeddings, Head, Layer, Weights
+from echelon.models.encoder_cuda import CudaScorer
+from echelon.models.fused import Norm
+from echelon.models.layers import DenseLinear, FeedForward
+from echelon.models.registry import open_scorer
+from echelon.models.staging import (
+    LARGEST,
+    MOST_PAIRS,
+    MOST_TOKENS,
+    CaptureShape,
+    bucket_of,
+    fill,
+    read,
+)
 from helpers import LIMITS, NATIVE, random_batch, reference_logits, vocabulary_of
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-KERNELS = (varlen.flash, varlen.efficient, varlen.efficient_in_fp32)
+KERNELS = (attention_cuda.flash, attention_cuda.efficient, attention_cuda.efficient_in_fp32)
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
 
@@ -76,7 +84,7 @@ def scorer_of(folder, *, record=None, **options):
 
 @given(LENGTHS)
 def test_a_bucket_holds_the_step_and_wastes_little(lengths):
-    exact = Room.of(random_batch(lengths, 100, 0))
+    exact = CaptureShape.of(random_batch(lengths, 100, 0))
     bucket = bucket_of(exact)
     assert bucket.tokens - exact.tokens < max(64, exact.tokens / 8)
     assert bucket.pairs >= exact.pairs
@@ -86,12 +94,12 @@ def test_a_bucket_holds_the_step_and_wastes_little(lengths):
 
 
 def test_buckets_are_few_and_end_where_the_host_is_no_bottleneck():
-    rooms = [Room(n, 1, 1) for n in range(1, MOST_TOKENS + 1)]
+    rooms = [CaptureShape(n, 1, 1) for n in range(1, MOST_TOKENS + 1)]
     assert len({bucket_of(room) for room in rooms}) == 24
-    assert len({bucket_of(Room(MOST_TOKENS, 1, n)).longest for n in range(1, 2049)}) == 3
-    assert len({bucket_of(Room(MOST_TOKENS, n, 8)).pairs for n in range(1, 257)}) == 3
-    assert bucket_of(Room(MOST_TOKENS + 1, 1, 1)) is None
-    assert bucket_of(Room(MOST_TOKENS, MOST_PAIRS + 1, 1)) is None
+    assert len({bucket_of(CaptureShape(MOST_TOKENS, 1, n)).longest for n in range(1, 2049)}) == 3
+    assert len({bucket_of(CaptureShape(MOST_TOKENS, n, 8)).pairs for n in range(1, 257)}) == 3
+    assert bucket_of(CaptureShape(MOST_TOKENS + 1, 1, 1)) is None
+    assert bucket_of(CaptureShape(MOST_TOKENS, MOST_PAIRS + 1, 1)) is None
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -100,7 +108,7 @@ def test_buckets_are_few_and_end_where_the_host_is_no_bottleneck():
 def test_what_is_read_is_what_was_filled_in(lengths, segments):
     batch = random_batch(lengths, 100, 1, types=True)
     positions = np.arange(len(batch.ids), dtype=np.int32)
-    room = bucket_of(Room.of(batch))
+    room = bucket_of(CaptureShape.of(batch))
     assume(room is not None)  # a step of many long pairs has no bucket
     block = torch.full((room.size(segments=segments),), -1, dtype=torch.int32)
     fill(block.numpy(), room, batch, positions, segments=segments)
@@ -124,14 +132,14 @@ def test_what_is_read_is_what_was_filled_in(lengths, segments):
 @pytest.mark.parametrize(
     ("major", "dtype", "size", "expected"),
     [
-        (9, torch.float16, 64, varlen.flash),
-        (8, torch.bfloat16, 64, varlen.flash),
-        (9, torch.float32, 64, varlen.efficient),
-        (9, torch.float16, 320, varlen.efficient),
-        (7, torch.float16, 64, varlen.efficient),
-        (7, torch.bfloat16, 64, varlen.efficient_in_fp32),
-        (7, torch.float32, 64, varlen.efficient),
-        (0, torch.float16, 64, varlen.efficient),
+        (9, torch.float16, 64, attention_cuda.flash),
+        (8, torch.bfloat16, 64, attention_cuda.flash),
+        (9, torch.float32, 64, attention_cuda.efficient),
+        (9, torch.float16, 320, attention_cuda.efficient),
+        (7, torch.float16, 64, attention_cuda.efficient),
+        (7, torch.bfloat16, 64, attention_cuda.efficient_in_fp32),
+        (7, torch.float32, 64, attention_cuda.efficient),
+        (0, torch.float16, 64, attention_cuda.efficient),
     ],
 )
 def test_the_kernel_fits_the_card_and_the_type(major, dtype, size, expected):
@@ -239,7 +247,7 @@ def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
         scorer = CudaScorer.__new__(CudaScorer)
         scorer._shape, scorer._weights, scorer._dtype = shape, weights, dtype
         scorer._attend = attention_with(choose_kernel(major, dtype, shape.head_shape[1]))
-        room = Room(320, 16, 128)
+        room = CaptureShape(320, 16, 128)
         segments = shape.reads_segments
         block = torch.zeros(room.size(segments=segments), dtype=torch.int32, device=CUDA)
         logits = scorer._forward(read(block, room, segments=segments))
@@ -302,12 +310,12 @@ def counted():
     return forward, runs
 
 
-ROOMS = [Room(64 * n, 16, 128) for n in range(1, 121)]
+ROOMS = [CaptureShape(64 * n, 16, 128) for n in range(1, 121)]
 
 
 def test_a_room_is_captured_when_it_comes_up_again():
     forward, runs = counted()
-    graphs = Graphs(forward, taped())
+    graphs = CudaGraphs(forward, taped())
     for _ in range(FIRST_PATIENCE - 1):
         graphs.run(ROOMS[0])
     assert len(graphs) == 0
@@ -319,7 +327,7 @@ def test_a_room_is_captured_when_it_comes_up_again():
 
 def test_graphs_are_bounded_and_the_one_unused_for_longest_goes():
     dropped = []
-    graphs = Graphs(counted()[0], taped(dropped))
+    graphs = CudaGraphs(counted()[0], taped(dropped))
     for room in ROOMS:
         for _ in range(FIRST_PATIENCE):
             graphs.run(room)
@@ -334,7 +342,7 @@ def test_graphs_are_bounded_and_the_one_unused_for_longest_goes():
 
 def test_without_capture_steps_run_as_before_and_one_warning_says_so(caplog):
     record = Failing(RuntimeError("operation not permitted when stream is capturing"))
-    graphs = Graphs(counted()[0], record)
+    graphs = CudaGraphs(counted()[0], record)
     with caplog.at_level(logging.WARNING):
         for room in ROOMS:
             for _ in range(5):
@@ -357,7 +365,7 @@ def memory_trouble(*, ended):
 @pytest.mark.parametrize("ended", [False, True])
 def test_without_memory_a_room_waits_longer_for_its_next_chance(caplog, ended):
     record = Failing(memory_trouble(ended=ended))
-    graphs = Graphs(counted()[0], record)
+    graphs = CudaGraphs(counted()[0], record)
     for _ in range(FIRST_PATIENCE):
         graphs.run(ROOMS[0])
     assert record.tries == 1

@@ -13,15 +13,15 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.adapters.haystack",  # Haystack looks for torch when it is imported
     "echelon.compat.activation",
-    "echelon.score.attention",
-    "echelon.score.cuda",
-    "echelon.score.fused",
-    "echelon.score.generic",
-    "echelon.score.graphs",
-    "echelon.score.linear",
-    "echelon.score.native",
-    "echelon.score.packed",
-    "echelon.score.varlen",
+    "echelon.models.attention_cpu",
+    "echelon.models.encoder_cuda",
+    "echelon.models.fused",
+    "echelon.models.transformers",
+    "echelon.models.cuda_graphs",
+    "echelon.models.layers",
+    "echelon.models.encoder_weights",
+    "echelon.models.encoder",
+    "echelon.models.attention_cuda",
 }
 NEEDS_RAY = {"echelon.scale.files", "echelon.scale.serve", "echelon.scale.worker"}
 

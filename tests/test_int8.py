@@ -12,12 +12,12 @@ import torch
 
 from echelon import InvalidInput, Reranker, gate
 from echelon.data import load_texts
-from echelon.fetch.resolve import resolve
+from echelon.models.device import choose_precision, multiplies_int8
+from echelon.models.fused import SHIFTS, Product, Rows, activate, settle
+from echelon.models.hub import resolve
+from echelon.models.layers import Int8Linear
+from echelon.models.registry import layer_errors, open_scorer
 from echelon.options import Options
-from echelon.score.device import choose_precision, multiplies_int8
-from echelon.score.fused import SHIFTS, Product, Rows, activate, settle
-from echelon.score.linear import Int8Linear
-from echelon.score.load import layer_errors, open_scorer
 from echelon.serve.launch import launch
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuner import Plan, tune
@@ -267,10 +267,10 @@ def gate_profile(key, row):
 
 
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
-    monkeypatch.setattr("echelon.score.device.multiplies_int8", lambda: False)
+    monkeypatch.setattr("echelon.models.device.multiplies_int8", lambda: False)
     with pytest.raises(InvalidInput, match="VNNI or AMX"):
         choose_precision("int8", CPU)
-    monkeypatch.setattr("echelon.score.device.multiplies_int8", lambda: True)
+    monkeypatch.setattr("echelon.models.device.multiplies_int8", lambda: True)
     with pytest.raises(InvalidInput, match="not built for distilbert"):
         open_scorer(toy("distilbert"), device="cpu", precision="int8")
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.score import attention, fused
-from echelon.score.attention import Layout, attend, attend_first
-from echelon.score.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
-from echelon.score.kernels.library import SWITCH, missing
+from echelon.models import attention_cpu, fused
+from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
+from echelon.models.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
+from echelon.models.kernels import SWITCH, missing
 from helpers import ROOT, run_python
 
 needs_kernels = pytest.mark.skipif(
@@ -32,20 +32,20 @@ BF16_STEP = 2**-8
 @pytest.fixture
 def without_kernels(monkeypatch):
     monkeypatch.setattr(fused, "kernels", lambda: None)
-    monkeypatch.setattr(attention, "kernels", lambda: None)
-    attention.fastest_way.cache_clear()
+    monkeypatch.setattr(attention_cpu, "kernels", lambda: None)
+    attention_cpu.fastest_way.cache_clear()
     yield
-    attention.fastest_way.cache_clear()
+    attention_cpu.fastest_way.cache_clear()
 
 
-def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, Layout]:
+def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, AttentionLayout]:
     torch.manual_seed(seed)
     rows = torch.randn(sum(lengths), 3, 2, size).bfloat16()
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return rows, Layout.of(offsets)
+    return rows, AttentionLayout.of(offsets)
 
 
-def exact_attention(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+def exact_attention(rows: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
     mixed = []
     for start, end in zip(layout.offsets[:-1], layout.offsets[1:], strict=True):
         query, key, value = rows[start:end].double().permute(1, 2, 0, 3)
@@ -64,11 +64,11 @@ lengths_of_a_step = st.lists(st.integers(1, 70), min_size=1, max_size=8)
 def test_attention_of_any_mix_of_lengths(size, lengths, seed):
     rows, layout = heads(lengths, size, seed)
     exact = exact_attention(rows, layout)
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert (mixed - exact).abs().max() <= 0.03
     firsts = rows[layout.firsts, 0]
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-    first = attention._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
+    first = attention_cpu._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
     assert torch.equal(first, mixed[layout.firsts])
 
 
@@ -76,7 +76,7 @@ def test_attention_of_any_mix_of_lengths(size, lengths, seed):
 @pytest.mark.parametrize("length", [511, 512, 1500, 8192])
 def test_attention_of_long_pairs(length):
     rows, layout = heads([length, 3], 64)
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
 
@@ -85,7 +85,7 @@ def test_attention_survives_scores_far_apart():
     rows, layout = heads([40], 64)
     rows[:, 0] *= 100
     rows[7, 1] *= 30
-    mixed = attention._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert mixed.isfinite().all()
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
@@ -93,7 +93,7 @@ def test_attention_survives_scores_far_apart():
 @pytest.mark.parametrize("way", ["fused", "products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
-    monkeypatch.setattr(attention, "way_for", lambda *_: way)
+    monkeypatch.setattr(attention_cpu, "way_for", lambda *_: way)
     rows, layout = heads([5, 5, 33, 1, 60, 60, 60], 16)
     rows = rows.to(dtype)
     exact = exact_attention(rows, layout)
@@ -105,13 +105,13 @@ def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
 
 def test_the_way_is_the_measured_one(monkeypatch):
     seconds = {"fused": 1.0, "products": 0.5}
-    monkeypatch.setattr(attention, "_probe", lambda *_: seconds)
-    attention.fastest_way.cache_clear()
-    assert attention.fastest_way(torch.float32, 2, 16, 32) == "products"
+    monkeypatch.setattr(attention_cpu, "_probe", lambda *_: seconds)
+    attention_cpu.fastest_way.cache_clear()
+    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "products"
     seconds["products"] = 0.8  # within noise: the first of the list stays
-    attention.fastest_way.cache_clear()
-    assert attention.fastest_way(torch.float32, 2, 16, 32) == "fused"
-    attention.fastest_way.cache_clear()
+    attention_cpu.fastest_way.cache_clear()
+    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "fused"
+    attention_cpu.fastest_way.cache_clear()
 
 
 def product(width: int, seed: int, *, codes: bool, residual: bool) -> Product:
@@ -231,7 +231,7 @@ def test_far_values_of_the_activations():
 
 
 def test_the_switch_leaves_the_kernels_out():
-    code = "from echelon.score.kernels.library import kernels, missing; print(kernels(), missing())"
+    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, SWITCH: "off"},
@@ -243,7 +243,7 @@ def test_the_switch_leaves_the_kernels_out():
 
 
 def test_a_processor_taken_for_an_old_one_has_no_kernels():
-    code = "from echelon.score.kernels.library import kernels, missing; print(kernels(), missing())"
+    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
     done = run_python(code, ECHELON_CPU="avx2", **{SWITCH: ""})
     assert done.stdout == "None ECHELON_CPU=avx2 leaves them out\n", done.stderr
 
@@ -268,7 +268,7 @@ def test_kernels_share_torchs_threads():
     """Two OpenMP libraries in one process would have two pools of threads that fight."""
     code = (
         "import torch\n"
-        "from echelon.score.kernels.library import kernels\n"
+        "from echelon.models.kernels import kernels\n"
         "assert kernels() is not None\n"
         "print(open('/proc/self/maps').read())"
     )

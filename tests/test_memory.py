@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from echelon import Reranker
-from echelon.score.mapped import MappedPages
+from echelon.models.checkpoint import MappedPages
 from helpers import make_toy, run_python
 
 if TYPE_CHECKING:

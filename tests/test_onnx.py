@@ -14,11 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from echelon import Reranker
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
-from echelon.score import load
-from echelon.score import onnx as onnx_scorer
-from echelon.score.base import DeviceOutOfMemory
-from echelon.score.load import open_scorer
-from echelon.score.onnx import OnnxScorer, find_graph, graph_precision
+from echelon.models import onnx as onnx_scorer
+from echelon.models import registry
+from echelon.models.base import DeviceOutOfMemory
+from echelon.models.onnx import OnnxScorer, find_graph, graph_precision
+from echelon.models.registry import open_scorer
 from helpers import SENTENCES
 
 VOCABULARY = 3000
@@ -197,9 +197,9 @@ def test_rank_and_tune_work_without_torch(folder, tmp_path):
 
 def test_freed_memory_stays_until_it_is_released(folder, monkeypatch):
     done = []
-    monkeypatch.setattr(load, "keep_freed", lambda: done.append("keep"))
+    monkeypatch.setattr(registry, "keep_freed", lambda: done.append("keep"))
     monkeypatch.setattr(onnx_scorer, "give_back", lambda: done.append("give back"))
-    scorer = load.open_scorer(folder)
+    scorer = registry.open_scorer(folder)
     assert done == ["keep"]
     scorer.release()
     assert done == ["keep", "give back"]

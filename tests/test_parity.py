@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from echelon import Reranker
-from echelon.score.fused import ACTIVATIONS, Rows
-from echelon.score.linear import make_linear
-from echelon.score.load import open_scorer
-from echelon.score.packed import with_filler
+from echelon.models.encoder import with_filler
+from echelon.models.fused import ACTIVATIONS, Rows
+from echelon.models.layers import make_linear
+from echelon.models.registry import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import TokenBatch
 from helpers import LIMITS, NATIVE, make_toy, random_batch, reference_logits, reference_model, split

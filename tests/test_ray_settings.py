@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from echelon.api.server import GRACE_S
 from echelon.cli import cli
 from echelon.errors import InvalidInput, MissingDependency
-from echelon.fetch.resolve import DEMO, ModelFolder
+from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
 from echelon.prepare import PreparedModel
 from echelon.scale.opener import abroad

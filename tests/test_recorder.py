@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 
-from echelon.score.graphs import CudaRecorder
+from echelon.models.cuda_graphs import CudaRecorder
 
 
 class Stream:

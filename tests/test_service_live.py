@@ -11,9 +11,9 @@ from random import Random
 import pytest
 
 from echelon.errors import DeadlinePassed
+from echelon.models.fake import FakeScorer
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
 from echelon.scheduling.drift import HOLD
-from echelon.score.fake import FakeScorer
 from echelon.score.worker import Scored
 from echelon.serve.service import Service
 from echelon.serve.state import Settings

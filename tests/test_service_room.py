@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 
 from echelon.errors import OutOfMemory
+from echelon.models.fake import FakeScorer
 from echelon.scheduling.oom_policy import OomPolicy
 from echelon.scheduling.queue import PlannedStep
 from echelon.score.child import PRIMITIVES
-from echelon.score.fake import FakeScorer
 from echelon.serve.crew import Orders
 from scorers import worn
 from services import Ears, run, scores, service, texts, until

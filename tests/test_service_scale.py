@@ -8,8 +8,8 @@ import signal
 from functools import partial
 
 from echelon.errors import ModelNotFound
+from echelon.models.base import WorkerDied, WorkerGone
 from echelon.scheduling.autoscaling import AutoscalingLimits
-from echelon.score.base import WorkerDied, WorkerGone
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
 from echelon.serve.state import Settings

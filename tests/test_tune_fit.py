@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import ProfileError, TooNoisy
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.cost_model import (
     DEFAULT_COEFFICIENTS,
     Coefficients,
@@ -20,7 +21,6 @@ from echelon.scheduling.cost_model import (
     work_of,
 )
 from echelon.scheduling.packing import NO_BUDGET, step_cost
-from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.calibrate import fitted
 from echelon.tune.fit import LEAST_PROBES, MOST_P90, CostFit, MemoryFit, Probe, fit_cost, fit_memory
 from echelon.tune.probes import (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.score.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory
 from echelon.tune.grid import FIRST_LOOK, SLOW_S, Measured, Point, Run, grid, sweep
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=5)

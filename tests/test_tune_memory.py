@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 
+from echelon.models.fake import FakeScorer
 from echelon.scheduling.cost_model import Coefficients, work_of
-from echelon.score.fake import FakeScorer
 from echelon.tune import calibrate
 from echelon.tune.calibrate import Probed, models_of, worker_peaks
 from echelon.tune.fit import MemoryFit, Probe

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from echelon import cli, refresh, tuner
+from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import Profile
-from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import CostFit
 from echelon.tuner import Plan
 

@@ -11,9 +11,9 @@ import pytest
 from echelon import Reranker, gate, tuner
 from echelon import profile as profiles
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
+from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile
-from echelon.score.base import DeviceOutOfMemory
 from echelon.tuner import Plan
 from helpers import offer
 
@@ -93,7 +93,7 @@ def test_an_asked_precision_is_taken_without_comparison(bert):
 
 
 def test_out_of_memory_is_recorded_and_larger_steps_are_skipped(bert, monkeypatch):
-    from echelon.score.packed import PackedScorer
+    from echelon.models.encoder import PackedScorer
 
     real = PackedScorer.score
 

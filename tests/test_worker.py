@@ -16,8 +16,8 @@ import pytest
 
 import scorers
 from echelon.errors import InvalidInput, ModelNotFound, ScoringFailed
-from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
-from echelon.score.fake import FakeScorer
+from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
+from echelon.models.fake import FakeScorer
 from echelon.score.worker import ChildWorker
 from scorers import Obedient, batch_of
 

@@ -312,7 +312,7 @@ def _tuning_bar(*, shown: bool) -> Iterator[Callable[[str, float], None]]:
 @click.option("--quiet", is_flag=True, help="Say nothing.")
 def pull(*, name: str, quiet: bool) -> None:
     """Fetch a model by NAME: 'demo' is a small English cross-encoder, ms-marco-MiniLM-L-12-v2."""
-    from echelon.fetch.demo import pull as pull_demo
+    from echelon.models.demo import pull as pull_demo
 
     del name
     folder = pull_demo(progress=not quiet, say=None if quiet else click.echo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from echelon.score.kernels.library import missing as missing_kernels
+from echelon.models.kernels import missing as missing_kernels
 from echelon.tune.hardware import describe_machine
 
 PACKAGES = ("echelon-rerank", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -38,7 +38,7 @@ def _version(package: str) -> str | None:
 
 
 def _will_use() -> dict[str, Any]:
-    from echelon.score.device import (
+    from echelon.models.device import (
         candidate_precisions,
         choose_device,
         choose_precision,
@@ -58,7 +58,7 @@ def _will_use() -> dict[str, Any]:
 
 
 def _advice(machine: dict[str, Any], software: dict[str, Any]) -> list[str]:
-    from echelon.score.device import is_cuda_build
+    from echelon.models.device import is_cuda_build
 
     found = []
     if machine["usable_cpus"] < machine["cpus"]:

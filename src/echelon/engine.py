@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.oom_policy import StepFailure, next_action
 from echelon.scheduling.packing import NO_BUDGET, Step, pack, step_cost
-from echelon.score.base import DeviceOutOfMemory
 from echelon.types import LadderStep, RunReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.models.base import ModelInfo, Scorer
     from echelon.options import Allowance
     from echelon.scheduling.oom_policy import OomAction
-    from echelon.score.base import Facts, Scorer
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray, TokenBatch
 
@@ -89,7 +89,7 @@ class Engine:
         self._device = threading.Lock()
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ModelInfo:
         """Facts of the scorer now in use."""
         return self._scorer.facts
 
@@ -249,7 +249,7 @@ class _Run:
         self._truncated = pairs.truncated_tokens
         self._tokens = self._cost = self._steps_done = 0
 
-    def plan(self, budget: int, facts: Facts) -> None:
+    def plan(self, budget: int, facts: ModelInfo) -> None:
         """(Re)plan the pairs that are not finished."""
         left = np.flatnonzero(~self._done)
         steps = pack(
@@ -260,7 +260,7 @@ class _Run:
         )
         self.steps = deque(left[step].tolist() for step in steps)
 
-    def finish(self, step: Step, logits: FloatArray, facts: Facts) -> None:
+    def finish(self, step: Step, logits: FloatArray, facts: ModelInfo) -> None:
         """Keep a step's scores."""
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):

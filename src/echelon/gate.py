@@ -19,13 +19,13 @@ import numpy as np
 from echelon.data import load_texts
 from echelon.engine import Engine, Limits
 from echelon.errors import InvalidInput, ProfileError, StorageError
-from echelon.fetch.demo import home
+from echelon.models.demo import home
+from echelon.models.device import cpu_name
+from echelon.models.kernels import kernels
+from echelon.models.registry import layer_errors, may_choose_int8, open_scorer
 from echelon.options import check_max_length
 from echelon.profile import ProfileKey, library_versions, read_json, write_json
 from echelon.scheduling.packing import pack, step_budget
-from echelon.score.device import cpu_name
-from echelon.score.kernels.library import kernels
-from echelon.score.load import layer_errors, may_choose_int8, open_scorer
 from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement
 from echelon.types import monotonic
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.data import Texts, Topic
-    from echelon.fetch.resolve import ModelFolder
+    from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.hub import ModelFolder
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
@@ -96,7 +96,7 @@ class Trial:
         """The model in a precision."""
         return self.opener(keep_bf16)(precision=precision)
 
-    def encode(self, facts: Facts) -> EncodedPairs:
+    def encode(self, facts: ModelInfo) -> EncodedPairs:
         """All pairs of the topics."""
         options = self.options
         longest = check_max_length(

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from echelon.fetch.resolve import resolve
 from echelon.gate import opener, pass_gate
+from echelon.models.hub import resolve
+from echelon.models.registry import require_model
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
-from echelon.score.load import require_model
 from echelon.tokenization.tokenizer import PairEncoder
 
 if TYPE_CHECKING:
     import os
 
-    from echelon.fetch.resolve import ModelFolder
+    from echelon.models.base import ModelInfo
+    from echelon.models.hub import ModelFolder
     from echelon.options import Options
-    from echelon.score.base import Facts
     from echelon.score.worker import Opener
 
 
@@ -53,7 +53,7 @@ class PreparedModel:
         )
         return opener(self.folder, options, self.keep_bf16)
 
-    def check_profile(self, facts: Facts) -> None:
+    def check_profile(self, facts: ModelInfo) -> None:
         """Warn where the profile was measured on something else."""
         if self.profile is not None:
             key = current_key(self.folder.name, self.folder.revision, facts)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import EchelonWarning, ProfileError, StorageError
 
 if TYPE_CHECKING:
+    from echelon.models.base import ModelInfo
     from echelon.options import Options
-    from echelon.score.base import Facts
 
 SCHEMA = 1
 """Version of the file's layout; another one cannot be read."""
@@ -143,7 +143,7 @@ class Profile:
         write_json(Path(path), self.as_dict())
 
 
-def current_key(model: str, revision: str, facts: Facts) -> ProfileKey:
+def current_key(model: str, revision: str, facts: ModelInfo) -> ProfileKey:
     """The key of a model as it is loaded now."""
     return ProfileKey(
         model, revision, facts.device, facts.device_name, facts.precision, library_versions()

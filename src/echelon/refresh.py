@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from echelon.data import load_texts
 from echelon.errors import ProfileError
-from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
+from echelon.models.base import DeviceOutOfMemory
+from echelon.models.hub import resolve
 from echelon.options import check_max_length
 from echelon.profile import apply_profile, current_key
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.score.base import DeviceOutOfMemory
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Stuff, models_of
 from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.data import Texts
+    from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.score.base import Scorer
     from echelon.tune.calibrate import Calibration, Probed
     from echelon.tuner import Plan
     from echelon.types import Clock

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from echelon.score.base import Facts
+    from echelon.models.base import ModelInfo
     from echelon.serve.together import Together
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
@@ -66,7 +66,7 @@ class Reranker:
         )
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ModelInfo:
         """What the model is and where it runs."""
         return self._engine.facts
 
@@ -175,10 +175,10 @@ class Reranker:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _longest(self, asked: int | None, facts: Facts) -> int:
+    def _longest(self, asked: int | None, facts: ModelInfo) -> int:
         return check_max_length(asked, facts.max_tokens, self._encoder.template.specials)
 
-    def _limits(self, facts: Facts, options: Options | None = None) -> Limits:
+    def _limits(self, facts: ModelInfo, options: Options | None = None) -> Limits:
         options = options or self.options
         budget = step_budget(options.token_budget, options.batch_size, facts.device)
         return Limits(budget, options.batch_size, options.allow)

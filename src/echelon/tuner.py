@@ -16,8 +16,10 @@ import numpy as np
 
 from echelon.data import load_texts
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
-from echelon.fetch.resolve import ModelFolder, resolve
 from echelon.gate import Trial, compare, require_passed
+from echelon.models.device import usable_cpus
+from echelon.models.hub import ModelFolder, resolve
+from echelon.models.registry import precisions_to_compare, runs_on_cpu
 from echelon.options import check_max_length
 from echelon.profile import (
     Profile,
@@ -29,8 +31,6 @@ from echelon.profile import (
     write_json,
 )
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
-from echelon.score.device import usable_cpus
-from echelon.score.load import precisions_to_compare, runs_on_cpu
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.calibrate import Probed, Stuff, calibrate, models_of
 from echelon.tune.grid import Measured, Point, Run, grid, sweep
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.data import Texts
+    from echelon.models.base import Scorer
     from echelon.options import Options
-    from echelon.score.base import Scorer
     from echelon.types import Clock, Pair
 
 PAIRS = (10, 50, 100)

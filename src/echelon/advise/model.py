@@ -11,12 +11,12 @@ import psutil
 from echelon.advise.sending import require_texts
 from echelon.data import load_texts
 from echelon.errors import InvalidInput
-from echelon.fetch.resolve import resolve
 from echelon.gate import Trial
+from echelon.models.hub import resolve
+from echelon.models.registry import require_model
 from echelon.options import check_max_length
 from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
-from echelon.score.load import require_model
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tune.hardware import meter_of
 from echelon.tune.words import duration, size
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from echelon.advise.ask import Ask
     from echelon.data import Texts
+    from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.score.base import Scorer
 
 LOOKS = 3
 """Steps of one pair, of which the fastest counts."""

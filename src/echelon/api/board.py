@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from echelon.api.recent import Happening, View
-    from echelon.score.base import Facts
+    from echelon.models.base import ModelInfo
     from echelon.serve.state import Snapshot
 
     Row = dict[str, float | None]
@@ -36,7 +36,9 @@ STATE: dict[str, Callable[[Snapshot], float]] = {
 """What is read off the service at each look."""
 
 
-def board(view: View, model: str, facts: Facts | None, state: Snapshot | None) -> dict[str, Any]:
+def board(
+    view: View, model: str, facts: ModelInfo | None, state: Snapshot | None
+) -> dict[str, Any]:
     """Everything that the dashboard shows.
 
     Args:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from echelon.compat.activation import Activation
-    from echelon.score.base import Facts
+    from echelon.models.base import ModelInfo
     from echelon.types import FloatArray, Pair
 
 OWNER = "cross-encoder"
@@ -310,7 +310,7 @@ class CrossEncoder(Movable):
         return AutoTokenizer.from_pretrained(self._located.path, local_files_only=True)
 
     @property
-    def _facts(self) -> Facts:
+    def _facts(self) -> ModelInfo:
         return self._reranker.facts
 
     def _reopen(self, **changes: Any) -> None:

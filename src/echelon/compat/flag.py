@@ -228,7 +228,7 @@ def _one_device(devices: Any) -> str:
 def _precision(*, use_fp16: bool, options: dict[str, Any]) -> str | None:
     """What the caller's words say; None leaves it to the way the weights are stored."""
     if use_fp16:
-        from echelon.score.device import choose_device, require_torch
+        from echelon.models.device import choose_device, require_torch
 
         require_torch()
         if choose_device(options["device"]).type != "cpu":

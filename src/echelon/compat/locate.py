@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echelon.errors import InvalidInput, ModelNotFound, UnsupportedModel
-from echelon.fetch.hub import choose
-from echelon.fetch.resolve import DEMO, resolve
+from echelon.models.hub import DEMO, choose, resolve
 
 
 @dataclass(frozen=True, slots=True)

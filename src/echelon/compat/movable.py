@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from echelon.compat.keywords import PRECISIONS, device_option, precision_of
 from echelon.errors import InvalidInput
-from echelon.score.device import DTYPES
+from echelon.models.device import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
     from echelon.compat.cross_encoder import CrossEncoder
-    from echelon.score.base import Facts
+    from echelon.models.base import ModelInfo
 
 TRAINING = "Echelon scores, it does not train or save. Use sentence_transformers for that."
 POOLS = "One process uses one device. Start a process for each device and share the pairs out."
@@ -42,7 +42,7 @@ class Movable(ABC):
 
     @property
     @abstractmethod
-    def _facts(self) -> Facts: ...
+    def _facts(self) -> ModelInfo: ...
 
     @abstractmethod
     def _reopen(self, **changes: Any) -> None:
@@ -134,7 +134,7 @@ class InnerModel(Movable):
         return self._owner.config
 
     @property
-    def _facts(self) -> Facts:
+    def _facts(self) -> ModelInfo:
         return self._owner._facts  # noqa: SLF001 - two faces of one model
 
     def _reopen(self, **changes: Any) -> None:

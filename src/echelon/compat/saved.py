@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.compat.keywords import PRECISIONS
 from echelon.errors import BadCheckpoint, UnsupportedModel
-from echelon.score.architecture import labels_of, read_config
+from echelon.models.architecture import labels_of, read_config
 
 if TYPE_CHECKING:
     from pathlib import Path

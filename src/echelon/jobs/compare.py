@@ -15,7 +15,7 @@ from echelon.jobs.score import Scoring
 from echelon.jobs.streams import STANDARD
 from echelon.jobs.windows import windows
 from echelon.jobs.writers import ranked
-from echelon.score.device import candidate_precisions
+from echelon.models.device import candidate_precisions
 from echelon.types import monotonic
 
 if TYPE_CHECKING:

@@ -197,7 +197,7 @@ class Job:
 
         Memory pressure writes a smaller budget into a profile; only what tuning chose counts.
         """
-        from echelon.fetch.resolve import resolve
+        from echelon.models.hub import resolve
         from echelon.profile import library_versions
 
         folder = resolve(self.model, revision=self.options.revision, progress=self.options.progress)

@@ -208,7 +208,7 @@ class Scoring:
 
 def steps_of(reranker: Reranker) -> Steps:
     """What decides a model's steps on this machine."""
-    from echelon.score.kernels.library import missing
+    from echelon.models.kernels import missing
 
     facts, options = reranker.facts, reranker.options
     length = reranker.max_length

@@ -16,13 +16,13 @@ import ray
 from ray.exceptions import RayError
 
 from echelon.errors import EchelonError, InvalidInput, WorkerLost
-from echelon.fetch.resolve import resolve
 from echelon.jobs.score import Scored, Scoring
+from echelon.models.device import usable_cpus
+from echelon.models.hub import resolve
 from echelon.prepare import with_profile
 from echelon.scale.opener import place_of
 from echelon.scale.worker import TRIES_AGAIN, Share, loss_of
 from echelon.score.child import fault_of, resident_bytes
-from echelon.score.device import usable_cpus
 from echelon.score.worker import START_TIMEOUT_S, unpack
 
 if TYPE_CHECKING:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from echelon.fetch.resolve import DEMO, resolve
-from echelon.score.load import open_scorer
+from echelon.models.hub import DEMO, resolve
+from echelon.models.registry import open_scorer
 
 if TYPE_CHECKING:
     import os
 
-    from echelon.fetch.resolve import ModelFolder
+    from echelon.models.base import Scorer
+    from echelon.models.hub import ModelFolder
     from echelon.prepare import PreparedModel
-    from echelon.score.base import Scorer
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from echelon.errors import InvalidInput
+from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.scale.command import HERE
-from echelon.score.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.score.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, Scored, unpack
 from echelon.types import TokenBatch, monotonic
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from echelon.score.base import Facts, Scorer
+    from echelon.models.base import ModelInfo, Scorer
     from echelon.score.worker import Opener, Reply
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RayWorker:
         self._sent: deque[Future[Reply]] = deque()
         self._killed = False
 
-    def start(self, precision: str = "auto", *, sparing: bool = False) -> Facts:
+    def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
         """Start an actor and open the scorer in it; one that still lives is killed first.
 
         Raises:
@@ -168,7 +168,7 @@ class RayWorker:
             self.kill()
             raise
 
-    def _hello(self) -> Facts:
+    def _hello(self) -> ModelInfo:
         end = monotonic() + self._start_timeout_s
         while not self.wait(LOOK_S):
             if self._killed:  # Ray says nothing of an actor that was killed before there was room
@@ -176,7 +176,7 @@ class RayWorker:
             if monotonic() >= end:
                 raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._asked}")
         (facts, self._machine, self.pid), _, _ = unpack(self._reply())
-        found: Facts = facts
+        found: ModelInfo = facts
         return found
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:

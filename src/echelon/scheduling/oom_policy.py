@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from echelon.models.base import ModelInfo
     from echelon.options import Allowance
     from echelon.scheduling.queue import PlannedStep
-    from echelon.score.base import Facts
 
 SHORTEST_MAX_LENGTH = 64
 """Tokens below which cutting documents further would leave nothing worth scoring."""
@@ -197,7 +197,7 @@ class OomPolicy:
         self,
         step: PlannedStep,
         taken: Collection[str],
-        facts: Facts,
+        facts: ModelInfo,
         *,
         fresh: bool,
         renewable: bool,

@@ -21,13 +21,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError
-from echelon.score.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory
 from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     import psutil
 
-    from echelon.score.base import Scorer
+    from echelon.models.base import Scorer
     from echelon.score.worker import Reply
     from echelon.types import TokenBatch
 

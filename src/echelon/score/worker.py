@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
+from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
 from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.score.base import Facts, Scorer
+    from echelon.models.base import ModelInfo, Scorer
     from echelon.types import FloatArray, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Worker(Protocol):
 
     renewable: bool
 
-    def start(self, precision: str, *, sparing: bool = False) -> Facts:
+    def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the scorer, closing one that is still open.
 
         Args:
@@ -140,7 +140,7 @@ class ChildWorker:
         """The child's process id; None before it was started."""
         return None if self._process is None else self._process.pid
 
-    def start(self, precision: str = "auto", *, sparing: bool = False) -> Facts:
+    def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
         """Start a child and open the scorer in it; a child that still lives is killed first.
 
         Raises:
@@ -161,11 +161,11 @@ class ChildWorker:
             self._discard()
             raise
 
-    def _hello(self, precision: str, *, sparing: bool) -> Facts:
+    def _hello(self, precision: str, *, sparing: bool) -> ModelInfo:
         self.send((self._opener, precision, sparing), self._start_timeout_s)
         if not self.wait(self._start_timeout_s):
             raise self._wedged(f"did not open its model in {self._start_timeout_s:g} s")
-        facts: Facts = self._reply(self._start_timeout_s)[0]
+        facts: ModelInfo = self._reply(self._start_timeout_s)[0]
         return facts
 
     def score(self, batch: TokenBatch, timeout_s: float) -> Scored:

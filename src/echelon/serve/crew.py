@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
+from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
 from echelon.scheduling.queue import LEAD_S
-from echelon.score.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
 from echelon.score.worker import RESTART_DELAYS_S
 from echelon.serve.events import LadderTaken, WorkerChanged
 from echelon.serve.state import WEDGE_AFTER_S
@@ -24,8 +24,8 @@ from echelon.types import LadderStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.models.base import ModelInfo
     from echelon.scheduling.queue import PlannedStep
-    from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.dispatch import Dispatch, Prepared
     from echelon.serve.events import WorkerState
@@ -80,7 +80,7 @@ class Keeper(threading.Thread):
         dispatch: Dispatch,
         orders: Orders,
         *,
-        opened: Callable[[Facts], Sequence[TokenBatch]],
+        opened: Callable[[ModelInfo], Sequence[TokenBatch]],
         settled: Callable[[Exception | None], None],
     ) -> None:
         super().__init__(name=f"echelon-keeper-{number}", daemon=True)
@@ -95,7 +95,7 @@ class Keeper(threading.Thread):
         self._opened = opened
         self._settled = settled
         self._new = True
-        self._facts: Facts | None = None
+        self._facts: ModelInfo | None = None
         self._precision = orders.precision
         self._memory_limit = orders.memory_limit_bytes
         self._failures = self._failed_starts = 0

@@ -32,11 +32,11 @@ from echelon.types import LadderStep
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
+    from echelon.models.base import ModelInfo
     from echelon.options import Allowance
     from echelon.scheduling.batcher import Batcher
     from echelon.scheduling.oom_policy import OomAction
     from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
-    from echelon.score.base import Facts
     from echelon.score.worker import Scored
     from echelon.serve.events import Listener, Outcome
     from echelon.serve.job import Job
@@ -133,7 +133,9 @@ class Dispatch:
                 late = job.deadline is not None and job.deadline <= now
                 self.listener.request_ended(job.ended("expired" if late else "cancelled", now))
 
-    def set_up(self, facts: Facts, budget: int, prior: Prior | None, goal_s: float | None) -> None:
+    def set_up(
+        self, facts: ModelInfo, budget: int, prior: Prior | None, goal_s: float | None
+    ) -> None:
         """What the scorer turned out to be.
 
         Args:
@@ -303,7 +305,7 @@ class Dispatch:
         self,
         step: PlannedStep,
         reason: str,
-        facts: Facts,
+        facts: ModelInfo,
         *,
         fresh: bool = False,
         renewable: bool = False,

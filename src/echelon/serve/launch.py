@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from echelon.models.device import usable_cpus
 from echelon.options import Options
 from echelon.prepare import prepare, with_profile
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.score.device import usable_cpus
 from echelon.score.worker import ChildWorker
 from echelon.serve.service import Service
 from echelon.serve.state import WEDGE_AFTER_S, Settings

@@ -35,9 +35,9 @@ from echelon.types import Answer, Timings, monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.models.base import ModelInfo
     from echelon.options import Truncation
     from echelon.scheduling.fair_queue import Priority
-    from echelon.score.base import Facts
     from echelon.score.worker import Worker
     from echelon.serve.events import Listener
     from echelon.tokenization.chunking import Chunking, Side
@@ -97,7 +97,7 @@ class Service:
         )
         self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
         self._pressure = LoadShedding(self.settings, self._reception.house, clock)
-        self._facts: Facts | None = None
+        self._facts: ModelInfo | None = None
         self._keepers: list[Keeper] = []
         self._numbers = itertools.count(1)
         self._inside = 0
@@ -243,7 +243,7 @@ class Service:
             self._leave()
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ModelInfo:
         """What the scorer is.
 
         Raises:
@@ -323,7 +323,7 @@ class Service:
             settled=partial(resolve, loop, settled),
         )
 
-    def _opened(self, facts: Facts) -> list[TokenBatch]:
+    def _opened(self, facts: ModelInfo) -> list[TokenBatch]:
         """Learn what the scorer is; what to warm it up with. Called from keepers' threads."""
         budget = step_budget(self.settings.token_budget, self.settings.max_pairs, facts.device)
         if self._facts is None:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, ScoringFailed
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
-from echelon.score.base import DeviceOutOfMemory
 from echelon.score.worker import Scored
 from echelon.serve.crew import Keeper, Orders
 from echelon.serve.dispatch import Dispatch
@@ -26,7 +26,7 @@ from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from echelon.engine import Engine, Limits
-    from echelon.score.base import Facts
+    from echelon.models.base import ModelInfo
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import Answer, TokenBatch
 
@@ -40,7 +40,7 @@ class LocalWorker:
         self._engine = engine
         self._steps: deque[TokenBatch] = deque()
 
-    def start(self, precision: str, *, sparing: bool = False) -> Facts:
+    def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the model in a precision, unless it is."""
         del sparing  # there is no fresh process
         if precision not in {"auto", self._engine.facts.precision}:

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonError, TooNoisy
+from echelon.models.base import DeviceOutOfMemory, WorkerDied
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
-from echelon.score.base import DeviceOutOfMemory, WorkerDied
 from echelon.score.worker import ChildWorker
 from echelon.tokenization.pairs import gather
 from echelon.tune.fit import fit_cost, fit_memory
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.data import Texts
+    from echelon.models.base import ModelInfo, Scorer
     from echelon.scheduling.cost_model import Coefficients
-    from echelon.score.base import Facts, Scorer
     from echelon.score.worker import Opener
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
@@ -106,7 +106,7 @@ class Probed:
     checks: list[Probe]
     limits: Range
     stuff: Stuff
-    facts: Facts
+    facts: ModelInfo
 
 
 def calibrate(

@@ -22,8 +22,8 @@ from echelon.types import Cost
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from echelon.models.base import ModelInfo
     from echelon.scheduling.cost_model import Array
-    from echelon.score.base import Facts
 
 MOST_SPREAD = 0.10
 """Median deviation of a probe's repeats from their median, relative to it, half of the probes
@@ -191,7 +191,7 @@ class Prior:
     device: str
     same: bool
 
-    def serves(self, facts: Facts) -> bool:
+    def serves(self, facts: ModelInfo) -> bool:
         """Whether it is of use for a scorer."""
         kinds = {name.partition(":")[0] for name in (self.device, facts.device)}
         return self.paid == facts.cost and len(kinds) == 1

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from echelon.score.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory
 from echelon.tune.lang import kept
 from echelon.tune.stats import Summary, summarize
 

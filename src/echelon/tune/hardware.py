@@ -14,7 +14,7 @@ def describe_machine() -> dict[str, Any]:
     """The machine as plain data; memory in bytes."""
     import psutil
 
-    from echelon.score.device import cpu_name, usable_cpus
+    from echelon.models.device import cpu_name, usable_cpus
 
     return {
         "cpu": cpu_name(),
@@ -34,7 +34,7 @@ def matrix_features() -> list[str]:
 
     ``ECHELON_CPU`` may hide the newer ones.
     """
-    from echelon.score.device import held_to_avx2
+    from echelon.models.device import held_to_avx2
 
     shown = {"avx2"} if held_to_avx2() else set(MATRIX_FLAGS)
     try:
@@ -49,7 +49,7 @@ def matrix_features() -> list[str]:
 def describe_gpus() -> list[dict[str, Any]]:
     """CUDA devices as torch sees them; none where torch is not installed."""
     try:
-        from echelon.score.device import list_gpus
+        from echelon.models.device import list_gpus
 
         return list_gpus()
     except ImportError:
@@ -108,6 +108,6 @@ class MemoryMeter:
 
 def meter_of(device: str) -> Meter:
     """What reads the peak memory of a device: ``cpu`` or ``cuda:N``."""
-    from echelon.score.device import CudaMemoryMeter
+    from echelon.models.device import CudaMemoryMeter
 
     return MemoryMeter() if device == "cpu" else CudaMemoryMeter(device)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.packing import step_cost
-from echelon.score.base import DeviceOutOfMemory
 from echelon.tune.fit import Probe
 
 if TYPE_CHECKING:

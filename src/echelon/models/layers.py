@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional
 
-from echelon.score.device import has_onednn, multiplies_half
-from echelon.score.fused import (
+from echelon.models.device import has_onednn, multiplies_half
+from echelon.models.fused import (
     SHIFTS,
     ZERO_POINT,
     Product,
@@ -18,7 +18,7 @@ from echelon.score.fused import (
     settle,
     values_of,
 )
-from echelon.score.kernels.library import kernels
+from echelon.models.kernels import kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ class Int8Linear:
     """A product of eight-bit codes: a scale for each weight row, and for each row of activations.
 
     oneDNN multiplies unsigned activations with signed weights; the rows' scales and the bias are
-    left pending, see :mod:`echelon.score.fused`.
+    left pending, see :mod:`echelon.models.fused`.
 
     Args:
         weight: [out, in].

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from echelon.errors import BadCheckpoint
-from echelon.score.architecture import HEAD_TENSORS
-from echelon.score.cuda import CudaScorer
-from echelon.score.device import DTYPES, release_memory
-from echelon.score.fused import SHIFTS, Norm
-from echelon.score.linear import FeedForward, Int8Linear, ProbedLinear, make_linear
-from echelon.score.packed import Embeddings, Head, Layer, PackedScorer, Weights
+from echelon.models.architecture import HEAD_TENSORS
+from echelon.models.device import DTYPES, release_memory
+from echelon.models.encoder import Embeddings, Head, Layer, PackedScorer, Weights
+from echelon.models.encoder_cuda import CudaScorer
+from echelon.models.fused import SHIFTS, Norm
+from echelon.models.layers import FeedForward, Int8Linear, ProbedLinear, make_linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from echelon.score.architecture import Architecture, LayerPlan
-    from echelon.score.base import Scorer
-    from echelon.score.checkpoint import Checkpoint
-    from echelon.score.linear import Linear
+    from echelon.models.architecture import Architecture, LayerPlan
+    from echelon.models.base import Scorer
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.layers import Linear
 
 Tensors = dict[str, "Tensor"]
 Shapes = dict[str, tuple[int, ...]]

@@ -1,7 +1,9 @@
-"""The compiled kernels, where they were built and the processor can run them.
+"""C++ kernels for CPU and the library that they are compiled into.
+
+The compiled kernels, where they were built and the processor can run them.
 
 Plain C functions behind ctypes: nothing in them depends on a version of torch or Python. What they
-compute is in ``attention.cpp`` and ``rows.cpp``; :mod:`echelon.score.fused` says the same in torch,
+compute is in ``attention.cpp`` and ``rows.cpp``; :mod:`echelon.models.fused` says the same in torch,
 for machines without them.
 """
 
@@ -12,13 +14,13 @@ import os
 from functools import cache
 from pathlib import Path
 
-from echelon.score.device import CPU_SWITCH, held_to_avx2
+from echelon.models.device import CPU_SWITCH, held_to_avx2
 
 LIBRARY = Path(__file__).parent / "libechelon.so.1"
 
 SWITCH = "ECHELON_KERNELS"
 """Environment variable; ``off`` leaves the kernels out. So does ``ECHELON_CPU=avx2``, see
-:data:`echelon.score.device.CPU_SWITCH`. Both are read when the kernels are first asked for; the
+:data:`echelon.models.device.CPU_SWITCH`. Both are read when the kernels are first asked for; the
 answer holds as long as the process."""
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float

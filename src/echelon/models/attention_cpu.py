@@ -4,7 +4,7 @@ There are three ways. The compiled kernel takes all pairs at once. The other two
 of pairs of one length, which are dense blocks of the packed rows, as views without padding or
 masks: ``scaled_dot_product_attention``, or two products around a softmax. Which is fastest differs
 from one processor to the next by factors, in both directions (docs/LOG.md), so it is measured,
-once for each kind of rows. :mod:`echelon.score.varlen` is for CUDA.
+once for each kind of rows. :mod:`echelon.models.attention_cuda` is for CUDA.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from echelon.score.device import has_amx
-from echelon.score.kernels.library import HEAD_SIZES, kernels
+from echelon.models.device import has_amx
+from echelon.models.kernels import HEAD_SIZES, kernels
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ make scores differ in their last digits from one process to the next."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class AttentionRun:
     """Neighbouring pairs of one length.
 
     Attributes:
@@ -65,7 +65,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AttentionLayout:
     """How packed rows divide into pairs.
 
     Attributes:
@@ -75,31 +75,31 @@ class Layout:
         firsts: int64 [pairs], each pair's first row.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[AttentionRun, ...]
     probes: frozenset[int]
     offsets: Tensor
     firsts: Tensor
 
     @classmethod
-    def of(cls, offsets: IntArray) -> Layout:
+    def of(cls, offsets: IntArray) -> AttentionLayout:
         """Describe a batch by its offsets."""
         runs = _runs(np.diff(offsets))
         rows = torch.from_numpy(offsets)
         return cls(runs, frozenset(run.probe for run in runs), rows, rows[:-1].long())
 
 
-def _runs(lengths: IntArray) -> tuple[Run, ...]:
+def _runs(lengths: IntArray) -> tuple[AttentionRun, ...]:
     starts = np.flatnonzero(np.diff(lengths, prepend=-1))
     counts = np.diff(starts, append=len(lengths))
     runs, row = [], 0
     for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
         length = int(lengths[start])
-        runs.append(Run(start, row, count, length))
+        runs.append(AttentionRun(start, row, count, length))
         row += count * length
     return tuple(runs)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
     """Attention of every row over its pair.
 
     Args:
@@ -117,7 +117,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     return _by_runs(query, key, value, blocks)
 
 
-def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
     """Attention of each pair's first row alone, for the last layer.
 
     Args:
@@ -135,7 +135,7 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> T
     return _by_runs(query, key, value, [(run.pair, run.count, run) for run in layout.runs])
 
 
-def _all_by_kernel(query: Tensor, layout: Layout) -> bool:
+def _all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
     return all(way_for(query, probe) == "kernel" for probe in layout.probes)
 
 
@@ -195,7 +195,9 @@ def _kernel(
     return out
 
 
-def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int, Run]]) -> Tensor:
+def _by_runs(
+    query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int, AttentionRun]]
+) -> Tensor:
     """One dense block after another; of each run the first query row and the number of them."""
     mixed = []
     for first, count, run in runs:

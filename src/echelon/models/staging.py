@@ -38,7 +38,7 @@ GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class CaptureShape:
     """How much a step may hold.
 
     Attributes:
@@ -52,7 +52,7 @@ class Room:
     longest: int
 
     @classmethod
-    def of(cls, batch: TokenBatch) -> Room:
+    def of(cls, batch: TokenBatch) -> CaptureShape:
         """Just enough for a batch."""
         return cls(len(batch.ids), len(batch), int(batch.lengths.max()))
 
@@ -77,12 +77,12 @@ class Room:
         return int(self.sections(segments=segments)["singles"].stop)
 
 
-LARGEST = Room(MOST_TOKENS, MOST_PAIRS, MOST_TOKENS)
+LARGEST = CaptureShape(MOST_TOKENS, MOST_PAIRS, MOST_TOKENS)
 """The largest bucket."""
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class StepInputs:
     """A step on the device.
 
     Attributes:
@@ -104,12 +104,12 @@ class Inputs:
     longest: int
 
 
-def bucket_of(room: Room) -> Room | None:
+def bucket_of(room: CaptureShape) -> CaptureShape | None:
     """The bucket for a step, or None where it is too large for one."""
     if room.tokens > MOST_TOKENS or room.pairs > MOST_PAIRS:
         return None
     step = FINE_TOKENS if room.tokens <= FINE_UP_TO else COARSE_TOKENS
-    return Room(
+    return CaptureShape(
         -(-room.tokens // step) * step,
         _grown(LEAST_PAIRS, room.pairs),
         _grown(LEAST_LONGEST, room.longest),
@@ -124,7 +124,7 @@ def _grown(least: int, wanted: int) -> int:
 
 
 def fill(
-    block: IntArray, room: Room, batch: TokenBatch, positions: IntArray, *, segments: bool
+    block: IntArray, room: CaptureShape, batch: TokenBatch, positions: IntArray, *, segments: bool
 ) -> None:
     """Write a batch into a block.
 
@@ -151,13 +151,13 @@ def fill(
     parts["singles"][:] = np.arange(room.pairs + 1)
 
 
-def read(block: Tensor, room: Room, *, segments: bool) -> Inputs:
+def read(block: Tensor, room: CaptureShape, *, segments: bool) -> StepInputs:
     """A block's parts as views."""
     parts = {
         name: block.narrow(0, where.start, where.stop - where.start)
         for name, where in room.sections(segments=segments).items()
     }
-    return Inputs(
+    return StepInputs(
         parts["ids"],
         parts["positions"],
         parts["segments"] if segments else None,

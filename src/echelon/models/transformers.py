@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
-from echelon.score.base import Facts
-from echelon.score.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
-from echelon.score.padding import UNBOUNDED_MAX_TOKENS, pad
+from echelon.models.base import UNBOUNDED_MAX_TOKENS, ModelInfo, pad
+from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GenericScorer:
-    """A :class:`~echelon.score.base.Scorer` around ``AutoModelForSequenceClassification``.
+    """A :class:`~echelon.models.base.Scorer` around ``AutoModelForSequenceClassification``.
 
     Args:
         folder: model folder.
@@ -50,7 +49,7 @@ class GenericScorer:
         self._label = label
         self._padding_id = int(config.get("pad_token_id") or 0)
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-        self.facts = Facts(
+        self.facts = ModelInfo(
             family=config["model_type"],
             device=str(device),
             device_name=device_name(device),
@@ -68,7 +67,7 @@ class GenericScorer:
         )
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.score.base.Scorer`."""
+        """Score one step; see :class:`~echelon.models.base.Scorer`."""
         return run_step(lambda: self._model(**self._inputs(batch)).logits[:, self._label])
 
     def release(self) -> None:

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from echelon.score.attention import Layout, attend, attend_first
-from echelon.score.base import Facts
-from echelon.score.device import DTYPES, device_name, release_memory, run_step
-from echelon.score.fused import Norm, Product, Rows, add_norm, settle, values_of
-from echelon.score.mapped import MappedPages
+from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
+from echelon.models.base import ModelInfo
+from echelon.models.checkpoint import MappedPages
+from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.fused import Norm, Product, Rows, add_norm, settle, values_of
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echelon.score.architecture import Architecture
-    from echelon.score.linear import FeedForward, Linear
+    from echelon.models.architecture import Architecture
+    from echelon.models.layers import FeedForward, Linear
     from echelon.types import FloatArray, IntArray
 
 
@@ -91,9 +91,9 @@ def native_facts(
     device: torch.device,
     precision: str,
     threads: int,
-) -> Facts:
+) -> ModelInfo:
     """What a native model is, on any device."""
-    return Facts(
+    return ModelInfo(
         family=architecture.family,
         device=str(device),
         device_name=device_name(device),
@@ -106,7 +106,7 @@ def native_facts(
 
 
 class PackedScorer:
-    """A :class:`~echelon.score.base.Scorer` over packed rows.
+    """A :class:`~echelon.models.base.Scorer` over packed rows.
 
     Args:
         architecture: the model's shape.
@@ -132,7 +132,7 @@ class PackedScorer:
         self.facts = native_facts(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.score.base.Scorer`.
+        """Score one step; see :class:`~echelon.models.base.Scorer`.
 
         Raises:
             BadCheckpoint: a token id that the model has no embedding for.
@@ -154,7 +154,7 @@ class PackedScorer:
         """Logits, [pairs]."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
-        layout = Layout.of(batch.offsets)
+        layout = AttentionLayout.of(batch.offsets)
         rows = Rows(self._embed(self._weights.embeddings, batch))
         *layers, last = self._weights.layers
         for layer in layers:
@@ -179,11 +179,11 @@ class PackedScorer:
         on_device = torch.from_numpy(indices).to(self._device)
         return functional.embedding(on_device, table).float()
 
-    def _layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
+    def _layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
         query, key, value = heads(layer.qkv(rows), 3, self._shape)
         return finish(layer, attend(query, key, value, layout), rows)
 
-    def _last_layer(self, layer: Layer, rows: Rows, layout: Layout) -> Rows:
+    def _last_layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
         """Keys and values for all rows, everything else for each pair's first row."""
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")

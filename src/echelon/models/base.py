@@ -1,11 +1,18 @@
-"""What a scorer is. No torch here: the engine and the tests see only this."""
+"""What a scorer is. No torch here: the engine and the tests see only this.
+
+A step as rectangles, for scorers that cannot do without padding. No torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from echelon.types import Cost, FloatArray, TokenBatch
 
 
@@ -26,7 +33,7 @@ class WorkerWedged(WorkerDied):
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ModelInfo:
     """What a scorer is and how it pays.
 
     Attributes:
@@ -54,7 +61,7 @@ class Scorer(Protocol):
     """A model on a device."""
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ModelInfo:
         """What it is; constant while it is open."""
         ...
 
@@ -76,3 +83,22 @@ class Scorer(Protocol):
     def close(self) -> None:
         """Free the weights; the scorer cannot be used again."""
         ...
+
+
+UNBOUNDED_MAX_TOKENS = 8192
+"""Limit taken for models whose configuration states no number of positions."""
+
+
+def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
+    """Pad on the right to the step's longest pair, as the reference tokenizers do.
+
+    Returns:
+        int64 [pairs, longest]: ``input_ids``, ``attention_mask`` and ``token_type_ids``.
+    """
+    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    ids = np.full(real.shape, padding_id, dtype=np.int64)
+    ids[real] = batch.ids
+    types = np.zeros(real.shape, dtype=np.int64)
+    if batch.type_ids is not None:
+        types[real] = batch.type_ids
+    return {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": types}

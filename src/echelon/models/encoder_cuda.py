@@ -1,4 +1,4 @@
-"""The native encoder on CUDA: the packed rows of :mod:`echelon.score.packed`, few waits.
+"""The native encoder on CUDA: the packed rows of :mod:`echelon.models.encoder`, few waits.
 
 A step is one copy to the device, the forward pass, and one copy of the logits back; the host waits
 for the last alone. Small steps, which launching kernels would dominate, are rounded up to few sizes
@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.score.device import DTYPES, release_memory, run_step
-from echelon.score.fused import Rows, values_of
-from echelon.score.graphs import CudaRecorder, Graphs
-from echelon.score.packed import finish, heads, native_facts
-from echelon.score.staging import LARGEST, Inputs, Room, bucket_of, fill, read
-from echelon.score.varlen import Spans, choose_attention
+from echelon.models.attention_cuda import Spans, choose_attention
+from echelon.models.cuda_graphs import CudaGraphs, CudaRecorder
+from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.encoder import finish, heads, native_facts
+from echelon.models.fused import Rows, values_of
+from echelon.models.staging import LARGEST, CaptureShape, StepInputs, bucket_of, fill, read
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echelon.score.architecture import Architecture
-    from echelon.score.graphs import Record
-    from echelon.score.packed import Embeddings, Layer, Weights
-    from echelon.score.varlen import Attention
+    from echelon.models.architecture import Architecture
+    from echelon.models.attention_cuda import Attention
+    from echelon.models.cuda_graphs import Record
+    from echelon.models.encoder import Embeddings, Layer, Weights
     from echelon.types import FloatArray, TokenBatch
 
 
 class CudaScorer:
-    """A :class:`~echelon.score.base.Scorer` over packed rows on a CUDA device.
+    """A :class:`~echelon.models.base.Scorer` over packed rows on a CUDA device.
 
     Args:
         architecture: the model's shape.
@@ -63,12 +63,12 @@ class CudaScorer:
         self._segments = architecture.reads_segments
         size = LARGEST.size(segments=self._segments)
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
-        self._graphs = Graphs(self._forward_fixed, record or CudaRecorder(device))
+        self._graphs = CudaGraphs(self._forward_fixed, record or CudaRecorder(device))
         self.use_graphs = True
         self.facts = native_facts(architecture, weights, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.score.base.Scorer`.
+        """Score one step; see :class:`~echelon.models.base.Scorer`.
 
         Raises:
             BadCheckpoint: a token id that the model has no embedding for.
@@ -88,7 +88,7 @@ class CudaScorer:
 
     def _step(self, batch: TokenBatch) -> Tensor:
         """Logits on the device, those of filler pairs behind those of the batch."""
-        exact = Room.of(batch)
+        exact = CaptureShape.of(batch)
         bucket = bucket_of(exact) if self.use_graphs else None
         if bucket is None:
             block = self._staged(batch, exact).to(self._device, non_blocking=True)
@@ -97,7 +97,7 @@ class CudaScorer:
         self._fixed.narrow(0, 0, len(block)).copy_(block, non_blocking=True)
         return self._graphs.run(bucket)
 
-    def _staged(self, batch: TokenBatch, room: Room) -> Tensor:
+    def _staged(self, batch: TokenBatch, room: CaptureShape) -> Tensor:
         """The step as int32 on the host, in memory that the device copies from by itself.
 
         Torch keeps such memory for reuse, and reuses none before the copy out of it has ended.
@@ -109,11 +109,11 @@ class CudaScorer:
         fill(block.numpy(), room, batch, positions, segments=self._segments)
         return block
 
-    def _forward_fixed(self, room: Room) -> Tensor:
+    def _forward_fixed(self, room: CaptureShape) -> Tensor:
         """Logits of the step in the inputs that graphs read, [room.pairs]."""
         return self._forward(read(self._fixed, room, segments=self._segments))
 
-    def _forward(self, inputs: Inputs) -> Tensor:
+    def _forward(self, inputs: StepInputs) -> Tensor:
         """Logits, [pairs]. Nothing in here may wait for the device, or capture would fail."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
@@ -123,7 +123,7 @@ class CudaScorer:
             rows = self._layer(layer, rows, inputs)
         return self._weights.head(values_of(self._last_layer(last, rows, inputs)))
 
-    def _embed(self, embeddings: Embeddings, inputs: Inputs) -> Tensor:
+    def _embed(self, embeddings: Embeddings, inputs: StepInputs) -> Tensor:
         """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
         rows = functional.embedding(inputs.ids, embeddings.words).float()
         rows += functional.embedding(inputs.positions, embeddings.positions)
@@ -133,12 +133,12 @@ class CudaScorer:
             rows += functional.embedding(inputs.segments, embeddings.segments)
         return embeddings.norm(rows).to(self._dtype)
 
-    def _layer(self, layer: Layer, rows: Rows, inputs: Inputs) -> Rows:
+    def _layer(self, layer: Layer, rows: Rows, inputs: StepInputs) -> Rows:
         query, key, value = heads(layer.qkv(rows), 3, self._shape)
         spans = Spans(inputs.offsets, inputs.offsets, inputs.longest, inputs.longest)
         return finish(layer, self._attend(query, key, value, spans), rows)
 
-    def _last_layer(self, layer: Layer, rows: Rows, inputs: Inputs) -> Rows:
+    def _last_layer(self, layer: Layer, rows: Rows, inputs: StepInputs) -> Rows:
         """Keys and values for all rows, everything else for each pair's first row."""
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")

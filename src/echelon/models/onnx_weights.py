@@ -1,4 +1,9 @@
-"""Weights out of an int8-quantised ONNX file, without the ``onnx`` package.
+"""Protobuf's wire format: bytes → fields by number. No schema, no knowledge of ONNX.
+
+A message is a run of fields, each a key (number and kind) and a value. What cannot be read is a
+:class:`ValueError`; the caller knows which file is to blame.
+
+Weights out of an int8-quantised ONNX file, without the ``onnx`` package.
 
 An ONNX file is one protobuf message, and only the few fields that carry weights matter here.
 Their numbers are those of ``onnx.proto``, whose meaning is frozen.
@@ -12,15 +17,103 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from echelon.errors import BadCheckpoint
-from echelon.fetch import protobuf
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import numpy.typing as npt
 
     from echelon.types import FloatArray
 
+Field = int | memoryview
+"""A number, or the bytes of a text, a nested message, packed numbers or a fixed-width number."""
+
+_VARINT, _EIGHT_BYTES, _SIZED, _FOUR_BYTES = 0, 1, 2, 5
+_FIXED_SIZES = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
+_VARINT_MAX_BYTES = 10
+_CONTINUES = 0x80
+
+
+def fields(data: memoryview) -> dict[int, list[Field]]:
+    """Split a message into its fields: number → values, in order.
+
+    Raises:
+        ValueError: the message is cut short or is not protobuf.
+    """
+    found: dict[int, list[Field]] = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        value, at = _value(data, at, key & 7)
+        found.setdefault(key >> 3, []).append(value)
+    return found
+
+
+def blob(field: Field) -> memoryview:
+    """Take a field as bytes.
+
+    Raises:
+        ValueError: it is a number.
+    """
+    if isinstance(field, int):
+        raise ValueError("a number stands where bytes belong")  # noqa: TRY004  # the data's fault
+    return field
+
+
+def text(field: Field) -> str:
+    """Take a field as UTF-8 text.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return str(blob(field), "utf-8")
+
+
+def integers(items: Iterable[Field]) -> Iterator[int]:
+    """Take fields as signed numbers, whether they come one by one or packed.
+
+    Raises:
+        ValueError: packed numbers are cut short.
+    """
+    for item in items:
+        for number in [item] if isinstance(item, int) else _unpacked(item):
+            yield number - (1 << 64) if number >> 63 else number
+
+
+def _unpacked(data: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        yield number
+
+
+def _value(data: memoryview, at: int, kind: int) -> tuple[Field, int]:
+    if kind == _VARINT:
+        return _varint(data, at)
+    if kind == _SIZED:
+        size, at = _varint(data, at)
+    elif kind in _FIXED_SIZES:
+        size = _FIXED_SIZES[kind]
+    else:
+        raise ValueError(f"unknown kind of field: {kind}")
+    if at + size > len(data):
+        raise ValueError("it ends in the middle of a field")
+    return data[at : at + size], at + size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    number = 0
+    for i, byte in enumerate(data[at : at + _VARINT_MAX_BYTES]):
+        number |= (byte & ~_CONTINUES) << 7 * i
+        if byte < _CONTINUES:
+            return number, at + i + 1
+    raise ValueError("it ends in the middle of a number")
+
+
+if TYPE_CHECKING:
     Array = npt.NDArray[np.generic]
-    Message = dict[int, list[protobuf.Field]]
+    Message = dict[int, list[Field]]
+
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _NODE_INPUT, _NODE_NAME, _NODE_KIND = 1, 3, 4
@@ -98,24 +191,24 @@ def _dequantised(base: str, tensors: dict[str, Array]) -> FloatArray:
     return plain
 
 
-def _message(field: protobuf.Field) -> Message:
-    return protobuf.fields(protobuf.blob(field))
+def _message(field: Field) -> Message:
+    return fields(blob(field))
 
 
 def _node(message: Message) -> Node:
-    kind, name = (protobuf.text(message.get(key, [_EMPTY])[-1]) for key in (_NODE_KIND, _NODE_NAME))
-    inputs = tuple(protobuf.text(item) for item in message.get(_NODE_INPUT, ()))
+    kind, name = (text(message.get(key, [_EMPTY])[-1]) for key in (_NODE_KIND, _NODE_NAME))
+    inputs = tuple(text(item) for item in message.get(_NODE_INPUT, ()))
     if kind == "MatMulInteger" and not inputs[1:]:
         raise ValueError(f"node {name} multiplies by nothing")
     return Node(kind, name, inputs)
 
 
 def _tensor(message: Message) -> tuple[str, Array]:
-    name, code = protobuf.text(message[_NAME][-1]), message[_DATA_TYPE][-1]
-    elsewhere = any(protobuf.integers(message.get(_LOCATION, ())))
+    name, code = text(message[_NAME][-1]), message[_DATA_TYPE][-1]
+    elsewhere = any(integers(message.get(_LOCATION, ())))
     if not isinstance(code, int) or code not in _TYPES or elsewhere:
         raise ValueError(f"tensor {name} is of a type, or in a place, that is not read here")
-    shape = tuple(protobuf.integers(message.get(_DIMS, ())))
+    shape = tuple(integers(message.get(_DIMS, ())))
     flat = _values(message, *_TYPES[code])
     if min(shape, default=0) < 0 or flat.size != math.prod(shape):
         raise ValueError(f"tensor {name} has {flat.size} values for the shape {shape}")
@@ -124,8 +217,8 @@ def _tensor(message: Message) -> tuple[str, Array]:
 
 def _values(message: Message, dtype: str, numbers: int) -> Array:
     if _RAW in message:
-        return np.frombuffer(protobuf.blob(message[_RAW][-1]), dtype)
+        return np.frombuffer(blob(message[_RAW][-1]), dtype)
     items = message.get(numbers, ())
     if numbers == _FLOATS:  # packed or one by one, they are bytes in the right order
-        return np.frombuffer(b"".join(protobuf.blob(item) for item in items), dtype)
-    return np.array(list(protobuf.integers(items)), dtype)
+        return np.frombuffer(b"".join(blob(item) for item in items), dtype)
+    return np.array(list(integers(items)), dtype)

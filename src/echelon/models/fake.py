@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echelon.models.base import DeviceOutOfMemory, ModelInfo
 from echelon.scheduling.packing import step_cost
-from echelon.score.base import DeviceOutOfMemory, Facts
 
 if TYPE_CHECKING:
     from echelon.types import Cost, FloatArray, TokenBatch
@@ -38,14 +38,14 @@ class FakeScorer:
         cost: Cost = "ragged",
         precision: str = "fp32",
     ) -> None:
-        self.facts = Facts("fake", "cpu", "fake", precision, max_tokens, cost, 0, 1)
+        self.facts = ModelInfo("fake", "cpu", "fake", precision, max_tokens, cost, 0, 1)
         self.batches: list[TokenBatch] = []
         self.closed = False
         self._memory_tokens = memory_tokens
         self._stale_tokens = stale_tokens
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Hash each pair's tokens; see :class:`~echelon.score.base.Scorer`."""
+        """Hash each pair's tokens; see :class:`~echelon.models.base.Scorer`."""
         paid = step_cost(batch.lengths, self.facts.cost) + self._stale_tokens
         if self.facts.precision != "fp32":
             paid //= 2

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from echelon.score.device import is_out_of_memory
+from echelon.models.device import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from echelon.score.staging import Room
+    from echelon.models.staging import CaptureShape
 
     Record = Callable[[Callable[[], Tensor]], "Recording"]
     """Runs work once as it is, then captures it."""
@@ -55,7 +55,7 @@ class Recording:
     drop: Callable[[], None]
 
 
-class Graphs:
+class CudaGraphs:
     """Runs a forward pass, from a graph where there is one.
 
     Not for several threads at once: the engine runs one step at a time.
@@ -65,18 +65,18 @@ class Graphs:
         record: captures work; :class:`CudaRecorder` unless a test says otherwise.
     """
 
-    def __init__(self, forward: Callable[[Room], Tensor], record: Record) -> None:
+    def __init__(self, forward: Callable[[CaptureShape], Tensor], record: Record) -> None:
         self._forward = forward
         self._record = record
-        self._recordings: OrderedDict[Room, Recording] = OrderedDict()
-        self._uses: Counter[Room] = Counter()
+        self._recordings: OrderedDict[CaptureShape, Recording] = OrderedDict()
+        self._uses: Counter[CaptureShape] = Counter()
         self._patience = FIRST_PATIENCE
         self._broken = False
 
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def run(self, room: Room) -> Tensor:
+    def run(self, room: CaptureShape) -> Tensor:
         """Logits, [room.pairs]; good until the next call."""
         recording = self._recordings.get(room) or self._capture_if_due(room)
         if recording is None:
@@ -97,7 +97,7 @@ class Graphs:
         self._recordings.clear()
         self._uses.clear()
 
-    def _capture_if_due(self, room: Room) -> Recording | None:
+    def _capture_if_due(self, room: CaptureShape) -> Recording | None:
         self._uses[room] += 1
         if self._broken or self._uses[room] < self._patience:
             return None
@@ -114,7 +114,7 @@ class Graphs:
             recording.drop()
             del self._uses[room]
 
-    def _capture(self, room: Room) -> Recording | None:
+    def _capture(self, room: CaptureShape) -> Recording | None:
         try:
             return self._record(lambda: self._forward(room))
         except RuntimeError as error:

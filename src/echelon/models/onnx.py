@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import BadCheckpoint, MissingDependency, UnsupportedModel
-from echelon.score.architecture import NATIVE_FAMILIES, read_config, read_object
-from echelon.score.base import DeviceOutOfMemory, Facts
-from echelon.score.device import cpu_name
-from echelon.score.heap import give_back
-from echelon.score.padding import UNBOUNDED_MAX_TOKENS, pad
+from echelon.models.architecture import NATIVE_FAMILIES, read_config, read_object
+from echelon.models.base import UNBOUNDED_MAX_TOKENS, DeviceOutOfMemory, ModelInfo, pad
+from echelon.models.device import cpu_name, give_back
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +39,7 @@ def find_graph(folder: Path) -> Path | None:
 
 
 class OnnxScorer:
-    """A :class:`~echelon.score.base.Scorer` around an ONNX graph, on CPU.
+    """A :class:`~echelon.models.base.Scorer` around an ONNX graph, on CPU.
 
     Args:
         graph: the ``.onnx`` file.
@@ -65,7 +63,7 @@ class OnnxScorer:
             )
         self._label = label
         self._padding_id = int(config.get("pad_token_id") or 0)
-        self.facts = Facts(
+        self.facts = ModelInfo(
             family=config["model_type"],
             device="cpu",
             device_name=cpu_name(),
@@ -77,7 +75,7 @@ class OnnxScorer:
         )
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.score.base.Scorer`."""
+        """Score one step; see :class:`~echelon.models.base.Scorer`."""
         try:
             (logits, *_) = self._session.run(None, self._feed(batch))
         except Exception as error:  # the runtime's own errors share no class but this

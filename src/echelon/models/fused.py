@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.score.kernels.library import kernels
+from echelon.models.kernels import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,1 +1,0 @@
-"""Batches to scores: the only folder that knows torch."""

@@ -1,1 +1,0 @@
-"""C++ kernels for CPU and the library that they are compiled into."""
