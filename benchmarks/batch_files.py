@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from echelon import gate
 from echelon.data import load_texts
-from echelon.engine import Engine, Limits
+from echelon.engine import precision_check
+from echelon.engine.engine import Engine, StepLimits
 from echelon.jobs.job import Job
 from echelon.jobs.run import run
 from echelon.jobs.screen import Screen
@@ -70,7 +70,7 @@ class Frugal(FakeScorer):
 
 def child(source: str, output: str) -> None:
     """One run of a job on the fake model."""
-    gate.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
+    precision_check.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
     with Screen(quiet=True) as screen:
         run(Job(source, output), screen)
 
@@ -165,7 +165,7 @@ def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     with source.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("query", "document"), *pairs])
     model = resolve("demo").path
-    engine = Engine(open_scorer(model), Limits(step_budget(None, None, "cpu")))
+    engine = Engine(open_scorer(model), StepLimits(step_budget(None, None, "cpu")))
     encoded = PairEncoder(model).encode(pairs, MAX_LENGTH, "longest_first")
     whole, forward = [], []
     for turn in range(rounds + 1):

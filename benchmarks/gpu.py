@@ -165,7 +165,7 @@ def peak(bench: Bench) -> dict[str, float]:
 
 def correctness(bench: Bench) -> list[dict[str, Any]]:
     """Logits of every engine and precision beside transformers' in fp32."""
-    from echelon.tune.quality import agreement
+    from echelon.engine.precision_check import agreement
 
     pairs = bench.writer.mixed(bench.scale.checked)
     encoded = bench.ours["fp16"].encode(pairs)

@@ -23,7 +23,7 @@ class Ours:
     """Echelon's encoder and engine, texts in and logits out; identical pairs are not folded."""
 
     def __init__(self, folder: Path, precision: str, device: str) -> None:
-        from echelon.engine import Engine, Limits
+        from echelon.engine.engine import Engine, StepLimits
         from echelon.models.registry import open_scorer
         from echelon.scheduling.packing import NO_BUDGET
         from echelon.tokenization.tokenizer import PairEncoder
@@ -32,8 +32,8 @@ class Ours:
         self.precision = precision
         self.encoder = PairEncoder(folder)
         self.scorer: Any = open_scorer(folder, device=device, precision=precision)
-        self.engine = Engine(self.scorer, Limits(NO_BUDGET))
-        self._limits, self._unbounded = Limits, NO_BUDGET
+        self.engine = Engine(self.scorer, StepLimits(NO_BUDGET))
+        self._limits, self._unbounded = StepLimits, NO_BUDGET
 
     @property
     def has_graphs(self) -> bool:

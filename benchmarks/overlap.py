@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.engine import Engine, Limits
-from echelon.gate import pass_gate
+from echelon.engine.engine import Engine, StepLimits
+from echelon.engine.precision_check import check_precision
 from echelon.models.hub import resolve
 from echelon.models.registry import open_scorer
 from echelon.profile import library_versions
@@ -59,9 +59,9 @@ def measure(model: str, precision: str, pairs: list[Pair], rounds: int) -> dict[
     encoder = PairEncoder(folder.path)
     with Reranker(model, precision=precision, device="cpu", max_length=MAX_LENGTH) as reranker:
         options = replace(reranker.options, precision=precision)
-        kept = pass_gate(folder, options, encoder, None)
+        kept = check_precision(folder, options, encoder, None)
         scorer = open_scorer(folder.path, device="cpu", precision=precision, keep_bf16=kept)
-        engine = Engine(scorer, Limits(step_budget(None, None, "cpu")))
+        engine = Engine(scorer, StepLimits(step_budget(None, None, "cpu")))
         encoded = encoder.encode(pairs, MAX_LENGTH, "longest_first")
         whole, forward = [], []
         for turn in range(rounds + 1):

@@ -28,11 +28,11 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
 from echelon.models.fake import FakeScorer
 from echelon.scale.worker import RayWorker, Share
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.serve.service import Service
-from echelon.serve.state import Settings
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
 from echelon.tune.hardware import describe_machine
 
@@ -82,7 +82,7 @@ def pairs_of(seed: int, count: int) -> EncodedPairs:
 
 def service(workers: int) -> Service:
     """A service whose workers are actors."""
-    settings = Settings(
+    settings = ServiceSettings(
         workers=workers,
         precision="fp32",
         token_budget=BUDGET,

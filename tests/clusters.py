@@ -19,12 +19,12 @@ from ray.cluster_utils import Cluster
 
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
 from echelon.jobs.score import Steps
 from echelon.scale.files import Bench
 from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share
-from echelon.serve.service import Service
-from echelon.serve.state import Settings
 from services import LetterEncoder, scores, until
 from services import run as run_guarded
 
@@ -130,7 +130,7 @@ def service(opener, *, ears=None, start_timeout_s=GUARD_S, **settings) -> Servic
             opener, SHARE, f"worker {number}", start_timeout_s=start_timeout_s, on_end=ended
         )
 
-    return Service(LetterEncoder(), hire, Settings(**settings), listener=ears)
+    return Service(LetterEncoder(), hire, ServiceSettings(**settings), listener=ears)
 
 
 def run(main, made: Service):

@@ -109,8 +109,8 @@ def expected(reranker: Reranker) -> Ranking:
 @pytest.fixture
 def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy BERT's folder, where every model is now scored without weights."""
-    from echelon import gate
+    from echelon.engine import precision_check
     from jobs_kit import Frugal
 
-    monkeypatch.setattr(gate, "open_scorer", lambda _, **__: Frugal(max_tokens=130))
+    monkeypatch.setattr(precision_check, "open_scorer", lambda _, **__: Frugal(max_tokens=130))
     return bert

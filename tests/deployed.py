@@ -19,8 +19,8 @@ import yaml
 from echelon.api.app import make_app
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
+from echelon.engine.events import Outcome, WorkerState
 from echelon.scale.command import serve
-from echelon.serve.events import Outcome, WorkerState
 from helpers import ROOT
 from services import GUARD_S, service
 

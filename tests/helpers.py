@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import scorers
-from echelon import gate
+from echelon.engine import precision_check
 from echelon.models.fake import FakeScorer
 from echelon.tokenization.pairs import Template, encode_pairs
 from echelon.types import TokenBatch
@@ -262,7 +262,7 @@ class PatientScorer(FakeScorer):
 def offer(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
     """Let fake scorers stand for every model, in these precisions, whatever the processor has."""
     monkeypatch.setattr("echelon.models.registry.candidate_precisions", lambda _: list(precisions))
-    monkeypatch.setattr(gate, "open_scorer", scorers.anywhere)
+    monkeypatch.setattr(precision_check, "open_scorer", scorers.anywhere)
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

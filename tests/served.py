@@ -24,8 +24,8 @@ from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
 from echelon.api.recent import SLICE_S, Recent
 from echelon.api.server import Server
+from echelon.engine.events import ListenerGroup
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.serve.events import Fan
 from scorers import HANG
 from services import GUARD_S, service
 
@@ -40,7 +40,7 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 async def app_of(made=None, rules=None, slice_s=SLICE_S, recent=None, **settings):
     """A client of an application in this process, and its house."""
     metrics, recent = Metrics(), recent or Recent(slice_s)
-    made = made or service(ears=Fan(metrics, recent), **settings)
+    made = made or service(ears=ListenerGroup(metrics, recent), **settings)
 
     async def launch():
         await made.start()

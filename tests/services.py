@@ -6,11 +6,11 @@ import asyncio
 
 import numpy as np
 
+from echelon.engine.events import NullListener
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
+from echelon.engine.worker import ChildWorker
 from echelon.models.fake import FakeScorer
-from echelon.score.worker import ChildWorker
-from echelon.serve.events import Silence
-from echelon.serve.service import Service
-from echelon.serve.state import Settings
 from echelon.tokenization.pairs import encode_pairs
 from echelon.types import monotonic
 from helpers import TEMPLATE
@@ -30,7 +30,7 @@ class LetterEncoder:
         return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
 
 
-class Ears(Silence):
+class Ears(NullListener):
     """Keeps what it hears."""
 
     def __init__(self):
@@ -76,7 +76,7 @@ def service(opener=Obedient, *, ears=None, learned=None, clock=monotonic, **sett
     return Service(
         LetterEncoder(),
         lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
-        Settings(**settings),
+        ServiceSettings(**settings),
         listener=ears,
         clock=clock,
         learned=learned,

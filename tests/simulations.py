@@ -9,17 +9,17 @@ from collections import deque
 import numpy as np
 from hypothesis import strategies as st
 
+from echelon.engine.admission_pipeline import AdmissionPipeline, ScoringRequest
+from echelon.engine.dispatcher import Dispatcher
+from echelon.engine.events import NullListener, SafeListener
+from echelon.engine.inflight import InflightRequest
+from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
+from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError
 from echelon.models.fake import FakeScorer
 from echelon.plan.workload import Arrival
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel
-from echelon.score.worker import Scored
-from echelon.serve.crew import Keeper, Orders
-from echelon.serve.dispatch import Dispatch
-from echelon.serve.events import Careful, Silence
-from echelon.serve.job import Job
-from echelon.serve.reception import Reception, Wish
 from echelon.tokenization.pairs import encode_pairs
 from helpers import TEMPLATE
 
@@ -82,7 +82,7 @@ class VirtualWorker:
         batch, seconds = self._sent.popleft(), self._seconds
         if self._sent:
             self._begin()
-        return Scored(self.scorer.score(batch), seconds, 0)
+        return StepResult(self.scorer.score(batch), seconds, 0)
 
     def kill(self):
         pass
@@ -132,11 +132,11 @@ def serve(trace, setting, cost="ragged"):
         return step
 
     batcher.next_step = next_step
-    dispatch = Dispatch(batcher, Careful(Silence()), lambda: worker.now)
+    dispatch = Dispatcher(batcher, SafeListener(NullListener()), lambda: worker.now)
     dispatch.set_up(scorer.facts, setting.token_budget, None, setting.goal_s)
-    reception = Reception(None, setting.bounds, dispatch, lambda: 1)
-    keeper = Keeper(
-        0, worker, dispatch, Orders(), opened=lambda facts: [], settled=lambda error: None
+    reception = AdmissionPipeline(None, setting.bounds, dispatch, lambda: 1)
+    keeper = WorkerSupervisor(
+        0, worker, dispatch, WorkerConfig(), opened=lambda facts: [], settled=lambda error: None
     )
     worker.leave = keeper.leave
     ends: dict = {}
@@ -146,13 +146,13 @@ def serve(trace, setting, cost="ragged"):
     def arrive(arrival):
         deadline = None if setting.deadline_s is None else arrival.at_s + setting.deadline_s
         squares = sum(length**2 for length in arrival.lengths)
-        wish = Wish(512, deadline=deadline)
+        wish = ScoringRequest(512, deadline=deadline)
         try:
             reception._judge(arrival.documents, sum(arrival.lengths), squares, wish)
         except EchelonError:
             ends[arrival.at_s] = "refused", None
             return
-        job = Job(
+        job = InflightRequest(
             next(numbers), encoded(arrival), done(arrival.at_s), worker.now, deadline=deadline
         )
         dispatch.submit(job)

@@ -30,13 +30,13 @@ from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
 from echelon.api.metrics import RATIOS
+from echelon.engine.precision_check import Agreement
 from echelon.errors import InvalidInput
 from echelon.options import Options
 from echelon.plan.workload import Arrival, Between, Fixed, Known
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.quality import Agreement
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import cut, predict
 

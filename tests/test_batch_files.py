@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from echelon import gate, prepare
 from echelon.call import sigmoid
+from echelon.engine import launch, precision_check
 from echelon.errors import InvalidInput
 from echelon.jobs import compare, streams, trec
 from echelon.jobs.forecast import Forecast
@@ -367,9 +367,9 @@ def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
             raise InvalidInput("precision", "int8 ranks differently here", "Use bf16.")
         return Frugal(max_tokens=130, precision="fp32" if precision == "auto" else precision)
 
-    monkeypatch.setattr(gate, "open_scorer", opener)
+    monkeypatch.setattr(precision_check, "open_scorer", opener)
     monkeypatch.setattr(compare, "candidate_precisions", lambda _: ["fp32", "bf16", "int8"])
-    monkeypatch.setattr(prepare, "pass_gate", lambda *_: [])
+    monkeypatch.setattr(launch, "pass_gate", lambda *_: [])
     source = write_lines(tmp_path / "in.jsonl", [*queries(3, documents=3), {"query": 1}])
     (tmp_path / "qrels").write_text("q0 0 d0 1\nq1 0 d1 1\nq2 0 d1 2\n")
     command = ["batch", source, "-o", tmp_path / "out.jsonl", "--model", fake]

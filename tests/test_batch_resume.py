@@ -242,10 +242,12 @@ def test_a_budget_that_memory_taught_is_kept(fake, source, tmp_path):
 
 
 def test_a_pair_that_does_not_fit_is_named_by_its_line(fake, source, tmp_path, monkeypatch):
-    from echelon import gate
+    from echelon.engine import precision_check
     from echelon.models.fake import FakeScorer
 
-    monkeypatch.setattr(gate, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130))
+    monkeypatch.setattr(
+        precision_check, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130)
+    )
     with pytest.raises(OutOfMemory, match=r"^line \d+, document \d+ of"):
         do(job_of(fake, source, tmp_path / "out.jsonl"))
 

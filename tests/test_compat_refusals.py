@@ -163,7 +163,7 @@ def test_a_hub_model_is_asked_for_once(bert: Path, monkeypatch: pytest.MonkeyPat
         return ModelFolder(bert, name, "c0ffee")
 
     monkeypatch.setattr("echelon.compat.locate.resolve", resolve)
-    monkeypatch.setattr("echelon.prepare.resolve", resolve)
+    monkeypatch.setattr("echelon.engine.launch.resolve", resolve)
     model = CrossEncoder("toy", revision="main", device="cpu")
 
     # The second time by the commit that the first one found, which the cache answers.

@@ -31,9 +31,9 @@ from deployed import (
 )
 from echelon.api import auth
 from echelon.api.server import GRACE_S
+from echelon.engine.service import CANARY_TIMEOUT_S
 from echelon.models import demo, kernels
 from echelon.scale.command import config
-from echelon.serve.service import CANARY_TIMEOUT_S
 from helpers import ROOT
 
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")

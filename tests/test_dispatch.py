@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from echelon.engine.dispatcher import Dispatcher
+from echelon.engine.events import NullListener
+from echelon.engine.inflight import InflightRequest
+from echelon.engine.worker import StepResult
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
-from echelon.score.worker import Scored
-from echelon.serve.dispatch import Dispatch
-from echelon.serve.events import Silence
-from echelon.serve.job import Job
 from services import wish
 
 FACTS = FakeScorer().facts
 
 
 def desk(answers):
-    dispatch = Dispatch(Batcher(CostModel(), 1), Silence(), lambda: 0.0)
+    dispatch = Dispatcher(Batcher(CostModel(), 1), NullListener(), lambda: 0.0)
     dispatch.set_up(FACTS, 40, None, None)
 
     def submit(number, pairs):
-        dispatch.submit(Job(number, pairs, lambda told: answers.setdefault(number, told), 0.0))
+        dispatch.submit(
+            InflightRequest(number, pairs, lambda told: answers.setdefault(number, told), 0.0)
+        )
 
     return dispatch, submit
 
 
 def scored(dispatch, prepared):
     logits = FakeScorer().score(prepared.batch)
-    dispatch.finish(prepared.step, Scored(logits, 0.01, 0), 0)
+    dispatch.finish(prepared.step, StepResult(logits, 0.01, 0), 0)
 
 
 def test_a_pair_that_never_fits_ends_though_other_steps_go_well_in_between():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.engine import Engine, Limits, NonFiniteScore
+from echelon.engine.engine import Engine, NonFiniteScore, StepLimits
 from echelon.errors import InvalidInput, OutOfMemory
 from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.tokenization.pairs import encode_pairs
@@ -48,7 +48,7 @@ def test_every_pair_once_in_order_whatever_memory_does(
     scorer = PatientScorer(memory, stale_tokens=stale, cost=cost)
     pairs = pairs_of(lengths)
     finished: list[int] = []
-    outcome = Engine(scorer, Limits(budget, max_pairs)).run(pairs, scored=finished.append)
+    outcome = Engine(scorer, StepLimits(budget, max_pairs)).run(pairs, scored=finished.append)
     assert outcome.logits.tolist() == expected(pairs).tolist()
     done = scored_pairs(scorer)
     assert sorted(done) == sorted(pairs.batch([i]).ids.tobytes() for i in range(len(pairs)))
@@ -69,7 +69,7 @@ def test_every_pair_once_in_order_whatever_memory_does(
 
 def test_no_pairs_are_no_steps():
     scorer = PatientScorer()
-    outcome = Engine(scorer, Limits(100)).run(pairs_of([]))
+    outcome = Engine(scorer, StepLimits(100)).run(pairs_of([]))
     assert outcome.logits.shape == outcome.truncated_tokens.shape == (0,)
     assert outcome.logits.dtype == np.float32
     assert scorer.batches == []
@@ -77,7 +77,7 @@ def test_no_pairs_are_no_steps():
 
 def test_finished_pairs_are_not_started_again():
     scorer = PatientScorer(100)
-    run = Engine(scorer, Limits(120)).run(pairs_of([60, 60, 50, 50, 40]))
+    run = Engine(scorer, StepLimits(120)).run(pairs_of([60, 60, 50, 50, 40]))
     # 120 fails twice, 60 is left: from then on one pair of at most 60 tokens a step.
     assert [batch.lengths.tolist() for batch in scorer.batches] == [[60], [60], [50], [50], [40]]
     assert [step.rung for step in run.report.ladder] == ["drop_caches", "one_pair"]
@@ -92,7 +92,7 @@ def test_memory_that_shrinks_midway_costs_no_finished_pair():
 
     scorer = Shrinking(100)
     pairs = pairs_of([30] * 9)
-    outcome = Engine(scorer, Limits(90)).run(pairs)
+    outcome = Engine(scorer, StepLimits(90)).run(pairs)
     assert [len(batch) for batch in scorer.batches] == [3, 1, 1, 1, 1, 1, 1]
     assert outcome.logits.tolist() == expected(pairs).tolist()
     assert [step.rung for step in outcome.report.ladder] == [
@@ -104,7 +104,7 @@ def test_memory_that_shrinks_midway_costs_no_finished_pair():
 def test_the_budget_is_learned_and_kept():
     learned: list[int] = []
     scorer = PatientScorer(100)
-    engine = Engine(scorer, Limits(400), learned=learned.append)
+    engine = Engine(scorer, StepLimits(400), learned=learned.append)
     assert engine.budget == 400
     first = engine.run(pairs_of([20] * 40))
     assert [step.rung for step in first.report.ladder] == [
@@ -114,15 +114,15 @@ def test_the_budget_is_learned_and_kept():
     ]
     assert learned == [200, 100]
     assert engine.budget == 100
-    second = engine.run(pairs_of([20] * 40), limits=Limits(4000))
+    second = engine.run(pairs_of([20] * 40), limits=StepLimits(4000))
     assert second.report.ladder == ()
     assert {len(batch) for batch in scorer.batches} == {5}
 
 
 def test_limits_of_one_call_may_exceed_the_engines_own():
     scorer = PatientScorer()
-    engine = Engine(scorer, Limits(40))
-    engine.run(pairs_of([20] * 6), limits=Limits(NO_BUDGET, max_pairs=3))
+    engine = Engine(scorer, StepLimits(40))
+    engine.run(pairs_of([20] * 6), limits=StepLimits(NO_BUDGET, max_pairs=3))
     engine.run(pairs_of([20] * 6))
     assert [len(batch) for batch in scorer.batches] == [3, 3, 2, 2, 2]
     assert engine.budget == 40
@@ -130,7 +130,7 @@ def test_limits_of_one_call_may_exceed_the_engines_own():
 
 def test_stale_caches_are_dropped_before_anything_shrinks():
     scorer = PatientScorer(100, stale_tokens=60)
-    engine = Engine(scorer, Limits(100))
+    engine = Engine(scorer, StepLimits(100))
     outcome = engine.run(pairs_of([50, 50]))
     assert [step.rung for step in outcome.report.ladder] == ["drop_caches"]
     assert engine.budget == 100
@@ -144,7 +144,7 @@ def test_caches_are_dropped_anew_after_a_success():
             self._stale_tokens = 60
             return logits
 
-    outcome = Engine(Refilling(100), Limits(100)).run(pairs_of([50] * 6))
+    outcome = Engine(Refilling(100), StepLimits(100)).run(pairs_of([50] * 6))
     assert [step.rung for step in outcome.report.ladder] == ["drop_caches"] * 2
     assert outcome.report.steps == 3
 
@@ -157,7 +157,7 @@ def test_lower_precision_where_allowed():
         return opened[-1]
 
     first = PatientScorer(100)
-    engine = Engine(first, Limits(150, allow=("precision",)), reopen=reopen)
+    engine = Engine(first, StepLimits(150, allow=("precision",)), reopen=reopen)
     pairs = pairs_of([150, 90])
     outcome = engine.run(pairs)
     assert [step.rung for step in outcome.report.ladder] == ["drop_caches", "lower_precision"]
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_reopened_leaves_a_closed_engine():
     def reopen(precision: str) -> PatientScorer:
         raise OutOfMemory(f"no room in {precision}")
 
-    engine = Engine(PatientScorer(100), Limits(150, allow=("precision",)), reopen=reopen)
+    engine = Engine(PatientScorer(100), StepLimits(150, allow=("precision",)), reopen=reopen)
     with pytest.raises(OutOfMemory, match="no room in bf16"):
         engine.run(pairs_of([150]))
     with pytest.raises(InvalidInput, match="reranker: it is closed"):
@@ -184,7 +184,7 @@ def test_a_model_that_cannot_be_reopened_leaves_a_closed_engine():
 def test_shorter_pairs_where_allowed():
     scorer = PatientScorer(160)
     pairs = pairs_of([400, 200, 150, 20])
-    outcome = Engine(scorer, Limits(1000, allow=("max_length",))).run(pairs)
+    outcome = Engine(scorer, StepLimits(1000, allow=("max_length",))).run(pairs)
     rungs = [step.rung for step in outcome.report.ladder]
     assert rungs == ["drop_caches", *["one_pair", "shorten"] * 2, "one_pair"]
     assert outcome.truncated_tokens.tolist() == [300, 100, 50, 0]
@@ -200,11 +200,11 @@ def test_shortening_spares_what_is_finished():
             return logits
 
     pairs = pairs_of([300, 130], truncation="only_second", query=90)
-    engine = Engine(Shrinking(300), Limits(300, allow=("max_length",)))
+    engine = Engine(Shrinking(300), StepLimits(300, allow=("max_length",)))
     with pytest.raises(InvalidInput, match=r"pairs\[1\]\.query: its 90 tokens leave no room"):
         engine.run(pairs)
     pairs = pairs_of([300, 130], truncation="longest_first", query=90)
-    engine = Engine(Shrinking(300), Limits(300, allow=("max_length",)))
+    engine = Engine(Shrinking(300), StepLimits(300, allow=("max_length",)))
     outcome = engine.run(pairs)
     assert outcome.truncated_tokens.tolist() == [0, 65]
     assert outcome.report.tokens == 300 + 65
@@ -212,7 +212,7 @@ def test_shortening_spares_what_is_finished():
 
 def test_the_end_of_the_ladder_names_pair_tokens_and_remedy():
     scorer = PatientScorer(100)
-    engine = Engine(scorer, Limits(1000))
+    engine = Engine(scorer, StepLimits(1000))
     with pytest.raises(OutOfMemory) as caught:
         engine.run(pairs_of([20, 20, 130, 20]))
     words = str(caught.value)
@@ -226,7 +226,7 @@ def test_the_end_of_the_ladder_names_pair_tokens_and_remedy():
 
 def test_precision_is_not_offered_where_nothing_can_reopen():
     with pytest.raises(OutOfMemory):
-        Engine(PatientScorer(10), Limits(100, allow=("precision",))).run(pairs_of([20]))
+        Engine(PatientScorer(10), StepLimits(100, allow=("precision",))).run(pairs_of([20]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -237,7 +237,7 @@ def test_no_score_is_invented_for_nan(bad):
             logits[batch.lengths == 33] = bad
             return logits
 
-    engine = Engine(Broken(), Limits(1000))
+    engine = Engine(Broken(), StepLimits(1000))
     with pytest.raises(NonFiniteScore, match=r"pairs\[1\]: the model gave .* in fp32"):
         engine.run(pairs_of([50, 33, 20]))
     pairs = pairs_of([50, 20])
@@ -253,13 +253,13 @@ def test_other_errors_pass_through(error):
             raise error
 
     with pytest.raises(type(error)) as caught:
-        Engine(Broken(), Limits(100)).run(pairs_of([20]))
+        Engine(Broken(), StepLimits(100)).run(pairs_of([20]))
     assert caught.value is error
 
 
 def test_after_closing_the_error_is_clear():
     scorer = PatientScorer()
-    engine = Engine(scorer, Limits(100))
+    engine = Engine(scorer, StepLimits(100))
     engine.close()
     engine.close()
     assert scorer.closed
@@ -271,7 +271,7 @@ def test_after_closing_the_error_is_clear():
 def test_the_same_trace_gives_the_same_decisions(lengths, budget, memory, cost):
     def trace():
         scorer = PatientScorer(memory, cost=cost, stale_tokens=100)
-        report = Engine(scorer, Limits(budget)).run(pairs_of(lengths)).report
+        report = Engine(scorer, StepLimits(budget)).run(pairs_of(lengths)).report
         return [batch.ids.tolist() for batch in scorer.batches], report
 
     assert trace() == trace()
@@ -282,18 +282,18 @@ def test_the_order_of_pairs_does_not_change_their_scores(lengths, chance):
     pairs = pairs_of(lengths)
     order = list(range(len(lengths)))
     chance.shuffle(order)
-    whole = Engine(PatientScorer(250), Limits(1000)).run(pairs).logits
+    whole = Engine(PatientScorer(250), StepLimits(1000)).run(pairs).logits
     shuffled = pairs_of(lengths)
     documents = [shuffled.documents[i] for i in order]
     other = encode_pairs(pairs.template, shuffled.queries, documents, 10_000, "longest_first")
-    assert Engine(PatientScorer(250), Limits(1000)).run(other).logits.tolist() == [
+    assert Engine(PatientScorer(250), StepLimits(1000)).run(other).logits.tolist() == [
         whole[i] for i in order
     ]
 
 
 def test_steps_that_others_planned():
     scorer = PatientScorer(100)
-    engine = Engine(scorer, Limits(150))
+    engine = Engine(scorer, StepLimits(150))
     pairs = pairs_of([30, 40])
     assert engine.step(pairs.batch([1])).tolist() == expected(pairs)[1:].tolist()
     engine.close()

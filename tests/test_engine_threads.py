@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from echelon.engine import Engine, Limits, _Run
+from echelon.engine.engine import Engine, StepLimits, _CallState
 from echelon.errors import InvalidInput, OutOfMemory
 from helpers import PatientScorer, pairs_of
 
@@ -34,8 +34,8 @@ def work(number: int) -> list[int]:
 
 def test_callers_get_their_own_answers_through_memory_trouble():
     jobs = [pairs_of(work(number)) for number in range(8)]
-    alone = [Engine(PatientScorer(), Limits(500)).run(job).logits.tolist() for job in jobs]
-    engine = Engine(OneAtATime(300, stale_tokens=50), Limits(2000))
+    alone = [Engine(PatientScorer(), StepLimits(500)).run(job).logits.tolist() for job in jobs]
+    engine = Engine(OneAtATime(300, stale_tokens=50), StepLimits(2000))
     with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda job: engine.run(job).logits.tolist(), jobs))
     assert together == alone
@@ -43,9 +43,9 @@ def test_callers_get_their_own_answers_through_memory_trouble():
 
 
 def test_one_callers_failure_is_its_own():
-    engine = Engine(OneAtATime(200), Limits(200))
+    engine = Engine(OneAtATime(200), StepLimits(200))
     good, bad = pairs_of([50] * 40), pairs_of([50, 250])
-    alone = Engine(PatientScorer(), Limits(200)).run(good).logits.tolist()
+    alone = Engine(PatientScorer(), StepLimits(200)).run(good).logits.tolist()
 
     def run(job):
         try:
@@ -60,9 +60,9 @@ def test_one_callers_failure_is_its_own():
 
 
 def test_anothers_success_does_not_send_a_caller_back_to_the_first_rung():
-    engine = Engine(PatientScorer(100), Limits(400))
-    large = _Run(pairs_of([40] * 10), Limits(400))
-    small = _Run(pairs_of([10] * 10), Limits(10))
+    engine = Engine(PatientScorer(100), StepLimits(400))
+    large = _CallState(pairs_of([40] * 10), StepLimits(400))
+    small = _CallState(pairs_of([10] * 10), StepLimits(10))
     for run in (large, small):
         run.plan(run.limits.budget, engine.facts)
     for _ in range(8):
@@ -82,7 +82,7 @@ def test_closing_waits_for_the_step_under_way():
             return super().score(batch)
 
     scorer = Slow()
-    engine = Engine(scorer, Limits(20))
+    engine = Engine(scorer, StepLimits(20))
     with ThreadPoolExecutor(2) as threads:
         running = threads.submit(engine.run, pairs_of([20, 20]))
         assert entered.wait(60)

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from echelon.api.dialects.table import DIALECTS, read
+from echelon.engine.state import ServiceSettings
 from echelon.errors import InvalidInput
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
-from echelon.serve.state import Settings
 from echelon.tokenization.chunking import Chunking
 from echelon.types import monotonic
 from scorers import Held
@@ -135,7 +135,7 @@ def test_not_without_configuration_and_not_without_pressure(hold, settings):
 
 @pytest.mark.parametrize("goal_s", [None, 4.0])
 def test_the_goal_is_the_latency_goal_or_else_the_longest_wait(goal_s):
-    settings = Settings(
+    settings = ServiceSettings(
         fallback_max_length=64, goal_s=goal_s, bounds=AdmissionLimits(max_wait_s=10.0)
     )
     inside = SimpleNamespace(backlog_s=ON_SHARE * (goal_s or 10.0))

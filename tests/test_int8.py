@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from echelon import InvalidInput, Reranker, gate
+from echelon import InvalidInput, Reranker
 from echelon.data import load_texts
+from echelon.engine import precision_check
+from echelon.engine.launch import launch
 from echelon.models.device import choose_precision, multiplies_int8
 from echelon.models.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.models.hub import resolve
 from echelon.models.layers import Int8Linear
 from echelon.models.registry import layer_errors, open_scorer
 from echelon.options import Options
-from echelon.serve.launch import launch
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuner import Plan, tune
 from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
@@ -37,7 +38,7 @@ def own_home(request, tmp_path, monkeypatch):
     """Answers of the gate go to a folder of the test's; the demo model stays where it is."""
     if "demo_folder" in request.fixturenames:
         request.getfixturevalue("demo_folder")
-    monkeypatch.setattr(gate, "home", lambda: tmp_path)
+    monkeypatch.setattr(precision_check, "home", lambda: tmp_path)
     return tmp_path
 
 
@@ -150,15 +151,15 @@ def test_the_layer_that_int8_harms_is_found(spoiled):
     assert errors["layer.0.intermediate.dense"] > 5 * sorted(errors.values())[-3]
 
 
-def trial(folder) -> gate.Trial:
-    return gate.Trial.of(
+def trial(folder) -> precision_check.PrecisionCheck:
+    return precision_check.PrecisionCheck.of(
         resolve(folder), Options(device="cpu"), PairEncoder(folder), load_texts(None, "en")
     )
 
 
 @needs_int8
 def test_the_demo_passes_the_gate(demo_folder):
-    rows = gate.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
+    rows = precision_check.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
     assert [row["precision"] for row in rows] == ["fp32", "int8"]
     exact, int8 = rows
     assert exact["max_delta"] == 0
@@ -179,7 +180,7 @@ def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypat
     assert content["int8"]["passed"]
     assert content["key"]["precision"] == "int8"
 
-    monkeypatch.setattr(gate, "compare", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(precision_check, "compare", lambda *_: pytest.fail("measured again"))
     with Reranker(demo_folder, device="cpu", precision="int8") as second:
         np.testing.assert_array_equal(second.score(pairs), scores)
 
@@ -193,7 +194,7 @@ def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content)
         asked.append(1)
         return [{}, {**FAILED, "passed": True}]
 
-    monkeypatch.setattr(gate, "compare", compare)
+    monkeypatch.setattr(precision_check, "compare", compare)
     Reranker(bert, device="cpu", precision="int8").close()
     (kept,) = (own_home / "gates").iterdir()
     kept.write_text(content)
@@ -214,7 +215,7 @@ FAILED = {
 
 def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch):
     offer(monkeypatch, *ALL)
-    monkeypatch.setattr(gate, "compare", lambda *_: [{}, FAILED])
+    monkeypatch.setattr(precision_check, "compare", lambda *_: [{}, FAILED])
     with pytest.raises(InvalidInput) as caught:
         Reranker(bert, device="cpu", precision="int8")
     assert caught.value.field == "precision"
@@ -227,8 +228,8 @@ def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     tried = []
     worst_first = [f"layer {i}" for i in range(13)]
-    monkeypatch.setattr(gate.Trial, "sensitive_layers", lambda _: worst_first)
-    real = gate.Trial.score
+    monkeypatch.setattr(precision_check.PrecisionCheck, "sensitive_layers", lambda _: worst_first)
+    real = precision_check.PrecisionCheck.score
 
     def score(self, precision, keep_bf16=()):
         tried.append((precision, list(keep_bf16)))
@@ -236,8 +237,8 @@ def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
         passes = precision != "int8" or len(keep_bf16) >= 3
         return (logits if passes else [-part for part in logits]), speed
 
-    monkeypatch.setattr(gate.Trial, "score", score)
-    row = gate.compare(trial(bert), ["fp32", "int8"], lambda _: None)[1]
+    monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
+    row = precision_check.compare(trial(bert), ["fp32", "int8"], lambda _: None)[1]
     kept = [keep for precision, keep in tried if precision == "int8"]
     assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3]]
     assert row["passed"]
@@ -247,17 +248,22 @@ def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
 def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     folder = resolve(bert)
-    key = gate.Key(
-        folder.name, folder.revision, "cpu", gate.cpu_name(), "bf16", gate.library_versions()
+    key = precision_check.Key(
+        folder.name,
+        folder.revision,
+        "cpu",
+        precision_check.cpu_name(),
+        "bf16",
+        precision_check.library_versions(),
     )
     row = {**FAILED, "passed": True}
     profile = gate_profile(key, row)
     options = Options(device="cpu", precision="int8")
     encoder = PairEncoder(bert)
-    found = gate.pass_gate(folder, options, encoder, profile)
+    found = precision_check.check_precision(folder, options, encoder, profile)
     assert found == ["layer.0.output.dense"]
     stale = replace(profile, key=replace(key, device_name="another machine"))
-    assert gate._from_profile(stale, key) is None
+    assert precision_check._from_profile(stale, key) is None
 
 
 def gate_profile(key, row):
@@ -279,7 +285,7 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
 def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     batch = random_batch([40, 22], 150, 1, types=True)
     names = list(layer_errors(bert, [batch]))
-    monkeypatch.setattr("echelon.prepare.pass_gate", lambda *_: names)
+    monkeypatch.setattr("echelon.engine.launch.pass_gate", lambda *_: names)
     pairs = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
     with Reranker(bert, device="cpu", precision="bf16", threads=1) as reranker:
         expected = reranker.score(pairs)
@@ -315,13 +321,13 @@ def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
     row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
     monkeypatch.setattr("echelon.tuner.compare", lambda *_: [row])
     opened = []
-    real = gate.Trial.open
+    real = precision_check.PrecisionCheck.open
 
     def remembering(self, precision, keep_bf16=()):
         opened.append((precision, list(keep_bf16)))
         return real(self, precision, keep_bf16)
 
-    monkeypatch.setattr(gate.Trial, "open", remembering)
+    monkeypatch.setattr(precision_check.PrecisionCheck, "open", remembering)
     found = tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
     assert found.settings.precision == "int8"
     assert set(map(str, opened)) == {str(("int8", row["keep_bf16"]))}

@@ -7,9 +7,8 @@ import asyncio
 import pytest
 
 from echelon import InvalidInput, ModelNotFound, Reranker
+from echelon.engine.launch import device_of, launch, prepare, threads_of
 from echelon.options import Options
-from echelon.prepare import prepare
-from echelon.serve.launch import device_of, launch, threads_of
 from helpers import SENTENCES
 
 PAIRS = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
@@ -56,7 +55,7 @@ def test_workers_open_the_model_where_they_are_told(bert):
 
 
 def test_workers_share_the_machine(monkeypatch):
-    monkeypatch.setattr("echelon.serve.launch.usable_cpus", lambda: 8)
+    monkeypatch.setattr("echelon.engine.launch.usable_cpus", lambda: 8)
     assert [threads_of(None, workers) for workers in (1, 2, 3, 16)] == [None, 4, 2, 1]
     assert threads_of(5, 2) == 5
     assert [device_of("cuda", number, 2) for number in (0, 1)] == ["cuda:0", "cuda:1"]

@@ -18,7 +18,7 @@ from echelon.api.house import House, Rules
 from echelon.api.metrics import Metrics
 from echelon.api.pages.files import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
 from echelon.api.recent import Recent
-from echelon.serve.state import Snapshot
+from echelon.engine.state import ServiceSnapshot
 from served import ASKED, run_app
 from services import until
 
@@ -264,7 +264,7 @@ def test_looking_goes_on_until_the_end_and_not_beyond():
         looks = 0
 
         def looked(self, state):
-            assert isinstance(state, Snapshot)
+            assert isinstance(state, ServiceSnapshot)
             self.looks += 1
             raise RuntimeError("what one look meets does not end the others")
 

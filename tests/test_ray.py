@@ -37,6 +37,7 @@ from clusters import (
     serve_at,
     service,
 )
+from echelon.engine.scaling import keep_scaled
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.jobs.rows import Row, Window
 from echelon.jobs.run import run as run_file
@@ -45,7 +46,6 @@ from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted
 from echelon.scale.serve import NAME, Ingress
 from echelon.scheduling.autoscaling import AutoscalingLimits
-from echelon.serve.scaling import keep_scaled
 from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
 from services import Ears, scores, texts, until, wish

@@ -14,10 +14,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from echelon.api.server import GRACE_S
 from echelon.cli import cli
+from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
-from echelon.prepare import PreparedModel
 from echelon.scale.opener import abroad
 from echelon.scale.serve import app, plan_of, values_of
 from echelon.scale.worker import Share

@@ -23,16 +23,16 @@ from echelon.api.recent import (
     percentiles,
     power_of,
 )
-from echelon.scheduling.queue import QueueLoad
-from echelon.serve.events import (
-    Fan,
+from echelon.engine.events import (
     LadderTaken,
-    Refused,
+    ListenerGroup,
     RequestEnded,
+    RequestRefused,
     StepFinished,
     WorkerChanged,
 )
-from echelon.serve.state import Snapshot
+from echelon.engine.state import ServiceSnapshot
+from echelon.scheduling.queue import QueueLoad
 from echelon.types import LadderStep
 from services import Ears
 
@@ -67,7 +67,7 @@ def ended(outcome="answered", cut=0, fallback=None):
 
 def snapshot(pairs=5, memory=(7, 0), budget=2048):
     load = QueueLoad(1, pairs, 60, 700, 1, 0.0, budget, None)
-    return Snapshot(
+    return ServiceSnapshot(
         load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False, drift=1.75, drifted=True
     )
 
@@ -196,7 +196,7 @@ def test_steps_are_counted_by_size_with_their_drift():
 def test_troubles_are_told_by_kind_and_one_by_one():
     time = Time()
     heard = recent(time)
-    heard.refused(Refused("requests_full", 3, 1.0))
+    heard.refused(RequestRefused("requests_full", 3, 1.0))
     heard.connection_refused("too_many")
     heard.rate_limited()
     heard.request_ended(ended("expired", cut=2, fallback=64))
@@ -271,11 +271,11 @@ def test_each_listener_hears_everything_though_another_raises(caplog):
 
         step_finished = request_ended = refused = ladder_taken = worker_changed = note
 
-    fan = Fan(first, Raises(), last)
+    fan = ListenerGroup(first, Raises(), last)
     events = {
         "step_finished": step(),
         "request_ended": ended(),
-        "refused": Refused("requests_full", 1, None),
+        "refused": RequestRefused("requests_full", 1, None),
         "ladder_taken": LadderTaken(0, LadderStep("a", "b", "c"), 1),
         "worker_changed": WorkerChanged(0, "up"),
     }

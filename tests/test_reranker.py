@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from echelon import EchelonWarning, InvalidInput, OutOfMemory, Ranking, Reranker
 from echelon.call import sigmoid
-from echelon.engine import Engine, Limits
+from echelon.engine.engine import Engine, StepLimits
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import RunReport
 from helpers import SENTENCES, PatientScorer, reference_logits, words
@@ -34,7 +34,7 @@ def small_memory(bert):
     """A reranker whose scorer is a fake one that holds 40 tokens."""
     opened = Reranker(bert, device="cpu", threads=1)
     scorer = PatientScorer(40, max_tokens=130)
-    opened._engine = Engine(scorer, Limits(2048))
+    opened._engine = Engine(scorer, StepLimits(2048))
     return opened, scorer
 
 

@@ -10,6 +10,8 @@ from functools import partial
 import pytest
 
 import scorers
+from echelon.engine.events import NullListener, RequestEnded
+from echelon.engine.state import ServiceSettings
 from echelon.errors import (
     DeadlinePassed,
     InvalidInput,
@@ -20,8 +22,6 @@ from echelon.errors import (
     WorkerLost,
 )
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.serve.events import RequestEnded, Silence
-from echelon.serve.state import Settings
 from scorers import Obedient
 from services import GUARD_S, Ears, run, scores, service, texts, until, wish
 
@@ -261,7 +261,7 @@ def test_readiness_is_a_score_and_not_a_port():
 
 
 def test_a_listener_that_raises_harms_nobody(caplog):
-    class Deaf(Silence):
+    class Deaf(NullListener):
         def step_finished(self, event):
             raise RuntimeError("no metrics today")
 
@@ -280,5 +280,5 @@ def test_a_listener_that_raises_harms_nobody(caplog):
 )
 def test_settings_that_make_no_sense(field):
     with pytest.raises(InvalidInput) as caught:
-        Settings(**{field: 0})
+        ServiceSettings(**{field: 0})
     assert caught.value.field == field

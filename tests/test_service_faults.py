@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 
 import scorers
+from echelon.engine.supervisor import WorkerConfig
 from echelon.errors import NonFiniteScore, OutOfMemory, ScoringFailed, WorkerLost
-from echelon.serve.crew import Orders
 from scorers import Obedient
 from services import Ears, run, scores, service, texts, until, wish
 
@@ -177,7 +177,7 @@ def test_errors_of_the_scorer_are_of_that_request_only():
 
 
 def test_where_no_worker_can_be_brought_up_nobody_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr("echelon.serve.service.Orders", partial(Orders, delays_s=(0.0,)))
+    monkeypatch.setattr("echelon.engine.service.Orders", partial(WorkerConfig, delays_s=(0.0,)))
     ears = Ears()
 
     async def main(made):

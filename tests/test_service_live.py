@@ -10,13 +10,13 @@ from random import Random
 
 import pytest
 
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
+from echelon.engine.worker import StepResult
 from echelon.errors import DeadlinePassed
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
 from echelon.scheduling.drift import HOLD
-from echelon.score.worker import Scored
-from echelon.serve.service import Service
-from echelon.serve.state import Settings
 from echelon.tune.fit import Prior
 from services import GUARD_S, Ears, LetterEncoder, wish
 
@@ -47,7 +47,7 @@ class Planned:
     def receive(self, timeout_s):
         batch = self._sent.popleft()
         seconds = self.prices.seconds(work_of(batch.lengths, "ragged"))
-        return Scored(self._scorer.score(batch), seconds, 0)
+        return StepResult(self._scorer.score(batch), seconds, 0)
 
     def release(self):
         pass
@@ -63,7 +63,7 @@ class Town:
         self.service = Service(
             LetterEncoder(),
             lambda number, ended: self.worker,
-            Settings(precision="fp32", **settings),
+            ServiceSettings(precision="fp32", **settings),
             listener=self.ears,
             clock=lambda: 0.0,
             prior=prior,
@@ -142,7 +142,7 @@ def test_a_drift_is_in_the_snapshot_and_once_in_the_log_with_the_remedy(caplog):
         await town.call(2 * HOLD)
         assert not town.service.snapshot().drifted
 
-    with caplog.at_level(logging.INFO, "echelon.serve.dispatch"):
+    with caplog.at_level(logging.INFO, "echelon.engine.dispatcher"):
         live(main)
     slower, recovered = [
         r.getMessage() for r in caplog.records if "times as long" in r.getMessage()

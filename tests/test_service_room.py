@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 
+from echelon.engine.child import PRIMITIVES
+from echelon.engine.supervisor import WorkerConfig
 from echelon.errors import OutOfMemory
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.oom_policy import OomPolicy
 from echelon.scheduling.queue import PlannedStep
-from echelon.score.child import PRIMITIVES
-from echelon.serve.crew import Orders
 from scorers import worn
 from services import Ears, run, scores, service, texts, until
 
@@ -101,7 +101,7 @@ def test_all_others_wait_and_none_is_lost(tmp_path, workers):
 
 
 def test_a_pair_survives_a_fresh_process_that_does_not_come_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("echelon.serve.service.Orders", partial(Orders, delays_s=(0.0,)))
+    monkeypatch.setattr("echelon.engine.service.Orders", partial(WorkerConfig, delays_s=(0.0,)))
     ears = Ears()
 
     async def main(made):

@@ -7,12 +7,12 @@ import os
 import signal
 from functools import partial
 
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
+from echelon.engine.worker import ChildWorker
 from echelon.errors import ModelNotFound
 from echelon.models.base import WorkerDied, WorkerGone
 from echelon.scheduling.autoscaling import AutoscalingLimits
-from echelon.score.worker import ChildWorker
-from echelon.serve.service import Service
-from echelon.serve.state import Settings
 from scorers import Obedient, opens_once
 from services import Ears, LetterEncoder, run, scores, service, texts, until
 
@@ -120,7 +120,7 @@ def test_a_machine_that_goes_is_no_fault_of_the_pairs():
     made = Service(
         LetterEncoder(),
         lambda number, ended: Gone(Obedient, on_end=ended),
-        Settings(precision="fp32"),
+        ServiceSettings(precision="fp32"),
         listener=ears,
     )
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn.metrics import ndcg_score
 
+from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
 from echelon.tune.grid import Measured, Point
-from echelon.tune.quality import agreement, kendall_tau, ndcg, top_overlap
 from echelon.tune.solve import ENOUGH, TIE, best_batches, best_budget, frugal, situations
 from echelon.tune.stats import median_interval, summarize
 

@@ -8,8 +8,9 @@ from itertools import count
 
 import pytest
 
-from echelon import Reranker, gate, tuner
+from echelon import Reranker, tuner
 from echelon import profile as profiles
+from echelon.engine import precision_check
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
@@ -74,13 +75,13 @@ def test_auto_precision_is_compared_with_fp32_and_the_fastest_that_passes_is_tak
 
 def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
     offer(monkeypatch, "fp32", "bf16")
-    real = gate.agreement
+    real = precision_check.agreement
 
     def spoiled(reference, candidate, grades):
         verdict = real(reference, candidate, grades)
         return verdict if candidate is reference else replace(verdict, tau=0.5)
 
-    monkeypatch.setattr(gate, "agreement", spoiled)
+    monkeypatch.setattr(precision_check, "agreement", spoiled)
     found = tune(bert, SHORT, QUICK)
     assert [row["passed"] for row in found.precisions] == [True, False]
     assert found.settings.precision == found.key.precision == "fp32"

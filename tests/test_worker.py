@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 import scorers
+from echelon.engine.worker import ChildWorker
 from echelon.errors import InvalidInput, ModelNotFound, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
 from echelon.models.fake import FakeScorer
-from echelon.score.worker import ChildWorker
 from scorers import Obedient, batch_of
 
 GUARD_S = 60.0

@@ -16,7 +16,7 @@ from echelon.api.app import make_app
 from echelon.api.house import House
 from echelon.api.metrics import Metrics
 from echelon.api.recent import Recent
-from echelon.serve.events import Fan
+from echelon.engine.events import ListenerGroup
 from services import GUARD_S, service
 
 FLAGS = (
@@ -70,7 +70,7 @@ class Site:
         metrics, recent = Metrics(), Recent(SLICE_S)
 
         async def launch():
-            made = service(ears=Fan(metrics, recent), **self._settings)
+            made = service(ears=ListenerGroup(metrics, recent), **self._settings)
             await made.start()
             return made
 

@@ -32,7 +32,7 @@ class Options:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA; ``int8``
-            serves where it ranks as fp32 does, see :mod:`echelon.gate`.
+            serves where it ranks as fp32 does, see :mod:`echelon.engine.precision_check`.
         max_length: tokens a pair may have, special tokens included; None is the model's limit.
         truncation: what gives way when a pair is longer: ``longest_first`` or ``only_second``
             (the document).

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from echelon.data import load_texts
+from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import ProfileError
-from echelon.gate import Trial
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.hub import resolve
 from echelon.options import check_max_length
@@ -67,7 +67,7 @@ class Refreshed:
 class _Model:
     """The profile's model, open, and what its steps are made of."""
 
-    trial: Trial
+    trial: PrecisionCheck
     scorer: Scorer
     texts: Texts
     stuff: Stuff
@@ -118,7 +118,7 @@ def refresh(
     folder = resolve(model, revision=options.revision, progress=options.progress)
     encoder = PairEncoder(folder.path)
     texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
-    trial = Trial.of(folder, apply_profile(options, old), encoder, texts)
+    trial = PrecisionCheck.of(folder, apply_profile(options, old), encoder, texts)
     told("checking what is stale", 0.0)
     scorer = trial.open(old.key.precision, _keep_bf16(old))
     try:

@@ -15,10 +15,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from echelon.call import Call, check_rank, ranking_of, warn_if_cut
-from echelon.engine import Engine, Limits, closed
+from echelon.engine.engine import Engine, StepLimits, closed
+from echelon.engine.launch import prepare, with_profile
 from echelon.errors import InvalidInput
 from echelon.options import Options, check_max_length
-from echelon.prepare import prepare, with_profile
 from echelon.progress import bar
 from echelon.scheduling.packing import step_budget
 from echelon.types import RunReport
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from echelon.engine.shared_engine import SharedEngine
     from echelon.models.base import ModelInfo
-    from echelon.serve.together import Together
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
 
@@ -159,11 +159,11 @@ class Reranker:
         scored = self.score_pairs([(query, document) for document in documents], **overrides)
         return ranking_of(query, documents, top_n, scored)
 
-    def together(self) -> Together:
+    def together(self) -> SharedEngine:
         """A way to score the calls of many tasks in shared steps; close it before the model."""
-        from echelon.serve.together import Together
+        from echelon.engine.shared_engine import SharedEngine
 
-        return Together(self._engine, self._limits(self.facts))
+        return SharedEngine(self._engine, self._limits(self.facts))
 
     def close(self) -> None:
         """Free the model."""
@@ -178,10 +178,10 @@ class Reranker:
     def _longest(self, asked: int | None, facts: ModelInfo) -> int:
         return check_max_length(asked, facts.max_tokens, self._encoder.template.specials)
 
-    def _limits(self, facts: ModelInfo, options: Options | None = None) -> Limits:
+    def _limits(self, facts: ModelInfo, options: Options | None = None) -> StepLimits:
         options = options or self.options
         budget = step_budget(options.token_budget, options.batch_size, facts.device)
-        return Limits(budget, options.batch_size, options.allow)
+        return StepLimits(budget, options.batch_size, options.allow)
 
 
 CALL_OPTIONS = frozenset(

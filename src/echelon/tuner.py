@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import load_texts
+from echelon.engine.precision_check import PrecisionCheck, compare, require_passed
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
-from echelon.gate import Trial, compare, require_passed
 from echelon.models.device import usable_cpus
 from echelon.models.hub import ModelFolder, resolve
 from echelon.models.registry import precisions_to_compare, runs_on_cpu
@@ -120,7 +120,7 @@ def tune(
     kept = _Partial.of(plan, options, folder, texts)
     if known is not None:
         kept.precisions, kept.threads = known.precisions, known.threads
-    trial = Trial.of(folder, options, encoder, texts)
+    trial = PrecisionCheck.of(folder, options, encoder, texts)
     kept.precisions = precisions = kept.precisions or _compare_precisions(trial, told)
     precision, keep_bf16 = _fastest(precisions, options)
     options = replace(options, precision=precision)
@@ -165,7 +165,7 @@ def tune(
 
 
 def probe(
-    trial: Trial,
+    trial: PrecisionCheck,
     scorer: Scorer,
     plan: Plan,
     texts: Texts,
@@ -188,7 +188,9 @@ def probe(
     )
 
 
-def _compare_precisions(trial: Trial, told: Callable[[str, float], None]) -> list[dict[str, Any]]:
+def _compare_precisions(
+    trial: PrecisionCheck, told: Callable[[str, float], None]
+) -> list[dict[str, Any]]:
     """Speed and agreement of each precision, see :func:`compare`; none without a choice."""
     candidates = precisions_to_compare(trial.folder.path, trial.options.device)
     asked = trial.options.precision
@@ -200,7 +202,7 @@ def _compare_precisions(trial: Trial, told: Callable[[str, float], None]) -> lis
 
 
 def _compare_threads(
-    trial: Trial, keep_bf16: Sequence[str], told: Callable[[str, float], None]
+    trial: PrecisionCheck, keep_bf16: Sequence[str], told: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
     """Speed with all usable CPUs and with fewer; none where there is no choice.
 

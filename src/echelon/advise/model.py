@@ -10,8 +10,8 @@ import psutil
 
 from echelon.advise.sending import require_texts
 from echelon.data import load_texts
+from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
-from echelon.gate import Trial
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
 from echelon.options import check_max_length
@@ -50,7 +50,7 @@ class Model:
     """
 
     name: str | os.PathLike[str]
-    trial: Trial
+    trial: PrecisionCheck
     texts: Texts
     longest: int
 
@@ -59,7 +59,7 @@ class Model:
         """What the user asked for."""
         return self.trial.options
 
-    def tuned(self, profile: Profile) -> Trial:
+    def tuned(self, profile: Profile) -> PrecisionCheck:
         """The trial with the threads that tuning chose."""
         threads = profile.settings.threads
         return replace(self.trial, options=replace(self.options, threads=threads))
@@ -78,7 +78,7 @@ def look(
     folder = resolve(name, revision=options.revision, progress=options.progress)
     require_model(folder.path)
     texts = load_texts(data, language="en" if folder.name == "demo" else None)
-    trial = Trial.of(folder, options, PairEncoder(folder.path), texts)
+    trial = PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts)
     before = psutil.Process().memory_info().rss
     scorer = trial.open(options.precision)
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune.quality import agreement
+from echelon.engine.precision_check import agreement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.gate import Trial
+    from echelon.engine.precision_check import PrecisionCheck
     from echelon.plan.workload import Arrival
 
 LENGTHS = (256, 128)
@@ -53,7 +53,7 @@ class Shorter:
 
 
 def shorter(
-    trial: Trial,
+    trial: PrecisionCheck,
     precision: str,
     keep_bf16: Sequence[str],
     requests: Sequence[Arrival],
@@ -98,7 +98,7 @@ def shorter(
     return found
 
 
-def _lengths(trial: Trial, precision: str, keep_bf16: Sequence[str]) -> list[int]:
+def _lengths(trial: PrecisionCheck, precision: str, keep_bf16: Sequence[str]) -> list[int]:
     scorer = trial.open(precision, keep_bf16)
     try:
         return [int(length) for length in trial.encode(scorer.facts).lengths]

@@ -27,8 +27,8 @@ from echelon.api.metrics import CONTENT_TYPE
 from echelon.api.openapi import describe
 from echelon.api.pages import files
 from echelon.api.ranking import as_json, complaint, endpoint
+from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
-from echelon.serve.reception import TOKENISERS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from echelon.api.recent import Happening, View
+    from echelon.engine.state import ServiceSnapshot
     from echelon.models.base import ModelInfo
-    from echelon.serve.state import Snapshot
 
     Row = dict[str, float | None]
 
 MINUTE_S = 60.0
 RANKS = (50, 95, 99)
 
-STATE: dict[str, Callable[[Snapshot], float]] = {
+STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
     "waiting_pairs": lambda state: state.load.pairs,
     "waiting_tokens": lambda state: state.load.tokens,
     "requests_inside": lambda state: state.requests,
@@ -37,7 +37,7 @@ STATE: dict[str, Callable[[Snapshot], float]] = {
 
 
 def board(
-    view: View, model: str, facts: ModelInfo | None, state: Snapshot | None
+    view: View, model: str, facts: ModelInfo | None, state: ServiceSnapshot | None
 ) -> dict[str, Any]:
     """Everything that the dashboard shows.
 
@@ -129,11 +129,11 @@ def _rates(past: Slice, seconds: float) -> Row:
     }
 
 
-def _state(state: Snapshot | None) -> Row:
+def _state(state: ServiceSnapshot | None) -> Row:
     return {name: None if state is None else read(state) for name, read in STATE.items()}
 
 
-def _memory(state: Snapshot | None, worker: int) -> int | None:
+def _memory(state: ServiceSnapshot | None, worker: int) -> int | None:
     """Bytes of a worker; None before its first step."""
     if state is None or worker >= len(state.resident_bytes):
         return None

@@ -140,7 +140,7 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
         model: what to serve.
         options: of the model.
         door: of the server.
-        **more: as in :func:`echelon.serve.launch.launch`.
+        **more: as in :func:`echelon.engine.launch.launch`.
     """
     from functools import partial
 
@@ -150,9 +150,9 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
     from echelon.api.metrics import Metrics
     from echelon.api.recent import Recent
     from echelon.api.traces import open_traces
+    from echelon.engine.events import ListenerGroup
+    from echelon.engine.launch import launch
     from echelon.scheduling.admission import AdmissionLimits
-    from echelon.serve.events import Fan
-    from echelon.serve.launch import launch
 
     rules = Rules(
         keys=read_keys(door["api_keys"], door["rate_limit"]),
@@ -177,7 +177,7 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
         wedge_after_s=door["wedge_after_s"],
         goal_s=None if goal_ms is None else goal_ms / 1000,
         fallback_max_length=door["fallback_max_length"],
-        listener=Fan(metrics, recent),
+        listener=ListenerGroup(metrics, recent),
         **more,
         **as_keywords(options),
     )

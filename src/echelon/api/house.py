@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from echelon.api.connection import Reason
     from echelon.api.metrics import Metrics
     from echelon.api.traces import Traces
-    from echelon.serve.service import Service
+    from echelon.engine.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -11,23 +11,23 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from echelon import __version__
 from echelon.api.connection import Reason
+from echelon.engine.events import NullListener, Outcome, WorkerState
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
-from echelon.serve.events import Outcome, Silence, WorkerState
 
 if TYPE_CHECKING:
     from collections.abc import Sized
 
-    from echelon.serve.events import (
+    from echelon.engine.events import (
         BudgetMoved,
         LadderTaken,
-        Refused,
         RequestEnded,
+        RequestRefused,
         StepFinished,
         WorkerChanged,
     )
-    from echelon.serve.service import Service
+    from echelon.engine.service import Service
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the overhead of a request to the longest that anyone waits."""
@@ -41,7 +41,7 @@ TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metrics(Silence):
+class Metrics(NullListener):
     """Listens to a service and counts.
 
     Each server has its own, so that several may live in one process. Counters whose labels are
@@ -131,7 +131,7 @@ class Metrics(Silence):
         if event.outcome == "answered":
             self._documents.inc(event.documents)
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was not taken in."""
         self._refused.labels(event.reason).inc()
 

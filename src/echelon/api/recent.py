@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.serve.events import Silence
+from echelon.engine.events import NullListener
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.serve.events import (
+    from echelon.engine.events import (
         LadderTaken,
-        Refused,
         RequestEnded,
+        RequestRefused,
         StepFinished,
         WorkerChanged,
     )
-    from echelon.serve.state import Snapshot
+    from echelon.engine.state import ServiceSnapshot
     from echelon.types import Clock, IntArray
 
 SLICES = 300
@@ -68,7 +68,7 @@ class Slice:
     latencies: IntArray | None = None
     pairs: list[int] = field(default_factory=lambda: [0] * POWERS)
     tokens: list[int] = field(default_factory=lambda: [0] * POWERS)
-    state: Snapshot | None = None
+    state: ServiceSnapshot | None = None
 
     def add(self, **amounts: float) -> None:
         """Add to the sums."""
@@ -118,7 +118,7 @@ class View:
     workers: Sequence[Happening]
 
 
-class Recent(Silence):
+class Recent(NullListener):
     """Listens to a service and to the routes, and forgets what is older than its window.
 
     Args:
@@ -172,7 +172,7 @@ class Recent(Silence):
         with self._lock:
             self._now().counts["limited", "requests"] += 1
 
-    def looked(self, state: Snapshot) -> None:
+    def looked(self, state: ServiceSnapshot) -> None:
         """The service was looked at."""
         with self._lock:
             self._now().state = state
@@ -200,7 +200,7 @@ class Recent(Silence):
             if event.fallback is not None:
                 now.counts["fallback", "requests"] += 1
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
         with self._lock:
             self._now().counts["refused", event.reason] += 1

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from echelon.engine.launch import with_profile
 from echelon.errors import InvalidInput
 from echelon.jobs.quality import Judge, means
 from echelon.jobs.rows import BadRow, BadValue, Row
@@ -21,7 +22,6 @@ from echelon.jobs.streams import STANDARD
 from echelon.jobs.trec import RunFile
 from echelon.jobs.windows import windows
 from echelon.jobs.writers import ranked
-from echelon.prepare import with_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any, Self
 import ray
 from ray.exceptions import RayError
 
+from echelon.engine.child import fault_of, resident_bytes
+from echelon.engine.launch import with_profile
+from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, InvalidInput, WorkerLost
 from echelon.jobs.score import Scored, Scoring
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
-from echelon.prepare import with_profile
 from echelon.scale.opener import place_of
 from echelon.scale.worker import TRIES_AGAIN, Share, loss_of
-from echelon.score.child import fault_of, resident_bytes
-from echelon.score.worker import START_TIMEOUT_S, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
+    from echelon.engine.worker import Reply
     from echelon.jobs.rows import BadRow, Window
     from echelon.jobs.score import Steps
     from echelon.options import Options
-    from echelon.score.worker import Reply
     from echelon.types import FloatArray, IntArray, RunReport
 
 logger = logging.getLogger(__name__)

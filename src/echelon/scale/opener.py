@@ -11,9 +11,9 @@ from echelon.models.registry import open_scorer
 if TYPE_CHECKING:
     import os
 
+    from echelon.engine.launch import PreparedModel
     from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
-    from echelon.prepare import PreparedModel
 
 
 @dataclass(frozen=True, slots=True)

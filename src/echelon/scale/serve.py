@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 
     from echelon.api.door import Door
     from echelon.api.house import House
+    from echelon.engine.launch import MakeWorker, PreparedModel
     from echelon.options import Options
-    from echelon.prepare import PreparedModel
-    from echelon.serve.launch import MakeWorker
 
 logger = logging.getLogger(__name__)
 

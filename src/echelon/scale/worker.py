@@ -2,7 +2,7 @@
 
 It is to a service what a child process is: steps go there, scores come back, and when the actor or
 its machine has gone, the service gives the steps to another. Ray restarts nothing here;
-:mod:`echelon.serve.crew` does.
+:mod:`echelon.engine.supervisor` does.
 
 Ray knows two ends of a call (its page "Actor fault tolerance"): the actor died, or it is
 unavailable, which may pass, and the call may have run or not. No call here does harm twice, so that
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
+from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
+from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
 from echelon.errors import InvalidInput
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.scale.command import HERE
-from echelon.score.child import fault_of, resident_bytes, score_step, spare_memory
-from echelon.score.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, Scored, unpack
 from echelon.types import TokenBatch, monotonic
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from echelon.engine.worker import Reply, ScorerFactory
     from echelon.models.base import ModelInfo, Scorer
-    from echelon.score.worker import Opener, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class Share:
 
 
 class Engine:
-    """The actor's side: what :mod:`echelon.score.child` is in a process of our own."""
+    """The actor's side: what :mod:`echelon.engine.child` is in a process of our own."""
 
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
 
-    def open(self, opener: Opener, precision: str, *, sparing: bool) -> Reply:
+    def open(self, opener: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
         """Open the scorer, once; where it is, machine and process, goes with its facts."""
         if sparing:
             spare_memory()
@@ -108,7 +108,7 @@ class Engine:
 
 
 class RayWorker:
-    """A scorer in an actor; see :class:`echelon.score.worker.Worker`.
+    """A scorer in an actor; see :class:`echelon.engine.worker.Worker`.
 
     Args:
         opener: opens the scorer, there.
@@ -125,7 +125,7 @@ class RayWorker:
 
     def __init__(
         self,
-        opener: Opener,
+        opener: ScorerFactory,
         share: Share | None = None,
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
@@ -205,7 +205,7 @@ class RayWorker:
             return True
         return True
 
-    def receive(self, timeout_s: float) -> Scored:
+    def receive(self, timeout_s: float) -> StepResult:
         """The result of the earliest step that was sent.
 
         Raises:
@@ -217,7 +217,7 @@ class RayWorker:
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
-        return Scored(*unpack(self._reply()))
+        return StepResult(*unpack(self._reply()))
 
     def release(self) -> None:
         """Give cached memory back after the steps that were sent."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.engine.state import ServiceSettings
     from echelon.scheduling.admission import SystemLoad
     from echelon.scheduling.fair_queue import Priority
-    from echelon.serve.state import Settings
     from echelon.types import Clock
 
 ON_SHARE, OFF_SHARE = 0.5, 0.25
@@ -114,7 +114,9 @@ class LoadShedding:
         clock: seconds.
     """
 
-    def __init__(self, settings: Settings, inside: Callable[[], SystemLoad], clock: Clock) -> None:
+    def __init__(
+        self, settings: ServiceSettings, inside: Callable[[], SystemLoad], clock: Clock
+    ) -> None:
         goal_s = settings.goal_s or settings.bounds.max_wait_s
         self._fallback = LoadSheddingPolicy(settings.fallback_max_length, goal_s)
         self._inside = inside

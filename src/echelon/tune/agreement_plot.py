@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from echelon.engine.precision_check import LEAST_TAU
 from echelon.tune.card import agreement
 from echelon.tune.lang import tr
 from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
-from echelon.tune.quality import LEAST_TAU
 
 if TYPE_CHECKING:
     from echelon.profile import Profile

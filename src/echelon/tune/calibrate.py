@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonError, TooNoisy
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
-from echelon.score.worker import ChildWorker
 from echelon.tokenization.pairs import gather
 from echelon.tune.fit import fit_cost, fit_memory
 from echelon.tune.hardware import MemoryMeter, meter_of
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.data import Texts
+    from echelon.engine.worker import ScorerFactory
     from echelon.models.base import ModelInfo, Scorer
     from echelon.scheduling.cost_model import Coefficients
-    from echelon.score.worker import Opener
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.tune.fit import Probe
@@ -141,7 +141,7 @@ def calibrate(
     return Probed(probes, unseen, limits, stuff, scorer.facts)
 
 
-def models_of(probed: Probed, opener: Opener) -> Calibration:
+def models_of(probed: Probed, opener: ScorerFactory) -> Calibration:
     """Both models, once the scorer is closed: on CPU a worker opens it again.
 
     Args:
@@ -163,7 +163,7 @@ def models_of(probed: Probed, opener: Opener) -> Calibration:
 
 
 def worker_peaks(
-    probes: list[Probe], stuff: Stuff, opener: Opener, precision: str
+    probes: list[Probe], stuff: Stuff, opener: ScorerFactory, precision: str
 ) -> dict[Lengths, int]:
     """Peak memory of a worker in each step, in bytes; without those that did not fit.
 

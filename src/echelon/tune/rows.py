@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from echelon.engine.precision_check import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
 from echelon.tune import words
 from echelon.tune.entries import find
 from echelon.tune.lang import listed, mark, told, tr
-from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
 from echelon.tune.solve import ENOUGH, TIE
 
 if TYPE_CHECKING:

@@ -1,28 +1,42 @@
-"""One request of a service, from joining the queue to its end, and what its caller is told."""
+"""One request of a service, from joining the queue to its end, and what its caller is told.
+
+What callers are told whose pairs got no score. Pure.
+
+Results from threads for those who await them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from echelon.serve.events import RequestEnded
+from echelon.engine.events import RequestEnded
+from echelon.errors import (
+    InvalidInput,
+    NonFiniteScore,
+    OutOfMemory,
+    ScoringFailed,
+    WorkerLost,
+)
 from echelon.types import Answer, LadderStep, Timings
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
+    from echelon.engine.events import Outcome
     from echelon.errors import EchelonError
     from echelon.scheduling.fair_queue import Priority
-    from echelon.scheduling.queue import PlannedStep
-    from echelon.serve.events import Outcome
+    from echelon.scheduling.queue import FailedRequest, PlannedStep
     from echelon.tokenization.chunking import Whole
-    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible
     from echelon.types import FloatArray, IntArray
 
 
 @dataclass(slots=True)
-class Job:
-    """One request; :mod:`echelon.serve.dispatch` changes it under its lock.
+class InflightRequest:
+    """One request; :mod:`echelon.engine.dispatcher` changes it under its lock.
 
     Attributes:
         number: its number, never used twice.
@@ -115,3 +129,56 @@ class Job:
         """Its share of a step, by tokens; a pair of several requests is the first one's."""
         pairs = zip(step.places, step.lengths, strict=True)
         return sum(length for (owner, _), length in pairs if owner == self.number) / step.tokens
+
+
+EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
+
+
+def error_of(broken: FailedRequest, name: str) -> EchelonError:
+    """What a caller is told of a pair that got no score."""
+    if broken.fault == "not_finite":
+        return NonFiniteScore(
+            f"{name}: the model gave {broken.logit}. Serve it with precision='fp32', whose range "
+            "is wider; if it persists, the weights are damaged."
+        )
+    return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
+
+
+def lost(pairs: int, name: str) -> WorkerLost:
+    """A worker ended over a step of one request for the second time."""
+    which, remedy = "this document", "Send the others without it"
+    if pairs > 1:
+        which, remedy = f"this or one of {pairs - 1} others", "Send them one at a time to find it"
+    return WorkerLost(
+        f"{name}: the scoring process ended twice with {which} in it. {remedy}; "
+        "the server's log has the cause."
+    )
+
+
+def does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:
+    """A pair does not fit in memory, even alone."""
+    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {words}")
+
+
+def query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
+    """Cutting a pair for want of memory would leave nothing of its document."""
+    return InvalidInput(
+        f"pairs[{error.index}].query",
+        f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
+        "which memory pressure had to cut",
+        "Shorten the query, or use truncation='longest_first'.",
+    )
+
+
+Result = TypeVar("Result")
+
+
+def resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Result], value: Result) -> None:
+    """Give a future its value from another thread, unless nobody waits any more."""
+
+    def give() -> None:
+        if not future.done():
+            future.set_result(value)
+
+    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
+        loop.call_soon_threadsafe(give)

@@ -13,22 +13,22 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from echelon.engine.events import LadderTaken, WorkerChanged
+from echelon.engine.state import WEDGE_AFTER_S
+from echelon.engine.worker import RESTART_DELAYS_S
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
 from echelon.scheduling.queue import LEAD_S
-from echelon.score.worker import RESTART_DELAYS_S
-from echelon.serve.events import LadderTaken, WorkerChanged
-from echelon.serve.state import WEDGE_AFTER_S
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.engine.dispatcher import Dispatcher, PreparedStep
+    from echelon.engine.events import WorkerState
+    from echelon.engine.worker import Worker
     from echelon.models.base import ModelInfo
     from echelon.scheduling.queue import PlannedStep
-    from echelon.score.worker import Worker
-    from echelon.serve.dispatch import Dispatch, Prepared
-    from echelon.serve.events import WorkerState
     from echelon.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,14 @@ passed, and what keeps a model from opening, such as a deleted file, does not he
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class WorkerConfig:
     """How workers are kept.
 
     Attributes:
         precision: what their scorers compute in.
         memory_limit_bytes: a worker that holds more is replaced between steps; None means never.
-        wedge_after_s: see :data:`echelon.serve.state.WEDGE_AFTER_S`.
-        delays_s: see :data:`echelon.score.worker.RESTART_DELAYS_S`.
+        wedge_after_s: see :data:`echelon.engine.state.WEDGE_AFTER_S`.
+        delays_s: see :data:`echelon.engine.worker.RESTART_DELAYS_S`.
     """
 
     precision: str = "auto"
@@ -60,7 +60,7 @@ class Orders:
     delays_s: Sequence[float] = RESTART_DELAYS_S
 
 
-class Keeper(threading.Thread):
+class WorkerSupervisor(threading.Thread):
     """Keeps one worker.
 
     Args:
@@ -77,8 +77,8 @@ class Keeper(threading.Thread):
         self,
         number: int,
         worker: Worker,
-        dispatch: Dispatch,
-        orders: Orders,
+        dispatch: Dispatcher,
+        orders: WorkerConfig,
         *,
         opened: Callable[[ModelInfo], Sequence[TokenBatch]],
         settled: Callable[[Exception | None], None],
@@ -100,7 +100,7 @@ class Keeper(threading.Thread):
         self._memory_limit = orders.memory_limit_bytes
         self._failures = self._failed_starts = 0
         self._fresh, self._sparing = True, False
-        self._sent: deque[tuple[Prepared, float]] = deque()
+        self._sent: deque[tuple[PreparedStep, float]] = deque()
         self._leaving = threading.Event()
         self._retiring = threading.Event()
 
@@ -264,7 +264,7 @@ class Keeper(threading.Thread):
             if prepared is not None:
                 self._send(prepared)
 
-    def _send(self, prepared: Prepared) -> None:
+    def _send(self, prepared: PreparedStep) -> None:
         self._sent.append((prepared, self._dispatch.clock()))
         self._worker.send(prepared.batch, self._patience(prepared.step))
 
@@ -296,7 +296,7 @@ class Keeper(threading.Thread):
         if self._sent:
             self._sent[0] = (self._sent[0][0], self._dispatch.clock())
 
-    def _make_room(self, prepared: Prepared, reason: str) -> None:
+    def _make_room(self, prepared: PreparedStep, reason: str) -> None:
         if self._facts is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
         fresh, self._fresh = self._fresh, False
@@ -312,7 +312,7 @@ class Keeper(threading.Thread):
         if action.rung == "fresh_worker":
             self._renew(prepared, action.detail)
 
-    def _renew(self, prepared: Prepared, why: str) -> None:
+    def _renew(self, prepared: PreparedStep, why: str) -> None:
         """Score a step in a fresh process, before all others; one sent ahead goes back."""
         self._dispatch.put_back(self._take_back())
         self.up = False

@@ -29,7 +29,7 @@ _COUNTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ServiceSettings:
     """How a service runs; unset values are the model's or the device's own.
 
     Attributes:
@@ -78,7 +78,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class ServiceSnapshot:
     """A service at one moment.
 
     Attributes:

@@ -1,14 +1,22 @@
-"""A scorer in a supervised child process: a crash, a hang or a leak ends the child, not us.
+"""Messages between a process and its scoring child: pickles over a socket, with time limits.
+
+``multiprocessing.Connection`` cannot give up on a write, and a stopped child does not read; a
+large step would then block its sender for ever.
+
+A scorer in a supervised child process: a crash, a hang or a leak ends the child, not us.
 
 Nothing here imports torch; the child does. Restarting is the caller's business
-(:mod:`echelon.serve.crew`): a worker that died can be started again.
+(:mod:`echelon.engine.supervisor`): a worker that died can be started again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
+import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,13 +25,72 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
-from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.models.base import ModelInfo, Scorer
     from echelon.types import FloatArray, TokenBatch
+
+HEADER = struct.Struct("!Q")
+
+
+class Channel:
+    """One end. Only one thread sends and only one receives at a time.
+
+    Args:
+        end: a connected stream socket; the channel closes it.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def send(self, message: object, timeout_s: float | None = None) -> None:
+        """Send a message.
+
+        Raises:
+            TimeoutError: the other side did not read in time; the channel is of no more use.
+            OSError: the other side has gone.
+        """
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self._end.settimeout(timeout_s)
+        self._end.sendall(HEADER.pack(len(data)) + data)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to read, or the end of it all, within a time."""
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+    def receive_bytes(self, timeout_s: float | None = None) -> bytes:
+        """The next message, still pickled; safe beside a thread that sends without a limit.
+
+        Raises:
+            EOFError: the other side has gone.
+            TimeoutError: the rest of it did not come in time.
+        """
+        self._end.settimeout(timeout_s)
+        (size,) = HEADER.unpack(self._read(HEADER.size))
+        return bytes(self._read(size))
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The next message; see :meth:`receive_bytes`."""
+        return pickle.loads(self.receive_bytes(timeout_s))  # noqa: S301 - from our own child
+
+    def close(self) -> None:
+        """Hang up; closing twice does nothing."""
+        self._end.close()
+
+    def _read(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            count = self._end.recv_into(view[got:])
+            if count == 0:
+                raise EOFError
+            got += count
+        return data
+
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +109,7 @@ Reply = tuple[str, Any, float, int]
 """What a scoring process answers: a kind, what goes with it, seconds, and the bytes it holds."""
 
 
-class Opener(Protocol):
+class ScorerFactory(Protocol):
     """Opens the scorer in the child; it is pickled, so it must be importable there."""
 
     def __call__(self, *, precision: str) -> Scorer:
@@ -51,7 +118,7 @@ class Opener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class StepResult:
     """A step's result.
 
     Attributes:
@@ -91,7 +158,7 @@ class Worker(Protocol):
         """Whether a result, or the end, comes within a time."""
         ...
 
-    def receive(self, timeout_s: float) -> Scored:
+    def receive(self, timeout_s: float) -> StepResult:
         """The next result."""
         ...
 
@@ -122,7 +189,7 @@ class ChildWorker:
 
     def __init__(
         self,
-        opener: Opener,
+        opener: ScorerFactory,
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
         on_end: Callable[[], None] | None = None,
@@ -168,12 +235,12 @@ class ChildWorker:
         facts: ModelInfo = self._reply(self._start_timeout_s)[0]
         return facts
 
-    def score(self, batch: TokenBatch, timeout_s: float) -> Scored:
+    def score(self, batch: TokenBatch, timeout_s: float) -> StepResult:
         """Send a step and wait for its result; see :meth:`receive`."""
         self.send(batch, timeout_s)
         return self.receive(timeout_s)
 
-    def send(self, batch: TokenBatch | tuple[Opener, str, bool], timeout_s: float) -> None:
+    def send(self, batch: TokenBatch | tuple[ScorerFactory, str, bool], timeout_s: float) -> None:
         """Hand a step over; a second may be handed over while the first runs.
 
         Raises:
@@ -192,7 +259,7 @@ class ChildWorker:
         """Whether a result, or the child's end, comes within a time."""
         return self._open_channel().wait(timeout_s)
 
-    def receive(self, timeout_s: float) -> Scored:
+    def receive(self, timeout_s: float) -> StepResult:
         """The result of the earliest step that was sent.
 
         Raises:
@@ -204,7 +271,7 @@ class ChildWorker:
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
         logits, seconds, resident = self._reply(timeout_s)
-        return Scored(logits, seconds, resident)
+        return StepResult(logits, seconds, resident)
 
     def release(self) -> None:
         """Give cached memory back after the steps that were sent."""
@@ -295,7 +362,7 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
     """A fresh interpreter: a fork would copy the locks of our threads."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-m", "echelon.score.child", str(descriptor)],
+        [sys.executable, "-m", "echelon.engine.child", str(descriptor)],
         pass_fds=(descriptor,),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echelon.engine.events import RequestRefused
 from echelon.errors import InvalidInput, Overloaded
 from echelon.options import check_pairs
 from echelon.scheduling.admission import (
@@ -22,16 +23,15 @@ from echelon.scheduling.admission import (
     TokenEstimate,
     refuse,
 )
-from echelon.serve.events import Refused
 from echelon.tokenization.chunking import chunk, cut_at
 from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.engine.dispatcher import Dispatcher
     from echelon.options import Truncation
     from echelon.scheduling.fair_queue import Priority
-    from echelon.serve.dispatch import Dispatch
     from echelon.tokenization.chunking import Chunking, Side, Whole
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import Pair
@@ -50,7 +50,7 @@ may have, so that the characters alone decide."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ScoringRequest:
     """How a caller wants its pairs encoded and served.
 
     Attributes:
@@ -86,7 +86,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class AdmittedRequest:
     """A request that was let in.
 
     Attributes:
@@ -100,7 +100,7 @@ class Guest:
     fallback: int | None = None
 
 
-class Reception:
+class AdmissionPipeline:
     """Lets requests in.
 
     Args:
@@ -114,7 +114,7 @@ class Reception:
         self,
         encoder: PairEncoder,
         bounds: AdmissionLimits,
-        dispatch: Dispatch,
+        dispatch: Dispatcher,
         workers: Callable[[], int],
     ) -> None:
         self._encoder = encoder
@@ -131,7 +131,9 @@ class Reception:
         coming, tokens = self._coming, self._coming_tokens
         return SystemLoad(desk.load(), desk.cost, self._workers(), coming, tokens, desk.soonest)
 
-    async def let_in(self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish) -> Guest:
+    async def let_in(
+        self, pairs: Sequence[Pair] | EncodedPairs, wish: ScoringRequest
+    ) -> AdmittedRequest:
         """Admit and encode; the caller has to put the pairs into the queue before it awaits.
 
         Raises:
@@ -154,7 +156,7 @@ class Reception:
         """End the threads; what they do now is of no use to anyone."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _tokenise(self, pairs: Sequence[Pair], wish: Wish) -> EncodedPairs:
+    async def _tokenise(self, pairs: Sequence[Pair], wish: ScoringRequest) -> EncodedPairs:
         characters = _characters(pairs)
         tokens = self._estimate.tokens(characters, len(pairs), wish.longest)
         self._judge(len(pairs), tokens, tokens * min(tokens // len(pairs), wish.max_length), wish)
@@ -173,7 +175,7 @@ class Reception:
         self._estimate.observe(characters, int(encoded.lengths.sum()))
         return encoded
 
-    def _encode(self, pairs: Sequence[Pair], start: int, wish: Wish) -> EncodedPairs:
+    def _encode(self, pairs: Sequence[Pair], start: int, wish: ScoringRequest) -> EncodedPairs:
         part = pairs[start : start + SLICE]
         places = range(start, start + len(part))
         return self._encoder.encode(
@@ -184,12 +186,14 @@ class Reception:
             places,
         )
 
-    async def _in_full(self, pairs: EncodedPairs, wish: Wish) -> Guest:
+    async def _in_full(self, pairs: EncodedPairs, wish: ScoringRequest) -> AdmittedRequest:
         if wish.chunking is None:
-            return Guest(*_cut_at(pairs, wish.side))
-        return Guest(*await self._split(pairs, wish.max_length, wish.chunking))
+            return AdmittedRequest(*_cut_at(pairs, wish.side))
+        return AdmittedRequest(*await self._split(pairs, wish.max_length, wish.chunking))
 
-    async def _shortened(self, pairs: EncodedPairs, wish: Wish, most: int) -> Guest | None:
+    async def _shortened(
+        self, pairs: EncodedPairs, wish: ScoringRequest, most: int
+    ) -> AdmittedRequest | None:
         """Pairs of ``most`` tokens; of a document in chunks the first, in a thread.
 
         None where a query leaves no room then and may not be cut: falling back refuses nobody.
@@ -199,12 +203,12 @@ class Reception:
             if wish.chunking is not None:
                 how = replace(wish.chunking, max_chunks=1)
                 split = await loop.run_in_executor(self._threads, chunk, pairs, most, how)
-                return Guest(*split, most)
+                return AdmittedRequest(*split, most)
             every = range(len(pairs))
             cut = await loop.run_in_executor(self._threads, pairs.shortened, most, every)
         except TruncationImpossible:
             return None
-        return Guest(*_cut_at(cut, wish.side), most)
+        return AdmittedRequest(*_cut_at(cut, wish.side), most)
 
     async def _split(
         self, pairs: EncodedPairs, max_length: int, how: Chunking
@@ -221,14 +225,14 @@ class Reception:
                 "Shorten the query, or use truncation='longest_first'.",
             ) from None
 
-    def _judge(self, documents: int, tokens: int, squares: int, wish: Wish) -> None:
+    def _judge(self, documents: int, tokens: int, squares: int, wish: ScoringRequest) -> None:
         ask = RequestCost(documents, tokens, squares, wish.deadline, wish.priority)
         refusal = refuse(ask, self.house(), self._bounds, self._dispatch.clock())
         if refusal is None:
             return
         error = refusal.error
         retry = error.retry_after_s if isinstance(error, Overloaded) else None
-        self._dispatch.listener.refused(Refused(refusal.reason, documents, retry))
+        self._dispatch.listener.refused(RequestRefused(refusal.reason, documents, retry))
         raise error
 
 

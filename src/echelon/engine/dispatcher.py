@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from echelon.engine.events import BudgetMoved, StepFinished
+from echelon.engine.inflight import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.errors import (
     DeadlinePassed,
     EchelonError,
@@ -24,22 +26,20 @@ from echelon.scheduling.drift import Drift
 from echelon.scheduling.oom_policy import OomPolicy
 from echelon.scheduling.queue import Completed, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
-from echelon.serve.apologies import EXPIRED, does_not_fit, error_of, lost, query_too_long
-from echelon.serve.events import BudgetMoved, StepFinished
 from echelon.tokenization.pairs import TruncationImpossible, gather
 from echelon.types import LadderStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
+    from echelon.engine.events import Listener, Outcome
+    from echelon.engine.inflight import InflightRequest
+    from echelon.engine.worker import StepResult
     from echelon.models.base import ModelInfo
     from echelon.options import Allowance
     from echelon.scheduling.batcher import Batcher
     from echelon.scheduling.oom_policy import OomAction
     from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
-    from echelon.score.worker import Scored
-    from echelon.serve.events import Listener, Outcome
-    from echelon.serve.job import Job
     from echelon.tune.fit import Prior
     from echelon.types import Clock, IntArray, TokenBatch
 
@@ -64,14 +64,14 @@ DRIFT_NEWS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedStep:
     """A step, ready to go to a worker."""
 
     step: PlannedStep
     batch: TokenBatch
 
 
-class Dispatch:
+class Dispatcher:
     """The batcher for many threads.
 
     Args:
@@ -103,7 +103,7 @@ class Dispatch:
         self._budget = TokenBudget(batcher.budget)
         self._room = OomPolicy(allow)
         self._learned = learned
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, InflightRequest] = {}
         self._lock = threading.Condition()
         self._closed = False
         self._workers = workers
@@ -112,7 +112,7 @@ class Dispatch:
 
     # For callers.
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: InflightRequest) -> None:
         """Put a request into the queue; from now on ``job.done`` is called once."""
         keys = job.pairs.keys()
         lengths = tuple(job.pairs.lengths.tolist())
@@ -213,7 +213,7 @@ class Dispatch:
         with self._lock:
             self._lock.notify_all()
 
-    def take(self, news: Callable[[], bool] | None = None) -> Prepared | None:
+    def take(self, news: Callable[[], bool] | None = None) -> PreparedStep | None:
         """The next step.
 
         Args:
@@ -229,9 +229,9 @@ class Dispatch:
             finally:
                 self._idle -= 1
             picks = [(self._jobs[number].pairs, index) for number, index in step.places]
-        return Prepared(step, gather(picks))
+        return PreparedStep(step, gather(picks))
 
-    def finish(self, step: PlannedStep, scored: Scored, worker: int) -> None:
+    def finish(self, step: PlannedStep, scored: StepResult, worker: int) -> None:
         """A worker scored a step."""
         with self._lock:
             now = self.last_scored = self.clock()
@@ -350,7 +350,7 @@ class Dispatch:
             self._tell(number, DeadlinePassed(EXPIRED), "expired")
         return step
 
-    def _of(self, step: PlannedStep) -> list[Job]:
+    def _of(self, step: PlannedStep) -> list[InflightRequest]:
         return [self._jobs[number] for number in step.requests if number in self._jobs]
 
     def _move_budget(self, step: PlannedStep, seconds: float) -> None:

@@ -80,7 +80,7 @@ class RequestEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RequestRefused:
     """A request was not taken in.
 
     Attributes:
@@ -153,7 +153,7 @@ class Listener(Protocol):
         """A request ended."""
         ...
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
         ...
 
@@ -170,7 +170,7 @@ class Listener(Protocol):
         ...
 
 
-class Silence:
+class NullListener:
     """Hears everything and does nothing; a base for listeners that care for some events only."""
 
     def step_finished(self, event: StepFinished) -> None:
@@ -179,7 +179,7 @@ class Silence:
     def request_ended(self, event: RequestEnded) -> None:
         """A request ended."""
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
 
     def ladder_taken(self, event: LadderTaken) -> None:
@@ -192,7 +192,7 @@ class Silence:
         """The token budget has changed."""
 
 
-class Careful:
+class SafeListener:
     """Hands events on, and outlives a listener that raises: no request may hang for a metric."""
 
     def __init__(self, listener: Listener) -> None:
@@ -206,7 +206,7 @@ class Careful:
         """A request ended."""
         _tell(self._listener.request_ended, event)
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
         _tell(self._listener.refused, event)
 
@@ -223,11 +223,11 @@ class Careful:
         _tell(self._listener.budget_moved, event)
 
 
-class Fan:
+class ListenerGroup:
     """Hands events on to several listeners; one that raises does not keep them from the others."""
 
     def __init__(self, *listeners: Listener) -> None:
-        self._listeners = tuple(Careful(listener) for listener in listeners)
+        self._listeners = tuple(SafeListener(listener) for listener in listeners)
 
     def step_finished(self, event: StepFinished) -> None:
         """A step was scored."""
@@ -239,7 +239,7 @@ class Fan:
         for listener in self._listeners:
             listener.request_ended(event)
 
-    def refused(self, event: Refused) -> None:
+    def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
         for listener in self._listeners:
             listener.refused(event)

@@ -1,6 +1,11 @@
-"""The gate: a faster precision may stand in for fp32 only where it ranks as fp32 does.
+"""Does a faster precision rank as the reference does? Agreement between two sets of scores. Pure.
 
-Both score the same judged texts; :mod:`echelon.tune.quality` compares the rankings. Tuning asks it
+Kendall's tau-b is Kendall (1945), "The treatment of ties in ranking problems"; nDCG is Järvelin
+and Kekäläinen (2002) with gains 2^grade - 1.
+
+The gate: a faster precision may stand in for fp32 only where it ranks as fp32 does.
+
+Both score the same judged texts; :mod:`echelon.engine.precision_check` compares the rankings. Tuning asks it
 about every precision and keeps the answers in the profile. Whoever asks for int8 without such a
 profile passes it once for each model and machine, and the answer is kept beside the models.
 """
@@ -17,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import load_texts
-from echelon.engine import Engine, Limits
+from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.models.demo import home
 from echelon.models.device import cpu_name
@@ -26,7 +31,6 @@ from echelon.models.registry import layer_errors, may_choose_int8, open_scorer
 from echelon.options import check_max_length
 from echelon.profile import ProfileKey, library_versions, read_json, write_json
 from echelon.scheduling.packing import pack, step_budget
-from echelon.tune.quality import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS, agreement
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -34,16 +38,102 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.data import Texts, Topic
+    from echelon.engine.worker import ScorerFactory
     from echelon.models.base import ModelInfo, Scorer
     from echelon.models.hub import ModelFolder
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.score.worker import Opener
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray
 
+LEAST_TAU = 0.97
+LEAST_OVERLAP = 0.97
+MOST_NDCG_LOSS = 0.005
+TOP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How scores of one precision agree with fp32's, means over queries.
+
+    Attributes:
+        tau: Kendall's tau-b within queries.
+        overlap: share of the top ten that is the same.
+        max_delta: largest difference of a logit.
+        ndcg_loss: nDCG@10 of fp32 minus that of the precision; None without judgements.
+    """
+
+    tau: float
+    overlap: float
+    max_delta: float
+    ndcg_loss: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may serve in place of fp32."""
+        return (
+            self.tau >= LEAST_TAU
+            and self.overlap >= LEAST_OVERLAP
+            and (self.ndcg_loss is None or self.ndcg_loss <= MOST_NDCG_LOSS)
+        )
+
+
+def agreement(
+    reference: Sequence[FloatArray],
+    candidate: Sequence[FloatArray],
+    grades: Sequence[Sequence[int] | None],
+) -> Agreement:
+    """Compare logits query by query.
+
+    Args:
+        reference: per query, fp32 logits of its documents.
+        candidate: per query, the other precision's.
+        grades: per query, judged relevance of its documents, or None.
+    """
+    pairs = list(zip(reference, candidate, strict=True))
+    losses = [
+        ndcg(kept, judged) - ndcg(other, judged)
+        for (kept, other), judged in zip(pairs, grades, strict=True)
+        if judged is not None and any(judged)
+    ]
+    return Agreement(
+        tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
+        overlap=float(np.mean([top_overlap(a, b) for a, b in pairs])),
+        max_delta=max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs),
+        ndcg_loss=float(np.mean(losses)) if losses else None,
+    )
+
+
+def kendall_tau(first: FloatArray, second: FloatArray) -> float:
+    """Kendall's tau-b of two score lists; 1.0 where one of them has nothing to order."""
+    upper = np.triu_indices(len(first), 1)
+    a = np.sign(first[upper[0]] - first[upper[1]])
+    b = np.sign(second[upper[0]] - second[upper[1]])
+    orderable = np.sqrt(float(np.count_nonzero(a)) * float(np.count_nonzero(b)))
+    return float(np.dot(a, b) / orderable) if orderable else 1.0
+
+
+def top_overlap(first: FloatArray, second: FloatArray, top: int = TOP) -> float:
+    """Share of the best ``top`` documents that both lists have in common."""
+    size = min(top, len(first))
+    best = [set(np.argsort(-scores, kind="stable")[:size].tolist()) for scores in (first, second)]
+    return len(best[0] & best[1]) / size if size else 1.0
+
+
+def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
+    """Give nDCG at ``top`` of the order that the scores give; 0.0 where nothing is relevant."""
+    gains = 2.0 ** np.asarray(grades, dtype=np.float64) - 1.0
+    discounts = 1.0 / np.log2(np.arange(2, len(gains) + 2))
+    discounts[top:] = 0.0
+    ideal = float(np.dot(np.sort(gains)[::-1], discounts))
+    got = float(np.dot(gains[np.argsort(-scores, kind="stable")], discounts))
+    return got / ideal if ideal else 0.0
+
+
+if TYPE_CHECKING:
     Told = Callable[[str], None]
+
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +145,7 @@ KEPT_SHARES = (16, 8, 4)
 quarter little would be left of its speed."""
 
 
-def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()) -> Opener:
+def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
     """Opens a model in a precision, in this process or another.
 
     Args:
@@ -74,7 +164,7 @@ def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ())
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class PrecisionCheck:
     """A model and the judged texts that precisions are compared on."""
 
     folder: ModelFolder
@@ -83,12 +173,14 @@ class Trial:
     topics: Sequence[Topic]
 
     @classmethod
-    def of(cls, folder: ModelFolder, options: Options, encoder: PairEncoder, texts: Texts) -> Trial:
+    def of(
+        cls, folder: ModelFolder, options: Options, encoder: PairEncoder, texts: Texts
+    ) -> PrecisionCheck:
         """A few queries from all over the set."""
         apart = max(1, len(texts.topics) // TOPICS)
         return cls(folder, options, encoder, texts.topics[::apart][:TOPICS])
 
-    def opener(self, keep_bf16: Sequence[str] = ()) -> Opener:
+    def opener(self, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
         """See :func:`opener`."""
         return opener(self.folder, self.options, keep_bf16)
 
@@ -112,7 +204,7 @@ class Trial:
         scorer = self.open(precision, keep_bf16)
         try:
             encoded = self.encode(scorer.facts)
-            engine = Engine(scorer, Limits(step_budget(None, None, scorer.facts.device)))
+            engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.facts.device)))
             engine.run(encoded)
             started = monotonic()
             outcome = engine.run(encoded)
@@ -132,7 +224,7 @@ class Trial:
         return list(layer_errors(self.folder.path, map(encoded.batch, steps)))
 
 
-def compare(trial: Trial, precisions: Sequence[str], told: Told) -> list[dict[str, Any]]:
+def compare(trial: PrecisionCheck, precisions: Sequence[str], told: Told) -> list[dict[str, Any]]:
     """Speed of each precision, and how its ranking agrees with that of the first one, fp32.
 
     Returns:
@@ -153,7 +245,7 @@ def compare(trial: Trial, precisions: Sequence[str], told: Told) -> list[dict[st
 
 
 def _relent(
-    trial: Trial, reference: list[FloatArray], row: dict[str, Any], told: Told
+    trial: PrecisionCheck, reference: list[FloatArray], row: dict[str, Any], told: Told
 ) -> dict[str, Any]:
     """int8 with ever more of its sensitive layers in bf16: the first that passes, or the last."""
     told("looking for the layers that int8 harms most")
@@ -169,7 +261,7 @@ def _relent(
 
 
 def _row(
-    trial: Trial,
+    trial: PrecisionCheck,
     precision: str,
     keep_bf16: Sequence[str],
     reference: list[FloatArray],
@@ -187,7 +279,7 @@ def _row(
     }
 
 
-def pass_gate(
+def check_precision(
     folder: ModelFolder,
     options: Options,
     encoder: PairEncoder,
@@ -210,7 +302,7 @@ def pass_gate(
         logger.info("Comparing int8 with fp32, once for this model and machine.")
         texts = load_texts(None, language="en" if folder.name == "demo" else None)
         gated = replace(options, device="cpu")
-        row = compare(Trial.of(folder, gated, encoder, texts), ["fp32", "int8"], told)[1]
+        row = compare(PrecisionCheck.of(folder, gated, encoder, texts), ["fp32", "int8"], told)[1]
         _keep(key, row)
     require_passed(row)
     logger.info("int8 may serve: %s.", _words(row))

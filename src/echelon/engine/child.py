@@ -1,6 +1,6 @@
 """The scoring child: opens a scorer and scores what its parent sends, until the parent goes.
 
-Run as ``python -m echelon.score.child DESCRIPTOR`` by :mod:`echelon.score.worker`, never by hand.
+Run as ``python -m echelon.engine.child DESCRIPTOR`` by :mod:`echelon.engine.worker`, never by hand.
 A thread of its own reads ahead, so that the next step is here when the running one ends; where it
 reads the end, the parent has gone, and the process ends at once, whatever it computes.
 """
@@ -20,15 +20,15 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from echelon.engine.worker import Channel
 from echelon.errors import EchelonError
 from echelon.models.base import DeviceOutOfMemory
-from echelon.score.channel import Channel
 
 if TYPE_CHECKING:
     import psutil
 
+    from echelon.engine.worker import Reply
     from echelon.models.base import Scorer
-    from echelon.score.worker import Reply
     from echelon.types import TokenBatch
 
 PRIMITIVES = 64
@@ -90,7 +90,7 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
 
 
 def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
-    """Score a step; whatever happens is told in words for :func:`echelon.score.worker.unpack`."""
+    """Score a step; whatever happens is told in words for :func:`echelon.engine.worker.unpack`."""
     began = time.perf_counter()
     try:
         logits = scorer.score(batch)

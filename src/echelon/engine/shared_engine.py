@@ -12,27 +12,26 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
+from echelon.engine.dispatcher import Dispatcher
+from echelon.engine.events import NullListener
+from echelon.engine.inflight import InflightRequest, resolve
+from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
+from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
-from echelon.score.worker import Scored
-from echelon.serve.crew import Keeper, Orders
-from echelon.serve.dispatch import Dispatch
-from echelon.serve.events import Silence
-from echelon.serve.futures import resolve
-from echelon.serve.job import Job
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from echelon.engine import Engine, Limits
+    from echelon.engine.engine import Engine, StepLimits
     from echelon.models.base import ModelInfo
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import Answer, TokenBatch
 
 
 class LocalWorker:
-    """An engine as a worker; see :class:`echelon.score.worker.Worker`."""
+    """An engine as a worker; see :class:`echelon.engine.worker.Worker`."""
 
     renewable = False
 
@@ -57,7 +56,7 @@ class LocalWorker:
         del timeout_s
         return bool(self._steps)
 
-    def receive(self, timeout_s: float) -> Scored:
+    def receive(self, timeout_s: float) -> StepResult:
         """Score the next step, here and now.
 
         Raises:
@@ -72,7 +71,7 @@ class LocalWorker:
             raise
         except Exception as error:
             raise ScoringFailed(f"{type(error).__name__}: {error}") from error
-        return Scored(logits, monotonic() - began, 0)
+        return StepResult(logits, monotonic() - began, 0)
 
     def release(self) -> None:
         """Give cached memory back."""
@@ -85,7 +84,7 @@ class LocalWorker:
         """Nothing to stop: the engine belongs to its reranker."""
 
 
-class Together:
+class SharedEngine:
     """Scores the pairs of many calls at once.
 
     Args:
@@ -93,17 +92,17 @@ class Together:
         limits: what a step may be.
     """
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: Engine, limits: StepLimits) -> None:
         facts = engine.facts
         budget = min(limits.budget, engine.budget)
         batcher = Batcher(CostModel(cost=facts.cost), budget, limits.max_pairs)
-        self._dispatch = Dispatch(batcher, Silence(), monotonic, limits.allow, engine.learn)
+        self._dispatch = Dispatcher(batcher, NullListener(), monotonic, limits.allow, engine.learn)
         self._numbers = itertools.count(1)
-        self._keeper = Keeper(
+        self._keeper = WorkerSupervisor(
             0,
             LocalWorker(engine),
             self._dispatch,
-            Orders(facts.precision),
+            WorkerConfig(facts.precision),
             opened=lambda _: (),
             settled=lambda _: None,
         )
@@ -118,7 +117,9 @@ class Together:
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
-        job = Job(next(self._numbers), pairs, partial(resolve, loop, future), monotonic())
+        job = InflightRequest(
+            next(self._numbers), pairs, partial(resolve, loop, future), monotonic()
+        )
         self._dispatch.submit(job)
         try:
             answer = await future

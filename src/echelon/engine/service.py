@@ -2,8 +2,8 @@
 
 A request goes: admit (estimated) → tokenise, in slices → admit (true) → queue → steps → answer.
 The only asyncio of the package. Whatever happens, ``submit`` ends: with the scores, or with an
-error of :mod:`echelon.errors` that says what to do. :mod:`echelon.serve.dispatch` and
-:mod:`echelon.serve.crew` hold the threads' side.
+error of :mod:`echelon.errors` that says what to do. :mod:`echelon.engine.dispatcher` and
+:mod:`echelon.engine.supervisor` hold the threads' side.
 """
 
 from __future__ import annotations
@@ -15,31 +15,29 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from echelon.engine.admission_pipeline import AdmissionPipeline, ScoringRequest
+from echelon.engine.dispatcher import Dispatcher
+from echelon.engine.events import NullListener, RequestRefused, SafeListener
+from echelon.engine.inflight import EXPIRED, InflightRequest, resolve
+from echelon.engine.scaling import keep_scaled
+from echelon.engine.state import Readiness, ServiceSettings, ServiceSnapshot
+from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.options import check_fallback, check_max_length
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.load_shedding import LoadShedding
 from echelon.scheduling.packing import DEFAULT_BUDGETS, step_budget
-from echelon.serve.apologies import EXPIRED
-from echelon.serve.crew import Keeper, Orders
-from echelon.serve.dispatch import Dispatch
-from echelon.serve.events import Careful, Refused, Silence
-from echelon.serve.futures import resolve
-from echelon.serve.job import Job
-from echelon.serve.reception import Reception, Wish
-from echelon.serve.scaling import keep_scaled
-from echelon.serve.state import Readiness, Settings, Snapshot
 from echelon.types import Answer, Timings, monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from echelon.engine.events import Listener
+    from echelon.engine.worker import Worker
     from echelon.models.base import ModelInfo
     from echelon.options import Truncation
     from echelon.scheduling.fair_queue import Priority
-    from echelon.score.worker import Worker
-    from echelon.serve.events import Listener
     from echelon.tokenization.chunking import Chunking, Side
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
@@ -73,21 +71,21 @@ class Service:
         self,
         encoder: PairEncoder,
         make_worker: Callable[[int, Callable[[], None]], Worker],
-        settings: Settings | None = None,
+        settings: ServiceSettings | None = None,
         *,
         listener: Listener | None = None,
         clock: Clock = monotonic,
         learned: Callable[[int], None] | None = None,
         prior: Prior | None = None,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or ServiceSettings()
         self.clock = clock
         self._encoder = encoder
         self._make_worker = make_worker
         self._prior = prior
-        self._listener = Careful(listener or Silence())
+        self._listener = SafeListener(listener or NullListener())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
-        self._dispatch = Dispatch(
+        self._dispatch = Dispatcher(
             batcher,
             self._listener,
             clock,
@@ -95,10 +93,10 @@ class Service:
             learned=learned,
             workers=self.settings.workers,
         )
-        self._reception = Reception(encoder, self.settings.bounds, self._dispatch, self._up)
+        self._reception = AdmissionPipeline(encoder, self.settings.bounds, self._dispatch, self._up)
         self._pressure = LoadShedding(self.settings, self._reception.house, clock)
         self._facts: ModelInfo | None = None
-        self._keepers: list[Keeper] = []
+        self._keepers: list[WorkerSupervisor] = []
         self._numbers = itertools.count(1)
         self._inside = 0
         self._empty = asyncio.Event()
@@ -215,14 +213,14 @@ class Service:
         """
         arrived = self.clock()
         if self._draining:
-            self._listener.refused(Refused("shutting_down", len(pairs), None))
+            self._listener.refused(RequestRefused("shutting_down", len(pairs), None))
             raise ShuttingDown("The service is stopping or has not started. Ask another server.")
         if (hopeless := self._dispatch.hopeless) is not None:
             raise hopeless
         if not len(pairs):
             return _nothing()
         longest = self.longest(max_length)
-        wish = Wish(
+        wish = ScoringRequest(
             max_length=longest,
             truncation=truncation or self.settings.truncation,
             max_query_tokens=max_query_tokens or self.settings.max_query_tokens,
@@ -282,11 +280,11 @@ class Service:
             return Readiness(ready=False, reason=str(error))
         return Readiness(ready=True)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ServiceSnapshot:
         """The service now, for metrics."""
         house = self._pressure.look()
         oldest = house.load.oldest
-        return Snapshot(
+        return ServiceSnapshot(
             load=house.load,
             requests=house.requests,
             backlog_s=house.backlog_s,
@@ -309,12 +307,12 @@ class Service:
         number: int,
         settled: asyncio.Future[Exception | None],
         loop: asyncio.AbstractEventLoop,
-    ) -> Keeper:
-        return Keeper(
+    ) -> WorkerSupervisor:
+        return WorkerSupervisor(
             number,
             self._make_worker(number, self._dispatch.wake),
             self._dispatch,
-            Orders(
+            WorkerConfig(
                 precision=self.settings.precision,
                 memory_limit_bytes=self.settings.memory_limit_bytes,
                 wedge_after_s=self.settings.wedge_after_s,
@@ -350,12 +348,12 @@ class Service:
             self._empty.set()
 
     async def _serve(
-        self, pairs: Sequence[Pair] | EncodedPairs, wish: Wish, arrived: float
+        self, pairs: Sequence[Pair] | EncodedPairs, wish: ScoringRequest, arrived: float
     ) -> Answer:
         guest = await self._reception.let_in(pairs, wish)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
-        job = Job(
+        job = InflightRequest(
             number=next(self._numbers),
             pairs=guest.pairs,
             done=partial(resolve, loop, future),

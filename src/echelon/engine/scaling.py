@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from echelon.scheduling.autoscaling import Autoscaler
 
 if TYPE_CHECKING:
+    from echelon.engine.service import Service
     from echelon.scheduling.autoscaling import AutoscalingLimits
-    from echelon.serve.service import Service
 
 logger = logging.getLogger(__name__)
 

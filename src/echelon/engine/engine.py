@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StepLimits:
     """What a step may be.
 
     Attributes:
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class EngineResult:
     """Result of one run, in the order of its pairs.
 
     Attributes:
@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self,
         scorer: Scorer,
-        limits: Limits,
+        limits: StepLimits,
         *,
         reopen: Callable[[str], Scorer] | None = None,
         learned: Callable[[int], None] | None = None,
@@ -102,9 +102,9 @@ class Engine:
         self,
         pairs: EncodedPairs,
         *,
-        limits: Limits | None = None,
+        limits: StepLimits | None = None,
         scored: Callable[[int], None] | None = None,
-    ) -> Outcome:
+    ) -> EngineResult:
         """Score all pairs.
 
         Args:
@@ -117,7 +117,7 @@ class Engine:
             OutOfMemory: a pair does not fit alone, and nothing more may be given up.
             NonFiniteScore: the model gave NaN or infinity for a pair.
         """
-        run = _Run(pairs, limits or self._limits)
+        run = _CallState(pairs, limits or self._limits)
         run.plan(self._ceiling(run), self.facts)
         while run.steps:
             with self._device:
@@ -169,10 +169,10 @@ class Engine:
         self._open = False
         self._scorer.close()
 
-    def _ceiling(self, run: _Run) -> int:
+    def _ceiling(self, run: _CallState) -> int:
         return min(self._learned_budget, run.limits.budget)
 
-    def _step(self, run: _Run) -> None:
+    def _step(self, run: _CallState) -> None:
         """Run the next step; on memory trouble change the plan instead."""
         if not self._open:
             raise closed()
@@ -187,7 +187,7 @@ class Engine:
             return
         self._give_way(run, step, reason)
 
-    def _give_way(self, run: _Run, step: Step, reason: str) -> None:
+    def _give_way(self, run: _CallState, step: Step, reason: str) -> None:
         lengths = run.pairs.lengths[step]
         failure = StepFailure(
             pairs=len(step),
@@ -207,7 +207,7 @@ class Engine:
         run.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
         self._act(action, run)
 
-    def _act(self, action: OomAction, run: _Run) -> None:
+    def _act(self, action: OomAction, run: _CallState) -> None:
         self._scorer.release()
         run.caches_dropped = True
         if action.budget is not None:
@@ -234,10 +234,10 @@ def _without_precision(allow: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
     return tuple(name for name in allow if name != "precision")
 
 
-class _Run:
+class _CallState:
     """One call's pairs: which are done, which steps are left."""
 
-    def __init__(self, pairs: EncodedPairs, limits: Limits) -> None:
+    def __init__(self, pairs: EncodedPairs, limits: StepLimits) -> None:
         self.pairs = pairs
         self.limits = limits
         self.steps: deque[Step] = deque()
@@ -299,7 +299,7 @@ class _Run:
         """What the caller knows a pair by."""
         return f"pairs[{self.pairs.places[index]}]"
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> EngineResult:
         """The finished run."""
         report = RunReport(
             pairs=len(self._logits),
@@ -309,4 +309,4 @@ class _Run:
             steps=self._steps_done,
             ladder=tuple(self.ladder),
         )
-        return Outcome(self._logits, self._truncated, report)
+        return EngineResult(self._logits, self._truncated, report)
