@@ -17,14 +17,14 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from echelon.api.house import House
-from echelon.api.metrics import Metrics
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
 from echelon.jobs.score import Steps
 from echelon.scale.files import Bench
 from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
 from services import LetterEncoder, scores, until
 from services import run as run_guarded
 
@@ -164,7 +164,7 @@ class Fake:
     model: str = "fake"
     token_budget: int = 1500
 
-    def __call__(self) -> House:
+    def __call__(self) -> ServerContext:
         metrics = Metrics()
 
         async def launch() -> Service:
@@ -174,7 +174,7 @@ class Fake:
             await made.start()
             return made
 
-        return House(launch, self.model, metrics)
+        return ServerContext(launch, self.model, metrics)
 
 
 def actors(name: str) -> list[int]:

@@ -16,11 +16,11 @@ import pytest
 import uvicorn
 import yaml
 
-from echelon.api.app import make_app
-from echelon.api.house import House
-from echelon.api.metrics import Metrics
 from echelon.engine.events import Outcome, WorkerState
 from echelon.scale.command import serve
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
 from helpers import ROOT
 from services import GUARD_S, service
 
@@ -120,7 +120,7 @@ def on_a_socket(**more):
         await made.start()
         return made
 
-    house = House(launch, "the-model", metrics)
+    house = ServerContext(launch, "the-model", metrics)
     config = uvicorn.Config(make_app(house), lifespan="on", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     taken = socket.create_server(("127.0.0.1", 0))

@@ -12,14 +12,13 @@ import logging
 import sys
 from functools import partial
 
-from echelon.api.auth import read_keys
-from echelon.api.connection import Limits
-from echelon.api.house import House, Rules
-from echelon.api.logs import set_up
-from echelon.api.metrics import Metrics
-from echelon.api.server import Address, run
-from echelon.api.traces import open_traces
 from echelon.scheduling.admission import AdmissionLimits
+from echelon.server.auth import read_keys
+from echelon.server.connection import ConnectionLimits
+from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.http_server import Address, run
+from echelon.server.metrics import Metrics
+from echelon.server.observability import open_traces, set_up
 from scorers import Obedient, gated
 from services import service
 
@@ -39,8 +38,10 @@ def main(told: dict) -> None:
         return made
 
     keys = read_keys(told.get("keys"), told.get("rate"))
-    rules = Rules(keys=keys, limits=Limits(**told.get("limits", {})), **told.get("rules", {}))
-    house = House(launch, "fake", metrics, rules, traces=open_traces(None))
+    rules = ServerLimits(
+        keys=keys, limits=ConnectionLimits(**told.get("limits", {})), **told.get("rules", {})
+    )
+    house = ServerContext(launch, "fake", metrics, rules, traces=open_traces(None))
     address = Address("127.0.0.1", 0, **told.get("address", {}))
     run(house, address, exposed=False)
 

@@ -19,13 +19,13 @@ import httpx
 import psutil
 import uvicorn
 
-from echelon.api.app import make_app
-from echelon.api.house import House, Rules
-from echelon.api.metrics import Metrics
-from echelon.api.recent import SLICE_S, Recent
-from echelon.api.server import Server
 from echelon.engine.events import ListenerGroup
 from echelon.scheduling.admission import AdmissionLimits
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.http_server import HttpServer
+from echelon.server.metrics import Metrics
+from echelon.server.rolling_stats import SLICE_S, RollingStats
 from scorers import HANG
 from services import GUARD_S, service
 
@@ -39,14 +39,14 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 @contextlib.asynccontextmanager
 async def app_of(made=None, rules=None, slice_s=SLICE_S, recent=None, **settings):
     """A client of an application in this process, and its house."""
-    metrics, recent = Metrics(), recent or Recent(slice_s)
+    metrics, recent = Metrics(), recent or RollingStats(slice_s)
     made = made or service(ears=ListenerGroup(metrics, recent), **settings)
 
     async def launch():
         await made.start()
         return made
 
-    house = House(launch, "the-model", metrics, rules, recent=recent)
+    house = ServerContext(launch, "the-model", metrics, rules, recent=recent)
     await house.open()
     transport = httpx.ASGITransport(make_app(house))
     try:
@@ -172,7 +172,7 @@ def full_house():
         await made.start()
         return made
 
-    house = House(launch, "the-model", metrics, Rules(drain_s=0.01))
+    house = ServerContext(launch, "the-model", metrics, ServerLimits(drain_s=0.01))
     server = Threaded(uvicorn.Config(make_app(house), lifespan="on", log_config=None), house)
     with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(2) as threads:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -190,7 +190,7 @@ def full_house():
             assert holding.result(GUARD_S).status_code == 503
 
 
-class Threaded(Server):
+class Threaded(HttpServer):
     """A server in a thread, which signals never reach."""
 
     capture_signals = contextlib.nullcontext

@@ -29,7 +29,6 @@ from echelon.advise.proof import Stage, arguments, stress_plan
 from echelon.advise.sending import Load, require_texts, ruler_of
 from echelon.advise.server import Server, ServerFailed
 from echelon.advise.shorter import Shorter, shorter
-from echelon.api.metrics import RATIOS
 from echelon.engine.precision_check import Agreement
 from echelon.errors import InvalidInput
 from echelon.options import Options
@@ -37,6 +36,7 @@ from echelon.plan.workload import Arrival, Between, Fixed, Known
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
 from echelon.scheduling.packing import NO_BUDGET
+from echelon.server.metrics import RATIOS
 from echelon.tune.scenario import Candidate, Limits
 from echelon.tune.served import cut, predict
 

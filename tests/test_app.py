@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from echelon.api import ranking
-from echelon.api.answer import HEADERS
-from echelon.api.app import make_app
-from echelon.api.dialects.table import DIALECTS, PATHS
 from echelon.scheduling.admission import AdmissionLimits
+from echelon.server import routes
+from echelon.server.app import make_app
+from echelon.server.protocols import DIALECTS, PATHS
+from echelon.server.responses import HEADERS
 from scorers import Obedient
 from served import ASKED, DOCUMENTS, metric, run_app
 from services import ids, scores, until
@@ -163,7 +163,7 @@ def test_a_bug_is_an_answer_too(caplog, monkeypatch):
 
     async def main(client, house):
         caplog.set_level(logging.CRITICAL, "echelon")
-        monkeypatch.setattr("echelon.api.ranking.hits_of", lambda *_: broken(_))
+        monkeypatch.setattr("echelon.server.routes.hits_of", lambda *_: broken(_))
         response = await client.post("/v1/rerank", json=ASKED)
         assert response.status_code == 500
         assert "This is a bug" in response.json()["message"]
@@ -246,11 +246,11 @@ def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing(monkeypatch):
 
     async def main():
         call = SimpleNamespace(request=SimpleNamespace(receive=receive))
-        assert await ranking._unless_gone(call, None) == "answer"
+        assert await routes._unless_gone(call, None) == "answer"
         for _ in range(3):
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(ranking, "_ask", ask)
+    monkeypatch.setattr(routes, "_ask", ask)
     asyncio.run(main())
 
 

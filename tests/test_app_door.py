@@ -9,11 +9,11 @@ import re
 
 import pytest
 
-from echelon.api.auth import Keys, read_keys
-from echelon.api.dialects.table import DIALECTS
-from echelon.api.house import Rules
-from echelon.api.logs import JsonLines, request_id
 from echelon.errors import InvalidInput
+from echelon.server.auth import Keys, read_keys
+from echelon.server.context import ServerLimits
+from echelon.server.observability import JsonFormatter, request_id
+from echelon.server.protocols import DIALECTS
 from served import ASKED, run_app
 
 
@@ -48,7 +48,7 @@ def test_keys(tmp_path, monkeypatch):
         assert response.status_code == 401
         assert "first-key2" not in response.text
 
-    run_app(main, rules=Rules(keys=keys))
+    run_app(main, rules=ServerLimits(keys=keys))
 
 
 def test_key_files_that_hold_nothing(tmp_path):
@@ -75,7 +75,7 @@ def test_long_bodies():
             assert response.json()["message"].startswith("body: is longer than 1000 bytes")
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
 
-    run_app(main, rules=Rules(max_body_bytes=1000))
+    run_app(main, rules=ServerLimits(max_body_bytes=1000))
 
 
 def test_slow_bodies():
@@ -88,7 +88,7 @@ def test_slow_bodies():
         assert response.status_code == 408
         assert "did not come within 0.05 s" in response.json()["message"]
 
-    run_app(main, rules=Rules(body_timeout_s=0.05))
+    run_app(main, rules=ServerLimits(body_timeout_s=0.05))
 
 
 def test_cors_is_off_unless_an_origin_is_named():
@@ -105,18 +105,18 @@ def test_cors_is_off_unless_an_origin_is_named():
         assert "access-control-allow-origin" not in other.headers
 
     run_app(closed)
-    run_app(opened, rules=Rules(origins=("https://shop.example",)))
+    run_app(opened, rules=ServerLimits(origins=("https://shop.example",)))
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_s", "drain_s"])
 def test_rules_that_make_no_sense(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
-        Rules(**{name: 0})
+        ServerLimits(**{name: 0})
 
 
 def test_request_ids(caplog):
     async def main(client, house):
-        with caplog.at_level(logging.INFO, "echelon.api.ranking"):
+        with caplog.at_level(logging.INFO, "echelon.server.routes"):
             given = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "abc-1"})
             assert given.headers["x-request-id"] == given.json()["id"] == "abc-1"
             odd = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "a b\tc"})
@@ -130,7 +130,7 @@ def test_request_ids(caplog):
 def test_log_lines_are_json():
     def line(**record):
         made = logging.makeLogRecord({"name": "echelon.x", "levelname": "INFO", **record})
-        return json.loads(JsonLines().format(made))
+        return json.loads(JsonFormatter().format(made))
 
     plain = line(msg="a %s", args=("b",), facts={"status": 200})
     assert (plain["message"], plain["level"], plain["status"]) == ("a b", "info", 200)

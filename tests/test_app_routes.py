@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from echelon.api.answer import HEADERS
-from echelon.api.app import make_app
-from echelon.api.dialects.table import DIALECTS, PATHS, SHARED
-from echelon.api.house import House
-from echelon.api.metrics import Metrics
-from echelon.api.openapi import ERRORS, PLAIN, describe
 from echelon.errors import ModelNotFound, ShuttingDown
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
+from echelon.server.openapi import ERRORS, PLAIN, describe
+from echelon.server.protocols import DIALECTS, PATHS, SHARED
+from echelon.server.responses import HEADERS
 from served import ASKED, metric, run_app
 from services import service
 
@@ -46,7 +46,7 @@ def test_before_the_start_and_after_a_failed_one():
         raise ModelNotFound("no such folder. Name another.")
 
     async def main():
-        house = House(fails, "m", Metrics())
+        house = ServerContext(fails, "m", Metrics())
         with pytest.raises(ModelNotFound):
             await house.open()
         assert isinstance(house.failure, ModelNotFound)
@@ -72,7 +72,7 @@ def test_the_application_starts_and_stops_the_service():
             return made
 
         told = []
-        app = make_app(House(launch, "m", Metrics()))
+        app = make_app(ServerContext(launch, "m", Metrics()))
         news = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
         async def receive():
@@ -104,7 +104,9 @@ def test_a_failed_start_is_told_without_a_traceback():
             told.append(message)
 
         with pytest.raises(ModelNotFound):
-            await make_app(House(fails, "m", Metrics()))({"type": "lifespan"}, receive, send)
+            await make_app(ServerContext(fails, "m", Metrics()))(
+                {"type": "lifespan"}, receive, send
+            )
         assert told == [{"type": "lifespan.startup.failed"}]
 
     asyncio.run(main())

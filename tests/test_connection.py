@@ -12,9 +12,9 @@ import time
 import httpx
 import pytest
 
-from echelon.api.connection import LINGER_S, Limits
-from echelon.api.server import OTHER_FILES, make_room_for
 from echelon.errors import InvalidInput
+from echelon.server.connection import LINGER_S, ConnectionLimits
+from echelon.server.http_server import OTHER_FILES, make_room_for
 from served import ASKED, LiveFake
 from services import GUARD_S
 
@@ -229,7 +229,7 @@ def test_only_so_many_connections(live):
 @pytest.mark.parametrize("name", ["max_connections", "header_timeout_s", "max_header_bytes"])
 def test_limits_that_make_no_sense(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
-        Limits(**{name: 0})
+        ConnectionLimits(**{name: 0})
 
 
 def test_files_for_the_connections(monkeypatch):

@@ -8,9 +8,9 @@ import threading
 import httpx
 import pytest
 
-from echelon.api.auth import Key, Keys
-from echelon.api.house import Rules
 from echelon.scheduling.drift import Drift
+from echelon.server.auth import ApiKey, Keys
+from echelon.server.context import ServerLimits
 from services import GUARD_S
 from website import Site, chromium, fits, visit
 
@@ -112,7 +112,7 @@ def test_it_outlives_the_server_and_says_so(browser):
 
 
 def test_it_asks_for_a_key_before_it_asks_for_data(browser):
-    with Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as site:
+    with Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site:
         address = f"{site.url}/dashboard"
         with visit(browser, address, tolerated="401") as page:
             page.get_by_text("This server asks for an API key.").wait_for()
@@ -136,7 +136,7 @@ def test_a_late_no_to_an_earlier_key_does_not_hide_the_data(browser):
             route.continue_()
 
     with (
-        Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as site,
+        Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site,
         visit(browser, f"{site.url}/dashboard", tolerated="401") as page,
     ):
         page.route("**/dashboard/data", hold)

@@ -29,11 +29,11 @@ from deployed import (
     series,
     settings,
 )
-from echelon.api import auth
-from echelon.api.server import GRACE_S
 from echelon.engine.service import CANARY_TIMEOUT_S
 from echelon.models import demo, kernels
 from echelon.scale.command import config
+from echelon.server import auth
+from echelon.server.http_server import GRACE_S
 from helpers import ROOT
 
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")

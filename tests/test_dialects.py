@@ -7,8 +7,6 @@ import json
 import msgspec
 import pytest
 
-from echelon.api.dialects.table import DIALECTS, PATHS, SHARED, choose, read
-from echelon.api.wire import Complaint, Hit, Outcome
 from echelon.errors import (
     DeadlinePassed,
     InvalidInput,
@@ -20,6 +18,8 @@ from echelon.errors import (
     Unauthorised,
     WorkerLost,
 )
+from echelon.server.protocols import DIALECTS, PATHS, SHARED, choose, read
+from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
 from echelon.tokenization.chunking import Chunking
 
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
@@ -229,14 +229,16 @@ def test_what_is_no_object(text):
 
 # Bodies out.
 
-OUTCOME = Outcome(
+OUTCOME = RerankResponse(
     number="abc",
     created=1700000000,
     model="m",
-    hits=[Hit(1, 0.75, 1.5), Hit(0, 0.25, -1.5)],
+    hits=[RerankResult(1, 0.75, 1.5), RerankResult(0, 0.25, -1.5)],
     tokens=12,
 )
-LONG = Outcome("abc", 1700000000, "m", [Hit(0, 0.5, 0.0, "a")], 12, with_documents=True)
+LONG = RerankResponse(
+    "abc", 1700000000, "m", [RerankResult(0, 0.5, 0.0, "a")], 12, with_documents=True
+)
 RESULTS = [{"index": 1, "relevance_score": 0.75}, {"index": 0, "relevance_score": 0.25}]
 USAGE = {"prompt_tokens": 12, "total_tokens": 12}
 
@@ -315,7 +317,7 @@ def test_answers_with_documents():
 
 
 def test_warnings_are_where_cohere_has_them():
-    warned = Outcome("abc", 1, "m", [], 12, warnings=("1 of 2 documents were cut.",))
+    warned = RerankResponse("abc", 1, "m", [], 12, warnings=("1 of 2 documents were cut.",))
     expected = meta("2", warnings=["1 of 2 documents were cut."])
     assert BY_NAME["cohere_v2"].write(warned)["meta"] == expected
 
@@ -348,7 +350,7 @@ STATUS = {
 
 
 def complain(name, error):
-    return BY_NAME[name].complain(Complaint(error, str(error), "abc"))
+    return BY_NAME[name].complain(ErrorResponse(error, str(error), "abc"))
 
 
 @pytest.mark.parametrize("name", STATUS)

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from echelon.api.dialects.table import DIALECTS, read
 from echelon.engine.state import ServiceSettings
 from echelon.errors import InvalidInput
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
+from echelon.server.protocols import DIALECTS, read
 from echelon.tokenization.chunking import Chunking
 from echelon.types import monotonic
 from scorers import Held
@@ -274,7 +274,7 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
         assert "warnings" not in answers[0].json()["meta"]
         assert metric(house, "echelon_fallback_requests_total") == 2 * len(DIALECTS)
         logged = [
-            r.facts.get("fallback") for r in caplog.records if r.name == "echelon.api.ranking"
+            r.facts.get("fallback") for r in caplog.records if r.name == "echelon.server.routes"
         ]
         assert logged.count({"max_length": SHORT}) == 2 * len(DIALECTS)
         assert logged.count(None) == 2 * len(DIALECTS)

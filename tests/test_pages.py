@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from echelon.api.app import make_app
-from echelon.api.auth import Key, Keys
-from echelon.api.house import House, Rules
-from echelon.api.metrics import Metrics
-from echelon.api.pages.files import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
-from echelon.api.recent import Recent
 from echelon.engine.state import ServiceSnapshot
+from echelon.server.app import make_app
+from echelon.server.auth import ApiKey, Keys
+from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.metrics import Metrics
+from echelon.server.pages import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
+from echelon.server.rolling_stats import RollingStats
 from served import ASKED, run_app
 from services import until
 
@@ -94,7 +94,7 @@ def test_pages_stand_open_and_data_asks_for_a_key():
         assert allowed.status_code == 200
         assert allowed.headers["Cache-Control"] == "no-store"
 
-    run_app(main, None, Rules(keys=Keys([Key("sesame", "tests")])))
+    run_app(main, None, ServerLimits(keys=Keys([ApiKey("sesame", "tests")])))
 
 
 def test_the_path_that_a_proxy_puts_before_is_in_every_address():
@@ -197,10 +197,10 @@ def test_who_reads_gzip(accepted, takes):
 
 
 def test_a_server_that_starts_does_not_import_plotly():
-    code = "import sys, echelon.api.app; from echelon.api.pages import files\n"
+    code = "import sys, echelon.server.app; from echelon.server.pages import files\n"
     code += "files._plotly(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "echelon.api.app" in done.stdout.split()
+    assert "echelon.server.app" in done.stdout.split()
     assert "plotly" not in done.stdout.split()
 
 
@@ -248,7 +248,7 @@ def test_data_tells_what_the_routes_and_the_service_did():
 
 def test_data_before_the_start():
     async def main():
-        house = House(lambda: None, "m", Metrics())
+        house = ServerContext(lambda: None, "m", Metrics())
         transport = httpx.ASGITransport(make_app(house))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             data = (await client.get("/dashboard/data")).json()
@@ -260,7 +260,7 @@ def test_data_before_the_start():
 
 
 def test_looking_goes_on_until_the_end_and_not_beyond():
-    class Looked(Recent):
+    class Looked(RollingStats):
         looks = 0
 
         def looked(self, state):

@@ -10,8 +10,8 @@ import sys
 import httpx
 import pytest
 
-from echelon.api.auth import Key, Keys
-from echelon.api.house import Rules
+from echelon.server.auth import ApiKey, Keys
+from echelon.server.context import ServerLimits
 from website import Site, chromium, fits, visit
 
 ASKED = {
@@ -35,7 +35,7 @@ def site(browser):  # not started where there is no browser
 
 @pytest.fixture(scope="module")
 def locked(browser):
-    with Site(rules=Rules(keys=Keys([Key("sesame", "tests")]))) as served:
+    with Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as served:
         yield served
 
 

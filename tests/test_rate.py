@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.api.answer import retry_after
-from echelon.api.auth import Keys, read_keys
-from echelon.api.dialects.table import DIALECTS
-from echelon.api.house import Rules
-from echelon.api.rate import Bucket, Limit, limit_of
 from echelon.errors import InvalidInput, RateLimited
+from echelon.server.auth import Keys, RateLimit, TokenBucket, limit_of, read_keys
+from echelon.server.context import ServerLimits
+from echelon.server.protocols import DIALECTS
+from echelon.server.responses import retry_after
 from served import ASKED, metric, run_app
 
-limits = st.builds(Limit, st.floats(0.01, 1000), st.integers(1, 500).map(float))
+limits = st.builds(RateLimit, st.floats(0.01, 1000), st.integers(1, 500).map(float))
 comings = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 2000)), min_size=1, max_size=60)
 
 
@@ -31,7 +30,7 @@ def let_in(bucket, documents, now) -> float | None:
 
 @given(limits, comings)
 def test_never_more_than_burst_and_rate_and_one_request_beyond(limit, comings):
-    bucket, now, taken = Bucket(limit), 0.0, []
+    bucket, now, taken = TokenBucket(limit), 0.0, []
     for pause, documents in comings:
         now += pause
         if let_in(bucket, documents, now) is None:
@@ -47,7 +46,7 @@ def test_never_more_than_burst_and_rate_and_one_request_beyond(limit, comings):
 
 @given(limits, comings)
 def test_whoever_is_told_when_to_come_is_let_in_then_and_not_before(limit, comings):
-    bucket, now = Bucket(limit), 0.0
+    bucket, now = TokenBucket(limit), 0.0
     for pause, documents in comings:
         now += pause
         wait = let_in(bucket, documents, now)
@@ -62,7 +61,7 @@ def test_whoever_is_told_when_to_come_is_let_in_then_and_not_before(limit, comin
 
 @given(limits, st.integers(1, 2000))
 def test_no_request_is_too_large_to_ever_come_in(limit, documents):
-    bucket = Bucket(limit)
+    bucket = TokenBucket(limit)
     assert let_in(bucket, documents, 0.0) is None
     owed = documents - limit.burst + min(documents, limit.burst)
     wait = let_in(bucket, documents, 0.0) or 0.0
@@ -71,13 +70,13 @@ def test_no_request_is_too_large_to_ever_come_in(limit, documents):
 
 @given(limits, st.floats(0, 100), st.floats(0, 100))
 def test_a_clock_that_stands_still_or_goes_back_gives_nothing(limit, then, before):
-    bucket = Bucket(limit)
+    bucket = TokenBucket(limit)
     assert let_in(bucket, int(limit.burst), then) is None
     assert let_in(bucket, 1, min(before, then)) == pytest.approx(1 / limit.rate, rel=1e-6)
 
 
 def test_what_is_given_back_can_be_taken_again():
-    bucket = Bucket(Limit(1.0, 10.0))
+    bucket = TokenBucket(RateLimit(1.0, 10.0))
     assert let_in(bucket, 30, 0.0) is None
     bucket.give_back(30)
     assert let_in(bucket, 10, 0.0) is None
@@ -97,7 +96,7 @@ def test_what_is_given_back_can_be_taken_again():
 )
 def test_rates_as_they_are_written(words, rate, burst):
     limit = limit_of("rate", *words)
-    assert (limit, str(limit)) == (Limit(rate, burst), words[0])
+    assert (limit, str(limit)) == (RateLimit(rate, burst), words[0])
 
 
 @pytest.mark.parametrize(
@@ -133,9 +132,9 @@ def test_names_and_limits(tmp_path, monkeypatch):
         rate="10/s",
     )
     assert len(keys) == 6
-    assert (of(keys, "aaa").name, of(keys, "aaa").bucket.limit) == ("shop", Limit(50, 200))
+    assert (of(keys, "aaa").name, of(keys, "aaa").bucket.limit) == ("shop", RateLimit(50, 200))
     assert (of(keys, "bbb").name, of(keys, "bbb").bucket) == ("line-3", None)
-    assert (of(keys, "ccc").name, of(keys, "ccc").bucket.limit) == ("team.b", Limit(10, 10))
+    assert (of(keys, "ccc").name, of(keys, "ccc").bucket.limit) == ("team.b", RateLimit(10, 10))
     assert of(keys, "from-outside").name == "env-1"
     assert of(keys, "old") is of(keys, "new")
 
@@ -189,7 +188,7 @@ def test_each_key_has_its_own_limit_in_every_dialect(tmp_path):
         assert metric(house, 'echelon_key_documents_total{key="fast"}') >= 2 * len(DIALECTS)
         assert "aaa" not in house.metrics.text().decode()
 
-    run_app(main, rules=Rules(keys=keys))
+    run_app(main, rules=ServerLimits(keys=keys))
 
 
 def test_what_the_service_refuses_costs_nothing(tmp_path):
@@ -209,7 +208,7 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
         unread = await client.post("/v1/rerank", content=b"{", headers=headers)
         assert unread.status_code == 429  # before the body is looked at
 
-    run_app(main, rules=Rules(keys=keys))
+    run_app(main, rules=ServerLimits(keys=keys))
 
 
 def test_without_keys_everybody_shares_the_limit():
@@ -221,4 +220,4 @@ def test_without_keys_everybody_shares_the_limit():
         assert metric(house, 'echelon_rate_limited_total{key="anybody"}') == 1
         assert house.recent._slices[-1].counts["limited", "requests"] == 1
 
-    run_app(main, rules=Rules(keys=keys))
+    run_app(main, rules=ServerLimits(keys=keys))

@@ -12,7 +12,6 @@ pytest.importorskip("ray", reason="Ray is in an extra of its own")
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from echelon.api.server import GRACE_S
 from echelon.cli import cli
 from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency
@@ -22,6 +21,7 @@ from echelon.scale.opener import abroad
 from echelon.scale.serve import app, plan_of, values_of
 from echelon.scale.worker import Share
 from echelon.scheduling.autoscaling import AutoscalingLimits
+from echelon.server.http_server import GRACE_S
 from helpers import ROOT, run_python
 
 

@@ -10,19 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.api.board import STATE, board
-from echelon.api.recent import (
-    BINS,
-    FLOOR_S,
-    POWERS,
-    REMEMBERED_EVENTS,
-    REMEMBERED_STEPS,
-    SLICES,
-    Recent,
-    bin_of,
-    percentiles,
-    power_of,
-)
 from echelon.engine.events import (
     LadderTaken,
     ListenerGroup,
@@ -33,6 +20,19 @@ from echelon.engine.events import (
 )
 from echelon.engine.state import ServiceSnapshot
 from echelon.scheduling.queue import QueueLoad
+from echelon.server.dashboard_data import STATE, board
+from echelon.server.rolling_stats import (
+    BINS,
+    FLOOR_S,
+    POWERS,
+    REMEMBERED_EVENTS,
+    REMEMBERED_STEPS,
+    SLICES,
+    RollingStats,
+    bin_of,
+    percentiles,
+    power_of,
+)
 from echelon.types import LadderStep
 from services import Ears
 
@@ -50,7 +50,7 @@ class Time:
 
 
 def recent(time, slice_s=2.0):
-    return Recent(slice_s, clock=time, unix=lambda: 1_000_000.0)
+    return RollingStats(slice_s, clock=time, unix=lambda: 1_000_000.0)
 
 
 def shown(heard, state=None):

@@ -10,12 +10,12 @@ import random
 
 import pytest
 
-from echelon.api.answer import retry_after
 from echelon.errors import Overloaded
 from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoad, refuse
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
 from echelon.scheduling.queue import PairRequest
+from echelon.server.responses import retry_after
 
 SLOWER = 3.0
 STEP_TOKENS = 2048

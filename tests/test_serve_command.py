@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from echelon import Reranker
-from echelon.api.command import is_loopback, name_of
+from echelon.server.settings import is_loopback, name_of
 from helpers import SENTENCES
 from served import KEY, MODEL, QUERY, Live
 from test_onnx import write_graph

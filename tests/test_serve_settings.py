@@ -7,11 +7,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from echelon.api.auth import ANYBODY
-from echelon.api.command import config, serve
-from echelon.api.connection import Limits
-from echelon.api.rate import Limit
 from echelon.errors import InvalidInput
+from echelon.server.auth import ANYBODY, RateLimit
+from echelon.server.connection import ConnectionLimits
+from echelon.server.settings import config, serve
 
 
 def told(*arguments, **environment) -> dict:
@@ -87,8 +86,10 @@ def test_values_of_the_wrong_kind_are_usage_errors(tmp_path):
 def houses(monkeypatch):
     """What would have been served."""
     made = []
-    monkeypatch.setattr("echelon.api.server.run", lambda house, *_, **__: made.append(house))
-    monkeypatch.setattr("echelon.api.logs.set_up", lambda *_: None)
+    monkeypatch.setattr(
+        "echelon.server.http_server.run", lambda house, *_, **__: made.append(house)
+    )
+    monkeypatch.setattr("echelon.server.observability.set_up", lambda *_: None)
     return made
 
 
@@ -102,15 +103,15 @@ def served(houses, *arguments, **environment):
 def test_what_the_server_is_told_reaches_it(houses, tmp_path):
     flags = ("--max-connections", 5, "--header-timeout-s", 2.5, "--rate-limit", "900/min")
     house = served(houses, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
-    assert house.rules.limits == Limits(5, 2.5)
+    assert house.rules.limits == ConnectionLimits(5, 2.5)
     assert house.rules.keys.holder({}).name == ANYBODY
-    assert house.rules.keys.holder({}).bucket.limit == Limit(15, 15)
+    assert house.rules.keys.holder({}).bucket.limit == RateLimit(15, 15)
     assert house._launch.keywords["wedge_after_s"] == 7.5
     assert house.traces is None
     assert house._launch.keywords["fallback_max_length"] is None
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
     keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").rules.keys
-    assert keys.holder({"api-key": "abc"}).bucket.limit == Limit(5, 5)
+    assert keys.holder({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
 
 
 def test_falling_back_is_off_unless_flag_environment_or_file_say_so(houses, tmp_path):

@@ -12,13 +12,13 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.api.app import make_app
-from echelon.api.dialects.table import DIALECTS, PATHS, choose
-from echelon.api.house import House
-from echelon.api.metrics import Metrics
 from echelon.data import Topic, load_texts
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Arrival, Between, Fixed
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
+from echelon.server.protocols import DIALECTS, PATHS, choose
 from echelon.stress.client import route_of
 from echelon.stress.run import opened
 from echelon.stress.shapes import SHAPES, shape_of
@@ -41,7 +41,7 @@ async def real_server():
         await made.start()
         return made
 
-    house = House(launch, "the-model", metrics, None)
+    house = ServerContext(launch, "the-model", metrics, None)
     await house.open()
     config = uvicorn.Config(make_app(house), port=0, lifespan="off", log_config=None)
     server = uvicorn.Server(config)

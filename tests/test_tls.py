@@ -10,8 +10,8 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from echelon.api.server import Address
 from echelon.errors import InvalidInput
+from echelon.server.http_server import Address
 from served import ASKED, LiveFake
 
 

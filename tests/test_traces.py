@@ -20,11 +20,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from echelon.api import traces
-from echelon.api.auth import Key, Keys
-from echelon.api.house import Rules
-from echelon.api.traces import ENDPOINTS, Told, Traces, open_traces, wanted
 from echelon.errors import MissingDependency
+from echelon.server import observability
+from echelon.server.auth import ApiKey, Keys
+from echelon.server.context import ServerLimits
+from echelon.server.observability import ENDPOINTS, SpanRecord, Traces, open_traces, wanted
 from echelon.types import Answer, Timings
 from scorers import RAISE, Obedient
 from served import ASKED, LiveFake, run_app
@@ -57,7 +57,7 @@ def test_a_request_is_a_span_with_its_phases_below(seen, caplog):
 
     async def main(client, house):
         house.traces = told
-        caplog.set_level("INFO", "echelon.api.ranking")
+        caplog.set_level("INFO", "echelon.server.routes")
         asked = {"query": SECRET, "documents": [SECRET + "d" * 100, "e"]}
         headers = {**TRACEPARENT, "X-Request-Id": "abc-1", "X-Api-Key": "the-key"}
         response = await client.post("/v1/rerank", json=asked, headers=headers)
@@ -86,9 +86,9 @@ def test_a_request_is_a_span_with_its_phases_below(seen, caplog):
         assert SECRET not in repr([span.to_json() for span in spans.values()])
         assert "the-key" not in repr([span.to_json() for span in spans.values()])
 
-    keys = Keys([Key("the-key", "shop")])
+    keys = Keys([ApiKey("the-key", "shop")])
     opener = partial(Obedient, pace_s=0.0005)
-    run_app(main, rules=Rules(keys=keys), max_length=60, opener=opener)
+    run_app(main, rules=ServerLimits(keys=keys), max_length=60, opener=opener)
 
 
 def check_phases(root, spans, response) -> None:
@@ -132,7 +132,7 @@ def test_falling_back_is_told_where_it_happened(seen):
     logits, lost = np.zeros(1, np.float32), np.zeros(1, np.int32)
     for fallback in (None, 64):
         answer = Answer(logits, lost, 9, 9, Timings(), fallback=fallback)
-        told.tell(Told("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
+        told.tell(SpanRecord("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
         span = spans_of(exporter)["POST /v1/rerank"]
         assert span.attributes.get("echelon.fallback_max_length") == fallback
 
@@ -173,7 +173,7 @@ def test_packages_that_are_missing(monkeypatch, caplog):
     def absent():
         raise ModuleNotFoundError("No module named 'opentelemetry'", name="opentelemetry")
 
-    monkeypatch.setattr(traces, "_provider", absent)
+    monkeypatch.setattr(observability, "_provider", absent)
     with pytest.raises(MissingDependency, match=r"Traces need opentelemetry.*\[otel\]"):
         open_traces(asked=True)
     monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:1")
@@ -186,8 +186,8 @@ def test_nothing_is_imported_where_traces_are_off():
     code = (
         "import os, sys\n"
         f"[os.environ.pop(name, None) for name in {ENDPOINTS}]\n"
-        "import echelon.api.server, echelon.api.traces\n"
-        "assert echelon.api.traces.open_traces(None) is None\n"
+        "import echelon.server.http_server, echelon.server.observability\n"
+        "assert echelon.server.observability.open_traces(None) is None\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 
-from echelon.api.app import make_app
-from echelon.api.house import House
-from echelon.api.metrics import Metrics
-from echelon.api.recent import Recent
 from echelon.engine.events import ListenerGroup
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
+from echelon.server.rolling_stats import RollingStats
 from services import GUARD_S, service
 
 FLAGS = (
@@ -67,14 +67,14 @@ class Site:
         self._socket.close()
 
     async def _serve(self):
-        metrics, recent = Metrics(), Recent(SLICE_S)
+        metrics, recent = Metrics(), RollingStats(SLICE_S)
 
         async def launch():
             made = service(ears=ListenerGroup(metrics, recent), **self._settings)
             await made.start()
             return made
 
-        self.house = House(launch, "the-model", metrics, self._rules, recent=recent)
+        self.house = ServerContext(launch, "the-model", metrics, self._rules, recent=recent)
         app = make_app(self.house)
         config = uvicorn.Config(app, log_config=None, lifespan="on", root_path=self._root)
         self._server = uvicorn.Server(config)

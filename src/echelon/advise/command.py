@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.api.command import PACKAGES as SERVER_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
 from echelon.options import require_packages
+from echelon.server.settings import PACKAGES as SERVER_PACKAGES
 from echelon.stress.command import PACKAGES as STRESS_PACKAGES
 
 if TYPE_CHECKING:

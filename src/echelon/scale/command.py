@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.api.command import config as plain_config
-from echelon.api.command import serve as plain_serve
 from echelon.errors import InvalidInput
 from echelon.jobs.command import batch as plain_batch
 from echelon.options import require_packages
+from echelon.server.settings import config as plain_config
+from echelon.server.settings import serve as plain_serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable

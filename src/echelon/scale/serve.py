@@ -18,10 +18,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from echelon.api.app import make_app
-from echelon.api.command import PACKAGES, house_of, split
-from echelon.api.config_file import PREFIX, check_names
-from echelon.api.server import GRACE_S, KEEP_ALIVE_S
 from echelon.errors import InvalidInput, ShuttingDown
 from echelon.options import require_packages
 from echelon.scale.command import SCALE
@@ -29,6 +25,9 @@ from echelon.scale.command import serve as command
 from echelon.scale.opener import abroad
 from echelon.scale.worker import RayWorker, Share, connect
 from echelon.scheduling.autoscaling import AutoscalingLimits
+from echelon.server.app import make_app
+from echelon.server.http_server import GRACE_S, KEEP_ALIVE_S
+from echelon.server.settings import PACKAGES, PREFIX, check_names, house_of, split
 
 if TYPE_CHECKING:
     import os
@@ -36,10 +35,10 @@ if TYPE_CHECKING:
 
     from ray.serve import Application
 
-    from echelon.api.door import Door
-    from echelon.api.house import House
     from echelon.engine.launch import MakeWorker, PreparedModel
     from echelon.options import Options
+    from echelon.server.app import RequestIdMiddleware
+    from echelon.server.context import ServerContext
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +71,10 @@ class Ingress:
         build: gives the server.
     """
 
-    def __init__(self, build: Callable[[], House]) -> None:
+    def __init__(self, build: Callable[[], ServerContext]) -> None:
         self._house = build()
 
-    def __serve_build_asgi_app__(self) -> Door:
+    def __serve_build_asgi_app__(self) -> RequestIdMiddleware:
         """The application."""
         return make_app(self._house)
 
@@ -97,7 +96,7 @@ class Ingress:
 
 
 def deploy(
-    build: Callable[[], House],
+    build: Callable[[], ServerContext],
     *,
     ingresses: int = 1,
     max_requests: int = 512,
@@ -184,7 +183,7 @@ class Plan:
     scaling: AutoscalingLimits
     ingresses: int
 
-    def __call__(self) -> House:
+    def __call__(self) -> ServerContext:
         """The server of a replica."""
         hire = partial(_hire, self.share)
         return house_of(self.model, self.options, self.door, scaling=self.scaling, hire=hire)

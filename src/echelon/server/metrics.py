@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
-from echelon.api.connection import Reason
 from echelon.engine.events import NullListener, Outcome, WorkerState
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
+from echelon.server.connection import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sized

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from echelon.api.wire import (
-    Complaint,
-    Dialect,
+from echelon.errors import InvalidInput
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
     Extras,
-    Wanted,
+    RerankRequest,
     extras,
     holds,
     limit_of,
@@ -22,11 +23,10 @@ from echelon.api.wire import (
     side_of,
     text_of,
 )
-from echelon.errors import InvalidInput
 from echelon.tokenization.chunking import Chunking
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Outcome
+    from echelon.server.protocols.base import Body, RerankResponse
     from echelon.types import Pair
 
 Texts = str | list[str | dict[str, Any]]
@@ -68,10 +68,10 @@ class VllmScore(Common, kw_only=True):
     items: Texts | None = None
 
 
-def _read_rerank(body: VllmRerank) -> Wanted:
+def _read_rerank(body: VllmRerank) -> RerankRequest:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
     tokens = body.max_tokens_per_doc
-    return Wanted(
+    return RerankRequest(
         pairs=pairs_of(body.query, texts),
         documents=texts,
         top_n=limit_of(body.top_n),
@@ -81,10 +81,10 @@ def _read_rerank(body: VllmRerank) -> Wanted:
     )
 
 
-def _read_score(body: VllmScore) -> Wanted:
+def _read_score(body: VllmScore) -> RerankRequest:
     name, first = _one_of(body, ("text_1", "queries", "data_1"))
     noun, second = _one_of(body, ("text_2", "documents", "data_2", "items"))
-    return Wanted(pairs=_joined(name, first, noun, second), ranked=False, **_common(body))
+    return RerankRequest(pairs=_joined(name, first, noun, second), ranked=False, **_common(body))
 
 
 def _joined(name: str, first: list[str], noun: str, second: list[str]) -> list[Pair]:
@@ -131,7 +131,7 @@ def _positive(name: str, value: int | None) -> int | None:
     return value
 
 
-def _write_rerank(outcome: Outcome) -> Body:
+def _write_rerank(outcome: RerankResponse) -> Body:
     results = [
         {
             "index": hit.index,
@@ -148,7 +148,7 @@ def _write_rerank(outcome: Outcome) -> Body:
     }
 
 
-def _write_score(outcome: Outcome) -> Body:
+def _write_score(outcome: RerankResponse) -> Body:
     data = [{"index": hit.index, "object": "score", "score": hit.score} for hit in outcome.hits]
     return {
         "id": f"score-{outcome.number}",
@@ -169,7 +169,7 @@ _KINDS = {
 }
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     status = 400 if complaint.status == 422 else complaint.status  # noqa: PLR2004 - HTTP's own
     error = {
         "message": str(complaint),
@@ -186,7 +186,7 @@ _TELLS = tuple(
     if name not in {"model", "priority", "timeout_ms", "raw_scores", "explain"}
 )
 
-VLLM_RERANK = Dialect(
+VLLM_RERANK = ApiProtocol(
     name="vllm",
     title="vLLM rerank",
     paths=("/rerank", "/v1/rerank", "/v2/rerank"),
@@ -205,7 +205,7 @@ VLLM_RERANK = Dialect(
     },
 )
 
-VLLM_SCORE = Dialect(
+VLLM_SCORE = ApiProtocol(
     name="vllm_score",
     title="vLLM score",
     paths=("/score", "/v1/score"),

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from echelon.api.app import make_app
-from echelon.api.connection import Connection
 from echelon.errors import InvalidInput
+from echelon.server.app import make_app
+from echelon.server.connection import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from echelon.api.house import House
+    from echelon.server.context import ServerContext
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Address:
         )
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn, which says where it listens and ends well when it is told to end.
 
     Its own class raises the signal again once it has drained, so that the exit code says failure,
@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
         house: what it serves.
     """
 
-    def __init__(self, config: uvicorn.Config, house: House) -> None:
+    def __init__(self, config: uvicorn.Config, house: ServerContext) -> None:
         super().__init__(config)
         self._house = house
 
@@ -183,7 +183,7 @@ def _no_password() -> str:
     return ""
 
 
-def run(house: House, address: Address, *, exposed: bool) -> None:
+def run(house: ServerContext, address: Address, *, exposed: bool) -> None:
     """Serve until told to end.
 
     Args:
@@ -215,7 +215,7 @@ def run(house: House, address: Address, *, exposed: bool) -> None:
         ssl_keyfile=address.key,
     )
     try:
-        Server(config, house).run(sockets=[taken])
+        HttpServer(config, house).run(sockets=[taken])
     except SystemExit:  # uvicorn's word for a failed start
         if house.failure is None:
             raise
@@ -254,7 +254,7 @@ def make_room_for(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _warning(house: House, address: Address) -> str:
+def _warning(house: ServerContext, address: Address) -> str:
     words = f"Listening on {address.host}: other machines may reach this server"
     if not len(house.rules.keys):
         words += ", and no API key is asked for (--api-keys)"

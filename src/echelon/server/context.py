@@ -9,24 +9,24 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from echelon.api.auth import Keys
-from echelon.api.connection import Limits
-from echelon.api.recent import Recent
 from echelon.errors import InvalidInput, ShuttingDown
+from echelon.server.auth import Keys
+from echelon.server.connection import ConnectionLimits
+from echelon.server.rolling_stats import RollingStats
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from echelon.api.connection import Reason
-    from echelon.api.metrics import Metrics
-    from echelon.api.traces import Traces
     from echelon.engine.service import Service
+    from echelon.server.connection import Reason
+    from echelon.server.metrics import Metrics
+    from echelon.server.observability import Traces
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class ServerLimits:
     """What the server lets in, and how it ends.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rules:
     body_timeout_s: float = 30.0
     drain_s: float = 30.0
     origins: tuple[str, ...] = ()
-    limits: Limits = field(default_factory=Limits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "body_timeout_s", "drain_s"):
@@ -51,7 +51,7 @@ class Rules:
                 raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give more.")
 
 
-class House:
+class ServerContext:
     """One server.
 
     Args:
@@ -69,17 +69,17 @@ class House:
         launch: Callable[[], Awaitable[Service]],
         model: str,
         metrics: Metrics,
-        rules: Rules | None = None,
+        rules: ServerLimits | None = None,
         revision: str | None = None,
         *,
-        recent: Recent | None = None,
+        recent: RollingStats | None = None,
         traces: Traces | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self.metrics = metrics
-        self.rules = rules or Rules()
-        self.recent = recent or Recent()
+        self.rules = rules or ServerLimits()
+        self.recent = recent or RollingStats()
         self.traces = traces
         self.since = int(time.time())
         self.failure: Exception | None = None

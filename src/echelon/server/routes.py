@@ -1,4 +1,7 @@
-"""The routes that rank: body in, service asked, answer or error out, in the caller's dialect."""
+"""The routes that rank: body in, service asked, answer or error out, in the caller's dialect.
+
+A request's body, as long and as slow as the rules allow.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,21 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from echelon.api.answer import (
+from echelon.errors import (
+    EchelonError,
+    InvalidInput,
+    Overloaded,
+    RateLimited,
+    ScoringFailed,
+    ShuttingDown,
+    SlowClient,
+    TooLarge,
+)
+from echelon.server.observability import SpanRecord, request_id
+from echelon.server.protocols import choose, read
+from echelon.server.protocols.base import ErrorResponse, RerankResponse, priority_of
+from echelon.server.protocols.tei import TEI
+from echelon.server.responses import (
     explanation,
     headers_of,
     hits_of,
@@ -22,30 +39,18 @@ from echelon.api.answer import (
     tei_headers,
     warnings_of,
 )
-from echelon.api.dialects.table import choose, read
-from echelon.api.dialects.tei import TEI
-from echelon.api.intake import priority_asked, read_body, timeout_of
-from echelon.api.logs import request_id
-from echelon.api.traces import Told
-from echelon.api.wire import Complaint, Outcome
-from echelon.errors import (
-    EchelonError,
-    InvalidInput,
-    Overloaded,
-    RateLimited,
-    ScoringFailed,
-    ShuttingDown,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from starlette.requests import Request
 
-    from echelon.api.auth import Holder
-    from echelon.api.house import House
-    from echelon.api.wire import Body, Dialect, Wanted
+    from echelon.scheduling.fair_queue import Priority
+    from echelon.server.auth import ApiClient
+    from echelon.server.context import ServerContext, ServerLimits
+    from echelon.server.protocols.base import ApiProtocol, Body, RerankRequest
     from echelon.types import Answer
+
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ GONE = 499
 
 
 @dataclass(slots=True)
-class Call:
+class RequestContext:
     """One request on its way.
 
     Attributes:
@@ -70,12 +75,12 @@ class Call:
         facts: what the log is told.
     """
 
-    house: House
+    house: ServerContext
     request: Request
-    dialect: Dialect
+    dialect: ApiProtocol
     began: float | None = None
     timeout_s: float | None = None
-    holder: Holder | None = None
+    holder: ApiClient | None = None
     documents: int | None = None
     answer: Answer | None = None
     answered_s: float = 0.0
@@ -83,13 +88,13 @@ class Call:
 
 
 def endpoint(
-    house: House, candidates: tuple[Dialect, ...]
+    house: ServerContext, candidates: tuple[ApiProtocol, ...]
 ) -> Callable[[Request], Awaitable[Response]]:
     """The route of one path."""
 
     async def rank(request: Request) -> Response:
         began = time.perf_counter()
-        call = Call(house, request, candidates[-1])
+        call = RequestContext(house, request, candidates[-1])
         response = await _respond(call, candidates)
         seconds = time.perf_counter() - began
         response.background = BackgroundTask(_note, call, response.status_code, seconds)
@@ -98,7 +103,7 @@ def endpoint(
     return rank
 
 
-async def _respond(call: Call, candidates: tuple[Dialect, ...]) -> Response:
+async def _respond(call: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
     try:
         return await _answer(call, candidates)
     except ClientDisconnect:
@@ -106,14 +111,14 @@ async def _respond(call: Call, candidates: tuple[Dialect, ...]) -> Response:
     except EchelonError as error:
         if isinstance(error, RateLimited) and call.holder is not None:
             call.house.rate_limited(call.holder.name)
-        return complaint(error, call.dialect)
+        return error_response(error, call.dialect)
     except Exception as error:
         logger.exception("A request met what the server does not know. This is a bug.")
         words = f"{type(error).__name__}: {error}. This is a bug; the log has more."
-        return complaint(ScoringFailed(words), call.dialect)
+        return error_response(ScoringFailed(words), call.dialect)
 
 
-async def _answer(call: Call, candidates: tuple[Dialect, ...]) -> Response:
+async def _answer(call: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
     house, request = call.house, call.request
     service = house.service
     call.began = service.clock()
@@ -135,7 +140,7 @@ async def _answer(call: Call, candidates: tuple[Dialect, ...]) -> Response:
     return as_json(content, 200, headers)
 
 
-def _identify(call: Call, now: float) -> None:
+def _identify(call: RequestContext, now: float) -> None:
     """Whose request it is; one that has used up its limit is refused before its body is read.
 
     Raises:
@@ -149,7 +154,7 @@ def _identify(call: Call, now: float) -> None:
         holder.bucket.ask(1, now)
 
 
-async def _within_limit(call: Call, wanted: Wanted) -> Answer:
+async def _within_limit(call: RequestContext, wanted: RerankRequest) -> Answer:
     """The service's answer, paid for by the key; what the service refuses costs nothing.
 
     Raises:
@@ -167,7 +172,7 @@ async def _within_limit(call: Call, wanted: Wanted) -> Answer:
         raise
 
 
-async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
+async def _unless_gone(call: RequestContext, wanted: RerankRequest) -> Answer:
     """The service's answer; if the client goes away first, its work is taken out of the queue.
 
     No task of its own asks: each turn of the loop until the answer is out would be waited for.
@@ -199,7 +204,7 @@ async def _unless_gone(call: Call, wanted: Wanted) -> Answer:
         watching.cancel()
 
 
-async def _ask(call: Call, wanted: Wanted) -> Answer:
+async def _ask(call: RequestContext, wanted: RerankRequest) -> Answer:
     service = call.house.service
     deadline = None
     if call.timeout_s is not None and call.began is not None:
@@ -223,8 +228,8 @@ async def _goes(request: Request) -> None:
         pass
 
 
-def _outcome(house: House, wanted: Wanted, answer: Answer) -> Outcome:
-    return Outcome(
+def _outcome(house: ServerContext, wanted: RerankRequest, answer: Answer) -> RerankResponse:
+    return RerankResponse(
         number=request_id.get(),
         created=int(time.time()),
         model=house.model,
@@ -235,10 +240,10 @@ def _outcome(house: House, wanted: Wanted, answer: Answer) -> Outcome:
     )
 
 
-def complaint(error: EchelonError, dialect: Dialect) -> Response:
+def error_response(error: EchelonError, dialect: ApiProtocol) -> Response:
     """The one place where an error becomes an answer."""
     words = in_callers_words(str(error), dialect.noun)
-    status, body = dialect.complain(Complaint(error, words, request_id.get()))
+    status, body = dialect.complain(ErrorResponse(error, words, request_id.get()))
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = retry_after(error.retry_after_s)
@@ -258,7 +263,7 @@ def headers_facts(answer: Answer) -> dict[str, Any]:
     return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
 
 
-async def _note(call: Call, status: int, seconds: float) -> None:
+async def _note(call: RequestContext, status: int, seconds: float) -> None:
     """Metrics, traces and the log; nobody waits for them, so the answer goes out first."""
     await asyncio.sleep(0)  # what was written leaves at the end of the loop's turn
     metrics = call.house.metrics
@@ -286,8 +291,8 @@ async def _note(call: Call, status: int, seconds: float) -> None:
     )
 
 
-def _told(call: Call, status: int, seconds: float) -> Told:
-    return Told(
+def _told(call: RequestContext, status: int, seconds: float) -> SpanRecord:
+    return SpanRecord(
         path=call.request.scope["path"],
         headers=call.request.headers,
         number=request_id.get(),
@@ -298,4 +303,73 @@ def _told(call: Call, status: int, seconds: float) -> Told:
         answer=call.answer,
         answered_s=call.answered_s,
         key=call.facts.get("key"),
+    )
+
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+PRIORITY_HEADER = "x-request-priority"
+
+
+async def read_body(request: Request, rules: ServerLimits) -> bytes:
+    """The whole body.
+
+    Raises:
+        TooLarge: it is longer than allowed; what comes after that is not read.
+        SlowClient: it did not come in time.
+        starlette.requests.ClientDisconnect: the client went away.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > rules.max_body_bytes:
+        raise _too_large(rules)
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(rules.body_timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > rules.max_body_bytes:
+                    raise _too_large(rules)
+                chunks.append(part)
+    except TimeoutError:
+        raise SlowClient(
+            f"The body did not come within {rules.body_timeout_s:g} s. Send it faster."
+        ) from None
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def timeout_of(headers: Mapping[str, str], timeout_ms: float | None) -> float | None:
+    """Seconds that the caller gives us, out of the body or the header; None is no limit.
+
+    Raises:
+        InvalidInput: no positive number.
+    """
+    field = "timeout_ms"
+    if timeout_ms is None and TIMEOUT_HEADER in headers:
+        field = "X-Request-Timeout-Ms"
+        try:
+            timeout_ms = float(headers[TIMEOUT_HEADER])
+        except ValueError:
+            timeout_ms = -1.0
+    if timeout_ms is None:
+        return None
+    if not 0 < timeout_ms < float("inf"):
+        raise InvalidInput(field, "is no positive number of milliseconds", "Give 1 or more.")
+    return timeout_ms / 1000
+
+
+def priority_asked(headers: Mapping[str, str], priority: Priority | None) -> Priority:
+    """Share of the device that the caller asks for, in the body or the header.
+
+    Raises:
+        InvalidInput: the header has an unknown name.
+    """
+    if priority is None:
+        priority = priority_of(headers.get(PRIORITY_HEADER), "X-Request-Priority")
+    return priority or "normal"
+
+
+def _too_large(rules: ServerLimits) -> TooLarge:
+    return TooLarge(
+        "body",
+        f"is longer than {rules.max_body_bytes} bytes",
+        "Send fewer documents at a time, or start the server with a larger --max-body-mb.",
     )

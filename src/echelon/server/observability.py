@@ -1,4 +1,6 @@
-"""OpenTelemetry: a span for each request that ranks, with tokenise, queue and compute below it.
+"""Logs: one JSON object a line, or plain lines for people; each knows the request it is about.
+
+OpenTelemetry: a span for each request that ranks, with tokenise, queue and compute below it.
 
 Only where the standard variables or ``--otel`` ask for it; nothing of OpenTelemetry is imported
 otherwise. Spans are made after the answer, from the times that it holds, so that a request waits
@@ -7,12 +9,18 @@ for nothing. They hold numbers and names, never a query, a document or a key.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import sys
 import threading
 import time
+import warnings
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -26,6 +34,69 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from echelon.types import Answer
+
+ID_HEADER = "x-request-id"
+
+request_id: ContextVar[str] = ContextVar("echelon_request_id", default="")
+"""The id of the request that the running task is about; empty outside of one."""
+
+_SOUND = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+def id_of(headers: Mapping[str, str]) -> str:
+    """The caller's id for its request where it is a sound one, else a new one."""
+    given = headers.get(ID_HEADER, "")
+    return given if _SOUND.fullmatch(given) else uuid4().hex
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON.
+
+    Keys: ``time`` (UTC, milliseconds), ``level``, ``logger``, ``message``, ``request_id`` in a
+    request, ``error`` with a traceback, and what the record's ``facts`` hold.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if number := request_id.get():
+            line["request_id"] = number
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        line |= getattr(record, "facts", {})
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def set_up(style: str, level: str) -> None:
+    """Send the logs of Echelon, the HTTP server and the exporter of traces to standard error.
+
+    Args:
+        style: ``json`` or ``text``.
+        level: the lowest level that is written, such as ``info``.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if style == "json" else plain)
+    for name in ("echelon", "uvicorn", "opentelemetry"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())
+    warnings.showwarning = _log_warning
+    # What it says at info (started, waiting) is said by us or is of no use in production.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logger.level))
+
+
+def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a line of the log, so that a reader of JSON meets nothing else."""
+    logging.getLogger("echelon").warning("%s", message)
+
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +113,7 @@ _NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class SpanRecord:
     """A request that ranks, when it has ended.
 
     Attributes:
@@ -81,7 +152,7 @@ class Traces:
         self._provider = provider
         self._tracer = provider.get_tracer("echelon", __version__)
 
-    def tell(self, told: Told) -> str:
+    def tell(self, told: SpanRecord) -> str:
         """Make the spans of a request; the trace's id in hexadecimal."""
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
@@ -169,7 +240,7 @@ def _provider() -> TracerProvider:
     return provider
 
 
-def _attributes(told: Told) -> dict[str, Any]:
+def _attributes(told: SpanRecord) -> dict[str, Any]:
     told_of: dict[str, Any] = {
         "http.request.method": "POST",
         "http.route": told.path,

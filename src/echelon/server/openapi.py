@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from echelon import __version__
-from echelon.api.answer import HEADERS
-from echelon.api.dialects.table import DIALECTS, SHARED
-from echelon.api.dialects.tei import TeiInfo
 from echelon.scheduling.fair_queue import WEIGHTS
+from echelon.server.protocols import DIALECTS, SHARED
+from echelon.server.protocols.tei import TeiInfo
+from echelon.server.responses import HEADERS
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Dialect
+    from echelon.server.protocols.base import ApiProtocol
 
 ERRORS = {
     400: "The body is no JSON object; vLLM's and Voyage's dialects say 400 for 422 too.",
@@ -101,7 +101,7 @@ _WORDS = (
 
 
 def _ranks(
-    path: str, dialects: tuple[Dialect, ...], bodies: dict[str, dict[str, Any]]
+    path: str, dialects: tuple[ApiProtocol, ...], bodies: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     spoken = list(reversed(dialects))
     schemas = [bodies[dialect.name] for dialect in spoken]

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of
 from echelon.errors import InvalidInput
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
+    Extras,
+    RerankRequest,
+    extras,
+    limit_of,
+    pairs_of,
+)
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Fields, Outcome
+    from echelon.server.protocols.base import Body, Fields, RerankResponse
 
 
 class NimText(msgspec.Struct):
@@ -29,11 +37,11 @@ class NimRequest(Extras, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: NimRequest) -> Wanted:
+def _read(body: NimRequest) -> RerankRequest:
     truncate = body.truncate or "NONE"
     if truncate not in {"NONE", "END"}:
         raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
-    return Wanted(
+    return RerankRequest(
         pairs=pairs_of(body.query.text, [passage.text for passage in body.passages], "passages"),
         top_n=limit_of(body.top_n),
         whole=truncate == "NONE",
@@ -41,14 +49,14 @@ def _read(body: NimRequest) -> Wanted:
     )
 
 
-def _write(outcome: Outcome) -> Body:
+def _write(outcome: RerankResponse) -> Body:
     return {
         "rankings": [{"index": hit.index, "logit": hit.logit} for hit in outcome.hits],
         "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
     }
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     callers = complaint.status < 500  # noqa: PLR2004 - HTTP's own
     return complaint.status, {
         "object": "error",
@@ -62,7 +70,7 @@ def _claims(fields: Fields) -> bool:
     return "passages" in fields
 
 
-NIM = Dialect(
+NIM = ApiProtocol(
     name="nim",
     title="NVIDIA NIM",
     paths=("/v1/ranking",),

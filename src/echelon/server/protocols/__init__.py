@@ -1,4 +1,6 @@
-"""Which dialects are spoken on which path, and how those that share one are told apart.
+"""One file for each API shape, and the table of paths.
+
+Which dialects are spoken on which path, and how those that share one are told apart.
 
 A body is of the first dialect of its path that claims it, else of the last. Each dialect also has
 paths of its own under its family's name (``/jina/v1/rerank``), for clients whose bodies do not
@@ -11,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from echelon.api.dialects.cohere import COHERE_V1, COHERE_V2
-from echelon.api.dialects.infinity import INFINITY
-from echelon.api.dialects.jina import JINA
-from echelon.api.dialects.nim import NIM
-from echelon.api.dialects.tei import TEI
-from echelon.api.dialects.vllm import VLLM_RERANK, VLLM_SCORE
-from echelon.api.dialects.voyage import VOYAGE
-from echelon.api.wire import Fields
 from echelon.errors import InvalidInput, Malformed
+from echelon.server.protocols.base import Fields
+from echelon.server.protocols.cohere import COHERE_V1, COHERE_V2
+from echelon.server.protocols.infinity import INFINITY
+from echelon.server.protocols.jina import JINA
+from echelon.server.protocols.nim import NIM
+from echelon.server.protocols.tei import TEI
+from echelon.server.protocols.vllm import VLLM_RERANK, VLLM_SCORE
+from echelon.server.protocols.voyage import VOYAGE
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Dialect, Wanted
+    from echelon.server.protocols.base import ApiProtocol, RerankRequest
 
-DIALECTS: tuple[Dialect, ...] = (
+DIALECTS: tuple[ApiProtocol, ...] = (
     COHERE_V1,
     COHERE_V2,
     JINA,
@@ -36,7 +38,7 @@ DIALECTS: tuple[Dialect, ...] = (
     NIM,
 )
 
-SHARED: dict[str, tuple[Dialect, ...]] = {
+SHARED: dict[str, tuple[ApiProtocol, ...]] = {
     "/v1/rerank": (VOYAGE, INFINITY, VLLM_RERANK, JINA, COHERE_V1),
     "/v2/rerank": (VLLM_RERANK, COHERE_V2),
     "/rerank": (TEI, INFINITY, VLLM_RERANK),
@@ -47,22 +49,22 @@ SHARED: dict[str, tuple[Dialect, ...]] = {
 """Paths as their clients know them."""
 
 
-def _own() -> dict[str, tuple[Dialect, ...]]:
-    paths: dict[str, tuple[Dialect, ...]] = {}
+def _own() -> dict[str, tuple[ApiProtocol, ...]]:
+    paths: dict[str, tuple[ApiProtocol, ...]] = {}
     for dialect in DIALECTS:
         family = dialect.name.partition("_")[0]
         paths |= {f"/{family}{path}": (dialect,) for path in dialect.paths}
     return paths
 
 
-PATHS: dict[str, tuple[Dialect, ...]] = SHARED | _own()
+PATHS: dict[str, tuple[ApiProtocol, ...]] = SHARED | _own()
 """Every path that ranks."""
 
 _FIELDS = msgspec.json.Decoder(Fields)
 _READERS = {dialect.name: msgspec.json.Decoder(dialect.request) for dialect in DIALECTS}
 
 
-def choose(candidates: tuple[Dialect, ...], body: bytes) -> Dialect:
+def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
     """The dialect of a body.
 
     Raises:
@@ -77,7 +79,7 @@ def choose(candidates: tuple[Dialect, ...], body: bytes) -> Dialect:
     return next((d for d in candidates[:-1] if d.claims(fields)), candidates[-1])
 
 
-def read(dialect: Dialect, body: bytes) -> Wanted:
+def read(dialect: ApiProtocol, body: bytes) -> RerankRequest:
     """A body in our words.
 
     Raises:

@@ -37,7 +37,7 @@ closes first: closed at once, the client's system would throw the answer away un
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ConnectionLimits:
     """What a connection may do.
 
     Attributes:
@@ -72,7 +72,7 @@ class Connection(HttpToolsProtocol):
     """
 
     def __init__(
-        self, *args: Any, limits: Limits, refused: Callable[[Reason], None], **kwargs: Any
+        self, *args: Any, limits: ConnectionLimits, refused: Callable[[Reason], None], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits

@@ -49,7 +49,7 @@ REMEMBERED_EVENTS = 50
 
 
 @dataclass(slots=True)
-class Slice:
+class TimeSlice:
     """What happened in one slice of time.
 
     Attributes:
@@ -77,7 +77,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class ServerEvent:
     """Something that is told one by one.
 
     Attributes:
@@ -96,7 +96,7 @@ class Happening:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class StatsView:
     """What is remembered, at one moment.
 
     Attributes:
@@ -112,13 +112,13 @@ class View:
     since: float
     slice_s: float
     number: int
-    slices: Sequence[Slice]
+    slices: Sequence[TimeSlice]
     steps: Sequence[tuple[float, float]]
-    events: Sequence[Happening]
-    workers: Sequence[Happening]
+    events: Sequence[ServerEvent]
+    workers: Sequence[ServerEvent]
 
 
-class Recent(NullListener):
+class RollingStats(NullListener):
     """Listens to a service and to the routes, and forgets what is older than its window.
 
     Args:
@@ -138,10 +138,10 @@ class Recent(NullListener):
         self._born = clock()
         self._since = unix()
         self._lock = threading.Lock()
-        self._slices: deque[Slice] = deque([Slice(0)], maxlen=SLICES + 1)
+        self._slices: deque[TimeSlice] = deque([TimeSlice(0)], maxlen=SLICES + 1)
         self._steps: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_STEPS)
-        self._events: deque[Happening] = deque(maxlen=REMEMBERED_EVENTS)
-        self._workers: dict[int, Happening] = {}
+        self._events: deque[ServerEvent] = deque(maxlen=REMEMBERED_EVENTS)
+        self._workers: dict[int, ServerEvent] = {}
 
     # What the routes tell.
 
@@ -219,12 +219,12 @@ class Recent(NullListener):
 
     # For the page.
 
-    def view(self) -> View:
+    def view(self) -> StatsView:
         """What is remembered now."""
         with self._lock:
             number = self._now().number
             full = [past for past in self._slices if number - SLICES <= past.number < number]
-            return View(
+            return StatsView(
                 since=self._since,
                 slice_s=self.slice_s,
                 number=number,
@@ -236,16 +236,16 @@ class Recent(NullListener):
 
     # Under the lock.
 
-    def _now(self) -> Slice:
+    def _now(self) -> TimeSlice:
         number = int((self._clock() - self._born) / self.slice_s)
         if self._slices[-1].number < number:
-            self._slices.append(Slice(number))
+            self._slices.append(TimeSlice(number))
         return self._slices[-1]
 
-    def _happened(self, kind: str, name: str, worker: int, words: str) -> Happening:
+    def _happened(self, kind: str, name: str, worker: int, words: str) -> ServerEvent:
         self._now().counts[kind, name] += 1
         at = self._since + self._clock() - self._born
-        told = Happening(at, kind, name, worker, words)
+        told = ServerEvent(at, kind, name, worker, words)
         self._events.append(told)
         return told
 
@@ -267,9 +267,9 @@ def percentiles(bins: IntArray, *ranks: float) -> list[float | None]:
     return [_middle(int(place)) for place in np.searchsorted(reached, places)]
 
 
-def added(slices: Iterable[Slice]) -> Slice:
+def added(slices: Iterable[TimeSlice]) -> TimeSlice:
     """Several slices as one, without a place and a state."""
-    total = Slice(-1)
+    total = TimeSlice(-1)
     bins = total.latencies = np.zeros(BINS, dtype=np.int32)
     for past in slices:
         total.counts.update(past.counts)

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from echelon.api.wire import (
-    Complaint,
-    Dialect,
+from echelon.errors import InvalidInput
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
     Extras,
-    Wanted,
+    RerankRequest,
     extras,
     holds,
     limit_of,
     pairs_of,
     side_of,
 )
-from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Outcome
+    from echelon.server.protocols.base import Body, RerankResponse
 
 
 class TeiRequest(Extras, kw_only=True):
@@ -34,8 +34,8 @@ class TeiRequest(Extras, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: TeiRequest) -> Wanted:
-    return Wanted(
+def _read(body: TeiRequest) -> RerankRequest:
+    return RerankRequest(
         pairs=pairs_of(body.query, body.texts, "texts"),
         documents=body.texts if body.return_text else None,
         top_n=limit_of(body.top_n),
@@ -45,7 +45,7 @@ def _read(body: TeiRequest) -> Wanted:
     )
 
 
-def _write(outcome: Outcome) -> Body:
+def _write(outcome: RerankResponse) -> Body:
     results = []
     for hit in outcome.hits:
         result: dict[str, Any] = {"index": hit.index, "score": hit.score}
@@ -72,7 +72,7 @@ _BACKEND = {500, 507}
 """Statuses for which TEI says 424: the model failed, not the caller."""
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     error = complaint.error
     if isinstance(error, InvalidInput) and (error.field, error.problem) == ("texts", "is empty"):
         return 400, {"error": str(complaint), "error_type": "Empty"}
@@ -100,7 +100,7 @@ class TeiInfo(msgspec.Struct):
     docker_label: str | None
 
 
-TEI = Dialect(
+TEI = ApiProtocol(
     name="tei",
     title="text-embeddings-inference",
     paths=("/rerank",),

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.api.wire import Hit
+from echelon.server.protocols.base import RerankResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.api.wire import Wanted
+    from echelon.server.protocols.base import RerankRequest
     from echelon.types import Answer
 
 HEADERS = {
@@ -37,7 +37,7 @@ HEADERS = {
 _PLACE = re.compile(r"pairs\[(\d+)\](\.document|\.query)?")
 
 
-def hits_of(answer: Answer, wanted: Wanted) -> list[Hit]:
+def hits_of(answer: Answer, wanted: RerankRequest) -> list[RerankResult]:
     """Results as they go out: best first unless input order was asked for, at most ``top_n``."""
     logits = answer.logits.astype(np.float64)
     order = np.argsort(-logits, kind="stable") if wanted.ranked else np.arange(len(logits))
@@ -47,8 +47,8 @@ def hits_of(answer: Answer, wanted: Wanted) -> list[Hit]:
     rows = zip(order.tolist(), shown.tolist(), kept.tolist(), strict=True)
     documents = wanted.documents
     if documents is None:
-        return [Hit(index, score, logit) for index, score, logit in rows]
-    return [Hit(index, score, logit, documents[index]) for index, score, logit in rows]
+        return [RerankResult(index, score, logit) for index, score, logit in rows]
+    return [RerankResult(index, score, logit, documents[index]) for index, score, logit in rows]
 
 
 def explanation(answer: Answer) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def headers_of(answer: Answer) -> dict[str, str]:
     return {name: str(value) for name, value in zip(HEADERS, values, strict=True)}
 
 
-def tei_headers(answer: Answer, wanted: Wanted) -> dict[str, str]:
+def tei_headers(answer: Answer, wanted: RerankRequest) -> dict[str, str]:
     """What TEI's clients read: whole milliseconds, characters, tokens."""
     times = answer.timings
     characters = len(wanted.pairs[0][0]) + sum(len(document) for _, document in wanted.pairs)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, holds, limit_of, pairs_of
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
+    Extras,
+    RerankRequest,
+    extras,
+    holds,
+    limit_of,
+    pairs_of,
+)
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Outcome
+    from echelon.server.protocols.base import Body, RerankResponse
 
 
 class VoyageRequest(Extras, kw_only=True):
@@ -21,8 +30,8 @@ class VoyageRequest(Extras, kw_only=True):
     truncation: bool | None = None
 
 
-def _read(body: VoyageRequest) -> Wanted:
-    return Wanted(
+def _read(body: VoyageRequest) -> RerankRequest:
+    return RerankRequest(
         pairs=pairs_of(body.query, body.documents),
         documents=body.documents if body.return_documents else None,
         top_n=limit_of(body.top_k, "top_k"),
@@ -31,7 +40,7 @@ def _read(body: VoyageRequest) -> Wanted:
     )
 
 
-def _write(outcome: Outcome) -> Body:
+def _write(outcome: RerankResponse) -> Body:
     data = []
     for hit in outcome.hits:
         result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
@@ -46,12 +55,12 @@ def _write(outcome: Outcome) -> Body:
     }
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     status = 400 if complaint.status == 422 else complaint.status  # noqa: PLR2004 - HTTP's own
     return status, {"detail": str(complaint)}
 
 
-VOYAGE = Dialect(
+VOYAGE = ApiProtocol(
     name="voyage",
     title="Voyage",
     paths=("/v1/rerank",),

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, holds, limit_of, pairs_of
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
+    Extras,
+    RerankRequest,
+    extras,
+    holds,
+    limit_of,
+    pairs_of,
+)
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Outcome
+    from echelon.server.protocols.base import Body, RerankResponse
 
 
 class InfinityRequest(Extras, kw_only=True):
@@ -20,8 +29,8 @@ class InfinityRequest(Extras, kw_only=True):
     return_documents: bool | None = None
 
 
-def _read(body: InfinityRequest) -> Wanted:
-    return Wanted(
+def _read(body: InfinityRequest) -> RerankRequest:
+    return RerankRequest(
         pairs=pairs_of(body.query, body.documents),
         documents=body.documents if body.return_documents else None,
         top_n=limit_of(body.top_n),
@@ -29,7 +38,7 @@ def _read(body: InfinityRequest) -> Wanted:
     )
 
 
-def _write(outcome: Outcome) -> Body:
+def _write(outcome: RerankResponse) -> Body:
     results = [
         {"relevance_score": hit.score, "index": hit.index, "document": hit.document}
         for hit in outcome.hits
@@ -51,7 +60,7 @@ _LISTED = 422
 """One for which its words are a list; its client takes every entry apart."""
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     words, status = str(complaint), complaint.status
     if status == _LISTED:
         field = words.partition(": ")[0]
@@ -62,7 +71,7 @@ def _complain(complaint: Complaint) -> tuple[int, Body]:
     return status, {"error": {"message": words, "type": kind, "param": None, "code": status}}
 
 
-INFINITY = Dialect(
+INFINITY = ApiProtocol(
     name="infinity",
     title="infinity",
     paths=("/rerank",),

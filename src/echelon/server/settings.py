@@ -1,20 +1,96 @@
-"""``echelon serve``. Imports click only; the server's packages are loaded when it runs."""
+"""``echelon serve``'s settings out of a TOML file, under the names of its flags.
+
+A flag overrides the environment (``ECHELON_SERVE_PORT`` for ``--port``), which overrides the file,
+which overrides the default.
+
+``echelon serve``. Imports click only; the server's packages are loaded when it runs.
+"""
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from echelon.api.config_file import PREFIX, origins, take_file
+from echelon.errors import InvalidInput
 from echelon.flags import MODEL_FLAGS, STEP_FLAGS, Flag, as_keywords, options_of, with_flags
 from echelon.options import require_packages
 
 if TYPE_CHECKING:
-    from echelon.api.house import House
+    from collections.abc import Iterable, Iterator
+
     from echelon.options import Options
+    from echelon.server.context import ServerContext
+
+PREFIX = "ECHELON_SERVE"
+"""What environment variables begin with."""
+
+TABLE = "serve"
+"""The file's table; others are for other programs."""
+
+ORIGINS = {
+    ParameterSource.COMMANDLINE: "flag",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+}
+"""Where a value came from, in words; all else is the default."""
+
+
+def take_file(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
+    """Let the file's values stand in for defaults; the callback of ``--config``.
+
+    Raises:
+        InvalidInput: the file cannot be read, or names what no flag has.
+    """
+    if path is not None:
+        known = [p.name for p in context.command.params if p.name not in {None, "config", "model"}]
+        context.default_map = load(path, [str(name) for name in known])
+    return path
+
+
+def load(path: str, known: Iterable[str]) -> dict[str, Any]:
+    """The values of a file, by option.
+
+    Raises:
+        InvalidInput: the file cannot be read, or names what no flag has.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInput("--config", f"{path} cannot be read ({error})", "Mend it.") from None
+    table = content.get(TABLE, {})
+    if not isinstance(table, dict):
+        raise InvalidInput("--config", f"{path}: {TABLE} is no table", f"Begin with [{TABLE}].")
+    values = {name.replace("-", "_"): value for name, value in table.items()}
+    check_names(values, list(known), "--config", f"{path}: ")
+    return values
+
+
+def check_names(values: Iterable[str], known: list[str], field: str, where: str = "") -> None:
+    """Refuse settings that no flag has.
+
+    Raises:
+        InvalidInput: names the nearest that there is.
+    """
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "See: echelon serve --help."
+            raise InvalidInput(field, f"{where}unknown setting {name!r}", hint)
+
+
+def origins(context: click.Context) -> Iterator[tuple[str, Any, str]]:
+    """(name, value, where it came from) of every setting."""
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        word = "default" if source is None else ORIGINS.get(source, "default")
+        yield name, list(value) if isinstance(value, tuple) else value, word
+
 
 PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
@@ -85,8 +161,8 @@ def serve(*, model: str, **values: Any) -> None:
     ECHELON_SERVE_PORT, and an entry of the --config file.
     """
     require_packages("echelon serve", "serve", PACKAGES)
-    from echelon.api.logs import set_up
-    from echelon.api.server import Address, run
+    from echelon.server.http_server import Address, run
+    from echelon.server.observability import set_up
 
     door, options = split(values)
     address = Address(door["host"], door["port"], door["tls_cert"], door["tls_key"])
@@ -133,7 +209,7 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     return door, options_of(values, quiet=True)
 
 
-def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) -> House:
+def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) -> ServerContext:
     """The server that flags ask for.
 
     Args:
@@ -144,25 +220,25 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
     """
     from functools import partial
 
-    from echelon.api.auth import read_keys
-    from echelon.api.connection import Limits
-    from echelon.api.house import House, Rules
-    from echelon.api.metrics import Metrics
-    from echelon.api.recent import Recent
-    from echelon.api.traces import open_traces
     from echelon.engine.events import ListenerGroup
     from echelon.engine.launch import launch
     from echelon.scheduling.admission import AdmissionLimits
+    from echelon.server.auth import read_keys
+    from echelon.server.connection import ConnectionLimits
+    from echelon.server.context import ServerContext, ServerLimits
+    from echelon.server.metrics import Metrics
+    from echelon.server.observability import open_traces
+    from echelon.server.rolling_stats import RollingStats
 
-    rules = Rules(
+    rules = ServerLimits(
         keys=read_keys(door["api_keys"], door["rate_limit"]),
         max_body_bytes=int(door["max_body_mb"] * 2**20),
         body_timeout_s=door["body_timeout_s"],
         drain_s=door["drain_s"],
         origins=door["cors"],
-        limits=Limits(door["max_connections"], door["header_timeout_s"]),
+        limits=ConnectionLimits(door["max_connections"], door["header_timeout_s"]),
     )
-    metrics, recent = Metrics(), Recent()
+    metrics, recent = Metrics(), RollingStats()
     limit, goal_ms = door["memory_limit_mb"], door["slo_p99_ms"]
     start = partial(
         launch,
@@ -183,7 +259,9 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
     )
     name = door["served_name"] or name_of(model)
     traces = open_traces(door["otel"])
-    return House(start, name, metrics, rules, options.revision, recent=recent, traces=traces)
+    return ServerContext(
+        start, name, metrics, rules, options.revision, recent=recent, traces=traces
+    )
 
 
 def name_of(model: str) -> str:

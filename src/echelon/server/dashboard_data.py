@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon import __version__
-from echelon.api.recent import POWERS, SLICES, Slice, added, percentiles
+from echelon.server.rolling_stats import POWERS, SLICES, TimeSlice, added, percentiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from echelon.api.recent import Happening, View
     from echelon.engine.state import ServiceSnapshot
     from echelon.models.base import ModelInfo
+    from echelon.server.rolling_stats import ServerEvent, StatsView
 
     Row = dict[str, float | None]
 
@@ -37,7 +37,7 @@ STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
 
 
 def board(
-    view: View, model: str, facts: ModelInfo | None, state: ServiceSnapshot | None
+    view: StatsView, model: str, facts: ModelInfo | None, state: ServiceSnapshot | None
 ) -> dict[str, Any]:
     """Everything that the dashboard shows.
 
@@ -77,7 +77,7 @@ def board(
     }
 
 
-def _total(view: View, slices: int) -> dict[str, Any]:
+def _total(view: StatsView, slices: int) -> dict[str, Any]:
     """The last slices as one."""
     first = max(0, view.number - slices)
     total = added(past for past in view.slices if past.number >= first)
@@ -94,10 +94,10 @@ def _total(view: View, slices: int) -> dict[str, Any]:
     }
 
 
-def _columns(view: View) -> dict[str, Any]:
+def _columns(view: StatsView) -> dict[str, Any]:
     by_number = {past.number: past for past in view.slices}
     numbers = range(max(0, view.number - SLICES), view.number)
-    slices = [by_number.get(number) or Slice(number) for number in numbers]
+    slices = [by_number.get(number) or TimeSlice(number) for number in numbers]
     rows = [_row(past, view.slice_s) for past in slices]
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _NAMES}
     columns["ends_at"] = [view.since + (number + 1) * view.slice_s for number in numbers]
@@ -107,11 +107,11 @@ def _columns(view: View) -> dict[str, Any]:
     return columns
 
 
-def _row(past: Slice, seconds: float) -> Row:
+def _row(past: TimeSlice, seconds: float) -> Row:
     return {**_rates(past, seconds), **_state(past.state)}
 
 
-def _rates(past: Slice, seconds: float) -> Row:
+def _rates(past: TimeSlice, seconds: float) -> Row:
     """Rates, percentiles, and actual over predicted step time, of so many seconds."""
     sums, answers = past.sums, past.counts
     asked = sum(count for (kind, _), count in answers.items() if kind == "http")
@@ -140,7 +140,7 @@ def _memory(state: ServiceSnapshot | None, worker: int) -> int | None:
     return state.resident_bytes[worker] or None
 
 
-def _told(event: Happening) -> dict[str, Any]:
+def _told(event: ServerEvent) -> dict[str, Any]:
     return {
         "at": event.at,
         "kind": event.kind,
@@ -151,7 +151,7 @@ def _told(event: Happening) -> dict[str, Any]:
 
 
 def _names() -> Iterable[str]:
-    return _row(Slice(0), 1.0)
+    return _row(TimeSlice(0), 1.0)
 
 
 _NAMES = tuple(_names())

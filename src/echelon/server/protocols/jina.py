@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
+    Extras,
+    RerankRequest,
+    extras,
+    limit_of,
+    pairs_of,
+    text_of,
+)
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Fields, Outcome
+    from echelon.server.protocols.base import Body, Fields, RerankResponse
 
 
 class JinaRequest(Extras, kw_only=True):
@@ -24,9 +33,9 @@ def _claims(fields: Fields) -> bool:
     return bytes(fields.get("model", b"")).startswith(b'"jina')
 
 
-def _read(body: JinaRequest) -> Wanted:
+def _read(body: JinaRequest) -> RerankRequest:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
-    return Wanted(
+    return RerankRequest(
         pairs=pairs_of(body.query, texts),
         documents=[{"text": text} for text in texts]
         if body.return_documents is not False
@@ -36,7 +45,7 @@ def _read(body: JinaRequest) -> Wanted:
     )
 
 
-def _write(outcome: Outcome) -> Body:
+def _write(outcome: RerankResponse) -> Body:
     results = []
     for hit in outcome.hits:
         result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
@@ -51,11 +60,11 @@ def _write(outcome: Outcome) -> Body:
     }
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     return complaint.status, {"detail": str(complaint)}
 
 
-JINA = Dialect(
+JINA = ApiProtocol(
     name="jina",
     title="Jina",
     paths=("/v1/rerank",),

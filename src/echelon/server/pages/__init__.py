@@ -1,4 +1,6 @@
-"""What the pages are made of: files of this folder, and plotly's own script out of its package.
+"""The pages for people: playground and dashboard, with no build step and no other server.
+
+What the pages are made of: files of this folder, and plotly's own script out of its package.
 
 They hold no data, so they need no key; what they show they ask for with one.
 """
@@ -50,7 +52,7 @@ POLICIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class PageContent:
     """A file as it goes out.
 
     Attributes:
@@ -110,13 +112,13 @@ async def file(request: Request) -> Response:
 
 
 @cache
-def body_of(name: str, *, squeezed: bool) -> Body:
+def body_of(name: str, *, squeezed: bool) -> PageContent:
     """A file's bytes, kept from the first time on."""
     content = (_plotly() if name == PLOTLY else FOLDER / name).read_bytes()
     squeezed = squeezed and len(content) >= SQUEEZED_FROM
     if squeezed:
         content = gzip.compress(content, mtime=0)
-    return Body(content, f'"{sha256(content).hexdigest()[:20]}"', squeezed)
+    return PageContent(content, f'"{sha256(content).hexdigest()[:20]}"', squeezed)
 
 
 def takes_gzip(headers: Mapping[str, str]) -> bool:

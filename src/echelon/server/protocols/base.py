@@ -49,7 +49,7 @@ class Extras(msgspec.Struct, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RerankRequest:
     """What a request asks for.
 
     Attributes:
@@ -86,7 +86,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
+class RerankResult:
     """One result.
 
     Attributes:
@@ -103,7 +103,7 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RerankResponse:
     """What a request gets.
 
     Attributes:
@@ -119,14 +119,14 @@ class Outcome:
     number: str
     created: int
     model: str
-    hits: Sequence[Hit]
+    hits: Sequence[RerankResult]
     tokens: int
     with_documents: bool = False
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Complaint:
+class ErrorResponse:
     """An error on its way out.
 
     Attributes:
@@ -149,7 +149,7 @@ class Complaint:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ApiProtocol:
     """One API's shapes.
 
     Attributes:
@@ -170,15 +170,15 @@ class Dialect:
     paths: tuple[str, ...]
     request: type[Extras]
     claims: Callable[[Fields], bool]
-    read: Callable[[Any], Wanted]
-    write: Callable[[Outcome], Body]
-    complain: Callable[[Complaint], tuple[int, Body]]
+    read: Callable[[Any], RerankRequest]
+    write: Callable[[RerankResponse], Body]
+    complain: Callable[[ErrorResponse], tuple[int, Body]]
     noun: str
     example: Mapping[str, Any]
 
 
 def extras(body: Extras) -> dict[str, Any]:
-    """What the fields of every dialect say, as arguments of :class:`Wanted`."""
+    """What the fields of every dialect say, as arguments of :class:`RerankRequest`."""
     return {
         "raw": bool(body.raw_scores),
         "explain": bool(body.explain),

@@ -1,4 +1,7 @@
-"""The ASGI application: routes, what stands before all of them, and the service's life."""
+"""The ASGI application: routes, what stands before all of them, and the service's life.
+
+What stands before every route: the request's id, and the words of a start that failed.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -18,29 +22,31 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from echelon import __version__
-from echelon.api.board import board
-from echelon.api.dialects.cohere import COHERE_V1
-from echelon.api.dialects.table import PATHS
-from echelon.api.dialects.tei import TEI, TeiInfo
-from echelon.api.door import Door
-from echelon.api.metrics import CONTENT_TYPE
-from echelon.api.openapi import describe
-from echelon.api.pages import files
-from echelon.api.ranking import as_json, complaint, endpoint
 from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
+from echelon.server import pages
+from echelon.server.dashboard_data import board
+from echelon.server.metrics import CONTENT_TYPE
+from echelon.server.observability import ID_HEADER, id_of, request_id
+from echelon.server.openapi import describe
+from echelon.server.protocols import PATHS
+from echelon.server.protocols.cohere import COHERE_V1
+from echelon.server.protocols.tei import TEI, TeiInfo
+from echelon.server.routes import as_json, endpoint, error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from echelon.api.house import House
+    from echelon.server.context import ServerContext
 
-    Handler = Callable[[House, Request], Awaitable[Response]]
+if TYPE_CHECKING:
+    Handler = Callable[[ServerContext, Request], Awaitable[Response]]
 
 
-def make_app(house: House) -> Door:
+def make_app(house: ServerContext) -> RequestIdMiddleware:
     """The application of one server."""
 
     @asynccontextmanager
@@ -70,15 +76,15 @@ def make_app(house: House) -> Door:
     ]
     routes = [Route(path, partial(handler, house), name=path) for path, handler in asked]
     app = Starlette(
-        routes=[*ranks, *routes, Route("/pages/{name}", files.file), *_assets()],
+        routes=[*ranks, *routes, Route("/pages/{name}", pages.file), *_assets()],
         middleware=_middleware(house),
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
         lifespan=life,
     )
-    return Door(app)
+    return RequestIdMiddleware(app)
 
 
-def _middleware(house: House) -> list[Middleware]:
+def _middleware(house: ServerContext) -> list[Middleware]:
     """What browsers may do from other origins: nothing, unless it was allowed."""
     origins = house.rules.origins
     if not origins:
@@ -100,7 +106,7 @@ def _middleware(house: House) -> list[Middleware]:
 async def _failed(_: Request, error: Exception) -> Response:
     if not isinstance(error, EchelonError):
         raise error
-    return complaint(error, COHERE_V1)
+    return error_response(error, COHERE_V1)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
@@ -108,7 +114,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
         raise error
     path = request.url.path
     words = f"There is no {request.method} {path}. See /docs."
-    response = complaint(NoSuchRoute(words), TEI if path == "/" else COHERE_V1)
+    response = error_response(NoSuchRoute(words), TEI if path == "/" else COHERE_V1)
     if path == "/":  # the playground is no route of the API: to its clients there is nothing here
         return response
     response.status_code = error.status_code
@@ -119,20 +125,20 @@ async def _not_found(request: Request, error: Exception) -> Response:
 # Plain routes.
 
 
-async def _playground(house: House, request: Request) -> Response:
+async def _playground(house: ServerContext, request: Request) -> Response:
     return _page("playground.html", house, request)
 
 
-async def _dashboard(house: House, request: Request) -> Response:
+async def _dashboard(house: ServerContext, request: Request) -> Response:
     return _page("dashboard.html", house, request)
 
 
-def _page(name: str, house: House, request: Request) -> Response:
+def _page(name: str, house: ServerContext, request: Request) -> Response:
     root = request.scope.get("root_path", "")
-    return files.page(name, root, keys=len(house.rules.keys) > 0)
+    return pages.page(name, root, keys=len(house.rules.keys) > 0)
 
 
-async def _board(house: House, request: Request) -> Response:
+async def _board(house: ServerContext, request: Request) -> Response:
     house.rules.keys.holder(request.headers)
     service = house.running
     facts, state = (service.facts, service.snapshot()) if service else (None, None)
@@ -140,7 +146,7 @@ async def _board(house: House, request: Request) -> Response:
     return as_json(told, 200, {"Cache-Control": "no-store"})
 
 
-async def _models(house: House, request: Request) -> Response:
+async def _models(house: ServerContext, request: Request) -> Response:
     house.rules.keys.holder(request.headers)
     model: dict[str, Any] = {
         "id": house.model,
@@ -152,7 +158,7 @@ async def _models(house: House, request: Request) -> Response:
     return as_json({"object": "list", "data": [model]}, 200)
 
 
-async def _info(house: House, request: Request) -> Response:
+async def _info(house: ServerContext, request: Request) -> Response:
     house.rules.keys.holder(request.headers)
     service = house.service
     bounds = service.settings.bounds
@@ -176,11 +182,11 @@ async def _info(house: House, request: Request) -> Response:
     return as_json(msgspec.to_builtins(info), 200)
 
 
-async def _health(house: House, _: Request) -> Response:
+async def _health(house: ServerContext, _: Request) -> Response:
     return as_json({"status": "ok", "unix": time.time(), "model": house.model}, 200)
 
 
-async def _ready(house: House, _: Request) -> Response:
+async def _ready(house: ServerContext, _: Request) -> Response:
     service = house.running
     if service is None:
         return as_json({"ready": False, "reason": "not started"}, 503)
@@ -189,15 +195,15 @@ async def _ready(house: House, _: Request) -> Response:
     return as_json({"ready": found.ready, "reason": found.reason}, status)
 
 
-async def _metrics(house: House, _: Request) -> Response:
+async def _metrics(house: ServerContext, _: Request) -> Response:
     return Response(house.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-async def _openapi(house: House, _: Request) -> Response:
+async def _openapi(house: ServerContext, _: Request) -> Response:
     return as_json(describe(f"Echelon: {house.model}"), 200)
 
 
-async def _docs(_: House, request: Request) -> Response:
+async def _docs(_: ServerContext, request: Request) -> Response:
     root = escape(request.scope.get("root_path", "").rstrip("/"))
     return HTMLResponse(_PAGE.replace("ROOT", root))
 
@@ -227,3 +233,48 @@ SwaggerUIBundle({url, dom_id: "#api", validatorUrl: null});
 </body>
 </html>
 """
+
+
+class RequestIdMiddleware:
+    """Gives each request its id and each answer that id.
+
+    Args:
+        app: what is behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection's scope; see ASGI."""
+        if scope["type"] == "http":
+            await self._request(scope, receive, send)
+        else:
+            await self.app(scope, receive, _wordless(send))
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        number = id_of(Headers(scope=scope))
+        token = request_id.set(number)
+        header = (ID_HEADER.encode(), number.encode())
+
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers: list[Any] = message["headers"]
+                message["headers"] = [*headers, header]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, signed)
+        finally:
+            request_id.reset(token)
+
+
+def _wordless(send: Send) -> Send:
+    """A failed start without its traceback: whoever started the server reports the error."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            message = {"type": message["type"]}
+        await send(message)
+
+    return sent

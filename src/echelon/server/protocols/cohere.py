@@ -9,11 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.api.wire import Complaint, Dialect, Extras, Wanted, extras, limit_of, pairs_of, text_of
+from echelon.server.protocols.base import (
+    ApiProtocol,
+    ErrorResponse,
+    Extras,
+    RerankRequest,
+    extras,
+    limit_of,
+    pairs_of,
+    text_of,
+)
 from echelon.tokenization.chunking import Chunking
 
 if TYPE_CHECKING:
-    from echelon.api.wire import Body, Fields, Outcome
+    from echelon.server.protocols.base import Body, Fields, RerankResponse
 
 
 class CohereV1(Extras, kw_only=True):
@@ -39,10 +48,10 @@ class CohereV2(Extras, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-def _read_v1(body: CohereV1) -> Wanted:
+def _read_v1(body: CohereV1) -> RerankRequest:
     fields = body.rank_fields or ()
     texts = [text_of(document, i, fields) for i, document in enumerate(body.documents)]
-    return Wanted(
+    return RerankRequest(
         pairs=pairs_of(body.query, texts),
         documents=[_as_object(d) for d in body.documents] if body.return_documents else None,
         top_n=limit_of(body.top_n),
@@ -51,9 +60,9 @@ def _read_v1(body: CohereV1) -> Wanted:
     )
 
 
-def _read_v2(body: CohereV2) -> Wanted:
+def _read_v2(body: CohereV2) -> RerankRequest:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
-    return Wanted(
+    return RerankRequest(
         pairs=pairs_of(body.query, texts),
         top_n=limit_of(body.top_n),
         chunking=_chunking(body.max_tokens_per_doc, None),
@@ -69,7 +78,7 @@ def _as_object(document: str | dict[str, Any]) -> dict[str, Any]:
     return {"text": document} if isinstance(document, str) else document
 
 
-def _write_v1(outcome: Outcome) -> Body:
+def _write_v1(outcome: RerankResponse) -> Body:
     results = []
     for hit in outcome.hits:
         result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
@@ -87,12 +96,12 @@ def _write_v1(outcome: Outcome) -> Body:
     }
 
 
-def _write_v2(outcome: Outcome) -> Body:
+def _write_v2(outcome: RerankResponse) -> Body:
     results = [{"index": hit.index, "relevance_score": hit.score} for hit in outcome.hits]
     return {"id": outcome.number, "results": results, "meta": _meta("2", outcome)}
 
 
-def _meta(version: str, outcome: Outcome) -> dict[str, Any]:
+def _meta(version: str, outcome: RerankResponse) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "api_version": {"version": version},
         "billed_units": {"search_units": 1},
@@ -103,7 +112,7 @@ def _meta(version: str, outcome: Outcome) -> dict[str, Any]:
     return meta
 
 
-def _complain(complaint: Complaint) -> tuple[int, Body]:
+def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
     words = str(complaint)
     return complaint.status, {"id": complaint.number, "message": words, "detail": words}
 
@@ -119,7 +128,7 @@ _EXAMPLE = {
     "top_n": 1,
 }
 
-COHERE_V1 = Dialect(
+COHERE_V1 = ApiProtocol(
     name="cohere_v1",
     title="Cohere v1",
     paths=("/v1/rerank",),
@@ -132,7 +141,7 @@ COHERE_V1 = Dialect(
     example={**_EXAMPLE, "return_documents": True},
 )
 
-COHERE_V2 = Dialect(
+COHERE_V2 = ApiProtocol(
     name="cohere_v2",
     title="Cohere v2",
     paths=("/v2/rerank",),

@@ -1,1 +1,0 @@
-"""One file for each API shape, and the table of paths."""
