@@ -42,7 +42,7 @@ from echelon.options import Options
 from echelon.profile import library_versions
 from echelon.scheduling.packing import step_budget
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 
 if TYPE_CHECKING:
     from echelon.types import FloatArray, Pair, TokenBatch

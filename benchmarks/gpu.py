@@ -365,7 +365,7 @@ def main() -> None:
 
 
 def _run(bench: Bench, out: Path) -> None:
-    from echelon.tune.hardware import describe_machine
+    from echelon.tuning.machine import describe_machine
 
     content: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),

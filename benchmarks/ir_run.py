@@ -39,7 +39,7 @@ from echelon.jobs.run import run
 from echelon.jobs.screen import Screen, print_quality, print_trials
 from echelon.options import Options
 from echelon.profile import library_versions
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGE = "cherche==2.2.1"

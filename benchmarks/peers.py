@@ -114,7 +114,7 @@ class Bench:
     def _task(self, model: str, folder: Path, name: str, passages: Sequence[Passages]) -> Task:
         from tokenizers import Tokenizer
 
-        from echelon.tune.hardware import describe_machine
+        from echelon.tuning.machine import describe_machine
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         workload = build("realtime" if name == START else name, tokenizer, passages)

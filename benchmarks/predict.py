@@ -31,18 +31,18 @@ from echelon.models.registry import open_scorer
 from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.calibrate import Stuff, fitted, level
-from echelon.tune.fit import CostFit, Error
-from echelon.tune.hardware import meter_of
-from echelon.tune.probes import FEWEST_ROUNDS, Range, choose, measure
+from echelon.tuning.calibration import StepFactory, fitted, level
+from echelon.tuning.fit import CostFit, FitError
+from echelon.tuning.machine import meter_of
+from echelon.tuning.probes import FEWEST_ROUNDS, LengthRange, choose, measure
 from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.tune.fit import Probe
-    from echelon.tune.probes import Lengths
+    from echelon.tuning.fit import Probe
+    from echelon.tuning.probes import Lengths
 
 RESULTS = Path(__file__).parent / "results"
 UNSEEN, SEED = 30, 2026
@@ -60,8 +60,8 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     scorer = open_scorer(folder, device=arguments.device, precision=arguments.precision)
     try:
         facts = scorer.facts
-        limits = Range(min(LONGEST, facts.max_tokens), arguments.budget, facts.cost)
-        stuff = Stuff(encoder, load_texts(None, language="en"), limits.longest)
+        limits = LengthRange(min(LONGEST, facts.max_tokens), arguments.budget, facts.cost)
+        stuff = StepFactory(encoder, load_texts(None, language="en"), limits.longest)
 
         def run(shape: Lengths) -> None:
             scorer.score(stuff.batch(shape))
@@ -108,7 +108,7 @@ def compared(unseen: Sequence[Probe], fit: CostFit) -> dict[str, Any]:
         }
         for probe in unseen
     ]
-    error = Error.of([r["predicted_s"] for r in rows], [r["measured_s"] for r in rows])
+    error = FitError.of([r["predicted_s"] for r in rows], [r["measured_s"] for r in rows])
     met = error.median <= GOAL["median"] and error.p90 <= GOAL["p90"]
     return {
         "unseen": rows,

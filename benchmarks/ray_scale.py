@@ -34,7 +34,7 @@ from echelon.models.fake import FakeScorer
 from echelon.scale.worker import RayWorker, Share
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.advise.command import SCENARIO_FLAGS, ask_of
-from echelon.advise.model import look
 from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
 from echelon.tune.card import TITLES, card
 from echelon.tune.words import step
+from echelon.tuning.scenario_model import look
 from static_baselines import Contest, beside_static
 from static_words import in_words
 
 if TYPE_CHECKING:
-    from echelon.advise.ask import Ask
+    from echelon.tuning.goal import ScenarioGoal
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,7 +100,7 @@ def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, 
     }
 
 
-def ask(asked: dict[str, Any]) -> Ask:
+def ask(asked: dict[str, Any]) -> ScenarioGoal:
     """What the flags of a scenario ask for."""
     values = {flags[0]: None for flags, _ in SCENARIO_FLAGS} | asked
     values["--verify-s"] = float(asked["--verify-s"])
@@ -111,7 +111,7 @@ def ask(asked: dict[str, Any]) -> Ask:
 
 
 def compared(
-    found: Profile, asked: Ask, arguments: argparse.Namespace, file: Path
+    found: Profile, asked: ScenarioGoal, arguments: argparse.Namespace, file: Path
 ) -> dict[str, Any]:
     """Where a scenario's settings stand among static batch sizes."""
     model = look(arguments.model, Options(), None, asked)

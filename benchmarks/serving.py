@@ -24,7 +24,7 @@ from echelon import Reranker
 from echelon.data import load_texts
 from echelon.models.hub import resolve
 from echelon.profile import library_versions
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 from serving_page import page
 from serving_parts import (
     Bench,

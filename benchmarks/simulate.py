@@ -30,7 +30,7 @@ from echelon.simulate.exact import simulate
 from echelon.simulate.fleet import Fleet, simulate_fleet
 from echelon.simulate.setting import Setting
 from echelon.simulate.traffic import blocks
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,26 +13,26 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.answer import settings_of
-from echelon.advise.ask import HURRIED
-from echelon.advise.candidates import most_tokens
-from echelon.advise.proof import Stage, proof_of_reranking, prove, rerank_task
-from echelon.advise.reranking import Ran, Task, run
-from echelon.advise.sending import Load, ruler_of
 from echelon.errors import EchelonError, WorkerLost
 from echelon.tune.prices import cost_of, lengths_of
-from echelon.tune.scenario import Candidate
+from echelon.tuning.candidates import most_tokens
+from echelon.tuning.goal import HURRIED
+from echelon.tuning.recommendation import settings_of
+from echelon.tuning.scenario import Candidate
+from echelon.tuning.scenario_model import WorkloadTexts, ruler_of
+from echelon.tuning.validation import ValidationContext, proof_of_reranking, prove, rerank_task
+from echelon.tuning.validation_targets import RerankRun, RerankTask, run
 from static_standing import Rival, standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.model import Model
-    from echelon.advise.numbers import Proof
     from echelon.plan.workload import Arrival
     from echelon.profile import Profile
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.scenario_model import ScenarioModel
+    from echelon.tuning.validation_metrics import Validation
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Static batch sizes."""
@@ -48,19 +48,19 @@ class Contest:
     """
 
     profile: Profile
-    stage: Stage
+    stage: ValidationContext
 
     @classmethod
-    def of(cls, model: Model, profile: Profile, ask: Ask, file: Path) -> Contest:
+    def of(cls, model: ScenarioModel, profile: Profile, ask: ScenarioGoal, file: Path) -> Contest:
         """The contest of a profile's settings; ``file`` is written for each run."""
         settings = replace(profile.settings, max_length=model.options.max_length)
         tokens = ask.tokens or lengths_of(replace(profile, settings=settings))
         if tokens is None:
             raise ValueError("The profile does not say how long pairs are.")
         ruler = ruler_of(model.trial.encoder)
-        load = Load(ask.traffic(tokens), ask.rate or 1.0, model.texts.topics, ruler)
+        load = WorkloadTexts(ask.traffic(tokens), ask.rate or 1.0, model.texts.topics, ruler)
         on_card = profile.key.device != "cpu"
-        return cls(profile, Stage(ask, model, load, file, on_card, lambda *_: None))
+        return cls(profile, ValidationContext(ask, model, load, file, on_card, lambda *_: None))
 
     def chosen(self) -> Candidate:
         """The settings that were recommended."""
@@ -81,7 +81,7 @@ class Contest:
         static = [(replace(chosen, token_budget=most, max_pairs=n), Rival(n)) for n in SIZES]
         return [(chosen, Rival(None)), *static]
 
-    def requests(self, turn: Stage) -> list[Arrival]:
+    def requests(self, turn: ValidationContext) -> list[Arrival]:
         """Of one round: with a rate others than in the last, else as many as the proof served."""
         load, ask = turn.load, turn.ask
         if ask.scenario in HURRIED:
@@ -137,7 +137,9 @@ def compete(contest: Contest, rounds: int) -> list[Rival]:
     return [rival for _, rival in entered]
 
 
-def apart(stage: Stage, candidate: Candidate, requests: Sequence[Arrival]) -> Proof:
+def apart(
+    stage: ValidationContext, candidate: Candidate, requests: Sequence[Arrival]
+) -> Validation:
     """A proof in a process of its own, in which a reranker serves all requests."""
     if stage.ask.scenario in HURRIED:
         return prove(stage, candidate, requests, 0.0)
@@ -145,7 +147,7 @@ def apart(stage: Stage, candidate: Candidate, requests: Sequence[Arrival]) -> Pr
     return proof_of_reranking(stage, requests, run_apart(task), 0.0)
 
 
-def run_apart(task: Task) -> Ran:
+def run_apart(task: RerankTask) -> RerankRun:
     """Rerank in a new process, whose memory is nobody else's.
 
     Raises:

@@ -21,15 +21,15 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.ask import HURRIED
 from echelon.simulate.ladder import MISSES
-from echelon.tune.scenario import NEARLY
+from echelon.tuning.goal import HURRIED
+from echelon.tuning.scenario import NEARLY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.numbers import Numbers
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.validation_metrics import LoadMetrics
 
 WITHIN = 0.03
 """Relative difference to the best that is as good as being it."""
@@ -51,11 +51,11 @@ class Rival:
     """
 
     pairs: int | None
-    rounds: list[Numbers] = field(default_factory=list)
+    rounds: list[LoadMetrics] = field(default_factory=list)
     failed: str | None = None
 
 
-def standing(ask: Ask, rivals: Sequence[Rival]) -> Row:
+def standing(ask: ScenarioGoal, rivals: Sequence[Rival]) -> Row:
     """Where they stand: what the results keep as ``static``.
 
     Args:
@@ -93,7 +93,7 @@ def standing(ask: Ask, rivals: Sequence[Rival]) -> Row:
     }
 
 
-def _row(ask: Ask, rival: Rival) -> Row:
+def _row(ask: ScenarioGoal, rival: Rival) -> Row:
     """A rival before it is compared."""
     limit = ask.memory_limit_bytes
     rounds = [one.as_dict() | {"goodput_per_s": _goodput(ask, one)} for one in rival.rounds]
@@ -116,11 +116,11 @@ def _row(ask: Ask, rival: Rival) -> Row:
     }
 
 
-def _goodput(ask: Ask, one: Numbers) -> float | None:
+def _goodput(ask: ScenarioGoal, one: LoadMetrics) -> float | None:
     return (one.requests - one.missed) / ask.verify_s if ask.scenario in HURRIED else None
 
 
-def _measure(ask: Ask, rows: Sequence[Row]) -> str:
+def _measure(ask: ScenarioGoal, rows: Sequence[Row]) -> str:
     chosen, able = rows[0], [row for row in rows if row["reason"] is None]
     if ask.scenario == "offline":
         return "documents_per_s"

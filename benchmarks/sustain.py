@@ -28,12 +28,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echelon.advise.ask import Ask
-from echelon.advise.model import look
-from echelon.advise.numbers import correct
-from echelon.advise.proof import Stage, arguments, proof_of, stress_plan
-from echelon.advise.sending import Load, ruler_of
-from echelon.advise.server import Server
 from echelon.errors import EchelonError, TooNoisy
 from echelon.options import Options
 from echelon.plan.workload import Fixed, Lognormal
@@ -41,23 +35,27 @@ from echelon.profile import Profile, TunedSettings, current_key, library_version
 from echelon.scheduling.packing import step_budget
 from echelon.simulate.ladder import meets
 from echelon.stress.run import opened
-from echelon.tune.calibrate import models_of
-from echelon.tune.curve import curve_of
-from echelon.tune.hardware import describe_machine
 from echelon.tune.prices import cost_of
-from echelon.tune.scenario import Candidate, Limits
-from echelon.tune.served import Service, predict
-from echelon.tuner import PROBE_SHARE, Plan, probe
+from echelon.tuning.calibration import models_of
+from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.machine import describe_machine
+from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.scenario_model import WorkloadTexts, look, ruler_of
+from echelon.tuning.simulated_load import SimulatedService, curve_of, predict
+from echelon.tuning.tuner import PROBE_SHARE, Plan, probe
+from echelon.tuning.validation import ValidationContext, arguments, proof_of, stress_plan
+from echelon.tuning.validation_metrics import correct
+from echelon.tuning.validation_targets import ServerProcess
 from echelon.types import monotonic
 from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.advise.model import Model
-    from echelon.advise.numbers import Proof
     from echelon.plan.workload import Arrival
     from echelon.stress.run import LoadTest
+    from echelon.tuning.scenario_model import ScenarioModel
+    from echelon.tuning.validation_metrics import Validation
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,7 +97,7 @@ class Forecast:
 
     name: str
     candidate: Candidate
-    limits: Limits
+    limits: ScenarioLimits
     pace: float = 1.0
 
 
@@ -116,19 +114,21 @@ class Bench:
         seconds: of a run at most.
     """
 
-    model: Model
-    ask: Ask
-    load: Load
+    model: ScenarioModel
+    ask: ScenarioGoal
+    load: WorkloadTexts
     profile: Path
     requests: int
     seconds: float
 
-    def stage(self, rate: float, seed: int = SEED) -> Stage:
+    def stage(self, rate: float, seed: int = SEED) -> ValidationContext:
         """One run."""
         seconds = min(self.seconds, self.requests / rate)
         ask = replace(self.ask, rate=rate, verify_s=seconds, seed=seed)
         load = replace(self.load, rate=rate)
-        return Stage(ask, self.model, load, self.profile, on_card=False, told=lambda *_: None)
+        return ValidationContext(
+            ask, self.model, load, self.profile, on_card=False, told=lambda *_: None
+        )
 
     def arrivals(self, rate: float) -> list[Arrival]:
         """The requests that are compared, in tokens."""
@@ -153,7 +153,7 @@ class Line:
     """A server that runs, and who asks it."""
 
     def __init__(
-        self, bench: Bench, server: Server, tester: LoadTest, candidate: Candidate
+        self, bench: Bench, server: ServerProcess, tester: LoadTest, candidate: Candidate
     ) -> None:
         self._bench = bench
         self._server = server
@@ -162,7 +162,7 @@ class Line:
 
     async def run(
         self, rate: float, seed: int = SEED, *, alone_s: float | None = None
-    ) -> tuple[Proof, Row]:
+    ) -> tuple[Validation, Row]:
         """Send the requests of a rate when they are due; or those of one caller for a time."""
         stage = self._bench.stage(rate, seed)
         plan = stress_plan(stage, self._server.url)
@@ -178,7 +178,7 @@ class Line:
         return proof, row
 
 
-def row_of(proof: Proof) -> Row:
+def row_of(proof: Validation) -> Row:
     """A run's entry."""
     numbers = proof.numbers
     row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
@@ -187,7 +187,7 @@ def row_of(proof: Proof) -> Row:
     return row | {"doubts": list(proof.doubts)}
 
 
-def calibrated(model: Model, seconds: float) -> Profile:
+def calibrated(model: ScenarioModel, seconds: float) -> Profile:
     """Step times as `echelon tune` fits them, and the settings of a server that was told nothing.
 
     Raises:
@@ -215,7 +215,9 @@ def calibrated(model: Model, seconds: float) -> Profile:
 def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     """Everything about one model."""
     tokens = Lognormal(options.tokens, 0.5, LONGEST)
-    ask = Ask(SCENARIO, PATIENCE_S, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED)
+    ask = ScenarioGoal(
+        SCENARIO, PATIENCE_S, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED
+    )
     asked = Options(device="cpu", precision=options.precision)
     model = look(options.model, asked, None, ask)
     print("measuring probes for the cost model", flush=True)
@@ -223,7 +225,7 @@ def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     file = folder / "profile.json"
     profile.save(file)
     topics = model.texts.topics
-    load = Load(ask.traffic(tokens), 1.0, topics, ruler_of(model.trial.encoder))
+    load = WorkloadTexts(ask.traffic(tokens), 1.0, topics, ruler_of(model.trial.encoder))
     bench = Bench(model, ask, load, file, options.requests, options.seconds)
     settings = profile.settings
     candidate = Candidate(settings.token_budget, cost_of(profile), precision=settings.precision)
@@ -235,7 +237,7 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     """One caller, the predictions, and what comes of the same requests in reality."""
     stage = bench.stage(1.0)
     print("starting the server", flush=True)
-    with Server(arguments(stage, candidate)) as server:
+    with ServerProcess(arguments(stage, candidate)) as server:
         async with opened(stress_plan(stage, server.url)) as tester:
             caller = Line(bench, server, tester, candidate)
             one_s = candidate.cost.predict([int(bench.ask.tokens.mean)] * DOCUMENTS)
@@ -244,8 +246,8 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
             first, alone = await caller.run(1.0, OTHER_SEED, alone_s=alone_s)
             bench = replace(bench, ask=replace(bench.ask, goal_s=SLACK * alone["p50_s"]))
             line = Line(bench, server, tester, candidate)
-            limits = Limits(bench.ask.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED)
-            full = Service(bench.load.traffic, candidate, limits).at_once()
+            limits = ScenarioLimits(bench.ask.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED)
+            full = SimulatedService(bench.load.traffic, candidate, limits).at_once()
             capacity = full.requests / full.duration_s
             forecasts = [Forecast("probes", candidate, limits)]
             second, glance = await line.run(capacity / 2, OTHER_SEED)
@@ -271,7 +273,7 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     }
 
 
-def corrected(forecast: Forecast, proof: Proof) -> Forecast:
+def corrected(forecast: Forecast, proof: Validation) -> Forecast:
     """The models after a look, as `echelon tune --scenario` corrects them after a proof."""
     chosen, limits = forecast.candidate, forecast.limits
     # Memory plays no part here: what was predicted of it is what came.

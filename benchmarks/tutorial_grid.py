@@ -186,7 +186,7 @@ def _folder(arguments: argparse.Namespace, scratch: Path) -> Path:
 
 def _run(folder: Path, arguments: argparse.Namespace) -> None:
     from echelon.profile import library_versions
-    from echelon.tune.hardware import describe_machine
+    from echelon.tuning.machine import describe_machine
 
     engines = {
         "sentence-transformers fp32": peer(folder, "float32"),

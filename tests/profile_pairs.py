@@ -6,10 +6,10 @@ from dataclasses import replace
 from echelon.reports.compare import compare
 from echelon.reports.side import Side
 from echelon.scheduling.cost_model import Coefficients, MemoryModel
-from echelon.tune.fit import CostFit, Error, MemoryFit
+from echelon.tuning.fit import CostFit, FitError, MemoryFit
 from report_pages import RESULTS, make_profile
 
-ERROR = Error(0.02, 0.05, 9)
+ERROR = FitError(0.02, 0.05, 9)
 
 
 def scaled(results, factor):

@@ -7,16 +7,16 @@ from html.parser import HTMLParser
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import report
-from echelon.tune.grid import Measured, Point
-from echelon.tune.solve import best_batches, best_budget, situations
+from echelon.tuning.choose import best_batches, best_budget, situations
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint
 
 # Building profiles.
 
 
 def entry(pairs, seconds=(), *, status="ok", reason="", memory=2**29, **size):
     """One point as the sweep leaves it."""
-    point = Point(pairs, **size)
-    measured = Measured(point, status, reason, list(seconds), tokens=pairs * 100)
+    point = SweepPoint(pairs, **size)
+    measured = MeasuredPoint(point, status, reason, list(seconds), tokens=pairs * 100)
     measured.cost_tokens, measured.steps, measured.peak_bytes = pairs * 110, 3, memory
     return measured
 

@@ -10,25 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.advise import shorter as shorter_module
-from echelon.advise.ask import Ask
-from echelon.advise.candidates import budgets, candidates, prices_of
-from echelon.advise.model import look
-from echelon.advise.numbers import (
-    Numbers,
-    Proof,
-    agree,
-    correct,
-    differences,
-    noise_of_ratios,
-    pace_of,
-    paced,
-    squares_share,
-)
-from echelon.advise.proof import Stage, arguments, stress_plan
-from echelon.advise.sending import Load, require_texts, ruler_of
-from echelon.advise.server import Server, ServerFailed
-from echelon.advise.shorter import Shorter, shorter
 from echelon.engine.precision_check import Agreement
 from echelon.errors import InvalidInput
 from echelon.options import Options
@@ -37,8 +18,25 @@ from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.server.metrics import RATIOS
-from echelon.tune.scenario import Candidate, Limits
-from echelon.tune.served import cut, predict
+from echelon.tuning import candidates as shorter_module
+from echelon.tuning.candidates import MaxLengthCheck, budgets, candidates, prices_of, shorter
+from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.scenario_model import WorkloadTexts, look, require_texts, ruler_of
+from echelon.tuning.simulated_load import cut, predict
+from echelon.tuning.validation import ValidationContext, arguments, stress_plan
+from echelon.tuning.validation_metrics import (
+    LoadMetrics,
+    Validation,
+    agree,
+    correct,
+    differences,
+    noise_of_ratios,
+    pace_of,
+    paced,
+    squares_share,
+)
+from echelon.tuning.validation_targets import ServerFailed, ServerProcess
 
 MIB = 2**20
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)
@@ -61,7 +59,9 @@ def point(budget, status="ok"):
 
 def toy(folder):
     """A toy opened for an edge machine."""
-    return look(folder, Options(device="cpu", threads=1, precision="fp32"), None, Ask("edge"))
+    return look(
+        folder, Options(device="cpu", threads=1, precision="fp32"), None, ScenarioGoal("edge")
+    )
 
 
 def known_as(model, **changes):
@@ -121,29 +121,29 @@ def model(bert):
 )
 def test_nonsense_is_refused_with_the_remedy(asked, field):
     with pytest.raises(InvalidInput) as caught:
-        Ask(**asked)
+        ScenarioGoal(**asked)
     assert caught.value.field == field
     assert caught.value.remedy
 
 
 def test_each_scenario_has_its_usual_documents_and_a_trace_its_own_rate():
-    assert [str(Ask(s).sizes) for s in ("edge", "offline")] == ["1-10", "50-200"]
+    assert [str(ScenarioGoal(s).sizes) for s in ("edge", "offline")] == ["1-10", "50-200"]
     trace = tuple(Known(float(i) / 2, 3, 40) for i in range(9))
-    ask = Ask("api", goal_s=0.1, trace=trace, documents=Fixed(4))
+    ask = ScenarioGoal("api", goal_s=0.1, trace=trace, documents=Fixed(4))
     assert ask.traffic(Fixed(50)).trace_rate == 2.0
     assert ask.as_dict()["trace_requests"] == 9
     with pytest.raises(InvalidInput, match="one moment"):
-        Ask("api", goal_s=0.1, trace=trace[:1]).traffic(Fixed(50))
+        ScenarioGoal("api", goal_s=0.1, trace=trace[:1]).traffic(Fixed(50))
 
 
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
-        (Ask("edge", tokens=Fixed(131)), "--tokens"),
-        (Ask("edge", trace=(Known(0.0, 1, 40), Known(1.0, 1, 200))), "--tokens"),
-        (Ask("edge", tokens=Fixed(3)), "--tokens"),
-        (Ask("edge", goal_s=1e-7), "--slo-p99-ms"),
-        (Ask("edge", memory_limit_bytes=5.0 * MIB), "--memory-limit"),
+        (ScenarioGoal("edge", tokens=Fixed(131)), "--tokens"),
+        (ScenarioGoal("edge", trace=(Known(0.0, 1, 40), Known(1.0, 1, 200))), "--tokens"),
+        (ScenarioGoal("edge", tokens=Fixed(3)), "--tokens"),
+        (ScenarioGoal("edge", goal_s=1e-7), "--slo-p99-ms"),
+        (ScenarioGoal("edge", memory_limit_bytes=5.0 * MIB), "--memory-limit"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_tuning(bert, ask, field):
@@ -157,27 +157,29 @@ def test_what_the_model_cannot_do_is_refused_before_tuning(bert, ask, field):
 
 
 def test_budgets_stay_below_what_memory_refused_and_allows():
-    assert budgets(profile(), Ask("edge")) == [256, 512, 700, 1024, 2048, 4096]
+    assert budgets(profile(), ScenarioGoal("edge")) == [256, 512, 700, 1024, 2048, 4096]
     refused = profile(points=[point(2048, "out_of_memory"), point(1024)])
-    assert budgets(refused, Ask("edge")) == [256, 512, 700, 1024]
-    assert budgets(profile(learned_token_budget=300), Ask("edge")) == [256]
-    assert budgets(profile(learned_token_budget=100), Ask("edge")) == [100]
-    limited = Ask("edge", memory_limit_bytes=380.0 * MIB)
+    assert budgets(refused, ScenarioGoal("edge")) == [256, 512, 700, 1024]
+    assert budgets(profile(learned_token_budget=300), ScenarioGoal("edge")) == [256]
+    assert budgets(profile(learned_token_budget=100), ScenarioGoal("edge")) == [100]
+    limited = ScenarioGoal("edge", memory_limit_bytes=380.0 * MIB)
     assert budgets(profile(), limited) == [256, 512, 700]
     free = profile(settings=TunedSettings("bf16", NO_BUDGET, 4, 2, None))
-    assert max(budgets(free, Ask("edge"))) == 4096
+    assert max(budgets(free, ScenarioGoal("edge"))) == 4096
 
 
 def test_precisions_and_lengths_are_there_when_allowed_and_proved():
     made = profile()
-    base = candidates(made, Ask("edge"), prices_of(made), ())
+    base = candidates(made, ScenarioGoal("edge"), prices_of(made), ())
     assert {one.precision for one in base} == {"bf16"}
     assert {one.agreement for one in base} == {0.99}
     lengths = [
-        Shorter(100, "bf16", 0.98, 1.0, None, 0.5, 0.5, passed=True, reason=None),
-        Shorter(64, "bf16", 0.5, 0.5, None, 0.5, 0.5, passed=False, reason="ranks differently"),
+        MaxLengthCheck(100, "bf16", 0.98, 1.0, None, 0.5, 0.5, passed=True, reason=None),
+        MaxLengthCheck(
+            64, "bf16", 0.5, 0.5, None, 0.5, 0.5, passed=False, reason="ranks differently"
+        ),
     ]
-    more = candidates(made, Ask("edge", allow=("precision",)), prices_of(made), lengths)
+    more = candidates(made, ScenarioGoal("edge", allow=("precision",)), prices_of(made), lengths)
     assert {(one.precision, one.max_length, one.agreement) for one in more} == {
         ("bf16", None, 0.99),
         ("bf16", 100, 0.98),
@@ -190,14 +192,14 @@ def test_precisions_and_lengths_are_there_when_allowed_and_proved():
 def test_several_cards_give_candidates_with_several_workers():
     key = replace(profile().key, device="cuda:0")
     cards = profile(key=key, machine={"gpus": [{}, {}]})
-    found = candidates(cards, Ask("edge"), prices_of(cards), ())
+    found = candidates(cards, ScenarioGoal("edge"), prices_of(cards), ())
     assert {one.workers for one in found} == {1, 2}
 
 
 def test_a_limit_without_measured_memory_is_refused():
     made = profile(memory=None)
     with pytest.raises(InvalidInput, match="--memory-limit"):
-        candidates(made, Ask("edge", memory_limit_bytes=1e9), prices_of(made), ())
+        candidates(made, ScenarioGoal("edge", memory_limit_bytes=1e9), prices_of(made), ())
 
 
 # Requests as texts.
@@ -205,9 +207,9 @@ def test_a_limit_without_measured_memory_is_refused():
 
 @pytest.mark.parametrize("tokens", [Fixed(70), Between(50, 120)])
 def test_texts_have_the_lengths_that_are_simulated(model, tokens):
-    traffic = Ask("edge", documents=Fixed(8)).traffic(tokens)
+    traffic = ScenarioGoal("edge", documents=Fixed(8)).traffic(tokens)
     encoder, topics = model.trial.encoder, model.texts.topics
-    load = Load(traffic, 1.0, topics, ruler_of(encoder))
+    load = WorkloadTexts(traffic, 1.0, topics, ruler_of(encoder))
     requests = load.first(160)
     assert sum(one.documents for one in requests) == 160
     wanted = np.array([length for one in requests for length in one.lengths])
@@ -221,10 +223,12 @@ def test_texts_have_the_lengths_that_are_simulated(model, tokens):
 @pytest.mark.parametrize("trace", [(), tuple(Known(i / 4, 2, 60) for i in range(40))])
 def test_the_load_test_sends_the_requests_that_were_simulated(model, trace, tmp_path):
     rate = None if trace else 4.0
-    ask = Ask("api", 0.5, rate, trace, Between(1, 6), verify_s=6.0, seed=3)
+    ask = ScenarioGoal("api", 0.5, rate, trace, Between(1, 6), verify_s=6.0, seed=3)
     ruler = ruler_of(model.trial.encoder)
-    load = Load(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, ruler)
-    stage = Stage(ask, model, load, tmp_path / "p.json", on_card=False, told=lambda *_: None)
+    load = WorkloadTexts(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, ruler)
+    stage = ValidationContext(
+        ask, model, load, tmp_path / "p.json", on_card=False, told=lambda *_: None
+    )
     simulated = load.requests(6.0, 3)
     plan = stress_plan(stage, "http://127.0.0.1:1")
     assert list(plan.workload().requests(6.0)) == simulated
@@ -233,7 +237,9 @@ def test_the_load_test_sends_the_requests_that_were_simulated(model, trace, tmp_
 
 
 def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):
-    stage = Stage(Ask("edge"), model, None, tmp_path / "p.json", on_card=False, told=print)
+    stage = ValidationContext(
+        ScenarioGoal("edge"), model, None, tmp_path / "p.json", on_card=False, told=print
+    )
     told = arguments(stage, Candidate(256, CostModel()))
     assert told[0] == str(model.name)
     assert told[told.index("--profile") + 1] == str(tmp_path / "p.json")
@@ -245,7 +251,7 @@ def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):
 def test_a_server_that_does_not_start_says_why():
     with (
         pytest.raises(ServerFailed, match=r"no folder.*--verify-s 0"),
-        Server(["/no/such/model"]),
+        ServerProcess(["/no/such/model"]),
     ):
         pass
 
@@ -284,7 +290,7 @@ def test_the_agreement_of_a_shorter_length_is_measured(model, monkeypatch):
 
 
 def numbers(p50=0.01, p99=0.02, per_s=100.0, memory=400.0 * MIB):
-    return Numbers(p50, p50, p99, 10.0, per_s, memory, 50, 0)
+    return LoadMetrics(p50, p50, p99, 10.0, per_s, memory, 50, 0)
 
 
 @given(st.floats(0.11, 9.9), st.lists(st.integers(1, 200), min_size=1, max_size=20))
@@ -313,13 +319,15 @@ def test_what_matters_must_agree_within_a_quarter():
 
 def test_a_correction_takes_what_was_measured():
     one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
-    proof = Proof(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
-    (slower,), limits = correct([one], Limits(overhead_s=0.002), numbers(), proof, 1)
+    proof = Validation(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
+    (slower,), limits = correct([one], ScenarioLimits(overhead_s=0.002), numbers(), proof, 1)
     assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
     assert (limits.overhead_s, limits.noise) == (0.007, 0.0)
     assert correct([one], limits, numbers(), replace(proof, noise=0.2), 1)[1].noise == 0.2
     calm = replace(proof, overhead_s=None)
-    assert correct([one], Limits(overhead_s=0.002), numbers(), calm, 1)[1].overhead_s == 0.002
+    assert (
+        correct([one], ScenarioLimits(overhead_s=0.002), numbers(), calm, 1)[1].overhead_s == 0.002
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,8 +335,8 @@ def test_a_correction_takes_what_was_measured():
 )
 def test_memory_is_corrected_both_ways_by_what_a_worker_holds(came, workers, fixed):
     one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
-    proof = Proof(numbers(memory=came * MIB), 1.0, None, held=True)
-    (found,), _ = correct([one], Limits(), numbers(), proof, workers)
+    proof = Validation(numbers(memory=came * MIB), 1.0, None, held=True)
+    (found,), _ = correct([one], ScenarioLimits(), numbers(), proof, workers)
     assert found.memory == MemoryModel(fixed * MIB, 1.0)
 
 
@@ -360,12 +368,12 @@ def test_certain_requests_are_predicted_as_their_scenario_has_them():
     one = Candidate(1000, CostModel(PRICES), max_length=100)
     assert [list(a.lengths) for a in cut(requests, 100)] == [[50, 100], [60]]
     first = one.cost.predict((50, 100))
-    calm, largest = predict("edge", requests, one, Limits())
+    calm, largest = predict("edge", requests, one, ScenarioLimits())
     assert largest == 150
     assert calm.longest_s == pytest.approx(first)
-    found = Numbers.of("edge", calm, one, largest)
+    found = LoadMetrics.of("edge", calm, one, largest)
     assert found.requests_per_s == pytest.approx(1 / calm.mean_s)
-    once, largest = predict("offline", requests, one, Limits(overhead_s=1.0))
+    once, largest = predict("offline", requests, one, ScenarioLimits(overhead_s=1.0))
     assert largest == 150  # the first to come finds an idle worker
     assert once.duration_s == pytest.approx(first + one.cost.predict((60,)))
-    assert Numbers.of("offline", once, one, largest).p99_s is None
+    assert LoadMetrics.of("offline", once, one, largest).p99_s is None

@@ -8,18 +8,17 @@ from functools import partial
 
 import pytest
 
-from echelon.advise import advisor
-from echelon.advise.advisor import advise
-from echelon.advise.ask import Ask
-from echelon.advise.numbers import Proof
-from echelon.advise.proof import prove
-from echelon.advise.reranking import Task, run
 from echelon.advise.table import print_scenario
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
-from echelon.tune import scenario, served
-from echelon.tuner import Plan
+from echelon.tuning import advisor, scenario, simulated_load
+from echelon.tuning.advisor import advise
+from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.tuner import Plan
+from echelon.tuning.validation import prove
+from echelon.tuning.validation_metrics import Validation
+from echelon.tuning.validation_targets import RerankTask, run
 from helpers import run_command
 from test_advise import MIB, known_as, toy
 
@@ -30,8 +29,8 @@ SLOW_S = 600.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(served, "REQUESTS", 60)
-    monkeypatch.setattr(served, "FULL", 20)
+    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
+    monkeypatch.setattr(simulated_load, "FULL", 20)
 
 
 @pytest.fixture
@@ -52,7 +51,9 @@ def known(model):
 
 
 def api(**changes):
-    return Ask(**{"scenario": "api", "goal_s": 0.5, "rate": 5.0, "verify_s": 2.0} | changes)
+    return ScenarioGoal(
+        **{"scenario": "api", "goal_s": 0.5, "rate": 5.0, "verify_s": 2.0} | changes
+    )
 
 
 def proofs(monkeypatch, *factors, held=True):
@@ -62,10 +63,12 @@ def proofs(monkeypatch, *factors, held=True):
     def pretended(stage, chosen, requests, seconds):
         factor = left.pop(0)
         seen.append((chosen, Profile.load(stage.profile).settings))
-        outcome, largest = served.predict("api", requests, chosen, scenario.Limits(goal_s=0.5))
+        outcome, largest = simulated_load.predict(
+            "api", requests, chosen, scenario.ScenarioLimits(goal_s=0.5)
+        )
         said = advisor.Numbers.of("api", outcome, chosen, largest)
         scaled = {f"p{n}_s": getattr(said, f"p{n}_s") * factor for n in (50, 95, 99)}
-        return Proof(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)
+        return Validation(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)
 
     monkeypatch.setattr(advisor, "prove", pretended)
     monkeypatch.setattr(advisor, "OVERHEAD_S", 0.0)
@@ -102,7 +105,7 @@ def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
 
 @pytest.mark.parametrize("name", ["edge", "offline"])
 def test_the_real_reranker_proves_the_others(name, model, known, capsys):
-    ask = Ask(name, documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
+    ask = ScenarioGoal(name, documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
     found = advise(model, known, ask, Plan()).profile
     entry = found.scenario
     assert entry["held"] is True
@@ -238,7 +241,7 @@ def test_the_proof_is_the_real_one():
 
 
 def test_a_reranker_says_what_went_wrong(tmp_path):
-    task = Task(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
+    task = RerankTask(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
     with pytest.raises(ModelNotFound):
         run(task)
 
@@ -247,7 +250,7 @@ def test_a_reranker_says_what_went_wrong(tmp_path):
 def test_callers_are_served_while_there_is_time(bert, within_s, count):
     texts = [("a kettle", ["an old stove", "a ferry"])] * 3
     told = []
-    task = Task(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
+    task = RerankTask(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
     ran = run(task, told.append)
     assert len(ran.waits) == len(told) == count
     assert ran.whole_s == sum(ran.waits) > 0

@@ -12,17 +12,16 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import static_baselines
-from echelon.advise import advisor
-from echelon.advise.advisor import advise
-from echelon.advise.ask import Ask
-from echelon.advise.numbers import Numbers, Proof
-from echelon.advise.reranking import Task
 from echelon.errors import ModelNotFound
 from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune import served
-from echelon.tuner import Plan
+from echelon.tuning import advisor, simulated_load
+from echelon.tuning.advisor import advise
+from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.tuner import Plan
+from echelon.tuning.validation_metrics import LoadMetrics, Validation
+from echelon.tuning.validation_targets import RerankTask
 from static_baselines import SIZES, Contest, beside_static, compete, run_apart
 from static_standing import Rival, standing
 from static_words import in_words
@@ -34,11 +33,11 @@ GOALS = {"api": 0.5, "concurrent": 0.5, "offline": None, "edge": None}
 
 def ask(name, **changes):
     rate = None if GOALS[name] is None else 5.0
-    return Ask(name, **{"goal_s": GOALS[name], "rate": rate} | changes)
+    return ScenarioGoal(name, **{"goal_s": GOALS[name], "rate": rate} | changes)
 
 
 def numbers(p50=0.05, p99=0.1, per_s=100.0, memory=400.0, missed=0):
-    return Numbers(p50, p50, p99, 10.0, per_s, memory * MIB, 100, missed)
+    return LoadMetrics(p50, p50, p99, 10.0, per_s, memory * MIB, 100, missed)
 
 
 def among(name, chosen, *others, **changes):
@@ -141,8 +140,8 @@ def known(model):
 @pytest.fixture
 def seen(monkeypatch):
     """What was run, in order: (static size, settings, requests, seed); static 8 always fails."""
-    monkeypatch.setattr(served, "REQUESTS", 60)
-    monkeypatch.setattr(served, "FULL", 20)
+    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
+    monkeypatch.setattr(simulated_load, "FULL", 20)
     found = []
 
     def pretended(stage, chosen, requests, _):
@@ -150,10 +149,10 @@ def seen(monkeypatch):
         found.append((chosen.max_pairs, settings, requests, stage.ask.seed))
         if chosen.max_pairs == 8:
             raise ModelNotFound("static 8 is gone")
-        return Proof(numbers(), 1.0, 0.0, held=True)
+        return Validation(numbers(), 1.0, 0.0, held=True)
 
     monkeypatch.setattr(static_baselines, "prove", pretended)
-    monkeypatch.setattr(advisor, "prove", lambda *_: Proof(numbers(), 1.0, 0.0, held=True))
+    monkeypatch.setattr(advisor, "prove", lambda *_: Validation(numbers(), 1.0, 0.0, held=True))
     return found
 
 
@@ -206,8 +205,8 @@ def test_trouble_with_the_chosen_settings_is_an_error(model, known, seen, tmp_pa
 
 
 def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_path):
-    monkeypatch.setattr(served, "REQUESTS", 60)
-    monkeypatch.setattr(served, "FULL", 20)
+    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
+    monkeypatch.setattr(simulated_load, "FULL", 20)
     monkeypatch.setattr(static_baselines, "SIZES", (2,))
     asked = ask("offline", documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
     made = contest(model, known, asked, tmp_path)
@@ -223,7 +222,7 @@ def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_p
 
 
 def test_a_reranker_apart_says_what_went_wrong(tmp_path):
-    task = Task(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
+    task = RerankTask(tmp_path / "none", {"device": "cpu"}, [], [("a", ["b"])], at_once=True)
     with pytest.raises(ModelNotFound):
         run_apart(task)
 

@@ -19,17 +19,17 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sustain
-from echelon.advise.ask import Ask
-from echelon.advise.numbers import Numbers, Proof, paced
-from echelon.advise.proof import stress_plan
-from echelon.advise.sending import Load
 from echelon.data import load_texts
 from echelon.plan.workload import Fixed, Lognormal
 from echelon.simulate.ladder import meets
 from echelon.stress.texts import Words
-from echelon.tune import served
-from echelon.tune.scenario import Candidate, Limits
-from echelon.tune.served import predict
+from echelon.tuning import simulated_load
+from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.scenario_model import WorkloadTexts
+from echelon.tuning.simulated_load import predict
+from echelon.tuning.validation import stress_plan
+from echelon.tuning.validation_metrics import LoadMetrics, Validation, paced
 from simulations import SIMPLE
 from sustain_page import GOAL, Bisection, merged, off, page, verdict
 
@@ -39,14 +39,14 @@ NAMES = ("probes", "after a look")
 @pytest.fixture
 def bench():
     tokens = Lognormal(60, 0.5, 512)
-    ask = Ask("concurrent", 3.0, 1.0, documents=Fixed(10), tokens=tokens)
-    load = Load(ask.traffic(tokens), 1.0, load_texts(language="en").topics, Words())
+    ask = ScenarioGoal("concurrent", 3.0, 1.0, documents=Fixed(10), tokens=tokens)
+    load = WorkloadTexts(ask.traffic(tokens), 1.0, load_texts(language="en").topics, Words())
     return sustain.Bench(None, ask, load, Path("profile.json"), 100, 50.0)
 
 
 @pytest.fixture
 def forecast():
-    return sustain.Forecast("probes", Candidate(2048, SIMPLE), Limits(3.0, overhead_s=0.01))
+    return sustain.Forecast("probes", Candidate(2048, SIMPLE), ScenarioLimits(3.0, overhead_s=0.01))
 
 
 @pytest.mark.parametrize(("rate", "seconds"), [(1.0, 50.0), (4.0, 25.0)])
@@ -74,8 +74,8 @@ def test_the_highest_rate_is_the_last_that_meets_the_goal(bench, forecast):
 
 
 def test_a_look_corrects_pace_and_overhead(bench, forecast):
-    numbers = Numbers(0.6, 0.7, 0.8, 1.0, 10.0, 1e9, 100, 0)
-    looked = sustain.corrected(forecast, Proof(numbers, 2.0, 0.05, held=True))
+    numbers = LoadMetrics(0.6, 0.7, 0.8, 1.0, 10.0, 1e9, 100, 0)
+    looked = sustain.corrected(forecast, Validation(numbers, 2.0, 0.05, held=True))
     assert looked.pace == 2.0
     assert looked.limits == replace(forecast.limits, overhead_s=0.05)
     assert looked.candidate.cost.predict([60]) == pytest.approx(2 * SIMPLE.predict([60]))
@@ -91,10 +91,10 @@ def machine(monkeypatch):
     async def run(line, rate, seed=sustain.SEED, *, alone_s=None):
         stage = line._bench.stage(rate, seed)
         sent = stage.load.requests(stage.ask.verify_s, seed)
-        limits = Limits(stage.ask.goal_s, overhead_s=0.02)
+        limits = ScenarioLimits(stage.ask.goal_s, overhead_s=0.02)
         kind = "concurrent" if alone_s is None else "edge"
         outcome, largest = predict(kind, sent, truth, limits)
-        proof = Proof(Numbers.of(kind, outcome, truth, largest), 1.2, 0.02, meets(outcome))
+        proof = Validation(LoadMetrics.of(kind, outcome, truth, largest), 1.2, 0.02, meets(outcome))
         return proof, sustain.row_of(proof)
 
     @contextlib.asynccontextmanager
@@ -106,7 +106,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(sustain, "arguments", lambda *_: [])
     monkeypatch.setattr(sustain, "opened", opened)
     monkeypatch.setattr(sustain.Line, "run", run)
-    monkeypatch.setattr(served, "REQUESTS", 200)
+    monkeypatch.setattr(simulated_load, "REQUESTS", 200)
 
 
 def test_a_machine_that_is_slower_under_load_is_found_out(bench, machine):

@@ -11,7 +11,7 @@ from echelon.profile import TunedSettings
 from echelon.reports import grids
 from echelon.reports.ratio import Known, Ratio
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.solve import TIE
+from echelon.tuning.choose import TIE
 from profile_pairs import compared, profile_of, ratios
 from report_pages import RESULTS, entry, steady
 

@@ -11,11 +11,10 @@ from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulate.capacity import Traffic
 from echelon.simulate.exact import simulate
 from echelon.simulate.setting import Setting
-from echelon.tune import served
-from echelon.tune.curve import SHARES, curve_of, sustains
 from echelon.tune.curve_plots import curve_chart
-from echelon.tune.scenario import Candidate, Limits
-from echelon.tune.served import Service
+from echelon.tuning import simulated_load
+from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of, sustains
 from report_pages import leave_plotly_out, read
 from test_report_card import profile
 
@@ -27,14 +26,14 @@ COST = CostModel(Coefficients(4e-3, 7e-5, 3.5e-8))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(served, "REQUESTS", 300)
-    monkeypatch.setattr(served, "FULL", 60)
+    monkeypatch.setattr(simulated_load, "REQUESTS", 300)
+    monkeypatch.setattr(simulated_load, "FULL", 60)
 
 
 def test_the_highest_rate_holds_and_a_little_more_does_not():
-    candidate, limits = Candidate(1024, COST), Limits(goal_s=0.3)
+    candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=0.3)
     curve = curve_of(TRAFFIC, candidate, limits)
-    service = Service(TRAFFIC, candidate, limits)
+    service = SimulatedService(TRAFFIC, candidate, limits)
     assert sustains(service.at(curve.most))
     assert not sustains(service.at(1.04 * curve.most))
     assert [rate / curve.most for rate, _ in curve.points] == pytest.approx(SHARES)
@@ -44,15 +43,15 @@ def test_the_highest_rate_holds_and_a_little_more_does_not():
 
 
 def test_a_goal_that_no_rate_reaches_has_no_highest_rate():
-    curve = curve_of(TRAFFIC, Candidate(1024, COST), Limits(goal_s=0.001))
+    curve = curve_of(TRAFFIC, Candidate(1024, COST), ScenarioLimits(goal_s=0.001))
     assert curve.most is None
     assert curve.as_dict(3.0)["most_rate"] is None
     assert len(curve.points) == len(SHARES)
 
 
 def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
-    candidate, limits = Candidate(1024, COST), Limits(goal_s=100.0)
-    full = Service(TRAFFIC, candidate, limits).at_once()
+    candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=100.0)
+    full = SimulatedService(TRAFFIC, candidate, limits).at_once()
     assert curve_of(TRAFFIC, candidate, limits).most == full.requests / full.duration_s
 
 

@@ -21,7 +21,7 @@ from echelon.models.layers import Int8Linear
 from echelon.models.registry import layer_errors, open_scorer
 from echelon.options import Options
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuner import Plan, tune
+from echelon.tuning.tuner import Plan, tune
 from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
 
 pytestmark = pytest.mark.device
@@ -311,7 +311,9 @@ QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
 
 def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
     offer(monkeypatch, *ALL)
-    monkeypatch.setattr("echelon.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}])
+    monkeypatch.setattr(
+        "echelon.tuning.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}]
+    )
     with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
         tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
 
@@ -319,7 +321,7 @@ def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
 def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
-    monkeypatch.setattr("echelon.tuner.compare", lambda *_: [row])
+    monkeypatch.setattr("echelon.tuning.tuner.compare", lambda *_: [row])
     opened = []
     real = precision_check.PrecisionCheck.open
 

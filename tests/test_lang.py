@@ -14,8 +14,8 @@ from echelon.errors import InvalidInput
 from echelon.reports import page as comparison
 from echelon.reports.command import report as group
 from echelon.tune import report
-from echelon.tune.fit import REMEDY, Error
 from echelon.tune.lang import kept, speaking, told, tr
+from echelon.tuning.fit import REMEDY, FitError
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import RESULTS, Page, entry, leave_plotly_out, steady
@@ -112,7 +112,7 @@ def test_a_sentence_of_a_profile_is_told_in_chinese(english):
 
 
 def test_what_a_sentence_holds_is_told_as_well():
-    error = Error(0.1, 0.2, 9)
+    error = FitError(0.1, 0.2, 9)
     off = "Predicted {what} are off ({error}), so none were kept. {remedy}"
     found = kept(off, what="step times", error=error.words, remedy=REMEDY)
     with speaking("zh"):

@@ -16,8 +16,8 @@ from echelon.planner import answer
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.scheduling.cost_model import Coefficients, MemoryModel
 from echelon.simulate import capacity, day, traffic
-from echelon.tune.fit import CostFit, Error, MemoryFit
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
+from echelon.tuning.fit import CostFit, FitError, MemoryFit
 from helpers import run_command
 
 MIB = 2**20
@@ -69,9 +69,9 @@ def test_prices_are_found_again(base, token):
 
 def test_prices_that_tuning_fitted_are_taken():
     fitted = CostFit(
-        Coefficients(0.002, 3e-5, 4e-9, 512, 1e-5), "padded", Error(0.02, 0.05, 9), 0.01
+        Coefficients(0.002, 3e-5, 4e-9, 512, 1e-5), "padded", FitError(0.02, 0.05, 9), 0.01
     )
-    memory = MemoryFit(MemoryModel(5e8, 1e4, 20.0), Error(0.02, 0.05, 9))
+    memory = MemoryFit(MemoryModel(5e8, 1e4, 20.0), FitError(0.02, 0.05, 9))
     made = profile(cost=fitted.as_dict(), memory=memory.as_dict())
     assert cost_of(made).coefficients == fitted.coefficients
     assert cost_of(made).cost == "padded"

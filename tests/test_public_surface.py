@@ -37,9 +37,9 @@ RULES = "echelon.server.context:Rules"
 KEYS = "echelon.server.auth:Keys"
 KEY = "echelon.server.auth:Key"
 TRACES = "echelon.server.observability:Traces"
-ADVISE = "echelon.advise.advisor:advise"
-TUNING_PLAN = "echelon.tuner:Plan"
-FITTED = "echelon.tuner.models_of"
+ADVISE = "echelon.tuning.advisor:advise"
+TUNING_PLAN = "echelon.tuning.tuner:Plan"
+FITTED = "echelon.tuning.tuner.models_of"
 QUICKER = {
     "echelon.simulate.capacity.REQUESTS": 400,
     "echelon.simulate.capacity.FULL": 200,
@@ -48,8 +48,8 @@ QUICKER = {
     "echelon.simulate.traffic.BLOCK": 512,
     "echelon.simulate.day.WARM_S": 0.3,
     "echelon.simulate.day.WINDOW_S": 1.0,
-    "echelon.tune.served.REQUESTS": 60,
-    "echelon.tune.served.FULL": 20,
+    "echelon.tuning.simulated_load.REQUESTS": 60,
+    "echelon.tuning.simulated_load.FULL": 20,
     "echelon.stress.watch.BUSY_SHARE": 100.0,
     "echelon.stress.watch.LATE_S": 100.0,
 }

@@ -12,8 +12,8 @@ from echelon.errors import InvalidInput
 from echelon.plan.workload import Between, Poisson, Workload
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel
 from echelon.simulate.capacity import Traffic
-from echelon.tune import served as module
-from echelon.tune.scenario import SCENARIOS, Candidate, Limits, solve
+from echelon.tuning import simulated_load as module
+from echelon.tuning.scenario import SCENARIOS, Candidate, ScenarioLimits, solve
 
 TRAFFIC = Traffic(Workload(Poisson(1.0), Between(1, 10), Between(20, 200)))
 MIB = 2**20
@@ -49,7 +49,7 @@ candidates = st.builds(
     agreement=st.sampled_from([1.0, 0.98, 0.9]),
 )
 limits = st.builds(
-    Limits,
+    ScenarioLimits,
     goal_s=st.sampled_from([0.03, 0.1, 0.5]),
     rate=st.sampled_from([0.5, 5.0, 30.0]),
     memory_bytes=st.sampled_from([None, 600 * MIB, 1200 * MIB]),
@@ -98,7 +98,7 @@ def test_more_rate_never_gives_fewer_workers(scenario, models, given_limits, fac
 
 def test_offline_takes_the_fastest_whatever_the_latency():
     models = [candidate(128), candidate(4096), candidate(512)]
-    found = solve("offline", TRAFFIC, models, Limits(goal_s=0.001))
+    found = solve("offline", TRAFFIC, models, ScenarioLimits(goal_s=0.001))
     assert found.chosen.candidate.token_budget == 4096
     assert found.measure == "documents_per_s"
     assert found.value == max(one.documents_per_s for one in found.tried)
@@ -107,7 +107,10 @@ def test_offline_takes_the_fastest_whatever_the_latency():
 def test_an_api_takes_the_lowest_p99_and_high_concurrency_the_highest_rate():
     # Small steps let the next in sooner, large ones do more.
     models = [candidate(256, cost=costs(8e-3)), candidate(8192, cost=costs(8e-3))]
-    by = {name: solve(name, TRAFFIC, models, Limits(2.0, 3.0)) for name in ("api", "concurrent")}
+    by = {
+        name: solve(name, TRAFFIC, models, ScenarioLimits(2.0, 3.0))
+        for name in ("api", "concurrent")
+    }
     tried = by["api"].tried
     assert by["api"].value == min(one.predicted.p99_s for one in tried)
     assert by["concurrent"].value == max(one.bears for one in by["concurrent"].tried)
@@ -117,20 +120,20 @@ def test_an_api_takes_the_lowest_p99_and_high_concurrency_the_highest_rate():
 def test_the_fewest_workers_that_reach_the_goal():
     models = [candidate(workers=workers) for workers in (3, 1, 2)]
     chosen = [
-        solve("api", TRAFFIC, models, Limits(0.5, rate)).chosen.candidate.workers
+        solve("api", TRAFFIC, models, ScenarioLimits(0.5, rate)).chosen.candidate.workers
         for rate in (2.0, 25.0, 45.0)
     ]
     assert chosen == sorted(chosen)
     assert chosen[0] == 1
     assert chosen[-1] > 1
-    found = solve("concurrent", TRAFFIC, models, Limits(0.5, 2.0))
+    found = solve("concurrent", TRAFFIC, models, ScenarioLimits(0.5, 2.0))
     assert found.chosen.candidate.workers == 1
     assert found.value < max(one.bears for one in found.tried)
 
 
 def test_a_p99_as_good_as_the_best_goes_by_what_is_in_reserve():
     models = [candidate(budget) for budget in (64, 256, 512, 1024, 2048, 8192)]
-    found = solve("api", TRAFFIC, models, Limits(1.0, 2.0))
+    found = solve("api", TRAFFIC, models, ScenarioLimits(1.0, 2.0))
     able = [one for one in found.tried if one.reason is None]
     near = [p for p in able if p.predicted.p99_s <= 1.05 * min(o.predicted.p99_s for o in able)]
     assert 1 < len(near) < len(models)
@@ -139,15 +142,15 @@ def test_a_p99_as_good_as_the_best_goes_by_what_is_in_reserve():
 
 def test_each_worker_needs_its_own_memory():
     models = [candidate(512, workers=2), candidate(512)]
-    found = solve("offline", TRAFFIC, models, Limits(memory_bytes=600 * MIB))
+    found = solve("offline", TRAFFIC, models, ScenarioLimits(memory_bytes=600 * MIB))
     assert found.chosen.candidate.workers == 1
     assert found.tried[0].reason.startswith("needs")
-    assert solve("offline", TRAFFIC, models, Limits()).chosen.candidate.workers == 2
+    assert solve("offline", TRAFFIC, models, ScenarioLimits()).chosen.candidate.workers == 2
 
 
 def test_an_edge_machine_gives_a_little_speed_for_memory():
     models = [candidate(budget) for budget in (64, 1024, 2048, 8192)]
-    found = solve("edge", TRAFFIC, models, Limits())
+    found = solve("edge", TRAFFIC, models, ScenarioLimits())
     calm = {one.candidate.token_budget: one.calm.p50_s for one in found.tried}
     assert found.chosen.candidate.token_budget in {1024, 2048}
     assert found.value <= 1.05 * min(calm.values())
@@ -157,18 +160,18 @@ def test_an_edge_machine_gives_a_little_speed_for_memory():
 def test_shorter_texts_are_faster_and_must_still_agree():
     short = candidate(max_length=32, agreement=0.9)
     models = [candidate(), short]
-    assert solve("offline", TRAFFIC, models, Limits()).chosen.candidate == models[0]
-    allowed = Limits(agreement=0.85)
+    assert solve("offline", TRAFFIC, models, ScenarioLimits()).chosen.candidate == models[0]
+    allowed = ScenarioLimits(agreement=0.85)
     assert solve("offline", TRAFFIC, models, allowed).chosen.candidate == short
 
 
 @pytest.mark.parametrize(
     ("models", "given_limits", "field", "possible"),
     [
-        ([candidate(agreement=0.5)], Limits(1.0, 1.0), "--allow", "0.500"),
-        ([candidate(512)], Limits(1.0, 1.0, 500 * MIB), "--memory-limit", "0.538 GiB"),
-        ([candidate()], Limits(0.5, 900.0), "--rate", "more machines"),
-        ([candidate()], Limits(0.01, 1.0), "--slo-p99-ms", "and more"),
+        ([candidate(agreement=0.5)], ScenarioLimits(1.0, 1.0), "--allow", "0.500"),
+        ([candidate(512)], ScenarioLimits(1.0, 1.0, 500 * MIB), "--memory-limit", "0.538 GiB"),
+        ([candidate()], ScenarioLimits(0.5, 900.0), "--rate", "more machines"),
+        ([candidate()], ScenarioLimits(0.01, 1.0), "--slo-p99-ms", "and more"),
     ],
 )
 def test_what_cannot_be_had_says_what_can(models, given_limits, field, possible):
@@ -181,10 +184,10 @@ def test_what_cannot_be_had_says_what_can(models, given_limits, field, possible)
 @pytest.mark.parametrize(
     ("scenario", "models", "given_limits"),
     [
-        ("api", [candidate()], Limits(rate=1.0)),
-        ("concurrent", [candidate()], Limits(goal_s=1.0)),
-        ("api", [], Limits(1.0, 1.0)),
-        ("batch", [candidate()], Limits(1.0, 1.0)),
+        ("api", [candidate()], ScenarioLimits(rate=1.0)),
+        ("concurrent", [candidate()], ScenarioLimits(goal_s=1.0)),
+        ("api", [], ScenarioLimits(1.0, 1.0)),
+        ("batch", [candidate()], ScenarioLimits(1.0, 1.0)),
     ],
 )
 def test_what_is_missing_is_named(scenario, models, given_limits):
@@ -195,4 +198,4 @@ def test_what_is_missing_is_named(scenario, models, given_limits):
 @pytest.mark.parametrize("name", ["goal_s", "rate", "memory_bytes"])
 def test_limits_are_above_zero(name):
     with pytest.raises(InvalidInput, match=name):
-        Limits(**{name: 0.0})
+        ScenarioLimits(**{name: 0.0})

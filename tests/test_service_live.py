@@ -17,7 +17,7 @@ from echelon.errors import DeadlinePassed
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
 from echelon.scheduling.drift import HOLD
-from echelon.tune.fit import Prior
+from echelon.tuning.fit import Prior
 from services import GUARD_S, Ears, LetterEncoder, wish
 
 USUAL = Coefficients(2e-3, 5e-5, 4e-8)

@@ -10,9 +10,8 @@ from scipy import stats as scipy_stats
 from sklearn.metrics import ndcg_score
 
 from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
-from echelon.tune.grid import Measured, Point
-from echelon.tune.solve import ENOUGH, TIE, best_batches, best_budget, frugal, situations
-from echelon.tune.stats import median_interval, summarize
+from echelon.tuning.choose import ENOUGH, TIE, best_batches, best_budget, frugal, situations
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint, median_interval, summarize
 
 LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=30)
 
@@ -92,7 +91,7 @@ def test_agreement_needs_every_criterion():
 
 
 def measured(pairs, seconds, *, batch=None, tokens=None, peak=None):
-    entry = Measured(Point(pairs, batch, tokens), "ok", "", [seconds] * 6)
+    entry = MeasuredPoint(SweepPoint(pairs, batch, tokens), "ok", "", [seconds] * 6)
     entry.peak_bytes = peak
     return entry
 
@@ -123,7 +122,7 @@ def test_the_frugal_choice_keeps_enough_of_the_speed(times):
 
 
 def test_points_without_a_run_are_never_chosen():
-    unknown = Measured(Point(100, 1))
+    unknown = MeasuredPoint(SweepPoint(100, 1))
     assert best_batches([unknown]) == []
     assert best_budget([unknown]) is None
     assert situations([unknown]) == []

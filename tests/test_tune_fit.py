@@ -21,21 +21,29 @@ from echelon.scheduling.cost_model import (
     work_of,
 )
 from echelon.scheduling.packing import NO_BUDGET, step_cost
-from echelon.tune.calibrate import fitted
-from echelon.tune.fit import LEAST_PROBES, MOST_P90, CostFit, MemoryFit, Probe, fit_cost, fit_memory
-from echelon.tune.probes import (
+from echelon.tuning.calibration import fitted
+from echelon.tuning.fit import (
+    LEAST_PROBES,
+    MOST_P90,
+    CostFit,
+    MemoryFit,
+    Probe,
+    fit_cost,
+    fit_memory,
+)
+from echelon.tuning.probes import (
     CHECKS,
     FEWEST_ROUNDS,
     PROBES,
     ROUNDS,
-    Range,
+    LengthRange,
     choose,
     measure,
     most_telling,
 )
 
 CPU = DEFAULT_COEFFICIENTS["cpu"]
-LIMITS = Range(512, 8192, "ragged")
+LIMITS = LengthRange(512, 8192, "ragged")
 KNEE = Coefficients(3e-3, 1e-7, 1e-9, knee_tokens=1000, beyond_s=6e-6)
 """A card that a thousand tokens fill."""
 
@@ -78,7 +86,7 @@ def test_planted_prices_are_found(prices, kind):
 def test_noise_moves_predictions_by_less_than_itself(prices, kind, seed, noise):
     found = fit(prices, kind, seed, noise)
     assert min(found.coefficients.prices) >= 0
-    unseen = Range(512, 8192, kind).mixed(30, seed=99)
+    unseen = LengthRange(512, 8192, kind).mixed(30, seed=99)
     works = [work_of(shape, kind) for shape in unseen]
     errors = [abs(found.coefficients.seconds(w) / prices.seconds(w) - 1) for w in works]
     assert np.median(errors) <= noise
@@ -89,7 +97,7 @@ def test_noise_moves_predictions_by_less_than_itself(prices, kind, seed, noise):
 def test_a_knee_is_found_and_none_is_invented(noise):
     found = fit(KNEE, noise=noise).coefficients
     assert found.knee_tokens == pytest.approx(1000, rel=0.35)
-    for shape in Range(512, 8192, "ragged").mixed(30, seed=5):
+    for shape in LengthRange(512, 8192, "ragged").mixed(30, seed=5):
         work = work_of(shape, "ragged")
         assert found.seconds(work) == pytest.approx(KNEE.seconds(work), rel=0.12)
     assert [fit(CPU, seed=seed, noise=0.03).coefficients.beyond_s for seed in range(10)].count(
@@ -203,7 +211,7 @@ def test_a_fit_survives_the_round_trip_and_damage_is_told():
 @settings(max_examples=40)
 @given(st.integers(1, 600), st.integers(16, 9000), paid, st.floats(1e-3, 50))
 def test_shapes_keep_the_limits(longest, budget, kind, most_s):
-    limits = Range(longest, budget, kind)
+    limits = LengthRange(longest, budget, kind)
     shapes = choose(limits, CPU, most_s)
     every = shapes.probes + shapes.checks
     assert len(set(every)) == len(every)

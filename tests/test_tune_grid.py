@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.models.base import DeviceOutOfMemory
-from echelon.tune.grid import FIRST_LOOK, SLOW_S, Measured, Point, Run, grid, sweep
+from echelon.tuning.sweep import (
+    FIRST_LOOK,
+    SLOW_S,
+    MeasuredPoint,
+    SweepPoint,
+    SweepRun,
+    grid,
+    sweep,
+)
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=5)
 
@@ -19,7 +27,7 @@ class Machine:
 
     def __init__(self, seconds=lambda point: 0.01, memory=None):
         self.now = 0.0
-        self.trials: list[Point] = []
+        self.trials: list[SweepPoint] = []
         self._seconds = seconds
         self._memory = memory
 
@@ -31,7 +39,7 @@ class Machine:
         if self._memory is not None and point.size > self._memory:
             raise DeviceOutOfMemory(f"{point.size} over {self._memory}")
         self.now += self._seconds(point)
-        return Run(self._seconds(point), 100, 120, 2, 1 << 20)
+        return SweepRun(self._seconds(point), 100, 120, 2, 1 << 20)
 
 
 @given(SIZES, SIZES, st.lists(st.integers(1, 9999), max_size=4))
@@ -86,10 +94,10 @@ def test_a_hopelessly_slow_machine_is_cut_off_and_told():
 
 def test_slow_first_runs_count_and_fast_ones_are_warm_up():
     slow = Machine(lambda point: SLOW_S)
-    sweep([Point(10, 1)], slow, clock=slow.clock, limit_s=0.1)
+    sweep([SweepPoint(10, 1)], slow, clock=slow.clock, limit_s=0.1)
     assert len(slow.trials) == 1
     fast = Machine()
-    (measured,) = sweep([Point(10, 1)], fast, clock=fast.clock, limit_s=0.001)
+    (measured,) = sweep([SweepPoint(10, 1)], fast, clock=fast.clock, limit_s=0.001)
     assert len(fast.trials) == 2
     assert len(measured.seconds) == 1
 
@@ -97,7 +105,7 @@ def test_slow_first_runs_count_and_fast_ones_are_warm_up():
 @given(st.integers(0, 40), SIZES)
 def test_memory_ends_a_row_and_larger_sizes_are_never_tried(memory, sizes):
     machine = Machine(memory=memory)
-    points = [Point(64, batch_size=b) for b in sorted(set(sizes))]
+    points = [SweepPoint(64, batch_size=b) for b in sorted(set(sizes))]
     results = sweep(points, machine, clock=machine.clock, limit_s=1e9)
     too_large = [m for m in results if m.point.size > memory]
     assert all(m.status == "ok" for m in results if m.point.size <= memory)
@@ -140,7 +148,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was():
     with pytest.raises(Stopped):
         sweep(points, machine, clock=machine.clock, limit_s=1e9, saved=keep)
     before = len(machine.trials)
-    known = [Measured.from_dict(entry) for entry in kept]
+    known = [MeasuredPoint.from_dict(entry) for entry in kept]
     sweep(points, machine, clock=machine.clock, limit_s=1e9, known=known)
     assert len(machine.trials) - before == 3 * 7 - 9
 
@@ -148,12 +156,12 @@ def test_an_interrupted_sweep_goes_on_where_it_was():
 def test_entries_survive_the_round_trip():
     machine = Machine()
     for measured in sweep(grid([10], [1, 2], [64]), machine, clock=machine.clock, limit_s=1.0):
-        assert Measured.from_dict(measured.as_dict()) == measured
+        assert MeasuredPoint.from_dict(measured.as_dict()) == measured
 
 
 def test_rates_padding_and_memory_come_from_the_runs():
     machine = Machine(lambda point: 0.5)
-    (measured,) = sweep([Point(10, 2)], machine, clock=machine.clock, limit_s=1e9)
+    (measured,) = sweep([SweepPoint(10, 2)], machine, clock=machine.clock, limit_s=1e9)
     entry = measured.as_dict()
     assert entry["pairs_per_s"] == 20.0
     assert entry["tokens_per_s"] == 200.0

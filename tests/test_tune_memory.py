@@ -10,15 +10,15 @@ import pytest
 
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.cost_model import Coefficients, work_of
-from echelon.tune import calibrate
-from echelon.tune.calibrate import Probed, models_of, worker_peaks
-from echelon.tune.fit import MemoryFit, Probe
-from echelon.tune.hardware import MemoryMeter
-from echelon.tune.probes import Range, choose
+from echelon.tuning import calibration
+from echelon.tuning.calibration import ProbeResult, models_of, worker_peaks
+from echelon.tuning.fit import MemoryFit, Probe
+from echelon.tuning.machine import MemoryMeter
+from echelon.tuning.probes import LengthRange, choose
 from scorers import HANG, MEBIBYTE, REFUSE, Weighty, batch_of, missing
 
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)
-LIMITS = Range(512, 2048, "ragged")
+LIMITS = LengthRange(512, 2048, "ragged")
 ROOM = 1000
 """Tokens beyond which a step does not fit, in the tests of what does not."""
 
@@ -34,13 +34,13 @@ class Stuffed:
 
 
 @pytest.fixture(scope="module")
-def measured() -> Probed:
+def measured() -> ProbeResult:
     def probe(shape):
         return Probe(shape, (PRICES.seconds(work_of(shape, "ragged")),) * 3, 123)
 
     shapes = choose(LIMITS, PRICES, 100)
     probes, checks = [*map(probe, shapes.probes)], [*map(probe, shapes.checks)]
-    return Probed(probes, checks, LIMITS, Stuffed(), FakeScorer().facts)
+    return ProbeResult(probes, checks, LIMITS, Stuffed(), FakeScorer().facts)
 
 
 def test_what_this_process_holds_does_not_count(measured):
@@ -73,7 +73,7 @@ def test_larger_steps_are_not_tried_where_one_did_not_fit(measured, opener):
 def test_a_worker_that_cannot_be_measured_costs_the_memory_model_alone(
     measured, opener, token, why, monkeypatch
 ):
-    monkeypatch.setattr(calibrate, "STEP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(calibration, "STEP_TIMEOUT_S", 1.0)
     models = models_of(replace(measured, stuff=Stuffed(token)), opener)
     assert models.memory is None
     assert models.cost is not None

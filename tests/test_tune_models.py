@@ -11,10 +11,10 @@ import pytest
 
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
-from echelon.tune.calibrate import fitted
-from echelon.tune.fit import CostFit, Probe
 from echelon.tune.model_plots import model_charts
-from echelon.tune.probes import Range, choose
+from echelon.tuning.calibration import fitted
+from echelon.tuning.fit import CostFit, Probe
+from echelon.tuning.probes import LengthRange, choose
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -23,7 +23,7 @@ import predict
 
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)
 MEMORY = MemoryModel(5e8, 7e4, 3.0)
-LIMITS = Range(512, 4096, "ragged")
+LIMITS = LengthRange(512, 4096, "ragged")
 
 
 def made(*, memory=True):

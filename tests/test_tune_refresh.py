@@ -9,12 +9,13 @@ from itertools import count
 import pytest
 from click.testing import CliRunner
 
-from echelon import cli, refresh, tuner
+from echelon import cli
 from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import Profile
-from echelon.tune.fit import CostFit
-from echelon.tuner import Plan
+from echelon.tuning import refresh, tuner
+from echelon.tuning.fit import CostFit
+from echelon.tuning.tuner import Plan
 
 pytestmark = pytest.mark.device
 

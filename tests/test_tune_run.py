@@ -8,14 +8,15 @@ from itertools import count
 
 import pytest
 
-from echelon import Reranker, tuner
+from echelon import Reranker
 from echelon import profile as profiles
 from echelon.engine import precision_check
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile
-from echelon.tuner import Plan
+from echelon.tuning import tuner
+from echelon.tuning.tuner import Plan
 from helpers import offer
 
 pytestmark = pytest.mark.device

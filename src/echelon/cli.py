@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.tuner import Plan
+    from echelon.tuning.tuner import Plan
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -228,8 +228,8 @@ def tune(  # noqa: PLR0913 - one argument each option
     options = options_of(values, quiet=quiet)
     target = Path(profile)
     partial = target.with_name(f"{target.name}.partial.json")
-    from echelon.tuner import Plan
-    from echelon.tuner import tune as run_tuning
+    from echelon.tuning.tuner import Plan
+    from echelon.tuning.tuner import tune as run_tuning
 
     plan = Plan(
         pairs=pairs,
@@ -276,7 +276,7 @@ def _refresh(
 ) -> Profile:
     """Bring a profile up to date, and say what was measured and what was kept."""
     from echelon.profile import Profile
-    from echelon.refresh import refresh
+    from echelon.tuning.refresh import refresh
 
     fresh = refresh(model, options, plan, Profile.load(path), told=told)
     if options.progress:

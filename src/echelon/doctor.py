@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from echelon.models.kernels import missing as missing_kernels
-from echelon.tune.hardware import describe_machine
+from echelon.tuning.machine import describe_machine
 
 PACKAGES = ("echelon-rerank", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -71,18 +71,18 @@ class Profile:
         key: what it holds for.
         settings: what it chose.
         created: UTC time, ISO 8601.
-        machine: description, see :mod:`echelon.tune.hardware`.
+        machine: description, see :mod:`echelon.tuning.machine`.
         data: which texts were scored, and their lengths in tokens.
         precisions: per precision, speed and agreement with fp32.
         threads: per number of threads tried, its speed.
-        points: per measured point, see :class:`echelon.tune.grid.Measured`.
+        points: per measured point, see :class:`echelon.tuning.sweep.MeasuredPoint`.
         best: per number of pairs, its best point.
-        situations: advice for the four situations, see :mod:`echelon.tune.solve`.
+        situations: advice for the four situations, see :mod:`echelon.tuning.choose`.
         warnings: what to know before trusting it.
         learned_token_budget: smaller budget that memory pressure taught since; None if none.
-        cost: how long a step takes, see :class:`echelon.tune.fit.CostFit`; None where that was
+        cost: how long a step takes, see :class:`echelon.tuning.fit.CostFit`; None where that was
             refused, or the profile is older.
-        memory: how much it needs, see :class:`echelon.tune.fit.MemoryFit`; None likewise.
+        memory: how much it needs, see :class:`echelon.tuning.fit.MemoryFit`; None likewise.
         scenario: what the settings were chosen for and how that was proved, see docs/TUNE.md; None
             where no scenario was asked for.
     """

@@ -14,12 +14,12 @@ from echelon.stress.command import PACKAGES as STRESS_PACKAGES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.model import Model
     from echelon.flags import Flag
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.tuner import Plan
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.scenario_model import ScenarioModel
+    from echelon.tuning.tuner import Plan
 
 SCENARIO_FLAGS: tuple[Flag, ...] = (
     (
@@ -58,7 +58,7 @@ SCENARIO_FLAGS: tuple[Flag, ...] = (
 VERIFY_S = 20.0
 
 
-def ask_of(values: dict[str, Any]) -> Ask | None:
+def ask_of(values: dict[str, Any]) -> ScenarioGoal | None:
     """Take the flags of a scenario out of ``values``; None where no scenario is given.
 
     Raises:
@@ -91,13 +91,13 @@ class Adviser:
         MissingDependency: a package that the proof needs.
     """
 
-    def __init__(self, ask: Ask | None, name: str, options: Options, plan: Plan) -> None:
+    def __init__(self, ask: ScenarioGoal | None, name: str, options: Options, plan: Plan) -> None:
         self._ask = ask
         self._plan = plan
-        self._model: Model | None = None
+        self._model: ScenarioModel | None = None
         self.trouble: EchelonError | None = None
         if ask is not None:
-            from echelon.advise.model import look
+            from echelon.tuning.scenario_model import look
 
             _require_packages(ask)
             self._model = look(name, options, plan.data, ask)
@@ -110,7 +110,7 @@ class Adviser:
         """
         if self._ask is None or self._model is None:
             return profile
-        from echelon.advise.advisor import advise
+        from echelon.tuning.advisor import advise
 
         try:
             found = advise(self._model, profile, self._ask, self._plan, told)
@@ -126,7 +126,7 @@ class Adviser:
             raise self.trouble
 
 
-def _require_packages(ask: Ask) -> None:
+def _require_packages(ask: ScenarioGoal) -> None:
     if ask.scenario not in {"api", "concurrent"} or not ask.verify_s:
         return
     require_packages(
@@ -137,10 +137,10 @@ def _require_packages(ask: Ask) -> None:
     )
 
 
-def _ask(scenario: str, **given: Any) -> Ask:
-    from echelon.advise.ask import Ask
+def _ask(scenario: str, **given: Any) -> ScenarioGoal:
     from echelon.plan.workload import sizes_of
     from echelon.stress.command import TraceFile
+    from echelon.tuning.goal import ScenarioGoal
 
     goal_ms, limit = given["slo_p99_ms"], given["memory_limit"]
     documents, tokens = given["documents"], given["tokens"]
@@ -156,4 +156,4 @@ def _ask(scenario: str, **given: Any) -> Ask:
         "allow": tuple(name.replace("-", "_") for name in allow if name),
         "verify_s": VERIFY_S if given["verify_s"] is None else given["verify_s"],
     }
-    return Ask(**fields)
+    return ScenarioGoal(**fields)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from echelon.scheduling.batcher import Batcher
     from echelon.scheduling.oom_policy import OomAction
     from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
-    from echelon.tune.fit import Prior
+    from echelon.tuning.fit import Prior
     from echelon.types import Clock, IntArray, TokenBatch
 
     Explanation = Callable[[str], EchelonError]

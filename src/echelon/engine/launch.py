@@ -22,7 +22,7 @@ from echelon.profile import Profile, apply_profile, current_key, remember_budget
 from echelon.progress import status
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.fit import CostFit, Prior
+from echelon.tuning.fit import CostFit, Prior
 
 if TYPE_CHECKING:
     import os

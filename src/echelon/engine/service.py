@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from echelon.tokenization.chunking import Chunking, Side
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tune.fit import Prior
+    from echelon.tuning.fit import Prior
     from echelon.types import Clock, Pair, TokenBatch
 
 CANARY: Pair = ("is anybody there", "A bird sings in the mine.")

@@ -314,7 +314,7 @@ def list_gpus() -> list[dict[str, Any]]:
 
 
 class CudaMemoryMeter:
-    """Peak memory of a CUDA device; as :class:`echelon.tune.hardware.MemoryMeter`."""
+    """Peak memory of a CUDA device; as :class:`echelon.tuning.machine.MemoryMeter`."""
 
     def __init__(self, device: str) -> None:
         self._device = device

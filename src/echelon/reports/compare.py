@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from echelon.reports.side import Number, Side
-    from echelon.tune.fit import CostFit, MemoryFit
+    from echelon.tuning.fit import CostFit, MemoryFit
 
 Row = dict[str, Any]
 

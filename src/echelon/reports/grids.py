@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.reports.say import factor
 from echelon.tune import words
 from echelon.tune.lang import listed, mark, told, tr
-from echelon.tune.solve import TIE
+from echelon.tuning.choose import TIE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

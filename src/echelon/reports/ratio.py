@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from echelon.tune.solve import TIE
+from echelon.tuning.choose import TIE
 
 Judgement = Literal["tie", "beyond", "within", "unknown"]
 

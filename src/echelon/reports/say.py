@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.reports.ratio import Ratio
 from echelon.tune import words
 from echelon.tune.lang import mark, told, tr
-from echelon.tune.solve import TIE
-from echelon.tune.stats import CONFIDENCE
+from echelon.tuning.choose import TIE
+from echelon.tuning.sweep import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,13 +11,13 @@ from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports.ratio import Known
 from echelon.scheduling.cost_model import work_of
 from echelon.tune import words
-from echelon.tune.fit import CostFit, MemoryFit
+from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     import os
 
-    from echelon.tune.fit import Error
     from echelon.tune.words import Entry
+    from echelon.tuning.fit import FitError
 
 Place = tuple[int, int | None, int | None]
 """Pairs, batch size and token budget of a point."""
@@ -192,7 +192,7 @@ def _check_models(cost: CostFit | None, memory: MemoryFit | None) -> None:
         _errors(memory.error)
 
 
-def _errors(error: Error) -> None:
+def _errors(error: FitError) -> None:
     if not all(math.isfinite(value) for value in (error.median, error.p90, error.shapes)):
         raise ValueError(f"{error} is not finite")
 

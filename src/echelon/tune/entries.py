@@ -1,6 +1,6 @@
 """Entries of a profile's sweep: which is meant, the fastest, and the knee. Pure.
 
-An entry is a point as the profile holds it, see :class:`echelon.tune.grid.Measured`.
+An entry is a point as the profile holds it, see :class:`echelon.tuning.sweep.MeasuredPoint`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.solve import ENOUGH, TIE
 from echelon.tune.words import measured
+from echelon.tuning.choose import ENOUGH, TIE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

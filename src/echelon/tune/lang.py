@@ -67,7 +67,7 @@ def speaking(language: str) -> Iterator[None]:
 
 @cache
 def _catalogue(language: str) -> Catalogue:
-    text = (files("echelon.tune") / f"{language}.json").read_text(encoding="utf-8")
+    text = (files("echelon.tuning") / f"{language}.json").read_text(encoding="utf-8")
     content = json.loads(text)
     longest_first = sorted(content["kept"].items(), key=lambda item: -len(item[0]))
     kept = tuple((_pattern(english), translation) for english, translation in longest_first)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from echelon.scheduling.cost_model import Work
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune import words
-from echelon.tune.fit import CostFit, MemoryFit
 from echelon.tune.lang import tr
 from echelon.tune.model_plots import shape_of
 from echelon.tune.plots import COLOURS, LINES, PAPER, WIDE, Chart
 from echelon.tune.ticks import log_ticks
+from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     from echelon.profile import Profile

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.scheduling.cost_model import Work
 from echelon.tune import words
-from echelon.tune.fit import CostFit, MemoryFit
 from echelon.tune.lang import listed, mark, told, tr
 from echelon.tune.plots import COLOURS, LINES, PAPER, Chart
+from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

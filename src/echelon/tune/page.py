@@ -22,7 +22,7 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda base: _read("echelon.tune", base)),
+        loader=jinja2.FunctionLoader(lambda base: _read("echelon.tuning", base)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.tune import words
 from echelon.tune.entries import knees
 from echelon.tune.lang import mark, tr
-from echelon.tune.stats import CONFIDENCE
 from echelon.tune.ticks import log_ticks
+from echelon.tuning.sweep import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

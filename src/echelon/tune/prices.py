@@ -16,7 +16,7 @@ from echelon.errors import ProfileError
 from echelon.plan.workload import Lognormal
 from echelon.profile import TUNE_AGAIN
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel, MemoryModel
-from echelon.tune.fit import CostFit, MemoryFit
+from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     from echelon.profile import Profile

@@ -17,9 +17,9 @@ from echelon.tune.model_plots import model_charts
 from echelon.tune.page import fill
 from echelon.tune.plots import charts
 from echelon.tune.rules import rules
-from echelon.tune.solve import ENOUGH, TIE
-from echelon.tune.stats import CONFIDENCE
 from echelon.tune.verdict import memory_of, tiles, verdict
+from echelon.tuning.choose import ENOUGH, TIE
+from echelon.tuning.sweep import CONFIDENCE
 
 if TYPE_CHECKING:
     import os
@@ -60,7 +60,7 @@ def render(
 ) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
     with speaking(lang):
-        return fill("echelon.tune", "report.html.j2", _content(profile, str(profile_path)))
+        return fill("echelon.tuning", "report.html.j2", _content(profile, str(profile_path)))
 
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from echelon.engine.precision_check import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_L
 from echelon.tune import words
 from echelon.tune.entries import find
 from echelon.tune.lang import listed, mark, told, tr
-from echelon.tune.solve import ENOUGH, TIE
+from echelon.tuning.choose import ENOUGH, TIE
 
 if TYPE_CHECKING:
     from echelon.profile import Profile

@@ -15,7 +15,7 @@ from echelon.tune.card import SERVED, agreement
 from echelon.tune.entries import chosen, fastest, slower
 from echelon.tune.lang import listed, tr
 from echelon.tune.memory_plot import limit_of
-from echelon.tune.solve import TIE
+from echelon.tuning.choose import TIE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

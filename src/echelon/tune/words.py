@@ -1,6 +1,6 @@
 """Measurements in words for people, with units and how sure they are, and what to type. Pure.
 
-An entry is a point as the profile holds it, see :class:`echelon.tune.grid.Measured`.
+An entry is a point as the profile holds it, see :class:`echelon.tuning.sweep.MeasuredPoint`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def when(created: str) -> str:
 
 
 def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The machine, see :mod:`echelon.tune.hardware`, as labels and values."""
+    """The machine, see :mod:`echelon.tuning.machine`, as labels and values."""
     usable, present = (found.get(name, UNKNOWN) for name in ("usable_cpus", "cpus"))
     system = [found.get("system"), found.get("machine")]
     return [

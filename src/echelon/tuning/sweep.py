@@ -1,4 +1,6 @@
-"""The sweep: many settings measured side by side until each is known well enough.
+"""Statistics of repeated measurements: medians, percentiles and their certainty. Pure.
+
+The sweep: many settings measured side by side until each is known well enough.
 
 Points take turns, one run each round, so that a machine that slows down slows all alike. The
 clock and the work are arguments: tests drive the whole sweep without a model.
@@ -10,14 +12,71 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from echelon.models.base import DeviceOutOfMemory
 from echelon.tune.lang import kept
-from echelon.tune.stats import Summary, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.types import Clock
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What repeated timings say.
+
+    Attributes:
+        samples: how many there were.
+        median: their median, in the samples' unit.
+        low: lower end of the median's 95 % interval; None with fewer than six samples.
+        high: upper end.
+        p95: 95th percentile (of so few samples, close to the slowest).
+        p99: 99th percentile.
+    """
+
+    samples: int
+    median: float
+    low: float | None
+    high: float | None
+    p95: float
+    p99: float
+
+    @property
+    def relative_width(self) -> float:
+        """Half of the interval over the median; infinite where there is no interval."""
+        if self.low is None or self.high is None:
+            return math.inf
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
+
+def summarize(samples: Sequence[float]) -> Statistics:
+    """Summarize timings; at least one."""
+    ordered = np.sort(np.asarray(samples, dtype=np.float64))
+    interval = median_interval(len(ordered))
+    low, high = (None, None) if interval is None else (float(ordered[i]) for i in interval)
+    p50, p95, p99 = (float(p) for p in np.percentile(ordered, [50, 95, 99]))
+    return Statistics(len(ordered), p50, low, high, p95, p99)
+
+
+def median_interval(count: int, confidence: float = CONFIDENCE) -> tuple[int, int] | None:
+    """Ranks (from 0) of the sorted samples that enclose the median with this confidence.
+
+    The number of samples below the median is binomial(count, ½), whatever the distribution, so
+    order statistics bound the median without assuming a shape (Conover, Practical Nonparametric
+    Statistics, §3.2). None where even the extremes do not reach the confidence.
+    """
+    tail, rank = 0.0, -1
+    for k in range(count // 2):
+        tail += math.comb(count, k) / 2.0**count
+        if 2 * tail > 1 - confidence:
+            break
+        rank = k
+    return None if rank < 0 else (rank, count - 1 - rank)
+
 
 Status = Literal["ok", "out_of_memory", "skipped", "not_reached"]
 
@@ -37,7 +96,7 @@ table with gaps helps nobody, a tuner that never ends neither."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Point:
+class SweepPoint:
     """One setting to measure.
 
     Attributes:
@@ -69,7 +128,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SweepRun:
     """One timed run of a point.
 
     Attributes:
@@ -88,10 +147,10 @@ class Run:
 
 
 @dataclass(slots=True)
-class Measured:
+class MeasuredPoint:
     """What is known of a point."""
 
-    point: Point
+    point: SweepPoint
     status: Status = "not_reached"
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
@@ -101,7 +160,7 @@ class Measured:
     peak_bytes: int | None = None
 
     @property
-    def summary(self) -> Summary:
+    def summary(self) -> Statistics:
         """Statistics of the timed runs; only where there is one."""
         return summarize(self.seconds)
 
@@ -114,7 +173,7 @@ class Measured:
             len(self.seconds) >= MOST_SAMPLES or self.summary.relative_width <= TIGHT
         )
 
-    def add(self, run: Run) -> None:
+    def add(self, run: SweepRun) -> None:
         """Keep one run."""
         self.status = "ok"
         self.seconds.append(run.seconds)
@@ -157,9 +216,9 @@ class Measured:
         }
 
     @classmethod
-    def from_dict(cls, known: dict[str, Any]) -> Measured:
+    def from_dict(cls, known: dict[str, Any]) -> MeasuredPoint:
         """Restore a point from its profile entry."""
-        point = Point(known["pairs"], known["batch_size"], known["token_budget"])
+        point = SweepPoint(known["pairs"], known["batch_size"], known["token_budget"])
         measured = cls(point, known["status"], known["reason"], list(known.get("seconds", [])))
         for name in ("tokens", "cost_tokens", "steps", "peak_bytes"):
             setattr(measured, name, known.get(name, getattr(measured, name)))
@@ -168,26 +227,28 @@ class Measured:
 
 def grid(
     pairs: Iterable[int], batch_sizes: Sequence[int], token_budgets: Sequence[int]
-) -> list[Point]:
+) -> list[SweepPoint]:
     """All points: batch sizes for each number of pairs, token budgets for the largest.
 
     Batch sizes above the number of pairs would repeat a smaller point and are left out.
     """
     counts = sorted(set(pairs))
-    points = [Point(n, batch_size=b) for n in counts for b in sorted(set(batch_sizes)) if b <= n]
-    return points + [Point(counts[-1], token_budget=t) for t in sorted(set(token_budgets))]
+    points = [
+        SweepPoint(n, batch_size=b) for n in counts for b in sorted(set(batch_sizes)) if b <= n
+    ]
+    return points + [SweepPoint(counts[-1], token_budget=t) for t in sorted(set(token_budgets))]
 
 
 def sweep(  # noqa: PLR0913 - each is a distinct collaborator
-    points: Sequence[Point],
-    trial: Callable[[Point], Run],
+    points: Sequence[SweepPoint],
+    trial: Callable[[SweepPoint], SweepRun],
     *,
     clock: Clock,
     limit_s: float,
-    known: Sequence[Measured] = (),
-    saved: Callable[[list[Measured]], None] = lambda _: None,
-    told: Callable[[Point, float], None] = lambda *_: None,
-) -> list[Measured]:
+    known: Sequence[MeasuredPoint] = (),
+    saved: Callable[[list[MeasuredPoint]], None] = lambda _: None,
+    told: Callable[[SweepPoint, float], None] = lambda *_: None,
+) -> list[MeasuredPoint]:
     """Measure points in turn until each is tight or the time is up.
 
     Every point's first run is a warm-up that is not counted, unless it is so slow that start-up
@@ -206,7 +267,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
         One entry for each point, in the order of ``points``.
     """
     before = {measured.point: measured for measured in known}
-    results = [before.get(point, Measured(point)) for point in points]
+    results = [before.get(point, MeasuredPoint(point)) for point in points]
     started = clock()
     while waiting := [m for m in results if not m.done]:
         for measured in waiting:
@@ -224,7 +285,9 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     return results
 
 
-def _measure(measured: Measured, results: list[Measured], trial: Callable[[Point], Run]) -> None:
+def _measure(
+    measured: MeasuredPoint, results: list[MeasuredPoint], trial: Callable[[SweepPoint], SweepRun]
+) -> None:
     if measured.done:  # a smaller size of this row ran out of memory in this very round
         return
     try:
@@ -236,7 +299,7 @@ def _measure(measured: Measured, results: list[Measured], trial: Callable[[Point
         _out_of_memory(measured, results, str(error))
 
 
-def _out_of_memory(measured: Measured, results: list[Measured], reason: str) -> None:
+def _out_of_memory(measured: MeasuredPoint, results: list[MeasuredPoint], reason: str) -> None:
     measured.status, measured.reason = "out_of_memory", reason.splitlines()[0]
     measured.seconds.clear()
     for larger in results:
@@ -247,7 +310,7 @@ def _out_of_memory(measured: Measured, results: list[Measured], reason: str) -> 
             larger.seconds.clear()
 
 
-def _progress(results: list[Measured], spent: float, limit_s: float) -> float:
+def _progress(results: list[MeasuredPoint], spent: float, limit_s: float) -> float:
     """Share of the work done: points finished or time used, whichever is more."""
     finished = sum(measured.done for measured in results) / len(results)
     return min(1.0, max(finished, spent / limit_s if math.isfinite(limit_s) else 0.0))

@@ -1,4 +1,7 @@
-"""``echelon serve`` in a process of its own, as a user starts it, for as long as a proof lasts."""
+"""``echelon serve`` in a process of its own, as a user starts it, for as long as a proof lasts.
+
+The reranker under requests: all at once, or one caller after another.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ import sys
 import threading
 import urllib.request
 from collections import deque
-from typing import IO, TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import EchelonError
+from echelon.tuning.machine import meter_of
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
+
+    from echelon.reranker import Reranker
 
 ENV_PREFIXES = ("ECHELON_SERVE_", "ECHELON_API_KEY", "OTEL_")
 """Settings of the user's own server, which is not the one that is started here."""
@@ -31,7 +40,7 @@ class ServerFailed(EchelonError):
     """The server that a setting was to be proved with did not start, or ended."""
 
 
-class Server:
+class ServerProcess:
     """A server on a free port of the loopback. To be used as a context.
 
     Args:
@@ -121,3 +130,89 @@ def _url_in(line: str) -> str | None:
         return None
     url = said.get("url") if isinstance(said, dict) else None
     return url if isinstance(url, str) else None
+
+
+Texts = list[tuple[str, list[str]]]
+"""Query and documents of each request."""
+
+
+@dataclass(frozen=True, slots=True)
+class RerankTask:
+    """What to rerank, and how.
+
+    Attributes:
+        model: as the user gave it.
+        keywords: of :class:`echelon.Reranker`.
+        warm: requests that do not count.
+        texts: those that do.
+        at_once: one call for all of them; else one caller after another.
+        within_s: seconds after which no further caller is asked for; None serves them all.
+    """
+
+    model: str | os.PathLike[str]
+    keywords: dict[str, Any]
+    warm: Texts
+    texts: Texts
+    at_once: bool
+    within_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRun:
+    """What came of it.
+
+    Attributes:
+        waits: seconds that each caller waited; empty where all was one call.
+        whole_s: seconds of everything.
+        peak_bytes: peak memory, warm-up and libraries included.
+    """
+
+    waits: list[float]
+    whole_s: float
+    peak_bytes: int
+
+
+def run(task: RerankTask, told: Callable[[float], object] = lambda _: None) -> RerankRun:
+    """Rerank.
+
+    Args:
+        task: what.
+        told: called with the share that is done.
+    """
+    from echelon.reranker import Reranker
+
+    with Reranker(task.model, **task.keywords) as reranker:
+        for query, documents in task.warm:
+            reranker.rank(query, documents)
+        meter = meter_of(reranker.facts.device)
+        meter.reset()
+        if task.at_once:
+            return RerankRun([], _all_at_once(reranker, task.texts), meter.peak_bytes())
+        waits = _one_after_another(reranker, task, told)
+        return RerankRun(waits, sum(waits), meter.peak_bytes())
+
+
+def _all_at_once(reranker: Reranker, texts: Texts) -> float:
+    pairs = [(query, document) for query, documents in texts for document in documents]
+    began = monotonic()
+    reranker.score_pairs(pairs)
+    return monotonic() - began
+
+
+def _one_after_another(
+    reranker: Reranker, task: RerankTask, told: Callable[[float], object]
+) -> list[float]:
+    """Each caller's wait; where they are slower than thought, those of the time there is."""
+    began, waits = monotonic(), []
+    for number, (query, documents) in enumerate(task.texts, 1):
+        started = monotonic()
+        reranker.rank(query, documents)
+        ended = monotonic()
+        waits.append(ended - started)
+        gone = number / len(task.texts)
+        if task.within_s is not None:
+            gone = (ended - began) / task.within_s
+        told(min(1.0, gone))
+        if gone >= 1:
+            break
+    return waits

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Between, Fixed, Poisson, Workload
 from echelon.simulate.capacity import Traffic
-from echelon.tune.scenario import SCENARIOS
+from echelon.tuning.scenario import SCENARIOS
 
 if TYPE_CHECKING:
     from echelon.plan.workload import Known, Sizes
-    from echelon.tune.scenario import Scenario
+    from echelon.tuning.scenario import Scenario
 
 LEAST_REQUESTS = 5
 """A proof of fewer says nothing."""
@@ -35,7 +35,7 @@ HURRIED = frozenset({"api", "concurrent"})
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ScenarioGoal:
     """What for, and what must hold.
 
     Attributes:

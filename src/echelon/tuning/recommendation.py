@@ -5,28 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.candidates import row_of
-from echelon.advise.numbers import AGREES, agree
 from echelon.profile import TunedSettings
 from echelon.tune.card import NUMBERS, value
 from echelon.tune.lang import kept
 from echelon.tune.words import duration, size
+from echelon.tuning.candidates import row_of
+from echelon.tuning.validation_metrics import AGREES, agree
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.numbers import Numbers, Proof
-    from echelon.advise.shorter import Shorter
     from echelon.profile import Profile
-    from echelon.tune.scenario import Candidate, Limits, Recommendation, Tried
+    from echelon.tuning.candidates import MaxLengthCheck
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.scenario import Candidate, Recommendation, ScenarioLimits, TriedCandidate
+    from echelon.tuning.validation_metrics import LoadMetrics, Validation
 
 SCHEMA = 1
 """Version of the entry's layout, see docs/TUNE.md."""
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class ValidationRound:
     """A choice, and its proof.
 
     Attributes:
@@ -38,9 +38,9 @@ class Round:
     """
 
     found: Recommendation
-    predicted: Numbers
-    limits: Limits
-    proof: Proof | None = None
+    predicted: LoadMetrics
+    limits: ScenarioLimits
+    proof: Validation | None = None
     off: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -78,11 +78,11 @@ def settings_of(chosen: Candidate) -> TunedSettings:
 
 
 def answer_of(
-    ask: Ask,
-    best: Round,
-    rounds: Sequence[Round],
+    ask: ScenarioGoal,
+    best: ValidationRound,
+    rounds: Sequence[ValidationRound],
     profile: Profile,
-    lengths: Sequence[Shorter],
+    lengths: Sequence[MaxLengthCheck],
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """The profile's entry ``scenario``."""
@@ -107,7 +107,7 @@ def answer_of(
     }
 
 
-def missed_words(ask: Ask, best: Round) -> str:
+def missed_words(ask: ScenarioGoal, best: ValidationRound) -> str:
     """That the goal was missed in reality, and what to do."""
     proof, parts = best.proof, []
     if proof is None:
@@ -143,7 +143,7 @@ def _setting(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _tried(one: Tried) -> dict[str, Any]:
+def _tried(one: TriedCandidate) -> dict[str, Any]:
     predicted = one.predicted
     return _setting(one.candidate) | {
         "reason": one.reason,
@@ -154,7 +154,7 @@ def _tried(one: Tried) -> dict[str, Any]:
 
 
 def _accuracy(
-    chosen: Candidate, profile: Profile, lengths: Sequence[Shorter]
+    chosen: Candidate, profile: Profile, lengths: Sequence[MaxLengthCheck]
 ) -> dict[str, Any] | None:
     """How the chosen setting ranks against fp32 at full length; None where nobody compared."""
     full = profile.settings.max_length
@@ -169,7 +169,7 @@ def _accuracy(
     return exact if chosen.precision == "fp32" else None
 
 
-def _notes(ask: Ask, rounds: Sequence[Round]) -> list[str]:
+def _notes(ask: ScenarioGoal, rounds: Sequence[ValidationRound]) -> list[str]:
     notes = []
     if not ask.verify_s:
         notes.append(kept("Nothing was proved, as --verify-s 0 asks: the numbers are predictions."))
@@ -185,7 +185,7 @@ def _notes(ask: Ask, rounds: Sequence[Round]) -> list[str]:
     return notes
 
 
-def _off(place: int, name: str, one: Round) -> str:
+def _off(place: int, name: str, one: ValidationRound) -> str:
     said = getattr(one.predicted, name)
     came = None if one.proof is None else getattr(one.proof.numbers, name)
     return kept(

@@ -17,10 +17,10 @@ from echelon.errors import EchelonError, TooNoisy
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.tokenization.pairs import gather
-from echelon.tune.fit import fit_cost, fit_memory
-from echelon.tune.hardware import MemoryMeter, meter_of
 from echelon.tune.lang import kept
-from echelon.tune.probes import FEWEST_ROUNDS, choose, growing, measure
+from echelon.tuning.fit import fit_cost, fit_memory
+from echelon.tuning.machine import MemoryMeter, meter_of
+from echelon.tuning.probes import FEWEST_ROUNDS, choose, growing, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from echelon.scheduling.cost_model import Coefficients
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tune.fit import Probe
-    from echelon.tune.probes import Lengths, Range
+    from echelon.tuning.fit import Probe
+    from echelon.tuning.probes import LengthRange, Lengths
     from echelon.types import Clock, TokenBatch
 
 
@@ -45,7 +45,7 @@ STEP_TIMEOUT_S = 600.0
 """A probe takes seconds; a worker that answers none for so long hangs."""
 
 
-class Stuff:
+class StepFactory:
     """Steps of any shape out of real texts.
 
     Args:
@@ -80,8 +80,8 @@ class Calibration:
     """What the probes gave, as the profile holds it; None where it was refused.
 
     Attributes:
-        cost: see :class:`echelon.tune.fit.CostFit`.
-        memory: see :class:`echelon.tune.fit.MemoryFit`.
+        cost: see :class:`echelon.tuning.fit.CostFit`.
+        memory: see :class:`echelon.tuning.fit.MemoryFit`.
         warnings: why something was refused, and the remedy.
     """
 
@@ -91,7 +91,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class ProbeResult:
     """Probes, measured on an open scorer.
 
     Attributes:
@@ -104,19 +104,19 @@ class Probed:
 
     probes: list[Probe]
     checks: list[Probe]
-    limits: Range
-    stuff: Stuff
+    limits: LengthRange
+    stuff: StepFactory
     facts: ModelInfo
 
 
 def calibrate(
     scorer: Scorer,
-    stuff: Stuff,
-    limits: Range,
+    stuff: StepFactory,
+    limits: LengthRange,
     clock: Clock,
     limit_s: float,
     told: Callable[[float], None] = lambda _: None,
-) -> Probed:
+) -> ProbeResult:
     """Choose probes and measure them.
 
     Args:
@@ -138,10 +138,10 @@ def calibrate(
     checks = set(shapes.checks)
     probes = [probe for probe in measured if probe.lengths not in checks]
     unseen = [probe for probe in measured if probe.lengths in checks]
-    return Probed(probes, unseen, limits, stuff, scorer.facts)
+    return ProbeResult(probes, unseen, limits, stuff, scorer.facts)
 
 
-def models_of(probed: Probed, opener: ScorerFactory) -> Calibration:
+def models_of(probed: ProbeResult, opener: ScorerFactory) -> Calibration:
     """Both models, once the scorer is closed: on CPU a worker opens it again.
 
     Args:
@@ -163,7 +163,7 @@ def models_of(probed: Probed, opener: ScorerFactory) -> Calibration:
 
 
 def worker_peaks(
-    probes: list[Probe], stuff: Stuff, opener: ScorerFactory, precision: str
+    probes: list[Probe], stuff: StepFactory, opener: ScorerFactory, precision: str
 ) -> dict[Lengths, int]:
     """Peak memory of a worker in each step, in bytes; without those that did not fit.
 
@@ -200,7 +200,7 @@ def _without_memory(models: Calibration, error: Exception) -> Calibration:
     return replace(models, memory=None, warnings=[*models.warnings, words])
 
 
-def fitted(probes: list[Probe], unseen: list[Probe], limits: Range) -> Calibration:
+def fitted(probes: list[Probe], unseen: list[Probe], limits: LengthRange) -> Calibration:
     """Both models, or why there is none."""
     cost = memory = None
     warnings = []
@@ -217,7 +217,7 @@ def fitted(probes: list[Probe], unseen: list[Probe], limits: Range) -> Calibrati
 
 
 def level(
-    run: Callable[[Lengths], None], limits: Range, prior: Coefficients, clock: Clock
+    run: Callable[[Lengths], None], limits: LengthRange, prior: Coefficients, clock: Clock
 ) -> Coefficients:
     """Default prices at the speed of this machine: the fastest of some steps of one long pair."""
     shape = (limits.longest,)

@@ -6,31 +6,29 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.ask import HURRIED
-from echelon.advise.numbers import (
+from echelon.simulate.ladder import MISSES
+from echelon.simulate.outcome import percentiles
+from echelon.tuning.goal import HURRIED
+from echelon.tuning.validation_metrics import (
     PACE,
-    Numbers,
-    Proof,
+    LoadMetrics,
+    Validation,
     noise_of_ratios,
     pace_of,
     squares_share,
 )
-from echelon.advise.reranking import Task, run
-from echelon.advise.server import Server
-from echelon.simulate.ladder import MISSES
-from echelon.simulate.outcome import percentiles
+from echelon.tuning.validation_targets import RerankTask, ServerProcess, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.model import Model
-    from echelon.advise.reranking import Ran
-    from echelon.advise.sending import Load
     from echelon.plan.workload import Arrival
     from echelon.stress.run import Plan, Run
-    from echelon.tune.scenario import Candidate
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.scenario import Candidate
+    from echelon.tuning.scenario_model import ScenarioModel, WorkloadTexts
+    from echelon.tuning.validation_targets import RerankRun
 
     Scraped = dict[str, float]
 
@@ -45,7 +43,7 @@ TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ValidationContext:
     """All that a proof needs.
 
     Attributes:
@@ -57,15 +55,17 @@ class Stage:
         told: called with what is being done, and the share that is done.
     """
 
-    ask: Ask
-    model: Model
-    load: Load
+    ask: ScenarioGoal
+    model: ScenarioModel
+    load: WorkloadTexts
     profile: Path
     on_card: bool
     told: Callable[[str, float], None]
 
 
-def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds: float) -> Proof:
+def prove(
+    stage: ValidationContext, chosen: Candidate, requests: Sequence[Arrival], seconds: float
+) -> Validation:
     """Run the setting under the requests.
 
     Args:
@@ -87,20 +87,20 @@ def prove(stage: Stage, chosen: Candidate, requests: Sequence[Arrival], seconds:
 # A server under load.
 
 
-def _serve(stage: Stage, chosen: Candidate, requests: Sequence[Arrival]) -> Proof:
+def _serve(stage: ValidationContext, chosen: Candidate, requests: Sequence[Arrival]) -> Validation:
     stage.told("starting the server", 0.0)
-    with Server(arguments(stage, chosen)) as server:
+    with ServerProcess(arguments(stage, chosen)) as server:
         run, before, after = asyncio.run(_drive(stage, server))
     return proof_of(stage, chosen, requests, run, (before, after))
 
 
 def proof_of(
-    stage: Stage,
+    stage: ValidationContext,
     chosen: Candidate,
     requests: Sequence[Arrival],
     run: Run,
     scraped: tuple[Scraped, Scraped],
-) -> Proof:
+) -> Validation:
     """What a run shows of a served setting.
 
     Args:
@@ -116,7 +116,7 @@ def proof_of(
     gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]
     memory = float(sum(gauges)) if gauges and not stage.on_card else None
     late = summary.requests - summary.kinds["answered"] + _late(run, stage.ask.goal_s)
-    numbers = Numbers(
+    numbers = LoadMetrics(
         summary.latency_s.get(50.0),
         summary.latency_s.get(95.0),
         summary.latency_s.get(99.0),
@@ -130,7 +130,7 @@ def proof_of(
     steps = grown["echelon_step_seconds_count"]
     share = squares_share(requests, chosen.max_length)
     took = grown["echelon_step_actual_seconds_total"]
-    return Proof(
+    return Validation(
         numbers,
         pace_of(took, steps, paid, share, chosen.cost),
         _overhead(grown, summary.mean_s),
@@ -140,7 +140,7 @@ def proof_of(
     )
 
 
-def arguments(stage: Stage, chosen: Candidate) -> list[str]:
+def arguments(stage: ValidationContext, chosen: Candidate) -> list[str]:
     """Of ``echelon serve``: the profile says the rest."""
     options = stage.model.options
     several = chosen.workers > 1
@@ -156,7 +156,7 @@ def arguments(stage: Stage, chosen: Candidate) -> list[str]:
     return [str(stage.model.name), *(word for pair in given for word in pair)]
 
 
-async def _drive(stage: Stage, server: Server) -> tuple[Run, Scraped, Scraped]:
+async def _drive(stage: ValidationContext, server: ServerProcess) -> tuple[Run, Scraped, Scraped]:
     from echelon.stress.run import opened
 
     ask = stage.ask
@@ -169,7 +169,7 @@ async def _drive(stage: Stage, server: Server) -> tuple[Run, Scraped, Scraped]:
         return run, before, await asyncio.to_thread(server.metrics)
 
 
-def stress_plan(stage: Stage, url: str) -> Plan:
+def stress_plan(stage: ValidationContext, url: str) -> Plan:
     """The load test whose requests the simulation has seen."""
     from echelon.stress.client import Target, route_of
     from echelon.stress.run import Plan
@@ -220,7 +220,7 @@ def _ratios(grown: Scraped) -> dict[float, float]:
     }
 
 
-def _fits(ask: Ask, memory: float | None) -> bool:
+def _fits(ask: ScenarioGoal, memory: float | None) -> bool:
     limit = ask.memory_limit_bytes
     return limit is None or memory is None or memory <= limit
 
@@ -229,8 +229,8 @@ def _fits(ask: Ask, memory: float | None) -> bool:
 
 
 def proof_of_reranking(
-    stage: Stage, requests: Sequence[Arrival], ran: Ran, seconds: float
-) -> Proof:
+    stage: ValidationContext, requests: Sequence[Arrival], ran: RerankRun, seconds: float
+) -> Validation:
     """What a run shows of a reranker; arguments as in :func:`prove`."""
     ask, offline = stage.ask, stage.ask.scenario == "offline"
     p50, p95, p99 = (None, None, None) if offline else percentiles(ran.waits)
@@ -238,14 +238,14 @@ def proof_of_reranking(
     count = sum(one.documents for one in done)
     late = sum(wait > ask.goal_s for wait in ran.waits) if ask.goal_s is not None else 0
     memory, whole = float(ran.peak_bytes), ran.whole_s
-    numbers = Numbers(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
+    numbers = LoadMetrics(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
     expected = seconds if offline else seconds * len(done)
     pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
     held = late <= MISSES * len(done) and _fits(ask, memory)
-    return Proof(numbers, pace, None, held)
+    return Validation(numbers, pace, None, held)
 
 
-def rerank_task(stage: Stage, requests: Sequence[Arrival]) -> Task:
+def rerank_task(stage: ValidationContext, requests: Sequence[Arrival]) -> RerankTask:
     """The requests as a reranker gets them, with the stage's profile."""
     ask, options = stage.ask, stage.model.options
     keywords: dict[str, Any] = {
@@ -255,7 +255,7 @@ def rerank_task(stage: Stage, requests: Sequence[Arrival]) -> Task:
         "revision": options.revision,
         "label": options.label,
     }
-    return Task(
+    return RerankTask(
         stage.model.name,
         keywords,
         warm=stage.load.texts(requests[:2], ask.seed + WARM_SEED),

@@ -1,14 +1,17 @@
-"""A candidate under requests: what the real batcher and admission make of it, simulated. Pure."""
+"""A candidate under requests: what the real batcher and admission make of it, simulated. Pure.
+
+Latency over load: a candidate at rising rates, and the highest rate that it sustains. Pure.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echelon.simulate.capacity import OPEN
 from echelon.simulate.exact import simulate
-from echelon.simulate.ladder import MISSES
+from echelon.simulate.ladder import MISSES, meets
 from echelon.simulate.setting import Setting
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from echelon.scheduling.queue import PlannedStep
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
-    from echelon.tune.scenario import Candidate, Limits, Scenario
+    from echelon.tuning.scenario import Candidate, Scenario, ScenarioLimits
 
 REQUESTS = 2_000
 """Requests of one simulation: the slowest hundredth are twenty, and a simulation takes a third of
@@ -34,7 +37,7 @@ APART_S = 3600.0
 """Seconds between two requests of a caller who waits for each answer: the first has long ended."""
 
 
-class Service:
+class SimulatedService:
     """A candidate, simulated.
 
     Step times are the model's own here, so the batcher's copy of it has nothing to learn but noise,
@@ -46,7 +49,7 @@ class Service:
         limits: goal, overhead and noise.
     """
 
-    def __init__(self, traffic: Traffic, candidate: Candidate, limits: Limits) -> None:
+    def __init__(self, traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> None:
         self._traffic = traffic
         self._candidate = candidate
         self._goal_s = limits.goal_s
@@ -80,7 +83,7 @@ class Service:
 
 
 def predict(
-    scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: Limits
+    scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: ScenarioLimits
 ) -> tuple[Outcome, int]:
     """What comes of certain requests, such as those that a test sends; and their largest step.
 
@@ -113,7 +116,7 @@ def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
             yield replace(request, lengths=tuple(min(length, most) for length in request.lengths))
 
 
-def _setting(candidate: Candidate, limits: Limits) -> Setting:
+def _setting(candidate: Candidate, limits: ScenarioLimits) -> Setting:
     return Setting(
         candidate.token_budget,
         candidate.max_pairs,
@@ -122,3 +125,74 @@ def _setting(candidate: Candidate, limits: Limits) -> Setting:
         noise=limits.noise,
         seed=limits.seed,
     )
+
+
+SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+"""Shares of the highest rate that are simulated: closer together where latency rises steeply."""
+
+PRECISION = 0.02
+"""The last step of the search, as a share of the rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCurve:
+    """What a candidate does at rising rates.
+
+    Attributes:
+        requests: requests of each simulation, its warm-up included.
+        most: the highest rate with P99 within the goal and nothing refused, requests a second;
+            None where no rate is like that.
+        points: rates, rising, with what was found there.
+    """
+
+    requests: int
+    most: float | None
+    points: tuple[tuple[float, Outcome], ...]
+
+    def as_dict(self, rate: float) -> dict[str, Any]:
+        """The entry of a profile, for somebody who asked for a rate."""
+        return {
+            "rate": rate,
+            "most_rate": self.most,
+            "requests": self.requests,
+            "points": [_point(at, outcome) for at, outcome in self.points],
+        }
+
+
+def curve_of(traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> LoadCurve:
+    """Simulate a candidate at rates around the highest that it sustains."""
+    service = SimulatedService(traffic, candidate, limits)
+    full = service.at_once()
+    capacity = full.requests / full.duration_s
+    most = _most(service, capacity)
+    rates = [share * (most or capacity) for share in SHARES]
+    points = tuple((rate, service.at(rate)) for rate in rates)
+    return LoadCurve(REQUESTS, most, points)
+
+
+def sustains(outcome: Outcome) -> bool:
+    """Whether P99 is within the goal and nobody was sent away."""
+    return meets(outcome) and not outcome.refused
+
+
+def _most(service: SimulatedService, capacity: float) -> float | None:
+    """The highest rate that is sustained; beyond what it does at most, the queue only grows."""
+    if sustains(service.at(capacity, whole=False)):
+        return capacity
+    low, high = 0.0, capacity
+    while high - low > PRECISION * high:
+        middle = (low + high) / 2
+        if sustains(service.at(middle, whole=False)):
+            low = middle
+        else:
+            high = middle
+        if high < PRECISION * capacity:
+            return None
+    return low
+
+
+def _point(rate: float, outcome: Outcome) -> dict[str, Any]:
+    known = outcome.as_dict()
+    shown = {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "goodput")}
+    refused = sum(outcome.refused.values())
+    return {"rate": rate} | shown | {"refused": refused / max(1, outcome.requests)}

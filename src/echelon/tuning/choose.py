@@ -14,7 +14,7 @@ from echelon.tune.lang import kept
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.tune.grid import Measured
+    from echelon.tuning.sweep import MeasuredPoint
 
 TIE = 0.03
 """Medians within 3 % are a tie: repeated sweeps of one machine differ by as much."""
@@ -24,7 +24,7 @@ ENOUGH = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class ScenarioAdvice:
     """Advice for one of the four situations.
 
     Attributes:
@@ -52,7 +52,7 @@ class Situation:
         return asdict(self)
 
 
-def best_of(points: Iterable[Measured]) -> Measured | None:
+def best_of(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
     """The fastest of some points of one number of pairs; ties go to the smallest step."""
     known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
     if not known:
@@ -62,19 +62,19 @@ def best_of(points: Iterable[Measured]) -> Measured | None:
     return next(m for m in known if m.summary.median <= most)
 
 
-def best_batches(results: Sequence[Measured]) -> list[Measured]:
+def best_batches(results: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
     """The best batch size for each number of pairs, fewest pairs first."""
     counts = sorted({m.point.pairs for m in results})
     rows = [[m for m in results if m.point.pairs == n and m.point.batch_size] for n in counts]
     return [best for row in rows if (best := best_of(row)) is not None]
 
 
-def best_budget(results: Sequence[Measured]) -> Measured | None:
+def best_budget(results: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
     """The best token budget."""
     return best_of(m for m in results if m.point.token_budget)
 
 
-def frugal(points: Iterable[Measured]) -> Measured | None:
+def frugal(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
     """The smallest step that keeps ENOUGH of the best throughput."""
     known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
     if not known:
@@ -83,7 +83,7 @@ def frugal(points: Iterable[Measured]) -> Measured | None:
     return next(m for m in known if m.summary.median * ENOUGH <= fastest)
 
 
-def situations(results: Sequence[Measured]) -> list[Situation]:
+def situations(results: Sequence[MeasuredPoint]) -> list[ScenarioAdvice]:
     """What to do in the four situations, as far as the measured points tell.
 
     A realtime API wants the shortest call of few pairs, offline work the highest throughput of
@@ -105,9 +105,9 @@ def situations(results: Sequence[Measured]) -> list[Situation]:
     return [_situation(name, documents, m) for name, documents, m in advice if m is not None]
 
 
-def _situation(name: str, documents: str, measured: Measured) -> Situation:
+def _situation(name: str, documents: str, measured: MeasuredPoint) -> ScenarioAdvice:
     median = measured.summary.median
-    return Situation(
+    return ScenarioAdvice(
         name=name,
         documents=documents,
         pairs=measured.point.pairs,
@@ -123,7 +123,7 @@ NOISY = 0.10
 """Half-width of a median's interval, relative to it, above which a point is called noisy."""
 
 
-def cautions(results: Sequence[Measured]) -> list[str]:
+def cautions(results: Sequence[MeasuredPoint]) -> list[str]:
     """What to know before trusting the numbers; each names its remedy."""
     found = []
     noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]

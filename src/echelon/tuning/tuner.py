@@ -32,11 +32,11 @@ from echelon.profile import (
 )
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.calibrate import Probed, Stuff, calibrate, models_of
-from echelon.tune.grid import Measured, Point, Run, grid, sweep
-from echelon.tune.hardware import describe_machine, meter_of
-from echelon.tune.probes import Range
-from echelon.tune.solve import best_batches, best_budget, cautions, situations
+from echelon.tuning.calibration import ProbeResult, StepFactory, calibrate, models_of
+from echelon.tuning.choose import best_batches, best_budget, cautions, situations
+from echelon.tuning.machine import describe_machine, meter_of
+from echelon.tuning.probes import LengthRange
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint, SweepRun, grid, sweep
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def probe(
     *,
     clock: Clock,
     told: Callable[[str, float], None],
-) -> Probed:
+) -> ProbeResult:
     """Probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
     facts, encoder = scorer.facts, trial.encoder
     specials = encoder.template.specials
@@ -180,8 +180,8 @@ def probe(
     largest = max(plan.token_budgets, default=step_budget(None, None, facts.device))
     return calibrate(
         scorer,
-        Stuff(encoder, texts, longest),
-        Range(longest, largest, facts.cost),
+        StepFactory(encoder, texts, longest),
+        LengthRange(longest, largest, facts.cost),
         clock,
         PROBE_SHARE * plan.time_limit_s,
         lambda share: told("measuring probes for the cost model", share),
@@ -280,8 +280,8 @@ class _Timed:
         self._samples = samples
         self._meter = meter_of(facts.device)
 
-    def __call__(self, point: Point) -> Run:
-        """Measure one run of ``point``; see :func:`echelon.tune.grid.sweep`."""
+    def __call__(self, point: SweepPoint) -> SweepRun:
+        """Measure one run of ``point``; see :func:`echelon.tuning.sweep.sweep`."""
         cost = self._scorer.facts.cost
         self._meter.reset()
         started = self._clock()
@@ -290,7 +290,7 @@ class _Timed:
         steps = pack(encoded.lengths, budget, cost=cost, max_pairs=point.batch_size)
         for step in steps:
             self._scorer.score(encoded.batch(step))
-        return Run(
+        return SweepRun(
             seconds=self._clock() - started,
             tokens=int(encoded.lengths.sum()),
             cost_tokens=sum(step_cost(encoded.lengths[step], cost) for step in steps),
@@ -318,7 +318,7 @@ class _Partial:
     question: dict[str, Any]
     precisions: list[dict[str, Any]]
     threads: list[dict[str, Any]]
-    points: list[Measured]
+    points: list[MeasuredPoint]
     broken: bool = False
 
     @classmethod
@@ -338,12 +338,12 @@ class _Partial:
             content = read_json(plan.partial)
             if content["question"] != question:
                 return fresh
-            points = [Measured.from_dict(known) for known in content["points"]]
+            points = [MeasuredPoint.from_dict(known) for known in content["points"]]
             return cls(plan.partial, question, content["precisions"], content["threads"], points)
         except (ProfileError, KeyError, TypeError):
             return fresh  # half-written or foreign: measure again
 
-    def save(self, results: list[Measured]) -> None:
+    def save(self, results: list[MeasuredPoint]) -> None:
         """Keep what is known; a full disk costs the safety net, not the run."""
         if self.path is None or self.broken:
             return
@@ -364,7 +364,7 @@ class _Partial:
 
 
 def _settings(
-    key: ProfileKey, results: Sequence[Measured], threads: int | None, max_length: int | None
+    key: ProfileKey, results: Sequence[MeasuredPoint], threads: int | None, max_length: int | None
 ) -> TunedSettings:
     """The best token budget; where none was measured, the best batch size of the most pairs."""
     budget = best_budget(results)

@@ -11,6 +11,8 @@ Four scenarios, each with its own measure:
 A candidate is judged by its own cost and memory models and is never chosen where they say that it
 misses the goal or a limit. Rising load goes through :mod:`echelon.simulate.ladder`, and workers
 come first in every order of choice, so more rate never gives fewer workers.
+
+Where no setting holds the limits: why, and what is possible instead. Pure.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from echelon.errors import InvalidInput
 from echelon.simulate.ladder import Ladder
-from echelon.tune.refusal import impossible
-from echelon.tune.served import Service
-from echelon.tune.words import number, size
+from echelon.tune.lang import kept
+from echelon.tune.words import duration, number, size
+from echelon.tuning.simulated_load import SimulatedService
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from echelon.scheduling.cost_model import CostModel, MemoryModel
     from echelon.simulate.capacity import Traffic
     from echelon.simulate.outcome import Outcome
+
 
 Scenario = Literal["api", "offline", "edge", "concurrent"]
 
@@ -82,7 +85,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ScenarioLimits:
     """What must hold.
 
     Attributes:
@@ -111,7 +114,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TriedCandidate:
     """A candidate as it was judged.
 
     Attributes:
@@ -146,17 +149,17 @@ class Recommendation:
     """
 
     scenario: Scenario
-    chosen: Tried
+    chosen: TriedCandidate
     measure: str
     value: float
-    tried: tuple[Tried, ...]
+    tried: tuple[TriedCandidate, ...]
 
 
 def solve(
     scenario: Scenario,
     traffic: Traffic,
     models: Sequence[Candidate],
-    limits: Limits,
+    limits: ScenarioLimits,
     told: Callable[[float], object] = lambda _: None,
 ) -> Recommendation:
     """Choose.
@@ -172,7 +175,7 @@ def solve(
         InvalidInput: nothing holds the limits; it says what is possible instead.
     """
     _check(scenario, models, limits)
-    tried: list[Tried] = []
+    tried: list[TriedCandidate] = []
     for candidate in models:
         told(len(tried) / len(models))
         tried.append(_try(scenario, traffic, candidate, limits))
@@ -186,7 +189,7 @@ def solve(
     return Recommendation(scenario, chosen, measure, value, tuple(tried))
 
 
-def _check(scenario: Scenario, models: Sequence[Candidate], limits: Limits) -> None:
+def _check(scenario: Scenario, models: Sequence[Candidate], limits: ScenarioLimits) -> None:
     if scenario not in SCENARIOS:
         raise InvalidInput(
             "--scenario", f"{scenario!r} is unknown", f"One of {', '.join(SCENARIOS)}."
@@ -202,18 +205,20 @@ def _check(scenario: Scenario, models: Sequence[Candidate], limits: Limits) -> N
 # Judging one candidate.
 
 
-def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Limits) -> Tried:
+def _try(
+    scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: ScenarioLimits
+) -> TriedCandidate:
     if candidate.agreement < limits.agreement:
         problem = f"rank agreement {candidate.agreement:.3f} is below {limits.agreement:.3f}"
-        return Tried(candidate, problem)
+        return TriedCandidate(candidate, problem)
     if limits.memory_bytes is not None and candidate.bytes > limits.memory_bytes:
         need, there = size(round(candidate.bytes)), size(round(limits.memory_bytes))
-        return Tried(candidate, f"needs {need} of {there}")
-    service = Service(traffic, candidate, limits)
+        return TriedCandidate(candidate, f"needs {need} of {there}")
+    service = SimulatedService(traffic, candidate, limits)
     full = service.at_once()
     per_s = full.documents / full.duration_s
     if scenario == "offline":
-        return Tried(candidate, None, per_s, None, full, full)
+        return TriedCandidate(candidate, None, per_s, None, full, full)
     most = full.requests / full.duration_s
     # The lowest rung says how fast a calm service is, whether or not that is fast enough.
     ladder = Ladder(lambda load: service.at(load * most, whole=load == LOADS[0]), LOADS)
@@ -221,7 +226,7 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
         # One caller never makes a queue: how much load it would bear is not asked.
         predicted = ladder.at(LOADS[0])
         reason = None if predicted is not None else "misses the goal with a single caller"
-        return Tried(candidate, reason, per_s, None, ladder.calm, predicted)
+        return TriedCandidate(candidate, reason, per_s, None, ladder.calm, predicted)
     load = LOADS[0] if limits.rate is None else limits.rate / most
     predicted = ladder.at(load)
     reason = bears = None
@@ -230,19 +235,19 @@ def _try(scenario: Scenario, traffic: Traffic, candidate: Candidate, limits: Lim
         reason = f"misses the goal: it bears {number(bears)} requests/s"
     elif scenario != "api":
         bears = ladder.most * most  # an api is chosen by its P99 alone
-    return Tried(candidate, reason, per_s, bears, ladder.calm, predicted)
+    return TriedCandidate(candidate, reason, per_s, bears, ladder.calm, predicted)
 
 
 # Choosing.
 
 
-def _fewest_workers(able: Sequence[Tried]) -> list[Tried]:
+def _fewest_workers(able: Sequence[TriedCandidate]) -> list[TriedCandidate]:
     fewest = min(one.candidate.workers for one in able)
     return [one for one in able if one.candidate.workers == fewest]
 
 
 def _turn(
-    scenario: Scenario, one: Tried, peers: Sequence[Tried], fastest: float
+    scenario: Scenario, one: TriedCandidate, peers: Sequence[TriedCandidate], fastest: float
 ) -> tuple[float, ...]:
     """What comes first is chosen; ties go to the smaller step.
 
@@ -260,11 +265,11 @@ def _turn(
     return (_p99_s(one) > NEARLY * min(map(_p99_s, peers)), -per_s, *step)
 
 
-def _p99_s(one: Tried) -> float:
+def _p99_s(one: TriedCandidate) -> float:
     return math.inf if one.predicted is None else one.predicted.p99_s
 
 
-def _measure(scenario: Scenario, chosen: Tried) -> tuple[str, float]:
+def _measure(scenario: Scenario, chosen: TriedCandidate) -> tuple[str, float]:
     if scenario == "offline":
         return "documents_per_s", chosen.documents_per_s or 0.0
     if scenario == "concurrent":
@@ -274,5 +279,76 @@ def _measure(scenario: Scenario, chosen: Tried) -> tuple[str, float]:
     return "p99_s", math.nan if chosen.predicted is None else chosen.predicted.p99_s
 
 
-def _calm_s(one: Tried) -> float:
+def _calm_s(one: TriedCandidate) -> float:
     return math.inf if one.calm is None else one.calm.p50_s
+
+
+def impossible(
+    tried: Sequence[TriedCandidate], limits: ScenarioLimits, calm: float
+) -> InvalidInput:
+    """Why none of the candidates can be chosen, and the remedy.
+
+    Args:
+        tried: all of them.
+        limits: what they miss.
+        calm: share of the load at which ``calm`` of each was simulated.
+    """
+    simulated = [one for one in tried if one.calm is not None]
+    if simulated:
+        return _too_much(simulated, limits, calm)
+    agreeing = [one for one in tried if one.candidate.agreement >= limits.agreement]
+    if not agreeing:
+        best = max(one.candidate.agreement for one in tried)
+        return InvalidInput(
+            "--allow",
+            kept(
+                "no candidate ranks as fp32 does: the best agreement is {best}, {asked} is asked "
+                "for",
+                best=f"{best:.3f}",
+                asked=f"{limits.agreement:.3f}",
+            ),
+            kept("Allow fp32 at full length."),
+        )
+    least = size(round(min(one.candidate.bytes for one in agreeing)))
+    there = size(round(limits.memory_bytes or 0))
+    return InvalidInput(
+        "--memory-limit",
+        kept("{there} hold none of the {count} settings", there=there, count=len(agreeing)),
+        kept("Possible are {least} and more, a lower precision, or a smaller model.", least=least),
+    )
+
+
+def _too_much(
+    simulated: Sequence[TriedCandidate], limits: ScenarioLimits, calm: float
+) -> InvalidInput:
+    bears = max(one.bears or 0.0 for one in simulated)
+    calm_s = min(one.calm.p99_s for one in simulated if one.calm is not None)
+    within = ""
+    if limits.goal_s is not None:
+        within = kept(" within {goal}", goal=duration(limits.goal_s))
+    if bears:
+        return InvalidInput(
+            "--rate",
+            kept(
+                "{rate} requests/s cannot be answered{within} by this machine",
+                rate=number(limits.rate or 0),
+                within=within,
+            ),
+            kept(
+                "Possible are {rate}; for more take more machines (`echelon plan`).",
+                rate=number(bears),
+            ),
+        )
+    return InvalidInput(
+        "--slo-p99-ms",
+        kept(
+            "nothing is answered{within} by this machine: P99 is {p99} at {load} load",
+            within=within,
+            p99=duration(calm_s),
+            load=f"{calm:.0%}",
+        ),
+        kept(
+            "Possible are {least} and more, or fewer or shorter documents.",
+            least=duration(1.25 * calm_s),
+        ),
+    )

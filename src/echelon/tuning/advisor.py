@@ -11,32 +11,37 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.answer import Round, answer_of, missed_words, settings_of
-from echelon.advise.ask import HURRIED
-from echelon.advise.candidates import Prices, candidates, prices_of, row_of
-from echelon.advise.numbers import Numbers, agree, correct, differences
-from echelon.advise.proof import Stage, prove
-from echelon.advise.sending import Load, require_texts, ruler_of
-from echelon.advise.shorter import Shorter, shorter
 from echelon.errors import GoalMissed, InvalidInput
-from echelon.tune.calibrate import models_of
-from echelon.tune.curve import curve_of
 from echelon.tune.lang import kept
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
-from echelon.tune.scenario import Limits, solve
-from echelon.tune.served import predict
-from echelon.tuner import probe
+from echelon.tuning.calibration import models_of
+from echelon.tuning.candidates import (
+    CandidatePrices,
+    MaxLengthCheck,
+    candidates,
+    prices_of,
+    row_of,
+    shorter,
+)
+from echelon.tuning.goal import HURRIED
+from echelon.tuning.recommendation import ValidationRound, answer_of, missed_words, settings_of
+from echelon.tuning.scenario import ScenarioLimits, solve
+from echelon.tuning.scenario_model import WorkloadTexts, require_texts, ruler_of
+from echelon.tuning.simulated_load import curve_of, predict
+from echelon.tuning.tuner import probe
+from echelon.tuning.validation import ValidationContext, prove
+from echelon.tuning.validation_metrics import LoadMetrics, agree, correct, differences
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.model import Model
     from echelon.plan.workload import Arrival
     from echelon.profile import Profile
-    from echelon.tune.scenario import Candidate, Recommendation
-    from echelon.tuner import Plan
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.scenario import Candidate, Recommendation
+    from echelon.tuning.scenario_model import ScenarioModel
+    from echelon.tuning.tuner import Plan
 
 OVERHEAD_S = 0.002
 """HTTP and tokenising of a request before anything was measured, as `echelon plan` has it."""
@@ -52,7 +57,7 @@ PROOFS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class ScenarioResult:
     """A recommendation.
 
     Attributes:
@@ -66,12 +71,12 @@ class Advice:
 
 
 def advise(
-    model: Model,
+    model: ScenarioModel,
     profile: Profile,
-    ask: Ask,
+    ask: ScenarioGoal,
     plan: Plan,
     told: Callable[[str, float], None] = lambda *_: None,
-) -> Advice:
+) -> ScenarioResult:
     """Choose settings and prove them.
 
     Args:
@@ -89,24 +94,24 @@ def advise(
     # What an earlier recommendation chose binds nobody: lengths are those asked for now.
     settings = replace(profile.settings, max_length=model.options.max_length)
     fresh = replace(profile, settings=settings, scenario=None)
-    return _Advisor(model, fresh, ask, plan, told).run()
+    return _ScenarioRun(model, fresh, ask, plan, told).run()
 
 
 @dataclass(slots=True)
-class _Advisor:
-    model: Model
+class _ScenarioRun:
+    model: ScenarioModel
     profile: Profile
-    ask: Ask
+    ask: ScenarioGoal
     plan: Plan
     told: Callable[[str, float], None]
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[ValidationRound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probed: dict[str, Profile] = field(default_factory=dict)
 
-    def run(self) -> Advice:
+    def run(self) -> ScenarioResult:
         load = self._load()
         lengths = self._shorter(load)
-        limits = Limits(
+        limits = ScenarioLimits(
             goal_s=self.ask.goal_s,
             rate=load.rate if self.ask.scenario in HURRIED else None,
             memory_bytes=self.ask.memory_limit_bytes,
@@ -123,11 +128,11 @@ class _Advisor:
         missed = None
         if best.proof is not None and not best.held:
             missed = GoalMissed(missed_words(self.ask, best))
-        return Advice(settled, missed)
+        return ScenarioResult(settled, missed)
 
     # What comes.
 
-    def _load(self) -> Load:
+    def _load(self) -> WorkloadTexts:
         tokens = self.ask.tokens or lengths_of(self.profile)
         if tokens is None:
             raise InvalidInput("--tokens", "the texts do not say how long pairs are", "Give it.")
@@ -135,9 +140,9 @@ class _Advisor:
         rate = self.ask.rate or (traffic.trace_rate if self.ask.trace else 1.0)
         topics, encoder = self.model.texts.topics, self.model.trial.encoder
         require_texts(topics, encoder, tokens, traffic.trace, self.model.longest)
-        return Load(traffic, rate, topics, ruler_of(encoder))
+        return WorkloadTexts(traffic, rate, topics, ruler_of(encoder))
 
-    def _shorter(self, load: Load) -> list[Shorter]:
+    def _shorter(self, load: WorkloadTexts) -> list[MaxLengthCheck]:
         if "max_length" not in self.ask.allow:
             return []
         requests = load.first(float(LOOK_AHEAD))
@@ -150,7 +155,7 @@ class _Advisor:
     # Choosing.
 
     def _choose(
-        self, load: Load, lengths: Sequence[Shorter], limits: Limits
+        self, load: WorkloadTexts, lengths: Sequence[MaxLengthCheck], limits: ScenarioLimits
     ) -> tuple[list[Candidate], Recommendation]:
         """Choose; a precision whose steps were not measured is measured before it is taken."""
         prices = prices_of(self.profile)
@@ -162,13 +167,15 @@ class _Advisor:
                 return models, found
             prices[precision] = self._probe(precision, found.chosen.candidate)
 
-    def _solve(self, load: Load, models: Sequence[Candidate], limits: Limits) -> Recommendation:
+    def _solve(
+        self, load: WorkloadTexts, models: Sequence[Candidate], limits: ScenarioLimits
+    ) -> Recommendation:
         def told(share: float) -> None:
             self.told(f"simulating {len(models)} settings", share)
 
         return solve(self.ask.scenario, load.traffic, models, limits, told)
 
-    def _probe(self, precision: str, guess: Candidate) -> Prices:
+    def _probe(self, precision: str, guess: Candidate) -> CandidatePrices:
         row = row_of(self.profile, precision) or {}
         trial = self.model.tuned(self.profile)
         opener = trial.opener(row.get("keep_bf16", []))
@@ -200,10 +207,12 @@ class _Advisor:
                     precision=precision,
                 )
             )
-            return Prices(guess.cost, guess.memory)
-        return Prices(cost_of(measured), memory_of(measured) if models.memory else guess.memory)
+            return CandidatePrices(guess.cost, guess.memory)
+        return CandidatePrices(
+            cost_of(measured), memory_of(measured) if models.memory else guess.memory
+        )
 
-    def _curve(self, load: Load, best: Round) -> dict[str, Any] | None:
+    def _curve(self, load: WorkloadTexts, best: ValidationRound) -> dict[str, Any] | None:
         """Latency over load, with the models that the settings were chosen by."""
         if self.ask.scenario not in HURRIED:
             return None
@@ -213,7 +222,11 @@ class _Advisor:
     # Proving.
 
     def _prove(
-        self, load: Load, models: Sequence[Candidate], limits: Limits, found: Recommendation
+        self,
+        load: WorkloadTexts,
+        models: Sequence[Candidate],
+        limits: ScenarioLimits,
+        found: Recommendation,
     ) -> None:
         while True:
             shown = self._round(load, limits, found)
@@ -238,24 +251,26 @@ class _Advisor:
                 )
                 return
 
-    def _round(self, load: Load, limits: Limits, found: Recommendation) -> Round:
+    def _round(
+        self, load: WorkloadTexts, limits: ScenarioLimits, found: Recommendation
+    ) -> ValidationRound:
         chosen, name = found.chosen.candidate, self.ask.scenario
         requests = self._requests(load, found.chosen.documents_per_s or 1.0)
         outcome, largest = predict(name, requests, chosen, limits)
-        predicted = Numbers.of(name, outcome, chosen, largest)
+        predicted = LoadMetrics.of(name, outcome, chosen, largest)
         if not self.ask.verify_s:
-            return Round(found, predicted, limits)
+            return ValidationRound(found, predicted, limits)
         seconds = outcome.duration_s if name == "offline" else outcome.mean_s
         with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
             file = Path(folder) / "profile.json"
             self._settled(chosen).save(file)
             on_card = self.profile.key.device != "cpu"
-            stage = Stage(self.ask, self.model, load, file, on_card, self.told)
+            stage = ValidationContext(self.ask, self.model, load, file, on_card, self.told)
             proof = prove(stage, chosen, requests, seconds)
         off = differences(name, predicted, proof.numbers)
-        return Round(found, predicted, limits, proof, off)
+        return ValidationRound(found, predicted, limits, proof, off)
 
-    def _requests(self, load: Load, documents_per_s: float) -> list[Arrival]:
+    def _requests(self, load: WorkloadTexts, documents_per_s: float) -> list[Arrival]:
         """Those that a proof sends, if the setting is as fast as predicted."""
         seconds = self.ask.verify_s or DRY_S
         if self.ask.scenario in HURRIED:

@@ -1,35 +1,48 @@
-"""The model and its texts, and what can be refused before anything long is measured."""
+"""The model and its texts, and what can be refused before anything long is measured.
+
+Requests as texts: what is simulated in tokens is sent in texts of just so many.
+
+A load generator that knows no more than an address cuts texts by words. Here the tokenizer is at
+hand, so each pair has the length that it was simulated with.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 
-from echelon.advise.sending import require_texts
 from echelon.data import load_texts
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
 from echelon.options import check_max_length
+from echelon.plan.workload import Arrival, Observed
 from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
+from echelon.stress.texts import Material, Tokens
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.hardware import meter_of
 from echelon.tune.words import duration, size
+from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable, Sequence
 
-    from echelon.advise.ask import Ask
-    from echelon.data import Texts
+    from echelon.data import Texts, Topic
     from echelon.models.base import Scorer
     from echelon.options import Options
+    from echelon.plan.workload import Known, Sizes
     from echelon.profile import Profile
+    from echelon.simulate.capacity import Traffic
+    from echelon.stress.texts import Ruler
+    from echelon.tuning.goal import ScenarioGoal
+
 
 LOOKS = 3
 """Steps of one pair, of which the fastest counts."""
@@ -39,7 +52,7 @@ MARGIN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ScenarioModel:
     """What is asked about.
 
     Attributes:
@@ -66,8 +79,11 @@ class Model:
 
 
 def look(
-    name: str | os.PathLike[str], options: Options, data: str | os.PathLike[str] | None, ask: Ask
-) -> Model:
+    name: str | os.PathLike[str],
+    options: Options,
+    data: str | os.PathLike[str] | None,
+    ask: ScenarioGoal,
+) -> ScenarioModel:
     """Open the model once and refuse what no setting of it can do.
 
     Raises:
@@ -85,7 +101,7 @@ def look(
         facts = scorer.facts
         specials = trial.encoder.template.specials
         limit = check_max_length(options.max_length, facts.max_tokens, specials)
-        model = Model(name, trial, texts, limit)
+        model = ScenarioModel(name, trial, texts, limit)
         asked = longest(ask.tokens, ask.trace)
         if asked > limit:
             raise too_long(asked, limit)
@@ -98,7 +114,7 @@ def look(
     return model
 
 
-def _check_memory(scorer: Scorer, ask: Ask, libraries: int, options: Options) -> None:
+def _check_memory(scorer: Scorer, ask: ScenarioGoal, libraries: int, options: Options) -> None:
     limit = ask.memory_limit_bytes
     if limit is None:
         return
@@ -116,7 +132,7 @@ def _check_memory(scorer: Scorer, ask: Ask, libraries: int, options: Options) ->
         )
 
 
-def _check_goal(scorer: Scorer, ask: Ask, model: Model) -> None:
+def _check_goal(scorer: Scorer, ask: ScenarioGoal, model: ScenarioModel) -> None:
     if ask.goal_s is None:
         return
     pair = model.texts.sample(1)
@@ -134,4 +150,87 @@ def _check_goal(scorer: Scorer, ask: Ask, model: Model) -> None:
             f"{duration(ask.goal_s)} are far less than a step of one pair takes here, "
             f"{duration(one)} for {int(encoded.lengths[0])} tokens",
             f"Possible are more than {duration(one)}, shorter texts, or a faster machine.",
+        )
+
+
+SAMPLE, DOCUMENTS = 20, 10
+"""Requests, and their documents, that are looked at beforehand."""
+
+CLOSE = 0.1
+"""Relative difference of the mean length up to which texts have the length asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadTexts:
+    """Traffic, and how to send it.
+
+    Attributes:
+        traffic: the requests in tokens.
+        rate: requests a second.
+        topics: texts to send.
+        ruler: cuts them to length.
+    """
+
+    traffic: Traffic
+    rate: float
+    topics: Sequence[Topic]
+    ruler: Ruler
+
+    def requests(self, duration_s: float, seed: int) -> list[Arrival]:
+        """Those of the first seconds, with the lengths wanted."""
+        workload = replace(self.traffic.at(self.rate), seed=seed)
+        return list(workload.requests(duration_s))
+
+    def first(self, documents: float) -> list[Arrival]:
+        """Requests until they have so many documents; a trace may end before."""
+        found, count = [], 0
+        for request in self.traffic.at(self.rate).requests():
+            found.append(request)
+            count += request.documents
+            if count >= documents:
+                break
+        return found
+
+    def texts(self, requests: Iterable[Arrival], seed: int) -> list[tuple[str, list[str]]]:
+        """Query and documents of each."""
+        material = Material(self.topics, seed=seed, ruler=self.ruler)
+        return [material.request(request) for request in requests]
+
+
+def ruler_of(encoder: PairEncoder) -> Ruler:
+    """What measures texts as a model does."""
+    return Tokens(encoder.ends, encoder.template.specials)
+
+
+def require_texts(
+    topics: Sequence[Topic], encoder: PairEncoder, sizes: Sizes, trace: Sequence[Known], limit: int
+) -> None:
+    """Refuse lengths that no texts have.
+
+    Args:
+        topics: texts to send.
+        encoder: the model's.
+        sizes: tokens of a pair.
+        trace: where its requests have lengths, they count instead.
+        limit: tokens a pair may have.
+
+    Raises:
+        InvalidInput: what tells requests apart is longer.
+    """
+    told = [one.tokens for one in islice(trace, SAMPLE * DOCUMENTS) if one.tokens]
+    wanted = (Observed(told) if told else sizes).draw(np.random.default_rng(0), SAMPLE * DOCUMENTS)
+    material = Material(topics, salt="0000", ruler=ruler_of(encoder))
+    pairs = []
+    for start in range(0, len(wanted), DOCUMENTS):
+        lengths = tuple(wanted[start : start + DOCUMENTS])
+        query, documents = material.request(Arrival(0.0, DOCUMENTS, lengths))
+        pairs += [(query, document) for document in documents]
+    mean = float(np.mean(wanted))
+    sent = float(encoder.encode(pairs, limit, "longest_first").lengths.mean())
+    if sent > (1 + CLOSE) * mean:
+        raise InvalidInput(
+            "--tokens",
+            f"pairs of {mean:.0f} tokens cannot be made: with the marks that tell requests apart "
+            f"they have {sent:.0f}",
+            f"Give {sent:.0f} or more.",
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from echelon.plan.workload import Arrival
     from echelon.simulate.outcome import Outcome
-    from echelon.tune.scenario import Candidate, Limits, Scenario
+    from echelon.tuning.scenario import Candidate, Scenario, ScenarioLimits
 
 AGREES = 0.25
 """Relative difference up to which a measurement agrees with its prediction."""
@@ -35,7 +35,7 @@ COMPARED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class LoadMetrics:
     """What a setting does, predicted or measured.
 
     Attributes:
@@ -61,7 +61,7 @@ class Numbers:
     @classmethod
     def of(
         cls, scenario: Scenario, outcome: Outcome, candidate: Candidate, largest: int
-    ) -> Numbers:
+    ) -> LoadMetrics:
         """What a simulation says whose largest step had so many tokens."""
         answered = outcome.answered > 0 and scenario != "offline"
         duration_s = outcome.duration_s
@@ -86,7 +86,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class Validation:
     """A setting under load.
 
     Attributes:
@@ -100,7 +100,7 @@ class Proof:
             is no server.
     """
 
-    numbers: Numbers
+    numbers: LoadMetrics
     pace: float
     overhead_s: float | None
     held: bool
@@ -108,7 +108,9 @@ class Proof:
     noise: float | None = None
 
 
-def differences(scenario: Scenario, predicted: Numbers, measured: Numbers) -> dict[str, float]:
+def differences(
+    scenario: Scenario, predicted: LoadMetrics, measured: LoadMetrics
+) -> dict[str, float]:
     """By how much the measured numbers that matter are off, relative; beside them the memory."""
     found = {}
     for name in (*COMPARED[scenario], "memory_bytes"):
@@ -126,8 +128,12 @@ def agree(off: dict[str, float]) -> bool:
 
 
 def correct(
-    models: Sequence[Candidate], limits: Limits, predicted: Numbers, proof: Proof, workers: int
-) -> tuple[list[Candidate], Limits]:
+    models: Sequence[Candidate],
+    limits: ScenarioLimits,
+    predicted: LoadMetrics,
+    proof: Validation,
+    workers: int,
+) -> tuple[list[Candidate], ScenarioLimits]:
     """The candidates and limits as the proof showed them: pace, memory, overhead, noise.
 
     What a worker holds more or less than predicted, it holds whatever the step: libraries,

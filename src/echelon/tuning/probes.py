@@ -1,4 +1,4 @@
-"""Probes: a few steps of chosen shapes, measured in turn, for :mod:`echelon.tune.fit`.
+"""Probes: a few steps of chosen shapes, measured in turn, for :mod:`echelon.tuning.fit`.
 
 Which shapes tell most is decided before anything is measured, from the default prices: each shape
 is a row of the least-squares problem, and the next of its size is the one that adds most to what is
@@ -18,13 +18,13 @@ import numpy as np
 from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.packing import step_cost
-from echelon.tune.fit import Probe
+from echelon.tuning.fit import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.scheduling.cost_model import Coefficients
-    from echelon.tune.hardware import Meter
+    from echelon.tuning.machine import Meter
     from echelon.types import Clock, Cost
 
 Lengths = tuple[int, ...]
@@ -57,7 +57,7 @@ extreme shapes, and would not see where a device is not as the formula says."""
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class LengthRange:
     """What steps there may be.
 
     Attributes:
@@ -96,14 +96,14 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Shapes:
+class ProbeShapes:
     """What to measure: shapes to fit, and shapes to check the fit with."""
 
     probes: list[Lengths]
     checks: list[Lengths]
 
 
-def choose(limits: Range, prior: Coefficients, most_s: float) -> Shapes:
+def choose(limits: LengthRange, prior: Coefficients, most_s: float) -> ProbeShapes:
     """The shapes that tell most in the time there is.
 
     Args:
@@ -120,7 +120,7 @@ def choose(limits: Range, prior: Coefficients, most_s: float) -> Shapes:
     checks = _affordable(others, price, CHECKS, most_s / 4)
     ladder = [shape for shape in limits.ladder() if shape not in mixed and shape not in checks]
     telling = most_telling(ladder, prior, limits.paid, most_s / 2, PROBES - len(mixed))
-    return Shapes(telling + mixed, checks)
+    return ProbeShapes(telling + mixed, checks)
 
 
 def most_telling(

@@ -74,7 +74,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
+class FitError:
     """Absolute relative error on shapes that the fit has not seen.
 
     Attributes:
@@ -88,7 +88,7 @@ class Error:
     shapes: int
 
     @classmethod
-    def of(cls, predicted: Sequence[float], actual: Sequence[float]) -> Error:
+    def of(cls, predicted: Sequence[float], actual: Sequence[float]) -> FitError:
         """Compare predictions with what came; at least one."""
         relative = np.abs(np.array(predicted) / np.array(actual) - 1)
         median, p90 = np.percentile(relative, [50, 90])
@@ -121,7 +121,7 @@ class CostFit:
 
     coefficients: Coefficients
     paid: Cost
-    error: Error
+    error: FitError
     spread: float
     shapes: list[dict[str, Any]] = field(default_factory=list)
     measured: str = ""
@@ -140,7 +140,7 @@ class CostFit:
         try:
             values = dict(known)
             values["coefficients"] = Coefficients(**values["coefficients"])
-            values["error"] = Error(**values["error"])
+            values["error"] = FitError(**values["error"])
             found = cls(**values)
             sound = found.paid in get_args(Cost) and all(p >= 0 for p in found.coefficients.prices)
         except (KeyError, TypeError, ValueError) as error:
@@ -155,7 +155,7 @@ class MemoryFit:
     """A memory model and what it is worth; see :class:`CostFit`."""
 
     model: MemoryModel
-    error: Error
+    error: FitError
 
     def as_dict(self) -> dict[str, Any]:
         """The profile's entry."""
@@ -169,7 +169,7 @@ class MemoryFit:
             ProfileError: the entry is damaged.
         """
         try:
-            return cls(MemoryModel(**known["model"]), Error(**known["error"]))
+            return cls(MemoryModel(**known["model"]), FitError(**known["error"]))
         except (KeyError, TypeError) as error:
             raise ProfileError(f"damaged memory model ({error}). {REMEDY}") from error
 
@@ -218,7 +218,7 @@ def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> Co
     def predict(probe: Probe) -> float:
         return coefficients.seconds(work_of(probe.lengths, paid))
 
-    error = Error.of([predict(probe) for probe in unseen], [probe.median_s for probe in unseen])
+    error = FitError.of([predict(probe) for probe in unseen], [probe.median_s for probe in unseen])
     _require_true(kept("step times"), error)
     shapes = [
         _shape(probe, paid, predict(probe), unseen=is_unseen)
@@ -242,7 +242,7 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> 
     fixed, token, square = _relative(np.array(rows, dtype=np.float64), peaks)
     model = MemoryModel(float(fixed), float(token), float(square))
     predicted = [model.peak_bytes(work_of(probe.lengths, paid)) for probe in unseen]
-    error = Error.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
+    error = FitError.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
     _require_true(kept("peak memory"), error)
     return MemoryFit(model, error)
 
@@ -264,7 +264,7 @@ def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
         )
 
 
-def _require_true(what: str, error: Error) -> None:
+def _require_true(what: str, error: FitError) -> None:
     if error.median > MOST_MEDIAN or error.p90 > MOST_P90:
         raise TooNoisy(
             kept(

@@ -1,28 +1,33 @@
-"""The ways to run a service on this machine that are worth trying. Pure."""
+"""The ways to run a service on this machine that are worth trying. Pure.
+
+What a shorter ``max_length`` costs in accuracy: measured on the trial's texts, never assumed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.numbers import paced
+from echelon.engine.precision_check import agreement
 from echelon.errors import InvalidInput
 from echelon.planner.answer import BUDGETS
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tune.prices import cost_of, memory_of
-from echelon.tune.scenario import Candidate
+from echelon.tuning.scenario import Candidate
+from echelon.tuning.validation_metrics import paced
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from echelon.advise.ask import Ask
-    from echelon.advise.shorter import Shorter
+    from echelon.engine.precision_check import PrecisionCheck
+    from echelon.plan.workload import Arrival
     from echelon.profile import Profile
     from echelon.scheduling.cost_model import CostModel, MemoryModel
+    from echelon.tuning.goal import ScenarioGoal
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class CandidatePrices:
     """What was measured of one precision.
 
     Attributes:
@@ -34,17 +39,20 @@ class Prices:
     memory: MemoryModel | None
 
 
-def prices_of(profile: Profile) -> dict[str, Prices]:
+def prices_of(profile: Profile) -> dict[str, CandidatePrices]:
     """The measured precision's prices, by its name.
 
     Raises:
         ProfileError: the profile holds too little.
     """
-    return {profile.key.precision: Prices(cost_of(profile), memory_of(profile))}
+    return {profile.key.precision: CandidatePrices(cost_of(profile), memory_of(profile))}
 
 
 def candidates(
-    profile: Profile, ask: Ask, prices: dict[str, Prices], lengths: Sequence[Shorter]
+    profile: Profile,
+    ask: ScenarioGoal,
+    prices: dict[str, CandidatePrices],
+    lengths: Sequence[MaxLengthCheck],
 ) -> list[Candidate]:
     """All of them, the measured precision at full length first.
 
@@ -87,7 +95,7 @@ def candidates(
     ]
 
 
-def budgets(profile: Profile, ask: Ask) -> list[int]:
+def budgets(profile: Profile, ask: ScenarioGoal) -> list[int]:
     """Token budgets, rising: the profile's own and the usual ones that memory did not refuse."""
     settings, kind = profile.settings, profile.key.device.partition(":")[0]
     own = [settings.token_budget] if settings.token_budget != NO_BUDGET else []
@@ -139,7 +147,7 @@ def _others(profile: Profile) -> list[dict[str, Any]]:
 
 
 def _other(
-    base: Candidate, row: dict[str, Any], profile: Profile, prices: dict[str, Prices]
+    base: Candidate, row: dict[str, Any], profile: Profile, prices: dict[str, CandidatePrices]
 ) -> Candidate:
     """Another precision; where its steps were not measured, as its speed in the gate says."""
     name = row["precision"]
@@ -147,7 +155,111 @@ def _other(
     known = prices.get(name)
     if known is None:
         pace = own["tokens_per_s"] / row["tokens_per_s"] if own else 1.0
-        known = Prices(paced(base.cost, pace), base.memory)
+        known = CandidatePrices(paced(base.cost, pace), base.memory)
     return replace(
         base, precision=name, agreement=float(row["tau"]), cost=known.cost, memory=known.memory
     )
+
+
+LENGTHS = (256, 128)
+"""Shorter lengths that are tried."""
+
+LIKE = 0.1
+"""Share of pairs that the load may have cut beyond those of the texts that rankings were compared
+on: what is not cut there proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaxLengthCheck:
+    """A shorter length and what it costs.
+
+    Attributes:
+        max_length: tokens a pair may have.
+        precision: that it was measured in.
+        tau: Kendall's tau-b with fp32 at full length.
+        overlap: share of the top ten that is the same.
+        ndcg_loss: nDCG@10 lost; None without judgements.
+        cut: share of the texts' pairs that it cuts.
+        load_cut: share of the load's.
+        passed: whether it ranks as fp32 at full length does.
+        reason: why it cannot be chosen; None where it can.
+    """
+
+    max_length: int
+    precision: str
+    tau: float
+    overlap: float
+    ndcg_loss: float | None
+    cut: float
+    load_cut: float
+    passed: bool
+    reason: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer's entry."""
+        return asdict(self)
+
+
+def shorter(
+    trial: PrecisionCheck,
+    precision: str,
+    keep_bf16: Sequence[str],
+    requests: Sequence[Arrival],
+    told: Callable[[str], None],
+) -> list[MaxLengthCheck]:
+    """Measure each length that cuts anything of the load.
+
+    Args:
+        trial: with the full length in its options.
+        precision: of the shorter ones; the reference is fp32.
+        keep_bf16: layers that int8 leaves in bf16.
+        requests: of the load.
+        told: called with what is being done.
+    """
+    load = [length for request in requests for length in request.lengths]
+    lengths = [most for most in LENGTHS if most < max(load, default=0)]
+    if not lengths:
+        return []
+    told("scoring with fp32 at full length")
+    reference, _ = trial.score("fp32")
+    texts = _lengths(trial, precision, keep_bf16)
+    found = []
+    for most in lengths:
+        told(f"comparing {precision} at {most} tokens")
+        cut = replace(trial, options=replace(trial.options, max_length=most))
+        logits, _ = cut.score(precision, keep_bf16)
+        verdict = agreement(reference, logits, [topic.grades for topic in trial.topics])
+        shares = [sum(n > most for n in some) / max(1, len(some)) for some in (texts, load)]
+        found.append(
+            MaxLengthCheck(
+                most,
+                precision,
+                verdict.tau,
+                verdict.overlap,
+                verdict.ndcg_loss,
+                shares[0],
+                shares[1],
+                verdict.passed,
+                _reason(most, shares, passed=verdict.passed),
+            )
+        )
+    return found
+
+
+def _lengths(trial: PrecisionCheck, precision: str, keep_bf16: Sequence[str]) -> list[int]:
+    scorer = trial.open(precision, keep_bf16)
+    try:
+        return [int(length) for length in trial.encode(scorer.facts).lengths]
+    finally:
+        scorer.close()
+
+
+def _reason(most: int, shares: Sequence[float], *, passed: bool) -> str | None:
+    if not passed:
+        return f"{most} tokens do not rank as fp32 at full length does"
+    if shares[1] > shares[0] + LIKE:
+        return (
+            f"{most} tokens cut {shares[1]:.0%} of the load and {shares[0]:.0%} of the texts, so "
+            "the agreement proves nothing: give longer ones with --data"
+        )
+    return None

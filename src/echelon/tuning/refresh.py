@@ -21,11 +21,11 @@ from echelon.profile import apply_profile, current_key
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.calibrate import Stuff, models_of
-from echelon.tune.fit import MOST_MEDIAN, CostFit, Error
-from echelon.tune.hardware import meter_of
-from echelon.tune.probes import Range, measure
-from echelon.tuner import probe, tune
+from echelon.tuning.calibration import StepFactory, models_of
+from echelon.tuning.fit import MOST_MEDIAN, CostFit, FitError
+from echelon.tuning.machine import meter_of
+from echelon.tuning.probes import LengthRange, measure
+from echelon.tuning.tuner import probe, tune
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.tune.calibrate import Calibration, Probed
-    from echelon.tuner import Plan
+    from echelon.tuning.calibration import Calibration, ProbeResult
+    from echelon.tuning.tuner import Plan
     from echelon.types import Clock
 
 OLD_DAYS = 30
@@ -70,7 +70,7 @@ class _Model:
     trial: PrecisionCheck
     scorer: Scorer
     texts: Texts
-    stuff: Stuff
+    stuff: StepFactory
     clock: Clock
 
     def fits(self, tokens: int) -> bool:
@@ -82,9 +82,9 @@ class _Model:
             return False
         return True
 
-    def error(self, fit: CostFit, tokens: int, limit_s: float) -> Error:
+    def error(self, fit: CostFit, tokens: int, limit_s: float) -> FitError:
         """How far a cost model is off now, on a few shapes."""
-        shapes = Range(self.stuff.longest, tokens, fit.paid).mixed(SPOTS, seed=3)
+        shapes = LengthRange(self.stuff.longest, tokens, fit.paid).mixed(SPOTS, seed=3)
         meter = meter_of(self.scorer.facts.device)
 
         def run(shape: tuple[int, ...]) -> None:
@@ -92,7 +92,7 @@ class _Model:
 
         seen = measure(list(dict.fromkeys(shapes)), run, meter, self.clock, limit_s)
         predicted = [fit.coefficients.seconds(work_of(spot.lengths, fit.paid)) for spot in seen]
-        return Error.of(predicted, [spot.median_s for spot in seen])
+        return FitError.of(predicted, [spot.median_s for spot in seen])
 
 
 def refresh(
@@ -107,12 +107,12 @@ def refresh(
     """Bring a profile up to date.
 
     Args:
-        model: as for :func:`echelon.tuner.tune`.
+        model: as for :func:`echelon.tuning.tuner.tune`.
         options: what the user asks for; the profile's choices fill what is open.
         plan: texts and times; sizes are the profile's own.
         old: the profile.
         clock: seconds.
-        told: as for :func:`echelon.tuner.tune`.
+        told: as for :func:`echelon.tuning.tuner.tune`.
     """
     plan = _sizes_of(old, plan)
     folder = resolve(model, revision=options.revision, progress=options.progress)
@@ -127,7 +127,7 @@ def refresh(
         if not different:
             specials = encoder.template.specials
             longest = check_max_length(trial.options.max_length, scorer.facts.max_tokens, specials)
-            opened = _Model(trial, scorer, texts, Stuff(encoder, texts, longest), clock)
+            opened = _Model(trial, scorer, texts, StepFactory(encoder, texts, longest), clock)
             fresh, drifted, probed = _renew(opened, old, plan, told)
     finally:
         scorer.close()
@@ -146,7 +146,7 @@ def refresh(
 
 def _renew(
     opened: _Model, old: Profile, plan: Plan, told: Callable[[str, float], None]
-) -> tuple[Refreshed, bool, Probed | None]:
+) -> tuple[Refreshed, bool, ProbeResult | None]:
     """A profile whose key holds, and what is still missing.
 
     Returns:

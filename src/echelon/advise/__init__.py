@@ -1,1 +1,0 @@
-"""``echelon tune --scenario``: predict, choose, prove, and say how far the two were apart."""

@@ -1,1 +1,0 @@
-"""Finding the best settings: measure the machine, choose, remember."""
