@@ -29,8 +29,8 @@ from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
-from echelon.tune.card import TITLES, card
-from echelon.tune.words import step
+from echelon.reports.summary import TITLES, card
+from echelon.reports.wording import step
 from echelon.tuning.scenario_model import look
 from static_baselines import Contest, beside_static
 from static_words import in_words

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from echelon.tune.card import value
-from echelon.tune.words import SPACE, UNKNOWN, percent, step
+from echelon.reports.summary import value
+from echelon.reports.wording import SPACE, UNKNOWN, percent, step
 from static_standing import WITHIN
 
 Entry = dict[str, Any]

@@ -4,7 +4,7 @@ import copy
 from dataclasses import replace
 
 from echelon.reports.compare import compare
-from echelon.reports.side import Side
+from echelon.reports.profile_view import ProfileView
 from echelon.scheduling.cost_model import Coefficients, MemoryModel
 from echelon.tuning.fit import CostFit, FitError, MemoryFit
 from report_pages import RESULTS, make_profile
@@ -33,7 +33,7 @@ def profile_of(factor=1.0, *, results=RESULTS, key=None, **changes):
 
 
 def sides(a, b):
-    return Side.of(a, "a.json"), Side.of(b, "b.json")
+    return ProfileView.of(a, "a.json"), ProfileView.of(b, "b.json")
 
 
 def compared(a, b):

@@ -5,8 +5,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from echelon.profile import Profile, ProfileKey, TunedSettings
+from echelon.reports import tuning_report
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune import report
 from echelon.tuning.choose import best_batches, best_budget, situations
 from echelon.tuning.sweep import MeasuredPoint, SweepPoint
 
@@ -147,11 +147,11 @@ class Page(HTMLParser):
 def leave_plotly_out(request, monkeypatch):
     """A fixture's body: leave the megabytes of plotly.js out where they are not what is tested."""
     if "real_plotly" not in request.fixturenames:
-        monkeypatch.setattr("echelon.tune.page._plotly_js", lambda: "/* plotly */")
+        monkeypatch.setattr("echelon.reports.html._plotly_js", lambda: "/* plotly */")
 
 
 def read(profile):
-    return Page(report.render(profile))
+    return Page(tuning_report.render(profile))
 
 
 def number_rows(page):

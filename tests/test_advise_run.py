@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 
-from echelon.advise.table import print_scenario
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
+from echelon.reports.summary import print_scenario
 from echelon.tuning import advisor, scenario, simulated_load
 from echelon.tuning.advisor import advise
 from echelon.tuning.goal import ScenarioGoal

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.profile import TunedSettings
-from echelon.reports import grids
-from echelon.reports.ratio import Known, Ratio
+from echelon.reports import comparison_tables
+from echelon.reports.ratio import KnownValue, Ratio
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tuning.choose import TIE
 from profile_pairs import compared, profile_of, ratios
@@ -24,8 +24,8 @@ SHARES = st.floats(0.2, 1.0)
 def known(draw):
     value = draw(numbers)
     if draw(st.booleans()):
-        return Known(value)
-    return Known(value, value * draw(SHARES), value / draw(SHARES))
+        return KnownValue(value)
+    return KnownValue(value, value * draw(SHARES), value / draw(SHARES))
 
 
 # Ratios.
@@ -64,7 +64,7 @@ def test_an_interval_is_no_wider_than_both_together_and_no_narrower_than_one(a, 
 
 def test_ends_of_equal_relative_width_add_up_as_squares():
     wide = math.exp(0.1)
-    number = Known(1.0, 1 / wide, wide)
+    number = KnownValue(1.0, 1 / wide, wide)
     found = Ratio.of(number, replace(number))
     assert math.log(found.high) == pytest.approx(0.1 * math.sqrt(2))
     assert math.log(found.low) == pytest.approx(-0.1 * math.sqrt(2))
@@ -216,7 +216,12 @@ def test_profiles_without_models_have_none():
     assert found["cost"]["steps"][0]["a_s"] > 0
     bare = replace(profile_of(), cost=None, memory=None, precisions=[])
     found = compared(bare, bare)
-    assert grids.cost(found).rows == grids.memory(found).rows == grids.precisions(found).rows == []
+    assert (
+        comparison_tables.cost(found).rows
+        == comparison_tables.memory(found).rows
+        == comparison_tables.precisions(found).rows
+        == []
+    )
 
 
 # In words.
@@ -263,7 +268,7 @@ def test_a_budget_without_end_is_no_number():
 
 def test_what_differs_is_marked():
     found = compared(profile_of(), profile_of(key={"versions": {"torch": "9", "numpy": "2"}}))
-    grid = grids.keys(found)
+    grid = comparison_tables.keys(found)
     marked = {grid.rows[index][0]: grid.rows[index][1:] for index in grid.marked}
     assert marked == {"torch": ["2.13.0", "9"], "numpy": ["–", "2"]}
 
@@ -281,7 +286,13 @@ def test_warnings_and_learned_budgets_are_told_of_their_side():
 
 def test_every_cell_of_a_table_has_a_column():
     found = compared(profile_of(), profile_of(0.5))
-    for make in (grids.keys, grids.settings, grids.best, grids.precisions, grids.cost):
+    for make in (
+        comparison_tables.keys,
+        comparison_tables.settings,
+        comparison_tables.best,
+        comparison_tables.precisions,
+        comparison_tables.cost,
+    ):
         assert {len(row) for row in make(found).rows} == {len(make(found).columns)}
-    for make in (grids.memory, grids.points):
+    for make in (comparison_tables.memory, comparison_tables.points):
         assert {len(row) for row in make(found).rows} == {len(make(found).columns)}

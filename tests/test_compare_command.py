@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from echelon.reports import page
+from echelon.reports import comparison_page, tuning_report
 from echelon.reports.command import report as group
-from echelon.tune import report
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import RESULTS, Page, leave_plotly_out
@@ -103,7 +102,7 @@ def test_markup_in_names_is_shown_at_the_terminal(call):
 def test_show_writes_the_report_that_tuning_wrote(call):
     code, out, err = call("show", "a.json", "-o", "r.html")
     assert (code, out, err) == (0, "", "Page: r.html\n")
-    expected = report.render(profile_of(), profile_path="a.json")
+    expected = tuning_report.render(profile_of(), profile_path="a.json")
     assert Path("r.html").read_text(encoding="utf-8") == expected
     assert call("show", "a.json", "--quiet") == (0, "", "")
     assert Path("echelon-report.html").read_text(encoding="utf-8") == expected
@@ -199,7 +198,7 @@ def test_help_loads_nothing_heavy():
 
 
 def html_of(a, b):
-    return page.render(*sides(a, b), compared(a, b))
+    return comparison_page.render(*sides(a, b), compared(a, b))
 
 
 def test_the_page_holds_every_table_and_both_lines():
@@ -253,7 +252,7 @@ def test_profiles_without_points_have_a_page_all_the_same():
 def test_chromium_draws_it_on_phone_and_desktop(tmp_path, real_plotly, screen, scheme):
     path = tmp_path / "ab.html"
     a, b = profile_of(), profile_of(0.5, key={"device_name": "a processor " * 9})
-    page.write_page(*sides(a, b), compared(a, b), path)
+    comparison_page.write_page(*sides(a, b), compared(a, b), path)
     with chromium() as browser:
         size = dict(zip(("width", "height"), screen, strict=True))
         tab = browser.new_page(viewport=size, color_scheme=scheme)

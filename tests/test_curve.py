@@ -7,11 +7,11 @@ from itertools import islice
 import pytest
 
 from echelon.plan.workload import Between, Poisson, Workload
+from echelon.reports.scenario_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulate.capacity import Traffic
 from echelon.simulate.exact import simulate
 from echelon.simulate.setting import Setting
-from echelon.tune.curve_plots import curve_chart
 from echelon.tuning import simulated_load
 from echelon.tuning.scenario import Candidate, ScenarioLimits
 from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of, sustains

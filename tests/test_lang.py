@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from echelon.errors import InvalidInput
-from echelon.reports import page as comparison
+from echelon.reports import comparison_page as comparison
+from echelon.reports import tuning_report
 from echelon.reports.command import report as group
-from echelon.tune import report
-from echelon.tune.lang import kept, speaking, told, tr
+from echelon.reports.html import kept, speaking, told, tr
 from echelon.tuning.fit import REMEDY, FitError
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
@@ -228,7 +228,7 @@ CHOSEN = replace(rich().settings, token_budget=777)
     ],
 )
 def test_no_english_is_left_on_a_chinese_report(changes):
-    page = report.render(rich(**changes), lang="zh", profile_path="配置")
+    page = tuning_report.render(rich(**changes), lang="zh", profile_path="配置")
     assert english(page) == []
     assert '<html lang="zh-CN">' in page
 
@@ -244,9 +244,9 @@ def test_no_english_is_left_on_a_chinese_comparison(changes):
 
 
 def test_english_is_the_default_and_comes_back():
-    before = report.render(rich())
-    report.render(rich(), lang="zh")
-    assert report.render(rich()) == before
+    before = tuning_report.render(rich())
+    tuning_report.render(rich(), lang="zh")
+    assert tuning_report.render(rich()) == before
     assert '<html lang="en">' in before
     assert not re.search(
         "[一-鿿]", re.sub("型号|机器|显存|机|系|卡|库|层|一", "", before.split("</style>")[1])
@@ -258,7 +258,7 @@ def test_english_is_the_default_and_comes_back():
 
 def test_a_wrong_language_is_refused_by_name():
     with pytest.raises(InvalidInput, match=r"'fr' is no language of pages\. Give en or zh"):
-        report.render(rich(), lang="fr")
+        tuning_report.render(rich(), lang="fr")
 
 
 def test_commands_write_chinese_pages(capsys, monkeypatch, tmp_path):

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from echelon.advise.table import print_scenario
 from echelon.profile import Profile
-from echelon.tune.card import card, change, command
+from echelon.reports.summary import card, change, command, print_scenario
 from report_pages import leave_plotly_out, make_profile, read
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)

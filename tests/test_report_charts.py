@@ -6,15 +6,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from echelon.tune import plots, words
-from echelon.tune.agreement_plot import agreement_charts
+from echelon.reports import plots, wording
+from echelon.reports.scenario_charts import agreement_charts
 from report_pages import RESULTS, entry, leave_plotly_out, make_profile, number_rows, read, traces
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
 
 def expected_line(profile, unit, pairs):
-    return [e for e in profile.points if words.measured(e) and e["pairs"] == pairs and e[unit]]
+    return [e for e in profile.points if wording.measured(e) and e["pairs"] == pairs and e[unit]]
 
 
 def check_line(trace, found, value, ends):
@@ -42,7 +42,7 @@ def rate_ends(point):
 def check_charts(profile, figures):
     """Every line of every chart holds the profile's numbers, no more and no fewer."""
     for unit in ("batch_size", "token_budget"):
-        counts = sorted({e["pairs"] for e in profile.points if e[unit] and words.measured(e)})
+        counts = sorted({e["pairs"] for e in profile.points if e[unit] and wording.measured(e)})
         for name, value, ends in (
             ("latency", lambda e: e["latency_s"]["median"], latency_ends),
             ("throughput", lambda e: e["pairs_per_s"], rate_ends),
@@ -51,7 +51,7 @@ def check_charts(profile, figures):
                 assert f"{name}-{unit}" not in figures
                 continue
             lines = traces(figures[f"{name}-{unit}"], "measured")
-            assert [line["name"] for line in lines] == [words.pairs(n) for n in counts]
+            assert [line["name"] for line in lines] == [wording.pairs(n) for n in counts]
             for line, pairs in zip(lines, counts, strict=True):
                 found = sorted(expected_line(profile, unit, pairs), key=lambda e: e[unit])
                 assert line["x"] == [e[unit] for e in found]
@@ -182,8 +182,8 @@ def test_any_profile_is_reported_whole(results, model, warnings):
     page = read(profile)
     check_charts(profile, page.figures)
     rows = number_rows(page) if profile.points else []
-    medians = [e["latency_s"]["median"] for e in profile.points if words.measured(e)]
+    medians = [e["latency_s"]["median"] for e in profile.points if wording.measured(e)]
     shown = [row["Median (P50)"] for row in rows if "n" in row]
-    assert shown == [words.duration(median) for median in medians]
+    assert shown == [wording.duration(median) for median in medians]
     assert len(rows) == len(profile.points)
     assert len(page.table("Situation")) == 4

@@ -8,8 +8,8 @@ import pytest
 
 from echelon.errors import StorageError
 from echelon.profile import TunedSettings
+from echelon.reports import tuning_report, wording
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune import report, words
 from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, number_rows, read
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
@@ -34,7 +34,7 @@ def test_sections_come_in_order():
 
 
 def test_nothing_is_loaded_from_outside(real_plotly):
-    html = report.render(make_profile())
+    html = tuning_report.render(make_profile())
     page = Page(html)
     names = {name for name, _ in page.tags}
     assert not names & {"link", "img", "iframe", "object", "embed", "base", "audio", "video"}
@@ -51,8 +51,8 @@ def test_nothing_is_loaded_from_outside(real_plotly):
 def test_page_is_written_whole_and_equals_render(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old", encoding="utf-8")
-    report.write_report(make_profile(), path)
-    assert path.read_text(encoding="utf-8") == report.render(make_profile())
+    tuning_report.write_report(make_profile(), path)
+    assert path.read_text(encoding="utf-8") == tuning_report.render(make_profile())
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -65,18 +65,18 @@ def test_failure_to_write_keeps_the_old_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
-        report.write_report(make_profile(), path)
+        tuning_report.write_report(make_profile(), path)
     assert [p.read_text(encoding="utf-8") for p in tmp_path.iterdir()] == ["old"]
 
 
 def test_missing_folder_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot be written"):
-        report.write_report(make_profile(), tmp_path / "nowhere" / "report.html")
+        tuning_report.write_report(make_profile(), tmp_path / "nowhere" / "report.html")
 
 
 def test_light_modules_stay_light():
     code = (
-        "import sys, echelon, echelon.cli, echelon.tune.report\n"
+        "import sys, echelon, echelon.cli, echelon.reports.tuning_report\n"
         "heavy = {'plotly', 'jinja2', 'torch', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -84,7 +84,7 @@ def test_light_modules_stay_light():
 
 
 def test_another_profile_file_is_named_in_the_examples():
-    html = report.render(make_profile(), profile_path="out/mine.json")
+    html = tuning_report.render(make_profile(), profile_path="out/mine.json")
     assert "echelon-profile.json" not in html
     assert "out/mine.json" in html
 
@@ -123,7 +123,7 @@ def test_hostile_texts_are_shown_and_not_obeyed():
 def test_a_name_that_is_no_utf8_can_still_be_written(tmp_path):
     profile = make_profile()
     odd = replace(profile, key=replace(profile.key, model="model-\udcff"))
-    report.write_report(odd, tmp_path / "report.html")
+    tuning_report.write_report(odd, tmp_path / "report.html")
     assert "model-?" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -136,11 +136,11 @@ def test_every_measured_median_is_in_the_table():
     assert len(rows) == len(profile.points)
     for point, row in zip(profile.points, rows, strict=True):
         assert row["Pairs"] == str(point["pairs"])
-        assert row["Step"] == words.step_of(point).removesuffix(" a step")
-        if words.measured(point):
-            assert row["Median (P50)"] == words.duration(point["latency_s"]["median"])
+        assert row["Step"] == wording.step_of(point).removesuffix(" a step")
+        if wording.measured(point):
+            assert row["Median (P50)"] == wording.duration(point["latency_s"]["median"])
             assert row["n"] == str(point["samples"])
-            assert row["Pairs/s"] == words.number(point["pairs_per_s"])
+            assert row["Pairs/s"] == wording.number(point["pairs_per_s"])
 
 
 def test_sizes_without_a_number_say_why():
@@ -173,7 +173,7 @@ def test_advice_is_for_four_situations_in_words_to_type():
         "--model some/model --profile echelon-profile.json --token-budget 1024"
         in rows[3]["Setting, and what to type"]
     )
-    assert api["Peak memory"] == words.size(2**29)
+    assert api["Peak memory"] == wording.size(2**29)
 
 
 def test_a_situation_without_points_names_the_remedy():
@@ -193,7 +193,7 @@ def test_precisions_show_what_failed():
     rows = {row["Precision"].split()[0]: row for row in read(make_profile()).table("Kendall τ")}
     assert rows["bf16"]["Passed"] == "✓ yes"
     assert rows["fp16"]["Passed"] == "✗ no"
-    assert rows["fp16"]["nDCG@10 loss"] == words.UNKNOWN
+    assert rows["fp16"]["nDCG@10 loss"] == wording.UNKNOWN
     assert rows["bf16"]["nDCG@10 loss"] == "−0.0013"
 
 

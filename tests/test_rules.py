@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from echelon.tune.entries import knee
-from echelon.tune.rules import rules
+from echelon.reports.profile_view import knee
+from echelon.reports.rules_of_thumb import rules
 from report_pages import PRECISIONS, entry, make_profile
 from test_report_card import PREDICTED
 from test_report_card import entry as scenario

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from echelon.tune import page
+from echelon.reports import html
 from helpers import run_command
 from stand_in_reranker import good, in_a_thread
 
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[1] / "docs/STRESS.md"
 @pytest.fixture
 def call(capsys, monkeypatch):
     """``echelon stress`` in this process: (exit code, output, error output)."""
-    monkeypatch.setattr(page, "_plotly_js", lambda: "/* plotly */")
+    monkeypatch.setattr(html, "_plotly_js", lambda: "/* plotly */")
     # Server and generator share this process and a busy machine, which is not what is tested.
     monkeypatch.setattr("echelon.stress.watch.BUSY_SHARE", 100.0)
     monkeypatch.setattr("echelon.stress.watch.LATE_S", 100.0)
@@ -140,7 +140,7 @@ def test_the_page_of_a_search_has_the_curve_of_load(call, tmp_path):
 
 
 def test_the_real_charts_need_no_network():
-    assert len(page._plotly_js()) > 1e6
+    assert len(html._plotly_js()) > 1e6
 
 
 def test_ctrl_c_prints_what_was_measured(call):

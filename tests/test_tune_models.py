@@ -10,8 +10,8 @@ from itertools import count
 import pytest
 
 from echelon.profile import Profile, ProfileKey, TunedSettings
+from echelon.reports.model_charts import model_charts
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
-from echelon.tune.model_plots import model_charts
 from echelon.tuning.calibration import fitted
 from echelon.tuning.fit import CostFit, Probe
 from echelon.tuning.probes import LengthRange, choose

@@ -139,7 +139,7 @@ def rank(  # noqa: PLR0913 - one argument each option
     if as_json:
         _print_json(asdict(ranking))
         return
-    from echelon.tables import print_ranking
+    from echelon.reports.tables import print_ranking
 
     print_ranking(ranking)
 
@@ -256,12 +256,12 @@ def tune(  # noqa: PLR0913 - one argument each option
     if as_json:
         _print_json(found.as_dict())
     elif not quiet:
-        from echelon.advise.table import print_scenario
-        from echelon.tables import print_profile
+        from echelon.reports.summary import print_scenario
+        from echelon.reports.tables import print_profile
 
         print_profile(found)
         print_scenario(found)
-    from echelon.tune.report import write_report
+    from echelon.reports.tuning_report import write_report
 
     found.save(target)
     write_report(found, Path(report), profile_path=profile, lang=lang)
@@ -331,7 +331,7 @@ def doctor(*, as_json: bool) -> None:
     if as_json:
         _print_json(findings)
         return
-    from echelon.tables import print_findings
+    from echelon.reports.tables import print_findings
 
     print_findings(findings)
 

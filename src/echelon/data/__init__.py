@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.tune.lang import kept
+from echelon.reports.html import kept
 
 if TYPE_CHECKING:
     import os

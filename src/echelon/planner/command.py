@@ -60,7 +60,7 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
         return
-    from echelon.planner.table import print_plan
+    from echelon.reports.tables import print_plan
 
     print_plan(found)
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from echelon.errors import InvalidInput
 from echelon.plan.workload import Fixed
+from echelon.reports.wording import duration, size
 from echelon.simulate.capacity import CELLS, Capacity, Traffic
 from echelon.simulate.ladder import RUNGS, meets
-from echelon.tune.words import duration, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,8 +27,8 @@ def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
     """Write the report of PROFILE again, as one HTML page."""
     _spare(output, profile)
     from echelon.profile import Profile
-    from echelon.reports.side import DAMAGED, damaged
-    from echelon.tune.report import write_report
+    from echelon.reports.profile_view import DAMAGED, damaged
+    from echelon.reports.tuning_report import write_report
 
     found = Profile.load(profile)
     try:
@@ -54,18 +54,18 @@ def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, l
     if output is not None:
         _spare(output, a, b)
     from echelon.reports.compare import compare as compare_sides
-    from echelon.reports.side import Side
+    from echelon.reports.profile_view import ProfileView
 
-    sides = Side.load(a), Side.load(b)
+    sides = ProfileView.load(a), ProfileView.load(b)
     found = compare_sides(*sides)
     if output is not None:
-        from echelon.reports.page import write_page
+        from echelon.reports.comparison_page import write_page
 
         write_page(*sides, found, output, lang=lang)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     elif not quiet:
-        from echelon.reports.table import print_comparison
+        from echelon.reports.comparison_tables import print_comparison
 
         print_comparison(found)
     if output is not None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from echelon.reports.ratio import Known, Ratio
-from echelon.reports.say import notes, verdict
+from echelon.reports.html import mark
+from echelon.reports.ratio import KnownValue, Ratio, notes, verdict
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.lang import mark
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from echelon.reports.side import Number, Side
+    from echelon.reports.profile_view import Number, ProfileView
     from echelon.tuning.fit import CostFit, MemoryFit
 
 Row = dict[str, Any]
@@ -31,7 +30,7 @@ MACHINE = ("cpu", "usable_cpus", "memory_bytes", "system", "python")
 LENGTHS = ("mean", "max")
 
 
-def compare(a: Side, b: Side) -> Row:
+def compare(a: ProfileView, b: ProfileView) -> Row:
     """Compare two profiles.
 
     A ratio is always B over A. Times of other models or of other texts are shown side by side,
@@ -63,13 +62,13 @@ def compare(a: Side, b: Side) -> Row:
 # What is compared with what.
 
 
-def _same_model(a: Side, b: Side) -> bool:
+def _same_model(a: ProfileView, b: ProfileView) -> bool:
     """The same name, or the same files under another one."""
     one, other = a.profile.key, b.profile.key
     return one.model == other.model or one.revision == other.revision
 
 
-def _same_texts(a: Side, b: Side) -> bool:
+def _same_texts(a: ProfileView, b: ProfileView) -> bool:
     """Whether calls of as many pairs hold as many tokens.
 
     A file's name does not tell, it differs between machines; it must where no call is shared.
@@ -81,19 +80,19 @@ def _same_texts(a: Side, b: Side) -> bool:
     return _texts(a) == _texts(b)
 
 
-def _texts(side: Side) -> tuple[Any, Any, Any]:
+def _texts(side: ProfileView) -> tuple[Any, Any, Any]:
     data, settings = side.profile.data, side.profile.settings
     return data.get("name"), data.get("pairs"), settings.max_length
 
 
-def _obstacles(a: Side, b: Side) -> list[str]:
+def _obstacles(a: ProfileView, b: ProfileView) -> list[str]:
     found = [] if _same_model(a, b) else [mark("the models differ")]
     if not _same_texts(a, b):
         found.append(mark("the texts that were scored differ"))
     return found
 
 
-def _about(side: Side) -> Row:
+def _about(side: ProfileView) -> Row:
     profile = side.profile
     return {
         "file": side.file,
@@ -104,12 +103,12 @@ def _about(side: Side) -> Row:
     }
 
 
-def _keys(a: Side, b: Side) -> list[Row]:
+def _keys(a: ProfileView, b: ProfileView) -> list[Row]:
     one, other = _key_values(a), _key_values(b)
     return [_values(name, one.get(name), other.get(name)) for name in {**one, **other}]
 
 
-def _key_values(side: Side) -> Row:
+def _key_values(side: ProfileView) -> Row:
     profile, key = side.profile, side.profile.key
     found = {
         n: getattr(key, n) for n in ("model", "revision", "device", "device_name", "precision")
@@ -121,12 +120,12 @@ def _key_values(side: Side) -> Row:
     return found | {f"data.tokens.{name}": lengths.get(name) for name in LENGTHS}
 
 
-def _settings(a: Side, b: Side) -> list[Row]:
+def _settings(a: ProfileView, b: ProfileView) -> list[Row]:
     one, other = _setting_values(a), _setting_values(b)
     return [_values(name, one[name], other[name]) for name in one]
 
 
-def _setting_values(side: Side) -> Row:
+def _setting_values(side: ProfileView) -> Row:
     found = asdict(side.profile.settings)
     if found["token_budget"] == NO_BUDGET:
         found["token_budget"] = None
@@ -140,7 +139,7 @@ def _values(name: str, a: Any, b: Any) -> Row:
 # Ratios.
 
 
-def _ratio(a: Known | None, b: Known | None) -> Ratio | None:
+def _ratio(a: KnownValue | None, b: KnownValue | None) -> Ratio | None:
     return None if a is None or b is None else Ratio.of(a, b)
 
 
@@ -148,8 +147,8 @@ def _plain(ratio: Ratio | None) -> Row | None:
     return None if ratio is None else ratio.as_dict()
 
 
-def _known(value: float | None) -> Known | None:
-    return Known(value) if value else None
+def _known(value: float | None) -> KnownValue | None:
+    return KnownValue(value) if value else None
 
 
 def _plain_ratio(a: float | None, b: float | None) -> Row | None:
@@ -181,7 +180,7 @@ def _number(a: Number | None, b: Number | None, *, times: bool) -> Row:
     }
 
 
-def _precisions(a: Side, b: Side, *, times: bool) -> list[Row]:
+def _precisions(a: ProfileView, b: ProfileView, *, times: bool) -> list[Row]:
     rows = []
     for name in {**a.precisions, **b.precisions}:
         one, other = a.precisions.get(name), b.precisions.get(name)
@@ -193,7 +192,7 @@ def _precisions(a: Side, b: Side, *, times: bool) -> list[Row]:
 # The models: they hold for texts of any length, so only the reranker must be the same.
 
 
-def _cost(a: Side, b: Side) -> Row:
+def _cost(a: ProfileView, b: ProfileView) -> Row:
     prices = [_cost_values(side.cost) for side in (a, b)]
     rows = [_step(a, b, pairs, tokens) for pairs, tokens in STEPS]
     return {"a": prices[0], "b": prices[1], "steps": rows if a.cost or b.cost else []}
@@ -206,7 +205,7 @@ def _cost_values(fit: CostFit | None) -> Row | None:
     return asdict(fit.coefficients) | {"paid": fit.paid} | error | {"spread": fit.spread}
 
 
-def _step(a: Side, b: Side, pairs: int, tokens: int) -> Row:
+def _step(a: ProfileView, b: ProfileView, pairs: int, tokens: int) -> Row:
     one, other = (_seconds(side.cost, pairs, tokens) for side in (a, b))
     ratio = _plain_ratio(one, other) if _same_model(a, b) else None
     return {"pairs": pairs, "tokens": tokens, "a_s": one, "b_s": other, "time": ratio}
@@ -218,7 +217,7 @@ def _seconds(fit: CostFit | None, pairs: int, tokens: int) -> float | None:
     return float(fit.coefficients.seconds(work_of([tokens] * pairs, fit.paid)))
 
 
-def _memory(a: Side, b: Side) -> Row:
+def _memory(a: ProfileView, b: ProfileView) -> Row:
     """Of processes or of cards; one is not compared with the other."""
     ratios = _same_model(a, b) and a.kind == b.kind
     rows = []

@@ -1,12 +1,21 @@
-"""How two measurements compare: their ratio, how sure it is, and what that means. Pure."""
+"""How two measurements compare: their ratio, how sure it is, and what that means. Pure.
+
+A comparison in words. Pure.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from echelon.reports import wording
+from echelon.reports.html import mark, told, tr
 from echelon.tuning.choose import TIE
+from echelon.tuning.sweep import CONFIDENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Judgement = Literal["tie", "beyond", "within", "unknown"]
 
@@ -15,7 +24,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownValue:
     """A measured number above 0, and the ends of its interval; None where it has none."""
 
     value: float
@@ -38,7 +47,7 @@ class Ratio:
     high: float | None = None
 
     @classmethod
-    def of(cls, a: Known, b: Known) -> Ratio:
+    def of(cls, a: KnownValue, b: KnownValue) -> Ratio:
         """Divide.
 
         The interval takes, on the logarithmic scale, the distances of both numbers to their own
@@ -76,3 +85,143 @@ class Ratio:
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self) | {"judgement": self.judgement}
+
+
+SentenceRow = dict[str, Any]
+
+JUDGEMENTS = {
+    "tie": mark("a tie"),
+    "beyond": mark("beyond the spread"),
+    "within": mark("within the spread"),
+    "unknown": mark("no interval"),
+}
+
+
+def factor(ratio: SentenceRow | None, *, timed: bool = True) -> str:
+    """A ratio with its interval and what it means.
+
+    Args:
+        ratio: of two numbers; None where there is none.
+        timed: whether the numbers could have had an interval.
+    """
+    if ratio is None:
+        return wording.UNKNOWN
+    if ratio["judgement"] == "unknown" and not timed:
+        return times(ratio)
+    meaning = tr(JUDGEMENTS[ratio["judgement"]])
+    return tr("{value} ({certainty})", value=times(ratio), certainty=meaning)
+
+
+def times(ratio: SentenceRow) -> str:
+    """A ratio with its interval where it has one."""
+    shown = f"{wording.number(ratio['value'])}×"
+    if ratio["low"] is None:
+        return shown
+    low, high = wording.number(ratio["low"]), wording.number(ratio["high"])
+    return tr("{value}, {low}–{high}", value=shown, low=low, high=high)
+
+
+def verdict(found: SentenceRow) -> str:
+    """Which is faster, by how much, and whether that is more than the spread."""
+    best = tr("each with its best batch")
+    if not found["comparable"]["times"]:
+        why = tr(" and ").join(map(tr, found["comparable"]["obstacles"]))
+        return tr(
+            "Not to be compared in speed: {why}. Both are shown side by side, without ratios of "
+            "times.",
+            why=why,
+        )
+    for rows, how in ((found["chosen"], tr("each with its chosen setting")), (found["best"], best)):
+        shared = [row for row in rows if row["latency"]]
+        if shared:
+            return _faster(shared[-1], how)
+    return tr(
+        "Not to be compared in speed: no number of pairs was measured with both. Run echelon tune "
+        "with the same --pairs on both."
+    )
+
+
+def _faster(row: SentenceRow, how: str) -> str:
+    """One sentence on the fastest way of each to rank as many pairs, one on its certainty."""
+    a, b = (wording.duration(row[side]["latency_s"]) for side in "ab")
+    ratio, what = row["throughput"], wording.pairs(row["pairs"])
+    if ratio["judgement"] == "tie":
+        return tr(
+            "A tie: {pairs} take {a} on A and {b} on B, {how}; medians within {tie} are a tie.",
+            pairs=what,
+            a=a,
+            b=b,
+            how=how,
+            tie=wording.percent(TIE),
+        )
+    first, quick, last, slow = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
+    if ratio["value"] < 1:
+        ratio = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse.as_dict()
+    faster = tr(
+        "{first} is {times} times as fast as {last}: {pairs} take {quick} on {first} and {slow} "
+        "on {last}, {how}.",
+        first=first,
+        last=last,
+        times=wording.number(ratio["value"]),
+        pairs=what,
+        quick=quick,
+        slow=slow,
+        how=how,
+    )
+    return f"{faster} {_certainty(ratio)}"
+
+
+def _certainty(ratio: SentenceRow) -> str:
+    if ratio["judgement"] == "unknown":
+        return tr("Too few runs to say whether that is more than the spread of the runs.")
+    low, high = wording.number(ratio["low"]), wording.number(ratio["high"])
+    ends = {"confidence": wording.percent(CONFIDENCE), "low": low, "high": high}
+    if ratio["judgement"] == "beyond":
+        return tr(
+            "The difference is beyond the spread of the runs ({confidence} interval {low} to "
+            "{high}).",
+            **ends,
+        )
+    return tr(
+        "The difference is within the spread of the runs ({confidence} interval {low} to {high}): "
+        "it may be none.",
+        **ends,
+    )
+
+
+def notes(found: SentenceRow) -> list[str]:
+    """What to know before trusting it."""
+    keys = {row["name"]: row for row in found["keys"]}
+    said = []
+    if found["comparable"]["model"]:
+        if keys["model"]["differs"]:
+            said.append(tr("The models have other names and the same files: they are one model."))
+        elif keys["revision"]["differs"]:
+            said.append(tr("The model has another revision on each side."))
+    if keys["precision"]["differs"]:
+        said.append(
+            tr(
+                "The chosen precisions differ, so part of a difference in speed is theirs; the "
+                "table of precisions compares like with like."
+            )
+        )
+    if len(set(found["memory"]["of"])) > 1:
+        said.append(tr("Memory of a process and of a GPU are not compared."))
+    for name in "ab":
+        said += _of_side(name.upper(), found[name])
+    return said
+
+
+def _of_side(name: str, side: Mapping[str, Any]) -> list[str]:
+    said = [tr("{what}: {found}", what=name, found=told(text)) for text in side["warnings"]]
+    learned = side["learned_token_budget"]
+    if learned is not None:
+        said.append(
+            tr(
+                "{side}: memory ran short after tuning, so its steps now hold at most {tokens} "
+                "tokens; the times are from before.",
+                side=name,
+                tokens=f"{learned:,}",
+            )
+        )
+    return said

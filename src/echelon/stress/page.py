@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.profile import write_text
+from echelon.reports import wording
+from echelon.reports.html import fill
 from echelon.stress.plots import charts
 from echelon.stress.result import name_of
 from echelon.stress.tables import probe_row, verdict
-from echelon.tune import words
-from echelon.tune.page import fill
 
 if TYPE_CHECKING:
     import os
@@ -58,30 +58,30 @@ def _by_rate(result: Result) -> list[Any]:
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
-    p99 = words.UNKNOWN if summary.p99_s is None else words.duration(summary.p99_s)
-    promised = "" if summary.goal is None else f"goal {words.duration(summary.goal.p99_s)}"
+    p99 = wording.UNKNOWN if summary.p99_s is None else wording.duration(summary.p99_s)
+    promised = "" if summary.goal is None else f"goal {wording.duration(summary.goal.p99_s)}"
     tiles = [
         ("P99", p99, promised),
         (
             "Answered",
-            f"{words.number(summary.answered_per_s)}/s",
-            f"{words.number(summary.offered_per_s)}/s offered",
+            f"{wording.number(summary.answered_per_s)}/s",
+            f"{wording.number(summary.offered_per_s)}/s offered",
         ),
-        ("Documents", f"{words.number(summary.documents_per_s)}/s", ""),
+        ("Documents", f"{wording.number(summary.documents_per_s)}/s", ""),
         (
             "Failed",
-            words.percent(summary.failure_share, 2),
+            wording.percent(summary.failure_share, 2),
             f"{summary.failures:,} of {summary.requests:,}",
         ),
     ]
     if summary.goodput_per_s is not None:
-        good = f"{words.number(summary.goodput_per_s)}/s"
+        good = f"{wording.number(summary.goodput_per_s)}/s"
         tiles.insert(2, ("Goodput", good, "answered within the goal"))
     return tiles
 
 
 def _latencies(summary: Summary) -> list[tuple[str, str]]:
-    return [(name_of(p), words.duration(s)) for p, s in summary.latency_s.items()]
+    return [(name_of(p), wording.duration(s)) for p, s in summary.latency_s.items()]
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
@@ -90,11 +90,11 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     rows = [
         ("dialect", told["dialect"]),
         ("mode", told["mode"]),
-        ("made", words.when(told["created"])),
+        ("made", wording.when(told["created"])),
     ]
     rows += [(name.replace("_", " "), str(value)) for name, value in shown.items()]
     if result.run is not None:
         summary = result.run.summary
-        rows.append(("sent late (P99)", words.duration(summary.send_lag_s)))
-        rows.append(("generator's CPU", words.percent(summary.health.cpu_share)))
+        rows.append(("sent late (P99)", wording.duration(summary.send_lag_s)))
+        rows.append(("generator's CPU", wording.percent(summary.health.cpu_share)))
     return rows

@@ -1,6 +1,6 @@
 """The page's charts as plain data, in the form that plotly.js draws. Pure.
 
-As in :mod:`echelon.tune.plots`, colours of text and grid belong to the page.
+As in :mod:`echelon.reports.plots`, colours of text and grid belong to the page.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from echelon.reports.plots import COLOURS, LINES, Chart
 from echelon.stress.result import over_time
 from echelon.stress.summary import latencies, percentiles
-from echelon.tune.plots import COLOURS, LINES, Chart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
+from echelon.reports.html import kept
 from echelon.stress.ledger import ANSWERED, KINDS
 from echelon.stress.watch import Health, doubts
-from echelon.tune.lang import kept
 
 if TYPE_CHECKING:
     from echelon.stress.drive import Outcome

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echelon.reports import wording
 from echelon.stress.result import name_of
-from echelon.tune import words
 
 if TYPE_CHECKING:
     from echelon.stress.result import Result
@@ -40,7 +40,7 @@ def print_result(result: Result) -> None:
 def verdict(result: Result) -> str:
     """The answer in one sentence."""
     goal, found = result.plan.goal, result.found
-    promised = "" if goal is None else f"P99 at most {words.duration(goal.p99_s)}"
+    promised = "" if goal is None else f"P99 at most {wording.duration(goal.p99_s)}"
     if found is not None:
         return _search_verdict(result, promised)
     summary = None if result.run is None else result.run.summary
@@ -48,11 +48,11 @@ def verdict(result: Result) -> str:
         if result.interrupted:
             return "Stopped before any answer that counts."
         return "Nothing was answered." if goal is None else "The goal was missed: no answer at all."
-    load = f"{words.number(summary.offered_per_s)} requests/s"
+    load = f"{wording.number(summary.offered_per_s)} requests/s"
     if result.plan.clients is not None:
         load = f"{result.plan.clients} clients"
-    p99 = f"P99 {words.duration(summary.p99_s)}"
-    failed = f"{words.percent(summary.failure_share, 2)} failed"
+    p99 = f"P99 {wording.duration(summary.p99_s)}"
+    failed = f"{wording.percent(summary.failure_share, 2)} failed"
     if goal is None:
         return f"{load}: {p99}, {failed}."
     how = "The goal held" if summary.held else "The goal was missed"
@@ -73,11 +73,11 @@ def _search_verdict(result: Result, promised: str) -> str:
         tried = min((p.rate for p in found.probes), default=None) if found else None
         if tried is None:
             return "No rate was tried."
-        return f"No rate held {promised}, not even {words.number(tried)} requests/s."
+        return f"No rate held {promised}, not even {wording.number(tried)} requests/s."
     best = found.best.run.summary
     return (
-        f"{words.number(found.rate)} requests/s held {promised}: P99 "
-        f"{words.duration(best.p99_s or 0.0)}, {words.number(best.documents_per_s)} documents/s."
+        f"{wording.number(found.rate)} requests/s held {promised}: P99 "
+        f"{wording.duration(best.p99_s or 0.0)}, {wording.number(best.documents_per_s)} documents/s."
         f"{LIMITS[found.limit]}"
     )
 
@@ -114,11 +114,11 @@ def probe_row(probe: Probe) -> list[str]:
     summary = probe.run.summary
     middle, high = (summary.latency_s.get(p) for p in (50.0, 99.0))
     return [
-        f"{words.number(probe.rate)}/s",
-        words.UNKNOWN if middle is None else words.duration(middle),
-        words.UNKNOWN if high is None else words.duration(high),
-        words.number(summary.answered_per_s),
-        words.percent(summary.failure_share, 2),
+        f"{wording.number(probe.rate)}/s",
+        wording.UNKNOWN if middle is None else wording.duration(middle),
+        wording.UNKNOWN if high is None else wording.duration(high),
+        wording.number(summary.answered_per_s),
+        wording.percent(summary.failure_share, 2),
         _said(probe),
     ]
 
@@ -126,7 +126,7 @@ def probe_row(probe: Probe) -> list[str]:
 def _latency_table(summary: Summary) -> Table:
     table = _table("Latency", *(name_of(p).replace("p", "P") for p in SHOWN))
     found = [summary.latency_s.get(p) for p in SHOWN]
-    cells = [words.UNKNOWN if s is None else words.duration(s) for s in found]
+    cells = [wording.UNKNOWN if s is None else wording.duration(s) for s in found]
     table.add_row("from when due", *cells)
     return table
 
@@ -134,16 +134,20 @@ def _latency_table(summary: Summary) -> Table:
 def _counts_table(summary: Summary) -> Table:
     goodput = summary.goodput_per_s
     rows = (
-        ("Offered", f"{words.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
-        ("Answered", f"{words.number(summary.answered_per_s)}/s", f"{summary.kinds['answered']:,}"),
-        ("Goodput", words.UNKNOWN if goodput is None else f"{words.number(goodput)}/s", ""),
-        ("Documents", f"{words.number(summary.documents_per_s)}/s", ""),
+        ("Offered", f"{wording.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
+        (
+            "Answered",
+            f"{wording.number(summary.answered_per_s)}/s",
+            f"{summary.kinds['answered']:,}",
+        ),
+        ("Goodput", wording.UNKNOWN if goodput is None else f"{wording.number(goodput)}/s", ""),
+        ("Documents", f"{wording.number(summary.documents_per_s)}/s", ""),
         ("Refused (429, 503)", "", f"{summary.kinds['refused']:,}"),
         ("Timed out", "", f"{summary.kinds['timeout']:,}"),
         ("Errors", "", f"{summary.kinds['error']:,}"),
         ("Wrong answers", "", f"{summary.kinds['wrong']:,}"),
-        ("Sent late (P99)", words.duration(summary.send_lag_s), ""),
-        ("Generator's CPU", words.percent(summary.health.cpu_share), ""),
+        ("Sent late (P99)", wording.duration(summary.send_lag_s), ""),
+        ("Generator's CPU", wording.percent(summary.health.cpu_share), ""),
     )
     table = _table("", "Rate", "Count")
     for row in rows:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.tune.lang import kept
+from echelon.reports.html import kept
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

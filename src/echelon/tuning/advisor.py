@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
-from echelon.tune.lang import kept
+from echelon.reports.html import kept
 from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (

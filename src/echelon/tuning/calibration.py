@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonError, TooNoisy
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
+from echelon.reports.html import kept
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.tokenization.pairs import gather
-from echelon.tune.lang import kept
 from echelon.tuning.fit import fit_cost, fit_memory
 from echelon.tuning.machine import MemoryMeter, meter_of
 from echelon.tuning.probes import FEWEST_ROUNDS, choose, growing, measure

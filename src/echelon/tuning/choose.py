@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune.lang import kept
+from echelon.reports.html import kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from echelon.errors import ProfileError, TooNoisy
+from echelon.reports.html import kept
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
-from echelon.tune.lang import kept
 from echelon.types import Cost
 
 if TYPE_CHECKING:

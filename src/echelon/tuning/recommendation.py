@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from echelon.profile import TunedSettings
-from echelon.tune.card import NUMBERS, value
-from echelon.tune.lang import kept
-from echelon.tune.words import duration, size
+from echelon.reports.html import kept
+from echelon.reports.summary import NUMBERS, value
+from echelon.reports.wording import duration, size
 from echelon.tuning.candidates import row_of
 from echelon.tuning.validation_metrics import AGREES, agree
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from echelon.errors import InvalidInput
+from echelon.reports.html import kept
+from echelon.reports.wording import duration, number, size
 from echelon.simulate.ladder import Ladder
-from echelon.tune.lang import kept
-from echelon.tune.words import duration, number, size
 from echelon.tuning.simulated_load import SimulatedService
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from echelon.options import check_max_length
 from echelon.plan.workload import Arrival, Observed
 from echelon.planner.impossible import too_long
 from echelon.planner.sizes import longest
+from echelon.reports.wording import duration, size
 from echelon.stress.texts import Material, Tokens
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tune.words import duration, size
 from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
 

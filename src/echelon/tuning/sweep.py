@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from echelon.models.base import DeviceOutOfMemory
-from echelon.tune.lang import kept
+from echelon.reports.html import kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

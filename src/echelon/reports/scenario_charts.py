@@ -1,13 +1,18 @@
-"""The report's chart of latency over load, with the goal and what the proof measured. Pure."""
+"""The report's chart of latency over load, with the goal and what the proof measured. Pure.
+
+The report's chart of how each precision ranks against fp32. Pure.
+"""
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune import words
-from echelon.tune.lang import tr
-from echelon.tune.plots import COLOURS, LINES, PAPER, Chart, time_tick
-from echelon.tune.ticks import log_ticks
+from echelon.engine.precision_check import LEAST_TAU
+from echelon.reports import wording
+from echelon.reports.html import tr
+from echelon.reports.plots import COLOURS, LINES, PAPER, Chart, log_ticks, time_tick
+from echelon.reports.summary import agreement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,11 +43,11 @@ def curve_chart(profile: Profile) -> Chart | None:
 
 
 def _note(curve: dict[str, Any], goal_s: float) -> str:
-    goal = words.duration(goal_s)
+    goal = wording.duration(goal_s)
     if curve["most_rate"] is None:
         most = tr("No rate keeps P99 within {goal}.", goal=goal)
     else:
-        rate = words.number(curve["most_rate"])
+        rate = wording.number(curve["most_rate"])
         most = tr(
             "Up to {rate} requests/s keep P99 within {goal} with nothing refused.",
             rate=rate,
@@ -75,11 +80,11 @@ def _line(points: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 def _hover(point: dict[str, Any], label: str, name: str) -> str:
     return tr(
         "{rate} requests/s:<br>{label} {latency}, {goodput} within the goal,<br>{refused} refused",
-        rate=words.number(point["rate"]),
+        rate=wording.number(point["rate"]),
         label=label,
-        latency=words.duration(point[name]),
-        goodput=words.number(point["goodput"]),
-        refused=words.percent(point["refused"], 1),
+        latency=wording.duration(point[name]),
+        goodput=wording.number(point["goodput"]),
+        refused=wording.percent(point["refused"], 1),
     )
 
 
@@ -109,7 +114,7 @@ def _measured(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
             tr(
                 "measured: {label} {latency}",
                 label=PERCENTILES[name][0],
-                latency=words.duration(measured[name]),
+                latency=wording.duration(measured[name]),
             )
             for name in known
         ],
@@ -132,3 +137,63 @@ def _figure(traces: list[dict[str, Any]], lowest: float, highest: float) -> dict
             "yaxis": {**latency, "title": {"text": tr("Latency")}, **LINES},
         },
     }
+
+
+ROOM = 0.01
+"""Above and below what is drawn."""
+
+
+def agreement_charts(profile: Profile) -> list[Chart]:
+    """Kendall τ and overlap of the top ten by precision; none where nothing was compared."""
+    rows = profile.precisions
+    if not rows:
+        return []
+    names = [row["precision"] for row in rows]
+    hovers = [f"{escape(str(row['precision']))}<br>{agreement(row)}" for row in rows]
+    series = (
+        ("tau", tr("Kendall τ"), COLOURS[0], "circle"),
+        ("overlap", tr("Top-10 overlap"), COLOURS[1], "square-open"),
+    )
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "meta": key,
+            "x": names,
+            "y": [row[key] for row in rows],
+            "text": hovers,
+            "hoverinfo": "text",
+            "marker": {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}},
+        }
+        for key, name, colour, symbol in series
+    ]
+    needed = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": tr("needed to serve"),
+        "meta": "needed",
+        "x": names,
+        "y": [LEAST_TAU] * len(names),
+        "hoverinfo": "skip",
+        "line": {"color": COLOURS[5], "dash": "dash", "width": 2},
+    }
+    least = min(LEAST_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
+    upright = {"range": [least - ROOM, 1 + ROOM], "title": {"text": tr("Agreement with fp32")}}
+    return [
+        Chart(
+            name="agreement",
+            title=tr("Rank agreement by precision"),
+            note=tr(
+                "1 is the very ranking of fp32. Below the dashed line a precision may not serve."
+            ),
+            figure={
+                "data": [needed, *traces],
+                "layout": {
+                    **PAPER,
+                    "xaxis": {"type": "category", **LINES},
+                    "yaxis": {**upright, **LINES},
+                },
+            },
+        )
+    ]

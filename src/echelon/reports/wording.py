@@ -11,8 +11,8 @@ import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from echelon.reports.html import listed, mark, told, tr
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.lang import listed, mark, told, tr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,12 +1,19 @@
-"""A scenario's recommendation in words: what the report's card and the terminal show. Pure."""
+"""A scenario's recommendation in words: what the report's card and the terminal show. Pure.
+
+A recommendation for people.
+"""
 
 from __future__ import annotations
 
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune.lang import listed, mark, told, tr
-from echelon.tune.words import UNKNOWN, duration, number, percent, shell, size, tokens
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from echelon.reports.html import listed, mark, told, tr
+from echelon.reports.wording import UNKNOWN, duration, number, percent, shell, size, tokens
 
 if TYPE_CHECKING:
     from echelon.profile import Profile
@@ -166,3 +173,27 @@ def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
         if said is not None or came is not None:
             rows.append([tr(label), value(name, said), value(name, came), change(said, came)])
     return rows
+
+
+STYLES = {"held": "green", "missed": "bold red", "unproved": "yellow"}
+
+
+def print_scenario(profile: Profile) -> None:
+    """The settings, predicted beside measured, and what to know."""
+    shown = card(profile)
+    if shown is None:
+        return
+    console = Console()
+    console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
+    for label, value in (*shown["settings"], ("Accuracy", shown["accuracy"])):
+        console.print(Text(f"  {label:13} {value}"))
+    table = Table(header_style="bold")
+    table.add_column("")
+    for column in ("Predicted", "Measured", "Off"):
+        table.add_column(column, justify="right")
+    for row in shown["rows"]:
+        table.add_row(*row)
+    console.print(table)
+    console.print(Text(shown["verdict"], style=STYLES[shown["state"]]))
+    for note in shown["notes"]:
+        console.print(Text(f"Note: {note}", style="yellow"))

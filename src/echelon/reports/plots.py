@@ -1,28 +1,44 @@
-"""The report's charts as plain data, in the form that plotly.js draws. Pure.
+"""Round labels of a logarithmic axis, as data for plotly. Pure.
+
+The report's charts as plain data, in the form that plotly.js draws. Pure.
 
 Colours of text and grid are not here: the page sets them, so that both themes can be read.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from echelon.tune import words
-from echelon.tune.entries import knees
-from echelon.tune.lang import mark, tr
-from echelon.tune.ticks import log_ticks
+from echelon.reports import wording
+from echelon.reports.html import mark, tr
+from echelon.reports.profile_view import knees
 from echelon.tuning.sweep import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.profile import Profile
-    from echelon.tune.words import Entry
+    from echelon.reports.wording import Entry
 
+FAR = 1000
+"""Times apart beyond which only powers of ten have labels."""
+
+
+def log_ticks(least: float, most: float, say: Callable[[float], str]) -> dict[str, Any]:
+    """The axis from below ``least`` to above ``most``, both above 0."""
+    digits = (1, 2, 5) if most < FAR * least else (1,)
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [say(tick) for tick in ticks]}
+
+
+if TYPE_CHECKING:
     Trace = dict[str, Any]
+
 
 COLOURS = ("#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f")
 """Told apart by colour-blind readers too, and at least 3:1 against a white and a dark page."""
@@ -97,7 +113,7 @@ def _throughput_bounds(entry: Entry) -> tuple[float, float] | None:
 
 
 def _gibibytes(entry: Entry) -> float | None:
-    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / words.GIB
+    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / wording.GIB
 
 
 THROUGHPUT = Quantity(
@@ -143,7 +159,7 @@ def charts(profile: Profile) -> list[Chart]:
 
 def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     entries = sorted((e for e in profile.points if e[unit]), key=lambda e: (e["pairs"], e[unit]))
-    known = [e for e in entries if words.measured(e) and quantity.value(e) is not None]
+    known = [e for e in entries if wording.measured(e) and quantity.value(e) is not None]
     if not known:
         return None
     gaps = [e for e in entries if e["status"] in SIGNS]
@@ -180,7 +196,7 @@ def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
     if quantity is MEMORY:
         return tr("Highest during a call, the model included.")
     bars = sum(quantity.bounds(entry) is not None for entry in known)
-    interval = words.percent(CONFIDENCE)
+    interval = wording.percent(CONFIDENCE)
     if bars == 0:
         return tr(
             "No point has enough runs for an error bar ({interval} interval of the median).",
@@ -227,7 +243,7 @@ class Pen:
         if not entries:
             return None
         look = self.looks[entries[0]["pairs"]]
-        trace = self._trace(entries, words.pairs(entries[0]["pairs"]), mode="lines+markers")
+        trace = self._trace(entries, wording.pairs(entries[0]["pairs"]), mode="lines+markers")
         trace["meta"] = "measured"
         trace["line"] = {"color": look.colour, "width": 2}
         trace["marker"] = {"color": look.colour, "symbol": look.symbol, "size": 8}
@@ -264,7 +280,7 @@ class Pen:
 
     def _gap(self, entries: Sequence[Entry], heights: dict[int, float]) -> Trace:
         status = entries[0]["status"]
-        trace = self._trace(entries, words.missing(status), mode="markers")
+        trace = self._trace(entries, wording.missing(status), mode="markers")
         trace["meta"] = "missing"
         trace["y"] = [heights[entry["pairs"]] for entry in entries]
         trace["yaxis"] = "y2"
@@ -274,7 +290,7 @@ class Pen:
         return trace
 
     def _trace(self, entries: Sequence[Entry], name: str, mode: str) -> Trace:
-        values = [self.quantity.value(e) if words.measured(e) else None for e in entries]
+        values = [self.quantity.value(e) if wording.measured(e) else None for e in entries]
         return {
             "type": "scatter",
             "mode": mode,
@@ -303,7 +319,9 @@ class Pen:
 
 def _say(entry: Entry) -> str:
     """What a point shows when it is pointed at; plotly reads tags there, so they are escaped."""
-    return "<br>".join(escape(line, quote=False) for line in wrap(words.point(entry), HOVER_WIDTH))
+    return "<br>".join(
+        escape(line, quote=False) for line in wrap(wording.point(entry), HOVER_WIDTH)
+    )
 
 
 STRIP_ROW, MOST_STRIP = 0.08, 0.4

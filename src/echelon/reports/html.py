@@ -6,6 +6,8 @@
 - A sentence without a translation stays English.
 
 Values have names, so that a translation may put them in another order.
+
+A template and its content as one HTML page that needs nothing else, not even a network.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 LANGUAGES = {"en": "en", "zh": "zh-CN"}
 """Each language, and the tag that tells browsers which one a page is in."""
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class MessageCatalogue:
     """Translations into one language.
 
     Attributes:
@@ -44,7 +46,7 @@ class Catalogue:
     kept: tuple[tuple[re.Pattern[str], str], ...] = ()
 
 
-_spoken: ContextVar[Catalogue] = ContextVar("spoken", default=Catalogue())  # noqa: B039 - frozen
+_spoken: ContextVar[MessageCatalogue] = ContextVar("spoken", default=MessageCatalogue())  # noqa: B039 - frozen
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def speaking(language: str) -> Iterator[None]:
         raise InvalidInput(
             "--lang", f"{language!r} is no language of pages", f"Give {' or '.join(LANGUAGES)}."
         )
-    token = _spoken.set(Catalogue() if language == "en" else _catalogue(language))
+    token = _spoken.set(MessageCatalogue() if language == "en" else _catalogue(language))
     try:
         yield
     finally:
@@ -66,12 +68,12 @@ def speaking(language: str) -> Iterator[None]:
 
 
 @cache
-def _catalogue(language: str) -> Catalogue:
+def _catalogue(language: str) -> MessageCatalogue:
     text = (files("echelon.tuning") / f"{language}.json").read_text(encoding="utf-8")
     content = json.loads(text)
     longest_first = sorted(content["kept"].items(), key=lambda item: -len(item[0]))
     kept = tuple((_pattern(english), translation) for english, translation in longest_first)
-    return Catalogue(LANGUAGES[language], content["said"], kept)
+    return MessageCatalogue(LANGUAGES[language], content["said"], kept)
 
 
 def _pattern(sentence: str) -> re.Pattern[str]:
@@ -129,3 +131,37 @@ def told(sentence: str) -> str:
             values = {name: told(value) for name, value in match.groupdict().items()}
             return translation.format(**values)
     return spoken.said.get(sentence, sentence)
+
+
+def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
+    """The page as HTML, in the language that is spoken.
+
+    Args:
+        package: where the template lies.
+        name: its file; it may extend ``report.html.j2`` of this package.
+        content: what it shows; ``plotly_js``, ``tr`` and ``lang`` are added.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda base: _read("echelon.tuning", base)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(tr=tr, lang=tag())
+    template = environment.from_string(_read(package, name))
+    page = template.render(content, plotly_js=_plotly_js())
+    # File names and servers' words may hold lone surrogates, which no file can hold.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(package: str, name: str) -> str:
+    return (files(package) / name).read_text(encoding="utf-8")
+
+
+def _plotly_js() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())

@@ -1,13 +1,20 @@
-"""A comparison as tables of words, for the terminal and the page alike. Pure."""
+"""A comparison as tables of words, for the terminal and the page alike. Pure.
+
+A comparison for people at a terminal.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from echelon.reports.say import factor
-from echelon.tune import words
-from echelon.tune.lang import listed, mark, told, tr
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from echelon.reports import wording
+from echelon.reports.html import listed, mark, told, tr
+from echelon.reports.ratio import factor
 from echelon.tuning.choose import TIE
 
 if TYPE_CHECKING:
@@ -92,7 +99,7 @@ def best(found: Row) -> Grid:
         tr("Best batch, and the chosen setting"),
         (tr("Pairs"), tr("Step"), tr("Throughput B/A"), tr("Latency B/A"), "A", "B"),
         rows,
-        note=tr(SPREAD, tie=words.percent(TIE)),
+        note=tr(SPREAD, tie=wording.percent(TIE)),
     )
 
 
@@ -119,7 +126,7 @@ def precisions(found: Row) -> Grid:
         [
             [
                 row["precision"],
-                *(_cell(row[side], lambda p: words.number(p["tokens_per_s"])) for side in "ab"),
+                *(_cell(row[side], lambda p: wording.number(p["tokens_per_s"])) for side in "ab"),
                 factor(row["speed"], timed=False),
                 *(_cell(row[side], _agreement) for side in "ab"),
             ]
@@ -139,8 +146,8 @@ def cost(found: Row) -> Grid:
     rows += [
         [
             _step(row),
-            _cell(row["a_s"], words.duration),
-            _cell(row["b_s"], words.duration),
+            _cell(row["a_s"], wording.duration),
+            _cell(row["b_s"], wording.duration),
             factor(row["time"], timed=False),
         ]
         for row in models["steps"]
@@ -199,14 +206,14 @@ def points(found: Row) -> Grid:
         [
             [
                 str(row["pairs"]),
-                words.step_of(row["a"] or row["b"]),
+                wording.step_of(row["a"] or row["b"]),
                 factor(row["throughput"]),
                 *(_cell(row[side], _number) for side in "ab"),
-                *(_cell(row[side], lambda n: words.size(n["peak_bytes"])) for side in "ab"),
+                *(_cell(row[side], lambda n: wording.size(n["peak_bytes"])) for side in "ab"),
             ]
             for row in found["points"]
         ],
-        note=tr(SPREAD, tie=words.percent(TIE)),
+        note=tr(SPREAD, tie=wording.percent(TIE)),
     )
 
 
@@ -214,7 +221,7 @@ def points(found: Row) -> Grid:
 
 
 def _cell(value: Any, say: Callable[[Any], str]) -> str:
-    return words.UNKNOWN if value is None else say(value)
+    return wording.UNKNOWN if value is None else say(value)
 
 
 def _values(name: str, title: str, rows: list[Row]) -> Grid:
@@ -235,9 +242,9 @@ def _name(name: str) -> str:
 
 def _value(name: str, value: Any) -> str:
     if value is None:
-        return words.UNKNOWN
+        return wording.UNKNOWN
     if name == "machine.memory_bytes":
-        return words.size(value)
+        return wording.size(value)
     return f"{value:,}" if isinstance(value, int | float) else told(str(value))
 
 
@@ -252,21 +259,21 @@ def _best(row: Row, how: str) -> list[str]:
 
 
 def _stepped(number: Row) -> str:
-    return tr("{what}: {found}", what=words.step_of(number), found=_number(number))
+    return tr("{what}: {found}", what=wording.step_of(number), found=_number(number))
 
 
 def _number(number: Row) -> str:
     """A point's latency and throughput, or why there are none."""
     if number["latency_s"] is None:
-        return words.missing(number["status"])
+        return wording.missing(number["status"])
     ends = {"median": number["latency_s"], "low": number["low_s"], "high": number["high_s"]}
-    latency = words.latency({"latency_s": ends, "samples": number["samples"]})
-    return listed([latency, words.rate(number["pairs_per_s"])])
+    latency = wording.latency({"latency_s": ends, "samples": number["samples"]})
+    return listed([latency, wording.rate(number["pairs_per_s"])])
 
 
 def _agreement(row: Row) -> str:
     passed = tr("passed") if row["passed"] else tr("failed")
-    return listed([f"τ {row['tau']:.4f}", words.percent(row["overlap"], 1), passed])
+    return listed([f"τ {row['tau']:.4f}", wording.percent(row["overlap"], 1), passed])
 
 
 def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -> list[list[str]]:
@@ -275,25 +282,31 @@ def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -
     if not any(sides):
         return []
     rows = [
-        [tr(title), *(_cell(side and side[name], say) for side in sides), words.UNKNOWN]
+        [tr(title), *(_cell(side and side[name], say) for side in sides), wording.UNKNOWN]
         for name, title in names.items()
     ]
     errors = {"error_median": mark("Error, median"), "error_p90": mark("Error, P90")}
     return rows + [
-        [tr(title), *(_cell(side and side[name], words.percent) for side in sides), words.UNKNOWN]
+        [
+            tr(title),
+            *(_cell(side and side[name], wording.percent) for side in sides),
+            wording.UNKNOWN,
+        ]
         for name, title in errors.items()
     ]
 
 
 def _step(row: Row) -> str:
-    return tr("{pairs} of {tokens} tokens", pairs=words.pairs(row["pairs"]), tokens=row["tokens"])
+    return tr("{pairs} of {tokens} tokens", pairs=wording.pairs(row["pairs"]), tokens=row["tokens"])
 
 
 def _price(seconds: float) -> str:
     if seconds and seconds < MICROSECOND:
-        return f"{words.number(seconds * 1e9)}{words.SPACE}ns"
+        return f"{wording.number(seconds * 1e9)}{wording.SPACE}ns"
     small = seconds and seconds < MILLISECOND
-    return f"{words.number(seconds * 1e6)}{words.SPACE}µs" if small else words.duration(seconds)
+    return (
+        f"{wording.number(seconds * 1e6)}{wording.SPACE}µs" if small else wording.duration(seconds)
+    )
 
 
 MICROSECOND, MILLISECOND = 1e-6, 1e-3
@@ -302,8 +315,40 @@ MICROSECOND, MILLISECOND = 1e-6, 1e-3
 def _bytes(count: float | None) -> str:
     """In the unit that suits: a model's numbers lie far apart."""
     if count is None:
-        return words.UNKNOWN
+        return wording.UNKNOWN
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
-            return f"{words.number(count / unit)}{words.SPACE}{name}"
-    return f"{words.number(count)}{words.SPACE}B"
+            return f"{wording.number(count / unit)}{wording.SPACE}{name}"
+    return f"{wording.number(count)}{wording.SPACE}B"
+
+
+SHOWN = (keys, settings, best, precisions, cost, memory)
+"""All but every single point: those are on the page and in the JSON."""
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """The verdict, then the tables."""
+    console = Console()
+    for name in "ab":
+        side = found[name]
+        about = f"{name.upper()}: {side['file']}: {side['key']['model']} on "
+        console.print(Text(f"{about}{side['key']['device_name']}"))
+    console.print(Text(f"\n{found['verdict']}\n", style="bold"))
+    for make in SHOWN:
+        grid = make(found)
+        if grid.rows:
+            console.print(_table(grid))
+    for note in found["notes"]:
+        console.print(Text(f"Note: {note}", style="yellow"))
+
+
+def _table(grid: Grid) -> Table:
+    table = Table(title=grid.title, title_justify="left", title_style="bold", header_style="bold")
+    for column in grid.columns:
+        table.add_column(column, overflow="fold")
+    for index, row in enumerate(grid.rows):
+        mark = "≠ " if index in grid.marked else ""
+        # Text, not markup: a file's or model's name may hold square brackets.
+        cells = [Text(mark + row[0]), *map(Text, row[1:])]
+        table.add_row(*cells, style="cyan" if mark else None)
+    return table

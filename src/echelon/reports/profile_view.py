@@ -1,4 +1,9 @@
-"""One of the two profiles that are compared, checked so far that comparing cannot fail. Pure."""
+"""Entries of a profile's sweep: which is meant, the fastest, and the knee. Pure.
+
+An entry is a point as the profile holds it, see :class:`echelon.tuning.sweep.MeasuredPoint`.
+
+One of the two profiles that are compared, checked so far that comparing cannot fail. Pure.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,84 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN, Profile
-from echelon.reports.ratio import Known
+from echelon.reports import wording
+from echelon.reports.ratio import KnownValue
+from echelon.reports.wording import measured
 from echelon.scheduling.cost_model import work_of
-from echelon.tune import words
+from echelon.scheduling.packing import NO_BUDGET
+from echelon.tuning.choose import ENOUGH, TIE
 from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable, Sequence
 
-    from echelon.tune.words import Entry
+    from echelon.reports.wording import Entry
     from echelon.tuning.fit import FitError
+
+
+def find(
+    profile: Profile, batch_size: int | None, token_budget: int | None, pairs: int | None = None
+) -> Entry | None:
+    """The measured entry of a size; of several, that with the most pairs."""
+    wanted = (batch_size, token_budget)
+    found = [
+        e
+        for e in profile.points
+        if measured(e)
+        and (e["batch_size"], e["token_budget"]) == wanted
+        and pairs in {None, e["pairs"]}
+    ]
+    return max(found, key=lambda e: e["pairs"], default=None)
+
+
+def chosen(profile: Profile) -> Entry | None:
+    """The measured entry of the chosen setting, with the most pairs."""
+    settings = profile.settings
+    budget = None if settings.token_budget == NO_BUDGET else settings.token_budget
+    return find(profile, settings.batch_size, budget)
+
+
+def slowest(profile: Profile, against: Entry) -> Entry | None:
+    """The slowest size for as many pairs; None where there is no slower one."""
+    rivals = [e for e in profile.points if measured(e) and e["pairs"] == against["pairs"]]
+    found = min(rivals, key=lambda e: e["pairs_per_s"], default=against)
+    return found if found["pairs_per_s"] < against["pairs_per_s"] else None
+
+
+def fastest(entries: Iterable[Entry]) -> Entry | None:
+    """The fastest of some entries; of those within TIE of it, the smallest."""
+    return _smallest(entries, 1 + TIE)
+
+
+def knee(entries: Iterable[Entry]) -> Entry | None:
+    """The smallest size that keeps ENOUGH of the best throughput: beyond, little is gained."""
+    return _smallest(entries, 1 / ENOUGH)
+
+
+def knees(entries: Sequence[Entry], unit: str) -> list[Entry]:
+    """The knee of each number of pairs; ``unit`` names the size of the entries."""
+    counts = sorted({e["pairs"] for e in entries})
+    rows = [[e for e in entries if e["pairs"] == count and e[unit]] for count in counts]
+    return [found for row in rows if (found := knee(row)) is not None]
+
+
+def slower(entry: Entry, best: Entry) -> float:
+    """By how much a call of as many pairs takes longer, relative to the best."""
+    return float(entry["latency_s"]["median"] / best["latency_s"]["median"]) - 1
+
+
+def _smallest(entries: Iterable[Entry], within: float) -> Entry | None:
+    known = sorted((e for e in entries if measured(e)), key=_size)
+    if not known:
+        return None
+    least = min(e["latency_s"]["median"] for e in known)
+    return next(e for e in known if e["latency_s"]["median"] <= within * least)
+
+
+def _size(entry: Entry) -> int:
+    return int(entry["batch_size"] or entry["token_budget"] or 0)
+
 
 Place = tuple[int, int | None, int | None]
 """Pairs, batch size and token budget of a point."""
@@ -59,13 +132,17 @@ class Number:
     @classmethod
     def of(cls, entry: Entry) -> Number:
         """Read a profile's entry."""
-        size = (_count(entry["pairs"]), _size(entry["batch_size"]), _size(entry["token_budget"]))
-        if not words.measured(entry):
+        size = (
+            _count(entry["pairs"]),
+            _size_of(entry["batch_size"]),
+            _size_of(entry["token_budget"]),
+        )
+        if not wording.measured(entry):
             return cls(*size, str(entry["status"]))
         latency, samples = entry["latency_s"], _count(entry["samples"])
         ends = (latency["low"], latency["high"])
         low, high = (None, None) if None in ends else map(_positive, ends)
-        median, peak = _positive(latency["median"]), _size(entry["peak_bytes"])
+        median, peak = _positive(latency["median"]), _size_of(entry["peak_bytes"])
         tokens, rate = _count(entry["tokens"]), _positive(entry["pairs_per_s"])
         return cls(*size, str(entry["status"]), median, low, high, samples, tokens, rate, peak)
 
@@ -75,9 +152,11 @@ class Number:
         return self.pairs, self.batch_size, self.token_budget
 
     @property
-    def latency(self) -> Known | None:
+    def latency(self) -> KnownValue | None:
         """The median with its interval; None where there is no number."""
-        return None if self.latency_s is None else Known(self.latency_s, self.low_s, self.high_s)
+        return (
+            None if self.latency_s is None else KnownValue(self.latency_s, self.low_s, self.high_s)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,7 +164,7 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ProfileView:
     """A profile in the form that is compared.
 
     Attributes:
@@ -107,7 +186,7 @@ class Side:
     memory: MemoryFit | None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Side:
+    def load(cls, path: str | os.PathLike[str]) -> ProfileView:
         """Read a file.
 
         Raises:
@@ -116,7 +195,7 @@ class Side:
         return cls.of(Profile.load(path), str(path))
 
     @classmethod
-    def of(cls, profile: Profile, file: str) -> Side:
+    def of(cls, profile: Profile, file: str) -> ProfileView:
         """Take a profile apart.
 
         Raises:
@@ -151,14 +230,14 @@ def damaged(file: str, error: Exception) -> ProfileError:
     return ProfileError(f"{file}: damaged profile ({reason.rstrip('.')}). {TUNE_AGAIN}")
 
 
-def _side(profile: Profile, file: str) -> Side:
+def _side(profile: Profile, file: str) -> ProfileView:
     points = [Number.of(entry) for entry in profile.points]
     best = [Number.of(entry) for entry in profile.best]
     _check_plain(profile)
     cost = None if profile.cost is None else CostFit.from_dict(profile.cost)
     memory = None if profile.memory is None else MemoryFit.from_dict(profile.memory)
     _check_models(cost, memory)
-    return Side(
+    return ProfileView(
         file=file,
         profile=profile,
         points={number.place: number for number in points},
@@ -176,10 +255,10 @@ def _check_plain(profile: Profile) -> None:
         found = profile.key.versions if name == "key.versions" else getattr(profile, name)
         if not isinstance(found, kind):
             raise TypeError(f"{name} is {type(found).__name__}, not {kind.__name__}")
-    words.machine(profile.machine)
-    words.data(profile.data)
-    _size(profile.settings.token_budget)
-    _size(profile.settings.batch_size)
+    wording.machine(profile.machine)
+    wording.data(profile.data)
+    _size_of(profile.settings.token_budget)
+    _size_of(profile.settings.batch_size)
 
 
 def _check_models(cost: CostFit | None, memory: MemoryFit | None) -> None:
@@ -200,7 +279,7 @@ def _errors(error: FitError) -> None:
 def _precision(row: dict[str, Any]) -> dict[str, Any]:
     loss = row["ndcg_loss"]
     return {
-        "name": words.precision(row),
+        "name": wording.precision(row),
         "tokens_per_s": _positive(row["tokens_per_s"]),
         "tau": float(row["tau"]),
         "overlap": float(row["overlap"]),
@@ -222,5 +301,5 @@ def _count(value: Any) -> int:
     return value
 
 
-def _size(value: Any) -> int | None:
+def _size_of(value: Any) -> int | None:
     return None if value is None else _count(value)

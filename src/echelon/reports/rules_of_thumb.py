@@ -10,18 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from echelon.tune import words
-from echelon.tune.card import SERVED, agreement
-from echelon.tune.entries import chosen, fastest, slower
-from echelon.tune.lang import listed, tr
-from echelon.tune.memory_plot import limit_of
+from echelon.reports import wording
+from echelon.reports.html import listed, tr
+from echelon.reports.model_charts import limit_of
+from echelon.reports.profile_view import chosen, fastest, slower
+from echelon.reports.summary import SERVED, agreement
 from echelon.tuning.choose import TIE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon.profile import Profile
-    from echelon.tune.words import Entry
+    from echelon.reports.wording import Entry
 
 State = Literal["holds", "costs", "unknown"]
 
@@ -93,10 +93,10 @@ def _sizes(
         return _unknown(name, rule, remedy)
     found = tr(
         "{pairs}: the best is {step}, {latency}, {rate}.",
-        pairs=words.pairs(best["pairs"]),
-        step=words.step_of(best),
-        latency=words.duration(best["latency_s"]["median"]),
-        rate=words.rate(best["pairs_per_s"]),
+        pairs=wording.pairs(best["pairs"]),
+        step=wording.step_of(best),
+        latency=wording.duration(best["latency_s"]["median"]),
+        rate=wording.rate(best["pairs_per_s"]),
     )
     each = listed(_cost(entry, best) for entry in inside)
     told = f"{found} {tr('Of the rule: {each}.', each=each)}"
@@ -106,21 +106,21 @@ def _sizes(
 def _judged(cost: float) -> tuple[State, str]:
     if cost <= TIE:
         return "holds", tr("holds")
-    return "costs", tr("costs up to {share} here", share=words.percent(cost))
+    return "costs", tr("costs up to {share} here", share=wording.percent(cost))
 
 
 def _cost(entry: Entry, best: Entry) -> str:
     cost = slower(entry, best)
-    step = words.step_of(entry)
+    step = wording.step_of(entry)
     if entry is best:
         return tr("{step} is the best", step=step)
     if cost <= 0:
         return tr("{step} takes no longer", step=step)
-    return tr("{step} takes {share} longer", step=step, share=words.percent(cost))
+    return tr("{step} takes {share} longer", step=step, share=wording.percent(cost))
 
 
 def _memory(entry: Entry) -> str:
-    step, size = words.step_of(entry), words.size(entry["peak_bytes"])
+    step, size = wording.step_of(entry), wording.size(entry["peak_bytes"])
     return tr("{step} {size}", step=step, size=size)
 
 
@@ -139,11 +139,11 @@ def _many(profile: Profile) -> list[Entry]:
 
 
 def _counts(profile: Profile) -> set[int]:
-    return {entry["pairs"] for entry in profile.points if words.measured(entry)}
+    return {entry["pairs"] for entry in profile.points if wording.measured(entry)}
 
 
 def _of(profile: Profile, pairs: int) -> list[Entry]:
-    return [e for e in profile.points if words.measured(e) and e["pairs"] == pairs]
+    return [e for e in profile.points if wording.measured(e) and e["pairs"] == pairs]
 
 
 def _batches(entries: Sequence[Entry]) -> list[Entry]:
@@ -168,8 +168,8 @@ def _concurrent(profile: Profile) -> Rule:
     p99 = measured["p99_s"]
     told = tr(
         "Under load the server's adaptive steps answered {rate} requests/s with a P99 of {p99}.",
-        rate=words.number(measured["requests_per_s"]),
-        p99=words.UNKNOWN if p99 is None else words.duration(p99),
+        rate=wording.number(measured["requests_per_s"]),
+        p99=wording.UNKNOWN if p99 is None else wording.duration(p99),
     )
     if found["held"]:
         return Rule("concurrent", rule, told, "holds", tr("holds: the goal is met"))
@@ -186,24 +186,24 @@ def _larger(profile: Profile) -> Rule:
     largest = batches[-1]
     told = tr(
         "{pairs}: {rate} with {step}, {best_rate} with {best}, the best.",
-        pairs=words.pairs(most),
-        rate=words.rate(largest["pairs_per_s"]),
-        step=words.step_of(largest),
-        best_rate=words.rate(best["pairs_per_s"]),
-        best=words.step_of(best),
+        pairs=wording.pairs(most),
+        rate=wording.rate(largest["pairs_per_s"]),
+        step=wording.step_of(largest),
+        best_rate=wording.rate(best["pairs_per_s"]),
+        best=wording.step_of(best),
     )
     if largest is best:
         told = tr(
             "{pairs}: the largest measured, {step}, is the best, {rate}.",
-            pairs=words.pairs(most),
-            step=words.step_of(best),
-            rate=words.rate(best["pairs_per_s"]),
+            pairs=wording.pairs(most),
+            step=wording.step_of(best),
+            rate=wording.rate(best["pairs_per_s"]),
         )
         return Rule("larger", rule, told, "holds", tr("holds, up to the largest measured"))
     if slower(largest, best) <= TIE:
-        verdict = tr("only up to {step}; beyond, nothing is gained", step=words.step_of(best))
+        verdict = tr("only up to {step}; beyond, nothing is gained", step=wording.step_of(best))
         return Rule("larger", rule, told, "costs", verdict)
-    share = words.percent(slower(largest, best))
+    share = wording.percent(slower(largest, best))
     verdict = tr("the largest costs {share} here", share=share)
     return Rule("larger", rule, told, "costs", verdict)
 
@@ -231,8 +231,8 @@ def _watch(profile: Profile) -> Rule:
         parts.append(
             tr(
                 "Under load P99 is {p99}, {times} times the median.",
-                p99=words.duration(p99),
-                times=words.number(p99 / p50),
+                p99=wording.duration(p99),
+                times=wording.number(p99 / p50),
             )
         )
         return Rule("watch", rule, " ".join(parts), "holds", tr("measured under load"))
@@ -248,9 +248,9 @@ def _peak(profile: Profile) -> list[str]:
     return [
         tr(
             "The chosen step needs {size}, {share} of the {limit} ({whose}).",
-            size=words.size(point["peak_bytes"]),
-            share=words.percent(point["peak_bytes"] / limit[0], 1),
-            limit=words.size(round(limit[0])),
+            size=wording.size(point["peak_bytes"]),
+            share=wording.percent(point["peak_bytes"] / limit[0], 1),
+            limit=wording.size(round(limit[0])),
             whose=limit[1],
         )
     ]

@@ -1,0 +1,158 @@
+"""Throughput of both profiles in one chart, as data for plotly. Pure.
+
+A comparison as one HTML page that needs nothing else, not even a network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echelon.profile import write_text
+from echelon.reports import comparison_tables, ratio, wording
+from echelon.reports.html import fill, speaking, tr
+from echelon.reports.plots import (
+    COLOURS,
+    SYMBOLS,
+    THROUGHPUT,
+    UNITS,
+    Chart,
+    Look,
+    Pen,
+    layout,
+    title_of,
+    upright,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from echelon.reports.profile_view import ProfileView
+    from echelon.reports.wording import Entry
+
+DASHES = ("solid", "dash")
+"""The lines of A and of B, so that they are told apart without colours too."""
+
+
+def overlays(a: ProfileView, b: ProfileView) -> list[Chart]:
+    """A chart for each way to bound a step that either side has points for."""
+    drawn = (_overlay(a, b, unit) for unit in UNITS)
+    return [chart for chart in drawn if chart is not None]
+
+
+def _overlay(a: ProfileView, b: ProfileView, unit: str) -> Chart | None:
+    found = [_known(side, unit) for side in (a, b)]
+    both = [entry for entries in found for entry in entries]
+    if not both:
+        return None
+    counts = sorted({entry["pairs"] for entry in both})
+    traces = [
+        trace
+        for index, entries in enumerate(found)
+        for trace in _lines(entries, index, counts, unit)
+    ]
+    return Chart(
+        name=f"overlay-{unit}",
+        title=title_of(THROUGHPUT, unit),
+        note=tr(
+            "A in blue and solid, B in orange and dashed; another sign is another number of "
+            "pairs. Sizes without a number are in the table of all points."
+        ),
+        figure={
+            "data": traces,
+            "layout": layout(unit, both, "y") | upright(THROUGHPUT, both, []),
+        },
+    )
+
+
+def _known(side: ProfileView, unit: str) -> list[Entry]:
+    entries = (e for e in side.profile.points if e[unit] and wording.measured(e))
+    return sorted(entries, key=lambda entry: (entry["pairs"], entry[unit]))
+
+
+def _lines(
+    entries: list[Entry], index: int, counts: list[int], unit: str
+) -> Iterable[dict[str, Any]]:
+    """One line for each number of pairs; the side gives the colour, the number the sign."""
+    looks = {n: Look(COLOURS[index], SYMBOLS[i % len(SYMBOLS)]) for i, n in enumerate(counts)}
+    pen = Pen(THROUGHPUT, unit, looks)
+    name = "AB"[index]
+    for count in counts:
+        trace = pen.line([entry for entry in entries if entry["pairs"] == count])
+        if trace is not None:
+            trace["name"] = tr("{side}, {line}", side=name, line=trace["name"])
+            trace["text"] = [f"{name}: {text}" for text in trace["text"]]
+            trace["line"]["dash"] = DASHES[index]
+            yield trace
+
+
+PageRow = dict[str, Any]
+
+
+def write_page(
+    a: ProfileView,
+    b: ProfileView,
+    found: PageRow,
+    path: str | os.PathLike[str],
+    *,
+    lang: str = "en",
+) -> None:
+    """Write the page whole or not at all.
+
+    Args:
+        a: one profile.
+        b: the other.
+        found: what :func:`echelon.reports.compare.compare` says of them.
+        path: the HTML file.
+        lang: language of the page, ``en`` or ``zh``.
+
+    Raises:
+        InvalidInput: there is no such language.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_text(Path(path), render(a, b, found, lang=lang))
+
+
+def render(a: ProfileView, b: ProfileView, found: PageRow, *, lang: str = "en") -> str:
+    """The page as HTML; arguments as in :func:`write_page`."""
+    with speaking(lang):
+        return fill("echelon.reports", "compare.html.j2", _content(a, b, found))
+
+
+def _content(a: ProfileView, b: ProfileView, found: PageRow) -> PageRow:
+    drawn = overlays(a, b)
+    return {
+        "verdict": ratio.verdict(found),
+        "sides": [_side(name, found[name]) for name in "ab"],
+        "notes": ratio.notes(found),
+        "first": [
+            comparison_tables.keys(found),
+            comparison_tables.settings(found),
+            comparison_tables.best(found),
+        ],
+        "then": [
+            comparison_tables.precisions(found),
+            comparison_tables.cost(found),
+            comparison_tables.memory(found),
+            comparison_tables.points(found),
+        ],
+        "charts": drawn,
+        "figures": {chart.name: chart.figure for chart in drawn},
+    }
+
+
+def _side(name: str, side: PageRow) -> PageRow:
+    key = side["key"]
+    return {
+        "name": name.upper(),
+        "file": side["file"],
+        "model": str(key["model"]),
+        "device": tr(
+            "{name} ({device}), {precision}",
+            name=key["device_name"],
+            device=key["device"],
+            precision=key["precision"],
+        ),
+        "created": wording.when(str(side["created"])),
+    }

@@ -1,0 +1,247 @@
+"""What the command line prints for people: tables and units.
+
+A plan for people.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from echelon.reports import wording
+from echelon.reports.wording import UNKNOWN, duration, number, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from echelon.profile import Profile
+    from echelon.types import Ranking
+
+SITUATIONS = {
+    "api": "realtime API",
+    "offline": "offline reranking",
+    "edge": "small edge machine",
+    "concurrent": "high concurrency",
+}
+
+
+def print_ranking(ranking: Ranking) -> None:
+    """Documents in order, best first."""
+    if not ranking.results:
+        Console().print("No documents, so nothing to rank.")
+        return
+    table = Table(box=None, header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("logit", justify="right")
+    table.add_column("document", overflow="fold")
+    for place, result in enumerate(ranking.results, 1):
+        cut = f"  (cut by {result.truncated_tokens} tokens)" if result.truncated_tokens else ""
+        # Text, not markup: a document may hold square brackets.
+        document = Text(result.document + cut)
+        table.add_row(str(place), f"{result.score:.4g}", f"{result.logit:+.3f}", document)
+    Console().print(table)
+
+
+def print_profile(profile: Profile) -> None:
+    """The summary table and what to do."""
+    console = Console()
+    console.print(Text(f"\n{profile.key.model} on {profile.key.device_name}", style="bold"))
+    if profile.precisions:
+        console.print(_precision_table(profile))
+    console.print(_best_table(profile))
+    console.print(_situation_table(profile))
+    chosen = profile.settings
+    best = wording.step(chosen.batch_size, chosen.token_budget)
+    threads = f", threads {chosen.threads}" if chosen.threads else ""
+    console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}{threads}")
+    for warning in profile.warnings:
+        console.print(Text(f"Note: {warning}", style="yellow"))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _precision_table(profile: Profile) -> Table:
+    table = _table(
+        "Precision against fp32", "Precision", "Tokens/s", "Kendall τ", "Top-10 overlap", "Passed"
+    )
+    for row in profile.precisions:
+        table.add_row(
+            wording.precision(row),
+            wording.number(row["tokens_per_s"]),
+            f"{row['tau']:.4f}",
+            f"{row['overlap']:.3f}",
+            "yes" if row["passed"] else "no",
+        )
+    return table
+
+
+def _best_table(profile: Profile) -> Table:
+    table = _table("Best batch", "Pairs", "Best batch", "Latency", "Pairs/s")
+    for entry in profile.best:
+        table.add_row(
+            str(entry["pairs"]),
+            str(entry["batch_size"]),
+            f"{wording.duration(entry['latency_s']['median'])} {wording.spread(entry)}",
+            wording.number(entry["pairs_per_s"]),
+        )
+    return table
+
+
+def _situation_table(profile: Profile) -> Table:
+    table = _table("What to do", "Situation", "Documents", "Use", "Pairs/s", "Peak memory")
+    for entry in profile.situations:
+        table.add_row(
+            SITUATIONS[entry["name"]],
+            entry["documents"],
+            wording.step_of(entry),
+            wording.number(entry["pairs_per_s"]),
+            wording.size(entry["peak_bytes"]),
+        )
+    return table
+
+
+def print_findings(findings: dict[str, Any]) -> None:
+    """What ``echelon doctor`` found."""
+    console = Console()
+    for section in ("machine", "software", "will_use"):
+        console.print(Text(section.replace("_", " ").capitalize(), style="bold"))
+        for name, value in findings[section].items():
+            console.print(Text(f"  {name.replace('_', ' '):18} {_plain(value)}"))
+    console.print(Text("What would make it faster", style="bold"))
+    for advice in findings["advice"] or ["Nothing found: run `echelon tune MODEL`."]:
+        console.print(Text(f"  - {advice}"))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, int) and value > 2**24:
+        return wording.size(value)
+    return "not installed" if value is None else str(value)
+
+
+Row = dict[str, Any]
+
+ROUTINGS = {
+    "tokens": "fewest outstanding tokens",
+    "requests": "fewest outstanding requests",
+    "random": "at random",
+    "two": "lesser of two at random",
+}
+
+
+def print_plan(plan: Row) -> None:
+    """The answer, and what it hangs on."""
+    console, answer, asked = Console(), plan["answer"], plan["asked"]
+    predicted = answer["predicted"]
+    priced = answer["price_per_hour"] is not None
+    console.print(Text(f"\n{plan['model']['model']} on {plan['model']['device']}", style="bold"))
+    machines = f"{answer['machines']:,} machine" + ("s" if answer["machines"] > 1 else "")
+    if answer["workers"] != answer["machines"]:
+        machines += f" with {answer['workers']:,} workers"
+    console.print(
+        f"[bold]{machines}[/bold] at {answer['token_budget']:,} tokens a step answer "
+        f"{number(asked['rate'])} requests/s."
+    )
+    console.print(
+        f"Predicted: P50 {duration(predicted['p50_s'])}, P95 {duration(predicted['p95_s'])}, "
+        f"P99 {duration(predicted['p99_s'])} (goal {duration(asked['slo_p99_s'])}); "
+        f"load {percent(answer['load'])}."
+    )
+    console.print(
+        f"Headroom: up to {number(answer['bears_rate'])} requests/s "
+        f"(+{percent(answer['headroom'])}) meet the goal."
+    )
+    if priced:
+        console.print(
+            f"Price: {number(answer['price_per_hour'])} an hour, "
+            f"{number(answer['price_per_million'])} a million requests."
+        )
+    console.print(_budgets(plan["budgets"]))
+    console.print(_sensitivity(plan, priced=priced))
+    console.print(_routings(plan["routings"]))
+    if plan["day"] is not None:
+        _print_day(console, plan["day"])
+    for note in plan["notes"]:
+        console.print(Text(f"Note: {note}", style="yellow"))
+
+
+def _plan_table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _count(machines: int | None) -> str:
+    return UNKNOWN if machines is None else f"{machines:,}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else duration(seconds)
+
+
+def _budgets(rows: Iterable[Row]) -> Table:
+    table = _plan_table(
+        "By token budget (–: never, or more machines)",
+        ("Tokens a step", "Machines", "P99", "A machine's most"),
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['token_budget']:,}",
+            _count(row["machines"]),
+            _seconds(row["p99_s"]),
+            f"{number(row['machine_rate'])}/s",
+        )
+    return table
+
+
+def _sensitivity(plan: Row, *, priced: bool) -> Table:
+    columns = ["If it turns out otherwise", "Machines", "P99", *(["Price/h"] if priced else [])]
+    table = _plan_table("Sensitivity", columns)
+    named = [(f"rate {number(row['rate'])}/s", row) for row in plan["rates"]]
+    named += [(f"texts × {row['lengths']:g}", row) for row in plan["lengths"]]
+    for name, row in named:
+        price = row["price_per_hour"]
+        cells = [UNKNOWN if price is None else number(price)] if priced else []
+        table.add_row(name, _count(row["machines"]), _seconds(row["p99_s"]), *cells)
+    return table
+
+
+def _routings(rows: Iterable[Row]) -> Table:
+    table = _plan_table("The same machines by routing", ("Routing", "Meets", "P99", "Up to"))
+    for row in rows:
+        table.add_row(
+            ROUTINGS[row["routing"]],
+            "yes" if row["meets"] else "no",
+            _seconds(row["p99_s"]),
+            f"{number(row['bears_rate'])}/s",
+        )
+    return table
+
+
+def _print_day(console: Console, day: Row) -> None:
+    console.print(Text("A day", style="bold"))
+    console.print(
+        f"{day['requests']:,} requests ({day['simulated']:,} simulated): "
+        f"P50 {_seconds(day['p50_s'])}, P95 {_seconds(day['p95_s'])}, "
+        f"P99 {_seconds(day['p99_s'])}; "
+        f"{percent(day['missed'], 2)} miss the goal, mean load {percent(day['utilisation'])}."
+    )
+    if day["overfull_s"]:
+        console.print(
+            Text(
+                f"In {number(day['overfull_s'] / 3600)} hours the queue only grows.", style="yellow"
+            )
+        )

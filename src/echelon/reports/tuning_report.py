@@ -1,0 +1,377 @@
+"""A report's first words: what was chosen, and what it does. Pure.
+
+The report's tables as rows of words. Pure.
+
+The tuning report: a profile as one HTML page that needs nothing else, not even a network.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echelon.engine.precision_check import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
+from echelon.profile import write_text
+from echelon.reports import summary, wording
+from echelon.reports.html import fill, listed, mark, speaking, told, tr
+from echelon.reports.model_charts import memory_charts, model_charts
+from echelon.reports.plots import charts
+from echelon.reports.profile_view import chosen, find, slowest
+from echelon.reports.rules_of_thumb import rules
+from echelon.reports.scenario_charts import agreement_charts, curve_chart
+from echelon.reports.summary import longest
+from echelon.tuning.choose import ENOUGH, TIE
+from echelon.tuning.sweep import CONFIDENCE
+
+if TYPE_CHECKING:
+    import os
+
+    from echelon.profile import Profile
+    from echelon.reports.wording import Entry
+
+
+def verdict(profile: Profile) -> str:
+    """The chosen setting and its speed, in a sentence."""
+    point = chosen(profile)
+    if point is None and profile.scenario is not None:
+        return tr(
+            "The step was chosen by simulation for this use; the sweep below has other sizes."
+        )
+    if point is None:
+        return tr(
+            "The chosen setting has no measured point, so nothing can be said about its speed. "
+            "Run echelon tune again with a higher --time-limit."
+        )
+    found = {
+        "step": wording.step_of(point),
+        "precision": profile.settings.precision,
+        "device": profile.key.device_name,
+        "pairs": wording.pairs(point["pairs"]),
+        "latency": wording.latency(point),
+        "rate": wording.rate(point["pairs_per_s"]),
+    }
+    rival = slowest(profile, point)
+    if rival is None:
+        return tr(
+            "Use {step} in {precision}. On {device} it ranks {pairs} in {latency}, {rate}.", **found
+        )
+    return tr(
+        "Use {step} in {precision}. On {device} it ranks {pairs} in {latency}, {rate}: {times} the "
+        "slowest size measured ({slowest}).",
+        **found,
+        times=_times(point, rival),
+        slowest=wording.step_of(rival),
+    )
+
+
+def _times(point: Entry, rival: Entry) -> str:
+    return tr("{count} times", count=f"{point['pairs_per_s'] / rival['pairs_per_s']:,.1f}")
+
+
+def tiles(profile: Profile) -> list[tuple[str, str, str]]:
+    """The verdict's figures: label, value, and what belongs to it."""
+    point = chosen(profile)
+    if point is None:
+        return []
+    called = tr("{pairs} a call", pairs=wording.pairs(point["pairs"]))
+    median = tr("median, {certainty}", certainty=wording.spread(point))
+    found = [
+        (tr("Throughput"), wording.rate(point["pairs_per_s"]), called),
+        (tr("Latency"), wording.duration(point["latency_s"]["median"]), median),
+        (tr("Precision"), profile.settings.precision, _precision_note(profile)),
+        (tr("Peak memory"), wording.size(point["peak_bytes"]), memory_of(profile)),
+    ]
+    rival = slowest(profile, point)
+    if rival is not None:
+        rate = wording.rate(rival["pairs_per_s"])
+        rate = tr("{value} ({certainty})", value=rate, certainty=wording.spread(rival))
+        note = listed([rate, wording.step_of(rival)])
+        found.insert(2, (tr("Against the slowest"), _times(point, rival), note))
+    return found
+
+
+def _precision_note(profile: Profile) -> str:
+    precision = profile.settings.precision
+    rows = [row for row in profile.precisions if row["precision"] == precision]
+    if not rows:
+        return tr("not compared with others")
+    if precision == "fp32":
+        return tr("the reference")
+    return tr("τ {tau} against fp32", tau=f"{rows[0]['tau']:.4f}")
+
+
+def memory_of(profile: Profile) -> str:
+    """Whose memory was measured."""
+    if profile.key.device == "cpu":
+        return tr("the process that tuned, with what it kept of other precisions and sizes")
+    return tr("the GPU, model included")
+
+
+NO_POINT = mark("No point was measured. Raise --time-limit.")
+
+SITUATIONS = {
+    "api": (
+        mark("Realtime API"),
+        mark("1–10 documents"),
+        mark("The shortest call of {pairs} pairs; of sizes within {tie}, the smallest."),
+        NO_POINT,
+    ),
+    "offline": (
+        mark("Offline reranking"),
+        mark("50–200 documents"),
+        mark("The most pairs a second, measured with {pairs}."),
+        NO_POINT,
+    ),
+    "edge": (
+        mark("Small edge machine"),
+        mark("1–5 documents"),
+        mark("The smallest step that keeps {enough} of the speed: it needs the least memory."),
+        NO_POINT,
+    ),
+    "concurrent": (
+        mark("High concurrency"),
+        mark("requests of any size"),
+        mark(
+            "Requests differ in length: a limit in tokens bounds a step's time, one in pairs "
+            "does not. The smallest that keeps {enough} of the speed."
+        ),
+        mark("No token budget was measured. Give --token-budgets."),
+    ),
+}
+"""Per situation: its name, what it ranks, why its setting, and what to do without one."""
+
+
+def situation(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
+    """Advice for one of the four situations; ``why`` names the remedy where there is none."""
+    title, documents, why, remedy = SITUATIONS[name]
+    row = {"title": tr(title), "documents": tr(documents)}
+    advice = next((s for s in profile.situations if s["name"] == name), None)
+    if advice is None:
+        return row | {"setting": "", "why": tr(remedy)}
+    point = find(profile, advice["batch_size"], advice["token_budget"], advice["pairs"])
+    return row | {
+        "setting": wording.step_of(advice),
+        "python": wording.python(profile.key.model, profile_path, advice),
+        "shell": wording.shell(profile.key.model, profile_path, advice),
+        "latency": wording.duration(advice["latency_s"]),
+        "of": listed([wording.pairs(advice["pairs"]), *([wording.spread(point)] if point else [])]),
+        "rate": wording.number(advice["pairs_per_s"]),
+        "memory": wording.size(advice["peak_bytes"]),
+        "why": tr(
+            why, pairs=advice["pairs"], tie=wording.percent(TIE), enough=wording.percent(ENOUGH)
+        ),
+    }
+
+
+def best_rows(profile: Profile) -> list[list[str]]:
+    """The summary table; a number of pairs without a measured point keeps its row."""
+    best = {entry["pairs"]: entry for entry in profile.best}
+    counts = sorted({*best, *(e["pairs"] for e in profile.points if e["batch_size"])})
+    return [_best_row(count, best.get(count)) for count in counts]
+
+
+def _best_row(count: int, entry: Entry | None) -> list[str]:
+    if entry is None:
+        return [str(count), tr("not measured"), wording.UNKNOWN, wording.UNKNOWN]
+    rate = wording.number(entry["pairs_per_s"])
+    return [str(count), str(entry["batch_size"]), wording.latency(entry), rate]
+
+
+def precision_rows(profile: Profile) -> list[dict[str, Any]]:
+    """Speed and agreement of each precision."""
+    fastest = max((row["tokens_per_s"] for row in profile.precisions), default=1.0)
+    return [
+        {
+            "name": wording.precision(row),
+            "rate": wording.number(row["tokens_per_s"]),
+            "share": f"{100 * row['tokens_per_s'] / fastest:.0f}%",
+            "tau": f"{row['tau']:.4f}",
+            "overlap": wording.percent(row["overlap"], 1),
+            "delta": wording.number(row["max_delta"]),
+            "loss": wording.UNKNOWN if row["ndcg_loss"] is None else _signed(row["ndcg_loss"]),
+            "queries": row["queries"],
+            "passed": row["passed"],
+            "chosen": row["precision"] == profile.settings.precision,
+        }
+        for row in profile.precisions
+    ]
+
+
+def _signed(loss: float) -> str:
+    return f"{loss:.4f}".replace("-", "−")
+
+
+def agreement_needed() -> str:
+    """What a precision must reach to serve."""
+    return tr(
+        "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
+        tau=LEAST_TAU,
+        overlap=wording.percent(LEAST_OVERLAP),
+        loss=MOST_NDCG_LOSS,
+    )
+
+
+def warnings(profile: Profile) -> list[str]:
+    """What to know before trusting the numbers."""
+    found = [told(str(warning)) for warning in profile.warnings]
+    learned = profile.learned_token_budget
+    if learned is None:
+        return found
+    note = tr(
+        "Memory ran short after tuning, so steps now hold at most {tokens} tokens. "
+        "Free memory and run `echelon tune` again to get the measured speed back.",
+        tokens=f"{learned:,}",
+    )
+    return [*found, note]
+
+
+def point_row(entry: Entry) -> dict[str, Any]:
+    """A measured size, or why there is no number."""
+    row = {
+        "pairs": entry["pairs"],
+        "step": wording.step_of(entry).removesuffix(" a step"),
+        "status": wording.missing(entry["status"]),
+        "reason": told(str(entry["reason"])) if entry["reason"] else tr("no number"),
+    }
+    return row | {"numbers": _numbers(entry) if wording.measured(entry) else []}
+
+
+def _numbers(entry: Entry) -> list[str]:
+    """The columns from the median on."""
+    return [
+        wording.duration(entry["latency_s"]["median"]),
+        wording.interval(entry),
+        wording.percentile(entry, "p95"),
+        wording.percentile(entry, "p99"),
+        str(entry["samples"]),
+        wording.number(entry["pairs_per_s"]),
+        wording.number(entry["tokens_per_s"]),
+        wording.percent(entry["padding_share"], 1),
+        f"{entry['steps']:,}",
+        wording.size(entry["peak_bytes"]),
+    ]
+
+
+PROFILE_NAME = "echelon-profile.json"
+"""Where `echelon tune` writes the profile unless told otherwise."""
+
+SIZES = {"--pairs": "pairs", "--batch-sizes": "batch_size", "--token-budgets": "token_budget"}
+"""Which entry of a point each option of `echelon tune` fills."""
+
+
+def write_report(
+    profile: Profile,
+    path: str | os.PathLike[str],
+    *,
+    profile_path: str | os.PathLike[str] = PROFILE_NAME,
+    lang: str = "en",
+) -> None:
+    """Write the report whole or not at all.
+
+    Args:
+        profile: what tuning found.
+        path: the HTML file.
+        profile_path: where the profile itself was written; the examples name it.
+        lang: language of the page, ``en`` or ``zh``.
+
+    Raises:
+        InvalidInput: there is no such language.
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_text(Path(path), render(profile, profile_path=profile_path, lang=lang))
+
+
+def render(
+    profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_NAME, lang: str = "en"
+) -> str:
+    """The report as HTML; arguments as in :func:`write_report`."""
+    with speaking(lang):
+        return fill("echelon.tuning", "report.html.j2", _content(profile, str(profile_path)))
+
+
+def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
+    """What the template shows, in words."""
+    drawn = [
+        *charts(profile),
+        *memory_charts(profile),
+        *model_charts(profile),
+        *agreement_charts(profile),
+    ]
+    curve = curve_chart(profile)
+    figures = [*drawn, *([] if curve is None else [curve])]
+    return {
+        "model": profile.key.model,
+        "card": summary.card(profile),
+        "card_type": summary.command(profile, profile_path),
+        "verdict": verdict(profile),
+        "tiles": tiles(profile),
+        "situations": [situation(profile, name, profile_path) for name in SITUATIONS],
+        "rules": rules(profile),
+        "best": best_rows(profile),
+        "charts": drawn,
+        "curve": curve,
+        "figures": {chart.name: chart.figure for chart in figures},
+        "precisions": precision_rows(profile),
+        "needed": agreement_needed(),
+        "warnings": warnings(profile),
+        "gaps": not all(wording.measured(entry) for entry in profile.points),
+        "points": [point_row(entry) for entry in profile.points],
+        "facts": _facts(profile),
+        "python": _snippet(profile, profile_path),
+        "shell": wording.shell(profile.key.model, profile_path),
+        "repeat": _repeat(profile),
+        "tie": wording.percent(TIE),
+        "enough": wording.percent(ENOUGH),
+        "confidence": wording.percent(CONFIDENCE),
+        "runs_for": wording.RUNS_FOR,
+        "memory_of": memory_of(profile),
+    }
+
+
+# Facts and commands.
+
+
+def _facts(profile: Profile) -> dict[str, list[tuple[str, str]]]:
+    key = profile.key
+    return {
+        tr("Machine"): wording.machine(profile.machine),
+        tr("Data"): wording.data(profile.data),
+        tr("Profile"): [
+            (tr("Model"), key.model),
+            (tr("Revision"), key.revision),
+            (tr("Device"), listed([key.device, key.device_name])),
+            (tr("Precision"), key.precision),
+            (tr("Threads"), str(profile.settings.threads or wording.UNKNOWN)),
+            (tr("Longest pair"), longest(profile.settings.max_length)),
+            (tr("Versions"), listed(f"{name} {v}" for name, v in key.versions.items())),
+            (tr("Made"), wording.when(profile.created)),
+        ],
+    }
+
+
+def _snippet(profile: Profile, profile_path: str) -> str:
+    return (
+        "from echelon import Reranker\n\n"
+        f"with {wording.python(profile.key.model, profile_path)} as reranker:\n"
+        '    ranking = reranker.rank("query", documents)'
+    )
+
+
+def _repeat(profile: Profile) -> str:
+    """The command that measures the same sizes again, as far as the profile knows it."""
+    parts = ["echelon", "tune", profile.key.model, "--device", profile.key.device]
+    for option, name in SIZES.items() if profile.points else ():
+        sizes = sorted({entry[name] for entry in profile.points if entry[name]})
+        parts += [option, ",".join(map(str, sizes))]
+    found, chosen = profile.scenario, profile.settings
+    data = str(profile.data.get("name") or "built-in")
+    asked = {
+        "--data": None if data.startswith("built-in") else data,
+        "--precision": None if profile.precisions else chosen.precision,
+        "--max-length": chosen.max_length if found is None else found["asked"]["max_length"],
+        "--threads": chosen.threads,
+    }
+    for option, value in asked.items():
+        parts += [] if value is None else [option, str(value)]
+    return shlex.join(parts)
