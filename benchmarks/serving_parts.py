@@ -15,7 +15,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from echelon.plan.workload import Constant, Fixed, Lognormal, Poisson, Workload
+from echelon.simulation.workload import (
+    ConstantArrivals,
+    FixedSize,
+    LognormalSize,
+    PoissonArrivals,
+    Workload,
+)
 from echelon.stress.client import Client
 from echelon.stress.drive import Drive, closed_loop, open_loop
 from echelon.stress.texts import Material
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 
     from echelon import Reranker
     from echelon.data import Topic
-    from echelon.plan.workload import Arrivals
+    from echelon.simulation.workload import Arrivals
     from echelon.stress.drive import Outcome
     from serving_servers import Server
 
@@ -61,13 +67,13 @@ class Bench:
 
     def workload(self, arrivals: Arrivals, documents: int = DOCUMENTS, seed: int = 0) -> Workload:
         """Requests of so many documents, their lengths log-normal as web passages' are."""
-        lengths = Lognormal(self.tokens, 0.5, 512)
-        return Workload(arrivals, Fixed(documents), lengths, seed)
+        lengths = LognormalSize(self.tokens, 0.5, 512)
+        return Workload(arrivals, FixedSize(documents), lengths, seed)
 
     def requests(self, count: int, seed: int) -> list[tuple[str, list[str]]]:
         """Texts of so many requests, different in each round."""
         material = Material(self.topics, seed=seed)
-        arrivals = self.workload(Constant(1.0), seed=seed).requests()
+        arrivals = self.workload(ConstantArrivals(1.0), seed=seed).requests()
         return [material.request(arrival) for arrival in islice(arrivals, count)]
 
     async def open(self, server: Server, workload: Workload, seconds: float) -> Outcome:
@@ -206,7 +212,7 @@ def half_load(bench: Bench, capacity: float) -> dict[str, Any]:
     alone = asyncio.run(_alone(bench, 21))
     rate = capacity / DOCUMENTS / 2
     found: dict[str, Any] = {"alone_s": _spread(alone), "rate_per_s": rate}
-    for arrivals in (Poisson(rate), Constant(rate)):
+    for arrivals in (PoissonArrivals(rate), ConstantArrivals(rate)):
         outcome = asyncio.run(bench.open(bench.server, bench.workload(arrivals), bench.seconds))
         latency = _latencies(outcome)
         found[type(arrivals).__name__.lower()] = latency | {
@@ -229,7 +235,7 @@ def twice(bench: Bench, capacity: float) -> dict[str, Any]:
     rate = 2 * capacity / DOCUMENTS
     before = bench.server.metric("echelon_http_requests_total")
     answered_before = bench.server.metric("echelon_documents_total")
-    workload = bench.workload(Poisson(rate), seed=3)
+    workload = bench.workload(PoissonArrivals(rate), seed=3)
     outcome = asyncio.run(bench.open(bench.server, workload, bench.seconds))
     records = list(outcome.ledger)
     within = [r for r in records if r.kind == "answered" and r.ended <= bench.seconds]
@@ -265,12 +271,12 @@ async def _beside_large(bench: Bench, rate: float) -> dict[str, Any]:
     stop = asyncio.Event()
     async with Client(server.target()) as client, Client(server.target()) as other:
         large = Drive(other, Material(bench.topics, seed=11), stop=stop)
-        thousands = bench.workload(Constant(1.0), 1000).requests()
+        thousands = bench.workload(ConstantArrivals(1.0), 1000).requests()
         running = asyncio.create_task(closed_loop(large, thousands, 1, bench.seconds * 10))
         await asyncio.sleep(5)
         steps, spent = _steps(server)
         single = Drive(client, Material(bench.topics, seed=12))
-        arrivals = bench.workload(Constant(rate), 1, seed=12).requests(bench.seconds)
+        arrivals = bench.workload(ConstantArrivals(rate), 1, seed=12).requests(bench.seconds)
         outcome = await open_loop(single, arrivals, bench.seconds)
         after, spent_after = _steps(server)
         stop.set()
@@ -299,7 +305,7 @@ def beside_peers(bench: Bench, peers: Sequence[Server], capacity: float) -> dict
         rate = share * capacity / DOCUMENTS
         row: dict[str, Any] = {"share_of_capacity": share, "rate_per_s": rate, "servers": {}}
         for server in (bench.server, *peers):
-            workload = bench.workload(Poisson(rate), seed=round(share * 100))
+            workload = bench.workload(PoissonArrivals(rate), seed=round(share * 100))
             outcome = asyncio.run(bench.open(server, workload, bench.seconds))
             in_time = [r for r in outcome.ledger if r.kind == "answered" and r.latency_s <= GOAL_S]
             row["servers"][server.name] = _latencies(outcome) | {

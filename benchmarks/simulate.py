@@ -1,7 +1,7 @@
 """How long the simulators take: an hour at 2,000 requests a second, and a day over 1,000 replicas.
 
 The hour is simulated request by request; the day in windows of each quarter of an hour, see
-`echelon.simulate.day`. Both on as many replicas of two CPU cores as the traffic takes at about
+`echelon.simulation.capacity`. Both on as many replicas of two CPU cores as the traffic takes at about
 80 % load: requests of 1 to 19 documents of about 110 tokens. The exact simulator of one service
 is timed beside them.
 
@@ -21,24 +21,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.plan.workload import Between, Lognormal, Poisson, Workload
 from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
-from echelon.simulate.capacity import Capacity, Traffic
-from echelon.simulate.day import TYPICAL, rates_of, simulate_day
-from echelon.simulate.exact import simulate
-from echelon.simulate.fleet import Fleet, simulate_fleet
-from echelon.simulate.setting import Setting
-from echelon.simulate.traffic import blocks
+from echelon.simulation.capacity import TYPICAL, Capacity, Traffic, rates_of, simulate_day
+from echelon.simulation.cluster_simulation import Cluster, simulate_fleet
+from echelon.simulation.cluster_traffic import blocks
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import LognormalSize, PoissonArrivals, UniformSize, Workload
 from echelon.tuning.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RESULTS = Path(__file__).parent / "results"
-WORKLOAD = Workload(Poisson(1.0), Between(1, 19), Lognormal(110, 0.6, 512))
+WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 19), LognormalSize(110, 0.6, 512))
 TRUTH = CostModel(DEFAULT_COEFFICIENTS["cpu"])
-SETTING = Setting(2048)
+SETTING = SimulationSettings(2048)
 GOAL_S = 0.4
 LOAD = 0.8
 
@@ -51,8 +49,8 @@ def machine_rate() -> float:
 def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
     """So many seconds at a rate, request by request."""
     replicas = math.ceil(rate / (LOAD * machine_rate()))
-    traffic = blocks(replace(WORKLOAD, arrivals=Poisson(rate)), seconds)
-    fleet = Fleet(replicas, SETTING, routing)
+    traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(rate)), seconds)
+    fleet = Cluster(replicas, SETTING, routing)
     outcome = simulate_fleet(traffic, TRUTH, fleet, goal_s=GOAL_S, warm_s=5.0)
     return {"replicas": replicas, "rate": rate, "seconds": seconds, "outcome": outcome.as_dict()}
 
@@ -61,14 +59,14 @@ def day(replicas: int) -> dict[str, Any]:
     """A day over so many replicas."""
     peak = LOAD * replicas * machine_rate()
     rates = rates_of(TYPICAL, peak)
-    found = simulate_day(WORKLOAD, rates, TRUTH, Fleet(replicas, SETTING), GOAL_S).as_dict()
+    found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTING), GOAL_S).as_dict()
     del found["parts"]
     return {"replicas": replicas, "peak_rate": peak, "day": found}
 
 
 def exact(seconds: float) -> dict[str, Any]:
     """One service, pair by pair, with the real batcher."""
-    workload = replace(WORKLOAD, arrivals=Poisson(LOAD * machine_rate()))
+    workload = replace(WORKLOAD, arrivals=PoissonArrivals(LOAD * machine_rate()))
     outcome = simulate(workload.requests(seconds), TRUTH, SETTING, goal_s=GOAL_S)
     return {"seconds": seconds, "outcome": outcome.as_dict()}
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonError, WorkerLost
-from echelon.tune.prices import cost_of, lengths_of
+from echelon.simulation.fitted_models import cost_of, lengths_of
 from echelon.tuning.candidates import most_tokens
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.recommendation import settings_of
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from echelon.plan.workload import Arrival
     from echelon.profile import Profile
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
     from echelon.tuning.scenario_model import ScenarioModel
     from echelon.tuning.validation_metrics import Validation

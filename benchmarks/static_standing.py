@@ -21,7 +21,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulate.ladder import MISSES
+from echelon.simulation.outcome import MISSES
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.scenario import NEARLY
 

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, TooNoisy
 from echelon.options import Options
-from echelon.plan.workload import Fixed, Lognormal
 from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
 from echelon.scheduling.packing import step_budget
-from echelon.simulate.ladder import meets
+from echelon.simulation.fitted_models import cost_of
+from echelon.simulation.outcome import meets
+from echelon.simulation.workload import FixedSize, LognormalSize
 from echelon.stress.run import opened
-from echelon.tune.prices import cost_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.machine import describe_machine
@@ -52,7 +52,7 @@ from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.plan.workload import Arrival
+    from echelon.simulation.workload import Arrival
     from echelon.stress.run import LoadTest
     from echelon.tuning.scenario_model import ScenarioModel
     from echelon.tuning.validation_metrics import Validation
@@ -214,9 +214,9 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
 
 def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     """Everything about one model."""
-    tokens = Lognormal(options.tokens, 0.5, LONGEST)
+    tokens = LognormalSize(options.tokens, 0.5, LONGEST)
     ask = ScenarioGoal(
-        SCENARIO, PATIENCE_S, 1.0, documents=Fixed(DOCUMENTS), tokens=tokens, seed=SEED
+        SCENARIO, PATIENCE_S, 1.0, documents=FixedSize(DOCUMENTS), tokens=tokens, seed=SEED
     )
     asked = Options(device="cpu", precision=options.precision)
     model = look(options.model, asked, None, ask)

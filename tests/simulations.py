@@ -17,9 +17,9 @@ from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError
 from echelon.models.fake import FakeScorer
-from echelon.plan.workload import Arrival
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel
+from echelon.simulation.workload import Arrival
 from echelon.tokenization.pairs import encode_pairs
 from helpers import TEMPLATE
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from echelon.engine.precision_check import Agreement
 from echelon.errors import InvalidInput
 from echelon.options import Options
-from echelon.plan.workload import Arrival, Between, Fixed, Known
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.server.metrics import RATIOS
+from echelon.simulation.workload import Arrival, FixedSize, KnownArrivals, UniformSize
 from echelon.tuning import candidates as shorter_module
 from echelon.tuning.candidates import MaxLengthCheck, budgets, candidates, prices_of, shorter
 from echelon.tuning.goal import ScenarioGoal
@@ -110,7 +110,7 @@ def model(bert):
         ({"scenario": "concurrent", "goal_s": 0.1}, "--rate"),
         ({"scenario": "api", "goal_s": 0.1, "rate": -1.0}, "--rate"),
         ({"scenario": "api", "goal_s": float("nan"), "rate": 1.0}, "--slo-p99-ms"),
-        ({"scenario": "api", "goal_s": 0.1, "rate": 9.0, "trace": (Known(0.0),)}, "--rate"),
+        ({"scenario": "api", "goal_s": 0.1, "rate": 9.0, "trace": (KnownArrivals(0.0),)}, "--rate"),
         ({"scenario": "api", "goal_s": 0.1, "rate": 0.1}, "--verify-s"),
         ({"scenario": "edge", "rate": 1.0}, "--rate"),
         ({"scenario": "offline", "goal_s": 0.1}, "--slo-p99-ms"),
@@ -128,20 +128,23 @@ def test_nonsense_is_refused_with_the_remedy(asked, field):
 
 def test_each_scenario_has_its_usual_documents_and_a_trace_its_own_rate():
     assert [str(ScenarioGoal(s).sizes) for s in ("edge", "offline")] == ["1-10", "50-200"]
-    trace = tuple(Known(float(i) / 2, 3, 40) for i in range(9))
-    ask = ScenarioGoal("api", goal_s=0.1, trace=trace, documents=Fixed(4))
-    assert ask.traffic(Fixed(50)).trace_rate == 2.0
+    trace = tuple(KnownArrivals(float(i) / 2, 3, 40) for i in range(9))
+    ask = ScenarioGoal("api", goal_s=0.1, trace=trace, documents=FixedSize(4))
+    assert ask.traffic(FixedSize(50)).trace_rate == 2.0
     assert ask.as_dict()["trace_requests"] == 9
     with pytest.raises(InvalidInput, match="one moment"):
-        ScenarioGoal("api", goal_s=0.1, trace=trace[:1]).traffic(Fixed(50))
+        ScenarioGoal("api", goal_s=0.1, trace=trace[:1]).traffic(FixedSize(50))
 
 
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
-        (ScenarioGoal("edge", tokens=Fixed(131)), "--tokens"),
-        (ScenarioGoal("edge", trace=(Known(0.0, 1, 40), Known(1.0, 1, 200))), "--tokens"),
-        (ScenarioGoal("edge", tokens=Fixed(3)), "--tokens"),
+        (ScenarioGoal("edge", tokens=FixedSize(131)), "--tokens"),
+        (
+            ScenarioGoal("edge", trace=(KnownArrivals(0.0, 1, 40), KnownArrivals(1.0, 1, 200))),
+            "--tokens",
+        ),
+        (ScenarioGoal("edge", tokens=FixedSize(3)), "--tokens"),
         (ScenarioGoal("edge", goal_s=1e-7), "--slo-p99-ms"),
         (ScenarioGoal("edge", memory_limit_bytes=5.0 * MIB), "--memory-limit"),
     ],
@@ -205,9 +208,9 @@ def test_a_limit_without_measured_memory_is_refused():
 # Requests as texts.
 
 
-@pytest.mark.parametrize("tokens", [Fixed(70), Between(50, 120)])
+@pytest.mark.parametrize("tokens", [FixedSize(70), UniformSize(50, 120)])
 def test_texts_have_the_lengths_that_are_simulated(model, tokens):
-    traffic = ScenarioGoal("edge", documents=Fixed(8)).traffic(tokens)
+    traffic = ScenarioGoal("edge", documents=FixedSize(8)).traffic(tokens)
     encoder, topics = model.trial.encoder, model.texts.topics
     load = WorkloadTexts(traffic, 1.0, topics, ruler_of(encoder))
     requests = load.first(160)
@@ -220,12 +223,12 @@ def test_texts_have_the_lengths_that_are_simulated(model, tokens):
     assert len(set(pairs)) == len(pairs)
 
 
-@pytest.mark.parametrize("trace", [(), tuple(Known(i / 4, 2, 60) for i in range(40))])
+@pytest.mark.parametrize("trace", [(), tuple(KnownArrivals(i / 4, 2, 60) for i in range(40))])
 def test_the_load_test_sends_the_requests_that_were_simulated(model, trace, tmp_path):
     rate = None if trace else 4.0
-    ask = ScenarioGoal("api", 0.5, rate, trace, Between(1, 6), verify_s=6.0, seed=3)
+    ask = ScenarioGoal("api", 0.5, rate, trace, UniformSize(1, 6), verify_s=6.0, seed=3)
     ruler = ruler_of(model.trial.encoder)
-    load = WorkloadTexts(ask.traffic(Between(40, 90)), 4.0, model.texts.topics, ruler)
+    load = WorkloadTexts(ask.traffic(UniformSize(40, 90)), 4.0, model.texts.topics, ruler)
     stage = ValidationContext(
         ask, model, load, tmp_path / "p.json", on_card=False, told=lambda *_: None
     )
@@ -340,10 +343,12 @@ def test_memory_is_corrected_both_ways_by_what_a_worker_holds(came, workers, fix
     assert found.memory == MemoryModel(fixed * MIB, 1.0)
 
 
-@pytest.mark.parametrize(("sizes", "trace"), [(Fixed(6), ()), (Fixed(90), (Known(0.0, 2, 6),))])
+@pytest.mark.parametrize(
+    ("sizes", "trace"), [(FixedSize(6), ()), (FixedSize(90), (KnownArrivals(0.0, 2, 6),))]
+)
 def test_pairs_shorter_than_what_tells_them_apart_are_refused(model, sizes, trace):
     topics, encoder = model.texts.topics, model.trial.encoder
-    require_texts(topics, encoder, Fixed(90), (), model.longest)
+    require_texts(topics, encoder, FixedSize(90), (), model.longest)
     with pytest.raises(InvalidInput, match="--tokens: pairs of 6 tokens cannot be made"):
         require_texts(topics, encoder, sizes, trace, model.longest)
 

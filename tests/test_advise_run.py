@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
-from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
 from echelon.reports.summary import print_scenario
+from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, scenario, simulated_load
 from echelon.tuning.advisor import advise
 from echelon.tuning.goal import ScenarioGoal
@@ -105,7 +105,7 @@ def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
 
 @pytest.mark.parametrize("name", ["edge", "offline"])
 def test_the_real_reranker_proves_the_others(name, model, known, capsys):
-    ask = ScenarioGoal(name, documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
+    ask = ScenarioGoal(name, documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
     found = advise(model, known, ask, Plan()).profile
     entry = found.scenario
     assert entry["held"] is True

@@ -13,9 +13,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import static_baselines
 from echelon.errors import ModelNotFound
-from echelon.plan.workload import Between, Fixed
 from echelon.profile import Profile
 from echelon.scheduling.packing import NO_BUDGET
+from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, simulated_load
 from echelon.tuning.advisor import advise
 from echelon.tuning.goal import ScenarioGoal
@@ -208,7 +208,7 @@ def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_p
     monkeypatch.setattr(simulated_load, "REQUESTS", 60)
     monkeypatch.setattr(simulated_load, "FULL", 20)
     monkeypatch.setattr(static_baselines, "SIZES", (2,))
-    asked = ask("offline", documents=Fixed(4), tokens=Between(50, 90), verify_s=0.1)
+    asked = ask("offline", documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
     made = contest(model, known, asked, tmp_path)
     found = beside_static(made, 1)
     rows = found["settings"]

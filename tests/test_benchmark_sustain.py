@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sustain
 from echelon.data import load_texts
-from echelon.plan.workload import Fixed, Lognormal
-from echelon.simulate.ladder import meets
+from echelon.simulation.outcome import meets
+from echelon.simulation.workload import FixedSize, LognormalSize
 from echelon.stress.texts import Words
 from echelon.tuning import simulated_load
 from echelon.tuning.goal import ScenarioGoal
@@ -38,8 +38,8 @@ NAMES = ("probes", "after a look")
 
 @pytest.fixture
 def bench():
-    tokens = Lognormal(60, 0.5, 512)
-    ask = ScenarioGoal("concurrent", 3.0, 1.0, documents=Fixed(10), tokens=tokens)
+    tokens = LognormalSize(60, 0.5, 512)
+    ask = ScenarioGoal("concurrent", 3.0, 1.0, documents=FixedSize(10), tokens=tokens)
     load = WorkloadTexts(ask.traffic(tokens), 1.0, load_texts(language="en").topics, Words())
     return sustain.Bench(None, ask, load, Path("profile.json"), 100, 50.0)
 

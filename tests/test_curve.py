@@ -6,12 +6,11 @@ from itertools import islice
 
 import pytest
 
-from echelon.plan.workload import Between, Poisson, Workload
 from echelon.reports.scenario_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
-from echelon.simulate.capacity import Traffic
-from echelon.simulate.exact import simulate
-from echelon.simulate.setting import Setting
+from echelon.simulation.capacity import Traffic
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load
 from echelon.tuning.scenario import Candidate, ScenarioLimits
 from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of, sustains
@@ -20,7 +19,7 @@ from test_report_card import profile
 
 light = pytest.fixture(leave_plotly_out, autouse=True)
 
-TRAFFIC = Traffic(Workload(Poisson(1.0), Between(1, 10), Between(20, 200)))
+TRAFFIC = Traffic(Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200)))
 COST = CostModel(Coefficients(4e-3, 7e-5, 3.5e-8))
 
 
@@ -57,7 +56,7 @@ def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
 
 def test_a_run_that_is_lost_ends_early_and_says_the_same():
     requests = list(islice(TRAFFIC.at(100.0).requests(), 300))
-    setting, seen = Setting(1024), []
+    setting, seen = SimulationSettings(1024), []
     whole = simulate(requests, COST, setting, goal_s=0.3)
     early = simulate(
         requests, COST, setting, goal_s=0.3, most_missed=3, told=lambda *step: seen.append(step)

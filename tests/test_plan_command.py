@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import ProfileError
-from echelon.planner import answer
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.scheduling.cost_model import Coefficients, MemoryModel
-from echelon.simulate import capacity, day, traffic
-from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
+from echelon.simulation import capacity, capacity_plan, cluster_traffic
+from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.fit import CostFit, FitError, MemoryFit
 from helpers import run_command
 
@@ -137,11 +136,11 @@ def test_noise_is_how_runs_differ_and_lengths_are_the_texts():
 def plan(tmp_path, capsys, monkeypatch):
     """The command on a profile: (exit code, output, error output)."""
     monkeypatch.setattr(capacity, "REQUESTS", 400)
-    monkeypatch.setattr(answer, "BUDGETS", {"cpu": (256, 1024)})
-    monkeypatch.setattr(answer, "ROUTINGS", ("tokens", "random"))
-    monkeypatch.setattr(traffic, "BLOCK", 512)
-    monkeypatch.setattr(day, "WARM_S", 0.3)
-    monkeypatch.setattr(day, "WINDOW_S", 1.0)
+    monkeypatch.setattr(capacity_plan, "BUDGETS", {"cpu": (256, 1024)})
+    monkeypatch.setattr(capacity_plan, "ROUTINGS", ("tokens", "random"))
+    monkeypatch.setattr(cluster_traffic, "BLOCK", 512)
+    monkeypatch.setattr(capacity, "WARM_S", 0.3)
+    monkeypatch.setattr(capacity, "WINDOW_S", 1.0)
     monkeypatch.setattr(capacity, "FULL", 200)
 
     def called(*arguments, made=None):
@@ -172,7 +171,7 @@ def test_the_answer_adds_up(plan):
     assert min(counts) == given_answer["machines"]
     rates = [row["machines"] for row in found["rates"]]
     assert rates == sorted(rates)
-    assert [row["lengths"] for row in found["lengths"]] == list(answer.LENGTHS)
+    assert [row["lengths"] for row in found["lengths"]] == list(capacity_plan.LENGTHS)
     assert (
         found["lengths"][0]["machines"] < given_answer["machines"] < found["lengths"][1]["machines"]
     )
@@ -213,7 +212,7 @@ def test_more_workers_a_machine_take_fewer_machines(plan):
 
 def test_a_day_shows_what_its_quiet_hours_leave_unused(plan):
     found = json.loads(plan(*ASKED, "--json", "--day", "typical")[1])["day"]
-    assert len(found["parts"]) == day.PARTS
+    assert len(found["parts"]) == capacity.PARTS
     assert found["missed"] <= 0.01
     assert 0.3 < found["utilisation"] < 0.8
     assert found["requests"] < 100 * 86_400

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import (
-    Between,
-    Constant,
-    Fixed,
-    Known,
-    Lognormal,
-    Observed,
-    Poisson,
-    Replay,
+from echelon.simulation.workload import (
+    ConstantArrivals,
+    FixedSize,
+    KnownArrivals,
+    LognormalSize,
+    ObservedSize,
+    PoissonArrivals,
+    ReplayedArrivals,
+    UniformSize,
     Workload,
     parse_trace,
     sizes_of,
@@ -31,15 +31,19 @@ seeds = st.integers(0, 2**32)
 rates = st.floats(0.01, 10_000)
 counts = st.integers(1, 60)
 sizes = st.one_of(
-    st.builds(Fixed, counts),
-    st.tuples(counts, counts).map(sorted).map(lambda pair: Between(*pair)),
-    st.builds(Lognormal, st.floats(1, 500), st.floats(0, 2), st.integers(1, 512)),
-    st.lists(counts, min_size=1, max_size=9).map(Observed),
+    st.builds(FixedSize, counts),
+    st.tuples(counts, counts).map(sorted).map(lambda pair: UniformSize(*pair)),
+    st.builds(LognormalSize, st.floats(1, 500), st.floats(0, 2), st.integers(1, 512)),
+    st.lists(counts, min_size=1, max_size=9).map(ObservedSize),
 )
 records = st.lists(
     st.tuples(st.floats(-1e9, 1e9), counts, st.none() | st.integers(1, 512)), min_size=1
-).map(lambda rows: [Known(*row) for row in sorted(rows, key=lambda row: row[0])])
-arrivals = st.builds(Poisson, rates) | st.builds(Constant, rates) | st.builds(Replay, records)
+).map(lambda rows: [KnownArrivals(*row) for row in sorted(rows, key=lambda row: row[0])])
+arrivals = (
+    st.builds(PoissonArrivals, rates)
+    | st.builds(ConstantArrivals, rates)
+    | st.builds(ReplayedArrivals, records)
+)
 workloads = st.builds(Workload, arrivals, sizes, st.none() | sizes, seeds)
 
 
@@ -80,7 +84,7 @@ def test_a_duration_cuts_and_changes_nothing_before(workload, duration_s):
 @given(rates, sizes, sizes, sizes, seeds)
 def test_other_documents_or_lengths_do_not_move_the_arrivals(rate, one, other, tokens, seed):
     times = [
-        [r.at_s for r in islice(Workload(Poisson(rate), d, t, seed).requests(), 30)]
+        [r.at_s for r in islice(Workload(PoissonArrivals(rate), d, t, seed).requests(), 30)]
         for d, t in ((one, None), (other, None), (other, tokens))
     ]
     assert times[0] == times[1] == times[2]
@@ -94,31 +98,33 @@ def test_sizes_are_positive_and_as_many_as_asked(drawn_from, seed, count):
 
 
 def test_ranges_reach_both_ends_and_nothing_else():
-    assert set(Between(3, 6).draw(generator(), 500)) == {3, 4, 5, 6}
-    assert Fixed(7).draw(generator(), 3) == [7, 7, 7]
-    assert set(Observed([2, 2, 9]).draw(generator(), 200)) == {2, 9}
+    assert set(UniformSize(3, 6).draw(generator(), 500)) == {3, 4, 5, 6}
+    assert FixedSize(7).draw(generator(), 3) == [7, 7, 7]
+    assert set(ObservedSize([2, 2, 9]).draw(generator(), 200)) == {2, 9}
 
 
 def test_observed_numbers_keep_their_shares():
-    drawn = Observed([1, 1, 1, 5]).draw(generator(), 4000)
+    drawn = ObservedSize([1, 1, 1, 5]).draw(generator(), 4000)
     assert np.mean(drawn) == pytest.approx(2.0, abs=0.15)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8])
 def test_the_lognormal_has_the_mean_that_is_named(sigma):
-    drawn = np.array(Lognormal(120, sigma, 10**6).draw(generator(), 20_000))
+    drawn = np.array(LognormalSize(120, sigma, 10**6).draw(generator(), 20_000))
     assert drawn.mean() == pytest.approx(120, rel=0.03)
     assert np.log(drawn).std() == pytest.approx(sigma, rel=0.05)
 
 
 def test_the_lognormal_is_cut_at_its_most():
-    drawn = Lognormal(120, 1.0, 200).draw(generator(), 1000)
+    drawn = LognormalSize(120, 1.0, 200).draw(generator(), 1000)
     assert max(drawn) == 200
-    assert Lognormal(120, 0, 512).draw(generator(), 3) == [120, 120, 120]
+    assert LognormalSize(120, 0, 512).draw(generator(), 3) == [120, 120, 120]
 
 
 def test_poisson_has_its_rate_and_the_spread_of_chance():
-    times = [r.at_s for r in islice(Workload(Poisson(50.0), Fixed(1)).requests(), 20_000)]
+    times = [
+        r.at_s for r in islice(Workload(PoissonArrivals(50.0), FixedSize(1)).requests(), 20_000)
+    ]
     gaps = np.diff([0.0, *times])
     assert gaps.mean() == pytest.approx(1 / 50, rel=0.03)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)
@@ -127,12 +133,14 @@ def test_poisson_has_its_rate_and_the_spread_of_chance():
 @given(rates)
 def test_constant_does_not_drift(rate):
     number = 3_001
-    late = next(islice(Workload(Constant(rate), Fixed(1)).requests(), number, None))
+    late = next(islice(Workload(ConstantArrivals(rate), FixedSize(1)).requests(), number, None))
     assert late.at_s == number / rate
 
 
 def test_a_long_stream_needs_no_memory():
-    stream = Workload(Poisson(1000.0), Between(5, 50), Lognormal(100, 0.5, 512)).requests()
+    stream = Workload(
+        PoissonArrivals(1000.0), UniformSize(5, 50), LognormalSize(100, 0.5, 512)
+    ).requests()
     next(stream)
     tracemalloc.start()
     for _ in islice(stream, 5000):
@@ -144,7 +152,7 @@ def test_a_long_stream_needs_no_memory():
 
 @given(records, st.floats(0.1, 10))
 def test_a_replay_keeps_what_was_recorded(recorded, speed):
-    requests = list(Workload(Replay(recorded, speed), Fixed(3), None).requests())
+    requests = list(Workload(ReplayedArrivals(recorded, speed), FixedSize(3), None).requests())
     assert [r.documents for r in requests] == [k.documents for k in recorded]
     assert [r.lengths for r in requests] == [
         () if k.tokens is None else (k.tokens,) * k.documents for k in recorded
@@ -161,19 +169,20 @@ def test_a_trace_that_was_written_is_read_back(recorded, lengths_too):
         ",".join([repr(k.at_s), str(k.documents), str(k.tokens or 1)][:columns]) for k in recorded
     ]
     expected = [
-        Known(k.at_s, k.documents, (k.tokens or 1) if lengths_too else None) for k in recorded
+        KnownArrivals(k.at_s, k.documents, (k.tokens or 1) if lengths_too else None)
+        for k in recorded
     ]
     assert list(parse_trace(lines)) == expected
 
 
 def test_a_trace_may_come_from_a_spreadsheet():
     lines = ["\ufeffDocuments, Timestamp ,host\r\n", '"3",17.5,"a, b"\r\n', "\r\n", "4,18,c\r\n"]
-    assert list(parse_trace(lines)) == [Known(17.5, 3), Known(18.0, 4)]
+    assert list(parse_trace(lines)) == [KnownArrivals(17.5, 3), KnownArrivals(18.0, 4)]
 
 
 def test_a_trace_is_read_as_it_is_needed():
     endless = itertools.chain(["timestamp,documents"], (f"{i},2" for i in itertools.count()))
-    assert next(parse_trace(endless)) == Known(0.0, 2)
+    assert next(parse_trace(endless)) == KnownArrivals(0.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +213,8 @@ def test_a_wrong_trace_is_told_where(text, told):
 
 
 def test_sizes_as_people_write_them():
-    assert sizes_of("10", "--documents") == Fixed(10)
-    assert sizes_of(" 5-50 ", "--documents") == Between(5, 50)
+    assert sizes_of("10", "--documents") == FixedSize(10)
+    assert sizes_of(" 5-50 ", "--documents") == UniformSize(5, 50)
 
 
 @pytest.mark.parametrize("text", ["", "ten", "0", "-3", "5-", "5-2", "0-4", "1.5", "1-2-3"])
@@ -217,18 +226,18 @@ def test_sizes_that_are_none_name_the_option(text):
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda: Poisson(0), "rate"),
-        (lambda: Poisson(math.nan), "rate"),
-        (lambda: Constant(math.inf), "rate"),
-        (lambda: Replay([], 0), "speed"),
-        (lambda: Fixed(0), "value"),
-        (lambda: Between(0, 3), "low"),
-        (lambda: Between(4, 3), "high"),
-        (lambda: Lognormal(0.5, 1, 9), "mean"),
-        (lambda: Lognormal(9, -1, 9), "sigma"),
-        (lambda: Lognormal(9, 1, 0), "most"),
-        (lambda: Observed([]), "values"),
-        (lambda: Observed([3, 0]), "values"),
+        (lambda: PoissonArrivals(0), "rate"),
+        (lambda: PoissonArrivals(math.nan), "rate"),
+        (lambda: ConstantArrivals(math.inf), "rate"),
+        (lambda: ReplayedArrivals([], 0), "speed"),
+        (lambda: FixedSize(0), "value"),
+        (lambda: UniformSize(0, 3), "low"),
+        (lambda: UniformSize(4, 3), "high"),
+        (lambda: LognormalSize(0.5, 1, 9), "mean"),
+        (lambda: LognormalSize(9, -1, 9), "sigma"),
+        (lambda: LognormalSize(9, 1, 0), "most"),
+        (lambda: ObservedSize([]), "values"),
+        (lambda: ObservedSize([3, 0]), "values"),
     ],
 )
 def test_what_cannot_be_is_refused(make, field):

@@ -41,13 +41,13 @@ ADVISE = "echelon.tuning.advisor:advise"
 TUNING_PLAN = "echelon.tuning.tuner:Plan"
 FITTED = "echelon.tuning.tuner.models_of"
 QUICKER = {
-    "echelon.simulate.capacity.REQUESTS": 400,
-    "echelon.simulate.capacity.FULL": 200,
-    "echelon.planner.answer.BUDGETS": {"cpu": (256, 1024)},
-    "echelon.planner.answer.ROUTINGS": ("tokens", "random"),
-    "echelon.simulate.traffic.BLOCK": 512,
-    "echelon.simulate.day.WARM_S": 0.3,
-    "echelon.simulate.day.WINDOW_S": 1.0,
+    "echelon.simulation.capacity.REQUESTS": 400,
+    "echelon.simulation.capacity.FULL": 200,
+    "echelon.simulation.capacity_plan.BUDGETS": {"cpu": (256, 1024)},
+    "echelon.simulation.capacity_plan.ROUTINGS": ("tokens", "random"),
+    "echelon.simulation.cluster_traffic.BLOCK": 512,
+    "echelon.simulation.capacity.WARM_S": 0.3,
+    "echelon.simulation.capacity.WINDOW_S": 1.0,
     "echelon.tuning.simulated_load.REQUESTS": 60,
     "echelon.tuning.simulated_load.FULL": 20,
     "echelon.stress.watch.BUSY_SHARE": 100.0,

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Between, Poisson, Workload
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel
-from echelon.simulate.capacity import Traffic
+from echelon.simulation.capacity import Traffic
+from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load as module
 from echelon.tuning.scenario import SCENARIOS, Candidate, ScenarioLimits, solve
 
-TRAFFIC = Traffic(Workload(Poisson(1.0), Between(1, 10), Between(20, 200)))
+TRAFFIC = Traffic(Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200)))
 MIB = 2**20
 MEMORY = MemoryModel(500 * MIB, 0.1 * MIB)
 

@@ -10,17 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Between, Fixed, Known, Poisson, Workload
-from echelon.simulate import capacity as module
-from echelon.simulate.capacity import Capacity, Traffic
-from echelon.simulate.fleet import simulate_fleet
-from echelon.simulate.ladder import MISSES, RUNGS, Ladder, meets
-from echelon.simulate.outcome import Tally
-from echelon.simulate.setting import Setting
-from echelon.simulate.traffic import blocks
+from echelon.simulation import capacity as module
+from echelon.simulation.capacity import Capacity, Traffic
+from echelon.simulation.cluster_simulation import simulate_fleet
+from echelon.simulation.cluster_traffic import blocks
+from echelon.simulation.outcome import MISSES, RUNGS, RateSearch, Tally, meets
+from echelon.simulation.server_simulation import SimulationSettings
+from echelon.simulation.workload import (
+    FixedSize,
+    KnownArrivals,
+    PoissonArrivals,
+    UniformSize,
+    Workload,
+)
 from simulations import SIMPLE, cpu
 
-WORKLOAD = Workload(Poisson(1.0), Between(1, 20), Between(20, 200))
+WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 20), UniformSize(20, 200))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +49,7 @@ def test_a_load_is_borne_only_if_all_below_are(met, load):
         asked.append(at)
         return outcome_of(met=met[RUNGS.index(at)])
 
-    ladder = Ladder(run)
+    ladder = RateSearch(run)
     found = ladder.at(load)
     good = next((i for i, ok in enumerate(met) if not ok), len(met))
     borne = RUNGS[good - 1] if good else 0.0
@@ -61,8 +66,8 @@ def test_who_answers_nothing_meets_nothing():
 
 
 def test_a_machine_does_at_most_what_its_prices_say():
-    workload = Workload(Poisson(1.0), Fixed(2), Fixed(50))
-    made = Capacity(Traffic(workload), SIMPLE, Setting(1000, request_s=0.5), 1.0)
+    workload = Workload(PoissonArrivals(1.0), FixedSize(2), FixedSize(50))
+    made = Capacity(Traffic(workload), SIMPLE, SimulationSettings(1000, request_s=0.5), 1.0)
     # Twenty pairs a step: 1.01 s for ten requests.
     assert made.most == pytest.approx(10 / 1.01, rel=0.01)
 
@@ -72,7 +77,7 @@ def test_a_machine_does_at_most_what_its_prices_say():
 def test_more_rate_never_takes_fewer_machines(data):
     goal_s = data.draw(st.sampled_from([0.3, 0.4, 0.8]))
     routing = data.draw(st.sampled_from(["tokens", "two", "random"]))
-    made = Capacity(Traffic(WORKLOAD), cpu(), Setting(1024), goal_s, routing)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), goal_s, routing)
     rates = sorted(data.draw(st.lists(st.floats(0.1, 3000), min_size=2, max_size=30)))
     machines = [made.machines(rate) for rate in rates]
     assert machines == sorted(machines)
@@ -86,7 +91,7 @@ def test_more_rate_never_takes_fewer_machines(data):
 
 
 def test_more_machines_than_are_of_use_are_not_looked_for():
-    made = Capacity(Traffic(WORKLOAD), cpu(), Setting(1024), 0.8)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 0.8)
     needed = made.machines(30.0)
     assert made.machines(30.0, needed) == needed
     assert made.machines(30.0, needed - 1) is None
@@ -94,13 +99,13 @@ def test_more_machines_than_are_of_use_are_not_looked_for():
 
 
 def test_a_goal_that_no_machine_meets_has_no_answer():
-    made = Capacity(Traffic(WORKLOAD), cpu(), Setting(1024), 0.02)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 0.02)
     assert made.machines(1.0) is None
     assert made.bears(1) == 0.0
 
 
 def trace(count, gap):
-    return [Known(100 + i * gap + (i % 7) * gap / 10, 1 + i % 5, 40) for i in range(count)]
+    return [KnownArrivals(100 + i * gap + (i % 7) * gap / 10, 1 + i % 5, 40) for i in range(count)]
 
 
 def test_a_trace_is_sped_up_to_the_rate_and_bursts_cost_machines():
@@ -109,10 +114,13 @@ def test_a_trace_is_sped_up_to_the_rate_and_bursts_cost_machines():
     assert even.span_s(8.0, 400) == pytest.approx(50.0, rel=0.01)
     requests = list(even.at(8.0).requests())
     assert requests[-1].at_s == pytest.approx(50.0, rel=0.01)
-    bursts = [Known(round(one.at_s / 20) * 20.0, one.documents, 40) for one in trace(400, 0.5)]
+    bursts = [
+        KnownArrivals(round(one.at_s / 20) * 20.0, one.documents, 40) for one in trace(400, 0.5)
+    ]
     bursty = Traffic.of_trace(replace(WORKLOAD, tokens=None), bursts)
     needs = [
-        Capacity(traffic, cpu(), Setting(1024), 0.3).machines(20.0) for traffic in (even, bursty)
+        Capacity(traffic, cpu(), SimulationSettings(1024), 0.3).machines(20.0)
+        for traffic in (even, bursty)
     ]
     assert needs[0] < needs[1]
 
@@ -128,27 +136,27 @@ def test_of_a_long_trace_the_busiest_part_is_simulated(monkeypatch):
 
 def test_a_trace_of_one_moment_has_no_rate():
     with pytest.raises(InvalidInput, match="one moment"):
-        Traffic.of_trace(WORKLOAD, [Known(1.0), Known(1.0)])
+        Traffic.of_trace(WORKLOAD, [KnownArrivals(1.0), KnownArrivals(1.0)])
 
 
 def test_lengths_must_be_known():
     with pytest.raises(InvalidInput, match="tokens"):
-        Capacity(Traffic(replace(WORKLOAD, tokens=None)), cpu(), Setting(1), 1.0)
+        Capacity(Traffic(replace(WORKLOAD, tokens=None)), cpu(), SimulationSettings(1), 1.0)
 
 
 def test_nothing_is_refused_while_it_is_asked_what_a_machine_does_at_most():
-    made = Capacity(Traffic(WORKLOAD), cpu(), Setting(1024), 1.0)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 1.0)
     assert math.isfinite(made.most)
     assert made.most * 0.95 * 10 > 60
 
 
 def test_a_fleet_at_the_rate_that_is_asked_meets_the_goal_too():
     goal_s = 0.5
-    made = Capacity(Traffic(WORKLOAD), cpu(), Setting(1024), goal_s)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), goal_s)
     machines = made.machines(400.0)
-    traffic = blocks(replace(WORKLOAD, arrivals=Poisson(400.0)), 20)
+    traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
     found = simulate_fleet(traffic, cpu(), made.fleet(machines), goal_s=goal_s, warm_s=2)
     assert meets(found)
-    less = blocks(replace(WORKLOAD, arrivals=Poisson(400.0)), 20)
+    less = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
     too_few = made.fleet(machines * 8 // 10)
     assert not meets(simulate_fleet(less, cpu(), too_few, goal_s=goal_s, warm_s=2))

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Arrival
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.simulate.exact import simulate
-from echelon.simulate.outcome import Tally, percentiles
-from echelon.simulate.setting import Setting
+from echelon.simulation.outcome import Tally, percentiles
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import Arrival
 from simulations import SIMPLE, cpu, requests, traces
 
 
@@ -25,7 +24,9 @@ def steps_of(trace, setting, truth=SIMPLE):
 
 def test_a_step_is_formed_just_before_the_running_one_ends():
     # 30 tokens take 40 ms, so the next step is formed at 35 ms: what comes at 36 ms is too late.
-    steps, outcome = steps_of(requests((0.0, 30), (0.034, 10), (0.036, 20)), Setting(100))
+    steps, outcome = steps_of(
+        requests((0.0, 30), (0.034, 10), (0.036, 20)), SimulationSettings(100)
+    )
     assert steps == [(0.0, (30,)), (0.035, (10,)), (0.055, (20,))]
     assert outcome.longest_s == pytest.approx(0.09 - 0.036)
     assert outcome.p50_s == pytest.approx(0.04)
@@ -34,7 +35,7 @@ def test_a_step_is_formed_just_before_the_running_one_ends():
 
 
 def test_what_waits_when_a_step_ends_without_a_next_is_taken_at_once():
-    steps, outcome = steps_of(requests((0.0, 30), (0.036, 20), (0.2, 20)), Setting(100))
+    steps, outcome = steps_of(requests((0.0, 30), (0.036, 20), (0.2, 20)), SimulationSettings(100))
     assert steps == [(0.0, (30,)), (0.04, (20,)), (0.2, (20,))]
     assert outcome.utilisation == pytest.approx(0.1 / 0.23)
     assert outcome.throughput == pytest.approx(3 / 0.23)
@@ -42,21 +43,21 @@ def test_what_waits_when_a_step_ends_without_a_next_is_taken_at_once():
 
 def test_workers_share_the_queue():
     trace = requests((0.0, 30), (0.001, 30), (0.002, 30))
-    steps, outcome = steps_of(trace, Setting(100, workers=2))
+    steps, outcome = steps_of(trace, SimulationSettings(100, workers=2))
     assert steps == [(0.0, (30,)), (0.001, (30,)), (0.035, (30,))]
     assert outcome.longest_s == pytest.approx(0.078)
     assert outcome.utilisation == pytest.approx(0.12 / (2 * 0.08))
 
 
 def test_reading_and_tokenising_come_first():
-    setting = Setting(100, request_s=0.5, document_s=0.1)
+    setting = SimulationSettings(100, request_s=0.5, document_s=0.1)
     steps, outcome = steps_of(requests((0.0, 10, 10, 10)), setting)
     assert steps == [(0.8, (10, 10, 10))]
     assert outcome.longest_s == pytest.approx(0.84)
 
 
 def test_a_request_that_is_tokenised_too_long_expires():
-    setting = Setting(100, request_s=0.5, deadline_s=0.4)
+    setting = SimulationSettings(100, request_s=0.5, deadline_s=0.4)
     steps, outcome = steps_of(requests((0.0, 10)), setting)
     assert steps == []
     assert (outcome.expired, outcome.answered, outcome.missed) == (1, 0, 1.0)
@@ -65,13 +66,13 @@ def test_a_request_that_is_tokenised_too_long_expires():
 
 
 def test_a_request_is_judged_again_once_it_is_tokenised():
-    setting = Setting(100, request_s=0.5, deadline_s=0.52)
+    setting = SimulationSettings(100, request_s=0.5, deadline_s=0.52)
     _, outcome = steps_of(requests((0.0, 30)), setting)
     assert (outcome.refused, outcome.expired) == ({"deadline_impossible": 1}, 0)
 
 
 def test_refusals_are_counted_by_reason_and_miss_the_goal():
-    setting = Setting(20, bounds=AdmissionLimits(max_requests=2))
+    setting = SimulationSettings(20, bounds=AdmissionLimits(max_requests=2))
     outcome = simulate(requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, goal_s=1.0)
     assert outcome.refused == {"requests_full": 1}
     assert outcome.within == 2
@@ -80,7 +81,7 @@ def test_refusals_are_counted_by_reason_and_miss_the_goal():
 
 def test_requests_of_the_warm_up_are_served_and_not_counted():
     trace = requests((0.0, 30), (0.01, 30))
-    outcome = simulate(trace, SIMPLE, Setting(100), goal_s=0.06, warm_s=0.005)
+    outcome = simulate(trace, SIMPLE, SimulationSettings(100), goal_s=0.06, warm_s=0.005)
     assert (outcome.requests, outcome.answered, outcome.documents) == (1, 1, 1)
     assert outcome.longest_s == pytest.approx(0.07)
     assert (outcome.within, outcome.goodput) == (0, 0.0)
@@ -89,8 +90,8 @@ def test_requests_of_the_warm_up_are_served_and_not_counted():
 
 def test_noise_makes_steps_vary_not_longer():
     trace = [Arrival(float(i), 1, (100,)) for i in range(3000)]
-    calm = simulate(trace, SIMPLE, Setting(200))
-    noisy = simulate(trace, SIMPLE, Setting(200, noise=0.3))
+    calm = simulate(trace, SIMPLE, SimulationSettings(200))
+    noisy = simulate(trace, SIMPLE, SimulationSettings(200, noise=0.3))
     assert calm.longest_s == pytest.approx(0.11)
     assert noisy.p99_s > 1.5 * noisy.p50_s
     assert noisy.mean_s == pytest.approx(calm.mean_s, rel=0.03)
@@ -98,14 +99,16 @@ def test_noise_makes_steps_vary_not_longer():
 
 def test_the_model_that_is_given_is_not_changed():
     truth = cpu()
-    simulate([Arrival(0.1 * i, 1, (100,)) for i in range(50)], truth, Setting(200, noise=1.0))
+    simulate(
+        [Arrival(0.1 * i, 1, (100,)) for i in range(50)], truth, SimulationSettings(200, noise=1.0)
+    )
     assert truth.scale == 1.0
 
 
 @given(traces(), st.integers(20, 200), st.integers(1, 3))
 @settings(deadline=None, max_examples=50)
 def test_every_request_ends_once_and_twice_the_same(trace, budget, workers):
-    setting = Setting(budget, workers=workers, deadline_s=0.2, noise=0.2)
+    setting = SimulationSettings(budget, workers=workers, deadline_s=0.2, noise=0.2)
     one, two = (simulate(trace, SIMPLE, setting) for _ in range(2))
     assert one == two or math.isnan(one.p50_s)
     assert one.answered + one.expired + sum(one.refused.values()) == one.requests == len(trace)
@@ -118,7 +121,7 @@ def test_every_request_ends_once_and_twice_the_same(trace, budget, workers):
 )
 def test_what_cannot_be_simulated_is_refused(rows, problem):
     with pytest.raises(InvalidInput, match=problem):
-        simulate(requests(*rows), SIMPLE, Setting(10))
+        simulate(requests(*rows), SIMPLE, SimulationSettings(10))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_what_cannot_be_simulated_is_refused(rows, problem):
 )
 def test_a_setting_names_what_is_wrong(wrong):
     with pytest.raises(InvalidInput, match=list(wrong)[-1]):
-        Setting(**wrong)
+        SimulationSettings(**wrong)
 
 
 # Outcomes.

@@ -8,30 +8,29 @@ import numpy as np
 import pytest
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import (
-    Between,
-    Fixed,
-    Known,
-    Lognormal,
-    Observed,
-    Poisson,
-    Replay,
+from echelon.scheduling.admission import AdmissionLimits
+from echelon.simulation import capacity
+from echelon.simulation.capacity import rates_of, simulate_day
+from echelon.simulation.cluster_simulation import RAGGED, Cluster, packing_of, simulate_fleet
+from echelon.simulation.cluster_traffic import RequestBlock, blocks
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import (
+    FixedSize,
+    KnownArrivals,
+    LognormalSize,
+    ObservedSize,
+    PoissonArrivals,
+    ReplayedArrivals,
+    UniformSize,
     Workload,
 )
-from echelon.scheduling.admission import AdmissionLimits
-from echelon.simulate import day
-from echelon.simulate.day import rates_of, simulate_day
-from echelon.simulate.exact import simulate
-from echelon.simulate.fleet import RAGGED, Fleet, packing_of, simulate_fleet
-from echelon.simulate.setting import Setting
-from echelon.simulate.traffic import Block, blocks
 from simulations import SIMPLE, cpu, requests
 
-LENGTHS = Lognormal(110, 0.6, 512)
+LENGTHS = LognormalSize(110, 0.6, 512)
 
 
 def traffic(rate, seed=0):
-    return Workload(Poisson(rate), Between(1, 20), LENGTHS, seed)
+    return Workload(PoissonArrivals(rate), UniformSize(1, 20), LENGTHS, seed)
 
 
 @pytest.mark.parametrize(("budget", "workers"), [(512, 1), (2048, 2)])
@@ -39,10 +38,10 @@ def traffic(rate, seed=0):
 @pytest.mark.parametrize(("cost", "p50", "p99"), [("ragged", 0.20, 0.20), ("padded", 0.25, 0.35)])
 def test_the_lighter_model_agrees_with_the_exact_one(cost, p50, p99, rate, budget, workers):
     workload, truth = traffic(rate * workers), cpu(cost)
-    setting = Setting(budget, workers=workers)
+    setting = SimulationSettings(budget, workers=workers)
     seconds = 250 / workers
     exact = simulate(workload.requests(seconds), truth, setting)
-    fleet = Fleet(1, setting, packing=packing_of(LENGTHS, truth, budget))
+    fleet = Cluster(1, setting, packing=packing_of(LENGTHS, truth, budget))
     light = simulate_fleet(blocks(workload, seconds), truth, fleet)
     # The same arrivals and documents; other lengths of the same distribution.
     assert light.requests == exact.requests
@@ -55,14 +54,14 @@ def test_the_lighter_model_agrees_with_the_exact_one(cost, p50, p99, rate, budge
 def block(*rows):
     """(time, documents, tokens of each)."""
     at_s, documents, lengths = zip(*rows, strict=True)
-    return Block(
+    return RequestBlock(
         list(at_s), list(documents), [float(n) for n in lengths], [float(n * n) for n in lengths]
     )
 
 
 def test_a_replica_forms_steps_just_before_the_running_one_ends():
     rows = [(0.0, 1, 30), (0.034, 1, 10), (0.036, 1, 20)]
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, Setting(100)))
+    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
     assert outcome.steps == 3
     assert outcome.longest_s == pytest.approx(0.09 - 0.036)
     assert outcome.p50_s == pytest.approx(0.04)
@@ -70,7 +69,7 @@ def test_a_replica_forms_steps_just_before_the_running_one_ends():
 
 def test_short_requests_do_not_wait_for_long_ones_and_documents_stay_whole():
     rows = [(0.0, 1, 10), (0.001, 9, 40), (0.002, 1, 10)]
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, Setting(100)))
+    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
     # 20 ms; then the short one with two of forty, 100 ms; then 2, 2, 2 and 1 of forty.
     assert outcome.steps == 6
     assert outcome.p50_s == pytest.approx(0.12 - 0.002)
@@ -78,34 +77,36 @@ def test_short_requests_do_not_wait_for_long_ones_and_documents_stay_whole():
 
 
 def test_a_document_longer_than_the_budget_goes_alone():
-    outcome = simulate_fleet([block((0.0, 2, 300))], SIMPLE, Fleet(1, Setting(100)))
+    outcome = simulate_fleet([block((0.0, 2, 300))], SIMPLE, Cluster(1, SimulationSettings(100)))
     assert (outcome.steps, outcome.step_pairs) == (2, 1.0)
 
 
 def test_at_most_so_many_pairs_a_step():
-    outcome = simulate_fleet([block((0.0, 10, 1))], SIMPLE, Fleet(1, Setting(100, max_pairs=4)))
+    outcome = simulate_fleet(
+        [block((0.0, 10, 1))], SIMPLE, Cluster(1, SimulationSettings(100, max_pairs=4))
+    )
     assert outcome.steps == 3
 
 
 def test_a_full_replica_refuses_by_the_real_rules():
     rows = [(0.0, 1, 50)] * 5
-    setting = Setting(50, bounds=AdmissionLimits(max_requests=3))
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, setting))
+    setting = SimulationSettings(50, bounds=AdmissionLimits(max_requests=3))
+    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, setting))
     assert outcome.refused == {"requests_full": 2}
-    setting = Setting(50, bounds=AdmissionLimits(max_wait_s=0.1))
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Fleet(1, setting))
+    setting = SimulationSettings(50, bounds=AdmissionLimits(max_wait_s=0.1))
+    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, setting))
     exact = simulate(requests(*[(0.0, 50)] * 5), SIMPLE, setting)
     assert outcome.refused == exact.refused == {"wait_too_long": 3}
-    setting = Setting(50, bounds=AdmissionLimits(max_documents=4))
-    outcome = simulate_fleet([block((0.0, 5, 1))], SIMPLE, Fleet(1, setting))
+    setting = SimulationSettings(50, bounds=AdmissionLimits(max_documents=4))
+    outcome = simulate_fleet([block((0.0, 5, 1))], SIMPLE, Cluster(1, setting))
     assert outcome.refused == {"too_many_documents": 1}
 
 
 def test_both_models_refuse_as_much_when_there_is_too_much():
     workload = traffic(20.0)
-    setting = Setting(2048, bounds=AdmissionLimits(max_wait_s=1.0))
+    setting = SimulationSettings(2048, bounds=AdmissionLimits(max_wait_s=1.0))
     exact = simulate(workload.requests(60), cpu(), setting)
-    light = simulate_fleet(blocks(workload, 60), cpu(), Fleet(1, setting))
+    light = simulate_fleet(blocks(workload, 60), cpu(), Cluster(1, setting))
     assert sum(exact.refused.values()) > 100
     assert sum(light.refused.values()) == pytest.approx(sum(exact.refused.values()), rel=0.2)
 
@@ -114,7 +115,7 @@ def test_routing_by_load_beats_two_choices_beats_chance():
     workload, fleet = traffic(160.0), 20
     p99 = {
         routing: simulate_fleet(
-            blocks(workload, 40), cpu(), Fleet(fleet, Setting(2048), routing), warm_s=5
+            blocks(workload, 40), cpu(), Cluster(fleet, SimulationSettings(2048), routing), warm_s=5
         ).p99_s
         for routing in ("tokens", "requests", "two", "random")
     }
@@ -126,7 +127,9 @@ def test_routing_by_requests_counts_requests_and_by_tokens_tokens():
     # The first is long; the second goes elsewhere; the third is where the ways part.
     rows = [(0.0, 1, 90), (0.001, 1, 10), (0.002, 1, 10)]
     by = {
-        routing: simulate_fleet([block(*rows)], SIMPLE, Fleet(2, Setting(100), routing))
+        routing: simulate_fleet(
+            [block(*rows)], SIMPLE, Cluster(2, SimulationSettings(100), routing)
+        )
         for routing in ("tokens", "requests")
     }
     assert by["tokens"].longest_s == pytest.approx(0.1)
@@ -136,7 +139,7 @@ def test_routing_by_requests_counts_requests_and_by_tokens_tokens():
 def test_a_replica_that_is_done_is_chosen_again():
     rows = [(0.0, 1, 90), (10.0, 1, 10), (10.001, 1, 10)]
     for routing in ("tokens", "requests"):
-        fleet = Fleet(2, Setting(100), routing)
+        fleet = Cluster(2, SimulationSettings(100), routing)
         found = simulate_fleet([block(*rows)], SIMPLE, fleet, warm_s=5.0)
         assert found.longest_s == pytest.approx(0.02)
 
@@ -144,7 +147,9 @@ def test_a_replica_that_is_done_is_chosen_again():
 def test_random_routing_reaches_all_and_a_seed_repeats_it():
     workload = traffic(50.0)
     runs = [
-        simulate_fleet(blocks(workload, 5), cpu(), Fleet(8, Setting(2048, seed=seed), "random"))
+        simulate_fleet(
+            blocks(workload, 5), cpu(), Cluster(8, SimulationSettings(2048, seed=seed), "random")
+        )
         for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -152,16 +157,16 @@ def test_random_routing_reaches_all_and_a_seed_repeats_it():
 
 def test_a_fleet_names_what_is_wrong():
     with pytest.raises(InvalidInput, match="replicas"):
-        Fleet(0, Setting(1))
+        Cluster(0, SimulationSettings(1))
     with pytest.raises(InvalidInput, match="deadline"):
-        Fleet(1, Setting(1, deadline_s=1.0))
+        Cluster(1, SimulationSettings(1, deadline_s=1.0))
     with pytest.raises(InvalidInput, match="routing"):
-        simulate_fleet([], SIMPLE, Fleet(1, Setting(1), "best"))
+        simulate_fleet([], SIMPLE, Cluster(1, SimulationSettings(1), "best"))
 
 
 def test_a_ragged_step_is_never_padded_and_equal_lengths_are_not_either():
     assert packing_of(LENGTHS, cpu(), 512) is RAGGED
-    packing = packing_of(Fixed(100), cpu("padded"), 1000)
+    packing = packing_of(FixedSize(100), cpu("padded"), 1000)
     assert packing.step(64) == (10.0, 1.0)
     assert packing.step(1) == (1.0, 1.0)
     assert packing_of(LENGTHS, cpu("padded"), 2048).step(64)[1] > 1.02
@@ -171,7 +176,7 @@ def test_a_ragged_step_is_never_padded_and_equal_lengths_are_not_either():
 
 
 def test_blocks_are_the_workload():
-    workload = Workload(Poisson(300.0), Between(1, 9), LENGTHS, seed=3)
+    workload = Workload(PoissonArrivals(300.0), UniformSize(1, 9), LENGTHS, seed=3)
     whole = list(workload.requests(20))
     parts = list(blocks(workload, 20))
     assert [at for part in parts for at in part.at_s] == [one.at_s for one in whole]
@@ -185,13 +190,15 @@ def test_blocks_are_the_workload():
 
 
 def test_a_trace_says_what_it_says_and_leaves_the_rest_to_the_workload():
-    records = [Known(5.0, 3, 20), Known(6.0, 2), Known(9.0)]
-    workload = Workload(Replay(records), Fixed(7), Observed([50]))
+    records = [KnownArrivals(5.0, 3, 20), KnownArrivals(6.0, 2), KnownArrivals(9.0)]
+    workload = Workload(ReplayedArrivals(records), FixedSize(7), ObservedSize([50]))
     (part,) = blocks(workload)
-    assert part == Block([0.0, 1.0, 4.0], [3, 2, 7], [20.0, 50.0, 50.0], [400.0, 2500.0, 2500.0])
+    assert part == RequestBlock(
+        [0.0, 1.0, 4.0], [3, 2, 7], [20.0, 50.0, 50.0], [400.0, 2500.0, 2500.0]
+    )
     assert list(blocks(workload, 0.0)) == []
     with pytest.raises(InvalidInput, match="tokens"):
-        list(blocks(Workload(Poisson(1.0), Fixed(1)), 10))
+        list(blocks(Workload(PoissonArrivals(1.0), FixedSize(1)), 10))
 
 
 # A day.
@@ -199,18 +206,18 @@ def test_a_trace_says_what_it_says_and_leaves_the_rest_to_the_workload():
 
 def test_the_rates_of_a_day_join_its_hours():
     rates = rates_of([0.5, 1.0], 200.0)
-    assert len(rates) == day.PARTS
+    assert len(rates) == capacity.PARTS
     assert (rates[0], rates[24], rates[48], rates[72]) == (100.0, 150.0, 200.0, 150.0)
-    assert max(rates_of(day.TYPICAL, 70.0)) == pytest.approx(70.0)
+    assert max(rates_of(capacity.TYPICAL, 70.0)) == pytest.approx(70.0)
     for shape in ([], [0.0], [-1.0, 1.0], [math.nan]):
         with pytest.raises(InvalidInput, match="day"):
             rates_of(shape, 1.0)
 
 
 def test_a_day_counts_its_quarters_by_their_requests(monkeypatch):
-    monkeypatch.setattr(day, "WARM_S", 1.0)
+    monkeypatch.setattr(capacity, "WARM_S", 1.0)
     rates = [4.0, 0.0, 60.0, 4.0]
-    found = simulate_day(traffic(1.0), rates, cpu(), Fleet(3, Setting(2048)), 0.5)
+    found = simulate_day(traffic(1.0), rates, cpu(), Cluster(3, SimulationSettings(2048)), 0.5)
     assert [part.rate for part in found.parts] == [4.0, 60.0, 4.0]
     assert [part.overfull for part in found.parts] == [False, True, False]
     assert found.requests == 68 * 86_400 / 4
@@ -224,6 +231,6 @@ def test_a_day_counts_its_quarters_by_their_requests(monkeypatch):
 
 
 def test_a_day_without_requests_says_nothing():
-    found = simulate_day(traffic(1.0), [0.0, 0.0], cpu(), Fleet(1, Setting(2048)))
+    found = simulate_day(traffic(1.0), [0.0, 0.0], cpu(), Cluster(1, SimulationSettings(2048)))
     assert (found.requests, found.simulated, found.utilisation, found.missed) == (0, 0, 0, 0)
     assert found.as_dict()["p99_s"] is None

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.plan.workload import Between, Poisson, Workload
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.simulate.exact import simulate
-from echelon.simulate.setting import Setting
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from simulations import cpu, serve, traces
 
 
@@ -52,7 +51,7 @@ def check(trace, setting, cost="ragged"):
 )
 @settings(deadline=None)
 def test_the_same_trace_gives_the_same_steps(trace, budget, max_pairs, cost, noise):
-    check(trace, Setting(budget, max_pairs, noise=noise), cost)
+    check(trace, SimulationSettings(budget, max_pairs, noise=noise), cost)
 
 
 @given(traces(), st.sampled_from([0.004, 0.02, 0.05]), st.integers(1, 4))
@@ -60,19 +59,23 @@ def test_the_same_trace_gives_the_same_steps(trace, budget, max_pairs, cost, noi
 def test_the_same_requests_are_refused_and_expire(trace, deadline_s, most):
     check(
         trace,
-        Setting(80, deadline_s=deadline_s, bounds=AdmissionLimits(max_requests=most), noise=0.3),
+        SimulationSettings(
+            80, deadline_s=deadline_s, bounds=AdmissionLimits(max_requests=most), noise=0.3
+        ),
     )
 
 
 @given(traces(), st.sampled_from([0.002, 0.01, 0.05]))
 @settings(deadline=None)
 def test_a_goal_moves_the_budget_of_both_alike(trace, goal_s):
-    check(trace, Setting(200, goal_s=goal_s, noise=0.8))
+    check(trace, SimulationSettings(200, goal_s=goal_s, noise=0.8))
 
 
 def test_under_load_some_are_refused_some_late_and_most_answered():
-    workload = Workload(Poisson(60.0), Between(1, 9), Between(10, 60))
-    setting = Setting(256, deadline_s=0.12, bounds=AdmissionLimits(max_requests=6), noise=0.5)
+    workload = Workload(PoissonArrivals(60.0), UniformSize(1, 9), UniformSize(10, 60))
+    setting = SimulationSettings(
+        256, deadline_s=0.12, bounds=AdmissionLimits(max_requests=6), noise=0.5
+    )
     trace = list(workload.requests(20.0))
     outcome = check(trace, setting)
     assert outcome.expired > 5

@@ -8,7 +8,15 @@ import time
 import pytest
 from aiohttp import web
 
-from echelon.plan.workload import Between, Constant, Fixed, Known, Poisson, Replay, Workload
+from echelon.simulation.workload import (
+    ConstantArrivals,
+    FixedSize,
+    KnownArrivals,
+    PoissonArrivals,
+    ReplayedArrivals,
+    UniformSize,
+    Workload,
+)
 from echelon.stress.client import Reply
 from echelon.stress.drive import Drive, closed_loop, open_loop
 from echelon.stress.ledger import Ledger, Record
@@ -22,7 +30,7 @@ TICK = 0.01
 
 async def even(client, seconds=0.3, **more):
     """An open loop at even distances."""
-    requests = Workload(Constant(1 / TICK), Fixed(3)).requests(seconds)
+    requests = Workload(ConstantArrivals(1 / TICK), FixedSize(3)).requests(seconds)
     drive = Drive(client, Material(TOPICS, salt=""), **more)
     return await open_loop(drive, requests, seconds)
 
@@ -30,7 +38,7 @@ async def even(client, seconds=0.3, **more):
 def test_every_request_is_sent_once_and_not_before_it_is_due():
     async def main():
         async with connected() as (server, client):
-            requests = list(Workload(Poisson(150.0), Between(1, 4)).requests(0.3))
+            requests = list(Workload(PoissonArrivals(150.0), UniformSize(1, 4)).requests(0.3))
             outcome = await open_loop(Drive(client, Material(TOPICS)), requests, 0.3)
             return server, requests, outcome
 
@@ -246,7 +254,7 @@ def test_a_closed_loop_never_has_more_inside_than_clients():
 
     async def main():
         async with connected(answer) as (server, client):
-            endless = Workload(Constant(1.0), Fixed(2)).requests()
+            endless = Workload(ConstantArrivals(1.0), FixedSize(2)).requests()
             drive = Drive(client, Material(TOPICS))
             return server, await closed_loop(drive, endless, 4, 0.2)
 
@@ -269,7 +277,9 @@ def test_connections_are_used_again_and_may_be_limited():
 
         async with connected(answer, **target) as (server, client):
             for _ in range(2):
-                requests = Workload(Replay([Known(0.0)] * 3), Fixed(1)).requests()
+                requests = Workload(
+                    ReplayedArrivals([KnownArrivals(0.0)] * 3), FixedSize(1)
+                ).requests()
                 await open_loop(Drive(client, Material(TOPICS)), requests, None)
             return len(server.bodies), len(server.peers)
 
@@ -280,11 +290,11 @@ def test_connections_are_used_again_and_may_be_limited():
 
 
 def test_a_replay_keeps_the_times_and_documents_of_the_trace():
-    records = [Known(100.0, 2), Known(100.05, 3), Known(100.05, 1)]
+    records = [KnownArrivals(100.0, 2), KnownArrivals(100.05, 3), KnownArrivals(100.05, 1)]
 
     async def main():
         async with connected() as (server, client):
-            requests = Workload(Replay(records), Fixed(9)).requests()
+            requests = Workload(ReplayedArrivals(records), FixedSize(9)).requests()
             outcome = await open_loop(Drive(client, Material(TOPICS)), requests, None)
             return server, outcome
 

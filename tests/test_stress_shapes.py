@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from echelon.data import Topic, load_texts
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Arrival, Between, Fixed
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from echelon.server.protocols import DIALECTS, PATHS, choose
+from echelon.simulation.workload import Arrival, FixedSize, UniformSize
 from echelon.stress.client import route_of
 from echelon.stress.run import opened
 from echelon.stress.shapes import SHAPES, shape_of
@@ -62,7 +62,7 @@ def test_echelon_answers_every_dialect_and_knows_it_by_its_body():
     async def main():
         async with real_server() as (url, metrics):
             for name in SHAPES:
-                plan = plan_of(url, dialect=name, rate=40.0, documents=Between(1, 5))
+                plan = plan_of(url, dialect=name, rate=40.0, documents=UniformSize(1, 5))
                 async with opened(plan) as tester:
                     summary = (await tester.measure()).summary
                 assert summary.requests > 0, name
@@ -193,7 +193,7 @@ def test_lengths_in_tokens_are_met_about(demo_folder, tokens):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     material = Material(load_texts(None, "en").topics, salt="3f2a")
-    lengths = tuple(Fixed(tokens).draw(None, 10))
+    lengths = tuple(FixedSize(tokens).draw(None, 10))
     pairs = [material.request(Arrival(0, 10, lengths)) for _ in range(10)]
     found = [len(tokenizer.encode(query, text).ids) for query, texts in pairs for text in texts]
     assert sum(found) / len(found) == pytest.approx(tokens, rel=0.15)
@@ -206,7 +206,7 @@ def test_with_the_tokenizer_lengths_are_met_exactly(demo_folder, marked):
     topics = [*load_texts(None, "en").topics, Topic("what", ("", "one", "two words"))]
     ruler = Tokens(encoder.ends, encoder.template.specials)
     material = Material(topics, marked=marked, ruler=ruler)
-    lengths = tuple(Between(30, 400).draw(np.random.default_rng(0), 20))
+    lengths = tuple(UniformSize(30, 400).draw(np.random.default_rng(0), 20))
     for _ in range(30):
         query, documents = material.request(Arrival(0, 20, lengths))
         pairs = [(query, document) for document in documents]

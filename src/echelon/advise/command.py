@@ -138,7 +138,7 @@ def _require_packages(ask: ScenarioGoal) -> None:
 
 
 def _ask(scenario: str, **given: Any) -> ScenarioGoal:
-    from echelon.plan.workload import sizes_of
+    from echelon.simulation.workload import sizes_of
     from echelon.stress.command import TraceFile
     from echelon.tuning.goal import ScenarioGoal
 

@@ -14,8 +14,8 @@ from echelon.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from echelon.plan.workload import Known
-    from echelon.planner.goal import Goal
+    from echelon.simulation.capacity_plan import CapacityGoal
+    from echelon.simulation.workload import KnownArrivals
 
 
 @click.command()
@@ -51,8 +51,8 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
 
     The profile says how fast a machine is; the simulation runs Echelon's own discipline.
     """
-    from echelon.planner.answer import make_plan
     from echelon.profile import Profile
+    from echelon.simulation.capacity_plan import make_plan
 
     goal = _goal(**values)
     with _spinner(shown=not (quiet or as_json)) as told:
@@ -67,12 +67,12 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
 
 def _goal(
     *, documents: str, tokens: str | None, trace: str | None, day: str | None, **values: Any
-) -> Goal:
-    from echelon.plan.workload import sizes_of
-    from echelon.planner.goal import Goal
+) -> CapacityGoal:
+    from echelon.simulation.capacity_plan import CapacityGoal
+    from echelon.simulation.workload import sizes_of
 
     limit = values.pop("memory_limit")
-    return Goal(
+    return CapacityGoal(
         slo_s=values.pop("slo_p99_ms") / 1000,
         documents=sizes_of(documents, "--documents"),
         tokens=None if tokens is None else sizes_of(tokens, "--tokens"),
@@ -85,8 +85,8 @@ def _goal(
     )
 
 
-def _read(trace: str) -> tuple[Known, ...]:
-    from echelon.plan.workload import parse_trace
+def _read(trace: str) -> tuple[KnownArrivals, ...]:
+    from echelon.simulation.workload import parse_trace
 
     try:
         with open(trace, encoding="utf-8", newline="") as lines:  # noqa: PTH123 - as csv wants it
@@ -96,7 +96,7 @@ def _read(trace: str) -> tuple[Known, ...]:
 
 
 def _shape(day: str) -> tuple[float, ...]:
-    from echelon.simulate.day import TYPICAL, rates_of
+    from echelon.simulation.capacity import TYPICAL, rates_of
 
     if day == "typical":
         return TYPICAL

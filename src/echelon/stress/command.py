@@ -18,7 +18,7 @@ from echelon.options import require_packages
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from echelon.plan.workload import Known
+    from echelon.simulation.workload import KnownArrivals
     from echelon.stress.result import Result
     from echelon.stress.run import Found, Plan, Run, Told
     from echelon.stress.search import Search
@@ -150,7 +150,7 @@ def _option(name: str) -> str:
 
 def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
     from echelon.data import load_texts
-    from echelon.plan.workload import sizes_of
+    from echelon.simulation.workload import sizes_of
     from echelon.stress.client import Target, route_of
     from echelon.stress.run import Plan
     from echelon.stress.shapes import shape_of
@@ -195,8 +195,8 @@ class TraceFile:
         for _ in self:
             pass
 
-    def __iter__(self) -> Iterator[Known]:
-        from echelon.plan.workload import parse_trace
+    def __iter__(self) -> Iterator[KnownArrivals]:
+        from echelon.simulation.workload import parse_trace
 
         try:
             with Path(self._path).open(encoding="utf-8", newline="") as lines:

@@ -21,7 +21,7 @@ from echelon.stress.watch import Health, Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
-    from echelon.plan.workload import Arrival
+    from echelon.simulation.workload import Arrival
     from echelon.stress.client import Client, Reply
     from echelon.stress.texts import Material
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Constant, Fixed, Poisson, Replay, Workload
+from echelon.simulation.workload import (
+    ConstantArrivals,
+    FixedSize,
+    PoissonArrivals,
+    ReplayedArrivals,
+    Workload,
+)
 from echelon.stress.client import Client, settle, try_out
 from echelon.stress.drive import Drive, closed_loop, open_loop
 from echelon.stress.summary import Goal, Summary, summarise
@@ -18,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from echelon.data import Topic
-    from echelon.plan.workload import Arrivals, Known, Sizes
+    from echelon.simulation.workload import Arrivals, KnownArrivals, SizeDistribution
     from echelon.stress.client import Target
     from echelon.stress.drive import Outcome
     from echelon.stress.ledger import Record
@@ -54,11 +60,11 @@ class Plan:
 
     target: Target
     topics: Sequence[Topic]
-    documents: Sizes = Fixed(10)  # noqa: RUF009 - frozen, so that all may share one
-    tokens: Sizes | None = None
+    documents: SizeDistribution = FixedSize(10)  # noqa: RUF009 - frozen, so that all may share one
+    tokens: SizeDistribution | None = None
     rate: float = 1.0
     even: bool = False
-    trace: Iterable[Known] | None = None
+    trace: Iterable[KnownArrivals] | None = None
     clients: int | None = None
     warmup_s: float = 5.0
     duration_s: float | None = 30.0
@@ -89,9 +95,11 @@ class Plan:
 
     def workload(self) -> Workload:
         """The requests."""
-        arrivals: Arrivals = Constant(self.rate) if self.even else Poisson(self.rate)
+        arrivals: Arrivals = (
+            ConstantArrivals(self.rate) if self.even else PoissonArrivals(self.rate)
+        )
         if self.trace is not None:
-            arrivals = Replay(self.trace)
+            arrivals = ReplayedArrivals(self.trace)
         return Workload(arrivals, self.documents, self.tokens, self.seed)
 
 
@@ -165,7 +173,7 @@ class LoadTest:
                 requests = plan.workload().requests(plan.ends_s or float("inf"))
                 outcome = await open_loop(drive, requests, plan.ends_s)
             else:
-                endless = Workload(Constant(1.0), plan.documents, plan.tokens, plan.seed)
+                endless = Workload(ConstantArrivals(1.0), plan.documents, plan.tokens, plan.seed)
                 ends_s = plan.ends_s or 0.0
                 outcome = await closed_loop(drive, endless.requests(), plan.clients, ends_s)
         return Run(outcome, summarise(outcome, plan.goal))
@@ -201,7 +209,9 @@ class LoadTest:
         await settle(self._client, *self._one(), within_s=within_s, stop=self._stop)
 
     def _one(self) -> tuple[bytes, int]:
-        arrival = next(Workload(Constant(1.0), self.plan.documents, self.plan.tokens).requests())
+        arrival = next(
+            Workload(ConstantArrivals(1.0), self.plan.documents, self.plan.tokens).requests()
+        )
         target = self.plan.target
         query, documents = self._material.request(arrival)
         return target.shape.body(query, documents, target.model), len(documents)

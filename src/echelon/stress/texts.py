@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.data import Topic
-    from echelon.plan.workload import Arrival
+    from echelon.simulation.workload import Arrival
 
 TOKENS_PER_WORD = 1.2
 """Of the demo model's tokenizer on the built-in texts in English, pairs' special tokens included;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.reports.html import kept
-from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
+from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (
     CandidatePrices,
@@ -36,8 +36,8 @@ from echelon.types import monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.plan.workload import Arrival
     from echelon.profile import Profile
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
     from echelon.tuning.scenario import Candidate, Recommendation
     from echelon.tuning.scenario_model import ScenarioModel

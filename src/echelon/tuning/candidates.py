@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.engine.precision_check import agreement
 from echelon.errors import InvalidInput
-from echelon.planner.answer import BUDGETS
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tune.prices import cost_of, memory_of
+from echelon.simulation.capacity_plan import BUDGETS
+from echelon.simulation.fitted_models import cost_of, memory_of
 from echelon.tuning.scenario import Candidate
 from echelon.tuning.validation_metrics import paced
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.engine.precision_check import PrecisionCheck
-    from echelon.plan.workload import Arrival
     from echelon.profile import Profile
     from echelon.scheduling.cost_model import CostModel, MemoryModel
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
 
 

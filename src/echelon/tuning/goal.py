@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Between, Fixed, Poisson, Workload
-from echelon.simulate.capacity import Traffic
+from echelon.simulation.capacity import Traffic
+from echelon.simulation.workload import FixedSize, PoissonArrivals, UniformSize, Workload
 from echelon.tuning.scenario import SCENARIOS
 
 if TYPE_CHECKING:
-    from echelon.plan.workload import Known, Sizes
+    from echelon.simulation.workload import KnownArrivals, SizeDistribution
     from echelon.tuning.scenario import Scenario
 
 LEAST_REQUESTS = 5
@@ -22,11 +22,11 @@ Allowed = Literal["precision", "max_length"]
 
 ALLOWED: tuple[Allowed, ...] = get_args(Allowed)
 
-DOCUMENTS: dict[str, Between | Fixed] = {
-    "api": Between(1, 10),
-    "offline": Between(50, 200),
-    "edge": Between(1, 10),
-    "concurrent": Fixed(10),
+DOCUMENTS: dict[str, UniformSize | FixedSize] = {
+    "api": UniformSize(1, 10),
+    "offline": UniformSize(50, 200),
+    "edge": UniformSize(1, 10),
+    "concurrent": FixedSize(10),
 }
 """Documents of a request where nobody says."""
 
@@ -54,9 +54,9 @@ class ScenarioGoal:
     scenario: Scenario
     goal_s: float | None = None
     rate: float | None = None
-    trace: tuple[Known, ...] = ()
-    documents: Sizes | None = None
-    tokens: Sizes | None = None
+    trace: tuple[KnownArrivals, ...] = ()
+    documents: SizeDistribution | None = None
+    tokens: SizeDistribution | None = None
     memory_limit_bytes: float | None = None
     allow: tuple[Allowed, ...] = ()
     verify_s: float = 20.0
@@ -105,17 +105,17 @@ class ScenarioGoal:
         raise InvalidInput("--verify-s", problem, remedy)
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> SizeDistribution:
         """Documents of a request."""
         return DOCUMENTS[self.scenario] if self.documents is None else self.documents
 
-    def traffic(self, tokens: Sizes) -> Traffic:
+    def traffic(self, tokens: SizeDistribution) -> Traffic:
         """The requests, pairs of these lengths where the trace does not say.
 
         Raises:
             InvalidInput: the trace has no rate.
         """
-        workload = Workload(Poisson(1.0), self.sizes, tokens, self.seed)
+        workload = Workload(PoissonArrivals(1.0), self.sizes, tokens, self.seed)
         return Traffic.of_trace(workload, self.trace) if self.trace else Traffic(workload)
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Four scenarios, each with its own measure:
 - ``edge``: the least memory that keeps nearly the shortest answers.
 
 A candidate is judged by its own cost and memory models and is never chosen where they say that it
-misses the goal or a limit. Rising load goes through :mod:`echelon.simulate.ladder`, and workers
+misses the goal or a limit. Rising load goes through :mod:`echelon.simulation.outcome`, and workers
 come first in every order of choice, so more rate never gives fewer workers.
 
 Where no setting holds the limits: why, and what is possible instead. Pure.
@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 from echelon.errors import InvalidInput
 from echelon.reports.html import kept
 from echelon.reports.wording import duration, number, size
-from echelon.simulate.ladder import Ladder
+from echelon.simulation.outcome import RateSearch
 from echelon.tuning.simulated_load import SimulatedService
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.scheduling.cost_model import CostModel, MemoryModel
-    from echelon.simulate.capacity import Traffic
-    from echelon.simulate.outcome import Outcome
+    from echelon.simulation.capacity import Traffic
+    from echelon.simulation.outcome import SimulationResult
 
 
 Scenario = Literal["api", "offline", "edge", "concurrent"]
@@ -94,7 +94,7 @@ class ScenarioLimits:
         memory_bytes: memory of all workers.
         agreement: least rank agreement.
         overhead_s: seconds of a request beside the queue and its steps.
-        noise: of step times, see :class:`echelon.simulate.setting.Setting`.
+        noise: of step times, see :class:`echelon.simulation.server_simulation.SimulationSettings`.
         seed: of everything random.
     """
 
@@ -132,8 +132,8 @@ class TriedCandidate:
     reason: str | None = None
     documents_per_s: float | None = None
     bears: float | None = None
-    calm: Outcome | None = None
-    predicted: Outcome | None = None
+    calm: SimulationResult | None = None
+    predicted: SimulationResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def _try(
         return TriedCandidate(candidate, None, per_s, None, full, full)
     most = full.requests / full.duration_s
     # The lowest rung says how fast a calm service is, whether or not that is fast enough.
-    ladder = Ladder(lambda load: service.at(load * most, whole=load == LOADS[0]), LOADS)
+    ladder = RateSearch(lambda load: service.at(load * most, whole=load == LOADS[0]), LOADS)
     if limits.rate is None and scenario == "edge":
         # One caller never makes a queue: how much load it would bear is not asked.
         predicted = ladder.at(LOADS[0])

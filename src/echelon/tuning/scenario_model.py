@@ -21,10 +21,9 @@ from echelon.errors import InvalidInput
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
 from echelon.options import check_max_length
-from echelon.plan.workload import Arrival, Observed
-from echelon.planner.impossible import too_long
-from echelon.planner.sizes import longest
 from echelon.reports.wording import duration, size
+from echelon.simulation.infeasible import too_long
+from echelon.simulation.workload import Arrival, ObservedSize, longest
 from echelon.stress.texts import Material, Tokens
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
     from echelon.data import Texts, Topic
     from echelon.models.base import Scorer
     from echelon.options import Options
-    from echelon.plan.workload import Known, Sizes
     from echelon.profile import Profile
-    from echelon.simulate.capacity import Traffic
+    from echelon.simulation.capacity import Traffic
+    from echelon.simulation.workload import KnownArrivals, SizeDistribution
     from echelon.stress.texts import Ruler
     from echelon.tuning.goal import ScenarioGoal
 
@@ -203,7 +202,11 @@ def ruler_of(encoder: PairEncoder) -> Ruler:
 
 
 def require_texts(
-    topics: Sequence[Topic], encoder: PairEncoder, sizes: Sizes, trace: Sequence[Known], limit: int
+    topics: Sequence[Topic],
+    encoder: PairEncoder,
+    sizes: SizeDistribution,
+    trace: Sequence[KnownArrivals],
+    limit: int,
 ) -> None:
     """Refuse lengths that no texts have.
 
@@ -218,7 +221,9 @@ def require_texts(
         InvalidInput: what tells requests apart is longer.
     """
     told = [one.tokens for one in islice(trace, SAMPLE * DOCUMENTS) if one.tokens]
-    wanted = (Observed(told) if told else sizes).draw(np.random.default_rng(0), SAMPLE * DOCUMENTS)
+    wanted = (ObservedSize(told) if told else sizes).draw(
+        np.random.default_rng(0), SAMPLE * DOCUMENTS
+    )
     material = Material(topics, salt="0000", ruler=ruler_of(encoder))
     pairs = []
     for start in range(0, len(wanted), DOCUMENTS):

@@ -9,18 +9,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulate.capacity import OPEN
-from echelon.simulate.exact import simulate
-from echelon.simulate.ladder import MISSES, meets
-from echelon.simulate.setting import Setting
+from echelon.simulation.capacity import OPEN
+from echelon.simulation.outcome import MISSES, meets
+from echelon.simulation.server_simulation import SimulationSettings, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from echelon.plan.workload import Arrival
     from echelon.scheduling.queue import PlannedStep
-    from echelon.simulate.capacity import Traffic
-    from echelon.simulate.outcome import Outcome
+    from echelon.simulation.capacity import Traffic
+    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.scenario import Candidate, Scenario, ScenarioLimits
 
 REQUESTS = 2_000
@@ -55,13 +54,13 @@ class SimulatedService:
         self._goal_s = limits.goal_s
         self._setting = replace(_setting(candidate, limits), learns=False)
 
-    def at_once(self) -> Outcome:
+    def at_once(self) -> SimulationResult:
         """All requests are there."""
         requests = [replace(one, at_s=0.0) for one in self._requests(1.0, FULL)]
         setting = replace(self._setting, bounds=OPEN, request_s=0.0)
         return simulate(requests, self._candidate.cost, setting)
 
-    def at(self, rate: float, *, whole: bool = True) -> Outcome:
+    def at(self, rate: float, *, whole: bool = True) -> SimulationResult:
         """So many requests a second.
 
         Args:
@@ -84,7 +83,7 @@ class SimulatedService:
 
 def predict(
     scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: ScenarioLimits
-) -> tuple[Outcome, int]:
+) -> tuple[SimulationResult, int]:
     """What comes of certain requests, such as those that a test sends; and their largest step.
 
     For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
@@ -116,8 +115,8 @@ def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
             yield replace(request, lengths=tuple(min(length, most) for length in request.lengths))
 
 
-def _setting(candidate: Candidate, limits: ScenarioLimits) -> Setting:
-    return Setting(
+def _setting(candidate: Candidate, limits: ScenarioLimits) -> SimulationSettings:
+    return SimulationSettings(
         candidate.token_budget,
         candidate.max_pairs,
         candidate.workers,
@@ -147,7 +146,7 @@ class LoadCurve:
 
     requests: int
     most: float | None
-    points: tuple[tuple[float, Outcome], ...]
+    points: tuple[tuple[float, SimulationResult], ...]
 
     def as_dict(self, rate: float) -> dict[str, Any]:
         """The entry of a profile, for somebody who asked for a rate."""
@@ -170,7 +169,7 @@ def curve_of(traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> 
     return LoadCurve(REQUESTS, most, points)
 
 
-def sustains(outcome: Outcome) -> bool:
+def sustains(outcome: SimulationResult) -> bool:
     """Whether P99 is within the goal and nobody was sent away."""
     return meets(outcome) and not outcome.refused
 
@@ -191,7 +190,7 @@ def _most(service: SimulatedService, capacity: float) -> float | None:
     return low
 
 
-def _point(rate: float, outcome: Outcome) -> dict[str, Any]:
+def _point(rate: float, outcome: SimulationResult) -> dict[str, Any]:
     known = outcome.as_dict()
     shown = {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "goodput")}
     refused = sum(outcome.refused.values())

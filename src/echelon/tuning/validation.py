@@ -6,8 +6,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulate.ladder import MISSES
-from echelon.simulate.outcome import percentiles
+from echelon.simulation.outcome import MISSES, percentiles
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.validation_metrics import (
     PACE,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from echelon.plan.workload import Arrival
+    from echelon.simulation.workload import Arrival
     from echelon.stress.run import Plan, Run
     from echelon.tuning.goal import ScenarioGoal
     from echelon.tuning.scenario import Candidate

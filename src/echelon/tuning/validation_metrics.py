@@ -12,8 +12,8 @@ from echelon.scheduling.cost_model import CostModel, Work
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from echelon.plan.workload import Arrival
-    from echelon.simulate.outcome import Outcome
+    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.scenario import Candidate, Scenario, ScenarioLimits
 
 AGREES = 0.25
@@ -60,7 +60,7 @@ class LoadMetrics:
 
     @classmethod
     def of(
-        cls, scenario: Scenario, outcome: Outcome, candidate: Candidate, largest: int
+        cls, scenario: Scenario, outcome: SimulationResult, candidate: Candidate, largest: int
     ) -> LoadMetrics:
         """What a simulation says whose largest step had so many tokens."""
         answered = outcome.answered > 0 and scenario != "offline"
@@ -96,7 +96,7 @@ class Validation:
             server.
         held: whether the goal and the limit held.
         doubts: why the numbers may mislead.
-        noise: of its steps' times, see :class:`echelon.simulate.setting.Setting`; None where there
+        noise: of its steps' times, see :class:`echelon.simulation.server_simulation.SimulationSettings`; None where there
             is no server.
     """
 

@@ -4,6 +4,8 @@ Pure and seeded: the same workload gives the same requests. It must not know tex
 files; a load generator sends what it says, a simulator only counts it. Everything is a stream, so
 that a day of traffic needs no memory. Arrival times, documents and lengths have a generator of
 random numbers each: other documents do not move the arrivals, so two runs differ in one thing.
+
+Sizes that a plan makes of others. Pure.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Arrival:
     lengths: tuple[int, ...] = ()
 
 
-class Sizes(Protocol):
+class SizeDistribution(Protocol):
     """Where whole numbers, at least 1, come from: documents of a request or tokens of a pair."""
 
     def draw(self, random: Generator, count: int) -> list[int]:
@@ -58,7 +60,7 @@ class Sizes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class FixedSize:
     """Always the same number."""
 
     value: int
@@ -76,7 +78,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, slots=True)
-class Between:
+class UniformSize:
     """Any whole number from ``low`` to ``high``, both included, equally often."""
 
     low: int
@@ -97,7 +99,7 @@ class Between:
 
 
 @dataclass(frozen=True, slots=True)
-class Lognormal:
+class LognormalSize:
     """Numbers whose logarithms are normal, as lengths of texts roughly are.
 
     Attributes:
@@ -127,7 +129,7 @@ class Lognormal:
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class ObservedSize:
     """Numbers that were seen, each as often as it was seen."""
 
     values: Sequence[int]
@@ -142,7 +144,7 @@ class Observed:
         return [int(self.values[index]) for index in random.integers(len(self.values), size=count)]
 
 
-def sizes_of(text: str, field: str) -> Sizes:
+def sizes_of(text: str, field: str) -> SizeDistribution:
     """Sizes as people write them: ``10`` or ``5-50``.
 
     Raises:
@@ -150,7 +152,7 @@ def sizes_of(text: str, field: str) -> Sizes:
     """
     low, dash, high = text.strip().partition("-")
     try:
-        return Between(int(low), int(high)) if dash else Fixed(int(low))
+        return UniformSize(int(low), int(high)) if dash else FixedSize(int(low))
     except ValueError as error:
         problem = f"{text!r} is no whole number from 1 on and no range of them"
         raise InvalidInput(field, problem, "Give one such as 10 or 5-50.") from error
@@ -159,13 +161,13 @@ def sizes_of(text: str, field: str) -> Sizes:
 class Arrivals(Protocol):
     """When requests come, and what is known of each beforehand."""
 
-    def known(self, random: Generator) -> Iterator[Known]:
+    def known(self, random: Generator) -> Iterator[KnownArrivals]:
         """Requests in the order of their coming."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownArrivals:
     """What arrivals say of a request: its time, and in a trace its documents and lengths.
 
     Attributes:
@@ -180,7 +182,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Poisson:
+class PoissonArrivals:
     """Callers who know nothing of each other: ``rate`` a second on average, in bursts."""
 
     rate: float
@@ -188,17 +190,17 @@ class Poisson:
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
 
-    def known(self, random: Generator) -> Iterator[Known]:
+    def known(self, random: Generator) -> Iterator[KnownArrivals]:
         """Exponential gaps, for ever."""
         now = 0.0
         while True:
             for gap in random.exponential(1.0 / self.rate, BLOCK).tolist():
                 now += gap
-                yield Known(now)
+                yield KnownArrivals(now)
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
+class ConstantArrivals:
     """A clock: ``rate`` a second at even distances, the first at once."""
 
     rate: float
@@ -206,17 +208,17 @@ class Constant:
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
 
-    def known(self, random: Generator) -> Iterator[Known]:
+    def known(self, random: Generator) -> Iterator[KnownArrivals]:
         """Even gaps, for ever."""
         del random
         number = 0
         while True:
-            yield Known(number / self.rate)
+            yield KnownArrivals(number / self.rate)
             number += 1
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
+class ReplayedArrivals:
     """What was recorded, at its own times; the first request comes at 0.
 
     Attributes:
@@ -224,20 +226,20 @@ class Replay:
         speed: how many times faster than it was.
     """
 
-    records: Iterable[Known]
+    records: Iterable[KnownArrivals]
     speed: float = 1.0
 
     def __post_init__(self) -> None:
         _positive("speed", self.speed)
 
-    def known(self, random: Generator) -> Iterator[Known]:
+    def known(self, random: Generator) -> Iterator[KnownArrivals]:
         """The records, and no more."""
         del random
         start: float | None = None
         for record in self.records:
             start = record.at_s if start is None else start
             at_s = (record.at_s - start) / self.speed
-            yield Known(at_s, record.documents, record.tokens)
+            yield KnownArrivals(at_s, record.documents, record.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +254,8 @@ class Workload:
     """
 
     arrivals: Arrivals
-    documents: Sizes
-    tokens: Sizes | None = None
+    documents: SizeDistribution
+    tokens: SizeDistribution | None = None
     seed: int = 0
 
     def requests(self, duration_s: float = math.inf) -> Iterator[Arrival]:
@@ -266,13 +268,13 @@ class Workload:
             documents = known.documents or self.documents.draw(many, 1)[0]
             yield Arrival(known.at_s, documents, self._lengths(known, documents, long))
 
-    def _lengths(self, known: Known, documents: int, random: Generator) -> tuple[int, ...]:
+    def _lengths(self, known: KnownArrivals, documents: int, random: Generator) -> tuple[int, ...]:
         if known.tokens is not None:
             return (known.tokens,) * documents
         return () if self.tokens is None else tuple(self.tokens.draw(random, documents))
 
 
-def parse_trace(lines: Iterable[str]) -> Iterator[Known]:
+def parse_trace(lines: Iterable[str]) -> Iterator[KnownArrivals]:
     """Read a trace line by line; columns it does not know are passed over.
 
     Args:
@@ -309,7 +311,7 @@ def _columns(header: list[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def _record(row: list[str], columns: dict[str, int], line: int) -> Known:
+def _record(row: list[str], columns: dict[str, int], line: int) -> KnownArrivals:
     cells = {name: row[index].strip() for name, index in columns.items() if index < len(row)}
     try:
         at_s = float(cells.get("timestamp", ""))
@@ -318,7 +320,9 @@ def _record(row: list[str], columns: dict[str, int], line: int) -> Known:
     if not math.isfinite(at_s):
         raise _wrong(line, "timestamp", f"{cells.get('timestamp', '')!r} is no number of seconds")
     documents = _count(cells, "documents", line)
-    return Known(at_s, documents, _count(cells, "tokens", line) if "tokens" in columns else None)
+    return KnownArrivals(
+        at_s, documents, _count(cells, "tokens", line) if "tokens" in columns else None
+    )
 
 
 def _count(cells: dict[str, str], name: str, line: int) -> int:
@@ -340,3 +344,29 @@ def _at_least_one(field: str, value: int) -> None:
 def _positive(field: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise InvalidInput(field, f"{value} is not above 0", "Give a finite number above 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledSize:
+    """Other sizes times a factor, at least 1."""
+
+    sizes: SizeDistribution
+    factor: float
+
+    def draw(self, random: Generator, count: int) -> list[int]:
+        """So many numbers."""
+        scaled = np.rint(np.array(self.sizes.draw(random, count)) * self.factor)
+        numbers: list[int] = np.maximum(1, scaled).astype(np.int64).tolist()
+        return numbers
+
+
+def longest(sizes: SizeDistribution | None, trace: Iterable[KnownArrivals] = ()) -> int:
+    """The largest number that may come; 0 where it is not known."""
+    found = max((one.tokens or 0 for one in trace), default=0)
+    if isinstance(sizes, FixedSize):
+        found = max(found, sizes.value)
+    elif isinstance(sizes, UniformSize):
+        found = max(found, sizes.high)
+    elif isinstance(sizes, LognormalSize):
+        found = max(found, sizes.most)
+    return found

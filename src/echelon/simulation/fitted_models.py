@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import ProfileError
-from echelon.plan.workload import Lognormal
 from echelon.profile import TUNE_AGAIN
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel, MemoryModel
+from echelon.simulation.workload import LognormalSize
 from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ def noise_of(profile: Profile) -> float:
     return min(MOST_NOISE, float(np.median(spreads))) if spreads else 0.0
 
 
-def lengths_of(profile: Profile) -> Lognormal | None:
+def lengths_of(profile: Profile) -> LognormalSize | None:
     """Lengths like those of the texts that were measured; None where the profile has none."""
     tokens = profile.data.get("tokens")
     if not tokens:
         return None
     spread = math.sqrt(2 * math.log(max(1.0, tokens["mean"] / tokens["p50"])))
-    return Lognormal(tokens["mean"], spread, int(profile.settings.max_length or tokens["max"]))
+    return LognormalSize(tokens["mean"], spread, int(profile.settings.max_length or tokens["max"]))
 
 
 def _measured(profile: Profile) -> list[Point]:

@@ -1,7 +1,7 @@
 """Thousands of replicas: a lighter model of each service behind a router.
 
 Pure and deterministic. A replica keeps the batcher's discipline (fair order, token budget, the next
-step formed just before the running one ends) and counts where :mod:`echelon.simulate.exact` looks
+step formed just before the running one ends) and counts where :mod:`echelon.simulation.server_simulation` looks
 at each pair: the pairs of a request all have its mean length, and a padded scorer pays a share
 more than its tokens, as measured by packing a sample. Left out besides: deadlines, priorities,
 and pairs that several requests share. Tests hold it to the exact one.
@@ -22,18 +22,17 @@ from echelon.scheduling.cost_model import Work
 from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
 from echelon.scheduling.packing import REACH, choose, step_cost
 from echelon.scheduling.queue import LEAD_S, QueueLoad
-from echelon.simulate.outcome import Tally
-from echelon.simulate.routing import Router, chances
+from echelon.simulation.cluster_traffic import Router, chances
+from echelon.simulation.outcome import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from echelon.plan.workload import Sizes
     from echelon.scheduling.cost_model import CostModel
-    from echelon.simulate.outcome import Outcome
-    from echelon.simulate.routing import Routing
-    from echelon.simulate.setting import Setting
-    from echelon.simulate.traffic import Block
+    from echelon.simulation.cluster_traffic import RequestBlock, Routing
+    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.server_simulation import SimulationSettings
+    from echelon.simulation.workload import SizeDistribution
 
 NORMAL = WEIGHTS["normal"]
 
@@ -66,7 +65,7 @@ RAGGED = Packing((math.inf,), (1.0,), 0)
 """Tokens alone decide, and nothing is padded."""
 
 
-def packing_of(tokens: Sizes, truth: CostModel, budget: int) -> Packing:
+def packing_of(tokens: SizeDistribution, truth: CostModel, budget: int) -> Packing:
     """Choose steps from samples, as the batcher does, and see how they come out."""
     if truth.cost == "ragged":
         return RAGGED
@@ -86,7 +85,7 @@ def packing_of(tokens: Sizes, truth: CostModel, budget: int) -> Packing:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class Cluster:
     """Replicas of one service.
 
     Attributes:
@@ -97,7 +96,7 @@ class Fleet:
     """
 
     replicas: int
-    setting: Setting
+    setting: SimulationSettings
     routing: Routing = "tokens"
     packing: Packing = RAGGED
 
@@ -109,17 +108,17 @@ class Fleet:
 
 
 def simulate_fleet(
-    traffic: Iterable[Block],
+    traffic: Iterable[RequestBlock],
     truth: CostModel,
-    fleet: Fleet,
+    fleet: Cluster,
     *,
     goal_s: float | None = None,
     warm_s: float = 0.0,
-) -> Outcome:
+) -> SimulationResult:
     """Serve requests by a fleet.
 
     Args:
-        traffic: see :func:`echelon.simulate.traffic.blocks`.
+        traffic: see :func:`echelon.simulation.cluster_traffic.blocks`.
         truth: how long steps take, but for the setting's noise.
         fleet: who serves.
         goal_s: latency that an answer may have.
@@ -129,9 +128,11 @@ def simulate_fleet(
     return tally.outcome(fleet.replicas * fleet.setting.workers)
 
 
-def tally_fleet(traffic: Iterable[Block], truth: CostModel, fleet: Fleet, tally: Tally) -> Tally:
+def tally_fleet(
+    traffic: Iterable[RequestBlock], truth: CostModel, fleet: Cluster, tally: Tally
+) -> Tally:
     """Serve requests by a fleet, and count in ``tally``; see :func:`simulate_fleet`."""
-    run = _Run(truth, fleet, tally)
+    run = _ClusterRun(truth, fleet, tally)
     for block in traffic:
         run.through(block)
     run.end()
@@ -190,10 +191,10 @@ class _Step:
             self.ended.append(guest)
 
 
-class _Run:
+class _ClusterRun:
     """A fleet under way. Worker w of replica r is number r × workers + w."""
 
-    def __init__(self, truth: CostModel, fleet: Fleet, tally: Tally) -> None:
+    def __init__(self, truth: CostModel, fleet: Cluster, tally: Tally) -> None:
         setting = fleet.setting
         self.tally = tally
         self._truth = truth
@@ -212,7 +213,7 @@ class _Run:
         self._numbers = 0
         self._calm_tokens = _calm_tokens(truth, setting)
 
-    def through(self, block: Block) -> None:
+    def through(self, block: RequestBlock) -> None:
         """Let requests come."""
         events = self._events
         for at_s, documents, length, square in zip(
@@ -356,7 +357,7 @@ class _Run:
         return step
 
 
-def _calm_tokens(truth: CostModel, setting: Setting) -> float:
+def _calm_tokens(truth: CostModel, setting: SimulationSettings) -> float:
     """Waiting tokens below which no rule of admission can refuse a request that is not too large.
 
     At the price of one pair as long as the whole budget, the dearest there is, they wait half of

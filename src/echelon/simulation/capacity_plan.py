@@ -1,27 +1,108 @@
-"""The plan: profile and goal to machines, budget, headroom and price, by simulation."""
+"""What is asked of a plan, checked. Pure.
+
+The plan: profile and goal to machines, budget, headroom and price, by simulation.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Poisson, Workload
-from echelon.planner.impossible import too_fast, too_little_memory, too_long
-from echelon.planner.sizes import Scaled, longest
-from echelon.simulate.capacity import Capacity, Traffic
-from echelon.simulate.day import rates_of, simulate_day
-from echelon.simulate.routing import ROUTINGS
-from echelon.simulate.setting import Setting
-from echelon.tune.prices import cost_of, lengths_of, memory_of, noise_of
+from echelon.simulation.capacity import Capacity, Traffic, rates_of, simulate_day
+from echelon.simulation.cluster_traffic import ROUTINGS
+from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
+from echelon.simulation.infeasible import too_fast, too_little_memory, too_long
+from echelon.simulation.server_simulation import SimulationSettings
+from echelon.simulation.workload import FixedSize, PoissonArrivals, ScaledSize, Workload, longest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.planner.goal import Goal
     from echelon.profile import Profile
     from echelon.scheduling.cost_model import CostModel
+    from echelon.simulation.cluster_traffic import Routing
+    from echelon.simulation.workload import KnownArrivals, SizeDistribution
+
+DOCUMENTS = FixedSize(10)
+"""Documents of a request where nobody says: what a search page shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityGoal:
+    """What is asked of a fleet.
+
+    Attributes:
+        slo_s: latency that 99 of 100 requests may have.
+        rate: requests a second; None takes the trace's own.
+        documents: documents of a request.
+        tokens: tokens of a pair; None takes lengths like those the profile was measured with.
+        trace: recorded requests.
+        routing: who gets a request.
+        workers: scorers of a machine, each as fast as the profile's.
+        max_length: tokens a pair may have; None takes the profile's own.
+        memory_limit_bytes: memory of a worker.
+        overhead_s: seconds of a request beside the queue and its steps.
+        headroom: share of the rate by which it may rise and the goal still be met.
+        price_per_hour: of a machine.
+        day: relative rates of equal parts of a day; empty for none.
+        seed: of everything random.
+    """
+
+    slo_s: float
+    rate: float | None = None
+    documents: SizeDistribution = DOCUMENTS
+    tokens: SizeDistribution | None = None
+    trace: tuple[KnownArrivals, ...] = ()
+    routing: Routing = "tokens"
+    workers: int = 1
+    max_length: int | None = None
+    memory_limit_bytes: float | None = None
+    overhead_s: float = 0.002
+    headroom: float = 0.2
+    price_per_hour: float | None = None
+    day: tuple[float, ...] = field(default=())
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _above_zero("--slo-p99-ms", self.slo_s, "Give milliseconds, such as 200.")
+        if self.rate is None and not self.trace:
+            raise InvalidInput("--rate", "is not given", "Give requests a second, or --trace FILE.")
+        if self.rate is not None:
+            _above_zero("--rate", self.rate, "Give requests a second, such as 500.")
+        for name, value in (("--workers", self.workers), ("--max-length", self.max_length)):
+            if value is not None and value < 1:
+                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        for name, amount in (
+            ("--memory-limit", self.memory_limit_bytes),
+            ("--price-per-hour", self.price_per_hour),
+        ):
+            if amount is not None:
+                _above_zero(name, amount, "Give a number above 0, or leave it out.")
+        if not 0 <= self.overhead_s < math.inf:
+            problem = f"{1000 * self.overhead_s:g} is below 0"
+            raise InvalidInput("--overhead-ms", problem, "Give 0 or more.")
+        if not 0 <= self.headroom < math.inf:
+            problem = f"{100 * self.headroom:g} is below 0"
+            raise InvalidInput("--headroom-percent", problem, "Give 0 or more.")
+        if self.overhead_s >= self.slo_s:
+            raise InvalidInput(
+                "--slo-p99-ms",
+                f"{1000 * self.slo_s:g} ms are no more than the {1000 * self.overhead_s:g} ms of "
+                "--overhead-ms alone",
+                "Allow more time.",
+            )
+        if self.routing not in ROUTINGS:
+            raise InvalidInput(
+                "--routing", f"{self.routing!r} is unknown", f"One of {', '.join(ROUTINGS)}."
+            )
+
+
+def _above_zero(field_name: str, value: float, remedy: str) -> None:
+    if not 0 < value < math.inf:
+        raise InvalidInput(field_name, f"{value:g} is not above 0", remedy)
+
 
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""
@@ -41,7 +122,7 @@ LENGTHS = (0.75, 1.5)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PlanChoice:
     """A budget that reaches the goal, and how many machines it takes."""
 
     capacity: Capacity
@@ -54,7 +135,7 @@ class Choice:
 
 
 def make_plan(
-    profile: Profile, goal: Goal, told: Callable[[str], None] = lambda _: None
+    profile: Profile, goal: CapacityGoal, told: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Plan a fleet.
 
@@ -74,7 +155,7 @@ def make_plan(
     rate = traffic.trace_rate if goal.rate is None else goal.rate
     budgets = _budgets(profile, goal)
     tried: list[tuple[Capacity, int | None]] = []
-    best: Choice | None = None
+    best: PlanChoice | None = None
     for budget in budgets:
         told(f"steps of {budget} tokens")
         capacity = Capacity(
@@ -84,7 +165,7 @@ def make_plan(
         machines = capacity.machines(rate * (1 + goal.headroom), most)
         tried.append((capacity, machines))
         if machines is not None and (best is None or _better(capacity, machines, best, rate)):
-            best = Choice(capacity, machines)
+            best = PlanChoice(capacity, machines)
     if best is None:
         raise too_fast(goal, traffic, [capacity for capacity, _ in tried])
     told("what would change the answer")
@@ -106,7 +187,7 @@ def make_plan(
     return answer
 
 
-def _better(capacity: Capacity, machines: int, best: Choice, rate: float) -> bool:
+def _better(capacity: Capacity, machines: int, best: PlanChoice, rate: float) -> bool:
     """Fewer machines; among as many the lower P99."""
     if machines != best.machines:
         return machines < best.machines
@@ -117,7 +198,7 @@ def _better(capacity: Capacity, machines: int, best: Choice, rate: float) -> boo
 # What is asked.
 
 
-def _traffic(profile: Profile, goal: Goal) -> Traffic:
+def _traffic(profile: Profile, goal: CapacityGoal) -> Traffic:
     tokens = goal.tokens or lengths_of(profile)
     told = bool(goal.trace) and all(one.tokens for one in goal.trace)
     if tokens is None and not told:
@@ -128,11 +209,11 @@ def _traffic(profile: Profile, goal: Goal) -> Traffic:
     asked = longest(goal.tokens, goal.trace)
     if limit is not None and asked > limit:
         raise too_long(asked, limit)
-    workload = Workload(Poisson(1.0), goal.documents, tokens, goal.seed)
+    workload = Workload(PoissonArrivals(1.0), goal.documents, tokens, goal.seed)
     return Traffic.of_trace(workload, goal.trace) if goal.trace else Traffic(workload)
 
 
-def _budgets(profile: Profile, goal: Goal) -> list[int]:
+def _budgets(profile: Profile, goal: CapacityGoal) -> list[int]:
     """Budgets to try that fit in memory; the profile's own first, as it was measured best."""
     own = profile.learned_token_budget or profile.settings.token_budget
     usual = BUDGETS[profile.key.device.partition(":")[0]]
@@ -153,8 +234,8 @@ def _budgets(profile: Profile, goal: Goal) -> list[int]:
     return left
 
 
-def _setting(profile: Profile, goal: Goal, budget: int) -> Setting:
-    return Setting(
+def _setting(profile: Profile, goal: CapacityGoal, budget: int) -> SimulationSettings:
+    return SimulationSettings(
         budget,
         max_pairs=profile.settings.batch_size,
         workers=goal.workers,
@@ -167,7 +248,7 @@ def _setting(profile: Profile, goal: Goal, budget: int) -> Setting:
 # What is answered.
 
 
-def _asked(goal: Goal, rate: float) -> dict[str, Any]:
+def _asked(goal: CapacityGoal, rate: float) -> dict[str, Any]:
     return {
         "rate": rate,
         "slo_p99_s": goal.slo_s,
@@ -191,7 +272,7 @@ def _model(profile: Profile, truth: CostModel) -> dict[str, Any]:
     }
 
 
-def _answer(best: Choice, goal: Goal, rate: float) -> dict[str, Any]:
+def _answer(best: PlanChoice, goal: CapacityGoal, rate: float) -> dict[str, Any]:
     capacity, machines = best.capacity, best.machines
     outcome = capacity.at(rate, machines)
     bears = capacity.bears(machines)
@@ -207,7 +288,7 @@ def _answer(best: Choice, goal: Goal, rate: float) -> dict[str, Any]:
     }
 
 
-def _price(machines: int, rate: float, goal: Goal) -> dict[str, float | None]:
+def _price(machines: int, rate: float, goal: CapacityGoal) -> dict[str, float | None]:
     if goal.price_per_hour is None:
         return {"price_per_hour": None, "price_per_million": None}
     hour = machines * goal.price_per_hour
@@ -224,12 +305,12 @@ def _tried(capacity: Capacity, machines: int | None, rate: float) -> dict[str, A
     }
 
 
-def _at_rate(best: Choice, goal: Goal, rate: float) -> dict[str, Any]:
+def _at_rate(best: PlanChoice, goal: CapacityGoal, rate: float) -> dict[str, Any]:
     machines = best.capacity.machines(rate * (1 + goal.headroom))
     return _changed(best.capacity, machines, goal, rate) | {"rate": rate}
 
 
-def _at_lengths(best: Choice, goal: Goal, rate: float, factor: float) -> dict[str, Any]:
+def _at_lengths(best: PlanChoice, goal: CapacityGoal, rate: float, factor: float) -> dict[str, Any]:
     old = best.capacity
     capacity = Capacity(
         _stretched(old.traffic, factor), old.truth, old.setting, old.goal_s, old.routing
@@ -238,7 +319,9 @@ def _at_lengths(best: Choice, goal: Goal, rate: float, factor: float) -> dict[st
     return _changed(capacity, machines, goal, rate) | {"lengths": factor}
 
 
-def _changed(capacity: Capacity, machines: int | None, goal: Goal, rate: float) -> dict[str, Any]:
+def _changed(
+    capacity: Capacity, machines: int | None, goal: CapacityGoal, rate: float
+) -> dict[str, Any]:
     if machines is None:
         return {"machines": None, "p99_s": None, "price_per_hour": None}
     outcome = capacity.at(rate, machines)
@@ -255,11 +338,11 @@ def _stretched(traffic: Traffic, factor: float) -> Traffic:
         replace(one, tokens=max(1, round(one.tokens * factor))) if one.tokens else one
         for one in traffic.trace
     ]
-    stretched = None if tokens is None else Scaled(tokens, factor)
+    stretched = None if tokens is None else ScaledSize(tokens, factor)
     return Traffic(replace(traffic.workload, tokens=stretched), trace, traffic.trace_rate)
 
 
-def _routed(best: Choice, rate: float, routing: Any) -> dict[str, Any]:
+def _routed(best: PlanChoice, rate: float, routing: Any) -> dict[str, Any]:
     """The same machines, routed otherwise; at the rung of the ladder that the answer rests on."""
     capacity = best.capacity
     if routing != capacity.routing:
@@ -275,7 +358,9 @@ def _routed(best: Choice, rate: float, routing: Any) -> dict[str, Any]:
     }
 
 
-def _day(best: Choice, goal: Goal, rate: float, told: Callable[[str], None]) -> dict[str, Any]:
+def _day(
+    best: PlanChoice, goal: CapacityGoal, rate: float, told: Callable[[str], None]
+) -> dict[str, Any]:
     capacity = best.capacity
     day = simulate_day(
         capacity.traffic.workload,
@@ -288,7 +373,7 @@ def _day(best: Choice, goal: Goal, rate: float, told: Callable[[str], None]) -> 
     return day.as_dict()
 
 
-def _notes(profile: Profile, goal: Goal, traffic: Traffic) -> list[str]:
+def _notes(profile: Profile, goal: CapacityGoal, traffic: Traffic) -> list[str]:
     """What to know before trusting the answer."""
     notes = list(profile.warnings)
     measured = profile.data.get("tokens", {}).get("max")

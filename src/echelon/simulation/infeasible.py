@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput
-from echelon.plan.workload import Fixed
 from echelon.reports.wording import duration, size
-from echelon.simulate.capacity import CELLS, Capacity, Traffic
-from echelon.simulate.ladder import RUNGS, meets
+from echelon.simulation.capacity import CELLS, Capacity, Traffic
+from echelon.simulation.outcome import RUNGS, meets
+from echelon.simulation.workload import FixedSize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.planner.goal import Goal
     from echelon.scheduling.cost_model import MemoryModel
+    from echelon.simulation.capacity_plan import CapacityGoal
 
 
-def too_fast(goal: Goal, traffic: Traffic, tried: Sequence[Capacity]) -> InvalidInput:
+def too_fast(goal: CapacityGoal, traffic: Traffic, tried: Sequence[Capacity]) -> InvalidInput:
     """No number of machines answers so fast."""
     best = min(tried, key=lambda capacity: capacity.ladder(CELLS[-1]).calm.p99_s)
     calm = best.ladder(CELLS[-1]).calm
@@ -60,7 +60,7 @@ def too_little_memory(limit: float, memory: MemoryModel, budget: int) -> Invalid
     )
 
 
-def _documents(goal: Goal, capacity: Capacity) -> int:
+def _documents(goal: CapacityGoal, capacity: Capacity) -> int:
     """Documents of a request, the most that meet the goal on a quiet fleet; 0 where none do."""
     if goal.trace:
         return 0
@@ -73,8 +73,8 @@ def _documents(goal: Goal, capacity: Capacity) -> int:
     return low
 
 
-def _quiet(goal: Goal, capacity: Capacity, documents: int) -> bool:
-    workload = replace(capacity.traffic.workload, documents=Fixed(documents))
+def _quiet(goal: CapacityGoal, capacity: Capacity, documents: int) -> bool:
+    workload = replace(capacity.traffic.workload, documents=FixedSize(documents))
     fewer = Capacity(
         Traffic(workload), capacity.truth, capacity.setting, goal.slo_s, capacity.routing
     )

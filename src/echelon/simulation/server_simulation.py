@@ -1,4 +1,6 @@
-"""One service, exactly: the real batcher and the real admission on a virtual clock.
+"""How a simulated service runs. Pure.
+
+One service, exactly: the real batcher and the real admission on a virtual clock.
 
 Pure and deterministic. Steps follow one another as :mod:`echelon.engine.supervisor` sends them: an idle
 worker takes a step at once; a busy one takes its next step when the running one should end in
@@ -14,28 +16,87 @@ import copy
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from echelon.errors import InvalidInput
-from echelon.scheduling.admission import RequestCost, SystemLoad, refuse
+from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoad, refuse
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.queue import LEAD_S, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
-from echelon.simulate.outcome import Tally
+from echelon.simulation.outcome import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-    from echelon.plan.workload import Arrival
     from echelon.scheduling.cost_model import CostModel
     from echelon.scheduling.queue import PlannedStep
-    from echelon.simulate.outcome import Outcome
-    from echelon.simulate.setting import Setting
+    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.workload import Arrival
+
+BLOCK = 1024
+"""Random numbers drawn at a time."""
 
 
-class Kind(IntEnum):
+@dataclass(frozen=True, slots=True)
+class SimulationSettings:
+    """A service.
+
+    Attributes:
+        token_budget: most tokens a step may cost.
+        max_pairs: most pairs a step may hold.
+        workers: scorers that share the queue.
+        bounds: what is taken in at most.
+        deadline_s: seconds after which nobody wants an answer; None means never.
+        goal_s: latency goal that steps are kept small for, as ``echelon serve --slo-p99-ms`` does.
+        request_s: seconds of a request beside tokenising and steps: reading, answering.
+        document_s: seconds that tokenising a document takes.
+        noise: standard deviation of the logarithm of actual over predicted step time.
+        learns: the batcher learns from each step how long steps take, as a server's does.
+        seed: of the noise, and of routing.
+    """
+
+    token_budget: int
+    max_pairs: int | None = None
+    workers: int = 1
+    bounds: AdmissionLimits = field(default_factory=AdmissionLimits)
+    deadline_s: float | None = None
+    goal_s: float | None = None
+    request_s: float = 0.0
+    document_s: float = 0.0
+    noise: float = 0.0
+    learns: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_pairs", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        for name in ("deadline_s", "goal_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidInput(name, f"{value} is not positive", "Give seconds.")
+        for name in ("request_s", "document_s", "noise"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise InvalidInput(name, f"{getattr(self, name)} is below 0", "Give 0 or more.")
+
+    def factors(self) -> Iterator[float]:
+        """Actual over predicted time of one step after another, for ever."""
+        random = np.random.default_rng(self.seed)
+        while True:
+            if self.noise:
+                # A mean of one: noise makes steps vary, not longer.
+                drawn = random.lognormal(-(self.noise**2) / 2, self.noise, BLOCK)
+                yield from drawn.tolist()
+            else:
+                yield 1.0
+
+
+class SimulationEvent(IntEnum):
     """What happens; at one moment in this order."""
 
     END = 0
@@ -46,7 +107,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class SimulatedRequest:
     """A request inside."""
 
     at_s: float
@@ -57,13 +118,13 @@ class Guest:
 def simulate(  # noqa: PLR0913 - few callers give more than three
     requests: Iterable[Arrival],
     truth: CostModel,
-    setting: Setting,
+    setting: SimulationSettings,
     *,
     goal_s: float | None = None,
     warm_s: float = 0.0,
     most_missed: float | None = None,
     told: Callable[[float, PlannedStep], None] = lambda *_: None,
-) -> Outcome:
+) -> SimulationResult:
     """Serve requests.
 
     Args:
@@ -76,18 +137,18 @@ def simulate(  # noqa: PLR0913 - few callers give more than three
             its outcome then says that the goal is missed, and not by how much. None never ends it.
         told: called with the time and each step that is formed.
     """
-    run = _Run(truth, setting, Tally(goal_s, warm_s), told)
+    run = _ServerRun(truth, setting, Tally(goal_s, warm_s), told)
     run.through(requests, most_missed)
     return run.tally.outcome(setting.workers)
 
 
-class _Run:
+class _ServerRun:
     """A service under way."""
 
     def __init__(
         self,
         truth: CostModel,
-        setting: Setting,
+        setting: SimulationSettings,
         tally: Tally,
         told: Callable[[float, PlannedStep], None],
     ) -> None:
@@ -102,12 +163,12 @@ class _Run:
         self._ends = [0.0] * setting.workers
         self._seconds: dict[int, float] = {}
         self._took: list[tuple[tuple[int, ...], float]] = []
-        self._guests: dict[int, Guest] = {}
-        self._coming: dict[int, Guest] = {}
+        self._guests: dict[int, SimulatedRequest] = {}
+        self._coming: dict[int, SimulatedRequest] = {}
         self._coming_tokens = 0
         self._numbers = 0
         # (time, kind, counting up, what): what is a request's, a worker's or a step's number.
-        self._events: list[tuple[float, Kind, int, int]] = []
+        self._events: list[tuple[float, SimulationEvent, int, int]] = []
         self._count = 0
 
     def through(self, requests: Iterable[Arrival], most_missed: float | None = None) -> None:
@@ -119,24 +180,24 @@ class _Run:
             if not arrival.lengths:
                 raise InvalidInput("requests", "one has no lengths", "Give tokens of its pairs.")
             last = arrival.at_s
-            self._until((arrival.at_s, Kind.ARRIVE))
+            self._until((arrival.at_s, SimulationEvent.ARRIVE))
             if self.tally.missed > most:
                 return
             self._arrive(arrival)
         self._until(None)
 
-    def _until(self, moment: tuple[float, Kind] | None) -> None:
+    def _until(self, moment: tuple[float, SimulationEvent] | None) -> None:
         acts = {
-            Kind.END: self._end,
-            Kind.DEADLINE: self._expire,
-            Kind.JOIN: self._join,
-            Kind.FORM: self._form,
+            SimulationEvent.END: self._end,
+            SimulationEvent.DEADLINE: self._expire,
+            SimulationEvent.JOIN: self._join,
+            SimulationEvent.FORM: self._form,
         }
         while self._events and (moment is None or self._events[0][:2] < moment):
             now, kind, _, what = heapq.heappop(self._events)
             acts[kind](now, what)
 
-    def _later(self, at_s: float, kind: Kind, what: int) -> None:
+    def _later(self, at_s: float, kind: SimulationEvent, what: int) -> None:
         self._count += 1
         heapq.heappush(self._events, (at_s, kind, self._count, what))
 
@@ -147,7 +208,9 @@ class _Run:
         self.tally.came(now, len(lengths))
         deadline = None if setting.deadline_s is None else now + setting.deadline_s
         squares = sum(length * length for length in lengths)
-        guest = Guest(now, RequestCost(len(lengths), sum(lengths), squares, deadline), lengths)
+        guest = SimulatedRequest(
+            now, RequestCost(len(lengths), sum(lengths), squares, deadline), lengths
+        )
         if not self._admits(guest, now):
             return
         self._numbers += 1
@@ -155,10 +218,10 @@ class _Run:
         self._coming[number] = guest
         self._coming_tokens += guest.ask.tokens
         if deadline is not None:
-            self._later(deadline, Kind.DEADLINE, number)
+            self._later(deadline, SimulationEvent.DEADLINE, number)
         ready_s = now + setting.request_s + setting.document_s * len(lengths)
         if ready_s > now:
-            self._later(ready_s, Kind.JOIN, number)
+            self._later(ready_s, SimulationEvent.JOIN, number)
         else:
             self._join(now, number)
 
@@ -176,7 +239,7 @@ class _Run:
                 self._fetch(now, worker)
                 break
 
-    def _admits(self, guest: Guest, now: float) -> bool:
+    def _admits(self, guest: SimulatedRequest, now: float) -> bool:
         """Judge a request, as the reception does: at the door, and again with its true tokens."""
         house = SystemLoad(
             self._batcher.load(),
@@ -231,8 +294,8 @@ class _Run:
         seconds = self._truth.predict(step.lengths) * next(self._factors)
         self._seconds[worker] = seconds
         self._ends[worker] = now + seconds
-        self._later(now + seconds, Kind.END, worker)
-        self._later(now + max(0.0, step.predicted_s - LEAD_S), Kind.FORM, step.number)
+        self._later(now + seconds, SimulationEvent.END, worker)
+        self._later(now + max(0.0, step.predicted_s - LEAD_S), SimulationEvent.FORM, step.number)
 
     def _form(self, now: float, number: int) -> None:
         """A running step should soon end: its worker takes the next, unless it has ended."""

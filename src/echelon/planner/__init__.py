@@ -1,1 +1,0 @@
-"""`echelon plan`: profile and goal in, machines out."""

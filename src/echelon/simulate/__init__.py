@@ -1,1 +1,0 @@
-"""Services and fleets on a virtual clock. Pure and deterministic: no torch, no wall clock."""

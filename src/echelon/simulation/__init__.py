@@ -1,0 +1,4 @@
+"""Services and fleets on a virtual clock. Pure and deterministic: no torch, no wall clock.
+
+`echelon plan`: profile and goal in, machines out.
+"""

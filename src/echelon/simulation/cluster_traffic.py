@@ -1,0 +1,167 @@
+"""Which replica gets a request. Pure and seeded.
+
+A workload in blocks of numbers, for simulations of millions of requests. Pure.
+
+The same distributions as :meth:`echelon.simulation.workload.Workload.requests`, drawn a block at a time
+and with each request's lengths summed up: 100 times faster, and other random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from echelon.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.random import Generator
+
+    from echelon.simulation.workload import KnownArrivals, Workload
+
+Routing = Literal["tokens", "requests", "random", "two"]
+"""By fewest outstanding tokens, by fewest outstanding requests, at random, or the one with fewer
+outstanding tokens of two at random (power of two choices)."""
+
+ROUTINGS: tuple[Routing, ...] = get_args(Routing)
+
+ROUTING_BLOCK = 4096
+"""Random numbers drawn at a time."""
+
+Loads = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Router:
+    """Routes requests.
+
+    Args:
+        routing: how.
+        replicas: among how many.
+        seed: of what is random.
+
+    Attributes:
+        loads: what is outstanding at each replica, in what the routing counts.
+    """
+
+    def __init__(self, routing: Routing, replicas: int, seed: int) -> None:
+        choosers: dict[Routing, Callable[[], int]] = {
+            "tokens": self._least,
+            "requests": self._least,
+            "random": self._any,
+            "two": self._lesser,
+        }
+        if routing not in choosers:
+            raise InvalidInput("routing", f"{routing!r} is unknown", f"One of {ROUTINGS}.")
+        self.loads: Loads = np.zeros(replicas)
+        self.choose = choosers[routing]
+        self._by_requests = routing == "requests"
+        self._drawn = _draws(replicas, seed)
+
+    def add(self, replica: int, tokens: float, requests: int) -> None:
+        """So much more, or less, is outstanding."""
+        self.loads[replica] += requests if self._by_requests else tokens
+
+    def _least(self) -> int:
+        return int(self.loads.argmin())
+
+    def _any(self) -> int:
+        return next(self._drawn)
+
+    def _lesser(self) -> int:
+        one, other = next(self._drawn), next(self._drawn)
+        return one if self.loads[one] <= self.loads[other] else other
+
+
+def _draws(replicas: int, seed: int) -> Iterator[int]:
+    random = np.random.default_rng(seed)
+    while True:
+        yield from random.integers(replicas, size=ROUTING_BLOCK).tolist()
+
+
+def chances(seed: int) -> Iterator[float]:
+    """Numbers from 0 to 1, for ever."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield from random.random(ROUTING_BLOCK).tolist()
+
+
+BLOCK = 2048
+"""Requests drawn at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBlock:
+    """Requests in order of time, one list a property, all of one size.
+
+    Attributes:
+        at_s: when they come.
+        documents: their documents.
+        lengths: mean tokens of their pairs.
+        squares: mean squared tokens of their pairs.
+    """
+
+    at_s: list[float]
+    documents: list[int]
+    lengths: list[float]
+    squares: list[float]
+
+    def first(self, count: int) -> RequestBlock:
+        """The first so many requests of the block."""
+        lists = (self.at_s, self.documents, self.lengths, self.squares)
+        return RequestBlock(*(values[:count] for values in lists))  # type: ignore[arg-type] # as they were
+
+
+def blocks(workload: Workload, duration_s: float = math.inf) -> Iterator[RequestBlock]:
+    """A workload's requests, up to ``duration_s``.
+
+    Raises:
+        InvalidInput: the workload leaves lengths open.
+    """
+    seeds = np.random.SeedSequence(workload.seed).spawn(3)
+    when, many, long = (np.random.default_rng(seed) for seed in seeds)
+    arrivals = workload.arrivals.known(when)
+    while known := list(islice(arrivals, BLOCK)):
+        late = known[-1].at_s >= duration_s
+        if late:
+            known = [one for one in known if one.at_s < duration_s]
+        if known:
+            yield _block(workload, known, many, long)
+        if late:
+            return
+
+
+def _block(
+    workload: Workload, known: list[KnownArrivals], many: Generator, long: Generator
+) -> RequestBlock:
+    drawn = workload.documents.draw(many, len(known))
+    documents = [one.documents or count for one, count in zip(known, drawn, strict=True)]
+    tokens = [one.tokens for one in known]
+    if all(tokens):
+        lengths = np.array(tokens, dtype=float)
+        squares = lengths**2
+    else:
+        lengths, squares = _means(workload, documents, long)
+        lengths = np.array([t or mean for t, mean in zip(tokens, lengths.tolist(), strict=True)])
+        squares = np.array([t * t if t else q for t, q in zip(tokens, squares, strict=True)])
+    at_s = [one.at_s for one in known]
+    return RequestBlock(at_s, documents, lengths.tolist(), squares.tolist())
+
+
+def _means(
+    workload: Workload, documents: list[int], random: Generator
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
+    """Mean tokens and mean squared tokens of the pairs of each request."""
+    if workload.tokens is None:
+        raise InvalidInput("tokens", "the lengths of pairs are not known", "Give them.")
+    counts = np.array(documents)
+    tokens = np.array(workload.tokens.draw(random, int(counts.sum())), dtype=float)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    return (
+        np.add.reduceat(tokens, starts) / counts,
+        np.add.reduceat(tokens * tokens, starts) / counts,
+    )
