@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from echelon.loadtest.client import Client
+from echelon.loadtest.driver import Driver, closed_loop, open_loop
+from echelon.loadtest.texts import TextSource
 from echelon.simulation.workload import (
     ConstantArrivals,
     FixedSize,
@@ -22,17 +25,14 @@ from echelon.simulation.workload import (
     PoissonArrivals,
     Workload,
 )
-from echelon.stress.client import Client
-from echelon.stress.drive import Drive, closed_loop, open_loop
-from echelon.stress.texts import Material
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon import Reranker
     from echelon.data import Topic
+    from echelon.loadtest.driver import DriveResult
     from echelon.simulation.workload import Arrivals
-    from echelon.stress.drive import Outcome
     from serving_servers import Server
 
 DOCUMENTS = 10
@@ -72,14 +72,14 @@ class Bench:
 
     def requests(self, count: int, seed: int) -> list[tuple[str, list[str]]]:
         """Texts of so many requests, different in each round."""
-        material = Material(self.topics, seed=seed)
+        material = TextSource(self.topics, seed=seed)
         arrivals = self.workload(ConstantArrivals(1.0), seed=seed).requests()
         return [material.request(arrival) for arrival in islice(arrivals, count)]
 
-    async def open(self, server: Server, workload: Workload, seconds: float) -> Outcome:
+    async def open(self, server: Server, workload: Workload, seconds: float) -> DriveResult:
         """Send a workload when it is due."""
         async with Client(server.target()) as client:
-            drive = Drive(client, Material(self.topics, seed=workload.seed))
+            drive = Driver(client, TextSource(self.topics, seed=workload.seed))
             return await open_loop(drive, workload.requests(seconds), seconds)
 
 
@@ -270,12 +270,12 @@ async def _beside_large(bench: Bench, rate: float) -> dict[str, Any]:
     server = bench.server
     stop = asyncio.Event()
     async with Client(server.target()) as client, Client(server.target()) as other:
-        large = Drive(other, Material(bench.topics, seed=11), stop=stop)
+        large = Driver(other, TextSource(bench.topics, seed=11), stop=stop)
         thousands = bench.workload(ConstantArrivals(1.0), 1000).requests()
         running = asyncio.create_task(closed_loop(large, thousands, 1, bench.seconds * 10))
         await asyncio.sleep(5)
         steps, spent = _steps(server)
-        single = Drive(client, Material(bench.topics, seed=12))
+        single = Driver(client, TextSource(bench.topics, seed=12))
         arrivals = bench.workload(ConstantArrivals(rate), 1, seed=12).requests(bench.seconds)
         outcome = await open_loop(single, arrivals, bench.seconds)
         after, spent_after = _steps(server)
@@ -316,14 +316,14 @@ def beside_peers(bench: Bench, peers: Sequence[Server], capacity: float) -> dict
     return found
 
 
-def _kinds(outcome: Outcome) -> dict[str, int]:
+def _kinds(outcome: DriveResult) -> dict[str, int]:
     kinds: dict[str, int] = {}
     for record in outcome.ledger:
         kinds[record.kind] = kinds.get(record.kind, 0) + 1
     return kinds
 
 
-def _latencies(outcome: Outcome) -> dict[str, Any]:
+def _latencies(outcome: DriveResult) -> dict[str, Any]:
     latency = [r.latency_s for r in outcome.ledger if r.kind == "answered"]
     return {f"{name}_s": value for name, value in _percentiles(latency).items()} | {
         "answered": len(latency)

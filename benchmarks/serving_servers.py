@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from echelon.stress.client import Target, route_of
-from echelon.stress.shapes import shape_of
+from echelon.loadtest.client import Target, route_of, shape_of
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echelon.errors import EchelonError, TooNoisy
+from echelon.loadtest.run import opened
 from echelon.options import Options
 from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
 from echelon.scheduling.packing import step_budget
 from echelon.simulation.fitted_models import cost_of
 from echelon.simulation.outcome import meets
 from echelon.simulation.workload import FixedSize, LognormalSize
-from echelon.stress.run import opened
 from echelon.tuning.calibration import models_of
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.machine import describe_machine
@@ -52,8 +52,8 @@ from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from echelon.loadtest.run import LoadTest
     from echelon.simulation.workload import Arrival
-    from echelon.stress.run import LoadTest
     from echelon.tuning.scenario_model import ScenarioModel
     from echelon.tuning.validation_metrics import Validation
 

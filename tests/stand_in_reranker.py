@@ -10,9 +10,8 @@ import threading
 from aiohttp import web
 
 from echelon.data import Topic
-from echelon.stress.client import Client, Target, route_of
-from echelon.stress.run import Plan
-from echelon.stress.shapes import SHAPES
+from echelon.loadtest.client import SHAPES, Client, Target, route_of
+from echelon.loadtest.run import LoadTestPlan
 
 TOPICS = (Topic("one query", ("a b c", "d e f g")), Topic("another", ("h i",)))
 GUARD_S = 60.0
@@ -82,7 +81,7 @@ def plan_of(url, **changes):
     settings = {"topics": TOPICS, "rate": 200.0, "warmup_s": 0.0, "duration_s": 0.2}
     dialect = changes.pop("dialect", "cohere")
     wait_s = changes.pop("timeout_s", 10.0)
-    return Plan(target_of(url, dialect, timeout_s=wait_s), **(settings | changes))
+    return LoadTestPlan(target_of(url, dialect, timeout_s=wait_s), **(settings | changes))
 
 
 @contextlib.asynccontextmanager

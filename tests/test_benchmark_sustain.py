@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sustain
 from echelon.data import load_texts
+from echelon.loadtest.texts import Words
 from echelon.simulation.outcome import meets
 from echelon.simulation.workload import FixedSize, LognormalSize
-from echelon.stress.texts import Words
 from echelon.tuning import simulated_load
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.scenario import Candidate, ScenarioLimits

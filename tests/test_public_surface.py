@@ -50,8 +50,8 @@ QUICKER = {
     "echelon.simulation.capacity.WINDOW_S": 1.0,
     "echelon.tuning.simulated_load.REQUESTS": 60,
     "echelon.tuning.simulated_load.FULL": 20,
-    "echelon.stress.watch.BUSY_SHARE": 100.0,
-    "echelon.stress.watch.LATE_S": 100.0,
+    "echelon.loadtest.driver.BUSY_SHARE": 100.0,
+    "echelon.loadtest.driver.LATE_S": 100.0,
 }
 """Sizes of simulations and patience with this machine: the forms do not depend on them."""
 

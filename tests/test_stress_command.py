@@ -28,8 +28,8 @@ def call(capsys, monkeypatch):
     """``echelon stress`` in this process: (exit code, output, error output)."""
     monkeypatch.setattr(html, "_plotly_js", lambda: "/* plotly */")
     # Server and generator share this process and a busy machine, which is not what is tested.
-    monkeypatch.setattr("echelon.stress.watch.BUSY_SHARE", 100.0)
-    monkeypatch.setattr("echelon.stress.watch.LATE_S", 100.0)
+    monkeypatch.setattr("echelon.loadtest.driver.BUSY_SHARE", 100.0)
+    monkeypatch.setattr("echelon.loadtest.driver.LATE_S", 100.0)
 
     return partial(run_command, capsys, monkeypatch, "stress")
 
@@ -91,7 +91,7 @@ def test_json_is_alone_on_standard_output_and_every_field_is_documented(call):
 
 
 def test_a_search_where_nothing_holds_ends_with_8(call, monkeypatch):
-    monkeypatch.setattr("echelon.stress.client.PAUSE_S", 0.0)
+    monkeypatch.setattr("echelon.loadtest.client.PAUSE_S", 0.0)
     with in_a_thread(lambda number, body: full(number + 24, body)) as server:
         code, _, err = call(
             server.url, "--find-max", "--rate", "40", "--duration-s", "0.5", "--warmup-s", "0",

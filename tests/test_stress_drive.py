@@ -8,6 +8,11 @@ import time
 import pytest
 from aiohttp import web
 
+from echelon.loadtest.client import Reply
+from echelon.loadtest.driver import Driver, closed_loop, open_loop
+from echelon.loadtest.records import RequestRecord, RequestRecords
+from echelon.loadtest.summary import LatencyGoal, summarise
+from echelon.loadtest.texts import TextSource
 from echelon.simulation.workload import (
     ConstantArrivals,
     FixedSize,
@@ -17,11 +22,6 @@ from echelon.simulation.workload import (
     UniformSize,
     Workload,
 )
-from echelon.stress.client import Reply
-from echelon.stress.drive import Drive, closed_loop, open_loop
-from echelon.stress.ledger import Ledger, Record
-from echelon.stress.summary import Goal, summarise
-from echelon.stress.texts import Material
 from stand_in_reranker import TOPICS, connected, good, run, target_of
 
 TICK = 0.01
@@ -31,7 +31,7 @@ TICK = 0.01
 async def even(client, seconds=0.3, **more):
     """An open loop at even distances."""
     requests = Workload(ConstantArrivals(1 / TICK), FixedSize(3)).requests(seconds)
-    drive = Drive(client, Material(TOPICS, salt=""), **more)
+    drive = Driver(client, TextSource(TOPICS, salt=""), **more)
     return await open_loop(drive, requests, seconds)
 
 
@@ -39,7 +39,7 @@ def test_every_request_is_sent_once_and_not_before_it_is_due():
     async def main():
         async with connected() as (server, client):
             requests = list(Workload(PoissonArrivals(150.0), UniformSize(1, 4)).requests(0.3))
-            outcome = await open_loop(Drive(client, Material(TOPICS)), requests, 0.3)
+            outcome = await open_loop(Driver(client, TextSource(TOPICS)), requests, 0.3)
             return server, requests, outcome
 
     server, requests, outcome = run(main())
@@ -92,7 +92,7 @@ def test_a_generator_that_stalls_charges_itself_and_says_so():
     late = [r for r in outcome.ledger if r.sent - r.scheduled > 0.05]
     assert len(late) >= 10
     assert all(r.latency_s >= r.sent - r.scheduled for r in late)
-    summary = summarise(outcome, Goal(0.3))
+    summary = summarise(outcome, LatencyGoal(0.3))
     assert summary.send_lag_s > 0.1
     assert not summary.trusted
     assert any("sent up to" in doubt for doubt in summary.doubts)
@@ -151,7 +151,7 @@ def test_each_trouble_is_counted_as_what_it_is(name):
             return await even(client, 0.1)
 
     outcome = run(main())
-    summary = summarise(outcome, Goal(10.0))
+    summary = summarise(outcome, LatencyGoal(10.0))
     assert {r.status for r in outcome.ledger if r.kind == kind} == {status}
     assert summary.kinds["answered"] == summary.kinds[kind] == 5
     assert summary.complaints[complaint][0] == 5
@@ -170,7 +170,7 @@ def test_who_is_not_answered_in_time_timed_out_and_is_not_in_the_latencies():
             return await even(client, 0.1)
 
     outcome = run(main())
-    summary = summarise(outcome, Goal(1.0))
+    summary = summarise(outcome, LatencyGoal(1.0))
     assert summary.kinds["timeout"] == 1
     assert summary.kinds["answered"] == 9
     (lost,) = [r for r in outcome.ledger if r.kind == "timeout"]
@@ -225,7 +225,7 @@ def test_what_this_machine_could_not_send_is_counted_apart():
         async def ask(self, body, documents):
             return Reply("error", 0, "no more connections", own_fault=True)
 
-    summary = summarise(run(even(Exhausted(), 0.05)), Goal(1.0))
+    summary = summarise(run(even(Exhausted(), 0.05)), LatencyGoal(1.0))
     assert summary.health.own_faults == 5
     assert not summary.trusted
 
@@ -255,7 +255,7 @@ def test_a_closed_loop_never_has_more_inside_than_clients():
     async def main():
         async with connected(answer) as (server, client):
             endless = Workload(ConstantArrivals(1.0), FixedSize(2)).requests()
-            drive = Drive(client, Material(TOPICS))
+            drive = Driver(client, TextSource(TOPICS))
             return server, await closed_loop(drive, endless, 4, 0.2)
 
     server, outcome = run(main())
@@ -280,7 +280,7 @@ def test_connections_are_used_again_and_may_be_limited():
                 requests = Workload(
                     ReplayedArrivals([KnownArrivals(0.0)] * 3), FixedSize(1)
                 ).requests()
-                await open_loop(Drive(client, Material(TOPICS)), requests, None)
+                await open_loop(Driver(client, TextSource(TOPICS)), requests, None)
             return len(server.bodies), len(server.peers)
 
     async def main():
@@ -295,7 +295,7 @@ def test_a_replay_keeps_the_times_and_documents_of_the_trace():
     async def main():
         async with connected() as (server, client):
             requests = Workload(ReplayedArrivals(records), FixedSize(9)).requests()
-            outcome = await open_loop(Drive(client, Material(TOPICS)), requests, None)
+            outcome = await open_loop(Driver(client, TextSource(TOPICS)), requests, None)
             return server, outcome
 
     server, outcome = run(main())
@@ -305,11 +305,11 @@ def test_a_replay_keeps_the_times_and_documents_of_the_trace():
 
 def test_the_ledger_gives_back_what_it_was_given():
     records = [
-        Record(0.5, 0.75, 1.0, "answered", 200, 7),
-        Record(0.0, 0.25, 9.5, "timeout", 0, 10_000),
-        Record(2.0, 2.0, 2.5, "refused", 503, 1),
+        RequestRecord(0.5, 0.75, 1.0, "answered", 200, 7),
+        RequestRecord(0.0, 0.25, 9.5, "timeout", 0, 10_000),
+        RequestRecord(2.0, 2.0, 2.5, "refused", 503, 1),
     ]
-    ledger = Ledger()
+    ledger = RequestRecords()
     for record in records:
         ledger.add(record)
     assert list(ledger) == records

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.stress.run import LoadTest
-from echelon.stress.search import Search
+from echelon.loadtest.run import LoadTest, RateBisection
 from stand_in_reranker import connected, plan_of, run
 
 capacities = st.floats(0.001, 100_000)
@@ -32,7 +31,7 @@ def searched(search, capacity):
 
 @given(capacities, begins, mosts, precisions)
 def test_what_is_found_holds_and_little_more_does(capacity, begin, most, precision):
-    search = Search(begin, most, precision=precision)
+    search = RateBisection(begin, most, precision=precision)
     searched(search, capacity)
     if capacity < search.least:
         assert search.held == 0.0
@@ -43,7 +42,7 @@ def test_what_is_found_holds_and_little_more_does(capacity, begin, most, precisi
 
 @given(capacities, begins, mosts, precisions)
 def test_every_probe_tells_something_new(capacity, begin, most, precision):
-    search = Search(begin, most, precision=precision)
+    search = RateBisection(begin, most, precision=precision)
     low, high = 0.0, math.inf
     while not search.over:
         assert low < search.rate < high
@@ -56,7 +55,7 @@ def test_every_probe_tells_something_new(capacity, begin, most, precision):
 
 @given(capacities, begins, precisions)
 def test_few_probes_are_enough(capacity, begin, precision):
-    tried = searched(Search(begin, precision=precision), capacity)
+    tried = searched(RateBisection(begin, precision=precision), capacity)
     doublings = abs(math.log2(max(capacity, 0.05) / begin)) + 2
     halvings = math.log2(math.log(2) / math.log1p(precision)) + 1
     assert len(tried) <= doublings + max(0, halvings)
@@ -65,12 +64,12 @@ def test_few_probes_are_enough(capacity, begin, precision):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Search(0.0),
-        lambda: Search(math.nan),
-        lambda: Search(5.0, 4.0),
-        lambda: Search(0.1, least=1.0),
-        lambda: Search(1.0, precision=0.0),
-        lambda: Search(1.0, least=0.0),
+        lambda: RateBisection(0.0),
+        lambda: RateBisection(math.nan),
+        lambda: RateBisection(5.0, 4.0),
+        lambda: RateBisection(0.1, least=1.0),
+        lambda: RateBisection(1.0, precision=0.0),
+        lambda: RateBisection(1.0, least=0.0),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(make):
@@ -107,7 +106,7 @@ def find(monkeypatch, search, *, capacity, generator=math.inf, stop_at=None):
 
 
 def test_a_search_ends_at_the_servers_limit_and_settles_between_probes(monkeypatch):
-    found, settled = find(monkeypatch, Search(8.0), capacity=100.0)
+    found, settled = find(monkeypatch, RateBisection(8.0), capacity=100.0)
     assert 100 / 1.05 <= found.rate <= 100
     assert found.limit == "server"
     assert found.best.rate == found.rate
@@ -116,19 +115,19 @@ def test_a_search_ends_at_the_servers_limit_and_settles_between_probes(monkeypat
 
 
 def test_a_rate_that_the_generator_cannot_keep_up_with_does_not_hold(monkeypatch):
-    found, _ = find(monkeypatch, Search(8.0), capacity=math.inf, generator=50.0)
+    found, _ = find(monkeypatch, RateBisection(8.0), capacity=math.inf, generator=50.0)
     assert 50 / 1.05 <= found.rate <= 50
     assert found.limit == "generator"
 
 
 def test_a_search_has_its_bounds(monkeypatch):
-    found, _ = find(monkeypatch, Search(8.0, 20.0), capacity=100.0)
+    found, _ = find(monkeypatch, RateBisection(8.0, 20.0), capacity=100.0)
     assert (found.rate, found.limit) == (20.0, "bounded")
-    found, _ = find(monkeypatch, Search(8.0, least=2.0), capacity=1.0)
+    found, _ = find(monkeypatch, RateBisection(8.0, least=2.0), capacity=1.0)
     assert (found.rate, found.limit, found.best) == (0.0, "server", None)
 
 
 def test_a_search_that_is_stopped_keeps_what_it_found(monkeypatch):
-    found, _ = find(monkeypatch, Search(8.0), capacity=100.0, stop_at=64)
+    found, _ = find(monkeypatch, RateBisection(8.0), capacity=100.0, stop_at=64)
     assert (found.rate, found.limit) == (32.0, "interrupted")
     assert len(found.probes) == 3

@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 
 from echelon.data import Topic, load_texts
 from echelon.errors import InvalidInput
+from echelon.loadtest.client import SHAPES, route_of, shape_of
+from echelon.loadtest.run import opened
+from echelon.loadtest.texts import TOKENS_OF_MARKS, TextSource, Tokens, of_words
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from echelon.server.protocols import DIALECTS, PATHS, choose
 from echelon.simulation.workload import Arrival, FixedSize, UniformSize
-from echelon.stress.client import route_of
-from echelon.stress.run import opened
-from echelon.stress.shapes import SHAPES, shape_of
-from echelon.stress.texts import TOKENS_OF_MARKS, Material, Tokens, of_words
 from echelon.tokenization.tokenizer import PairEncoder
 from services import service
 from stand_in_reranker import TOPICS, good, plan_of, run
@@ -140,19 +139,19 @@ def test_what_is_no_address_is_refused(url):
 
 
 def test_no_two_requests_share_a_query_or_a_document_unless_asked_to():
-    material = Material(TOPICS)
+    material = TextSource(TOPICS)
     asked = [material.request(Arrival(0.0, 7)) for _ in range(50)]
-    again = Material(TOPICS).request(Arrival(0.0, 7))
+    again = TextSource(TOPICS).request(Arrival(0.0, 7))
     documents = [text for _, texts in [*asked, again] for text in texts]
     assert len(set(documents)) == len(documents)
     assert len({query for query, _ in [*asked, again]}) == 51
-    plain = Material(TOPICS, marked=False).request(Arrival(0.0, 7))
+    plain = TextSource(TOPICS, marked=False).request(Arrival(0.0, 7))
     assert set(plain[1]) == {"a b c", "d e f g", "h i"}
 
 
 def test_a_request_has_its_querys_own_documents_first_and_the_seed_decides():
     drawn = [
-        [Material(TOPICS, seed=s, marked=False).request(Arrival(0, n)) for n in (1, 2)]
+        [TextSource(TOPICS, seed=s, marked=False).request(Arrival(0, n)) for n in (1, 2)]
         for s in (3, 3, 4, 5, 6)
     ]
     assert drawn[0] == drawn[1]
@@ -192,7 +191,7 @@ def test_lengths_in_tokens_are_met_about(demo_folder, tokens):
     tokenizer = Tokenizer.from_file(str(demo_folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    material = Material(load_texts(None, "en").topics, salt="3f2a")
+    material = TextSource(load_texts(None, "en").topics, salt="3f2a")
     lengths = tuple(FixedSize(tokens).draw(None, 10))
     pairs = [material.request(Arrival(0, 10, lengths)) for _ in range(10)]
     found = [len(tokenizer.encode(query, text).ids) for query, texts in pairs for text in texts]
@@ -205,7 +204,7 @@ def test_with_the_tokenizer_lengths_are_met_exactly(demo_folder, marked):
     encoder = PairEncoder(demo_folder)
     topics = [*load_texts(None, "en").topics, Topic("what", ("", "one", "two words"))]
     ruler = Tokens(encoder.ends, encoder.template.specials)
-    material = Material(topics, marked=marked, ruler=ruler)
+    material = TextSource(topics, marked=marked, ruler=ruler)
     lengths = tuple(UniformSize(30, 400).draw(np.random.default_rng(0), 20))
     for _ in range(30):
         query, documents = material.request(Arrival(0, 20, lengths))

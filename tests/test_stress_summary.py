@@ -10,12 +10,11 @@ from hdrh.histogram import HdrHistogram
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.stress.client import _failed
-from echelon.stress.drive import Outcome
-from echelon.stress.ledger import KINDS, Ledger, Record
-from echelon.stress.result import MOST_ROWS, over_time
-from echelon.stress.summary import Goal, summarise
-from echelon.stress.watch import Health, doubts
+from echelon.loadtest.client import _failed
+from echelon.loadtest.driver import DriveResult, GeneratorHealth, doubts
+from echelon.loadtest.records import KINDS, RequestRecord, RequestRecords
+from echelon.loadtest.result import MOST_ROWS, over_time
+from echelon.loadtest.summary import LatencyGoal, summarise
 
 
 @st.composite
@@ -24,25 +23,27 @@ def records(draw):
     lag = draw(st.floats(0, 0.05))
     took = draw(st.floats(0.00001, 30))
     kind = draw(st.sampled_from(KINDS))
-    return Record(
+    return RequestRecord(
         scheduled, scheduled + lag, scheduled + lag + took, kind, 0, draw(st.integers(1, 9))
     )
 
 
 def outcome_of(kept, warmup_s=0.0, ended_s=20.0, **more):
-    ledger = Ledger()
+    ledger = RequestRecords()
     for record in kept:
         ledger.add(record)
-    return Outcome(ledger, warmup_s, ended_s, **more)
+    return DriveResult(ledger, warmup_s, ended_s, **more)
 
 
 def answered(count, latency_s=0.1, kind="answered"):
-    return [Record(i / 100, i / 100, i / 100 + latency_s, kind, 200, 5) for i in range(count)]
+    return [
+        RequestRecord(i / 100, i / 100, i / 100 + latency_s, kind, 200, 5) for i in range(count)
+    ]
 
 
 @given(st.lists(records(), max_size=40), st.floats(0, 10), st.floats(0.001, 30))
 def test_counts_and_rates_are_those_of_the_records(kept, warmup_s, goal_s):
-    summary = summarise(outcome_of(kept, warmup_s), Goal(goal_s))
+    summary = summarise(outcome_of(kept, warmup_s), LatencyGoal(goal_s))
     counted = [r for r in kept if r.scheduled >= warmup_s]
     good = [r for r in counted if r.kind == "answered"]
     window_s = 20.0 - warmup_s
@@ -87,13 +88,13 @@ def test_histograms_of_several_generators_can_be_added():
 )
 def test_a_goal_holds_up_to_its_p99_and_one_failure_in_a_thousand(bad, latency_s, held):
     kept = answered(1000 - bad, latency_s) + answered(bad, 0.1, "refused")
-    assert summarise(outcome_of(kept), Goal(0.3001)).held is held
+    assert summarise(outcome_of(kept), LatencyGoal(0.3001)).held is held
 
 
 def test_one_slow_answer_in_a_hundred_is_no_miss_and_two_are():
     for slow, held in ((10, True), (11, False)):
         kept = answered(1000 - slow) + answered(slow, 5.0)
-        assert summarise(outcome_of(kept), Goal(0.3)).held is held
+        assert summarise(outcome_of(kept), LatencyGoal(0.3)).held is held
 
 
 def test_few_answers_are_noted():
@@ -118,7 +119,7 @@ def test_over_time_every_request_is_in_one_row(kept, ended_s):
         assert (row["p99_ms"] is None) == (row["answered"] == 0)
 
 
-FINE = Health(loop_lag_s=0.001, cpu_share=0.3)
+FINE = GeneratorHealth(loop_lag_s=0.001, cpu_share=0.3)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,15 @@ FINE = Health(loop_lag_s=0.001, cpu_share=0.3)
         (FINE, 0.011, 0.1, ["sent up to 11 ms late"]),
         (FINE, 0.011, 0.2, []),
         (FINE, 0.009, 0.0, []),
-        (Health(loop_lag_s=0.05), 0.0, 0.1, ["woke up to 50 ms late"]),
-        (Health(cpu_share=0.95), 0.0, 0.1, ["95 % of a CPU"]),
-        (Health(own_faults=3), 0.0, 0.1, ["3 requests could not be sent"]),
-        (Health(0.5, 0.99, 1), 0.5, 0.1, ["sent up to", "woke up to", "99 %", "1 requests"]),
+        (GeneratorHealth(loop_lag_s=0.05), 0.0, 0.1, ["woke up to 50 ms late"]),
+        (GeneratorHealth(cpu_share=0.95), 0.0, 0.1, ["95 % of a CPU"]),
+        (GeneratorHealth(own_faults=3), 0.0, 0.1, ["3 requests could not be sent"]),
+        (
+            GeneratorHealth(0.5, 0.99, 1),
+            0.5,
+            0.1,
+            ["sent up to", "woke up to", "99 %", "1 requests"],
+        ),
     ],
 )
 def test_what_spoils_a_measurement_is_told(health, lag_s, latency_s, words):
@@ -141,9 +147,9 @@ def test_what_spoils_a_measurement_is_told(health, lag_s, latency_s, words):
 
 
 def test_a_goal_makes_lateness_bearable_that_is_small_beside_it():
-    late = [Record(i, i + 0.02, i + 0.1, "answered", 200, 1) for i in range(20)]
+    late = [RequestRecord(i, i + 0.02, i + 0.1, "answered", 200, 1) for i in range(20)]
     assert not summarise(outcome_of(late)).trusted
-    assert summarise(outcome_of(late), Goal(0.3)).trusted
+    assert summarise(outcome_of(late), LatencyGoal(0.3)).trusted
 
 
 def test_what_this_machine_lacks_is_not_the_servers_fault():

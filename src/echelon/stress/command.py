@@ -18,10 +18,9 @@ from echelon.options import require_packages
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from echelon.loadtest.result import LoadTestResult
+    from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateBisection, Told
     from echelon.simulation.workload import KnownArrivals
-    from echelon.stress.result import Result
-    from echelon.stress.run import Found, Plan, Run, Told
-    from echelon.stress.search import Search
 
 KEY = "ECHELON_API_KEY"
 
@@ -105,7 +104,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
     result = _tested(plan, data, values, shown=shown)
     _show(result, as_json=as_json, shown=shown)
     if html is not None:
-        from echelon.stress.page import write_page
+        from echelon.loadtest.page import write_page
 
         write_page(result, html)
         if shown:
@@ -114,7 +113,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
         click.echo("echelon: Interrupted; above is what was measured until then.", err=True)
         sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
-        from echelon.stress.tables import verdict
+        from echelon.loadtest.result import verdict
 
         raise GoalMissed(verdict(result))
 
@@ -148,13 +147,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
+def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:
     from echelon.data import load_texts
+    from echelon.loadtest.client import Target, route_of, shape_of
+    from echelon.loadtest.run import LoadTestPlan
+    from echelon.loadtest.summary import LatencyGoal
     from echelon.simulation.workload import sizes_of
-    from echelon.stress.client import Target, route_of
-    from echelon.stress.run import Plan
-    from echelon.stress.shapes import shape_of
-    from echelon.stress.summary import Goal
 
     shape = shape_of(values["dialect"])
     texts = load_texts(values["data"], None if values["data"] else "en")
@@ -169,7 +167,7 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
     trace = None if values["trace"] is None else TraceFile(values["trace"])
     default_s = 30.0 if trace is None else None
     goal_ms, tokens = values["slo_p99_ms"], values["tokens"]
-    plan = Plan(
+    plan = LoadTestPlan(
         target=target,
         topics=texts.topics,
         documents=sizes_of(values["documents"], "--documents"),
@@ -180,7 +178,7 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[Plan, str]:
         clients=values["clients"],
         warmup_s=values["warmup_s"],
         duration_s=default_s if values["duration_s"] is None else values["duration_s"],
-        goal=None if goal_ms is None else Goal(goal_ms / 1000),
+        goal=None if goal_ms is None else LatencyGoal(goal_ms / 1000),
         marked=not values["same_texts"],
         seed=values["seed"],
     )
@@ -220,18 +218,20 @@ def _headers(given: Iterable[str]) -> dict[str, str]:
     return headers
 
 
-def _tested(plan: Plan, data: str, values: dict[str, Any], *, shown: bool) -> Result:
+def _tested(
+    plan: LoadTestPlan, data: str, values: dict[str, Any], *, shown: bool
+) -> LoadTestResult:
     import asyncio
     from datetime import UTC, datetime
 
-    from echelon.stress.result import Result
-    from echelon.stress.search import Search
+    from echelon.loadtest.result import LoadTestResult
+    from echelon.loadtest.run import RateBisection
 
     search = None
     if values["find_max"]:
         least = LEAST_REQUESTS / (plan.duration_s or 1.0)
         begin = max(1.0, least) if values["rate"] is None else plan.rate
-        search = Search(begin, values["max_rate"] or float("inf"), least)
+        search = RateBisection(begin, values["max_rate"] or float("inf"), least)
     with _bar(shown=shown) as (told, say):
         try:
             run, found = asyncio.run(_run(plan, search, told, say))
@@ -239,18 +239,18 @@ def _tested(plan: Plan, data: str, values: dict[str, Any], *, shown: bool) -> Re
             raise KeyboardInterrupt from None
     created = datetime.now(UTC).isoformat(timespec="seconds")
     if found is not None:
-        return Result.of_search(plan, data, created, found)
-    return Result(plan, data, created, run)
+        return LoadTestResult.of_search(plan, data, created, found)
+    return LoadTestResult(plan, data, created, run)
 
 
 async def _run(
-    plan: Plan, search: Search | None, told: Told, say: Callable[[str], object]
-) -> tuple[Run | None, Found | None]:
+    plan: LoadTestPlan, search: RateBisection | None, told: Told, say: Callable[[str], object]
+) -> tuple[LoadTestRun | None, FoundRate | None]:
     import asyncio
     import signal
 
-    from echelon.stress.run import opened
-    from echelon.stress.tables import probe_line
+    from echelon.loadtest.result import probe_line
+    from echelon.loadtest.run import opened
 
     stop, task, loop = asyncio.Event(), asyncio.current_task(), asyncio.get_running_loop()
 
@@ -292,10 +292,10 @@ def _bar(*, shown: bool) -> Iterator[tuple[Told, Callable[[str], object]]]:
         yield told, progress.console.print
 
 
-def _show(result: Result, *, as_json: bool, shown: bool) -> None:
+def _show(result: LoadTestResult, *, as_json: bool, shown: bool) -> None:
     if as_json:
         click.echo(json.dumps(result.as_dict(), ensure_ascii=False, indent=2, allow_nan=False))
     elif shown:
-        from echelon.stress.tables import print_result
+        from echelon.loadtest.result import print_result
 
         print_result(result)

@@ -18,13 +18,13 @@ import psutil
 from echelon.data import load_texts
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
+from echelon.loadtest.texts import TextSource, Tokens
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
 from echelon.options import check_max_length
 from echelon.reports.wording import duration, size
 from echelon.simulation.infeasible import too_long
 from echelon.simulation.workload import Arrival, ObservedSize, longest
-from echelon.stress.texts import Material, Tokens
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from echelon.data import Texts, Topic
+    from echelon.loadtest.texts import LengthPolicy
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
     from echelon.simulation.capacity import Traffic
     from echelon.simulation.workload import KnownArrivals, SizeDistribution
-    from echelon.stress.texts import Ruler
     from echelon.tuning.goal import ScenarioGoal
 
 
@@ -173,7 +173,7 @@ class WorkloadTexts:
     traffic: Traffic
     rate: float
     topics: Sequence[Topic]
-    ruler: Ruler
+    ruler: LengthPolicy
 
     def requests(self, duration_s: float, seed: int) -> list[Arrival]:
         """Those of the first seconds, with the lengths wanted."""
@@ -192,11 +192,11 @@ class WorkloadTexts:
 
     def texts(self, requests: Iterable[Arrival], seed: int) -> list[tuple[str, list[str]]]:
         """Query and documents of each."""
-        material = Material(self.topics, seed=seed, ruler=self.ruler)
+        material = TextSource(self.topics, seed=seed, ruler=self.ruler)
         return [material.request(request) for request in requests]
 
 
-def ruler_of(encoder: PairEncoder) -> Ruler:
+def ruler_of(encoder: PairEncoder) -> LengthPolicy:
     """What measures texts as a model does."""
     return Tokens(encoder.ends, encoder.template.specials)
 
@@ -224,7 +224,7 @@ def require_texts(
     wanted = (ObservedSize(told) if told else sizes).draw(
         np.random.default_rng(0), SAMPLE * DOCUMENTS
     )
-    material = Material(topics, salt="0000", ruler=ruler_of(encoder))
+    material = TextSource(topics, salt="0000", ruler=ruler_of(encoder))
     pairs = []
     for start in range(0, len(wanted), DOCUMENTS):
         lengths = tuple(wanted[start : start + DOCUMENTS])

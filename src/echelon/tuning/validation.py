@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from echelon.loadtest.run import LoadTestPlan, LoadTestRun
     from echelon.simulation.workload import Arrival
-    from echelon.stress.run import Plan, Run
     from echelon.tuning.goal import ScenarioGoal
     from echelon.tuning.scenario import Candidate
     from echelon.tuning.scenario_model import ScenarioModel, WorkloadTexts
@@ -97,7 +97,7 @@ def proof_of(
     stage: ValidationContext,
     chosen: Candidate,
     requests: Sequence[Arrival],
-    run: Run,
+    run: LoadTestRun,
     scraped: tuple[Scraped, Scraped],
 ) -> Validation:
     """What a run shows of a served setting.
@@ -155,8 +155,10 @@ def arguments(stage: ValidationContext, chosen: Candidate) -> list[str]:
     return [str(stage.model.name), *(word for pair in given for word in pair)]
 
 
-async def _drive(stage: ValidationContext, server: ServerProcess) -> tuple[Run, Scraped, Scraped]:
-    from echelon.stress.run import opened
+async def _drive(
+    stage: ValidationContext, server: ServerProcess
+) -> tuple[LoadTestRun, Scraped, Scraped]:
+    from echelon.loadtest.run import opened
 
     ask = stage.ask
     plan = stress_plan(stage, server.url)
@@ -168,16 +170,15 @@ async def _drive(stage: ValidationContext, server: ServerProcess) -> tuple[Run, 
         return run, before, await asyncio.to_thread(server.metrics)
 
 
-def stress_plan(stage: ValidationContext, url: str) -> Plan:
+def stress_plan(stage: ValidationContext, url: str) -> LoadTestPlan:
     """The load test whose requests the simulation has seen."""
-    from echelon.stress.client import Target, route_of
-    from echelon.stress.run import Plan
-    from echelon.stress.shapes import shape_of
-    from echelon.stress.summary import Goal
+    from echelon.loadtest.client import Target, route_of, shape_of
+    from echelon.loadtest.run import LoadTestPlan
+    from echelon.loadtest.summary import LatencyGoal
 
     ask, load, shape = stage.ask, stage.load, shape_of("cohere")
     timeout_s = max(TIMEOUT_S, 4 * (ask.goal_s or 0.0))
-    return Plan(
+    return LoadTestPlan(
         target=Target(route_of(url, shape), shape, timeout_s=timeout_s),
         topics=load.topics,
         documents=ask.sizes,
@@ -186,14 +187,14 @@ def stress_plan(stage: ValidationContext, url: str) -> Plan:
         trace=load.traffic.trace or None,
         warmup_s=0.0,
         duration_s=ask.verify_s,
-        goal=None if ask.goal_s is None else Goal(ask.goal_s),
+        goal=None if ask.goal_s is None else LatencyGoal(ask.goal_s),
         seed=ask.seed,
         ruler=load.ruler,
     )
 
 
-def _late(run: Run, goal_s: float | None) -> int:
-    from echelon.stress.summary import latencies
+def _late(run: LoadTestRun, goal_s: float | None) -> int:
+    from echelon.loadtest.summary import latencies
 
     return 0 if goal_s is None else int((latencies(run.outcome) > goal_s).sum())
 

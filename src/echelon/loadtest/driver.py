@@ -1,4 +1,10 @@
-"""Sending a workload to a server, and writing down what becomes of each request.
+"""Whether the load generator itself was the bottleneck, and when its numbers cannot be trusted.
+
+A generator that is too slow sends late and reads late, and the server is blamed for it. So it
+watches itself: how late each request was sent, how late its event loop woke, how much of its CPU
+it used.
+
+Sending a workload to a server, and writing down what becomes of each request.
 
 In an *open loop* requests are sent when they are due, whatever became of those before: as callers
 do who know nothing of each other. Latency counts from the time a request was due. A loop that
@@ -12,18 +18,133 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from echelon.stress.ledger import Ledger, Record
-from echelon.stress.watch import Health, Watch
+import numpy as np
+
+from echelon.loadtest.records import RequestRecord, RequestRecords
+from echelon.reports.html import kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 
+    from echelon.loadtest.client import Client, Reply
+    from echelon.loadtest.texts import TextSource
     from echelon.simulation.workload import Arrival
-    from echelon.stress.client import Client, Reply
-    from echelon.stress.texts import Material
+
+BEAT_S = 0.02
+"""Between two looks at the event loop."""
+
+LATE_S, LATE_SHARE = 0.01, 0.1
+"""Lateness at P99 that spoils a measurement: more than 10 ms, and more than a tenth of the P99
+latency or of the goal. Timers of event loops are a millisecond coarse; the first is well above."""
+
+BUSY_SHARE = 0.9
+"""Share of one CPU above which a generator of one thread cannot be told from a saturated one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorHealth:
+    """What the generator noticed of itself in the measured part.
+
+    Attributes:
+        loop_lag_s: P99 of how late the event loop woke.
+        cpu_share: CPU seconds a second; 1 is one CPU in full use.
+        own_faults: requests that this machine could not send.
+    """
+
+    loop_lag_s: float = 0.0
+    cpu_share: float = 0.0
+    own_faults: int = 0
+
+
+class HealthMonitor:
+    """Looks on while requests are sent. Times are those of the event loop's clock."""
+
+    def __init__(self) -> None:
+        self.own_faults = 0
+        self._lags = array("d")
+        self._began = (0.0, 0.0)
+
+    def begin(self) -> None:
+        """The measured part begins; what was before does not count."""
+        del self._lags[:]
+        self.own_faults = 0
+        self._began = (time.perf_counter(), time.process_time())
+
+    def health(self) -> GeneratorHealth:
+        """What was noticed since then."""
+        wall_s = time.perf_counter() - self._began[0]
+        cpu_s = time.process_time() - self._began[1]
+        lag_s = float(np.percentile(self._lags, 99)) if self._lags else 0.0
+        return GeneratorHealth(lag_s, cpu_s / wall_s if wall_s > 0 else 0.0, self.own_faults)
+
+    @contextlib.asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """Look at the event loop for as long as the context is open."""
+        task = asyncio.create_task(self._look())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + BEAT_S
+            await asyncio.sleep(BEAT_S)
+            self._lags.append(max(0.0, loop.time() - due))
+
+
+def doubts(health: GeneratorHealth, send_lag_s: float, latency_s: float) -> list[str]:
+    """Why numbers cannot be trusted, each with its remedy; nothing where they can.
+
+    Args:
+        health: what the generator noticed of itself.
+        send_lag_s: P99 of how late requests were sent.
+        latency_s: P99 of the latency, or the goal where that is longer. Lateness is a part of the
+            latency, so it never makes a goal hold that would not.
+    """
+    found = []
+    bearable_s = max(LATE_S, LATE_SHARE * latency_s)
+    if send_lag_s > bearable_s:
+        found.append(
+            kept(
+                "Requests were sent up to {ms} ms late (P99): the generator could not keep up. "
+                "Test from a machine of its own, or with a lower rate or smaller requests.",
+                ms=f"{1000 * send_lag_s:.0f}",
+            )
+        )
+    if health.loop_lag_s > bearable_s:
+        found.append(
+            kept(
+                "The generator's event loop woke up to {ms} ms late (P99), so answers were read "
+                "late. Test from a machine that does nothing else.",
+                ms=f"{1000 * health.loop_lag_s:.0f}",
+            )
+        )
+    if health.cpu_share > BUSY_SHARE:
+        found.append(
+            kept(
+                "The generator used {share} % of a CPU: it, and not the server, may be the limit. "
+                "Split the rate among several generators.",
+                share=f"{100 * health.cpu_share:.0f}",
+            )
+        )
+    if health.own_faults:
+        found.append(
+            kept(
+                "{faults} requests could not be sent: this machine had no connections left. Raise "
+                "`ulimit -n`, or set --max-connections.",
+                faults=health.own_faults,
+            )
+        )
+    return found
 
 
 MOST_COMPLAINTS = 20
@@ -31,7 +152,7 @@ MOST_COMPLAINTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DriveResult:
     """What a run left behind.
 
     Attributes:
@@ -44,16 +165,18 @@ class Outcome:
         interrupted: whether it was.
     """
 
-    ledger: Ledger
+    ledger: RequestRecords
     warmup_s: float
     ended_s: float
-    health: Health = Health()  # noqa: RUF009 - frozen, so that all may share one
+    health: GeneratorHealth = GeneratorHealth()  # noqa: RUF009 - frozen, so that all may share one
     complaints: dict[str, tuple[int, str]] = field(default_factory=dict)
     unfinished: int = 0
     interrupted: bool = False
 
 
-async def open_loop(drive: Drive, requests: Iterable[Arrival], ends_s: float | None) -> Outcome:
+async def open_loop(
+    drive: Driver, requests: Iterable[Arrival], ends_s: float | None
+) -> DriveResult:
     """Send each request when it is due, and wait for all answers.
 
     Args:
@@ -65,8 +188,8 @@ async def open_loop(drive: Drive, requests: Iterable[Arrival], ends_s: float | N
 
 
 async def closed_loop(
-    drive: Drive, requests: Iterator[Arrival], clients: int, ends_s: float
-) -> Outcome:
+    drive: Driver, requests: Iterator[Arrival], clients: int, ends_s: float
+) -> DriveResult:
     """Let so many clients ask one request after another, whose times are not looked at.
 
     Args:
@@ -82,7 +205,7 @@ async def closed_loop(
     return await drive.run(all_of_them(), ends_s)
 
 
-class Drive:
+class Driver:
     """One run against one server.
 
     Args:
@@ -96,11 +219,11 @@ class Drive:
     def __init__(
         self,
         client: Client,
-        material: Material,
+        material: TextSource,
         *,
         warmup_s: float = 0.0,
         stop: asyncio.Event | None = None,
-        told: Callable[[Record], object] | None = None,
+        told: Callable[[RequestRecord], object] | None = None,
     ) -> None:
         self._client = client
         self._material = material
@@ -108,8 +231,8 @@ class Drive:
         self._stop = stop or asyncio.Event()
         self._told = told
         self._loop = asyncio.get_running_loop()
-        self._ledger = Ledger()
-        self._watch = Watch()
+        self._ledger = RequestRecords()
+        self._watch = HealthMonitor()
         self._complaints: dict[str, tuple[int, str]] = {}
         self._under_way: set[asyncio.Task[None]] = set()
         self._bug: BaseException | None = None
@@ -117,7 +240,7 @@ class Drive:
         self._due = 0.0
         self._unfinished = 0
 
-    async def run(self, sending: Coroutine[None, None, None], ends_s: float | None) -> Outcome:
+    async def run(self, sending: Coroutine[None, None, None], ends_s: float | None) -> DriveResult:
         """Send until all is sent or the run is told to stop."""
         self._started = self._loop.time()
         self._watch.begin()
@@ -131,7 +254,7 @@ class Drive:
         await self._give_up()
         if self._bug is not None:
             raise self._bug
-        return Outcome(
+        return DriveResult(
             self._ledger,
             self._warmup_s,
             ended_s,
@@ -178,7 +301,7 @@ class Drive:
         except asyncio.CancelledError:
             self._unfinished += 1
             raise
-        record = Record(scheduled, sent, self._now(), reply.kind, reply.status, documents)
+        record = RequestRecord(scheduled, sent, self._now(), reply.kind, reply.status, documents)
         self._ledger.add(record)
         if scheduled >= self._warmup_s:
             self._watch.own_faults += reply.own_fault

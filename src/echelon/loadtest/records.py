@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ANSWERED = KINDS.index("answered")
 
 
-class Record(NamedTuple):
+class RequestRecord(NamedTuple):
     """One request; times in seconds from the start of the run.
 
     Attributes:
@@ -49,7 +49,7 @@ class Record(NamedTuple):
         return self.ended - self.scheduled
 
 
-class Ledger:
+class RequestRecords:
     """Records in the order of their endings."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Ledger:
         self._status = array("h")
         self._documents = array("i")
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RequestRecord) -> None:
         """Keep one."""
         for column, value in zip(self._times, record[:3], strict=True):
             column.append(value)
@@ -69,10 +69,10 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._kinds)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[RequestRecord]:
         columns = (*self._times, self._kinds, self._status, self._documents)
         for scheduled, sent, ended, kind, status, documents in zip(*columns, strict=True):
-            yield Record(scheduled, sent, ended, KINDS[kind], status, documents)
+            yield RequestRecord(scheduled, sent, ended, KINDS[kind], status, documents)
 
     @property
     def scheduled(self) -> Column:

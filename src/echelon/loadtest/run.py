@@ -1,13 +1,23 @@
-"""The spine of a load test: connect, try out, drive, sum up; or search for the highest rate."""
+"""The highest rate that holds: doubled until one does not, then halved in on. Pure.
+
+It must not know servers or time: it names a rate, is told whether it held, and names the next.
+
+The spine of a load test: connect, try out, drive, sum up; or search for the highest rate.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import InvalidInput
+from echelon.loadtest.client import Client, settle, try_out
+from echelon.loadtest.driver import Driver, closed_loop, open_loop
+from echelon.loadtest.summary import LatencyGoal, LoadSummary, summarise
+from echelon.loadtest.texts import TextSource
 from echelon.simulation.workload import (
     ConstantArrivals,
     FixedSize,
@@ -15,22 +25,79 @@ from echelon.simulation.workload import (
     ReplayedArrivals,
     Workload,
 )
-from echelon.stress.client import Client, settle, try_out
-from echelon.stress.drive import Drive, closed_loop, open_loop
-from echelon.stress.summary import Goal, Summary, summarise
-from echelon.stress.texts import Material
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from echelon.data import Topic
+    from echelon.loadtest.client import Target
+    from echelon.loadtest.driver import DriveResult
+    from echelon.loadtest.records import RequestRecord
+    from echelon.loadtest.texts import LengthPolicy
     from echelon.simulation.workload import Arrivals, KnownArrivals, SizeDistribution
-    from echelon.stress.client import Target
-    from echelon.stress.drive import Outcome
-    from echelon.stress.ledger import Record
-    from echelon.stress.search import Search
-    from echelon.stress.texts import Ruler
 
+PRECISION = 0.05
+"""The last step, as a share of the rate: load tests of a minute do not tell rates apart that are
+closer."""
+
+
+@dataclass(slots=True)
+class RateBisection:
+    """What is known of the highest rate.
+
+    Attributes:
+        rate: the rate to try next, a second.
+        most: never try more.
+        least: nor less; a probe of a few requests says nothing.
+        precision: how close the two ends have to be, as a share.
+        held: the highest rate that held; 0 where none did.
+        broke: the lowest that did not.
+    """
+
+    rate: float
+    most: float = math.inf
+    least: float = 0.05
+    precision: float = PRECISION
+    held: float = 0.0
+    broke: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= self.rate <= self.most:
+            limit = f"{self.least:.3g} to {self.most:g}"
+            raise InvalidInput(
+                "--rate",
+                f"{self.rate:g} is not within {limit}",
+                "Choose another, or a longer time.",
+            )
+        if not 0 < self.precision < 1:
+            raise InvalidInput("precision", f"{self.precision} is not within 0 and 1", "Use 0.05.")
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to try."""
+        if self.held == 0.0:
+            return self.broke <= self.least
+        return self.held >= self.most or self.broke <= self.held * (1 + self.precision)
+
+    def tell(self, *, held: bool) -> None:
+        """Say whether :attr:`rate` held; it is another afterwards, unless the search is over."""
+        if held:
+            self.held = self.rate
+        else:
+            self.broke = self.rate
+        if not self.over:
+            self.rate = self._next()
+
+    def _next(self) -> float:
+        if self.held == 0.0:
+            return max(self.least, self.broke / 2)
+        if math.isinf(self.broke):
+            return min(self.most, self.held * 2)
+        # The geometric middle: what counts is the distance as a share.
+        return math.sqrt(self.held * self.broke)
+
+
+if TYPE_CHECKING:
     Told = Callable[[str, float | None], object]
 
 TICK_S = 0.25
@@ -38,7 +105,7 @@ TICK_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadTestPlan:
     """What to test and how.
 
     Attributes:
@@ -68,10 +135,10 @@ class Plan:
     clients: int | None = None
     warmup_s: float = 5.0
     duration_s: float | None = 30.0
-    goal: Goal | None = None
+    goal: LatencyGoal | None = None
     marked: bool = True
     seed: int = 0
-    ruler: Ruler | None = None
+    ruler: LengthPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.warmup_s < 0:
@@ -104,15 +171,15 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoadTestRun:
     """One run: its records and their summary."""
 
-    outcome: Outcome
-    summary: Summary
+    outcome: DriveResult
+    summary: LoadSummary
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class RateProbe:
     """One rate of a search.
 
     Attributes:
@@ -122,12 +189,12 @@ class Probe:
     """
 
     rate: float
-    run: Run
+    run: LoadTestRun
     held: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundRate:
     """A search's end.
 
     Attributes:
@@ -139,10 +206,10 @@ class Found:
 
     rate: float
     limit: Literal["server", "generator", "bounded", "interrupted"]
-    probes: tuple[Probe, ...]
+    probes: tuple[RateProbe, ...]
 
     @property
-    def best(self) -> Probe | None:
+    def best(self) -> RateProbe | None:
         """The probe of the highest rate that held."""
         return next((p for p in self.probes if p.held and p.rate == self.rate), None)
 
@@ -150,22 +217,24 @@ class Found:
 class LoadTest:
     """A target with open connections, tried out. To be used as :func:`opened` gives it."""
 
-    def __init__(self, plan: Plan, client: Client, stop: asyncio.Event, told: Told) -> None:
+    def __init__(self, plan: LoadTestPlan, client: Client, stop: asyncio.Event, told: Told) -> None:
         self.plan = plan
         self._client = client
         self._stop = stop
         self._told = told
-        self._material = Material(plan.topics, seed=plan.seed, marked=plan.marked, ruler=plan.ruler)
+        self._material = TextSource(
+            plan.topics, seed=plan.seed, marked=plan.marked, ruler=plan.ruler
+        )
 
-    async def measure(self, plan: Plan | None = None) -> Run:
+    async def measure(self, plan: LoadTestPlan | None = None) -> LoadTestRun:
         """One run under the plan, or under another one for the same target."""
         plan = plan or self.plan
         counts = {"answered": 0, "failed": 0}
 
-        def count(record: Record) -> None:
+        def count(record: RequestRecord) -> None:
             counts["answered" if record.kind == "answered" else "failed"] += 1
 
-        drive = Drive(
+        drive = Driver(
             self._client, self._material, warmup_s=plan.warmup_s, stop=self._stop, told=count
         )
         async with self._ticking(plan, counts):
@@ -176,30 +245,32 @@ class LoadTest:
                 endless = Workload(ConstantArrivals(1.0), plan.documents, plan.tokens, plan.seed)
                 ends_s = plan.ends_s or 0.0
                 outcome = await closed_loop(drive, endless.requests(), plan.clients, ends_s)
-        return Run(outcome, summarise(outcome, plan.goal))
+        return LoadTestRun(outcome, summarise(outcome, plan.goal))
 
-    async def find_max(self, search: Search, tried: Callable[[Probe], object]) -> Found:
+    async def find_max(
+        self, search: RateBisection, tried: Callable[[RateProbe], object]
+    ) -> FoundRate:
         """Probe rate after rate, with time to settle in between.
 
         Args:
             search: where to begin.
             tried: called with each probe.
         """
-        probes: list[Probe] = []
+        probes: list[RateProbe] = []
         while not search.over and not self._stop.is_set():
             run = await self.measure(replace(self.plan, rate=search.rate))
             if run.outcome.interrupted:
                 break
-            probe = Probe(search.rate, run, run.summary.held and run.summary.trusted)
+            probe = RateProbe(search.rate, run, run.summary.held and run.summary.trusted)
             probes.append(probe)
             tried(probe)
             search.tell(held=probe.held)
             if not search.over:
                 await self._settle()
-        return Found(search.held, _limit(search, probes), tuple(probes))
+        return FoundRate(search.held, _limit(search, probes), tuple(probes))
 
     async def try_out(self) -> None:
-        """One request; see :func:`echelon.stress.client.try_out`."""
+        """One request; see :func:`echelon.loadtest.client.try_out`."""
         await try_out(self._client, *self._one())
 
     async def _settle(self) -> None:
@@ -217,7 +288,7 @@ class LoadTest:
         return target.shape.body(query, documents, target.model), len(documents)
 
     @contextlib.asynccontextmanager
-    async def _ticking(self, plan: Plan, counts: dict[str, int]) -> AsyncIterator[None]:
+    async def _ticking(self, plan: LoadTestPlan, counts: dict[str, int]) -> AsyncIterator[None]:
         """Say how it goes for as long as the context is open."""
         loop = asyncio.get_running_loop()
         began, whole_s = loop.time(), plan.ends_s
@@ -237,7 +308,7 @@ class LoadTest:
 
 
 def _limit(
-    search: Search, probes: Sequence[Probe]
+    search: RateBisection, probes: Sequence[RateProbe]
 ) -> Literal["server", "generator", "bounded", "interrupted"]:
     if not search.over:
         return "interrupted"
@@ -249,7 +320,7 @@ def _limit(
 
 @contextlib.asynccontextmanager
 async def opened(
-    plan: Plan, *, stop: asyncio.Event | None = None, told: Told = lambda *_: None
+    plan: LoadTestPlan, *, stop: asyncio.Event | None = None, told: Told = lambda *_: None
 ) -> AsyncIterator[LoadTest]:
     """Connect to a plan's target and try it out.
 

@@ -1,25 +1,34 @@
 """The page's charts as plain data, in the form that plotly.js draws. Pure.
 
 As in :mod:`echelon.reports.plots`, colours of text and grid belong to the page.
+
+A test as one HTML page that needs nothing else, not even a network.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.loadtest.result import name_of, over_time, probe_row, verdict
+from echelon.loadtest.summary import latencies, percentiles
+from echelon.profile import write_text
+from echelon.reports import wording
+from echelon.reports.html import fill
 from echelon.reports.plots import COLOURS, LINES, Chart
-from echelon.stress.result import over_time
-from echelon.stress.summary import latencies, percentiles
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
-    from echelon.stress.drive import Outcome
-    from echelon.stress.ledger import Column
-    from echelon.stress.result import Result
-    from echelon.stress.run import Probe
+    from echelon.loadtest.driver import DriveResult
+    from echelon.loadtest.records import Column
+    from echelon.loadtest.result import LoadTestResult
+    from echelon.loadtest.run import RateProbe
+    from echelon.loadtest.summary import LoadSummary
 
+if TYPE_CHECKING:
     Trace = dict[str, Any]
 
 BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
@@ -36,7 +45,7 @@ LATENCY_AXIS = {
 }
 
 
-def charts(result: Result) -> list[Chart]:
+def charts(result: LoadTestResult) -> list[Chart]:
     """All charts that there are numbers for."""
     goal_s = None if result.plan.goal is None else result.plan.goal.p99_s
     drawn = []
@@ -48,7 +57,7 @@ def charts(result: Result) -> list[Chart]:
     return drawn
 
 
-def _load(probes: Sequence[Probe], goal_s: float | None) -> Chart:
+def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
     """Latency against load: flat, then a wall."""
     ordered = sorted(probes, key=lambda probe: probe.rate)
     rates = [probe.rate for probe in ordered]
@@ -66,7 +75,7 @@ def _load(probes: Sequence[Probe], goal_s: float | None) -> Chart:
     return Chart("load", "Latency against load", note, {"data": traces, "layout": layout})
 
 
-def _say(probe: Probe) -> str:
+def _say(probe: RateProbe) -> str:
     summary = probe.run.summary
     high = summary.p99_s
     p99 = "nothing answered" if high is None else f"P99 {1000 * high:.0f} ms"
@@ -99,7 +108,7 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
     return Chart("spectrum", "Latency by percentile", note, {"data": [trace], "layout": layout})
 
 
-def _over_time(outcome: Outcome, goal_s: float | None) -> Chart:
+def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
     """Whether it is steady, or grows until the end."""
     rows = over_time(outcome)
     times = [row["at_s"] + row["width_s"] / 2 for row in rows]
@@ -154,3 +163,84 @@ def _layout(
         "yaxis": upright,
         "shapes": shapes,
     }
+
+
+def write_page(result: LoadTestResult, path: str | os.PathLike[str]) -> None:
+    """Write the page whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    write_text(Path(path), render(result))
+
+
+def render(result: LoadTestResult) -> str:
+    """The page as HTML."""
+    return fill("echelon.loadtest", "page.html.j2", _content(result))
+
+
+def _content(result: LoadTestResult) -> dict[str, Any]:
+    drawn = charts(result)
+    summary = None if result.run is None else result.run.summary
+    return {
+        "url": result.plan.target.url,
+        "verdict": verdict(result),
+        "doubts": result.doubts,
+        "notes": result.notes,
+        "tiles": [] if summary is None else _tiles(summary),
+        "charts": drawn,
+        "figures": {chart.name: chart.figure for chart in drawn},
+        "probes": [] if result.found is None else list(map(probe_row, _by_rate(result))),
+        "latencies": [] if summary is None else _latencies(summary),
+        "counts": [] if summary is None else list(summary.kinds.items()),
+        "complaints": {} if summary is None else summary.complaints,
+        "facts": _facts(result),
+    }
+
+
+def _by_rate(result: LoadTestResult) -> list[Any]:
+    probes = () if result.found is None else result.found.probes
+    return sorted(probes, key=lambda probe: probe.rate)
+
+
+def _tiles(summary: LoadSummary) -> list[tuple[str, str, str]]:
+    p99 = wording.UNKNOWN if summary.p99_s is None else wording.duration(summary.p99_s)
+    promised = "" if summary.goal is None else f"goal {wording.duration(summary.goal.p99_s)}"
+    tiles = [
+        ("P99", p99, promised),
+        (
+            "Answered",
+            f"{wording.number(summary.answered_per_s)}/s",
+            f"{wording.number(summary.offered_per_s)}/s offered",
+        ),
+        ("Documents", f"{wording.number(summary.documents_per_s)}/s", ""),
+        (
+            "Failed",
+            wording.percent(summary.failure_share, 2),
+            f"{summary.failures:,} of {summary.requests:,}",
+        ),
+    ]
+    if summary.goodput_per_s is not None:
+        good = f"{wording.number(summary.goodput_per_s)}/s"
+        tiles.insert(2, ("Goodput", good, "answered within the goal"))
+    return tiles
+
+
+def _latencies(summary: LoadSummary) -> list[tuple[str, str]]:
+    return [(name_of(p), wording.duration(s)) for p, s in summary.latency_s.items()]
+
+
+def _facts(result: LoadTestResult) -> list[tuple[str, str]]:
+    told = result.as_dict()
+    shown = {name: value for name, value in told["settings"].items() if value is not None}
+    rows = [
+        ("dialect", told["dialect"]),
+        ("mode", told["mode"]),
+        ("made", wording.when(told["created"])),
+    ]
+    rows += [(name.replace("_", " "), str(value)) for name, value in shown.items()]
+    if result.run is not None:
+        summary = result.run.summary
+        rows.append(("sent late (P99)", wording.duration(summary.send_lag_s)))
+        rows.append(("generator's CPU", wording.percent(summary.health.cpu_share)))
+    return rows

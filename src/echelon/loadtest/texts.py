@@ -36,7 +36,7 @@ REMEMBERED = 4096
 """Texts whose tokens are not counted again."""
 
 
-class Ruler(Protocol):
+class LengthPolicy(Protocol):
     """Cuts texts so that pairs have the lengths asked for."""
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
@@ -64,7 +64,7 @@ class Words:
         return text
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
-        """See :class:`Ruler`."""
+        """See :class:`LengthPolicy`."""
         taken = TOKENS_OF_MARKS if any(marks) else 0
         words = round((length - taken) / TOKENS_PER_WORD) - len(_PIECES.findall(query))
         return of_words(text, max(1, words))
@@ -88,7 +88,7 @@ class Tokens:
         return text if len(self._ends(text)) <= most else text[: self._ends(text)[most - 1]]
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
-        """See :class:`Ruler`."""
+        """See :class:`LengthPolicy`."""
         if not self._ends(text):
             text = "word"
         ends = self._ends(text)
@@ -99,7 +99,7 @@ class Tokens:
         return self._specials + sum(len(self._ends(text)) for text in texts)
 
 
-class Material:
+class TextSource:
     """Queries with documents, for as many requests as are asked for.
 
     Args:
@@ -117,7 +117,7 @@ class Material:
         seed: int = 0,
         marked: bool = True,
         salt: str | None = None,
-        ruler: Ruler | None = None,
+        ruler: LengthPolicy | None = None,
     ) -> None:
         self._random = random.Random(seed)  # noqa: S311 - draws texts, guards nothing
         self._topics = [topic for topic in topics if topic.documents]
@@ -127,7 +127,7 @@ class Material:
         self._marked = marked
         self._salt = secrets.token_hex(2) if salt is None else salt
         self._number = 0
-        self._ruler: Ruler = ruler or Words()
+        self._ruler: LengthPolicy = ruler or Words()
 
     def request(self, arrival: Arrival) -> tuple[str, list[str]]:
         """A query and its documents: its own, then those of the topics that follow."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
+from echelon.loadtest.driver import GeneratorHealth, doubts
+from echelon.loadtest.records import ANSWERED, KINDS
 from echelon.reports.html import kept
-from echelon.stress.ledger import ANSWERED, KINDS
-from echelon.stress.watch import Health, doubts
 
 if TYPE_CHECKING:
-    from echelon.stress.drive import Outcome
-    from echelon.stress.ledger import Column, Kind
+    from echelon.loadtest.driver import DriveResult
+    from echelon.loadtest.records import Column, Kind
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0)
 
@@ -32,7 +32,7 @@ FEW = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class LatencyGoal:
     """What callers were promised.
 
     Attributes:
@@ -44,7 +44,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class LoadSummary:
     """A run, the warm-up left out.
 
     Attributes:
@@ -75,9 +75,9 @@ class Summary:
     latency_s: dict[float, float]
     mean_s: float | None
     send_lag_s: float
-    goal: Goal | None
+    goal: LatencyGoal | None
     goodput_per_s: float | None
-    health: Health
+    health: GeneratorHealth
     complaints: dict[str, tuple[int, str]]
     unfinished: int
     interrupted: bool
@@ -132,7 +132,7 @@ class Summary:
         return []
 
 
-def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
+def summarise(outcome: DriveResult, goal: LatencyGoal | None = None) -> LoadSummary:
     """The numbers of a run."""
     ledger = outcome.ledger
     counted = ledger.scheduled >= outcome.warmup_s
@@ -142,7 +142,7 @@ def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
     good = latencies(outcome)
     lag = (ledger.sent - ledger.scheduled)[counted]
     kinds = np.bincount(ledger.kinds[counted], minlength=len(KINDS)).tolist()
-    return Summary(
+    return LoadSummary(
         window_s=window_s,
         requests=int(counted.sum()),
         kinds=dict(zip(KINDS, kinds, strict=True)),
@@ -162,7 +162,7 @@ def summarise(outcome: Outcome, goal: Goal | None = None) -> Summary:
     )
 
 
-def latencies(outcome: Outcome) -> Column:
+def latencies(outcome: DriveResult) -> Column:
     """float64 [answered], seconds from when each was due, the warm-up left out."""
     ledger = outcome.ledger
     counted = ledger.scheduled >= outcome.warmup_s
