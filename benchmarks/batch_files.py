@@ -32,12 +32,12 @@ import psutil
 from echelon.data import load_texts
 from echelon.engine import precision_check
 from echelon.engine.engine import Engine, StepLimits
-from echelon.jobs.job import Job
-from echelon.jobs.run import run
-from echelon.jobs.screen import Screen
 from echelon.models.fake import FakeScorer
 from echelon.models.hub import resolve
 from echelon.models.registry import open_scorer
+from echelon.offline.job import OfflineJob
+from echelon.offline.progress import ProgressDisplay
+from echelon.offline.run import run
 from echelon.options import Options
 from echelon.profile import library_versions
 from echelon.scheduling.packing import step_budget
@@ -71,8 +71,8 @@ class Frugal(FakeScorer):
 def child(source: str, output: str) -> None:
     """One run of a job on the fake model."""
     precision_check.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
-    with Screen(quiet=True) as screen:
-        run(Job(source, output), screen)
+    with ProgressDisplay(quiet=True) as screen:
+        run(OfflineJob(source, output), screen)
 
 
 def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -171,7 +171,7 @@ def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     for turn in range(rounds + 1):
         output = folder / f"demo{turn}.jsonl"
         watcher = Stopwatch()
-        run(Job(str(source), str(output), options=Options(max_length=MAX_LENGTH)), watcher)
+        run(OfflineJob(str(source), str(output), options=Options(max_length=MAX_LENGTH)), watcher)
         started = time.perf_counter()
         engine.run(encoded)
         if turn:  # the first one warms up
@@ -190,7 +190,7 @@ def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
-class Stopwatch(Screen):
+class Stopwatch(ProgressDisplay):
     """Time from the model's being loaded to the last window's being on disk."""
 
     def __init__(self) -> None:

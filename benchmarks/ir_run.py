@@ -33,10 +33,10 @@ from typing import Any
 import bm25s
 import Stemmer
 
-from echelon.jobs.compare import compare_precisions
-from echelon.jobs.job import Job
-from echelon.jobs.run import run
-from echelon.jobs.screen import Screen, print_quality, print_trials
+from echelon.offline.ir_metrics import compare_precisions
+from echelon.offline.job import OfflineJob
+from echelon.offline.progress import ProgressDisplay, print_quality, print_trials
+from echelon.offline.run import run
 from echelon.options import Options
 from echelon.profile import library_versions
 from echelon.tuning.machine import describe_machine
@@ -156,7 +156,7 @@ def main() -> None:
         else:
             documents, queries, relevant = cranfield(arguments.cranfield)
         write(folder, documents, queries, relevant, arguments.depth)
-        job = Job(
+        job = OfflineJob(
             input=str(folder / "bm25.run"),
             output=str(folder / "reranked.run"),
             model=arguments.model,
@@ -165,7 +165,7 @@ def main() -> None:
             collection=str(folder / "collection.tsv"),
             qrels=str(folder / "qrels"),
         )
-        with Screen(quiet=False) as screen:
+        with ProgressDisplay(quiet=False) as screen:
             summary = run(job, screen)
         print_quality(summary)
         trials = compare_precisions(job, print) if arguments.compare else []

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
-from echelon.jobs.score import Steps
+from echelon.offline.scoring import Steps
 from echelon.scale.files import Bench
 from echelon.scale.serve import NAME, deploy
 from echelon.scale.worker import RayWorker, Share

@@ -6,9 +6,9 @@ import json
 import random
 from pathlib import Path
 
-from echelon.jobs.job import Job
-from echelon.jobs.run import run
 from echelon.models.fake import FakeScorer
+from echelon.offline.job import OfflineJob
+from echelon.offline.run import run
 from echelon.options import Options
 from helpers import SENTENCES
 
@@ -79,7 +79,7 @@ def read_lines(path):
 
 def job_of(model, source, output, budget=8, **more):
     """A job whose windows hold some twenty pairs."""
-    return Job(
+    return OfflineJob(
         str(source), str(output), model=str(model), options=Options(token_budget=budget), **more
     )
 

@@ -22,12 +22,12 @@ from pyarrow import parquet
 from echelon.call import sigmoid
 from echelon.engine import launch, precision_check
 from echelon.errors import InvalidInput
-from echelon.jobs import compare, streams, trec
-from echelon.jobs.forecast import Forecast
-from echelon.jobs.readers import Columns, JsonLines
-from echelon.jobs.rows import Mark
-from echelon.jobs.windows import windows
-from echelon.jobs.writers import shortest
+from echelon.offline import collection, ir_metrics, streams
+from echelon.offline.progress import EtaEstimate
+from echelon.offline.readers import Columns, JsonLinesReader
+from echelon.offline.rows import ResumePoint
+from echelon.offline.scoring import windows
+from echelon.offline.writers import shortest
 from echelon.reranker import Reranker
 from helpers import run_command
 from jobs_kit import Frugal, do, job_of, leftovers, queries, read_lines, write_lines
@@ -88,7 +88,7 @@ def test_a_line_that_is_too_long_is_passed_over(monkeypatch, tmp_path):
     short = json.dumps({"query": "q", "documents": []}).encode() + b"\n"
     path = tmp_path / "in.jsonl"
     path.write_bytes(short + b"x" * 500 + b"\n" + short)
-    reader = JsonLines(str(path))
+    reader = JsonLinesReader(str(path))
     monkeypatch.setattr(reader._lines, "_limit", 100)
     found = [item for entry in reader for item in entry]
     reader.close()
@@ -226,7 +226,7 @@ def test_a_file_read_from_a_mark_is_cut_as_the_whole_is(tmp_path, sizes, full, a
     path.write_text("\n\n".join(lines))
 
     def cut(mark=None):
-        reader = JsonLines(str(path))
+        reader = JsonLinesReader(str(path))
         if mark is not None:
             reader.skip_to(mark)
         found = [(w.rows, w.bad, w.end) for w in windows(reader, full, 100)]
@@ -299,7 +299,7 @@ def test_a_run_is_reranked_with_texts_of_its_collection(fake, shelf, tmp_path):
 
 
 def test_a_query_of_too_many_lines_is_cut_off_and_told(fake, shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(trec, "ROW_DOCUMENTS", 2)
+    monkeypatch.setattr(collection, "ROW_DOCUMENTS", 2)
     job = job_of(fake, tmp_path / "in.run", tmp_path / "out.jsonl", **shelf)
     do(job)
     assert [len(answer["results"]) for answer in read_lines(job.output)] == [2, 1]
@@ -338,7 +338,7 @@ def test_judgements_that_cannot_be_read_name_their_line(fake, tmp_path):
 
 
 def test_the_rest_takes_as_long_as_what_was_done():
-    forecast = Forecast(share=0.2)
+    forecast = EtaEstimate(share=0.2)
     assert forecast.left_s() is None
     for part in range(1, 5):
         forecast.done([100] * 50, seconds=3.0, share=0.2 + 0.1 * part)
@@ -358,7 +358,7 @@ def test_lines_put_back_do_not_count(tmp_path):
         lines.put_back()
         assert lines.mark() == first
         assert next(lines) == b"two\n"
-        assert lines.mark() == Mark(8, 2, streams.digest_of(io.BytesIO(b"one\ntwo\n")))
+        assert lines.mark() == ResumePoint(8, 2, streams.digest_of(io.BytesIO(b"one\ntwo\n")))
 
 
 def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
@@ -368,7 +368,7 @@ def test_the_command_tells_what_came_of_it(fake, tmp_path, monkeypatch, capsys):
         return Frugal(max_tokens=130, precision="fp32" if precision == "auto" else precision)
 
     monkeypatch.setattr(precision_check, "open_scorer", opener)
-    monkeypatch.setattr(compare, "candidate_precisions", lambda _: ["fp32", "bf16", "int8"])
+    monkeypatch.setattr(ir_metrics, "candidate_precisions", lambda _: ["fp32", "bf16", "int8"])
     monkeypatch.setattr(launch, "pass_gate", lambda *_: [])
     source = write_lines(tmp_path / "in.jsonl", [*queries(3, documents=3), {"query": 1}])
     (tmp_path / "qrels").write_text("q0 0 d0 1\nq1 0 d1 1\nq2 0 d1 2\n")

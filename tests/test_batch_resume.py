@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from echelon.errors import InvalidInput, OutOfMemory, StorageError
-from echelon.jobs import store
+from echelon.offline import resume
 from jobs_kit import Deaf, Death, Reaper, do, job_of, leftovers, queries, write_lines
 
 GUARD_S = 120.0
@@ -36,7 +36,7 @@ def die_and_go_on(job, dies_at):
     """A run that dies at its n-th durable step, then one that does not; whether it died."""
     died = False
     with pytest.MonkeyPatch.context() as patch:
-        Reaper(patch, store.os, ["fsync", "truncate"], dies_at)
+        Reaper(patch, resume.os, ["fsync", "truncate"], dies_at)
         try:
             do(job)
         except Death:
@@ -114,7 +114,7 @@ def interrupted(fake, source, output, **more):
     """A job that stopped after three windows."""
     job = job_of(fake, source, output, **more)
     with pytest.MonkeyPatch.context() as patch:
-        Reaper(patch, store.Store, ["append"], 4)
+        Reaper(patch, resume.JobStore, ["append"], 4)
         with pytest.raises(Death):
             do(job)
     return job
@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_what_was_finished(fake, source, tmp_path):
         real(descriptor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(resume.os, "fsync", full)
         with pytest.raises(StorageError, match=r"No space.*kept: the same command goes on"):
             do(job)
     watcher = Deaf()
@@ -201,7 +201,7 @@ def test_two_at_once_are_refused(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = job_of(fake, source, output)
     with (
-        store.Store(str(output), None, resumable=True),
+        resume.JobStore(str(output), None, resumable=True),
         pytest.raises(InvalidInput, match="another process is writing"),
     ):
         do(job)

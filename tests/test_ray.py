@@ -39,8 +39,8 @@ from clusters import (
 )
 from echelon.engine.scaling import keep_scaled
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
-from echelon.jobs.rows import Row, Window
-from echelon.jobs.run import run as run_file
+from echelon.offline.rows import Row, RowWindow
+from echelon.offline.run import run as run_file
 from echelon.options import Options
 from echelon.reranker import Reranker
 from echelon.scale.files import Machines, Wanted
@@ -357,7 +357,7 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
 
 def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
     monkeypatch.setattr("echelon.scale.files._BENCH", ray.remote(Lethal))
-    window = Window((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
+    window = RowWindow((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
     with (
         Machines(str(bert), Options(), None, Wanted(workers=1, cpus=2)) as machines,
         pytest.raises(WorkerLost, match="3 workers ended in turn from line 7"),

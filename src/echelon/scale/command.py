@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.errors import InvalidInput
-from echelon.jobs.command import batch as plain_batch
+from echelon.offline.command import batch as plain_batch
 from echelon.options import require_packages
 from echelon.server.settings import config as plain_config
 from echelon.server.settings import serve as plain_serve
@@ -94,7 +94,7 @@ def _batch(
     require_packages("--ray", "ray", ["ray"])
     from functools import partial
 
-    from echelon.jobs.command import rerank_file
+    from echelon.offline.command import rerank_file
     from echelon.scale.files import Machines, Wanted
     from echelon.scale.worker import connect
 

@@ -19,9 +19,9 @@ from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, InvalidInput, WorkerLost
-from echelon.jobs.score import Scored, Scoring
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
+from echelon.offline.scoring import ScoredWindow, WindowScorer
 from echelon.scale.opener import place_of
 from echelon.scale.worker import TRIES_AGAIN, Share, loss_of
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from echelon.engine.worker import Reply
-    from echelon.jobs.rows import BadRow, Window
-    from echelon.jobs.score import Steps
+    from echelon.offline.rows import BadRow, RowWindow
+    from echelon.offline.scoring import Steps
     from echelon.options import Options
     from echelon.types import FloatArray, IntArray, RunReport
 
@@ -81,36 +81,36 @@ class Found:
     report: RunReport
 
     @classmethod
-    def of(cls, window: Window, scored: Scored) -> Found:
+    def of(cls, window: RowWindow, scored: ScoredWindow) -> Found:
         """What is new in a scored window."""
         places = {id(row): place for place, row in enumerate(window.rows)}
         rows = tuple(places[id(row)] for row in scored.rows)
         return cls(rows, scored.bad, scored.logits, scored.truncated_tokens, scored.report)
 
-    def in_window(self, window: Window) -> Scored:
+    def in_window(self, window: RowWindow) -> ScoredWindow:
         """The window, scored."""
         rows = tuple(window.rows[place] for place in self.rows)
-        return Scored(rows, self.bad, self.logits, self.truncated_tokens, self.report, window)
+        return ScoredWindow(rows, self.bad, self.logits, self.truncated_tokens, self.report, window)
 
 
 class Bench:
     """The actor's side: a model that scores windows."""
 
     def __init__(self) -> None:
-        self._scoring: Scoring | None = None
+        self._scoring: WindowScorer | None = None
         self._opening = threading.Lock()
 
     def open(self, model: str, options: Options, steps: Steps | None) -> Reply:
         """Open the model, once; the machine's id goes with what decides the steps."""
         try:
             with self._opening:  # while it is, Ray may ask again
-                self._scoring = self._scoring or Scoring(model, options, steps)
+                self._scoring = self._scoring or WindowScorer(model, options, steps)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
             return fault_of(error)
         found = self._scoring.steps, ray.get_runtime_context().get_node_id()
         return "steps", found, 0.0, resident_bytes()
 
-    def score(self, window: Window) -> Reply:
+    def score(self, window: RowWindow) -> Reply:
         """Score a window."""
         if self._scoring is None:
             raise AssertionError("a window before the model was open. This is a bug.")
@@ -143,7 +143,7 @@ class _Member:
 
 
 class Machines:
-    """Workers of a Ray cluster that score windows; see :class:`echelon.jobs.score.Scoring`.
+    """Workers of a Ray cluster that score windows; see :class:`echelon.offline.scoring.WindowScorer`.
 
     Args:
         model: as there; a folder must be on every machine.
@@ -169,7 +169,7 @@ class Machines:
         self._steps = steps
         self._flying: dict[Any, tuple[_Member, int | None]] = {}
         self._members: list[_Member] = []
-        self._kept: dict[int, Window] = {}
+        self._kept: dict[int, RowWindow] = {}
         self._queue: deque[int] = deque()
         self._done: dict[int, Found | EchelonError] = {}
         self._ended: Counter[int | None] = Counter()
@@ -187,8 +187,8 @@ class Machines:
         return self._steps
 
     def score(
-        self, windows: Iterable[Window], told: Callable[[int], None] | None = None
-    ) -> Generator[Scored, None, None]:
+        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+    ) -> Generator[ScoredWindow, None, None]:
         """Score windows, in their order.
 
         Args:
@@ -197,7 +197,7 @@ class Machines:
 
         Raises:
             WorkerLost: a window ended its worker again and again.
-            EchelonError: as :meth:`echelon.jobs.score.Scoring.score`.
+            EchelonError: as :meth:`echelon.offline.scoring.WindowScorer.score`.
         """
         del told
         source, turn = enumerate(windows), 0
@@ -224,7 +224,7 @@ class Machines:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _fill(self, source: Iterator[tuple[int, Window]]) -> bool:
+    def _fill(self, source: Iterator[tuple[int, RowWindow]]) -> bool:
         """Take windows until all workers have enough; whether any is left to give back."""
         while len(self._kept) < AHEAD * len(self._members) + 1:
             number, window = next(source, (-1, None))
@@ -311,7 +311,7 @@ class Machines:
         self._flying[ref] = member, None
 
 
-def _line(window: Window) -> int:
+def _line(window: RowWindow) -> int:
     return window.rows[0].line if window.rows else 0
 
 

@@ -52,7 +52,7 @@ class BadRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class ResumePoint:
     """A place between two rows, and what came before it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class RowWindow:
     """Rows that are scored together.
 
     Attributes:
@@ -80,7 +80,7 @@ class Window:
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
-    end: Mark
+    end: ResumePoint
     tokens: tuple[int, ...]
     share: float | None = None
 

@@ -14,34 +14,33 @@ import numpy as np
 
 from echelon.engine.launch import with_profile
 from echelon.errors import InvalidInput
-from echelon.jobs.quality import Judge, means
-from echelon.jobs.rows import BadRow, BadValue, Row
-from echelon.jobs.score import Scored, Scoring
-from echelon.jobs.store import Counts, State, Store
-from echelon.jobs.streams import STANDARD
-from echelon.jobs.trec import RunFile
-from echelon.jobs.windows import windows
-from echelon.jobs.writers import ranked
+from echelon.offline.collection import RunFile
+from echelon.offline.ir_metrics import Judge, means
+from echelon.offline.resume import JobState, JobStore, RowCounts
+from echelon.offline.rows import BadRow, BadValue, Row
+from echelon.offline.scoring import ScoredWindow, WindowScorer, windows
+from echelon.offline.streams import STANDARD
+from echelon.offline.writers import ranked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from echelon.jobs.job import Job
-    from echelon.jobs.readers import Entry, Reader
-    from echelon.jobs.rows import Mark, Window
-    from echelon.jobs.score import Steps
-    from echelon.jobs.writers import Writer
+    from echelon.offline.job import OfflineJob
+    from echelon.offline.readers import Entry, Reader
+    from echelon.offline.rows import ResumePoint, RowWindow
+    from echelon.offline.scoring import Steps
+    from echelon.offline.writers import Writer
     from echelon.options import Options
 
 
-class Watcher(Protocol):
-    """Hears how a job goes; see :class:`echelon.jobs.screen.Screen`."""
+class JobListener(Protocol):
+    """Hears how a job goes; see :class:`echelon.offline.progress.ProgressDisplay`."""
 
     def indexing(self, doing: str, share: float | None) -> None:
         """A collection is being indexed."""
         ...
 
-    def resumed(self, counts: Counts, share: float | None) -> None:
+    def resumed(self, counts: RowCounts, share: float | None) -> None:
         """An earlier run had come so far."""
         ...
 
@@ -53,13 +52,13 @@ class Watcher(Protocol):
         """A step was scored, of so many pairs; called from another thread."""
         ...
 
-    def window(self, scored: Scored) -> None:
+    def window(self, scored: ScoredWindow) -> None:
         """A window is on disk."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class JobSummary:
     """What came of a job.
 
     Attributes:
@@ -72,7 +71,7 @@ class Summary:
         already: whether the output was finished before.
     """
 
-    counts: Counts
+    counts: RowCounts
     resumed: int
     max_length: int
     queries: int = 0
@@ -82,7 +81,7 @@ class Summary:
 
 
 class Scores(Protocol):
-    """Scores windows in their order; see :class:`echelon.jobs.score.Scoring`."""
+    """Scores windows in their order; see :class:`echelon.offline.scoring.WindowScorer`."""
 
     @property
     def steps(self) -> Steps:
@@ -90,8 +89,8 @@ class Scores(Protocol):
         ...
 
     def score(
-        self, windows: Iterable[Window], told: Callable[[int], None] | None = None
-    ) -> Generator[Scored, None, None]:
+        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+    ) -> Generator[ScoredWindow, None, None]:
         """Score windows."""
         ...
 
@@ -105,10 +104,10 @@ class Scores(Protocol):
 
 
 def run(
-    job: Job,
-    watcher: Watcher,
-    scoring: Callable[[str, Options, Steps | None], Scores] = Scoring,
-) -> Summary:
+    job: OfflineJob,
+    watcher: JobListener,
+    scoring: Callable[[str, Options, Steps | None], Scores] = WindowScorer,
+) -> JobSummary:
     """Rerank a file.
 
     Args:
@@ -127,7 +126,7 @@ def run(
     job.check()
     writer = job.writer()
     judge = None if job.qrels is None else Judge(job.qrels)
-    with Store(job.output, job.errors, resumable=job.input != STANDARD) as store:
+    with JobStore(job.output, job.errors, resumable=job.input != STANDARD) as store:
         if job.restart:
             store.restart()
         facts = job.facts(store.index_path)
@@ -138,7 +137,7 @@ def run(
             state.check(identity)
             if state.complete:
                 return _finished(job, state, store)
-        state = state or State(identity)
+        state = state or JobState(identity)
         store.cut_to(state)
         done = state.counts.pairs
         with closing(job.reader(store.index_path, facts, watcher.indexing)) as reader:
@@ -159,10 +158,12 @@ class _Tools:
     scoring: Scores
     writer: Writer
     judge: Judge | None
-    watcher: Watcher
+    watcher: JobListener
 
 
-def _go_on(job: Job, state: State, store: Store, reader: Reader, watcher: Watcher) -> None:
+def _go_on(
+    job: OfflineJob, state: JobState, store: JobStore, reader: Reader, watcher: JobListener
+) -> None:
     """Take the reader to where the earlier run stopped, or note what a collection lacks."""
     if state.mark is not None:
         reader.skip_to(state.mark)
@@ -179,7 +180,7 @@ def _go_on(job: Job, state: State, store: Store, reader: Reader, watcher: Watche
         store.append(state, b"", _problems(bad))
 
 
-def _score(job: Job, state: State, store: Store, tools: _Tools) -> None:
+def _score(job: OfflineJob, state: JobState, store: JobStore, tools: _Tools) -> None:
     """Score the rest of the input, a window at a time."""
     steps = tools.scoring.steps
     checked = _Checked(tools.reader, tools.writer)
@@ -219,10 +220,10 @@ class _Checked:
                 return BadRow(item.line, str(error))
         return item
 
-    def mark(self) -> Mark:
+    def mark(self) -> ResumePoint:
         return self._reader.mark()
 
-    def skip_to(self, mark: Mark) -> None:
+    def skip_to(self, mark: ResumePoint) -> None:
         self._reader.skip_to(mark)
 
     @property
@@ -233,7 +234,7 @@ class _Checked:
         self._reader.close()
 
 
-def _count(state: State, scored: Scored) -> None:
+def _count(state: JobState, scored: ScoredWindow) -> None:
     counts = state.counts
     counts.rows += len(scored.rows)
     counts.pairs += len(scored.logits)
@@ -243,7 +244,7 @@ def _count(state: State, scored: Scored) -> None:
     counts.memory += len(scored.report.ladder)
 
 
-def _refuse(job: Job, bad: tuple[BadRow, ...] | list[BadRow]) -> None:
+def _refuse(job: OfflineJob, bad: tuple[BadRow, ...] | list[BadRow]) -> None:
     """In a strict job, stop at a bad row."""
     if job.strict and bad:
         first = min(bad, key=lambda row: row.line)
@@ -263,7 +264,7 @@ def _problems(bad: tuple[BadRow, ...] | list[BadRow]) -> bytes:
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
-def _finished(job: Job, state: State, store: Store) -> Summary:
+def _finished(job: OfflineJob, state: JobState, store: JobStore) -> JobSummary:
     """The output is there; see that it is still that of the input."""
     if state.mark is not None:
         with closing(job.plain_reader()) as reader:
@@ -271,9 +272,11 @@ def _finished(job: Job, state: State, store: Store) -> Summary:
     return _summary(state, store, state.counts.pairs, already=True)
 
 
-def _summary(state: State, store: Store, resumed: int, *, already: bool = False) -> Summary:
+def _summary(
+    state: JobState, store: JobStore, resumed: int, *, already: bool = False
+) -> JobSummary:
     queries = state.quality.get("queries", 0)
-    return Summary(
+    return JobSummary(
         counts=state.counts,
         resumed=resumed,
         max_length=0 if state.steps is None else state.steps.max_length,

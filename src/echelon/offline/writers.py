@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echelon.call import sigmoid
-from echelon.jobs.rows import BadValue, Id, Row
-from echelon.jobs.streams import need
+from echelon.offline.rows import BadValue, Id, Row
+from echelon.offline.streams import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from echelon.jobs.score import Scored
+    from echelon.offline.scoring import ScoredWindow
     from echelon.types import FloatArray, IntArray
 
 
@@ -37,7 +37,7 @@ class Writer(Protocol):
         """
         ...
 
-    def block(self, scored: Scored) -> bytes:
+    def block(self, scored: ScoredWindow) -> bytes:
         """A window's records."""
         ...
 
@@ -72,7 +72,7 @@ class RankedRow:
             yield result
 
 
-def ranked(scored: Scored, top_n: int | None) -> Iterator[RankedRow]:
+def ranked(scored: ScoredWindow, top_n: int | None) -> Iterator[RankedRow]:
     """A window's rows."""
     start = 0
     for row in scored.rows:
@@ -103,7 +103,7 @@ class JsonWriter:
     def check(self, row: Row) -> None:
         """See :class:`Writer`; JSONL takes every row."""
 
-    def block(self, scored: Scored) -> bytes:
+    def block(self, scored: ScoredWindow) -> bytes:
         """See :class:`Writer`."""
         record = _pair_record if self._pairs else _query_record
         rows = ranked(scored, self._top_n)
@@ -151,7 +151,7 @@ class TrecWriter:
         if len(set(map(str, row.document_ids))) < len(row.document_ids):
             raise BadValue("two documents have the same id, which a TREC run cannot tell apart")
 
-    def block(self, scored: Scored) -> bytes:
+    def block(self, scored: ScoredWindow) -> bytes:
         """See :class:`Writer`."""
         lines = [
             f"{ranking.row.id} Q0 {result['id']} {rank} {result['logit']} {self._tag}\n"
@@ -202,7 +202,7 @@ class ParquetWriter:
     def check(self, row: Row) -> None:
         """See :class:`Writer`; Parquet takes every row."""
 
-    def block(self, scored: Scored) -> bytes:
+    def block(self, scored: ScoredWindow) -> bytes:
         """See :class:`Writer`."""
         import pyarrow as pa
 
@@ -222,7 +222,7 @@ class ParquetWriter:
         import pyarrow as pa
         from pyarrow import parquet
 
-        from echelon.jobs.store import flushed
+        from echelon.offline.resume import flushed
 
         building = output.with_name(f"{output.name}.building")
         with pa.OSFile(str(part)) as blocks, parquet.ParquetWriter(building, self._schema) as file:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import InvalidInput
-from echelon.jobs.rows import ROW_BYTES, BadRow, BadValue, Mark, Row, row_of, text_of
-from echelon.jobs.streams import STANDARD, Lines, Source, changed, need, unreadable
+from echelon.offline.rows import ROW_BYTES, BadRow, BadValue, ResumePoint, Row, row_of, text_of
+from echelon.offline.streams import STANDARD, Lines, Source, changed, need, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,11 +34,11 @@ class Reader(Protocol):
         """The rows from where reading stands."""
         ...
 
-    def mark(self) -> Mark:
+    def mark(self) -> ResumePoint:
         """Where reading stands: behind the row that came out last."""
         ...
 
-    def skip_to(self, mark: Mark) -> None:
+    def skip_to(self, mark: ResumePoint) -> None:
         """Go to a mark of an earlier run.
 
         Raises:
@@ -113,11 +113,11 @@ class LineReader:
     def __init__(self, path: str) -> None:
         self._lines = Lines(Source(path, INPUT))
 
-    def mark(self) -> Mark:
+    def mark(self) -> ResumePoint:
         """See :class:`Reader`."""
         return self._lines.mark()
 
-    def skip_to(self, mark: Mark) -> None:
+    def skip_to(self, mark: ResumePoint) -> None:
         """See :class:`Reader`."""
         self._lines.skip_to(mark)
 
@@ -131,7 +131,7 @@ class LineReader:
         self._lines.source.close()
 
 
-class JsonLines(LineReader):
+class JsonLinesReader(LineReader):
     """A query with its documents on each line; empty lines count for nothing."""
 
     def __iter__(self) -> Iterator[Entry]:
@@ -169,7 +169,7 @@ def parse_json(line: bytes | None) -> Any:
 TOO_LONG = f"the line is longer than {ROW_BYTES // 2**20} MiB"
 
 
-class Table(LineReader):
+class TableReader(LineReader):
     """Pairs in CSV or TSV, with a line of names first.
 
     CSV may quote fields, also over several lines. In TSV a quote is a character like any other,
@@ -245,7 +245,7 @@ class _Texts:
         return line.decode("utf-8", "surrogateescape")
 
 
-class Parquet:
+class ParquetReader:
     """Pairs in Parquet; memory is that of the file's largest row group.
 
     Args:
@@ -295,11 +295,11 @@ class Parquet:
         except BadValue as error:
             return BadRow(self._position, str(error))
 
-    def mark(self) -> Mark:
+    def mark(self) -> ResumePoint:
         """See :class:`Reader`."""
-        return Mark(self._position, self._position, self._hash.hexdigest())
+        return ResumePoint(self._position, self._position, self._hash.hexdigest())
 
-    def skip_to(self, mark: Mark) -> None:
+    def skip_to(self, mark: ResumePoint) -> None:
         """See :class:`Reader`."""
         for values in self._values():
             if self._position == mark.position:

@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.jobs.library import Library, Shelf, facts_of
-from echelon.jobs.readers import (
+from echelon.offline.collection import Collection, RunFile, TextStore, facts_of
+from echelon.offline.readers import (
     INPUT,
     Columns,
-    JsonLines,
+    JsonLinesReader,
     LineReader,
-    Parquet,
+    ParquetReader,
     Reader,
-    Table,
+    TableReader,
     complain_if_terminal,
 )
-from echelon.jobs.streams import STANDARD, Source, compression_of, digest_of, suffix_of, unreadable
-from echelon.jobs.trec import RunFile
-from echelon.jobs.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
+from echelon.offline.streams import (
+    STANDARD,
+    Source,
+    compression_of,
+    digest_of,
+    suffix_of,
+    unreadable,
+)
+from echelon.offline.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
 from echelon.options import Options
 
 if TYPE_CHECKING:
@@ -43,7 +49,7 @@ PAIRS = ("csv", "tsv", "parquet")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class OfflineJob:
     """One file to rerank; the names are those of the command's options.
 
     Attributes:
@@ -153,11 +159,11 @@ class Job:
             return TrecWriter(how, self.top_n, self.run_tag)
         return JsonWriter(how, self.top_n, pairs=self.reads in PAIRS)
 
-    def shelf(self) -> Shelf | None:
+    def shelf(self) -> TextStore | None:
         """A run's other files."""
         if self.topics is None or self.collection is None:
             return None
-        return Shelf(self.topics, self.collection)
+        return TextStore(self.topics, self.collection)
 
     def reader(
         self,
@@ -169,22 +175,24 @@ class Job:
 
         Args:
             index: where a collection's index is, or goes.
-            facts: what :func:`~echelon.jobs.library.facts_of` said of a run's files.
+            facts: what :func:`~echelon.offline.collection.facts_of` said of a run's files.
             told: called with what is being indexed and how much of it.
         """
         shelf = self.shelf()
         if self.reads == "trec" and shelf is not None:
-            return RunFile(self.input, Library(shelf, facts, index, told))
+            return RunFile(self.input, Collection(shelf, facts, index, told))
         if self.reads == "parquet":
-            return Parquet(self.input, self.columns)
+            return ParquetReader(self.input, self.columns)
         if self.reads == "jsonl":
-            return JsonLines(self.input)
-        return Table(self.input, self.columns, tabs=self.reads == "tsv")
+            return JsonLinesReader(self.input)
+        return TableReader(self.input, self.columns, tabs=self.reads == "tsv")
 
-    def plain_reader(self) -> LineReader | Parquet:
+    def plain_reader(self) -> LineReader | ParquetReader:
         """The input without its other files: enough to see that it is unchanged."""
         return (
-            Parquet(self.input, self.columns) if self.reads == "parquet" else LineReader(self.input)
+            ParquetReader(self.input, self.columns)
+            if self.reads == "parquet"
+            else LineReader(self.input)
         )
 
     def facts(self, index: Path) -> dict[str, Any]:

@@ -64,9 +64,9 @@ def batch(*, quiet: bool, compare: str | None, **values: Any) -> None:
     Killed at any instant, the same command goes on where it was, and the output is the same to the
     byte. Rows that cannot be scored go to a file of their own.
     """
-    from echelon.jobs.score import Scoring
+    from echelon.offline.scoring import WindowScorer
 
-    rerank_file(values, Scoring, quiet=quiet, compare=compare)
+    rerank_file(values, WindowScorer, quiet=quiet, compare=compare)
 
 
 def rerank_file(values: dict[str, Any], scoring: Any, *, quiet: bool, compare: str | None) -> None:
@@ -74,20 +74,26 @@ def rerank_file(values: dict[str, Any], scoring: Any, *, quiet: bool, compare: s
 
     Args:
         values: of its flags.
-        scoring: what scores; see :func:`echelon.jobs.run.run`.
+        scoring: what scores; see :func:`echelon.offline.run.run`.
         quiet: no progress and no summary.
         compare: what to compare afterwards.
     """
-    from echelon.jobs.compare import check_comparable, compare_precisions
-    from echelon.jobs.run import run
-    from echelon.jobs.screen import Screen, number, print_quality, print_trials, say_summary
-    from echelon.jobs.streams import STANDARD
+    from echelon.offline.ir_metrics import check_comparable, compare_precisions
+    from echelon.offline.progress import (
+        ProgressDisplay,
+        number,
+        print_quality,
+        print_trials,
+        say_summary,
+    )
+    from echelon.offline.run import run
+    from echelon.offline.streams import STANDARD
     from echelon.progress import status
 
     job = job_of(values)
     if compare is not None:
         check_comparable(job)
-    with Screen(quiet=quiet) as screen:
+    with ProgressDisplay(quiet=quiet) as screen:
         try:
             summary = run(job, screen, scoring)
         except KeyboardInterrupt:
@@ -113,8 +119,8 @@ def job_of(values: dict[str, Any]) -> Any:
     Raises:
         InvalidInput: a value is wrong.
     """
-    from echelon.jobs.job import Job
-    from echelon.jobs.readers import Columns
+    from echelon.offline.job import OfflineJob
+    from echelon.offline.readers import Columns
     from echelon.options import check_top_n
 
     names = ("query", "document", "query_id", "document_id")
@@ -126,7 +132,7 @@ def job_of(values: dict[str, Any]) -> Any:
     }
     check_top_n(own["top_n"])
     # The model's own bars would stand in the way of the job's.
-    return Job(**own, columns=columns, options=options_of(values, quiet=True))
+    return OfflineJob(**own, columns=columns, options=options_of(values, quiet=True))
 
 
 def _parameter(flag: Flag) -> str:

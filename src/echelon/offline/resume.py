@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import InvalidInput, StorageError
-from echelon.jobs.rows import Mark
-from echelon.jobs.score import Steps
-from echelon.jobs.streams import STANDARD
+from echelon.offline.rows import ResumePoint
+from echelon.offline.scoring import Steps
+from echelon.offline.streams import STANDARD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from echelon.jobs.writers import Writer
+    from echelon.offline.writers import Writer
 
 SCHEMA = 1
 """Version of the state's layout; another one cannot be read."""
@@ -33,7 +33,7 @@ RESTART = "Restore it, or begin anew with --restart."
 
 
 @dataclass(slots=True)
-class Counts:
+class RowCounts:
     """What a job has done.
 
     Attributes:
@@ -54,7 +54,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class State:
+class JobState:
     """How far a job is.
 
     Attributes:
@@ -64,21 +64,21 @@ class State:
         output_bytes: length of the blocks that count.
         errors_bytes: length of the bad rows that count.
         counts: what was done.
-        quality: sums of the metrics, see :mod:`echelon.jobs.quality`.
+        quality: sums of the metrics, see :mod:`echelon.offline.ir_metrics`.
         complete: whether the output is finished.
     """
 
     identity: dict[str, Any]
     steps: Steps | None = None
-    mark: Mark | None = None
+    mark: ResumePoint | None = None
     output_bytes: int = 0
     errors_bytes: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: RowCounts = field(default_factory=RowCounts)
     quality: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
 
     @classmethod
-    def load(cls, path: Path) -> State | None:
+    def load(cls, path: Path) -> JobState | None:
         """The state that a run left; None where there is none.
 
         Raises:
@@ -94,8 +94,8 @@ class State:
             content = content[f"version {SCHEMA}"]
             steps, mark = content["steps"], content["mark"]
             content["steps"] = None if steps is None else Steps(**steps)
-            content["mark"] = None if mark is None else Mark(**mark)
-            content["counts"] = Counts(**content["counts"])
+            content["mark"] = None if mark is None else ResumePoint(**mark)
+            content["counts"] = RowCounts(**content["counts"])
             return cls(**content)
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(
@@ -118,7 +118,7 @@ class State:
             raise InvalidInput("-o", f"its job began otherwise: {'; '.join(told)}", RESTART)
 
 
-class Store:
+class JobStore:
     """The files of one output.
 
     Args:
@@ -163,7 +163,7 @@ class Store:
                 with self._written(path):
                     path.unlink(missing_ok=True)
 
-    def found(self) -> State | None:
+    def found(self) -> JobState | None:
         """The state of an earlier run.
 
         Raises:
@@ -171,7 +171,7 @@ class Store:
         """
         if self._standard:
             return None
-        state = State.load(self.state_path) if self._resumable else None
+        state = JobState.load(self.state_path) if self._resumable else None
         if state is None:
             self._refuse_to_replace("-o", self.output)
             if self._named_errors is not None:
@@ -187,7 +187,7 @@ class Store:
                 option, f"{path} exists", "Name another file, or replace it with --restart."
             )
 
-    def cut_to(self, state: State) -> None:
+    def cut_to(self, state: JobState) -> None:
         """Cut off what does not count.
 
         Raises:
@@ -206,7 +206,7 @@ class Store:
                 with self._written(path):
                     os.truncate(path, length)
 
-    def append(self, state: State, block: bytes, problems: bytes) -> None:
+    def append(self, state: JobState, block: bytes, problems: bytes) -> None:
         """Write a window's records and bad rows, then the state that makes them count.
 
         Raises:
@@ -224,7 +224,7 @@ class Store:
             state.errors_bytes += len(problems)
         self.keep(state)
 
-    def keep(self, state: State) -> None:
+    def keep(self, state: JobState) -> None:
         """Put the state in its place, whole."""
         if not self._resumable:
             return
@@ -236,7 +236,7 @@ class Store:
             fresh.replace(self.state_path)
             flushed(self.output.parent)
 
-    def finish(self, state: State, writer: Writer) -> None:
+    def finish(self, state: JobState, writer: Writer) -> None:
         """Turn the blocks into the output.
 
         Killed between its two moves, the next run finds all blocks counted and does them again.
@@ -250,7 +250,7 @@ class Store:
         self.keep(state)
         self._finished = True
 
-    def _moved(self, state: State) -> bool:
+    def _moved(self, state: JobState) -> bool:
         """Whether a run was killed when it had moved the blocks but not said so.
 
         An output beside an unfinished state can have come from nowhere else.

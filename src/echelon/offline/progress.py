@@ -1,4 +1,7 @@
-"""What a job shows people: a bar while it runs, a few lines when it ends. Standard error only."""
+"""How long a job has left, from the cost model and what windows really took. Pure.
+
+What a job shows people: a bar while it runs, a few lines when it ends. Standard error only.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,65 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from echelon.jobs.forecast import Forecast
-from echelon.jobs.quality import MEASURES
+from echelon.offline.ir_metrics import MEASURES
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.jobs.compare import Trial
-    from echelon.jobs.run import Summary
-    from echelon.jobs.score import Scored
-    from echelon.jobs.store import Counts
+    from echelon.offline.ir_metrics import PrecisionComparison
+    from echelon.offline.resume import RowCounts
+    from echelon.offline.run import JobSummary
+    from echelon.offline.scoring import ScoredWindow
+
+
+class EtaEstimate:
+    """Foresees the end of a job.
+
+    The rest of a file is taken to be like what was read: so much of it, so much work. The cost
+    model says what work takes; its correction follows the last windows, so that a machine that
+    became slower, or a run that was resumed, does not spoil the estimate.
+
+    Args:
+        share: how much of the input was done when this run began, 0 to 1.
+    """
+
+    def __init__(self, share: float = 0.0) -> None:
+        self._began = self._share = share
+        self._model = CostModel(DEFAULT_COEFFICIENTS["cpu"])
+        self._done = Work(0, 0, 0)
+
+    def done(self, tokens: Sequence[int], seconds: float, share: float | None) -> None:
+        """A window was scored.
+
+        Args:
+            tokens: estimated tokens of each of its pairs.
+            seconds: what it took.
+            share: how much of the input is done now; None where nobody knows.
+        """
+        self._model.observe(tokens, seconds)
+        work = work_of(tokens, "ragged")
+        self._done = Work(
+            self._done.steps + work.steps,
+            self._done.tokens + work.tokens,
+            self._done.squares + work.squares,
+        )
+        self._share = share or self._share
+
+    def left_s(self) -> float | None:
+        """Seconds until the end; None while nothing is known."""
+        read = self._share - self._began
+        if read <= 0:
+            return None
+        return self._model.seconds(self._done) * (1.0 - self._share) / read
+
 
 MINUTE_S, HOUR_S = 60, 3600
 
 
-class Screen:
-    """Shows how a job goes; a :class:`~echelon.jobs.run.Watcher`.
+class ProgressDisplay:
+    """Shows how a job goes; a :class:`~echelon.offline.run.JobListener`.
 
     Args:
         quiet: show nothing.
@@ -35,7 +80,7 @@ class Screen:
         self._bar: Any = None
         self._task: Any = None
         self._lock = threading.Lock()
-        self._forecast = Forecast()
+        self._forecast = EtaEstimate()
         self._share: float | None = None
         self._done = 0
         self._since_window = 0
@@ -59,28 +104,28 @@ class Screen:
         return monotonic() - self._began
 
     def indexing(self, doing: str, share: float | None) -> None:
-        """See :class:`~echelon.jobs.run.Watcher`."""
+        """See :class:`~echelon.offline.run.JobListener`."""
         self._show(doing, share, "")
 
-    def resumed(self, counts: Counts, share: float | None) -> None:
-        """See :class:`~echelon.jobs.run.Watcher`."""
+    def resumed(self, counts: RowCounts, share: float | None) -> None:
+        """See :class:`~echelon.offline.run.JobListener`."""
         self._done, self._share = counts.pairs, share
-        self._forecast = Forecast(share or 0.0)
+        self._forecast = EtaEstimate(share or 0.0)
         if not self._quiet:
             click.echo(f"Going on after {counts.pairs:,} pairs of an earlier run.", err=True)
 
     def loaded(self) -> None:
-        """See :class:`~echelon.jobs.run.Watcher`."""
+        """See :class:`~echelon.offline.run.JobListener`."""
         self._window_began = self._loaded = monotonic()
 
     def step(self, pairs: int) -> None:
-        """See :class:`~echelon.jobs.run.Watcher`."""
+        """See :class:`~echelon.offline.run.JobListener`."""
         with self._lock:
             self._since_window += pairs
             self._show("Scoring", self._share, self._said())
 
-    def window(self, scored: Scored) -> None:
-        """See :class:`~echelon.jobs.run.Watcher`."""
+    def window(self, scored: ScoredWindow) -> None:
+        """See :class:`~echelon.offline.run.JobListener`."""
         now = monotonic()
         with self._lock:
             self.pairs += len(scored.logits)
@@ -138,7 +183,7 @@ def number(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def say_summary(summary: Summary, output: str, screen: Screen) -> None:
+def say_summary(summary: JobSummary, output: str, screen: ProgressDisplay) -> None:
     """What came of a job, in a few lines."""
     counts = summary.counts
     if summary.already:
@@ -157,7 +202,7 @@ def say_summary(summary: Summary, output: str, screen: Screen) -> None:
         )
 
 
-def print_quality(summary: Summary) -> None:
+def print_quality(summary: JobSummary) -> None:
     """Metrics before and after."""
     if not summary.queries:
         click.echo("No query of the input has a relevant document in --qrels.", err=True)
@@ -168,7 +213,7 @@ def print_quality(summary: Summary) -> None:
     _print(title, ["Metric", "Before", "After", "Change"], rows, signed=(3,))
 
 
-def print_trials(trials: Sequence[Trial]) -> None:
+def print_trials(trials: Sequence[PrecisionComparison]) -> None:
     """Metrics of each precision, and what it loses beside fp32."""
     base = trials[0].quality
     if not any(trial.quality for trial in trials):

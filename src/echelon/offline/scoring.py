@@ -1,4 +1,10 @@
-"""Windows to scores: one is encoded while the one before is scored."""
+"""Where a file is cut into windows: a window is scored whole, and kept whole.
+
+Pure. The cut depends on the rows and the token budget alone, so that a run that goes on where
+another stopped forms the same steps of the same pairs, which gives the same scores to the bit.
+
+Windows to scores: one is encoded while the one before is scored.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +17,100 @@ import numpy as np
 
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import as_keywords
-from echelon.jobs.rows import BadRow, Row, Window
-from echelon.jobs.windows import window_tokens
+from echelon.offline.rows import BadRow, Row, RowWindow
 from echelon.reranker import Reranker
 from echelon.types import RunReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
     from echelon.call import Call
+    from echelon.offline.readers import Reader
     from echelon.options import Options, Precision
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
+
+STEPS = 64
+"""Steps of a window. Its last step is half empty on average: less than 1 % of 64. Two windows are
+all that is lost when a run is killed."""
+
+MOST_PAIRS = 32_768
+MOST_CHARACTERS = 16 * 2**20
+"""Bounds of a window whatever its tokens, so that memory stays flat."""
+
+CHARACTERS_A_TOKEN = 4
+"""English text; elsewhere a window holds more steps, up to four times as many."""
+
+
+def estimated_tokens(query: str, document: str, max_length: int) -> int:
+    """About how many tokens a pair has, from its characters alone."""
+    return min(3 + (len(query) + len(document)) // CHARACTERS_A_TOKEN, max_length)
+
+
+def window_tokens(token_budget: int, batch_size: int | None, max_length: int) -> int:
+    """Estimated tokens after which a window is full."""
+    step = token_budget if batch_size is None else min(token_budget, batch_size * max_length)
+    return STEPS * step
+
+
+def windows(reader: Reader, full: int, max_length: int) -> Iterator[RowWindow]:
+    """The reader's rows in windows.
+
+    Args:
+        reader: rows from where it stands.
+        full: estimated tokens after which a window ends.
+        max_length: tokens a pair may have.
+    """
+    room = _WindowSpace(full, max_length)
+    for entry in reader:
+        for item in entry:
+            room.add(item)
+        if room.full:
+            yield room.window(reader)
+            room = _WindowSpace(full, max_length)
+    if room.entries:
+        yield room.window(reader)
+
+
+class _WindowSpace:
+    """A window that is being filled."""
+
+    def __init__(self, full: int, max_length: int) -> None:
+        self._limit, self._max_length = full, max_length
+        self._rows: list[Row] = []
+        self._bad: list[BadRow] = []
+        self._tokens: list[int] = []
+        self._paid = self._characters = 0
+
+    @property
+    def entries(self) -> int:
+        return len(self._rows) + len(self._bad)
+
+    @property
+    def full(self) -> bool:
+        return (
+            self._paid >= self._limit
+            or self._characters >= MOST_CHARACTERS
+            or max(self.entries, len(self._tokens)) >= MOST_PAIRS
+        )
+
+    def add(self, item: Row | BadRow) -> None:
+        if isinstance(item, BadRow):
+            self._bad.append(item)
+            return
+        self._rows.append(item)
+        for document in item.documents:
+            tokens = estimated_tokens(item.query, document, self._max_length)
+            self._tokens.append(tokens)
+            self._paid += tokens
+            self._characters += len(document)
+        self._characters += len(item.query)
+
+    def window(self, reader: Reader) -> RowWindow:
+        rows, bad = tuple(self._rows), tuple(self._bad)
+        return RowWindow(rows, bad, reader.mark(), tuple(self._tokens), reader.share)
+
 
 _PAIR = re.compile(r"pairs\[(\d+)\]")
 
@@ -56,7 +143,7 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredWindow:
     """A window with its scores.
 
     Attributes:
@@ -73,7 +160,7 @@ class Scored:
     logits: FloatArray
     truncated_tokens: IntArray
     report: RunReport
-    window: Window
+    window: RowWindow
 
 
 @dataclass(slots=True)
@@ -84,10 +171,10 @@ class _Begun:
     bad: list[BadRow]
     call: Call | None
     portions: list[tuple[list[int], EncodedPairs]]
-    window: Window
+    window: RowWindow
 
 
-class Scoring:
+class WindowScorer:
     """The model, as jobs use it.
 
     Args:
@@ -111,8 +198,8 @@ class Scoring:
         self._score = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-score")
 
     def score(
-        self, windows: Iterable[Window], told: Callable[[int], None] | None = None
-    ) -> Generator[Scored, None, None]:
+        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+    ) -> Generator[ScoredWindow, None, None]:
         """Score windows, in their order.
 
         Args:
@@ -136,7 +223,9 @@ class Scoring:
             self.close()
             raise
 
-    def submit(self, window: Window, told: Callable[[int], None] | None = None) -> Future[Scored]:
+    def submit(
+        self, window: RowWindow, told: Callable[[int], None] | None = None
+    ) -> Future[ScoredWindow]:
         """Score a window behind those that were submitted before; see :meth:`score`."""
         begun = self._encode.submit(self._begin, window)
         return self._score.submit(self._finish, begun, told)
@@ -163,7 +252,7 @@ class Scoring:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _begin(self, window: Window) -> _Begun:
+    def _begin(self, window: RowWindow) -> _Begun:
         """Encode a window. Queries that leave no room for a document are bad rows."""
         rows, bad = window.rows, list(window.bad)
         options = replace(
@@ -193,7 +282,7 @@ class Scoring:
                 rows = tuple(row for row in rows if row.query != query)
         return _Begun(rows, bad, None, [], window)
 
-    def _finish(self, coming: Future[_Begun], told: Callable[[int], None] | None) -> Scored:
+    def _finish(self, coming: Future[_Begun], told: Callable[[int], None] | None) -> ScoredWindow:
         begun = coming.result()
         nothing: Any = np.empty(0, np.float32), np.empty(0, np.int32), RunReport()
         logits, truncated, report = nothing
@@ -203,7 +292,7 @@ class Scoring:
             except EchelonError as error:
                 raise _in_file(error, begun.rows) from error
             logits, truncated, report = scored.logits, scored.truncated_tokens, scored.report
-        return Scored(begun.rows, tuple(begun.bad), logits, truncated, report, begun.window)
+        return ScoredWindow(begun.rows, tuple(begun.bad), logits, truncated, report, begun.window)
 
 
 def steps_of(reranker: Reranker) -> Steps:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, Self, cast
 
 from echelon.errors import InvalidInput, MissingDependency
-from echelon.jobs.rows import ROW_BYTES, Mark
+from echelon.offline.rows import ROW_BYTES, ResumePoint
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -174,13 +174,13 @@ class Lines:
         self._returned = True
         self.number -= 1
 
-    def mark(self) -> Mark:
+    def mark(self) -> ResumePoint:
         """Where reading stands."""
         if not self._returned:
             self._settle()
-        return Mark(self._position, self.number, self._hash.hexdigest())
+        return ResumePoint(self._position, self.number, self._hash.hexdigest())
 
-    def skip_to(self, mark: Mark) -> None:
+    def skip_to(self, mark: ResumePoint) -> None:
         """Read on to a mark that was made in an earlier run.
 
         Raises:
