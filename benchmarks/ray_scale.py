@@ -30,8 +30,8 @@ from ray.cluster_utils import Cluster
 
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
+from echelon.integrations.ray.worker import RayWorker, WorkerResources
 from echelon.models.fake import FakeScorer
-from echelon.scale.worker import RayWorker, Share
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
 from echelon.tuning.machine import describe_machine
@@ -49,7 +49,7 @@ SIZES, SHARES = (10, 100, 1000), (0.8, 0.17, 0.03)
 """Documents of a request, and how many requests have so many."""
 
 TEMPLATE = Template((1,), (2, 2), (2,), None)
-MACHINE = Share(cpus=2)
+MACHINE = WorkerResources(cpus=2)
 """A worker takes a machine; the head has one CPU and so no worker."""
 
 

@@ -19,10 +19,10 @@ from ray.cluster_utils import Cluster
 
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
+from echelon.integrations.ray.scorer_pool import ScorerActor
+from echelon.integrations.ray.serve import NAME, deploy
+from echelon.integrations.ray.worker import RayWorker, WorkerResources
 from echelon.offline.scoring import Steps
-from echelon.scale.files import Bench
-from echelon.scale.serve import NAME, deploy
-from echelon.scale.worker import RayWorker, Share
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from services import LetterEncoder, scores, until
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 STORE = 80 * 2**20
 HEAD = {"head": 10}
-SHARE = Share(cpus=2)
+SHARE = WorkerResources(cpus=2)
 """The head has no CPUs: workers go to other machines."""
 
 GUARD_S = 300.0
@@ -183,7 +183,7 @@ def actors(name: str) -> list[int]:
     return [process.pid for process in ours if f"ray::{name}" in " ".join(process.cmdline())]
 
 
-class Lethal(Bench):
+class Lethal(ScorerActor):
     """A worker without a model that no window leaves alive."""
 
     def open(self, model, options, steps):

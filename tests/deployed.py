@@ -17,7 +17,7 @@ import uvicorn
 import yaml
 
 from echelon.engine.events import Outcome, WorkerState
-from echelon.scale.command import serve
+from echelon.integrations.ray.command import serve
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics

@@ -1,4 +1,4 @@
-"""``echelon.compat.CrossEncoder`` against sentence-transformers' own."""
+"""``echelon.integrations.CrossEncoder`` against sentence-transformers' own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as Original
 
-from echelon.compat import CrossEncoder
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.integrations import CrossEncoder
 from helpers import LIMITS, NATIVE, words
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""``echelon.compat.FlagReranker`` against FlagEmbedding's own."""
+"""``echelon.integrations.FlagReranker`` against FlagEmbedding's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from FlagEmbedding import FlagReranker as Original
 from sentence_transformers import CrossEncoder
 
-from echelon.compat import FlagReranker
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.integrations import FlagReranker
 from helpers import LIMITS, NATIVE, SENTENCES, make_toy, reference_model, words
 
 if TYPE_CHECKING:
@@ -327,7 +327,8 @@ def test_a_profile_decides_what_is_not_asked_for(
 ) -> None:
     opened: dict[str, Any] = {}
     monkeypatch.setattr(
-        "echelon.compat.flag.Reranker", lambda model, **options: opened.update(options)
+        "echelon.integrations.flag_embedding.Reranker",
+        lambda model, **options: opened.update(options),
     )
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps({}))

@@ -1,4 +1,4 @@
-"""``echelon.compat.CrossEncoder``: saved settings, precision, device, older names."""
+"""``echelon.integrations.CrossEncoder``: saved settings, precision, device, older names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import CrossEncoder as Original
 
 from echelon import Reranker
-from echelon.compat import CrossEncoder
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.integrations import CrossEncoder
 from test_compat_cross_encoder import (
     DOCUMENTS,
     ONE,

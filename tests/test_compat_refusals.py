@@ -1,4 +1,4 @@
-"""``echelon.compat.CrossEncoder``: what it refuses, and where models come from."""
+"""``echelon.integrations.CrossEncoder``: what it refuses, and where models come from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder as Original
 
-from echelon.compat import CrossEncoder
 from echelon.errors import EchelonWarning, InvalidInput, ModelNotFound, UnsupportedModel
+from echelon.integrations import CrossEncoder
 from helpers import make_toy, run_python
 from test_compat_cross_encoder import (
     DOCUMENTS,
@@ -162,7 +162,7 @@ def test_a_hub_model_is_asked_for_once(bert: Path, monkeypatch: pytest.MonkeyPat
         asked.append((name, revision))
         return ModelFolder(bert, name, "c0ffee")
 
-    monkeypatch.setattr("echelon.compat.locate.resolve", resolve)
+    monkeypatch.setattr("echelon.integrations.keywords.resolve", resolve)
     monkeypatch.setattr("echelon.engine.launch.resolve", resolve)
     model = CrossEncoder("toy", revision="main", device="cpu")
 
@@ -211,8 +211,8 @@ def test_no_name_of_a_model(name: Any) -> None:
 
 def test_importing_loads_no_heavy_library() -> None:
     done = run_python(
-        "import sys, echelon.compat; "
-        "from echelon.compat import CrossEncoder, FlagReranker; "
+        "import sys, echelon.integrations; "
+        "from echelon.integrations import CrossEncoder, FlagReranker; "
         "print(sorted({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)))"
     )
 
@@ -223,4 +223,4 @@ def test_only_the_two_classes_are_offered() -> None:
     import echelon.compat
 
     with pytest.raises(AttributeError, match="FlagLLMReranker"):
-        _ = echelon.compat.FlagLLMReranker
+        _ = echelon.integrations.FlagLLMReranker

@@ -30,8 +30,8 @@ from deployed import (
     settings,
 )
 from echelon.engine.service import CANARY_TIMEOUT_S
+from echelon.integrations.ray.command import config
 from echelon.models import demo, kernels
-from echelon.scale.command import config
 from echelon.server import auth
 from echelon.server.http_server import GRACE_S
 from helpers import ROOT

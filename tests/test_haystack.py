@@ -21,14 +21,14 @@ from haystack_integrations.components.rankers.jina import JinaRanker
 from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
-from echelon.adapters.haystack import EchelonRanker
+from echelon.integrations.haystack import EchelonRanker
 from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 
 ALL = len(SENTENCES)
 FOUND = [Document(content=text, id=f"d{i}", score=0.5) for i, text in enumerate(SENTENCES)]
 LONG = [Document(content=words(400))]
-ALLOWED = ["echelon.adapters.haystack"]
+ALLOWED = ["echelon.integrations.haystack"]
 
 
 def seen(answer):

@@ -11,8 +11,8 @@ from helpers import run_python
 
 PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
-    "echelon.adapters.haystack",  # Haystack looks for torch when it is imported
-    "echelon.compat.activation",
+    "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
+    "echelon.integrations.activation",
     "echelon.models.attention_cpu",
     "echelon.models.encoder_cuda",
     "echelon.models.fused",
@@ -23,7 +23,11 @@ NEEDS_TORCH = {
     "echelon.models.encoder",
     "echelon.models.attention_cuda",
 }
-NEEDS_RAY = {"echelon.scale.files", "echelon.scale.serve", "echelon.scale.worker"}
+NEEDS_RAY = {
+    "echelon.integrations.ray.scorer_pool",
+    "echelon.integrations.ray.serve",
+    "echelon.integrations.ray.worker",
+}
 
 PUBLIC = {
     "AsyncReranker",
@@ -87,7 +91,7 @@ def test_the_barrier_bars(name):
     [("langchain", "langchain_core"), ("llamaindex", "llama_index"), ("haystack", "haystack")],
 )
 def test_an_adapter_without_its_framework_names_the_extra(name, package):
-    code = f"import sys; sys.modules[{package!r}] = None; import echelon.adapters.{name}"
+    code = f"import sys; sys.modules[{package!r}] = None; import echelon.integrations.{name}"
     ran = run_python(code)
     assert "echelon.errors.MissingDependency: " in ran.stderr
     assert f"pip install 'echelon-rerank[{name}]'" in ran.stderr

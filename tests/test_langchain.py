@@ -12,7 +12,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_nvidia_ai_endpoints import NVIDIARerank
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput, ModelNotFound
-from echelon.adapters.langchain import EchelonReranker
+from echelon.integrations.langchain import EchelonReranker
 from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 

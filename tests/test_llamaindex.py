@@ -22,7 +22,7 @@ from llama_index.postprocessor.nvidia_rerank import NVIDIARerank
 from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
 
 from echelon import AsyncReranker, EchelonWarning, InvalidInput
-from echelon.adapters.llamaindex import EchelonRerank
+from echelon.integrations.llamaindex import EchelonRerank
 from helpers import READMES, ROUTER, SENTENCES, readme_code, words
 from served import KEY, QUERY, counted
 

@@ -61,11 +61,11 @@ RESULTS = ("Ranking", "RankedDocument", "ScoredPairs", "RunReport")
 CLASSES = (
     "echelon:Reranker",
     "echelon:AsyncReranker",
-    "echelon.compat:CrossEncoder",
-    "echelon.compat:FlagReranker",
-    "echelon.adapters.langchain:EchelonReranker",
-    "echelon.adapters.llamaindex:EchelonRerank",
-    "echelon.adapters.haystack:EchelonRanker",
+    "echelon.integrations:CrossEncoder",
+    "echelon.integrations:FlagReranker",
+    "echelon.integrations.langchain:EchelonReranker",
+    "echelon.integrations.llamaindex:EchelonRerank",
+    "echelon.integrations.haystack:EchelonRanker",
 )
 
 SNAPSHOT = Path(__file__).with_name("public_surface.json")
@@ -118,16 +118,16 @@ def printed(call):
 
 
 def test_names():
-    package, compat = there("echelon"), there("echelon.compat")
+    package, compat = there("echelon"), there("echelon.integrations")
     for module in (package, compat):
         assert all(hasattr(module, name) for name in module.__all__)
-    application = there("echelon.scale.serve:app")
+    application = there("echelon.integrations.ray.serve:app")
     check(
         "names",
         {
             "echelon": sorted(package.__all__),
-            "echelon.compat": sorted(compat.__all__),
-            "echelon.scale.serve:app": surface.signature(application),
+            "echelon.integrations": sorted(compat.__all__),
+            "echelon.integrations.ray.serve:app": surface.signature(application),
         },
     )
 

@@ -39,12 +39,12 @@ from clusters import (
 )
 from echelon.engine.scaling import keep_scaled
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
+from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
+from echelon.integrations.ray.serve import NAME, Ingress
 from echelon.offline.rows import Row, RowWindow
 from echelon.offline.run import run as run_file
 from echelon.options import Options
 from echelon.reranker import Reranker
-from echelon.scale.files import Machines, Wanted
-from echelon.scale.serve import NAME, Ingress
 from echelon.scheduling.autoscaling import AutoscalingLimits
 from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
 from scorers import Obedient
@@ -348,7 +348,7 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
         there = run_file(
             job_of(bert, source, tmp_path / "there.jsonl"),
             saboteur,
-            partial(Machines, wanted=Wanted(workers=2, cpus=2)),
+            partial(RayScorerPool, wanted=PoolRequest(workers=2, cpus=2)),
         )
     assert saboteur.all_done
     assert there.counts.pairs == here.counts.pairs > 200
@@ -356,10 +356,10 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
 
 
 def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
-    monkeypatch.setattr("echelon.scale.files._BENCH", ray.remote(Lethal))
+    monkeypatch.setattr("echelon.integrations.ray.scorer_pool._BENCH", ray.remote(Lethal))
     window = RowWindow((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
     with (
-        Machines(str(bert), Options(), None, Wanted(workers=1, cpus=2)) as machines,
+        RayScorerPool(str(bert), Options(), None, PoolRequest(workers=1, cpus=2)) as machines,
         pytest.raises(WorkerLost, match="3 workers ended in turn from line 7"),
     ):
         list(machines.score([window]))
@@ -367,7 +367,7 @@ def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
 
 def test_a_model_that_is_not_there_ends_a_job_at_once(made, tmp_path):
     with pytest.raises(ModelNotFound):
-        Machines(str(tmp_path / "nothing"), Options(), None)
+        RayScorerPool(str(tmp_path / "nothing"), Options(), None)
 
 
 def test_the_command_reranks_a_file_on_a_cluster(made, bert, tmp_path):

@@ -15,11 +15,10 @@ from ray.serve.schema import ServeDeploySchema
 from echelon.cli import cli
 from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency
+from echelon.integrations.ray.serve import app, plan_of, values_of
+from echelon.integrations.ray.worker import WorkerResources, abroad
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
-from echelon.scale.opener import abroad
-from echelon.scale.serve import app, plan_of, values_of
-from echelon.scale.worker import Share
 from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server.http_server import GRACE_S
 from helpers import ROOT, run_python
@@ -40,7 +39,7 @@ def test_settings_come_out_of_arguments_environment_and_defaults(monkeypatch):
     plan = plan_of(values)
     assert (plan.model, plan.door["max_wait_s"], plan.options.max_length) == ("demo", 7.0, None)
     assert plan.scaling == AutoscalingLimits(2, 5, delay_s=2.0)
-    assert plan.share == Share(1.0, 0.5)
+    assert plan.share == WorkerResources(1.0, 0.5)
     assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == AutoscalingLimits(3, 3)
 
 
@@ -132,7 +131,7 @@ RAY = ROOT / "deploy/ray"
 def test_the_file_for_serve_is_one_that_ray_and_the_application_take():
     made = ServeDeploySchema.model_validate(yaml.safe_load((RAY / "serve.yaml").read_text("utf-8")))
     (told,) = made.applications
-    assert told.import_path == "echelon.scale.serve:app"
+    assert told.import_path == "echelon.integrations.ray.serve:app"
     plan = plan_of(values_of(told.args))
     assert plan.scaling == AutoscalingLimits(1, 4, delay_s=2.0)
     assert app(told.args)._bound_deployment.name == "echelon"

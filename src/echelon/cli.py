@@ -16,9 +16,9 @@ from echelon import __version__
 from echelon.advise.command import SCENARIO_FLAGS, Adviser, ask_of
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import LANG_FLAG, MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
+from echelon.integrations.ray.command import batch, config, serve
 from echelon.planner.command import plan
 from echelon.reports.command import report
-from echelon.scale.command import batch, config, serve
 from echelon.stress.command import stress
 
 if TYPE_CHECKING:

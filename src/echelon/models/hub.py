@@ -42,7 +42,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.model",  # sentencepiece under its many names: tokenizer.model, spm.model, bpe.model
 )
-_USAGE = ("modules.json", "config_sentence_transformers.json")  # read by echelon.compat
+_USAGE = ("modules.json", "config_sentence_transformers.json")  # read by echelon.integrations
 _WEIGHTS = (  # best first; within a kind one file beats shards
     ("model.safetensors",),
     ("model-[0-9]*-of-*.safetensors", "model.safetensors.index.json"),

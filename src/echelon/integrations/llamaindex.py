@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
 from echelon.errors import InvalidInput
+from echelon.integrations.shared import Model, missing, opened, ranked, ranked_async
 from echelon.options import check_top_n
 
 try:

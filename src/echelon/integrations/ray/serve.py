@@ -1,6 +1,6 @@
 """The server on Ray Serve: the same HTTP application, its workers anywhere in the cluster.
 
-``serve run echelon.scale.serve:app model=demo`` or a YAML file under ``deploy/ray``. Each replica
+``serve run echelon.integrations.ray.serve:app model=demo`` or a YAML file under ``deploy/ray``. Each replica
 of the one deployment is a whole server (tokeniser, queue, admission) whose workers are actors: a
 worker takes a step whenever it is about to be free, so the one with the fewest tokens before it is
 always the next (docs/decisions/0010-ray.md).
@@ -19,11 +19,10 @@ import ray
 from ray import serve
 
 from echelon.errors import InvalidInput, ShuttingDown
+from echelon.integrations.ray.command import SCALE
+from echelon.integrations.ray.command import serve as command
+from echelon.integrations.ray.worker import RayWorker, WorkerResources, abroad, connect
 from echelon.options import require_packages
-from echelon.scale.command import SCALE
-from echelon.scale.command import serve as command
-from echelon.scale.opener import abroad
-from echelon.scale.worker import RayWorker, Share, connect
 from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server.app import make_app
 from echelon.server.http_server import GRACE_S, KEEP_ALIVE_S
@@ -164,7 +163,7 @@ def values_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DeploymentPlan:
     """What a server on Ray is made of; it travels to the replicas.
 
     Attributes:
@@ -179,7 +178,7 @@ class Plan:
     model: str
     options: Options
     door: dict[str, Any]
-    share: Share
+    share: WorkerResources
     scaling: AutoscalingLimits
     ingresses: int
 
@@ -189,7 +188,7 @@ class Plan:
         return house_of(self.model, self.options, self.door, scaling=self.scaling, hire=hire)
 
 
-def plan_of(values: dict[str, Any]) -> Plan:
+def plan_of(values: dict[str, Any]) -> DeploymentPlan:
     """What the settings of ``echelon serve`` mean on Ray.
 
     Raises:
@@ -205,11 +204,11 @@ def plan_of(values: dict[str, Any]) -> Plan:
             raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
     if own["ingresses"] < 1:
         raise InvalidInput("ingresses", f"{own['ingresses']} is not positive", "Give 1 or more.")
-    return Plan(
+    return DeploymentPlan(
         model=model,
         options=options,
         door=door,
-        share=Share(own["worker_cpus"], own["worker_gpus"]),
+        share=WorkerResources(own["worker_cpus"], own["worker_gpus"]),
         scaling=AutoscalingLimits(
             least=door["workers"],
             most=door["workers"] if own["max_workers"] is None else own["max_workers"],
@@ -219,7 +218,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
     )
 
 
-def application_of(plan: Plan) -> Application:
+def application_of(plan: DeploymentPlan) -> Application:
     """The application of a plan."""
     require_packages("echelon serve", "serve", PACKAGES)
     return deploy(
@@ -230,7 +229,9 @@ def application_of(plan: Plan) -> Application:
     )
 
 
-def _hire(share: Share, prepared: PreparedModel, model: str | os.PathLike[str]) -> MakeWorker:
+def _hire(
+    share: WorkerResources, prepared: PreparedModel, model: str | os.PathLike[str]
+) -> MakeWorker:
     opener = abroad(prepared, model, share.cpus)
 
     def make(number: int, ended: Callable[[], None]) -> RayWorker:
@@ -243,7 +244,7 @@ def run_here(address: str, values: dict[str, Any]) -> None:
     """Serve on a cluster until told to end; for ``echelon serve --ray``.
 
     Args:
-        address: the cluster's, or :data:`echelon.scale.command.HERE`.
+        address: the cluster's, or :data:`echelon.integrations.ray.command.HERE`.
         values: all settings of ``echelon serve``.
 
     Raises:

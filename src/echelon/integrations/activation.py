@@ -14,7 +14,7 @@ from echelon.errors import EchelonWarning, InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.compat.saved import Saved
+    from echelon.integrations.arguments import Saved
     from echelon.types import FloatArray
 
     Activation = Callable[[torch.Tensor], torch.Tensor]

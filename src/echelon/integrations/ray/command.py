@@ -69,7 +69,7 @@ def _serve(*, model: str, ray: str | None, **values: Any) -> None:
         _call(plain_serve, model=model, **values)
         return
     require_packages("--ray", "ray", ["ray"])
-    from echelon.scale.serve import run_here
+    from echelon.integrations.ray.serve import run_here
 
     run_here(ray, {"model": model, **values})
 
@@ -94,14 +94,14 @@ def _batch(
     require_packages("--ray", "ray", ["ray"])
     from functools import partial
 
+    from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
+    from echelon.integrations.ray.worker import connect
     from echelon.offline.command import rerank_file
-    from echelon.scale.files import Machines, Wanted
-    from echelon.scale.worker import connect
 
-    wanted = Wanted(workers, worker_cpus, worker_gpus)
+    wanted = PoolRequest(workers, worker_cpus, worker_gpus)
     quiet, compare = values.pop("quiet"), values.pop("compare")
     connect(ray)
-    rerank_file(values, partial(Machines, wanted=wanted), quiet=quiet, compare=compare)
+    rerank_file(values, partial(RayScorerPool, wanted=wanted), quiet=quiet, compare=compare)
 
 
 def _call(command: click.Command, **values: Any) -> None:

@@ -7,10 +7,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.call import sigmoid
-from echelon.compat.keywords import capped, device_option, refuse, take_refused
-from echelon.compat.locate import Storage, locate
-from echelon.compat.saved import read_saved
 from echelon.errors import InvalidInput
+from echelon.integrations.arguments import read_saved
+from echelon.integrations.keywords import (
+    Storage,
+    capped,
+    device_option,
+    locate,
+    refuse,
+    take_refused,
+)
 from echelon.options import Options, check_pairs
 from echelon.reranker import Reranker
 

@@ -8,26 +8,27 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from echelon.compat.arguments import (
+from echelon.errors import EchelonWarning, InvalidInput
+from echelon.integrations.arguments import (
     as_documents,
     as_list,
     asked_length,
     asked_precision,
     check_num_labels,
     is_single,
+    read_saved,
 )
-from echelon.compat.keywords import (
+from echelon.integrations.keywords import (
+    Storage,
     capped,
     device_option,
+    locate,
     refuse,
     renamed,
     take_idle,
     take_refused,
 )
-from echelon.compat.locate import Storage, locate
-from echelon.compat.movable import InnerModel, Movable
-from echelon.compat.saved import read_saved
-from echelon.errors import EchelonWarning, InvalidInput
+from echelon.integrations.movable import InnerModel, Movable
 from echelon.options import Options, check_pairs, check_text
 from echelon.reranker import Reranker
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from echelon.compat.activation import Activation
+    from echelon.integrations.activation import Activation
     from echelon.models.base import ModelInfo
     from echelon.types import FloatArray, Pair
 
@@ -172,7 +173,7 @@ class CrossEncoder(Movable):
             InvalidInput: a pair is not two texts, or a keyword is wrong.
             OutOfMemory: a pair does not fit in memory alone.
         """
-        from echelon.compat.activation import activate, check_activation, deliver
+        from echelon.integrations.activation import activate, check_activation, deliver
 
         refuse(pool=pool, chunk_size=chunk_size)
         take_idle(options, "num_workers")
@@ -258,7 +259,7 @@ class CrossEncoder(Movable):
 
     @activation_fn.setter
     def activation_fn(self, function: Activation | None) -> None:
-        from echelon.compat.activation import check_activation, default_activation
+        from echelon.integrations.activation import check_activation, default_activation
 
         if function is None:
             function = default_activation(self._saved)

@@ -1,4 +1,6 @@
-"""A worker on any machine of a Ray cluster: an actor that holds the scorer.
+"""How a worker on another machine opens the model that the server was given.
+
+A worker on any machine of a Ray cluster: an actor that holds the scorer.
 
 It is to a service what a child process is: steps go there, scores come back, and when the actor or
 its machine has gone, the service gives the steps to another. Ray restarts nothing here;
@@ -26,8 +28,10 @@ from ray.exceptions import ActorUnavailableError, RayError
 from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
 from echelon.errors import InvalidInput
+from echelon.integrations.ray.command import HERE
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
-from echelon.scale.command import HERE
+from echelon.models.hub import DEMO, resolve
+from echelon.models.registry import open_scorer
 from echelon.types import TokenBatch, monotonic
 
 if TYPE_CHECKING:
@@ -36,8 +40,72 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from echelon.engine.launch import PreparedModel
     from echelon.engine.worker import Reply, ScorerFactory
     from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.hub import ModelFolder
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteScorerFactory:
+    """Opens a model where it runs, fetching it where it is not there yet.
+
+    Attributes:
+        model: hub id, a folder that every machine has, or ``"demo"``.
+        revision: the hub's commit, so that all workers have the same; else None.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: CPU threads of the forward pass.
+        label: which output of a head with several labels to score.
+        keep_bf16: layers that int8 leaves in bf16, as the gate found.
+    """
+
+    model: str
+    revision: str | None
+    device: str
+    threads: int
+    label: str | int | None
+    keep_bf16: tuple[str, ...]
+
+    def __call__(self, *, precision: str) -> Scorer:
+        """Open the model in a precision.
+
+        Raises:
+            ModelError: it is not there, damaged, or of an unsupported kind.
+        """
+        return open_scorer(
+            resolve(self.model, revision=self.revision).path,
+            device=self.device,
+            precision=precision,
+            threads=self.threads,
+            label=self.label,
+            keep_bf16=list(self.keep_bf16),
+        )
+
+
+def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """What other machines have to resolve to have the same model: its name and revision."""
+    if model == DEMO:
+        return DEMO, None
+    if folder.path.name == folder.revision:  # a snapshot of the hub's is named by its commit
+        return str(model), folder.revision
+    return str(folder.path), None
+
+
+def abroad(
+    prepared: PreparedModel, model: str | os.PathLike[str], cpus: float
+) -> RemoteScorerFactory:
+    """What opens a prepared model on a worker that has so many CPUs."""
+    options = prepared.options
+    name, revision = place_of(prepared.folder, model)
+    return RemoteScorerFactory(
+        model=name,
+        revision=revision,
+        device=options.device,
+        threads=options.threads or max(1, int(cpus)),
+        label=options.label,
+        keep_bf16=tuple(prepared.keep_bf16),
+    )
+
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +117,7 @@ LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WorkerResources:
     """What of a machine one worker has.
 
     Attributes:
@@ -69,7 +137,7 @@ class Share:
             )
 
 
-class Engine:
+class RemoteScorer:
     """The actor's side: what :mod:`echelon.engine.child` is in a process of our own."""
 
     def __init__(self) -> None:
@@ -126,7 +194,7 @@ class RayWorker:
     def __init__(
         self,
         opener: ScorerFactory,
-        share: Share | None = None,
+        share: WorkerResources | None = None,
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
         on_end: Callable[[], None] | None = None,
@@ -134,7 +202,7 @@ class RayWorker:
         self.name = name
         self.pid: int | None = None
         self._opener = opener
-        self._share = share or Share()
+        self._share = share or WorkerResources()
         self._start_timeout_s = start_timeout_s
         self._on_end = on_end
         self._actor: Any = None
@@ -277,7 +345,7 @@ _ENGINE = ray.remote(
     max_restarts=0,
     max_task_retries=TRIES_AGAIN,
     scheduling_strategy="SPREAD",
-)(Engine)
+)(RemoteScorer)
 
 
 def loss_of(machine: str | None, error: BaseException) -> tuple[str, bool]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from echelon.compat.keywords import PRECISIONS, device_option, precision_of
 from echelon.errors import InvalidInput
+from echelon.integrations.keywords import PRECISIONS, device_option, precision_of
 from echelon.models.device import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
-    from echelon.compat.cross_encoder import CrossEncoder
+    from echelon.integrations.sentence_transformers import CrossEncoder
     from echelon.models.base import ModelInfo
 
 TRAINING = "Echelon scores, it does not train or save. Use sentence_transformers for that."

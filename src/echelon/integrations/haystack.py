@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import (
+from echelon.errors import InvalidInput
+from echelon.integrations.shared import (
     Model,
     check_no_options,
     missing,
@@ -13,7 +14,6 @@ from echelon.adapters.ranking import (
     ranked,
     ranked_async,
 )
-from echelon.errors import InvalidInput
 from echelon.options import Options, check_top_n
 from echelon.reranker import AsyncReranker, Reranker
 

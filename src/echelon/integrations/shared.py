@@ -89,6 +89,6 @@ def _best(ranking: Ranking, max_length: int, top_n: int | None) -> Sequence[Rank
 def missing(package: str, extra: str) -> MissingDependency:
     """The error of an adapter whose framework is not installed."""
     return MissingDependency(
-        f"echelon.adapters.{extra} needs {package}, which is not installed. "
+        f"echelon.integrations.{extra} needs {package}, which is not installed. "
         f"Install it with: pip install 'echelon-rerank[{extra}]'"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.adapters.ranking import Model, missing, opened, ranked, ranked_async
+from echelon.integrations.shared import Model, missing, opened, ranked, ranked_async
 from echelon.options import check_top_n
 
 try:

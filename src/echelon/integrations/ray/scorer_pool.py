@@ -19,11 +19,10 @@ from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, InvalidInput, WorkerLost
+from echelon.integrations.ray.worker import TRIES_AGAIN, WorkerResources, loss_of, place_of
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
-from echelon.scale.opener import place_of
-from echelon.scale.worker import TRIES_AGAIN, Share, loss_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -44,7 +43,7 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PoolRequest:
     """What the workers of a job should be.
 
     Attributes:
@@ -63,7 +62,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PoolResult:
     """What a worker found for a window; the texts stay where they are.
 
     Attributes:
@@ -81,7 +80,7 @@ class Found:
     report: RunReport
 
     @classmethod
-    def of(cls, window: RowWindow, scored: ScoredWindow) -> Found:
+    def of(cls, window: RowWindow, scored: ScoredWindow) -> PoolResult:
         """What is new in a scored window."""
         places = {id(row): place for place, row in enumerate(window.rows)}
         rows = tuple(places[id(row)] for row in scored.rows)
@@ -93,7 +92,7 @@ class Found:
         return ScoredWindow(rows, self.bad, self.logits, self.truncated_tokens, self.report, window)
 
 
-class Bench:
+class ScorerActor:
     """The actor's side: a model that scores windows."""
 
     def __init__(self) -> None:
@@ -118,7 +117,7 @@ class Bench:
             scored = self._scoring.submit(window).result()
         except Exception as error:  # noqa: BLE001 - as above
             return fault_of(error)
-        return "scored", Found.of(window, scored), 0.0, resident_bytes()
+        return "scored", PoolResult.of(window, scored), 0.0, resident_bytes()
 
 
 _BENCH = ray.remote(
@@ -126,7 +125,7 @@ _BENCH = ray.remote(
     max_restarts=0,
     max_task_retries=TRIES_AGAIN,
     scheduling_strategy="SPREAD",
-)(Bench)
+)(ScorerActor)
 
 
 class _Member:
@@ -142,7 +141,7 @@ class _Member:
         return self.machine is not None and len(self.windows) < AHEAD
 
 
-class Machines:
+class RayScorerPool:
     """Workers of a Ray cluster that score windows; see :class:`echelon.offline.scoring.WindowScorer`.
 
     Args:
@@ -158,12 +157,12 @@ class Machines:
     """
 
     def __init__(
-        self, model: str, options: Options, steps: Steps | None, wanted: Wanted | None = None
+        self, model: str, options: Options, steps: Steps | None, wanted: PoolRequest | None = None
     ) -> None:
-        wanted = wanted or Wanted()
+        wanted = wanted or PoolRequest()
         chosen, _ = with_profile(options)
         threads = chosen.threads or usable_cpus()
-        self._share = Share(wanted.cpus or (1.0 if wanted.gpus else threads), wanted.gpus)
+        self._share = WorkerResources(wanted.cpus or (1.0 if wanted.gpus else threads), wanted.gpus)
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
         self._options = replace(chosen, profile=None, threads=threads, revision=revision)
         self._steps = steps
@@ -171,7 +170,7 @@ class Machines:
         self._members: list[_Member] = []
         self._kept: dict[int, RowWindow] = {}
         self._queue: deque[int] = deque()
-        self._done: dict[int, Found | EchelonError] = {}
+        self._done: dict[int, PoolResult | EchelonError] = {}
         self._ended: Counter[int | None] = Counter()
         self._hire()
         while not any(member.machine for member in self._members):
@@ -315,7 +314,7 @@ def _line(window: RowWindow) -> int:
     return window.rows[0].line if window.rows else 0
 
 
-def _room(share: Share) -> int:
+def _room(share: WorkerResources) -> int:
     """Workers for which the cluster has room now, one at least."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = [
