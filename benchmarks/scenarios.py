@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.advise.command import SCENARIO_FLAGS, ask_of
+from echelon.cli.scenario import SCENARIO_FLAGS, ask_of
 from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from echelon.cli.report import report as group
 from echelon.reports import comparison_page, tuning_report
-from echelon.reports.command import report as group
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import RESULTS, Page, leave_plotly_out

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from echelon.cli.report import report as group
 from echelon.errors import InvalidInput
 from echelon.reports import comparison_page as comparison
 from echelon.reports import tuning_report
-from echelon.reports.command import report as group
 from echelon.reports.html import kept, speaking, told, tr
 from echelon.tuning.fit import REMEDY, FitError
 from helpers import run_command

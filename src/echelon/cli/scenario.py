@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
 from echelon.options import require_packages
 from echelon.server.settings import PACKAGES as SERVER_PACKAGES
-from echelon.stress.command import PACKAGES as STRESS_PACKAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +77,7 @@ def ask_of(values: dict[str, Any]) -> ScenarioGoal | None:
     return None
 
 
-class Adviser:
+class ScenarioFlags:
     """Recommends after a tuning run: looks at the model before it, at the profile after it.
 
     Args:
@@ -138,8 +138,8 @@ def _require_packages(ask: ScenarioGoal) -> None:
 
 
 def _ask(scenario: str, **given: Any) -> ScenarioGoal:
+    from echelon.cli.stress import TraceFile
     from echelon.simulation.workload import sizes_of
-    from echelon.stress.command import TraceFile
     from echelon.tuning.goal import ScenarioGoal
 
     goal_ms, limit = given["slo_p99_ms"], given["memory_limit"]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from echelon import __version__
-from echelon.advise.command import SCENARIO_FLAGS, Adviser, ask_of
+from echelon.cli.plan import plan
+from echelon.cli.report import report
+from echelon.cli.scenario import SCENARIO_FLAGS, ScenarioFlags, ask_of
+from echelon.cli.stress import stress
 from echelon.errors import EchelonError, InvalidInput
 from echelon.flags import LANG_FLAG, MODEL_FLAGS, STEP_FLAGS, as_keywords, options_of, with_flags
 from echelon.integrations.ray.command import batch, config, serve
-from echelon.planner.command import plan
-from echelon.reports.command import report
-from echelon.stress.command import stress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -241,7 +241,7 @@ def tune(  # noqa: PLR0913 - one argument each option
     )
     try:
         with _tuning_bar(shown=not (quiet or as_json)) as told:
-            adviser = Adviser(ask, model, options, plan)
+            adviser = ScenarioFlags(ask, model, options, plan)
             if refresh:
                 found = _refresh(model, options, plan, profile, told=told)
             else:
@@ -325,7 +325,7 @@ def pull(*, name: str, quiet: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, as_json: bool) -> None:
     """Say what this machine has, what will be used, and what would make it faster."""
-    from echelon.doctor import examine
+    from echelon.cli.doctor import examine
 
     findings = examine()
     if as_json:
