@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/score/kernels/*.cpp src/echelon/score/kernels/*.h)
+SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/models/kernels/*.cpp src/echelon/models/kernels/*.h)
 PYTHON ?= python3
 MODEL ?= demo
 TESTS ?=
@@ -31,7 +31,7 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/house/test_docs.py
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'

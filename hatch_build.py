@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("src/echelon/score/kernels")
+FOLDER = Path("src/echelon/models/kernels")
 LIBRARY = "libechelon.so.1"  # ends in no suffix that Python takes for a module
 SOURCES = ("attention.cpp", "rows.cpp")
 FLAGS = (

@@ -30,9 +30,9 @@ from echelon.models.hub import resolve
 from echelon.models.registry import open_scorer
 from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
+from echelon.scheduling.fit import CostFit, FitError
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.calibration import StepFactory, fitted, level
-from echelon.tuning.fit import CostFit, FitError
 from echelon.tuning.machine import meter_of
 from echelon.tuning.probes import FEWEST_ROUNDS, LengthRange, choose, measure
 from echelon.types import monotonic
@@ -41,7 +41,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.tuning.fit import Probe
+    from echelon.scheduling.fit import Probe
     from echelon.tuning.probes import Lengths
 
 RESULTS = Path(__file__).parent / "results"

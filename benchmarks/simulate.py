@@ -1,7 +1,8 @@
 """How long the simulators take: an hour at 2,000 requests a second, and a day over 1,000 replicas.
 
 The hour is simulated request by request; the day in windows of each quarter of an hour, see
-`echelon.simulation.capacity`. Both on as many replicas of two CPU cores as the traffic takes at about
+`echelon.simulation.capacity`. Both on as many replicas of two CPU cores as the traffic takes at
+about
 80 % load: requests of 1 to 19 documents of about 110 tokens. The exact simulator of one service
 is timed beside them.
 

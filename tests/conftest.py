@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-
 from helpers import SENTENCES, SHAPES, TOKENIZER_OF, make_toy, save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from echelon import Ranking, Reranker
     from served import Live
+
+    from echelon import Ranking, Reranker
 
 # Read when Haystack is imported: its pipelines report to a server otherwise.
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
@@ -109,8 +109,9 @@ def expected(reranker: Reranker) -> Ranking:
 @pytest.fixture
 def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy BERT's folder, where every model is now scored without weights."""
-    from echelon.engine import precision_check
     from jobs_kit import Frugal
+
+    from echelon.engine import precision_check
 
     monkeypatch.setattr(precision_check, "open_scorer", lambda _, **__: Frugal(max_tokens=130))
     return bert

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from echelon import moved
+
 if TYPE_CHECKING:
     from echelon.errors import (
         BadCheckpoint,
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+moved.install()
+
 _HOMES = {
-    "AsyncReranker": "async_reranker",
+    "AsyncReranker": "reranker",
     "BadCheckpoint": "errors",
     "EchelonError": "errors",
     "EchelonWarning": "errors",

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import EchelonWarning, ProfileError, StorageError
 
 if TYPE_CHECKING:
-    from echelon.models.base import ModelInfo
     from echelon.options import Options
+    from echelon.types import ModelInfo
 
 SCHEMA = 1
 """Version of the file's layout; another one cannot be read."""
@@ -80,9 +80,10 @@ class Profile:
         situations: advice for the four situations, see :mod:`echelon.tuning.choose`.
         warnings: what to know before trusting it.
         learned_token_budget: smaller budget that memory pressure taught since; None if none.
-        cost: how long a step takes, see :class:`echelon.tuning.fit.CostFit`; None where that was
+        cost: how long a step takes, see :class:`echelon.scheduling.fit.CostFit`; None where that
+        was
             refused, or the profile is older.
-        memory: how much it needs, see :class:`echelon.tuning.fit.MemoryFit`; None likewise.
+        memory: how much it needs, see :class:`echelon.scheduling.fit.MemoryFit`; None likewise.
         scenario: what the settings were chosen for and how that was proved, see docs/TUNE.md; None
             where no scenario was asked for.
     """

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from echelon.engine.shared_engine import SharedEngine
-    from echelon.models.base import ModelInfo
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import FloatArray, Pair, Ranking, ScoredPairs
+    from echelon.types import FloatArray, ModelInfo, Pair, Ranking, ScoredPairs
 
 
 class Reranker:

@@ -195,3 +195,28 @@ Clock = Callable[[], float]
 """Seconds from an arbitrary start, never going back."""
 
 monotonic: Clock = time.perf_counter
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a scorer is and how it pays.
+
+    Attributes:
+        family: architecture, such as ``xlm-roberta``.
+        device: ``cpu`` or ``cuda:N``.
+        device_name: the processor's or card's own name.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        max_tokens: longest pair the model's positions allow, special tokens included.
+        cost: ragged or padded.
+        weights_bytes: memory of the loaded weights, memory-mapped tables left out.
+        threads: CPU threads a forward pass uses; 0 on other devices.
+    """
+
+    family: str
+    device: str
+    device_name: str
+    precision: str
+    max_tokens: int
+    cost: Cost
+    weights_bytes: int
+    threads: int

@@ -1,7 +1,8 @@
 """The desk between callers and workers: the batcher behind a lock, and what each caller is owed.
 
 Callers hand jobs in and are called back; workers' keepers take steps and bring results. It decides
-nothing itself: :mod:`echelon.scheduling.batcher` says which step is next, :mod:`echelon.scheduling.oom_policy`
+nothing itself: :mod:`echelon.scheduling.batcher` says which step is next,
+:mod:`echelon.scheduling.oom_policy`
 what to do when memory runs out.
 """
 
@@ -35,13 +36,12 @@ if TYPE_CHECKING:
     from echelon.engine.events import Listener, Outcome
     from echelon.engine.inflight import InflightRequest
     from echelon.engine.worker import StepResult
-    from echelon.models.base import ModelInfo
     from echelon.options import Allowance
     from echelon.scheduling.batcher import Batcher
+    from echelon.scheduling.fit import Prior
     from echelon.scheduling.oom_policy import OomAction
     from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
-    from echelon.tuning.fit import Prior
-    from echelon.types import Clock, IntArray, TokenBatch
+    from echelon.types import Clock, IntArray, ModelInfo, TokenBatch
 
     Explanation = Callable[[str], EchelonError]
 

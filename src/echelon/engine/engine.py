@@ -23,11 +23,11 @@ from echelon.types import LadderStep, RunReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.base import Scorer
     from echelon.options import Allowance
     from echelon.scheduling.oom_policy import OomAction
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import FloatArray, IntArray, TokenBatch
+    from echelon.types import FloatArray, IntArray, ModelInfo, TokenBatch
 
 logger = logging.getLogger(__name__)
 

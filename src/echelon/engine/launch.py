@@ -21,8 +21,8 @@ from echelon.options import Options
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
 from echelon.scheduling.admission import AdmissionLimits
+from echelon.scheduling.fit import CostFit, Prior
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.fit import CostFit, Prior
 
 if TYPE_CHECKING:
     import os
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from echelon.engine.events import Listener
     from echelon.engine.worker import ScorerFactory, Worker
-    from echelon.models.base import ModelInfo
     from echelon.models.hub import ModelFolder
     from echelon.scheduling.autoscaling import AutoscalingLimits
+    from echelon.types import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)

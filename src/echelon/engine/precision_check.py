@@ -5,7 +5,8 @@ and Kekäläinen (2002) with gains 2^grade - 1.
 
 The gate: a faster precision may stand in for fp32 only where it ranks as fp32 does.
 
-Both score the same judged texts; :mod:`echelon.engine.precision_check` compares the rankings. Tuning asks it
+Both score the same judged texts; :mod:`echelon.engine.precision_check` compares the rankings.
+Tuning asks it
 about every precision and keeps the answers in the profile. Whoever asks for int8 without such a
 profile passes it once for each model and machine, and the answer is kept beside the models.
 """
@@ -39,13 +40,13 @@ if TYPE_CHECKING:
 
     from echelon.data import Texts, Topic
     from echelon.engine.worker import ScorerFactory
-    from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
     from echelon.options import Options
     from echelon.profile import Profile
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.types import FloatArray
+    from echelon.types import FloatArray, ModelInfo
 
 LEAST_TAU = 0.97
 LEAST_OVERLAP = 0.97

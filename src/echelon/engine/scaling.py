@@ -21,7 +21,7 @@ LOOK_S = 0.5
 async def keep_scaled(
     service: Service, scaling: AutoscalingLimits, every_s: float = LOOK_S
 ) -> None:
-    """Give a service as many workers as :mod:`echelon.scheduling.autoscaling` wants, until cancelled."""
+    """Resize a service as :mod:`echelon.scheduling.autoscaling` says, until cancelled."""
     scaler = Autoscaler(scaling)
     while True:
         await asyncio.sleep(every_s)

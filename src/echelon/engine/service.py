@@ -35,14 +35,13 @@ if TYPE_CHECKING:
 
     from echelon.engine.events import Listener
     from echelon.engine.worker import Worker
-    from echelon.models.base import ModelInfo
     from echelon.options import Truncation
     from echelon.scheduling.fair_queue import Priority
+    from echelon.scheduling.fit import Prior
     from echelon.tokenization.chunking import Chunking, Side
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tuning.fit import Prior
-    from echelon.types import Clock, Pair, TokenBatch
+    from echelon.types import Clock, ModelInfo, Pair, TokenBatch
 
 CANARY: Pair = ("is anybody there", "A bird sings in the mine.")
 """A pair that any model can score: readiness means that it was, not that a port is open."""

@@ -25,9 +25,8 @@ from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from echelon.engine.engine import Engine, StepLimits
-    from echelon.models.base import ModelInfo
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import Answer, TokenBatch
+    from echelon.types import Answer, ModelInfo, TokenBatch
 
 
 class LocalWorker:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from echelon.engine.dispatcher import Dispatcher, PreparedStep
     from echelon.engine.events import WorkerState
     from echelon.engine.worker import Worker
-    from echelon.models.base import ModelInfo
     from echelon.scheduling.queue import PlannedStep
-    from echelon.types import TokenBatch
+    from echelon.types import ModelInfo, TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.models.base import ModelInfo, Scorer
-    from echelon.types import FloatArray, TokenBatch
+    from echelon.models.base import Scorer
+    from echelon.types import FloatArray, ModelInfo, TokenBatch
 
 HEADER = struct.Struct("!Q")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from echelon.integrations.flag_embedding import FlagReranker
     from echelon.integrations.sentence_transformers import CrossEncoder
 
-_HOMES = {"CrossEncoder": "cross_encoder", "FlagReranker": "flag"}
+_HOMES = {"CrossEncoder": "sentence_transformers", "FlagReranker": "flag_embedding"}
 
 __all__ = ["CrossEncoder", "FlagReranker"]
 

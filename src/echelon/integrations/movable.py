@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from echelon.integrations.sentence_transformers import CrossEncoder
-    from echelon.models.base import ModelInfo
+    from echelon.types import ModelInfo
 
 TRAINING = "Echelon scores, it does not train or save. Use sentence_transformers for that."
 POOLS = "One process uses one device. Start a process for each device and share the pairs out."

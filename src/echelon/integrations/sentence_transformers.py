@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from echelon.integrations.activation import Activation
-    from echelon.models.base import ModelInfo
-    from echelon.types import FloatArray, Pair
+    from echelon.types import FloatArray, ModelInfo, Pair
 
 OWNER = "cross-encoder"
 """Whose a hub name without an owner is."""

@@ -168,7 +168,7 @@ class DriveResult:
     ledger: RequestRecords
     warmup_s: float
     ended_s: float
-    health: GeneratorHealth = GeneratorHealth()  # noqa: RUF009 - frozen, so that all may share one
+    health: GeneratorHealth = GeneratorHealth()
     complaints: dict[str, tuple[int, str]] = field(default_factory=dict)
     unfinished: int = 0
     interrupted: bool = False

@@ -275,7 +275,8 @@ def _search_verdict(result: LoadTestResult, promised: str) -> str:
     best = found.best.run.summary
     return (
         f"{wording.number(found.rate)} requests/s held {promised}: P99 "
-        f"{wording.duration(best.p99_s or 0.0)}, {wording.number(best.documents_per_s)} documents/s."
+        f"{wording.duration(best.p99_s or 0.0)}, {wording.number(best.documents_per_s)} "
+        "documents/s."
         f"{LIMITS[found.limit]}"
     )
 

@@ -5,7 +5,6 @@ A step as rectangles, for scorers that cannot do without padding. No torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from echelon.types import Cost, FloatArray, TokenBatch
+    from echelon.types import FloatArray, ModelInfo, TokenBatch
 
 
 class DeviceOutOfMemory(Exception):
@@ -30,31 +29,6 @@ class WorkerGone(WorkerDied):
 
 class WorkerWedged(WorkerDied):
     """The process that scores gave no answer in time and was killed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What a scorer is and how it pays.
-
-    Attributes:
-        family: architecture, such as ``xlm-roberta``.
-        device: ``cpu`` or ``cuda:N``.
-        device_name: the processor's or card's own name.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        max_tokens: longest pair the model's positions allow, special tokens included.
-        cost: ragged or padded.
-        weights_bytes: memory of the loaded weights, memory-mapped tables left out.
-        threads: CPU threads a forward pass uses; 0 on other devices.
-    """
-
-    family: str
-    device: str
-    device_name: str
-    precision: str
-    max_tokens: int
-    cost: Cost
-    weights_bytes: int
-    threads: int
 
 
 class Scorer(Protocol):

@@ -15,11 +15,10 @@ import torch
 from torch.nn import functional
 
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
-from echelon.models.base import ModelInfo
 from echelon.models.checkpoint import MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
 from echelon.models.fused import Norm, Product, Rows, add_norm, settle, values_of
-from echelon.types import TokenBatch
+from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.models.base import DeviceOutOfMemory, ModelInfo
+from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.packing import step_cost
+from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from echelon.types import Cost, FloatArray, TokenBatch

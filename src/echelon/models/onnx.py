@@ -10,8 +10,9 @@ import numpy as np
 
 from echelon.errors import BadCheckpoint, MissingDependency, UnsupportedModel
 from echelon.models.architecture import NATIVE_FAMILIES, read_config, read_object
-from echelon.models.base import UNBOUNDED_MAX_TOKENS, DeviceOutOfMemory, ModelInfo, pad
+from echelon.models.base import UNBOUNDED_MAX_TOKENS, DeviceOutOfMemory, pad
 from echelon.models.device import cpu_name, give_back
+from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from pathlib import Path

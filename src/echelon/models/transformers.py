@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
-from echelon.models.base import UNBOUNDED_MAX_TOKENS, ModelInfo, pad
+from echelon.models.base import UNBOUNDED_MAX_TOKENS, pad
 from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
+from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from pathlib import Path

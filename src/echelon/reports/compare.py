@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from echelon.reports.profile_view import Number, ProfileView
-    from echelon.tuning.fit import CostFit, MemoryFit
+    from echelon.scheduling.fit import CostFit, MemoryFit
 
 Row = dict[str, Any]
 

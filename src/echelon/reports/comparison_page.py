@@ -117,7 +117,7 @@ def write_page(
 def render(a: ProfileView, b: ProfileView, found: PageRow, *, lang: str = "en") -> str:
     """The page as HTML; arguments as in :func:`write_page`."""
     with speaking(lang):
-        return fill("echelon.reports", "compare.html.j2", _content(a, b, found))
+        return fill("echelon.reports", "templates/compare.html.j2", _content(a, b, found))
 
 
 def _content(a: ProfileView, b: ProfileView, found: PageRow) -> PageRow:

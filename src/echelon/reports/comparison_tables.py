@@ -15,7 +15,7 @@ from rich.text import Text
 from echelon.reports import wording
 from echelon.reports.html import listed, mark, told, tr
 from echelon.reports.ratio import factor
-from echelon.tuning.choose import TIE
+from echelon.reports.statistics import TIE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

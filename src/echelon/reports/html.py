@@ -69,7 +69,7 @@ def speaking(language: str) -> Iterator[None]:
 
 @cache
 def _catalogue(language: str) -> MessageCatalogue:
-    text = (files("echelon.tuning") / f"{language}.json").read_text(encoding="utf-8")
+    text = (files("echelon.reports") / f"messages/{language}.json").read_text(encoding="utf-8")
     content = json.loads(text)
     longest_first = sorted(content["kept"].items(), key=lambda item: -len(item[0]))
     kept = tuple((_pattern(english), translation) for english, translation in longest_first)
@@ -144,7 +144,7 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda base: _read("echelon.tuning", base)),
+        loader=jinja2.FunctionLoader(lambda base: _read("echelon.reports", base)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

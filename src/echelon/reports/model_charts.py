@@ -11,8 +11,8 @@ from echelon.reports import wording
 from echelon.reports.html import listed, mark, told, tr
 from echelon.reports.plots import COLOURS, LINES, PAPER, WIDE, Chart, log_ticks
 from echelon.scheduling.cost_model import Work
+from echelon.scheduling.fit import CostFit, MemoryFit
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.reports import wording
 from echelon.reports.html import mark, tr
 from echelon.reports.profile_view import knees
-from echelon.tuning.sweep import CONFIDENCE
+from echelon.reports.statistics import CONFIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -15,18 +15,18 @@ from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports import wording
 from echelon.reports.ratio import KnownValue
+from echelon.reports.statistics import ENOUGH, TIE
 from echelon.reports.wording import measured
 from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.fit import CostFit, MemoryFit
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.choose import ENOUGH, TIE
-from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
     from echelon.reports.wording import Entry
-    from echelon.tuning.fit import FitError
+    from echelon.scheduling.fit import FitError
 
 
 def find(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echelon.reports import wording
 from echelon.reports.html import mark, told, tr
-from echelon.tuning.choose import TIE
-from echelon.tuning.sweep import CONFIDENCE
+from echelon.reports.statistics import CONFIDENCE, TIE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,8 +14,8 @@ from echelon.reports import wording
 from echelon.reports.html import listed, tr
 from echelon.reports.model_charts import limit_of
 from echelon.reports.profile_view import chosen, fastest, slower
+from echelon.reports.statistics import TIE
 from echelon.reports.summary import SERVED, agreement
-from echelon.tuning.choose import TIE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,9 +20,8 @@ from echelon.reports.plots import charts
 from echelon.reports.profile_view import chosen, find, slowest
 from echelon.reports.rules_of_thumb import rules
 from echelon.reports.scenario_charts import agreement_charts, curve_chart
+from echelon.reports.statistics import CONFIDENCE, ENOUGH, TIE
 from echelon.reports.summary import longest
-from echelon.tuning.choose import ENOUGH, TIE
-from echelon.tuning.sweep import CONFIDENCE
 
 if TYPE_CHECKING:
     import os
@@ -287,7 +286,9 @@ def render(
 ) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
     with speaking(lang):
-        return fill("echelon.tuning", "report.html.j2", _content(profile, str(profile_path)))
+        return fill(
+            "echelon.reports", "templates/report.html.j2", _content(profile, str(profile_path))
+        )
 
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ texts, devices or threads; whoever drives it (server, async API, simulator) exec
 The discipline and its reasons are in docs/decisions/0007-batcher.md:
 
 1. Work-conserving: where anything waits, :meth:`Batcher.next_step` gives a step; there is no timer.
-2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`; the first in it is in every
+2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`; the first in it
+is in every
    step, so a short request behind a long one is in the very next.
 3. Requests whose deadline is in danger may have half of a step, earliest deadline first.
 4. A pair that several requests wait for is scored once.

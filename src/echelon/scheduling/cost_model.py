@@ -24,12 +24,13 @@ Pure: it is told what steps took and answers what the next will take; it must no
 devices or the time of day. ``T = base + token · Σ n + square · Σ n² + beyond · max(0, Σ n − knee)``
 with n the tokens of a pair: the linear layers pay for tokens, attention for their squares, and a
 device that small steps leave idle pays for tokens only beyond its knee. A padded scorer pays for
-every pair as if it were the longest. :mod:`echelon.tuning.fit` measures the prices,
+every pair as if it were the longest. :mod:`echelon.scheduling.fit` measures the prices,
 :mod:`echelon.scheduling.cost_model` keeps them true while steps run.
 
 The memory model: how much a step needs at its peak, from the lengths of its pairs alone. Pure.
 
-``fixed + token · Σ n + square · Σ n²``, as :mod:`echelon.scheduling.cost_model` counts. It holds for the
+``fixed + token · Σ n + square · Σ n²``, as :mod:`echelon.scheduling.cost_model` counts. It holds
+for the
 process on CPU and for the card on CUDA.
 """
 

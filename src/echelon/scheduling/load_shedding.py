@@ -102,7 +102,8 @@ NEWS = {
         ),
     ),
 }
-"""What the log says when falling back begins and ends, see :mod:`echelon.scheduling.load_shedding`."""
+"""What the log says when falling back begins and ends, see
+:mod:`echelon.scheduling.load_shedding`."""
 
 
 class LoadShedding:

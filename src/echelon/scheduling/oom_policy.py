@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from echelon.models.base import ModelInfo
     from echelon.options import Allowance
     from echelon.scheduling.queue import PlannedStep
+    from echelon.types import ModelInfo
 
 SHORTEST_MAX_LENGTH = 64
 """Tokens below which cutting documents further would leave nothing worth scoring."""

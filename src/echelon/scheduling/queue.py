@@ -6,7 +6,8 @@ score. A request keeps its units in the order in which it gives them away.
 Which requests inside should end next, and what has to be done until then.
 
 Pure: looks at the batcher's records and changes nothing. Requests end in the fair order
-(:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all run already, or the first in
+(:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all run already, or
+the first in
 that order; the large ones behind it do not matter. A step under way counts whole, as the batcher
 does not know when it began, and deadlines are not looked at: both let requests end earlier only.
 """

@@ -1,7 +1,8 @@
 """The token budget while steps run: down at once where they do not fit or come late, up slowly.
 
 Pure: it is told how steps ended and answers with the budget from now on. Down by halves is for
-memory (:mod:`echelon.scheduling.oom_policy` says how far), down by a quarter for lateness; up by an eighth
+memory (:mod:`echelon.scheduling.oom_policy` says how far), down by a quarter for lateness; up by
+an eighth
 after many steps that went well. Each time that memory runs out again the way up takes twice as
 long, so that a device that has really become smaller is not run into for ever.
 """

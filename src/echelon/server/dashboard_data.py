@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from echelon.engine.state import ServiceSnapshot
-    from echelon.models.base import ModelInfo
     from echelon.server.rolling_stats import ServerEvent, StatsView
+    from echelon.types import ModelInfo
 
     Row = dict[str, float | None]
 

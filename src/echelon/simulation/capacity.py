@@ -1,6 +1,7 @@
 """How many machines a rate takes under a goal. Pure and deterministic.
 
-A cell of machines is simulated under rising load (:mod:`echelon.simulation.outcome`); a fleet between
+A cell of machines is simulated under rising load (:mod:`echelon.simulation.outcome`); a fleet
+between
 two sizes of cell is as good as the smaller, and one beyond the largest as good as that: pooling
 only helps. So the number of machines never goes down when the rate goes up.
 

@@ -1,7 +1,8 @@
 """Thousands of replicas: a lighter model of each service behind a router.
 
 Pure and deterministic. A replica keeps the batcher's discipline (fair order, token budget, the next
-step formed just before the running one ends) and counts where :mod:`echelon.simulation.server_simulation` looks
+step formed just before the running one ends) and counts where
+:mod:`echelon.simulation.server_simulation` looks
 at each pair: the pairs of a request all have its mean length, and a padded scorer pays a share
 more than its tokens, as measured by packing a sample. Left out besides: deadlines, priorities,
 and pairs that several requests share. Tests hold it to the exact one.

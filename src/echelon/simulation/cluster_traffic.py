@@ -2,7 +2,8 @@
 
 A workload in blocks of numbers, for simulations of millions of requests. Pure.
 
-The same distributions as :meth:`echelon.simulation.workload.Workload.requests`, drawn a block at a time
+The same distributions as :meth:`echelon.simulation.workload.Workload.requests`, drawn a block at a
+time
 and with each request's lengths summed up: 100 times faster, and other random numbers.
 """
 

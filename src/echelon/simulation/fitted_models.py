@@ -15,8 +15,8 @@ import numpy as np
 from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel, MemoryModel
+from echelon.scheduling.fit import CostFit, MemoryFit
 from echelon.simulation.workload import LognormalSize
-from echelon.tuning.fit import CostFit, MemoryFit
 
 if TYPE_CHECKING:
     from echelon.profile import Profile

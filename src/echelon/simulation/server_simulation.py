@@ -2,9 +2,11 @@
 
 One service, exactly: the real batcher and the real admission on a virtual clock.
 
-Pure and deterministic. Steps follow one another as :mod:`echelon.engine.supervisor` sends them: an idle
+Pure and deterministic. Steps follow one another as :mod:`echelon.engine.supervisor` sends them: an
+idle
 worker takes a step at once; a busy one takes its next step when the running one should end in
-:data:`~echelon.scheduling.queue.LEAD_S`, and what comes later waits for the step after. The cost model
+:data:`~echelon.scheduling.queue.LEAD_S`, and what comes later waits for the step after. The cost
+model
 says how long steps take; the batcher has a copy of it and learns from each step, as in a server.
 
 Left out: memory trouble, workers that die, and the queue for the threads that tokenise.

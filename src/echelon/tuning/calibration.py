@@ -17,8 +17,8 @@ from echelon.errors import EchelonError, TooNoisy
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
 from echelon.reports.html import kept
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
+from echelon.scheduling.fit import fit_cost, fit_memory
 from echelon.tokenization.pairs import gather
-from echelon.tuning.fit import fit_cost, fit_memory
 from echelon.tuning.machine import MemoryMeter, meter_of
 from echelon.tuning.probes import FEWEST_ROUNDS, choose, growing, measure
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from echelon.data import Texts
     from echelon.engine.worker import ScorerFactory
-    from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.base import Scorer
     from echelon.scheduling.cost_model import Coefficients
+    from echelon.scheduling.fit import Probe
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tuning.fit import Probe
     from echelon.tuning.probes import LengthRange, Lengths
-    from echelon.types import Clock, TokenBatch
+    from echelon.types import Clock, ModelInfo, TokenBatch
 
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class Calibration:
     """What the probes gave, as the profile holds it; None where it was refused.
 
     Attributes:
-        cost: see :class:`echelon.tuning.fit.CostFit`.
-        memory: see :class:`echelon.tuning.fit.MemoryFit`.
+        cost: see :class:`echelon.scheduling.fit.CostFit`.
+        memory: see :class:`echelon.scheduling.fit.MemoryFit`.
         warnings: why something was refused, and the remedy.
     """
 

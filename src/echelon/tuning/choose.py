@@ -10,17 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from echelon.reports.html import kept
+from echelon.reports.statistics import ENOUGH, TIE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from echelon.tuning.sweep import MeasuredPoint
-
-TIE = 0.03
-"""Medians within 3 % are a tie: repeated sweeps of one machine differ by as much."""
-
-ENOUGH = 0.95
-"""Share of the best throughput that a frugal setting must keep."""
 
 
 @dataclass(frozen=True, slots=True)

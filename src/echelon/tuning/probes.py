@@ -1,4 +1,4 @@
-"""Probes: a few steps of chosen shapes, measured in turn, for :mod:`echelon.tuning.fit`.
+"""Probes: a few steps of chosen shapes, measured in turn, for :mod:`echelon.scheduling.fit`.
 
 Which shapes tell most is decided before anything is measured, from the default prices: each shape
 is a row of the least-squares problem, and the next of its size is the one that adds most to what is
@@ -17,8 +17,8 @@ import numpy as np
 
 from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.fit import Probe
 from echelon.scheduling.packing import step_cost
-from echelon.tuning.fit import Probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

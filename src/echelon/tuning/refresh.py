@@ -19,10 +19,10 @@ from echelon.models.hub import resolve
 from echelon.options import check_max_length
 from echelon.profile import apply_profile, current_key
 from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.fit import MOST_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.calibration import StepFactory, models_of
-from echelon.tuning.fit import MOST_MEDIAN, CostFit, FitError
 from echelon.tuning.machine import meter_of
 from echelon.tuning.probes import LengthRange, measure
 from echelon.tuning.tuner import probe, tune

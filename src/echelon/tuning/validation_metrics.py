@@ -96,7 +96,8 @@ class Validation:
             server.
         held: whether the goal and the limit held.
         doubts: why the numbers may mislead.
-        noise: of its steps' times, see :class:`echelon.simulation.server_simulation.SimulationSettings`; None where there
+        noise: of its steps' times, see
+        :class:`echelon.simulation.server_simulation.SimulationSettings`; None where there
             is no server.
     """
 

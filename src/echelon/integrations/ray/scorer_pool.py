@@ -142,7 +142,7 @@ class _Member:
 
 
 class RayScorerPool:
-    """Workers of a Ray cluster that score windows; see :class:`echelon.offline.scoring.WindowScorer`.
+    """A :class:`echelon.offline.scoring.WindowScorer` over the workers of a Ray cluster.
 
     Args:
         model: as there; a folder must be on every machine.

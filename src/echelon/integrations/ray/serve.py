@@ -1,6 +1,7 @@
 """The server on Ray Serve: the same HTTP application, its workers anywhere in the cluster.
 
-``serve run echelon.integrations.ray.serve:app model=demo`` or a YAML file under ``deploy/ray``. Each replica
+``serve run echelon.integrations.ray.serve:app model=demo`` or a YAML file under ``deploy/ray``.
+Each replica
 of the one deployment is a whole server (tokeniser, queue, admission) whose workers are actors: a
 worker takes a step whenever it is about to be free, so the one with the fewest tokens before it is
 always the next (docs/decisions/0010-ray.md).

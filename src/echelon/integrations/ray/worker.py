@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
     from echelon.engine.launch import PreparedModel
     from echelon.engine.worker import Reply, ScorerFactory
-    from echelon.models.base import ModelInfo, Scorer
+    from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
+    from echelon.types import ModelInfo
 
 
 @dataclass(frozen=True, slots=True)

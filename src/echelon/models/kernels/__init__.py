@@ -3,7 +3,8 @@
 The compiled kernels, where they were built and the processor can run them.
 
 Plain C functions behind ctypes: nothing in them depends on a version of torch or Python. What they
-compute is in ``attention.cpp`` and ``rows.cpp``; :mod:`echelon.models.fused` says the same in torch,
+compute is in ``attention.cpp`` and ``rows.cpp``; :mod:`echelon.models.fused` says the same in
+torch,
 for machines without them.
 """
 

@@ -1,0 +1,63 @@
+"""A service for a real model: the scores of the library, out of another process."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from helpers import SENTENCES
+
+from echelon import InvalidInput, ModelNotFound, Reranker
+from echelon.engine.launch import device_of, launch, prepare, threads_of
+from echelon.options import Options
+
+PAIRS = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
+
+
+def test_the_same_scores_as_the_library(bert):
+    with Reranker(bert, device="cpu", threads=1) as reranker:
+        expected = reranker.score_pairs(PAIRS)
+
+    async def main():
+        service = await launch(bert, device="cpu", threads=1, token_budget=200, wedge_after_s=45.0)
+        try:
+            answers = await asyncio.gather(*(service.submit(PAIRS) for _ in range(3)))
+            assert service.facts.family == "bert"
+            assert service.longest() == 130
+            assert service.settings.wedge_after_s == 45.0
+        finally:
+            await service.stop()
+        for answer in answers:
+            assert answer.logits.tolist() == pytest.approx(expected.logits.tolist(), abs=1e-4)
+            assert answer.truncated_tokens.tolist() == expected.truncated_tokens.tolist()
+            assert answer.tokens == expected.report.tokens
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_launched_says_why(tmp_path):
+    with pytest.raises(InvalidInput, match="unknown option"):
+        asyncio.run(launch("demo", bach_size=3))
+    with pytest.raises(ModelNotFound):
+        asyncio.run(launch(tmp_path))
+    with pytest.raises(InvalidInput, match="workers: 0 is not positive"):
+        asyncio.run(launch("demo", workers=0))
+
+
+def test_workers_open_the_model_where_they_are_told(bert):
+    options = Options(device="cpu", threads=2)
+    opener = prepare(bert, options, None).opener
+    assert (
+        opener("cuda:1", 3).keywords | {"device": "cuda:1", "threads": 3}
+        == opener("cuda:1", 3).keywords
+    )
+    assert (opener().keywords["device"], opener().keywords["threads"]) == ("cpu", 2)
+
+
+def test_workers_share_the_machine(monkeypatch):
+    monkeypatch.setattr("echelon.engine.launch.usable_cpus", lambda: 8)
+    assert [threads_of(None, workers) for workers in (1, 2, 3, 16)] == [None, 4, 2, 1]
+    assert threads_of(5, 2) == 5
+    assert [device_of("cuda", number, 2) for number in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert device_of("cuda", 0, 1) == "cuda"
+    assert device_of("auto", 1, 2) == "auto"

@@ -1,0 +1,284 @@
+"""The service with real child processes and a scorer without weights: nothing accepted is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from functools import partial
+
+import pytest
+import scorers
+from scorers import Obedient
+from services import GUARD_S, Ears, run, scores, service, texts, until, wish
+
+from echelon.engine.events import NullListener, RequestEnded
+from echelon.engine.state import ServiceSettings
+from echelon.errors import (
+    DeadlinePassed,
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    ShuttingDown,
+    TooLarge,
+    WorkerLost,
+)
+from echelon.scheduling.admission import AdmissionLimits
+
+
+def test_answers_are_the_scorers_own_whoever_else_asks():
+    ears = Ears()
+
+    async def main(made):
+        answers = await asyncio.gather(*(made.submit(texts(seed)) for seed in range(40)))
+        for seed, answer in enumerate(answers):
+            assert answer.logits.tolist() == scores(texts(seed))
+            assert answer.truncated_tokens.tolist() == [0] * 5
+            assert answer.tokens == sum(len(q) + len(d) + 3 for q, d in texts(seed))
+            assert answer.timings.total_s >= answer.timings.queue_s >= 0
+            assert len(answer.batch_sizes) >= 1
+        assert max(size for answer in answers for size in answer.batch_sizes) > 5
+        snapshot = made.snapshot()
+        assert (snapshot.requests, snapshot.load.tokens, snapshot.workers) == (0, 0, 1)
+
+    run(main, service(ears=ears))
+    steps = ears.of("StepFinished")
+    assert sum(step.pairs for step in steps) == 200
+    assert all(step.predicted_s > 0 for step in steps)
+    assert [event.outcome for event in ears.of("RequestEnded")] == ["answered"] * 40
+    states = ears.states()
+    assert states == ["starting", "up", "stopped"]
+
+
+def test_nothing_asked_is_nothing_done():
+    async def main(made):
+        answer = await made.submit([])
+        assert answer.logits.shape == answer.truncated_tokens.shape == (0,)
+
+    run(main, service())
+
+
+def test_identical_pairs_in_flight_are_scored_once():
+    ears = Ears()
+
+    async def main(made):
+        answers = await asyncio.gather(*(made.submit(texts(1)) for _ in range(10)))
+        assert all(answer.logits.tolist() == scores(texts(1)) for answer in answers)
+
+    run(main, service(ears=ears))
+    assert sum(step.pairs for step in ears.of("StepFinished")) < 50
+
+
+def test_truncation_is_told():
+    async def main(made):
+        answer = await made.submit([("query", "d" * 100), ("query", "d")])
+        assert answer.truncated_tokens.tolist() == [100 + 5 + 3 - 60, 0]
+        wider = await made.submit([("query", "d" * 100)], max_length=512)
+        assert wider.truncated_tokens.tolist() == [0]
+        with pytest.raises(InvalidInput, match="beyond the model's 512"):
+            await made.submit([("query", "d")], max_length=513)
+
+    run(main, service(max_length=60))
+
+
+def test_bad_input_names_the_document():
+    async def main(made):
+        with pytest.raises(InvalidInput, match=r"pairs\[1\]"):
+            await made.submit([("q", "d"), None])
+        pairs = texts(1, 100)
+        pairs[70] = ("query", None)
+        with pytest.raises(InvalidInput, match=r"pairs\[70\]\.document: is NoneType"):
+            await made.submit(pairs)
+        assert made.snapshot().requests == 0
+
+    run(main, service())
+
+
+def test_several_workers_share_one_queue():
+    ears = Ears()
+
+    async def main(made):
+        answers = await asyncio.gather(*(made.submit(texts(seed, 20)) for seed in range(30)))
+        for seed, answer in enumerate(answers):
+            assert answer.logits.tolist() == scores(texts(seed, 20))
+
+    run(main, service(partial(Obedient, pace_s=0.00003), ears=ears, workers=2, token_budget=300))
+    assert {step.worker for step in ears.of("StepFinished")} == {0, 1}
+
+
+# Overload and deadlines.
+
+
+def test_a_full_house_refuses_whole_requests_and_keeps_its_word():
+    ears = Ears()
+    bounds = AdmissionLimits(max_requests=4)
+
+    async def main(made):
+        answers = await asyncio.gather(
+            *(made.submit(texts(seed)) for seed in range(12)), return_exceptions=True
+        )
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        served = [answer for answer in answers if not isinstance(answer, Exception)]
+        assert (len(served), len(refused)) == (4, 8)
+        assert all(error.retry_after_s > 0 for error in refused)
+        assert (await made.submit(texts(1))).logits.tolist() == scores(texts(1))
+        with pytest.raises(TooLarge):
+            await made.submit([("q", "d")] * 10_001)
+
+    run(main, service(ears=ears, bounds=bounds))
+    assert {event.reason for event in ears.of("Refused")} == {"requests_full", "too_many_documents"}
+
+
+def test_a_deadline_that_cannot_be_met_burns_nothing():
+    ears = Ears()
+
+    async def main(made):
+        with pytest.raises(DeadlinePassed, match="even on an idle server"):
+            await made.submit(texts(1, 1000), deadline=made.clock() + 0.5)
+        with pytest.raises(DeadlinePassed):
+            await made.submit(texts(1), deadline=made.clock())
+
+    run(main, service(partial(Obedient, pace_s=0.0001), ears=ears))
+    assert ears.of("StepFinished") == []
+
+
+def test_a_deadline_that_passes_in_the_queue_takes_the_request_out():
+    ears = Ears()
+
+    async def main(made):
+        hanging = asyncio.create_task(made.submit(wish(scorers.HANG)))
+        await until(lambda: made.snapshot().load.running_s)
+        with pytest.raises(DeadlinePassed, match="while the request waited"):
+            await made.submit(texts(1), deadline=made.clock() + 0.3)
+        assert made.snapshot().load.tokens == 0
+        hanging.cancel()
+        await asyncio.wait([hanging])
+
+    run(main, service(ears=ears))
+    assert len(ears.of("StepFinished")) == 0
+    assert [event.outcome for event in ears.of("RequestEnded")] == ["expired", "cancelled"]
+
+
+def test_a_caller_who_goes_takes_his_work_along():
+    ears = Ears()
+
+    async def main(made):
+        gone = [asyncio.create_task(made.submit(texts(seed, 50))) for seed in range(5)]
+        await until(lambda: made.snapshot().load.requests == 5)
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+        assert made.snapshot().load.pairs == 0
+        assert (await made.submit(texts(9))).logits.tolist() == scores(texts(9))
+
+    run(main, service(partial(Obedient, pace_s=0.0002), ears=ears, token_budget=100))
+    assert sum(step.pairs for step in ears.of("StepFinished")) < 60
+    outcomes = [event.outcome for event in ears.of("RequestEnded")]
+    assert sorted(outcomes) == ["answered"] + ["cancelled"] * 5
+
+
+def test_one_document_overtakes_a_thousand():
+    ears = Ears()
+
+    async def main(made):
+        long = asyncio.create_task(made.submit(texts(1, 1000)))
+        await until(lambda: len(ears.of("StepFinished")) >= 3)
+        before = len(ears.of("StepFinished"))
+        await made.submit(texts(2, 1))
+        assert len(ears.of("StepFinished")) - before <= 4
+        assert not long.done()
+        long.cancel()
+        await asyncio.wait([long])
+
+    run(main, service(partial(Obedient, pace_s=0.0001), ears=ears, token_budget=300))
+
+
+# Its life.
+
+
+def test_a_model_that_cannot_be_opened_says_so():
+    async def main():
+        made = service(scorers.missing)
+        with pytest.raises(ModelNotFound, match="no such folder"):
+            await made.start()
+        with pytest.raises(WorkerLost, match="ended with exit code 3"):
+            await service(scorers.dying, workers=2).start()
+
+    asyncio.run(main())
+
+
+def test_draining_answers_what_is_inside_and_takes_nothing_more():
+    async def main(made):
+        inside = [asyncio.create_task(made.submit(texts(seed, 20))) for seed in range(10)]
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(made.drain(GUARD_S))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown):
+            await made.submit(texts(1))
+        assert not (await made.ready()).ready
+        assert await draining
+        answers = [task.result() for task in inside]
+        assert all(len(answer.logits) == 20 for answer in answers)
+
+    run(main, service(partial(Obedient, pace_s=0.00002)))
+
+
+def test_stopping_tells_whoever_still_waits():
+    async def main(made):
+        inside = asyncio.create_task(made.submit(wish(scorers.HANG)))
+        await until(lambda: made.snapshot().load.running_s)
+        assert not await made.drain(0.01)
+        await made.stop()
+        with pytest.raises(ShuttingDown, match="stopped before the request was done"):
+            await inside
+        with pytest.raises(ShuttingDown):
+            await made.submit(texts(1))
+        await made.stop()
+
+    before = threading.active_count()
+    run(main, service())
+    guard = time.monotonic() + GUARD_S
+    while threading.active_count() > before:  # those that only have to notice
+        assert time.monotonic() < guard, threading.enumerate()
+        time.sleep(0.01)
+
+
+def test_readiness_is_a_score_and_not_a_port():
+    ears = Ears()
+
+    async def main(made):
+        assert (await made.ready()).ready
+        assert ears.of("StepFinished") == []  # the warm-up is fresh enough
+        made._dispatch.last_scored = None
+        probes = await asyncio.gather(*(made.ready() for _ in range(5)))
+        assert all(probe.ready for probe in probes)
+        assert len(ears.of("StepFinished")) == 1
+        made._keepers[0].up = False
+        assert "no worker is up" in (await made.ready()).reason
+
+    run(main, service(ears=ears))
+    assert not asyncio.run(service().ready()).ready
+
+
+def test_a_listener_that_raises_harms_nobody(caplog):
+    class Deaf(NullListener):
+        def step_finished(self, event):
+            raise RuntimeError("no metrics today")
+
+        def request_ended(self, event: RequestEnded):
+            raise RuntimeError("none at all")
+
+    async def main(made):
+        assert len((await made.submit(texts(1))).logits) == 5
+
+    run(main, service(ears=Deaf()))
+    assert "This is a bug in it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "field", ["workers", "token_budget", "max_pairs", "max_length", "wedge_after_s"]
+)
+def test_settings_that_make_no_sense(field):
+    with pytest.raises(InvalidInput) as caught:
+        ServiceSettings(**{field: 0})
+    assert caught.value.field == field

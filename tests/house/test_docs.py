@@ -1,0 +1,115 @@
+"""The documentation says what the code does: modules, options, errors, links, commands."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+import echelon
+from echelon import cli, errors
+from echelon.options import Options
+from echelon.scheduling import oom_policy
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")],
+    key=lambda path: path.as_posix(),
+)
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+
+
+def text(path):
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", text(page)):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_module_is_in_the_architecture_and_none_that_is_not():
+    prefix = "echelon."
+    found = {
+        module.name
+        for module in pkgutil.walk_packages(echelon.__path__, prefix)
+        if not module.ispkg and not module.name.endswith("__main__")
+    } | {"echelon.data"}
+    page = text(ROOT / "docs/ARCHITECTURE.md")
+    listed = set(re.findall(r"^\| `(echelon[\w.]*)` \|", page, re.MULTILINE))
+    assert listed == found
+
+
+def test_the_ladder_in_the_architecture_is_the_ladder():
+    page = text(ROOT / "docs/ARCHITECTURE.md")
+    section = page[page.index("## The memory ladder") :]
+    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert listed == [rung.__name__.removeprefix("_") for rung in oom_policy.RUNGS]
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_readmes_name_every_option_command_and_exit_code(readme):
+    page = text(readme)
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == {f.name for f in fields(Options)}
+    for command in cli.cli.commands:
+        assert f"echelon {command}" in page
+    classes = [v for v in vars(errors).values() if isinstance(v, type)]
+    codes = {c.exit_code for c in classes if issubclass(c, errors.EchelonError)}
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert documented == codes | {0, cli.INTERRUPTED}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
+def test_commands_in_the_readmes_exist(readme):
+    blocks = re.findall(r"```bash\n(.*?)```", text(readme), re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    makefile = text(ROOT / "Makefile")
+    seen = 0
+    for line in lines:
+        for word in re.findall(r"(?:^|\| )make (\w+)", line):
+            assert re.search(rf"^{word}:", makefile, re.MULTILINE), line
+        for called in re.findall(r"(?:^|\| )echelon (\w+)", line):
+            known = {o for p in cli.cli.commands[called].params for o in p.opts}
+            used = set(re.findall(r"(--[\w-]+)", line))
+            assert used <= known, line
+            seen += 1
+    assert seen >= 6
+
+
+def test_the_chinese_readme_has_every_section_and_code_block_of_the_english():
+    english, chinese = (text(readme) for readme in READMES)
+    for mark in (r"^## ", r"^### ", r"^```", r"^\| "):
+        counts = [len(re.findall(mark, page, re.MULTILINE)) for page in (english, chinese)]
+        assert counts[0] == counts[1], mark
+
+
+def test_every_command_line_option_has_a_help_text_or_a_telling_default():
+    for name, command in cli.cli.commands.items():
+        for param in command.params:
+            if isinstance(param, click.Option):
+                assert param.help or param.show_default, f"{name} {param.opts}"
+
+
+def test_results_are_committed_with_the_command_that_made_them():
+    results = list((ROOT / "benchmarks/results").glob("*.json"))
+    assert results
+    for result in results:
+        assert '"command": "python benchmarks/' in text(result), result.name
+
+
+def test_no_file_names_a_package_registry():
+    hosts = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian\.org")
+    named = [
+        path
+        for pattern in ("*.md", "*.toml", "*.lock", "Makefile", "src/**/*.py", "docs/**/*.md")
+        for path in ROOT.glob(pattern)
+        if hosts.search(text(path))
+    ]
+    assert named == []

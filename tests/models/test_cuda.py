@@ -1,0 +1,302 @@
+"""The CUDA path against the CPU's fp32; skipped where there is no card."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers import LIMITS, NATIVE, SENTENCES, random_batch, reference_logits, vocabulary_of
+from scipy.stats import kendalltau
+from torch.profiler import ProfilerActivity, profile
+
+from echelon import Reranker
+from echelon.data import load_texts
+from echelon.models.attention_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
+from echelon.models.cuda_graphs import FIRST_PATIENCE
+from echelon.models.registry import open_scorer
+from echelon.models.staging import MOST_TOKENS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here (or torch was built without CUDA)"
+)
+
+PRECISIONS = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
+"""And how far a logit of a toy model may be from transformers' in fp32."""
+
+PAIRS = [(SENTENCES[i % 10], SENTENCES[(i * 3 + 1) % 10] * (i % 3 + 1)) for i in range(40)]
+
+MIXES = {
+    "shortest": [3],
+    "one token": [1],
+    "longest": [-1],
+    "many equal": [23] * 17,
+    "all different": [3, 41, 7, 5, 90, 12, 60, 4, 33, 21],
+    "longest among shortest": [3, -1, 3, -1, -1, 4],
+    "a full bucket": [60, 60, 8],
+    "many short": [*range(3, 20)] * 4,
+    "large": [90] * 30,
+}
+
+
+def older_than_ampere():
+    return torch.cuda.get_device_capability()[0] < 8
+
+
+def batch_of(folder, family, lengths, seed=0):
+    lengths = [n if n > 0 else LIMITS[family] + 1 + n for n in lengths]
+    return random_batch(lengths, vocabulary_of(folder), seed, types=family == "bert")
+
+
+@pytest.fixture
+def opened():
+    """Opens scorers on the card and closes them."""
+    scorers = []
+
+    def open_on_card(folder, precision):
+        scorers.append(open_scorer(folder, device="cuda", precision=precision))
+        return scorers[-1]
+
+    yield open_on_card
+    for scorer in scorers:
+        scorer.close()
+
+
+# Scores
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scores_are_the_references(toy, opened, family, precision):
+    folder = toy(family)
+    scorer = opened(folder, precision)
+    for name, lengths in MIXES.items():
+        batch = batch_of(folder, family, lengths, len(lengths))
+        expected = reference_logits(folder, batch)
+        for _ in range(FIRST_PATIENCE + 1):  # eager, captured, replayed
+            np.testing.assert_allclose(
+                scorer.score(batch), expected, rtol=0, atol=PRECISIONS[precision], err_msg=name
+            )
+    assert len(scorer._graphs) > 2
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_texts_score_as_on_cpu(toy, family, precision):
+    tolerance = PRECISIONS[precision]
+    with Reranker(toy(family), device="cpu", precision="fp32") as exact:
+        expected = exact.score_pairs(PAIRS).logits
+    with Reranker(toy(family), device="cuda", precision=precision) as reranker:
+        got = reranker.score_pairs(PAIRS).logits
+        alone = reranker.score_pairs(PAIRS[:1]).logits
+    assert np.abs(got - expected).max() <= tolerance
+    assert abs(alone[0] - got[0]) <= tolerance
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999), ("fp16", 0.99), ("bf16", 0.98)])
+def test_the_demo_ranks_as_on_cpu(demo_folder, precision, least):
+    taus = []
+    with (
+        Reranker(demo_folder, device="cpu", precision="fp32") as exact,
+        Reranker(demo_folder, device="cuda", precision=precision) as reranker,
+    ):
+        for topic in load_texts(language="en").topics:
+            pairs = [(topic.query, document) for document in topic.documents]
+            taus.append(kendalltau(exact.score(pairs), reranker.score(pairs)).statistic)
+    assert np.mean(taus) >= least
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_graphs_change_nothing(demo_folder, opened, precision):
+    scorer = opened(demo_folder, precision)
+    scorer.use_graphs = False
+    batches = [random_batch(n, 30000, 1, types=True) for n in ([20] * 10, [200, 31], [5], [90] * 9)]
+    expected = [scorer.score(batch) for batch in batches]
+    scorer.use_graphs = True
+    for _ in range(FIRST_PATIENCE + 1):
+        for batch, wanted in zip(batches, expected, strict=True):
+            np.testing.assert_allclose(
+                scorer.score(batch), wanted, rtol=0, atol=PRECISIONS[precision]
+            )
+    assert len(scorer._graphs) == 4
+
+
+def test_auto_means_fp16_on_cuda(bert):
+    with Reranker(bert) as reranker:
+        assert reranker.facts.device.startswith("cuda")
+        assert reranker.facts.precision == "fp16"
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("size", [8, 12, 64])
+@pytest.mark.parametrize("firsts", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (flash, torch.float16),
+        (flash, torch.bfloat16),
+        (efficient, torch.float16),
+        (efficient, torch.float32),
+        (efficient_in_fp32, torch.bfloat16),
+    ],
+)
+def test_kernels_agree_with_the_loop(kernel, dtype, firsts, size):
+    if kernel is flash and older_than_ampere():
+        pytest.skip("FlashAttention wants compute capability 8.0")
+    torch.manual_seed(0)
+    lengths = [1, 300, 64, 128, 129, 7]
+    ends = [0, *np.cumsum(lengths).tolist()]
+    packed = torch.randn(ends[-1] + 50, 3, 4, size, device="cuda").to(dtype)
+    packed[ends[-1] :] = torch.nan  # rows of no pair
+    query, key, value = packed.unbind(1)
+    # Three empty pairs at the end, as in a bucket with room to spare.
+    offsets = torch.tensor([*ends, *[ends[-1]] * 3], dtype=torch.int32, device="cuda")
+    spans = Spans(offsets, offsets, 512, 512)
+    kept = ends[-1]
+    if firsts:
+        query, kept = query[offsets[:-1].long()], len(lengths)
+        singles = torch.arange(len(offsets), dtype=torch.int32, device="cuda")
+        spans = Spans(singles, offsets, 1, 512)
+    found = attention_with(kernel)(query, key, value, spans)[:kept].float().cpu()
+    expected = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(part.float().cpu().transpose(0, 1) for part in (asked, key[a:b], value[a:b]))
+        ).transpose(0, 1)
+        for i, (a, b) in enumerate(pairwise(ends))
+        for asked in [query[i : i + 1] if firsts else query[a:b]]
+    ]
+    wanted = torch.cat(expected).reshape(kept, -1)
+    tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_older_cards_attention_scores_alike(toy, opened, family, precision):
+    folder = toy(family)
+    scorer = opened(folder, precision)
+    scorer._attend = attention_with(efficient_in_fp32 if precision == "bf16" else efficient)
+    batch = batch_of(folder, family, MIXES["all different"])
+    expected = reference_logits(folder, batch)
+    for _ in range(FIRST_PATIENCE + 1):
+        np.testing.assert_allclose(
+            scorer.score(batch), expected, rtol=0, atol=PRECISIONS[precision]
+        )
+
+
+# Copies and waiting
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the profiler's own
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_a_step_is_one_copy_each_way(demo_folder, opened, use_graphs):
+    scorer = opened(demo_folder, "fp16")
+    scorer.use_graphs = use_graphs
+    batch = random_batch([20] * 10, 30000, 0, types=True)
+    for _ in range(FIRST_PATIENCE + 1):
+        scorer.score(batch)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        scorer.score(batch)
+    names = [event.name for event in seen.events()]
+    copies = [name for name in names if name.startswith("Memcpy")]
+    if not copies:
+        pytest.skip("the profiler sees no device activity here")
+    assert len([name for name in copies if "DtoH" in name]) == 1
+    assert len([name for name in copies if "HtoD" in name]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("use_graphs", [False, True])
+@pytest.mark.parametrize("count", [10, 200])
+def test_nothing_waits_before_the_logits_are_copied(demo_folder, opened, use_graphs, count):
+    scorer = opened(demo_folder, "fp16")
+    scorer.use_graphs = use_graphs
+    batch = random_batch([20] * count, 30000, 0, types=True)
+    for _ in range(FIRST_PATIENCE + 1):
+        scorer.score(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            scorer._step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (len(scorer._graphs) == 1) == (use_graphs and count * 20 <= MOST_TOKENS)
+
+
+# Memory
+
+
+@pytest.fixture
+def room():
+    """Leaves the process so many bytes of the card beyond what it holds now."""
+
+    def leave(extra):
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra) / total)
+
+    yield leave
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_ladder_goes_on_when_the_card_is_full(demo_folder, room, precision):
+    pairs = [("how do I open a jar", f"{i} " + "turn the lid " * 150) for i in range(400)]
+    with Reranker(demo_folder, device="cuda", precision=precision) as reranker:
+        expected = reranker.score_pairs(pairs).logits
+        room(128 << 20)
+        scored = reranker.score_pairs(pairs, token_budget=200_000)
+        again = reranker.score_pairs(pairs)
+    assert np.abs(scored.logits - expected).max() <= PRECISIONS[precision]
+    assert {step.rung for step in scored.report.ladder} >= {"drop_caches", "halve_budget"}
+    assert np.abs(again.logits - expected).max() <= PRECISIONS[precision]
+
+
+def test_graphs_give_their_memory_back(demo_folder, opened):
+    scorer = opened(demo_folder, "fp16")
+    batches = [random_batch([60] * n, 30000, n, types=True) for n in (2, 9, 30)]
+    others = private_segments()
+    for batch in batches * (FIRST_PATIENCE + 1):
+        scorer.score(batch)
+    assert len(scorer._graphs) == 3
+    assert private_segments() > others
+    scorer.release()
+    assert private_segments() == others
+    scorer.score(batches[0])
+    assert len(scorer._graphs) == 0
+
+
+def private_segments():
+    """Pieces of the card's memory that belong to graphs' own pools."""
+    return sum(segment["segment_pool_id"] != (0, 0) for segment in torch.cuda.memory_snapshot())
+
+
+def test_no_memory_for_graphs_is_no_error(demo_folder, opened, room, caplog):
+    """A step that fits, and a capture that does not: its pool cannot use what is cached."""
+    scorer = opened(demo_folder, "fp16")
+    batch = random_batch([100] * 20, 30000, 0, types=True)
+    scorer.use_graphs = False
+    expected = scorer.score(batch)
+    scorer.use_graphs = True
+    scorer._graphs._record = _short(scorer._graphs._record, room)
+    for _ in range(FIRST_PATIENCE + 1):
+        np.testing.assert_allclose(scorer.score(batch), expected, rtol=0, atol=PRECISIONS["fp16"])
+    assert "No memory for a CUDA graph" in caplog.text
+    assert len(scorer._graphs) == 0
+
+
+def _short(record, room):
+    """Capture with a megabyte to spare, then give the memory back."""
+
+    def capture(work):
+        room(1 << 20)
+        try:
+            return record(work)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    return capture

@@ -1,0 +1,263 @@
+"""Devices, threads, and which errors really say that memory is short."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_batch, run_python
+
+from echelon.errors import InvalidInput, MissingDependency
+from echelon.models import device
+from echelon.models.base import DeviceOutOfMemory
+from echelon.models.registry import open_scorer
+
+pytestmark = pytest.mark.device
+
+CPU = torch.device("cpu")
+
+SEEN = [
+    # torch 2.13 on Linux under an address-space limit
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+    "unable to mmap 268436941 bytes from file </models/model.bin>: Cannot allocate memory (12)",
+    # torch on Windows
+    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory",
+    # C++ and oneDNN
+    "std::bad_alloc",
+    "could not create a memory object",
+    # CUDA and its libraries
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 14.58 GiB",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+]
+
+OTHERS = [
+    "shape '[2]' is invalid for input of size 3",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: device-side assert triggered",
+    "could not create a primitive",
+    "could not create a primitive descriptor for the matmul primitive",
+    "could not create a memory descriptor from blob",
+    "could not execute a primitive",
+    "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+    "Expected all tensors to be on the same device",
+    "DefaultCPUAllocator: a word about nothing",
+    "out of memory of the past, said a colleague",
+    "",
+]
+
+
+@pytest.mark.parametrize("words", SEEN)
+def test_memory_errors_are_recognised(words):
+    assert device.is_out_of_memory(RuntimeError(words))
+
+
+def test_error_types_of_their_own_are_recognised():
+    assert device.is_out_of_memory(MemoryError())
+    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_other_runtime_errors_are_not(words):
+    assert not device.is_out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize("kind", [ValueError, IndexError, OSError, KeyboardInterrupt])
+def test_the_words_alone_are_not_enough(kind):
+    assert not device.is_out_of_memory(kind("CUDA out of memory"))
+
+
+def test_onednns_words_for_everything_count_while_memory_is_short(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    unclear = RuntimeError("could not create a primitive")
+    assert not device.is_out_of_memory(unclear)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert device.is_out_of_memory(unclear)
+    assert not device.is_out_of_memory(RuntimeError("could not execute a primitive"))
+
+
+def test_a_real_refusal_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert device.is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 bytes"), MemoryError("numpy")],
+)
+def test_a_step_without_memory_leaves_the_scorer_usable(bert, monkeypatch, error):
+    scorer = open_scorer(bert, device="cpu", precision="fp32", threads=1)
+    batch = random_batch([9, 12], 300, 0)
+    expected = scorer.score(batch)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scorer, "_layer", fail)
+        with pytest.raises(DeviceOutOfMemory) as caught:
+            scorer.score(batch)
+    # Neither cause nor context: their tracebacks would keep the failed step's tensors alive.
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    scorer.release()
+    np.testing.assert_array_equal(scorer.score(batch), expected)
+
+
+def test_a_real_fault_of_a_step_passes_through(bert, monkeypatch):
+    scorer = open_scorer(bert, device="cpu", precision="fp32", threads=1)
+    fault = RuntimeError("shape '[2]' is invalid for input of size 3")
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(scorer, "_layer", fail)
+    with pytest.raises(RuntimeError) as caught:
+        scorer.score(random_batch([9], 300, 0))
+    assert caught.value is fault
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:1", "cuda:999", "cuda:" + "9" * 30])
+def test_cuda_that_is_not_there(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match=r"is not there \(0 CUDA device\(s\) found\)") as caught:
+        device.choose_device(name)
+    assert caught.value.field == "device"
+
+
+def test_devices_that_are_there(monkeypatch):
+    assert device.choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_device("auto") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.choose_device("auto") == torch.device("cuda", 0)
+    assert device.choose_device("cuda") == torch.device("cuda", 0)
+    assert device.choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InvalidInput, match="2 CUDA"):
+        device.choose_device("cuda:2")
+
+
+def test_precision_without_a_profile():
+    assert device.choose_precision("auto", CPU) == "fp32"
+    assert device.choose_precision("auto", torch.device("cuda", 0)) == "fp16"
+    assert device.choose_precision("bf16", CPU) == "bf16"
+
+
+@pytest.fixture
+def new(monkeypatch):
+    """A processor and a torch build that have everything."""
+    monkeypatch.setattr(device, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", None, raising=False)
+    for name in ("_is_amx_tile_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: True, raising=False)
+    monkeypatch.delenv(device.CPU_SWITCH, raising=False)
+
+
+@pytest.mark.usefixtures("new")
+def test_a_new_processor_is_taken_for_an_old_one_where_told(monkeypatch):
+    assert device.candidate_precisions("cpu") == ["fp32", "bf16", "int8"]
+    assert device.has_amx()
+    assert device.multiplies_half("fp16")
+    monkeypatch.setenv(device.CPU_SWITCH, "avx2")
+    assert device.candidate_precisions("cpu") == ["fp32"]
+    assert not device.has_amx()
+    assert not device.multiplies_half("fp16")
+    with pytest.raises(InvalidInput, match="VNNI or AMX"):
+        device.choose_precision("int8", CPU)
+    monkeypatch.setenv(device.CPU_SWITCH, "")  # as if it were not there
+    assert device.multiplies_int8()
+
+
+@pytest.mark.parametrize("value", ["AVX2", "avx512", "off", " "])
+def test_an_unknown_processor_is_refused(monkeypatch, value):
+    monkeypatch.setenv(device.CPU_SWITCH, value)
+    with pytest.raises(InvalidInput, match="Set it to avx2, or unset it") as caught:
+        device.multiplies_int8()
+    assert caught.value.field == "ECHELON_CPU"
+    assert repr(value) in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 1),
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({}, None),
+    ],
+)
+def test_cpus_of_a_containers_quota(tmp_path, files, cpus):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert device._cgroup_cpus(tmp_path) == cpus
+
+
+def test_cpus_never_exceed_the_affinity(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    assert device.usable_cpus() == 1
+
+
+def test_threads_are_set_for_the_process():
+    before = torch.get_num_threads()
+    try:
+        assert device.set_threads(1, CPU) == 1
+        assert torch.get_num_threads() == 1
+        assert device.set_threads(None, CPU) == device.usable_cpus() == torch.get_num_threads()
+        assert device.set_threads(3, torch.device("cuda", 0)) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT"])
+def test_torch_is_told_to_be_a_good_neighbour_unless_the_user_was_before(monkeypatch, name):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv(name, "7")
+    device.require_torch()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    device.require_torch()
+    assert os.environ[name] == {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "3000"}[name]
+
+
+def test_the_processor_has_a_name():
+    assert device.cpu_name()
+    assert device.device_name(CPU) == device.cpu_name()
+
+
+def test_without_torch_the_remedy_is_named():
+    code = """
+import sys
+sys.modules["torch"] = None
+from echelon import MissingDependency
+from echelon.score.load import open_scorer
+from pathlib import Path
+try:
+    open_scorer(Path("/nowhere"))
+except MissingDependency as error:
+    print(error, error.exit_code)
+"""
+    ran = run_python(code)
+    assert ran.stdout.strip().endswith("pip install 'echelon-rerank[torch]' 7"), ran.stderr
+    assert MissingDependency.exit_code == 7
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32", "darwin"])
+def test_releasing_memory_works_on_every_system(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    device.release_memory(CPU)

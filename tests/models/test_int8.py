@@ -1,0 +1,335 @@
+"""int8: close to fp32, blind to a pair's neighbours, and never served without passing the gate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
+
+from echelon import InvalidInput, Reranker
+from echelon.data import load_texts
+from echelon.engine import precision_check
+from echelon.engine.launch import launch
+from echelon.models.device import choose_precision, multiplies_int8
+from echelon.models.fused import SHIFTS, Product, Rows, activate, settle
+from echelon.models.hub import resolve
+from echelon.models.layers import Int8Linear
+from echelon.models.registry import layer_errors, open_scorer
+from echelon.options import Options
+from echelon.tokenization.tokenizer import PairEncoder
+from echelon.tuning.tuner import Plan, tune
+
+pytestmark = pytest.mark.device
+
+needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="needs AVX-512 VNNI or AMX")
+
+CPU = torch.device("cpu")
+
+ALL = ("fp32", "bf16", "int8")
+
+
+@pytest.fixture(autouse=True)
+def own_home(request, tmp_path, monkeypatch):
+    """Answers of the gate go to a folder of the test's; the demo model stays where it is."""
+    if "demo_folder" in request.fixturenames:
+        request.getfixturevalue("demo_folder")
+    monkeypatch.setattr(precision_check, "home", lambda: tmp_path)
+    return tmp_path
+
+
+@needs_int8
+@pytest.mark.parametrize("shift", [None, SHIFTS["gelu"]])
+def test_a_layer_is_near_the_exact_one(shift):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64), torch.randn(96)
+    product = Product(torch.randn(33, 64).bfloat16() * 2)
+    with torch.inference_mode():
+        linear = Int8Linear(weight, bias, shift)
+        if shift is None:
+            rows = Rows(product.values)
+            exact = product.values.float() @ weight.T + bias
+        else:
+            rows = activate(product, "gelu", shift)
+            exact = torch.nn.functional.gelu(product.values.float()) @ weight.T + bias
+        error = (settle(linear(rows)) - exact).norm() / exact.norm()
+    assert error < 0.015
+
+
+@needs_int8
+def test_weights_without_spread_are_no_trouble():
+    with torch.inference_mode():
+        weight = torch.zeros(8, 32)
+        weight[1] = 5
+        product = settle(
+            Int8Linear(weight, torch.ones(8), None)(Rows(torch.ones(4, 32).bfloat16()))
+        )
+    assert torch.equal(product[:, 0], torch.ones(4).bfloat16())
+    assert (product[:, 1] - 161).abs().max() <= 1
+
+
+@needs_int8
+def test_each_output_has_a_scale_of_its_own():
+    """A thousandth as large beside the others, an output is as exact as alone."""
+    torch.manual_seed(1)
+    weight, rows = torch.randn(16, 64), torch.randn(20, 64).bfloat16()
+    weight[3] /= 1000
+    with torch.inference_mode():
+        product = settle(Int8Linear(weight, torch.zeros(16), None)(Rows(rows)))[:, 3].float()
+    exact = rows.float() @ weight[3]
+    assert (product - exact).norm() / exact.norm() < 0.02
+
+
+@needs_int8
+@pytest.mark.parametrize("family", NATIVE)
+def test_scores_stay_near_fp32_and_apart_from_their_neighbours(toy, family):
+    folder = toy(family)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    batch = random_batch([3, 50, 50, 90, 12, 7], vocabulary, 2, types=family == "bert")
+    exact = open_scorer(folder, precision="fp32", threads=1).score(batch)
+    scorer = open_scorer(folder, precision="int8", threads=1)
+    assert scorer.facts.precision == "int8"
+    together = scorer.score(batch)
+    alone = [scorer.score(split(batch, i))[0] for i in range(len(batch))]
+    np.testing.assert_allclose(together, exact, rtol=0, atol=0.25)
+    assert np.abs(together - exact).max() > 0
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-3)
+
+
+@needs_int8
+def test_heads_of_the_kernels_size_too(tmp_path):
+    folder = make_toy(
+        tmp_path, "bert", None, vocab_size=150, hidden_size=128, num_attention_heads=2
+    )
+    batch = random_batch([3, 50, 90, 12], 150, 4, types=True)
+    exact = open_scorer(folder, precision="fp32", threads=1).score(batch)
+    for precision, bound in (("bf16", 0.1), ("int8", 0.5)):
+        found = open_scorer(folder, precision=precision, threads=1).score(batch)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=bound)
+
+
+@needs_int8
+def test_kept_layers_compute_in_bf16(toy):
+    folder = toy("bert")
+    batch = random_batch([40, 22], 150, 1, types=True)
+    names = list(layer_errors(folder, [batch]))
+    assert len(names) == 3 * 4 + 1  # the last layer's query projection stands alone
+    bf16 = open_scorer(folder, precision="bf16", threads=1).score(batch)
+    kept = open_scorer(folder, precision="int8", threads=1, keep_bf16=names).score(batch)
+    none = open_scorer(folder, precision="int8", threads=1).score(batch)
+    assert np.abs(kept - bf16).max() < 0.02
+    assert np.abs(kept - bf16).max() < np.abs(none - bf16).max()
+
+
+def spoil(folder, layer: int) -> None:
+    """Give one layer inputs that eight bits cannot hold: one channel a thousand times the rest."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    root = f"bert.encoder.layer.{layer}"
+    tensors[f"{root}.attention.output.LayerNorm.bias"][5] += 4000
+    tensors[f"{root}.intermediate.dense.weight"][:, 5] = 0
+    tensors[f"{root}.output.dense.weight"][5] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def spoiled(tmp_path, tokenizers):
+    folder = make_toy(tmp_path / "spoiled", "bert", tokenizers["bert"])
+    spoil(folder, 0)
+    return folder
+
+
+@needs_int8
+def test_the_layer_that_int8_harms_is_found(spoiled):
+    errors = layer_errors(spoiled, [random_batch([40, 22, 60], 150, 1, types=True)])
+    assert next(iter(errors)) == "layer.0.intermediate.dense"
+    assert errors["layer.0.intermediate.dense"] > 5 * sorted(errors.values())[-3]
+
+
+def trial(folder) -> precision_check.PrecisionCheck:
+    return precision_check.PrecisionCheck.of(
+        resolve(folder), Options(device="cpu"), PairEncoder(folder), load_texts(None, "en")
+    )
+
+
+@needs_int8
+def test_the_demo_passes_the_gate(demo_folder):
+    rows = precision_check.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
+    assert [row["precision"] for row in rows] == ["fp32", "int8"]
+    exact, int8 = rows
+    assert exact["max_delta"] == 0
+    assert int8["passed"]
+    assert int8["keep_bf16"] == []
+    assert 0 < int8["max_delta"] < 0.5
+    assert int8["tau"] >= 0.97
+
+
+@needs_int8
+def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypatch):
+    pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
+    with Reranker(demo_folder, device="cpu", precision="int8") as first:
+        assert first.facts.precision == "int8"
+        scores = first.score(pairs)
+    (kept,) = (own_home / "gates").iterdir()
+    content = json.loads(kept.read_text())
+    assert content["int8"]["passed"]
+    assert content["key"]["precision"] == "int8"
+
+    monkeypatch.setattr(precision_check, "compare", lambda *_: pytest.fail("measured again"))
+    with Reranker(demo_folder, device="cpu", precision="int8") as second:
+        np.testing.assert_array_equal(second.score(pairs), scores)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "int8": {}}', '{"int8": 3}'])
+def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content):
+    offer(monkeypatch, *ALL)
+    asked = []
+
+    def compare(*_):
+        asked.append(1)
+        return [{}, {**FAILED, "passed": True}]
+
+    monkeypatch.setattr(precision_check, "compare", compare)
+    Reranker(bert, device="cpu", precision="int8").close()
+    (kept,) = (own_home / "gates").iterdir()
+    kept.write_text(content)
+    Reranker(bert, device="cpu", precision="int8").close()
+    assert len(asked) == 2
+
+
+FAILED = {
+    "precision": "int8",
+    "tau": 0.91,
+    "overlap": 0.99,
+    "ndcg_loss": 0.002,
+    "queries": 8,
+    "passed": False,
+    "keep_bf16": ["layer.0.output.dense"],
+}
+
+
+def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
+    monkeypatch.setattr(precision_check, "compare", lambda *_: [{}, FAILED])
+    with pytest.raises(InvalidInput) as caught:
+        Reranker(bert, device="cpu", precision="int8")
+    assert caught.value.field == "precision"
+    for part in ("0.910", "0.990", "+0.0020", "1 layers in bf16", "0.97", "Use bf16 or auto"):
+        assert part in str(caught.value)
+
+
+def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
+    """Logits and errors are made up; which layers are tried, and when it stops, is not."""
+    offer(monkeypatch, *ALL)
+    tried = []
+    worst_first = [f"layer {i}" for i in range(13)]
+    monkeypatch.setattr(precision_check.PrecisionCheck, "sensitive_layers", lambda _: worst_first)
+    real = precision_check.PrecisionCheck.score
+
+    def score(self, precision, keep_bf16=()):
+        tried.append((precision, list(keep_bf16)))
+        logits, speed = real(self, "bf16")
+        passes = precision != "int8" or len(keep_bf16) >= 3
+        return (logits if passes else [-part for part in logits]), speed
+
+    monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
+    row = precision_check.compare(trial(bert), ["fp32", "int8"], lambda _: None)[1]
+    kept = [keep for precision, keep in tried if precision == "int8"]
+    assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3]]
+    assert row["passed"]
+    assert row["keep_bf16"] == worst_first[:3]
+
+
+def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
+    folder = resolve(bert)
+    key = precision_check.ProfileKey(
+        folder.name,
+        folder.revision,
+        "cpu",
+        precision_check.cpu_name(),
+        "bf16",
+        precision_check.library_versions(),
+    )
+    row = {**FAILED, "passed": True}
+    profile = gate_profile(key, row)
+    options = Options(device="cpu", precision="int8")
+    encoder = PairEncoder(bert)
+    found = precision_check.check_precision(folder, options, encoder, profile)
+    assert found == ["layer.0.output.dense"]
+    stale = replace(profile, key=replace(key, device_name="another machine"))
+    assert precision_check._from_profile(stale, key) is None
+
+
+def gate_profile(key, row):
+    from echelon.profile import Profile, TunedSettings
+
+    return Profile(key, TunedSettings("bf16", 512, None, 1, None), "", precisions=[row])
+
+
+def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
+    monkeypatch.setattr("echelon.models.device.multiplies_int8", lambda: False)
+    with pytest.raises(InvalidInput, match="VNNI or AMX"):
+        choose_precision("int8", CPU)
+    monkeypatch.setattr("echelon.models.device.multiplies_int8", lambda: True)
+    with pytest.raises(InvalidInput, match="not built for distilbert"):
+        open_scorer(toy("distilbert"), device="cpu", precision="int8")
+
+
+@needs_int8
+def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
+    batch = random_batch([40, 22], 150, 1, types=True)
+    names = list(layer_errors(bert, [batch]))
+    monkeypatch.setattr("echelon.engine.launch.pass_gate", lambda *_: names)
+    pairs = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
+    with Reranker(bert, device="cpu", precision="bf16", threads=1) as reranker:
+        expected = reranker.score(pairs)
+
+    async def main():
+        service = await launch(bert, device="cpu", threads=1, precision="int8")
+        try:
+            answer = await service.submit(pairs)
+            assert service.facts.precision == "int8"
+        finally:
+            await service.stop()
+        return answer.logits
+
+    found = asyncio.run(main())
+    with_codes = open_scorer(bert, precision="int8", threads=1)
+    encoded = PairEncoder(bert).encode(pairs, 130, "longest_first")
+    codes = with_codes.score(encoded.batch(range(len(pairs))))
+    assert np.abs(found - expected).max() < np.abs(codes - expected).max() / 2
+
+
+QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
+
+
+def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
+    monkeypatch.setattr(
+        "echelon.tuning.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}]
+    )
+    with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
+        tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
+
+
+def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
+    offer(monkeypatch, *ALL)
+    row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
+    monkeypatch.setattr("echelon.tuning.tuner.compare", lambda *_: [row])
+    opened = []
+    real = precision_check.PrecisionCheck.open
+
+    def remembering(self, precision, keep_bf16=()):
+        opened.append((precision, list(keep_bf16)))
+        return real(self, precision, keep_bf16)
+
+    monkeypatch.setattr(precision_check.PrecisionCheck, "open", remembering)
+    found = tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
+    assert found.settings.precision == "int8"
+    assert set(map(str, opened)) == {str(("int8", row["keep_bf16"]))}

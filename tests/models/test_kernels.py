@@ -1,0 +1,277 @@
+"""The compiled kernels against the same passes in torch, and what happens without them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echelon.models import attention_cpu, fused
+from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
+from echelon.models.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
+from echelon.models.kernels import SWITCH, missing
+
+needs_kernels = pytest.mark.skipif(
+    missing() is not None, reason=f"needs the kernels, and so AVX-512 BF16: {missing()}"
+)
+
+pytestmark = pytest.mark.device
+
+BF16_STEP = 2**-8
+"""Half of the distance between neighbours, relative to the larger: what rounding may lose."""
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(attention_cpu, "kernels", lambda: None)
+    attention_cpu.fastest_way.cache_clear()
+    yield
+    attention_cpu.fastest_way.cache_clear()
+
+
+def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, AttentionLayout]:
+    torch.manual_seed(seed)
+    rows = torch.randn(sum(lengths), 3, 2, size).bfloat16()
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    return rows, AttentionLayout.of(offsets)
+
+
+def exact_attention(rows: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
+    mixed = []
+    for start, end in zip(layout.offsets[:-1], layout.offsets[1:], strict=True):
+        query, key, value = rows[start:end].double().permute(1, 2, 0, 3)
+        weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+        mixed.append((weights @ value).transpose(0, 1).flatten(1))
+    return torch.cat(mixed)
+
+
+lengths_of_a_step = st.lists(st.integers(1, 70), min_size=1, max_size=8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [32, 64])
+@settings(max_examples=40)
+@given(lengths=lengths_of_a_step, seed=st.integers(0, 2**16))
+def test_attention_of_any_mix_of_lengths(size, lengths, seed):
+    rows, layout = heads(lengths, size, seed)
+    exact = exact_attention(rows, layout)
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    assert (mixed - exact).abs().max() <= 0.03
+    firsts = rows[layout.firsts, 0]
+    one_each = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    first = attention_cpu._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
+    assert torch.equal(first, mixed[layout.firsts])
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [511, 512, 1500, 8192])
+def test_attention_of_long_pairs(length):
+    rows, layout = heads([length, 3], 64)
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
+
+
+@needs_kernels
+def test_attention_survives_scores_far_apart():
+    rows, layout = heads([40], 64)
+    rows[:, 0] *= 100
+    rows[7, 1] *= 30
+    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+    assert mixed.isfinite().all()
+    assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
+
+
+@pytest.mark.parametrize("way", ["fused", "products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
+    monkeypatch.setattr(attention_cpu, "way_for", lambda *_: way)
+    rows, layout = heads([5, 5, 33, 1, 60, 60, 60], 16)
+    rows = rows.to(dtype)
+    exact = exact_attention(rows, layout)
+    bound = 1e-5 if dtype == torch.float32 else 0.03
+    assert (attend(*rows.unbind(1), layout) - exact).abs().max() <= bound
+    firsts = attend_first(rows[layout.firsts, 0], rows[:, 1], rows[:, 2], layout)
+    assert (firsts - exact[layout.firsts]).abs().max() <= bound
+
+
+def test_the_way_is_the_measured_one(monkeypatch):
+    seconds = {"fused": 1.0, "products": 0.5}
+    monkeypatch.setattr(attention_cpu, "_probe", lambda *_: seconds)
+    attention_cpu.fastest_way.cache_clear()
+    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "products"
+    seconds["products"] = 0.8  # within noise: the first of the list stays
+    attention_cpu.fastest_way.cache_clear()
+    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "fused"
+    attention_cpu.fastest_way.cache_clear()
+
+
+def product(width: int, seed: int, *, codes: bool, residual: bool) -> Product:
+    torch.manual_seed(seed)
+    rows = 37
+    values = (torch.randn(rows, width) * 3).bfloat16()
+    added = torch.randn(rows, width).bfloat16() if residual else None
+    if not codes:
+        return Product(values, residual=added)
+    return Product(values, torch.rand(rows) + 0.1, torch.randn(width), added)
+
+
+def norm_of(width: int) -> Norm:
+    torch.manual_seed(width)
+    return Norm(torch.rand(width) + 0.5, torch.randn(width), 1e-5)
+
+
+def true_value(pending: Product) -> torch.Tensor:
+    values = pending.values.double()
+    if pending.scales is not None:
+        values = values * pending.scales[:, None].double()
+    for added in (pending.bias, pending.residual):
+        values = values if added is None else values + added.double()
+    return values
+
+
+def assert_rows(rows, exact: torch.Tensor, shift: float | None) -> None:
+    """Values round to bf16; codes are at most half a code (and what bf16 lost) away."""
+    if rows.values is not None:
+        assert ((rows.values - exact).abs() <= BF16_STEP * exact.abs() + 1e-4).all()
+    if rows.codes is not None:
+        zero, added = (128, 0.0) if shift is None else (0, shift)
+        decoded = (rows.codes.double() - zero) * rows.scales[:, None].double() - added
+        assert ((decoded - exact).abs() <= 0.51 * rows.scales[:, None] + 1e-4).all()
+
+
+WIDTHS = [16, 40, 384, 1000]
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_with_residual(request, kernel, codes, width):
+    if not kernel:
+        request.getfixturevalue("without_kernels")
+    pending, norm = product(width, 1, codes=codes, residual=True), norm_of(width)
+    exact = torch.nn.functional.layer_norm(
+        true_value(pending), (width,), norm.weight.double(), norm.bias.double(), norm.epsilon
+    )
+    rows = add_norm(pending, norm, quantized=codes)
+    if not kernel and not codes:  # torch adds the residual in bf16 first
+        assert (rows.values - exact).abs().max() <= 0.1
+    else:
+        assert_rows(rows, exact, None)
+    assert (rows.codes is not None) == codes
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("activation", [*SHIFTS])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_activations(request, kernel, activation, width):
+    if not kernel:
+        request.getfixturevalue("without_kernels")
+    pending = product(width, 2, codes=True, residual=False)
+    exact = fused.ACTIVATIONS[activation](true_value(pending))
+    assert_rows(activate(pending, activation), exact, None)
+    shift = SHIFTS[activation]
+    rows = activate(pending, activation, shift)
+    assert rows.values is None
+    assert exact.min() >= -shift
+    assert_rows(rows, exact, shift)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+def test_settling_and_quantising(request, kernel):
+    if not kernel:
+        request.getfixturevalue("without_kernels")
+    pending = product(96, 3, codes=True, residual=False)
+    exact = true_value(pending)
+    assert ((settle(pending) - exact).abs() <= BF16_STEP * exact.abs() + 1e-4).all()
+    rows = torch.randn(40, 96).bfloat16()
+    rows[3] = 0
+    coded = quantize(rows)
+    assert (coded.codes[3] == 128).all()
+    assert_rows(coded, rows.double(), None)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+def test_a_rows_codes_are_its_own(request, kernel):
+    """However much larger the rows beside it are."""
+    if not kernel:
+        request.getfixturevalue("without_kernels")
+    torch.manual_seed(5)
+    rows = (torch.randn(70, 48) * torch.logspace(-2, 2, 70)[:, None]).bfloat16()
+    wide, norm = Product(rows, torch.ones(70), torch.zeros(48)), norm_of(48)
+    makers = {
+        "quantize": lambda part: quantize(part.values),
+        "activate": lambda part: activate(part, "gelu", SHIFTS["gelu"]),
+        "add_norm": lambda part: add_norm(part, norm, quantized=True),
+    }
+    for name, make in makers.items():
+        together = make(wide)
+        assert len(set(together.scales.tolist())) > 35, name
+        for i in (0, 35, 69):
+            alone = make(wide.part(slice(i, i + 1)))
+            assert torch.equal(alone.codes[0], together.codes[i]), name
+            assert alone.scales[0] == together.scales[i], name
+
+
+@needs_kernels
+def test_far_values_of_the_activations():
+    edges = torch.tensor([[-3e4, -200.0, -9.0, -4.3, 0.0, 4.3, 9.0, 200.0, 3e4]]).bfloat16()
+    for activation in SHIFTS:
+        exact = fused.ACTIVATIONS[activation](edges.double())
+        found = activate(Product(edges, torch.ones(1), torch.zeros(9)), activation).values
+        assert ((found - exact).abs() <= BF16_STEP * exact.abs() + 1e-3).all(), activation
+
+
+def test_the_switch_leaves_the_kernels_out():
+    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, SWITCH: "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"None {SWITCH}=off leaves them out\n"
+
+
+def test_a_processor_taken_for_an_old_one_has_no_kernels():
+    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
+    done = run_python(code, ECHELON_CPU="avx2", **{SWITCH: ""})
+    assert done.stdout == "None ECHELON_CPU=avx2 leaves them out\n", done.stderr
+
+
+def build_hook():
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
+def test_a_compiler_that_fails_is_a_reason_not_an_error(tmp_path, monkeypatch, compiler):
+    hook = build_hook()
+    monkeypatch.setenv("CXX", compiler)
+    assert compiler in hook._compile(tmp_path)
+    assert not (tmp_path / hook.LIBRARY).exists()
+
+
+@needs_kernels
+def test_kernels_share_torchs_threads():
+    """Two OpenMP libraries in one process would have two pools of threads that fight."""
+    code = (
+        "import torch\n"
+        "from echelon.models.kernels import kernels\n"
+        "assert kernels() is not None\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    libraries = {line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}
+    assert len(libraries) == 1

@@ -1,0 +1,299 @@
+"""A file job that is killed, and goes on."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs_kit import Deaf, Death, Reaper, do, job_of, leftovers, queries, write_lines
+from pyarrow import parquet
+
+from echelon.errors import InvalidInput, OutOfMemory, StorageError
+from echelon.offline import resume
+
+GUARD_S = 120.0
+STRIDES = {".jsonl": 1, ".jsonl.gz": 9, ".jsonl.zst": 11, ".run": 8, ".parquet": 7}
+"""Of how many durable steps a run dies at one: every format has its turn, one has them all."""
+
+
+@pytest.fixture
+def source(tmp_path):
+    records = queries(24, documents=9)
+    records.insert(7, {"id": "bad", "query": 5, "documents": []})
+    records.insert(20, {"id": "bad"})
+    return write_lines(tmp_path / "in.jsonl", records)
+
+
+def die_and_go_on(job, dies_at):
+    """A run that dies at its n-th durable step, then one that does not; whether it died."""
+    died = False
+    with pytest.MonkeyPatch.context() as patch:
+        Reaper(patch, resume.os, ["fsync", "truncate"], dies_at)
+        try:
+            do(job)
+        except Death:
+            died = True
+    do(job)
+    return died
+
+
+@pytest.mark.parametrize("suffix", STRIDES)
+def test_death_at_any_durable_step_changes_no_byte(fake, source, tmp_path, suffix):
+    whole = tmp_path / f"whole{suffix}"
+    watcher = Deaf()
+    do(job_of(fake, source, whole), watcher)
+    assert watcher.windows > 4
+    deaths = 0
+    for dies_at in range(1, 90, STRIDES[suffix]):
+        output = tmp_path / f"out{suffix}"
+        job = job_of(fake, source, output)
+        if not die_and_go_on(job, dies_at):
+            break
+        deaths += 1
+        assert output.read_bytes() == whole.read_bytes(), dies_at
+        errors = Path(f"{output}.errors.jsonl")
+        assert errors.read_bytes() == Path(f"{whole}.errors.jsonl").read_bytes()
+        assert leftovers(tmp_path) == []
+        for path in (output, errors, Path(f"{output}.job.json")):
+            path.unlink()
+    else:
+        pytest.fail("the run never came to its end")
+    assert deaths > watcher.windows // STRIDES[suffix]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("moment", ["replace", "unlink"])
+def test_death_between_moving_the_blocks_and_saying_so(fake, source, tmp_path, suffix, moment):
+    whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    do(job_of(fake, source, whole))
+    job = job_of(fake, source, output)
+    real = getattr(Path, moment)
+
+    def last_act(path, *arguments, **keywords):
+        result = real(path, *arguments, **keywords)
+        if path.name in {f"{output.name}.part", f"{output.name}.building"}:
+            raise Death
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, moment, last_act)
+        try:
+            do(job)
+        except Death:
+            pass
+        else:
+            assert (suffix, moment) == (".jsonl", "unlink")
+    do(job)
+    assert output.read_bytes() == whole.read_bytes()
+    assert leftovers(tmp_path) == []
+
+
+def test_the_second_run_scores_only_what_was_left(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    job = job_of(fake, source, output)
+    interrupted(fake, source, output)
+    first = json.loads(Path(f"{output}.job.json").read_text())["version 1"]
+    watcher = Deaf()
+    summary = do(job, watcher)
+    assert 0 < watcher.resumed_at == first["counts"]["pairs"] == summary.resumed
+    assert summary.counts.pairs > summary.resumed
+    again = do(job)
+    assert again.already
+    assert again.counts == summary.counts
+
+
+def interrupted(fake, source, output, **more):
+    """A job that stopped after three windows."""
+    job = job_of(fake, source, output, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        Reaper(patch, resume.JobStore, ["append"], 4)
+        with pytest.raises(Death):
+            do(job)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"budget": 9}, "token_budget was 8, is 9"),
+        ({"top_n": 2}, "top_n was None, is 2"),
+    ],
+)
+def test_another_option_is_refused_with_the_remedy(fake, source, tmp_path, change, named):
+    output = tmp_path / "out.jsonl"
+    interrupted(fake, source, output)
+    with pytest.raises(InvalidInput, match=named) as refused:
+        do(job_of(fake, source, output, **change))
+    assert "--restart" in str(refused.value)
+    do(job_of(fake, source, output, restart=True, **change))
+
+
+def test_another_model_is_refused(fake, toy, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    interrupted(fake, source, output)
+    with pytest.raises(InvalidInput, match="model was 'bert', is 'roberta'"):
+        do(job_of(toy("roberta"), source, output))
+
+
+def test_another_machine_is_refused(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    job = interrupted(fake, source, output)
+    path = Path(f"{output}.job.json")
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
+    with pytest.raises(InvalidInput, match="threads was 2, is 1"):
+        do(job)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_changed_input_is_refused(fake, source, tmp_path, finished, packed):
+    output, given = tmp_path / "out.jsonl", source
+    if packed:
+        given = tmp_path / "in.jsonl.gz"
+        given.write_bytes(gzip.compress(source.read_bytes(), 0, mtime=0))
+    job = job_of(fake, given, output)
+    if finished:
+        do(job)
+    else:
+        interrupted(fake, given, output)
+    plain = source.read_bytes()
+    changed = plain.replace(b'"q1"', b'"x1"')
+    assert len(changed) == len(plain)
+    given.write_bytes(gzip.compress(changed, 0, mtime=0) if packed else changed)
+    with pytest.raises(InvalidInput, match="not the file that was read before"):
+        do(job)
+    given.write_bytes(gzip.compress(plain + b"\n", 0, mtime=0) if packed else plain + b"\n")
+    with pytest.raises(InvalidInput, match="input size was"):
+        do(job)
+
+
+def test_a_full_disk_keeps_what_was_finished(fake, source, tmp_path):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    do(job_of(fake, source, whole))
+    job = job_of(fake, source, output)
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume.os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space.*kept: the same command goes on"):
+            do(job)
+    watcher = Deaf()
+    do(job, watcher)
+    assert watcher.resumed_at > 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_two_at_once_are_refused(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    job = job_of(fake, source, output)
+    with (
+        resume.JobStore(str(output), None, resumable=True),
+        pytest.raises(InvalidInput, match="another process is writing"),
+    ):
+        do(job)
+    do(job)
+
+
+def test_an_output_of_somebody_else_is_not_replaced(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious")
+    with pytest.raises(InvalidInput, match="exists"):
+        do(job_of(fake, source, output))
+    assert output.read_text() == "precious"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_damaged_state_is_refused(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    job = interrupted(fake, source, output)
+    os.truncate(f"{output}.part", 10)
+    with pytest.raises(InvalidInput, match="shorter than its job left it"):
+        do(job)
+    for text in ("{", "{}", "[]", '{"version 1": {}}'):
+        Path(f"{output}.job.json").write_text(text)
+        with pytest.raises(InvalidInput, match="--restart"):
+            do(job)
+
+
+def test_a_budget_that_memory_taught_is_kept(fake, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    job = interrupted(fake, source, output)
+    path = Path(f"{output}.job.json")
+    content = json.loads(path.read_text())
+    content["version 1"]["steps"]["token_budget"] = 5
+    path.write_text(json.dumps(content))
+    do(job)
+    steps = json.loads(path.read_text())["version 1"]["steps"]
+    assert (steps["token_budget"], steps["window"]) == (5, 8 * 64)
+
+
+def test_a_pair_that_does_not_fit_is_named_by_its_line(fake, source, tmp_path, monkeypatch):
+    from echelon.engine import precision_check
+    from echelon.models.fake import FakeScorer
+
+    monkeypatch.setattr(
+        precision_check, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130)
+    )
+    with pytest.raises(OutOfMemory, match=r"^line \d+, document \d+ of"):
+        do(job_of(fake, source, tmp_path / "out.jsonl"))
+
+
+def started(model, source, output):
+    command = [sys.executable, "-m", "echelon", "batch", str(source), "-o", str(output)]
+    command += ["--model", str(model), "--token-budget", "96", "--threads", "1", "--quiet"]
+    return subprocess.Popen(command)
+
+
+def test_sigkill_at_random_instants_changes_no_byte(bert, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", queries(90, documents=30))
+    whole, output = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    process = started(bert, source, whole)
+    assert process.wait(GUARD_S) == 0
+    chance = random.Random(os.urandom(8))
+    kills = 0
+    while kills < 3:
+        seen = progress(output)
+        process = started(bert, source, output)
+        while process.poll() is None and progress(output) == seen:
+            wait_a_little(process, 0.01)
+        wait_a_little(process, chance.uniform(0, 0.1))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(GUARD_S) == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    process = started(bert, source, output)
+    assert process.wait(GUARD_S) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert leftovers(tmp_path) == []
+    assert parquet.read_table(output).num_rows > 1_000
+
+
+def progress(output):
+    """What the state file is now; it is replaced with every window."""
+    try:
+        return Path(f"{output}.job.json").stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def wait_a_little(process, seconds):
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return

@@ -1,0 +1,133 @@
+"""The recommendation in words: the report's card, and what to type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from report_pages import leave_plotly_out, make_profile, read
+
+from echelon.profile import Profile
+from echelon.reports.summary import card, change, command, print_scenario
+
+quick = pytest.fixture(leave_plotly_out, autouse=True)
+
+PREDICTED = {
+    "p50_s": 0.05,
+    "p95_s": 0.08,
+    "p99_s": 0.1,
+    "requests_per_s": 5.0,
+    "documents_per_s": 27.0,
+    "memory_bytes": 2.0**29,
+}
+
+
+def entry(**changes):
+    return {
+        "scenario": "api",
+        "asked": {
+            "slo_p99_s": 0.2,
+            "rate": 5.0,
+            "trace_requests": 0,
+            "documents": "1-10",
+            "tokens": None,
+            "max_length": None,
+            "memory_limit_bytes": None,
+            "verify_s": 20.0,
+        },
+        "chosen": {
+            "token_budget": 1024,
+            "batch_size": None,
+            "workers": 1,
+            "threads": 2,
+            "precision": "bf16",
+            "max_length": 256,
+        },
+        "accuracy": {"tau": 0.9962, "overlap": 0.99, "ndcg_loss": -0.0013},
+        "predicted": PREDICTED,
+        "measured": PREDICTED | {"p99_s": 0.12, "memory_bytes": None},
+        "held": True,
+        "notes": ["<b>Only 15 answers</b>"],
+    } | changes
+
+
+def profile(**changes):
+    return make_profile(scenario=entry(**changes))
+
+
+def test_a_report_without_a_scenario_has_no_card():
+    assert card(make_profile()) is None
+    assert "scenario" not in read(make_profile()).ids
+
+
+def test_the_card_stands_on_top_with_predicted_beside_measured():
+    page = read(profile())
+    assert page.ids[0] == "scenario"
+    rows = {row[0]: row[1:] for row in page.tables[0]}
+    shown = {name: [cell.replace("\u00a0", " ") for cell in row] for name, row in rows.items()}
+    assert shown["P99"] == ["100 ms", "120 ms", "+20 %"]
+    assert shown["P50"] == ["50.0 ms", "50.0 ms", "+0 %"]
+    assert shown["Memory"][1:] == ["–", "–"]
+    text = page.text.replace("\u00a0", " ")
+    for words in ("Realtime API", "1,024 tokens", "256 tokens", "τ 0.9962", "−0.0013", "1–10 doc"):
+        assert words in text
+    assert "<b>Only 15 answers</b>" in text
+    assert "✓ Proved" in text
+
+
+@pytest.mark.parametrize(
+    ("held", "state", "said"),
+    [(True, "held", "Proved"), (False, "missed", "Misses the goal"), (None, "unproved", "only")],
+)
+def test_the_card_says_honestly_how_it_went(held, state, said):
+    measured = None if held is None else PREDICTED
+    found = card(profile(held=held, measured=measured))
+    assert found["state"] == state
+    assert said in found["verdict"]
+    page = read(profile(held=held, measured=measured))
+    assert any(attributes.get("class") == f"pick {state}" for _, attributes in page.tags)
+
+
+def test_what_to_type_fits_the_scenario():
+    assert command(profile(), "p.json") == "echelon serve some/model --profile p.json"
+    several = entry()["chosen"] | {"workers": 4}
+    assert command(profile(chosen=several), "p.json").endswith("--device cuda --workers 4")
+    assert command(profile(scenario="edge"), "p.json").startswith("echelon rank")
+
+
+def test_a_choice_that_was_not_swept_is_no_missing_measurement():
+    chosen = make_profile().settings
+    page = read(replace(profile(), settings=replace(chosen, token_budget=777)))
+    assert "chosen by simulation" in page.text
+    assert "higher --time-limit" not in page.text
+    assert (
+        "no measured point" in read(make_profile(settings=replace(chosen, token_budget=777))).text
+    )
+
+
+def test_the_length_to_measure_again_with_is_the_one_asked_for():
+    shorter = replace(profile(), settings=replace(profile().settings, max_length=256))
+    assert "--max-length" not in read(shorter).text
+
+
+@pytest.mark.parametrize(
+    ("said", "came", "words"),
+    [(2.0, 1.0, "−50"), (2.0, 2.5, "+25"), (0.0, 1.0, "–"), (1.0, None, "–")],
+)
+def test_a_difference_has_its_sign(said, came, words):
+    assert change(said, came).startswith(words)
+
+
+def test_an_older_profile_with_static_batch_sizes_is_shown_without_them(tmp_path, capsys):
+    row = {"static": 1, "rounds": [], "median": None, "reason": "died", "ahead": None}
+    static = {"rounds": 1, "measure": "p99_s", "verdict": "best", "best": None, "settings": [row]}
+    older = entry(static=static)
+    older["asked"] |= {"static_rounds": 1}
+    made = make_profile(scenario=older)
+    made.save(tmp_path / "profile.json")
+    found = Profile.load(tmp_path / "profile.json")
+    assert read(found).text == read(profile()).text
+    print_scenario(found)
+    out = capsys.readouterr().out
+    assert "Realtime API" in out
+    assert "tatic" not in out

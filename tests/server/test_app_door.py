@@ -1,0 +1,145 @@
+"""What the server lets in: keys, bodies, origins, request ids, log lines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+
+import pytest
+from served import ASKED, run_app
+
+from echelon.errors import InvalidInput
+from echelon.server.auth import Keys, read_keys
+from echelon.server.context import ServerLimits
+from echelon.server.observability import JsonFormatter, request_id
+from echelon.server.protocols import DIALECTS
+
+
+def test_keys(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nfirst-key\n  second-key  # of the web shop\n\n", "utf-8")
+    monkeypatch.setenv("ECHELON_API_KEYS", "third-key, ")
+    keys = read_keys(file)
+    assert len(keys) == 3
+
+    async def main(client, house):
+        for path in ("/v1/models", "/info"):
+            assert (await client.get(path)).status_code == 401
+        for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+        for dialect in DIALECTS:
+            path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
+            response = await client.post(path, json=dict(dialect.example))
+            assert response.status_code == 401
+            assert "API key" in response.text
+        for headers in (
+            {"Authorization": "Bearer first-key"},
+            {"Authorization": "bearer second-key"},
+            {"Authorization": "third-key"},
+            {"X-Api-Key": "first-key"},
+            {"Api-Key": "first-key"},
+        ):
+            response = await client.post("/v1/rerank", json=ASKED, headers=headers)
+            assert response.status_code == 200
+        wrong = {"Authorization": "Bearer first-key2"}
+        response = await client.post("/v1/rerank", json=ASKED, headers=wrong)
+        assert response.status_code == 401
+        assert "first-key2" not in response.text
+
+    run_app(main, rules=ServerLimits(keys=keys))
+
+
+def test_key_files_that_hold_nothing(tmp_path):
+    with pytest.raises(InvalidInput, match="--api-keys: cannot be read"):
+        read_keys(tmp_path / "none")
+    (tmp_path / "empty").write_text("# nothing\n", "utf-8")
+    with pytest.raises(InvalidInput, match="holds no key"):
+        read_keys(tmp_path / "empty")
+    assert len(Keys()) == 0
+
+
+def test_long_bodies():
+    async def main(client, house):
+        body = {**ASKED, "documents": ["d" * 2000]}
+        announced = await client.post("/v1/rerank", json=body)
+
+        async def parts():
+            for _ in range(20):
+                yield b" " * 100
+
+        streamed = await client.post("/v1/rerank", content=parts())
+        for response in (announced, streamed):
+            assert response.status_code == 413
+            assert response.json()["message"].startswith("body: is longer than 1000 bytes")
+        assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
+
+    run_app(main, rules=ServerLimits(max_body_bytes=1000))
+
+
+def test_slow_bodies():
+    async def main(client, house):
+        async def parts():
+            yield b"{"
+            await asyncio.Event().wait()
+
+        response = await client.post("/v1/rerank", content=parts())
+        assert response.status_code == 408
+        assert "did not come within 0.05 s" in response.json()["message"]
+
+    run_app(main, rules=ServerLimits(body_timeout_s=0.05))
+
+
+def test_cors_is_off_unless_an_origin_is_named():
+    origin = {"Origin": "https://shop.example"}
+
+    async def closed(client, house):
+        response = await client.post("/v1/rerank", json=ASKED, headers=origin)
+        assert "access-control-allow-origin" not in response.headers
+
+    async def opened(client, house):
+        response = await client.post("/v1/rerank", json=ASKED, headers=origin)
+        assert response.headers["access-control-allow-origin"] == "https://shop.example"
+        other = await client.post("/v1/rerank", json=ASKED, headers={"Origin": "https://a.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+    run_app(closed)
+    run_app(opened, rules=ServerLimits(origins=("https://shop.example",)))
+
+
+@pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_s", "drain_s"])
+def test_rules_that_make_no_sense(name):
+    with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
+        ServerLimits(**{name: 0})
+
+
+def test_request_ids(caplog):
+    async def main(client, house):
+        with caplog.at_level(logging.INFO, "echelon.server.routes"):
+            given = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "abc-1"})
+            assert given.headers["x-request-id"] == given.json()["id"] == "abc-1"
+            odd = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "a b\tc"})
+            assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
+        facts = caplog.records[0].facts
+        assert (facts["status"], facts["dialect"], facts["documents"]) == (200, "cohere_v1", 5)
+
+    run_app(main)
+
+
+def test_log_lines_are_json():
+    def line(**record):
+        made = logging.makeLogRecord({"name": "echelon.x", "levelname": "INFO", **record})
+        return json.loads(JsonFormatter().format(made))
+
+    plain = line(msg="a %s", args=("b",), facts={"status": 200})
+    assert (plain["message"], plain["level"], plain["status"]) == ("a b", "info", 200)
+    assert "request_id" not in plain
+    token = request_id.set("abc")
+    try:
+        int("oops")
+    except ValueError as error:
+        broken = line(msg="x", exc_info=(ValueError, error, error.__traceback__))
+    request_id.reset(token)
+    assert broken["request_id"] == "abc"
+    assert "ValueError: invalid literal" in broken["error"]

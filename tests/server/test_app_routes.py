@@ -1,0 +1,196 @@
+"""Routes that do not rank: state, description, metrics; the start and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import httpx
+import pytest
+from served import ASKED, metric, run_app
+from services import service
+
+from echelon.errors import ModelNotFound, ShuttingDown
+from echelon.server.app import make_app
+from echelon.server.context import ServerContext
+from echelon.server.metrics import Metrics
+from echelon.server.openapi import ERRORS, PLAIN, describe
+from echelon.server.protocols import DIALECTS, PATHS, SHARED
+from echelon.server.responses import HEADERS
+
+
+def test_what_is_served():
+    async def main(client, house):
+        (model,) = (await client.get("/v1/models")).json()["data"]
+        assert (model["id"], model["object"]) == ("the-model", "model")
+        info = (await client.get("/info")).json()
+        assert info["model_id"] == "the-model"
+        assert info["max_input_length"] == 512
+        assert "reranker" in info["model_type"]
+        assert (await client.get("/health")).json()["status"] == "ok"
+        assert (await client.get("/ready")).json() == {"ready": True, "reason": ""}
+        await house.service.drain(0.01)
+        late = await client.get("/ready")
+        assert (late.status_code, late.json()["ready"]) == (503, False)
+        refused = await client.post("/v1/rerank", json=ASKED)
+        assert refused.status_code == 503
+
+    run_app(main)
+
+
+def test_before_the_start_and_after_a_failed_one():
+    async def fails():
+        raise ModelNotFound("no such folder. Name another.")
+
+    async def main():
+        house = ServerContext(fails, "m", Metrics())
+        with pytest.raises(ModelNotFound):
+            await house.open()
+        assert isinstance(house.failure, ModelNotFound)
+        with pytest.raises(ShuttingDown):
+            _ = house.service
+        transport = httpx.ASGITransport(make_app(house))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.get("/v1/models")).status_code == 503
+            assert (await client.post("/v1/rerank", json=ASKED)).status_code == 503
+            assert (await client.get("/metrics")).status_code == 200
+        await house.close()
+
+    asyncio.run(main())
+
+
+def test_the_application_starts_and_stops_the_service():
+    async def main():
+        made = service()
+
+        async def launch():
+            await made.start()
+            return made
+
+        told = []
+        app = make_app(ServerContext(launch, "m", Metrics()))
+        news = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+        async def receive():
+            return news.pop(0)
+
+        async def send(message):
+            told.append(message["type"])
+            if message["type"] == "lifespan.startup.complete":
+                assert (await made.ready()).ready
+
+        await app({"type": "lifespan"}, receive, send)
+        assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        assert not (await made.ready()).ready
+
+    asyncio.run(main())
+
+
+def test_a_failed_start_is_told_without_a_traceback():
+    async def fails():
+        raise ModelNotFound("no such folder. Name another.")
+
+    async def main():
+        told = []
+
+        async def receive():
+            return {"type": "lifespan.startup"}
+
+        async def send(message):
+            told.append(message)
+
+        with pytest.raises(ModelNotFound):
+            await make_app(ServerContext(fails, "m", Metrics()))(
+                {"type": "lifespan"}, receive, send
+            )
+        assert told == [{"type": "lifespan.startup.failed"}]
+
+    asyncio.run(main())
+
+
+def test_the_description_is_whole_and_needs_no_other_server():
+    description = describe()
+    assert set(description["paths"]) == set(SHARED) | set(PLAIN)
+    known = set(description["components"]["schemas"])
+    used = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
+    assert used <= known
+    for path, them in SHARED.items():
+        told = description["paths"][path]["post"]
+        examples = told["requestBody"]["content"]["application/json"]["examples"]
+        assert set(examples) == {dialect.name for dialect in them}
+        assert set(told["responses"]) == {"200", *map(str, ERRORS)}
+
+    async def main(client, house):
+        page = (await client.get("/docs")).text
+        sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+        assert len(sources) == 2
+        for source in sources:
+            assert source.startswith("/")
+            assert (await client.get(source)).status_code == 200
+        told = (await client.get("/openapi.json")).json()
+        assert told["openapi"].startswith("3.0.")  # the page under /docs reads no other
+        assert '"null"' not in json.dumps(told)
+        assert '"nullable": true' in json.dumps(told)
+        assert told["info"]["title"] == "Echelon: the-model"
+        routes = {route.path for route in make_app(house).app.routes}
+        assert set(PATHS) | set(PLAIN) <= routes
+
+    run_app(main)
+
+
+def test_the_path_that_a_proxy_puts_before_is_no_markup_in_the_docs():
+    root = '/a"><script>alert(1)</script>'
+
+    async def main(client, house):
+        behind = httpx.ASGITransport(make_app(house), root_path=f"{root}/")
+        async with httpx.AsyncClient(transport=behind, base_url="http://test") as proxied:
+            page = (await proxied.get("/docs")).text
+        assert page.count("<script") == 2
+        found = re.findall(r'(?:src|href|data-url)="([^"]+)"', page)
+        assert {unescape(address).removeprefix(root) for address in found} == {
+            "/docs/assets/swagger-ui.css",
+            "/docs/assets/swagger-ui-bundle.js",
+            "/openapi.json",
+        }
+
+    run_app(main)
+
+
+def test_metrics_count_what_happens():
+    async def main(client, house):
+        for _ in range(3):
+            await client.post("/v1/rerank", json=ASKED)
+        answered = metric(house, 'echelon_requests_total{outcome="answered"}')
+        assert answered == metric(house, 'echelon_request_seconds_count{phase="queue"}') == 3
+        assert metric(house, "echelon_documents_total") == 15
+        assert metric(house, "echelon_tokens_total") > 0
+        assert metric(house, "echelon_padding_tokens_total") == 0
+        assert metric(house, "echelon_workers_up") == 1
+        assert metric(house, "echelon_token_budget") == 2048
+        assert metric(house, "echelon_draining") == 0
+        assert metric(house, "echelon_step_seconds_count") == metric(
+            house, "echelon_step_actual_over_predicted_count"
+        )
+        name = 'echelon_http_requests_total{dialect="cohere_v1",status="200"}'
+        assert metric(house, name) == 3
+        assert metric(house, 'echelon_worker_changes_total{state="up"}') == 1
+
+    run_app(main)
+
+
+def test_serving_page_names_every_metric_header_path_and_status():
+    page = (Path(__file__).parents[2] / "docs/SERVING.md").read_text("utf-8")
+    metrics = {
+        collected.name + ("_total" if collected.type == "counter" else "")
+        for collected in Metrics().registry.collect()
+    }
+    listed = set(re.findall(r"^\| `(echelon_\w+)`", page, re.MULTILINE))
+    assert listed == metrics
+    for name in (*HEADERS, *SHARED, *PLAIN, *(d.title for d in DIALECTS)):
+        assert name in page, name
+    statuses = set(re.findall(r"^\| (\d{3}) \|", page, re.MULTILINE))
+    assert statuses == set(map(str, ERRORS))

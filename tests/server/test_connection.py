@@ -1,0 +1,244 @@
+"""Connections: headers come in time and in size, and there are only so many."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from served import ASKED, LiveFake
+from services import GUARD_S
+
+from echelon.errors import InvalidInput
+from echelon.server.connection import LINGER_S, ConnectionLimits
+from echelon.server.http_server import OTHER_FILES, make_room_for
+
+BODY = json.dumps(ASKED).encode()
+HEAD = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(BODY)}\r\n".encode()
+WHOLE = HEAD + b"\r\n" + BODY
+
+
+@pytest.fixture(scope="module")
+def live():
+    limits = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_bytes": 2000}
+    rules, scorer = {"max_body_bytes": 20_000}, {"pace_s": 0.0001}
+    with LiveFake(limits=limits, rules=rules, scorer=scorer) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def client_of(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=GUARD_S) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield client
+
+
+def answer(client) -> bytes:
+    """All that comes until the other side closes."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := client.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def status(told: bytes) -> int:
+    return int(told.split()[1]) if told else 0
+
+
+def one_answer(client) -> bytes:
+    """One answer off a connection that stays."""
+
+    def more() -> bytes:
+        part = client.recv(65536)
+        assert part, "the server has closed the connection"
+        return part
+
+    told = b""
+    while b"\r\n\r\n" not in told:
+        told += more()
+    head, _, body = told.partition(b"\r\n\r\n")
+    (length,) = [ln for ln in head.lower().split(b"\r\n") if ln.startswith(b"content-length")]
+    while len(body) < int(length.split()[1]):
+        body += more()
+    return head + b"\r\n\r\n" + body
+
+
+def until(condition) -> None:
+    guard = time.monotonic() + GUARD_S
+    while not condition():
+        assert time.monotonic() < guard
+        time.sleep(0.005)
+
+
+def drip(client, stop) -> None:
+    """A byte of headers now and then, for as long as anybody listens."""
+    with contextlib.suppress(OSError):
+        client.sendall(b"POST /v1/rerank HTTP/1.1\r\nX-Slow: ")
+        while not stop.wait(0.02):
+            client.sendall(b"a")
+
+
+def test_a_byte_at_a_time_is_no_way_to_stay(live):
+    before = live.metric('echelon_connections_refused_total{reason="slow_headers"}')
+    stop = threading.Event()
+    with client_of(live) as client:
+        thread = threading.Thread(target=drip, args=(client, stop))
+        thread.start()
+        told = answer(client)
+        stop.set()
+        thread.join()
+    assert status(told) == 408
+    assert b"The headers did not come within 0.3 s." in told
+    assert live.metric('echelon_connections_refused_total{reason="slow_headers"}') == before + 1
+
+
+@pytest.mark.parametrize("begun", [b"", b"\r\n", b"PO", HEAD])
+def test_whoever_says_nothing_more_is_let_go(live, begun):
+    with client_of(live) as client:
+        client.sendall(begun)
+        assert status(answer(client)) == 408
+
+
+def test_a_further_request_has_its_own_time(live):
+    with client_of(live) as client:
+        for _ in range(2):
+            client.sendall(WHOLE)
+            assert status(one_answer(client)) == 200
+        client.sendall(b"\r\n")  # not even a request
+        assert status(answer(client)) == 408
+
+
+def test_an_idle_connection_stays_longer_than_headers_may_take(live):
+    with client_of(live) as client, client_of(live) as other:
+        client.sendall(WHOLE)
+        assert status(one_answer(client)) == 200
+        assert status(answer(other)) == 408  # its time for headers is over, and began later
+        client.sendall(WHOLE)
+        assert status(one_answer(client)) == 200
+
+
+def test_a_slow_body_is_not_judged_by_the_time_for_headers(live):
+    with client_of(live) as client, client_of(live) as other:
+        client.sendall(HEAD + b"\r\n" + BODY[:5])
+        assert status(answer(other)) == 408
+        client.sendall(BODY[5:])
+        assert status(one_answer(client)) == 200
+
+
+def test_pipelined_requests_are_answered_in_turn(live):
+    with client_of(live) as client:
+        client.sendall(WHOLE + WHOLE + HEAD)
+        told = b""
+        while told.count(b"HTTP/1.1 200") < 2:
+            told += client.recv(65536)
+        client.sendall(b"\r\n" + BODY)
+        while told.count(b"HTTP/1.1 200") < 3:
+            told += client.recv(65536)
+
+
+def test_the_next_requests_slow_headers_cost_nobody_the_answer_before(live):
+    body = json.dumps({"query": "q", "documents": [f"{i} " + "d" * 90 for i in range(100)]})
+    head = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    with client_of(live) as client:  # a second of work, three times as long as headers may take
+        client.sendall(f"{head}{body}".encode())
+        client.sendall(HEAD)
+        told = answer(client)
+    assert told.count(b"HTTP/1.1 200") == told.count(b"HTTP/1.1 408") == 1
+    assert status(told) == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD + b"X-Long: " + b"a" * 2000 + b"\r\n\r\n",
+        HEAD + b"X-Endless: " + b"a" * 200_000,
+        b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\n\r\n",
+        HEAD + b"X-Many: b\r\n" * 300 + b"\r\n" + BODY,
+        b"GET /" + b"a" * 200_000,
+    ],
+)
+def test_headers_have_a_size(live, head):
+    with client_of(live) as client:
+        with contextlib.suppress(OSError):
+            client.sendall(head)
+        told = answer(client)
+    assert status(told) == 431
+    assert b"longer than 2000 bytes" in told
+
+
+def test_headers_of_the_largest_size_come_in(live):
+    filler = 2000 - len("/v1/rerank") - len("host") - 1 - 4 - len("content-length") - 2 - 4
+    line = b"X: " + b"a" * (filler - 50) + b"\r\n"
+    with client_of(live) as client:
+        client.sendall(HEAD + line + b"\r\n" + BODY)
+        assert status(one_answer(client)) == 200
+
+
+def test_a_refused_body_cannot_hold_the_connection(live):
+    head = b"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n"
+    with client_of(live) as client:
+        client.sendall(head + b"{")
+        told = answer(client)
+    assert status(told) == 413
+    assert b"longer than 20000 bytes" in told
+
+
+def test_a_body_that_comes_behind_its_refusal_costs_no_connection(tmp_path):
+    (tmp_path / "keys").write_text("right-key-0123456789 name=team\n", "utf-8")
+    with LiveFake(keys=str(tmp_path / "keys")) as server, client_of(server) as client:
+        for _ in range(3):
+            client.sendall(HEAD + b"Authorization: Bearer wrong\r\n\r\n")
+            assert status(one_answer(client)) == 401  # before the body was read
+            client.sendall(BODY)
+        # It stays, beyond the moment in which the body had to come.
+        begun = time.monotonic()
+        while time.monotonic() < begun + LINGER_S + 0.3:
+            client.sendall(HEAD + b"Authorization: Bearer right-key-0123456789\r\n\r\n" + BODY)
+            assert status(one_answer(client)) == 200
+
+
+def test_only_so_many_connections(live):
+    until(lambda: live.metric("echelon_connections") == 1)  # the one that asks
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(client_of(live)) for _ in range(8)]
+        for client in held:
+            client.sendall(WHOLE)
+            assert status(one_answer(client)) == 200
+        with client_of(live) as ninth:
+            ninth.sendall(WHOLE)
+            told = answer(ninth)
+            held[1].sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert b"\nechelon_connections 8.0\n" in one_answer(held[1])  # it does not count
+        assert status(told) == 503
+        assert b"retry-after: 1\r\n" in told
+        assert json.loads(told.partition(b"\r\n\r\n")[2])["message"].startswith("This server has")
+        held[0].sendall(WHOLE)
+        assert status(one_answer(held[0])) == 200
+        held[0].close()
+        with httpx.Client() as again:
+            until(lambda: again.post(f"{live.url}/v1/rerank", json=ASKED).status_code == 200)
+    assert live.metric('echelon_connections_refused_total{reason="too_many"}') >= 1
+
+
+@pytest.mark.parametrize("name", ["max_connections", "header_timeout_s", "max_header_bytes"])
+def test_limits_that_make_no_sense(name):
+    with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
+        ConnectionLimits(**{name: 0})
+
+
+def test_files_for_the_connections(monkeypatch):
+    limit = [100, 1000]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limit.__setitem__(slice(None), new))
+    make_room_for(30)
+    assert limit == [100, 1000]
+    make_room_for(500)
+    assert limit == [500 + OTHER_FILES, 1000]
+    with pytest.raises(InvalidInput, match="--max-connections: 990 need 1054 open files"):
+        make_room_for(990)

@@ -1,0 +1,223 @@
+"""Rates: a token bucket that keeps its promises, and key files that say what each key may have."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from served import ASKED, metric, run_app
+
+from echelon.errors import InvalidInput, RateLimited
+from echelon.server.auth import Keys, RateLimit, TokenBucket, limit_of, read_keys
+from echelon.server.context import ServerLimits
+from echelon.server.protocols import DIALECTS
+from echelon.server.responses import retry_after
+
+limits = st.builds(RateLimit, st.floats(0.01, 1000), st.integers(1, 500).map(float))
+comings = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 2000)), min_size=1, max_size=60)
+
+
+def let_in(bucket, documents, now) -> float | None:
+    """None, or how long to wait."""
+    try:
+        bucket.take(documents, now)
+    except RateLimited as refused:
+        return refused.retry_after_s
+    return None
+
+
+@given(limits, comings)
+def test_never_more_than_burst_and_rate_and_one_request_beyond(limit, comings):
+    bucket, now, taken = TokenBucket(limit), 0.0, []
+    for pause, documents in comings:
+        now += pause
+        if let_in(bucket, documents, now) is None:
+            taken.append((now, documents))
+    for first, (since, _) in enumerate(taken):
+        for last in range(first, len(taken)):
+            until, final = taken[last]
+            total = sum(documents for _, documents in taken[first : last + 1])
+            beyond = max(0.0, final - limit.burst)
+            room = limit.burst + limit.rate * (until - since) + beyond
+            assert total <= room * (1 + 1e-9) + 1e-6
+
+
+@given(limits, comings)
+def test_whoever_is_told_when_to_come_is_let_in_then_and_not_before(limit, comings):
+    bucket, now = TokenBucket(limit), 0.0
+    for pause, documents in comings:
+        now += pause
+        wait = let_in(bucket, documents, now)
+        if wait is None:
+            continue
+        assert 0 < wait < math.inf
+        early = let_in(bucket, documents, now + wait * 0.9)
+        assert early == pytest.approx(wait * 0.1, rel=1e-6, abs=1e-6)
+        now += int(retry_after(wait))
+        assert let_in(bucket, documents, now) is None
+
+
+@given(limits, st.integers(1, 2000))
+def test_no_request_is_too_large_to_ever_come_in(limit, documents):
+    bucket = TokenBucket(limit)
+    assert let_in(bucket, documents, 0.0) is None
+    owed = documents - limit.burst + min(documents, limit.burst)
+    wait = let_in(bucket, documents, 0.0) or 0.0
+    assert wait == pytest.approx(max(0.0, owed / limit.rate), rel=1e-6, abs=1e-9)
+
+
+@given(limits, st.floats(0, 100), st.floats(0, 100))
+def test_a_clock_that_stands_still_or_goes_back_gives_nothing(limit, then, before):
+    bucket = TokenBucket(limit)
+    assert let_in(bucket, int(limit.burst), then) is None
+    assert let_in(bucket, 1, min(before, then)) == pytest.approx(1 / limit.rate, rel=1e-6)
+
+
+def test_what_is_given_back_can_be_taken_again():
+    bucket = TokenBucket(RateLimit(1.0, 10.0))
+    assert let_in(bucket, 30, 0.0) is None
+    bucket.give_back(30)
+    assert let_in(bucket, 10, 0.0) is None
+    bucket.give_back(1000)
+    assert let_in(bucket, 10, 0.0) is None
+    assert let_in(bucket, 1, 0.0) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "rate", "burst"),
+    [
+        (("50/s",), 50, 50),
+        (("0.5/s",), 0.5, 1),
+        (("900/min",), 15, 15),
+        (("7200/h", "300"), 2, 300),
+    ],
+)
+def test_rates_as_they_are_written(words, rate, burst):
+    limit = limit_of("rate", *words)
+    assert (limit, str(limit)) == (RateLimit(rate, burst), words[0])
+
+
+@pytest.mark.parametrize(
+    "words", [("50",), ("0/s",), ("-1/s",), ("x/s",), ("5/d",), ("5/s", "0"), ("5/s", "x")]
+)
+def test_rates_that_are_none(words):
+    with pytest.raises(InvalidInput, match="--rate-limit"):
+        limit_of("--rate-limit", *words)
+
+
+# Key files.
+
+
+def keys_of(tmp_path, *lines, rate=None) -> Keys:
+    (tmp_path / "keys").write_text("\n".join(lines), "utf-8")
+    return read_keys(tmp_path / "keys", rate)
+
+
+def of(keys, key):
+    return keys.holder({"authorization": f"Bearer {key}"})
+
+
+def test_names_and_limits(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHELON_API_KEYS", "from-outside")
+    keys = keys_of(
+        tmp_path,
+        "# ours",
+        "aaa name=shop rate=50/s burst=200  # the web shop",
+        "bbb  rate=none",
+        "ccc name=team.b",
+        "old name=twice rate=3/s",
+        "new name=twice rate=3/s",
+        rate="10/s",
+    )
+    assert len(keys) == 6
+    assert (of(keys, "aaa").name, of(keys, "aaa").bucket.limit) == ("shop", RateLimit(50, 200))
+    assert (of(keys, "bbb").name, of(keys, "bbb").bucket) == ("line-3", None)
+    assert (of(keys, "ccc").name, of(keys, "ccc").bucket.limit) == ("team.b", RateLimit(10, 10))
+    assert of(keys, "from-outside").name == "env-1"
+    assert of(keys, "old") is of(keys, "new")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("secret extra", "line 1: what follows the key is not understood"),
+        ("secret name=a name=b", "line 1: what follows the key is not understood"),
+        ("secret name=", "line 1: what follows the key is not understood"),
+        ("secret colour=red", "line 1: what follows the key is not understood"),
+        ("secret name=a/b", "line 1: the name is odd"),
+        ("secret rate=fast", "line 1: 'fast' is no rate"),
+        ("secret burst=5", "a burst without a rate"),
+        ("secret rate=none burst=5", "a burst without a rate"),
+        ("secret name=a rate=1/s\nother name=a", "name a have different limits"),
+        ("secret name=a\nother name=a rate=1/s", "name a have different limits"),
+    ],
+)
+def test_lines_that_are_wrong_are_named_without_the_key(tmp_path, line, words):
+    with pytest.raises(InvalidInput) as caught:
+        keys_of(tmp_path, line)
+    assert words in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_is_never_shown(tmp_path):
+    assert "aaa" not in repr(vars(keys_of(tmp_path, "aaa name=shop rate=5/s")))
+
+
+# Over HTTP.
+
+
+def test_each_key_has_its_own_limit_in_every_dialect(tmp_path):
+    keys = keys_of(tmp_path, "aaa name=slow rate=1/h burst=5", "bbb name=fast rate=9000/s")
+
+    async def main(client, house):
+        slow, fast = ({"Authorization": f"Bearer {key}"} for key in ("aaa", "bbb"))
+        assert (await client.post("/v1/rerank", json=ASKED, headers=slow)).status_code == 200
+        for dialect in DIALECTS:
+            path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
+            body = dict(dialect.example)
+            refused = await client.post(path, json=body, headers=slow)
+            assert refused.status_code == 429, dialect.name
+            assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+            assert "The key's limit of 1/h documents is used up" in refused.text
+            assert (await client.post(path, json=body, headers=fast)).status_code == 200
+        assert metric(house, 'echelon_rate_limited_total{key="slow"}') == len(DIALECTS)
+        assert metric(house, 'echelon_rate_limited_total{key="fast"}') == 0
+        assert metric(house, 'echelon_key_documents_total{key="slow"}') == 5
+        assert metric(house, 'echelon_key_documents_total{key="fast"}') >= 2 * len(DIALECTS)
+        assert "aaa" not in house.metrics.text().decode()
+
+    run_app(main, rules=ServerLimits(keys=keys))
+
+
+def test_what_the_service_refuses_costs_nothing(tmp_path):
+    keys = keys_of(tmp_path, "aaa rate=1/h burst=5")
+
+    async def main(client, house):
+        headers = {"Authorization": "aaa"}
+        wrong = {**ASKED, "max_tokens_per_doc": -5}
+        refused = await client.post("/v1/rerank", json=wrong, headers=headers)
+        assert refused.status_code == 422
+        too_long = {"query": "q", "texts": ["d" * 600] * 5, "truncate": False}
+        refused = await client.post("/rerank", json=too_long, headers=headers)
+        assert refused.status_code == 422
+        assert (await client.post("/v1/rerank", json=ASKED, headers=headers)).status_code == 200
+        refused = await client.post("/v1/rerank", json=ASKED, headers=headers)
+        assert refused.status_code == 429
+        unread = await client.post("/v1/rerank", content=b"{", headers=headers)
+        assert unread.status_code == 429  # before the body is looked at
+
+    run_app(main, rules=ServerLimits(keys=keys))
+
+
+def test_without_keys_everybody_shares_the_limit():
+    keys = Keys(common=limit_of("--rate-limit", "1/h", "5"))
+
+    async def main(client, house):
+        assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
+        assert (await client.post("/v1/rerank", json=ASKED)).status_code == 429
+        assert metric(house, 'echelon_rate_limited_total{key="anybody"}') == 1
+        assert house.recent._slices[-1].counts["limited", "requests"] == 1
+
+    run_app(main, rules=ServerLimits(keys=keys))

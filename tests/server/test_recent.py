@@ -1,0 +1,285 @@
+"""The last ten minutes of a server: percentiles, rates, forgetting, bounds."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from services import Ears
+
+from echelon.engine.events import (
+    LadderTaken,
+    ListenerGroup,
+    RequestEnded,
+    RequestRefused,
+    StepFinished,
+    WorkerChanged,
+)
+from echelon.engine.state import ServiceSnapshot
+from echelon.scheduling.queue import QueueLoad
+from echelon.server.dashboard_data import STATE, board
+from echelon.server.rolling_stats import (
+    BINS,
+    FLOOR_S,
+    POWERS,
+    REMEMBERED_EVENTS,
+    REMEMBERED_STEPS,
+    SLICES,
+    RollingStats,
+    bin_of,
+    percentiles,
+    power_of,
+)
+from echelon.types import LadderStep
+
+SECONDS = st.floats(min_value=1e-5, max_value=4000, allow_nan=False)
+
+
+class Time:
+    """A clock that is moved by hand."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def recent(time, slice_s=2.0):
+    return RollingStats(slice_s, clock=time, unix=lambda: 1_000_000.0)
+
+
+def shown(heard, state=None):
+    return board(heard.view(), "m", None, state)
+
+
+def step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3, *, again=False):
+    return StepFinished(0, predicted, actual, pairs, 1, tokens, cost, 2**20, again)
+
+
+def ended(outcome="answered", cut=0, fallback=None):
+    return RequestEnded(outcome, 2, 40, cut, cut * 7, 0.1, 0.1, 0.1, 0.3, fallback)
+
+
+def snapshot(pairs=5, memory=(7, 0), budget=2048):
+    load = QueueLoad(1, pairs, 60, 700, 1, 0.0, budget, None)
+    return ServiceSnapshot(
+        load, 2, 0.5, 0.25, 1, 1, 0.0, memory, 1.1, draining=False, drift=1.75, drifted=True
+    )
+
+
+# Percentiles.
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=60), st.sampled_from((1, 50, 95, 99, 100)))
+def test_percentiles_are_within_one_percent_of_a_latency_that_was_measured(latencies, rank):
+    bins = np.zeros(BINS, dtype=np.int32)
+    for latency in latencies:
+        bins[bin_of(latency)] += 1
+    exact = max(sorted(latencies)[math.ceil(rank / 100 * len(latencies)) - 1], FLOOR_S)
+    (found,) = percentiles(bins, rank)
+    assert found == pytest.approx(exact, rel=0.01)
+
+
+def test_nothing_measured_has_no_percentile_and_the_slowest_has_a_bin():
+    assert percentiles(np.zeros(BINS, dtype=np.int32), 50, 99) == [None, None]
+    assert (bin_of(0), bin_of(1e9)) == (0, BINS - 1)
+
+
+@given(st.integers(1, 10**6))
+def test_sizes_are_counted_under_the_next_power_of_two(size):
+    power = power_of(size)
+    assert power == POWERS - 1 or 2**power // 2 < size <= 2**power
+
+
+# Slices.
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 90), SECONDS, st.integers(1, 50), st.sampled_from((200, 429))),
+        max_size=40,
+    )
+)
+def test_the_window_and_the_last_minute_hold_what_happened_in_them(events):
+    time = Time()
+    heard = recent(time)
+    told = []
+    for wait, seconds, documents, status in events:
+        time.now += wait
+        heard.answered(status, seconds, documents)
+        told.append((int((time.now - 100) / 2.0), seconds, documents, status))
+    number = int((time.now - 100) / 2.0)
+    found = shown(heard)
+    for name, slices in (("window", SLICES), ("minute", 30)):
+        inside = [event for event in told if number - slices <= event[0] < number]
+        good = [event for event in inside if event[3] == 200]
+        total = found[name]
+        assert sum(total["counts"].get("http", {}).values()) == len(inside)
+        length = min(slices, number) * 2.0
+        assert total["seconds"] == length
+        if length:
+            rate = sum(event[2] for event in good) / length
+            assert total["documents_per_s"] == pytest.approx(rate, abs=1e-3)
+            assert total["requests_per_s"] == pytest.approx(len(inside) / length, abs=1e-3)
+            assert (total["p50_s"] is None) == (not good)
+        if good:
+            slowest = max(FLOOR_S, *(event[1] for event in good))
+            assert total["p99_s"] == pytest.approx(slowest, rel=0.011)
+
+
+def test_the_slice_that_is_being_filled_is_left_out_until_it_is_full():
+    time = Time()
+    heard = recent(time)
+    heard.answered(200, 0.1, 4)
+    assert shown(heard)["window"]["counts"] == {}
+    assert shown(heard)["minute"]["documents_per_s"] is None
+    time.now += 2.0
+    found = shown(heard)
+    assert found["minute"]["documents_per_s"] == 2.0
+    assert found["columns"]["documents_per_s"] == [2.0]
+    assert found["columns"]["ends_at"] == [1_000_002.0] == [found["at"]]
+
+
+def test_memory_is_bounded_however_long_a_server_lives():
+    time = Time()
+    heard = recent(time)
+    for number in range(3 * SLICES):
+        heard.answered(200, 0.1, 1)
+        heard.step_finished(step())
+        heard.worker_changed(WorkerChanged(number % 3, "up"))
+        time.now += 2.0
+    view = heard.view()
+    assert len(view.slices) == SLICES
+    assert len(heard._slices) == SLICES + 1
+    assert (len(view.steps), len(view.events)) == (REMEMBERED_STEPS, REMEMBERED_EVENTS)
+    assert [worker.worker for worker in view.workers] == [0, 1, 2]
+    found = shown(heard)
+    assert found["window"]["counts"]["http"] == {"200": SLICES}
+    assert {len(column) for name, column in found["columns"].items() if name[0] != "r"} == {SLICES}
+
+
+def test_after_a_long_silence_nothing_old_is_told():
+    time = Time()
+    heard = recent(time)
+    heard.answered(500, 0.1, 0)
+    heard.step_finished(step())
+    time.now += 2.0 * (SLICES + 1)
+    assert not heard.view().slices
+    assert shown(heard)["window"]["counts"] == {}
+    assert set(shown(heard)["columns"]["tokens_per_s"]) == {0.0}
+    assert set(shown(heard)["columns"]["drift"]) == {None}
+
+
+def test_steps_are_counted_by_size_with_their_drift():
+    time = Time()
+    heard = recent(time)
+    heard.step_finished(step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3))
+    heard.step_finished(
+        step(pairs=4, tokens=10, cost=65_537, predicted=0.2, actual=0.3, again=True)
+    )
+    time.now += 2.0
+    found = shown(heard)
+    assert found["window"]["step_pairs"][2] == 2
+    assert (found["window"]["step_tokens"][7], found["window"]["step_tokens"][-1]) == (1, 1)
+    assert found["window"]["tokens_per_s"] == 50.0
+    assert found["window"]["drift"] == 1.5
+    assert found["window"]["counts"]["step"] == {"again": 1}
+    assert found["steps"]["recent"] == [[0.2, 0.3], [0.2, 0.3]]
+    assert found["steps"]["powers"][2] == 4
+
+
+def test_troubles_are_told_by_kind_and_one_by_one():
+    time = Time()
+    heard = recent(time)
+    heard.refused(RequestRefused("requests_full", 3, 1.0))
+    heard.connection_refused("too_many")
+    heard.rate_limited()
+    heard.request_ended(ended("expired", cut=2, fallback=64))
+    heard.request_ended(ended("answered"))
+    taken = LadderStep("halve_budget", "token budget 8 -> 4", "Do so.")
+    heard.ladder_taken(LadderTaken(1, taken, 4))
+    time.now += 2.0
+    heard.worker_changed(WorkerChanged(0, "died", "killed by signal 9"))
+    heard.worker_changed(WorkerChanged(0, "starting"))
+    time.now += 2.0
+    found = shown(heard)
+    counts = found["window"]["counts"]
+    assert counts["refused"] == {"requests_full": 1}
+    assert (counts["connection"], counts["limited"]) == ({"too_many": 1}, {"requests": 1})
+    assert counts["outcome"] == {"answered": 1, "expired": 1}
+    assert counts["truncated"] == {"documents": 2}
+    assert counts["fallback"] == {"requests": 1}
+    assert counts["ladder"] == {"halve_budget": 1}
+    assert counts["worker"] == {"died": 1, "starting": 1}
+    assert [event["name"] for event in found["events"]] == ["starting", "died", "halve_budget"]
+    assert found["events"][1]["words"] == "killed by signal 9"
+    assert found["events"][1]["at"] == 1_000_002.0
+    assert found["events"][2]["words"] == "token budget 8 -> 4. Do so."
+    assert [(worker["worker"], worker["name"]) for worker in found["workers"]] == [(0, "starting")]
+
+
+def test_the_state_at_each_look_and_now():
+    time = Time()
+    heard = recent(time)
+    for worker in (0, 1):
+        heard.worker_changed(WorkerChanged(worker, "up"))
+    heard.looked(snapshot(pairs=1))
+    heard.looked(snapshot(pairs=5))
+    time.now += 4.0
+    found = shown(heard, snapshot(pairs=9))
+    assert found["columns"]["waiting_pairs"] == [5, None]
+    assert found["columns"]["resident_bytes"] == [[7, None], [None, None]]
+    assert found["now"]["waiting_pairs"] == 9
+    assert set(found["now"]) == {*STATE, "draining", "drifted", "fallback"}
+    assert (found["now"]["slowdown"], found["now"]["drifted"]) == (1.75, True)
+    assert [worker["resident_bytes"] for worker in found["workers"]] == [7, None]
+
+
+def test_many_threads_lose_nothing():
+    time = Time()
+    heard = recent(time)
+
+    def tell():
+        for _ in range(500):
+            heard.answered(200, 0.01, 1)
+            heard.step_finished(step())
+
+    threads = [threading.Thread(target=tell) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.now += 2.0
+    assert shown(heard)["window"]["counts"]["http"] == {"200": 2000}
+    assert sum(shown(heard)["window"]["step_pairs"]) == 2000
+
+
+# Several listeners.
+
+
+def test_each_listener_hears_everything_though_another_raises(caplog):
+    first, last = Ears(), Ears()
+
+    class Raises(Ears):
+        def note(self, event):
+            raise RuntimeError("no ears")
+
+        step_finished = request_ended = refused = ladder_taken = worker_changed = note
+
+    fan = ListenerGroup(first, Raises(), last)
+    events = {
+        "step_finished": step(),
+        "request_ended": ended(),
+        "refused": RequestRefused("requests_full", 1, None),
+        "ladder_taken": LadderTaken(0, LadderStep("a", "b", "c"), 1),
+        "worker_changed": WorkerChanged(0, "up"),
+    }
+    for name, event in events.items():
+        getattr(fan, name)(event)
+    assert first.heard == last.heard == list(events.values())
+    assert caplog.text.count("This is a bug in it") == len(events)

@@ -1,0 +1,117 @@
+"""What the tests of file jobs share: a model without weights, files, and a job that dies."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from helpers import SENTENCES
+
+from echelon.models.fake import FakeScorer
+from echelon.offline.job import OfflineJob
+from echelon.offline.run import run
+from echelon.options import Options
+
+
+class Frugal(FakeScorer):
+    """A fake that does not remember its steps."""
+
+    def score(self, batch):
+        logits = super().score(batch)
+        self.batches.clear()
+        return logits
+
+
+class Deaf:
+    """A watcher that only counts."""
+
+    def __init__(self):
+        self.windows = 0
+        self.resumed_at = None
+
+    def indexing(self, doing, share):
+        """Nothing to show."""
+
+    def resumed(self, counts, share):
+        self.resumed_at = counts.pairs
+
+    def loaded(self):
+        """Nothing to show."""
+
+    def step(self, pairs):
+        """Nothing to show."""
+
+    def window(self, scored):
+        self.windows += 1
+
+
+def queries(count, documents=6, seed=0):
+    """Rows of JSONL."""
+    chance = random.Random(seed)
+    words = " ".join(SENTENCES).split()
+
+    def text(most):
+        return " ".join(chance.choice(words) for _ in range(chance.randint(1, most)))
+
+    return [
+        {
+            "id": f"q{n}",
+            "query": text(6),
+            "documents": [
+                {"id": f"d{i}", "text": text(30)} for i in range(chance.randint(0, documents))
+            ],
+        }
+        for n in range(count)
+    ]
+
+
+def write_lines(path: Path, records) -> Path:
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def job_of(model, source, output, budget=8, **more):
+    """A job whose windows hold some twenty pairs."""
+    return OfflineJob(
+        str(source), str(output), model=str(model), options=Options(token_budget=budget), **more
+    )
+
+
+def do(job, watcher=None):
+    return run(job, watcher or Deaf())
+
+
+def leftovers(folder):
+    """Names of files that only a job under way should have."""
+    endings = (".part", ".index", ".new", ".building")
+    return [path.name for path in Path(folder).iterdir() if path.name.endswith(endings)]
+
+
+class Death(BaseException):
+    """Stands in for a killed process."""
+
+
+class Reaper:
+    """Ends the process' life at the n-th durable step."""
+
+    def __init__(self, monkeypatch, target, names, dies_at):
+        self.left = dies_at
+        for name in names:
+            monkeypatch.setattr(target, name, self.stepping(getattr(target, name)))
+
+    def stepping(self, original):
+        def step(*arguments, **keywords):
+            self.left -= 1
+            if self.left == 0:
+                raise Death
+            return original(*arguments, **keywords)
+
+        return step

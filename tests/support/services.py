@@ -1,0 +1,95 @@
+"""What the tests of the service share: one with real child processes, and who listens to it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from helpers import TEMPLATE
+from scorers import Obedient
+
+from echelon.engine.events import NullListener
+from echelon.engine.service import Service
+from echelon.engine.state import ServiceSettings
+from echelon.engine.worker import ChildWorker
+from echelon.models.fake import FakeScorer
+from echelon.tokenization.pairs import encode_pairs
+from echelon.types import monotonic
+
+GUARD_S = 60.0
+
+
+class LetterEncoder:
+    """A tokenizer whose tokens are characters."""
+
+    template = TEMPLATE
+
+    def encode(self, pairs, max_length, truncation, max_query_tokens=None, places=None):
+        queries = [ids(query)[:max_query_tokens] for query, _ in pairs]
+        documents = [ids(document) for _, document in pairs]
+        return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
+
+
+class Ears(NullListener):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def note(self, event) -> None:
+        self.heard.append(event)
+
+    step_finished = request_ended = refused = ladder_taken = worker_changed = note
+    budget_moved = note
+
+    def of(self, kind) -> list:
+        return [event for event in self.heard if type(event).__name__ == kind]
+
+    def states(self) -> list:
+        return [event.state for event in self.of("WorkerChanged")]
+
+
+async def until(condition) -> None:
+    """Wait for something that must come."""
+    while not condition():  # noqa: ASYNC110 - it changes in other threads
+        await asyncio.sleep(0.001)
+
+
+def ids(text):
+    return np.array([ord(letter) for letter in text], dtype=np.int32)
+
+
+def wish(*numbers, query="q", count=1):
+    """Encoded pairs whose documents hold the given token ids."""
+    documents = [np.array([*numbers, index], dtype=np.int32) for index in range(count)]
+    return encode_pairs(TEMPLATE, [ids(query)] * count, documents, 500, "longest_first")
+
+
+def scores(pairs):
+    if isinstance(pairs, list):
+        pairs = LetterEncoder().encode(pairs, 512, "longest_first")
+    return [FakeScorer().score(pairs.batch([i]))[0] for i in range(len(pairs))]
+
+
+def service(opener=Obedient, *, ears=None, learned=None, clock=monotonic, **settings) -> Service:
+    settings.setdefault("precision", "fp32")
+    return Service(
+        LetterEncoder(),
+        lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
+        ServiceSettings(**settings),
+        listener=ears,
+        clock=clock,
+        learned=learned,
+    )
+
+
+def run(main, made: Service, guard_s: float = GUARD_S):
+    async def guarded():
+        async with asyncio.timeout(guard_s), made:
+            return await main(made)
+
+    return asyncio.run(guarded())
+
+
+def texts(seed: int, count: int = 5) -> list:
+    return [(f"query {seed}", f"document {seed} {i} " + "x" * (7 * i % 40)) for i in range(count)]

@@ -1,0 +1,103 @@
+"""Latency over load: what is simulated, and how the report draws it."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from report_pages import leave_plotly_out, read
+from test_report_card import profile
+
+from echelon.reports.scenario_charts import curve_chart
+from echelon.scheduling.cost_model import Coefficients, CostModel
+from echelon.simulation.capacity import Traffic
+from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
+from echelon.tuning import simulated_load
+from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of, sustains
+
+light = pytest.fixture(leave_plotly_out, autouse=True)
+
+TRAFFIC = Traffic(Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200)))
+COST = CostModel(Coefficients(4e-3, 7e-5, 3.5e-8))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(simulated_load, "REQUESTS", 300)
+    monkeypatch.setattr(simulated_load, "FULL", 60)
+
+
+def test_the_highest_rate_holds_and_a_little_more_does_not():
+    candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=0.3)
+    curve = curve_of(TRAFFIC, candidate, limits)
+    service = SimulatedService(TRAFFIC, candidate, limits)
+    assert sustains(service.at(curve.most))
+    assert not sustains(service.at(1.04 * curve.most))
+    assert [rate / curve.most for rate, _ in curve.points] == pytest.approx(SHARES)
+    by_share = dict(zip(SHARES, (found for _, found in curve.points), strict=True))
+    assert by_share[1.0].p99_s <= 0.3 < by_share[1.2].p99_s
+    assert by_share[0.2].p50_s < by_share[1.2].p50_s
+
+
+def test_a_goal_that_no_rate_reaches_has_no_highest_rate():
+    curve = curve_of(TRAFFIC, Candidate(1024, COST), ScenarioLimits(goal_s=0.001))
+    assert curve.most is None
+    assert curve.as_dict(3.0)["most_rate"] is None
+    assert len(curve.points) == len(SHARES)
+
+
+def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
+    candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=100.0)
+    full = SimulatedService(TRAFFIC, candidate, limits).at_once()
+    assert curve_of(TRAFFIC, candidate, limits).most == full.requests / full.duration_s
+
+
+def test_a_run_that_is_lost_ends_early_and_says_the_same():
+    requests = list(islice(TRAFFIC.at(100.0).requests(), 300))
+    setting, seen = SimulationSettings(1024), []
+    whole = simulate(requests, COST, setting, goal_s=0.3)
+    early = simulate(
+        requests, COST, setting, goal_s=0.3, most_missed=3, told=lambda *step: seen.append(step)
+    )
+    assert whole.missed > 0.01
+    assert early.missed > 0.01
+    assert early.requests < whole.requests
+    assert len(seen) < whole.steps
+    # A run that is not lost is not cut.
+    assert simulate(requests, COST, setting, goal_s=1e3, most_missed=3) == simulate(
+        requests, COST, setting, goal_s=1e3
+    )
+
+
+POINTS = [
+    {"rate": r, "p50_s": 0.05, "p95_s": 0.1, "p99_s": r / 20, "goodput": r, "refused": 0.0}
+    for r in (1.0, 4.0, 6.0)
+]
+CURVE = {"rate": 5.0, "most_rate": 4.0, "requests": 300, "points": POINTS}
+
+
+def test_the_chart_has_goal_rate_and_what_was_measured():
+    made = profile(curve=CURVE)
+    chart = curve_chart(made)
+    traces = {trace["meta"]: trace for trace in chart.figure["data"]}
+    assert traces["p99_s"]["x"] == [1.0, 4.0, 6.0]
+    assert traces["p99_s"]["y"] == [0.05, 0.2, 0.3]
+    assert traces["goal"]["y"] == [0.2, 0.2]
+    assert traces["rate"]["x"] == [5.0, 5.0]
+    assert traces["measured"]["y"] == [0.05, 0.08, 0.12]
+    assert "Up to 4.00 requests/s" in chart.note.replace("\u00a0", " ")
+    page = read(made)
+    assert "load-curve" in page.ids
+    assert "Latency over load" in page.text
+
+
+def test_a_chart_without_proof_or_rate_says_so():
+    chart = curve_chart(profile(curve=CURVE | {"most_rate": None}, measured=None, held=None))
+    assert "measured" not in {trace["meta"] for trace in chart.figure["data"]}
+    assert "No rate" in chart.note
+    # Older profiles have no curve, other scenarios none.
+    assert curve_chart(profile()) is None
+    assert curve_chart(profile(curve=None)) is None
+    assert "load-curve" not in read(profile()).ids

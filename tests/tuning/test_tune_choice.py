@@ -1,0 +1,148 @@
+"""Statistics, agreement between precisions, and the choice of settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from sklearn.metrics import ndcg_score
+
+from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
+from echelon.reports.statistics import ENOUGH, TIE, median_interval, summarize
+from echelon.tuning.choose import best_batches, best_budget, frugal, situations
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint
+
+LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=30)
+
+
+@given(st.integers(1, 200))
+def test_the_interval_of_the_median_is_scipys(count):
+    samples = np.arange(count, dtype=float)
+    interval = scipy_stats.quantile_test(samples, q=0, p=0.5).confidence_interval(0.95)
+    ranks = median_interval(count)
+    if ranks is None:
+        assert np.isnan(interval.low)
+        assert np.isnan(interval.high)
+    else:
+        assert (samples[ranks[0]], samples[ranks[1]]) == (interval.low, interval.high)
+
+
+def test_five_samples_bound_nothing_and_six_their_extremes():
+    assert median_interval(5) is None
+    assert median_interval(6) == (0, 5)
+    assert summarize([3.0, 1.0, 2.0]).low is None
+    assert summarize([3.0, 1.0, 2.0]).relative_width == float("inf")
+
+
+@given(st.lists(st.floats(0.001, 100), min_size=1, max_size=50))
+def test_a_summary_is_ordered(samples):
+    summary = summarize(samples)
+    assert min(samples) <= summary.median <= summary.p95 <= summary.p99 <= max(samples)
+    if summary.low is not None:
+        assert summary.low <= summary.median <= summary.high
+
+
+@given(LOGITS, st.randoms())
+def test_kendalls_tau_is_scipys(first, shuffler):
+    second = list(first)
+    shuffler.shuffle(second)
+    expected = scipy_stats.kendalltau(first, second).statistic
+    got = kendall_tau(np.array(first, np.float32), np.array(second, np.float32))
+    assert got == pytest.approx(1.0 if np.isnan(expected) else expected)
+
+
+@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 3)), min_size=2, max_size=30))
+def test_ndcg_is_scikit_learns(judged):
+    grades = [grade for _, grade in judged]
+    # Distinct scores: the two differ in how they treat ties.
+    scores = np.array([score + i / 100 for i, (score, _) in enumerate(judged)], np.float32)
+    gains = np.array([[2.0**grade - 1 for grade in grades]])
+    assert ndcg(scores, grades) == pytest.approx(ndcg_score(gains, scores[None, :], k=10))
+
+
+def test_overlap_counts_the_shared_top():
+    first = np.arange(20, dtype=np.float32)
+    second = first.copy()
+    second[[0, 19]] = second[[19, 0]]
+    assert top_overlap(first, second) == 0.9
+    assert top_overlap(first[:3], -first[:3]) == 1.0
+
+
+def test_a_precision_that_reverses_the_order_fails_and_one_that_keeps_it_passes():
+    logits = [np.linspace(-5, 5, 12, dtype=np.float32)]
+    grades = [[0] * 9 + [3, 2, 3]]
+    assert agreement(logits, [logits[0] + 0.01], grades).passed
+    worse = agreement(logits, [-logits[0]], grades)
+    assert not worse.passed
+    assert worse.tau == -1.0
+    assert worse.ndcg_loss > 0.3
+    assert worse.max_delta == 10.0
+
+
+def test_agreement_needs_every_criterion():
+    logits = [np.linspace(-5, 5, 12, dtype=np.float32)]
+    swapped = [logits[0].copy()]
+    swapped[0][[-1, -2]] = swapped[0][[-2, -1]]  # tau 0.97 exactly passes; nDCG does not
+    judged = agreement(logits, swapped, [[0] * 11 + [3]])
+    assert judged.tau == pytest.approx(1 - 2 / 66)
+    assert judged.tau >= 0.969
+    assert not judged.passed
+
+
+def measured(pairs, seconds, *, batch=None, tokens=None, peak=None):
+    entry = MeasuredPoint(SweepPoint(pairs, batch, tokens), "ok", "", [seconds] * 6)
+    entry.peak_bytes = peak
+    return entry
+
+
+TIMES = st.lists(
+    st.tuples(st.integers(1, 64), st.floats(0.01, 10)),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda t: t[0],
+)
+
+
+@given(TIMES)
+def test_the_best_is_among_the_fastest_and_none_smaller_is(times):
+    results = [measured(100, seconds, batch=batch) for batch, seconds in times]
+    (best,) = best_batches(results)
+    fastest = min(seconds for _, seconds in times)
+    assert best.summary.median <= fastest * (1 + TIE)
+    smaller = [seconds for batch, seconds in times if batch < best.point.size]
+    assert all(seconds > fastest * (1 + TIE) for seconds in smaller)
+
+
+@given(TIMES)
+def test_the_frugal_choice_keeps_enough_of_the_speed(times):
+    chosen = frugal([measured(10, seconds, batch=batch) for batch, seconds in times])
+    fastest = min(seconds for _, seconds in times)
+    assert fastest / chosen.summary.median >= ENOUGH * 0.999
+
+
+def test_points_without_a_run_are_never_chosen():
+    unknown = MeasuredPoint(SweepPoint(100, 1))
+    assert best_batches([unknown]) == []
+    assert best_budget([unknown]) is None
+    assert situations([unknown]) == []
+
+
+def test_each_situation_rests_on_its_own_points():
+    results = [
+        measured(10, 0.5, batch=1, peak=100),
+        measured(10, 0.4, batch=8, peak=500),
+        measured(100, 5.0, batch=1),
+        measured(100, 3.0, batch=32),
+        measured(100, 2.5, tokens=512),
+        measured(100, 2.4, tokens=8192),
+    ]
+    advice = {s.name: s for s in situations(results)}
+    assert advice["api"].batch_size == 8
+    assert advice["api"].latency_s == 0.4
+    assert advice["offline"].token_budget == 8192
+    assert advice["offline"].pairs_per_s == pytest.approx(100 / 2.4)
+    assert advice["concurrent"].token_budget == 512
+    assert advice["edge"].batch_size == 8
+    assert advice["edge"].peak_bytes == 500

@@ -1,0 +1,300 @@
+"""The cost and memory models: planted prices are found, noise is refused, checks are honest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echelon.errors import ProfileError, TooNoisy
+from echelon.models.base import DeviceOutOfMemory
+from echelon.scheduling.cost_model import (
+    DEFAULT_COEFFICIENTS,
+    Coefficients,
+    MemoryModel,
+    Work,
+    work_of,
+)
+from echelon.scheduling.fit import (
+    LEAST_PROBES,
+    MOST_P90,
+    CostFit,
+    MemoryFit,
+    Probe,
+    fit_cost,
+    fit_memory,
+)
+from echelon.scheduling.packing import NO_BUDGET, step_cost
+from echelon.tuning.calibration import fitted
+from echelon.tuning.probes import (
+    CHECKS,
+    FEWEST_ROUNDS,
+    PROBES,
+    ROUNDS,
+    LengthRange,
+    choose,
+    measure,
+    most_telling,
+)
+
+CPU = DEFAULT_COEFFICIENTS["cpu"]
+LIMITS = LengthRange(512, 8192, "ragged")
+KNEE = Coefficients(3e-3, 1e-7, 1e-9, knee_tokens=1000, beyond_s=6e-6)
+"""A card that a thousand tokens fill."""
+
+planted = st.builds(Coefficients, st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-4), st.floats(0, 1e-7))
+paid = st.sampled_from(["ragged", "padded"])
+
+
+def probed(shapes, prices, kind, random=None, noise=0.0, memory=None):
+    """What a machine of these prices would show, each shape five times."""
+
+    def probe(shape):
+        work = work_of(shape, kind)
+        times = [
+            prices.seconds(work) * np.exp(random.gauss(0, noise) if noise else 0) for _ in "12345"
+        ]
+        return Probe(shape, tuple(times), memory and round(memory.peak_bytes(work)))
+
+    return [probe(shape) for shape in shapes]
+
+
+def fit(prices, kind="ragged", seed=0, noise=0.0, limits=LIMITS):
+    limits = replace(limits, paid=kind)
+    shapes, random = choose(limits, CPU, 100), Random(seed)
+    made = [probed(some, prices, kind, random, noise) for some in (shapes.probes, shapes.checks)]
+    return fit_cost(*made, kind)
+
+
+@settings(max_examples=40)
+@given(planted, paid)
+def test_planted_prices_are_found(prices, kind):
+    found = fit(prices, kind)
+    assert found.coefficients.prices == pytest.approx(prices.prices, rel=1e-5, abs=1e-13)
+    assert found.error.p90 < 1e-5
+    assert found.spread == 0
+    assert found.paid == kind
+
+
+@settings(max_examples=40)
+@given(planted, paid, st.integers(0, 2**32), st.floats(0.005, 0.05))
+def test_noise_moves_predictions_by_less_than_itself(prices, kind, seed, noise):
+    found = fit(prices, kind, seed, noise)
+    assert min(found.coefficients.prices) >= 0
+    unseen = LengthRange(512, 8192, kind).mixed(30, seed=99)
+    works = [work_of(shape, kind) for shape in unseen]
+    errors = [abs(found.coefficients.seconds(w) / prices.seconds(w) - 1) for w in works]
+    assert np.median(errors) <= noise
+    assert max(errors) <= 3 * noise
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_a_knee_is_found_and_none_is_invented(noise):
+    found = fit(KNEE, noise=noise).coefficients
+    assert found.knee_tokens == pytest.approx(1000, rel=0.35)
+    for shape in LengthRange(512, 8192, "ragged").mixed(30, seed=5):
+        work = work_of(shape, "ragged")
+        assert found.seconds(work) == pytest.approx(KNEE.seconds(work), rel=0.12)
+    assert [fit(CPU, seed=seed, noise=0.03).coefficients.beyond_s for seed in range(10)].count(
+        0
+    ) >= 9
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32), st.floats(0.3, 1.0))
+def test_a_noisy_machine_is_refused_with_the_remedy(seed, noise):
+    with pytest.raises(TooNoisy, match=r"differ by \d+%.*tune --refresh"):
+        fit(CPU, seed=seed, noise=noise)
+
+
+def test_times_that_no_formula_explains_are_refused():
+    shapes = choose(LIMITS, CPU, 100)
+    probes = probed(shapes.probes, CPU, "ragged")
+    odd = [
+        replace(probe, seconds=tuple(s * (3 if index % 2 else 1) for s in probe.seconds))
+        for index, probe in enumerate(probed(shapes.checks, CPU, "ragged"))
+    ]
+    with pytest.raises(TooNoisy, match=r"off \(median .* unseen shapes\)"):
+        fit_cost(probes, odd, "ragged")
+    one_in_five = [replace(p, seconds=(p.median_s * 10,)) for p in odd[:2]]
+    sound = probed(shapes.checks[2:], CPU, "ragged")
+    with pytest.raises(TooNoisy):  # the median is right, but the P90 is not
+        fit_cost(probes, one_in_five + sound, "ragged")
+    assert MOST_P90 < 0.9
+
+
+def test_too_few_shapes_prove_nothing():
+    probes = probed([(n,) for n in range(20, 20 + LEAST_PROBES)], CPU, "ragged")
+    fit_cost(probes, probes[:1], "ragged")
+    for some, unseen in ((probes[1:], probes[:1]), (probes, [])):
+        with pytest.raises(TooNoisy, match="too few"):
+            fit_cost(some, unseen, "ragged")
+        with pytest.raises(TooNoisy, match="too few"):
+            fit_memory(some, unseen, "ragged")
+
+
+@settings(max_examples=30)
+@given(st.floats(1e7, 1e10), st.floats(0, 1e5), st.floats(0, 100), paid)
+def test_planted_memory_is_found(fixed, token, square, kind):
+    model = MemoryModel(fixed, token, square)
+    shapes = choose(replace(LIMITS, paid=kind), CPU, 100)
+    probes, checks = (
+        probed(some, CPU, kind, memory=model) for some in (shapes.probes, shapes.checks)
+    )
+    found = fit_memory(probes, checks, kind)
+    assert found.error.p90 < 1e-6
+    assert found.model.fixed_bytes == pytest.approx(fixed, rel=1e-3)
+    assert MemoryFit.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+@given(
+    st.floats(0, 1e6), st.floats(0, 1e3), st.floats(0, 10), st.floats(0, 1e7), st.integers(1, 99)
+)
+def test_a_step_within_the_limit_fits_and_a_larger_one_does_not(
+    fixed, token, square, limit, length
+):
+    model = MemoryModel(fixed, token, square)
+    most = model.tokens_within(limit, length)
+
+    def needs(tokens):
+        return model.peak_bytes(Work(1, tokens, tokens * length))
+
+    of_length = model.of_length(length)
+    assert of_length.tokens_within(limit) == pytest.approx(most, rel=1e-9)
+    assert of_length.bytes_of(1000) == pytest.approx(needs(1000))
+    if most == NO_BUDGET:
+        assert needs(10**9) <= limit
+    elif most == 0:
+        assert needs(1) > limit * (1 - 1e-9)
+    else:
+        assert needs(most) <= limit * (1 + 1e-9)
+        assert needs(most + 1) > limit * (1 - 1e-9)
+
+
+def test_a_refused_model_leaves_a_warning_and_the_other_model():
+    shapes = choose(LIMITS, CPU, 100)
+    model, random = MemoryModel(1e9, 1e4, 1), Random(0)
+    loud = [
+        probed(some, CPU, "ragged", random, 0.5, model) for some in (shapes.probes, shapes.checks)
+    ]
+    made = fitted(*loud, LIMITS)
+    assert made.cost is None
+    assert MemoryFit.from_dict(made.memory).model.fixed_bytes == pytest.approx(1e9, rel=1e-3)
+    assert len(made.warnings) == 1
+    silent = [probed(some, CPU, "ragged") for some in (shapes.probes, shapes.checks)]
+    made = fitted(*silent, LIMITS)
+    assert CostFit.from_dict(made.cost).measured.startswith("20")
+    assert made.memory is None
+    assert len(made.warnings) == 1
+
+
+def test_a_fit_survives_the_round_trip_and_damage_is_told():
+    found = fit(KNEE)
+    known = json.loads(json.dumps(found.as_dict()))
+    assert CostFit.from_dict(known) == found
+    assert sum(shape["unseen"] for shape in found.shapes) == CHECKS
+    for damage in ({"paid": "in kind"}, {"coefficients": {}}, {"error": 3}, {"more": 1}):
+        with pytest.raises(ProfileError, match="damaged cost model"):
+            CostFit.from_dict(known | damage)
+    known["coefficients"]["token_s"] = -1.0
+    with pytest.raises(ProfileError, match="damaged"):
+        CostFit.from_dict(known)
+    with pytest.raises(ProfileError, match="damaged memory model"):
+        MemoryFit.from_dict({"model": {}})
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 600), st.integers(16, 9000), paid, st.floats(1e-3, 50))
+def test_shapes_keep_the_limits(longest, budget, kind, most_s):
+    limits = LengthRange(longest, budget, kind)
+    shapes = choose(limits, CPU, most_s)
+    every = shapes.probes + shapes.checks
+    assert len(set(every)) == len(every)
+    assert len(shapes.probes) <= PROBES
+    assert len(shapes.checks) <= CHECKS
+    assert all(1 <= length <= longest for shape in every for length in shape)
+    assert all(len(shape) == 1 or step_cost(shape, kind) <= budget for shape in every)
+    assert sum(CPU.seconds(work_of(shape, kind)) for shape in every) <= most_s
+
+
+def test_with_enough_time_probes_reach_from_the_smallest_to_the_largest_step():
+    shapes = choose(LIMITS, CPU, 100)
+    sizes = [sum(shape) for shape in shapes.probes]
+    assert len(shapes.probes) == PROBES
+    assert len(shapes.checks) == CHECKS
+    assert min(sizes) == 16
+    assert max(sizes) == 8192
+    assert {1, 2, 4, 8, 16} <= {sum(shape) // 512 for shape in shapes.probes if sum(shape) >= 512}
+
+
+def test_chosen_shapes_tell_more_than_others():
+    def information(shapes):
+        works = [work_of(shape, "ragged") for shape in shapes]
+        rows = np.array([CPU.amounts(work)[:3] / np.array(CPU.seconds(work)) for work in works])
+        return np.linalg.slogdet(rows.T @ rows)[1]
+
+    ladder = LIMITS.ladder()
+    chosen = most_telling(ladder, CPU, "ragged", 100, 12)
+    random = Random(0)
+    others = [information(random.sample(ladder, len(chosen))) for _ in range(200)]
+    assert information(chosen) > np.percentile(others, 90)
+
+
+class Bench:
+    """A machine with a clock, a meter and memory for so many tokens."""
+
+    def __init__(self, memory=10**9, jitter=0.0):
+        self.now, self.ran, self.memory, self.jitter = 0.0, [], memory, jitter
+
+    def run(self, shape):
+        if sum(shape) > self.memory:
+            raise DeviceOutOfMemory
+        self.ran.append(shape)
+        self.now += sum(shape) * (1 + self.jitter * (len(self.ran) % 3))
+
+    def clock(self):
+        return self.now
+
+    def reset(self):
+        self.peak = None
+
+    def peak_bytes(self):
+        return 1000 + sum(self.ran[-1])
+
+    def measure(self, shapes, limit_s):
+        return measure(shapes, self.run, self, self.clock, limit_s)
+
+
+def test_probes_take_turns_and_the_first_round_is_for_memory():
+    bench = Bench()
+    shapes = [(30,), (10,), (10, 10)]
+    found = bench.measure(shapes, 10**9)
+    assert bench.ran[:3] == [(10,), (10, 10), (30,)]
+    assert bench.ran[3:6] == bench.ran[6:9] == bench.ran[:3]
+    assert [probe.lengths for probe in found] == bench.ran[:3]
+    assert [probe.peak_bytes for probe in found] == [1010, 1020, 1030]
+    assert [len(probe.seconds) for probe in found] == [FEWEST_ROUNDS] * 3  # all repeats agree
+    assert [probe.median_s for probe in found] == [10, 20, 30]
+
+
+def test_repeats_go_on_while_they_differ_until_the_time_or_the_rounds_are_over():
+    assert [len(p.seconds) for p in Bench(jitter=0.2).measure([(30,), (10,)], 10**9)] == [
+        ROUNDS
+    ] * 2
+    assert [len(p.seconds) for p in Bench(jitter=0.2).measure([(30,), (10,)], 150)] == [2] * 2
+    assert [p.seconds for p in Bench().measure([(30,), (10,)], 1)] == [(10,), (30,)]
+
+
+def test_what_does_not_fit_is_left_out_with_all_that_is_larger():
+    bench = Bench(memory=25)
+    assert [probe.lengths for probe in bench.measure([(30,), (10,), (50,), (10, 10)], 500)] == [
+        (10,),
+        (10, 10),
+    ]
+    assert (50,) not in bench.ran
+    assert Bench(memory=5).measure([(30,), (10,)], 500) == []

@@ -1,0 +1,89 @@
+"""The memory model is that of a worker, whatever the tuning process holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from scorers import HANG, MEBIBYTE, REFUSE, Weighty, batch_of, missing
+
+from echelon.models.fake import FakeScorer
+from echelon.scheduling.cost_model import Coefficients, work_of
+from echelon.scheduling.fit import MemoryFit, Probe
+from echelon.tuning import calibration
+from echelon.tuning.calibration import ProbeResult, models_of, worker_peaks
+from echelon.tuning.machine import MemoryMeter
+from echelon.tuning.probes import LengthRange, choose
+
+PRICES = Coefficients(2e-3, 5e-5, 4e-8)
+LIMITS = LengthRange(512, 2048, "ragged")
+ROOM = 1000
+"""Tokens beyond which a step does not fit, in the tests of what does not."""
+
+
+class Stuffed:
+    """Steps of any shape, all of one token id."""
+
+    def __init__(self, token: int = 1) -> None:
+        self.token = token
+
+    def batch(self, shape):
+        return batch_of(*([self.token] * length for length in shape))
+
+
+@pytest.fixture(scope="module")
+def measured() -> ProbeResult:
+    def probe(shape):
+        return Probe(shape, (PRICES.seconds(work_of(shape, "ragged")),) * 3, 123)
+
+    shapes = choose(LIMITS, PRICES, 100)
+    probes, checks = [*map(probe, shapes.probes)], [*map(probe, shapes.checks)]
+    return ProbeResult(probes, checks, LIMITS, Stuffed(), FakeScorer().facts)
+
+
+def test_what_this_process_holds_does_not_count(measured):
+    ballast = np.ones(512 * MEBIBYTE // 8)
+    models = models_of(measured, Weighty)
+    assert MemoryMeter().peak_bytes() > ballast.nbytes
+    fit = MemoryFit.from_dict(models.memory)
+    assert fit.model.fixed_bytes < ballast.nbytes / 2
+    # The C library keeps some of what was freed, so a token costs up to half as much again.
+    assert 0.8 < fit.model.token_bytes / Weighty.TOKEN_BYTES < 1.5
+    assert models.cost is not None
+    assert models.warnings == []
+    assert all(shape["peak_bytes"] > 1000 for shape in models.cost["shapes"])
+
+
+@pytest.mark.parametrize(
+    "opener", [partial(Weighty, ROOM), partial(Weighty, memory_tokens=ROOM)], ids=["dies", "full"]
+)
+def test_larger_steps_are_not_tried_where_one_did_not_fit(measured, opener):
+    probes = [*measured.probes, *measured.checks]
+    peaks = worker_peaks(probes, measured.stuff, opener, "fp32")
+    assert set(peaks) == {p.lengths for p in probes if sum(p.lengths) <= ROOM}
+    assert MemoryFit.from_dict(models_of(measured, opener).memory).model.token_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("opener", "token", "why"),
+    [(missing, 1, "no such folder"), (Weighty, REFUSE, "is wrong"), (Weighty, HANG, "no answer")],
+)
+def test_a_worker_that_cannot_be_measured_costs_the_memory_model_alone(
+    measured, opener, token, why, monkeypatch
+):
+    monkeypatch.setattr(calibration, "STEP_TIMEOUT_S", 1.0)
+    models = models_of(replace(measured, stuff=Stuffed(token)), opener)
+    assert models.memory is None
+    assert models.cost is not None
+    (warning,) = models.warnings
+    assert why in warning
+    assert "--refresh" in warning
+
+
+def test_of_a_card_nothing_is_measured_again(measured):
+    on_card = replace(measured.facts, device="cuda:0")
+    models = models_of(replace(measured, facts=on_card), missing)
+    assert models.warnings == []
+    assert {shape["peak_bytes"] for shape in models.cost["shapes"]} == {123}

@@ -1,0 +1,151 @@
+"""``echelon tune --refresh``: what is stale is measured, what holds is kept, and both are said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from click.testing import CliRunner
+
+from echelon import cli
+from echelon.models.base import DeviceOutOfMemory
+from echelon.options import Options
+from echelon.profile import Profile
+from echelon.scheduling.fit import CostFit
+from echelon.tuning import refresh, tuner
+from echelon.tuning.tuner import Plan
+
+pytestmark = pytest.mark.device
+
+QUICK = Plan(pairs=(4,), batch_sizes=(1, 4), token_budgets=(64, 256))
+SHORT = Options(max_length=100, precision="fp32", threads=1)
+
+
+def clock():
+    """Ticks evenly: every step takes a thousandth."""
+    return count(step=0.001).__next__
+
+
+@pytest.fixture(scope="module")
+def tuned(bert):
+    return tuner.tune(bert, SHORT, QUICK, clock=clock())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What is measured: ``sweep`` and ``calibrate`` are told apart."""
+    heard = []
+    for name in ("sweep", "calibrate"):
+        real = getattr(tuner, name)
+
+        def spy(*args, _name=name, _real=real, **kwargs):
+            heard.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(tuner, name, spy)
+    return heard
+
+
+def run(bert, old):
+    return refresh.refresh(bert, SHORT, QUICK, old, clock=clock())
+
+
+def with_prices(profile, factor, **changes):
+    """The profile, as a machine of another speed would have it."""
+    cost = json.loads(json.dumps(profile.cost)) | changes
+    for name in ("base_s", "token_s", "square_s", "beyond_s"):
+        cost["coefficients"][name] *= factor
+    return replace(profile, cost=cost)
+
+
+def test_a_fresh_profile_is_kept_whole(tuned, bert, calls):
+    fresh = run(bert, tuned)
+    assert fresh.profile == tuned
+    assert fresh.measured == []
+    assert len(fresh.kept) == 2
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("old", "why"),
+    [
+        (lambda tuned: replace(tuned, cost=None), "there was none"),
+        (lambda tuned: replace(tuned, cost={"paid": 3}), "cannot be read"),
+        (lambda tuned: with_prices(tuned, 1, measured="2020-01-01T00:00:00+00:00"), "days old"),
+    ],
+)
+def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, bert, calls, old, why):
+    stale = replace(old(tuned), warnings=["a note", "noisy: `echelon tune --refresh`"])
+    fresh = run(bert, stale)
+    assert calls == ["calibrate"]
+    assert why in fresh.measured[0]
+    assert CostFit.from_dict(fresh.profile.cost).coefficients.base_s == pytest.approx(1e-3)
+    assert fresh.profile.points == tuned.points
+    assert fresh.profile.warnings == ["a note"]
+    assert any("sweep" in line for line in fresh.kept)
+
+
+def test_on_a_machine_of_another_speed_all_times_are_measured_and_no_ranking(tuned, bert, calls):
+    known = [{"precision": "fp32", "tokens_per_s": 1.0, "passed": True}]
+    fresh = run(bert, replace(with_prices(tuned, 2.0), precisions=known))
+    assert calls == ["sweep", "calibrate"]
+    assert "no longer take" in fresh.measured[0]
+    assert fresh.profile.precisions == known
+    assert CostFit.from_dict(fresh.profile.cost).coefficients.base_s == pytest.approx(1e-3)
+
+
+def test_another_device_or_version_means_everything(tuned, bert, calls):
+    key = replace(tuned.key, versions={"torch": "1.0"})
+    fresh = run(bert, replace(tuned, key=key, learned_token_budget=70))
+    assert calls == ["sweep", "calibrate"]
+    assert "versions was" in fresh.measured[0]
+    assert fresh.kept == []
+    assert fresh.profile.learned_token_budget is None
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, bert, fits, monkeypatch):
+    if not fits:
+
+        def full(self, tokens):
+            assert tokens == tuned.settings.token_budget
+            return False
+
+        monkeypatch.setattr(refresh._Model, "fits", full)
+    fresh = run(bert, replace(tuned, learned_token_budget=50))
+    assert fresh.profile.learned_token_budget == (None if fits else 50)
+    assert ("50" in " ".join(fresh.measured)) == fits
+    assert ("50" in " ".join(fresh.kept)) == (not fits)
+
+
+def test_what_does_not_fit_does_not_fit():
+    class Full:
+        def score(self, batch):
+            raise DeviceOutOfMemory
+
+    class Stuff:
+        longest = 10
+
+        def batch(self, lengths):
+            assert lengths == (10,) * 5
+
+    model = refresh._Model(None, Full(), None, Stuff(), None)
+    assert not model.fits(50)
+
+
+def test_the_command_says_what_it_did_and_writes_the_profile(tuned, bert, tmp_path, monkeypatch):
+    path, report = tmp_path / "p.json", tmp_path / "r.html"
+    replace(tuned, cost=None).save(path)
+    asked = ["tune", str(bert), "--refresh", "--profile", str(path), "--report", str(report)]
+    real = refresh.refresh
+    monkeypatch.setattr(refresh, "refresh", lambda *a, **k: real(*a, clock=clock(), **k))
+    done = CliRunner().invoke(cli.cli, [*asked, "--max-length", "100"])
+    assert done.exit_code == 0, done.output
+    assert "Measured: the cost model: there was none." in done.stderr
+    assert "Kept: " in done.stderr
+    assert Profile.load(path).cost is not None
+    assert report.is_file()
+    missing = CliRunner().invoke(cli.cli, ["tune", str(bert), "--refresh", "--profile", "nowhere"])
+    assert "no such profile" in str(missing.exception)
