@@ -1,13 +1,32 @@
-"""Progress bars: on a terminal when asked for, silent everywhere else."""
+"""Progress: the callback that long work reports to, and bars on a terminal."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+class Progress(Protocol):
+    """What long work calls to say how far it has come."""
+
+    def __call__(self, stage: str, done: float = 0.0, total: float = 0.0) -> object:
+        """Take a report.
+
+        Args:
+            stage: what is being done now.
+            done: units that are done, in the unit of ``total``.
+            total: units in all; 0 where the total is not known.
+        """
+        ...
+
+
+def no_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:
+    """Ignore a report: the default of every ``on_progress``."""
+    del stage, done, total
 
 
 @contextmanager
@@ -26,16 +45,11 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
         yield lambda _: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
 
