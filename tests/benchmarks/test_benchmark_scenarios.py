@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
+from tuned_models import goal_of, load_metrics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from test_benchmark_static import ask, numbers
-from test_report_card import profile
+from report_pages import scenario_profile
 
 import scenarios
 from echelon.errors import ModelNotFound
@@ -37,7 +37,7 @@ def commands(monkeypatch, contests):
         ran.append(command)
         values = dict(pairwise(command))
         name = values.get("--scenario")
-        made = profile(scenario=name or "api")
+        made = scenario_profile(scenario=name or "api")
         entry = made.scenario
         if name:
             entry |= {"tried": ["much"], "rounds": ["more"]}
@@ -47,8 +47,11 @@ def commands(monkeypatch, contests):
     def compared(found, asked, arguments, file):
         assert file.parent.is_dir()
         contests.append((found.scenario["scenario"], asked, arguments.rounds))
-        rivals = [Rival(None, [numbers()]), Rival(1, [numbers(p50=0.09, p99=0.2, per_s=50.0)])]
-        return standing(ask(asked.scenario), rivals)
+        rivals = [
+            Rival(None, [load_metrics()]),
+            Rival(1, [load_metrics(p50=0.09, p99=0.2, per_s=50.0)]),
+        ]
+        return standing(goal_of(asked.scenario), rivals)
 
     monkeypatch.setattr(scenarios.subprocess, "run", pretend)
     monkeypatch.setattr(scenarios, "compared", compared)
@@ -95,7 +98,7 @@ def test_what_is_asked_can_be_asked(name, commands, contests, tmp_path, monkeypa
 def test_what_was_not_proved_is_not_compared(monkeypatch, tmp_path):
     def unproved(command, *, check):
         values = dict(pairwise(command))
-        profile(held=None, measured=None).save(values["--profile"])
+        scenario_profile(held=None, measured=None).save(values["--profile"])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(scenarios.subprocess, "run", unproved)

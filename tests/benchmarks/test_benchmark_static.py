@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 from helpers import ROOT
+from tuned_models import MIB, goal_of, known_as, load_metrics, row, toy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from test_advise import MIB, known_as, row, toy
-from test_report_card import entry
+from report_pages import scenario_entry
 
 import static_baselines
 from echelon.errors import ModelNotFound
@@ -20,34 +20,22 @@ from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, simulated_load
 from echelon.tuning.advisor import advise
-from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.tuner import Plan
-from echelon.tuning.validation_metrics import LoadMetrics, Validation
+from echelon.tuning.validation_metrics import Validation
 from echelon.tuning.validation_targets import RerankTask
 from static_baselines import SIZES, Contest, beside_static, compete, run_apart
 from static_standing import Rival, standing
 from static_words import in_words
 
-GOALS = {"api": 0.5, "concurrent": 0.5, "offline": None, "edge": None}
-
-
-def ask(name, **changes):
-    rate = None if GOALS[name] is None else 5.0
-    return ScenarioGoal(name, **{"goal_s": GOALS[name], "rate": rate} | changes)
-
-
-def numbers(p50=0.05, p99=0.1, per_s=100.0, memory=400.0, missed=0):
-    return LoadMetrics(p50, p50, p99, 10.0, per_s, memory * MIB, 100, missed)
-
 
 def among(name, chosen, *others, **changes):
     """The standing of chosen rounds among others' rounds."""
     found = [Rival(None, chosen), *(Rival(2**i, rounds) for i, rounds in enumerate(others))]
-    return standing(ask(name, **changes), found)
+    return standing(goal_of(name, **changes), found)
 
 
 def slow(*seconds):
-    return [numbers(p99=one) for one in seconds]
+    return [load_metrics(p99=one) for one in seconds]
 
 
 # What is compared.
@@ -74,7 +62,7 @@ def test_it_is_compared_round_by_round():
 
 
 def test_who_does_not_bear_the_load_is_not_better_by_refusing_it():
-    refusing = [numbers(p99=0.01, missed=30)] * 2
+    refusing = [load_metrics(p99=0.01, missed=30)] * 2
     found = among("api", slow(0.1, 0.1), refusing)
     assert found["best"] is None
     assert found["settings"][1]["reason"] == "does not bear the load"
@@ -82,15 +70,15 @@ def test_who_does_not_bear_the_load_is_not_better_by_refusing_it():
 
 
 def test_an_overloaded_choice_is_compared_by_goodput():
-    found = among("api", [numbers(missed=20)], [numbers(missed=0)])
+    found = among("api", [load_metrics(missed=20)], [load_metrics(missed=0)])
     assert (found["measure"], found["verdict"]) == ("goodput_per_s", "behind")
     assert found["behind"] == pytest.approx(0.25)
-    nothing = among("concurrent", [numbers(missed=100)], [numbers()])
+    nothing = among("concurrent", [load_metrics(missed=100)], [load_metrics()])
     assert (nothing["verdict"], nothing["behind"], nothing["best"]) == ("behind", None, 1)
 
 
 def test_concurrent_counts_goodput_until_all_bear_the_load():
-    lighter, heavier = slow(0.08), [numbers(p99=0.9, missed=40)]
+    lighter, heavier = slow(0.08), [load_metrics(p99=0.9, missed=40)]
     overloaded = among("concurrent", slow(0.1), lighter, heavier)
     assert (overloaded["measure"], overloaded["verdict"]) == ("goodput_per_s", "best")
     assert overloaded["settings"][0]["value"] == 100 / 20
@@ -99,14 +87,19 @@ def test_concurrent_counts_goodput_until_all_bear_the_load():
 
 
 def test_offline_counts_documents():
-    found = among("offline", [numbers(per_s=100.0)], [numbers(per_s=90.0)], [numbers(per_s=102.0)])
+    found = among(
+        "offline",
+        [load_metrics(per_s=100.0)],
+        [load_metrics(per_s=90.0)],
+        [load_metrics(per_s=102.0)],
+    )
     assert (found["measure"], found["best"], found["verdict"]) == ("documents_per_s", 2, "within")
 
 
 def test_edge_counts_memory_among_the_quick_and_then_only_quickness():
-    small = [numbers(p50=0.05, memory=380.0)]
-    tardy = [numbers(p50=0.2, memory=300.0)]
-    quick = [numbers(p50=0.048, memory=500.0)]
+    small = [load_metrics(p50=0.05, memory=380.0)]
+    tardy = [load_metrics(p50=0.2, memory=300.0)]
+    quick = [load_metrics(p50=0.048, memory=500.0)]
     found = among("edge", small, tardy, quick)
     assert (found["measure"], found["verdict"]) == ("memory_bytes", "best")
     assert found["settings"][1]["reason"] == "answers too late"
@@ -116,11 +109,11 @@ def test_edge_counts_memory_among_the_quick_and_then_only_quickness():
 
 
 def test_what_may_not_be_had_or_failed_is_not_better():
-    found = among("offline", [numbers()], [numbers(per_s=200.0, memory=900.0)],
+    found = among("offline", [load_metrics()], [load_metrics(per_s=200.0, memory=900.0)],
                   memory_limit_bytes=500.0 * MIB)  # fmt: skip
     assert found["verdict"] == "best"
     assert "memory" in found["settings"][1]["reason"]
-    failed = standing(ask("edge"), [Rival(None, [numbers()]), Rival(1, [], "died")])
+    failed = standing(goal_of("edge"), [Rival(None, [load_metrics()]), Rival(1, [], "died")])
     assert failed["settings"][1] | {"reason": "died", "value": None} == failed["settings"][1]
 
 
@@ -149,10 +142,12 @@ def seen(monkeypatch):
         found.append((chosen.max_pairs, settings, requests, stage.ask.seed))
         if chosen.max_pairs == 8:
             raise ModelNotFound("static 8 is gone")
-        return Validation(numbers(), 1.0, 0.0, held=True)
+        return Validation(load_metrics(), 1.0, 0.0, held=True)
 
     monkeypatch.setattr(static_baselines, "prove", pretended)
-    monkeypatch.setattr(advisor, "prove", lambda *_: Validation(numbers(), 1.0, 0.0, held=True))
+    monkeypatch.setattr(
+        advisor, "prove", lambda *_: Validation(load_metrics(), 1.0, 0.0, held=True)
+    )
     return found
 
 
@@ -162,7 +157,7 @@ def contest(model, known, asked, tmp_path):
 
 
 def test_all_take_turns_on_the_same_requests(model, known, seen, tmp_path):
-    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
     found = beside_static(made, 2)
     assert [one[0] for one in seen] == [None, *SIZES, 32, 16, 4, 2, 1, None]
     first, second = seen[:7], seen[7:]
@@ -178,7 +173,7 @@ def test_all_take_turns_on_the_same_requests(model, known, seen, tmp_path):
 
 
 def test_the_chosen_settings_run_as_they_were_chosen(model, known, seen, tmp_path):
-    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
     found, entry = made.chosen(), made.profile.scenario["chosen"]
     assert found.token_budget == entry["token_budget"]
     assert (found.workers, found.threads) == (entry["workers"], entry["threads"])
@@ -189,7 +184,7 @@ def test_the_chosen_settings_run_as_they_were_chosen(model, known, seen, tmp_pat
 
 def test_no_step_is_larger_than_memory_allows(model, known, seen, tmp_path):
     refused = replace(known, learned_token_budget=900)
-    compete(contest(model, refused, ask("api", verify_s=2.0), tmp_path), 1)
+    compete(contest(model, refused, goal_of("api", verify_s=2.0), tmp_path), 1)
     assert {one[1].token_budget for one in seen if one[0]} == {900}
 
 
@@ -198,7 +193,7 @@ def test_trouble_with_the_chosen_settings_is_an_error(model, known, seen, tmp_pa
         raise ModelNotFound("all is gone")
 
     monkeypatch.setattr(static_baselines, "prove", gone)
-    made = contest(model, known, ask("api", verify_s=2.0), tmp_path)
+    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
     with pytest.raises(ModelNotFound, match="all is gone"):
         compete(made, 2)
     assert seen == []
@@ -208,7 +203,7 @@ def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_p
     monkeypatch.setattr(simulated_load, "REQUESTS", 60)
     monkeypatch.setattr(simulated_load, "FULL", 20)
     monkeypatch.setattr(static_baselines, "SIZES", (2,))
-    asked = ask("offline", documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
+    asked = goal_of("offline", documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
     made = contest(model, known, asked, tmp_path)
     found = beside_static(made, 1)
     rows = found["settings"]
@@ -231,7 +226,7 @@ def test_a_reranker_apart_says_what_went_wrong(tmp_path):
 
 
 def words_of(found):
-    return in_words(entry(static=found))
+    return in_words(scenario_entry(static=found))
 
 
 def plain(text):
@@ -260,9 +255,9 @@ def test_it_is_said_honestly_where_it_stands(theirs, good, said):
 
 
 def test_a_far_better_one_and_an_unfit_one_have_words():
-    far = words_of(among("concurrent", [numbers(missed=100)], [numbers()]))
+    far = words_of(among("concurrent", [load_metrics(missed=100)], [load_metrics()]))
     assert far["verdict"] == "Far behind static 1 in goodput."
     assert far["rows"][1]["cells"][-1] == "far better"
-    unfit = words_of(among("api", slow(0.1), [numbers(missed=50)]))
+    unfit = words_of(among("api", slow(0.1), [load_metrics(missed=50)]))
     assert unfit["rows"][1]["cells"][-1] == "does not bear the load"
     assert "more rounds" in unfit["note"]

@@ -210,13 +210,12 @@ def test_json_of_tune(printed, fake, monkeypatch):
 
 
 def test_json_of_tune_with_a_scenario(quick, bert, monkeypatch):
-    from test_advise import known_as, toy
-    from test_advise_run import api, proofs
+    from tuned_models import api_goal, known_as, pretend_validations, toy
 
-    proofs(monkeypatch, 2.0, 1.0)
+    pretend_validations(monkeypatch, 2.0, 1.0)
     model = toy(bert)
     known = known_as(model, precisions=[])
-    found = there(ADVISE)(model, known, api(), there(TUNING_PLAN)()).profile
+    found = there(ADVISE)(model, known, api_goal(), there(TUNING_PLAN)()).profile
     check("json of tune --scenario", form(found.as_dict()["scenario"]))
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder as Original
-from test_compat_cross_encoder import (
+from cross_encoders import (
     DOCUMENTS,
     ONE,
     PAIRS,
@@ -18,6 +17,7 @@ from test_compat_cross_encoder import (
     same_ranking,
     variant,
 )
+from sentence_transformers import CrossEncoder as Original
 
 from echelon import Reranker
 from echelon.errors import EchelonWarning, InvalidInput

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from helpers import make_toy, run_python
-from sentence_transformers import CrossEncoder as Original
-from test_compat_cross_encoder import (
+from cross_encoders import (
     DOCUMENTS,
     PAIRS,
     QUERY,
     same,
     variant,
 )
+from helpers import make_toy, run_python
+from sentence_transformers import CrossEncoder as Original
 
 from echelon.errors import EchelonWarning, InvalidInput, ModelNotFound, UnsupportedModel
 from echelon.integrations import CrossEncoder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from helpers import make_toy, run_python
+from helpers import WIDE, make_toy, run_python
 from safetensors import safe_open
 
 from echelon import Reranker
@@ -31,14 +31,6 @@ MEDIUM = {
 }
 """400 MB in fp32: so large that what libraries need to begin does not decide."""
 
-WIDE = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 16384,
-    "max_position_embeddings": 512,
-}
-"""A step's largest tensor, 64 KiB a token, dwarfs everything else: it alone decides what fits."""
 
 MEASURE = """
 import json, sys
@@ -55,7 +47,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = status("VmRSS")
 scorer = open_scorer(Path(sys.argv[1]), device="cpu", precision=sys.argv[2], threads=2)
 peak, after = status("VmHWM"), status("VmRSS")
-print(json.dumps([peak - before, after - before, scorer.facts.weights_bytes]))
+print(json.dumps([peak - before, after - before, scorer.info.weights_bytes]))
 """
 
 LIMITED = """

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from helpers import SENTENCES
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from onnx_graphs import write_graph
 
 from echelon import Reranker
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
@@ -21,40 +22,7 @@ from echelon.models.base import DeviceOutOfMemory
 from echelon.models.onnx import OnnxScorer, find_graph, graph_precision
 from echelon.models.registry import open_scorer
 
-VOCABULARY = 3000
 PAIRS = [(SENTENCES[i], SENTENCES[(i * 3 + 1) % 10] * (i % 4 + 1)) for i in range(10)]
-
-
-def write_graph(path, *, labels=1, first_input="input_ids"):
-    """A classifier that averages the embeddings of the unmasked tokens."""
-    random = np.random.default_rng(5)
-    constants = {
-        "table": random.normal(size=(VOCABULARY, 8)).astype(np.float32),
-        "head": random.normal(size=(8, labels)).astype(np.float32),
-        "axis": np.array([2], dtype=np.int64),
-        "tokens": np.array([1], dtype=np.int64),
-    }
-    nodes = [
-        helper.make_node("Gather", ["table", first_input], ["rows"]),
-        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["mask", "axis"], ["column"]),
-        helper.make_node("Mul", ["rows", "column"], ["kept"]),
-        helper.make_node("ReduceSum", ["kept", "tokens"], ["sums"], keepdims=0),
-        helper.make_node("ReduceSum", ["mask", "tokens"], ["counts"], keepdims=1),
-        helper.make_node("Div", ["sums", "counts"], ["means"]),
-        helper.make_node("MatMul", ["means", "head"], ["logits"]),
-    ]
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "tokens"])
-        for name in (first_input, "attention_mask")
-    ]
-    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", labels])
-    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "toy", inputs, [output], stored)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, path)
-    return constants
 
 
 @pytest.fixture
@@ -84,8 +52,8 @@ def test_scores_are_those_of_the_graph_whatever_a_pair_is_padded_with(folder):
 def test_facts_name_the_graph(folder):
     scorer = open_scorer(folder, threads=1)
     assert isinstance(scorer, OnnxScorer)
-    assert (scorer.facts.cost, scorer.facts.precision, scorer.facts.threads) == (
-        "padded",
+    assert (scorer.info.padding, scorer.info.precision, scorer.info.threads) == (
+        "rectangular",
         "fp32",
         1,
     )

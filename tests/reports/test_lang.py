@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
-from report_pages import RESULTS, Page, entry, leave_plotly_out, steady
+from report_pages import CURVE, RESULTS, Page, entry, leave_plotly_out, scenario_entry, steady
 from sentences import catalogue, placeholders, sentences
-from test_curve import CURVE
-from test_report_card import entry as scenario
 
 from echelon.cli.report import report as group
 from echelon.errors import InvalidInput
@@ -197,7 +195,7 @@ def rich(factor=1.0, **changes):
             )
         ],
         learned_token_budget=512,
-        scenario=scenario(notes=[OFF, "Trust the measured numbers."]),
+        scenario=scenario_entry(notes=[OFF, "Trust the measured numbers."]),
     )
     return replace(made, **changes)
 
@@ -213,14 +211,14 @@ CHOSEN = replace(rich().settings, token_budget=777)
     "changes",
     [
         {},
-        {"scenario": scenario(notes=[], curve=CURVE)},
-        {"scenario": scenario(notes=[], curve=CURVE | {"most_rate": None})},
-        {"scenario": scenario(notes=[])},
+        {"scenario": scenario_entry(notes=[], curve=CURVE)},
+        {"scenario": scenario_entry(notes=[], curve=CURVE | {"most_rate": None})},
+        {"scenario": scenario_entry(notes=[])},
         {"scenario": None},
-        {"scenario": scenario(held=False, notes=[]), "settings": CHOSEN},
+        {"scenario": scenario_entry(held=False, notes=[]), "settings": CHOSEN},
         {"scenario": None, "settings": CHOSEN},
         {
-            "scenario": scenario(
+            "scenario": scenario_entry(
                 scenario="offline", held=None, measured=None, accuracy=None, notes=[]
             )
         },

@@ -5,54 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from report_pages import leave_plotly_out, make_profile, read
+from report_pages import (
+    PREDICTED,
+    leave_plotly_out,
+    make_profile,
+    read,
+    scenario_entry,
+    scenario_profile,
+)
 
 from echelon.profile import Profile
 from echelon.reports.summary import card, change, command, print_scenario
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
-
-PREDICTED = {
-    "p50_s": 0.05,
-    "p95_s": 0.08,
-    "p99_s": 0.1,
-    "requests_per_s": 5.0,
-    "documents_per_s": 27.0,
-    "memory_bytes": 2.0**29,
-}
-
-
-def entry(**changes):
-    return {
-        "scenario": "api",
-        "asked": {
-            "slo_p99_s": 0.2,
-            "rate": 5.0,
-            "trace_requests": 0,
-            "documents": "1-10",
-            "tokens": None,
-            "max_length": None,
-            "memory_limit_bytes": None,
-            "verify_s": 20.0,
-        },
-        "chosen": {
-            "token_budget": 1024,
-            "batch_size": None,
-            "workers": 1,
-            "threads": 2,
-            "precision": "bf16",
-            "max_length": 256,
-        },
-        "accuracy": {"tau": 0.9962, "overlap": 0.99, "ndcg_loss": -0.0013},
-        "predicted": PREDICTED,
-        "measured": PREDICTED | {"p99_s": 0.12, "memory_bytes": None},
-        "held": True,
-        "notes": ["<b>Only 15 answers</b>"],
-    } | changes
-
-
-def profile(**changes):
-    return make_profile(scenario=entry(**changes))
 
 
 def test_a_report_without_a_scenario_has_no_card():
@@ -61,7 +26,7 @@ def test_a_report_without_a_scenario_has_no_card():
 
 
 def test_the_card_stands_on_top_with_predicted_beside_measured():
-    page = read(profile())
+    page = read(scenario_profile())
     assert page.ids[0] == "scenario"
     rows = {row[0]: row[1:] for row in page.tables[0]}
     shown = {name: [cell.replace("\u00a0", " ") for cell in row] for name, row in rows.items()}
@@ -81,23 +46,23 @@ def test_the_card_stands_on_top_with_predicted_beside_measured():
 )
 def test_the_card_says_honestly_how_it_went(held, state, said):
     measured = None if held is None else PREDICTED
-    found = card(profile(held=held, measured=measured))
+    found = card(scenario_profile(held=held, measured=measured))
     assert found["state"] == state
     assert said in found["verdict"]
-    page = read(profile(held=held, measured=measured))
+    page = read(scenario_profile(held=held, measured=measured))
     assert any(attributes.get("class") == f"pick {state}" for _, attributes in page.tags)
 
 
 def test_what_to_type_fits_the_scenario():
-    assert command(profile(), "p.json") == "echelon serve some/model --profile p.json"
-    several = entry()["chosen"] | {"workers": 4}
-    assert command(profile(chosen=several), "p.json").endswith("--device cuda --workers 4")
-    assert command(profile(scenario="edge"), "p.json").startswith("echelon rank")
+    assert command(scenario_profile(), "p.json") == "echelon serve some/model --profile p.json"
+    several = scenario_entry()["chosen"] | {"workers": 4}
+    assert command(scenario_profile(chosen=several), "p.json").endswith("--device cuda --workers 4")
+    assert command(scenario_profile(scenario="edge"), "p.json").startswith("echelon rank")
 
 
 def test_a_choice_that_was_not_swept_is_no_missing_measurement():
     chosen = make_profile().settings
-    page = read(replace(profile(), settings=replace(chosen, token_budget=777)))
+    page = read(replace(scenario_profile(), settings=replace(chosen, token_budget=777)))
     assert "chosen by simulation" in page.text
     assert "higher --time-limit" not in page.text
     assert (
@@ -106,7 +71,9 @@ def test_a_choice_that_was_not_swept_is_no_missing_measurement():
 
 
 def test_the_length_to_measure_again_with_is_the_one_asked_for():
-    shorter = replace(profile(), settings=replace(profile().settings, max_length=256))
+    shorter = replace(
+        scenario_profile(), settings=replace(scenario_profile().settings, max_length=256)
+    )
     assert "--max-length" not in read(shorter).text
 
 
@@ -121,12 +88,12 @@ def test_a_difference_has_its_sign(said, came, words):
 def test_an_older_profile_with_static_batch_sizes_is_shown_without_them(tmp_path, capsys):
     row = {"static": 1, "rounds": [], "median": None, "reason": "died", "ahead": None}
     static = {"rounds": 1, "measure": "p99_s", "verdict": "best", "best": None, "settings": [row]}
-    older = entry(static=static)
+    older = scenario_entry(static=static)
     older["asked"] |= {"static_rounds": 1}
     made = make_profile(scenario=older)
     made.save(tmp_path / "profile.json")
     found = Profile.load(tmp_path / "profile.json")
-    assert read(found).text == read(profile()).text
+    assert read(found).text == read(scenario_profile()).text
     print_scenario(found)
     out = capsys.readouterr().out
     assert "Realtime API" in out

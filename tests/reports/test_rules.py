@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report_pages import PRECISIONS, entry, make_profile
-from test_report_card import PREDICTED
-from test_report_card import entry as scenario
+from report_pages import PRECISIONS, PREDICTED, entry, make_profile, scenario_entry
 
 from echelon.reports.profile_view import knee
 from echelon.reports.rules_of_thumb import rules
@@ -78,13 +76,15 @@ def test_half_precision_is_judged_by_its_ranking():
 def test_load_is_told_only_where_there_was_one():
     points = sweep(10, {4: 1.0})
     assert found(*points)["concurrent"].state == found(*points)["watch"].state == "unknown"
-    proved = found(*points, scenario=scenario())
+    proved = found(*points, scenario=scenario_entry())
     assert proved["concurrent"].state == "holds"
     assert "120" in proved["concurrent"].found
     assert "2.40 times the median" in proved["watch"].found
-    missed = found(*points, scenario=scenario(held=False))
+    missed = found(*points, scenario=scenario_entry(held=False))
     assert missed["concurrent"].state == "costs"
-    offline = scenario(scenario="offline", measured=PREDICTED | {"p50_s": None, "p99_s": None})
+    offline = scenario_entry(
+        scenario="offline", measured=PREDICTED | {"p50_s": None, "p99_s": None}
+    )
     assert found(*points, scenario=offline)["watch"].state == "unknown"
 
 

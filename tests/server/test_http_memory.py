@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from helpers import make_toy
+from helpers import WIDE, make_toy
 from served import LiveFake, sample
 from services import GUARD_S
 from streams import PATH, client_of
-from test_memory import WIDE
 
 from echelon import Reranker
 

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 from helpers import SENTENCES
+from onnx_graphs import write_graph
 from served import KEY, MODEL, QUERY, Live
-from test_onnx import write_graph
 
 from echelon import Reranker
 from echelon.server.settings import is_loopback, name_of

@@ -98,6 +98,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+WIDE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 512,
+}
+"""A step's largest tensor, 64 KiB a token, dwarfs everything else: it alone decides what fits."""
+
 NATIVE = ("bert", "roberta", "xlm-roberta")
 GENERIC = ("distilbert", "electra", "mpnet")
 LIMITS = {"bert": 130, "roberta": 130, "xlm-roberta": 100}

@@ -91,6 +91,60 @@ def make_profile(results=RESULTS, **changes):
     return replace(profile, **changes)
 
 
+# A recommendation for a scenario.
+
+PREDICTED = {
+    "p50_s": 0.05,
+    "p95_s": 0.08,
+    "p99_s": 0.1,
+    "requests_per_s": 5.0,
+    "documents_per_s": 27.0,
+    "memory_bytes": 2.0**29,
+}
+
+
+def scenario_entry(**changes):
+    return {
+        "scenario": "api",
+        "asked": {
+            "slo_p99_s": 0.2,
+            "rate": 5.0,
+            "trace_requests": 0,
+            "documents": "1-10",
+            "tokens": None,
+            "max_length": None,
+            "memory_limit_bytes": None,
+            "verify_s": 20.0,
+        },
+        "chosen": {
+            "token_budget": 1024,
+            "batch_size": None,
+            "workers": 1,
+            "threads": 2,
+            "precision": "bf16",
+            "max_length": 256,
+        },
+        "accuracy": {"tau": 0.9962, "overlap": 0.99, "ndcg_loss": -0.0013},
+        "predicted": PREDICTED,
+        "measured": PREDICTED | {"p99_s": 0.12, "memory_bytes": None},
+        "held": True,
+        "notes": ["<b>Only 15 answers</b>"],
+    } | changes
+
+
+def scenario_profile(**changes):
+    return make_profile(scenario=scenario_entry(**changes))
+
+
+POINTS = [
+    {"rate": r, "p50_s": 0.05, "p95_s": 0.1, "p99_s": r / 20, "goodput": r, "refused": 0.0}
+    for r in (1.0, 4.0, 6.0)
+]
+
+
+CURVE = {"rate": 5.0, "most_rate": 4.0, "requests": 300, "points": POINTS}
+
+
 # Reading pages.
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tuned_models import COEFFICIENTS, MIB, profile, toy
 
 from echelon.engine.precision_check import Agreement
 from echelon.errors import InvalidInput
 from echelon.options import Options
-from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
-from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel, work_of
+from echelon.profile import TunedSettings
+from echelon.scheduling.cost_model import CostModel, MemoryModel, work_of
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.server.metrics import RATIOS
 from echelon.simulation.workload import Arrival, FixedSize, KnownArrivals, UniformSize
@@ -38,60 +39,9 @@ from echelon.tuning.validation_metrics import (
 )
 from echelon.tuning.validation_targets import ServerFailed, ServerProcess
 
-MIB = 2**20
-PRICES = Coefficients(2e-3, 5e-5, 4e-8)
-
-
-def row(precision, tau=0.99, speed=100.0, *, passed=True):
-    return {
-        "precision": precision,
-        "tokens_per_s": speed,
-        "tau": tau,
-        "overlap": 1.0,
-        "ndcg_loss": None,
-        "passed": passed,
-    }
-
 
 def point(budget, status="ok"):
     return {"token_budget": budget, "batch_size": None, "pairs": 8, "status": status}
-
-
-def toy(folder):
-    """A toy opened for an edge machine."""
-    return look(
-        folder, Options(device="cpu", threads=1, precision="fp32"), None, ScenarioGoal("edge")
-    )
-
-
-def known_as(model, **changes):
-    """A profile of the model, as if it had been measured."""
-    scorer = model.trial.open("fp32")
-    try:
-        folder = model.trial.folder
-        key = current_key(folder.name, folder.revision, scorer.facts)
-    finally:
-        scorer.close()
-    settings = replace(profile().settings, precision="fp32", threads=1)
-    return profile(key=key, settings=settings, **changes)
-
-
-def profile(**changes):
-    error = {"median": 0.01, "p90": 0.02, "shapes": 9}
-    cost = {"base_s": 2e-3, "token_s": 5e-5, "square_s": 4e-8, "knee_tokens": 0, "beyond_s": 0.0}
-    made = Profile(
-        ProfileKey("toy", "r", "cpu", "a CPU", "bf16", {}),
-        TunedSettings("bf16", 700, None, 2, None),
-        "2026-01-01T00:00:00+00:00",
-        data={"tokens": {"mean": 60.0, "p50": 50.0, "p90": 100.0, "max": 130}},
-        precisions=[row("fp32", 1.0, 50.0), row("bf16"), row("int8", 0.9, passed=False)],
-        cost={"coefficients": cost, "paid": "ragged", "error": error, "spread": 0.01},
-        memory={
-            "model": {"fixed_bytes": 300.0 * MIB, "token_bytes": 0.1 * MIB, "square_bytes": 0.0},
-            "error": error,
-        },
-    )
-    return replace(made, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -298,17 +248,17 @@ def numbers(p50=0.01, p99=0.02, per_s=100.0, memory=400.0 * MIB):
 
 @given(st.floats(0.11, 9.9), st.lists(st.integers(1, 200), min_size=1, max_size=20))
 def test_the_pace_of_steps_is_found_again(pace, lengths):
-    cost = CostModel(PRICES)
+    cost = CostModel(COEFFICIENTS)
     slow = paced(cost, pace)
     assert slow.predict(lengths) == pytest.approx(pace * cost.predict(lengths))
-    work, share = work_of(lengths, "ragged"), squares_share([Arrival(0, 1, tuple(lengths))], None)
+    work, share = work_of(lengths, "none"), squares_share([Arrival(0, 1, tuple(lengths))], None)
     found = pace_of(slow.predict(lengths), 1, work.tokens, share, cost)
     assert found == pytest.approx(pace, rel=1e-3)
 
 
 def test_nothing_measured_is_no_pace_and_a_fault_is_bounded():
-    assert pace_of(0.0, 0, 0, 1.0, CostModel(PRICES)) == 1.0
-    assert pace_of(1e9, 1, 100, 50.0, CostModel(PRICES)) == 10.0
+    assert pace_of(0.0, 0, 0, 1.0, CostModel(COEFFICIENTS)) == 1.0
+    assert pace_of(1e9, 1, 100, 50.0, CostModel(COEFFICIENTS)) == 10.0
 
 
 def test_what_matters_must_agree_within_a_quarter():
@@ -321,7 +271,7 @@ def test_what_matters_must_agree_within_a_quarter():
 
 
 def test_a_correction_takes_what_was_measured():
-    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
+    one = Candidate(512, CostModel(COEFFICIENTS), memory=MemoryModel(300.0 * MIB, 1.0))
     proof = Validation(numbers(memory=800.0 * MIB), 2.0, 0.007, held=True)
     (slower,), limits = correct([one], ScenarioLimits(overhead_s=0.002), numbers(), proof, 1)
     assert slower.cost.predict((50,)) == pytest.approx(2 * one.cost.predict((50,)))
@@ -337,7 +287,7 @@ def test_a_correction_takes_what_was_measured():
     ("came", "workers", "fixed"), [(800, 1, 700), (800, 2, 500), (300, 1, 200), (1, 1, 0)]
 )
 def test_memory_is_corrected_both_ways_by_what_a_worker_holds(came, workers, fixed):
-    one = Candidate(512, CostModel(PRICES), memory=MemoryModel(300.0 * MIB, 1.0))
+    one = Candidate(512, CostModel(COEFFICIENTS), memory=MemoryModel(300.0 * MIB, 1.0))
     proof = Validation(numbers(memory=came * MIB), 1.0, None, held=True)
     (found,), _ = correct([one], ScenarioLimits(), numbers(), proof, workers)
     assert found.memory == MemoryModel(fixed * MIB, 1.0)
@@ -370,7 +320,7 @@ def test_the_noise_of_steps_is_read_from_their_ratios():
 
 def test_certain_requests_are_predicted_as_their_scenario_has_them():
     requests = [Arrival(0.0, 2, (50, 300)), Arrival(0.001, 1, (60,))]
-    one = Candidate(1000, CostModel(PRICES), max_length=100)
+    one = Candidate(1000, CostModel(COEFFICIENTS), max_length=100)
     assert [list(a.lengths) for a in cut(requests, 100)] == [[50, 100], [60]]
     first = one.cost.predict((50, 100))
     calm, largest = predict("edge", requests, one, ScenarioLimits())

@@ -8,18 +8,17 @@ from functools import partial
 
 import pytest
 from helpers import run_command
-from test_advise import MIB, known_as, toy
+from tuned_models import MIB, api_goal, known_as, pretend_validations, toy
 
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.profile import Profile
 from echelon.reports.summary import print_scenario
 from echelon.simulation.workload import FixedSize, UniformSize
-from echelon.tuning import advisor, scenario, simulated_load
+from echelon.tuning import advisor, simulated_load
 from echelon.tuning.advisor import advise
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.tuner import Plan
 from echelon.tuning.validation import prove
-from echelon.tuning.validation_metrics import Validation
 from echelon.tuning.validation_targets import RerankTask, run
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
@@ -48,31 +47,6 @@ def model(bert):
 @pytest.fixture(scope="module")
 def known(model):
     return known_as(model, precisions=[])
-
-
-def api(**changes):
-    return ScenarioGoal(
-        **{"scenario": "api", "goal_s": 0.5, "rate": 5.0, "verify_s": 2.0} | changes
-    )
-
-
-def proofs(monkeypatch, *factors, held=True):
-    """Measurements that are so many times what was predicted, one after another."""
-    left, seen = list(factors), []
-
-    def pretended(stage, chosen, requests, seconds):
-        factor = left.pop(0)
-        seen.append((chosen, Profile.load(stage.profile).settings))
-        outcome, largest = simulated_load.predict(
-            "api", requests, chosen, scenario.ScenarioLimits(goal_s=0.5)
-        )
-        said = advisor.LoadMetrics.of("api", outcome, chosen, largest)
-        scaled = {f"p{n}_s": getattr(said, f"p{n}_s") * factor for n in (50, 95, 99)}
-        return Validation(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)
-
-    monkeypatch.setattr(advisor, "prove", pretended)
-    monkeypatch.setattr(advisor, "OVERHEAD_S", 0.0)
-    return seen
 
 
 def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
@@ -119,7 +93,7 @@ def test_the_real_reranker_proves_the_others(name, model, known, capsys):
 
 
 def test_without_a_proof_it_says_so(model, known):
-    advice = advise(model, known, api(verify_s=0.0), Plan())
+    advice = advise(model, known, api_goal(verify_s=0.0), Plan())
     entry = advice.profile.scenario
     assert advice.missed is None
     assert (entry["measured"], entry["held"], entry["agrees"]) == (None, None, None)
@@ -128,8 +102,8 @@ def test_without_a_proof_it_says_so(model, known):
 
 
 def test_a_proof_that_agrees_ends_it(model, known, monkeypatch):
-    seen = proofs(monkeypatch, 1.1)
-    found = advise(model, known, api(), Plan()).profile
+    seen = pretend_validations(monkeypatch, 1.1)
+    found = advise(model, known, api_goal(), Plan()).profile
     ((chosen, proved),) = seen
     assert proved == found.settings
     assert proved.token_budget == chosen.token_budget
@@ -139,8 +113,8 @@ def test_a_proof_that_agrees_ends_it(model, known, monkeypatch):
 
 
 def test_a_proof_that_disagrees_corrects_the_model_and_proves_once_more(model, known, monkeypatch):
-    seen = proofs(monkeypatch, 2.0, 1.0)
-    entry = advise(model, known, api(), Plan()).profile.scenario
+    seen = pretend_validations(monkeypatch, 2.0, 1.0)
+    entry = advise(model, known, api_goal(), Plan()).profile.scenario
     first, second = (chosen.cost.predict((60,) * 5) for chosen, _ in seen)
     assert second == pytest.approx(2 * first)
     assert [one["agrees"] for one in entry["rounds"]] == [False, True]
@@ -150,16 +124,16 @@ def test_a_proof_that_disagrees_corrects_the_model_and_proves_once_more(model, k
 
 
 def test_it_corrects_only_once(model, known, monkeypatch):
-    seen = proofs(monkeypatch, 2.0, 2.0, 2.0)
-    entry = advise(model, known, api(), Plan()).profile.scenario
+    seen = pretend_validations(monkeypatch, 2.0, 2.0, 2.0)
+    entry = advise(model, known, api_goal(), Plan()).profile.scenario
     assert len(seen) == 2
     assert not entry["agrees"]
     assert [note for note in entry["notes"] if "Proof" not in note][1].startswith("Trust the meas")
 
 
 def test_a_goal_missed_in_reality_is_an_error_with_the_profile(model, known, monkeypatch):
-    proofs(monkeypatch, 1.0, 1.0, held=False)
-    advice = advise(model, known, api(), Plan())
+    pretend_validations(monkeypatch, 1.0, 1.0, held=False)
+    advice = advise(model, known, api_goal(), Plan())
     assert isinstance(advice.missed, GoalMissed)
     assert "500 ms are asked for" in str(advice.missed).replace("\u00a0", " ")
     assert advice.profile.scenario["held"] is False
@@ -167,22 +141,22 @@ def test_a_goal_missed_in_reality_is_an_error_with_the_profile(model, known, mon
 
 
 def test_a_correction_that_leaves_nothing_keeps_the_first_choice(model, known, monkeypatch):
-    proofs(monkeypatch, 10.0)
-    entry = advise(model, known, api(goal_s=0.06), Plan()).profile.scenario
+    pretend_validations(monkeypatch, 10.0)
+    entry = advise(model, known, api_goal(goal_s=0.06), Plan()).profile.scenario
     assert len(entry["rounds"]) == 1
     assert "nothing else can be chosen" in entry["notes"][-1]
 
 
 def test_what_cannot_be_is_said_with_what_can(model, known):
     with pytest.raises(InvalidInput, match="Possible are") as caught:
-        advise(model, known, api(rate=5000.0), Plan())
+        advise(model, known, api_goal(rate=5000.0), Plan())
     assert caught.value.field == "--rate"
 
 
 def test_an_earlier_recommendation_binds_nobody(model, known, monkeypatch):
-    proofs(monkeypatch, 1.0)
+    pretend_validations(monkeypatch, 1.0)
     cut = replace(known, settings=replace(known.settings, max_length=40), scenario={"schema": 1})
-    found = advise(model, cut, api(), Plan()).profile
+    found = advise(model, cut, api_goal(), Plan()).profile
     assert found.settings.max_length is None
     assert found.scenario["asked"]["max_length"] is None
 
@@ -195,11 +169,11 @@ def test_a_precision_is_measured_before_it_is_taken(model, known, monkeypatch):
     real = advisor.models_of
 
     def noisy(probed, opener):
-        asked.append(probed.facts.precision)
+        asked.append(probed.info.precision)
         return replace(real(probed, opener), cost=None, memory=None)
 
     monkeypatch.setattr(advisor, "models_of", noisy)
-    ask = api(verify_s=0.0, allow=("precision",))
+    ask = api_goal(verify_s=0.0, allow=("precision",))
     plan = Plan(token_budgets=(256,), time_limit_s=0.2)
     found = advise(model, replace(known, precisions=rows), ask, plan).profile
     assert asked == ["bf16"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from report_pages import leave_plotly_out, read
-from test_report_card import profile
+from report_pages import CURVE, leave_plotly_out, read, scenario_profile
 
 from echelon.reports.scenario_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
@@ -71,15 +70,8 @@ def test_a_run_that_is_lost_ends_early_and_says_the_same():
     )
 
 
-POINTS = [
-    {"rate": r, "p50_s": 0.05, "p95_s": 0.1, "p99_s": r / 20, "goodput": r, "refused": 0.0}
-    for r in (1.0, 4.0, 6.0)
-]
-CURVE = {"rate": 5.0, "most_rate": 4.0, "requests": 300, "points": POINTS}
-
-
 def test_the_chart_has_goal_rate_and_what_was_measured():
-    made = profile(curve=CURVE)
+    made = scenario_profile(curve=CURVE)
     chart = curve_chart(made)
     traces = {trace["meta"]: trace for trace in chart.figure["data"]}
     assert traces["p99_s"]["x"] == [1.0, 4.0, 6.0]
@@ -94,10 +86,12 @@ def test_the_chart_has_goal_rate_and_what_was_measured():
 
 
 def test_a_chart_without_proof_or_rate_says_so():
-    chart = curve_chart(profile(curve=CURVE | {"most_rate": None}, measured=None, held=None))
+    chart = curve_chart(
+        scenario_profile(curve=CURVE | {"most_rate": None}, measured=None, held=None)
+    )
     assert "measured" not in {trace["meta"] for trace in chart.figure["data"]}
     assert "No rate" in chart.note
     # Older profiles have no curve, other scenarios none.
-    assert curve_chart(profile()) is None
-    assert curve_chart(profile(curve=None)) is None
-    assert "load-curve" not in read(profile()).ids
+    assert curve_chart(scenario_profile()) is None
+    assert curve_chart(scenario_profile(curve=None)) is None
+    assert "load-curve" not in read(scenario_profile()).ids
