@@ -59,8 +59,8 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     encoder = PairEncoder(folder)
     scorer = open_scorer(folder, device=arguments.device, precision=arguments.precision)
     try:
-        facts = scorer.facts
-        limits = LengthRange(min(LONGEST, facts.max_tokens), arguments.budget, facts.cost)
+        facts = scorer.info
+        limits = LengthRange(min(LONGEST, facts.max_tokens), arguments.budget, facts.padding)
         stuff = StepFactory(encoder, load_texts(None, language="en"), limits.longest)
 
         def run(shape: Lengths) -> None:

@@ -197,7 +197,7 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
     opener = trial.opener()
     scorer = opener(precision=trial.options.precision)
     try:
-        facts = scorer.facts
+        facts = scorer.info
         plan = Plan(time_limit_s=seconds / PROBE_SHARE)
         probed = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
         key = current_key(trial.folder.name, trial.folder.revision, facts)

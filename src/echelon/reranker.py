@@ -55,11 +55,11 @@ class Reranker:
         self._encoder = prepared.encoder
         opener = prepared.opener()
         scorer = opener(precision=self.options.precision)
-        prepared.check_profile(scorer.facts)
-        self._max_length = self._longest(self.options.max_length, scorer.facts)
+        prepared.check_profile(scorer.info)
+        self._max_length = self._longest(self.options.max_length, scorer.info)
         self._engine = Engine(
             scorer,
-            self._limits(scorer.facts),
+            self._limits(scorer.info),
             reopen=lambda precision: opener(precision=precision),
             learned=prepared.learned,
         )
@@ -67,7 +67,7 @@ class Reranker:
     @property
     def facts(self) -> ModelInfo:
         """What the model is and where it runs."""
-        return self._engine.facts
+        return self._engine.info
 
     @property
     def max_length(self) -> int:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from echelon.errors import InvalidInput
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -23,8 +25,65 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 """(query, document)."""
 
-Cost = Literal["ragged", "padded"]
-"""How a scorer pays for a step: for its tokens, or for longest × pairs."""
+Priority = Literal["high", "normal", "low"]
+"""A request's share of the device."""
+
+Truncation = Literal["longest_first", "only_second"]
+"""Which text of a pair that is too long loses tokens: the longer one, or only the document."""
+
+Side = Literal["left", "right"]
+"""The end of a text from which tokens are removed."""
+
+Padding = Literal["none", "rectangular"]
+"""How a scorer pads a step: not at all, or every pair to the length of the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How long documents are split into chunks.
+
+    Attributes:
+        max_tokens: tokens read of a document; None reads all.
+        max_chunks: chunks of a document that are scored; None scores as many as it takes.
+    """
+
+    max_tokens: int | None = None
+    max_chunks: int | None = None
+
+    def __post_init__(self) -> None:
+        for field_name, value in (
+            ("max_tokens_per_doc", self.max_tokens),
+            ("max_chunks_per_doc", self.max_chunks),
+        ):
+            if value is not None and value < 1:
+                raise InvalidInput(field_name, f"{value} is not positive", "Give 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class RerankRequest:
+    """Pairs to score, and what their caller asks for.
+
+    Attributes:
+        pairs: (query, document) texts.
+        deadline: time of the service's clock after which the answer is useless; None means never.
+        priority: share of the device.
+        max_length: tokens of a pair; None is the service's own.
+        truncation: which text of a pair that is too long loses tokens; None is the service's own.
+        max_query_tokens: tokens kept of a query; None is the service's own.
+        chunking: read longer documents in chunks; the best chunk's score is the document's.
+        refuse_truncation: refuse pairs that would lose tokens.
+        side: the end from which tokens are removed; None is the model's own.
+    """
+
+    pairs: Sequence[Pair]
+    deadline: float | None = None
+    priority: Priority = "normal"
+    max_length: int | None = None
+    truncation: Truncation | None = None
+    max_query_tokens: int | None = None
+    chunking: Chunking | None = None
+    refuse_truncation: bool = False
+    side: Side | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +266,7 @@ class ModelInfo:
         device_name: the processor's or card's own name.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         max_tokens: longest pair the model's positions allow, special tokens included.
-        cost: ragged or padded.
+        padding: ``none``, or ``rectangular``: a step costs its longest pair × its pairs.
         weights_bytes: memory of the loaded weights, memory-mapped tables left out.
         threads: CPU threads a forward pass uses; 0 on other devices.
     """
@@ -217,6 +276,6 @@ class ModelInfo:
     device_name: str
     precision: str
     max_tokens: int
-    cost: Cost
+    padding: Padding
     weights_bytes: int
     threads: int

@@ -12,7 +12,7 @@ from echelon.models.fake import FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 
-FACTS = FakeScorer().facts
+FACTS = FakeScorer().info
 
 
 def desk(answers):

@@ -16,7 +16,7 @@ from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.tokenization.pairs import encode_pairs
 
 lengths = st.lists(st.integers(5, 300), max_size=30)
-costs = st.sampled_from(["ragged", "padded"])
+costs = st.sampled_from(["none", "rectangular"])
 
 
 def expected(pairs) -> np.ndarray:
@@ -45,7 +45,7 @@ def scored_pairs(scorer: PatientScorer) -> list[bytes]:
 def test_every_pair_once_in_order_whatever_memory_does(
     lengths, budget, max_pairs, cost, memory, stale
 ):
-    scorer = PatientScorer(memory, stale_tokens=stale, cost=cost)
+    scorer = PatientScorer(memory, stale_tokens=stale, padding=cost)
     pairs = pairs_of(lengths)
     finished: list[int] = []
     outcome = Engine(scorer, StepLimits(budget, max_pairs)).run(pairs, scored=finished.append)
@@ -163,7 +163,7 @@ def test_lower_precision_where_allowed():
     assert [step.rung for step in outcome.report.ladder] == ["drop_caches", "lower_precision"]
     assert outcome.report.ladder[1].detail == "precision fp32 -> bf16"
     assert first.closed
-    assert engine.facts.precision == "bf16"
+    assert engine.info.precision == "bf16"
     assert outcome.logits.tolist() == expected(pairs).tolist()
     engine.close()
     assert opened[0].closed
@@ -270,7 +270,7 @@ def test_after_closing_the_error_is_clear():
 @given(lengths, st.integers(300, 900), st.integers(300, 900), costs)
 def test_the_same_trace_gives_the_same_decisions(lengths, budget, memory, cost):
     def trace():
-        scorer = PatientScorer(memory, cost=cost, stale_tokens=100)
+        scorer = PatientScorer(memory, padding=cost, stale_tokens=100)
         report = Engine(scorer, StepLimits(budget)).run(pairs_of(lengths)).report
         return [batch.ids.tolist() for batch in scorer.batches], report
 

@@ -64,7 +64,7 @@ def test_anothers_success_does_not_send_a_caller_back_to_the_first_rung():
     large = _CallState(pairs_of([40] * 10), StepLimits(400))
     small = _CallState(pairs_of([10] * 10), StepLimits(10))
     for run in (large, small):
-        run.plan(run.limits.budget, engine.facts)
+        run.plan(run.limits.budget, engine.info)
     for _ in range(8):
         engine._step(large)
         engine._step(small)

@@ -22,7 +22,7 @@ def test_the_same_scores_as_the_library(bert):
         service = await launch(bert, device="cpu", threads=1, token_budget=200, wedge_after_s=45.0)
         try:
             answers = await asyncio.gather(*(service.submit(PAIRS) for _ in range(3)))
-            assert service.facts.family == "bert"
+            assert service.info.family == "bert"
             assert service.longest() == 130
             assert service.settings.wedge_after_s == 45.0
         finally:

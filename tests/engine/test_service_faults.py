@@ -56,7 +56,7 @@ def test_what_is_allowed_may_be_given_up():
     async def halved(made):
         answer = await made.submit([("q", "d" * 300)])
         assert answer.ladder[-1].rung == "lower_precision"
-        assert made.facts.precision == "bf16"
+        assert made.info.precision == "bf16"
 
     run(halved, service(partial(Obedient, 200), allow=("precision",)))
 

@@ -23,7 +23,7 @@ from echelon.scheduling.fit import Prior
 USUAL = Coefficients(2e-3, 5e-5, 4e-8)
 HALF = USUAL.priced([2 * price for price in USUAL.prices])
 SLOW_ATTENTION = replace(USUAL, square_s=4 * USUAL.square_s)
-TUNED = Prior(USUAL, "ragged", "cpu", same=True)
+TUNED = Prior(USUAL, "none", "cpu", same=True)
 WITHIN = 50
 
 
@@ -36,7 +36,7 @@ class Planned:
         self._sent = deque()
 
     def start(self, precision, *, sparing=False):
-        return self._scorer.facts
+        return self._scorer.info
 
     def send(self, batch, timeout_s):
         self._sent.append(batch)
@@ -46,7 +46,7 @@ class Planned:
 
     def receive(self, timeout_s):
         batch = self._sent.popleft()
-        seconds = self.prices.seconds(work_of(batch.lengths, "ragged"))
+        seconds = self.prices.seconds(work_of(batch.lengths, "none"))
         return StepResult(self._scorer.score(batch), seconds, 0)
 
     def release(self):
@@ -115,7 +115,7 @@ def test_a_worker_at_half_its_speed_is_followed_within_fifty_steps_and_back(slow
 
 def test_admission_refuses_what_the_slow_worker_cannot_do_and_goodput_recovers():
     large = wish(*[2] * 300, 0, count=6).lengths
-    usual, slow = (prices.seconds(work_of(large, "ragged")) for prices in (USUAL, HALF))
+    usual, slow = (prices.seconds(work_of(large, "none")) for prices in (USUAL, HALF))
 
     async def main(town):
         assert await town.goodput(1.5 * usual) == 10
@@ -157,7 +157,7 @@ def test_a_drift_is_in_the_snapshot_and_once_in_the_log_with_the_remedy(caplog):
     [
         (TUNED, USUAL, True),
         (replace(TUNED, same=False), USUAL, False),
-        (replace(TUNED, paid="padded"), DEFAULT_COEFFICIENTS["cpu"], False),
+        (replace(TUNED, padding="rectangular"), DEFAULT_COEFFICIENTS["cpu"], False),
         (replace(TUNED, device="cuda:0"), DEFAULT_COEFFICIENTS["cpu"], False),
         (None, DEFAULT_COEFFICIENTS["cpu"], False),
     ],

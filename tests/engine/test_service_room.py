@@ -18,7 +18,7 @@ from echelon.models.fake import FakeScorer
 from echelon.scheduling.oom_policy import OomPolicy
 from echelon.scheduling.queue import PlannedStep
 
-FACTS = FakeScorer().facts
+FACTS = FakeScorer().info
 LONG = [("q", "d" * 300)]
 USUAL = [("q", "d" * 60)]
 """Pairs that do not fit anywhere, and that do not fit in a process that has met one of those."""

@@ -41,7 +41,7 @@ def test_the_same_scores_and_facts_as_in_this_process(worker):
     assert scored.seconds > 0
     assert scored.resident_bytes > 2**20
     worker.stop()
-    assert worker.start("bf16") == FakeScorer(precision="bf16").facts
+    assert worker.start("bf16") == FakeScorer(precision="bf16").info
 
 
 def test_a_second_step_may_be_handed_over_while_the_first_runs(worker):

@@ -76,7 +76,7 @@ async def answered(service, seeds) -> None:
 def test_a_worker_elsewhere_scores_as_one_here(made):
     async def main(it):
         await answered(it, range(20))
-        assert it.facts.family == "fake"
+        assert it.info.family == "fake"
         assert (await it.ready()).ready
 
     run(main, service(slow, token_budget=1500))

@@ -119,7 +119,7 @@ def test_the_weights_are_counted(whole):
     tensors = load_file(whole / "model.safetensors")
     layers = sum(t.nbytes for n, t in tensors.items() if "embeddings." not in n)
     norm = sum(t.nbytes for n, t in tensors.items() if "embeddings.LayerNorm" in n)
-    assert open_scorer(whole, precision="fp32").facts.weights_bytes == layers + norm
+    assert open_scorer(whole, precision="fp32").info.weights_bytes == layers + norm
 
 
 class Evil:
@@ -216,7 +216,7 @@ def test_a_missing_shard(tmp_path):
         score(folder)
 
 
-def test_an_index_that_promises_too_much(copied):
+def test_an_index_that_names_a_missing_tensor(copied):
     folder = as_sharded_pickle(copied)
     index = folder / "pytorch_model.bin.index.json"
     content = json.loads(index.read_text())
@@ -224,7 +224,7 @@ def test_an_index_that_promises_too_much(copied):
     other = next(file for file in set(names.values()) if file != names["classifier.weight"])
     names["classifier.weight"] = other
     index.write_text(json.dumps(content))
-    with pytest.raises(BadCheckpoint, match=r"the index promises classifier\.weight, not there"):
+    with pytest.raises(BadCheckpoint, match=r"classifier\.weight of the index is missing"):
         score(folder)
 
 

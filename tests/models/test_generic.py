@@ -57,7 +57,7 @@ def test_any_composition(generic, family, lengths, seed):
 @pytest.mark.parametrize("family", GENERIC)
 def test_the_longest_and_the_shortest(generic, family):
     folder, scorer = generic[family]
-    assert scorer.facts.max_tokens == LIMITS[family]
+    assert scorer.info.max_tokens == LIMITS[family]
     for lengths in ([LIMITS[family]], [3], [3, LIMITS[family], 4]):
         batch = random_batch(lengths, 300, 1, lowest=5)
         found = scorer.score(batch)
@@ -72,9 +72,9 @@ def test_it_says_once_that_it_pads(toy):
     assert len(caught) == 1
     scorer.score(random_batch([9, 12], 300, 0))
     scorer.score(random_batch([9, 12], 300, 0))
-    assert scorer.facts.cost == "padded"
-    assert scorer.facts.family == "distilbert"
-    assert scorer.facts.weights_bytes > 0
+    assert scorer.info.padding == "rectangular"
+    assert scorer.info.family == "distilbert"
+    assert scorer.info.weights_bytes > 0
 
 
 def test_the_chosen_label_is_the_references_column(tmp_path):
@@ -90,8 +90,8 @@ def test_bf16(generic):
     folder, scorer = generic["electra"]
     batch = random_batch([20, 9, 64], 300, seed=1, lowest=5)
     half = open_quietly(folder, precision="bf16")
-    assert half.facts.precision == "bf16"
-    assert half.facts.weights_bytes * 2 == scorer.facts.weights_bytes
+    assert half.info.precision == "bf16"
+    assert half.info.weights_bytes * 2 == scorer.info.weights_bytes
     np.testing.assert_allclose(half.score(batch), scorer.score(batch), rtol=0, atol=0.1)
 
 
@@ -127,7 +127,7 @@ def test_relative_positions_need_padding_masked(tmp_path):
     folder = make_checkpoint(tmp_path, shape)
     batch = random_batch([20, 9, 60, 3], 200, seed=1, lowest=5)
     scorer = open_quietly(folder)
-    assert scorer.facts.max_tokens == 64
+    assert scorer.info.max_tokens == 64
     expected = reference_logits(folder, batch)
     np.testing.assert_allclose(scorer.score(batch), expected, rtol=0, atol=EXACT)
 

@@ -199,7 +199,7 @@ def test_scores_are_the_references(toy, family, lengths, use_graphs):
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
     assert len(scorer._graphs) == use_graphs
-    assert scorer.facts.max_tokens == LIMITS[family]
+    assert scorer.info.max_tokens == LIMITS[family]
 
 
 def test_a_graph_reads_each_step_anew(toy):

@@ -1,4 +1,4 @@
-"""int8: close to fp32, blind to a pair's neighbours, and never served without passing the gate."""
+"""int8: close to fp32, independent of a pair's neighbours, never used without a check."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL = ("fp32", "bf16", "int8")
 
 @pytest.fixture(autouse=True)
 def own_home(request, tmp_path, monkeypatch):
-    """Answers of the gate go to a folder of the test's; the demo model stays where it is."""
+    """Results of checks go to a folder of the test; the demo model stays where it is."""
     if "demo_folder" in request.fixturenames:
         request.getfixturevalue("demo_folder")
     monkeypatch.setattr(precision_check, "home", lambda: tmp_path)
@@ -61,7 +61,7 @@ def test_a_layer_is_near_the_exact_one(shift):
 
 
 @needs_int8
-def test_weights_without_spread_are_no_trouble():
+def test_weights_without_spread():
     with torch.inference_mode():
         weight = torch.zeros(8, 32)
         weight[1] = 5
@@ -86,13 +86,13 @@ def test_each_output_has_a_scale_of_its_own():
 
 @needs_int8
 @pytest.mark.parametrize("family", NATIVE)
-def test_scores_stay_near_fp32_and_apart_from_their_neighbours(toy, family):
+def test_scores_are_near_fp32_and_do_not_depend_on_neighbours(toy, family):
     folder = toy(family)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     batch = random_batch([3, 50, 50, 90, 12, 7], vocabulary, 2, types=family == "bert")
     exact = open_scorer(folder, precision="fp32", threads=1).score(batch)
     scorer = open_scorer(folder, precision="int8", threads=1)
-    assert scorer.facts.precision == "int8"
+    assert scorer.info.precision == "int8"
     together = scorer.score(batch)
     alone = [scorer.score(split(batch, i))[0] for i in range(len(batch))]
     np.testing.assert_allclose(together, exact, rtol=0, atol=0.25)
@@ -151,15 +151,15 @@ def test_the_layer_that_int8_harms_is_found(spoiled):
     assert errors["layer.0.intermediate.dense"] > 5 * sorted(errors.values())[-3]
 
 
-def trial(folder) -> precision_check.PrecisionCheck:
+def check_of(folder) -> precision_check.PrecisionCheck:
     return precision_check.PrecisionCheck.of(
         resolve(folder), Options(device="cpu"), PairEncoder(folder), load_texts(None, "en")
     )
 
 
 @needs_int8
-def test_the_demo_passes_the_gate(demo_folder):
-    rows = precision_check.compare(trial(demo_folder), ["fp32", "int8"], lambda _: None)
+def test_int8_of_the_demo_model_passes_the_check(demo_folder):
+    rows = precision_check.compare_precisions(check_of(demo_folder), ["fp32", "int8"])
     assert [row["precision"] for row in rows] == ["fp32", "int8"]
     exact, int8 = rows
     assert exact["max_delta"] == 0
@@ -170,23 +170,23 @@ def test_the_demo_passes_the_gate(demo_folder):
 
 
 @needs_int8
-def test_the_gate_is_passed_once_and_remembered(demo_folder, own_home, monkeypatch):
+def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, own_home, monkeypatch):
     pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
     with Reranker(demo_folder, device="cpu", precision="int8") as first:
-        assert first.facts.precision == "int8"
+        assert first.info.precision == "int8"
         scores = first.score(pairs)
-    (kept,) = (own_home / "gates").iterdir()
+    (kept,) = (own_home / "precision_checks").iterdir()
     content = json.loads(kept.read_text())
     assert content["int8"]["passed"]
     assert content["key"]["precision"] == "int8"
 
-    monkeypatch.setattr(precision_check, "compare", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(precision_check, "compare_precisions", lambda *_: pytest.fail("measured again"))
     with Reranker(demo_folder, device="cpu", precision="int8") as second:
         np.testing.assert_array_equal(second.score(pairs), scores)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "int8": {}}', '{"int8": 3}'])
-def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content):
+def test_a_damaged_stored_result_is_measured_again(bert, own_home, monkeypatch, content):
     offer(monkeypatch, *ALL)
     asked = []
 
@@ -194,9 +194,9 @@ def test_a_broken_memory_is_measured_again(bert, own_home, monkeypatch, content)
         asked.append(1)
         return [{}, {**FAILED, "passed": True}]
 
-    monkeypatch.setattr(precision_check, "compare", compare)
+    monkeypatch.setattr(precision_check, "compare_precisions", compare)
     Reranker(bert, device="cpu", precision="int8").close()
-    (kept,) = (own_home / "gates").iterdir()
+    (kept,) = (own_home / "precision_checks").iterdir()
     kept.write_text(content)
     Reranker(bert, device="cpu", precision="int8").close()
     assert len(asked) == 2
@@ -213,9 +213,9 @@ FAILED = {
 }
 
 
-def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch):
+def test_int8_that_fails_is_refused_with_numbers_and_remedy(bert, monkeypatch):
     offer(monkeypatch, *ALL)
-    monkeypatch.setattr(precision_check, "compare", lambda *_: [{}, FAILED])
+    monkeypatch.setattr(precision_check, "compare_precisions", lambda *_: [{}, FAILED])
     with pytest.raises(InvalidInput) as caught:
         Reranker(bert, device="cpu", precision="int8")
     assert caught.value.field == "precision"
@@ -223,7 +223,7 @@ def test_who_fails_the_gate_is_refused_with_numbers_and_remedy(bert, monkeypatch
         assert part in str(caught.value)
 
 
-def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
+def test_sensitive_layers_stay_in_bf16_until_int8_passes(bert, monkeypatch):
     """Logits and errors are made up; which layers are tried, and when it stops, is not."""
     offer(monkeypatch, *ALL)
     tried = []
@@ -238,14 +238,14 @@ def test_sensitive_layers_are_kept_until_it_passes(bert, monkeypatch):
         return (logits if passes else [-part for part in logits]), speed
 
     monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
-    row = precision_check.compare(trial(bert), ["fp32", "int8"], lambda _: None)[1]
+    row = precision_check.compare_precisions(check_of(bert), ["fp32", "int8"])[1]
     kept = [keep for precision, keep in tried if precision == "int8"]
     assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3]]
     assert row["passed"]
     assert row["keep_bf16"] == worst_first[:3]
 
 
-def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
+def test_a_matching_profile_replaces_the_check(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     folder = resolve(bert)
     key = precision_check.ProfileKey(
@@ -257,7 +257,7 @@ def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
         precision_check.library_versions(),
     )
     row = {**FAILED, "passed": True}
-    profile = gate_profile(key, row)
+    profile = profile_with(key, row)
     options = Options(device="cpu", precision="int8")
     encoder = PairEncoder(bert)
     found = precision_check.check_precision(folder, options, encoder, profile)
@@ -266,13 +266,13 @@ def test_a_profile_that_fits_answers_for_the_gate(bert, monkeypatch):
     assert precision_check._from_profile(stale, key) is None
 
 
-def gate_profile(key, row):
+def profile_with(key, row):
     from echelon.profile import Profile, TunedSettings
 
     return Profile(key, TunedSettings("bf16", 512, None, 1, None), "", precisions=[row])
 
 
-def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
+def test_int8_is_refused_where_the_processor_or_the_model_lacks_it(monkeypatch, toy):
     monkeypatch.setattr("echelon.models.device.multiplies_int8", lambda: False)
     with pytest.raises(InvalidInput, match="VNNI or AMX"):
         choose_precision("int8", CPU)
@@ -285,7 +285,7 @@ def test_int8_is_refused_where_it_cannot_be_had(monkeypatch, toy):
 def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     batch = random_batch([40, 22], 150, 1, types=True)
     names = list(layer_errors(bert, [batch]))
-    monkeypatch.setattr("echelon.engine.launch.pass_gate", lambda *_: names)
+    monkeypatch.setattr("echelon.engine.launch.check_precision", lambda *_: names)
     pairs = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
     with Reranker(bert, device="cpu", precision="bf16", threads=1) as reranker:
         expected = reranker.score(pairs)
@@ -294,7 +294,7 @@ def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
         service = await launch(bert, device="cpu", threads=1, precision="int8")
         try:
             answer = await service.submit(pairs)
-            assert service.facts.precision == "int8"
+            assert service.info.precision == "int8"
         finally:
             await service.stop()
         return answer.logits
@@ -309,10 +309,10 @@ def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
 QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
 
 
-def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
+def test_tuning_for_int8_checks_it(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     monkeypatch.setattr(
-        "echelon.tuning.tuner.compare", lambda *_: [{**FAILED, "precision": "int8"}]
+        "echelon.tuning.tuner.compare_precisions", lambda *_: [{**FAILED, "precision": "int8"}]
     )
     with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
         tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
@@ -321,7 +321,7 @@ def test_tuning_for_int8_goes_through_the_gate(bert, monkeypatch):
 def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
-    monkeypatch.setattr("echelon.tuning.tuner.compare", lambda *_: [row])
+    monkeypatch.setattr("echelon.tuning.tuner.compare_precisions", lambda *_: [row])
     opened = []
     real = precision_check.PrecisionCheck.open
 

@@ -111,7 +111,7 @@ def test_company_does_not_move_a_score(toy, family, lengths, seed):
 @pytest.mark.parametrize("family", NATIVE)
 def test_the_limit_is_the_models(toy, family):
     folder = toy(family)
-    assert scorer_of(folder).facts.max_tokens == LIMITS[family]
+    assert scorer_of(folder).info.max_tokens == LIMITS[family]
     too_long = batch_for(folder, family, [LIMITS[family] + 1], seed=0, lowest=5)
     with pytest.raises((IndexError, RuntimeError)):
         reference_logits(folder, too_long)
@@ -145,7 +145,7 @@ def test_variants_of_the_configuration(tmp_path, variant):
     folder = make_toy(tmp_path, family, None, vocab_size=150, **changes)
     types = family == "bert" and changes.get("type_vocab_size") != 1
     assert_parity(folder, random_batch([30, 30, 3, 77, 12], 150, seed=3, types=types))
-    assert scorer_of(folder).facts.cost == "ragged"
+    assert scorer_of(folder).info.padding == "none"
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -198,7 +198,7 @@ def test_demo_in_bf16_ranks_alike(demo_folder):
         Reranker(demo_folder, device="cpu", precision="fp32") as exact,
         Reranker(demo_folder, device="cpu", precision="bf16") as half,
     ):
-        assert half.facts.precision == "bf16"
+        assert half.info.precision == "bf16"
         for row in ENGLISH:
             pairs = [(row["query"], document["text"]) for document in row["documents"]]
             wanted, found = exact.score(pairs), half.score(pairs)

@@ -21,8 +21,7 @@ from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
 from echelon.server.protocols import DIALECTS, read
-from echelon.tokenization.chunking import Chunking
-from echelon.types import monotonic
+from echelon.types import Chunking, monotonic
 
 SHORT = 30
 LONG = [("query", f"{i}" + "d" * 100) for i in range(3)]

@@ -24,10 +24,10 @@ class World(RuleBasedStateMachine):
     @initialize(
         budget=st.integers(1, 200),
         max_pairs=st.none() | st.integers(1, 6),
-        cost=st.sampled_from(["ragged", "padded"]),
+        cost=st.sampled_from(["none", "rectangular"]),
     )
     def begin(self, budget, max_pairs, cost):
-        self.batcher = Batcher(CostModel(cost=cost), budget, max_pairs)
+        self.batcher = Batcher(CostModel(padding=cost), budget, max_pairs)
         self.now = 0.0
         self.requests: dict[int, PairRequest] = {}
         self.ended: dict[int, str] = {}
@@ -91,7 +91,7 @@ class World(RuleBasedStateMachine):
         keys = [key_of(self.requests[number], index) for number, index in places]
         whole = {(n, i): self.requests[n].lengths[i] for n, i in places}
         assert list(step.lengths) == [self.cut.get(place, whole[place]) for place in places]
-        assert step.cost_tokens == step_cost(step.lengths, batcher.cost.cost)
+        assert step.cost_tokens == step_cost(step.lengths, batcher.cost.padding)
         assert step.tokens == sum(step.lengths)
         assert step.cost_tokens <= batcher.budget or len(places) == 1
         assert batcher.max_pairs is None or len(places) <= batcher.max_pairs
@@ -182,7 +182,7 @@ class World(RuleBasedStateMachine):
         assert load.requests == len(self.batcher._entries)
         units = {id(u): u for e in self.batcher._entries.values() for u in e.units}.values()
         waiting = [u.length for u in units if u.state.name in {"WAITING", "AGAIN"}]
-        work = work_of(waiting, "ragged")
+        work = work_of(waiting, "none")
         assert (load.pairs, load.tokens, load.squares) == (len(waiting), work.tokens, work.squares)
         assert (load.oldest is None) == (load.requests == 0)
 

@@ -17,7 +17,7 @@ PRICES = Coefficients(2.0, 0.1, 0.01)
 
 def test_ragged_steps_pay_for_tokens_and_padded_ones_for_the_longest():
     assert CostModel(PRICES).predict([10, 20]) == pytest.approx(2 + 0.1 * 30 + 0.01 * 500)
-    padded = CostModel(PRICES, "padded").predict([10, 20])
+    padded = CostModel(PRICES, "rectangular").predict([10, 20])
     assert padded == pytest.approx(2 + 0.1 * 40 + 0.01 * 800)
     assert CostModel(PRICES).predict([]) == 2
     assert CostModel(PRICES).seconds(Work(3, 100, 0)) == pytest.approx(16)
@@ -74,7 +74,7 @@ def test_impossible_times_teach_nothing(seconds):
     lengths,
     st.integers(1, 3000),
     st.none() | st.integers(1, 8),
-    st.sampled_from(["ragged", "padded"]),
+    st.sampled_from(["none", "rectangular"]),
 )
 def test_a_choice_holds_the_first_and_obeys_the_limits(sizes, budget, max_pairs, cost):
     chosen = choose(sizes, budget, max_pairs, cost)
@@ -83,19 +83,19 @@ def test_a_choice_holds_the_first_and_obeys_the_limits(sizes, budget, max_pairs,
     picked = [sizes[index] for index in chosen]
     assert step_cost(picked, cost) <= budget or len(chosen) == 1
     assert max_pairs is None or len(chosen) <= max_pairs
-    if cost == "padded" and len(chosen) > 1:
+    if cost == "rectangular" and len(chosen) > 1:
         assert min(picked) >= MAX_FILL * max(picked)
 
 
 @given(lengths, st.integers(1, 3000))
 def test_a_ragged_choice_leaves_nothing_out_that_fits(sizes, budget):
-    chosen = choose(sizes, budget, None, "ragged")
+    chosen = choose(sizes, budget, None, "none")
     room = budget - sum(sizes[index] for index in chosen)
     assert all(index in chosen or size > room for index, size in enumerate(sizes))
 
 
 def test_a_padded_choice_fills_the_step_with_the_firsts_kind():
-    assert choose([100, 20, 95, 500, 99], 400, None, "padded") == [0, 2, 4]
-    assert choose([10, 500], 2048, None, "padded") == [0]
-    assert choose([100] * 9, 400, None, "padded") == [0, 1, 2, 3]
-    assert choose([90, 100, 100, 100], 400, None, "padded") == [0, 1, 2, 3]
+    assert choose([100, 20, 95, 500, 99], 400, None, "rectangular") == [0, 2, 4]
+    assert choose([10, 500], 2048, None, "rectangular") == [0]
+    assert choose([100] * 9, 400, None, "rectangular") == [0, 1, 2, 3]
+    assert choose([90, 100, 100, 100], 400, None, "rectangular") == [0, 1, 2, 3]

@@ -23,10 +23,10 @@ def test_a_short_request_behind_a_long_one_is_in_the_next_step():
     assert [end.request for end in finish(made, step)] == [2]
 
 
-@pytest.mark.parametrize("cost", ["ragged", "padded"])
+@pytest.mark.parametrize("cost", ["none", "rectangular"])
 @pytest.mark.parametrize("others", [1, 5, 20])
 def test_also_behind_many_long_ones_that_are_half_done_and_late(cost, others):
-    made = batcher(cost=cost)
+    made = batcher(padding=cost)
     for number in range(others):
         made.submit(PairRequest(number, (20,) * 500), 0)
     for _ in range(others * 40):

@@ -22,20 +22,20 @@ from echelon.scheduling.packing import (
 
 lengths = st.lists(st.integers(1, 600), max_size=80)
 budgets = st.integers(1, 4000)
-costs = st.sampled_from(["ragged", "padded"])
+costs = st.sampled_from(["none", "rectangular"])
 limits = st.none() | st.integers(1, 12)
 
 
 @given(lengths, budgets, costs, limits)
 def test_every_pair_goes_exactly_once(lengths, budget, cost, max_pairs):
-    steps = pack(lengths, budget, cost=cost, max_pairs=max_pairs)
+    steps = pack(lengths, budget, padding=cost, max_pairs=max_pairs)
     assert sorted(i for step in steps for i in step) == list(range(len(lengths)))
     assert all(steps)
 
 
 @given(lengths, budgets, costs, limits)
 def test_no_step_costs_more_than_the_budget_save_a_pair_alone(lengths, budget, cost, max_pairs):
-    for step in pack(lengths, budget, cost=cost, max_pairs=max_pairs):
+    for step in pack(lengths, budget, padding=cost, max_pairs=max_pairs):
         paid = step_cost([lengths[i] for i in step], cost)
         assert paid <= budget or len(step) == 1
         assert max_pairs is None or len(step) <= max_pairs
@@ -43,14 +43,14 @@ def test_no_step_costs_more_than_the_budget_save_a_pair_alone(lengths, budget, c
 
 @given(lengths, budgets, costs, limits)
 def test_longest_first_and_equals_in_input_order(lengths, budget, cost, max_pairs):
-    steps = pack(lengths, budget, cost=cost, max_pairs=max_pairs)
+    steps = pack(lengths, budget, padding=cost, max_pairs=max_pairs)
     order = [i for step in steps for i in step]
     assert order == sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 @given(lengths, budgets, costs, limits)
 def test_no_step_is_closed_early(lengths, budget, cost, max_pairs):
-    steps = pack(lengths, budget, cost=cost, max_pairs=max_pairs)
+    steps = pack(lengths, budget, padding=cost, max_pairs=max_pairs)
     for step, following in pairwise(steps):
         with_one_more = [lengths[i] for i in (*step, following[0])]
         assert step_cost(with_one_more, cost) > budget or len(step) == max_pairs
@@ -59,8 +59,8 @@ def test_no_step_is_closed_early(lengths, budget, cost, max_pairs):
 @given(lengths, budgets, costs, limits)
 def test_the_same_lengths_give_the_same_steps(lengths, budget, cost, max_pairs):
     again = np.array(lengths, dtype=np.int32)
-    assert pack(lengths, budget, cost=cost, max_pairs=max_pairs) == pack(
-        again, budget, cost=cost, max_pairs=max_pairs
+    assert pack(lengths, budget, padding=cost, max_pairs=max_pairs) == pack(
+        again, budget, padding=cost, max_pairs=max_pairs
     )
 
 
@@ -70,37 +70,37 @@ def test_shuffled_pairs_are_packed_to_the_same_lengths(lengths, budget, cost, ch
     chance.shuffle(shuffled)
 
     def shape(values: list[int]) -> list[list[int]]:
-        return [[values[i] for i in step] for step in pack(values, budget, cost=cost)]
+        return [[values[i] for i in step] for step in pack(values, budget, padding=cost)]
 
     assert shape(lengths) == shape(shuffled)
 
 
 @given(lengths)
 def test_cost_of_a_step(lengths):
-    assert step_cost(lengths, "ragged") == sum(lengths)
-    assert step_cost(lengths, "padded") == max(lengths, default=0) * len(lengths)
+    assert step_cost(lengths, "none") == sum(lengths)
+    assert step_cost(lengths, "rectangular") == max(lengths, default=0) * len(lengths)
 
 
 @pytest.mark.parametrize(
     ("lengths", "budget", "cost", "max_pairs", "steps"),
     [
-        ([5, 9, 5, 2], 14, "ragged", None, [[1, 0], [2, 3]]),
-        ([5, 9, 5, 2], 14, "padded", None, [[1], [0, 2], [3]]),
-        ([5, 9, 5, 2], 15, "padded", None, [[1], [0, 2, 3]]),
-        ([5, 9, 5, 2], 1, "ragged", None, [[1], [0], [2], [3]]),
-        ([5, 9, 5, 2], NO_BUDGET, "ragged", 3, [[1, 0, 2], [3]]),
-        ([], 14, "ragged", None, []),
+        ([5, 9, 5, 2], 14, "none", None, [[1, 0], [2, 3]]),
+        ([5, 9, 5, 2], 14, "rectangular", None, [[1], [0, 2], [3]]),
+        ([5, 9, 5, 2], 15, "rectangular", None, [[1], [0, 2, 3]]),
+        ([5, 9, 5, 2], 1, "none", None, [[1], [0], [2], [3]]),
+        ([5, 9, 5, 2], NO_BUDGET, "none", 3, [[1, 0, 2], [3]]),
+        ([], 14, "none", None, []),
     ],
 )
 def test_examples(lengths, budget, cost, max_pairs, steps):
-    assert pack(lengths, budget, cost=cost, max_pairs=max_pairs) == steps
+    assert pack(lengths, budget, padding=cost, max_pairs=max_pairs) == steps
 
 
 def test_an_endless_budget_does_not_overflow():
     many = np.full(5000, 8192, dtype=np.int32)
-    assert [len(step) for step in pack(many, NO_BUDGET, cost="padded")] == [5000]
-    assert step_cost(np.full(300_000, 8192, dtype=np.int32), "ragged") == 300_000 * 8192
-    assert step_cost(np.full(300_000, 8192, dtype=np.int32), "padded") == 300_000 * 8192
+    assert [len(step) for step in pack(many, NO_BUDGET, padding="rectangular")] == [5000]
+    assert step_cost(np.full(300_000, 8192, dtype=np.int32), "none") == 300_000 * 8192
+    assert step_cost(np.full(300_000, 8192, dtype=np.int32), "rectangular") == 300_000 * 8192
 
 
 @pytest.mark.parametrize(

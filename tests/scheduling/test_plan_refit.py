@@ -55,7 +55,7 @@ class Machine:
         """Let a model watch some steps; its errors before each."""
         errors = []
         for lengths in steps(self.random, count):
-            true = self.prices.seconds(work_of(lengths, "ragged"))
+            true = self.prices.seconds(work_of(lengths, "none"))
             errors.append(abs(model.predict(lengths) / true - 1))
             odd = 10 if self.random.random() < self.outliers else 1
             model.observe(lengths, true * odd * self.random.lognormvariate(0, self.noise))
@@ -83,7 +83,7 @@ def test_what_is_not_seen_follows_the_level_and_does_not_drift(random, factor):
     model = CostModel(TRUE)
     for _ in range(3 * WINDOW):
         lengths = [random.randint(10, 40) for _ in range(random.randint(1, 60))]
-        took = factor * TRUE.seconds(work_of(lengths, "ragged"))
+        took = factor * TRUE.seconds(work_of(lengths, "none"))
         model.observe(lengths, took * random.lognormvariate(0, 0.05))
     long = [512] * 4
     assert model.predict(long) == pytest.approx(factor * CostModel(TRUE).predict(long), rel=0.2)

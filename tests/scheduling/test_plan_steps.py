@@ -121,10 +121,10 @@ def test_the_order_of_documents_changes_no_score(requests, budget, chance):
     assert scores(shuffled=False) == scores(shuffled=True)
 
 
-@given(st.lists(lengths, max_size=8), st.integers(1, 150), st.sampled_from(["ragged", "padded"]))
+@given(st.lists(lengths, max_size=8), st.integers(1, 150), st.sampled_from(["none", "rectangular"]))
 def test_the_same_trace_gives_the_same_steps(requests, budget, cost):
     def trace():
-        made = batcher(budget, cost=cost)
+        made = batcher(budget, padding=cost)
         steps = []
         for number, sizes in enumerate(requests):
             made.submit(PairRequest(number, tuple(sizes), deadline=number + 1.0), number / 2)
@@ -136,10 +136,10 @@ def test_the_same_trace_gives_the_same_steps(requests, budget, cost):
     assert trace() == trace()
 
 
-@pytest.mark.parametrize("cost", ["ragged", "padded"])
+@pytest.mark.parametrize("cost", ["none", "rectangular"])
 @pytest.mark.parametrize("requests", [1, 1000])
 def test_a_step_looks_at_a_steps_worth_however_many_wait(cost, requests, monkeypatch):
-    made = batcher(2000, cost=cost)
+    made = batcher(2000, padding=cost)
     for number in range(requests):
         made.submit(PairRequest(number, tuple(20 + i % 200 for i in range(100_000 // requests))), 0)
     seen = []
@@ -154,7 +154,7 @@ def test_a_step_looks_at_a_steps_worth_however_many_wait(cost, requests, monkeyp
 
 
 def test_padded_steps_hold_pairs_of_nearly_one_length():
-    made = batcher(1000, cost="padded")
+    made = batcher(1000, padding="rectangular")
     chance = np.random.default_rng(0)
     for number in range(100):
         made.submit(PairRequest(number, tuple(chance.integers(10, 400, 10).tolist())), 0)

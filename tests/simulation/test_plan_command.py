@@ -68,12 +68,12 @@ def test_prices_are_found_again(base, token):
 
 def test_prices_that_tuning_fitted_are_taken():
     fitted = CostFit(
-        Coefficients(0.002, 3e-5, 4e-9, 512, 1e-5), "padded", FitError(0.02, 0.05, 9), 0.01
+        Coefficients(0.002, 3e-5, 4e-9, 512, 1e-5), "rectangular", FitError(0.02, 0.05, 9), 0.01
     )
     memory = MemoryFit(MemoryModel(5e8, 1e4, 20.0), FitError(0.02, 0.05, 9))
     made = profile(cost=fitted.as_dict(), memory=memory.as_dict())
     assert cost_of(made).coefficients == fitted.coefficients
-    assert cost_of(made).cost == "padded"
+    assert cost_of(made).cost == "rectangular"
     assert memory_of(made) == MemoryModel(5e8, 1e4 + 20.0 * 100)
     with pytest.raises(ProfileError, match="damaged cost model"):
         cost_of(profile(cost={"coefficients": {}}))
@@ -88,9 +88,9 @@ def test_no_price_is_negative():
 
 
 def test_padding_that_was_paid_makes_a_padded_model():
-    assert cost_of(profile()).cost == "ragged"
+    assert cost_of(profile()).cost == "none"
     points = [point(2, 100, 0.1, cost_tokens=150), point(3, 100, 0.2)]
-    assert cost_of(profile(points)).cost == "padded"
+    assert cost_of(profile(points)).cost == "rectangular"
 
 
 def test_points_that_were_not_measured_do_not_count():

@@ -35,7 +35,9 @@ def traffic(rate, seed=0):
 
 @pytest.mark.parametrize(("budget", "workers"), [(512, 1), (2048, 2)])
 @pytest.mark.parametrize("rate", [3.0, 7.0])
-@pytest.mark.parametrize(("cost", "p50", "p99"), [("ragged", 0.20, 0.20), ("padded", 0.25, 0.35)])
+@pytest.mark.parametrize(
+    ("cost", "p50", "p99"), [("none", 0.20, 0.20), ("rectangular", 0.25, 0.35)]
+)
 def test_the_lighter_model_agrees_with_the_exact_one(cost, p50, p99, rate, budget, workers):
     workload, truth = traffic(rate * workers), cpu(cost)
     setting = SimulationSettings(budget, workers=workers)
@@ -166,10 +168,10 @@ def test_a_fleet_names_what_is_wrong():
 
 def test_a_ragged_step_is_never_padded_and_equal_lengths_are_not_either():
     assert packing_of(LENGTHS, cpu(), 512) is RAGGED
-    packing = packing_of(FixedSize(100), cpu("padded"), 1000)
+    packing = packing_of(FixedSize(100), cpu("rectangular"), 1000)
     assert packing.step(64) == (10.0, 1.0)
     assert packing.step(1) == (1.0, 1.0)
-    assert packing_of(LENGTHS, cpu("padded"), 2048).step(64)[1] > 1.02
+    assert packing_of(LENGTHS, cpu("rectangular"), 2048).step(64)[1] > 1.02
 
 
 # Traffic in blocks.

@@ -13,7 +13,7 @@ from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 
 
-def both(trace, setting, cost="ragged"):
+def both(trace, setting, cost="none"):
     """The decisions of the service and of the simulator."""
     served, ends = serve(trace, setting, cost)
     simulated = []
@@ -26,7 +26,7 @@ def both(trace, setting, cost="ragged"):
     return served, ends, simulated, outcome
 
 
-def check(trace, setting, cost="ragged"):
+def check(trace, setting, cost="none"):
     served, ends, simulated, outcome = both(trace, setting, cost)
     assert [step[1:] for step in simulated] == [step[1:] for step in served]
     assert np.allclose([step[0] for step in simulated], [step[0] for step in served])
@@ -46,7 +46,7 @@ def check(trace, setting, cost="ragged"):
     traces(),
     st.integers(20, 200),
     st.sampled_from([None, 1, 3]),
-    st.sampled_from(["ragged", "padded"]),
+    st.sampled_from(["none", "rectangular"]),
     st.sampled_from([0.0, 0.5]),
 )
 @settings(deadline=None)

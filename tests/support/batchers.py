@@ -20,7 +20,7 @@ def logit(key) -> float:
 
 
 def batcher(budget=100, **settings) -> Batcher:
-    return Batcher(CostModel(cost=settings.pop("cost", "ragged")), budget, **settings)
+    return Batcher(CostModel(padding=settings.pop("padding", "none")), budget, **settings)
 
 
 def finish(made: Batcher, step, value=1.0) -> list:

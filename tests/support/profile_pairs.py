@@ -23,9 +23,7 @@ def scaled(results, factor):
 
 def profile_of(factor=1.0, *, results=RESULTS, key=None, **changes):
     """A profile with models, of a machine that takes ``factor`` times as long."""
-    cost = CostFit(
-        Coefficients(0.002 * factor, 3e-5 * factor, 4e-9 * factor), "ragged", ERROR, 0.01
-    )
+    cost = CostFit(Coefficients(0.002 * factor, 3e-5 * factor, 4e-9 * factor), "none", ERROR, 0.01)
     memory = MemoryFit(MemoryModel(5e8 * factor, 1e4 * factor, 20.0 * factor), ERROR)
     made = make_profile(scaled(results, factor), cost=cost.as_dict(), memory=memory.as_dict())
     quicker = [row | {"tokens_per_s": row["tokens_per_s"] / factor} for row in made.precisions]

@@ -30,7 +30,7 @@ SIMPLE = CostModel(Coefficients(0.010, 0.001, 0.0))
 sizes = st.lists(st.integers(SPECIALS + 3, 60), min_size=1, max_size=6)
 
 
-def cpu(cost="ragged") -> CostModel:
+def cpu(cost="none") -> CostModel:
     return CostModel(DEFAULT_COEFFICIENTS["cpu"], cost)
 
 
@@ -62,7 +62,7 @@ class VirtualWorker:
         self._told = False
 
     def start(self, precision, *, sparing=False):
-        return self.scorer.facts
+        return self.scorer.info
 
     def send(self, batch, patience_s):
         self._sent.append(batch)
@@ -113,13 +113,13 @@ class VirtualWorker:
         self.now = to
 
 
-def serve(trace, setting, cost="ragged"):
+def serve(trace, setting, cost="none"):
     """Serve a trace with the real reception, dispatch and keeper.
 
     Returns:
         The steps as (time, places, lengths), the outcome of each request, the answers' logits.
     """
-    scorer = FakeScorer(cost=cost)
+    scorer = FakeScorer(padding=cost)
     worker = VirtualWorker(cpu(cost), setting.factors(), scorer)
     batcher = Batcher(CostModel(), 1, setting.max_pairs)
     steps = []
@@ -133,7 +133,7 @@ def serve(trace, setting, cost="ragged"):
 
     batcher.next_step = next_step
     dispatch = Dispatcher(batcher, SafeListener(NullListener()), lambda: worker.now)
-    dispatch.set_up(scorer.facts, setting.token_budget, None, setting.goal_s)
+    dispatch.set_up(scorer.info, setting.token_budget, None, setting.goal_s)
     reception = AdmissionPipeline(None, setting.bounds, dispatch, lambda: 1)
     keeper = WorkerSupervisor(
         0, worker, dispatch, WorkerConfig(), opened=lambda facts: [], settled=lambda error: None

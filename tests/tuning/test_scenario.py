@@ -26,7 +26,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "FULL", 40)
 
 
-def costs(base=4e-3, token=7e-5, kind="ragged"):
+def costs(base=4e-3, token=7e-5, kind="none"):
     return CostModel(Coefficients(base, token, 3.5e-8), kind)
 
 
@@ -42,7 +42,7 @@ candidates = st.builds(
         costs,
         st.sampled_from([1e-3, 2e-2]),
         st.sampled_from([3e-5, 2e-4]),
-        st.sampled_from(["ragged", "padded"]),
+        st.sampled_from(["none", "rectangular"]),
     ),
     workers=st.integers(1, 3),
     max_length=st.sampled_from([None, 64]),

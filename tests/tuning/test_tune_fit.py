@@ -43,12 +43,12 @@ from echelon.tuning.probes import (
 )
 
 CPU = DEFAULT_COEFFICIENTS["cpu"]
-LIMITS = LengthRange(512, 8192, "ragged")
+LIMITS = LengthRange(512, 8192, "none")
 KNEE = Coefficients(3e-3, 1e-7, 1e-9, knee_tokens=1000, beyond_s=6e-6)
 """A card that a thousand tokens fill."""
 
 planted = st.builds(Coefficients, st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-4), st.floats(0, 1e-7))
-paid = st.sampled_from(["ragged", "padded"])
+paid = st.sampled_from(["none", "rectangular"])
 
 
 def probed(shapes, prices, kind, random=None, noise=0.0, memory=None):
@@ -64,8 +64,8 @@ def probed(shapes, prices, kind, random=None, noise=0.0, memory=None):
     return [probe(shape) for shape in shapes]
 
 
-def fit(prices, kind="ragged", seed=0, noise=0.0, limits=LIMITS):
-    limits = replace(limits, paid=kind)
+def fit(prices, kind="none", seed=0, noise=0.0, limits=LIMITS):
+    limits = replace(limits, padding=kind)
     shapes, random = choose(limits, CPU, 100), Random(seed)
     made = [probed(some, prices, kind, random, noise) for some in (shapes.probes, shapes.checks)]
     return fit_cost(*made, kind)
@@ -78,7 +78,7 @@ def test_planted_prices_are_found(prices, kind):
     assert found.coefficients.prices == pytest.approx(prices.prices, rel=1e-5, abs=1e-13)
     assert found.error.p90 < 1e-5
     assert found.spread == 0
-    assert found.paid == kind
+    assert found.padding == kind
 
 
 @settings(max_examples=40)
@@ -97,8 +97,8 @@ def test_noise_moves_predictions_by_less_than_itself(prices, kind, seed, noise):
 def test_a_knee_is_found_and_none_is_invented(noise):
     found = fit(KNEE, noise=noise).coefficients
     assert found.knee_tokens == pytest.approx(1000, rel=0.35)
-    for shape in LengthRange(512, 8192, "ragged").mixed(30, seed=5):
-        work = work_of(shape, "ragged")
+    for shape in LengthRange(512, 8192, "none").mixed(30, seed=5):
+        work = work_of(shape, "none")
         assert found.seconds(work) == pytest.approx(KNEE.seconds(work), rel=0.12)
     assert [fit(CPU, seed=seed, noise=0.03).coefficients.beyond_s for seed in range(10)].count(
         0
@@ -114,35 +114,35 @@ def test_a_noisy_machine_is_refused_with_the_remedy(seed, noise):
 
 def test_times_that_no_formula_explains_are_refused():
     shapes = choose(LIMITS, CPU, 100)
-    probes = probed(shapes.probes, CPU, "ragged")
+    probes = probed(shapes.probes, CPU, "none")
     odd = [
         replace(probe, seconds=tuple(s * (3 if index % 2 else 1) for s in probe.seconds))
-        for index, probe in enumerate(probed(shapes.checks, CPU, "ragged"))
+        for index, probe in enumerate(probed(shapes.checks, CPU, "none"))
     ]
     with pytest.raises(TooNoisy, match=r"off \(median .* unseen shapes\)"):
-        fit_cost(probes, odd, "ragged")
+        fit_cost(probes, odd, "none")
     one_in_five = [replace(p, seconds=(p.median_s * 10,)) for p in odd[:2]]
-    sound = probed(shapes.checks[2:], CPU, "ragged")
+    sound = probed(shapes.checks[2:], CPU, "none")
     with pytest.raises(TooNoisy):  # the median is right, but the P90 is not
-        fit_cost(probes, one_in_five + sound, "ragged")
+        fit_cost(probes, one_in_five + sound, "none")
     assert MOST_P90 < 0.9
 
 
 def test_too_few_shapes_prove_nothing():
-    probes = probed([(n,) for n in range(20, 20 + LEAST_PROBES)], CPU, "ragged")
-    fit_cost(probes, probes[:1], "ragged")
+    probes = probed([(n,) for n in range(20, 20 + LEAST_PROBES)], CPU, "none")
+    fit_cost(probes, probes[:1], "none")
     for some, unseen in ((probes[1:], probes[:1]), (probes, [])):
         with pytest.raises(TooNoisy, match="too few"):
-            fit_cost(some, unseen, "ragged")
+            fit_cost(some, unseen, "none")
         with pytest.raises(TooNoisy, match="too few"):
-            fit_memory(some, unseen, "ragged")
+            fit_memory(some, unseen, "none")
 
 
 @settings(max_examples=30)
 @given(st.floats(1e7, 1e10), st.floats(0, 1e5), st.floats(0, 100), paid)
 def test_planted_memory_is_found(fixed, token, square, kind):
     model = MemoryModel(fixed, token, square)
-    shapes = choose(replace(LIMITS, paid=kind), CPU, 100)
+    shapes = choose(replace(LIMITS, padding=kind), CPU, 100)
     probes, checks = (
         probed(some, CPU, kind, memory=model) for some in (shapes.probes, shapes.checks)
     )
@@ -180,13 +180,13 @@ def test_a_refused_model_leaves_a_warning_and_the_other_model():
     shapes = choose(LIMITS, CPU, 100)
     model, random = MemoryModel(1e9, 1e4, 1), Random(0)
     loud = [
-        probed(some, CPU, "ragged", random, 0.5, model) for some in (shapes.probes, shapes.checks)
+        probed(some, CPU, "none", random, 0.5, model) for some in (shapes.probes, shapes.checks)
     ]
     made = fitted(*loud, LIMITS)
     assert made.cost is None
     assert MemoryFit.from_dict(made.memory).model.fixed_bytes == pytest.approx(1e9, rel=1e-3)
     assert len(made.warnings) == 1
-    silent = [probed(some, CPU, "ragged") for some in (shapes.probes, shapes.checks)]
+    silent = [probed(some, CPU, "none") for some in (shapes.probes, shapes.checks)]
     made = fitted(*silent, LIMITS)
     assert CostFit.from_dict(made.cost).measured.startswith("20")
     assert made.memory is None
@@ -234,12 +234,12 @@ def test_with_enough_time_probes_reach_from_the_smallest_to_the_largest_step():
 
 def test_chosen_shapes_tell_more_than_others():
     def information(shapes):
-        works = [work_of(shape, "ragged") for shape in shapes]
+        works = [work_of(shape, "none") for shape in shapes]
         rows = np.array([CPU.amounts(work)[:3] / np.array(CPU.seconds(work)) for work in works])
         return np.linalg.slogdet(rows.T @ rows)[1]
 
     ladder = LIMITS.ladder()
-    chosen = most_telling(ladder, CPU, "ragged", 100, 12)
+    chosen = most_telling(ladder, CPU, "none", 100, 12)
     random = Random(0)
     others = [information(random.sample(ladder, len(chosen))) for _ in range(200)]
     assert information(chosen) > np.percentile(others, 90)

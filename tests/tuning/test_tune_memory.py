@@ -18,7 +18,7 @@ from echelon.tuning.machine import MemoryMeter
 from echelon.tuning.probes import LengthRange, choose
 
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)
-LIMITS = LengthRange(512, 2048, "ragged")
+LIMITS = LengthRange(512, 2048, "none")
 ROOM = 1000
 """Tokens beyond which a step does not fit, in the tests of what does not."""
 
@@ -36,11 +36,11 @@ class Stuffed:
 @pytest.fixture(scope="module")
 def measured() -> ProbeResult:
     def probe(shape):
-        return Probe(shape, (PRICES.seconds(work_of(shape, "ragged")),) * 3, 123)
+        return Probe(shape, (PRICES.seconds(work_of(shape, "none")),) * 3, 123)
 
     shapes = choose(LIMITS, PRICES, 100)
     probes, checks = [*map(probe, shapes.probes)], [*map(probe, shapes.checks)]
-    return ProbeResult(probes, checks, LIMITS, Stuffed(), FakeScorer().facts)
+    return ProbeResult(probes, checks, LIMITS, Stuffed(), FakeScorer().info)
 
 
 def test_what_this_process_holds_does_not_count(measured):
@@ -83,7 +83,7 @@ def test_a_worker_that_cannot_be_measured_costs_the_memory_model_alone(
 
 
 def test_of_a_card_nothing_is_measured_again(measured):
-    on_card = replace(measured.facts, device="cuda:0")
-    models = models_of(replace(measured, facts=on_card), missing)
+    on_card = replace(measured.info, device="cuda:0")
+    models = models_of(replace(measured, info=on_card), missing)
     assert models.warnings == []
     assert {shape["peak_bytes"] for shape in models.cost["shapes"]} == {123}

@@ -23,14 +23,14 @@ import predict
 
 PRICES = Coefficients(2e-3, 5e-5, 4e-8)
 MEMORY = MemoryModel(5e8, 7e4, 3.0)
-LIMITS = LengthRange(512, 4096, "ragged")
+LIMITS = LengthRange(512, 4096, "none")
 
 
 def made(*, memory=True):
     """Both models as the profile holds them."""
 
     def probe(shape):
-        work = work_of(shape, "ragged")
+        work = work_of(shape, "none")
         peak = round(MEMORY.peak_bytes(work)) if memory else None
         return Probe(shape, (PRICES.seconds(work),) * 3, peak)
 
@@ -73,7 +73,7 @@ def test_there_is_no_chart_without_a_model():
 def test_the_benchmark_compares_with_the_goal(factor, met):
     fit = CostFit.from_dict(made().cost)
     unseen = [
-        Probe(shape, (factor * PRICES.seconds(work_of(shape, "ragged")),))
+        Probe(shape, (factor * PRICES.seconds(work_of(shape, "none")),))
         for shape in LIMITS.mixed(9, seed=3)
     ]
     row = predict.compared(unseen, fit)

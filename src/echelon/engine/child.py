@@ -68,7 +68,7 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
         channel.send(fault_of(error))
         return None
-    channel.send(("facts", scorer.facts, 0.0, resident_bytes()))
+    channel.send(("info", scorer.info, 0.0, resident_bytes()))
     return scorer
 
 

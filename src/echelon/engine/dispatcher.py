@@ -147,7 +147,7 @@ class Dispatcher:
         prices = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
         known = prior is not None and prior.serves(facts)
         with self._lock:
-            self.cost.begin(prior.coefficients if prior and known else prices, facts.cost)
+            self.cost.begin(prior.coefficients if prior and known else prices, facts.padding)
             self.drift = Drift(1.0 if prior and known and prior.same else None)
             self._budget = TokenBudget(budget, goal_s)
             self._batcher.budget = budget

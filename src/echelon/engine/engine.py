@@ -89,9 +89,9 @@ class Engine:
         self._device = threading.Lock()
 
     @property
-    def facts(self) -> ModelInfo:
+    def info(self) -> ModelInfo:
         """Facts of the scorer now in use."""
-        return self._scorer.facts
+        return self._scorer.info
 
     @property
     def budget(self) -> int:
@@ -118,7 +118,7 @@ class Engine:
             NonFiniteScore: the model gave NaN or infinity for a pair.
         """
         run = _CallState(pairs, limits or self._limits)
-        run.plan(self._ceiling(run), self.facts)
+        run.plan(self._ceiling(run), self.info)
         while run.steps:
             with self._device:
                 self._step(run)
@@ -183,7 +183,7 @@ class Engine:
         except DeviceOutOfMemory as error:
             reason = str(error)
         else:
-            run.finish(step, logits, self.facts)
+            run.finish(step, logits, self.info)
             return
         self._give_way(run, step, reason)
 
@@ -191,17 +191,17 @@ class Engine:
         lengths = run.pairs.lengths[step]
         failure = StepFailure(
             pairs=len(step),
-            cost=step_cost(lengths, self.facts.cost),
+            cost=step_cost(lengths, self.info.padding),
             longest=int(lengths.max()),
             caches_dropped=run.caches_dropped,
-            precision=self.facts.precision,
+            precision=self.info.precision,
             allow=run.limits.allow if self._reopen else _without_precision(run.limits.allow),
         )
         action = next_action(failure)
         if action.rung == "give_up":
             raise OutOfMemory(
                 f"{run.name(step[0])} of {failure.longest} tokens does not fit in the memory of "
-                f"{self.facts.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
+                f"{self.info.device} even alone ({reason.splitlines()[0]}). {action.remedy}"
             )
         logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
         run.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
@@ -216,7 +216,7 @@ class Engine:
             self._switch(action.precision)
         if action.max_length is not None:
             run.shorten(action.max_length)
-        run.plan(self._ceiling(run), self.facts)
+        run.plan(self._ceiling(run), self.info)
 
     def _switch(self, precision: str) -> None:
         if self._reopen is not None:
@@ -255,7 +255,7 @@ class _CallState:
         steps = pack(
             self.pairs.lengths[left],
             budget,
-            cost=facts.cost,
+            padding=facts.padding,
             max_pairs=self.limits.max_pairs,
         )
         self.steps = deque(left[step].tolist() for step in steps)
@@ -275,7 +275,7 @@ class _CallState:
         self._logits[step] = logits
         lengths = self.pairs.lengths[step]
         self._tokens += int(lengths.sum())
-        self._cost += step_cost(lengths, facts.cost)
+        self._cost += step_cost(lengths, facts.padding)
         self._steps_done += 1
         self.last_finished = len(step)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import check_precision, opener
+from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.service import Service
 from echelon.engine.state import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.worker import ChildWorker
@@ -65,7 +65,7 @@ class PreparedModel:
             device=device or self.options.device,
             threads=threads or self.options.threads,
         )
-        return opener(self.folder, options, self.keep_bf16)
+        return scorer_factory(self.folder, options, self.keep_bf16)
 
     def check_profile(self, facts: ModelInfo) -> None:
         """Warn where the profile was measured on something else."""
@@ -107,8 +107,8 @@ def prepare(
     folder = resolve(model, revision=options.revision, progress=options.progress)
     require_model(folder.path)  # first of all: a folder that is no model says so
     encoder = PairEncoder(folder.path)
-    with status("Comparing int8 with fp32", shown=options.progress) as told:
-        kept = check_precision(folder, options, encoder, profile, told)
+    with status("Comparing int8 with fp32", shown=options.progress) as on_progress:
+        kept = check_precision(folder, options, encoder, profile, on_progress)
     return PreparedModel(folder, options, encoder, profile, kept)
 
 
@@ -173,7 +173,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         prior=prior_of(profile, chosen, workers),
     )
     await service.start()
-    prepared.check_profile(service.facts)
+    prepared.check_profile(service.info)
     return service
 
 
@@ -205,7 +205,7 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
         key.precision,
         profile.settings.threads,
     )
-    return Prior(fit.coefficients, fit.paid, device, same)
+    return Prior(fit.coefficients, fit.padding, device, same)
 
 
 def _make_worker(

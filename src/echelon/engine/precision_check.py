@@ -1,14 +1,11 @@
-"""Does a faster precision rank as the reference does? Agreement between two sets of scores. Pure.
+"""Checks that a faster precision ranks as fp32 does before it is used instead of fp32. No torch.
 
-Kendall's tau-b is Kendall (1945), "The treatment of ties in ranking problems"; nDCG is Järvelin
-and Kekäläinen (2002) with gains 2^grade - 1.
+Both precisions score the same judged texts. `echelon tune` checks every precision and writes the
+results into the profile. int8 without such a profile is checked once for each model and machine,
+and the result is stored beside the downloaded models.
 
-The gate: a faster precision may stand in for fp32 only where it ranks as fp32 does.
-
-Both score the same judged texts; :mod:`echelon.engine.precision_check` compares the rankings.
-Tuning asks it
-about every precision and keeps the answers in the profile. Whoever asks for int8 without such a
-profile passes it once for each model and machine, and the answer is kept beside the models.
+Kendall's tau-b: Kendall (1945), "The treatment of ties in ranking problems". nDCG: Järvelin and
+Kekäläinen (2002), with gains 2^grade - 1.
 """
 
 from __future__ import annotations
@@ -31,11 +28,12 @@ from echelon.models.kernels import kernels
 from echelon.models.registry import layer_errors, may_choose_int8, open_scorer
 from echelon.options import check_max_length
 from echelon.profile import ProfileKey, library_versions, read_json, write_json
+from echelon.progress import no_progress
 from echelon.scheduling.packing import pack, step_budget
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from echelon.data import Texts, Topic
@@ -44,23 +42,36 @@ if TYPE_CHECKING:
     from echelon.models.hub import ModelFolder
     from echelon.options import Options
     from echelon.profile import Profile
+    from echelon.progress import Progress
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray, ModelInfo
 
-LEAST_TAU = 0.97
-LEAST_OVERLAP = 0.97
-MOST_NDCG_LOSS = 0.005
+logger = logging.getLogger(__name__)
+
+MIN_TAU = 0.97
+MIN_OVERLAP = 0.97
+MAX_NDCG_LOSS = 0.005
 TOP = 10
+
+TOPICS = 8
+"""Queries that precisions are compared on: about 96 pairs, seconds even for a large model."""
+
+BF16_SHARES = (16, 8, 4)
+"""Where int8 alone does not pass, one layer in 16, 8 or 4 stays in bf16, the most sensitive first.
+With more than a quarter of them little would be left of the speed of int8."""
+
+STORE = "precision_checks"
+"""Folder of stored results, beside the downloaded models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How scores of one precision agree with fp32's, means over queries.
+    """How well the scores of a precision agree with those of fp32: means over queries.
 
     Attributes:
         tau: Kendall's tau-b within queries.
-        overlap: share of the top ten that is the same.
+        overlap: share of the top ten that both have.
         max_delta: largest difference of a logit.
         ndcg_loss: nDCG@10 of fp32 minus that of the precision; None without judgements.
     """
@@ -72,11 +83,11 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        """Whether it may serve in place of fp32."""
+        """Whether the precision may be used instead of fp32."""
         return (
-            self.tau >= LEAST_TAU
-            and self.overlap >= LEAST_OVERLAP
-            and (self.ndcg_loss is None or self.ndcg_loss <= MOST_NDCG_LOSS)
+            self.tau >= MIN_TAU
+            and self.overlap >= MIN_OVERLAP
+            and (self.ndcg_loss is None or self.ndcg_loss <= MAX_NDCG_LOSS)
         )
 
 
@@ -85,17 +96,11 @@ def agreement(
     candidate: Sequence[FloatArray],
     grades: Sequence[Sequence[int] | None],
 ) -> Agreement:
-    """Compare logits query by query.
-
-    Args:
-        reference: per query, fp32 logits of its documents.
-        candidate: per query, the other precision's.
-        grades: per query, judged relevance of its documents, or None.
-    """
+    """Compare logits query by query; ``grades`` is the judged relevance of each document."""
     pairs = list(zip(reference, candidate, strict=True))
     losses = [
-        ndcg(kept, judged) - ndcg(other, judged)
-        for (kept, other), judged in zip(pairs, grades, strict=True)
+        ndcg(exact, judged) - ndcg(other, judged)
+        for (exact, other), judged in zip(pairs, grades, strict=True)
         if judged is not None and any(judged)
     ]
     return Agreement(
@@ -107,7 +112,7 @@ def agreement(
 
 
 def kendall_tau(first: FloatArray, second: FloatArray) -> float:
-    """Kendall's tau-b of two score lists; 1.0 where one of them has nothing to order."""
+    """Kendall's tau-b of two score lists; 1.0 where all scores of a list are equal."""
     upper = np.triu_indices(len(first), 1)
     a = np.sign(first[upper[0]] - first[upper[1]])
     b = np.sign(second[upper[0]] - second[upper[1]])
@@ -123,7 +128,7 @@ def top_overlap(first: FloatArray, second: FloatArray, top: int = TOP) -> float:
 
 
 def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
-    """Give nDCG at ``top`` of the order that the scores give; 0.0 where nothing is relevant."""
+    """nDCG at ``top`` of the order by score; 0.0 where no document is relevant."""
     gains = 2.0 ** np.asarray(grades, dtype=np.float64) - 1.0
     discounts = 1.0 / np.log2(np.arange(2, len(gains) + 2))
     discounts[top:] = 0.0
@@ -132,26 +137,14 @@ def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
     return got / ideal if ideal else 0.0
 
 
-if TYPE_CHECKING:
-    Told = Callable[[str], None]
-
-
-logger = logging.getLogger(__name__)
-
-TOPICS = 8
-"""Queries that precisions are compared on: about 96 pairs, seconds even for a large model."""
-
-KEPT_SHARES = (16, 8, 4)
-"""One in so many layers, the most sensitive, stays in bf16 where int8 alone does not pass. Beyond a
-quarter little would be left of its speed."""
-
-
-def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
-    """Opens a model in a precision, in this process or another.
+def scorer_factory(
+    folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()
+) -> ScorerFactory:
+    """A function that opens the model in a precision, in this process or another.
 
     Args:
-        folder: where it lies.
-        options: its device, threads and label.
+        folder: the model's files.
+        options: device, threads and label.
         keep_bf16: layers that int8 leaves in bf16.
     """
     return partial(
@@ -166,7 +159,7 @@ def opener(folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ())
 
 @dataclass(frozen=True, slots=True)
 class PrecisionCheck:
-    """A model and the judged texts that precisions are compared on."""
+    """A model, and the judged texts that its precisions are compared on."""
 
     folder: ModelFolder
     options: Options
@@ -177,35 +170,39 @@ class PrecisionCheck:
     def of(
         cls, folder: ModelFolder, options: Options, encoder: PairEncoder, texts: Texts
     ) -> PrecisionCheck:
-        """A few queries from all over the set."""
-        apart = max(1, len(texts.topics) // TOPICS)
-        return cls(folder, options, encoder, texts.topics[::apart][:TOPICS])
+        """A check on some queries, evenly spread over the texts."""
+        distance = max(1, len(texts.topics) // TOPICS)
+        return cls(folder, options, encoder, texts.topics[::distance][:TOPICS])
 
-    def opener(self, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
-        """See :func:`opener`."""
-        return opener(self.folder, self.options, keep_bf16)
+    def factory(self, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
+        """See :func:`scorer_factory`."""
+        return scorer_factory(self.folder, self.options, keep_bf16)
 
     def open(self, precision: str, keep_bf16: Sequence[str] = ()) -> Scorer:
-        """The model in a precision."""
-        return self.opener(keep_bf16)(precision=precision)
+        """Open the model in a precision; the caller closes it."""
+        return self.factory(keep_bf16)(precision=precision)
 
-    def encode(self, facts: ModelInfo) -> EncodedPairs:
-        """All pairs of the topics."""
+    def max_length(self, info: ModelInfo) -> int:
+        """Largest number of tokens of a pair, by the options and the model."""
+        specials = self.encoder.template.specials
+        return check_max_length(self.options.max_length, info.max_tokens, specials)
+
+    def encode(self, info: ModelInfo) -> EncodedPairs:
+        """Tokenize all pairs of the topics."""
         options = self.options
-        longest = check_max_length(
-            options.max_length, facts.max_tokens, self.encoder.template.specials
-        )
         pairs = [(topic.query, document) for topic in self.topics for document in topic.documents]
-        return self.encoder.encode(pairs, longest, options.truncation, options.max_query_tokens)
+        return self.encoder.encode(
+            pairs, self.max_length(info), options.truncation, options.max_query_tokens
+        )
 
     def score(
         self, precision: str, keep_bf16: Sequence[str] = ()
     ) -> tuple[list[FloatArray], float]:
-        """Logits of each topic, and tokens a second of the second of two passes."""
+        """Score all topics twice: their logits, and tokens per second of the second pass."""
         scorer = self.open(precision, keep_bf16)
         try:
-            encoded = self.encode(scorer.facts)
-            engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.facts.device)))
+            encoded = self.encode(scorer.info)
+            engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.info.device)))
             engine.run(encoded)
             started = monotonic()
             outcome = engine.run(encoded)
@@ -216,66 +213,69 @@ class PrecisionCheck:
         return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
 
     def sensitive_layers(self) -> list[str]:
-        """Linear layers by the error that int8 makes in them, the worst first."""
+        """Linear layers by the error that int8 causes in them, the largest error first."""
         scorer = self.open("bf16")
-        facts = scorer.facts
+        info = scorer.info
         scorer.close()
-        encoded = self.encode(facts)
-        steps = pack(encoded.lengths, step_budget(None, None, facts.device))
+        encoded = self.encode(info)
+        steps = pack(encoded.lengths, step_budget(None, None, info.device))
         return list(layer_errors(self.folder.path, map(encoded.batch, steps)))
 
 
-def compare(trial: PrecisionCheck, precisions: Sequence[str], told: Told) -> list[dict[str, Any]]:
-    """Speed of each precision, and how its ranking agrees with that of the first one, fp32.
+def compare_precisions(
+    check: PrecisionCheck, precisions: Sequence[str], on_progress: Progress = no_progress
+) -> list[dict[str, Any]]:
+    """Measure the speed of each precision and its agreement with the first one, fp32.
 
     Returns:
         A row each: ``precision``, ``tokens_per_s``, ``tau``, ``overlap``, ``max_delta``,
         ``ndcg_loss``, ``passed``, ``queries`` and ``keep_bf16``.
     """
-    told(f"scoring with {precisions[0]}")
-    reference, speed = trial.score(precisions[0])
-    rows = [_row(trial, precisions[0], (), reference, reference, speed)]
-    for precision in precisions[1:]:
-        told(f"comparing {precision} with {precisions[0]}")
-        logits, speed = trial.score(precision)
-        row = _row(trial, precision, (), reference, logits, speed)
+    first, *others = precisions
+    on_progress(f"scoring with {first}")
+    scored = check.score(first)
+    reference = scored[0]
+    rows = [_row(check, first, (), reference, scored)]
+    for precision in others:
+        on_progress(f"comparing {precision} with {first}")
+        row = _row(check, precision, (), reference, check.score(precision))
         if precision == "int8" and not row["passed"]:
-            row = _relent(trial, reference, row, told)
+            row = _int8_with_bf16_layers(check, reference, on_progress)
         rows.append(row)
     return rows
 
 
-def _relent(
-    trial: PrecisionCheck, reference: list[FloatArray], row: dict[str, Any], told: Told
+def _int8_with_bf16_layers(
+    check: PrecisionCheck, reference: list[FloatArray], on_progress: Progress
 ) -> dict[str, Any]:
-    """int8 with ever more of its sensitive layers in bf16: the first that passes, or the last."""
-    told("looking for the layers that int8 harms most")
-    layers = trial.sensitive_layers()
-    for share in KEPT_SHARES:
+    """Leave more and more sensitive layers in bf16: the first row that passes, or the last."""
+    on_progress("looking for the layers that int8 changes most")
+    layers = check.sensitive_layers()
+    row: dict[str, Any] = {}
+    for share in BF16_SHARES:
         keep = layers[: max(1, len(layers) // share)]
-        told(f"comparing int8 with {len(keep)} of {len(layers)} layers in bf16")
-        logits, speed = trial.score("int8", keep)
-        row = _row(trial, "int8", keep, reference, logits, speed)
+        on_progress(f"comparing int8 with {len(keep)} of {len(layers)} layers in bf16")
+        row = _row(check, "int8", keep, reference, check.score("int8", keep))
         if row["passed"]:
             break
     return row
 
 
 def _row(
-    trial: PrecisionCheck,
+    check: PrecisionCheck,
     precision: str,
     keep_bf16: Sequence[str],
     reference: list[FloatArray],
-    logits: list[FloatArray],
-    tokens_per_s: float,
+    scored: tuple[list[FloatArray], float],
 ) -> dict[str, Any]:
-    verdict = agreement(reference, logits, [topic.grades for topic in trial.topics])
+    logits, tokens_per_s = scored
+    found = agreement(reference, logits, [topic.grades for topic in check.topics])
     return {
         "precision": precision,
         "tokens_per_s": tokens_per_s,
-        **asdict(verdict),
-        "passed": verdict.passed,
-        "queries": len(trial.topics),
+        **asdict(found),
+        "passed": found.passed,
+        "queries": len(check.topics),
         "keep_bf16": list(keep_bf16),
     }
 
@@ -285,12 +285,15 @@ def check_precision(
     options: Options,
     encoder: PairEncoder,
     profile: Profile | None,
-    told: Told = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> list[str]:
-    """Let int8 through the gate, where it was chosen, and say which layers it leaves in bf16.
+    """Check int8 where it was chosen; a model in another precision needs no check.
 
-    The answer is the profile's where that was measured with this model on this machine, else the
-    one kept from an earlier call, else measured now.
+    The result is taken from the profile if that was measured with this model on this machine,
+    then from an earlier check, and is measured otherwise.
+
+    Returns:
+        The layers that int8 leaves in bf16.
 
     Raises:
         InvalidInput: int8 does not rank as fp32 does.
@@ -298,50 +301,37 @@ def check_precision(
     if options.precision != "int8" or not may_choose_int8(folder.path, options.device):
         return []
     key = ProfileKey(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
-    row = _from_profile(profile, key) or _kept(key)
+    row = _from_profile(profile, key) or _stored(key)
     if row is None:
         logger.info("Comparing int8 with fp32, once for this model and machine.")
         texts = load_texts(None, language="en" if folder.name == "demo" else None)
-        gated = replace(options, device="cpu")
-        row = compare(PrecisionCheck.of(folder, gated, encoder, texts), ["fp32", "int8"], told)[1]
-        _keep(key, row)
+        check = PrecisionCheck.of(folder, replace(options, device="cpu"), encoder, texts)
+        row = compare_precisions(check, ["fp32", "int8"], on_progress)[1]
+        _store(key, row)
     require_passed(row)
-    logger.info("int8 may serve: %s.", _words(row))
-    kept: list[str] = row["keep_bf16"]
-    return kept
+    logger.info("int8 ranks as fp32 does: %s.", _summary(row))
+    keep_bf16: list[str] = row["keep_bf16"]
+    return keep_bf16
 
 
-def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:
-    if profile is None or replace(profile.key, precision="int8").differences(key):
-        return None
-    return next((row for row in profile.precisions if row["precision"] == "int8"), None)
+def require_passed(row: dict[str, Any]) -> None:
+    """Refuse a precision that did not pass.
+
+    Raises:
+        InvalidInput: with what was measured and what is required.
+    """
+    if row["passed"]:
+        return
+    raise InvalidInput(
+        "precision",
+        f"{row['precision']} does not rank as fp32 does with this model ({_summary(row)}; required "
+        f"are at least {MIN_TAU} and {MIN_OVERLAP}, and a loss of at most {MAX_NDCG_LOSS} nDCG@10)",
+        "Use bf16 or auto. To check it on your own texts, run `echelon tune --data` and give the "
+        "profile with --profile.",
+    )
 
 
-def _place(key: ProfileKey) -> Path:
-    """The kept answer's file; kernels and torch round differently, so they count as well."""
-    question = json.dumps([asdict(key), kernels() is not None], sort_keys=True)
-    return home() / "gates" / f"{hashlib.sha256(question.encode()).hexdigest()[:16]}.json"
-
-
-def _kept(key: ProfileKey) -> dict[str, Any] | None:
-    try:
-        content = read_json(_place(key))
-        return dict(content["int8"]) if content["key"] == asdict(key) else None
-    except (ProfileError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _keep(key: ProfileKey, row: dict[str, Any]) -> None:
-    """Keep an answer; where that cannot be done the next process measures again."""
-    path = _place(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": asdict(key), "int8": row})
-    except (OSError, StorageError) as error:
-        logger.warning("The comparison of int8 with fp32 cannot be kept: %s", error)
-
-
-def _words(row: dict[str, Any]) -> str:
+def _summary(row: dict[str, Any]) -> str:
     loss = row["ndcg_loss"]
     judged = "" if loss is None else f", nDCG@10 {loss:+.4f} lower"
     layers = f", {len(row['keep_bf16'])} layers in bf16" if row["keep_bf16"] else ""
@@ -351,17 +341,34 @@ def _words(row: dict[str, Any]) -> str:
     )
 
 
-def require_passed(row: dict[str, Any]) -> None:
-    """Refuse a precision that did not pass.
+# Results of earlier checks.
 
-    Raises:
-        InvalidInput: with what was measured and what is asked for.
-    """
-    if row["passed"]:
-        return
-    raise InvalidInput(
-        "precision",
-        f"{row['precision']} does not rank as fp32 does with this model ({_words(row)}; at least "
-        f"{LEAST_TAU} and {LEAST_OVERLAP} are asked for, and at most {MOST_NDCG_LOSS} of nDCG@10)",
-        "Use bf16 or auto. With `echelon tune --data` and --profile your own texts decide.",
-    )
+
+def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:
+    if profile is None or replace(profile.key, precision="int8").differences(key):
+        return None
+    return next((row for row in profile.precisions if row["precision"] == "int8"), None)
+
+
+def _path_of(key: ProfileKey) -> Path:
+    """The stored result's file; the kernels and torch round differently, so they are in the key."""
+    text = json.dumps([asdict(key), kernels() is not None], sort_keys=True)
+    return home() / STORE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _stored(key: ProfileKey) -> dict[str, Any] | None:
+    try:
+        content = read_json(_path_of(key))
+        return dict(content["int8"]) if content["key"] == asdict(key) else None
+    except (ProfileError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _store(key: ProfileKey, row: dict[str, Any]) -> None:
+    """Store a result; where that fails, the next process measures again."""
+    path = _path_of(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": asdict(key), "int8": row})
+    except (OSError, StorageError) as error:
+        logger.warning("The comparison of int8 with fp32 cannot be stored: %s", error)

@@ -240,7 +240,7 @@ class Service:
             self._leave()
 
     @property
-    def facts(self) -> ModelInfo:
+    def info(self) -> ModelInfo:
         """What the scorer is.
 
         Raises:
@@ -257,7 +257,7 @@ class Service:
             InvalidInput: more than the model takes, or no room beside the special tokens.
         """
         asked = self.settings.max_length if asked is None else asked
-        return check_max_length(asked, self.facts.max_tokens, self._encoder.template.specials)
+        return check_max_length(asked, self.info.max_tokens, self._encoder.template.specials)
 
     # How it is.
 

@@ -41,9 +41,9 @@ class LocalWorker:
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the model in a precision, unless it is."""
         del sparing  # there is no fresh process
-        if precision not in {"auto", self._engine.facts.precision}:
+        if precision not in {"auto", self._engine.info.precision}:
             self._engine.use_precision(precision)
-        return self._engine.facts
+        return self._engine.info
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
         """Keep a step until it is asked for."""
@@ -92,9 +92,9 @@ class SharedEngine:
     """
 
     def __init__(self, engine: Engine, limits: StepLimits) -> None:
-        facts = engine.facts
+        facts = engine.info
         budget = min(limits.budget, engine.budget)
-        batcher = Batcher(CostModel(cost=facts.cost), budget, limits.max_pairs)
+        batcher = Batcher(CostModel(padding=facts.padding), budget, limits.max_pairs)
         self._dispatch = Dispatcher(batcher, NullListener(), monotonic, limits.allow, engine.learn)
         self._numbers = itertools.count(1)
         self._keeper = WorkerSupervisor(

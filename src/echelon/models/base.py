@@ -35,7 +35,7 @@ class Scorer(Protocol):
     """A model on a device."""
 
     @property
-    def facts(self) -> ModelInfo:
+    def info(self) -> ModelInfo:
         """What it is; constant while it is open."""
         ...
 

@@ -98,7 +98,7 @@ def native_facts(
         device_name=device_name(device),
         precision=precision,
         max_tokens=architecture.max_tokens,
-        cost="ragged",
+        padding="none",
         weights_bytes=weights.loaded_bytes,
         threads=threads,
     )
@@ -128,7 +128,7 @@ class PackedScorer:
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
         self._mapped = MappedPages.of(weights.embeddings.words)
-        self.facts = native_facts(architecture, weights, device, precision, threads)
+        self.info = native_facts(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`.
@@ -165,7 +165,7 @@ class PackedScorer:
         positions = self._shape.positions(batch)
         rows = self._look_up(embeddings.words, batch.ids)
         if self._mapped is not None:
-            self._mapped.touched(len(batch.ids))
+            self._mapped.count_rows(len(batch.ids))
         rows += self._look_up(embeddings.positions, positions)
         segments = batch.type_ids
         if segments is None or not self._shape.reads_segments:

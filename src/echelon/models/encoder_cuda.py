@@ -65,7 +65,7 @@ class CudaScorer:
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
         self._graphs = CudaGraphs(self._forward_fixed, record or CudaRecorder(device))
         self.use_graphs = True
-        self.facts = native_facts(architecture, weights, device, precision, threads=0)
+        self.info = native_facts(architecture, weights, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`.

@@ -16,7 +16,7 @@ from echelon.scheduling.packing import step_cost
 from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
-    from echelon.types import Cost, FloatArray, TokenBatch
+    from echelon.types import FloatArray, Padding, TokenBatch
 
 
 class FakeScorer:
@@ -26,7 +26,7 @@ class FakeScorer:
         memory_tokens: steps that cost more raise :class:`DeviceOutOfMemory`; None never does.
         stale_tokens: memory held by caches until :meth:`release`.
         max_tokens: longest pair.
-        cost: ragged or padded.
+        padding: ``none`` or ``rectangular``.
         precision: reported precision; bf16 and fp16 need half the memory of fp32.
     """
 
@@ -36,10 +36,10 @@ class FakeScorer:
         *,
         stale_tokens: int = 0,
         max_tokens: int = 512,
-        cost: Cost = "ragged",
+        padding: Padding = "none",
         precision: str = "fp32",
     ) -> None:
-        self.facts = ModelInfo("fake", "cpu", "fake", precision, max_tokens, cost, 0, 1)
+        self.info = ModelInfo("fake", "cpu", "fake", precision, max_tokens, padding, 0, 1)
         self.batches: list[TokenBatch] = []
         self.closed = False
         self._memory_tokens = memory_tokens
@@ -47,8 +47,8 @@ class FakeScorer:
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Hash each pair's tokens; see :class:`~echelon.models.base.Scorer`."""
-        paid = step_cost(batch.lengths, self.facts.cost) + self._stale_tokens
-        if self.facts.precision != "fp32":
+        paid = step_cost(batch.lengths, self.info.padding) + self._stale_tokens
+        if self.info.precision != "fp32":
             paid //= 2
         if self._memory_tokens is not None and paid > self._memory_tokens:
             raise DeviceOutOfMemory(f"{paid} tokens over {self._memory_tokens}")

@@ -64,13 +64,13 @@ class OnnxScorer:
             )
         self._label = label
         self._padding_id = int(config.get("pad_token_id") or 0)
-        self.facts = ModelInfo(
+        self.info = ModelInfo(
             family=config["model_type"],
             device="cpu",
             device_name=cpu_name(),
             precision=graph_precision(graph),
             max_tokens=_max_tokens(config),
-            cost="padded",
+            padding="rectangular",
             weights_bytes=graph.stat().st_size,
             threads=threads,
         )

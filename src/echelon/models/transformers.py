@@ -50,13 +50,13 @@ class GenericScorer:
         self._label = label
         self._padding_id = int(config.get("pad_token_id") or 0)
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
-        self.facts = ModelInfo(
+        self.info = ModelInfo(
             family=config["model_type"],
             device=str(device),
             device_name=device_name(device),
             precision=precision,
             max_tokens=_max_tokens(model),
-            cost="padded",
+            padding="rectangular",
             weights_bytes=sum(p.nbytes for p in model.parameters()),
             threads=threads,
         )

@@ -49,7 +49,7 @@ class EtaEstimate:
             share: how much of the input is done now; None where nobody knows.
         """
         self._model.observe(tokens, seconds)
-        work = work_of(tokens, "ragged")
+        work = work_of(tokens, "none")
         self._done = Work(
             self._done.steps + work.steps,
             self._done.tokens + work.tokens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.reports.html import mark
 from echelon.reports.ratio import KnownValue, Ratio, notes, verdict
 from echelon.scheduling.cost_model import work_of
+from echelon.scheduling.fit import STORED_PADDING
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
@@ -202,7 +203,8 @@ def _cost_values(fit: CostFit | None) -> Row | None:
     if fit is None:
         return None
     error = {"error_median": fit.error.median, "error_p90": fit.error.p90}
-    return asdict(fit.coefficients) | {"paid": fit.paid} | error | {"spread": fit.spread}
+    worth = {"paid": STORED_PADDING[fit.padding]} | error | {"spread": fit.spread}
+    return asdict(fit.coefficients) | worth
 
 
 def _step(a: ProfileView, b: ProfileView, pairs: int, tokens: int) -> Row:
@@ -214,7 +216,7 @@ def _step(a: ProfileView, b: ProfileView, pairs: int, tokens: int) -> Row:
 def _seconds(fit: CostFit | None, pairs: int, tokens: int) -> float | None:
     if fit is None:
         return None
-    return float(fit.coefficients.seconds(work_of([tokens] * pairs, fit.paid)))
+    return float(fit.coefficients.seconds(work_of([tokens] * pairs, fit.padding)))
 
 
 def _memory(a: ProfileView, b: ProfileView) -> Row:
@@ -240,4 +242,4 @@ def _memory_values(fit: MemoryFit | None) -> Row | None:
 def _peak(fit: MemoryFit | None, pairs: int, tokens: int) -> float | None:
     if fit is None:
         return None
-    return float(fit.model.peak_bytes(work_of([tokens] * pairs, "ragged")))
+    return float(fit.model.peak_bytes(work_of([tokens] * pairs, "none")))

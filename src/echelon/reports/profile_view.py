@@ -262,7 +262,7 @@ def _check_plain(profile: Profile) -> None:
 
 
 def _check_models(cost: CostFit | None, memory: MemoryFit | None) -> None:
-    work = work_of([1, 512], "ragged")
+    work = work_of([1, 512], "none")
     if cost is not None:
         _positive(cost.coefficients.seconds(work))
         _errors(cost.error)

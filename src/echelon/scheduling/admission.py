@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from echelon.errors import EchelonError
     from echelon.scheduling.cost_model import CostModel
-    from echelon.scheduling.fair_queue import Priority
     from echelon.scheduling.queue import CompletionEstimate, QueueLoad
+    from echelon.types import Priority
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,7 +265,7 @@ class Batcher:
 
     def _choose(self, units: list[UniquePair], budget: int) -> list[int]:
         lengths = [unit.length for unit in units]
-        return choose(lengths, budget, self.max_pairs, self.cost.cost)
+        return choose(lengths, budget, self.max_pairs, self.cost.padding)
 
     def _hurry(self, now: float) -> None:
         """Let the requests whose deadline is in danger queue by deadline too."""
@@ -283,7 +283,7 @@ class Batcher:
         one in most haste: a step may have room for a single pair.
         """
         drawn: list[tuple[QueuedRequest, UniquePair]] = []
-        reach = REACH[self.cost.cost]
+        reach = REACH[self.cost.padding]
         most = math.inf if self.max_pairs is None else math.ceil(reach * self.max_pairs)
         half = HASTE_SHARE * budget
         tokens = 0
@@ -310,7 +310,7 @@ class Batcher:
             lengths=lengths,
             requests=tuple(sorted({e.request.number for some in owners for e, _ in some})),
             tokens=sum(lengths),
-            cost_tokens=step_cost(lengths, self.cost.cost),
+            cost_tokens=step_cost(lengths, self.cost.padding),
             predicted_s=self.cost.predict(lengths),
             again=any(unit.counted for unit in units),
         )

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from echelon.types import Cost, IntArray
+    from echelon.types import IntArray, Padding
 
 if TYPE_CHECKING:
     Array = npt.NDArray[np.float64]
@@ -291,10 +291,10 @@ class Work:
     squares: int
 
 
-def work_of(lengths: Sequence[int] | IntArray, cost: Cost) -> Work:
+def work_of(lengths: Sequence[int] | IntArray, padding: Padding) -> Work:
     """One step of pairs of these lengths."""
     array = np.asarray(lengths, dtype=np.int64)
-    if cost == "padded" and len(array):
+    if padding == "rectangular" and len(array):
         array = np.full(len(array), array.max())
     return Work(1, int(array.sum()), int(array @ array))
 
@@ -304,17 +304,17 @@ class CostModel:
 
     Args:
         prior: prices to begin with; see :data:`DEFAULT_COEFFICIENTS`.
-        cost: how the scorer pays.
+        padding: how the scorer pads.
     """
 
     def __init__(
-        self, prior: Coefficients = DEFAULT_COEFFICIENTS["cpu"], cost: Cost = "ragged"
+        self, prior: Coefficients = DEFAULT_COEFFICIENTS["cpu"], padding: Padding = "none"
     ) -> None:
-        self.begin(prior, cost)
+        self.begin(prior, padding)
 
-    def begin(self, prior: Coefficients, cost: Cost) -> None:
+    def begin(self, prior: Coefficients, padding: Padding) -> None:
         """Start from other prices, and forget all steps seen."""
-        self.cost: Cost = cost
+        self.padding: Padding = padding
         self.prior = self.coefficients = prior
         self._window = StepWindow(prior.prices)
 
@@ -325,7 +325,7 @@ class CostModel:
 
     def predict(self, lengths: Sequence[int] | IntArray) -> float:
         """Seconds that one step of pairs of these lengths will take."""
-        return self.seconds(work_of(lengths, self.cost))
+        return self.seconds(work_of(lengths, self.padding))
 
     def seconds(self, work: Work) -> float:
         """Seconds that an amount of work will take on one worker."""
@@ -333,7 +333,7 @@ class CostModel:
 
     def observe(self, lengths: Sequence[int] | IntArray, seconds: float) -> None:
         """Learn from a step that took ``seconds``; a time of zero or less teaches nothing."""
-        work = work_of(lengths, self.cost)
+        work = work_of(lengths, self.padding)
         if seconds <= 0 or not math.isfinite(seconds) or self.prior.seconds(work) <= 0:
             return
         prices = self._window.learn(self.prior.amounts(work), seconds)

@@ -14,9 +14,10 @@ tokens that are really served, divided by the weight of all who share.
 from __future__ import annotations
 
 import heapq
-from typing import Literal
+from typing import TYPE_CHECKING
 
-Priority = Literal["high", "normal", "low"]
+if TYPE_CHECKING:
+    from echelon.types import Priority
 
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
 """Shares, not walls: a request of ``high`` counts as a quarter of its size beside ``normal``. A

@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echelon.errors import ProfileError, TooNoisy
 from echelon.reports.html import kept
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
-from echelon.types import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from echelon.scheduling.cost_model import Array
-    from echelon.types import ModelInfo
+    from echelon.types import ModelInfo, Padding
 
 MOST_SPREAD = 0.10
 """Median deviation of a probe's repeats from their median, relative to it, half of the probes
@@ -41,6 +40,9 @@ because it is the best of some thirty places."""
 
 SAME = 1e-6
 """Mean squared relative error, (0.1 %)², below which two models are equally good."""
+
+STORED_PADDING: dict[Padding, str] = {"none": "ragged", "rectangular": "padded"}
+"""Names of the padding in profiles and other JSON, which older versions wrote and can read."""
 
 REMEDY = kept(
     "Close other programs, or give the process cores of its own, and measure again with "
@@ -111,7 +113,7 @@ class CostFit:
 
     Attributes:
         coefficients: the prices.
-        paid: how the scorer pays.
+        padding: how the scorer pads.
         error: on unseen shapes.
         spread: of repeats; see :data:`MOST_SPREAD`.
         shapes: each probe for the report: ``pairs``, ``tokens``, ``squares``, ``seconds``,
@@ -120,7 +122,7 @@ class CostFit:
     """
 
     coefficients: Coefficients
-    paid: Cost
+    padding: Padding
     error: FitError
     spread: float
     shapes: list[dict[str, Any]] = field(default_factory=list)
@@ -128,7 +130,8 @@ class CostFit:
 
     def as_dict(self) -> dict[str, Any]:
         """The profile's entry."""
-        return asdict(self)
+        values = asdict(self)
+        return values | {"paid": STORED_PADDING[values.pop("padding")]}
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> CostFit:
@@ -141,9 +144,11 @@ class CostFit:
             values = dict(known)
             values["coefficients"] = Coefficients(**values["coefficients"])
             values["error"] = FitError(**values["error"])
+            stored = values.pop("paid")
+            values["padding"] = next(p for p, name in STORED_PADDING.items() if name == stored)
             found = cls(**values)
-            sound = found.paid in get_args(Cost) and all(p >= 0 for p in found.coefficients.prices)
-        except (KeyError, TypeError, ValueError) as error:
+            sound = all(price >= 0 for price in found.coefficients.prices)
+        except (KeyError, StopIteration, TypeError, ValueError) as error:
             raise ProfileError(f"damaged cost model ({error}). {REMEDY}") from error
         if not sound:
             raise ProfileError(f"damaged cost model ({values['coefficients']}). {REMEDY}")
@@ -180,24 +185,24 @@ class Prior:
 
     Attributes:
         coefficients: the prices.
-        paid: how the scorer paid that they were measured with.
+        padding: how the scorer padded that they were measured with.
         device: ``cpu`` or ``cuda:N``; prices of another kind are of no use.
         same: measured as it will be served: precision, threads, workers. Only then does a
             difference mean that the machine has changed.
     """
 
     coefficients: Coefficients
-    paid: Cost
+    padding: Padding
     device: str
     same: bool
 
     def serves(self, facts: ModelInfo) -> bool:
         """Whether it is of use for a scorer."""
         kinds = {name.partition(":")[0] for name in (self.device, facts.device)}
-        return self.paid == facts.cost and len(kinds) == 1
+        return self.padding == facts.padding and len(kinds) == 1
 
 
-def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> CostFit:
+def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Padding) -> CostFit:
     """Fit step times to probes and judge them on unseen ones.
 
     Raises:
@@ -213,22 +218,22 @@ def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> Co
                 remedy=REMEDY,
             )
         )
-    coefficients = _best_knee(probes, paid)
+    coefficients = _best_knee(probes, padding)
 
     def predict(probe: Probe) -> float:
-        return coefficients.seconds(work_of(probe.lengths, paid))
+        return coefficients.seconds(work_of(probe.lengths, padding))
 
     error = FitError.of([predict(probe) for probe in unseen], [probe.median_s for probe in unseen])
     _require_true(kept("step times"), error)
     shapes = [
-        _shape(probe, paid, predict(probe), unseen=is_unseen)
+        _shape(probe, padding, predict(probe), unseen=is_unseen)
         for some, is_unseen in ((probes, False), (unseen, True))
         for probe in some
     ]
-    return CostFit(coefficients, paid, error, spread, shapes)
+    return CostFit(coefficients, padding, error, spread, shapes)
 
 
-def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> MemoryFit:
+def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Padding) -> MemoryFit:
     """Fit peak memory to probes and judge it on unseen ones.
 
     Raises:
@@ -238,10 +243,10 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], paid: Cost) -> 
     unseen = [probe for probe in unseen if probe.peak_bytes]
     _require(probes, unseen)
     peaks = np.array([probe.peak_bytes for probe in probes], dtype=np.float64)
-    rows = [_amounts(work_of(probe.lengths, paid)) for probe in probes]
+    rows = [_amounts(work_of(probe.lengths, padding)) for probe in probes]
     fixed, token, square = _relative(np.array(rows, dtype=np.float64), peaks)
     model = MemoryModel(float(fixed), float(token), float(square))
-    predicted = [model.peak_bytes(work_of(probe.lengths, paid)) for probe in unseen]
+    predicted = [model.peak_bytes(work_of(probe.lengths, padding)) for probe in unseen]
     error = FitError.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
     _require_true(kept("peak memory"), error)
     return MemoryFit(model, error)
@@ -276,8 +281,8 @@ def _require_true(what: str, error: FitError) -> None:
         )
 
 
-def _shape(probe: Probe, paid: Cost, predicted_s: float, *, unseen: bool) -> dict[str, Any]:
-    work = work_of(probe.lengths, paid)
+def _shape(probe: Probe, padding: Padding, predicted_s: float, *, unseen: bool) -> dict[str, Any]:
+    work = work_of(probe.lengths, padding)
     return {
         "pairs": len(probe.lengths),
         "tokens": work.tokens,
@@ -290,9 +295,9 @@ def _shape(probe: Probe, paid: Cost, predicted_s: float, *, unseen: bool) -> dic
     }
 
 
-def _best_knee(probes: Sequence[Probe], paid: Cost) -> Coefficients:
+def _best_knee(probes: Sequence[Probe], padding: Padding) -> Coefficients:
     """Without a knee, unless one explains enough more (Schwarz, Annals of Statistics 6, 1978)."""
-    works = [work_of(probe.lengths, paid) for probe in probes]
+    works = [work_of(probe.lengths, padding) for probe in probes]
     took = np.array([probe.median_s for probe in probes])
     plain, best = _fit_knee(0, works, took), math.inf
     chosen = plain

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from echelon.types import Cost, IntArray
+    from echelon.types import IntArray, Padding
 
 Step = list[int]
 """Indices of the pairs of one forward pass."""
@@ -48,7 +48,7 @@ def step_budget(token_budget: int | None, batch_size: int | None, device: str) -
     return NO_BUDGET if batch_size is not None else DEFAULT_BUDGETS[device.partition(":")[0]]
 
 
-def step_cost(lengths: Sequence[int] | IntArray, cost: Cost) -> int:
+def step_cost(lengths: Sequence[int] | IntArray, padding: Padding) -> int:
     """Tokens that a step of these lengths is paid for.
 
     A ragged scorer pays for its tokens; a padded one for longest × pairs.
@@ -56,14 +56,14 @@ def step_cost(lengths: Sequence[int] | IntArray, cost: Cost) -> int:
     if len(lengths) == 0:
         return 0
     array = np.asarray(lengths)
-    return int(array.sum()) if cost == "ragged" else int(array.max()) * len(array)
+    return int(array.sum()) if padding == "none" else int(array.max()) * len(array)
 
 
 def pack(
     lengths: Sequence[int] | IntArray,
     budget: int,
     *,
-    cost: Cost = "ragged",
+    padding: Padding = "none",
     max_pairs: int | None = None,
 ) -> list[Step]:
     """Split pairs into steps, longest first.
@@ -76,7 +76,7 @@ def pack(
         lengths: tokens of each pair.
         budget: most tokens a step may cost. A pair that alone costs more cannot be split: it
             gets a step to itself.
-        cost: how the scorer pays.
+        padding: how the scorer pads.
         max_pairs: most pairs a step may hold; None means no limit.
 
     Returns:
@@ -86,16 +86,16 @@ def pack(
     order = np.argsort(-array, kind="stable")
     steps: list[Step] = []
     step: Step = []
-    paid = 0
+    cost_tokens = 0
     for index in order.tolist():
         length = int(array[index])
-        paid_with = paid + length if cost == "ragged" or not step else _padded(array, step)
+        larger = cost_tokens + length if padding == "none" or not step else _padded(array, step)
         full = max_pairs is not None and len(step) >= max_pairs
-        if step and (full or paid_with > budget):
+        if step and (full or larger > budget):
             steps.append(step)
-            step, paid_with = [], length
+            step, larger = [], length
         step.append(index)
-        paid = paid_with
+        cost_tokens = larger
     if step:
         steps.append(step)
     return steps
@@ -135,7 +135,7 @@ def _padded(array: npt.NDArray[np.int64], step: Step) -> int:
 Choice = list[int]
 """Indices of the chosen candidates, in their order."""
 
-REACH: dict[Cost, float] = {"ragged": 1.25, "padded": 4.0}
+REACH: dict[Padding, float] = {"none": 1.25, "rectangular": 4.0}
 """How many budgets' worth of candidates are looked at. A ragged step only wants its last gap
 filled; a padded one wants pairs of one length, and finds them among four steps' worth."""
 
@@ -148,17 +148,17 @@ SPLIT_GAIN_S = 0.005
 by handing another step over, which takes a millisecond or two between machines."""
 
 
-def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, cost: Cost) -> Choice:
+def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: Padding) -> Choice:
     """Choose candidates for one step.
 
     Args:
         lengths: tokens of each candidate, in the order of their turn.
         budget: most tokens the step may cost, unless its first pair alone costs more.
         max_pairs: most pairs it may hold; None means no limit.
-        cost: how the scorer pays.
+        padding: how the scorer pads.
     """
     most = len(lengths) if max_pairs is None else max_pairs
-    return CHOOSERS[cost](lengths, budget, most)
+    return CHOOSERS[padding](lengths, budget, most)
 
 
 def share(
@@ -182,13 +182,13 @@ def share(
 
 def _first_fit(lengths: Sequence[int], budget: int, most: int) -> Choice:
     """In turn, whatever fits."""
-    chosen, paid = [0], lengths[0]
+    chosen, cost_tokens = [0], lengths[0]
     for index in range(1, len(lengths)):
         if len(chosen) >= most:
             break
-        if paid + lengths[index] <= budget:
+        if cost_tokens + lengths[index] <= budget:
             chosen.append(index)
-            paid += lengths[index]
+            cost_tokens += lengths[index]
     return chosen
 
 
@@ -215,7 +215,7 @@ def _one_length(lengths: Sequence[int], budget: int, most: int) -> Choice:
     return sorted(order[slice(*best)])
 
 
-CHOOSERS: dict[Cost, Callable[[Sequence[int], int, int], Choice]] = {
-    "ragged": _first_fit,
-    "padded": _one_length,
+CHOOSERS: dict[Padding, Callable[[Sequence[int], int, int], Choice]] = {
+    "none": _first_fit,
+    "rectangular": _one_length,
 }

@@ -26,8 +26,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from echelon.scheduling.fair_queue import Priority
-    from echelon.types import FloatArray
+    from echelon.types import FloatArray, Priority
 
 LEAD_S = 0.005
 """The next step is formed and sent when the running one should end in this time: forming, joining

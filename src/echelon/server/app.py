@@ -141,7 +141,7 @@ def _page(name: str, house: ServerContext, request: Request) -> Response:
 async def _board(house: ServerContext, request: Request) -> Response:
     house.rules.keys.holder(request.headers)
     service = house.running
-    facts, state = (service.facts, service.snapshot()) if service else (None, None)
+    facts, state = (service.info, service.snapshot()) if service else (None, None)
     told = board(house.recent.view(), house.model, facts, state)
     return as_json(told, 200, {"Cache-Control": "no-store"})
 
@@ -165,7 +165,7 @@ async def _info(house: ServerContext, request: Request) -> Response:
     info = TeiInfo(
         model_id=house.model,
         model_sha=house.revision,
-        model_dtype=service.facts.precision,
+        model_dtype=service.info.precision,
         served_model_name=house.model,
         model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
         max_concurrent_requests=bounds.max_requests,

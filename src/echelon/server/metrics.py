@@ -60,7 +60,7 @@ class Metrics(NullListener):
     def watch(self, service: Service) -> None:
         """The service whose state is asked for with each scrape."""
         self._service = service
-        facts = service.facts
+        facts = service.info
         self._info.labels(__version__, facts.family, facts.device, facts.precision).set(1)
         self._budget.set(service.snapshot().load.budget)
         self._memory_limit.set(service.settings.memory_limit_bytes or 0)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
+from echelon.scheduling.fit import STORED_PADDING
 from echelon.simulation.capacity import Capacity, Traffic, rates_of, simulate_day
 from echelon.simulation.cluster_traffic import ROUTINGS
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
@@ -266,7 +267,7 @@ def _model(profile: Profile, truth: CostModel) -> dict[str, Any]:
         "model": profile.key.model,
         "device": profile.key.device_name,
         "precision": profile.settings.precision,
-        "cost": truth.cost,
+        "cost": STORED_PADDING[truth.padding],
         "coefficients": asdict(truth.coefficients),
         "noise": noise_of(profile),
     }

@@ -68,18 +68,18 @@ RAGGED = Packing((math.inf,), (1.0,), 0)
 
 def packing_of(tokens: SizeDistribution, truth: CostModel, budget: int) -> Packing:
     """Choose steps from samples, as the batcher does, and see how they come out."""
-    if truth.cost == "ragged":
+    if truth.padding == "none":
         return RAGGED
     random = np.random.default_rng(0)
-    most = math.ceil(REACH[truth.cost] * budget / np.mean(tokens.draw(random, SAMPLES)))
+    most = math.ceil(REACH[truth.padding] * budget / np.mean(tokens.draw(random, SAMPLES)))
     found = [(1.0, 1.0)]
     for waiting in (2**i for i in range(most.bit_length())):
         pairs = useful = paid = 0
         for _ in range(SAMPLES):
             lengths = tokens.draw(random, min(most, waiting * 3 // 2))
-            step = [lengths[index] for index in choose(lengths, budget, None, truth.cost)]
+            step = [lengths[index] for index in choose(lengths, budget, None, truth.padding)]
             pairs, useful = pairs + len(step), useful + sum(step)
-            paid += step_cost(step, truth.cost)
+            paid += step_cost(step, truth.padding)
         found.append((pairs / SAMPLES, paid / useful))
     pairs_of, padding_of = zip(*found, strict=True)
     return Packing(pairs_of, padding_of, most)

@@ -20,7 +20,7 @@ from echelon.simulation.workload import LognormalSize
 
 if TYPE_CHECKING:
     from echelon.profile import Profile
-    from echelon.types import Cost
+    from echelon.types import Padding
 
 Point = dict[str, Any]
 
@@ -39,7 +39,7 @@ def cost_of(profile: Profile) -> CostModel:
     """
     if profile.cost is not None:
         fit = CostFit.from_dict(profile.cost)
-        return CostModel(fit.coefficients, fit.paid)
+        return CostModel(fit.coefficients, fit.padding)
     return _of_points(profile)
 
 
@@ -55,8 +55,8 @@ def _of_points(profile: Profile) -> CostModel:
         raise ProfileError(f"{len(points)} measured points are too few to plan with. {TUNE_AGAIN}")
     base, token = _nonnegative(rows / seconds[:, None])
     padded = any(p["cost_tokens"] > p["tokens"] for p in points)
-    cost: Cost = "padded" if padded else "ragged"
-    return CostModel(Coefficients(base, token, token * share), cost)
+    padding: Padding = "rectangular" if padded else "none"
+    return CostModel(Coefficients(base, token, token * share), padding)
 
 
 def memory_of(profile: Profile) -> MemoryModel | None:

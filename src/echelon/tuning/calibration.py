@@ -99,14 +99,14 @@ class ProbeResult:
         checks: to judge them by.
         limits: the largest step and pair there were.
         stuff: made their steps.
-        facts: the scorer's.
+        info: the model and the device.
     """
 
     probes: list[Probe]
     checks: list[Probe]
     limits: LengthRange
     stuff: StepFactory
-    facts: ModelInfo
+    info: ModelInfo
 
 
 def calibrate(
@@ -131,14 +131,14 @@ def calibrate(
     def run(shape: Lengths) -> None:
         scorer.score(stuff.batch(shape))
 
-    prior = level(run, limits, DEFAULT_COEFFICIENTS[scorer.facts.device.partition(":")[0]], clock)
+    prior = level(run, limits, DEFAULT_COEFFICIENTS[scorer.info.device.partition(":")[0]], clock)
     shapes = choose(limits, prior, limit_s / (1 + FEWEST_ROUNDS))
-    meter = meter_of(scorer.facts.device)
+    meter = meter_of(scorer.info.device)
     measured = measure(shapes.probes + shapes.checks, run, meter, clock, limit_s, told)
     checks = set(shapes.checks)
     probes = [probe for probe in measured if probe.lengths not in checks]
     unseen = [probe for probe in measured if probe.lengths in checks]
-    return ProbeResult(probes, unseen, limits, stuff, scorer.facts)
+    return ProbeResult(probes, unseen, limits, stuff, scorer.info)
 
 
 def models_of(probed: ProbeResult, opener: ScorerFactory) -> Calibration:
@@ -149,10 +149,10 @@ def models_of(probed: ProbeResult, opener: ScorerFactory) -> Calibration:
         opener: opens the same model.
     """
     probes, checks, limits = probed.probes, probed.checks, probed.limits
-    if probed.facts.device != "cpu":
+    if probed.info.device != "cpu":
         return fitted(probes, checks, limits)
     try:
-        peaks = worker_peaks([*probes, *checks], probed.stuff, opener, probed.facts.precision)
+        peaks = worker_peaks([*probes, *checks], probed.stuff, opener, probed.info.precision)
     except (EchelonError, DeviceOutOfMemory, WorkerDied) as error:
         return _without_memory(fitted(probes, checks, limits), error)
     seen, unseen = (
@@ -206,11 +206,11 @@ def fitted(probes: list[Probe], unseen: list[Probe], limits: LengthRange) -> Cal
     warnings = []
     try:
         measured = datetime.now(UTC).isoformat(timespec="seconds")
-        cost = replace(fit_cost(probes, unseen, limits.paid), measured=measured).as_dict()
+        cost = replace(fit_cost(probes, unseen, limits.padding), measured=measured).as_dict()
     except TooNoisy as error:
         warnings.append(str(error))
     try:
-        memory = fit_memory(probes, unseen, limits.paid).as_dict()
+        memory = fit_memory(probes, unseen, limits.padding).as_dict()
     except TooNoisy as error:
         warnings.append(str(error))
     return Calibration(cost, memory, warnings)
@@ -227,5 +227,5 @@ def level(
         began = clock()
         run(shape)
         times.append(clock() - began)
-    scale = max(min(times), 1e-9) / prior.seconds(work_of(shape, limits.paid))
+    scale = max(min(times), 1e-9) / prior.seconds(work_of(shape, limits.padding))
     return prior.priced([scale * price for price in prior.prices])

@@ -249,7 +249,7 @@ def shorter(
 def _lengths(trial: PrecisionCheck, precision: str, keep_bf16: Sequence[str]) -> list[int]:
     scorer = trial.open(precision, keep_bf16)
     try:
-        return [int(length) for length in trial.encode(scorer.facts).lengths]
+        return [int(length) for length in trial.encode(scorer.info).lengths]
     finally:
         scorer.close()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from echelon.scheduling.cost_model import Coefficients
     from echelon.tuning.machine import Meter
-    from echelon.types import Clock, Cost
+    from echelon.types import Clock, Padding
 
 Lengths = tuple[int, ...]
 """One shape: tokens of each pair."""
@@ -63,19 +63,19 @@ class LengthRange:
     Attributes:
         longest: tokens of the longest pair.
         budget: tokens of the largest step.
-        paid: how the scorer pays.
+        padding: how the scorer pays.
     """
 
     longest: int
     budget: int
-    paid: Cost
+    padding: Padding
 
     def ladder(self) -> list[Lengths]:
         """Steps of one length: lengths and sizes a factor of two apart."""
         lengths = _powers(min(SHORTEST, self.longest), self.longest)
         sizes = _powers(lengths[0], max(self.budget, self.longest))
         found = {(length,) * max(1, size // length) for length in lengths for size in sizes}
-        fits = [s for s in found if len(s) == 1 or step_cost(s, self.paid) <= self.budget]
+        fits = [s for s in found if len(s) == 1 or step_cost(s, self.padding) <= self.budget]
         return sorted(fits, key=lambda s: (sum(s), len(s)))
 
     def mixed(self, count: int, seed: int) -> list[Lengths]:
@@ -91,7 +91,7 @@ class LengthRange:
         while True:
             length = round(around * rng.lognormvariate(0, 0.4))
             shape.append(min(max(length, shortest), self.longest))
-            if len(shape) > 1 and step_cost(shape, self.paid) > size:
+            if len(shape) > 1 and step_cost(shape, self.padding) > size:
                 return tuple(shape[:-1])
 
 
@@ -113,23 +113,23 @@ def choose(limits: LengthRange, prior: Coefficients, most_s: float) -> ProbeShap
     """
 
     def price(shape: Lengths) -> float:
-        return prior.seconds(work_of(shape, limits.paid))
+        return prior.seconds(work_of(shape, limits.padding))
 
     mixed = _affordable(limits.mixed(10 * MIXED, seed=1), price, MIXED, most_s / 4)
     others = [shape for shape in limits.mixed(10 * CHECKS, seed=2) if shape not in mixed]
     checks = _affordable(others, price, CHECKS, most_s / 4)
     ladder = [shape for shape in limits.ladder() if shape not in mixed and shape not in checks]
-    telling = most_telling(ladder, prior, limits.paid, most_s / 2, PROBES - len(mixed))
+    telling = most_telling(ladder, prior, limits.padding, most_s / 2, PROBES - len(mixed))
     return ProbeShapes(telling + mixed, checks)
 
 
 def most_telling(
-    shapes: Sequence[Lengths], prior: Coefficients, paid: Cost, most_s: float, most: int
+    shapes: Sequence[Lengths], prior: Coefficients, padding: Padding, most_s: float, most: int
 ) -> list[Lengths]:
     """The shapes that together tell most of the prices, at most ``most`` in ``most_s`` seconds."""
     if not shapes:
         return []
-    works = [work_of(shape, paid) for shape in shapes]
+    works = [work_of(shape, padding) for shape in shapes]
     seconds = np.array([prior.seconds(work) for work in works])
     middle = int(np.exp(np.mean(np.log([work.tokens for work in works]))))
     rows = np.array([replace(prior, knee_tokens=middle).amounts(work) for work in works])

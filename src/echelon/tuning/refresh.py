@@ -84,14 +84,14 @@ class _Model:
 
     def error(self, fit: CostFit, tokens: int, limit_s: float) -> FitError:
         """How far a cost model is off now, on a few shapes."""
-        shapes = LengthRange(self.stuff.longest, tokens, fit.paid).mixed(SPOTS, seed=3)
-        meter = meter_of(self.scorer.facts.device)
+        shapes = LengthRange(self.stuff.longest, tokens, fit.padding).mixed(SPOTS, seed=3)
+        meter = meter_of(self.scorer.info.device)
 
         def run(shape: tuple[int, ...]) -> None:
             self.scorer.score(self.stuff.batch(shape))
 
         seen = measure(list(dict.fromkeys(shapes)), run, meter, self.clock, limit_s)
-        predicted = [fit.coefficients.seconds(work_of(spot.lengths, fit.paid)) for spot in seen]
+        predicted = [fit.coefficients.seconds(work_of(spot.lengths, fit.padding)) for spot in seen]
         return FitError.of(predicted, [spot.median_s for spot in seen])
 
 
@@ -122,11 +122,11 @@ def refresh(
     told("checking what is stale", 0.0)
     scorer = trial.open(old.key.precision, _keep_bf16(old))
     try:
-        now = current_key(folder.name, folder.revision, scorer.facts)
+        now = current_key(folder.name, folder.revision, scorer.info)
         different = old.key.differences(now)
         if not different:
             specials = encoder.template.specials
-            longest = check_max_length(trial.options.max_length, scorer.facts.max_tokens, specials)
+            longest = check_max_length(trial.options.max_length, scorer.info.max_tokens, specials)
             opened = _Model(trial, scorer, texts, StepFactory(encoder, texts, longest), clock)
             fresh, drifted, probed = _renew(opened, old, plan, told)
     finally:

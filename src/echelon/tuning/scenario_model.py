@@ -97,7 +97,7 @@ def look(
     before = psutil.Process().memory_info().rss
     scorer = trial.open(options.precision)
     try:
-        facts = scorer.facts
+        facts = scorer.info
         specials = trial.encoder.template.specials
         limit = check_max_length(options.max_length, facts.max_tokens, specials)
         model = ScenarioModel(name, trial, texts, limit)
@@ -117,7 +117,7 @@ def _check_memory(scorer: Scorer, ask: ScenarioGoal, libraries: int, options: Op
     limit = ask.memory_limit_bytes
     if limit is None:
         return
-    meter = meter_of(scorer.facts.device)
+    meter = meter_of(scorer.info.device)
     meter.reset()
     held = meter.peak_bytes()
     if options.precision == "auto":  # int8 weights take a quarter of fp32's

@@ -141,8 +141,8 @@ def tune(
             told=lambda point, share: told(f"measuring {point.label}", share),
         )
         probed = probe(replace(trial, options=options), scorer, plan, texts, clock=clock, told=told)
-        key = current_key(folder.name, folder.revision, scorer.facts)
-        used = scorer.facts.threads or None
+        key = current_key(folder.name, folder.revision, scorer.info)
+        used = scorer.info.threads or None
     finally:
         scorer.close()
     told("measuring a worker's memory", 1.0)
@@ -174,14 +174,14 @@ def probe(
     told: Callable[[str, float], None],
 ) -> ProbeResult:
     """Probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
-    facts, encoder = scorer.facts, trial.encoder
+    facts, encoder = scorer.info, trial.encoder
     specials = encoder.template.specials
     longest = check_max_length(trial.options.max_length, facts.max_tokens, specials)
     largest = max(plan.token_budgets, default=step_budget(None, None, facts.device))
     return calibrate(
         scorer,
         StepFactory(encoder, texts, longest),
-        LengthRange(longest, largest, facts.cost),
+        LengthRange(longest, largest, facts.padding),
         clock,
         PROBE_SHARE * plan.time_limit_s,
         lambda share: told("measuring probes for the cost model", share),
@@ -266,7 +266,7 @@ class _Timed:
         samples: dict[int, list[Pair]],
         clock: Clock,
     ) -> None:
-        facts = scorer.facts
+        facts = scorer.info
         self._encode = partial(
             encoder.encode,
             max_length=check_max_length(
@@ -282,18 +282,18 @@ class _Timed:
 
     def __call__(self, point: SweepPoint) -> SweepRun:
         """Measure one run of ``point``; see :func:`echelon.tuning.sweep.sweep`."""
-        cost = self._scorer.facts.cost
+        padding = self._scorer.info.padding
         self._meter.reset()
         started = self._clock()
         encoded = self._encode(self._samples[point.pairs])
         budget = point.token_budget or NO_BUDGET
-        steps = pack(encoded.lengths, budget, cost=cost, max_pairs=point.batch_size)
+        steps = pack(encoded.lengths, budget, padding=padding, max_pairs=point.batch_size)
         for step in steps:
             self._scorer.score(encoded.batch(step))
         return SweepRun(
             seconds=self._clock() - started,
             tokens=int(encoded.lengths.sum()),
-            cost_tokens=sum(step_cost(encoded.lengths[step], cost) for step in steps),
+            cost_tokens=sum(step_cost(encoded.lengths[step], padding) for step in steps),
             steps=len(steps),
             peak_bytes=self._meter.peak_bytes(),
         )

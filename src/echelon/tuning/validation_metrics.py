@@ -160,7 +160,7 @@ def correct(
 def paced(cost: CostModel, pace: float) -> CostModel:
     """The same model on a machine that takes so many times longer."""
     prices = cost.coefficients
-    return CostModel(prices.priced(price * pace for price in prices.prices), cost.cost)
+    return CostModel(prices.priced(price * pace for price in prices.prices), cost.padding)
 
 
 def noise_of_ratios(counts: Mapping[float, float]) -> float | None:

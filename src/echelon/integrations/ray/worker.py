@@ -152,8 +152,8 @@ class RemoteScorer:
             self._scorer = self._scorer or opener(precision=precision)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
             return fault_of(error)
-        found = self._scorer.facts, ray.get_runtime_context().get_node_id(), os.getpid()
-        return "facts", found, 0.0, resident_bytes()
+        found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid()
+        return "info", found, 0.0, resident_bytes()
 
     def score(self, *parts: np.ndarray[Any, Any] | None) -> Reply:
         """Score the step of a batch's arrays, which are Ray's own memory: torch wants its own."""
