@@ -10,7 +10,7 @@ TESTS ?=
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check bench clean
+.PHONY: help demo test test-portable check docs bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/house/test_docs.py
+
+docs: $(VENV)/.installed-test ## write the tree of files into docs/ARCHITECTURE.md
+	$(BIN)/python scripts/tree.py
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'
