@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonWarning, ProfileError, StorageError
+from echelon.messages import restored, stored
 
 if TYPE_CHECKING:
     from echelon.options import Options
@@ -223,7 +224,7 @@ def read_json(path: Path) -> Any:
         ProfileError: it is not there or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return restored(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ProfileError(
             f"{path}: no such profile. Make one with `echelon tune MODEL --profile {path}`."
@@ -238,7 +239,7 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(stored(content), ensure_ascii=False, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.reports.html import kept
+from echelon.messages import Message
 
 if TYPE_CHECKING:
     import os
@@ -79,7 +79,7 @@ def load_texts(path: str | os.PathLike[str] | None = None, language: str | None 
         lines = (files("echelon.data") / "texts.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         chosen = [r for r in records if language in {None, r["lang"]}]
-        name = kept("built-in ({language})", language=language or "en, zh")
+        name = Message("data.built_in", {"language": language or "en, zh"})
         return Texts(name, tuple(_topic(r, "texts.jsonl") for r in chosen))
     return Texts(Path(path).name, _grouped(_read(Path(path))))
 

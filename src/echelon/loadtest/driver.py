@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.loadtest.records import RequestRecord, RequestRecords
-from echelon.reports.html import kept
+from echelon.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -113,37 +113,13 @@ def doubts(health: GeneratorHealth, send_lag_s: float, latency_s: float) -> list
     found = []
     bearable_s = max(LATE_S, LATE_SHARE * latency_s)
     if send_lag_s > bearable_s:
-        found.append(
-            kept(
-                "Requests were sent up to {ms} ms late (P99): the generator could not keep up. "
-                "Test from a machine of its own, or with a lower rate or smaller requests.",
-                ms=f"{1000 * send_lag_s:.0f}",
-            )
-        )
+        found.append(Message("loadtest.sent_late", {"ms": f"{1000 * send_lag_s:.0f}"}))
     if health.loop_lag_s > bearable_s:
-        found.append(
-            kept(
-                "The generator's event loop woke up to {ms} ms late (P99), so answers were read "
-                "late. Test from a machine that does nothing else.",
-                ms=f"{1000 * health.loop_lag_s:.0f}",
-            )
-        )
+        found.append(Message("loadtest.read_late", {"ms": f"{1000 * health.loop_lag_s:.0f}"}))
     if health.cpu_share > BUSY_SHARE:
-        found.append(
-            kept(
-                "The generator used {share} % of a CPU: it, and not the server, may be the limit. "
-                "Split the rate among several generators.",
-                share=f"{100 * health.cpu_share:.0f}",
-            )
-        )
+        found.append(Message("loadtest.generator_busy", {"share": f"{100 * health.cpu_share:.0f}"}))
     if health.own_faults:
-        found.append(
-            kept(
-                "{faults} requests could not be sent: this machine had no connections left. Raise "
-                "`ulimit -n`, or set --max-connections.",
-                faults=health.own_faults,
-            )
-        )
+        found.append(Message("loadtest.no_connections", {"faults": health.own_faults}))
     return found
 
 

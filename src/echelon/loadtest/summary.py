@@ -10,11 +10,12 @@ from hdrh.histogram import HdrHistogram
 
 from echelon.loadtest.driver import GeneratorHealth, doubts
 from echelon.loadtest.records import ANSWERED, KINDS
-from echelon.reports.html import kept
+from echelon.messages import Message
 
 if TYPE_CHECKING:
     from echelon.loadtest.driver import DriveResult
     from echelon.loadtest.records import Column, Kind
+    from echelon.simulation.service_level import ServiceLevel
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0)
 
@@ -24,23 +25,8 @@ DIGITS = 3
 LONGEST_US = 3_600_000_000
 """The histogram's end: an hour."""
 
-ALLOWED_FAILURES = 0.001
-"""Share of requests that may be refused, fail, or be answered wrongly while the goal holds."""
-
 FEW = 100
 """Answers below which P99 is the slowest answer and no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class LatencyGoal:
-    """What callers were promised.
-
-    Attributes:
-        p99_s: seconds within which 99 of 100 are answered, and the rest fails at most one time in
-            a thousand.
-    """
-
-    p99_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +44,7 @@ class LoadSummary:
         mean_s: mean of the same.
         send_lag_s: P99 of how late requests were sent.
         goal: what was promised; None: nothing.
+        within: requests answered within the goal's latency; without a goal, all that were answered.
         goodput_per_s: requests answered within the goal, a second; None without a goal.
         health: what the generator noticed of itself.
         complaints: for each kind of trouble, how often and the first message.
@@ -75,7 +62,8 @@ class LoadSummary:
     latency_s: dict[float, float]
     mean_s: float | None
     send_lag_s: float
-    goal: LatencyGoal | None
+    goal: ServiceLevel | None
+    within: int
     goodput_per_s: float | None
     health: GeneratorHealth
     complaints: dict[str, tuple[int, str]]
@@ -101,16 +89,15 @@ class LoadSummary:
     @property
     def held(self) -> bool:
         """Whether the goal held; without one, whether anything was answered."""
-        if self.p99_s is None:
-            return False
+        answered = self.kinds["answered"]
         if self.goal is None:
-            return True
-        return self.p99_s <= self.goal.p99_s and self.failure_share <= ALLOWED_FAILURES
+            return answered > 0
+        return self.goal.held(self.requests, answered, self.within)
 
     @property
     def doubts(self) -> list[str]:
         """Why the numbers cannot be trusted; nothing where they can."""
-        goal_s = 0.0 if self.goal is None else self.goal.p99_s
+        goal_s = 0.0 if self.goal is None else self.goal.latency_s
         return doubts(self.health, self.send_lag_s, max(self.p99_s or 0.0, goal_s))
 
     @property
@@ -123,16 +110,11 @@ class LoadSummary:
         """What to know besides."""
         answered = self.kinds["answered"]
         if 0 < answered < FEW:
-            return [
-                kept(
-                    "Only {answered} answers: P99 is the slowest of them. Test for longer.",
-                    answered=answered,
-                )
-            ]
+            return [Message("loadtest.few_answers", {"answered": answered})]
         return []
 
 
-def summarise(outcome: DriveResult, goal: LatencyGoal | None = None) -> LoadSummary:
+def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSummary:
     """The numbers of a run."""
     ledger = outcome.ledger
     counted = ledger.scheduled >= outcome.warmup_s
@@ -140,6 +122,7 @@ def summarise(outcome: DriveResult, goal: LatencyGoal | None = None) -> LoadSumm
     window_s = max(0.0, outcome.ended_s - outcome.warmup_s)
     inside = answered & (ledger.ended >= outcome.warmup_s) & (ledger.ended <= outcome.ended_s)
     good = latencies(outcome)
+    within = len(good) if goal is None else goal.within(good)
     lag = (ledger.sent - ledger.scheduled)[counted]
     kinds = np.bincount(ledger.kinds[counted], minlength=len(KINDS)).tolist()
     return LoadSummary(
@@ -153,7 +136,8 @@ def summarise(outcome: DriveResult, goal: LatencyGoal | None = None) -> LoadSumm
         mean_s=float(good.mean()) if len(good) else None,
         send_lag_s=float(np.percentile(lag, 99)) if len(lag) else 0.0,
         goal=goal,
-        goodput_per_s=None if goal is None else _per_s((good <= goal.p99_s).sum(), window_s),
+        within=within,
+        goodput_per_s=None if goal is None else _per_s(within, window_s),
         health=outcome.health,
         complaints=outcome.complaints,
         unfinished=outcome.unfinished,

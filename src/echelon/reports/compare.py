@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from echelon.reports.html import mark
+from echelon.messages import N_
 from echelon.reports.ratio import KnownValue, Ratio, notes, verdict
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import STORED_PADDING
@@ -87,9 +87,9 @@ def _texts(side: ProfileView) -> tuple[Any, Any, Any]:
 
 
 def _obstacles(a: ProfileView, b: ProfileView) -> list[str]:
-    found = [] if _same_model(a, b) else [mark("the models differ")]
+    found = [] if _same_model(a, b) else [N_("the models differ")]
     if not _same_texts(a, b):
-        found.append(mark("the texts that were scored differ"))
+        found.append(N_("the texts that were scored differ"))
     return found
 
 
@@ -100,7 +100,7 @@ def _about(side: ProfileView) -> Row:
         "key": asdict(profile.key),
         "created": profile.created,
         "learned_token_budget": profile.learned_token_budget,
-        "warnings": list(map(str, profile.warnings)),
+        "warnings": profile.warnings,
     }
 
 

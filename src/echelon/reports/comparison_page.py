@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon.messages import in_language, tr
 from echelon.profile import write_text
 from echelon.reports import comparison_tables, ratio, wording
-from echelon.reports.html import fill, speaking, tr
+from echelon.reports.html import fill
 from echelon.reports.plots import (
     COLOURS,
     SYMBOLS,
@@ -116,7 +117,7 @@ def write_page(
 
 def render(a: ProfileView, b: ProfileView, found: PageRow, *, lang: str = "en") -> str:
     """The page as HTML; arguments as in :func:`write_page`."""
-    with speaking(lang):
+    with in_language(lang):
         return fill("echelon.reports", "templates/compare.html.j2", _content(a, b, found))
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echelon.messages import N_, listed, tr, translated
 from echelon.reports import wording
-from echelon.reports.html import listed, mark, told, tr
 from echelon.reports.ratio import factor
 from echelon.reports.statistics import TIE
 
@@ -23,39 +23,39 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 NAMES = {
-    "model": mark("Model"),
-    "revision": mark("Revision"),
-    "device": mark("Device"),
-    "device_name": mark("Device's name"),
-    "precision": mark("Precision"),
-    "machine.cpu": mark("Processor"),
-    "machine.usable_cpus": mark("Usable cores"),
-    "machine.memory_bytes": mark("Memory"),
-    "machine.system": mark("System"),
+    "model": N_("Model"),
+    "revision": N_("Revision"),
+    "device": N_("Device"),
+    "device_name": N_("Device's name"),
+    "precision": N_("Precision"),
+    "machine.cpu": N_("Processor"),
+    "machine.usable_cpus": N_("Usable cores"),
+    "machine.memory_bytes": N_("Memory"),
+    "machine.system": N_("System"),
     "machine.python": "Python",
-    "data.name": mark("Texts"),
-    "data.pairs": mark("Pairs in them"),
-    "data.tokens.mean": mark("Tokens a pair, mean"),
-    "data.tokens.max": mark("Tokens a pair, longest"),
-    "token_budget": mark("Token budget"),
-    "batch_size": mark("Batch size"),
-    "threads": mark("Threads"),
-    "max_length": mark("Longest pair"),
-    "learned_token_budget": mark("Budget that memory taught"),
+    "data.name": N_("Texts"),
+    "data.pairs": N_("Pairs in them"),
+    "data.tokens.mean": N_("Tokens a pair, mean"),
+    "data.tokens.max": N_("Tokens a pair, longest"),
+    "token_budget": N_("Token budget"),
+    "batch_size": N_("Batch size"),
+    "threads": N_("Threads"),
+    "max_length": N_("Longest pair"),
+    "learned_token_budget": N_("Budget that memory taught"),
 }
 """Keys and settings for people; a library's version keeps its own name."""
 
 PRICES = {
-    "base_s": mark("An empty step"),
-    "token_s": mark("A token"),
-    "square_s": mark("A squared token"),
-    "beyond_s": mark("A token beyond the knee"),
+    "base_s": N_("An empty step"),
+    "token_s": N_("A token"),
+    "square_s": N_("A squared token"),
+    "beyond_s": N_("A token beyond the knee"),
 }
 
 SIZES = {
-    "fixed_bytes": mark("Without any step"),
-    "token_bytes": mark("A token"),
-    "square_bytes": mark("A squared token"),
+    "fixed_bytes": N_("Without any step"),
+    "token_bytes": N_("A token"),
+    "square_bytes": N_("A squared token"),
 }
 
 
@@ -103,7 +103,7 @@ def best(found: Row) -> Grid:
     )
 
 
-SPREAD = mark(
+SPREAD = N_(
     "± is the farther end of the median's interval, n=… the number of runs where they are too few "
     "for one. A ratio is B over A, with its interval where both have one; within "
     "{tie} is a tie."
@@ -245,7 +245,7 @@ def _value(name: str, value: Any) -> str:
         return wording.UNKNOWN
     if name == "machine.memory_bytes":
         return wording.size(value)
-    return f"{value:,}" if isinstance(value, int | float) else told(str(value))
+    return f"{value:,}" if isinstance(value, int | float) else translated(value)
 
 
 def _best(row: Row, how: str) -> list[str]:
@@ -285,7 +285,7 @@ def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -
         [tr(title), *(_cell(side and side[name], say) for side in sides), wording.UNKNOWN]
         for name, title in names.items()
     ]
-    errors = {"error_median": mark("Error, median"), "error_p90": mark("Error, P90")}
+    errors = {"error_median": N_("Error, median"), "error_p90": N_("Error, P90")}
     return rows + [
         [
             tr(title),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from echelon.messages import N_, listed, tr, translated
 from echelon.reports import wording
-from echelon.reports.html import listed, mark, told, tr
 from echelon.reports.plots import COLOURS, LINES, PAPER, WIDE, Chart, log_ticks
 from echelon.scheduling.cost_model import Work
 from echelon.scheduling.fit import CostFit, MemoryFit
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Shape = dict[str, Any]
 
 UNSEEN = {
-    False: (mark("fitted"), COLOURS[0], "circle"),
-    True: (mark("unseen"), COLOURS[1], "square"),
+    False: (N_("fitted"), COLOURS[0], "circle"),
+    True: (N_("unseen"), COLOURS[1], "square"),
 }
 """Name, colour and sign of the shapes that were fitted, and of those that check the fit."""
 
@@ -47,7 +47,7 @@ def _time_chart(fit: CostFit) -> Chart:
     note = tr(
         "Each point is a step of another shape; on the line, the model is right. Error: {error}. "
         "Repeats differ by {spread}.",
-        error=told(fit.error.words),
+        error=translated(fit.error.words),
         spread=wording.percent(fit.spread, 1),
     )
     pairs = [(shape, shape["seconds"], shape["predicted_s"]) for shape in fit.shapes]
@@ -78,7 +78,7 @@ def _memory_chart(fit: MemoryFit, shapes: Sequence[Shape]) -> Chart:
     return Chart(
         name="predicted-memory",
         title=tr("Peak memory, predicted against measured"),
-        note=tr("In GiB, the model included. Error: {error}.", error=told(fit.error.words)),
+        note=tr("In GiB, the model included. Error: {error}.", error=translated(fit.error.words)),
         figure=_figure(pairs, [t for t in traces if t["x"]], {}),
     )
 

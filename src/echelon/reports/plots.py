@@ -13,8 +13,8 @@ from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from echelon.messages import N_, tr
 from echelon.reports import wording
-from echelon.reports.html import mark, tr
 from echelon.reports.profile_view import knees
 from echelon.reports.statistics import CONFIDENCE
 
@@ -55,11 +55,11 @@ HOVER_WIDTH = 40
 MOST_TICKS = 8
 """Labels on the size axis that a phone's width holds."""
 
-UNITS = {"batch_size": mark("batch size"), "token_budget": mark("token budget")}
+UNITS = {"batch_size": N_("batch size"), "token_budget": N_("token budget")}
 
 AXES = {
-    "batch_size": mark("Batch size (pairs a step)"),
-    "token_budget": mark("Token budget (tokens a step)"),
+    "batch_size": N_("Batch size (pairs a step)"),
+    "token_budget": N_("Token budget (tokens a step)"),
 }
 
 
@@ -118,23 +118,23 @@ def _gibibytes(entry: Entry) -> float | None:
 
 THROUGHPUT = Quantity(
     "throughput",
-    mark("Throughput"),
+    N_("Throughput"),
     lambda entry: float(entry["pairs_per_s"]),
     _throughput_bounds,
-    mark("Pairs/s"),
+    N_("Pairs/s"),
     {"rangemode": "tozero"},
 )
 LATENCY = Quantity(
     "latency",
-    mark("Latency"),
+    N_("Latency"),
     lambda entry: float(entry["latency_s"]["median"]),
     _latency_bounds,
-    mark("Median of a call"),
+    N_("Median of a call"),
     {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "s"},
 )
 MEMORY = Quantity(
     "memory",
-    mark("Peak memory"),
+    N_("Peak memory"),
     _gibibytes,
     lambda _: None,
     "GiB",

@@ -9,8 +9,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from echelon.messages import N_, tr, translated
 from echelon.reports import wording
-from echelon.reports.html import mark, told, tr
 from echelon.reports.statistics import CONFIDENCE, TIE
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ class Ratio:
 SentenceRow = dict[str, Any]
 
 JUDGEMENTS = {
-    "tie": mark("a tie"),
-    "beyond": mark("beyond the spread"),
-    "within": mark("within the spread"),
-    "unknown": mark("no interval"),
+    "tie": N_("a tie"),
+    "beyond": N_("beyond the spread"),
+    "within": N_("within the spread"),
+    "unknown": N_("no interval"),
 }
 
 
@@ -212,7 +212,7 @@ def notes(found: SentenceRow) -> list[str]:
 
 
 def _of_side(name: str, side: Mapping[str, Any]) -> list[str]:
-    said = [tr("{what}: {found}", what=name, found=told(text)) for text in side["warnings"]]
+    said = [tr("{what}: {found}", what=name, found=translated(text)) for text in side["warnings"]]
     learned = side["learned_token_budget"]
     if learned is not None:
         said.append(

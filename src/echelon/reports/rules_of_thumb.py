@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from echelon.messages import listed, tr
 from echelon.reports import wording
-from echelon.reports.html import listed, tr
 from echelon.reports.model_charts import limit_of
 from echelon.reports.profile_view import chosen, fastest, slower
 from echelon.reports.statistics import TIE

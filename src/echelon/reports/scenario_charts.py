@@ -8,9 +8,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import LEAST_TAU
+from echelon.engine.precision_check import MIN_TAU
+from echelon.messages import tr
 from echelon.reports import wording
-from echelon.reports.html import tr
 from echelon.reports.plots import COLOURS, LINES, PAPER, Chart, log_ticks, time_tick
 from echelon.reports.summary import agreement
 
@@ -174,11 +174,11 @@ def agreement_charts(profile: Profile) -> list[Chart]:
         "name": tr("needed to serve"),
         "meta": "needed",
         "x": names,
-        "y": [LEAST_TAU] * len(names),
+        "y": [MIN_TAU] * len(names),
         "hoverinfo": "skip",
         "line": {"color": COLOURS[5], "dash": "dash", "width": 2},
     }
-    least = min(LEAST_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
+    least = min(MIN_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
     upright = {"range": [least - ROOM, 1 + ROOM], "title": {"text": tr("Agreement with fp32")}}
     return [
         Chart(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from echelon.reports.html import listed, mark, told, tr
+from echelon.messages import N_, listed, tr, translated
 from echelon.reports.wording import UNKNOWN, duration, number, percent, shell, size, tokens
 
 if TYPE_CHECKING:
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 TITLES = {
-    "api": mark("Realtime API"),
-    "offline": mark("Offline reranking"),
-    "edge": mark("Small edge machine"),
-    "concurrent": mark("High concurrency"),
+    "api": N_("Realtime API"),
+    "offline": N_("Offline reranking"),
+    "edge": N_("Small edge machine"),
+    "concurrent": N_("High concurrency"),
 }
 
 NUMBERS = {
-    "p50_s": "P50",
-    "p95_s": "P95",
-    "p99_s": "P99",
-    "requests_per_s": mark("Requests/s"),
-    "documents_per_s": mark("Documents/s"),
-    "memory_bytes": mark("Memory"),
+    "p50_s": N_("metric.p50_s"),
+    "p95_s": N_("metric.p95_s"),
+    "p99_s": N_("metric.p99_s"),
+    "requests_per_s": N_("metric.requests_per_s"),
+    "documents_per_s": N_("metric.documents_per_s"),
+    "memory_bytes": N_("metric.memory_bytes"),
 }
 """Rows of the card: numbers that are predicted and measured."""
 
@@ -60,7 +60,7 @@ def card(profile: Profile) -> Entry | None:
         "settings": _settings(found["chosen"]),
         "accuracy": _accuracy(found["accuracy"]),
         "rows": _rows(found["predicted"], found["measured"]),
-        "notes": [told(str(note)) for note in found["notes"]],
+        "notes": [translated(note) for note in found["notes"]],
     }
 
 

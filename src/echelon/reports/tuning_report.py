@@ -11,10 +11,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import LEAST_OVERLAP, LEAST_TAU, MOST_NDCG_LOSS
+from echelon.engine.precision_check import MAX_NDCG_LOSS, MIN_OVERLAP, MIN_TAU
+from echelon.messages import N_, in_language, listed, tr, translated
 from echelon.profile import write_text
 from echelon.reports import summary, wording
-from echelon.reports.html import fill, listed, mark, speaking, told, tr
+from echelon.reports.html import fill
 from echelon.reports.model_charts import memory_charts, model_charts
 from echelon.reports.plots import charts
 from echelon.reports.profile_view import chosen, find, slowest
@@ -107,35 +108,35 @@ def memory_of(profile: Profile) -> str:
     return tr("the GPU, model included")
 
 
-NO_POINT = mark("No point was measured. Raise --time-limit.")
+NO_POINT = N_("No point was measured. Raise --time-limit.")
 
 SITUATIONS = {
     "api": (
-        mark("Realtime API"),
-        mark("1–10 documents"),
-        mark("The shortest call of {pairs} pairs; of sizes within {tie}, the smallest."),
+        N_("Realtime API"),
+        N_("1–10 documents"),
+        N_("The shortest call of {pairs} pairs; of sizes within {tie}, the smallest."),
         NO_POINT,
     ),
     "offline": (
-        mark("Offline reranking"),
-        mark("50–200 documents"),
-        mark("The most pairs a second, measured with {pairs}."),
+        N_("Offline reranking"),
+        N_("50–200 documents"),
+        N_("The most pairs a second, measured with {pairs}."),
         NO_POINT,
     ),
     "edge": (
-        mark("Small edge machine"),
-        mark("1–5 documents"),
-        mark("The smallest step that keeps {enough} of the speed: it needs the least memory."),
+        N_("Small edge machine"),
+        N_("1–5 documents"),
+        N_("The smallest step that keeps {enough} of the speed: it needs the least memory."),
         NO_POINT,
     ),
     "concurrent": (
-        mark("High concurrency"),
-        mark("requests of any size"),
-        mark(
+        N_("High concurrency"),
+        N_("requests of any size"),
+        N_(
             "Requests differ in length: a limit in tokens bounds a step's time, one in pairs "
             "does not. The smallest that keeps {enough} of the speed."
         ),
-        mark("No token budget was measured. Give --token-budgets."),
+        N_("No token budget was measured. Give --token-budgets."),
     ),
 }
 """Per situation: its name, what it ranks, why its setting, and what to do without one."""
@@ -205,15 +206,15 @@ def agreement_needed() -> str:
     """What a precision must reach to serve."""
     return tr(
         "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
-        tau=LEAST_TAU,
-        overlap=wording.percent(LEAST_OVERLAP),
-        loss=MOST_NDCG_LOSS,
+        tau=MIN_TAU,
+        overlap=wording.percent(MIN_OVERLAP),
+        loss=MAX_NDCG_LOSS,
     )
 
 
 def warnings(profile: Profile) -> list[str]:
     """What to know before trusting the numbers."""
-    found = [told(str(warning)) for warning in profile.warnings]
+    found = [translated(warning) for warning in profile.warnings]
     learned = profile.learned_token_budget
     if learned is None:
         return found
@@ -231,7 +232,7 @@ def point_row(entry: Entry) -> dict[str, Any]:
         "pairs": entry["pairs"],
         "step": wording.step_of(entry).removesuffix(" a step"),
         "status": wording.missing(entry["status"]),
-        "reason": told(str(entry["reason"])) if entry["reason"] else tr("no number"),
+        "reason": translated(entry["reason"]) if entry["reason"] else tr("no number"),
     }
     return row | {"numbers": _numbers(entry) if wording.measured(entry) else []}
 
@@ -285,7 +286,7 @@ def render(
     profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_NAME, lang: str = "en"
 ) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
-    with speaking(lang):
+    with in_language(lang):
         return fill(
             "echelon.reports", "templates/report.html.j2", _content(profile, str(profile_path))
         )

@@ -11,7 +11,7 @@ import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from echelon.reports.html import listed, mark, told, tr
+from echelon.messages import N_, listed, tr, translated
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ SPACE = "\u00a0"
 UNKNOWN = "–"
 
 MISSING = {
-    "out_of_memory": mark("out of memory"),
-    "skipped": mark("skipped"),
-    "not_reached": mark("not reached"),
+    "out_of_memory": N_("out of memory"),
+    "skipped": N_("skipped"),
+    "not_reached": N_("not reached"),
 }
 """Words for each status without a number."""
 
@@ -157,7 +157,7 @@ def status(entry: Entry) -> str:
     found = missing(entry["status"])
     if not entry["reason"]:
         return found
-    return tr("{what}: {found}", what=found, found=told(str(entry["reason"])))
+    return tr("{what}: {found}", what=found, found=translated(entry["reason"]))
 
 
 def missing(name: str) -> str:
@@ -200,7 +200,7 @@ def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = {"mean": tr("mean"), "p50": tr("median"), "p90": "P90", "max": tr("longest")}
     known = [f"{names[name]} {lengths[name]:,.0f}" for name in names if name in lengths]
     return [
-        (tr("Texts"), told(str(found.get("name") or UNKNOWN))),
+        (tr("Texts"), translated(found.get("name") or UNKNOWN)),
         (tr("Pairs in it"), f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
         (tr("Tokens a pair"), listed(known) or UNKNOWN),
     ]

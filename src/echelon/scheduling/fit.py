@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import ProfileError, TooNoisy
-from echelon.reports.html import kept
+from echelon.messages import Message
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SAME = 1e-6
 STORED_PADDING: dict[Padding, str] = {"none": "ragged", "rectangular": "padded"}
 """Names of the padding in profiles and other JSON, which older versions wrote and can read."""
 
-REMEDY = kept(
+REMEDY = (
     "Close other programs, or give the process cores of its own, and measure again with "
     "`echelon tune --refresh`."
 )
@@ -97,13 +97,16 @@ class FitError:
         return cls(float(median), float(p90), len(relative))
 
     @property
+    def too_large(self) -> bool:
+        """Whether a fit with this error is refused."""
+        return self.median > MOST_MEDIAN or self.p90 > MOST_P90
+
+    @property
     def words(self) -> str:
         """For messages."""
-        return kept(
-            "median {median}, P90 {p90} on {shapes} unseen shapes",
-            median=f"{self.median:.0%}",
-            p90=f"{self.p90:.0%}",
-            shapes=self.shapes,
+        return Message(
+            "fit.error",
+            {"median": f"{self.median:.0%}", "p90": f"{self.p90:.0%}", "shapes": self.shapes},
         )
 
 
@@ -211,20 +214,15 @@ def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Padding)
     _require(probes, unseen)
     spread = float(np.median([probe.spread for probe in (*probes, *unseen)]))
     if spread > MOST_SPREAD:
-        raise TooNoisy(
-            kept(
-                "Repeats of one step differ by {spread}, so no cost model was kept. {remedy}",
-                spread=f"{spread:.0%}",
-                remedy=REMEDY,
-            )
-        )
+        raise TooNoisy(Message("fit.repeats_differ", {"spread": f"{spread:.0%}"}))
     coefficients = _best_knee(probes, padding)
 
     def predict(probe: Probe) -> float:
         return coefficients.seconds(work_of(probe.lengths, padding))
 
     error = FitError.of([predict(probe) for probe in unseen], [probe.median_s for probe in unseen])
-    _require_true(kept("step times"), error)
+    if error.too_large:
+        raise TooNoisy(Message("fit.step_times_off", {"error": error.words}))
     shapes = [
         _shape(probe, padding, predict(probe), unseen=is_unseen)
         for some, is_unseen in ((probes, False), (unseen, True))
@@ -248,7 +246,8 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Paddin
     model = MemoryModel(float(fixed), float(token), float(square))
     predicted = [model.peak_bytes(work_of(probe.lengths, padding)) for probe in unseen]
     error = FitError.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
-    _require_true(kept("peak memory"), error)
+    if error.too_large:
+        raise TooNoisy(Message("fit.memory_off", {"error": error.words}))
     return MemoryFit(model, error)
 
 
@@ -259,25 +258,7 @@ def _amounts(work: Work) -> tuple[int, int, int]:
 def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
     if len(probes) < LEAST_PROBES or not unseen:
         raise TooNoisy(
-            kept(
-                "Only {probes} shapes of step could be measured, and {checks} to check them, too "
-                "few for a model. Free memory or raise --time-limit, and measure again with "
-                "`echelon tune --refresh`.",
-                probes=len(probes),
-                checks=len(unseen),
-            )
-        )
-
-
-def _require_true(what: str, error: FitError) -> None:
-    if error.median > MOST_MEDIAN or error.p90 > MOST_P90:
-        raise TooNoisy(
-            kept(
-                "Predicted {what} are off ({error}), so none were kept. {remedy}",
-                what=what,
-                error=error.words,
-                remedy=REMEDY,
-            )
+            Message("fit.too_few_probes", {"probes": len(probes), "checks": len(unseen)})
         )
 
 

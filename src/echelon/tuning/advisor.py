@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
-from echelon.reports.html import kept
+from echelon.messages import Message
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (
@@ -187,10 +187,8 @@ class _ScenarioRun:
         finally:
             scorer.close()
         models = models_of(probed, opener)
-        note = kept(
-            "The sweep's times are {swept}'s; the scenario takes {taken}.",
-            swept=self.profile.key.precision,
-            taken=precision,
+        note = Message(
+            "scenario.other_precision", {"swept": self.profile.key.precision, "taken": precision}
         )
         measured = replace(
             self.profile,
@@ -201,12 +199,7 @@ class _ScenarioRun:
         )
         self.probed[precision] = measured
         if models.cost is None:
-            self.notes.append(
-                kept(
-                    "Steps in {precision} were too noisy: their times are estimated.",
-                    precision=precision,
-                )
-            )
+            self.notes.append(Message("scenario.times_estimated", {"precision": precision}))
             return CandidatePrices(guess.cost, guess.memory)
         return CandidatePrices(
             cost_of(measured), memory_of(measured) if models.memory else guess.memory
@@ -241,12 +234,9 @@ class _ScenarioRun:
                 found = self._solve(load, models, limits)
             except InvalidInput as error:
                 self.notes.append(
-                    kept(
-                        "With the measured times nothing else can be chosen: {field}: {problem}. "
-                        "{remedy}",
-                        field=error.field,
-                        problem=error.problem,
-                        remedy=error.remedy,
+                    Message(
+                        "scenario.no_other_setting",
+                        {"field": error.field, "problem": error.problem, "remedy": error.remedy},
                     )
                 )
                 return

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonError, TooNoisy
+from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
-from echelon.reports.html import kept
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.scheduling.fit import fit_cost, fit_memory
 from echelon.tokenization.pairs import gather
@@ -192,11 +192,7 @@ def worker_peaks(
 
 
 def _without_memory(models: Calibration, error: Exception) -> Calibration:
-    words = kept(
-        "No memory model: a worker could not be measured ({error}). Free memory, and measure again "
-        "with `echelon tune --refresh`.",
-        error=str(error),
-    )
+    words = Message("calibration.no_memory_model", {"error": str(error)})
     return replace(models, memory=None, warnings=[*models.warnings, words])
 
 
@@ -208,11 +204,11 @@ def fitted(probes: list[Probe], unseen: list[Probe], limits: LengthRange) -> Cal
         measured = datetime.now(UTC).isoformat(timespec="seconds")
         cost = replace(fit_cost(probes, unseen, limits.padding), measured=measured).as_dict()
     except TooNoisy as error:
-        warnings.append(str(error))
+        warnings.append(error.args[0])
     try:
         memory = fit_memory(probes, unseen, limits.padding).as_dict()
     except TooNoisy as error:
-        warnings.append(str(error))
+        warnings.append(error.args[0])
     return Calibration(cost, memory, warnings)
 
 

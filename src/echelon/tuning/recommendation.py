@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from echelon.messages import Message
 from echelon.profile import TunedSettings
-from echelon.reports.html import kept
 from echelon.reports.summary import NUMBERS, value
 from echelon.reports.wording import duration, size
 from echelon.tuning.candidates import row_of
@@ -170,17 +170,17 @@ def _accuracy(
 
 
 def _notes(ask: ScenarioGoal, rounds: Sequence[ValidationRound]) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if not ask.verify_s:
-        notes.append(kept("Nothing was proved, as --verify-s 0 asks: the numbers are predictions."))
+        notes.append(Message("scenario.not_validated"))
     for place, one in enumerate(rounds, 1):
         if one.proof is None or agree(one.off):
             continue
         notes += [_off(place, name, one) for name in one.off if abs(one.off[name]) > AGREES]
         notes.append(
-            kept("The models were corrected by what was measured, and chosen and proved again.")
+            Message("scenario.models_corrected")
             if place < len(rounds)
-            else kept("Trust the measured numbers.")
+            else Message("scenario.trust_measured")
         )
     return notes
 
@@ -188,10 +188,12 @@ def _notes(ask: ScenarioGoal, rounds: Sequence[ValidationRound]) -> list[str]:
 def _off(place: int, name: str, one: ValidationRound) -> str:
     said = getattr(one.predicted, name)
     came = None if one.proof is None else getattr(one.proof.numbers, name)
-    return kept(
-        "Proof {place} disagrees with its prediction: {name} {came}, predicted {said}.",
-        place=place,
-        name=NUMBERS[name],
-        came=value(name, came),
-        said=value(name, said),
+    return Message(
+        "scenario.prediction_off",
+        {
+            "place": place,
+            "name": Message(NUMBERS[name]),
+            "came": value(name, came),
+            "said": value(name, said),
+        },
     )

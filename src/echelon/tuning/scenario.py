@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from echelon.errors import InvalidInput
-from echelon.reports.html import kept
+from echelon.messages import Message
 from echelon.reports.wording import duration, number, size
 from echelon.simulation.outcome import RateSearch
+from echelon.simulation.service_level import ServiceLevel
 from echelon.tuning.simulated_load import SimulatedService
 
 if TYPE_CHECKING:
@@ -111,6 +112,11 @@ class ScenarioLimits:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InvalidInput(name, f"{value} is not above 0", "Give a number above 0.")
+
+    @property
+    def level(self) -> ServiceLevel:
+        """The service level that must hold; without ``goal_s`` any latency is accepted."""
+        return ServiceLevel(math.inf if self.goal_s is None else self.goal_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,20 +307,17 @@ def impossible(
         best = max(one.candidate.agreement for one in tried)
         return InvalidInput(
             "--allow",
-            kept(
-                "no candidate ranks as fp32 does: the best agreement is {best}, {asked} is asked "
-                "for",
-                best=f"{best:.3f}",
-                asked=f"{limits.agreement:.3f}",
+            Message(
+                "scenario.no_agreement", {"best": f"{best:.3f}", "asked": f"{limits.agreement:.3f}"}
             ),
-            kept("Allow fp32 at full length."),
+            Message("scenario.allow_fp32"),
         )
     least = size(round(min(one.candidate.bytes for one in agreeing)))
     there = size(round(limits.memory_bytes or 0))
     return InvalidInput(
         "--memory-limit",
-        kept("{there} hold none of the {count} settings", there=there, count=len(agreeing)),
-        kept("Possible are {least} and more, a lower precision, or a smaller model.", least=least),
+        Message("scenario.memory_too_small", {"there": there, "count": len(agreeing)}),
+        Message("scenario.memory_possible", {"least": least}),
     )
 
 
@@ -325,30 +328,18 @@ def _too_much(
     calm_s = min(one.calm.p99_s for one in simulated if one.calm is not None)
     within = ""
     if limits.goal_s is not None:
-        within = kept(" within {goal}", goal=duration(limits.goal_s))
+        within = Message("scenario.within", {"goal": duration(limits.goal_s)})
     if bears:
         return InvalidInput(
             "--rate",
-            kept(
-                "{rate} requests/s cannot be answered{within} by this machine",
-                rate=number(limits.rate or 0),
-                within=within,
-            ),
-            kept(
-                "Possible are {rate}; for more take more machines (`echelon plan`).",
-                rate=number(bears),
-            ),
+            Message("scenario.rate_too_high", {"rate": number(limits.rate or 0), "within": within}),
+            Message("scenario.rate_possible", {"rate": number(bears)}),
         )
     return InvalidInput(
         "--slo-p99-ms",
-        kept(
-            "nothing is answered{within} by this machine: P99 is {p99} at {load} load",
-            within=within,
-            p99=duration(calm_s),
-            load=f"{calm:.0%}",
+        Message(
+            "scenario.goal_too_short",
+            {"within": within, "p99": duration(calm_s), "load": f"{calm:.0%}"},
         ),
-        kept(
-            "Possible are {least} and more, or fewer or shorter documents.",
-            least=duration(1.25 * calm_s),
-        ),
+        Message("scenario.goal_possible", {"least": duration(1.25 * calm_s)}),
     )

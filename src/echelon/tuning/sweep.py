@@ -1,42 +1,44 @@
-"""Statistics of repeated measurements: medians, percentiles and their certainty. Pure.
+"""Measures many step sizes side by side and chooses the best. Pure: clock and work are arguments.
 
-The sweep: many settings measured side by side until each is known well enough.
-
-Points take turns, one run each round, so that a machine that slows down slows all alike. The
-clock and the work are arguments: tests drive the whole sweep without a model.
+Points are measured in turn, one run per round, so a slow-down of the machine affects all alike.
+Two sizes whose medians are close are a tie, and a tie goes to the smaller step: it needs less
+memory, and the next request starts sooner.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory
-from echelon.reports.html import kept
-from echelon.reports.statistics import Statistics, summarize
+from echelon.progress import no_progress
+from echelon.reports.statistics import ENOUGH, TIE, Statistics, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from echelon.progress import Progress
     from echelon.types import Clock
-
 
 Status = Literal["ok", "out_of_memory", "skipped", "not_reached"]
 
 TIGHT = 0.03
-"""A point is known well enough when its median's interval is within ±3 %."""
+"""A point is known well enough when the interval of its median is within ±3 %."""
 
-MOST_SAMPLES = 60
+MAX_SAMPLES = 60
 """Runs after which a point that is still not tight is left as it is."""
-
 
 SLOW_S = 2.0
 """A first run that takes this long needs no warm-up: start-up costs are some milliseconds."""
 
 FIRST_LOOK = 3
-"""Times the limit within which points that have not run at all may still get their first run: a
-table with gaps helps nobody, a tuner that never ends neither."""
+"""Multiple of the time limit within which points that have not run may still get their first run:
+a table with gaps is of little use, but the sweep must end."""
+
+NOISY = 0.10
+"""Half-width of a median's interval, relative to it, above which a point is called noisy."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,15 +62,15 @@ class SweepPoint:
 
     @property
     def row(self) -> tuple[int, str]:
-        """Points of one row differ only in size; memory that ends one ends the larger."""
+        """Points of a row differ only in size: where one is out of memory, so are the larger."""
         return self.pairs, "pairs" if self.batch_size else "tokens"
 
     @property
     def label(self) -> str:
         """Words for a progress line."""
         if self.batch_size:
-            return kept("{pairs} pairs, steps of {size} pairs", pairs=self.pairs, size=self.size)
-        return kept("{pairs} pairs, steps of {size} tokens", pairs=self.pairs, size=self.size)
+            return Message("sweep.point_pairs", {"pairs": self.pairs, "size": self.size})
+        return Message("sweep.point_tokens", {"pairs": self.pairs, "size": self.size})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class SweepRun:
 
     Attributes:
         seconds: from texts in hand to scores in hand.
-        tokens: useful tokens.
-        cost_tokens: tokens paid for, padding included.
+        tokens: tokens without padding.
+        cost_tokens: tokens with padding.
         steps: forward passes.
         peak_bytes: peak memory of process or device; None where it cannot be read.
     """
@@ -114,7 +116,7 @@ class MeasuredPoint:
         if self.status in {"out_of_memory", "skipped"}:
             return True
         return bool(self.seconds) and (
-            len(self.seconds) >= MOST_SAMPLES or self.summary.relative_width <= TIGHT
+            len(self.seconds) >= MAX_SAMPLES or self.summary.relative_width <= TIGHT
         )
 
     def add(self, run: SweepRun) -> None:
@@ -135,10 +137,10 @@ class MeasuredPoint:
             "reason": self.reason,
         }
         if self.seconds:
-            known |= self._numbers()
+            known |= self._metrics()
         return known
 
-    def _numbers(self) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, Any]:
         summary = self.summary
         return {
             "samples": summary.samples,
@@ -185,27 +187,27 @@ def grid(
 
 def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     points: Sequence[SweepPoint],
-    trial: Callable[[SweepPoint], SweepRun],
+    run: Callable[[SweepPoint], SweepRun],
     *,
     clock: Clock,
     limit_s: float,
     known: Sequence[MeasuredPoint] = (),
-    saved: Callable[[list[MeasuredPoint]], None] = lambda _: None,
-    told: Callable[[SweepPoint, float], None] = lambda *_: None,
+    save: Callable[[list[MeasuredPoint]], None] = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> list[MeasuredPoint]:
     """Measure points in turn until each is tight or the time is up.
 
-    Every point's first run is a warm-up that is not counted, unless it is so slow that start-up
-    costs vanish in it. A first look at every point may overrun the limit, see FIRST_LOOK.
+    The first run of a point is a warm-up that is not counted, unless it is so slow that start-up
+    costs do not matter. The first runs of all points may exceed the limit, see FIRST_LOOK.
 
     Args:
         points: what to measure.
-        trial: runs a point once; raises :class:`DeviceOutOfMemory` where it does not fit.
+        run: runs a point once; raises :class:`DeviceOutOfMemory` where it does not fit.
         clock: seconds.
-        limit_s: time to spend, in seconds.
-        known: results of an interrupted sweep to go on from.
-        saved: called with all results after each run.
-        told: called before each run with the point and the share of the work done, 0 to 1.
+        limit_s: seconds to spend.
+        known: results of an interrupted sweep to resume.
+        save: called with all results after each run.
+        on_progress: called before each run.
 
     Returns:
         One entry for each point, in the order of ``points``.
@@ -218,9 +220,10 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
             spent = clock() - started
             if spent >= limit_s * (1 if measured.seconds else FIRST_LOOK):
                 continue
-            told(measured.point, _progress(results, spent, limit_s))
-            _measure(measured, results, trial)
-            saved(results)
+            share = _share_done(results, spent, limit_s)
+            on_progress(f"measuring {measured.point.label}", share, 1.0)
+            _measure(measured, results, run)
+            save(results)
         if clock() - started >= limit_s:
             break
     for measured in results:
@@ -230,15 +233,15 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
 
 
 def _measure(
-    measured: MeasuredPoint, results: list[MeasuredPoint], trial: Callable[[SweepPoint], SweepRun]
+    measured: MeasuredPoint, results: list[MeasuredPoint], run: Callable[[SweepPoint], SweepRun]
 ) -> None:
     if measured.done:  # a smaller size of this row ran out of memory in this very round
         return
     try:
-        run = trial(measured.point)
-        if not measured.seconds and run.seconds < SLOW_S:
-            run = trial(measured.point)
-        measured.add(run)
+        seen = run(measured.point)
+        if not measured.seconds and seen.seconds < SLOW_S:
+            seen = run(measured.point)
+        measured.add(seen)
     except DeviceOutOfMemory as error:
         _out_of_memory(measured, results, str(error))
 
@@ -250,11 +253,124 @@ def _out_of_memory(measured: MeasuredPoint, results: list[MeasuredPoint], reason
         if larger.point.row == measured.point.row and larger.point.size > measured.point.size:
             larger.status = "skipped"
             size = measured.point.size
-            larger.reason = kept("steps of {size} already ran out of memory", size=size)
+            larger.reason = Message("sweep.smaller_out_of_memory", {"size": size})
             larger.seconds.clear()
 
 
-def _progress(results: list[MeasuredPoint], spent: float, limit_s: float) -> float:
-    """Share of the work done: points finished or time used, whichever is more."""
+def _share_done(results: list[MeasuredPoint], spent: float, limit_s: float) -> float:
+    """Share of the points finished or of the time used: the larger of the two."""
     finished = sum(measured.done for measured in results) / len(results)
     return min(1.0, max(finished, spent / limit_s if math.isfinite(limit_s) else 0.0))
+
+
+# Choosing from the measured points.
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioAdvice:
+    """The best measured point for a scenario.
+
+    Attributes:
+        name: ``api``, ``offline``, ``edge`` or ``concurrent``.
+        documents: documents per request in this scenario.
+        pairs: pairs of the measured call.
+        batch_size: pairs per step; None where the token budget limits the step.
+        token_budget: tokens per step; None where the batch size limits the step.
+        latency_s: measured median of a call.
+        pairs_per_s: measured throughput.
+        peak_bytes: measured peak memory; None where it could not be read.
+    """
+
+    name: str
+    documents: str
+    pairs: int
+    batch_size: int | None
+    token_budget: int | None
+    latency_s: float
+    pairs_per_s: float
+    peak_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the profile."""
+        return asdict(self)
+
+
+def best_of(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
+    """The fastest of some points with the same number of pairs; ties go to the smallest step."""
+    known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
+    if not known:
+        return None
+    fastest = min(known, key=lambda m: m.summary.median)
+    longest = fastest.summary.median * (1 + TIE)
+    return next(m for m in known if m.summary.median <= longest)
+
+
+def best_batches(results: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
+    """The best batch size for each number of pairs, fewest pairs first."""
+    counts = sorted({m.point.pairs for m in results})
+    rows = [[m for m in results if m.point.pairs == n and m.point.batch_size] for n in counts]
+    return [best for row in rows if (best := best_of(row)) is not None]
+
+
+def best_budget(results: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
+    """The best token budget."""
+    return best_of(m for m in results if m.point.token_budget)
+
+
+def frugal(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
+    """The smallest step that keeps ENOUGH of the best throughput."""
+    known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
+    if not known:
+        return None
+    fastest = min(m.summary.median for m in known)
+    return next(m for m in known if m.summary.median * ENOUGH <= fastest)
+
+
+def scenario_advice(results: Sequence[MeasuredPoint]) -> list[ScenarioAdvice]:
+    """The best measured point for each of the four scenarios.
+
+    A realtime API needs the shortest call of few pairs, offline work the highest throughput of
+    many pairs, an edge machine the smallest step with nearly the full speed, and a highly
+    concurrent service a token budget: its requests vary in length, so a number of pairs would
+    not limit the time of a step.
+    """
+    counts = sorted({m.point.pairs for m in results if m.seconds})
+    if not counts:
+        return []
+    few = [m for m in results if m.point.pairs == counts[0] and m.point.batch_size]
+    many = [m for m in results if m.point.pairs == counts[-1]]
+    advice = (
+        ("api", "1-10", best_of(few)),
+        ("offline", "50-200", best_of(many)),
+        ("edge", "1-5", frugal(few)),
+        ("concurrent", "any", frugal(m for m in many if m.point.token_budget)),
+    )
+    return [_advice(name, documents, m) for name, documents, m in advice if m is not None]
+
+
+def _advice(name: str, documents: str, measured: MeasuredPoint) -> ScenarioAdvice:
+    median = measured.summary.median
+    return ScenarioAdvice(
+        name=name,
+        documents=documents,
+        pairs=measured.point.pairs,
+        batch_size=measured.point.batch_size,
+        token_budget=measured.point.token_budget,
+        latency_s=median,
+        pairs_per_s=measured.point.pairs / median,
+        peak_bytes=measured.peak_bytes,
+    )
+
+
+def sweep_warnings(results: Sequence[MeasuredPoint]) -> list[str]:
+    """What makes the results uncertain, each with its remedy."""
+    found: list[str] = []
+    noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
+    if noisy:
+        found.append(Message("sweep.noisy_points", {"noisy": len(noisy), "all": len(results)}))
+    missed = [m for m in results if m.status == "not_reached"]
+    if missed:
+        found.append(Message("sweep.points_not_reached", {"missed": len(missed)}))
+    memory = [m for m in results if m.status == "out_of_memory"]
+    found += [Message("sweep.out_of_memory", {"point": m.point.label}) for m in memory]
+    return found
