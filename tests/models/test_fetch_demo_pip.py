@@ -105,7 +105,7 @@ def test_an_index_that_does_not_answer(
 @pytest.mark.parametrize(
     ("stderr", "kind", "words"),
     [
-        ("", ModelNotFound, "2.1.7: pip said nothing"),
+        ("", ModelNotFound, "2.1.7: pip printed no reason"),
         ("some words\n\n", ModelNotFound, "2.1.7: some words"),
         ("ERROR: a\nERROR: b\nWARNING: c\n", ModelNotFound, "2.1.7: b"),
         ("ERROR: [Errno 28] No space left on device\n", StorageError, "ECHELON_HOME"),

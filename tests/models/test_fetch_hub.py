@@ -55,7 +55,7 @@ def test_a_gated_repository(server: StandIn, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["a--b/c", "acme/x..y", "acme/x.git", "acme/" + "x" * 120])
 def test_a_name_that_the_hub_forbids(server: StandIn, name: str) -> None:
-    with pytest.raises(ModelNotFound, match="neither a local folder nor a name that the hub"):
+    with pytest.raises(ModelNotFound, match="neither a local folder nor a valid hub name"):
         resolve(name)
     assert server.asked == []
 

@@ -34,7 +34,7 @@ def test_a_cached_copy_serves_with_a_warning_when_the_hub_is_ill(server: StandIn
     first = resolve(REPO)
     server.broken = True
 
-    with pytest.warns(EchelonWarning, match="did not hand out"):
+    with pytest.warns(EchelonWarning, match="did not provide"):
         assert resolve(REPO) == first
 
 

@@ -180,7 +180,9 @@ def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, own_home, mo
     assert content["int8"]["passed"]
     assert content["key"]["precision"] == "int8"
 
-    monkeypatch.setattr(precision_check, "compare_precisions", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        precision_check, "compare_precisions", lambda *_: pytest.fail("measured again")
+    )
     with Reranker(demo_folder, device="cpu", precision="int8") as second:
         np.testing.assert_array_equal(second.score(pairs), scores)
 

@@ -15,8 +15,9 @@ from services import scores, service
 
 from echelon.errors import InvalidInput, TooLarge
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.tokenization.chunking import Chunking, chunk, cut_at, spans
+from echelon.tokenization.chunking import chunk, cut_at, spans
 from echelon.tokenization.pairs import TruncationImpossible
+from echelon.types import Chunking, RerankRequest
 
 
 @given(some.integers(0, 3000), some.integers(1, 300), some.none() | some.integers(1, 20))

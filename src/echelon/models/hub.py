@@ -1,10 +1,7 @@
-"""Repository on the Hugging Face hub → folder in the hub's own cache.
+"""Find a model's folder by name; fetch it from the Hugging Face hub where needed.
 
-All talking and storing is done by ``huggingface_hub``, so its cache, mirrors, tokens and offline
-switch count. What is decided here: which files are worth fetching, when the cache will do, and
-what an error means to the person who reads it.
-
-What the caller called a model → the folder that holds it.
+``huggingface_hub`` does the transfer and storage, so its cache, mirrors, tokens and offline switch
+apply. This module chooses the files, decides when the cached copy is enough, and explains errors.
 """
 
 from __future__ import annotations
@@ -56,10 +53,10 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 
 def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> Path:
-    """Bring a repository's config, tokenizer and weights into the hub's cache.
+    """Fetch a repository's config, tokenizer and weights into the hub's cache.
 
-    A commit that lies complete in the cache is used as it is. A branch or tag is asked for, and
-    its cached copy stands in where the hub gives no answer.
+    A commit that is complete in the cache is used without asking the hub. For a branch or tag the
+    hub is asked, and the cached copy is used when it does not answer.
 
     Args:
         repo: ``name`` or ``owner/name``.
@@ -67,7 +64,7 @@ def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> 
         progress: show the hub library's progress bars.
 
     Returns:
-        The snapshot's folder, called after its commit.
+        The snapshot's folder, named after its commit.
 
     Raises:
         ModelNotFound: no such repository or revision, no access, or no connection and no copy.
@@ -85,11 +82,7 @@ def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> 
 
 
 def choose(files: Iterable[str]) -> list[str]:
-    """Pick the files that a reranker needs out of a repository's list; weights of one kind only.
-
-    Returns:
-        Their names; empty where there are no weights to use.
-    """
+    """Choose the files that a reranker needs, with weights of one format; empty without weights."""
     names = sorted(files)
     for kind in _WEIGHTS:
         if weights := _matching(names, kind):
@@ -98,7 +91,7 @@ def choose(files: Iterable[str]) -> list[str]:
 
 
 def _matching(names: list[str], patterns: Iterable[str]) -> list[str]:
-    # A pattern's * crosses folders, and what lies in a folder is another format of the same model.
+    # A pattern's * crosses folders; files in a folder are another format of the same model.
     return [n for n in names if "/" not in n and any(fnmatchcase(n, p) for p in patterns)]
 
 
@@ -118,12 +111,11 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """Find a complete copy in the cache, without a network."""
+    """Find a complete copy in the cache, without network access."""
     from huggingface_hub import snapshot_download
 
     try:
-        # No pattern matches no file: whether the copy is complete is for us to say, since the
-        # library would count formats that were never wanted.
+        # Without patterns the library would also count formats that were never fetched.
         found = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
     except _hub_errors():
         return None
@@ -140,10 +132,10 @@ def _complete(names: list[str]) -> bool:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the library may raise: its own errors, and those of the HTTP client under it."""
+    """The library's own errors and those of its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The client was requests, then httpx, then httpx2; HfHubHTTPError derives from its root error.
+    # The client was requests, httpx and httpx2 in turn; HfHubHTTPError derives from its error.
     client = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
     return (*client, OSError, ValueError, RuntimeError)
 
@@ -157,8 +149,8 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
         raise _explained(repo, revision, error) from error
     if not _offline():
         warnings.warn(
-            f"The hub did not hand out {repo} ({type(error).__name__}); using the cached commit "
-            f"{folder.name[:12]}. Set HF_HUB_OFFLINE=1 to use the cache without asking.",
+            f"The hub did not provide {repo} ({type(error).__name__}); using the cached commit "
+            f"{folder.name[:12]}. Set HF_HUB_OFFLINE=1 to use the cache only.",
             EchelonWarning,
             stacklevel=2,
         )
@@ -168,7 +160,7 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
 def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFound | StorageError:
     from huggingface_hub import errors
 
-    told = [  # a gated repository is also a missing one, so the order matters
+    messages = [  # a gated repository is also a missing one, so the order matters
         (errors.GatedRepoError, _GATED),
         (errors.RepositoryNotFoundError, _MISSING),
         (errors.RevisionNotFoundError, _NO_REVISION),
@@ -177,7 +169,7 @@ def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFou
     if _of_disk(error):
         return StorageError(_NO_SPACE.format(repo=repo, why=_redacted(error)))
     message = _OFFLINE if _offline() else _NO_ANSWER
-    message = next((text for kind, text in told if isinstance(error, kind)), message)
+    message = next((text for kind, text in messages if isinstance(error, kind)), message)
     return ModelNotFound(
         message.format(repo=repo, revision=revision or "the default branch", why=_redacted(error))
     )
@@ -194,16 +186,16 @@ _MISSING = (
 _NO_REVISION = (
     "{repo} has no revision {revision!r}. Name a branch, tag or commit that its page lists."
 )
-_BAD_NAME = "{repo!r} is neither a local folder nor a name that the hub allows. Use owner/name."
+_BAD_NAME = "{repo!r} is neither a local folder nor a valid hub name. Use owner/name."
 _OFFLINE = (
-    "{repo} at {revision} is not complete in the cache, and HF_HUB_OFFLINE forbids fetching it. "
+    "{repo} at {revision} is not complete in the cache, and HF_HUB_OFFLINE forbids a download. "
     "Unset that, or name a local folder."
 )
 _NO_ANSWER = (
     "{repo} at {revision} could not be fetched, and no complete copy is in the cache ({why}). "
     "Check the connection, the proxy and HF_ENDPOINT, or name a local folder."
 )
-_NO_SPACE = "{repo} could not be stored ({why}). Make room, or point HF_HOME to another disk."
+_NO_SPACE = "{repo} could not be stored ({why}). Free disk space, or set HF_HOME to another disk."
 
 
 def _of_disk(error: Exception) -> bool:
@@ -223,28 +215,24 @@ def _redacted(error: Exception) -> str:
 
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
-    """Switch the library's progress bars, and back; a choice made by environment stands."""
+    """Switch the library's progress bars on or off for a while; an environment setting wins."""
     from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     shown_before = not are_progress_bars_disabled()
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or shown is shown_before:
         yield
         return
-    _switch_progress_bars(on=shown)
+    switches = {True: enable_progress_bars, False: disable_progress_bars}
+    switches[shown]()
     try:
         yield
     finally:
-        _switch_progress_bars(on=shown_before)
-
-
-def _switch_progress_bars(*, on: bool) -> None:
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-
-    if on:
-        enable_progress_bars()
-    else:
-        disable_progress_bars()
+        switches[shown_before]()
 
 
 DEMO = "demo"
@@ -260,9 +248,9 @@ class ModelFolder:
 
     Attributes:
         path: absolute path of its folder.
-        name: what to call it: the hub's name, the folder's own name, or ``demo``.
-        revision: what changes when the model does: the hub's commit, a fingerprint of a local
-            folder's config and weight files, or the start of the demo model's sha256.
+        name: the hub's name, the folder's own name, or ``demo``.
+        revision: the hub's commit, a fingerprint of a local folder's config and weight files, or
+            the first digits of the demo model's sha256.
     """
 
     path: Path
@@ -273,11 +261,10 @@ class ModelFolder:
 def resolve(
     model: str | os.PathLike[str], *, revision: str | None = None, progress: bool = False
 ) -> ModelFolder:
-    """Find a model's folder, fetching it where it is not on this machine yet.
+    """Find a model's folder; fetch it if it is not on this machine.
 
-    In this order: the text ``demo`` is the demo model (``./demo`` is a folder of that name), a
-    folder that exists is itself, and a text shaped like ``name`` or ``owner/name`` is asked of the
-    hub. What the folder holds is not looked at.
+    Tried in this order: ``demo`` is the demo model (``./demo`` is a folder of that name); an
+    existing folder is used as it is; ``name`` or ``owner/name`` is looked up on the hub.
 
     Args:
         model: the name or path; ``~`` is the home folder.
@@ -285,11 +272,11 @@ def resolve(
         progress: show progress bars on standard error.
 
     Raises:
-        InvalidInput: not a text or path, empty, a file, or a revision of what has none.
+        InvalidInput: no text or path, empty, a file, or a revision of a model that has none.
         ModelNotFound: no such folder, repository or revision, no access, or no connection.
         UnsupportedModel: the repository holds no weights in safetensors or PyTorch format.
-        BadCheckpoint: the demo model arrived damaged.
-        StorageError: what was fetched could not be stored.
+        BadCheckpoint: the demo model's files are damaged.
+        StorageError: the files could not be stored.
     """
     name = _checked(model)
     if revision is not None and not revision.strip():
@@ -304,14 +291,14 @@ def resolve(
     if os.path.exists(folder):  # noqa: PTH110  # as above
         raise InvalidInput("model", f"{name!r} is a file", "Give the folder that holds it.")
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):
-        raise ModelNotFound(f"There is no folder {name!r}, and no hub name looks so. {_REMEDY}")
+        raise ModelNotFound(f"There is no folder {name!r}, and it is no hub name. {_REMEDY}")
     snapshot = fetch(name, revision=revision, progress=progress)
     return ModelFolder(snapshot, name, snapshot.name)
 
 
 def _checked(model: object) -> str:
     try:
-        name = os.fspath(model)  # type: ignore[call-overload]  # asking is how one finds out
+        name = os.fspath(model)  # type: ignore[call-overload]  # the call is the check
     except TypeError:
         name = None
     if not isinstance(name, str):
@@ -334,11 +321,7 @@ def _local(folder: Path) -> ModelFolder:
 
 
 def fingerprint(folder: Path) -> str:
-    """Sum up a model folder so that a changed model is noticed without reading its weights.
-
-    Returns:
-        A short hash over config.json's bytes and each weight file's name, size and time.
-    """
+    """Short hash of config.json and of each weight file's name, size and time."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name == "config.json" and path.is_file():

@@ -1,1 +1,1 @@
-"""Text to tokens: the pair encoding of the reference tokenizers, the query encoded once."""
+"""Texts → token ids: the reference tokenizers' pair encoding, with each query encoded once."""

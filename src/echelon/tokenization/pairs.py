@@ -1,14 +1,14 @@
-"""Rules of joining a query and a document into one pair of token ids.
+"""Join a query and a document into one pair of token ids.
 
-Pure: knows lengths and ids, not tokenizers or models. The truncation follows the reference
-tokenizers (``longest_first`` and ``only_second`` of Hugging Face ``tokenizers``) to the token.
+Pure: knows lengths and ids, not tokenizers or models. Truncation follows ``longest_first`` and
+``only_second`` of Hugging Face ``tokenizers`` to the token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from echelon.types import TokenBatch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.options import Truncation
-    from echelon.types import IntArray
+    from echelon.types import IntArray, Side, Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,40 +28,39 @@ class Template:
         before: ids before the query, such as ``[CLS]``.
         between: ids between query and document.
         after: ids after the document.
-        types: segment ids of (before, query, between, document, after); None where the model
-            has one segment only.
-        side: the end that truncation keeps is the other one.
+        types: segment ids of the five parts; None where the model has one segment only.
+        side: side from which tokens are removed: ``left`` or ``right``.
     """
 
     before: tuple[int, ...]
     between: tuple[int, ...]
     after: tuple[int, ...]
     types: tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]] | None
-    side: Literal["left", "right"] = "right"
+    side: Side = "right"
 
     @property
     def ids(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The three runs of special tokens."""
+        """Special tokens before, between and after the texts."""
         return self.before, self.between, self.after
 
     @property
     def specials(self) -> int:
-        """Special tokens added to every pair."""
+        """Number of special tokens in every pair."""
         return sum(map(len, self.ids))
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPairs:
-    """Pairs as token ids, still unjoined so that they can be cut shorter later.
+    """Pairs as token ids, not yet joined so that they can be cut shorter later.
 
     Attributes:
         template: special tokens of the model.
-        queries: int32 ids of each pair's query; pairs of one query share the array.
+        queries: int32 ids of each pair's query; pairs with the same query share the array.
         documents: int32 ids of each pair's document.
         kept: int32 [pairs, 2], query and document tokens that each pair keeps.
-        lengths: int32 [pairs], tokens of each pair as the model sees it.
+        lengths: int32 [pairs], tokens of each pair with special tokens.
         truncation: the mode they were cut in.
-        places: where each pair stands in the caller's list, for messages.
+        places: index of each pair in the caller's list, for messages.
     """
 
     template: Template
@@ -84,12 +82,12 @@ class EncodedPairs:
         return lost
 
     def keys(self) -> tuple[bytes, ...]:
-        """What tells pairs apart: pairs of one key have the same ids, now and if cut further."""
+        """One key a pair; pairs with the same key have the same ids, also if cut further."""
         mode = self.truncation.encode()
         return tuple(self._key(index, mode) for index in range(len(self)))
 
     def shortened(self, max_length: int, indices: Iterable[int]) -> EncodedPairs:
-        """The same pairs, the chosen ones cut to ``max_length``.
+        """The same pairs with the chosen ones cut to ``max_length``.
 
         Raises:
             TruncationImpossible: a chosen pair's query alone leaves no room for its document.
@@ -119,16 +117,16 @@ class EncodedPairs:
         query, document = self.kept[index].tolist()
         whole = len(self.queries[index]), len(self.documents[index])
         digest = blake2b(b"%s %d %d %d " % (mode, query, *whole), digest_size=16)
-        digest.update(_cut(self.queries[index], query, self.template.side).tobytes())
-        digest.update(_cut(self.documents[index], document, self.template.side).tobytes())
+        digest.update(cut_ids(self.queries[index], query, self.template.side).tobytes())
+        digest.update(cut_ids(self.documents[index], document, self.template.side).tobytes())
         return digest.digest()
 
     def _parts(
         self, index: int, before: IntArray, between: IntArray, after: IntArray
     ) -> tuple[IntArray, ...]:
         kept_query, kept_document = self.kept[index]
-        query = _cut(self.queries[index], kept_query, self.template.side)
-        document = _cut(self.documents[index], kept_document, self.template.side)
+        query = cut_ids(self.queries[index], kept_query, self.template.side)
+        document = cut_ids(self.documents[index], kept_document, self.template.side)
         return before, query, between, document, after
 
     def _types(self, chosen: Sequence[int]) -> IntArray | None:
@@ -143,7 +141,7 @@ class EncodedPairs:
 
 
 def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
-    """Pairs of one call that were encoded in slices, as one."""
+    """Concatenate slices of one call's pairs."""
     return replace(
         parts[0],
         queries=[query for part in parts for query in part.queries],
@@ -155,7 +153,7 @@ def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
 
 
 def gather(picks: Sequence[tuple[EncodedPairs, int]]) -> TokenBatch:
-    """One step's input out of several calls' pairs of one model, in the given order."""
+    """Join pairs of several calls to one model into one step's input, in the given order."""
     pairs = replace(
         picks[0][0],
         queries=[pairs.queries[index] for pairs, index in picks],
@@ -167,10 +165,10 @@ def gather(picks: Sequence[tuple[EncodedPairs, int]]) -> TokenBatch:
 
 
 class TruncationImpossible(ValueError):
-    """A query fills the whole pair, and the mode forbids to cut it.
+    """A query fills the whole pair and the mode does not allow cutting it.
 
     Attributes:
-        index: the pair's place in the caller's list.
+        index: the pair's index in the caller's list.
         query_tokens: tokens of its query.
         room: tokens that query and document share.
     """
@@ -188,7 +186,7 @@ def encode_pairs(
     truncation: Truncation,
     places: Sequence[int] | None = None,
 ) -> EncodedPairs:
-    """Decide how much of each pair is kept.
+    """Cut each pair to ``max_length``.
 
     Raises:
         TruncationImpossible: see :func:`truncate`.
@@ -200,11 +198,11 @@ def encode_pairs(
 
 
 def truncate(query: int, document: int, room: int, mode: Truncation) -> tuple[int, int] | None:
-    """Tokens kept of a query and a document that must share ``room`` tokens.
+    """Tokens kept of a query and a document that share ``room`` tokens.
 
-    ``longest_first`` leaves the shorter text whole if it fits in half of the room, else halves
-    the room, the odd token going to the longer text. ``only_second`` cuts the document and keeps
-    at least one token of it; None means that this cannot be done.
+    ``longest_first`` keeps the shorter text whole if it fits in half of the room, else halves the
+    room; the odd token goes to the longer text. ``only_second`` cuts the document and keeps at
+    least one of its tokens; None means that this is impossible.
     """
     excess = query + document - room
     if excess <= 0:
@@ -220,7 +218,8 @@ def truncate(query: int, document: int, room: int, mode: Truncation) -> tuple[in
     return (long, short) if query > document else (short, long)
 
 
-def _cut(ids: IntArray, keep: int, side: str) -> IntArray:
-    if keep == len(ids):
+def cut_ids(ids: IntArray, keep: int | None, side: str) -> IntArray:
+    """The first ``keep`` tokens, or the last ones if tokens are removed from the left."""
+    if keep is None or len(ids) <= keep:
         return ids
     return ids[len(ids) - keep :] if side == "left" else ids[:keep]

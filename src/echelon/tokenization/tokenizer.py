@@ -1,7 +1,7 @@
-"""Tokenization: the only file that knows the ``tokenizers`` library.
+"""Texts → token ids: the only file that uses the ``tokenizers`` library.
 
-A tokenizer is loaded once, stripped of its own truncation and padding, and never changed again:
-changing one while another thread uses it is what raises "Already borrowed" elsewhere.
+A tokenizer loses its own truncation and padding when it is loaded and is never changed again:
+changing it while another thread uses it raises "Already borrowed".
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding, Tokenizer
 
-    from echelon.options import Truncation
-    from echelon.types import IntArray, Pair
+    from echelon.types import IntArray, Pair, Side, Truncation
 
 PROBES = ("a", "1", "的", "x y")
-"""Texts tried in turn to see where a tokenizer puts its special tokens; any one will do."""
+"""Texts tried in turn to find the special tokens; the first that gives tokens is enough."""
 
 
 class PairEncoder:
     """Turns pairs of texts into token ids exactly as the model's reference tokenizer does.
 
     Args:
-        folder: model folder with ``tokenizer.json`` (or files that ``transformers`` can turn
-            into one).
+        folder: model folder with ``tokenizer.json``, or files that ``transformers`` converts.
 
     Raises:
-        BadCheckpoint: no tokenizer, or one that cannot be read.
-        UnsupportedModel: a tokenizer that does not join pairs as ``… query … document …``.
+        BadCheckpoint: no readable tokenizer.
+        UnsupportedModel: the tokenizer does not join pairs as ``… query … document …``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,14 +51,14 @@ class PairEncoder:
         max_query_tokens: int | None = None,
         places: Sequence[int] | None = None,
     ) -> EncodedPairs:
-        """Encode pairs, each distinct query once and all documents in one batched call.
+        """Encode pairs: each distinct query once, all documents in one batched call.
 
         Args:
             pairs: (query, document) texts.
             max_length: tokens a pair may have, special tokens included.
-            truncation: what gives way when a pair is longer.
+            truncation: which text is cut when a pair is longer.
             max_query_tokens: tokens kept of a query; None keeps all.
-            places: where each pair stands in the caller's list, for messages; None is as here.
+            places: index of each pair in the caller's list, for messages; None counts from 0.
 
         Raises:
             InvalidInput: a query leaves no room for its document in mode ``only_second``.
@@ -77,7 +75,7 @@ class PairEncoder:
             raise _query_too_long(error, max_length) from None
 
     def ends(self, text: str) -> list[int]:
-        """Where each token of a text ends, in characters from its beginning."""
+        """End of each token of a text, in characters from the beginning."""
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return [end for _, end in offsets]
 
@@ -113,9 +111,8 @@ def _load(folder: Path) -> Tokenizer:
 
 def _convert(folder: Path) -> Tokenizer:
     """Build a fast tokenizer from older vocabulary files."""
-    if not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")) and not any(
-        folder.glob("*.model")
-    ):
+    files = (folder / "vocab.txt", folder / "vocab.json", *folder.glob("*.model"))
+    if not any(file.is_file() for file in files):
         raise BadCheckpoint(
             f"{folder}: no tokenizer.json and no vocabulary file. "
             "Download the model again, with its tokenizer."
@@ -133,7 +130,7 @@ def _convert(folder: Path) -> Tokenizer:
     return backend
 
 
-def _truncation_side(folder: Path) -> str:
+def _truncation_side(folder: Path) -> Side:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return "right"
@@ -146,7 +143,7 @@ def _truncation_side(folder: Path) -> str:
         ) from error
 
 
-def _template(tokenizer: Tokenizer, side: str) -> Template:
+def _template(tokenizer: Tokenizer, side: Side) -> Template:
     for probe in PROBES:
         encoding = tokenizer.encode(probe, probe)
         owners = encoding.sequence_ids
@@ -155,7 +152,7 @@ def _template(tokenizer: Tokenizer, side: str) -> Template:
     raise UnsupportedModel("The tokenizer gives no tokens for plain text. Use another model.")
 
 
-def _template_of(encoding: Encoding, owners: list[int | None], side: str) -> Template:
+def _template_of(encoding: Encoding, owners: list[int | None], side: Side) -> Template:
     ids, types = encoding.ids, encoding.type_ids
     first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
     second, end = owners.index(1), len(owners) - owners[::-1].index(1)
@@ -165,17 +162,6 @@ def _template_of(encoding: Encoding, owners: list[int | None], side: str) -> Tem
         )
     runs = (slice(0, first), slice(last + 1, second), slice(end, len(ids)))
     before, between, after = (tuple(ids[run]) for run in runs)
-    segments = (
-        tuple(types[runs[0]]),
-        types[first],
-        tuple(types[runs[1]]),
-        types[second],
-        tuple(types[runs[2]]),
-    )
-    return Template(
-        before,
-        between,
-        after,
-        types=segments if any(types) else None,
-        side="left" if side == "left" else "right",
-    )
+    outer, inner, last_types = (tuple(types[run]) for run in runs)
+    segments = (outer, types[first], inner, types[second], last_types)
+    return Template(before, between, after, segments if any(types) else None, side)
