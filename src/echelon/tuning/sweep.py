@@ -228,7 +228,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
             break
     for measured in results:
         if measured.status == "not_reached":
-            measured.reason = kept("the time limit came first; raise --time-limit")
+            measured.reason = Message("sweep.time_limit")
     return results
 
 
