@@ -28,6 +28,7 @@ from echelon.simulation.capacity import TYPICAL, Capacity, Traffic, rates_of, si
 from echelon.simulation.cluster_simulation import Cluster, simulate_fleet
 from echelon.simulation.cluster_traffic import blocks
 from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import LognormalSize, PoissonArrivals, UniformSize, Workload
 from echelon.tuning.machine import describe_machine
 
@@ -38,13 +39,13 @@ RESULTS = Path(__file__).parent / "results"
 WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 19), LognormalSize(110, 0.6, 512))
 TRUTH = CostModel(DEFAULT_COEFFICIENTS["cpu"])
 SETTING = SimulationSettings(2048)
-GOAL_S = 0.4
+LEVEL = ServiceLevel(0.4)
 LOAD = 0.8
 
 
 def machine_rate() -> float:
     """Requests a second that one replica does at most."""
-    return Capacity(Traffic(WORKLOAD), TRUTH, SETTING, GOAL_S).most
+    return Capacity(Traffic(WORKLOAD), TRUTH, SETTING, LEVEL).most
 
 
 def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
     replicas = math.ceil(rate / (LOAD * machine_rate()))
     traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(rate)), seconds)
     fleet = Cluster(replicas, SETTING, routing)
-    outcome = simulate_fleet(traffic, TRUTH, fleet, goal_s=GOAL_S, warm_s=5.0)
+    outcome = simulate_fleet(traffic, TRUTH, fleet, level=LEVEL, warm_s=5.0)
     return {"replicas": replicas, "rate": rate, "seconds": seconds, "outcome": outcome.as_dict()}
 
 
@@ -60,7 +61,7 @@ def day(replicas: int) -> dict[str, Any]:
     """A day over so many replicas."""
     peak = LOAD * replicas * machine_rate()
     rates = rates_of(TYPICAL, peak)
-    found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTING), GOAL_S).as_dict()
+    found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTING), LEVEL).as_dict()
     del found["parts"]
     return {"replicas": replicas, "peak_rate": peak, "day": found}
 
@@ -68,7 +69,7 @@ def day(replicas: int) -> dict[str, Any]:
 def exact(seconds: float) -> dict[str, Any]:
     """One service, pair by pair, with the real batcher."""
     workload = replace(WORKLOAD, arrivals=PoissonArrivals(LOAD * machine_rate()))
-    outcome = simulate(workload.requests(seconds), TRUTH, SETTING, goal_s=GOAL_S)
+    outcome = simulate(workload.requests(seconds), TRUTH, SETTING, level=LEVEL)
     return {"seconds": seconds, "outcome": outcome.as_dict()}
 
 

@@ -21,7 +21,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulation.outcome import MISSES
+from echelon.simulation.service_level import ServiceLevel
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.scenario import NEARLY
 
@@ -110,7 +110,7 @@ def _row(ask: ScenarioGoal, rival: Rival) -> Row:
         "static": rival.pairs,
         "rounds": rounds,
         "median": median or None,
-        "bears": rival.failed is None and missed <= MISSES * asked,
+        "bears": rival.failed is None and not ServiceLevel().missed(asked, 0, missed),
         "reason": reason,
         "ahead": None,
     }

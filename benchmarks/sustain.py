@@ -34,7 +34,6 @@ from echelon.options import Options
 from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
 from echelon.scheduling.packing import step_budget
 from echelon.simulation.fitted_models import cost_of
-from echelon.simulation.outcome import meets
 from echelon.simulation.workload import FixedSize, LognormalSize
 from echelon.tuning.calibration import models_of
 from echelon.tuning.goal import ScenarioGoal
@@ -42,7 +41,7 @@ from echelon.tuning.machine import describe_machine
 from echelon.tuning.scenario import Candidate, ScenarioLimits
 from echelon.tuning.scenario_model import WorkloadTexts, look, ruler_of
 from echelon.tuning.simulated_load import SimulatedService, curve_of, predict
-from echelon.tuning.tuner import PROBE_SHARE, Plan, probe
+from echelon.tuning.tuner import PROBE_SHARE, TuningPlan, probe
 from echelon.tuning.validation import ValidationContext, arguments, proof_of, stress_plan
 from echelon.tuning.validation_metrics import correct
 from echelon.tuning.validation_targets import ServerProcess
@@ -139,7 +138,7 @@ class Bench:
         """What the simulation says of them, and whether the goal is met."""
         outcome, _ = predict(SCENARIO, self.arrivals(rate), forecast.candidate, forecast.limits)
         known = outcome.as_dict()
-        return {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "missed")}, meets(outcome)
+        return {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "missed")}, outcome.held
 
     def highest(self, forecast: Forecast, capacity: float) -> float | None:
         """The highest rate whose requests meet the goal in the simulation."""
@@ -198,7 +197,7 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
     scorer = opener(precision=trial.options.precision)
     try:
         facts = scorer.info
-        plan = Plan(time_limit_s=seconds / PROBE_SHARE)
+        plan = TuningPlan(time_limit_s=seconds / PROBE_SHARE)
         probed = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
         key = current_key(trial.folder.name, trial.folder.revision, facts)
     finally:

@@ -12,8 +12,9 @@ from stand_in_reranker import TOPICS, connected, good, run, target_of
 from echelon.loadtest.client import Reply
 from echelon.loadtest.driver import Driver, closed_loop, open_loop
 from echelon.loadtest.records import RequestRecord, RequestRecords
-from echelon.loadtest.summary import LatencyGoal, summarise
+from echelon.loadtest.summary import summarise
 from echelon.loadtest.texts import TextSource
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
     ConstantArrivals,
     FixedSize,
@@ -92,7 +93,7 @@ def test_a_generator_that_stalls_charges_itself_and_says_so():
     late = [r for r in outcome.ledger if r.sent - r.scheduled > 0.05]
     assert len(late) >= 10
     assert all(r.latency_s >= r.sent - r.scheduled for r in late)
-    summary = summarise(outcome, LatencyGoal(0.3))
+    summary = summarise(outcome, ServiceLevel(0.3))
     assert summary.send_lag_s > 0.1
     assert not summary.trusted
     assert any("sent up to" in doubt for doubt in summary.doubts)
@@ -151,7 +152,7 @@ def test_each_trouble_is_counted_as_what_it_is(name):
             return await even(client, 0.1)
 
     outcome = run(main())
-    summary = summarise(outcome, LatencyGoal(10.0))
+    summary = summarise(outcome, ServiceLevel(10.0))
     assert {r.status for r in outcome.ledger if r.kind == kind} == {status}
     assert summary.kinds["answered"] == summary.kinds[kind] == 5
     assert summary.complaints[complaint][0] == 5
@@ -170,7 +171,7 @@ def test_who_is_not_answered_in_time_timed_out_and_is_not_in_the_latencies():
             return await even(client, 0.1)
 
     outcome = run(main())
-    summary = summarise(outcome, LatencyGoal(1.0))
+    summary = summarise(outcome, ServiceLevel(1.0))
     assert summary.kinds["timeout"] == 1
     assert summary.kinds["answered"] == 9
     (lost,) = [r for r in outcome.ledger if r.kind == "timeout"]
@@ -225,7 +226,7 @@ def test_what_this_machine_could_not_send_is_counted_apart():
         async def ask(self, body, documents):
             return Reply("error", 0, "no more connections", own_fault=True)
 
-    summary = summarise(run(even(Exhausted(), 0.05)), LatencyGoal(1.0))
+    summary = summarise(run(even(Exhausted(), 0.05)), ServiceLevel(1.0))
     assert summary.health.own_faults == 5
     assert not summary.trusted
 

@@ -14,7 +14,8 @@ from echelon.loadtest.client import _failed
 from echelon.loadtest.driver import DriveResult, GeneratorHealth, doubts
 from echelon.loadtest.records import KINDS, RequestRecord, RequestRecords
 from echelon.loadtest.result import MOST_ROWS, over_time
-from echelon.loadtest.summary import LatencyGoal, summarise
+from echelon.loadtest.summary import summarise
+from echelon.simulation.service_level import ServiceLevel
 
 
 @st.composite
@@ -43,7 +44,7 @@ def answered(count, latency_s=0.1, kind="answered"):
 
 @given(st.lists(records(), max_size=40), st.floats(0, 10), st.floats(0.001, 30))
 def test_counts_and_rates_are_those_of_the_records(kept, warmup_s, goal_s):
-    summary = summarise(outcome_of(kept, warmup_s), LatencyGoal(goal_s))
+    summary = summarise(outcome_of(kept, warmup_s), ServiceLevel(goal_s))
     counted = [r for r in kept if r.scheduled >= warmup_s]
     good = [r for r in counted if r.kind == "answered"]
     window_s = 20.0 - warmup_s
@@ -88,13 +89,13 @@ def test_histograms_of_several_generators_can_be_added():
 )
 def test_a_goal_holds_up_to_its_p99_and_one_failure_in_a_thousand(bad, latency_s, held):
     kept = answered(1000 - bad, latency_s) + answered(bad, 0.1, "refused")
-    assert summarise(outcome_of(kept), LatencyGoal(0.3001)).held is held
+    assert summarise(outcome_of(kept), ServiceLevel(0.3001)).held is held
 
 
 def test_one_slow_answer_in_a_hundred_is_no_miss_and_two_are():
     for slow, held in ((10, True), (11, False)):
         kept = answered(1000 - slow) + answered(slow, 5.0)
-        assert summarise(outcome_of(kept), LatencyGoal(0.3)).held is held
+        assert summarise(outcome_of(kept), ServiceLevel(0.3)).held is held
 
 
 def test_few_answers_are_noted():
@@ -149,7 +150,7 @@ def test_what_spoils_a_measurement_is_told(health, lag_s, latency_s, words):
 def test_a_goal_makes_lateness_bearable_that_is_small_beside_it():
     late = [RequestRecord(i, i + 0.02, i + 0.1, "answered", 200, 1) for i in range(20)]
     assert not summarise(outcome_of(late)).trusted
-    assert summarise(outcome_of(late), LatencyGoal(0.3)).trusted
+    assert summarise(outcome_of(late), ServiceLevel(0.3)).trusted
 
 
 def test_what_this_machine_lacks_is_not_the_servers_fault():

@@ -73,7 +73,7 @@ def test_prices_that_tuning_fitted_are_taken():
     memory = MemoryFit(MemoryModel(5e8, 1e4, 20.0), FitError(0.02, 0.05, 9))
     made = profile(cost=fitted.as_dict(), memory=memory.as_dict())
     assert cost_of(made).coefficients == fitted.coefficients
-    assert cost_of(made).cost == "rectangular"
+    assert cost_of(made).padding == "rectangular"
     assert memory_of(made) == MemoryModel(5e8, 1e4 + 20.0 * 100)
     with pytest.raises(ProfileError, match="damaged cost model"):
         cost_of(profile(cost={"coefficients": {}}))
@@ -88,9 +88,9 @@ def test_no_price_is_negative():
 
 
 def test_padding_that_was_paid_makes_a_padded_model():
-    assert cost_of(profile()).cost == "none"
+    assert cost_of(profile()).padding == "none"
     points = [point(2, 100, 0.1, cost_tokens=150), point(3, 100, 0.2)]
-    assert cost_of(profile(points)).cost == "rectangular"
+    assert cost_of(profile(points)).padding == "rectangular"
 
 
 def test_points_that_were_not_measured_do_not_count():

@@ -15,8 +15,9 @@ from echelon.simulation import capacity as module
 from echelon.simulation.capacity import Capacity, Traffic
 from echelon.simulation.cluster_simulation import simulate_fleet
 from echelon.simulation.cluster_traffic import blocks
-from echelon.simulation.outcome import MISSES, RUNGS, RateSearch, Tally, meets
+from echelon.simulation.outcome import RUNGS, RateSearch, Tally
 from echelon.simulation.server_simulation import SimulationSettings
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
     FixedSize,
     KnownArrivals,
@@ -35,7 +36,7 @@ def quick(monkeypatch):
 
 
 def outcome_of(*, met: bool):
-    tally = Tally(goal_s=1.0)
+    tally = Tally(ServiceLevel(1.0))
     tally.came(0.0, 1)
     tally.answer(0.0, 0.5 if met else 2.0)
     return tally.outcome(1)
@@ -54,20 +55,21 @@ def test_a_load_is_borne_only_if_all_below_are(met, load):
     good = next((i for i, ok in enumerate(met) if not ok), len(met))
     borne = RUNGS[good - 1] if good else 0.0
     assert (found is not None) == (load <= borne)
-    assert found is None or meets(found)
+    assert found is None or found.held
     assert ladder.most == borne
-    assert meets(ladder.calm) == met[0]
+    assert ladder.calm.held == met[0]
     assert len(asked) == len(set(asked)) <= good + 1
 
 
 def test_who_answers_nothing_meets_nothing():
-    assert not meets(Tally().outcome(1))
-    assert MISSES == 0.01
+    assert not Tally().outcome(1).held
 
 
 def test_a_machine_does_at_most_what_its_prices_say():
     workload = Workload(PoissonArrivals(1.0), FixedSize(2), FixedSize(50))
-    made = Capacity(Traffic(workload), SIMPLE, SimulationSettings(1000, request_s=0.5), 1.0)
+    made = Capacity(
+        Traffic(workload), SIMPLE, SimulationSettings(1000, request_s=0.5), ServiceLevel(1.0)
+    )
     # Twenty pairs a step: 1.01 s for ten requests.
     assert made.most == pytest.approx(10 / 1.01, rel=0.01)
 
@@ -77,13 +79,15 @@ def test_a_machine_does_at_most_what_its_prices_say():
 def test_more_rate_never_takes_fewer_machines(data):
     goal_s = data.draw(st.sampled_from([0.3, 0.4, 0.8]))
     routing = data.draw(st.sampled_from(["tokens", "two", "random"]))
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), goal_s, routing)
+    made = Capacity(
+        Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(goal_s), routing
+    )
     rates = sorted(data.draw(st.lists(st.floats(0.1, 3000), min_size=2, max_size=30)))
     machines = [made.machines(rate) for rate in rates]
     assert machines == sorted(machines)
     for rate, count in zip(rates, machines, strict=True):
         found = made.at(rate, count)
-        assert meets(found)
+        assert found.held
         assert found.p99_s <= goal_s
         assert made.bears(count) >= rate * (1 - 1e-9)
         if count > 1 and count <= 64:
@@ -91,7 +95,7 @@ def test_more_rate_never_takes_fewer_machines(data):
 
 
 def test_more_machines_than_are_of_use_are_not_looked_for():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 0.8)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(0.8))
     needed = made.machines(30.0)
     assert made.machines(30.0, needed) == needed
     assert made.machines(30.0, needed - 1) is None
@@ -99,7 +103,7 @@ def test_more_machines_than_are_of_use_are_not_looked_for():
 
 
 def test_a_goal_that_no_machine_meets_has_no_answer():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 0.02)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(0.02))
     assert made.machines(1.0) is None
     assert made.bears(1) == 0.0
 
@@ -119,7 +123,7 @@ def test_a_trace_is_sped_up_to_the_rate_and_bursts_cost_machines():
     ]
     bursty = Traffic.of_trace(replace(WORKLOAD, tokens=None), bursts)
     needs = [
-        Capacity(traffic, cpu(), SimulationSettings(1024), 0.3).machines(20.0)
+        Capacity(traffic, cpu(), SimulationSettings(1024), ServiceLevel(0.3)).machines(20.0)
         for traffic in (even, bursty)
     ]
     assert needs[0] < needs[1]
@@ -141,22 +145,24 @@ def test_a_trace_of_one_moment_has_no_rate():
 
 def test_lengths_must_be_known():
     with pytest.raises(InvalidInput, match="tokens"):
-        Capacity(Traffic(replace(WORKLOAD, tokens=None)), cpu(), SimulationSettings(1), 1.0)
+        Capacity(
+            Traffic(replace(WORKLOAD, tokens=None)), cpu(), SimulationSettings(1), ServiceLevel(1.0)
+        )
 
 
 def test_nothing_is_refused_while_it_is_asked_what_a_machine_does_at_most():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), 1.0)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(1.0))
     assert math.isfinite(made.most)
     assert made.most * 0.95 * 10 > 60
 
 
 def test_a_fleet_at_the_rate_that_is_asked_meets_the_goal_too():
     goal_s = 0.5
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), goal_s)
+    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(goal_s))
     machines = made.machines(400.0)
     traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
-    found = simulate_fleet(traffic, cpu(), made.fleet(machines), goal_s=goal_s, warm_s=2)
-    assert meets(found)
+    found = simulate_fleet(traffic, cpu(), made.fleet(machines), level=made.level, warm_s=2)
+    assert found.held
     less = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
     too_few = made.fleet(machines * 8 // 10)
-    assert not meets(simulate_fleet(less, cpu(), too_few, goal_s=goal_s, warm_s=2))
+    assert not simulate_fleet(less, cpu(), too_few, level=made.level, warm_s=2).held

@@ -13,6 +13,7 @@ from echelon.errors import InvalidInput
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulation.outcome import Tally, percentiles
 from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import Arrival
 
 
@@ -73,7 +74,9 @@ def test_a_request_is_judged_again_once_it_is_tokenised():
 
 def test_refusals_are_counted_by_reason_and_miss_the_goal():
     setting = SimulationSettings(20, bounds=AdmissionLimits(max_requests=2))
-    outcome = simulate(requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, goal_s=1.0)
+    outcome = simulate(
+        requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, level=ServiceLevel(1.0)
+    )
     assert outcome.refused == {"requests_full": 1}
     assert outcome.within == 2
     assert outcome.missed == pytest.approx(1 / 3)
@@ -81,7 +84,9 @@ def test_refusals_are_counted_by_reason_and_miss_the_goal():
 
 def test_requests_of_the_warm_up_are_served_and_not_counted():
     trace = requests((0.0, 30), (0.01, 30))
-    outcome = simulate(trace, SIMPLE, SimulationSettings(100), goal_s=0.06, warm_s=0.005)
+    outcome = simulate(
+        trace, SIMPLE, SimulationSettings(100), level=ServiceLevel(0.06), warm_s=0.005
+    )
     assert (outcome.requests, outcome.answered, outcome.documents) == (1, 1, 1)
     assert outcome.longest_s == pytest.approx(0.07)
     assert (outcome.within, outcome.goodput) == (0, 0.0)

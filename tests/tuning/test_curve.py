@@ -11,10 +11,11 @@ from echelon.reports.scenario_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulation.capacity import Traffic
 from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load
 from echelon.tuning.scenario import Candidate, ScenarioLimits
-from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of, sustains
+from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of
 
 light = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -32,8 +33,8 @@ def test_the_highest_rate_holds_and_a_little_more_does_not():
     candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=0.3)
     curve = curve_of(TRAFFIC, candidate, limits)
     service = SimulatedService(TRAFFIC, candidate, limits)
-    assert sustains(service.at(curve.most))
-    assert not sustains(service.at(1.04 * curve.most))
+    assert service.at(curve.most).held
+    assert not service.at(1.04 * curve.most).held
     assert [rate / curve.most for rate, _ in curve.points] == pytest.approx(SHARES)
     by_share = dict(zip(SHARES, (found for _, found in curve.points), strict=True))
     assert by_share[1.0].p99_s <= 0.3 < by_share[1.2].p99_s
@@ -56,18 +57,18 @@ def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
 def test_a_run_that_is_lost_ends_early_and_says_the_same():
     requests = list(islice(TRAFFIC.at(100.0).requests(), 300))
     setting, seen = SimulationSettings(1024), []
-    whole = simulate(requests, COST, setting, goal_s=0.3)
+    level, mild = ServiceLevel(0.3), ServiceLevel(1e3)
+    whole = simulate(requests, COST, setting, level=level)
     early = simulate(
-        requests, COST, setting, goal_s=0.3, most_missed=3, told=lambda *step: seen.append(step)
+        requests, COST, setting, level=level, expected=300, told=lambda *step: seen.append(step)
     )
     assert whole.missed > 0.01
     assert early.missed > 0.01
     assert early.requests < whole.requests
     assert len(seen) < whole.steps
     # A run that is not lost is not cut.
-    assert simulate(requests, COST, setting, goal_s=1e3, most_missed=3) == simulate(
-        requests, COST, setting, goal_s=1e3
-    )
+    uncut = simulate(requests, COST, setting, level=mild)
+    assert simulate(requests, COST, setting, level=mild, expected=300) == uncut
 
 
 def test_the_chart_has_goal_rate_and_what_was_measured():

@@ -47,7 +47,7 @@ LATENCY_AXIS = {
 
 def charts(result: LoadTestResult) -> list[Chart]:
     """All charts that there are numbers for."""
-    goal_s = None if result.plan.goal is None else result.plan.goal.p99_s
+    goal_s = None if result.plan.goal is None else result.plan.goal.latency_s
     drawn = []
     if result.found is not None and result.found.probes:
         drawn.append(_load(result.found.probes, goal_s))
@@ -205,7 +205,7 @@ def _by_rate(result: LoadTestResult) -> list[Any]:
 
 def _tiles(summary: LoadSummary) -> list[tuple[str, str, str]]:
     p99 = wording.UNKNOWN if summary.p99_s is None else wording.duration(summary.p99_s)
-    promised = "" if summary.goal is None else f"goal {wording.duration(summary.goal.p99_s)}"
+    promised = "" if summary.goal is None else f"goal {wording.duration(summary.goal.latency_s)}"
     tiles = [
         ("P99", p99, promised),
         (

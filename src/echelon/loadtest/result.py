@@ -18,7 +18,6 @@ from rich.text import Text
 
 from echelon import __version__
 from echelon.loadtest.records import ANSWERED
-from echelon.loadtest.summary import ALLOWED_FAILURES
 from echelon.reports import wording
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class LoadTestResult:
 def _goal(plan: LoadTestPlan) -> dict[str, float] | None:
     if plan.goal is None:
         return None
-    return {"p99_ms": 1000 * plan.goal.p99_s, "failure_share": ALLOWED_FAILURES}
+    return {"p99_ms": 1000 * plan.goal.latency_s, "failure_share": plan.goal.max_failures}
 
 
 def _settings(plan: LoadTestPlan, data: str) -> dict[str, Any]:
@@ -238,7 +237,7 @@ def print_result(result: LoadTestResult) -> None:
 def verdict(result: LoadTestResult) -> str:
     """The answer in one sentence."""
     goal, found = result.plan.goal, result.found
-    promised = "" if goal is None else f"P99 at most {wording.duration(goal.p99_s)}"
+    promised = "" if goal is None else f"P99 at most {wording.duration(goal.latency_s)}"
     if found is not None:
         return _search_verdict(result, promised)
     summary = None if result.run is None else result.run.summary

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from echelon.errors import InvalidInput
 from echelon.loadtest.client import Client, settle, try_out
 from echelon.loadtest.driver import Driver, closed_loop, open_loop
-from echelon.loadtest.summary import LatencyGoal, LoadSummary, summarise
+from echelon.loadtest.summary import LoadSummary, summarise
 from echelon.loadtest.texts import TextSource
 from echelon.simulation.workload import (
     ConstantArrivals,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from echelon.loadtest.driver import DriveResult
     from echelon.loadtest.records import RequestRecord
     from echelon.loadtest.texts import LengthPolicy
+    from echelon.simulation.service_level import ServiceLevel
     from echelon.simulation.workload import Arrivals, KnownArrivals, SizeDistribution
 
 PRECISION = 0.05
@@ -135,7 +136,7 @@ class LoadTestPlan:
     clients: int | None = None
     warmup_s: float = 5.0
     duration_s: float | None = 30.0
-    goal: LatencyGoal | None = None
+    goal: ServiceLevel | None = None
     marked: bool = True
     seed: int = 0
     ruler: LengthPolicy | None = None
@@ -275,7 +276,7 @@ class LoadTest:
 
     async def _settle(self) -> None:
         goal = self.plan.goal
-        within_s = self.plan.target.timeout_s if goal is None else goal.p99_s
+        within_s = self.plan.target.timeout_s if goal is None else goal.latency_s
         self._told("settling", None)
         await settle(self._client, *self._one(), within_s=within_s, stop=self._stop)
 

@@ -27,7 +27,8 @@ from echelon.errors import InvalidInput
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulation.cluster_simulation import Cluster, packing_of, simulate_fleet, tally_fleet
 from echelon.simulation.cluster_traffic import blocks
-from echelon.simulation.outcome import RUNGS, RateSearch, Tally, meets, percentiles
+from echelon.simulation.outcome import RUNGS, RateSearch, Tally, percentiles
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import ObservedSize, PoissonArrivals, ReplayedArrivals
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Capacity:
         traffic: what is asked.
         truth: how long steps take on one worker.
         setting: how a machine runs.
-        goal_s: latency that 99 of 100 requests may have.
+        level: the service level that must hold.
         routing: who gets a request.
     """
 
@@ -117,13 +118,13 @@ class Capacity:
         traffic: Traffic,
         truth: CostModel,
         setting: SimulationSettings,
-        goal_s: float,
+        level: ServiceLevel,
         routing: Routing = "tokens",
     ) -> None:
         self.traffic = traffic
         self.truth = truth
         self.setting = setting
-        self.goal_s = goal_s
+        self.level = level
         self.routing: Routing = routing
         self._ladders: dict[int, RateSearch] = {}
         self._packing = packing_of(_sizes(traffic), truth, setting.token_budget)
@@ -149,7 +150,7 @@ class Capacity:
 
     def machines(self, rate: float, most: float = math.inf) -> int | None:
         """The fewest machines for a rate; None where no number, or only more than ``most``, do."""
-        if not meets(self.ladder(CELLS[-1]).calm):
+        if not self.ladder(CELLS[-1]).calm.held:
             return None
         machines = max(1, math.ceil(rate / (RUNGS[-1] * self.most)))
         while machines < CELLS[-1]:
@@ -179,7 +180,7 @@ class Capacity:
         traffic = _first(blocks(self.traffic.at(rate)), REQUESTS)
         warm_s = WARM * self.traffic.span_s(rate, REQUESTS)
         fleet = self.fleet(machines)
-        return simulate_fleet(traffic, self.truth, fleet, goal_s=self.goal_s, warm_s=warm_s)
+        return simulate_fleet(traffic, self.truth, fleet, level=self.level, warm_s=warm_s)
 
 
 def _sizes(traffic: Traffic) -> SizeDistribution:
@@ -304,7 +305,7 @@ def simulate_day(
     rates: Sequence[float],
     truth: CostModel,
     fleet: Cluster,
-    goal_s: float | None = None,
+    level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
     told: Callable[[float], None] = lambda _: None,
 ) -> DayResult:
     """A day of a fleet.
@@ -314,7 +315,7 @@ def simulate_day(
         rates: requests a second in each quarter, see :func:`rates_of`.
         truth: how long steps take.
         fleet: who serves.
-        goal_s: latency that an answer may have.
+        level: what counts as answered in time.
         told: called with the share that is done, 0 to 1.
     """
     workers = fleet.replicas * fleet.setting.workers
@@ -325,7 +326,7 @@ def simulate_day(
         if rate <= 0:
             continue
         traffic = replace(workload, arrivals=PoissonArrivals(rate), seed=workload.seed + number)
-        tally = Tally(goal_s, WARM_S)
+        tally = Tally(level, WARM_S)
         tally_fleet(blocks(traffic, WARM_S + WINDOW_S), truth, fleet, tally)
         outcome = tally.outcome(workers)
         overfull = outcome.utilisation > OVERFULL

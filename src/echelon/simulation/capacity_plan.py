@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from echelon.profile import Profile
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import Routing
+    from echelon.simulation.service_level import ServiceLevel
     from echelon.simulation.workload import KnownArrivals, SizeDistribution
 
 DOCUMENTS = FixedSize(10)
@@ -35,7 +36,7 @@ class CapacityGoal:
     """What is asked of a fleet.
 
     Attributes:
-        slo_s: latency that 99 of 100 requests may have.
+        level: the service level that must hold.
         rate: requests a second; None takes the trace's own.
         documents: documents of a request.
         tokens: tokens of a pair; None takes lengths like those the profile was measured with.
@@ -51,7 +52,7 @@ class CapacityGoal:
         seed: of everything random.
     """
 
-    slo_s: float
+    level: ServiceLevel
     rate: float | None = None
     documents: SizeDistribution = DOCUMENTS
     tokens: SizeDistribution | None = None
@@ -67,7 +68,6 @@ class CapacityGoal:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _above_zero("--slo-p99-ms", self.slo_s, "Give milliseconds, such as 200.")
         if self.rate is None and not self.trace:
             raise InvalidInput("--rate", "is not given", "Give requests a second, or --trace FILE.")
         if self.rate is not None:
@@ -87,11 +87,11 @@ class CapacityGoal:
         if not 0 <= self.headroom < math.inf:
             problem = f"{100 * self.headroom:g} is below 0"
             raise InvalidInput("--headroom-percent", problem, "Give 0 or more.")
-        if self.overhead_s >= self.slo_s:
+        if self.overhead_s >= self.level.latency_s:
             raise InvalidInput(
                 "--slo-p99-ms",
-                f"{1000 * self.slo_s:g} ms are no more than the {1000 * self.overhead_s:g} ms of "
-                "--overhead-ms alone",
+                f"{1000 * self.level.latency_s:g} ms are no more than the "
+                f"{1000 * self.overhead_s:g} ms of --overhead-ms alone",
                 "Allow more time.",
             )
         if self.routing not in ROUTINGS:
@@ -160,7 +160,7 @@ def make_plan(
     for budget in budgets:
         told(f"steps of {budget} tokens")
         capacity = Capacity(
-            traffic, truth, _setting(profile, goal, budget), goal.slo_s, goal.routing
+            traffic, truth, _setting(profile, goal, budget), goal.level, goal.routing
         )
         most = math.inf if best is None else best.machines
         machines = capacity.machines(rate * (1 + goal.headroom), most)
@@ -252,7 +252,7 @@ def _setting(profile: Profile, goal: CapacityGoal, budget: int) -> SimulationSet
 def _asked(goal: CapacityGoal, rate: float) -> dict[str, Any]:
     return {
         "rate": rate,
-        "slo_p99_s": goal.slo_s,
+        "slo_p99_s": goal.level.latency_s,
         "routing": goal.routing,
         "trace_requests": len(goal.trace),
         "memory_limit_bytes": goal.memory_limit_bytes,
@@ -314,7 +314,7 @@ def _at_rate(best: PlanChoice, goal: CapacityGoal, rate: float) -> dict[str, Any
 def _at_lengths(best: PlanChoice, goal: CapacityGoal, rate: float, factor: float) -> dict[str, Any]:
     old = best.capacity
     capacity = Capacity(
-        _stretched(old.traffic, factor), old.truth, old.setting, old.goal_s, old.routing
+        _stretched(old.traffic, factor), old.truth, old.setting, old.level, old.routing
     )
     machines = capacity.machines(rate * (1 + goal.headroom))
     return _changed(capacity, machines, goal, rate) | {"lengths": factor}
@@ -348,7 +348,7 @@ def _routed(best: PlanChoice, rate: float, routing: Any) -> dict[str, Any]:
     capacity = best.capacity
     if routing != capacity.routing:
         capacity = Capacity(
-            capacity.traffic, capacity.truth, capacity.setting, capacity.goal_s, routing
+            capacity.traffic, capacity.truth, capacity.setting, capacity.level, routing
         )
     outcome = capacity.at(rate, best.machines)
     return {
@@ -368,7 +368,7 @@ def _day(
         rates_of(goal.day, rate),
         capacity.truth,
         capacity.fleet(best.machines),
-        goal.slo_s,
+        goal.level,
         lambda share: told(f"a day, {100 * share:.0f} %"),
     )
     return day.as_dict()

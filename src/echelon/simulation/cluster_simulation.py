@@ -25,6 +25,7 @@ from echelon.scheduling.packing import REACH, choose, step_cost
 from echelon.scheduling.queue import LEAD_S, QueueLoad
 from echelon.simulation.cluster_traffic import Router, chances
 from echelon.simulation.outcome import Tally
+from echelon.simulation.service_level import ServiceLevel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,7 +114,7 @@ def simulate_fleet(
     truth: CostModel,
     fleet: Cluster,
     *,
-    goal_s: float | None = None,
+    level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
     warm_s: float = 0.0,
 ) -> SimulationResult:
     """Serve requests by a fleet.
@@ -122,10 +123,10 @@ def simulate_fleet(
         traffic: see :func:`echelon.simulation.cluster_traffic.blocks`.
         truth: how long steps take, but for the setting's noise.
         fleet: who serves.
-        goal_s: latency that an answer may have.
+        level: what counts as answered in time.
         warm_s: requests that come before are served and not counted.
     """
-    tally = tally_fleet(traffic, truth, fleet, Tally(goal_s, warm_s))
+    tally = tally_fleet(traffic, truth, fleet, Tally(level, warm_s))
     return tally.outcome(fleet.replicas * fleet.setting.workers)
 
 

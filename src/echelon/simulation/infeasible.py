@@ -10,7 +10,7 @@ import numpy as np
 from echelon.errors import InvalidInput
 from echelon.reports.wording import duration, size
 from echelon.simulation.capacity import CELLS, Capacity, Traffic
-from echelon.simulation.outcome import RUNGS, meets
+from echelon.simulation.outcome import RUNGS
 from echelon.simulation.workload import FixedSize
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def too_fast(goal: CapacityGoal, traffic: Traffic, tried: Sequence[Capacity]) ->
     best = min(tried, key=lambda capacity: capacity.ladder(CELLS[-1]).calm.p99_s)
     calm = best.ladder(CELLS[-1]).calm
     problem = (
-        f"no number of machines answers within {_ms(goal.slo_s)}: at {RUNGS[0]:.0%} load P99 is "
-        f"{_ms(calm.p99_s)} (P50 {_ms(calm.p50_s)}), as one request is scored on one machine"
+        f"no number of machines answers within {_ms(goal.level.latency_s)}: at {RUNGS[0]:.0%} load "
+        f"P99 is {_ms(calm.p99_s)} (P50 {_ms(calm.p50_s)}), as one request is scored on one machine"
     )
     pair_s = best.truth.predict([_typical(traffic)]) + goal.overhead_s
-    if pair_s > goal.slo_s:
+    if pair_s > goal.level.latency_s:
         problem += f", and a single pair alone takes {_ms(pair_s)}"
     ways = [f"Possible are {_ms(1.25 * calm.p99_s)} and more"]
     documents = _documents(goal, best)
@@ -76,9 +76,9 @@ def _documents(goal: CapacityGoal, capacity: Capacity) -> int:
 def _quiet(goal: CapacityGoal, capacity: Capacity, documents: int) -> bool:
     workload = replace(capacity.traffic.workload, documents=FixedSize(documents))
     fewer = Capacity(
-        Traffic(workload), capacity.truth, capacity.setting, goal.slo_s, capacity.routing
+        Traffic(workload), capacity.truth, capacity.setting, goal.level, capacity.routing
     )
-    return meets(fewer.ladder(CELLS[-1]).calm)
+    return fewer.ladder(CELLS[-1]).calm.held
 
 
 def _typical(traffic: Traffic) -> int:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echelon.simulation.service_level import ServiceLevel
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -33,7 +35,7 @@ class SimulationResult:
         answered: requests that were answered.
         refused: requests refused, by the reason's name.
         expired: requests whose deadline passed.
-        within: requests answered within the goal; all that were answered where there is none.
+        within: requests answered within the service level's latency.
         duration_s: from the end of the warm-up to the last arrival or end of a step.
         p50_s: median latency of those answered; NaN where there is none, as the next ones.
         p95_s: their 95th percentile.
@@ -44,6 +46,7 @@ class SimulationResult:
         steps: steps of the whole run.
         step_pairs: mean pairs of a step.
         step_tokens: mean tokens of a step.
+        level: the service level that requests were counted by.
     """
 
     requests: int
@@ -62,6 +65,12 @@ class SimulationResult:
     steps: int
     step_pairs: float
     step_tokens: float
+    level: ServiceLevel
+
+    @property
+    def held(self) -> bool:
+        """Whether the service level held."""
+        return self.level.held(self.requests, self.answered, self.within)
 
     @property
     def missed(self) -> float:
@@ -85,6 +94,7 @@ class SimulationResult:
             "throughput": self.throughput,
             "goodput": self.goodput,
         }
+        del content["level"]
         return {k: None if v != v else v for k, v in content.items()}  # noqa: PLR0124 - NaN
 
 
@@ -93,11 +103,11 @@ class Tally:
     """Counts while a simulation runs.
 
     Attributes:
-        goal_s: latency that an answer may have; None counts every answer as good.
+        level: what counts as answered in time.
         warm_s: requests that come before are not counted.
     """
 
-    goal_s: float | None = None
+    level: ServiceLevel = ServiceLevel()  # noqa: RUF009 - frozen
     warm_s: float = 0.0
     requests: int = 0
     documents: int = 0
@@ -133,13 +143,11 @@ class Tally:
         self.last_s = max(self.last_s, now)
         if at_s >= self.warm_s:
             self.latencies.append(now - at_s)
-            if self.goal_s is not None and now - at_s > self.goal_s:
-                self.late += 1
+            self.late += now - at_s > self.level.latency_s
 
-    @property
-    def missed(self) -> int:
-        """Requests known to be late, refused or expired."""
-        return self.late + self.expired + self.refused.total()
+    def lost(self, requests: int) -> bool:
+        """Whether the level cannot hold any more over so many requests."""
+        return self.level.missed(requests, self.expired + self.refused.total(), self.late)
 
     def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
         """A step ran until then."""
@@ -152,9 +160,6 @@ class Tally:
     def outcome(self, workers: int) -> SimulationResult:
         """What was found, with so many workers."""
         latencies = np.frombuffer(self.latencies) if self.latencies else np.zeros(0)
-        within = len(latencies)
-        if self.goal_s is not None:
-            within = int((latencies <= self.goal_s).sum())
         p50, p95, p99 = percentiles(latencies)
         return SimulationResult(
             requests=self.requests,
@@ -162,7 +167,7 @@ class Tally:
             answered=len(latencies),
             refused=dict(self.refused),
             expired=self.expired,
-            within=within,
+            within=self.level.within(latencies),
             duration_s=max(0.0, self.last_s - self.warm_s),
             p50_s=p50,
             p95_s=p95,
@@ -173,6 +178,7 @@ class Tally:
             steps=self.steps,
             step_pairs=self.pairs / self.steps if self.steps else 0.0,
             step_tokens=self.tokens / self.steps if self.steps else 0.0,
+            level=self.level,
         )
 
 
@@ -187,9 +193,6 @@ def percentiles(latencies: Sequence[float] | np.ndarray[Any, Any]) -> tuple[floa
 RUNGS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """Loads that are simulated: closer together where latency rises steeply. Above the last, a service
 that meets its goal today misses it on the next busy day."""
-
-MISSES = 0.01
-"""Share of requests that may miss the goal, refused ones included: the goal is on P99."""
 
 
 class RateSearch:
@@ -218,9 +221,7 @@ class RateSearch:
     def most(self) -> float:
         """The highest load that meets the goal; 0 where none does."""
         self._climb(len(self._rungs) - 1)
-        met = [
-            load for load, found in zip(self._rungs, self._outcomes, strict=False) if meets(found)
-        ]
+        met = [load for load, found in zip(self._rungs, self._outcomes, strict=False) if found.held]
         return met[-1] if met else 0.0
 
     @property
@@ -232,12 +233,7 @@ class RateSearch:
     def _climb(self, rung: int) -> bool:
         """Simulate up to a rung, or the first that misses; whether the rung meets the goal."""
         while len(self._outcomes) <= rung:
-            if self._outcomes and not meets(self._outcomes[-1]):
+            if self._outcomes and not self._outcomes[-1].held:
                 return False
             self._outcomes.append(self._run(self._rungs[len(self._outcomes)]))
-        return meets(self._outcomes[rung])
-
-
-def meets(outcome: SimulationResult) -> bool:
-    """Whether an outcome meets the goal it was simulated for."""
-    return outcome.requests > 0 and outcome.missed <= MISSES
+        return self._outcomes[rung].held

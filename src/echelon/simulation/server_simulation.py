@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -30,6 +29,7 @@ from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.queue import LEAD_S, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
 from echelon.simulation.outcome import Tally
+from echelon.simulation.service_level import ServiceLevel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -122,9 +122,9 @@ def simulate(  # noqa: PLR0913 - few callers give more than three
     truth: CostModel,
     setting: SimulationSettings,
     *,
-    goal_s: float | None = None,
+    level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
     warm_s: float = 0.0,
-    most_missed: float | None = None,
+    expected: int | None = None,
     told: Callable[[float, PlannedStep], None] = lambda *_: None,
 ) -> SimulationResult:
     """Serve requests.
@@ -133,14 +133,14 @@ def simulate(  # noqa: PLR0913 - few callers give more than three
         requests: in order of time, with their lengths.
         truth: how long steps take, but for the setting's noise.
         setting: how the service runs.
-        goal_s: latency that an answer may have.
+        level: what counts as answered in time.
         warm_s: requests that come before are served and not counted.
-        most_missed: where more requests than this are late, refused or expired, the run ends there:
-            its outcome then says that the goal is missed, and not by how much. None never ends it.
+        expected: number of requests; given it, the run ends as soon as the level cannot hold any
+            more: its outcome then says that the goal is missed, and not by how much.
         told: called with the time and each step that is formed.
     """
-    run = _ServerRun(truth, setting, Tally(goal_s, warm_s), told)
-    run.through(requests, most_missed)
+    run = _ServerRun(truth, setting, Tally(level, warm_s), told)
+    run.through(requests, expected)
     return run.tally.outcome(setting.workers)
 
 
@@ -173,9 +173,9 @@ class _ServerRun:
         self._events: list[tuple[float, SimulationEvent, int, int]] = []
         self._count = 0
 
-    def through(self, requests: Iterable[Arrival], most_missed: float | None = None) -> None:
+    def through(self, requests: Iterable[Arrival], expected: int | None = None) -> None:
         """Let all requests come, and end what is inside; or end early, see :func:`simulate`."""
-        last, most = 0.0, math.inf if most_missed is None else most_missed
+        last = 0.0
         for arrival in requests:
             if arrival.at_s < last:
                 raise InvalidInput("requests", f"{arrival.at_s} s is before {last} s", "Sort them.")
@@ -183,7 +183,7 @@ class _ServerRun:
                 raise InvalidInput("requests", "one has no lengths", "Give tokens of its pairs.")
             last = arrival.at_s
             self._until((arrival.at_s, SimulationEvent.ARRIVE))
-            if self.tally.missed > most:
+            if expected is not None and self.tally.lost(expected):
                 return
             self._arrive(arrival)
         self._until(None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from echelon.errors import InvalidInput
 from echelon.simulation.capacity import Traffic
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import FixedSize, PoissonArrivals, UniformSize, Workload
 from echelon.tuning.scenario import SCENARIOS
 
@@ -103,6 +104,11 @@ class ScenarioGoal:
         problem = f"{self.verify_s * self.rate:g} requests come in {self.verify_s:g} s, too few"
         remedy = f"Give {math.ceil(LEAST_REQUESTS / self.rate)} or more, or 0 to do without."
         raise InvalidInput("--verify-s", problem, remedy)
+
+    @property
+    def level(self) -> ServiceLevel:
+        """The service level that must hold; without ``goal_s`` any latency is accepted."""
+        return ServiceLevel(math.inf if self.goal_s is None else self.goal_s)
 
     @property
     def sizes(self) -> SizeDistribution:

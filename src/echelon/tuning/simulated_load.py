@@ -10,7 +10,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from echelon.simulation.capacity import OPEN
-from echelon.simulation.outcome import MISSES, meets
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class SimulatedService:
     def __init__(self, traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> None:
         self._traffic = traffic
         self._candidate = candidate
-        self._goal_s = limits.goal_s
+        self._level = limits.level
         self._setting = replace(_setting(candidate, limits), learns=False)
 
     def at_once(self) -> SimulationResult:
@@ -71,9 +70,9 @@ class SimulatedService:
             self._requests(rate, REQUESTS),
             self._candidate.cost,
             self._setting,
-            goal_s=self._goal_s,
+            level=self._level,
             warm_s=WARM * self._traffic.span_s(rate, REQUESTS),
-            most_missed=None if whole else MISSES * REQUESTS,
+            expected=None if whole else REQUESTS,
         )
 
     def _requests(self, rate: float, count: int) -> Iterator[Arrival]:
@@ -89,7 +88,7 @@ def predict(
     For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
     long been answered; for the others they come at their times.
     """
-    setting, goal_s = _setting(candidate, limits), limits.goal_s
+    setting = _setting(candidate, limits)
     if scenario == "offline":
         setting = replace(setting, bounds=OPEN, request_s=0.0)
         requests = (replace(one, at_s=0.0) for one in requests)
@@ -102,7 +101,7 @@ def predict(
         largest = max(largest, step.cost_tokens)
 
     asked = cut(requests, candidate.max_length)
-    outcome = simulate(asked, candidate.cost, setting, goal_s=goal_s, told=look)
+    outcome = simulate(asked, candidate.cost, setting, level=limits.level, told=look)
     return outcome, largest
 
 
@@ -139,8 +138,8 @@ class LoadCurve:
 
     Attributes:
         requests: requests of each simulation, its warm-up included.
-        most: the highest rate with P99 within the goal and nothing refused, requests a second;
-            None where no rate is like that.
+        most: the highest rate at which the service level holds, requests a second; None where it
+            holds at none.
         points: rates, rising, with what was found there.
     """
 
@@ -169,19 +168,14 @@ def curve_of(traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> 
     return LoadCurve(REQUESTS, most, points)
 
 
-def sustains(outcome: SimulationResult) -> bool:
-    """Whether P99 is within the goal and nobody was sent away."""
-    return meets(outcome) and not outcome.refused
-
-
 def _most(service: SimulatedService, capacity: float) -> float | None:
     """The highest rate that is sustained; beyond what it does at most, the queue only grows."""
-    if sustains(service.at(capacity, whole=False)):
+    if service.at(capacity, whole=False).held:
         return capacity
     low, high = 0.0, capacity
     while high - low > PRECISION * high:
         middle = (low + high) / 2
-        if sustains(service.at(middle, whole=False)):
+        if service.at(middle, whole=False).held:
             low = middle
         else:
             high = middle

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulation.outcome import MISSES, percentiles
+from echelon.simulation.outcome import percentiles
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.validation_metrics import (
     PACE,
@@ -109,12 +109,14 @@ def proof_of(
         run: what callers saw.
         scraped: the server's metrics before it and after.
     """
+    from echelon.loadtest.summary import latencies
+
     before, after = scraped
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     summary = run.summary
     gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]
     memory = float(sum(gauges)) if gauges and not stage.on_card else None
-    late = summary.requests - summary.kinds["answered"] + _late(run, stage.ask.goal_s)
+    answered, within = summary.kinds["answered"], stage.ask.level.within(latencies(run.outcome))
     numbers = LoadMetrics(
         summary.latency_s.get(50.0),
         summary.latency_s.get(95.0),
@@ -123,7 +125,7 @@ def proof_of(
         summary.documents_per_s,
         memory,
         summary.requests,
-        late,
+        summary.requests - within,
     )
     paid = grown["echelon_step_tokens_sum"]
     steps = grown["echelon_step_seconds_count"]
@@ -133,7 +135,7 @@ def proof_of(
         numbers,
         pace_of(took, steps, paid, share, chosen.cost),
         _overhead(grown, summary.mean_s),
-        late <= MISSES * summary.requests and _fits(stage.ask, memory),
+        stage.ask.level.held(summary.requests, answered, within) and _fits(stage.ask, memory),
         (*summary.doubts, *summary.notes),
         noise_of_ratios(_ratios(grown)),
     )
@@ -174,7 +176,6 @@ def stress_plan(stage: ValidationContext, url: str) -> LoadTestPlan:
     """The load test whose requests the simulation has seen."""
     from echelon.loadtest.client import Target, route_of, shape_of
     from echelon.loadtest.run import LoadTestPlan
-    from echelon.loadtest.summary import LatencyGoal
 
     ask, load, shape = stage.ask, stage.load, shape_of("cohere")
     timeout_s = max(TIMEOUT_S, 4 * (ask.goal_s or 0.0))
@@ -187,16 +188,10 @@ def stress_plan(stage: ValidationContext, url: str) -> LoadTestPlan:
         trace=load.traffic.trace or None,
         warmup_s=0.0,
         duration_s=ask.verify_s,
-        goal=None if ask.goal_s is None else LatencyGoal(ask.goal_s),
+        goal=None if ask.goal_s is None else ask.level,
         seed=ask.seed,
         ruler=load.ruler,
     )
-
-
-def _late(run: LoadTestRun, goal_s: float | None) -> int:
-    from echelon.loadtest.summary import latencies
-
-    return 0 if goal_s is None else int((latencies(run.outcome) > goal_s).sum())
 
 
 def _overhead(grown: Scraped, mean_s: float | None) -> float:
@@ -236,12 +231,12 @@ def proof_of_reranking(
     p50, p95, p99 = (None, None, None) if offline else percentiles(ran.waits)
     done = requests if offline else requests[: len(ran.waits)]
     count = sum(one.documents for one in done)
-    late = sum(wait > ask.goal_s for wait in ran.waits) if ask.goal_s is not None else 0
+    late = len(ran.waits) - ask.level.within(ran.waits)
     memory, whole = float(ran.peak_bytes), ran.whole_s
     numbers = LoadMetrics(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
     expected = seconds if offline else seconds * len(done)
     pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
-    held = late <= MISSES * len(done) and _fits(ask, memory)
+    held = ask.level.held(len(done), len(done), len(done) - late) and _fits(ask, memory)
     return Validation(numbers, pace, None, held)
 
 
