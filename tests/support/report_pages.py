@@ -7,8 +7,13 @@ from html.parser import HTMLParser
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports import tuning_report
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.choose import best_batches, best_budget, situations
-from echelon.tuning.sweep import MeasuredPoint, SweepPoint
+from echelon.tuning.sweep import (
+    MeasuredPoint,
+    SweepPoint,
+    best_batches,
+    best_budget,
+    scenario_advice,
+)
 
 # Building profiles.
 
@@ -85,7 +90,7 @@ def make_profile(results=RESULTS, **changes):
         precisions=PRECISIONS,
         points=[measured.as_dict() for measured in results],
         best=[measured.as_dict() for measured in best],
-        situations=[situation.as_dict() for situation in situations(results)],
+        situations=[situation.as_dict() for situation in scenario_advice(results)],
         warnings=["3 of 9 points are noisy. Close other programs."],
     )
     return replace(profile, **changes)

@@ -1,9 +1,10 @@
-"""Every sentence that can be translated, found in the code and in the templates."""
+"""Every translatable message, found in the code, in the templates and in the catalogues."""
 
 from __future__ import annotations
 
 import ast
-import json
+import re
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -11,35 +12,57 @@ from string import Formatter
 import jinja2
 from jinja2 import nodes
 
+from echelon.messages import catalogue
+
 SOURCE = Path(__file__).parents[2] / "src/echelon"
-CATALOGUE = SOURCE / "reports/messages/zh.json"
+STORED_ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
+
+
+@dataclass
+class Used:
+    """Messages that the code uses: stored ones with the names of their values, and page text."""
+
+    stored: dict[str, set[str] | None] = field(default_factory=dict)
+    pages: set[str] = field(default_factory=set)
 
 
 def placeholders(sentence):
     return {name for _, name, _, _ in Formatter().parse(sentence) if name is not None}
 
 
+def is_id(message):
+    return STORED_ID.fullmatch(message) is not None
+
+
 @cache
-def sentences():
-    """``said`` and ``kept``: the English of each, as in the catalogue."""
-    found = {"said": set(), "kept": set()}
+def used():
+    found = Used()
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                _note(found, node.func.id, getattr(node.args[0], "value", None))
+                _note(found, node.func.id, node.args)
     for path in SOURCE.rglob("*.j2"):
         tree = jinja2.Environment().parse(path.read_text(encoding="utf-8"))
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Name) and call.args:
-                _note(found, call.node.name, getattr(call.args[0], "value", None))
+                _note(found, call.node.name, call.args)
     return found
 
 
-def _note(found, function, sentence):
-    section = {"tr": "said", "mark": "said", "kept": "kept"}.get(function)
-    if section is not None and isinstance(sentence, str):
-        found[section].add(sentence)
+def _note(found, function, arguments):
+    message = getattr(arguments[0], "value", None)
+    if not isinstance(message, str):
+        return
+    if function == "Message":
+        values = arguments[1] if len(arguments) > 1 else ast.Dict([], [])
+        found.stored[message] = {key.value for key in values.keys}
+    elif function in {"tr", "N_"}:
+        if is_id(message):
+            found.stored.setdefault(message, None)
+        else:
+            found.pages.add(message)
 
 
-def catalogue():
-    return json.loads(CATALOGUE.read_text(encoding="utf-8"))
+def texts(language):
+    """A catalogue without its header."""
+    return {message: text for message, text in catalogue(language).texts.items() if message}

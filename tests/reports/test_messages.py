@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,15 @@ import pytest
 from helpers import run_command
 from profile_pairs import compared, profile_of, sides
 from report_pages import CURVE, RESULTS, Page, entry, leave_plotly_out, scenario_entry, steady
-from sentences import catalogue, placeholders, sentences
+from sentences import SOURCE, is_id, placeholders, texts, used
 
 from echelon.cli.report import report as group
 from echelon.errors import InvalidInput
+from echelon.messages import Message, in_language, read_po, tr, translated
+from echelon.profile import Profile
 from echelon.reports import comparison_page as comparison
 from echelon.reports import tuning_report
-from echelon.reports.html import kept, speaking, told, tr
-from echelon.scheduling.fit import REMEDY, FitError
+from echelon.scheduling.fit import FitError
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -80,49 +82,115 @@ SHOWN = {"text", "name", "title", "ticktext"}
 """Keys of a figure whose strings people see."""
 
 
-def missing(section):
-    return sorted(sentences()[section] - set(catalogue()[section]))
+def test_every_message_has_a_text_in_both_languages():
+    stored, pages = set(used().stored), used().pages
+    assert sorted(stored - set(texts("en"))) == [], "add to messages/en.po"
+    assert sorted((stored | pages) - set(texts("zh"))) == [], "add to messages/zh.po"
+    assert [m for language in ("en", "zh") for m, text in texts(language).items() if not text] == []
 
 
-@pytest.mark.parametrize("section", ["said", "kept"])
-def test_every_sentence_is_translated_and_no_translation_is_left_over(section):
-    known = catalogue()[section]
-    wanted = json.dumps(dict.fromkeys(missing(section), ""), ensure_ascii=False, indent=1)
-    assert missing(section) == [], f"add to zh.json, under {section!r}: {wanted}"
-    assert sorted(set(known) - sentences()[section]) == [], "these are said nowhere"
-    assert list(known) == sorted(known)
+def test_no_text_is_left_over():
+    stored, pages = set(used().stored), used().pages
+    assert sorted(set(texts("en")) - stored) == [], "en.po holds messages that nothing uses"
+    assert sorted(set(texts("zh")) - stored - pages) == [], "zh.po holds messages nothing uses"
 
 
-@pytest.mark.parametrize("section", ["said", "kept"])
-def test_a_translation_has_the_sentences_placeholders(section):
-    for english, translation in catalogue()[section].items():
-        assert placeholders(translation) == placeholders(english), english
-        assert translation.strip()
+def test_the_languages_have_the_same_placeholders():
+    for message, chinese in texts("zh").items():
+        english = texts("en")[message] if is_id(message) else message
+        assert placeholders(chinese) == placeholders(english), message
 
 
-@pytest.mark.parametrize("english", sorted(sentences()["kept"]))
-def test_a_sentence_of_a_profile_is_told_in_chinese(english):
-    values = {name: f"<{place}>" for place, name in enumerate(sorted(placeholders(english)))}
-    translation = catalogue()["kept"][english]
-    with speaking("zh"):
-        assert told(kept(english, **values)) == translation.format(**values)
-    assert told(kept(english, **values)) == english.format(**values)
+def test_a_stored_message_has_the_values_that_its_text_needs():
+    for message, values in used().stored.items():
+        if values is not None:
+            assert placeholders(texts("en")[message]) == values, message
 
 
-def test_what_a_sentence_holds_is_told_as_well():
-    error = FitError(0.1, 0.2, 9)
-    off = "Predicted {what} are off ({error}), so none were kept. {remedy}"
-    found = kept(off, what="step times", error=error.words, remedy=REMEDY)
-    with speaking("zh"):
-        assert not re.search("[A-Za-z]{4}", told(found).replace("echelon tune --refresh", ""))
-        assert "10%" in told(found)
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_catalogues_are_sorted_and_have_one_text_a_message(language):
+    content = (SOURCE / f"messages/{language}.po").read_text(encoding="utf-8")
+    ids = re.findall(r'^msgid "(.+)"$', content, re.MULTILINE)
+    assert ids == [*sorted(filter(is_id, ids)), *sorted(i for i in ids if not is_id(i))]
+    assert len(ids) == len(set(ids)) == len(texts(language))
 
 
-def test_what_has_no_translation_stays_english():
-    with speaking("zh"):
-        assert tr("Nobody has {said} this.", said="{odd}") == "Nobody has {odd} this."
-        assert told("std::bad_alloc {here}") == "std::bad_alloc {here}"
+# Stored messages.
+
+
+@pytest.mark.parametrize("message", sorted(texts("en")))
+def test_a_stored_message_is_english_text_and_is_shown_in_chinese(message):
+    names = placeholders(texts("en")[message])
+    values = {name: f"<{place}>" for place, name in enumerate(sorted(names))}
+    found = Message(message, values)
+    assert found == translated(found) == texts("en")[message].format(**values)
+    with in_language("zh"):
+        assert translated(found) == texts("zh")[message].format(**values)
+
+
+def test_a_value_that_is_a_message_is_translated_too():
+    found = Message("fit.step_times_off", {"error": FitError(0.1, 0.2, 9).words})
+    with in_language("zh"):
+        shown = translated(found)
+    assert not re.search("[A-Za-z]{4}", shown.replace("echelon tune --refresh", ""))
+    assert "10%" in shown
+
+
+def test_a_profile_stores_ids_and_values(tmp_path):
+    warning = Message("sweep.noisy_points", {"noisy": 3, "all": 9})
+    path = tmp_path / "p.json"
+    rich(warnings=[warning, "一"]).save(path)
+    known = {"id": "sweep.noisy_points", "values": {"noisy": 3, "all": 9}}
+    assert json.loads(path.read_text("utf-8"))["warnings"] == [known, "一"]
+    loaded = Profile.load(path)
+    assert loaded == rich(warnings=[warning, "一"])
+    assert (loaded.warnings[0].id, loaded.warnings[0].values) == (warning.id, warning.values)
+    for copied in (pickle.loads(pickle.dumps(warning)), loaded.as_dict()["warnings"][0]):
+        assert (copied, copied.id) == (warning, warning.id)
+    assert json.loads(json.dumps(loaded.as_dict()))["warnings"] == [str(warning), "一"]
+
+
+def test_a_sentence_of_an_older_profile_is_shown_as_it_is():
+    old = "3 of 9 points are known to no better than ±10 %. Close other programs."
+    with in_language("zh"):
+        assert translated(old) == old
+    assert old in html.unescape(tuning_report.render(rich(warnings=[old]), lang="zh"))
+
+
+@pytest.mark.parametrize("values", [{}, {"noisy": 3}, {"noisy": 3, "all": 9}])
+def test_a_message_of_another_version_is_shown_by_id_and_values(values):
+    shown = " ".join(["sweep.of_tomorrow", *(f"{name}={value}" for name, value in values.items())])
+    assert Message("sweep.of_tomorrow", values) == shown
+    damaged = Message("sweep.noisy_points", {"noisy": 3})
+    assert damaged == "sweep.noisy_points noisy=3"
+    with in_language("zh"):
+        assert translated(damaged) == "sweep.noisy_points noisy=3"
+
+
+def test_page_text_without_a_translation_stays_english():
+    with in_language("zh"):
+        assert tr("Not {said} yet.", said="{odd}") == "Not {odd} yet."
+        assert translated("std::bad_alloc {here}") == "std::bad_alloc {here}"
     assert tr("Latency") == "Latency"
+
+
+# The reader of catalogues.
+
+
+def test_strings_may_go_on_over_lines_and_hold_escapes():
+    content = '# note\nmsgid "a"\n"b"\nmsgstr ""\n"\\"中\\"\\n"\n"d"\n\nmsgid "e"\nmsgstr "f"\n'
+    assert read_po(content) == {"ab": '"中"\nd', "e": "f"}
+
+
+@pytest.mark.parametrize("line", ["msgid_plural x", "words", "msgctxt a", 'msgid "a'])
+def test_a_damaged_catalogue_is_refused(line):
+    with pytest.raises((ValueError, SyntaxError)):
+        read_po(line)
+
+
+def test_orphaned_text_is_refused_with_its_line():
+    with pytest.raises(ValueError, match="line 2 of a message catalogue"):
+        read_po('# note\n"text"')
 
 
 # Pages.
@@ -164,7 +232,16 @@ def shape(tokens, *, unseen):
     }
 
 
-OFF = "Proof 1 disagrees with its prediction: Memory 0.4\u00a0GiB, predicted 0.7\u00a0GiB."
+SKIPPED = Message("sweep.smaller_out_of_memory", {"size": 16})
+OFF = Message(
+    "scenario.prediction_off",
+    {
+        "place": 1,
+        "name": Message("metric.memory_bytes"),
+        "came": "0.4\u00a0GiB",
+        "said": "0.7\u00a0GiB",
+    },
+)
 
 
 def rich(factor=1.0, **changes):
@@ -173,7 +250,12 @@ def rich(factor=1.0, **changes):
         *(m for m in RESULTS if m.status == "ok"),
         entry(1, steady(0.02), batch_size=1),
         entry(50, status="out_of_memory", reason="显存", batch_size=16),
-        entry(50, status="skipped", batch_size=32, reason="steps of 16 already ran out of memory"),
+        entry(
+            50,
+            status="skipped",
+            batch_size=32,
+            reason=Message("sweep.smaller_out_of_memory", {"size": 16}),
+        ),
         entry(50, status="not_reached", token_budget=2048),
     ]
     base = profile_of(factor, results=results)
@@ -189,13 +271,10 @@ def rich(factor=1.0, **changes):
         | {"cpu": "机", "system": "系", "machine": "", "matrix_features": []}
         | {"gpus": [{"name": "卡", "memory_bytes": 2**34, "capability": "9.0"}]},
         warnings=[
-            (
-                "3 of 9 points are known to no better than ±10 %. Close other programs, or "
-                "raise --time-limit."
-            )
+            Message("sweep.noisy_points", {"noisy": 3, "all": 9}),
         ],
         learned_token_budget=512,
-        scenario=scenario_entry(notes=[OFF, "Trust the measured numbers."]),
+        scenario=scenario_entry(notes=[OFF, Message("scenario.trust_measured")]),
     )
     return replace(made, **changes)
 
@@ -255,7 +334,7 @@ def test_english_is_the_default_and_comes_back():
 
 
 def test_a_wrong_language_is_refused_by_name():
-    with pytest.raises(InvalidInput, match=r"'fr' is no language of pages\. Give en or zh"):
+    with pytest.raises(InvalidInput, match=r"'fr' is not a language of pages\. Give en or zh"):
         tuning_report.render(rich(), lang="fr")
 
 
