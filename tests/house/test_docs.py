@@ -21,6 +21,7 @@ PAGES = sorted(
     key=lambda path: path.as_posix(),
 )
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+REFERENCES = [ROOT / "docs/REFERENCE.md", ROOT / "docs/REFERENCE.zh.md"]
 
 
 def text(path):
@@ -61,9 +62,13 @@ def test_the_ladder_in_the_architecture_is_the_ladder():
     assert listed == [rung.__name__.removeprefix("_") for rung in oom_policy.RUNGS]
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
-def test_readmes_name_every_option_command_and_exit_code(readme):
-    page = text(readme)
+def test_the_readme_is_short():
+    assert len(text(READMES[0]).split()) <= 1500
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda p: p.name)
+def test_references_name_every_option_command_and_exit_code(reference):
+    page = text(reference)
     listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     assert listed == {f.name for f in fields(Options)}
     for command in cli.cli.commands:
@@ -74,9 +79,9 @@ def test_readmes_name_every_option_command_and_exit_code(readme):
     assert documented == codes | {0, cli.INTERRUPTED}
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda p: p.name)
-def test_commands_in_the_readmes_exist(readme):
-    blocks = re.findall(r"```bash\n(.*?)```", text(readme), re.DOTALL)
+@pytest.mark.parametrize("page", READMES + REFERENCES, ids=lambda p: p.name)
+def test_commands_in_the_documents_exist(page):
+    blocks = re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     makefile = text(ROOT / "Makefile")
     seen = 0
@@ -91,8 +96,9 @@ def test_commands_in_the_readmes_exist(readme):
     assert seen >= 6
 
 
-def test_the_chinese_readme_has_every_section_and_code_block_of_the_english():
-    english, chinese = (text(readme) for readme in READMES)
+@pytest.mark.parametrize("pages", [READMES, REFERENCES], ids=["readme", "reference"])
+def test_the_chinese_page_has_every_section_and_code_block_of_the_english(pages):
+    english, chinese = (text(page) for page in pages)
     for mark in (r"^## ", r"^### ", r"^```", r"^\| "):
         counts = [len(re.findall(mark, page, re.MULTILINE)) for page in (english, chinese)]
         assert counts[0] == counts[1], mark

@@ -156,7 +156,7 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
 @pytest.mark.parametrize("readme", READMES)
 def test_the_readmes_example(demo_folder, readme):
     names = {"documents": [Document(content=text, id=f"d{i}") for i, text in enumerate(ROUTER)]}
-    exec(readme_code("adapters.haystack", readme), names)
+    exec(readme_code("integrations.haystack", readme), names)
     found = seen(names["found"]["ranker"])
     assert sorted(place for place, _ in found) == [0, 1]
     assert found[0][1] > found[1][1]

@@ -131,7 +131,7 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
 @pytest.mark.parametrize("readme", READMES)
 def test_the_readmes_example(demo_folder, readme):
     names = {"vectors": Fixed(found=[Document(text) for text in ROUTER])}
-    exec(readme_code("adapters.langchain", readme), names)
+    exec(readme_code("integrations.langchain", readme), names)
     found = names["documents"]
     assert {document.page_content for document in found} == set(ROUTER)
     scores = [document.metadata["relevance_score"] for document in found]

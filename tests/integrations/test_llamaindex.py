@@ -166,7 +166,7 @@ def test_what_is_wrong_is_named(reranker):
 @pytest.mark.parametrize("readme", READMES)
 def test_the_readmes_example(demo_folder, readme):
     names = {"retriever": Fixed(ROUTER), "llm": MockLLM()}
-    exec(readme_code("adapters.llamaindex", readme), names)
+    exec(readme_code("integrations.llamaindex", readme), names)
     found = seen(names["answer"].source_nodes)
     assert sorted(place for place, _ in found) == [0, 1]
     assert found[0][1] > found[1][1]
