@@ -12,7 +12,6 @@ import echelon
 PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
-    "echelon.integrations.activation",
     "echelon.models.attention_cpu",
     "echelon.models.encoder_cuda",
     "echelon.models.fused",

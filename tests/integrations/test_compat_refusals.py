@@ -147,9 +147,9 @@ def test_a_model_out_of_a_hub_cache(tmp_path: Path, bert: Path) -> None:
     ours = CrossEncoder("someone/toy", **where)
 
     same(ours.predict(PAIRS), Original(str(bert), device="cpu").predict(PAIRS))
-    with pytest.raises(ModelNotFound, match="someone/other is not to be had"):
+    with pytest.raises(ModelNotFound, match="someone/other could not be fetched"):
         CrossEncoder("someone/other", **where)
-    with pytest.raises(ModelNotFound, match="cross-encoder/toy is not to be had"):
+    with pytest.raises(ModelNotFound, match="cross-encoder/toy could not be fetched"):
         CrossEncoder("toy", **where)
 
 
@@ -162,7 +162,7 @@ def test_a_hub_model_is_asked_for_once(bert: Path, monkeypatch: pytest.MonkeyPat
         asked.append((name, revision))
         return ModelFolder(bert, name, "c0ffee")
 
-    monkeypatch.setattr("echelon.integrations.keywords.resolve", resolve)
+    monkeypatch.setattr("echelon.integrations.saved_model.resolve", resolve)
     monkeypatch.setattr("echelon.engine.launch.resolve", resolve)
     model = CrossEncoder("toy", revision="main", device="cpu")
 

@@ -1,19 +1,15 @@
-"""Scripts people already have, run by Echelon with one changed import.
+"""Echelon inside other libraries, each with its own extra.
 
-    from echelon.compat import CrossEncoder    # sentence-transformers' class
-    from echelon.compat import FlagReranker    # FlagEmbedding's class
+Scripts keep their calls and change one import; unsupported arguments are refused with a remedy:
 
-Same constructor, same calls, same kinds of results, same scores. What Echelon cannot do is
-refused by name with what to do instead; nothing that is passed in is silently dropped.
+    from echelon.integrations import CrossEncoder    # sentence-transformers' class
+    from echelon.integrations import FlagReranker    # FlagEmbedding's class
 
-Echelon as a component of other frameworks, each in its own module and behind its own extra.
+Components take a model's name with options of :class:`echelon.Reranker`, or an open reranker:
 
-    from echelon.adapters.langchain import EchelonReranker    # echelon-rerank[langchain]
-    from echelon.adapters.llamaindex import EchelonRerank     # echelon-rerank[llamaindex]
-    from echelon.adapters.haystack import EchelonRanker       # echelon-rerank[haystack]
-
-Each takes a model's name with the options of :class:`echelon.Reranker`, or one that is open already
-and may be shared, and gives back its order and its scores.
+    from echelon.integrations.langchain import EchelonReranker    # echelon-rerank[langchain]
+    from echelon.integrations.llamaindex import EchelonRerank     # echelon-rerank[llamaindex]
+    from echelon.integrations.haystack import EchelonRanker       # echelon-rerank[haystack]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``FlagEmbedding.FlagReranker``, run by Echelon."""
+"""``FlagEmbedding.FlagReranker`` with Echelon as its engine."""
 # The signatures are the original's, so that scripts run unchanged:
 # ruff: noqa: PLR0913, PLR0917, FBT001, FBT002
 
@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.call import sigmoid
 from echelon.errors import InvalidInput
-from echelon.integrations.arguments import read_saved
-from echelon.integrations.keywords import (
-    Storage,
-    capped,
-    device_option,
-    locate,
-    refuse,
-    take_refused,
-)
+from echelon.integrations.keywords import capped, device_option, refuse, take_refused
+from echelon.integrations.saved_model import Storage, locate, read_saved
+from echelon.models.device import choose_device, require_torch
 from echelon.options import Options, check_pairs
 from echelon.reranker import Reranker
 
@@ -28,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 512
 QUERY_SHARE = (3, 4)
-"""Part of ``max_length`` that a query may take when no ``query_max_length`` is given."""
+"""Part of ``max_length`` that a query may take if no ``query_max_length`` is given."""
 
 OTHER_NAMES = {
     "device": "Name it devices, as in FlagEmbedding.",
@@ -39,9 +33,10 @@ OTHER_NAMES = {
 
 
 class FlagReranker:
-    """Scores pairs of texts, called as FlagEmbedding 1.4 is.
+    """Scores pairs of texts, with the interface of FlagEmbedding 1.4.
 
-    A query is cut to ``query_max_length``, then the passage so that the pair fits.
+    A query is cut to ``query_max_length``, then the passage so that the pair fits. ``batch_size``,
+    ``query_max_length``, ``max_length`` and ``normalize`` may be set at any time.
 
     Args:
         model_name_or_path: folder, hub name or ``demo``.
@@ -54,26 +49,20 @@ class FlagReranker:
         cache_dir: where hub models are kept; None is the hub's own cache.
         devices: one device: ``cpu``, ``cuda``, ``cuda:N``, its number, or a list of one; None
             takes the first GPU if there is.
-        batch_size: pairs a step may hold; None leaves it to Echelon. Scores do not depend on it.
+        batch_size: pairs a step; None lets Echelon choose. Scores do not depend on it.
         query_max_length: tokens kept of a query; None is three quarters of ``max_length``.
         max_length: tokens a pair may have, special tokens included.
         normalize: return sigmoids instead of logits.
-        **options: any other of :class:`echelon.options.Options`, such as ``profile``.
-
-    Attributes:
-        batch_size: as above; may be set at any time, and so may the others.
-        query_max_length: as above.
-        max_length: as above.
-        normalize: as above.
+        **options: other options of :class:`echelon.options.Options`, such as ``profile``.
 
     Raises:
-        InvalidInput: a keyword that is unknown, wrong or cannot be honoured, or a model with
-            several labels and no ``label`` chosen.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        InvalidInput: a keyword is unknown, wrong or not supported, or the model has several labels
+            and no ``label`` is chosen.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
         OutOfMemory: the weights do not fit.
 
     Warns:
-        EchelonWarning: ``max_length`` is more than the model can read.
+        EchelonWarning: ``max_length`` is more than the model's limit.
     """
 
     def __init__(
@@ -123,7 +112,7 @@ class FlagReranker:
 
     @property
     def target_devices(self) -> list[str]:
-        """Where it runs, a list of one."""
+        """The device that computes, as a list of one."""
         return [self._reranker.facts.device]
 
     def compute_score(
@@ -140,7 +129,7 @@ class FlagReranker:
 
         Args:
             sentence_pairs: (query, passage) texts, or one such pair.
-            batch_size: instead of the constructor's, and so are the next ones.
+            batch_size: as in the constructor, for this call; so are the next three.
             query_max_length: tokens kept of a query.
             max_length: tokens a pair may have.
             normalize: return sigmoids.
@@ -150,9 +139,9 @@ class FlagReranker:
             Scores in input order; for one pair a list of one.
 
         Raises:
-            InvalidInput: no pairs, one that is not two texts, a query that leaves its passage no
-                room, or a keyword that is wrong.
-            OutOfMemory: a pair does not fit in memory alone.
+            InvalidInput: no pairs, a pair is not two texts, a query leaves no room, or a
+                keyword is wrong.
+            OutOfMemory: a pair alone does not fit in memory.
         """
         _refuse_other_names(options)
         pairs = [self._instructed(pair) for pair in check_pairs(_as_pairs(sentence_pairs))]
@@ -171,7 +160,7 @@ class FlagReranker:
         return [float(score) for score in (sigmoid(logits) if normalized else logits)]
 
     def stop_self_pool(self) -> None:
-        """Nothing: there are no worker processes to stop."""
+        """Do nothing: there are no worker processes to stop."""
 
     def _query_tokens(self, asked: int | None, max_length: int) -> int:
         asked = self.query_max_length if asked is None else asked
@@ -196,7 +185,7 @@ class FlagReranker:
 
 
 def _as_pairs(pairs: Any) -> Any:
-    """Pairs, one pair taken for a list of one."""
+    """Pairs, also from a single pair."""
     if isinstance(pairs, list | tuple):
         if not pairs:
             raise InvalidInput("sentence_pairs", "is empty", "Pass at least one pair.")
@@ -206,7 +195,7 @@ def _as_pairs(pairs: Any) -> Any:
 
 
 def _joined(form: str, instruction: str | None, text: str) -> str:
-    r"""A text with its instruction; ``\n`` written out in the format means a line break."""
+    r"""A text with its instruction; ``\n`` written out in the format is a line break."""
     return text if instruction is None else form.replace("\\n", "\n").format(instruction, text)
 
 
@@ -232,10 +221,8 @@ def _one_device(devices: Any) -> str:
 
 
 def _precision(*, use_fp16: bool, options: dict[str, Any]) -> str | None:
-    """What the caller's words say; None leaves it to the way the weights are stored."""
+    """The precision that the caller requests; None keeps the dtype of the weights."""
     if use_fp16:
-        from echelon.models.device import choose_device, require_torch
-
         require_torch()
         if choose_device(options["device"]).type != "cpu":
             return "fp16"

@@ -1,21 +1,18 @@
-"""Keywords of the originals: which have an older name, which cannot be honoured, and why.
+"""Check the arguments of the original libraries: renamed keywords, refused ones and their remedies.
 
 Pure: tables and checks, no model and no torch.
-
-Which model is meant, in the words of the originals, and where it is stored.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from echelon.errors import EchelonWarning, InvalidInput, ModelNotFound, UnsupportedModel
-from echelon.models.hub import DEMO, choose, resolve
+import numpy as np
+
+from echelon.errors import EchelonWarning, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,11 +39,14 @@ REFUSED = {
     "processing_kwargs": "Use max_length to truncate; the rest is as the tokenizer was saved.",
     "classifier_dropout": "Dropout is for training. Leave it out.",
 }
-"""Keyword → why it cannot be honoured and what to do instead."""
+"""Keyword → why Echelon does not support it and what to do instead."""
+
+PAIR_DIMENSIONS = 2
+"""Dimensions of an array of pairs; an array with one dimension is a single pair."""
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function be called by the older names of its keywords.
+    """Accept older names of a function's keywords.
 
     Args:
         **names: older name → today's.
@@ -58,25 +58,23 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(*args, **cast("Any", _by_new_names(kwargs, names)))
+            for old, new in names.items():
+                if old in kwargs and new in kwargs:
+                    problem = f"is the older name of {new}, which is given too"
+                    raise InvalidInput(old, problem, "Give one.")
+            today = {names.get(name, name): value for name, value in kwargs.items()}
+            return function(*args, **cast("Any", today))
 
         return call
 
     return decorate
 
 
-def _by_new_names(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    for old, new in names.items():
-        if old in values and new in values:
-            raise InvalidInput(old, f"is the older name of {new}, which is given too", "Give one.")
-    return {names.get(name, name): value for name, value in values.items()}
-
-
 def refuse(**values: Any) -> None:
-    """Refuse keywords that ask for something; None, False and empty ones ask for nothing.
+    """Refuse unsupported keywords that have a value; None, False and empty lists are accepted.
 
     Raises:
-        InvalidInput: names the first that asks, and the remedy.
+        InvalidInput: names the first one and the remedy.
     """
     for name, value in values.items():
         if value is not None and value is not False and value not in ([], ()):
@@ -84,7 +82,7 @@ def refuse(**values: Any) -> None:
 
 
 def take_refused(options: dict[str, Any]) -> None:
-    """Take the refusable keywords out of ``options``.
+    """Take the unsupported keywords out of ``options``.
 
     Raises:
         InvalidInput: as in :func:`refuse`.
@@ -93,7 +91,7 @@ def take_refused(options: dict[str, Any]) -> None:
 
 
 def take_idle(options: dict[str, Any], *names: str) -> None:
-    """Take keywords out of ``options`` that do nothing in the original either.
+    """Take keywords out of ``options`` that have no effect in the original either.
 
     Warns:
         EchelonWarning: names each one.
@@ -112,7 +110,7 @@ def only(field: str, values: Mapping[str, Any] | None, *known: str, remedy: str)
     """The entries of a dictionary keyword, all of which must be known.
 
     Raises:
-        InvalidInput: an entry that Echelon cannot honour.
+        InvalidInput: an entry that Echelon does not support.
     """
     given = dict(values or {})
     for name in given:
@@ -122,7 +120,7 @@ def only(field: str, values: Mapping[str, Any] | None, *known: str, remedy: str)
 
 
 def precision_of(field: str, dtype: object) -> Precision | None:
-    """Echelon's name of a torch dtype or its name; None for None and ``auto``.
+    """Echelon's name of a torch dtype or of its name; None for None and ``auto``.
 
     Raises:
         InvalidInput: a dtype that Echelon does not compute in.
@@ -136,7 +134,7 @@ def precision_of(field: str, dtype: object) -> Precision | None:
 
 
 def device_option(device: object) -> str:
-    """The ``device`` option for what torch calls a device; None is ``auto``."""
+    """The ``device`` option for a device as torch names it; None is ``auto``."""
     if device is None:
         return "auto"
     if isinstance(device, int) and not isinstance(device, bool):
@@ -144,119 +142,111 @@ def device_option(device: object) -> str:
     return str(device)
 
 
-def capped(field: str, asked: object, limit: int, *, warn: bool = True) -> int:
-    """A length limit, brought down to what the model can read.
+def capped(field: str, value: object, limit: int, *, warn: bool = True) -> int:
+    """A length limit, reduced to the model's.
 
-    The originals accept more and fail inside the model on the first text that uses it.
+    The originals accept a larger one and fail inside the model on the first long text.
 
     Raises:
         InvalidInput: not a positive whole number.
 
     Warns:
-        EchelonWarning: it was brought down.
+        EchelonWarning: it was reduced.
     """
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise InvalidInput(field, f"{asked!r} is not a positive whole number", "Give 1 or more.")
-    if asked > limit and warn:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInput(field, f"{value!r} is not a positive whole number", "Give 1 or more.")
+    if value > limit and warn:
         warnings.warn(
             f"{field}: the model reads {limit} tokens at most, so {limit} is used instead of "
-            f"{asked}. Ask for {limit} or fewer.",
+            f"{value}. Ask for {limit} or fewer.",
             EchelonWarning,
             stacklevel=3,
         )
-    return min(asked, limit)
+    return min(value, limit)
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A model that is on this machine now.
-
-    Attributes:
-        path: its folder.
-        model: what to call it for :class:`echelon.Reranker`.
-        revision: its commit; None where it has none.
-    """
-
-    path: Path
-    model: str
-    revision: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """Where and how to look for a model on the hub.
-
-    Attributes:
-        revision: branch, tag or commit.
-        cache: the cache folder; None is the hub's own.
-        offline: never ask the hub.
-        token: as ``huggingface_hub`` takes it.
-    """
-
-    revision: str | None = None
-    cache: str | os.PathLike[str] | None = None
-    offline: bool = False
-    token: str | bool | None = None
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether Echelon's own way of fetching will do."""
-        return self.cache is None and self.token is None and not self.offline
-
-
-def locate(model: object, storage: Storage, *, owner: str | None = None) -> Located:
-    """Find a model, fetching it where needed.
-
-    Args:
-        model: folder, hub name or ``demo``.
-        storage: where to look.
-        owner: whose a hub name without an owner is.
+def precision_argument(model_kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]) -> Any:
+    """The ``precision`` option from ``model_kwargs`` or ``options``; None if neither names it.
 
     Raises:
-        InvalidInput: not a text or path.
-        ModelNotFound: not there.
-        UnsupportedModel: no weights that Echelon can read.
+        InvalidInput: it is named twice or unknown, or another entry of ``model_kwargs``.
     """
-    if not isinstance(model, str | os.PathLike):
-        raise InvalidInput("model_name_or_path", f"is {model!r}", "Give a folder or a hub name.")
-    name = os.fspath(model)
-    if name == DEMO or Path(name).expanduser().is_dir():
-        found = resolve(name, revision=storage.revision)
-        return Located(found.path, name, None)
-    if owner is not None and "/" not in name:
-        name = f"{owner}/{name}"
-    if storage.is_usual:
-        found = resolve(name, revision=storage.revision)
-        # The commit, so that opening it asks the hub nothing a second time.
-        return Located(found.path, name, found.revision)
-    path = _snapshot(name, storage)
-    return Located(path, str(path), None)
+    given = only(
+        "model_kwargs",
+        model_kwargs,
+        "dtype",
+        "torch_dtype",
+        remedy="Echelon loads weights and computes attention its own way, with the same "
+        "results. Leave the entry out; the device is set by device=.",
+    )
+    named = {name for name, dtype in given.items() if dtype is not None}
+    if len(named) + ("precision" in options) > 1:
+        raise InvalidInput("precision", "is named more than once", "Name one of dtype, precision.")
+    for name in named:
+        return precision_of(f"model_kwargs[{name!r}]", given[name])
+    return options.get("precision")
 
 
-def _snapshot(repo: str, storage: Storage) -> Path:
-    """Find or fetch a repository where the caller said."""
-    from huggingface_hub import HfApi, snapshot_download
+def length_argument(max_length: int | None, processor_kwargs: Mapping[str, Any] | None) -> Any:
+    """The length limit, by either of its names; None if neither is given.
 
-    files: list[str] = []  # offline: whatever is there; what is missing shows when it is opened
-    try:
-        if not storage.offline:
-            info = HfApi(token=storage.token).model_info(repo, revision=storage.revision)
-            files = choose(entry.rfilename for entry in info.siblings or ())
-        folder = snapshot_download(
-            repo,
-            revision=storage.revision,
-            cache_dir=None if storage.cache is None else Path(storage.cache),
-            local_files_only=storage.offline,
-            token=storage.token,
-            allow_patterns=files,
+    Raises:
+        InvalidInput: ``processor_kwargs`` has another entry.
+    """
+    remedy = "Echelon uses the tokenizer as it was saved. Leave the entry out."
+    given = only("processor_kwargs", processor_kwargs, "model_max_length", remedy=remedy)
+    return given.get("model_max_length") if max_length is None else max_length
+
+
+def check_num_labels(
+    num_labels: int | None, config_kwargs: Mapping[str, Any] | None, saved_labels: int
+) -> None:
+    """Refuse another number of labels than the model was saved with.
+
+    Raises:
+        InvalidInput: another number, or another entry of ``config_kwargs``.
+    """
+    remedy = "Echelon scores a model as it was saved. Leave the entry out."
+    given = only("config_kwargs", config_kwargs, "num_labels", remedy=remedy)
+    count = given.get("num_labels") if num_labels is None else num_labels
+    if count is not None and count != saved_labels:
+        raise InvalidInput(
+            "num_labels",
+            f"{count!r} asked for, and the model was trained with {saved_labels}",
+            "Leave it out; a new head must be trained with sentence_transformers first.",
         )
-    except Exception as error:  # the hub's HTTP client, and with it its errors, keeps changing
-        raise ModelNotFound(
-            f"{repo} is not to be had ({type(error).__name__}). Check name, revision, token and "
-            "connection; with local_files_only, fetch it once without."
-        ) from error
-    if not files and not storage.offline:
-        raise UnsupportedModel(
-            f"{repo} has no weights in safetensors or PyTorch format. Name one that has."
-        )
-    return Path(folder)
+
+
+def is_single(inputs: object) -> bool:
+    """Whether the inputs are one pair; its result is a scalar."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.ndim < PAIR_DIMENSIONS and inputs.size > 0
+    return isinstance(inputs, list | tuple) and len(inputs) > 0 and isinstance(inputs[0], str)
+
+
+def as_pairs(inputs: Any, *, single: bool) -> list[Any]:
+    """Inputs as a list of pairs.
+
+    Raises:
+        InvalidInput: neither a pair nor a series of pairs.
+    """
+    if not _is_series(inputs):
+        raise InvalidInput("inputs", f"is {type(inputs).__name__}", "Pass pairs of two texts.")
+    listed = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
+    return [listed] if single else list(listed)
+
+
+def as_documents(documents: Any) -> list[Any]:
+    """Documents as a list.
+
+    Raises:
+        InvalidInput: a single text, or no series.
+    """
+    if not _is_series(documents):
+        problem = f"is {type(documents).__name__}, not a list"
+        raise InvalidInput("documents", problem, "Pass a list of texts.")
+    return list(documents)
+
+
+def _is_series(values: object) -> bool:
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes | dict)

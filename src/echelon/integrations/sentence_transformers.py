@@ -1,4 +1,4 @@
-"""``sentence_transformers.CrossEncoder``, run by Echelon."""
+"""``sentence_transformers.CrossEncoder`` with Echelon as its engine."""
 # The signatures are the original's, so that scripts run unchanged:
 # ruff: noqa: PLR0913, PLR0917, FBT001, FBT002
 
@@ -9,26 +9,28 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonWarning, InvalidInput
-from echelon.integrations.arguments import (
-    as_documents,
-    as_list,
-    asked_length,
-    asked_precision,
-    check_num_labels,
-    is_single,
-    read_saved,
-)
 from echelon.integrations.keywords import (
-    Storage,
+    as_documents,
+    as_pairs,
     capped,
+    check_num_labels,
     device_option,
-    locate,
+    is_single,
+    length_argument,
+    precision_argument,
     refuse,
     renamed,
     take_idle,
     take_refused,
 )
-from echelon.integrations.movable import InnerModel, Movable
+from echelon.integrations.saved_model import Storage, locate, read_saved
+from echelon.integrations.torch_module import (
+    TorchModule,
+    activate,
+    check_activation,
+    converted,
+    default_activation,
+)
 from echelon.options import Options, check_pairs, check_text
 from echelon.reranker import Reranker
 
@@ -38,42 +40,42 @@ if TYPE_CHECKING:
 
     import torch
 
-    from echelon.integrations.activation import Activation
+    from echelon.integrations.torch_module import Activation
     from echelon.types import FloatArray, ModelInfo, Pair
 
 OWNER = "cross-encoder"
-"""Whose a hub name without an owner is."""
+"""Put before a hub name that has no owner."""
 
 
-class CrossEncoder(Movable):
-    """Scores pairs of texts and ranks documents, called as sentence-transformers 6 is.
+class CrossEncoder(TorchModule):
+    """Scores pairs of texts and ranks documents, with the interface of sentence-transformers 6.
 
     Args:
         model_name_or_path: folder, hub name (``cross-encoder/`` is put before a bare one) or
             ``demo``.
         num_labels: outputs of the head; must be the model's own.
         max_length: tokens a pair may have; None is the model's limit.
-        activation_fn: applied to the logits, tensors [pairs, 1]; None is what the model was saved
-            with, else sigmoid.
+        activation_fn: applied to the logits, a tensor [pairs, 1]; None is the saved function, else
+            sigmoid.
         device: ``cpu``, ``cuda``, ``cuda:N`` or a ``torch.device``; None takes a GPU if there is.
         revision: hub branch, tag or commit.
         trust_remote_code: must be false.
-        local_files_only: never ask the hub.
+        local_files_only: never connect to the hub.
         cache_folder: where hub models are kept; None is the hub's own cache.
         token: for the hub.
-        model_kwargs: ``dtype`` or ``torch_dtype``; None computes in what the weights are stored
-            in, as the original does.
+        model_kwargs: ``dtype`` or ``torch_dtype``; None computes in the dtype of the weights, as
+            the original does.
         processor_kwargs: ``model_max_length``.
         config_kwargs: ``num_labels``.
         backend: must be ``torch``.
         prompts: name → text put before queries.
-        default_prompt_name: the one to use when a call names none.
-        **options: any other of :class:`echelon.options.Options`, such as ``profile``.
+        default_prompt_name: the prompt of calls that name none.
+        **options: other options of :class:`echelon.options.Options`, such as ``profile``.
 
     Raises:
-        InvalidInput: a keyword that is unknown, wrong or cannot be honoured, or a model with
-            several labels and no ``label`` chosen.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        InvalidInput: a keyword is unknown, wrong or not supported, or the model has several labels
+            and no ``label`` is chosen.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
         OutOfMemory: the weights do not fit.
     """
 
@@ -113,18 +115,18 @@ class CrossEncoder(Movable):
         )
         take_refused(options)
         options["device"] = device_option(device)
-        precision = asked_precision(model_kwargs, options)
+        precision = precision_argument(model_kwargs, options)
         Options.of(**options, revision=revision)
         storage = Storage(revision, cache_folder, local_files_only, token)
         self._located = locate(model_name_or_path, storage, owner=OWNER)
         self._saved = read_saved(self._located.path)
-        check_num_labels(num_labels, config_kwargs, self._saved)
+        check_num_labels(num_labels, config_kwargs, len(self._saved.labels))
         if options.get("profile") is None:
             precision = precision or self._saved.precision
         self._options = {**options, "precision": precision or "auto"}
         self._options["revision"] = self._located.revision
         self._reranker = Reranker(self._located.model, **self._options)
-        self.max_length = asked_length(max_length, processor_kwargs)
+        self.max_length = length_argument(max_length, processor_kwargs)
         self.activation_fn = activation_fn
         self.prompts = {**self._saved.prompts, **(prompts or {})}
         self.default_prompt_name = default_prompt_name or self._saved.default_prompt_name
@@ -153,38 +155,35 @@ class CrossEncoder(Movable):
             inputs: pairs of texts, or one pair.
             prompt_name: name of a prompt to put before queries.
             prompt: text to put before queries.
-            batch_size: pairs a step may hold; None leaves it to Echelon. Scores do not depend
-                on it.
-            show_progress_bar: show one.
+            batch_size: pairs a step; None lets Echelon choose. Scores do not depend on it.
+            show_progress_bar: show a progress bar.
             activation_fn: instead of the model's, for this call.
             apply_softmax: no effect on models with one label, as in the original.
             convert_to_numpy: return a float32 array [pairs], else a list of tensors.
-            convert_to_tensor: return one tensor [pairs]; goes before ``convert_to_numpy``.
+            convert_to_tensor: return one tensor [pairs]; overrides ``convert_to_numpy``.
             device: move the model there first.
-            pool: refused.
-            chunk_size: refused.
+            pool: not supported.
+            chunk_size: not supported.
             **options: options of one call, see :meth:`echelon.Reranker.score_pairs`.
 
         Returns:
-            Scores in input order; for a single pair just its score.
+            Scores in input order; for a single pair its score.
 
         Raises:
             InvalidInput: a pair is not two texts, or a keyword is wrong.
-            OutOfMemory: a pair does not fit in memory alone.
+            OutOfMemory: a pair alone does not fit in memory.
         """
-        from echelon.integrations.activation import activate, check_activation, deliver
-
         refuse(pool=pool, chunk_size=chunk_size)
         take_idle(options, "num_workers")
         take_refused(options)
         function = self.activation_fn if activation_fn is None else activation_fn
         check_activation(function)
-        self._place(device)
+        self._move_to(device)
         single = is_single(inputs)
-        pairs = self._prompted(as_list(inputs, single=single), self._prompt(prompt, prompt_name))
+        pairs = self._prompted(as_pairs(inputs, single=single), self._prompt(prompt, prompt_name))
         logits = self._logits(pairs, batch_size, show_progress_bar, options)
         scores = activate(logits, function, self.device, softmax=bool(apply_softmax))
-        result = deliver(scores, as_tensor=convert_to_tensor, as_numpy=convert_to_numpy)
+        result = converted(scores, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
         return result[0] if single else result
 
     @renamed(activation_fct="activation_fn")
@@ -206,28 +205,16 @@ class CrossEncoder(Movable):
     ) -> list[dict[str, Any]]:
         """Sort documents by their score against a query.
 
-        Args:
-            query: the query.
-            documents: texts.
-            top_k: results to return; None returns all.
-            return_documents: put each document's text into its result.
-            prompt_name: as in :meth:`predict`, and so are the arguments after it.
-            prompt: text to put before the query.
-            batch_size: pairs a step may hold.
-            show_progress_bar: show one.
-            activation_fn: instead of the model's.
-            device: move the model there first.
-            pool: refused.
-            chunk_size: refused.
-            **options: options of one call.
+        ``top_k`` limits the results, ``return_documents`` adds each document's text; the other
+        arguments are those of :meth:`predict`.
 
         Returns:
-            Dictionaries with ``corpus_id``, ``score`` and, if asked for, ``text``, best first;
-            equal scores keep their input order.
+            Dictionaries with ``corpus_id``, ``score`` and ``text`` if requested, best first; equal
+            scores keep their input order.
 
         Raises:
             InvalidInput: as in :meth:`predict`.
-            OutOfMemory: a pair does not fit in memory alone.
+            OutOfMemory: a pair alone does not fit in memory.
         """
         take_idle(options, "num_workers", "apply_softmax", "convert_to_numpy", "convert_to_tensor")
         check_text("query", query)
@@ -258,8 +245,7 @@ class CrossEncoder(Movable):
 
     @activation_fn.setter
     def activation_fn(self, function: Activation | None) -> None:
-        from echelon.integrations.activation import check_activation, default_activation
-
+        """The function applied to logits; setting None restores the model's own."""
         if function is None:
             function = default_activation(self._saved)
         check_activation(function)
@@ -280,7 +266,7 @@ class CrossEncoder(Movable):
         self._max_length = (
             min(self._reranker.max_length, self._saved.max_length or self._reranker.max_length)
             if tokens is None
-            else capped("max_length", tokens, self._facts.max_tokens)
+            else capped("max_length", tokens, self._info.max_tokens)
         )
 
     max_seq_length = max_length
@@ -292,7 +278,7 @@ class CrossEncoder(Movable):
 
     @property
     def model(self) -> InnerModel:
-        """What scripts call ``half()``, ``bfloat16()`` or ``to()`` on."""
+        """A handle with ``half()``, ``bfloat16()`` and ``to()``, as scripts call them."""
         return InnerModel(self)
 
     @cached_property
@@ -310,17 +296,17 @@ class CrossEncoder(Movable):
         return AutoTokenizer.from_pretrained(self._located.path, local_files_only=True)
 
     @property
-    def _facts(self) -> ModelInfo:
+    def _info(self) -> ModelInfo:
         return self._reranker.facts
 
     def _reopen(self, **changes: Any) -> None:
         options = {**self._options, **changes}
-        # Closed first: the reason for a change is often that memory is short.
+        # Closed first: many callers change the precision because memory is short.
         self._reranker.close()
         self._reranker = Reranker(self._located.model, **options)
         self._options = options
 
-    def _place(self, device: str | int | torch.device | None) -> None:
+    def _move_to(self, device: str | int | torch.device | None) -> None:
         if isinstance(device, list | tuple):
             refuse(pool=device)
         if device is not None:
@@ -362,3 +348,22 @@ class CrossEncoder(Movable):
         if show is not None:
             overrides["progress"] = bool(show)
         return self._reranker.score_pairs(pairs, **overrides).logits
+
+
+class InnerModel(TorchModule):
+    """The object that ``CrossEncoder.model`` returns: the same model, moved with its owner."""
+
+    def __init__(self, owner: CrossEncoder) -> None:
+        self._owner = owner
+
+    @property
+    def config(self) -> Any:
+        """As :attr:`CrossEncoder.config`."""
+        return self._owner.config
+
+    @property
+    def _info(self) -> ModelInfo:
+        return self._owner._info  # noqa: SLF001 - the same model
+
+    def _reopen(self, **changes: Any) -> None:
+        self._owner._reopen(**changes)  # noqa: SLF001 - the same model
