@@ -24,14 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.cli.scenario import SCENARIO_FLAGS, ask_of
+from echelon.cli.tune import SCENARIO_FLAGS, scenario_goal
 from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
 from echelon.reports.summary import TITLES, card
 from echelon.reports.wording import step
-from echelon.tuning.scenario_model import look
+from echelon.tuning.scenario_model import open_for_scenario
 from static_baselines import Contest, beside_static
 from static_words import in_words
 
@@ -104,7 +104,7 @@ def ask(asked: dict[str, Any]) -> ScenarioGoal:
     """What the flags of a scenario ask for."""
     values = {flags[0]: None for flags, _ in SCENARIO_FLAGS} | asked
     values["--verify-s"] = float(asked["--verify-s"])
-    found = ask_of({flag[2:].replace("-", "_"): value for flag, value in values.items()})
+    found = scenario_goal({flag[2:].replace("-", "_"): value for flag, value in values.items()})
     if found is None:
         raise ValueError("There is no --scenario.")
     return found
@@ -114,7 +114,7 @@ def compared(
     found: Profile, asked: ScenarioGoal, arguments: argparse.Namespace, file: Path
 ) -> dict[str, Any]:
     """Where a scenario's settings stand among static batch sizes."""
-    model = look(arguments.model, Options(), None, asked)
+    model = open_for_scenario(arguments.model, Options(), None, asked)
     return beside_static(Contest.of(model, found, asked, file), arguments.rounds)
 
 

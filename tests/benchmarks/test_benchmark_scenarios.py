@@ -90,7 +90,7 @@ def test_what_is_asked_can_be_asked(name, commands, contests, tmp_path, monkeypa
     names = ("trace", "memory_limit", "allow", *scenarios.LOADS["api"], "verify_s")
     values = {one.removeprefix("--").replace("-", "_"): None for one in names}
     values |= {flag[2:].replace("-", "_"): value for flag, value in given.items()}
-    asked = scenarios.ask_of(values)
+    asked = scenarios.scenario_goal(values)
     assert contests == [(name, asked, 2)]
     assert (asked.scenario, asked.verify_s > 0) == (name, True)
 

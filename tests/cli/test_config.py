@@ -220,7 +220,7 @@ def test_a_profile_that_cannot_be_kept_is_a_warning(bert, fresh, monkeypatch):
 
     monkeypatch.setattr(reranker._engine._scorer, "score", small)
     fresh.unlink()
-    with pytest.warns(EchelonWarning, match="could not be kept"):
+    with pytest.warns(EchelonWarning, match="could not be stored"):
         assert len(reranker.score([("rain", "window"), ("rain", "tea")])) == 2
 
 

@@ -30,8 +30,8 @@ from deployed import (
 )
 from helpers import ROOT
 
+from echelon.cli.serve import config
 from echelon.engine.service import CANARY_TIMEOUT_S
-from echelon.integrations.ray.command import config
 from echelon.models import demo, kernels
 from echelon.server import auth
 from echelon.server.http_server import GRACE_S

@@ -34,15 +34,14 @@ from clusters import (
     serve_at,
     service,
 )
-from jobs_kit import Deaf, do, job_of, queries, read_lines, write_lines
+from offline_jobs import CountingListener, make_job, queries, read_lines, run_job, write_lines
 from ray import serve
 from ray.exceptions import ActorUnavailableError
 from scorers import Obedient
-from services import Ears, scores, texts, until, wish
+from services import Ears, coded, scores, submit, texts, until
 from services import run as run_here
 from services import service as local_service
 
-from echelon.engine.scaling import keep_scaled
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
 from echelon.integrations.ray.serve import NAME, Ingress
@@ -65,7 +64,7 @@ def made():
 
 
 async def answered(service, seeds) -> None:
-    answers = await asyncio.gather(*(service.submit(texts(seed, 20)) for seed in seeds))
+    answers = await asyncio.gather(*(submit(service, texts(seed, 20)) for seed in seeds))
     for seed, answer in zip(seeds, answers, strict=True):
         assert answer.logits.tolist() == scores(texts(seed, 20))
 
@@ -86,11 +85,11 @@ def test_trouble_elsewhere_is_dealt_with_as_here(made):
     ears = Ears()
 
     async def main(it):
-        answer = await it.submit(texts(1, 60))
+        answer = await submit(it, texts(1, 60))
         assert answer.logits.tolist() == scores(texts(1, 60))
         assert "halve_budget" in [step.rung for step in answer.ladder]
         assert isinstance(
-            (await asyncio.gather(it.submit(wish(scorers.KILL)), return_exceptions=True))[0],
+            (await asyncio.gather(submit(it, coded(scorers.KILL)), return_exceptions=True))[0],
             WorkerLost,
         )
         await answered(it, range(3))
@@ -103,7 +102,7 @@ def test_a_worker_that_hangs_is_replaced(made, tmp_path):
     ears = Ears()
 
     async def main(it):
-        first = asyncio.create_task(it.submit(wish(scorers.HANG)))
+        first = asyncio.create_task(submit(it, coded(scorers.HANG)))
         await until(lambda: "wedged" in ears.states())
         first.cancel()
         await answered(it, range(3))
@@ -126,10 +125,10 @@ def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
     ears = Ears()
 
     async def main(it):
-        keeper = it._keepers[0]
+        keeper = it._supervisors[0]
         pid = keeper._worker.pid
         for seed in (1, 2):  # each while a step runs, then while nothing is asked
-            answer = asyncio.create_task(it.submit(texts(seed, 20)))
+            answer = asyncio.create_task(submit(it, texts(seed, 20)))
             await until(lambda: keeper._sent)
             assert cut(pid)
             assert (await answer).logits.tolist() == scores(texts(seed, 20))
@@ -146,10 +145,10 @@ def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
     ears = Ears()
 
     async def main(it):
-        worker = it._keepers[0]._worker
+        worker = it._supervisors[0]._worker
         pid, broken = worker.pid, Future()
         broken.set_exception(ActorUnavailableError("no route", None))
-        await until(lambda: it._dispatch._idle == 1)
+        await until(lambda: it._dispatcher._idle == 1)
         monkeypatch.setattr(worker, "send", lambda *_: worker._sent.append(broken))
         await asyncio.gather(answered(it, range(3)), restored(worker, pid))
         assert worker.pid != pid
@@ -160,7 +159,7 @@ def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
 
     run(main, service(slow, ears=ears))
     (told,) = (told for told in ears.of("WorkerChanged") if told.state == "died")
-    assert told.detail == "worker 0: it could not be reached, nor when tried again"
+    assert told.detail == "worker 0: it could not be reached, nor on a second try"
 
 
 def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
@@ -169,7 +168,7 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     async def main(it, second):
         load = asyncio.create_task(answered(it, range(220)))
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
-        stays, goes = (keeper._worker for keeper in it._keepers)
+        stays, goes = (keeper._worker for keeper in it._supervisors)
         if stays._machine == second.node_id:
             stays, goes = goes, stays
         names.extend((f"{stays.name} (process {stays.pid})", goes.name))
@@ -185,8 +184,8 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     killed, gone, *_ = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
     assert killed.startswith(f"{names[0]} ended (")
     assert gone in {
-        f"{names[1]}: the machine it was on has gone",
-        f"{names[1]}: it could not be reached, nor when tried again",
+        f"{names[1]}: its machine is lost",
+        f"{names[1]}: it could not be reached, nor on a second try",
     }
 
 
@@ -209,14 +208,14 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
     async def main(it):
         load = [asyncio.create_task(client(it, number)) for number in range(CLIENTS)]
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
-        assert len({keeper._worker._machine for keeper in it._keepers}) == 2
+        assert len({keeper._worker._machine for keeper in it._supervisors}) == 2
         stop.set()
         await asyncio.gather(*load)
         await split(it, ears)
-        it._scaling.cancel()  # until now no rest was long enough, however slow the machine
-        it._scaling = asyncio.create_task(keep_scaled(it, replace(scaling, down_s=1.0)))
+        it._autoscaling.cancel()  # until now no rest was long enough, however slow the machine
+        it._autoscaling = asyncio.create_task(it._autoscale(replace(scaling, down_s=1.0)))
         while it.snapshot().staff == 2:  # a little is asked now and then
-            assert (await it.submit(texts(7, 1))).logits.tolist() == scores(texts(7, 1))
+            assert (await submit(it, texts(7, 1))).logits.tolist() == scores(texts(7, 1))
             await asyncio.sleep(0.05)
         await answered(it, range(3))
 
@@ -230,7 +229,7 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
 
 async def split(it, ears):
     """A large request goes to all that are idle, where that ends sooner."""
-    await until(lambda: it._dispatch._idle == 2)
+    await until(lambda: it._dispatcher._idle == 2)
     before = len(ears.of("StepFinished"))
     await answered(it, [5])
     first, second = ears.of("StepFinished")[before:]
@@ -261,7 +260,7 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
             load = Load(client)
             await load.more(20)
             assert (await client.get("/info")).json()["model_id"] == "before"
-            os.kill(actors("Engine")[0], signal.SIGKILL)
+            os.kill(actors("RemoteScorer")[0], signal.SIGKILL)
             await load.more(40)
             await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
             await load.more(40)
@@ -306,12 +305,12 @@ def test_a_replica_without_workers_is_not_ill_and_one_whose_workers_hang_is():
     async def main(it):
         replica = Ingress(lambda: SimpleNamespace(service=it))
         await replica.check_health()
-        it._dispatch.last_scored = None
-        it.clock = lambda: it._dispatch.clock() + 10_000
+        it._dispatcher.last_scored = None
+        it.clock = lambda: it._dispatcher.clock() + 10_000
         it._canary = asyncio.create_task(_refused())
         with pytest.raises(ShuttingDown, match="too many"):
             await replica.check_health()
-        it._keepers[0].up = False
+        it._supervisors[0].up = False
         await replica.check_health()
 
     run_here(main, local_service())
@@ -324,13 +323,13 @@ async def _refused():
 # Files.
 
 
-class Saboteur(Deaf):
+class Saboteur(CountingListener):
     """Kills a worker after the second window, and takes a machine away after the fourth."""
 
     def __init__(self, made, second):
         super().__init__()
         self._deeds = {
-            2: lambda: os.kill(actors("Bench")[0], signal.SIGKILL),
+            2: lambda: os.kill(actors("ScorerActor")[0], signal.SIGKILL),
             4: lambda: made.remove_node(second, allow_graceful=False),
         }
 
@@ -342,13 +341,13 @@ class Saboteur(Deaf):
 
 def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, bert, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", queries(80))
-    here = do(job_of(bert, source, tmp_path / "here.jsonl"))
+    here = run_job(make_job(bert, source, tmp_path / "here.jsonl"))
     with machine(made) as second:
         saboteur = Saboteur(made, second)
         there = run_file(
-            job_of(bert, source, tmp_path / "there.jsonl"),
+            make_job(bert, source, tmp_path / "there.jsonl"),
             saboteur,
-            partial(RayScorerPool, wanted=PoolRequest(workers=2, cpus=2)),
+            partial(RayScorerPool, request=PoolRequest(workers=2, cpus=2)),
         )
     assert saboteur.all_done
     assert there.counts.pairs == here.counts.pairs > 200
@@ -356,7 +355,7 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
 
 
 def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
-    monkeypatch.setattr("echelon.integrations.ray.scorer_pool._BENCH", ray.remote(Lethal))
+    monkeypatch.setattr("echelon.integrations.ray.scorer_pool._ACTOR", ray.remote(Lethal))
     window = RowWindow((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
     with (
         RayScorerPool(str(bert), Options(), None, PoolRequest(workers=1, cpus=2)) as machines,

@@ -17,7 +17,7 @@ from echelon.cli import cli
 from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.integrations.ray.serve import app, plan_of, values_of
-from echelon.integrations.ray.worker import WorkerResources, abroad
+from echelon.integrations.ray.worker import WorkerResources, factory_of
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
 from echelon.scheduling.autoscaling import AutoscalingLimits
@@ -37,9 +37,9 @@ def test_settings_come_out_of_arguments_environment_and_defaults(monkeypatch):
     monkeypatch.setenv("ECHELON_SERVE_MAX_WAIT_S", "7")
     values = values_of({"model": "demo", "workers": "2", "max_workers": 5, "worker_gpus": 0.5})
     plan = plan_of(values)
-    assert (plan.model, plan.door["max_wait_s"], plan.options.max_length) == ("demo", 7.0, None)
+    assert (plan.model, plan.settings["max_wait_s"], plan.options.max_length) == ("demo", 7.0, None)
     assert plan.scaling == AutoscalingLimits(2, 5, delay_s=2.0)
-    assert plan.share == WorkerResources(1.0, 0.5)
+    assert plan.resources == WorkerResources(1.0, 0.5)
     assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == AutoscalingLimits(3, 3)
 
 
@@ -108,18 +108,18 @@ def prepared(tmp_path, name, revision, **options) -> PreparedModel:
 
 
 def test_a_hub_model_is_opened_at_the_servers_commit(tmp_path):
-    found = abroad(prepared(tmp_path, "abc123", "abc123", threads=3), "owner/name", 2.0)
+    found = factory_of(prepared(tmp_path, "abc123", "abc123", threads=3), "owner/name", 2.0)
     assert (found.model, found.revision, found.threads) == ("owner/name", "abc123", 3)
     assert found.keep_bf16 == ("layer",)
 
 
 def test_a_folder_is_opened_by_its_whole_path(tmp_path):
-    found = abroad(prepared(tmp_path, "model", "f1n93r"), "model", 2.0)
+    found = factory_of(prepared(tmp_path, "model", "f1n93r"), "model", 2.0)
     assert (found.model, found.revision, found.threads) == (str(tmp_path / "model"), None, 2)
 
 
 def test_the_demo_model_is_found_by_every_machine_itself(tmp_path):
-    found = abroad(prepared(tmp_path, "demo", "demo"), DEMO, 0.5)
+    found = factory_of(prepared(tmp_path, "demo", "demo"), DEMO, 0.5)
     assert (found.model, found.revision, found.threads) == (DEMO, None, 1)
 
 
@@ -164,8 +164,8 @@ def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
             strict=True,
         )
     limits = scorers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert float(limits["cpu"]) == plan.share.cpus
+    assert float(limits["cpu"]) == plan.resources.cpus
     assert scorers["maxReplicas"] == plan.scaling.most
     grace = scorers["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace > plan.door["drain_s"] + GRACE_S
-    assert int(head["rayStartParams"]["num-cpus"]) < plan.share.cpus
+    assert grace > plan.settings["drain_s"] + GRACE_S
+    assert int(head["rayStartParams"]["num-cpus"]) < plan.resources.cpus

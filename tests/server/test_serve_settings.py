@@ -7,10 +7,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from echelon.cli.serve import config, serve
 from echelon.errors import InvalidInput
 from echelon.server.auth import ANYBODY, RateLimit
 from echelon.server.connection import ConnectionLimits
-from echelon.server.settings import config, serve
 
 
 def told(*arguments, **environment) -> dict:

@@ -18,8 +18,8 @@ import yaml
 from helpers import ROOT
 from services import GUARD_S, service
 
+from echelon.cli.serve import serve
 from echelon.engine.events import Outcome, WorkerState
-from echelon.integrations.ray.command import serve
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics

@@ -1,33 +1,39 @@
-"""``echelon doctor``: what the machine has, what will be used, what would make it faster."""
+"""``echelon doctor``: this machine's hardware and software, and what would make it faster."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from echelon.models.kernels import missing as missing_kernels
-from echelon.tuning.machine import describe_machine
+import click
+
+from echelon.cli.flags import JSON_FLAG, print_json, with_flags
 
 PACKAGES = ("echelon-rerank", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def examine() -> dict[str, Any]:
-    """Look at the machine.
+@click.command()
+@with_flags(JSON_FLAG)
+def doctor(*, as_json: bool) -> None:
+    """Show this machine's hardware and software, what is used, and what would make it faster."""
+    findings = _examine()
+    if as_json:
+        print_json(findings)
+        return
+    from echelon.reports.tables import print_findings
 
-    Returns:
-        ``machine``, ``software``, ``will_use`` (what ``auto`` means here) and ``advice``.
-    """
+    print_findings(findings)
+
+
+def _examine() -> dict[str, Any]:
+    from echelon.tuning.machine import describe_machine
+
     machine = describe_machine()
     software = {package: _version(package) for package in PACKAGES}
+    found: dict[str, Any] = {"machine": machine, "software": software, "will_use": {}}
     if software["torch"] is None:
-        advice = [_missing("torch")]
-        return {"machine": machine, "software": software, "will_use": {}, "advice": advice}
-    return {
-        "machine": machine,
-        "software": software,
-        "will_use": _will_use(),
-        "advice": _advice(machine, software),
-    }
+        return found | {"advice": [_missing("torch")]}
+    return found | {"will_use": _will_use(), "advice": _advice(machine, software)}
 
 
 def _version(package: str) -> str | None:
@@ -38,6 +44,7 @@ def _version(package: str) -> str | None:
 
 
 def _will_use() -> dict[str, Any]:
+    """What ``auto`` means on this machine."""
     from echelon.models.device import (
         candidate_precisions,
         choose_device,
@@ -45,6 +52,7 @@ def _will_use() -> dict[str, Any]:
         device_name,
         usable_cpus,
     )
+    from echelon.models.kernels import missing as missing_kernels
 
     device = choose_device("auto")
     return {
@@ -59,12 +67,13 @@ def _will_use() -> dict[str, Any]:
 
 def _advice(machine: dict[str, Any], software: dict[str, Any]) -> list[str]:
     from echelon.models.device import is_cuda_build
+    from echelon.models.kernels import missing as missing_kernels
 
     found = []
     if machine["usable_cpus"] < machine["cpus"]:
         found.append(
-            f"{machine['usable_cpus']} of {machine['cpus']} CPUs may be used (affinity, container "
-            "quota or hyper-threads). Widen the quota if more are meant for this process."
+            f"{machine['usable_cpus']} of {machine['cpus']} CPUs are usable (affinity, container "
+            "quota or hyper-threads). Raise the quota if this process should use more."
         )
     features = machine["matrix_features"]
     if not machine["gpus"] and not {"amx_bf16", "avx512_bf16"} & set(features):

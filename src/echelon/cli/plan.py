@@ -1,64 +1,70 @@
-"""``echelon plan``. Imports click only."""
+"""``echelon plan``: how many machines a load needs, by simulation."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from echelon.cli.flags import print_json, read_trace, with_flags
 from echelon.errors import InvalidInput
+from echelon.progress import status
+from echelon.server.settings import flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from echelon.simulation.capacity_plan import CapacityGoal
-    from echelon.simulation.workload import KnownArrivals
+    from echelon.simulation.service_level import ServiceLevel
 
 
 @click.command()
-@click.option("--slo-p99-ms", type=float, required=True, help="Latency that 99 % may have.")
-@click.option("--rate", type=float, help="Requests a second [the trace's own].")
-@click.option("--profile", required=True, help="Profile written by `echelon tune`.")
-@click.option("--documents", default="10", show_default=True, help="Of a request: N or LOW-HIGH.")
-@click.option("--tokens", help="Tokens of a pair: N or LOW-HIGH [as in the profile's texts].")
-@click.option("--trace", help="CSV of requests: timestamp,documents[,tokens].")
-@click.option(
-    "--routing",
-    type=click.Choice(["tokens", "requests", "random", "two"]),
-    default="tokens",
-    show_default=True,
-    help="Which machine gets a request.",
+@with_flags(
+    flag("--slo-p99-ms", type=float, required=True, help="P99 latency goal."),
+    flag("--rate", type=float, help="Requests a second [the trace's own]."),
+    flag("--profile", required=True, help="Profile written by `echelon tune`."),
+    flag("--documents", default="10", show_default=True, help="Of a request: N or LOW-HIGH."),
+    flag("--tokens", help="Tokens of a pair: N or LOW-HIGH [as in the profile's texts]."),
+    flag("--trace", help="CSV of requests: timestamp,documents[,tokens]."),
+    flag(
+        "--routing",
+        type=click.Choice(["tokens", "requests", "random", "two"]),
+        default="tokens",
+        show_default=True,
+        help="Which machine gets a request.",
+    ),
+    flag("--workers", default=1, show_default=True, help="Workers of a machine, e.g. GPUs."),
+    flag("--max-length", type=int, help="Maximum tokens of a pair [the profile's]."),
+    flag("--memory-limit", type=float, metavar="MIB", help="Memory of a worker, in MiB."),
+    flag("--overhead-ms", default=2.0, show_default=True, help="HTTP and network per request."),
+    flag(
+        "--headroom-percent",
+        default=20.0,
+        show_default=True,
+        help="Reserve: how much the rate may rise.",
+    ),
+    flag("--price-per-hour", type=float, help="Price of a machine."),
+    flag(
+        "--day",
+        metavar="F,F,…",
+        help="Plan a day too: relative rates, of which --rate is the largest; or 'typical'.",
+    ),
+    flag("--seed", default=0, show_default=True, help="Seed of the simulated traffic."),
+    flag("--json", "as_json", is_flag=True, help="Print JSON (docs/PLAN.md)."),
+    flag("--quiet", is_flag=True, help="No progress."),
 )
-@click.option("--workers", default=1, show_default=True, help="Scorers of a machine, e.g. cards.")
-@click.option("--max-length", type=int, help="Tokens a pair may have [the profile's].")
-@click.option("--memory-limit", type=float, metavar="MIB", help="Memory of a worker, in MiB.")
-@click.option("--overhead-ms", default=2.0, show_default=True, help="HTTP and network a request.")
-@click.option(
-    "--headroom-percent", default=20.0, show_default=True, help="By which the rate may rise."
-)
-@click.option("--price-per-hour", type=float, help="Of a machine.")
-@click.option(
-    "--day", metavar="F,F,…", help="A day too: relative rates, --rate the largest; or 'typical'."
-)
-@click.option("--seed", default=0, show_default=True, help="Another seed, other traffic.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/PLAN.md).")
-@click.option("--quiet", is_flag=True, help="No progress.")
 def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
-    """Say how many machines a rate takes under a latency goal, by simulation.
+    """Compute how many machines a rate needs under a latency goal, by simulation.
 
-    The profile says how fast a machine is; the simulation runs Echelon's own discipline.
+    The profile gives the speed of a machine; the simulation runs Echelon's own batcher.
     """
     from echelon.profile import Profile
     from echelon.simulation.capacity_plan import make_plan
 
     goal = _goal(**values)
-    with _spinner(shown=not (quiet or as_json)) as told:
-        found = make_plan(Profile.load(profile), goal, told)
+    with status("Simulating", shown=not (quiet or as_json)) as on_progress:
+        found = make_plan(Profile.load(profile), goal, on_progress)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
         return
     from echelon.reports.tables import print_plan
 
@@ -73,10 +79,10 @@ def _goal(
 
     limit = values.pop("memory_limit")
     return CapacityGoal(
-        slo_s=values.pop("slo_p99_ms") / 1000,
+        level=_level(values.pop("slo_p99_ms")),
         documents=sizes_of(documents, "--documents"),
         tokens=None if tokens is None else sizes_of(tokens, "--tokens"),
-        trace=() if trace is None else _read(trace),
+        trace=() if trace is None else tuple(read_trace(trace)),
         memory_limit_bytes=None if limit is None else limit * 2**20,
         overhead_s=values.pop("overhead_ms") / 1000,
         headroom=values.pop("headroom_percent") / 100,
@@ -85,14 +91,13 @@ def _goal(
     )
 
 
-def _read(trace: str) -> tuple[KnownArrivals, ...]:
-    from echelon.simulation.workload import parse_trace
+def _level(goal_ms: float) -> ServiceLevel:
+    from echelon.simulation.service_level import ServiceLevel
 
-    try:
-        with open(trace, encoding="utf-8", newline="") as lines:  # noqa: PTH123 - as csv wants it
-            return tuple(parse_trace(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput("--trace", f"cannot be read ({error})", "Give a CSV file.") from error
+    if not 0 < goal_ms < math.inf:
+        problem = f"{goal_ms:g} is not above 0"
+        raise InvalidInput("--slo-p99-ms", problem, "Give milliseconds, such as 200.")
+    return ServiceLevel(goal_ms / 1000)
 
 
 def _shape(day: str) -> tuple[float, ...]:
@@ -108,15 +113,3 @@ def _shape(day: str) -> tuple[float, ...]:
         ) from None
     rates_of(shape, 1.0)
     return shape
-
-
-@contextlib.contextmanager
-def _spinner(*, shown: bool) -> Iterator[Callable[[str], None]]:
-    """What is being done, on a terminal; elsewhere nothing."""
-    if not (shown and sys.stderr.isatty()):
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("Simulating") as status:
-        yield lambda doing: status.update(f"Simulating: {doing}")

@@ -1,14 +1,13 @@
-"""``echelon report``. Imports click only."""
+"""``echelon report``: show a profile again, or compare two."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from echelon.cli.flags import LANG_FLAG, print_json, print_line, with_flags
 from echelon.errors import InvalidInput, ProfileError
-from echelon.flags import LANG_FLAG, with_flags
 
 
 @click.group()
@@ -21,11 +20,11 @@ def report() -> None:
 @click.option(
     "--output", "-o", default="echelon-report.html", show_default=True, help="Page to write."
 )
-@click.option("--quiet", is_flag=True, help="Say nothing.")
+@click.option("--quiet", is_flag=True, help="Print nothing.")
 @with_flags(LANG_FLAG)
 def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
     """Write the report of PROFILE again, as one HTML page."""
-    _spare(output, profile)
+    _check_output(output, profile)
     from echelon.profile import Profile
     from echelon.reports.profile_view import DAMAGED, damaged
     from echelon.reports.tuning_report import write_report
@@ -35,7 +34,7 @@ def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
         write_report(found, output, profile_path=profile, lang=lang)
     except (ProfileError, *DAMAGED) as error:
         raise damaged(profile, error) from error
-    _say(output, quiet=quiet)
+    _print_output(output, quiet=quiet)
 
 
 @report.command()
@@ -48,11 +47,11 @@ def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
 def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, lang: str) -> None:
     """Compare the profiles A and B.
 
-    Says which is faster, by how much, and whether that is more than the spread of the runs. They
-    may come of two machines, or of one before and after a change. A ratio is B over A.
+    Prints which is faster, by how much, and whether that is more than the spread of the runs. The
+    profiles may be of two machines, or of one before and after a change. A ratio is B over A.
     """
     if output is not None:
-        _spare(output, a, b)
+        _check_output(output, a, b)
     from echelon.reports.compare import compare as compare_sides
     from echelon.reports.profile_view import ProfileView
 
@@ -63,22 +62,22 @@ def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, l
 
         write_page(*sides, found, output, lang=lang)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
     elif not quiet:
         from echelon.reports.comparison_tables import print_comparison
 
         print_comparison(found)
     if output is not None:
-        _say(output, quiet=quiet or as_json)
+        _print_output(output, quiet=quiet or as_json)
 
 
-def _spare(output: str, *profiles: str) -> None:
-    """No page may replace a profile that it is made of."""
+def _check_output(output: str, *profiles: str) -> None:
+    """Refuse to overwrite a profile with its page."""
     target = Path(output).resolve()
     if target in {Path(profile).resolve() for profile in profiles}:
         raise InvalidInput("--output", f"{output} is the profile itself", "Give another file.")
 
 
-def _say(output: str, *, quiet: bool) -> None:
+def _print_output(output: str, *, quiet: bool) -> None:
     if not quiet:
-        click.echo(f"Page: {output}", err=True)
+        print_line(f"Page: {output}")

@@ -1,101 +1,95 @@
-"""``echelon stress``. Imports click only; what it needs is loaded when it runs."""
+"""``echelon stress``: test a reranking server under load."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from echelon.cli.flags import (
+    INTERRUPTED,
+    JSON_FLAG,
+    print_json,
+    print_line,
+    progress_bar,
+    read_trace,
+    with_flags,
+)
 from echelon.errors import GoalMissed, InvalidInput
-from echelon.flags import Flag, with_flags
 from echelon.options import require_packages
+from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from echelon.loadtest.result import LoadTestResult
     from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateBisection, Told
-    from echelon.simulation.workload import KnownArrivals
+    from echelon.simulation.workload import ArrivalRecord
 
 KEY = "ECHELON_API_KEY"
 
 PACKAGES = ("aiohttp", "hdrh")
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it."""
+MIN_REQUESTS = 10
+"""Requests of the shortest probe: the latencies of fewer say nothing about a rate."""
 
-LEAST_REQUESTS = 10
-"""A probe of fewer requests says nothing of a rate."""
-
-_LOAD_FLAGS: tuple[Flag, ...] = (
-    (("--rate",), {"type": float, "help": "Requests a second [1]; where --find-max begins."}),
-    (
-        ("--arrivals",),
-        {
-            "type": click.Choice(["poisson", "constant"]),
-            "default": "poisson",
-            "show_default": True,
-            "help": "By chance, as callers come, or at even distances.",
-        },
+LOAD_FLAGS: tuple[Flag, ...] = (
+    flag("--rate", type=float, help="Requests a second [1]; where --find-max begins."),
+    flag(
+        "--arrivals",
+        type=click.Choice(["poisson", "constant"]),
+        default="poisson",
+        show_default=True,
+        help="Random arrivals, as callers come, or equal intervals.",
     ),
-    (("--trace",), {"help": "Replay a CSV file: timestamp,documents[,tokens]."}),
-    (("--clients",), {"type": int, "help": "Closed loop instead: so many ask in turn."}),
-    (("--find-max",), {"is_flag": True, "help": "Search the highest rate that holds the goal."}),
-    (("--max-rate",), {"type": float, "help": "Where --find-max stops [nowhere]."}),
-    (("--slo-p99-ms",), {"type": float, "help": "The goal: P99 of the latency."}),
-    (("--duration-s",), {"type": float, "help": "Seconds that count [30; a trace: to its end]."}),
-    (
-        ("--warmup-s",),
-        {
-            "type": float,
-            "default": 5.0,
-            "show_default": True,
-            "help": "Seconds before that do not.",
-        },
+    flag("--trace", help="Replay a CSV file: timestamp,documents[,tokens]."),
+    flag("--clients", type=int, help="Closed loop: this number of clients, one request each."),
+    flag("--find-max", is_flag=True, help="Search the highest rate that meets the goal."),
+    flag("--max-rate", type=float, help="Highest rate that --find-max tries [no limit]."),
+    flag("--slo-p99-ms", type=float, help="P99 latency goal."),
+    flag("--duration-s", type=float, help="Seconds to measure [30; a trace: to its end]."),
+    flag(
+        "--warmup-s",
+        type=float,
+        default=5.0,
+        show_default=True,
+        help="Seconds of load before the measurement.",
     ),
 )
 
-_REQUEST_FLAGS: tuple[Flag, ...] = (
-    (("--dialect",), {"default": "cohere", "show_default": True, "help": "API that it speaks."}),
-    (("--path",), {"help": "Path of the route [the dialect's]."}),
-    (("--model",), {"help": "What requests call the model [usual for the dialect]."}),
-    (
-        ("--documents",),
-        {"default": "10", "show_default": True, "help": "Documents a request: 10 or 5-50."},
-    ),
-    (("--tokens",), {"help": "Tokens a pair, about: 128 or 50-400 [texts as they are]."}),
-    (("--data",), {"help": "Your own queries and documents, JSONL [built-in texts]."}),
-    (("--same-texts",), {"is_flag": True, "help": "Do not make each request's texts its own."}),
-    (("--seed",), {"type": int, "default": 0, "help": "Another one gives other requests."}),
-    (("--header",), {"multiple": True, "help": f"'Name: value' to send; see also {KEY}."}),
-    (
-        ("--timeout-ms",),
-        {"type": float, "default": 10_000.0, "show_default": True, "help": "Longest wait."},
-    ),
-    (("--max-connections",), {"type": int, "help": "Connections at once [as many as needed]."}),
+REQUEST_FLAGS: tuple[Flag, ...] = (
+    flag("--dialect", default="cohere", show_default=True, help="API that the server speaks."),
+    flag("--path", help="Path of the route [the dialect's]."),
+    flag("--model", help="Model name in requests [usual for the dialect]."),
+    flag("--documents", default="10", show_default=True, help="Documents a request: 10 or 5-50."),
+    flag("--tokens", help="Approximate tokens a pair: 128 or 50-400 [texts as they are]."),
+    flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
+    flag("--same-texts", is_flag=True, help="Do not make the texts of each request unique."),
+    flag("--seed", type=int, default=0, help="Seed of the requests."),
+    flag("--header", multiple=True, help=f"'Name: value' to send; see also {KEY}."),
+    flag("--timeout-ms", type=float, default=10_000.0, show_default=True, help="Longest wait."),
+    flag("--max-connections", type=int, help="Maximum open connections [as many as needed]."),
 )
 
-_OUTPUT_FLAGS: tuple[Flag, ...] = (
-    (("--json", "as_json"), {"is_flag": True, "help": "Print JSON."}),
-    (("--html",), {"help": "Write a page with charts to this file."}),
-    (("--quiet",), {"is_flag": True, "help": "No progress and no table."}),
+OUTPUT_FLAGS: tuple[Flag, ...] = (
+    JSON_FLAG,
+    flag("--html", help="Write a page with charts to this file."),
+    flag("--quiet", is_flag=True, help="No progress and no table."),
 )
 
 
 @click.command()
 @click.argument("url", metavar="URL")
-@with_flags(_LOAD_FLAGS, _REQUEST_FLAGS, _OUTPUT_FLAGS)
+@with_flags(*LOAD_FLAGS, *REQUEST_FLAGS, *OUTPUT_FLAGS)
 def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: Any) -> None:
     """Test the reranking server at URL under load, Echelon or any other.
 
-    Requests are sent when they are due, whatever the server does, and latency counts from then.
-    Exit code 8 says that the goal of --slo-p99-ms was missed. An API key is taken from the
-    environment variable ECHELON_API_KEY.
+    Requests are sent on schedule, even if the server is slow, and latency counts from the
+    scheduled time. Exit code 8 says that the goal of --slo-p99-ms was missed. An API key is taken
+    from the environment variable ECHELON_API_KEY.
     """
     require_packages("echelon stress", "stress", PACKAGES)
     _check(values)
@@ -108,9 +102,9 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
 
         write_page(result, html)
         if shown:
-            click.echo(f"\nPage: {html}", err=True)
+            print_line(f"\nPage: {html}")
     if result.interrupted:
-        click.echo("echelon: Interrupted; above is what was measured until then.", err=True)
+        print_line("echelon: Interrupted; above is what was measured until then.")
         sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
         from echelon.loadtest.result import verdict
@@ -151,7 +145,7 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:
     from echelon.data import load_texts
     from echelon.loadtest.client import Target, route_of, shape_of
     from echelon.loadtest.run import LoadTestPlan
-    from echelon.loadtest.summary import LatencyGoal
+    from echelon.simulation.service_level import ServiceLevel
     from echelon.simulation.workload import sizes_of
 
     shape = shape_of(values["dialect"])
@@ -178,7 +172,7 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:
         clients=values["clients"],
         warmup_s=values["warmup_s"],
         duration_s=default_s if values["duration_s"] is None else values["duration_s"],
-        goal=None if goal_ms is None else LatencyGoal(goal_ms / 1000),
+        goal=None if goal_ms is None else ServiceLevel(goal_ms / 1000),
         marked=not values["same_texts"],
         seed=values["seed"],
     )
@@ -186,26 +180,19 @@ def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:
 
 
 class TraceFile:
-    """The requests of a trace on disk, read anew each time; checked once at the start."""
+    """The requests of a trace file, read anew each time; checked once at the start."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         for _ in self:
             pass
 
-    def __iter__(self) -> Iterator[KnownArrivals]:
-        from echelon.simulation.workload import parse_trace
-
-        try:
-            with Path(self._path).open(encoding="utf-8", newline="") as lines:
-                yield from parse_trace(lines)
-        except (OSError, UnicodeDecodeError) as error:
-            problem = f"{self._path} cannot be read ({error})"
-            raise InvalidInput("--trace", problem, "Give a CSV file in UTF-8.") from error
+    def __iter__(self) -> Iterator[ArrivalRecord]:
+        return read_trace(self._path)
 
 
 def _headers(given: Iterable[str]) -> dict[str, str]:
-    """What is sent with each request; messages never repeat a value, which may be a secret."""
+    """Headers of each request; errors never repeat a value, which may be a secret."""
     headers = {}
     key = os.environ.get(KEY)
     if key:
@@ -229,12 +216,12 @@ def _tested(
 
     search = None
     if values["find_max"]:
-        least = LEAST_REQUESTS / (plan.duration_s or 1.0)
-        begin = max(1.0, least) if values["rate"] is None else plan.rate
-        search = RateBisection(begin, values["max_rate"] or float("inf"), least)
-    with _bar(shown=shown) as (told, say):
+        lowest = MIN_REQUESTS / (plan.duration_s or 1.0)
+        first = max(1.0, lowest) if values["rate"] is None else plan.rate
+        search = RateBisection(first, values["max_rate"] or float("inf"), lowest)
+    with progress_bar("Testing", shown=shown) as (on_progress, print_above):
         try:
-            run, found = asyncio.run(_run(plan, search, told, say))
+            run, found = asyncio.run(_run(plan, search, on_progress, print_above))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -244,7 +231,10 @@ def _tested(
 
 
 async def _run(
-    plan: LoadTestPlan, search: RateBisection | None, told: Told, say: Callable[[str], object]
+    plan: LoadTestPlan,
+    search: RateBisection | None,
+    on_progress: Told,
+    print_above: Callable[[str], object],
 ) -> tuple[LoadTestRun | None, FoundRate | None]:
     import asyncio
     import signal
@@ -255,46 +245,22 @@ async def _run(
     stop, task, loop = asyncio.Event(), asyncio.current_task(), asyncio.get_running_loop()
 
     def interrupt() -> None:
-        """The first Ctrl-C ends the run and keeps what was measured; the second ends all."""
+        """The first Ctrl-C ends the run and keeps its results; the second ends the process."""
         if stop.is_set() and task is not None:
             task.cancel()
         stop.set()
 
-    with contextlib.suppress(NotImplementedError):  # on Windows the first ends all
+    with contextlib.suppress(NotImplementedError):  # on Windows the first Ctrl-C ends the process
         loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with opened(plan, stop=stop, told=told) as tester:
+    async with opened(plan, stop=stop, told=on_progress) as tester:
         if search is None:
             return await tester.measure(), None
-        return None, await tester.find_max(search, lambda probe: say(probe_line(probe)))
-
-
-@contextlib.contextmanager
-def _bar(*, shown: bool) -> Iterator[tuple[Told, Callable[[str], object]]]:
-    """A bar on a terminal and a line for each probe; elsewhere lines only, or nothing."""
-    if not (shown and sys.stderr.isatty()):
-        yield (lambda *_: None), (lambda line: click.echo(line, err=True) if shown else None)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("Testing"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-
-        def told(doing: str, share: float | None) -> None:
-            progress.update(task, description=doing, completed=share or 0.0)
-
-        yield told, progress.console.print
+        return None, await tester.find_max(search, lambda probe: print_above(probe_line(probe)))
 
 
 def _show(result: LoadTestResult, *, as_json: bool, shown: bool) -> None:
     if as_json:
-        click.echo(json.dumps(result.as_dict(), ensure_ascii=False, indent=2, allow_nan=False))
+        print_json(result.as_dict())
     elif shown:
         from echelon.loadtest.result import print_result
 

@@ -1,9 +1,7 @@
-"""``echelon serve``'s settings out of a TOML file, under the names of its flags.
+"""The settings of ``echelon serve``: flags, environment, TOML file, and the server they describe.
 
 A flag overrides the environment (``ECHELON_SERVE_PORT`` for ``--port``), which overrides the file,
-which overrides the default.
-
-``echelon serve``. Imports click only; the server's packages are loaded when it runs.
+which overrides the default. Ray Serve's application takes the same settings as its arguments.
 """
 
 from __future__ import annotations
@@ -11,72 +9,191 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from echelon.errors import InvalidInput
-from echelon.flags import MODEL_FLAGS, STEP_FLAGS, Flag, as_keywords, options_of, with_flags
-from echelon.options import require_packages
+from echelon.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
-    from echelon.options import Options
     from echelon.server.context import ServerContext
 
 PREFIX = "ECHELON_SERVE"
-"""What environment variables begin with."""
+"""Prefix of the environment variables."""
 
 TABLE = "serve"
-"""The file's table; others are for other programs."""
+"""The file's table; other tables are for other programs."""
 
-ORIGINS = {
-    ParameterSource.COMMANDLINE: "flag",
-    ParameterSource.ENVIRONMENT: "environment",
-    ParameterSource.DEFAULT_MAP: "file",
-}
-"""Where a value came from, in words; all else is the default."""
+PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
+"""Packages of the extra ``serve`` that the server needs."""
+
+ANY_CLUSTER = "auto"
+"""``--ray`` without an address: the cluster that Ray finds, else a new one on this machine."""
+
+Flag = tuple[tuple[str, ...], dict[str, Any]]
+"""Names of a flag, and its settings for :func:`click.option`."""
 
 
-def take_file(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
-    """Let the file's values stand in for defaults; the callback of ``--config``.
+def flag(*names: str, **settings: Any) -> Flag:
+    """Describe a flag; see :func:`click.option`."""
+    return names, settings
 
-    Raises:
-        InvalidInput: the file cannot be read, or names what no flag has.
-    """
+
+def name_of_flag(described: Flag) -> str:
+    """The name under which Python, TOML and the environment know a flag: ``max_length``."""
+    return described[0][0].partition("/")[0].removeprefix("--").replace("-", "_")
+
+
+MODEL_FLAGS: tuple[Flag, ...] = (
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+    flag("--precision", default="auto", help="auto, fp32, bf16 or fp16."),
+    flag("--max-length", type=int, help="Maximum tokens of a pair [the model's limit]."),
+    flag(
+        "--truncation",
+        default="longest_first",
+        help="Which text loses tokens: longest_first or only_second (the document).",
+    ),
+    flag("--threads", type=int, help="CPU threads [all the process may use]."),
+    flag("--revision", help="Hub branch, tag or commit."),
+    flag("--label", help="Output to score, for a head with several labels."),
+)
+"""How a model is loaded."""
+
+STEP_FLAGS: tuple[Flag, ...] = (
+    flag("--token-budget", type=int, help="Maximum tokens of a step."),
+    flag("--batch-size", type=int, help="Maximum pairs of a step."),
+    flag("--profile", help="Profile written by `echelon tune`."),
+    flag(
+        "--allow",
+        multiple=True,
+        help="What may be lowered when a single pair does not fit: precision, max_length.",
+    ),
+)
+"""How pairs are packed into steps."""
+
+SERVER_FLAGS: tuple[Flag, ...] = (
+    flag("--host", default="127.0.0.1", help="Address to listen on."),
+    flag("--port", default=8080, help="Port; 0 takes a free one."),
+    flag("--workers", default=1, help="Worker processes: one per GPU, or several on a CPU."),
+    flag("--served-name", help="Model name in responses [the model's own]."),
+    flag("--api-keys", help="File with API keys, one a line; ECHELON_API_KEYS adds more."),
+    flag("--rate-limit", help="Documents per key and time, such as 50/s or 900/min [no limit]."),
+    flag("--cors", multiple=True, help="Web origin that may read responses [none]."),
+    flag("--max-body-mb", default=32.0, help="Maximum size of a body, in MiB."),
+    flag("--body-timeout-s", default=30.0, help="Seconds in which a body must arrive."),
+    flag("--header-timeout-s", default=10.0, help="Seconds in which headers must arrive."),
+    flag("--max-connections", default=768, help="Maximum open connections, idle ones included."),
+    flag("--drain-s", default=30.0, help="Seconds to answer accepted requests at shutdown."),
+    flag("--max-requests", default=512, help="Maximum requests in the server at once."),
+    flag("--max-documents", default=10_000, help="Maximum documents of a request."),
+    flag("--max-wait-s", default=30.0, help="Maximum predicted wait of a request, in seconds."),
+    flag("--slo-p99-ms", type=float, help="Latency goal: a step takes at most half of it [none]."),
+    flag(
+        "--fallback-max-length",
+        type=int,
+        help="Maximum tokens of a low-priority pair while the queue is long [no fallback].",
+    ),
+    flag("--memory-limit-mb", type=int, help="Replace a worker that uses more memory [no limit]."),
+    flag(
+        "--wedge-after-s",
+        default=20.0,
+        help="Seconds without an answer before a worker is killed and replaced.",
+    ),
+    flag("--tls-cert", help="Certificate chain in PEM: serve HTTPS."),
+    flag("--tls-key", help="Its private key in PEM."),
+    flag(
+        "--otel/--no-otel",
+        default=None,
+        help="Send traces over OTLP [if OTEL_EXPORTER_OTLP_ENDPOINT is set].",
+    ),
+    flag("--log-format", type=click.Choice(["json", "text"]), default="json"),
+    flag("--log-level", type=click.Choice(["debug", "info", "warning"]), default="info"),
+)
+"""The HTTP server, its limits and its workers."""
+
+CLUSTER_FLAGS: tuple[Flag, ...] = (
+    flag("--max-workers", type=int, help="Maximum workers on Ray [--workers]."),
+    flag("--worker-cpus", default=1.0, help="CPUs of a worker on Ray."),
+    flag("--worker-gpus", default=0.0, help="GPUs of a worker on Ray; 0.5 lets two share one."),
+    flag(
+        "--max-delay-s", default=2.0, help="Predicted wait in seconds above which Ray adds workers."
+    ),
+    flag("--ingresses", default=1, help="HTTP replicas on Ray, each with its own workers."),
+)
+"""Settings that only a server on a Ray cluster has."""
+
+RAY_FLAG: Flag = flag(
+    "--ray",
+    is_flag=False,
+    flag_value=ANY_CLUSTER,
+    metavar="[ADDRESS]",
+    help="Score on a Ray cluster: the one at ADDRESS, or one that runs on this machine.",
+)
+"""``--ray [ADDRESS]``: it stands last on a command line, or takes its address after ``=``."""
+
+
+def _shown(flags: Iterable[Flag]) -> tuple[Flag, ...]:
+    return tuple((names, {"show_default": True, **settings}) for names, settings in flags)
+
+
+def _read_file(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
+    """The callback of ``--config``: the file's values become defaults."""
     if path is not None:
-        known = [p.name for p in context.command.params if p.name not in {None, "config", "model"}]
-        context.default_map = load(path, [str(name) for name in known])
+        context.default_map = {**load(path), **(context.default_map or {})}
     return path
 
 
-def load(path: str, known: Iterable[str]) -> dict[str, Any]:
-    """The values of a file, by option.
+SETTINGS: tuple[Flag, ...] = (
+    flag(
+        "--config",
+        is_eager=True,
+        expose_value=False,
+        callback=_read_file,
+        help="TOML file with a table [serve] of these settings.",
+    ),
+    *_shown(SERVER_FLAGS),
+    *MODEL_FLAGS,
+    *STEP_FLAGS,
+    RAY_FLAG,
+    *_shown(CLUSTER_FLAGS),
+)
+"""All flags of ``echelon serve``."""
+
+NAMES = tuple(map(name_of_flag, SETTINGS[1:]))
+"""Names of the settings; ``--config`` is none."""
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read the settings of a TOML file.
 
     Raises:
-        InvalidInput: the file cannot be read, or names what no flag has.
+        InvalidInput: the file cannot be read, or has an unknown setting.
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidInput("--config", f"{path} cannot be read ({error})", "Mend it.") from None
+        problem = f"{path} cannot be read ({error})"
+        raise InvalidInput("--config", problem, "Give a TOML file in UTF-8.") from None
     table = content.get(TABLE, {})
     if not isinstance(table, dict):
         raise InvalidInput("--config", f"{path}: {TABLE} is no table", f"Begin with [{TABLE}].")
     values = {name.replace("-", "_"): value for name, value in table.items()}
-    check_names(values, list(known), "--config", f"{path}: ")
+    check_names(values, NAMES, "--config", f"{path}: ")
     return values
 
 
-def check_names(values: Iterable[str], known: list[str], field: str, where: str = "") -> None:
-    """Refuse settings that no flag has.
+def check_names(values: Iterable[str], known: Iterable[str], field: str, where: str = "") -> None:
+    """Refuse unknown settings.
 
     Raises:
-        InvalidInput: names the nearest that there is.
+        InvalidInput: names the nearest setting there is.
     """
+    known = list(known)
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -84,138 +201,41 @@ def check_names(values: Iterable[str], known: list[str], field: str, where: str 
             raise InvalidInput(field, f"{where}unknown setting {name!r}", hint)
 
 
-def origins(context: click.Context) -> Iterator[tuple[str, Any, str]]:
-    """(name, value, where it came from) of every setting."""
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        word = "default" if source is None else ORIGINS.get(source, "default")
-        yield name, list(value) if isinstance(value, tuple) else value, word
+def complete(given: dict[str, Any]) -> dict[str, Any]:
+    """All settings: the environment's, those given, the file's, and the defaults.
 
-
-PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
-
-_DOOR_FLAGS: tuple[Flag, ...] = (
-    (("--host",), {"default": "127.0.0.1", "help": "Address to listen on."}),
-    (("--port",), {"default": 8080, "help": "Port; 0 takes a free one."}),
-    (("--workers",), {"default": 1, "help": "Processes that score: one a GPU, or several a CPU."}),
-    (("--served-name",), {"help": "What answers call the model [its own name]."}),
-    (("--api-keys",), {"help": "File with API keys, one a line; ECHELON_API_KEYS adds more."}),
-    (("--rate-limit",), {"help": "Documents for a key in a time, such as 50/s or 900/min [no]."}),
-    (("--cors",), {"multiple": True, "help": "Origin whose pages may read answers [none]."}),
-    (("--max-body-mb",), {"default": 32.0, "help": "Longest body, in MiB."}),
-    (("--body-timeout-s",), {"default": 30.0, "help": "Seconds in which a body must come."}),
-    (("--header-timeout-s",), {"default": 10.0, "help": "Seconds in which headers must come."}),
-    (("--max-connections",), {"default": 768, "help": "Connections at once, idle ones too."}),
-    (("--drain-s",), {"default": 30.0, "help": "Seconds to answer what is inside at the end."}),
-    (("--max-requests",), {"default": 512, "help": "Requests inside at once."}),
-    (("--max-documents",), {"default": 10_000, "help": "Documents of one request."}),
-    (("--max-wait-s",), {"default": 30.0, "help": "Seconds a request may have to wait."}),
-    (("--slo-p99-ms",), {"type": float, "help": "Latency goal: steps stay below half of it [no]."}),
-    (
-        ("--fallback-max-length",),
-        {"type": int, "help": "Tokens a pair of low priority may have in a long queue [no]."},
-    ),
-    (("--memory-limit-mb",), {"type": int, "help": "A worker that holds more is replaced [no]."}),
-    (
-        ("--wedge-after-s",),
-        {"default": 20.0, "help": "A silent worker is replaced, never sooner."},
-    ),
-    (("--tls-cert",), {"help": "Certificate chain in PEM: serve HTTPS."}),
-    (("--tls-key",), {"help": "Its private key in PEM."}),
-    (
-        ("--otel/--no-otel",),
-        {"default": None, "help": "Traces over OTLP [where OTEL_EXPORTER_OTLP_ENDPOINT is set]."},
-    ),
-    (("--log-format",), {"type": click.Choice(["json", "text"]), "default": "json"}),
-    (("--log-level",), {"type": click.Choice(["debug", "info", "warning"]), "default": "info"}),
-)
-
-
-_FILE_FLAG: tuple[Flag, ...] = (
-    (
-        ("--config",),
-        {
-            "is_eager": True,
-            "expose_value": False,
-            "callback": take_file,
-            "help": "TOML file with a table [serve] of these settings.",
-        },
-    ),
-)
-
-
-def _settings(command: Any) -> Any:
-    """All flags of the server."""
-    shown = tuple((names, {"show_default": True, **more}) for names, more in _DOOR_FLAGS)
-    return with_flags(_FILE_FLAG, shown, MODEL_FLAGS, STEP_FLAGS)(command)
-
-
-@click.command(context_settings={"auto_envvar_prefix": PREFIX})
-@click.argument("model")
-@_settings
-def serve(*, model: str, **values: Any) -> None:
-    """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
-
-    A playground is at /, a dashboard at /dashboard; the API is described at /docs. SIGTERM or
-    Ctrl-C answers what is inside, then ends. Each setting is also an environment variable, such as
-    ECHELON_SERVE_PORT, and an entry of the --config file.
+    Raises:
+        InvalidInput: a value is wrong.
     """
-    require_packages("echelon serve", "serve", PACKAGES)
-    from echelon.server.http_server import Address, run
-    from echelon.server.observability import set_up
-
-    door, options = split(values)
-    address = Address(door["host"], door["port"], door["tls_cert"], door["tls_key"])
-    set_up(door["log_format"], door["log_level"])
-    house = house_of(model, options, door)
-    run(house, address, exposed=not is_loopback(door["host"]))
-
-
-@click.command(context_settings={"auto_envvar_prefix": PREFIX})
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_settings
-@click.pass_context
-def config(context: click.Context, /, *, as_json: bool, **_: Any) -> None:
-    """Say what `echelon serve` would be told by flags, environment and file, and by which."""
-    rows = [row for row in origins(context) if row[0] != "as_json"]
-    if as_json:
-        import json
-
-        told = {name: {"value": value, "origin": origin} for name, value, origin in rows}
-        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
-        return
-    for name, value, origin in rows:
-        click.echo(f"{name:20} {origin:12} {'' if value is None else value}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
+    parser = click.Command(
+        "serve", params=[click.Option(names, **settings) for names, settings in SETTINGS]
+    )
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _name_of(flag: str) -> str:
-    return flag.partition("/")[0].removeprefix("--").replace("-", "_")
+        context = parser.make_context("serve", [], default_map=given, auto_envvar_prefix=PREFIX)
+    except click.UsageError as error:
+        problem = error.format_message().rstrip(".")
+        raise InvalidInput("args", problem, "See: echelon serve --help.") from None
+    return context.params
 
 
 def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-    """What the flags say of the server, and of the model."""
-    names = [_name_of(names[0]) for names, _ in _DOOR_FLAGS]
-    door = {name: values.pop(name) for name in names}
-    return door, options_of(values, quiet=True)
+    """Divide settings into those of the server and the options of the model, which shows no bars.
+
+    Raises:
+        InvalidInput: an option is wrong.
+    """
+    values = dict(values)
+    server = {name: values.pop(name) for name in map(name_of_flag, SERVER_FLAGS)}
+    return server, Options.of(**values, progress=False)
 
 
-def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) -> ServerContext:
-    """The server that flags ask for.
+def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
+    """The server that settings describe.
 
     Args:
-        model: what to serve.
+        model: the model to serve.
         options: of the model.
-        door: of the server.
+        settings: of the server.
         **more: as in :func:`echelon.engine.launch.launch`.
     """
     from functools import partial
@@ -230,41 +250,49 @@ def house_of(model: str, options: Options, door: dict[str, Any], **more: Any) ->
     from echelon.server.observability import open_traces
     from echelon.server.rolling_stats import RollingStats
 
-    rules = ServerLimits(
-        keys=read_keys(door["api_keys"], door["rate_limit"]),
-        max_body_bytes=int(door["max_body_mb"] * 2**20),
-        body_timeout_s=door["body_timeout_s"],
-        drain_s=door["drain_s"],
-        origins=door["cors"],
-        limits=ConnectionLimits(door["max_connections"], door["header_timeout_s"]),
+    limits = ServerLimits(
+        keys=read_keys(settings["api_keys"], settings["rate_limit"]),
+        max_body_bytes=int(settings["max_body_mb"] * 2**20),
+        body_timeout_s=settings["body_timeout_s"],
+        drain_s=settings["drain_s"],
+        origins=settings["cors"],
+        limits=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
     )
     metrics, recent = Metrics(), RollingStats()
-    limit, goal_ms = door["memory_limit_mb"], door["slo_p99_ms"]
+    memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
     start = partial(
         launch,
         model,
-        workers=door["workers"],
+        workers=settings["workers"],
         bounds=AdmissionLimits(
-            max_requests=door["max_requests"],
-            max_documents=door["max_documents"],
-            max_wait_s=door["max_wait_s"],
+            max_requests=settings["max_requests"],
+            max_documents=settings["max_documents"],
+            max_wait_s=settings["max_wait_s"],
         ),
-        memory_limit_bytes=None if limit is None else limit * 2**20,
-        wedge_after_s=door["wedge_after_s"],
+        memory_limit_bytes=None if memory_mb is None else memory_mb * 2**20,
+        wedge_after_s=settings["wedge_after_s"],
         goal_s=None if goal_ms is None else goal_ms / 1000,
-        fallback_max_length=door["fallback_max_length"],
+        fallback_max_length=settings["fallback_max_length"],
         listener=ListenerGroup(metrics, recent),
         **more,
-        **as_keywords(options),
+        **asdict(options),
     )
-    name = door["served_name"] or name_of(model)
-    traces = open_traces(door["otel"])
+    name = settings["served_name"] or name_of(model)
+    traces = open_traces(settings["otel"])
     return ServerContext(
-        start, name, metrics, rules, options.revision, recent=recent, traces=traces
+        start, name, metrics, limits, options.revision, recent=recent, traces=traces
     )
 
 
 def name_of(model: str) -> str:
-    """What answers call a model: a folder's own name, or the name that was given."""
+    """The model's name in responses: a folder's own name, or the name that was given."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.is_dir() else model
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

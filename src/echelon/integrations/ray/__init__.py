@@ -1,1 +1,1 @@
-"""Many machines, through Ray: the only folder that knows it."""
+"""Echelon on many machines through Ray, the only package that imports it."""

@@ -1,7 +1,7 @@
-"""Files on many machines: windows are scored wherever there is room, and come back in order.
+"""Windows of a file, scored by a pool of Ray actors and returned in order.
 
-A window's steps depend on the window alone, so a score does not depend on which worker scored it:
-the output is that of one machine of the same kind, to the byte.
+The steps of a window depend on the window alone, so its scores do not depend on the worker: the
+output is that of one machine of the same kind, to the byte.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, InvalidInput, WorkerLost
-from echelon.integrations.ray.worker import TRIES_AGAIN, WorkerResources, loss_of, place_of
+from echelon.integrations.ray.worker import CALL_RETRIES, WorkerResources, loss_of, place_of
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 2
-"""Windows that a worker has: one is encoded while the other is scored."""
+WINDOWS_PER_WORKER = 2
+"""One window is tokenized while the other is scored."""
 
 ATTEMPTS = 3
-"""How often a window, or the start of a worker, may end a worker before the job is given up."""
+"""Workers that a window, or a start, may end before the job fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolRequest:
-    """What the workers of a job should be.
+    """Number and size of a job's workers.
 
     Attributes:
-        workers: how many; None is as many as the cluster has room for.
-        cpus: CPUs of each; None is what the forward pass uses.
+        workers: number of workers; None is as many as the cluster has room for.
+        cpus: CPUs of each; None is the threads of the forward pass.
         gpus: GPUs of each.
     """
 
@@ -63,14 +63,14 @@ class PoolRequest:
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """What a worker found for a window; the texts stay where they are.
+    """Scores of a window without its texts, which the caller has.
 
     Attributes:
-        rows: places of the rows that were scored.
-        bad: the window's bad rows, those that scoring found among them.
+        rows: positions of the scored rows in the window.
+        bad: the window's bad rows, including those found by scoring.
         logits: float32 [pairs], row after row.
         truncated_tokens: int32 [pairs].
-        report: how it went.
+        report: times and counts of the run.
     """
 
     rows: tuple[int, ...]
@@ -81,30 +81,30 @@ class PoolResult:
 
     @classmethod
     def of(cls, window: RowWindow, scored: ScoredWindow) -> PoolResult:
-        """What is new in a scored window."""
+        """Take the scores out of a scored window."""
         places = {id(row): place for place, row in enumerate(window.rows)}
         rows = tuple(places[id(row)] for row in scored.rows)
         return cls(rows, scored.bad, scored.logits, scored.truncated_tokens, scored.report)
 
     def in_window(self, window: RowWindow) -> ScoredWindow:
-        """The window, scored."""
+        """Put the scores and the window together."""
         rows = tuple(window.rows[place] for place in self.rows)
         return ScoredWindow(rows, self.bad, self.logits, self.truncated_tokens, self.report, window)
 
 
 class ScorerActor:
-    """The actor's side: a model that scores windows."""
+    """The actor: a model that scores windows."""
 
     def __init__(self) -> None:
         self._scoring: WindowScorer | None = None
         self._opening = threading.Lock()
 
     def open(self, model: str, options: Options, steps: Steps | None) -> Reply:
-        """Open the model, once; the machine's id goes with what decides the steps."""
+        """Open the model, once; reply with the settings of its steps and the machine's id."""
         try:
-            with self._opening:  # while it is, Ray may ask again
+            with self._opening:  # Ray may repeat the call meanwhile
                 self._scoring = self._scoring or WindowScorer(model, options, steps)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scoring.steps, ray.get_runtime_context().get_node_id()
         return "steps", found, 0.0, resident_bytes()
@@ -115,21 +115,21 @@ class ScorerActor:
             raise AssertionError("a window before the model was open. This is a bug.")
         try:
             scored = self._scoring.submit(window).result()
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         return "scored", PoolResult.of(window, scored), 0.0, resident_bytes()
 
 
-_BENCH = ray.remote(
-    max_concurrency=AHEAD,
+_ACTOR = ray.remote(
+    max_concurrency=WINDOWS_PER_WORKER,
     max_restarts=0,
-    max_task_retries=TRIES_AGAIN,
+    max_task_retries=CALL_RETRIES,
     scheduling_strategy="SPREAD",
 )(ScorerActor)
 
 
-class _Member:
-    """A worker, and the windows it has, the one it began with first."""
+class _PoolWorker:
+    """A worker and its windows, oldest first."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -138,7 +138,7 @@ class _Member:
 
     @property
     def free(self) -> bool:
-        return self.machine is not None and len(self.windows) < AHEAD
+        return self.machine is not None and len(self.windows) < WINDOWS_PER_WORKER
 
 
 class RayScorerPool:
@@ -147,75 +147,77 @@ class RayScorerPool:
     Args:
         model: as there; a folder must be on every machine.
         options: as there.
-        steps: what an earlier run of the job fixed; None lets the first worker fix it.
-        wanted: what the workers should be.
+        steps: settings of an earlier run of the job; None takes those of the first worker.
+        request: number and size of the workers.
 
     Raises:
-        InvalidInput: the machines are not as the one on which the job began.
+        InvalidInput: the machines differ from the one on which the job began.
         ModelError: the model cannot be opened.
         WorkerLost: no worker came up.
     """
 
     def __init__(
-        self, model: str, options: Options, steps: Steps | None, wanted: PoolRequest | None = None
+        self, model: str, options: Options, steps: Steps | None, request: PoolRequest | None = None
     ) -> None:
-        wanted = wanted or PoolRequest()
+        request = request or PoolRequest()
         chosen, _ = with_profile(options)
         threads = chosen.threads or usable_cpus()
-        self._share = WorkerResources(wanted.cpus or (1.0 if wanted.gpus else threads), wanted.gpus)
+        self._resources = WorkerResources(
+            request.cpus or (1.0 if request.gpus else threads), request.gpus
+        )
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
         self._options = replace(chosen, profile=None, threads=threads, revision=revision)
         self._steps = steps
-        self._flying: dict[Any, tuple[_Member, int | None]] = {}
-        self._members: list[_Member] = []
-        self._kept: dict[int, RowWindow] = {}
+        self._pending: dict[Any, tuple[_PoolWorker, int | None]] = {}
+        self._workers: list[_PoolWorker] = []
+        self._windows: dict[int, RowWindow] = {}
         self._queue: deque[int] = deque()
         self._done: dict[int, PoolResult | EchelonError] = {}
-        self._ended: Counter[int | None] = Counter()
-        self._hire()
-        while not any(member.machine for member in self._members):
-            self._hear()
-        for _ in range((wanted.workers or _room(self._share)) - 1):
-            self._hire()
+        self._lost: Counter[int | None] = Counter()
+        self._start_worker()
+        while not any(worker.machine for worker in self._workers):
+            self._receive()
+        for _ in range((request.workers or _free_workers(self._resources)) - 1):
+            self._start_worker()
 
     @property
     def steps(self) -> Steps:
-        """What decides the steps."""
+        """Settings that determine the steps."""
         if self._steps is None:
             raise AssertionError("no worker is up. This is a bug.")
         return self._steps
 
     def score(
-        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+        self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]:
         """Score windows, in their order.
 
         Args:
-            windows: taken so far ahead that every worker has two.
-            told: not called; a window is told by its coming.
+            windows: read ahead so that every worker has two.
+            on_step: not called; a window is reported when it is done.
 
         Raises:
-            WorkerLost: a window ended its worker again and again.
+            WorkerLost: a window ended its worker three times.
             EchelonError: as :meth:`echelon.offline.scoring.WindowScorer.score`.
         """
-        del told
+        del on_step
         source, turn = enumerate(windows), 0
         while self._fill(source):
             while turn not in self._done:
                 self._send()
-                self._hear()
+                self._receive()
             found = self._done.pop(turn)
             if isinstance(found, EchelonError):
                 raise found
-            yield found.in_window(self._kept.pop(turn))
+            yield found.in_window(self._windows.pop(turn))
             turn += 1
 
     def close(self) -> None:
         """End the workers."""
-        for member in self._members:
-            ray.kill(member.actor)
-        self._members.clear()
-        self._flying.clear()
+        for worker in self._workers:
+            ray.kill(worker.actor)
+        self._workers.clear()
+        self._pending.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -224,103 +226,107 @@ class RayScorerPool:
         self.close()
 
     def _fill(self, source: Iterator[tuple[int, RowWindow]]) -> bool:
-        """Take windows until all workers have enough; whether any is left to give back."""
-        while len(self._kept) < AHEAD * len(self._members) + 1:
+        """Take windows until all workers have enough; False when none is left to return."""
+        while len(self._windows) < WINDOWS_PER_WORKER * len(self._workers) + 1:
             number, window = next(source, (-1, None))
             if window is None:
                 break
-            self._kept[number] = window
+            self._windows[number] = window
             self._queue.append(number)
         self._send()
-        return bool(self._kept)
+        return bool(self._windows)
 
     def _send(self) -> None:
-        """Give windows to the workers that have fewest."""
+        """Send windows to the workers that have the fewest."""
         while self._queue:
-            free = [member for member in self._members if member.free]
+            free = [worker for worker in self._workers if worker.free]
             if not free:
                 return
-            member, number = min(free, key=lambda m: len(m.windows)), self._queue.popleft()
-            member.windows.append(number)
-            ref = member.actor.score.remote(self._kept[number])
-            self._flying[ref] = member, number
+            worker, number = min(free, key=lambda one: len(one.windows)), self._queue.popleft()
+            worker.windows.append(number)
+            ref = worker.actor.score.remote(self._windows[number])
+            self._pending[ref] = worker, number
 
-    def _hear(self) -> None:
-        """Wait for news, and take it in."""
-        ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=START_TIMEOUT_S)
+    def _receive(self) -> None:
+        """Wait for a reply or the loss of a worker, and handle it."""
+        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=START_TIMEOUT_S)
         if not ready:
             raise WorkerLost(
                 f"No worker answered for {START_TIMEOUT_S:g} s. Each needs a machine with "
-                f"{self._share.cpus:g} CPUs and {self._share.gpus:g} GPUs: is there one?"
+                f"{self._resources.cpus:g} CPUs and {self._resources.gpus:g} GPUs: is there one?"
             )
         for ref in ready:
-            member, number = self._flying.pop(ref)
+            worker, number = self._pending.pop(ref)
             try:
                 reply = ray.get(ref)
             except RayError as error:
-                self._lost(member, number, error)
+                self._replace(worker, number, error)
             else:
-                self._landed(member, number, reply)
+                self._take_reply(worker, number, reply)
 
-    def _landed(self, member: _Member, number: int | None, reply: Reply) -> None:
+    def _take_reply(self, worker: _PoolWorker, number: int | None, reply: Reply) -> None:
         if number is None:
-            self._opened(member, reply)
+            self._take_open_reply(worker, reply)
             return
-        member.windows.remove(number)
+        worker.windows.remove(number)
         try:
             self._done[number] = unpack(reply)[0]
         except EchelonError as error:
             self._done[number] = error
 
-    def _opened(self, member: _Member, reply: Reply) -> None:
-        """A worker is up, or cannot be: with others that can, it is done without."""
+    def _take_open_reply(self, worker: _PoolWorker, reply: Reply) -> None:
+        """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
             (steps, machine), _, _ = unpack(reply)
         except EchelonError as error:
-            self._members.remove(member)
-            ray.kill(member.actor)
-            if not self._members:
+            self._workers.remove(worker)
+            ray.kill(worker.actor)
+            if not self._workers:
                 raise
-            logger.warning("A worker is done without: %s", error)
+            logger.warning("A worker could not open the model and is not used: %s", error)
             return
         self._steps = self._steps or steps
-        member.machine = machine
+        worker.machine = machine
 
-    def _lost(self, member: _Member, number: int | None, error: RayError) -> None:
-        """A worker has gone: what it had goes to others, and another takes its place."""
-        why, blame = loss_of(member.machine, error)
+    def _replace(self, worker: _PoolWorker, number: int | None, error: RayError) -> None:
+        """Give a lost worker's windows to others, and start another worker."""
+        why, blame = loss_of(worker.machine, error)
         logger.warning("A worker is lost: %s", why)
-        self._flying = {ref: at for ref, at in self._flying.items() if at[0] is not member}
-        self._queue.extendleft(reversed(member.windows))
-        self._members.remove(member)
-        ray.kill(member.actor)
-        blamed = member.windows[0] if member.windows else number
-        self._ended[blamed] += blame
-        if self._ended[blamed] >= ATTEMPTS:
-            at = "as they started" if blamed is None else f"from line {_line(self._kept[blamed])}"
+        self._pending = {ref: at for ref, at in self._pending.items() if at[0] is not worker}
+        self._queue.extendleft(reversed(worker.windows))
+        self._workers.remove(worker)
+        ray.kill(worker.actor)
+        suspect = worker.windows[0] if worker.windows else number
+        self._lost[suspect] += blame
+        if self._lost[suspect] >= ATTEMPTS:
+            at = (
+                "as they started"
+                if suspect is None
+                else f"from line {_line(self._windows[suspect])}"
+            )
             raise WorkerLost(f"{ATTEMPTS} workers ended in turn {at} ({why}). See Ray's logs.")
-        self._hire()
+        self._start_worker()
 
-    def _hire(self) -> None:
-        member = _Member(
-            _BENCH.options(num_cpus=self._share.cpus, num_gpus=self._share.gpus).remote()
+    def _start_worker(self) -> None:
+        worker = _PoolWorker(
+            _ACTOR.options(num_cpus=self._resources.cpus, num_gpus=self._resources.gpus).remote()
         )
-        self._members.append(member)
-        ref = member.actor.open.remote(self._model, self._options, self._steps)
-        self._flying[ref] = member, None
+        self._workers.append(worker)
+        ref = worker.actor.open.remote(self._model, self._options, self._steps)
+        self._pending[ref] = worker, None
 
 
 def _line(window: RowWindow) -> int:
     return window.rows[0].line if window.rows else 0
 
 
-def _room(share: WorkerResources) -> int:
-    """Workers for which the cluster has room now, one at least."""
+def _free_workers(resources: WorkerResources) -> int:
+    """Workers for which the cluster has room now, at least one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = [
         min(
-            int(node.get("CPU", 0) // share.cpus),
-            int(node.get("GPU", 0) // share.gpus) if share.gpus else int(1e9),
+            int(node.get("CPU", 0) // resources.cpus),
+            int(node.get("GPU", 0) // resources.gpus) if resources.gpus else int(1e9),
         )
         for node in nodes
     ]

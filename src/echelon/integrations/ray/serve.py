@@ -1,10 +1,9 @@
-"""The server on Ray Serve: the same HTTP application, its workers anywhere in the cluster.
+"""The HTTP server as an application of Ray Serve, with workers on any machine of the cluster.
 
-``serve run echelon.integrations.ray.serve:app model=demo`` or a YAML file under ``deploy/ray``.
-Each replica
-of the one deployment is a whole server (tokeniser, queue, admission) whose workers are actors: a
-worker takes a step whenever it is about to be free, so the one with the fewest tokens before it is
-always the next (docs/decisions/0010-ray.md).
+``serve run echelon.integrations.ray.serve:app model=demo``, or a YAML file under ``deploy/ray``.
+Each replica of the one deployment is a complete server (tokenizer, queue, admission) whose workers
+are actors: a worker takes the next step when it is about to be free, so the next step always goes
+to the worker with the fewest tokens left (docs/decisions/0010-ray.md).
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ import ray
 from ray import serve
 
 from echelon.errors import InvalidInput, ShuttingDown
-from echelon.integrations.ray.command import SCALE
-from echelon.integrations.ray.command import serve as command
-from echelon.integrations.ray.worker import RayWorker, WorkerResources, abroad, connect
+from echelon.integrations.ray.worker import RayWorker, WorkerResources, connect, factory_of
 from echelon.options import require_packages
 from echelon.scheduling.autoscaling import AutoscalingLimits
+from echelon.server import settings as server_settings
 from echelon.server.app import make_app
 from echelon.server.http_server import GRACE_S, KEEP_ALIVE_S
-from echelon.server.settings import PACKAGES, PREFIX, check_names, house_of, split
 
 if TYPE_CHECKING:
     import os
@@ -43,9 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME = "echelon"
-"""The application's and the deployment's name."""
+"""Name of the application and of the deployment."""
 
-ELSEWHERE = {
+SET_ELSEWHERE = {
     "host": "http_options of Ray Serve",
     "port": "http_options of Ray Serve",
     "header_timeout_s": "the environment of Ray Serve's proxies",
@@ -55,39 +52,36 @@ ELSEWHERE = {
     "tls_cert": "a proxy in front of Ray Serve",
     "tls_key": "a proxy in front of Ray Serve",
 }
-"""Settings of ``echelon serve`` that are Ray's affair here, and whose."""
+"""Settings of ``echelon serve`` that Ray has its own place for, and that place."""
 
-NO_TLS = ("tls_cert", "tls_key")
-"""What no server on Ray can have."""
-
-BESIDE = 64
-"""Requests that a replica takes in beyond those inside, to refuse them with the reason itself."""
+REFUSED_REQUESTS = 64
+"""Requests that a replica takes in addition, to refuse them itself with the reason."""
 
 
 class Ingress:
-    """One replica: a server whose workers are elsewhere.
+    """One replica: a server whose workers are actors.
 
     Args:
-        build: gives the server.
+        build: makes the server.
     """
 
     def __init__(self, build: Callable[[], ServerContext]) -> None:
-        self._house = build()
+        self._context = build()
 
     def __serve_build_asgi_app__(self) -> RequestIdMiddleware:
         """The application."""
-        return make_app(self._house)
+        return make_app(self._context)
 
     async def check_health(self) -> None:
-        """Whether a pair was really scored lately.
+        """Check that a pair was scored lately.
 
-        A replica without workers is not ill: they come back, and its requests wait for them; a new
-        replica would have none either, and those requests would be lost.
+        A replica without workers is healthy: its requests wait until workers are back. A new
+        replica would have no workers either, and the waiting requests would be lost.
 
         Raises:
             ShuttingDown: it has workers, and none of them scores.
         """
-        service = self._house.service
+        service = self._context.service
         if service.snapshot().workers == 0:
             return
         found = await service.ready()
@@ -103,13 +97,13 @@ def deploy(
     drain_s: float = 30.0,
     **more: Any,
 ) -> Application:
-    """The application of servers that ``build`` gives.
+    """The application whose replicas are the servers that ``build`` makes.
 
     Args:
-        build: gives a server; it runs in each replica.
+        build: makes a server; it runs in each replica.
         ingresses: replicas.
-        max_requests: requests that one lets in; Ray's own bound is beyond it.
-        drain_s: seconds that one has to answer what is inside, at its end.
+        max_requests: requests that a replica admits; Ray's own limit is above it.
+        drain_s: seconds that a replica has to answer admitted requests when it ends.
         **more: other settings of the deployment.
     """
     # With a CPU of its own it could take the place of a worker that it then waits for.
@@ -117,7 +111,7 @@ def deploy(
     deployment = serve.deployment(
         name=NAME,
         num_replicas=ingresses,
-        max_ongoing_requests=max_requests + BESIDE,
+        max_ongoing_requests=max_requests + REFUSED_REQUESTS,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=drain_s + GRACE_S,
         **more,
@@ -130,14 +124,14 @@ def app(settings: dict[str, Any]) -> Application:
     """The application of a model, for ``serve run`` and ``serve deploy``.
 
     Args:
-        settings: ``model``, and what `echelon serve` has flags for, under the same names.
+        settings: ``model``, and settings of `echelon serve` under the names of its flags.
 
     Raises:
         InvalidInput: a setting is unknown or wrong.
     """
     for name in settings:
-        if name in ELSEWHERE:
-            raise InvalidInput(name, "is not set here", f"Set it in {ELSEWHERE[name]}.")
+        if name in SET_ELSEWHERE:
+            raise InvalidInput(name, "is not set here", f"Set it in {SET_ELSEWHERE[name]}.")
     return application_of(plan_of(values_of(settings)))
 
 
@@ -147,72 +141,75 @@ def values_of(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInput: a setting is unknown, has a wrong value, or is missing.
     """
-    import click
-
-    known = [str(param.name) for param in command.params if param.name not in {"ray", "config"}]
-    check_names(settings, known, "args")
+    known = ["model", *(name for name in server_settings.NAMES if name != "ray")]
+    server_settings.check_names(settings, known, "args")
+    if "model" not in settings:
+        raise InvalidInput("args", "there is no model", "Name one: model=demo.")
     given = {name: value for name, value in settings.items() if name != "model"}
-    try:
-        context = command.make_context(
-            "serve", [str(settings["model"])], default_map=given, auto_envvar_prefix=PREFIX
-        )
-    except KeyError:
-        raise InvalidInput("args", "there is no model", "Name one: model=demo.") from None
-    except click.UsageError as error:
-        raise InvalidInput("args", error.format_message().rstrip("."), "Mend it.") from None
-    return {name: value for name, value in context.params.items() if name != "ray"}
+    values = server_settings.complete(given)
+    del values["ray"]
+    return {"model": str(settings["model"]), **values}
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentPlan:
-    """What a server on Ray is made of; it travels to the replicas.
+    """The settings of a server on Ray; it is sent to the replicas, which call it.
 
     Attributes:
-        model: what to serve.
+        model: the model to serve.
         options: of the model.
-        door: settings of the HTTP server.
-        share: what of a machine a worker has.
-        scaling: between which bounds the number of workers is, and when it changes.
+        settings: of the HTTP server.
+        resources: CPUs and GPUs of a worker.
+        scaling: limits of the number of workers, and when it changes.
         ingresses: replicas.
     """
 
     model: str
     options: Options
-    door: dict[str, Any]
-    share: WorkerResources
+    settings: dict[str, Any]
+    resources: WorkerResources
     scaling: AutoscalingLimits
     ingresses: int
 
     def __call__(self) -> ServerContext:
         """The server of a replica."""
-        hire = partial(_hire, self.share)
-        return house_of(self.model, self.options, self.door, scaling=self.scaling, hire=hire)
+        return server_settings.server_of(
+            self.model,
+            self.options,
+            self.settings,
+            scaling=self.scaling,
+            hire=partial(_make_workers, self.resources),
+        )
 
 
 def plan_of(values: dict[str, Any]) -> DeploymentPlan:
-    """What the settings of ``echelon serve`` mean on Ray.
+    """The deployment that the settings of ``echelon serve`` describe.
 
     Raises:
-        InvalidInput: a value is wrong, or cannot be had on Ray.
+        InvalidInput: a value is wrong, or not possible on Ray.
     """
     values = dict(values)
     model = values.pop("model")
-    own = {name: values.pop(name) for name in SCALE}
-    door, options = split(values)
-    for name in NO_TLS:
-        if door[name] is not None:
+    own = {
+        name: values.pop(name)
+        for name in map(server_settings.name_of_flag, server_settings.CLUSTER_FLAGS)
+    }
+    settings, options = server_settings.split(values)
+    for name in ("tls_cert", "tls_key"):
+        if settings[name] is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
     if own["ingresses"] < 1:
         raise InvalidInput("ingresses", f"{own['ingresses']} is not positive", "Give 1 or more.")
+    workers, max_workers = settings["workers"], own["max_workers"]
     return DeploymentPlan(
         model=model,
         options=options,
-        door=door,
-        share=WorkerResources(own["worker_cpus"], own["worker_gpus"]),
+        settings=settings,
+        resources=WorkerResources(own["worker_cpus"], own["worker_gpus"]),
         scaling=AutoscalingLimits(
-            least=door["workers"],
-            most=door["workers"] if own["max_workers"] is None else own["max_workers"],
+            workers,
+            workers if max_workers is None else max_workers,
             delay_s=own["max_delay_s"],
         ),
         ingresses=own["ingresses"],
@@ -221,49 +218,49 @@ def plan_of(values: dict[str, Any]) -> DeploymentPlan:
 
 def application_of(plan: DeploymentPlan) -> Application:
     """The application of a plan."""
-    require_packages("echelon serve", "serve", PACKAGES)
+    require_packages("echelon serve", "serve", server_settings.PACKAGES)
     return deploy(
         plan,
         ingresses=plan.ingresses,
-        max_requests=plan.door["max_requests"],
-        drain_s=plan.door["drain_s"],
+        max_requests=plan.settings["max_requests"],
+        drain_s=plan.settings["drain_s"],
     )
 
 
-def _hire(
-    share: WorkerResources, prepared: PreparedModel, model: str | os.PathLike[str]
+def _make_workers(
+    resources: WorkerResources, prepared: PreparedModel, model: str | os.PathLike[str]
 ) -> MakeWorker:
-    opener = abroad(prepared, model, share.cpus)
+    factory = factory_of(prepared, model, resources.cpus)
 
-    def make(number: int, ended: Callable[[], None]) -> RayWorker:
-        return RayWorker(opener, share, f"worker {number}", on_end=ended)
+    def make(number: int, on_end: Callable[[], None]) -> RayWorker:
+        return RayWorker(factory, resources, f"worker {number}", on_end=on_end)
 
     return make
 
 
 def run_here(address: str, values: dict[str, Any]) -> None:
-    """Serve on a cluster until told to end; for ``echelon serve --ray``.
+    """Serve on a cluster until SIGTERM or Ctrl-C; for ``echelon serve --ray``.
 
     Args:
-        address: the cluster's, or :data:`echelon.integrations.ray.command.HERE`.
+        address: the cluster's, or :data:`echelon.server.settings.ANY_CLUSTER`.
         values: all settings of ``echelon serve``.
 
     Raises:
-        InvalidInput: a setting is wrong, or no cluster is there.
+        InvalidInput: a setting is wrong, or no cluster can be reached.
     """
     plan = plan_of(values)
     application = application_of(plan)
     connect(address)
-    told = threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
-    host, port = plan.door["host"], plan.door["port"]
+        signal.signal(number, lambda *_: stopped.set())
+    host, port = plan.settings["host"], plan.settings["port"]
     http = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S}
     serve.start(proxy_location="EveryNode", http_options=http)
     try:
         serve.run(application, name=NAME)
         logger.warning("Serving at http://%s:%d on every machine of the cluster", host, port)
-        told.wait()
+        stopped.wait()
     finally:
         serve.delete(NAME)
         ray.shutdown()

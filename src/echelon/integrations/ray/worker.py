@@ -1,20 +1,17 @@
-"""How a worker on another machine opens the model that the server was given.
+"""A worker on a Ray cluster: an actor that opens the model on its machine and scores steps.
 
-A worker on any machine of a Ray cluster: an actor that holds the scorer.
-
-It is to a service what a child process is: steps go there, scores come back, and when the actor or
-its machine has gone, the service gives the steps to another. Ray restarts nothing here;
+To a service it is what a child process is: steps are sent, scores come back, and if the actor or
+its machine is lost, the service gives the steps to another worker. Ray restarts nothing here;
 :mod:`echelon.engine.supervisor` does.
 
-Ray knows two ends of a call (its page "Actor fault tolerance"): the actor died, or it is
-unavailable, which may pass, and the call may have run or not. No call here does harm twice, so that
-Ray makes one again (``max_task_retries``) when the connection breaks; an actor that stays
-unavailable is replaced.
+A Ray call can fail in two ways (Ray's page "Actor fault tolerance"): the actor died, or it is
+unavailable, which may pass, and the call may have run or not. Every call here can be repeated
+without harm, so Ray repeats it (``max_task_retries``) when the connection breaks; an actor that
+stays unavailable is replaced.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -28,10 +25,10 @@ from ray.exceptions import ActorUnavailableError, RayError
 from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
 from echelon.errors import InvalidInput
-from echelon.integrations.ray.command import HERE
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
 from echelon.models.registry import open_scorer
+from echelon.server.settings import ANY_CLUSTER
 from echelon.types import TokenBatch, monotonic
 
 if TYPE_CHECKING:
@@ -47,9 +44,16 @@ if TYPE_CHECKING:
     from echelon.types import ModelInfo
 
 
+CALL_RETRIES = 1
+"""Times that Ray repeats a call whose actor cannot be reached; a call of a dead actor fails."""
+
+STOP_CHECK_S = 0.2
+"""Seconds between two checks of a starting worker for a request to stop."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteScorerFactory:
-    """Opens a model where it runs, fetching it where it is not there yet.
+    """Opens a model on the machine of the actor, and fetches it if it is not there yet.
 
     Attributes:
         model: hub id, a folder that every machine has, or ``"demo"``.
@@ -57,7 +61,7 @@ class RemoteScorerFactory:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads of the forward pass.
         label: which output of a head with several labels to score.
-        keep_bf16: layers that int8 leaves in bf16, as the gate found.
+        keep_bf16: layers that int8 leaves in bf16, as the precision check found.
     """
 
     model: str
@@ -71,7 +75,7 @@ class RemoteScorerFactory:
         """Open the model in a precision.
 
         Raises:
-            ModelError: it is not there, damaged, or of an unsupported kind.
+            ModelError: it is missing, damaged, or of an unsupported kind.
         """
         return open_scorer(
             resolve(self.model, revision=self.revision).path,
@@ -84,7 +88,7 @@ class RemoteScorerFactory:
 
 
 def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """What other machines have to resolve to have the same model: its name and revision."""
+    """Name and revision with which other machines resolve the same model."""
     if model == DEMO:
         return DEMO, None
     if folder.path.name == folder.revision:  # a snapshot of the hub's is named by its commit
@@ -92,10 +96,10 @@ def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, s
     return str(folder.path), None
 
 
-def abroad(
+def factory_of(
     prepared: PreparedModel, model: str | os.PathLike[str], cpus: float
 ) -> RemoteScorerFactory:
-    """What opens a prepared model on a worker that has so many CPUs."""
+    """The factory that opens a prepared model on a worker with a number of CPUs."""
     options = prepared.options
     name, revision = place_of(prepared.folder, model)
     return RemoteScorerFactory(
@@ -108,18 +112,9 @@ def abroad(
     )
 
 
-logger = logging.getLogger(__name__)
-
-TRIES_AGAIN = 1
-"""How often Ray makes a call again whose actor cannot be reached; one that died is not asked."""
-
-LOOK_S = 0.2
-"""While it starts, a worker looks so often whether it was told to stop."""
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
-    """What of a machine one worker has.
+    """The part of a machine that one worker uses.
 
     Attributes:
         cpus: CPUs, as Ray counts them.
@@ -134,29 +129,31 @@ class WorkerResources:
             raise InvalidInput("worker_cpus", f"{self.cpus} is not positive", "Give 1 or more.")
         if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
             raise InvalidInput(
-                "worker_gpus", f"{self.gpus} cannot be had", "Give 0, a fraction of 1, or a number."
+                "worker_gpus",
+                f"{self.gpus} is not possible",
+                "Give 0, a fraction of 1, or a number.",
             )
 
 
 class RemoteScorer:
-    """The actor's side: what :mod:`echelon.engine.child` is in a process of our own."""
+    """The actor: the counterpart of :mod:`echelon.engine.child` in a local worker process."""
 
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
 
-    def open(self, opener: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
-        """Open the scorer, once; where it is, machine and process, goes with its facts."""
+    def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
+        """Open the scorer, once; reply with its info, the machine's id and the process id."""
         if sparing:
             spare_memory()
         try:
-            self._scorer = self._scorer or opener(precision=precision)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other side is told
+            self._scorer = self._scorer or factory(precision=precision)
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid()
         return "info", found, 0.0, resident_bytes()
 
     def score(self, *parts: np.ndarray[Any, Any] | None) -> Reply:
-        """Score the step of a batch's arrays, which are Ray's own memory: torch wants its own."""
+        """Score a step. Its arrays are copied: Ray's memory is read-only, torch needs its own."""
         if self._scorer is None:
             raise AssertionError("a step before the scorer was open. This is a bug.")
         ids, type_ids, offsets = (None if part is None else part.copy() for part in parts)
@@ -165,14 +162,13 @@ class RemoteScorer:
         return score_step(self._scorer, TokenBatch(ids, type_ids, offsets))
 
     def release(self) -> None:
-        """Give cached memory back."""
+        """Free cached memory."""
         if self._scorer is not None:
             self._scorer.release()
 
-    # Ray's decorator carries no types.
-    @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]  # as said
+    @ray.method(concurrency_group="life", max_task_retries=-1)  # type: ignore[untyped-decorator]  # Ray's has no types
     def live(self) -> None:
-        """Never return: whoever waits for it hears of the actor's end, and of nothing else."""
+        """Never return: the future of this call ends when the actor does."""
         threading.Event().wait()
 
 
@@ -180,30 +176,30 @@ class RayWorker:
     """A scorer in an actor; see :class:`echelon.engine.worker.Worker`.
 
     Args:
-        opener: opens the scorer, there.
-        share: what of a machine it needs.
-        name: what the log calls it.
-        start_timeout_s: longest time until there is room and the model is open.
-        on_end: called from some thread whenever an actor has ended.
+        factory: opens the scorer on the actor's machine.
+        resources: CPUs and GPUs that it needs.
+        name: its name in the log.
+        start_timeout_s: seconds until there is a free machine and the model is open.
+        on_end: called, from any thread, when an actor has ended.
 
     Attributes:
-        pid: the actor's process, on its machine; None before it was up.
+        pid: the actor's process id on its machine; None before it was up.
     """
 
     renewable = True
 
     def __init__(
         self,
-        opener: ScorerFactory,
-        share: WorkerResources | None = None,
+        factory: ScorerFactory,
+        resources: WorkerResources | None = None,
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.pid: int | None = None
-        self._opener = opener
-        self._share = share or WorkerResources()
+        self._factory = factory
+        self._resources = resources or WorkerResources()
         self._start_timeout_s = start_timeout_s
         self._on_end = on_end
         self._actor: Any = None
@@ -213,48 +209,48 @@ class RayWorker:
         self._killed = False
 
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
-        """Start an actor and open the scorer in it; one that still lives is killed first.
+        """Start an actor and open the scorer in it; a running one is killed first.
 
         Raises:
-            EchelonError: what opening raised.
+            EchelonError: opening raised it.
             WorkerDied: it ended meanwhile.
-            WorkerWedged: there was no room for it, or it took too long.
+            WorkerWedged: no machine had room for it, or it took too long.
         """
         self.kill()
         self._killed = False
         self._sent.clear()
         self._machine = None
-        self._actor = _ENGINE.options(
-            num_cpus=self._share.cpus, num_gpus=self._share.gpus
-        ).remote()  # fmt: skip
+        self._actor = _ACTOR.options(
+            num_cpus=self._resources.cpus, num_gpus=self._resources.gpus
+        ).remote()
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
-        opening = self._actor.open.remote(self._opener, precision, sparing=sparing)
+        opening = self._actor.open.remote(self._factory, precision, sparing=sparing)
         self._sent.append(opening.future())
         try:
-            return self._hello()
+            return self._await_open()
         except BaseException:
             self.kill()
             raise
 
-    def _hello(self) -> ModelInfo:
+    def _await_open(self) -> ModelInfo:
         end = monotonic() + self._start_timeout_s
-        while not self.wait(LOOK_S):
-            if self._killed:  # Ray says nothing of an actor that was killed before there was room
+        while not self.wait(STOP_CHECK_S):
+            if self._killed:  # Ray does not report an actor killed before it was placed
                 raise WorkerDied(f"{self.name} was stopped")
             if monotonic() >= end:
-                raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._asked}")
-        (facts, self._machine, self.pid), _, _ = unpack(self._reply())
-        found: ModelInfo = facts
+                raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._needs}")
+        (info, self._machine, self.pid), _, _ = unpack(self._reply())
+        found: ModelInfo = info
         return found
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
-        """Hand a step over; a second may be handed over while the first runs.
+        """Send a step; a second may be sent while the first runs.
 
         Raises:
-            WorkerDied: Ray cannot take it, for want of memory.
+            WorkerDied: Ray has no memory for it.
         """
-        del timeout_s  # Ray takes it at once
+        del timeout_s  # Ray does not block here
         parts = batch.ids, batch.type_ids, batch.offsets
         try:
             self._sent.append(self._actor.score.remote(*parts).future())
@@ -262,7 +258,7 @@ class RayWorker:
             raise self._died(error) from None
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether a result, or the actor's end, comes within a time."""
+        """Wait for a result or the actor's end; False after the timeout."""
         future = self._sent[0] if self._sent else self._life
         if future is None:
             raise WorkerDied(f"{self.name} was never started. This is a bug.")
@@ -278,9 +274,9 @@ class RayWorker:
         """The result of the earliest step that was sent.
 
         Raises:
-            DeviceOutOfMemory: it did not fit; the worker lives on.
-            EchelonError: what the scorer raised; the worker lives on.
-            WorkerGone: the machine has gone, or cannot be reached.
+            DeviceOutOfMemory: it did not fit; the worker keeps running.
+            EchelonError: the scorer raised it; the worker keeps running.
+            WorkerGone: the machine is lost, or cannot be reached.
             WorkerDied: the actor has ended.
             WorkerWedged: no answer in time; the actor was killed.
         """
@@ -289,7 +285,7 @@ class RayWorker:
         return StepResult(*unpack(self._reply()))
 
     def release(self) -> None:
-        """Give cached memory back after the steps that were sent."""
+        """Free cached memory after the steps that were sent."""
         self._actor.release.remote()
 
     def kill(self) -> None:
@@ -299,20 +295,21 @@ class RayWorker:
             ray.kill(self._actor)
 
     def stop(self) -> None:
-        """End after the steps that were sent, and soon."""
+        """End after the steps that were sent, within a few seconds."""
         if self._sent and not self._killed:
             self.wait(STOP_TIMEOUT_S)
         self.kill()
 
     @property
-    def _asked(self) -> str:
-        return f"it needs a machine with {self._share.cpus:g} CPUs and {self._share.gpus:g} GPUs"
+    def _needs(self) -> str:
+        cpus, gpus = self._resources.cpus, self._resources.gpus
+        return f"it needs a machine with {cpus:g} CPUs and {gpus:g} GPUs"
 
     def _reply(self) -> Reply:
-        """The first future's result.
+        """The result of the first future.
 
-        Its actor is killed where it has none: what is wrong with one step, such as a lost object,
-        would be wrong with those behind it.
+        Without one the actor is killed: the cause, such as a lost object, would fail the steps
+        behind it too.
         """
         future = self._sent.popleft() if self._sent else self._life
         if future is None:
@@ -331,9 +328,9 @@ class RayWorker:
         return WorkerWedged(f"{self.name} {what} and was killed")
 
     def _died(self, error: BaseException) -> WorkerDied:
-        told = self._killed
+        stopped = self._killed
         self.kill()
-        if told:
+        if stopped:
             return WorkerDied(f"{self.name} was stopped")
         why, blamed = loss_of(self._machine, error)
         if not blamed:
@@ -341,29 +338,29 @@ class RayWorker:
         return WorkerDied(f"{self.name} (process {self.pid}) ended ({why})")
 
 
-_ENGINE = ray.remote(
-    concurrency_groups={"life": 1},  # beside the one thread in which steps go one by one
+_ACTOR = ray.remote(
+    concurrency_groups={"life": 1},  # besides the one thread that scores steps
     max_restarts=0,
-    max_task_retries=TRIES_AGAIN,
+    max_task_retries=CALL_RETRIES,
     scheduling_strategy="SPREAD",
 )(RemoteScorer)
 
 
 def loss_of(machine: str | None, error: BaseException) -> tuple[str, bool]:
-    """Why an actor is lost, and whether what it did may be to blame.
+    """Why an actor is lost, and whether its work may be the cause.
 
-    Of a machine that has just gone, Ray first says only that its actors cannot be reached.
+    Of a machine that has just been lost, Ray first says only that its actors cannot be reached.
 
     Args:
-        machine: where it was; None before that was known.
-        error: what became of a call of it.
+        machine: id of its machine; None before it was known.
+        error: the error of a call of it.
     """
     if isinstance(error, ActorUnavailableError):
-        return "it could not be reached, nor when tried again", False
+        return "it could not be reached, nor on a second try", False
     if machine is not None and not any(
         node["NodeID"] == machine and node["Alive"] for node in ray.nodes()
     ):
-        return "the machine it was on has gone", False
+        return "its machine is lost", False
     return (str(error).strip().splitlines() or ["?"])[-1].strip(), True
 
 
@@ -371,10 +368,11 @@ def connect(address: str) -> None:
     """Connect to a cluster.
 
     Raises:
-        InvalidInput: none is there.
+        InvalidInput: no cluster can be reached.
     """
     try:
-        ray.init(None if address == HERE else address, log_to_driver=True)
+        ray.init(None if address == ANY_CLUSTER else address, log_to_driver=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
         words = str(error).splitlines()[0].rstrip(".")
-        raise InvalidInput("--ray", f"{address} cannot be reached ({words})", "Mend it.") from None
+        problem = f"{address} cannot be reached ({words})"
+        raise InvalidInput("--ray", problem, "Start a cluster with `ray start --head`.") from None

@@ -1,0 +1,158 @@
+"""``echelon batch``: rerank files, on this machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from echelon.cli.flags import options_of, print_line, with_flags
+from echelon.errors import BadRows, InvalidInput
+from echelon.options import check_top_n, require_packages
+from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
+
+if TYPE_CHECKING:
+    from echelon.offline.job import OfflineJob
+
+FILE_FLAGS: tuple[Flag, ...] = (
+    flag(
+        "--output", "-o", required=True, help="JSONL, Parquet or TREC run; '-' is standard output."
+    ),
+    flag("--model", default="demo", show_default=True, help="Hub id, folder or 'demo'."),
+    flag(
+        "--input-format",
+        type=click.Choice(["jsonl", "csv", "tsv", "parquet", "trec"]),
+        help="[by suffix; '-' is JSONL]",
+    ),
+    flag(
+        "--output-format",
+        type=click.Choice(["jsonl", "parquet", "trec"]),
+        help="[by suffix; '-' is JSONL]",
+    ),
+    flag("--topics", help="Queries of a TREC run: TSV, or JSONL with id and query."),
+    flag("--collection", help="Documents of a TREC run: TSV, or JSONL with id and text."),
+    flag("--query-column", default="query", show_default=True, help="Column of the queries."),
+    flag(
+        "--document-column", default="document", show_default=True, help="Column of the documents."
+    ),
+    flag("--query-id-column", help="Column to copy as query_id."),
+    flag("--document-id-column", help="Column to copy as document_id."),
+    flag("--top-n", type=int, help="Results to keep of each query [all]."),
+    flag("--run-tag", default="echelon", show_default=True, help="Name in a TREC run."),
+    flag("--errors", help="File for bad rows [OUTPUT.errors.jsonl]."),
+    flag("--strict", is_flag=True, help="Stop at the first bad row."),
+    flag("--restart", is_flag=True, help="Begin anew instead of resuming."),
+    flag("--qrels", help="TREC judgements: print the quality before and after reranking."),
+    flag(
+        "--compare",
+        type=click.Choice(["precision"]),
+        help="With --qrels: print the quality in each precision too.",
+    ),
+    flag("--quiet", is_flag=True, help="No progress and no summary."),
+)
+
+WORKER_FLAGS: tuple[Flag, ...] = (
+    flag("--workers", type=int, help="Workers on Ray [as many as the cluster has room for]."),
+    flag(
+        "--worker-cpus",
+        type=float,
+        help="CPUs of a worker on Ray [--threads, or all of this machine; 1 beside a GPU].",
+    ),
+    flag(
+        "--worker-gpus",
+        default=0.0,
+        show_default=True,
+        help="GPUs of a worker on Ray; 0.5 lets two share one.",
+    ),
+)
+
+
+@click.command()
+@click.argument("input", metavar="INPUT")
+@with_flags(*FILE_FLAGS, *MODEL_FLAGS, *STEP_FLAGS, RAY_FLAG, *WORKER_FLAGS)
+def batch(
+    *,
+    quiet: bool,
+    compare: str | None,
+    ray: str | None,
+    workers: int | None,
+    worker_cpus: float | None,
+    worker_gpus: float,
+    **values: Any,
+) -> None:
+    """Rerank the file INPUT: JSONL of queries with documents, pairs in a table, or a TREC run.
+
+    If the process is killed, run the same command again: it resumes, and the output is the same to
+    the byte. Rows that cannot be scored are written to a file of their own.
+    """
+    scorer: Any
+    if ray is None:
+        if workers is not None:
+            raise InvalidInput("--workers", "is of use on Ray only", "Add --ray.")
+        from echelon.offline.scoring import WindowScorer as scorer  # noqa: N813 - one of two
+    else:
+        require_packages("--ray", "ray", ["ray"])
+        from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
+        from echelon.integrations.ray.worker import connect
+
+        request = PoolRequest(workers, worker_cpus, worker_gpus)
+        scorer = partial(RayScorerPool, request=request)
+        connect(ray)
+    _rerank(job_of(values), scorer, quiet=quiet, compare=compare)
+
+
+def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -> None:
+    from echelon.offline.ir_metrics import check_comparable, compare_precisions
+    from echelon.offline.progress import (
+        ProgressDisplay,
+        number,
+        print_comparison,
+        print_quality,
+        print_summary,
+    )
+    from echelon.offline.run import run
+    from echelon.offline.streams import STANDARD
+    from echelon.progress import status
+
+    if compare is not None:
+        check_comparable(job)
+    with ProgressDisplay(quiet=quiet) as display:
+        try:
+            summary = run(job, display, scorer)
+        except KeyboardInterrupt:
+            if STANDARD not in {job.input, job.output}:
+                print_line("Finished results are kept: run the same command again to resume.")
+            raise
+    if not quiet:
+        print_summary(summary, job.output, display)
+    if job.qrels is not None:
+        print_quality(summary)
+    if compare is not None:
+        with status("Comparing precisions", shown=not quiet) as on_progress:
+            trials = compare_precisions(job, on_progress)
+        print_comparison(trials)
+    if summary.counts.bad:
+        where = "" if summary.errors is None else f": {summary.errors}"
+        raise BadRows(f"{number(summary.counts.bad, 'row')} could not be scored{where}")
+
+
+def job_of(values: dict[str, Any]) -> OfflineJob:
+    """The job that flags describe.
+
+    Raises:
+        InvalidInput: a value is wrong.
+    """
+    from echelon.offline.job import OfflineJob
+    from echelon.offline.readers import Columns
+
+    check_top_n(values["top_n"])
+    names = ("query", "document", "query_id", "document_id")
+    columns = Columns(**{name: values.pop(f"{name}_column") for name in names})
+    own = {
+        name: values.pop(name)
+        for name in ("input", *map(name_of_flag, FILE_FLAGS))
+        if name in values
+    }
+    # The model's own bars would disturb those of the job.
+    return OfflineJob(**own, columns=columns, options=options_of(values, quiet=True))

@@ -1,0 +1,80 @@
+"""``echelon rank``: sort documents on the command line by relevance."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from echelon.cli.flags import JSON_FLAG, options_of, print_json, with_flags
+from echelon.errors import InvalidInput
+from echelon.options import check_top_n
+from echelon.server.settings import MODEL_FLAGS, STEP_FLAGS, flag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@click.command()
+@click.argument("query")
+@click.argument("documents", nargs=-1)
+@with_flags(
+    flag("--model", default="demo", show_default=True, help="Hub id, folder or 'demo'."),
+    flag("--file", help="Documents, one a line; '-' is standard input."),
+    flag("--top-n", type=int, help="Results to show [all]."),
+    JSON_FLAG,
+    flag("--quiet", is_flag=True, help="No progress."),
+    *MODEL_FLAGS,
+    *STEP_FLAGS,
+)
+def rank(  # noqa: PLR0913 - one argument each option
+    *,
+    query: str,
+    documents: tuple[str, ...],
+    model: str,
+    file: str | None,
+    top_n: int | None,
+    as_json: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
+    """Sort DOCUMENTS by relevance to QUERY.
+
+    Documents are arguments, or lines of --file, or lines of standard input.
+    """
+    check_top_n(top_n)
+    texts = _read_documents(documents, file)
+    options = options_of(values, quiet=quiet)
+
+    from echelon.reranker import Reranker
+
+    with Reranker(model, **asdict(options)) as reranker:
+        ranking = reranker.rank(query, texts, top_n)
+    if as_json:
+        print_json(asdict(ranking))
+        return
+    from echelon.reports.tables import print_ranking
+
+    print_ranking(ranking)
+
+
+def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
+    if documents and file:
+        raise InvalidInput("--file", "is given besides documents", "Give one of the two.")
+    if documents:
+        return list(documents)
+    if file is None and sys.stdin.isatty():
+        raise InvalidInput(
+            "documents", "none were given", "Add them after the query, or use --file FILE."
+        )
+    try:
+        if file in {None, "-"}:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            text = Path(str(file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput("--file", f"cannot be read ({error})", "Give a UTF-8 file.") from error
+    return [line for line in text.splitlines() if line.strip()]

@@ -1,0 +1,236 @@
+"""``echelon tune``: measure a model on this machine and choose its settings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from echelon.cli.flags import (
+    INTERRUPTED,
+    JSON_FLAG,
+    LANG_FLAG,
+    options_of,
+    print_json,
+    print_line,
+    progress_bar,
+    read_trace,
+    with_flags,
+)
+from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
+from echelon.errors import EchelonError, InvalidInput
+from echelon.options import require_packages
+from echelon.server.settings import MODEL_FLAGS, Flag, flag, name_of_flag
+from echelon.server.settings import PACKAGES as SERVER_PACKAGES
+
+if TYPE_CHECKING:
+    from echelon.options import Options
+    from echelon.profile import Profile
+    from echelon.progress import Progress
+    from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.tuner import TuningPlan
+
+VALIDATE_S = 20.0
+"""Seconds of the validation under load, unless ``--verify-s`` says otherwise."""
+
+
+def sizes(value: str) -> tuple[int, ...]:
+    """Parse whole numbers separated by commas, such as ``1,2,4``."""
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
+
+
+def _sizes_flag(name: str, default: str, words: str) -> Flag:
+    return flag(name, type=sizes, metavar="N,N", default=default, show_default=True, help=words)
+
+
+TUNE_FLAGS: tuple[Flag, ...] = (
+    _sizes_flag("--pairs", "10,50,100", "Pairs of one call."),
+    _sizes_flag("--batch-sizes", "1,2,4,8,16,32", "Pairs of a step."),
+    _sizes_flag("--token-budgets", "256,512,1024,2048,4096,8192", "Tokens of a step."),
+    flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
+    flag("--time-limit", default=100.0, show_default=True, help="Seconds for the sweep."),
+    flag("--profile", default="echelon-profile.json", show_default=True, help="Profile to write."),
+    flag("--refresh", is_flag=True, help="Update --profile: measure only what is out of date."),
+    flag("--report", default="echelon-report.html", show_default=True, help="Report to write."),
+    JSON_FLAG,
+    flag("--quiet", is_flag=True, help="No progress and no table."),
+)
+
+SCENARIO_FLAGS: tuple[Flag, ...] = (
+    flag(
+        "--scenario",
+        type=click.Choice(["api", "offline", "edge", "concurrent"]),
+        help="Choose the settings for this use, and validate them (docs/TUNE.md).",
+    ),
+    flag("--slo-p99-ms", type=float, help="Scenario: P99 latency goal."),
+    flag("--rate", type=float, help="Scenario: requests a second."),
+    flag("--trace", help="Scenario: CSV of requests, timestamp,documents[,tokens]."),
+    flag(
+        "--documents",
+        help="Scenario: documents of a request, N or LOW-HIGH [api, edge 1-10; offline 50-200; "
+        "concurrent 10].",
+    ),
+    flag("--tokens", help="Scenario: tokens of a pair, N or LOW-HIGH [as in the texts]."),
+    flag(
+        "--memory-limit", type=float, metavar="MIB", help="Scenario: memory of all workers, in MiB."
+    ),
+    flag(
+        "--allow",
+        help="Scenario: other settings that may be chosen: precision, max_length (with commas).",
+    ),
+    flag("--verify-s", type=float, help="Scenario: seconds of the validation; 0 skips it [20]."),
+)
+"""The use for which settings are chosen."""
+
+
+@click.command()
+@click.argument("model")
+@with_flags(*TUNE_FLAGS, *MODEL_FLAGS, *SCENARIO_FLAGS, LANG_FLAG)
+def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) -> None:
+    """Find the best batch size of MODEL on this machine.
+
+    Results are saved after every run: after an interruption, run the same command again to resume.
+    With --scenario the settings are chosen for that use by simulation, and validated under its
+    load.
+    """
+    goal = scenario_goal(values)
+    target, report = Path(values.pop("profile")), Path(values.pop("report"))
+    refresh = target if values.pop("refresh") else None
+    partial = target.with_name(f"{target.name}.partial.json")
+    plan = _plan(values, partial)
+    options = options_of(values, quiet=quiet)
+    try:
+        with progress_bar("Tuning", shown=not (quiet or as_json)) as (on_progress, _):
+            found, missed = _tuned(model, options, plan, goal, refresh, on_progress)
+    except KeyboardInterrupt:
+        print_line(
+            f"echelon: Interrupted. Finished measurements are kept in {partial}; "
+            "run the same command again to resume."
+        )
+        sys.exit(INTERRUPTED)
+    if as_json:
+        print_json(found.as_dict())
+    elif not quiet:
+        _print(found)
+    from echelon.reports.tuning_report import write_report
+
+    found.save(target)
+    write_report(found, report, profile_path=str(target), lang=lang)
+    partial.unlink(missing_ok=True)
+    if not quiet and not as_json:
+        print_line(f"\nProfile: {target}\nReport:  {report}")
+    if missed is not None:
+        raise missed
+
+
+def _plan(values: dict[str, Any], partial: Path) -> TuningPlan:
+    from echelon.tuning.tuner import TuningPlan
+
+    own = {name: values.pop(name) for name in ("pairs", "batch_sizes", "token_budgets", "data")}
+    return TuningPlan(**own, time_limit_s=values.pop("time_limit"), partial=partial)
+
+
+def _tuned(
+    model: str,
+    options: Options,
+    plan: TuningPlan,
+    goal: ScenarioGoal | None,
+    refresh: Path | None,
+    on_progress: Progress,
+) -> tuple[Profile, EchelonError | None]:
+    """The profile, and the error to end with: measurements are shown and saved before."""
+    scenario = None
+    if goal is not None:
+        from echelon.tuning.scenario_model import open_for_scenario
+
+        _require_packages(goal)
+        scenario = open_for_scenario(model, options, plan.data, goal)
+    if refresh is not None:
+        profile = _refreshed(model, options, plan, refresh, on_progress)
+    else:
+        from echelon.tuning.tuner import tune as run_tuning
+
+        profile = run_tuning(model, options, plan, on_progress=on_progress)
+    if goal is None or scenario is None:
+        return profile, None
+    from echelon.tuning.advisor import recommend
+
+    try:
+        advice = recommend(scenario, profile, goal, plan, on_progress)
+    except EchelonError as error:
+        return profile, error
+    return advice.profile, advice.missed
+
+
+def _refreshed(
+    model: str, options: Options, plan: TuningPlan, path: Path, on_progress: Progress
+) -> Profile:
+    """Update a profile, and print what was measured and what was kept."""
+    from echelon.profile import Profile
+    from echelon.tuning.refresh import refresh
+
+    fresh = refresh(model, options, plan, Profile.load(path), on_progress=on_progress)
+    if options.progress:
+        for title, lines in (("Measured", fresh.measured), ("Kept", fresh.kept)):
+            for line in lines:
+                print_line(f"{title}: {line}.")
+    return fresh.profile
+
+
+def _print(profile: Profile) -> None:
+    from echelon.reports.summary import print_scenario
+    from echelon.reports.tables import print_profile
+
+    print_profile(profile)
+    print_scenario(profile)
+
+
+def _require_packages(goal: ScenarioGoal) -> None:
+    if goal.scenario in {"api", "concurrent"} and goal.verify_s:
+        require_packages(
+            f"The validation of --scenario {goal.scenario}",
+            "serve,stress",
+            [*SERVER_PACKAGES, *STRESS_PACKAGES],
+            ", or give --verify-s 0.",
+        )
+
+
+def scenario_goal(values: dict[str, Any]) -> ScenarioGoal | None:
+    """Take the flags of a scenario out of ``values``; None where no scenario is given.
+
+    Raises:
+        InvalidInput: a value is wrong, or is given without ``--scenario``.
+    """
+    given = {name: values.pop(name) for name in map(name_of_flag, SCENARIO_FLAGS)}
+    if given["scenario"] is None:
+        for name, value in given.items():
+            if value is not None:
+                raise InvalidInput(
+                    f"--{name.replace('_', '-')}",
+                    "is for --scenario, which is not given",
+                    "Give --scenario api, offline, edge or concurrent.",
+                )
+        return None
+    from echelon.simulation.workload import sizes_of
+    from echelon.tuning.goal import ScenarioGoal
+
+    goal_ms, limit, verify_s = given["slo_p99_ms"], given["memory_limit"], given["verify_s"]
+    documents, tokens = given["documents"], given["tokens"]
+    allow = [name.strip() for name in (given["allow"] or "").split(",")]
+    fields: Any = {
+        "scenario": given["scenario"],
+        "goal_s": None if goal_ms is None else goal_ms / 1000,
+        "rate": given["rate"],
+        "trace": () if given["trace"] is None else tuple(read_trace(given["trace"])),
+        "documents": None if documents is None else sizes_of(documents, "--documents"),
+        "tokens": None if tokens is None else sizes_of(tokens, "--tokens"),
+        "memory_limit_bytes": None if limit is None else limit * 2**20,
+        "allow": tuple(name.replace("-", "_") for name in allow if name),
+        "verify_s": VALIDATE_S if verify_s is None else verify_s,
+    }
+    return ScenarioGoal(**fields)
