@@ -143,7 +143,7 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
         EchelonRanker(reranker).run(QUERY, FOUND, top_k=-1)
     with pytest.raises(InvalidInput, match="devce: unknown option"):
         EchelonRanker("demo", devce="cpu")
-    with pytest.raises(InvalidInput, match="device: comes too late"):
+    with pytest.raises(InvalidInput, match="device: cannot be set on a reranker"):
         EchelonRanker(reranker, device="cpu")
     with pytest.raises(InvalidInput, match=r"documents\[1\]: has no content"):
         EchelonRanker(reranker).run(QUERY, [FOUND[0], Document(content=None)])

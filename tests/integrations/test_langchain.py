@@ -120,7 +120,7 @@ def test_what_is_wrong_is_named(reranker, tmp_path):
         EchelonReranker(reranker, top_n=0)
     with pytest.raises(InvalidInput, match="devce: unknown option"):
         EchelonReranker("demo", devce="cpu")
-    with pytest.raises(InvalidInput, match="device: comes too late for a reranker that is open"):
+    with pytest.raises(InvalidInput, match="device: cannot be set on a reranker that is open"):
         EchelonReranker(reranker, device="cpu")
     with pytest.raises(InvalidInput, match="query: is int, not a string"):
         EchelonReranker(reranker).compress_documents(FOUND, 3)

@@ -157,7 +157,7 @@ def test_what_is_wrong_is_named(reranker):
         EchelonRerank(reranker).postprocess_nodes(nodes())
     with pytest.raises(InvalidInput, match="top_n: -1 is not a positive"):
         EchelonRerank(reranker, top_n=-1)
-    with pytest.raises(InvalidInput, match="threads: comes too late"):
+    with pytest.raises(InvalidInput, match="threads: cannot be set on a reranker"):
         EchelonRerank(reranker, threads=1)
     with pytest.raises(InvalidInput, match="topn: unknown option"):
         EchelonRerank("demo", topn=1)

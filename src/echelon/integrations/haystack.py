@@ -1,4 +1,4 @@
-"""Echelon as Haystack's ranker."""
+"""Echelon as a ranker component of Haystack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.integrations.shared import (
+from echelon.integrations.components import (
     Model,
     check_no_options,
     missing,
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 class EchelonRanker:
     """Sorts documents by relevance to the query.
 
-    What comes back are copies under new scores (sigmoid of the logit). The model is loaded by
-    ``warm_up``, which a pipeline calls.
+    Returns copies with new scores (sigmoid of the logit). ``warm_up``, which a pipeline calls,
+    loads the model.
 
     Args:
-        model: hub id, local folder, ``"demo"``, or a reranker that is open.
-        top_k: documents to give back; None gives all.
-        meta_fields_to_embed: fields of ``meta`` put before the content, where they hold something.
-        embedding_separator: what stands between them.
+        model: hub id, local folder, ``"demo"``, or an open reranker.
+        top_k: documents to return; None returns all.
+        meta_fields_to_embed: fields of ``meta`` put before the content if they are not empty.
+        embedding_separator: text between them.
         **options: see :class:`echelon.options.Options`.
 
     Raises:
@@ -66,17 +66,17 @@ class EchelonRanker:
         self._reranker: Reranker | None = None
 
     def warm_up(self) -> None:
-        """Load the model; a second time does nothing.
+        """Load the model; a second call does nothing.
 
         Raises:
-            ModelError: the model is not there, damaged, or of an unsupported kind.
+            ModelError: the model does not exist, is damaged, or of an unsupported kind.
             ProfileError: the profile cannot be read.
             OutOfMemory: the weights do not fit.
         """
         self._warm()
 
     def close(self) -> None:
-        """Free the model, unless it came in open; the next run loads it again."""
+        """Free the model, unless it was passed in open; the next run loads it again."""
         if self._reranker is not None and not isinstance(self.model, Reranker | AsyncReranker):
             self._reranker.close()
         self._reranker = None
@@ -85,7 +85,7 @@ class EchelonRanker:
         """The component as plain data.
 
         Raises:
-            InvalidInput: the model came in as an open reranker, which no text can stand for.
+            InvalidInput: the model is an open reranker, which cannot be written down.
         """
         if isinstance(self.model, Reranker | AsyncReranker):
             raise InvalidInput(
@@ -114,17 +114,17 @@ class EchelonRanker:
     def run(
         self, query: str, documents: list[Document], top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """The best documents, best first, under ``documents``.
+        """Return the best documents, best first, under ``documents``.
 
         Args:
             query: the query.
-            documents: what to sort.
-            top_k: documents to give back, instead of the constructor's.
+            documents: documents to sort.
+            top_k: documents to return, instead of the constructor's.
 
         Raises:
             InvalidInput: a document has no text, ``top_k`` is wrong, or the query leaves no room.
             ModelError: as in :meth:`warm_up`.
-            OutOfMemory: a document does not fit in memory alone.
+            OutOfMemory: a document alone does not fit in memory.
 
         Warns:
             EchelonWarning: documents were cut to ``max_length``.
@@ -136,7 +136,7 @@ class EchelonRanker:
     async def run_async(
         self, query: str, documents: list[Document], top_k: int | None = None
     ) -> dict[str, list[Document]]:
-        """As :meth:`run`; calls share steps where the model is an AsyncReranker."""
+        """As :meth:`run`; with an AsyncReranker, concurrent calls share steps."""
         top_n, texts = self._limit(top_k), self._texts(documents)
         best = await ranked_async(self.model, self._warm(), query, texts, top_n)
         return _copies(documents, best)

@@ -1,10 +1,10 @@
-"""Echelon as LangChain's document compressor."""
+"""Echelon as a document compressor of LangChain."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.integrations.shared import Model, missing, opened, ranked, ranked_async
+from echelon.integrations.components import Model, missing, opened, ranked, ranked_async
 from echelon.options import check_top_n
 
 try:
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 class EchelonReranker(BaseDocumentCompressor):
     """Sorts documents by relevance to the query.
 
-    What comes back are copies, with ``relevance_score`` (sigmoid of the logit) in their metadata.
+    Returns copies with ``relevance_score`` (sigmoid of the logit) in their metadata.
 
     Args:
-        model: hub id, local folder, ``"demo"``, or a reranker that is open.
-        top_n: documents to give back; None gives all.
+        model: hub id, local folder, ``"demo"``, or an open reranker.
+        top_n: documents to return; None returns all.
         **options: see :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: ``top_n`` or an option is wrong.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
         OutOfMemory: the weights do not fit.
     """
 
@@ -53,7 +53,7 @@ class EchelonReranker(BaseDocumentCompressor):
 
     @property
     def reranker(self) -> Reranker:
-        """The reranker that is asked; its ``close`` frees the model."""
+        """The reranker in use; its ``close`` frees the model."""
         return self._reranker
 
     def compress_documents(
@@ -62,11 +62,11 @@ class EchelonReranker(BaseDocumentCompressor):
         query: str,
         callbacks: Callbacks | None = None,
     ) -> Sequence[Document]:
-        """The best documents, best first.
+        """Return the best documents, best first.
 
         Raises:
             InvalidInput: the query leaves no room.
-            OutOfMemory: a document does not fit in memory alone.
+            OutOfMemory: a document alone does not fit in memory.
 
         Warns:
             EchelonWarning: documents were cut to ``max_length``.
@@ -81,7 +81,7 @@ class EchelonReranker(BaseDocumentCompressor):
         query: str,
         callbacks: Callbacks | None = None,
     ) -> Sequence[Document]:
-        """As :meth:`compress_documents`; calls share steps where the model is an AsyncReranker."""
+        """As :meth:`compress_documents`; with an AsyncReranker, concurrent calls share steps."""
         del callbacks
         texts = [document.page_content for document in documents]
         best = await ranked_async(self.model, self._reranker, query, texts, self.top_n)

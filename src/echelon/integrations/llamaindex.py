@@ -1,4 +1,4 @@
-"""Echelon as LlamaIndex's node postprocessor."""
+"""Echelon as a node postprocessor of LlamaIndex."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.integrations.shared import Model, missing, opened, ranked, ranked_async
+from echelon.integrations.components import Model, missing, opened, ranked, ranked_async
 from echelon.options import check_top_n
 
 try:
@@ -31,17 +31,17 @@ dispatcher = get_dispatcher(__name__)
 class EchelonRerank(BaseNodePostprocessor):
     """Sorts nodes by relevance to the query.
 
-    The text of a node is what LlamaIndex would embed, metadata included. What comes back are the
-    same nodes under new scores (sigmoid of the logit).
+    A node's text is what LlamaIndex would embed, metadata included. Returns the same nodes with new
+    scores (sigmoid of the logit).
 
     Args:
-        model: hub id, local folder, ``"demo"``, or a reranker that is open.
-        top_n: nodes to give back; None gives all.
+        model: hub id, local folder, ``"demo"``, or an open reranker.
+        top_n: nodes to return; None returns all.
         **options: see :class:`echelon.options.Options`; ``callback_manager`` is LlamaIndex's.
 
     Raises:
         InvalidInput: ``top_n`` or an option is wrong.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
         OutOfMemory: the weights do not fit.
     """
 
@@ -60,22 +60,22 @@ class EchelonRerank(BaseNodePostprocessor):
 
     @property
     def reranker(self) -> Reranker:
-        """The reranker that is asked; its ``close`` frees the model."""
+        """The reranker in use; its ``close`` frees the model."""
         return self._reranker
 
     @classmethod
     def class_name(cls) -> str:
-        """What serialised pipelines call it."""
+        """The class's name in serialised pipelines."""
         return "EchelonRerank"
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """The best nodes, best first; LlamaIndex's observers are told.
+        """Return the best nodes, best first, and report to LlamaIndex's observers.
 
         Raises:
             InvalidInput: there is no query, or it leaves no room.
-            OutOfMemory: a node does not fit in memory alone.
+            OutOfMemory: a node alone does not fit in memory.
 
         Warns:
             EchelonWarning: nodes were cut to ``max_length``.
@@ -88,7 +88,7 @@ class EchelonRerank(BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """As ``_postprocess_nodes``; calls share steps where the model is an AsyncReranker."""
+        """As ``_postprocess_nodes``; with an AsyncReranker, concurrent calls share steps."""
         with self._observed(nodes, query_bundle) as (query, best):
             texts = _texts(nodes)
             results = await ranked_async(self.model, self._reranker, query, texts, self.top_n)
@@ -99,7 +99,7 @@ class EchelonRerank(BaseNodePostprocessor):
     def _observed(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None
     ) -> Iterator[tuple[str, list[NodeWithScore]]]:
-        """Tell LlamaIndex's observers what is asked, and what was put into the list in between."""
+        """Report the query and the nodes in the yielded list to LlamaIndex's observers."""
         if query_bundle is None:
             raise InvalidInput("query_bundle", "is missing", "Pass query_bundle or query_str.")
         best: list[NodeWithScore] = []
@@ -108,13 +108,13 @@ class EchelonRerank(BaseNodePostprocessor):
         dispatcher.event(
             ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=top_n, model_name=name)
         )
-        told: dict[str, Any] = {
+        payload: dict[str, Any] = {
             EventPayload.NODES: nodes,
             EventPayload.MODEL_NAME: name,
             EventPayload.QUERY_STR: query,
             EventPayload.TOP_K: top_n,
         }
-        with self.callback_manager.event(CBEventType.RERANKING, payload=told) as event:
+        with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             yield query, best
             event.on_end(payload={EventPayload.NODES: best})
         dispatcher.event(ReRankEndEvent(nodes=best))

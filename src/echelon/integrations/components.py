@@ -1,4 +1,4 @@
-"""What the adapters share: a model or a reranker in, and rankings that say what was cut."""
+"""Shared by the framework components: open a reranker, rank, warn about documents that are cut."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from echelon.types import RankedDocument, Ranking
 
 Model = str | os.PathLike[str] | Reranker | AsyncReranker
-"""A hub id, a local folder, ``"demo"``, or a reranker that is open."""
+"""A hub id, a local folder, ``"demo"``, or an open reranker."""
 
 
 def opened(model: Model, options: Mapping[str, Any]) -> Reranker:
-    """The reranker to ask.
+    """The reranker to use.
 
     Raises:
-        InvalidInput: options for a reranker that is open already, or wrong ones.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        InvalidInput: options beside an open reranker, or wrong ones.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
         ProfileError: the profile cannot be read.
         OutOfMemory: the weights do not fit.
     """
@@ -35,15 +35,15 @@ def opened(model: Model, options: Mapping[str, Any]) -> Reranker:
 
 
 def check_no_options(options: Mapping[str, Any]) -> None:
-    """Refuse options beside a reranker that is open.
+    """Refuse options beside an open reranker.
 
     Raises:
-        InvalidInput: names the first of them.
+        InvalidInput: names the first option.
     """
     for name in options:
         raise InvalidInput(
             name,
-            "comes too late for a reranker that is open",
+            "cannot be set on a reranker that is open",
             "Give it to Reranker(...), or pass the model's name here.",
         )
 
@@ -51,11 +51,7 @@ def check_no_options(options: Mapping[str, Any]) -> None:
 def ranked(
     reranker: Reranker, query: str, documents: Sequence[str], top_n: int | None
 ) -> Sequence[RankedDocument]:
-    """The best documents, best first.
-
-    Raises:
-        InvalidInput: the query or a document is no text, or the query leaves no room.
-        OutOfMemory: a document does not fit in memory alone.
+    """The best documents, best first; see :meth:`echelon.Reranker.rank` for the errors.
 
     Warns:
         EchelonWarning: documents were cut to ``max_length``.
@@ -66,7 +62,7 @@ def ranked(
 async def ranked_async(
     model: Model, reranker: Reranker, query: str, documents: Sequence[str], top_n: int | None
 ) -> Sequence[RankedDocument]:
-    """As :func:`ranked`; in steps shared with other calls where the model is an AsyncReranker."""
+    """As :func:`ranked`; in steps shared with other calls if the model is an AsyncReranker."""
     if isinstance(model, AsyncReranker):
         ranking = await model.rank(query, documents)
     else:
@@ -87,7 +83,7 @@ def _best(ranking: Ranking, max_length: int, top_n: int | None) -> Sequence[Rank
 
 
 def missing(package: str, extra: str) -> MissingDependency:
-    """The error of an adapter whose framework is not installed."""
+    """The error of a component whose framework is not installed."""
     return MissingDependency(
         f"echelon.integrations.{extra} needs {package}, which is not installed. "
         f"Install it with: pip install 'echelon-rerank[{extra}]'"
