@@ -35,7 +35,7 @@ import Stemmer
 
 from echelon.offline.ir_metrics import compare_precisions
 from echelon.offline.job import OfflineJob
-from echelon.offline.progress import ProgressDisplay, print_quality, print_trials
+from echelon.offline.progress import ProgressDisplay, print_quality, print_comparison
 from echelon.offline.run import run
 from echelon.options import Options
 from echelon.profile import library_versions
@@ -170,7 +170,7 @@ def main() -> None:
         print_quality(summary)
         trials = compare_precisions(job, print) if arguments.compare else []
     if trials:
-        print_trials(trials)
+        print_comparison(trials)
     content = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),

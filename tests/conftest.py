@@ -109,9 +109,11 @@ def expected(reranker: Reranker) -> Ranking:
 @pytest.fixture
 def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy BERT's folder, where every model is now scored without weights."""
-    from jobs_kit import Frugal
+    from offline_jobs import ForgetfulScorer
 
     from echelon.engine import precision_check
 
-    monkeypatch.setattr(precision_check, "open_scorer", lambda _, **__: Frugal(max_tokens=130))
+    monkeypatch.setattr(
+        precision_check, "open_scorer", lambda _, **__: ForgetfulScorer(max_tokens=130)
+    )
     return bert

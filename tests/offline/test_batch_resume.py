@@ -1,4 +1,4 @@
-"""A file job that is killed, and goes on."""
+"""Offline jobs that are killed, and resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs_kit import Deaf, Death, Reaper, do, job_of, leftovers, queries, write_lines
+from offline_jobs import (
+    CountingListener,
+    KillAtStep,
+    ProcessKilled,
+    leftovers,
+    make_job,
+    queries,
+    run_job,
+    write_lines,
+)
 from pyarrow import parquet
 
 from echelon.errors import InvalidInput, OutOfMemory, StorageError
@@ -32,33 +41,33 @@ def source(tmp_path):
     return write_lines(tmp_path / "in.jsonl", records)
 
 
-def die_and_go_on(job, dies_at):
+def kill_and_resume(job, killed_at):
     """A run that dies at its n-th durable step, then one that does not; whether it died."""
     died = False
     with pytest.MonkeyPatch.context() as patch:
-        Reaper(patch, resume.os, ["fsync", "truncate"], dies_at)
+        KillAtStep(patch, resume.os, ["fsync", "truncate"], killed_at)
         try:
-            do(job)
-        except Death:
+            run_job(job)
+        except ProcessKilled:
             died = True
-    do(job)
+    run_job(job)
     return died
 
 
 @pytest.mark.parametrize("suffix", STRIDES)
-def test_death_at_any_durable_step_changes_no_byte(fake, source, tmp_path, suffix):
+def test_a_kill_at_any_write_changes_no_byte(fake, source, tmp_path, suffix):
     whole = tmp_path / f"whole{suffix}"
-    watcher = Deaf()
-    do(job_of(fake, source, whole), watcher)
-    assert watcher.windows > 4
-    deaths = 0
-    for dies_at in range(1, 90, STRIDES[suffix]):
+    listener = CountingListener()
+    run_job(make_job(fake, source, whole), listener)
+    assert listener.windows > 4
+    kills = 0
+    for killed_at in range(1, 90, STRIDES[suffix]):
         output = tmp_path / f"out{suffix}"
-        job = job_of(fake, source, output)
-        if not die_and_go_on(job, dies_at):
+        job = make_job(fake, source, output)
+        if not kill_and_resume(job, killed_at):
             break
-        deaths += 1
-        assert output.read_bytes() == whole.read_bytes(), dies_at
+        kills += 1
+        assert output.read_bytes() == whole.read_bytes(), killed_at
         errors = Path(f"{output}.errors.jsonl")
         assert errors.read_bytes() == Path(f"{whole}.errors.jsonl").read_bytes()
         assert leftovers(tmp_path) == []
@@ -66,57 +75,59 @@ def test_death_at_any_durable_step_changes_no_byte(fake, source, tmp_path, suffi
             path.unlink()
     else:
         pytest.fail("the run never came to its end")
-    assert deaths > watcher.windows // STRIDES[suffix]
+    assert kills > listener.windows // STRIDES[suffix]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("moment", ["replace", "unlink"])
-def test_death_between_moving_the_blocks_and_saying_so(fake, source, tmp_path, suffix, moment):
+def test_a_kill_between_the_two_moves_at_the_end_changes_no_byte(
+    fake, source, tmp_path, suffix, moment
+):
     whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
-    do(job_of(fake, source, whole))
-    job = job_of(fake, source, output)
+    run_job(make_job(fake, source, whole))
+    job = make_job(fake, source, output)
     real = getattr(Path, moment)
 
     def last_act(path, *arguments, **keywords):
         result = real(path, *arguments, **keywords)
         if path.name in {f"{output.name}.part", f"{output.name}.building"}:
-            raise Death
+            raise ProcessKilled
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, moment, last_act)
         try:
-            do(job)
-        except Death:
+            run_job(job)
+        except ProcessKilled:
             pass
         else:
             assert (suffix, moment) == (".jsonl", "unlink")
-    do(job)
+    run_job(job)
     assert output.read_bytes() == whole.read_bytes()
     assert leftovers(tmp_path) == []
 
 
 def test_the_second_run_scores_only_what_was_left(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
-    job = job_of(fake, source, output)
+    job = make_job(fake, source, output)
     interrupted(fake, source, output)
     first = json.loads(Path(f"{output}.job.json").read_text())["version 1"]
-    watcher = Deaf()
-    summary = do(job, watcher)
-    assert 0 < watcher.resumed_at == first["counts"]["pairs"] == summary.resumed
+    listener = CountingListener()
+    summary = run_job(job, listener)
+    assert 0 < listener.resumed_at == first["counts"]["pairs"] == summary.resumed
     assert summary.counts.pairs > summary.resumed
-    again = do(job)
+    again = run_job(job)
     assert again.already
     assert again.counts == summary.counts
 
 
 def interrupted(fake, source, output, **more):
     """A job that stopped after three windows."""
-    job = job_of(fake, source, output, **more)
+    job = make_job(fake, source, output, **more)
     with pytest.MonkeyPatch.context() as patch:
-        Reaper(patch, resume.JobStore, ["append"], 4)
-        with pytest.raises(Death):
-            do(job)
+        KillAtStep(patch, resume.JobStore, ["append"], 4)
+        with pytest.raises(ProcessKilled):
+            run_job(job)
     return job
 
 
@@ -131,16 +142,16 @@ def test_another_option_is_refused_with_the_remedy(fake, source, tmp_path, chang
     output = tmp_path / "out.jsonl"
     interrupted(fake, source, output)
     with pytest.raises(InvalidInput, match=named) as refused:
-        do(job_of(fake, source, output, **change))
+        run_job(make_job(fake, source, output, **change))
     assert "--restart" in str(refused.value)
-    do(job_of(fake, source, output, restart=True, **change))
+    run_job(make_job(fake, source, output, restart=True, **change))
 
 
 def test_another_model_is_refused(fake, toy, source, tmp_path):
     output = tmp_path / "out.jsonl"
     interrupted(fake, source, output)
     with pytest.raises(InvalidInput, match="model was 'bert', is 'roberta'"):
-        do(job_of(toy("roberta"), source, output))
+        run_job(make_job(toy("roberta"), source, output))
 
 
 def test_another_machine_is_refused(fake, source, tmp_path):
@@ -149,7 +160,7 @@ def test_another_machine_is_refused(fake, source, tmp_path):
     path = Path(f"{output}.job.json")
     path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
     with pytest.raises(InvalidInput, match="threads was 2, is 1"):
-        do(job)
+        run_job(job)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -159,9 +170,9 @@ def test_a_changed_input_is_refused(fake, source, tmp_path, finished, packed):
     if packed:
         given = tmp_path / "in.jsonl.gz"
         given.write_bytes(gzip.compress(source.read_bytes(), 0, mtime=0))
-    job = job_of(fake, given, output)
+    job = make_job(fake, given, output)
     if finished:
-        do(job)
+        run_job(job)
     else:
         interrupted(fake, given, output)
     plain = source.read_bytes()
@@ -169,16 +180,16 @@ def test_a_changed_input_is_refused(fake, source, tmp_path, finished, packed):
     assert len(changed) == len(plain)
     given.write_bytes(gzip.compress(changed, 0, mtime=0) if packed else changed)
     with pytest.raises(InvalidInput, match="not the file that was read before"):
-        do(job)
+        run_job(job)
     given.write_bytes(gzip.compress(plain + b"\n", 0, mtime=0) if packed else plain + b"\n")
     with pytest.raises(InvalidInput, match="input size was"):
-        do(job)
+        run_job(job)
 
 
 def test_a_full_disk_keeps_what_was_finished(fake, source, tmp_path):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    do(job_of(fake, source, whole))
-    job = job_of(fake, source, output)
+    run_job(make_job(fake, source, whole))
+    job = make_job(fake, source, output)
     real, calls = os.fsync, []
 
     def full(descriptor):
@@ -189,30 +200,30 @@ def test_a_full_disk_keeps_what_was_finished(fake, source, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume.os, "fsync", full)
-        with pytest.raises(StorageError, match=r"No space.*kept: the same command goes on"):
-            do(job)
-    watcher = Deaf()
-    do(job, watcher)
-    assert watcher.resumed_at > 0
+        with pytest.raises(StorageError, match=r"No space.*kept: the same command resumes"):
+            run_job(job)
+    listener = CountingListener()
+    run_job(job, listener)
+    assert listener.resumed_at > 0
     assert output.read_bytes() == whole.read_bytes()
 
 
 def test_two_at_once_are_refused(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
-    job = job_of(fake, source, output)
+    job = make_job(fake, source, output)
     with (
         resume.JobStore(str(output), None, resumable=True),
         pytest.raises(InvalidInput, match="another process is writing"),
     ):
-        do(job)
-    do(job)
+        run_job(job)
+    run_job(job)
 
 
-def test_an_output_of_somebody_else_is_not_replaced(fake, source, tmp_path):
+def test_an_output_of_another_program_is_not_replaced(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("precious")
     with pytest.raises(InvalidInput, match="exists"):
-        do(job_of(fake, source, output))
+        run_job(make_job(fake, source, output))
     assert output.read_text() == "precious"
     assert leftovers(tmp_path) == []
 
@@ -222,21 +233,21 @@ def test_a_damaged_state_is_refused(fake, source, tmp_path):
     job = interrupted(fake, source, output)
     os.truncate(f"{output}.part", 10)
     with pytest.raises(InvalidInput, match="shorter than its job left it"):
-        do(job)
+        run_job(job)
     for text in ("{", "{}", "[]", '{"version 1": {}}'):
         Path(f"{output}.job.json").write_text(text)
         with pytest.raises(InvalidInput, match="--restart"):
-            do(job)
+            run_job(job)
 
 
-def test_a_budget_that_memory_taught_is_kept(fake, source, tmp_path):
+def test_a_budget_that_the_oom_ladder_lowered_is_kept(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = interrupted(fake, source, output)
     path = Path(f"{output}.job.json")
     content = json.loads(path.read_text())
     content["version 1"]["steps"]["token_budget"] = 5
     path.write_text(json.dumps(content))
-    do(job)
+    run_job(job)
     steps = json.loads(path.read_text())["version 1"]["steps"]
     assert (steps["token_budget"], steps["window"]) == (5, 8 * 64)
 
@@ -249,7 +260,7 @@ def test_a_pair_that_does_not_fit_is_named_by_its_line(fake, source, tmp_path, m
         precision_check, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130)
     )
     with pytest.raises(OutOfMemory, match=r"^line \d+, document \d+ of"):
-        do(job_of(fake, source, tmp_path / "out.jsonl"))
+        run_job(make_job(fake, source, tmp_path / "out.jsonl"))
 
 
 def started(model, source, output):

@@ -1,1 +1,1 @@
-"""Files: offline reranking that goes on where it was; see docs/BATCH.md."""
+"""Files of any size: rerank them, resume after a stop, compare with judgements (docs/BATCH.md)."""

@@ -1,9 +1,7 @@
-"""Topics and collection of an IR run, on disk: texts by their ids in constant memory.
+"""TREC runs to rows: run files, and the texts of topics and collection on disk by id.
 
-SQLite, out of the standard library. The index is made once, beside the output, and is made again
-when one of its files is no longer the same.
-
-TREC run files: ``query Q0 document rank score tag``, with texts out of a library.
+The texts are in an SQLite index beside the output, so memory stays constant. The index is made
+once, and again when the topics or the collection change.
 """
 
 from __future__ import annotations
@@ -13,9 +11,8 @@ import math
 import os
 import sqlite3
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from echelon.errors import StorageError
 from echelon.offline.readers import TOO_LONG, LineReader, parse_json
@@ -33,12 +30,13 @@ from echelon.offline.rows import (
 from echelon.offline.streams import Lines, Source, digest_of, suffix_of, unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from echelon.offline.readers import Entry
+    from echelon.progress import Progress
 
 TABLES = """
-create table facts (content text);
+create table fingerprints (content text);
 create table topics (id text primary key, text text, first_line integer) without rowid;
 create table documents (id text primary key, text text);
 create table problems (file text, line integer, reason text);
@@ -47,66 +45,57 @@ create table problems (file text, line integer, reason text);
 TEXT_KEYS = {"topics": ("query", "text"), "collection": ("text", "contents")}
 """Names under which JSONL holds the text; the first that is there counts."""
 
-TEXTS_AT_ONCE = 1000
+LINES_PER_REPORT = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class TextStore:
-    """The files a library is made from."""
+def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
+    """Size, time and SHA-256 of the topics and the collection.
 
-    topics: str
-    collection: str
+    A file whose size and time are those in the index is not read again.
 
-    def files(self) -> dict[str, str]:
-        """What each is called → its path."""
-        return {"topics": self.topics, "collection": self.collection}
-
-
-def facts_of(shelf: TextStore, index: Path) -> dict[str, Any]:
-    """Size, time and SHA-256 of each file.
-
-    A file whose size and time the index knows is taken to be what it was; others are read.
+    Args:
+        files: ``topics`` and ``collection`` to their paths.
+        index: the index of an earlier run, if there is one.
 
     Raises:
-        InvalidInput: one cannot be read.
+        InvalidInput: a file cannot be read.
     """
-    known = _known_facts(index)
-    return {name: _facts(name, path, known.get(name)) for name, path in shelf.files().items()}
+    known = _indexed(index)
+    return {name: _fingerprint(name, path, known.get(name)) for name, path in files.items()}
 
 
-def _facts(name: str, path: str, known: Any) -> dict[str, Any]:
+def _fingerprint(name: str, path: str, known: Any) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             status = os.fstat(file.fileno())
-            facts = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-            if isinstance(known, dict) and facts.items() <= known.items():
+            found = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            if isinstance(known, dict) and found.items() <= known.items():
                 return known
-            return {**facts, "sha256": digest_of(file)}
+            return {**found, "sha256": digest_of(file)}
     except OSError as error:
         raise unreadable(f"--{name}", path, error) from error
 
 
-def _known_facts(index: Path) -> dict[str, Any]:
+def _indexed(index: Path) -> dict[str, Any]:
+    """The fingerprints of the files that the index was made of; empty if there is no index."""
     if not index.is_file():
         return {}
     try:
         with closing(sqlite3.connect(index)) as base:
-            found: dict[str, Any] = json.loads(
-                base.execute("select content from facts").fetchone()[0]
-            )
+            (content,) = base.execute("select content from fingerprints").fetchone()
+            found: dict[str, Any] = json.loads(content)
             return found
     except (sqlite3.Error, TypeError, ValueError):
         return {}
 
 
 class Collection:
-    """Texts by id.
+    """Texts of topics and documents by id.
 
     Args:
-        shelf: the files.
-        facts: what :func:`facts_of` said of them.
-        index: where the index is, or goes.
-        told: called with what is being done and how much of it, 0 to 1.
+        files: ``topics`` and ``collection`` to their paths.
+        prints: their :func:`fingerprints`.
+        index: where the index is, or will be.
 
     Raises:
         InvalidInput: a file cannot be read.
@@ -115,24 +104,20 @@ class Collection:
 
     def __init__(
         self,
-        shelf: TextStore,
-        facts: dict[str, Any],
+        files: dict[str, str],
+        prints: dict[str, Any],
         index: Path,
-        told: Callable[[str, float | None], None] = lambda *_: None,
+        on_progress: Progress,
     ) -> None:
         self._index = index
-        digests = [entry["sha256"] for entry in facts.values()]
-        known = _known_facts(index)
-        if [entry.get("sha256") for entry in known.values()] != digests:
-            with stored(index):
-                _build(shelf, facts, index, told)
+        digests = [entry["sha256"] for entry in prints.values()]
+        if [entry.get("sha256") for entry in _indexed(index).values()] != digests:
+            with _storage_errors(index):
+                _build(files, prints, index, on_progress)
         self._base = sqlite3.connect(index)
 
     def topic(self, name: str, line: int) -> tuple[str | None, int]:
-        """A query's text, and the line at which it stood first; that is ``line`` if it is new.
-
-        The text is None where there is no such topic.
-        """
+        """A query's text, or None, and the first line of the run that names the query."""
         row = self._base.execute(
             "select text, first_line from topics where id = ?", (name,)
         ).fetchone()
@@ -140,57 +125,46 @@ class Collection:
             return None, line
         text, first = row
         if first is None or first > line:
-            with stored(self._index):
+            with _storage_errors(self._index):
                 self._base.execute("update topics set first_line = ? where id = ?", (line, name))
             first = line
         return text, first
 
     def document(self, name: str) -> str | None:
-        """A document's text; None where there is no such document."""
+        """A document's text, or None."""
         row = self._base.execute("select text from documents where id = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def problems(self) -> Iterator[BadRow]:
-        """Lines of the files that could not be used."""
+        """Lines of the two files that cannot be used."""
         for file, line, reason in self._base.execute("select file, line, reason from problems"):
             yield BadRow(line, reason, file)
 
     def commit(self) -> None:
-        """Keep where queries stood."""
-        with stored(self._index):
+        """Write the first lines of queries to disk."""
+        with _storage_errors(self._index):
             self._base.commit()
 
     def close(self) -> None:
         """Close the index."""
         self._base.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 @contextmanager
-def stored(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours.
-
-    Raises:
-        StorageError: the index cannot be written.
-    """
+def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StorageError(
             f"{path}: the index of the collection cannot be written ({error}). "
-            "Free disk space; the same command goes on."
+            "Free disk space and run the same command again: it resumes."
         ) from error
 
 
 def _build(
-    shelf: TextStore, facts: dict[str, Any], index: Path, told: Callable[[str, float | None], None]
+    files: dict[str, str], prints: dict[str, Any], index: Path, on_progress: Progress
 ) -> None:
-    """Write the index beside its place, then put it there."""
+    """Write the index beside its place, then move it there."""
     building = index.with_name(f"{index.name}.building")
     building.unlink(missing_ok=True)
     with closing(sqlite3.connect(building)) as base:
@@ -198,19 +172,17 @@ def _build(
         base.execute("pragma synchronous = off")
         base.executescript(TABLES)
         base.execute("begin")
-        for name, path in shelf.files().items():
+        for name, path in files.items():
             with Source(path, f"--{name}") as source:
-                _fill(base, name, source, told)
-        base.execute("insert into facts values (?)", (json.dumps(facts),))
+                _fill(base, name, source, on_progress)
+        base.execute("insert into fingerprints values (?)", (json.dumps(prints),))
         base.commit()
     with building.open("rb") as file:
         os.fsync(file.fileno())
     building.replace(index)
 
 
-def _fill(
-    base: sqlite3.Connection, name: str, source: Source, told: Callable[[str, float | None], None]
-) -> None:
+def _fill(base: sqlite3.Connection, name: str, source: Source, on_progress: Progress) -> None:
     table = "topics" if name == "topics" else "documents"
     insert = f"insert or ignore into {table} (id, text) values (?, ?)"  # noqa: S608 - our own names
     lines = Lines(source)
@@ -226,8 +198,9 @@ def _fill(
         if problem:
             bad = (source.path, lines.number, problem)
             base.execute("insert into problems values (?, ?, ?)", bad)
-        if lines.number % TEXTS_AT_ONCE == 0:
-            told(f"Indexing {name}", source.share)
+        if lines.number % LINES_PER_REPORT == 0:
+            known = source.share is not None
+            on_progress(f"Indexing {name}", source.share or 0.0, 1.0 if known else 0.0)
 
 
 def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
@@ -257,19 +230,15 @@ FIELDS = 6
 
 
 class RunFile(LineReader):
-    """The queries of a run; the lines of one stand together.
+    """The queries of a run file; the lines of a query must stand together.
 
-    Documents keep the order of their lines. A query that comes up a second time is refused, since
-    its documents could not be ranked with the first ones.
-
-    Args:
-        path: the run file.
-        library: where the texts are.
+    Documents keep the order of their lines. A query that occurs a second time is refused, because
+    its documents cannot be ranked together with the first ones.
     """
 
-    def __init__(self, path: str, library: Collection) -> None:
+    def __init__(self, path: str, collection: Collection) -> None:
         super().__init__(path)
-        self._library = library
+        self._collection = collection
 
     def __iter__(self) -> Iterator[Entry]:
         for line in self._lines:
@@ -282,23 +251,23 @@ class RunFile(LineReader):
                     yield self._query(query, document)
 
     def problems(self) -> Iterator[BadRow]:
-        """Lines of the run's other files that could not be used."""
-        return self._library.problems()
+        """Lines of topics and collection that cannot be used."""
+        return self._collection.problems()
 
-    def mark(self) -> ResumePoint:
+    def resume_point(self) -> ResumePoint:
         """See :class:`~echelon.offline.readers.Reader`."""
-        self._library.commit()
-        return super().mark()
+        self._collection.commit()
+        return super().resume_point()
 
     def close(self) -> None:
         """See :class:`~echelon.offline.readers.Reader`."""
         super().close()
-        self._library.close()
+        self._collection.close()
 
     def _query(self, query: str, document: str) -> Entry:
-        """All lines of one query, of which the first was read."""
+        """Read the other lines of a query whose first line was read."""
         first = self._lines.number
-        group = _Group(self._library)
+        group = _QueryLines(self._collection)
         group.add(first, document)
         while group.lines < ROW_DOCUMENTS and (line := next(self._lines, b"")) != b"":
             if line is not None and not line.strip():
@@ -312,7 +281,7 @@ class RunFile(LineReader):
                 self._lines.put_back()
                 break
             group.add(self._lines.number, document)
-        text, before = self._library.topic(query, first)
+        text, before = self._collection.topic(query, first)
         if text is None:
             return group.refused(first, f"the query {query!r} is not among the topics")
         if before != first:
@@ -324,18 +293,18 @@ class RunFile(LineReader):
         return group.row(first, query, text)
 
 
-class _Group:
-    """The documents of one query."""
+class _QueryLines:
+    """The lines of one query: their documents, and the bad ones."""
 
-    def __init__(self, library: Collection) -> None:
-        self._library = library
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
         self._texts: dict[str, str] = {}
         self._characters = 0
         self._bad: list[BadRow] = []
         self.lines = 0
 
     def add(self, line: int, document: str) -> None:
-        text = self._library.document(document)
+        text = self._collection.document(document)
         if document in self._texts:
             self.refuse(line, f"the document {document!r} is there a second time")
         elif text is None:
@@ -361,11 +330,7 @@ class _Group:
 
 
 def _parse(line: bytes | None) -> tuple[str, str]:
-    """(query, document) of a line.
-
-    Raises:
-        BadValue: it is no line of a run.
-    """
+    """Query and document of a run's line; BadValue if it is not one."""
     if line is None:
         raise BadValue(TOO_LONG)
     fields = line.split()

@@ -1,9 +1,7 @@
-"""How good a ranking is by the user's own judgements, with ``ir_measures``.
+"""IR metrics on the user's judgements, with ``ir_measures``, also for each precision.
 
-Metrics are averaged over the judged queries that the input holds; each query is measured when it
-is scored, so only sums are kept.
-
-What each precision costs in accuracy, on the user's own judgements.
+Metrics are averaged over the judged queries in the input. Each query is measured when it is scored,
+so only sums are kept.
 """
 
 from __future__ import annotations
@@ -19,25 +17,27 @@ from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.device import candidate_precisions
 from echelon.offline.rows import Row
 from echelon.offline.scoring import WindowScorer, windows
-from echelon.offline.streams import STANDARD, Lines, Source, need
+from echelon.offline.streams import STANDARD, Lines, Source
 from echelon.offline.writers import ranked
+from echelon.options import require_packages
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from echelon.offline.job import OfflineJob
     from echelon.offline.readers import Entry, Reader
-    from echelon.offline.rows import Id, ResumePoint
+    from echelon.offline.rows import Id
     from echelon.offline.writers import RankedRow
     from echelon.options import Precision
+    from echelon.progress import Progress
 
 MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@10": "R@10", "recall@100": "R@100"}
-"""What people call a metric → what ``ir_measures`` calls it."""
+"""Name of a metric → its name in ``ir_measures``."""
 
 FORM = "Each line is: query, 0, document and grade, with spaces between."
 Sums = dict[str, Any]
-"""``queries``, and per ranking its sum of each metric."""
+"""``queries``, the number of them, and the sums of the metrics ``before`` and ``after``."""
 
 
 class Judge:
@@ -52,7 +52,7 @@ class Judge:
     """
 
     def __init__(self, path: str) -> None:
-        need("ir_measures", "--qrels")
+        require_packages("--qrels", "files", ["ir_measures"])
         import ir_measures
 
         self._grades = read_qrels(path)
@@ -67,12 +67,7 @@ class Judge:
         return any(grade > 0 for grade in self._grades.get(str(query), {}).values())
 
     def add(self, sums: Sums, rankings: Iterable[RankedRow]) -> None:
-        """Add the judged queries among rankings, before and after.
-
-        Args:
-            sums: what to add to.
-            rankings: rows with all their documents in order.
-        """
+        """Add the metrics of the judged queries to ``sums``, before and after reranking."""
         for ranking in rankings:
             if not self.judges(ranking.row.id):
                 continue
@@ -85,7 +80,7 @@ class Judge:
                     total[name] += value
 
     def _measure(self, query: str, documents: Sequence[str]) -> dict[str, float]:
-        """Metrics of one ranking; its order is given, so scores only count down."""
+        """Metrics of one ranking; the order is given, so the scores just count down."""
         scores = {name: float(-place) for place, name in reversed(list(enumerate(documents)))}
         measures = {self._parse(theirs): ours for ours, theirs in MEASURES.items()}
         evaluator = self._evaluator(list(measures), {query: self._grades[query]})
@@ -94,13 +89,13 @@ class Judge:
 
 
 def means(sums: Sums, order: str) -> dict[str, float]:
-    """Averages of a ranking's metrics; empty where no query was judged."""
+    """Average the metrics of one order; empty if no query was judged."""
     queries = sums.get("queries", 0)
     return {name: total / queries for name, total in sums[order].items()} if queries else {}
 
 
 def read_qrels(path: str) -> dict[str, dict[str, int]]:
-    """Grades by query and document.
+    """Read judgements: query to document to grade.
 
     Raises:
         InvalidInput: the file cannot be read, or a line is wrong.
@@ -126,10 +121,9 @@ class PrecisionComparison:
     """One precision on the judged queries.
 
     Attributes:
-        precision: its name.
-        quality: metrics; empty where it was refused.
-        pairs_per_s: pairs a second, tokenising and all.
-        refused: why it cannot be used; empty where it can.
+        quality: metrics; empty if the precision was refused.
+        pairs_per_s: pairs per second, tokenizing included.
+        refused: why it cannot be used; empty if it can.
     """
 
     precision: str
@@ -139,10 +133,10 @@ class PrecisionComparison:
 
 
 def check_comparable(job: OfflineJob) -> None:
-    """Refuse a comparison that cannot be made.
+    """Refuse a comparison without judgements, or of an input that can be read only once.
 
     Raises:
-        InvalidInput: no judgements, or an input that can be read only once.
+        InvalidInput: it is one.
     """
     if job.qrels is None:
         raise InvalidInput("--compare", "needs judgements", "Give --qrels FILE.")
@@ -150,23 +144,24 @@ def check_comparable(job: OfflineJob) -> None:
         raise InvalidInput("--compare", "reads the input several times", "Name a file.")
 
 
-def compare_precisions(job: OfflineJob, told: Callable[[str], None]) -> list[PrecisionComparison]:
+def compare_precisions(job: OfflineJob, on_progress: Progress) -> list[PrecisionComparison]:
     """Score the judged queries in each precision of the device, fp32 first.
 
     Args:
-        job: its input is read again for each.
-        told: called with the precision under way.
+        job: its input is read once for each precision.
+        on_progress: reports the precision that is being measured.
     """
     check_comparable(job)
     judge = Judge(str(job.qrels))
-    trials = []
+    found: list[PrecisionComparison] = []
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
-        for name in _candidates(job.options.device):
-            told(name)
+        names = _candidates(job.options.device)
+        for name in names:
+            on_progress(name, len(found), len(names))
             options = replace(job.options, precision=cast("Precision", name))
-            trials.append(_trial(replace(job, options=options), judge, index))
-    return trials
+            found.append(_measured(replace(job, options=options), judge, index))
+    return found
 
 
 def _candidates(device: str) -> list[str]:
@@ -176,43 +171,28 @@ def _candidates(device: str) -> list[str]:
         return ["fp32"]
 
 
-def _trial(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison:
+def _measured(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison:
     name = job.options.precision
     sums: Sums = {}
     pairs = 0
     try:
-        scoring = WindowScorer(job.model, job.options)
+        scorer = WindowScorer(job.model, job.options)
     except (InvalidInput, UnsupportedModel) as error:
         return PrecisionComparison(name, {}, refused=str(error))
-    with scoring, closing(job.reader(index, job.facts(index))) as reader:
-        steps = scoring.steps
-        ahead = windows(_Judged(reader, judge), steps.window, steps.max_length)
+    with scorer, closing(job.reader(index, job.fingerprints(index))) as reader:
+        steps = scorer.steps
+        ahead = windows(_judged(reader, judge), reader, steps.window, steps.max_length)
         started = monotonic()
-        for scored in scoring.score(ahead):
+        for scored in scorer.score(ahead):
             judge.add(sums, ranked(scored, None))
             pairs += len(scored.logits)
         seconds = monotonic() - started
     return PrecisionComparison(name, means(sums, "after") if sums else {}, pairs / seconds)
 
 
-class _Judged:
-    """A reader's rows of judged queries."""
-
-    def __init__(self, reader: Reader, judge: Judge) -> None:
-        self._reader, self._judge = reader, judge
-        self.share = None
-
-    def __iter__(self) -> Iterator[Entry]:
-        for entry in self._reader:
-            kept = [item for item in entry if isinstance(item, Row) and self._judge.judges(item.id)]
-            if kept:
-                yield tuple(kept)
-
-    def mark(self) -> ResumePoint:
-        return self._reader.mark()
-
-    def skip_to(self, mark: ResumePoint) -> None:
-        self._reader.skip_to(mark)
-
-    def close(self) -> None:
-        self._reader.close()
+def _judged(reader: Reader, judge: Judge) -> Iterator[Entry]:
+    """The reader's rows of judged queries."""
+    for entry in reader:
+        kept = [item for item in entry if isinstance(item, Row) and judge.judges(item.id)]
+        if kept:
+            yield tuple(kept)

@@ -1,4 +1,4 @@
-"""What a job is: the user's wishes, checked before anything is loaded, and its identity."""
+"""An offline job: its options, checked before anything is loaded, and its identity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.offline.collection import Collection, RunFile, TextStore, facts_of
+from echelon.offline.collection import Collection, RunFile, fingerprints
 from echelon.offline.readers import (
     INPUT,
     Columns,
@@ -16,7 +16,7 @@ from echelon.offline.readers import (
     ParquetReader,
     Reader,
     TableReader,
-    complain_if_terminal,
+    refuse_terminal,
 )
 from echelon.offline.streams import (
     STANDARD,
@@ -28,10 +28,9 @@ from echelon.offline.streams import (
 )
 from echelon.offline.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
 from echelon.options import Options
+from echelon.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from echelon.profile import Profile
 
 INPUT_SUFFIXES = {
@@ -50,24 +49,21 @@ PAIRS = ("csv", "tsv", "parquet")
 
 @dataclass(frozen=True, slots=True)
 class OfflineJob:
-    """One file to rerank; the names are those of the command's options.
+    """One file to rerank; the names are those of the flags of ``echelon batch``.
 
     Attributes:
-        input: path, or ``-``.
-        output: path, or ``-``.
-        model: hub id, folder or ``demo``.
-        options: how it loads and scores.
-        input_format: None goes by the suffix.
-        output_format: None goes by the suffix.
-        columns: names of a table's columns.
-        topics: queries of a run.
-        collection: documents of a run.
+        input: path, or ``-`` for standard input.
+        output: path, or ``-`` for standard output.
+        input_format: None takes the format from the suffix.
+        output_format: None takes the format from the suffix.
+        topics: file with the queries of a run.
+        collection: file with the documents of a run.
         errors: file for bad rows; None is beside the output.
         top_n: results kept of a query; None keeps all.
-        run_tag: name in a TREC run's last column.
-        qrels: judgements, or None.
+        run_tag: name in the last column of a TREC run.
+        qrels: file with judgements, or None.
         strict: stop at the first bad row.
-        restart: forget what earlier runs left.
+        restart: remove what earlier runs left.
     """
 
     input: str
@@ -87,12 +83,12 @@ class OfflineJob:
     restart: bool = False
 
     def check(self) -> None:
-        """Refuse what cannot work.
+        """Refuse options that cannot work together, and files that are not there.
 
         Raises:
             InvalidInput: names the option.
         """
-        complain_if_terminal(self.input)
+        refuse_terminal(self.input)
         if self.reads == "trec":
             for option in ("topics", "collection"):
                 if getattr(self, option) is None:
@@ -120,7 +116,7 @@ class OfflineJob:
             raise InvalidInput("--qrels", one_each, "Give queries with documents, or a run.")
 
     def _check_input(self) -> None:
-        """See that it is there and, in a table, has its columns; standard input is read once."""
+        """Open the input once, unless it is standard input; a table must have its columns."""
         if self.input != STANDARD:
             Source(self.input, INPUT).close()
             if self.reads in PAIRS:
@@ -151,36 +147,27 @@ class OfflineJob:
         return self.output_format or _format("-o", self.output, OUTPUT_SUFFIXES)
 
     def writer(self) -> Writer:
-        """How scores are written."""
-        how = compression_of(self.output)
+        """Make the writer of the output's format."""
+        compression = compression_of(self.output)
         if self.writes == "parquet":
             return ParquetWriter(self.top_n, pairs=self.reads in PAIRS)
         if self.writes == "trec":
-            return TrecWriter(how, self.top_n, self.run_tag)
-        return JsonWriter(how, self.top_n, pairs=self.reads in PAIRS)
-
-    def shelf(self) -> TextStore | None:
-        """A run's other files."""
-        if self.topics is None or self.collection is None:
-            return None
-        return TextStore(self.topics, self.collection)
+            return TrecWriter(compression, self.top_n, self.run_tag)
+        return JsonWriter(compression, self.top_n, pairs=self.reads in PAIRS)
 
     def reader(
-        self,
-        index: Path,
-        facts: dict[str, Any],
-        told: Callable[[str, float | None], None] = lambda *_: None,
+        self, index: Path, prints: dict[str, Any], on_progress: Progress = no_progress
     ) -> Reader:
         """Open the input.
 
         Args:
-            index: where a collection's index is, or goes.
-            facts: what :func:`~echelon.offline.collection.facts_of` said of a run's files.
-            told: called with what is being indexed and how much of it.
+            index: where the index of a collection is, or will be.
+            prints: what :meth:`fingerprints` returned.
+            on_progress: reports the indexing of a collection.
         """
-        shelf = self.shelf()
-        if self.reads == "trec" and shelf is not None:
-            return RunFile(self.input, Collection(shelf, facts, index, told))
+        if self.reads == "trec":
+            texts = Collection(self._text_files(), prints, index, on_progress)
+            return RunFile(self.input, texts)
         if self.reads == "parquet":
             return ParquetReader(self.input, self.columns)
         if self.reads == "jsonl":
@@ -188,22 +175,24 @@ class OfflineJob:
         return TableReader(self.input, self.columns, tabs=self.reads == "tsv")
 
     def plain_reader(self) -> LineReader | ParquetReader:
-        """The input without its other files: enough to see that it is unchanged."""
-        return (
-            ParquetReader(self.input, self.columns)
-            if self.reads == "parquet"
-            else LineReader(self.input)
-        )
+        """Open the input to compare it with a resume point: without topics and collection."""
+        if self.reads == "parquet":
+            return ParquetReader(self.input, self.columns)
+        return LineReader(self.input)
 
-    def facts(self, index: Path) -> dict[str, Any]:
-        """Size, time and digest of a run's other files."""
-        shelf = self.shelf()
-        return {} if shelf is None else facts_of(shelf, index)
+    def _text_files(self) -> dict[str, str]:
+        """Topics and collection of a run; empty for other inputs."""
+        files = {"topics": self.topics, "collection": self.collection}
+        return {name: path for name, path in files.items() if path is not None}
 
-    def identity(self, facts: dict[str, Any], profile: Profile | None) -> dict[str, Any]:
-        """What the output depends on, flat, as it comes back from JSON.
+    def fingerprints(self, index: Path) -> dict[str, Any]:
+        """Size, time and digest of topics and collection; empty if the input is no run."""
+        return fingerprints(self._text_files(), index)
 
-        Memory pressure writes a smaller budget into a profile; only what tuning chose counts.
+    def identity(self, prints: dict[str, Any], profile: Profile | None) -> dict[str, Any]:
+        """Everything that the output depends on, flat, as it comes back from JSON.
+
+        Of a profile only the settings that tuning chose count, since the OOM ladder changes others.
         """
         from echelon.models.hub import resolve
         from echelon.profile import library_versions
@@ -224,7 +213,7 @@ class OfflineJob:
             "run tag": self.run_tag if self.writes == "trec" else None,
             "qrels": None if self.qrels is None else _digest("--qrels", self.qrels),
             "profile": None if profile is None else asdict(profile.settings),
-            **{name: entry["sha256"] for name, entry in facts.items()},
+            **{name: entry["sha256"] for name, entry in prints.items()},
             **{f"{name} column": value for name, value in columns.items()},
             **{f"{name} version": value for name, value in library_versions().items()},
             **options,
@@ -239,7 +228,7 @@ def _format(option: str, path: str, suffixes: dict[str, str]) -> str:
         which = "--input-format" if option == INPUT else "--output-format"
         known = ", ".join(suffixes)
         raise InvalidInput(
-            option, f"the suffix of {path!r} tells no format", f"Use {known}, or give {which}."
+            option, f"the suffix of {path!r} names no format", f"Use {known}, or give {which}."
         )
     return suffixes[suffix]
 

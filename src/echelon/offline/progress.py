@@ -1,7 +1,4 @@
-"""How long a job has left, from the cost model and what windows really took. Pure.
-
-What a job shows people: a bar while it runs, a few lines when it ends. Standard error only.
-"""
+"""What a job shows on standard error: a bar with the time left, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -25,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class EtaEstimate:
-    """Foresees the end of a job.
+    """Estimates how long a job still takes. Pure.
 
-    The rest of a file is taken to be like what was read: so much of it, so much work. The cost
-    model says what work takes; its correction follows the last windows, so that a machine that
-    became slower, or a run that was resumed, does not spoil the estimate.
+    The rest of the file is assumed to be like the part that was read. The cost model predicts the
+    time of that work, and is corrected by the last windows, so the estimate stays right after the
+    machine becomes slower and after a resume.
 
     Args:
-        share: how much of the input was done when this run began, 0 to 1.
+        share: share of the input that earlier runs had done, 0 to 1.
     """
 
     def __init__(self, share: float = 0.0) -> None:
@@ -41,12 +38,12 @@ class EtaEstimate:
         self._done = Work(0, 0, 0)
 
     def done(self, tokens: Sequence[int], seconds: float, share: float | None) -> None:
-        """A window was scored.
+        """Take in a window that was scored.
 
         Args:
             tokens: estimated tokens of each of its pairs.
-            seconds: what it took.
-            share: how much of the input is done now; None where nobody knows.
+            seconds: how long it took.
+            share: share of the input done now, 0 to 1; None if it is not known.
         """
         self._model.observe(tokens, seconds)
         work = work_of(tokens, "none")
@@ -58,7 +55,7 @@ class EtaEstimate:
         self._share = share or self._share
 
     def left_s(self) -> float | None:
-        """Seconds until the end; None while nothing is known."""
+        """Seconds until the end; None if it is not known."""
         read = self._share - self._began
         if read <= 0:
             return None
@@ -69,7 +66,7 @@ MINUTE_S, HOUR_S = 60, 3600
 
 
 class ProgressDisplay:
-    """Shows how a job goes; a :class:`~echelon.offline.run.JobListener`.
+    """Shows a bar; a :class:`~echelon.offline.run.JobListener`.
 
     Args:
         quiet: show nothing.
@@ -80,7 +77,7 @@ class ProgressDisplay:
         self._bar: Any = None
         self._task: Any = None
         self._lock = threading.Lock()
-        self._forecast = EtaEstimate()
+        self._eta = EtaEstimate()
         self._share: float | None = None
         self._done = 0
         self._since_window = 0
@@ -91,7 +88,7 @@ class ProgressDisplay:
         if not self._quiet and sys.stderr.isatty():
             self._bar = _bar()
             self._bar.start()
-            self._task = self._bar.add_task("Loading", total=None, said="")
+            self._task = self._bar.add_task("Loading", total=None, text="")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -100,19 +97,19 @@ class ProgressDisplay:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the job began."""
         return monotonic() - self._began
 
-    def indexing(self, doing: str, share: float | None) -> None:
+    def indexing(self, stage: str, done: float = 0.0, total: float = 0.0) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
-        self._show(doing, share, "")
+        self._show(stage, done / total if total else None, "")
 
     def resumed(self, counts: RowCounts, share: float | None) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
         self._done, self._share = counts.pairs, share
-        self._forecast = EtaEstimate(share or 0.0)
+        self._eta = EtaEstimate(share or 0.0)
         if not self._quiet:
-            click.echo(f"Going on after {counts.pairs:,} pairs of an earlier run.", err=True)
+            click.echo(f"Resuming after {counts.pairs:,} pairs of an earlier run.", err=True)
 
     def loaded(self) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
@@ -122,36 +119,36 @@ class ProgressDisplay:
         """See :class:`~echelon.offline.run.JobListener`."""
         with self._lock:
             self._since_window += pairs
-            self._show("Scoring", self._share, self._said())
+            self._show("Scoring", self._share, self._text())
 
     def window(self, scored: ScoredWindow) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
         now = monotonic()
         with self._lock:
             self.pairs += len(scored.logits)
-            # Steps of the next window may have been counted; they will be again.
+            # Steps of the next window may have been counted, and will be counted again.
             self._since_window = 0
             self._share = scored.window.share
             if scored.window.tokens:
-                self._forecast.done(scored.window.tokens, now - self._window_began, self._share)
+                self._eta.done(scored.window.tokens, now - self._window_began, self._share)
             self._window_began = now
-            self._show("Scoring", self._share, self._said())
+            self._show("Scoring", self._share, self._text())
 
-    def _said(self) -> str:
+    def _text(self) -> str:
         done = self.pairs + self._since_window
         seconds = monotonic() - self._loaded
-        left = self._forecast.left_s()
+        left = self._eta.left_s()
         rest = "" if left is None else f", {span(self._left(left))} left"
         return f"{self._done + done:,} pairs, {done / max(seconds, 1e-9):,.0f} pairs/s{rest}"
 
     def _left(self, at_window: float) -> float:
         return max(0.0, at_window - (monotonic() - self._window_began))
 
-    def _show(self, doing: str, share: float | None, said: str) -> None:
+    def _show(self, stage: str, share: float | None, text: str) -> None:
         if self._bar is not None:
             total = None if share is None else 1.0
             self._bar.update(
-                self._task, description=doing, total=total, completed=share or 0.0, said=said
+                self._task, description=stage, total=total, completed=share or 0.0, text=text
             )
 
 
@@ -163,13 +160,13 @@ def _bar() -> Any:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[text]}"),
     )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def span(seconds: float) -> str:
-    """A length of time in words, in one or two units."""
+    """A length of time in one or two units."""
     whole = round(seconds)
     if whole >= HOUR_S:
         return f"{whole // HOUR_S} h {whole % HOUR_S // MINUTE_S} min"
@@ -183,12 +180,12 @@ def number(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def say_summary(summary: JobSummary, output: str, screen: ProgressDisplay) -> None:
-    """What came of a job, in a few lines."""
+def print_summary(summary: JobSummary, output: str, display: ProgressDisplay) -> None:
+    """Print the result of a job in a few lines."""
     counts = summary.counts
     if summary.already:
-        click.echo(f"{output} was finished before; --restart makes it anew.", err=True)
-    rate = "" if not screen.pairs else f" in {span(screen.seconds)}"
+        click.echo(f"{output} was finished before; --restart makes it again.", err=True)
+    rate = "" if not display.pairs else f" in {span(display.seconds)}"
     before = f", {summary.resumed:,} of them by earlier runs" if summary.resumed and rate else ""
     done = f"{number(counts.pairs, 'pair')} of {number(counts.rows, 'row')}"
     click.echo(f"{done}{rate}{before}.", err=True)
@@ -203,7 +200,7 @@ def say_summary(summary: JobSummary, output: str, screen: ProgressDisplay) -> No
 
 
 def print_quality(summary: JobSummary) -> None:
-    """Metrics before and after."""
+    """Print metrics before and after reranking."""
     if not summary.queries:
         click.echo("No query of the input has a relevant document in --qrels.", err=True)
         return
@@ -213,23 +210,23 @@ def print_quality(summary: JobSummary) -> None:
     _print(title, ["Metric", "Before", "After", "Change"], rows, signed=(3,))
 
 
-def print_trials(trials: Sequence[PrecisionComparison]) -> None:
-    """Metrics of each precision, and what it loses beside fp32."""
-    base = trials[0].quality
-    if not any(trial.quality for trial in trials):
+def print_comparison(found: Sequence[PrecisionComparison]) -> None:
+    """Print the metrics of each precision, and its difference from fp32."""
+    base = found[0].quality
+    if not any(one.quality for one in found):
         click.echo("No query of the input has a relevant document in --qrels.", err=True)
         return
     rows: list[list[Any]] = []
-    for trial in trials:
-        if trial.quality:
-            cells = [trial.quality[name] for name in MEASURES]
-            change = trial.quality["nDCG@10"] - base.get("nDCG@10", trial.quality["nDCG@10"])
-            rows.append([trial.precision, *cells, change, f"{trial.pairs_per_s:,.0f}"])
+    for one in found:
+        if one.quality:
+            cells = [one.quality[name] for name in MEASURES]
+            change = one.quality["nDCG@10"] - base.get("nDCG@10", one.quality["nDCG@10"])
+            rows.append([one.precision, *cells, change, f"{one.pairs_per_s:,.0f}"])
     columns = ["Precision", *MEASURES, "nDCG@10 lost or won", "Pairs/s"]
     _print("Precisions on your judgements", columns, rows, signed=(len(MEASURES) + 1,))
-    for trial in trials:
-        if trial.refused:
-            click.echo(f"{trial.precision} was refused: {trial.refused}", err=True)
+    for one in found:
+        if one.refused:
+            click.echo(f"{one.precision} was refused: {one.refused}", err=True)
 
 
 def _print(title: str, columns: list[str], rows: list[list[Any]], signed: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Files to rows: JSONL, CSV, TSV and Parquet, one row at a time."""
+"""Readers: JSONL, CSV, TSV and Parquet to rows, one at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import InvalidInput
 from echelon.offline.rows import ROW_BYTES, BadRow, BadValue, ResumePoint, Row, row_of, text_of
-from echelon.offline.streams import STANDARD, Lines, Source, changed, need, unreadable
+from echelon.offline.streams import STANDARD, Lines, Source, changed, unreadable
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,35 +21,36 @@ PARQUET_ROWS = 1024
 """Rows of a Parquet file decoded at a time."""
 
 INPUT = "INPUT"
-"""What messages call the file that is reranked."""
+"""The name of the input file in messages."""
 
+TOO_LONG = f"the line is longer than {ROW_BYTES // 2**20} MiB"
 
 Entry = tuple[Row | BadRow, ...]
-"""Rows that have one place: where one of them was read, all of them were."""
+"""Rows that are read together: a resume point never lies between them."""
 
 
 class Reader(Protocol):
     """Rows of a file, good and bad, in its order."""
 
     def __iter__(self) -> Iterator[Entry]:
-        """The rows from where reading stands."""
+        """The rows that were not read yet."""
         ...
 
-    def mark(self) -> ResumePoint:
-        """Where reading stands: behind the row that came out last."""
+    def resume_point(self) -> ResumePoint:
+        """The place behind the row that was read last."""
         ...
 
-    def skip_to(self, mark: ResumePoint) -> None:
-        """Go to a mark of an earlier run.
+    def skip_to(self, point: ResumePoint) -> None:
+        """Go to a place that an earlier run reached.
 
         Raises:
-            InvalidInput: what was read then is not what stands there now.
+            InvalidInput: what comes before it has changed since then.
         """
         ...
 
     @property
     def share(self) -> float | None:
-        """How much has been read, 0 to 1; None where nobody knows."""
+        """Share of the file read so far, 0 to 1; None where it is not known."""
         ...
 
     def close(self) -> None:
@@ -58,14 +60,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of the columns of a file of pairs.
-
-    Attributes:
-        query: the query's text.
-        document: the document's text.
-        query_id: the query's id, or None.
-        document_id: the document's id, or None.
-    """
+    """Names of the columns of a file of pairs."""
 
     query: str = "query"
     document: str = "document"
@@ -88,7 +83,7 @@ class Columns:
                 raise InvalidInput(option, f"the column {name!r} is there twice", "Rename one.")
 
     def named(self) -> list[tuple[str, str]]:
-        """(option, column) of those that are wanted."""
+        """(option, column) of the columns that are read."""
         options = ("query", "document", "query_id", "document_id")
         pairs = [(f"--{name.replace('_', '-')}-column", getattr(self, name)) for name in options]
         return [(option, name) for option, name in pairs if name is not None]
@@ -108,18 +103,18 @@ class Columns:
 
 
 class LineReader:
-    """What readers of lines share: the place where they stand."""
+    """Place and end of a reader of lines; alone it reads no rows."""
 
     def __init__(self, path: str) -> None:
         self._lines = Lines(Source(path, INPUT))
 
-    def mark(self) -> ResumePoint:
+    def resume_point(self) -> ResumePoint:
         """See :class:`Reader`."""
-        return self._lines.mark()
+        return self._lines.resume_point()
 
-    def skip_to(self, mark: ResumePoint) -> None:
+    def skip_to(self, point: ResumePoint) -> None:
         """See :class:`Reader`."""
-        self._lines.skip_to(mark)
+        self._lines.skip_to(point)
 
     @property
     def share(self) -> float | None:
@@ -132,26 +127,25 @@ class LineReader:
 
 
 class JsonLinesReader(LineReader):
-    """A query with its documents on each line; empty lines count for nothing."""
+    """JSONL: a query with its documents on each line; empty lines are skipped."""
 
     def __iter__(self) -> Iterator[Entry]:
         for line in self._lines:
             if line is None or line.strip():
-                yield (_json_row(self._lines.number, line),)
+                yield (self._row(line),)
 
-
-def _json_row(number: int, line: bytes | None) -> Row | BadRow:
-    try:
-        return row_of(number, parse_json(line))
-    except BadValue as error:
-        return BadRow(number, str(error))
+    def _row(self, line: bytes | None) -> Row | BadRow:
+        try:
+            return row_of(self._lines.number, parse_json(line))
+        except BadValue as error:
+            return BadRow(self._lines.number, str(error))
 
 
 def parse_json(line: bytes | None) -> Any:
-    """A line of JSON.
+    """Parse a line of JSON; None is a line that was too long.
 
     Raises:
-        BadValue: it is none, with the reason.
+        BadValue: with the reason.
     """
     if line is None:
         raise BadValue(TOO_LONG)
@@ -166,19 +160,11 @@ def parse_json(line: bytes | None) -> Any:
         raise BadValue(f"the line is not JSON ({reason})") from None
 
 
-TOO_LONG = f"the line is longer than {ROW_BYTES // 2**20} MiB"
-
-
 class TableReader(LineReader):
-    """Pairs in CSV or TSV, with a line of names first.
+    """Pairs in CSV or TSV, whose first line names the columns.
 
     CSV may quote fields, also over several lines. In TSV a quote is a character like any other,
-    as the collections of the field have it.
-
-    Args:
-        path: the file.
-        columns: which columns are wanted.
-        tabs: whether it is TSV.
+    as in the collections of the field.
 
     Raises:
         InvalidInput: a column is not there, or the file is empty.
@@ -230,7 +216,7 @@ class _LongLine(Exception):
 
 
 class _Texts:
-    """Lines as text for the csv module; bytes that are no UTF-8 stay recognisable."""
+    """Lines as text for the csv module; bytes that are not UTF-8 become lone surrogates."""
 
     def __init__(self, lines: Lines) -> None:
         self._lines = lines
@@ -246,11 +232,7 @@ class _Texts:
 
 
 class ParquetReader:
-    """Pairs in Parquet; memory is that of the file's largest row group.
-
-    Args:
-        path: the file.
-        columns: which columns are wanted.
+    """Pairs in Parquet; the largest row group of the file must fit in memory.
 
     Raises:
         InvalidInput: it is no Parquet file, or a column is missing or no text.
@@ -262,7 +244,7 @@ class ParquetReader:
             raise InvalidInput(
                 INPUT, "Parquet cannot be read from standard input", "Name a file, or pipe JSONL."
             )
-        need("pyarrow", "Parquet")
+        require_packages("Parquet", "files", ["pyarrow"])
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -295,17 +277,17 @@ class ParquetReader:
         except BadValue as error:
             return BadRow(self._position, str(error))
 
-    def mark(self) -> ResumePoint:
+    def resume_point(self) -> ResumePoint:
         """See :class:`Reader`."""
         return ResumePoint(self._position, self._position, self._hash.hexdigest())
 
-    def skip_to(self, mark: ResumePoint) -> None:
+    def skip_to(self, point: ResumePoint) -> None:
         """See :class:`Reader`."""
         for values in self._values():
-            if self._position == mark.position:
+            if self._position == point.position:
                 break
             self._count(values)
-        if self.mark() != mark:
+        if self.resume_point() != point:
             raise changed(INPUT, self._path)
 
     @property
@@ -319,7 +301,7 @@ class ParquetReader:
         self._file.close()
 
     def _values(self) -> Iterator[dict[str, bytes | None]]:
-        """Each row's wanted columns, as bytes: whether they are UTF-8 is asked row by row."""
+        """Columns of each row as bytes, so that each row is checked for UTF-8 by itself."""
         import pyarrow as pa
 
         names = [name for _, name in self._columns.named()]
@@ -362,11 +344,11 @@ def _as_bytes(array: Any) -> list[bytes | None]:
     return values
 
 
-def complain_if_terminal(path: str) -> None:
-    """Refuse to wait for someone to type a file.
+def refuse_terminal(path: str) -> None:
+    """Refuse standard input that is a terminal: the job would wait for text to be typed.
 
     Raises:
-        InvalidInput: the input is standard input, and that is a terminal.
+        InvalidInput: it is.
     """
     if path == STANDARD and sys.stdin.isatty():
         raise InvalidInput(INPUT, "standard input is a terminal", "Pipe a file in, or name one.")

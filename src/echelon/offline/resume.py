@@ -1,8 +1,8 @@
-"""The output of a job while it grows: blocks of windows, and a state that says how many count.
+"""The files of a job that can be resumed: blocks of windows, and a state that says what counts.
 
 ``OUTPUT.part`` holds the blocks, ``OUTPUT.errors.jsonl`` the bad rows, ``OUTPUT.job.json`` the
-state. A window counts once the state names it: blocks are on disk before the state is, and the
-state is replaced whole. Whatever a killed run left beyond that is cut off.
+state. A window counts once the state names it: its block is on disk before the state is, and the
+state is replaced in one move. If a run is killed, the next one cuts off what does not count.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from echelon.errors import InvalidInput, StorageError
 from echelon.offline.rows import ResumePoint
 from echelon.offline.scoring import Steps
-from echelon.offline.streams import STANDARD
+from echelon.offline.streams import STANDARD, sync_to_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from echelon.offline.writers import Writer
 
-SCHEMA = 1
-"""Version of the state's layout; another one cannot be read."""
+VERSION = "version 1"
+"""Key of the state in its file; a file with another one cannot be read."""
 
 RESTART = "Restore it, or begin anew with --restart."
 
 
 @dataclass(slots=True)
 class RowCounts:
-    """What a job has done.
+    """Counts over all runs of a job.
 
     Attributes:
         rows: rows that were scored.
         pairs: their pairs.
-        bad: bad rows, or bad parts of one.
-        cut: pairs that were cut to the longest a pair may be.
+        bad: bad rows, or bad parts of rows.
+        cut: pairs that were cut to ``max_length``.
         tokens: tokens that went through the model.
-        memory: actions of the memory ladder.
+        memory: actions of the OOM ladder.
     """
 
     rows: int = 0
@@ -58,9 +58,9 @@ class JobState:
     """How far a job is.
 
     Attributes:
-        identity: what it is a job of: input, model, options; flat names to plain values.
-        steps: what decides the steps; None before the first window.
-        mark: where the input was left; None at its start.
+        identity: input, model and options of the job; flat names to plain values.
+        steps: the steps that the model forms; None before the first window.
+        resume_point: the place behind the last row that counts; None at the input's start.
         output_bytes: length of the blocks that count.
         errors_bytes: length of the bad rows that count.
         counts: what was done.
@@ -70,7 +70,7 @@ class JobState:
 
     identity: dict[str, Any]
     steps: Steps | None = None
-    mark: ResumePoint | None = None
+    resume_point: ResumePoint | None = None
     output_bytes: int = 0
     errors_bytes: int = 0
     counts: RowCounts = field(default_factory=RowCounts)
@@ -79,10 +79,10 @@ class JobState:
 
     @classmethod
     def load(cls, path: Path) -> JobState | None:
-        """The state that a run left; None where there is none.
+        """Read the state that a run left; None if there is none.
 
         Raises:
-            InvalidInput: the file is no state that this version can read.
+            InvalidInput: this version cannot read the file.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,10 +91,10 @@ class JobState:
         except (OSError, ValueError) as error:
             raise InvalidInput("-o", f"{path} cannot be read ({error})", RESTART) from error
         try:
-            content = content[f"version {SCHEMA}"]
-            steps, mark = content["steps"], content["mark"]
+            content = content[VERSION]
+            steps, point = content["steps"], content.pop("mark")
             content["steps"] = None if steps is None else Steps(**steps)
-            content["mark"] = None if mark is None else ResumePoint(**mark)
+            content["resume_point"] = None if point is None else ResumePoint(**point)
             content["counts"] = RowCounts(**content["counts"])
             return cls(**content)
         except (KeyError, TypeError, AttributeError) as error:
@@ -102,29 +102,35 @@ class JobState:
                 "-o", f"{path} is no job of this version of Echelon ({error})", RESTART
             ) from error
 
+    def as_json(self) -> str:
+        """The content of the state's file, in which the resume point is called ``mark``."""
+        content = asdict(self)
+        content["mark"] = content.pop("resume_point")
+        return json.dumps({VERSION: content}, ensure_ascii=False, indent=1) + "\n"
+
     def check(self, identity: dict[str, Any]) -> None:
-        """Refuse to go on with another job's state.
+        """Refuse to resume another job.
 
         Raises:
             InvalidInput: with every difference.
         """
         names = sorted(self.identity.keys() | identity.keys())
-        told = [
+        differences = [
             f"{name} was {self.identity.get(name)!r}, is {identity.get(name)!r}"
             for name in names
             if self.identity.get(name) != identity.get(name)
         ]
-        if told:
-            raise InvalidInput("-o", f"its job began otherwise: {'; '.join(told)}", RESTART)
+        if differences:
+            raise InvalidInput("-o", f"its job began otherwise: {'; '.join(differences)}", RESTART)
 
 
 class JobStore:
-    """The files of one output.
+    """The files beside one output.
 
     Args:
         output: the output's path; ``-`` is standard output, which cannot be resumed.
-        errors: where bad rows go; None is beside the output, or standard error.
-        resumable: whether a state is kept: the input can be read again.
+        errors: file for bad rows; None is beside the output, or standard error.
+        resumable: whether to keep a state, which needs an input that can be read again.
 
     Raises:
         InvalidInput: another process is writing the same output.
@@ -152,22 +158,22 @@ class JobStore:
         self._part: IO[bytes] | None = None
         self._errors: IO[bytes] | None = None
         if not self._standard:
-            with self._written(self._part_path):
+            with self._storage_errors(self._part_path):
                 self._part = self._part_path.open("ab")
                 _lock(self._part, self._part_path)
 
     def restart(self) -> None:
-        """Forget what earlier runs left, the output included."""
+        """Remove everything that earlier runs left, including the output."""
         for path in (self.state_path, self.index_path, self.errors_path, self.output):
             if path is not None and not (self._standard and path is self.output):
-                with self._written(path):
+                with self._storage_errors(path):
                     path.unlink(missing_ok=True)
 
-    def found(self) -> JobState | None:
-        """The state of an earlier run.
+    def load(self) -> JobState | None:
+        """Read the state of an earlier run.
 
         Raises:
-            InvalidInput: the output is there, but no state that made it.
+            InvalidInput: the output is there without a state, so another program made it.
         """
         if self._standard:
             return None
@@ -187,11 +193,11 @@ class JobStore:
                 option, f"{path} exists", "Name another file, or replace it with --restart."
             )
 
-    def cut_to(self, state: JobState) -> None:
-        """Cut off what does not count.
+    def truncate_to(self, state: JobState) -> None:
+        """Cut off blocks and bad rows that do not count.
 
         Raises:
-            InvalidInput: less is there than counts.
+            InvalidInput: a file is shorter than what counts.
         """
         if self._standard:
             return
@@ -203,16 +209,16 @@ class JobStore:
             if size < length:
                 raise InvalidInput("-o", f"{path} is shorter than its job left it", RESTART)
             if size > length:
-                with self._written(path):
+                with self._storage_errors(path):
                     os.truncate(path, length)
 
     def append(self, state: JobState, block: bytes, problems: bytes) -> None:
-        """Write a window's records and bad rows, then the state that makes them count.
+        """Write a block and bad rows to disk, then the state that makes them count.
 
         Raises:
-            StorageError: the disk is full; what counted before still does.
+            StorageError: the disk is full; what counted before still counts.
         """
-        with self._written(self._part_path):
+        with self._storage_errors(self._part_path):
             if self._part is not None:
                 _write(self._part, block)
             else:
@@ -222,38 +228,38 @@ class JobStore:
         if problems:
             self._append_problems(problems)
             state.errors_bytes += len(problems)
-        self.keep(state)
+        self.save(state)
 
-    def keep(self, state: JobState) -> None:
-        """Put the state in its place, whole."""
+    def save(self, state: JobState) -> None:
+        """Replace the state's file in one move."""
         if not self._resumable:
             return
         fresh = self._beside("job.json.new")
-        with self._written(self.state_path):
-            text = json.dumps({f"version {SCHEMA}": asdict(state)}, ensure_ascii=False, indent=1)
-            fresh.write_text(text + "\n", encoding="utf-8")
-            flushed(fresh)
+        with self._storage_errors(self.state_path):
+            fresh.write_text(state.as_json(), encoding="utf-8")
+            sync_to_disk(fresh)
             fresh.replace(self.state_path)
-            flushed(self.output.parent)
+            sync_to_disk(self.output.parent)
 
     def finish(self, state: JobState, writer: Writer) -> None:
         """Turn the blocks into the output.
 
-        Killed between its two moves, the next run finds all blocks counted and does them again.
+        If the process is killed between the two moves, the next run finds that all blocks count
+        and finishes again.
         """
         state.complete = True
         if not self._standard:
-            with self._written(self.output):
+            with self._storage_errors(self.output):
                 if not self._moved(state):
                     writer.assemble(self._part_path, self.output)
-                    flushed(self.output.parent)
-        self.keep(state)
+                    sync_to_disk(self.output.parent)
+        self.save(state)
         self._finished = True
 
     def _moved(self, state: JobState) -> bool:
-        """Whether a run was killed when it had moved the blocks but not said so.
+        """Whether a run was killed after it had moved the blocks and before it said so.
 
-        An output beside an unfinished state can have come from nowhere else.
+        There is no other way to an output beside an unfinished state.
         """
         empty = not self._part_path.exists() or self._part_path.stat().st_size == 0
         return empty and state.output_bytes > 0 and self.output.exists()
@@ -263,16 +269,16 @@ class JobStore:
             sys.stderr.buffer.write(problems)
             sys.stderr.flush()
             return
-        with self._written(self.errors_path):
+        with self._storage_errors(self.errors_path):
             if self._errors is None:
                 self._errors = self.errors_path.open("ab")
             _write(self._errors, problems)
 
     def close(self) -> None:
-        """Close the files; what only a job under way needs is removed."""
+        """Close the files, and remove those that a finished job does not need."""
         for file in (self._part, self._errors):
             if file is not None:
-                # What a full disk refused once is refused again, and does not count.
+                # A full disk refuses again; what it refuses does not count.
                 with contextlib.suppress(OSError):
                     file.close()
         if self._finished or not self._resumable:
@@ -285,13 +291,13 @@ class JobStore:
         return self.output.with_name(f"{self.output.name}.{ending}")
 
     @contextlib.contextmanager
-    def _written(self, path: Path) -> Iterator[None]:
+    def _storage_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
             raise
         except OSError as error:
-            kept = " What was finished is kept: the same command goes on." * self._resumable
+            kept = " Finished windows are kept: the same command resumes." * self._resumable
             raise StorageError(
                 f"{path}: cannot be written ({error.strerror or error}).{kept} "
                 "Free disk space or choose another file."
@@ -305,33 +311,21 @@ class JobStore:
 
 
 def _write(file: IO[bytes], data: bytes) -> None:
-    """Write, and wait until it is on disk."""
+    """Write, and wait until the data is on disk."""
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
 
 
-def flushed(path: Path) -> None:
-    """Wait until a file, or a folder's names, are on disk; where folders cannot, do not."""
-    if path.is_dir() and os.name == "nt":
-        return
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Keep other processes out while this one lives."""
+    """Keep other processes out until this one ends."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The one that held it may have moved the file away in between.
+        # The process that held the lock may have moved the file away since it was opened.
         mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except BlockingIOError:
         mine = False

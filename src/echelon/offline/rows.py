@@ -1,6 +1,6 @@
-"""What a file is made of: rows, bad rows, windows. Plain data and its checks; no files here.
+"""Rows, bad rows and windows as plain data, and the checks of a row's fields.
 
-A row is one query with its documents; a pair is a row with one document.
+A row is one query with its documents; a pair is a row with one document. No file is opened here.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 ROW_BYTES = 64 * 2**20
-"""Longest row. A row must be held in memory to be ranked; its bound bounds the memory."""
+"""Longest row. A row must be in memory to be ranked, so this bounds the memory."""
 
 ROW_DOCUMENTS = 100_000
-"""Most documents of one row, for the same reason."""
+"""Maximum documents of a row, for the same reason."""
 
 Id = str | int | None
 
@@ -22,8 +22,8 @@ class Row:
     """One query with its documents.
 
     Attributes:
-        line: where it begins in its file, from 1; in Parquet the number of the row.
-        id: the query's id, where it has one.
+        line: line at which it begins in its file, from 1; in Parquet the number of the row.
+        id: the query's id.
         query: the query.
         documents: texts, in the file's order.
         document_ids: one for each document; None where a document has none.
@@ -38,12 +38,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row, or a part of one, that cannot be scored.
+    """A row, or a part of one, that cannot be scored, with the reason.
 
     Attributes:
-        line: as in :class:`Row`.
-        reason: what is wrong, in words.
-        file: the side file it stands in; empty for the input itself.
+        file: the file that holds it, if that is not the input but a run's topics or collection.
     """
 
     line: int
@@ -53,10 +51,10 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """A place between two rows, and what came before it.
+    """A place between two rows, and the digest of what comes before it.
 
     Attributes:
-        position: bytes read, decompressed; in Parquet rows.
+        position: decompressed bytes read; in Parquet rows.
         line: lines read.
         digest: SHA-256 over what was read.
     """
@@ -72,10 +70,10 @@ class RowWindow:
 
     Attributes:
         rows: good rows, in the file's order.
-        bad: bad ones.
-        end: where the file was left.
+        bad: bad rows.
+        end: the place behind its last row.
         tokens: estimated tokens of each pair, row after row.
-        share: how much of the input has been read, 0 to 1; None where nobody knows.
+        share: share of the input read so far, 0 to 1; None where it is not known.
     """
 
     rows: tuple[Row, ...]
@@ -86,11 +84,11 @@ class RowWindow:
 
 
 class BadValue(Exception):
-    """A row that cannot be used; its text says why."""
+    """A value makes its row unusable; the text says why."""
 
 
 def text_of(field: str, value: Any) -> str:
-    """A field that must be text.
+    """Return a field that must be text.
 
     Raises:
         BadValue: it is missing, not a string, or not encodable.
@@ -105,10 +103,10 @@ def text_of(field: str, value: Any) -> str:
 
 
 def check_unicode(field: str, text: str) -> None:
-    """Refuse what is no Unicode text: bytes that were not UTF-8, or half a surrogate pair.
+    """Refuse text that came from bytes that are not UTF-8, or holds half a surrogate pair.
 
     Raises:
-        BadValue: it is not.
+        BadValue: it does.
     """
     try:
         text.encode()
@@ -120,10 +118,10 @@ def check_unicode(field: str, text: str) -> None:
 
 
 def id_of(field: str, value: Any) -> Id:
-    """An id: text, a whole number, or none.
+    """Return an id: text, a whole number, or None.
 
     Raises:
-        BadValue: anything else.
+        BadValue: it is anything else.
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
@@ -133,10 +131,10 @@ def id_of(field: str, value: Any) -> Id:
 
 
 def row_of(line: int, record: Any) -> Row:
-    """A line of JSONL: ``{"id": …, "query": …, "documents": [text or {"id": …, "text": …}]}``.
+    """Make a row of ``{"id": …, "query": …, "documents": [text or {"id": …, "text": …}]}``.
 
     Raises:
-        BadValue: it is something else.
+        BadValue: the record is something else.
     """
     if not isinstance(record, dict):
         raise BadValue(f"the line is {_kind(record)}, not an object")

@@ -1,6 +1,7 @@
-"""The spine of a job: check → open → read windows → score → write → finish.
+"""Run a job: check, open, read windows, score, write, finish.
 
-A window counts when its records, its bad rows and its sums are on disk; see :mod:`.store`.
+A window counts when its records, its bad rows and its sums are on disk;
+see :mod:`echelon.offline.resume`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
@@ -23,33 +24,33 @@ from echelon.offline.streams import STANDARD
 from echelon.offline.writers import ranked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from echelon.offline.job import OfflineJob
     from echelon.offline.readers import Entry, Reader
-    from echelon.offline.rows import ResumePoint, RowWindow
+    from echelon.offline.rows import RowWindow
     from echelon.offline.scoring import Steps
     from echelon.offline.writers import Writer
     from echelon.options import Options
 
 
 class JobListener(Protocol):
-    """Hears how a job goes; see :class:`echelon.offline.progress.ProgressDisplay`."""
+    """Receives the progress of a job; see :class:`echelon.offline.progress.ProgressDisplay`."""
 
-    def indexing(self, doing: str, share: float | None) -> None:
-        """A collection is being indexed."""
+    def indexing(self, stage: str, done: float = 0.0, total: float = 0.0) -> None:
+        """A collection is being indexed; an :class:`echelon.progress.Progress`."""
         ...
 
     def resumed(self, counts: RowCounts, share: float | None) -> None:
-        """An earlier run had come so far."""
+        """An earlier run had done ``counts``, which is this share of the input."""
         ...
 
     def loaded(self) -> None:
-        """The model is there."""
+        """The model is loaded."""
         ...
 
     def step(self, pairs: int) -> None:
-        """A step was scored, of so many pairs; called from another thread."""
+        """A step of this many pairs was scored; called from another thread."""
         ...
 
     def window(self, scored: ScoredWindow) -> None:
@@ -59,16 +60,16 @@ class JobListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        counts: over all its runs.
+        counts: counts over all its runs.
         resumed: pairs that earlier runs had done.
         max_length: tokens a pair could have.
         queries: judged queries in the input; 0 without judgements.
-        quality: metrics ``before`` and ``after``.
-        errors: where the bad rows are; None is standard error.
-        already: whether the output was finished before.
+        quality: metrics ``before`` and ``after`` reranking.
+        errors: file with the bad rows; None is standard error.
+        already: whether an earlier run had finished the output.
     """
 
     counts: RowCounts
@@ -85,35 +86,31 @@ class Scores(Protocol):
 
     @property
     def steps(self) -> Steps:
-        """What decides the steps."""
+        """The steps as they are now."""
         ...
 
     def score(
-        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+        self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]:
         """Score windows."""
         ...
 
-    def __enter__(self) -> Self:
-        """Begin."""
-        ...
+    def __enter__(self) -> Self: ...
 
-    def __exit__(self, *exc: object) -> None:
-        """End."""
-        ...
+    def __exit__(self, *exc: object) -> None: ...
 
 
 def run(
     job: OfflineJob,
-    watcher: JobListener,
-    scoring: Callable[[str, Options, Steps | None], Scores] = WindowScorer,
+    listener: JobListener,
+    open_scorer: Callable[[str, Options, Steps | None], Scores] = WindowScorer,
 ) -> JobSummary:
-    """Rerank a file.
+    """Rerank a file; if an earlier run of the same job stopped, resume it.
 
     Args:
-        job: what to do; it goes on where an earlier run of the same job stopped.
-        watcher: hears how it goes.
-        scoring: what scores, of a model, its options and the steps of an earlier run.
+        job: the input, the output and how to score.
+        listener: receives the progress.
+        open_scorer: opens a model, given its name, its options and the steps of an earlier run.
 
     Raises:
         InvalidInput: an option is wrong, a file cannot be read or is not that of the earlier run,
@@ -129,113 +126,98 @@ def run(
     with JobStore(job.output, job.errors, resumable=job.input != STANDARD) as store:
         if job.restart:
             store.restart()
-        facts = job.facts(store.index_path)
+        prints = job.fingerprints(store.index_path)
         _, profile = with_profile(job.options)
-        identity = job.identity(facts, profile)
-        state = store.found()
+        identity = job.identity(prints, profile)
+        state = store.load()
         if state is not None:
             state.check(identity)
             if state.complete:
                 return _finished(job, state, store)
         state = state or JobState(identity)
-        store.cut_to(state)
+        store.truncate_to(state)
         done = state.counts.pairs
-        with closing(job.reader(store.index_path, facts, watcher.indexing)) as reader:
-            _go_on(job, state, store, reader, watcher)
-            with scoring(job.model, job.options, state.steps) as scores:
-                state.steps = scores.steps
-                watcher.loaded()
-                _score(job, state, store, _Tools(reader, scores, writer, judge, watcher))
+        with closing(job.reader(store.index_path, prints, listener.indexing)) as reader:
+            current = _Run(job, state, store, reader, writer, judge, listener)
+            current.resume()
+            with open_scorer(job.model, job.options, state.steps) as scorer:
+                state.steps = scorer.steps
+                listener.loaded()
+                current.score(scorer)
                 store.finish(state, writer)
     return _summary(state, store, done)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tools:
-    """What a run works with."""
+class _Run:
+    """A job under way."""
 
+    job: OfflineJob
+    state: JobState
+    store: JobStore
     reader: Reader
-    scoring: Scores
     writer: Writer
     judge: Judge | None
-    watcher: JobListener
+    listener: JobListener
 
+    def resume(self) -> None:
+        """Take the reader to where the earlier run stopped; the first run lists bad texts."""
+        if self.state.resume_point is not None:
+            self.reader.skip_to(self.state.resume_point)
+            self.listener.resumed(self.state.counts, self.reader.share)
+            if self.job.strict and self.state.counts.bad:
+                problem = f"{self.state.counts.bad} bad rows were passed over before"
+                raise InvalidInput("--strict", problem, "Leave it out.")
+        elif isinstance(self.reader, RunFile):
+            bad = list(self.reader.problems())
+            self._refuse(bad)
+            self.state.resume_point = self.reader.resume_point()
+            self.state.counts.bad += len(bad)
+            self.store.append(self.state, b"", _problems(bad))
 
-def _go_on(
-    job: OfflineJob, state: JobState, store: JobStore, reader: Reader, watcher: JobListener
-) -> None:
-    """Take the reader to where the earlier run stopped, or note what a collection lacks."""
-    if state.mark is not None:
-        reader.skip_to(state.mark)
-        watcher.resumed(state.counts, reader.share)
-        if job.strict and state.counts.bad:
+    def score(self, scorer: Scores) -> None:
+        """Score the rest of the input, a window at a time."""
+        state, steps = self.state, scorer.steps
+        rows = _writable(self.reader, self.writer)
+        ahead = windows(rows, self.reader, steps.window, steps.max_length)
+        with closing(scorer.score(ahead, self.listener.step)) as results:
+            for scored in results:
+                self._refuse(scored.bad)
+                _count(state.counts, scored)
+                state.resume_point = scored.window.end
+                state.steps = scorer.steps
+                if self.judge is not None:
+                    self.judge.add(state.quality, ranked(scored, None))
+                self.store.append(state, self.writer.block(scored), _problems(scored.bad))
+                self.listener.window(scored)
+
+    def _refuse(self, bad: Sequence[BadRow]) -> None:
+        """In a strict job, stop at a bad row."""
+        if self.job.strict and bad:
+            first = min(bad, key=lambda row: row.line)
             raise InvalidInput(
-                "--strict", f"{state.counts.bad} bad rows were passed over before", "Leave it out."
+                f"{first.file or self.job.input}:{first.line}",
+                first.reason,
+                "Mend the row, or leave out --strict to score the others.",
             )
-    elif isinstance(reader, RunFile):
-        bad = list(reader.problems())
-        _refuse(job, bad)
-        state.mark = reader.mark()
-        state.counts.bad += len(bad)
-        store.append(state, b"", _problems(bad))
 
 
-def _score(job: OfflineJob, state: JobState, store: JobStore, tools: _Tools) -> None:
-    """Score the rest of the input, a window at a time."""
-    steps = tools.scoring.steps
-    checked = _Checked(tools.reader, tools.writer)
-    ahead = windows(checked, steps.window, steps.max_length)
-    with closing(tools.scoring.score(ahead, tools.watcher.step)) as results:
-        for scored in results:
-            _refuse(job, scored.bad)
-            _count(state, scored)
-            state.mark = scored.window.end
-            state.steps = tools.scoring.steps
-            if tools.judge is not None:
-                tools.judge.add(state.quality, ranked(scored, None))
-            store.append(state, tools.writer.block(scored), _problems(scored.bad))
-            tools.watcher.window(scored)
+def _writable(reader: Reader, writer: Writer) -> Iterator[Entry]:
+    """The reader's rows; those that the writer refuses become bad rows."""
 
-
-class _Checked:
-    """A reader without the rows that cannot be written.
-
-    Args:
-        reader: the rows.
-        writer: knows which it can write.
-    """
-
-    def __init__(self, reader: Reader, writer: Writer) -> None:
-        self._reader, self._writer = reader, writer
-
-    def __iter__(self) -> Iterator[Entry]:
-        for entry in self._reader:
-            yield tuple(self._checked(item) for item in entry)
-
-    def _checked(self, item: Row | BadRow) -> Row | BadRow:
+    def checked(item: Row | BadRow) -> Row | BadRow:
         if isinstance(item, Row):
             try:
-                self._writer.check(item)
+                writer.check(item)
             except BadValue as error:
                 return BadRow(item.line, str(error))
         return item
 
-    def mark(self) -> ResumePoint:
-        return self._reader.mark()
-
-    def skip_to(self, mark: ResumePoint) -> None:
-        self._reader.skip_to(mark)
-
-    @property
-    def share(self) -> float | None:
-        return self._reader.share
-
-    def close(self) -> None:
-        self._reader.close()
+    for entry in reader:
+        yield tuple(checked(item) for item in entry)
 
 
-def _count(state: JobState, scored: ScoredWindow) -> None:
-    counts = state.counts
+def _count(counts: RowCounts, scored: ScoredWindow) -> None:
     counts.rows += len(scored.rows)
     counts.pairs += len(scored.logits)
     counts.bad += len(scored.bad)
@@ -244,31 +226,20 @@ def _count(state: JobState, scored: ScoredWindow) -> None:
     counts.memory += len(scored.report.ladder)
 
 
-def _refuse(job: OfflineJob, bad: tuple[BadRow, ...] | list[BadRow]) -> None:
-    """In a strict job, stop at a bad row."""
-    if job.strict and bad:
-        first = min(bad, key=lambda row: row.line)
-        raise InvalidInput(
-            f"{first.file or job.input}:{first.line}",
-            first.reason,
-            "Mend the row, or leave out --strict to score the others.",
-        )
-
-
-def _problems(bad: tuple[BadRow, ...] | list[BadRow]) -> bytes:
-    records: list[dict[str, Any]] = []
+def _problems(bad: Sequence[BadRow]) -> bytes:
+    lines = []
     for row in bad:
         file = {"file": row.file} if row.file else {}
-        records.append({**file, "line": row.line, "reason": row.reason})
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        record = {**file, "line": row.line, "reason": row.reason}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _finished(job: OfflineJob, state: JobState, store: JobStore) -> JobSummary:
-    """The output is there; see that it is still that of the input."""
-    if state.mark is not None:
+    """Check that a finished output still belongs to the input."""
+    if state.resume_point is not None:
         with closing(job.plain_reader()) as reader:
-            reader.skip_to(state.mark)
+            reader.skip_to(state.resume_point)
     return _summary(state, store, state.counts.pairs, already=True)
 
 
@@ -276,14 +247,13 @@ def _summary(
     state: JobState, store: JobStore, resumed: int, *, already: bool = False
 ) -> JobSummary:
     queries = state.quality.get("queries", 0)
+    orders = ("before", "after") if queries else ()
     return JobSummary(
         counts=state.counts,
         resumed=resumed,
         max_length=0 if state.steps is None else state.steps.max_length,
         queries=queries,
-        quality={order: means(state.quality, order) for order in ("before", "after")}
-        if queries
-        else {},
+        quality={order: means(state.quality, order) for order in orders},
         errors=None if store.errors_path is None else str(store.errors_path),
         already=already,
     )

@@ -1,22 +1,19 @@
-"""Where a file is cut into windows: a window is scored whole, and kept whole.
+"""Rows to windows, and windows to scores: a window is encoded while the previous one is scored.
 
-Pure. The cut depends on the rows and the token budget alone, so that a run that goes on where
-another stopped forms the same steps of the same pairs, which gives the same scores to the bit.
-
-Windows to scores: one is encoded while the one before is scored.
+The windows depend on the rows and the token budget alone. A resumed run therefore forms the same
+steps of the same pairs, and its scores are the same to the bit.
 """
 
 from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, cast
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Self, cast
 
 import numpy as np
 
 from echelon.errors import EchelonError, InvalidInput
-from echelon.flags import as_keywords
 from echelon.offline.rows import BadRow, Row, RowWindow
 from echelon.reranker import Reranker
 from echelon.types import RunReport
@@ -26,73 +23,72 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from echelon.call import Call
-    from echelon.offline.readers import Reader
+    from echelon.offline.readers import Entry, Reader
     from echelon.options import Options, Precision
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 
 STEPS = 64
-"""Steps of a window. Its last step is half empty on average: less than 1 % of 64. Two windows are
-all that is lost when a run is killed."""
+"""Steps of a window. The last step is half empty on average, which is less than 1 % of 64. A killed
+run loses two windows at most."""
 
-MOST_PAIRS = 32_768
-MOST_CHARACTERS = 16 * 2**20
-"""Bounds of a window whatever its tokens, so that memory stays flat."""
+MAX_PAIRS = 32_768
+MAX_CHARACTERS = 16 * 2**20
+"""Bounds of a window in any case, so that memory stays constant."""
 
-CHARACTERS_A_TOKEN = 4
-"""English text; elsewhere a window holds more steps, up to four times as many."""
+CHARACTERS_PER_TOKEN = 4
+"""True of English; in other languages a window holds up to four times as many steps."""
+
+_PAIR = re.compile(r"pairs\[(\d+)\]")
 
 
 def estimated_tokens(query: str, document: str, max_length: int) -> int:
-    """About how many tokens a pair has, from its characters alone."""
-    return min(3 + (len(query) + len(document)) // CHARACTERS_A_TOKEN, max_length)
+    """Estimate a pair's tokens from its characters."""
+    return min(3 + (len(query) + len(document)) // CHARACTERS_PER_TOKEN, max_length)
 
 
-def window_tokens(token_budget: int, batch_size: int | None, max_length: int) -> int:
-    """Estimated tokens after which a window is full."""
-    step = token_budget if batch_size is None else min(token_budget, batch_size * max_length)
-    return STEPS * step
-
-
-def windows(reader: Reader, full: int, max_length: int) -> Iterator[RowWindow]:
-    """The reader's rows in windows.
+def windows(
+    entries: Iterable[Entry], reader: Reader, full: int, max_length: int
+) -> Iterator[RowWindow]:
+    """Cut rows into windows.
 
     Args:
-        reader: rows from where it stands.
+        entries: the reader's rows, checked or filtered one by one.
+        reader: where the rows come from; says how far it is.
         full: estimated tokens after which a window ends.
         max_length: tokens a pair may have.
     """
-    room = _WindowSpace(full, max_length)
-    for entry in reader:
+    window = _OpenWindow(full, max_length)
+    for entry in entries:
         for item in entry:
-            room.add(item)
-        if room.full:
-            yield room.window(reader)
-            room = _WindowSpace(full, max_length)
-    if room.entries:
-        yield room.window(reader)
+            window.add(item)
+        if window.full:
+            yield window.closed(reader)
+            window = _OpenWindow(full, max_length)
+    if window.items:
+        yield window.closed(reader)
 
 
-class _WindowSpace:
-    """A window that is being filled."""
+class _OpenWindow:
+    """A window that takes rows."""
 
     def __init__(self, full: int, max_length: int) -> None:
         self._limit, self._max_length = full, max_length
         self._rows: list[Row] = []
         self._bad: list[BadRow] = []
         self._tokens: list[int] = []
-        self._paid = self._characters = 0
+        self._total_tokens = self._characters = 0
 
     @property
-    def entries(self) -> int:
+    def items(self) -> int:
         return len(self._rows) + len(self._bad)
 
     @property
     def full(self) -> bool:
         return (
-            self._paid >= self._limit
-            or self._characters >= MOST_CHARACTERS
-            or max(self.entries, len(self._tokens)) >= MOST_PAIRS
+            self._total_tokens >= self._limit
+            or self._characters >= MAX_CHARACTERS
+            or max(self.items, len(self._tokens)) >= MAX_PAIRS
         )
 
     def add(self, item: Row | BadRow) -> None:
@@ -103,21 +99,18 @@ class _WindowSpace:
         for document in item.documents:
             tokens = estimated_tokens(item.query, document, self._max_length)
             self._tokens.append(tokens)
-            self._paid += tokens
+            self._total_tokens += tokens
             self._characters += len(document)
         self._characters += len(item.query)
 
-    def window(self, reader: Reader) -> RowWindow:
+    def closed(self, reader: Reader) -> RowWindow:
         rows, bad = tuple(self._rows), tuple(self._bad)
-        return RowWindow(rows, bad, reader.mark(), tuple(self._tokens), reader.share)
-
-
-_PAIR = re.compile(r"pairs\[(\d+)\]")
+        return RowWindow(rows, bad, reader.resume_point(), tuple(self._tokens), reader.share)
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """All that decides the steps and so the last bits of a score; kept with a job's state.
+    """Everything that decides the steps, and so the last bits of a score; saved with the job.
 
     Attributes:
         token_budget: tokens a step may cost.
@@ -125,10 +118,10 @@ class Steps:
         max_length: tokens a pair may have.
         window: estimated tokens of a window.
         device: the processor's or card's name.
-        threads: of the forward pass.
-        precision: of the forward pass when the job began.
-        kernels: whether the compiled kernels are in use.
-        lowered: the precision that memory pressure lowered it to; empty if it did not.
+        threads: CPU threads of the forward pass.
+        precision: precision when the job began.
+        kernels: whether the compiled kernels are used.
+        lowered: the lower precision that the OOM ladder chose since; empty if it did not.
     """
 
     token_budget: int
@@ -148,11 +141,11 @@ class ScoredWindow:
 
     Attributes:
         rows: the rows that were scored.
-        bad: the window's bad rows, those that scoring found among them.
+        bad: the window's bad rows, including those found while scoring.
         logits: float32 [pairs], row after row.
         truncated_tokens: int32 [pairs].
-        report: how it went.
-        window: what it was.
+        report: how the scores were computed.
+        window: the window.
     """
 
     rows: tuple[Row, ...]
@@ -164,8 +157,8 @@ class ScoredWindow:
 
 
 @dataclass(slots=True)
-class _Begun:
-    """A window that is encoded, or being encoded."""
+class _EncodedWindow:
+    """A window that is ready to be scored; ``call`` is None if it has no pairs."""
 
     rows: tuple[Row, ...]
     bad: list[BadRow]
@@ -175,21 +168,21 @@ class _Begun:
 
 
 class WindowScorer:
-    """The model, as jobs use it.
+    """Opens a model and scores windows with it.
 
     Args:
         model: as in :class:`echelon.Reranker`.
-        options: as there.
-        steps: what an earlier run of the job fixed; None fixes it now.
+        options: as in :class:`echelon.Reranker`.
+        steps: the steps of an earlier run of the job, which are kept; None decides them now.
 
     Raises:
-        InvalidInput: the machine is not the one on which the job began.
+        InvalidInput: this machine or setup would not give the scores of the earlier run.
     """
 
     def __init__(self, model: str, options: Options, steps: Steps | None = None) -> None:
         if steps is not None and steps.lowered:
             options = replace(options, precision=cast("Precision", steps.lowered))
-        self.reranker = Reranker(model, **as_keywords(options))
+        self.reranker = Reranker(model, **asdict(options))
         now = steps_of(self.reranker)
         if steps is not None:
             _check_same(steps, replace(now, precision=steps.precision) if steps.lowered else now)
@@ -198,22 +191,22 @@ class WindowScorer:
         self._score = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-score")
 
     def score(
-        self, windows: Iterable[RowWindow], told: Callable[[int], None] | None = None
+        self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]:
-        """Score windows, in their order.
+        """Score windows in their order.
 
         Args:
-            windows: taken two ahead of what comes out.
-            told: called after each step with the distinct pairs it finished.
+            windows: two are taken before the first comes out.
+            on_step: called after each step with the number of distinct pairs it scored.
 
         Raises:
             OutOfMemory: a pair does not fit in memory alone; the message names its line.
-            NonFiniteScore: the model gave no number for a pair; likewise.
+            NonFiniteScore: the model gave NaN or infinity for a pair; the message names its line.
         """
         try:
             waiting = None
             for window in windows:
-                scored = self.submit(window, told)
+                scored = self.submit(window, on_step)
                 if waiting is not None:
                     yield waiting.result()
                 waiting = scored
@@ -224,15 +217,15 @@ class WindowScorer:
             raise
 
     def submit(
-        self, window: RowWindow, told: Callable[[int], None] | None = None
+        self, window: RowWindow, on_step: Callable[[int], None] | None = None
     ) -> Future[ScoredWindow]:
-        """Score a window behind those that were submitted before; see :meth:`score`."""
-        begun = self._encode.submit(self._begin, window)
-        return self._score.submit(self._finish, begun, told)
+        """Score a window after those that were submitted before; see :meth:`score`."""
+        encoded = self._encode.submit(self._encoded, window)
+        return self._score.submit(self._scored, encoded, on_step)
 
     @property
     def steps(self) -> Steps:
-        """What decides the steps now; memory pressure may have lowered budget and precision."""
+        """The steps as they are now; the OOM ladder may have lowered budget and precision."""
         precision = self.reranker.facts.precision
         return replace(
             self._steps,
@@ -241,7 +234,7 @@ class WindowScorer:
         )
 
     def close(self) -> None:
-        """Free the model; the window under way ends with its next step."""
+        """Free the model; a window that is being scored ends after its current step."""
         self.reranker.close()
         self._encode.shutdown(cancel_futures=True)
         self._score.shutdown(cancel_futures=True)
@@ -252,8 +245,8 @@ class WindowScorer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _begin(self, window: RowWindow) -> _Begun:
-        """Encode a window. Queries that leave no room for a document are bad rows."""
+    def _encoded(self, window: RowWindow) -> _EncodedWindow:
+        """Encode a window; queries that leave no room for a document become bad rows."""
         rows, bad = window.rows, list(window.bad)
         options = replace(
             self.reranker.options,
@@ -268,7 +261,7 @@ class WindowScorer:
             try:
                 call = self.reranker.begin(pairs, options)
                 portions = [(portion, call.encode(portion)) for portion in call.windows]
-                return _Begun(rows, bad, call, portions, window)
+                return _EncodedWindow(rows, bad, call, portions, window)
             except InvalidInput as error:
                 found = _PAIR.search(error.field)
                 if found is None:
@@ -280,56 +273,62 @@ class WindowScorer:
                     if row.query == query
                 ]
                 rows = tuple(row for row in rows if row.query != query)
-        return _Begun(rows, bad, None, [], window)
+        return _EncodedWindow(rows, bad, None, [], window)
 
-    def _finish(self, coming: Future[_Begun], told: Callable[[int], None] | None) -> ScoredWindow:
-        begun = coming.result()
-        nothing: Any = np.empty(0, np.float32), np.empty(0, np.int32), RunReport()
-        logits, truncated, report = nothing
-        if begun.call is not None:
-            try:
-                scored = self.reranker.finish(begun.call, begun.portions, told)
-            except EchelonError as error:
-                raise _in_file(error, begun.rows) from error
-            logits, truncated, report = scored.logits, scored.truncated_tokens, scored.report
-        return ScoredWindow(begun.rows, tuple(begun.bad), logits, truncated, report, begun.window)
+    def _scored(
+        self, encoded: Future[_EncodedWindow], on_step: Callable[[int], None] | None
+    ) -> ScoredWindow:
+        ready = encoded.result()
+        rows, bad = ready.rows, tuple(ready.bad)
+        if ready.call is None:
+            logits, cut = np.empty(0, np.float32), np.empty(0, np.int32)
+            return ScoredWindow(rows, bad, logits, cut, RunReport(), ready.window)
+        try:
+            found = self.reranker.finish(ready.call, ready.portions, on_step)
+        except EchelonError as error:
+            raise _with_lines(error, rows) from error
+        return ScoredWindow(
+            rows, bad, found.logits, found.truncated_tokens, found.report, ready.window
+        )
 
 
 def steps_of(reranker: Reranker) -> Steps:
-    """What decides a model's steps on this machine."""
+    """The steps that a model forms on this machine."""
     from echelon.models.kernels import missing
 
-    facts, options = reranker.facts, reranker.options
-    length = reranker.max_length
+    info, options = reranker.facts, reranker.options
+    step = reranker.token_budget
+    if options.batch_size is not None:
+        step = min(step, options.batch_size * reranker.max_length)
     return Steps(
         token_budget=reranker.token_budget,
         batch_size=options.batch_size,
-        max_length=length,
-        window=window_tokens(reranker.token_budget, options.batch_size, length),
-        device=facts.device_name,
-        threads=facts.threads,
-        precision=facts.precision,
+        max_length=reranker.max_length,
+        window=STEPS * step,
+        device=info.device_name,
+        threads=info.threads,
+        precision=info.precision,
         kernels=missing() is None,
     )
 
 
 def _check_same(before: Steps, now: Steps) -> None:
     names = ("device", "threads", "precision", "kernels", "max_length", "batch_size")
-    told = [
+    differences = [
         f"{name} was {getattr(before, name)}, is {getattr(now, name)}"
         for name in names
         if getattr(before, name) != getattr(now, name)
     ]
-    if told:
+    if differences:
         raise InvalidInput(
             "-o",
-            f"the job began under other conditions: {'; '.join(told)}",
+            f"the job began under other conditions: {'; '.join(differences)}",
             "Scores could differ in their last digits. Restore them, or begin anew with --restart.",
         )
 
 
-def _in_file(error: EchelonError, rows: tuple[Row, ...]) -> EchelonError:
-    """The error with lines of the file for places in a window."""
+def _with_lines(error: EchelonError, rows: tuple[Row, ...]) -> EchelonError:
+    """The error with a line of the file in place of a pair of the window."""
     places = [(row.line, index) for row in rows for index in range(len(row.documents))]
 
     def named(found: re.Match[str]) -> str:

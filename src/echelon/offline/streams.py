@@ -1,4 +1,4 @@
-"""Bytes in and lines out: standard input, gzip, zstd, and how far one has come."""
+"""Files as bytes and lines: standard input, gzip, zstd, positions, digests, writes that last."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import io
 import os
 import sys
 import zlib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, Self, cast
 
-from echelon.errors import InvalidInput, MissingDependency
+from echelon.errors import InvalidInput
 from echelon.offline.rows import ROW_BYTES, ResumePoint
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -32,27 +32,9 @@ def compression_of(path: str) -> str | None:
 
 
 def suffix_of(path: str) -> str:
-    """The suffix that tells the format: the last one that is no compression's."""
+    """The suffix that names the format: the last one that is not a compression's."""
     name = Path(path)
     return (name.with_suffix("") if compression_of(path) else name).suffix.lower()
-
-
-def need(package: str, what: str) -> None:
-    """Ask for an optional package.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    if find_spec(package) is None:
-        raise MissingDependency(
-            f"{what} needs {package}. Install it with: pip install 'echelon-rerank[files]'"
-        )
-
-
-def _opened(path: str) -> BinaryIO:
-    if path == STANDARD:  # through a descriptor of its own, so that closing it is harmless
-        return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
-    return Path(path).open("rb")
 
 
 class Source:
@@ -60,7 +42,7 @@ class Source:
 
     Args:
         path: its name; ``-`` is standard input.
-        option: what the user calls it, for messages.
+        option: the option that named it, for messages.
 
     Raises:
         InvalidInput: it cannot be opened.
@@ -70,25 +52,30 @@ class Source:
     def __init__(self, path: str, option: str) -> None:
         self.path, self.option = path, option
         try:
-            self._raw = _opened(path)
+            self._raw = self._opened()
         except OSError as error:
             raise unreadable(option, path, error) from error
         self.size = None if path == STANDARD else Path(path).stat().st_size
         self._stream = self._decompressed(compression_of(path))
+
+    def _opened(self) -> BinaryIO:
+        if self.path == STANDARD:  # a copy of the descriptor, so that closing it is harmless
+            return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+        return Path(self.path).open("rb")
 
     def _decompressed(self, compression: str | None) -> BinaryIO:
         if compression is None:
             return self._raw
         if compression == "gzip":
             return cast("BinaryIO", io.BufferedReader(gzip.GzipFile(fileobj=self._raw), CHUNK))
-        need("pyarrow", "zstd")
+        require_packages("zstd", "files", ["pyarrow"])
         import pyarrow as pa
 
         inner = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), "zstd")
         return cast("BinaryIO", io.BufferedReader(inner, CHUNK))
 
     def readline(self, limit: int) -> bytes:
-        """The next line, or its first ``limit`` bytes.
+        """Read the next line, or its first ``limit`` bytes.
 
         Raises:
             InvalidInput: the file is damaged or cut off.
@@ -99,7 +86,7 @@ class Source:
             raise unreadable(self.option, self.path, error) from error
 
     def read(self, count: int) -> bytes:
-        """As many bytes as there are, up to ``count``; see :meth:`readline`."""
+        """Read at most ``count`` bytes; see :meth:`readline`."""
         try:
             return self._stream.read(count)
         except (OSError, EOFError, zlib.error) as error:
@@ -107,10 +94,8 @@ class Source:
 
     @property
     def share(self) -> float | None:
-        """How much of the file has been read, 0 to 1; None for standard input."""
-        if not self.size:
-            return None
-        return min(1.0, self._raw.tell() / self.size)
+        """Share of the file read so far, 0 to 1; None for standard input."""
+        return min(1.0, self._raw.tell() / self.size) if self.size else None
 
     def close(self) -> None:
         """Close the file."""
@@ -130,13 +115,12 @@ class Source:
 
 
 class Lines:
-    """The lines of a source as bytes, counted and summed up as they are taken.
+    """The lines of a source as bytes; position and digest are kept as lines are taken.
 
     A line may be put back once: then it counts as not yet read.
 
     Args:
-        source: where they come from.
-        limit: longest line in bytes; a longer one comes out as None.
+        limit: longest line in bytes; None comes out in place of a longer one.
     """
 
     def __init__(self, source: Source, limit: int = ROW_BYTES) -> None:
@@ -155,17 +139,17 @@ class Lines:
         if self._returned:
             self._returned = False
             self.number += 1
-            return self._shown()
-        self._settle()
+            return self._text()
+        self._count_taken()
         line = self.source.readline(self._limit + 1)
         if not line:
             raise StopIteration
         self.number += 1
         if len(line) > self._limit:
-            self._swallow(line)
+            self._skip_rest_of_line(line)
             return None
         self._taken = line
-        return self._shown()
+        return self._text()
 
     def put_back(self) -> None:
         """Return the line that was taken last."""
@@ -174,40 +158,39 @@ class Lines:
         self._returned = True
         self.number -= 1
 
-    def mark(self) -> ResumePoint:
-        """Where reading stands."""
+    def resume_point(self) -> ResumePoint:
+        """The place behind the line that was taken last."""
         if not self._returned:
-            self._settle()
+            self._count_taken()
         return ResumePoint(self._position, self.number, self._hash.hexdigest())
 
-    def skip_to(self, mark: ResumePoint) -> None:
-        """Read on to a mark that was made in an earlier run.
+    def skip_to(self, point: ResumePoint) -> None:
+        """Read on to a place that an earlier run reached.
 
         Raises:
-            InvalidInput: what stands before it is not what stood there then.
+            InvalidInput: the bytes before it are not those that the earlier run read.
         """
-        while self._position < mark.position:
-            chunk = self.source.read(min(CHUNK, mark.position - self._position))
+        while self._position < point.position:
+            chunk = self.source.read(min(CHUNK, point.position - self._position))
             if not chunk:
                 break
             self._count(chunk)
-        self.number = mark.line
-        if self.mark() != mark:
+        self.number = point.line
+        if self.resume_point() != point:
             raise changed(self.source.option, self.source.path)
 
-    def _shown(self) -> bytes | None:
-        """The line without a byte order mark, which is no text, but counts as read."""
+    def _text(self) -> bytes | None:
+        """The line without a byte order mark, which is no text but counts as read."""
         if self._taken is None or self.number > 1:
             return self._taken
         return self._taken.removeprefix(BYTE_ORDER_MARK)
 
-    def _settle(self) -> None:
+    def _count_taken(self) -> None:
         if self._taken is not None:
             self._count(self._taken)
             self._taken = None
 
-    def _swallow(self, start: bytes) -> None:
-        """Read the rest of a line that is too long."""
+    def _skip_rest_of_line(self, start: bytes) -> None:
         part = start
         while part:
             self._count(part)
@@ -221,7 +204,7 @@ class Lines:
 
 
 def changed(option: str, path: str) -> InvalidInput:
-    """The error for a file that is no longer what an earlier run read."""
+    """The error for a file that is no longer the one an earlier run read."""
     return InvalidInput(
         option,
         f"{path} is not the file that was read before",
@@ -238,3 +221,14 @@ def unreadable(option: str, path: str, error: Exception) -> InvalidInput:
 def digest_of(file: IO[bytes]) -> str:
     """SHA-256 of a whole file."""
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # IO is wider
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's names, are on disk; Windows cannot wait for a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

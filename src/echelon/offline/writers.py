@@ -1,8 +1,8 @@
-"""Scores to records: JSONL, TREC runs and Parquet, a window at a time.
+"""Writers: the scores of a window to a block of JSONL, of a TREC run or of Parquet.
 
-A window's records are one block of bytes that stands for itself (a gzip member, a zstd frame, an
-Arrow stream), so that a file is its blocks one after another and can be cut between any two.
-Parquet has its index at the end: it is put together from Arrow blocks when all are there.
+A block is complete by itself (a gzip member, a zstd frame, an Arrow stream). A file is its blocks
+one after another, so it can be cut between any two of them. Parquet has its index at its end, so it
+is assembled from Arrow blocks when all are there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 from echelon.call import sigmoid
 from echelon.offline.rows import BadValue, Id, Row
-from echelon.offline.streams import need
+from echelon.offline.streams import sync_to_disk
+from echelon.options import require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """How scores become bytes."""
+    """Turns scores into bytes."""
 
     def check(self, row: Row) -> None:
-        """Refuse a row that cannot be written in this format.
+        """Refuse a row that this format cannot hold.
 
         Raises:
             BadValue: with the reason.
@@ -38,19 +39,18 @@ class Writer(Protocol):
         ...
 
     def block(self, scored: ScoredWindow) -> bytes:
-        """A window's records."""
+        """Write a window's records."""
         ...
 
     def assemble(self, part: Path, output: Path) -> None:
-        """Make the output out of the file of blocks."""
+        """Turn the file of blocks into the output."""
         ...
 
 
 class RankedRow:
-    """A row's documents, best first.
+    """A row whose documents are sorted by logit.
 
     Attributes:
-        row: the row.
         order: positions of its documents, best first; equal logits keep the file's order.
     """
 
@@ -59,7 +59,7 @@ class RankedRow:
         self.order: list[int] = np.argsort(-logits, kind="stable")[:top_n].tolist()
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Each document's result; a logit has the fewest digits that tell its 32 bits."""
+        """The result of each document, best first."""
         chances = sigmoid(self.logits)
         for index in self.order:
             result: dict[str, Any] = {"index": index}
@@ -73,7 +73,7 @@ class RankedRow:
 
 
 def ranked(scored: ScoredWindow, top_n: int | None) -> Iterator[RankedRow]:
-    """A window's rows."""
+    """The rows of a window, each ranked."""
     start = 0
     for row in scored.rows:
         end = start + len(row.documents)
@@ -83,12 +83,47 @@ def ranked(scored: ScoredWindow, top_n: int | None) -> Iterator[RankedRow]:
 
 
 def shortest(logit: np.float32) -> float:
-    """A float whose digits are the fewest that lead back to the same float32."""
+    """The float with the fewest digits that is read back as the same float32."""
     return float(str(logit))
 
 
-class JsonWriter:
-    """JSONL, compressed or not.
+class _BlockWriter:
+    """A writer whose file of blocks is the output already.
+
+    Args:
+        compression: None, ``gzip`` or ``zstd``.
+        top_n: results kept of a row; None keeps all.
+
+    Raises:
+        MissingDependency: zstd without pyarrow.
+    """
+
+    def __init__(self, compression: str | None, top_n: int | None) -> None:
+        if compression == "zstd":
+            require_packages("zstd", "files", ["pyarrow"])
+        self._compression, self._top_n = compression, top_n
+
+    def check(self, row: Row) -> None:
+        """See :class:`Writer`; every row can be written."""
+
+    def block(self, scored: ScoredWindow) -> bytes:
+        """See :class:`Writer`."""
+        lines = self._lines(ranked(scored, self._top_n))
+        data = "".join(f"{line}\n" for line in lines).encode()
+        return _compressed(data, self._compression) if data else b""
+
+    def assemble(self, part: Path, output: Path) -> None:
+        """See :class:`Writer`."""
+        if part.stat().st_size == 0:
+            part.write_bytes(_compressed(b"", self._compression))
+        part.replace(output)
+
+    def _lines(self, rows: Iterator[RankedRow]) -> Iterator[str]:
+        raise NotImplementedError
+
+
+class JsonWriter(_BlockWriter):
+    """JSONL.
 
     Args:
         compression: None, ``gzip`` or ``zstd``.
@@ -97,23 +132,11 @@ class JsonWriter:
     """
 
     def __init__(self, compression: str | None, top_n: int | None, *, pairs: bool) -> None:
-        self._compress = compressor(compression)
-        self._top_n, self._pairs = top_n, pairs
+        super().__init__(compression, top_n)
+        self._record = _pair_record if pairs else _query_record
 
-    def check(self, row: Row) -> None:
-        """See :class:`Writer`; JSONL takes every row."""
-
-    def block(self, scored: ScoredWindow) -> bytes:
-        """See :class:`Writer`."""
-        record = _pair_record if self._pairs else _query_record
-        rows = ranked(scored, self._top_n)
-        lines = [json.dumps(record(row), ensure_ascii=False) + "\n" for row in rows]
-        return self._compress("".join(lines).encode())
-
-    def assemble(self, part: Path, output: Path) -> None:
-        """See :class:`Writer`."""
-        self._compress.close(part)
-        part.replace(output)
+    def _lines(self, rows: Iterator[RankedRow]) -> Iterator[str]:
+        return (json.dumps(self._record(row), ensure_ascii=False) for row in rows)
 
 
 def _query_record(ranking: RankedRow) -> dict[str, Any]:
@@ -130,7 +153,7 @@ def _pair_record(ranking: RankedRow) -> dict[str, Any]:
     return {"line": ranking.row.line, **given, **result}
 
 
-class TrecWriter:
+class TrecWriter(_BlockWriter):
     """A TREC run; its score is the logit.
 
     Args:
@@ -140,8 +163,8 @@ class TrecWriter:
     """
 
     def __init__(self, compression: str | None, top_n: int | None, tag: str) -> None:
-        self._compress = compressor(compression)
-        self._top_n, self._tag = top_n, tag
+        super().__init__(compression, top_n)
+        self._tag = tag
 
     def check(self, row: Row) -> None:
         """See :class:`Writer`: ids must be there, without spaces, and different."""
@@ -151,19 +174,10 @@ class TrecWriter:
         if len(set(map(str, row.document_ids))) < len(row.document_ids):
             raise BadValue("two documents have the same id, which a TREC run cannot tell apart")
 
-    def block(self, scored: ScoredWindow) -> bytes:
-        """See :class:`Writer`."""
-        lines = [
-            f"{ranking.row.id} Q0 {result['id']} {rank} {result['logit']} {self._tag}\n"
-            for ranking in ranked(scored, self._top_n)
-            for rank, result in enumerate(ranking.results(), 1)
-        ]
-        return self._compress("".join(lines).encode())
-
-    def assemble(self, part: Path, output: Path) -> None:
-        """See :class:`Writer`."""
-        self._compress.close(part)
-        part.replace(output)
+    def _lines(self, rows: Iterator[RankedRow]) -> Iterator[str]:
+        for ranking in rows:
+            for rank, result in enumerate(ranking.results(), 1):
+                yield f"{ranking.row.id} Q0 {result['id']} {rank} {result['logit']} {self._tag}"
 
 
 def _check_name(field: str, name: Id) -> None:
@@ -182,7 +196,7 @@ class ParquetWriter:
     """
 
     def __init__(self, top_n: int | None, *, pairs: bool) -> None:
-        need("pyarrow", "Parquet")
+        require_packages("Parquet", "files", ["pyarrow"])
         import pyarrow as pa
 
         self._top_n = top_n
@@ -222,13 +236,11 @@ class ParquetWriter:
         import pyarrow as pa
         from pyarrow import parquet
 
-        from echelon.offline.resume import flushed
-
         building = output.with_name(f"{output.name}.building")
         with pa.OSFile(str(part)) as blocks, parquet.ParquetWriter(building, self._schema) as file:
             while blocks.tell() < blocks.size():
                 file.write_table(pa.ipc.open_stream(blocks).read_all())
-        flushed(building)
+        sync_to_disk(building)
         building.replace(output)
         part.unlink()
 
@@ -252,38 +264,15 @@ def _name(given: Id) -> str | None:
     return None if given is None else str(given)
 
 
-class compressor:  # noqa: N801 - used as a function
-    """Compresses blocks, always to the same bytes.
+def _compressed(data: bytes, compression: str | None) -> bytes:
+    """One gzip member or zstd frame; the same bytes for the same data."""
+    if compression is None:
+        return data
+    if compression == "gzip":
+        target = io.BytesIO()
+        with gzip.GzipFile("", "wb", fileobj=target, mtime=0) as file:
+            file.write(data)
+        return target.getvalue()
+    import pyarrow as pa
 
-    Args:
-        how: None, ``gzip`` or ``zstd``.
-
-    Raises:
-        MissingDependency: zstd without pyarrow.
-    """
-
-    def __init__(self, how: str | None) -> None:
-        if how == "zstd":
-            need("pyarrow", "zstd")
-        self._how = how
-
-    def __call__(self, data: bytes) -> bytes:
-        """One member or frame; nothing for nothing."""
-        return self._compressed(data) if data else b""
-
-    def close(self, part: Path) -> None:
-        """Make a file of no blocks one that unpacks to nothing."""
-        if part.stat().st_size == 0:
-            part.write_bytes(self._compressed(b""))
-
-    def _compressed(self, data: bytes) -> bytes:
-        if self._how is None:
-            return data
-        if self._how == "gzip":
-            target = io.BytesIO()
-            with gzip.GzipFile("", "wb", fileobj=target, mtime=0) as file:
-                file.write(data)
-            return target.getvalue()
-        import pyarrow as pa
-
-        return bytes(pa.Codec("zstd").compress(data, asbytes=True))
+    return bytes(pa.Codec("zstd").compress(data, asbytes=True))

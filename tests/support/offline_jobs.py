@@ -1,4 +1,4 @@
-"""What the tests of file jobs share: a model without weights, files, and a job that dies."""
+"""Offline jobs for tests: a model without weights, files, and a process that is killed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from echelon.offline.run import run
 from echelon.options import Options
 
 
-class Frugal(FakeScorer):
-    """A fake that does not remember its steps."""
+class ForgetfulScorer(FakeScorer):
+    """A fake scorer that does not remember its steps."""
 
     def score(self, batch):
         logits = super().score(batch)
@@ -23,14 +23,14 @@ class Frugal(FakeScorer):
         return logits
 
 
-class Deaf:
-    """A watcher that only counts."""
+class CountingListener:
+    """A job listener that only counts."""
 
     def __init__(self):
         self.windows = 0
         self.resumed_at = None
 
-    def indexing(self, doing, share):
+    def indexing(self, stage, done=0.0, total=0.0):
         """Nothing to show."""
 
     def resumed(self, counts, share):
@@ -78,32 +78,32 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def job_of(model, source, output, budget=8, **more):
-    """A job whose windows hold some twenty pairs."""
+def make_job(model, source, output, budget=8, **more):
+    """A job whose windows hold about twenty pairs."""
     return OfflineJob(
         str(source), str(output), model=str(model), options=Options(token_budget=budget), **more
     )
 
 
-def do(job, watcher=None):
-    return run(job, watcher or Deaf())
+def run_job(job, listener=None):
+    return run(job, listener or CountingListener())
 
 
 def leftovers(folder):
-    """Names of files that only a job under way should have."""
+    """Names of files that a finished job must not leave."""
     endings = (".part", ".index", ".new", ".building")
     return [path.name for path in Path(folder).iterdir() if path.name.endswith(endings)]
 
 
-class Death(BaseException):
-    """Stands in for a killed process."""
+class ProcessKilled(BaseException):
+    """Raised in place of a kill of the process."""
 
 
-class Reaper:
-    """Ends the process' life at the n-th durable step."""
+class KillAtStep:
+    """Raises ProcessKilled at the n-th call of the named functions, which write to disk."""
 
-    def __init__(self, monkeypatch, target, names, dies_at):
-        self.left = dies_at
+    def __init__(self, monkeypatch, target, names, killed_at):
+        self.left = killed_at
         for name in names:
             monkeypatch.setattr(target, name, self.stepping(getattr(target, name)))
 
@@ -111,7 +111,7 @@ class Reaper:
         def step(*arguments, **keywords):
             self.left -= 1
             if self.left == 0:
-                raise Death
+                raise ProcessKilled
             return original(*arguments, **keywords)
 
         return step
