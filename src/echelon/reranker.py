@@ -1,35 +1,40 @@
-"""Spine 1: texts in, ranked documents out.
+"""Reranker and AsyncReranker: texts in, ranked documents out; the life of a call, top to bottom.
 
-A call goes: check → fold identical pairs → encode → plan and score (engine) → unfold → sort.
-
-The reranker for asyncio: concurrent calls in shared steps.
+A call goes: check, fold identical pairs, tokenize, pack and score (engine), unfold, sort by logit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from echelon.call import Call, check_rank, ranking_of, warn_if_cut
+import numpy as np
+
 from echelon.engine.engine import Engine, StepLimits, closed
 from echelon.engine.launch import prepare, with_profile
-from echelon.errors import InvalidInput
-from echelon.options import Options, check_max_length
+from echelon.errors import EchelonWarning
+from echelon.options import Options, check_max_length, check_pairs, check_rank
 from echelon.progress import bar
-from echelon.scheduling.packing import step_budget
-from echelon.types import RunReport
+from echelon.scheduling.packing import step_budget, windows
+from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    import numpy.typing as npt
+
     from echelon.engine.shared_engine import SharedEngine
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import FloatArray, ModelInfo, Pair, Ranking, ScoredPairs
+    from echelon.tokenization.tokenizer import PairEncoder
+    from echelon.types import FloatArray, IntArray, ModelInfo, Pair
+
+Result = TypeVar("Result")
 
 
 class Reranker:
@@ -56,17 +61,17 @@ class Reranker:
         opener = prepared.opener()
         scorer = opener(precision=self.options.precision)
         prepared.check_profile(scorer.info)
-        self._max_length = self._longest(self.options.max_length, scorer.info)
+        self._max_length = self._max_length_of(self.options, scorer.info)
         self._engine = Engine(
             scorer,
-            self._limits(scorer.info),
+            _step_limits(self.options, scorer.info),
             reopen=lambda precision: opener(precision=precision),
             learned=prepared.learned,
         )
 
     @property
     def facts(self) -> ModelInfo:
-        """What the model is and where it runs."""
+        """The model, its device and its limits."""
         return self._engine.info
 
     @property
@@ -76,71 +81,11 @@ class Reranker:
 
     @property
     def token_budget(self) -> int:
-        """Most tokens a step costs now; memory pressure may have lowered it."""
+        """Tokens a step may cost now; the OOM ladder may have lowered it."""
         return self._engine.budget
 
-    def score(self, pairs: Iterable[Pair]) -> FloatArray:
-        """Score (query, document) pairs.
-
-        Returns:
-            float32 [pairs], raw logits in input order.
-
-        Raises:
-            InvalidInput: a pair is not two strings, or its query leaves no room.
-            OutOfMemory: a pair does not fit in memory alone.
-
-        Warns:
-            EchelonWarning: pairs were truncated; :meth:`score_pairs` tells which.
-        """
-        return warn_if_cut(self.score_pairs(pairs), self._max_length)
-
-    def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
-        """Score pairs and tell how: truncations, tokens, steps, memory ladder.
-
-        Args:
-            pairs: (query, document) texts.
-            **overrides: ``token_budget``, ``batch_size``, ``max_length``, ``truncation``,
-                ``max_query_tokens``, ``allow`` or ``progress`` for this call only.
-
-        Raises:
-            InvalidInput: as in :meth:`score`, or an override that is unknown or wrong.
-            OutOfMemory: a pair does not fit in memory alone.
-        """
-        options = override(self.options, overrides)
-        call = self.begin(pairs, options)
-        with bar("Scoring", call.distinct, shown=options.progress) as scored:
-            return self.finish(call, _encoded_ahead(call), scored)
-
-    def begin(self, pairs: Iterable[Pair], options: Options) -> Call:
-        """Check and fold the pairs of a call."""
-        longest = self._longest(options.max_length, self.facts)
-        return Call(pairs, self._encoder, options, longest)
-
-    def finish(
-        self,
-        call: Call,
-        portions: Iterable[tuple[list[int], EncodedPairs]],
-        scored: Callable[[int], None] | None = None,
-    ) -> ScoredPairs:
-        """Score a call that was begun; see :meth:`score_pairs`.
-
-        Args:
-            call: what :meth:`begin` gave.
-            portions: its windows and what :meth:`Call.encode` makes of each.
-            scored: called after each step with the distinct pairs it finished.
-        """
-        limits = self._limits(self.facts, call.options)
-        for window, encoded in portions:
-            outcome = self._engine.run(encoded, limits=limits, scored=scored)
-            call.keep(window, outcome.logits, outcome.truncated_tokens, outcome.report)
-        return call.scored()
-
     def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_n: int | None = None,
-        **overrides: Any,
+        self, query: str, documents: Sequence[str], top_n: int | None = None, **overrides: Any
     ) -> Ranking:
         """Sort documents by relevance to the query.
 
@@ -154,15 +99,69 @@ class Reranker:
             InvalidInput: as in :meth:`score`, or ``top_n`` is not a positive number.
             OutOfMemory: a pair does not fit in memory alone.
         """
-        check_rank(query, documents, top_n)
-        scored = self.score_pairs([(query, document) for document in documents], **overrides)
-        return ranking_of(query, documents, top_n, scored)
+        pairs = _pairs_to_rank(query, documents, top_n)
+        return _ranking(query, documents, top_n, self.score_pairs(pairs, **overrides))
+
+    def score(self, pairs: Iterable[Pair]) -> FloatArray:
+        """Score (query, document) pairs.
+
+        Returns:
+            float32 [pairs], raw logits in input order.
+
+        Raises:
+            InvalidInput: a pair is not two strings, or its query leaves no room.
+            OutOfMemory: a pair does not fit in memory alone.
+
+        Warns:
+            EchelonWarning: pairs were truncated; :meth:`score_pairs` says which.
+        """
+        return _warn_if_cut(self.score_pairs(pairs), self._max_length)
+
+    def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
+        """Score pairs and report truncations, tokens, steps and actions of the OOM ladder.
+
+        Args:
+            pairs: (query, document) texts.
+            **overrides: ``token_budget``, ``batch_size``, ``max_length``, ``truncation``,
+                ``max_query_tokens``, ``allow`` or ``progress`` for this call only.
+
+        Raises:
+            InvalidInput: as in :meth:`score`, or an override that is unknown or wrong.
+            OutOfMemory: a pair does not fit in memory alone.
+        """
+        options = self.options.overridden(overrides)
+        call = self.begin(pairs, options)
+        with bar("Scoring", call.distinct, shown=options.progress) as scored:
+            return self.finish(call, call.encoded_ahead(), scored)
+
+    def begin(self, pairs: Iterable[Pair], options: Options) -> Call:
+        """Check the pairs of a call and fold identical ones."""
+        return Call(pairs, self._encoder, options, self._max_length_of(options, self.facts))
+
+    def finish(
+        self,
+        call: Call,
+        portions: Iterable[tuple[list[int], EncodedPairs]],
+        scored: Callable[[int], None] | None = None,
+    ) -> ScoredPairs:
+        """Score the pairs of a call; see :meth:`score_pairs`.
+
+        Args:
+            call: from :meth:`begin`.
+            portions: each window of the call with its encoded pairs.
+            scored: called after each step with the number of distinct pairs it finished.
+        """
+        limits = _step_limits(call.options, self.facts)
+        for window, encoded in portions:
+            found = self._engine.run(encoded, limits=limits, scored=scored)
+            call.keep(window, found.logits, found.truncated_tokens, found.report)
+        return call.scored()
 
     def together(self) -> SharedEngine:
-        """A way to score the calls of many tasks in shared steps; close it before the model."""
+        """A way to score calls of several tasks in shared steps; close it before the model."""
         from echelon.engine.shared_engine import SharedEngine
 
-        return SharedEngine(self._engine, self._limits(self.facts))
+        return SharedEngine(self._engine, _step_limits(self.options, self.facts))
 
     def close(self) -> None:
         """Free the model."""
@@ -174,79 +173,25 @@ class Reranker:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _longest(self, asked: int | None, facts: ModelInfo) -> int:
-        return check_max_length(asked, facts.max_tokens, self._encoder.template.specials)
+    def _max_length_of(self, options: Options, info: ModelInfo) -> int:
+        specials = self._encoder.template.specials
+        return check_max_length(options.max_length, info.max_tokens, specials)
 
-    def _limits(self, facts: ModelInfo, options: Options | None = None) -> StepLimits:
-        options = options or self.options
-        budget = step_budget(options.token_budget, options.batch_size, facts.device)
-        return StepLimits(budget, options.batch_size, options.allow)
-
-
-CALL_OPTIONS = frozenset(
-    {
-        "token_budget",
-        "batch_size",
-        "max_length",
-        "truncation",
-        "max_query_tokens",
-        "allow",
-        "progress",
-    }
-)
-"""Options that one call may set for itself; the others are fixed when the model is loaded."""
-
-
-def _encoded_ahead(call: Call) -> Iterator[tuple[list[int], EncodedPairs]]:
-    """A call's windows, each encoded while the one before is scored."""
-    first, *others = call.windows
-    ready = call.encode(first)
-    if not others:
-        yield first, ready
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
-        for window, following in pairwise([first, *others, []]):
-            coming = thread.submit(call.encode, following)
-            yield window, ready
-            ready = coming.result()
-
-
-def override(options: Options, overrides: dict[str, Any]) -> Options:
-    """Options for one call.
-
-    Raises:
-        InvalidInput: an override is unknown, wrong, or cannot be set for one call.
-    """
-    if not overrides:
-        return options
-    fixed = sorted(set(overrides) - CALL_OPTIONS)
-    if fixed:
-        raise InvalidInput(
-            fixed[0],
-            "cannot be set for one call",
-            f"One call may set: {', '.join(sorted(CALL_OPTIONS))}. "
-            "Give the others to Reranker(...).",
-        )
-    return replace(options, **overrides)
-
-
-Result = TypeVar("Result")
 
 THREADS = 2
-"""Threads that check and encode, beside the one that scores: one for a long call, one for a short
-call beside it."""
+"""Threads that check and tokenize: one for a long call, one for a short call beside it."""
 
-ALONE = frozenset({"token_budget", "batch_size", "allow", "progress"})
-"""Options of one call that are about its steps: with one of them it has steps of its own."""
+STEP_OPTIONS = frozenset({"token_budget", "batch_size", "allow", "progress"})
+"""A call that sets one of these options has steps of its own."""
 
 
 class AsyncReranker:
     """:class:`echelon.Reranker` for asyncio: the same methods, awaited.
 
-    Calls under way at the same time share steps, by the rules of the server's batcher
+    Concurrent calls share steps, by the rules of the server's batcher
     (docs/decisions/0007-batcher.md): a short call does not wait for a long one. Work runs in
-    threads, so that the event loop never waits for the model; cancelling a call takes its pairs
-    out. Shared steps count in the report of every call that had pairs in them.
+    threads, so that the event loop never waits for the model. Cancelling a call removes its pairs.
+    Shared steps count in the report of each call that had pairs in them.
 
     Args:
         model: as in :class:`echelon.Reranker`; it is loaded at once.
@@ -260,32 +205,25 @@ class AsyncReranker:
         self._calls: set[asyncio.Task[ScoredPairs]] = set()
         self._open = True
 
+    async def rank(
+        self, query: str, documents: Sequence[str], top_n: int | None = None, **overrides: Any
+    ) -> Ranking:
+        """As :meth:`echelon.Reranker.rank`."""
+        self._refuse_if_closed()
+        pairs = _pairs_to_rank(query, documents, top_n)
+        return _ranking(query, documents, top_n, await self.score_pairs(pairs, **overrides))
+
     async def score(self, pairs: Iterable[Pair]) -> FloatArray:
         """As :meth:`echelon.Reranker.score`."""
-        return warn_if_cut(await self.score_pairs(pairs), self.reranker.max_length)
+        return _warn_if_cut(await self.score_pairs(pairs), self.reranker.max_length)
 
     async def score_pairs(self, pairs: Iterable[Pair], **overrides: Any) -> ScoredPairs:
         """As :meth:`echelon.Reranker.score_pairs`."""
-        if not self._open:
-            raise closed()
+        self._refuse_if_closed()
         call = asyncio.create_task(self._score_pairs(pairs, overrides))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         return await call
-
-    async def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_n: int | None = None,
-        **overrides: Any,
-    ) -> Ranking:
-        """As :meth:`echelon.Reranker.rank`."""
-        if not self._open:
-            raise closed()
-        check_rank(query, documents, top_n)
-        pairs = [(query, document) for document in documents]
-        return ranking_of(query, documents, top_n, await self.score_pairs(pairs, **overrides))
 
     async def close(self) -> None:
         """Free the model once the calls under way have ended; closing twice does nothing."""
@@ -304,8 +242,8 @@ class AsyncReranker:
         await self.close()
 
     async def _score_pairs(self, pairs: Iterable[Pair], overrides: dict[str, Any]) -> ScoredPairs:
-        options = override(self.reranker.options, overrides)
-        if ALONE & set(overrides) or options.progress:
+        options = self.reranker.options.overridden(overrides)
+        if STEP_OPTIONS & set(overrides) or options.progress:
             return await self._in_thread(partial(self.reranker.score_pairs, pairs, **overrides))
         call = await self._in_thread(partial(self.reranker.begin, pairs, options))
         scoring: list[asyncio.Task[None]] = []
@@ -314,7 +252,7 @@ class AsyncReranker:
                 encoded = await self._in_thread(partial(call.encode, window))
                 scoring.append(asyncio.create_task(self._score_window(call, window, encoded)))
             await asyncio.gather(*scoring)
-        finally:  # one failed, or the caller has gone
+        finally:  # a window failed, or the call was cancelled
             for task in scoring:
                 task.cancel()
             await asyncio.gather(*scoring, return_exceptions=True)
@@ -333,3 +271,126 @@ class AsyncReranker:
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _refuse_if_closed(self) -> None:
+        if not self._open:
+            raise closed()
+
+
+class Call:
+    """The pairs of one call: checked, identical ones folded, in windows, and back in order.
+
+    Attributes:
+        distinct: number of distinct pairs.
+        windows: positions of the distinct pairs that are tokenized together, longest texts first.
+
+    Raises:
+        InvalidInput: a pair is not two strings.
+    """
+
+    def __init__(
+        self, pairs: Iterable[Pair], encoder: PairEncoder, options: Options, max_length: int
+    ) -> None:
+        self._pairs, self._places, self._back = _fold(check_pairs(pairs))
+        self._encoder = encoder
+        self.options = options
+        self._max_length = max_length
+        self.distinct = len(self._pairs)
+        self.windows = windows([len(query) + len(document) for query, document in self._pairs])
+        self._logits = np.empty(self.distinct, dtype=np.float32)
+        self._truncated = np.empty(self.distinct, dtype=np.int32)
+        self._reports: list[RunReport] = []
+
+    def encode(self, window: Sequence[int]) -> EncodedPairs:
+        """Tokenize a window.
+
+        Raises:
+            InvalidInput: a query leaves no room for its document.
+        """
+        return self._encoder.encode(
+            [self._pairs[i] for i in window],
+            self._max_length,
+            self.options.truncation,
+            self.options.max_query_tokens,
+            [self._places[i] for i in window],
+        )
+
+    def encoded_ahead(self) -> Iterator[tuple[list[int], EncodedPairs]]:
+        """The windows, each tokenized while the previous one is scored."""
+        first, *others = self.windows
+        ready = self.encode(first)
+        if not others:
+            yield first, ready
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
+            for window, following in pairwise([first, *others, []]):
+                coming = thread.submit(self.encode, following)
+                yield window, ready
+                ready = coming.result()
+
+    def keep(
+        self, window: Sequence[int], logits: FloatArray, truncated: IntArray, report: RunReport
+    ) -> None:
+        """Store the scores of a window."""
+        self._logits[window], self._truncated[window] = logits, truncated
+        self._reports.append(report)
+
+    def scored(self) -> ScoredPairs:
+        """The scores in the order of the call, once all windows are stored."""
+        report = replace(RunReport.of(self._reports), pairs=len(self._back))
+        return ScoredPairs(self._logits[self._back], self._truncated[self._back], report)
+
+
+def _fold(pairs: list[Pair]) -> tuple[list[Pair], list[int], IntArray]:
+    """Distinct pairs, where each occurs first, and for every pair the number of its distinct."""
+    numbers: dict[Pair, int] = {}
+    back = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
+    first = np.unique(back, return_index=True)[1].tolist()
+    return list(numbers), first, back
+
+
+def _step_limits(options: Options, info: ModelInfo) -> StepLimits:
+    budget = step_budget(options.token_budget, options.batch_size, info.device)
+    return StepLimits(budget, options.batch_size, options.allow)
+
+
+def _pairs_to_rank(query: str, documents: Sequence[str], top_n: int | None) -> list[Pair]:
+    check_rank(query, documents, top_n)
+    return [(query, document) for document in documents]
+
+
+def _ranking(
+    query: str, documents: Sequence[str], top_n: int | None, scored: ScoredPairs
+) -> Ranking:
+    """Sort documents by logit, best first; equal logits keep their order."""
+    order = np.argsort(-scored.logits, kind="stable")[:top_n]
+    probabilities = sigmoid(scored.logits)
+    results = tuple(
+        RankedDocument(
+            index=int(i),
+            score=float(probabilities[i]),
+            logit=float(scored.logits[i]),
+            document=documents[i],
+            truncated_tokens=int(scored.truncated_tokens[i]),
+        )
+        for i in order
+    )
+    return Ranking(query, results, scored.report)
+
+
+def _warn_if_cut(scored: ScoredPairs, max_length: int) -> FloatArray:
+    """The logits, with a warning to the caller of ``score`` if pairs were truncated."""
+    cut = int(np.count_nonzero(scored.truncated_tokens))
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(scored.logits)} pairs were cut to {max_length} tokens. "
+            "Raise max_length if the model allows, or call score_pairs to see which.",
+            EchelonWarning,
+            stacklevel=3,
+        )
+    return scored.logits
+
+
+def sigmoid(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Logistic function in float64: large logits stay apart, very negative ones do not overflow."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))

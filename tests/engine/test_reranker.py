@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon import EchelonWarning, InvalidInput, OutOfMemory, Ranking, Reranker
-from echelon.call import sigmoid
 from echelon.engine.engine import Engine, StepLimits
+from echelon.reranker import sigmoid
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import RunReport
 

@@ -25,7 +25,6 @@ from offline_jobs import (
 )
 from pyarrow import parquet
 
-from echelon.call import sigmoid
 from echelon.errors import InvalidInput
 from echelon.offline import streams
 from echelon.offline.progress import EtaEstimate
@@ -33,7 +32,7 @@ from echelon.offline.readers import Columns, JsonLinesReader
 from echelon.offline.rows import ResumePoint
 from echelon.offline.scoring import windows
 from echelon.offline.writers import shortest
-from echelon.reranker import Reranker
+from echelon.reranker import Reranker, sigmoid
 
 BAD_LINES = {
     b"not json": "not JSON",

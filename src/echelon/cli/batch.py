@@ -9,7 +9,7 @@ import click
 
 from echelon.cli.flags import options_of, print_line, with_flags
 from echelon.errors import BadRows, InvalidInput
-from echelon.options import check_top_n, require_packages
+from echelon.options import check_count, require_packages
 from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def job_of(values: dict[str, Any]) -> OfflineJob:
     from echelon.offline.job import OfflineJob
     from echelon.offline.readers import Columns
 
-    check_top_n(values["top_n"])
+    check_count("top_n", values["top_n"])
     names = ("query", "document", "query_id", "document_id")
     columns = Columns(**{name: values.pop(f"{name}_column") for name in names})
     own = {

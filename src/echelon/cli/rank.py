@@ -11,7 +11,7 @@ import click
 
 from echelon.cli.flags import JSON_FLAG, options_of, print_json, with_flags
 from echelon.errors import InvalidInput
-from echelon.options import check_top_n
+from echelon.options import check_count
 from echelon.server.settings import MODEL_FLAGS, STEP_FLAGS, flag
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def rank(  # noqa: PLR0913 - one argument each option
 
     Documents are arguments, or lines of --file, or lines of standard input.
     """
-    check_top_n(top_n)
+    check_count("top_n", top_n)
     texts = _read_documents(documents, file)
     options = options_of(values, quiet=quiet)
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.call import sigmoid
 from echelon.errors import InvalidInput
 from echelon.integrations.keywords import capped, device_option, refuse, take_refused
 from echelon.integrations.saved_model import Storage, locate, read_saved
 from echelon.models.device import choose_device, require_torch
 from echelon.options import Options, check_pairs
-from echelon.reranker import Reranker
+from echelon.reranker import Reranker, sigmoid
 
 if TYPE_CHECKING:
     import os

@@ -14,7 +14,7 @@ from echelon.integrations.components import (
     ranked,
     ranked_async,
 )
-from echelon.options import Options, check_top_n
+from echelon.options import Options, check_count
 from echelon.reranker import AsyncReranker, Reranker
 
 try:
@@ -54,7 +54,7 @@ class EchelonRanker:
         embedding_separator: str = "\n",
         **options: Any,
     ) -> None:
-        check_top_n(top_k, "top_k")
+        check_count("top_k", top_k)
         if isinstance(model, Reranker | AsyncReranker):
             check_no_options(options)
         Options.of(**options)
@@ -142,7 +142,7 @@ class EchelonRanker:
         return _copies(documents, best)
 
     def _limit(self, top_k: int | None) -> int | None:
-        check_top_n(top_k, "top_k")
+        check_count("top_k", top_k)
         return self.top_k if top_k is None else top_k
 
     def _texts(self, documents: Sequence[Document]) -> list[str]:

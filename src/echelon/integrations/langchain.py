@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.integrations.components import Model, missing, opened, ranked, ranked_async
-from echelon.options import check_top_n
+from echelon.options import check_count
 
 try:
     from langchain_core.documents.compressor import BaseDocumentCompressor
@@ -45,7 +45,7 @@ class EchelonReranker(BaseDocumentCompressor):
     _reranker: Reranker = PrivateAttr()
 
     def __init__(self, model: Model, top_n: int | None = None, **options: Any) -> None:
-        check_top_n(top_n)
+        check_count("top_n", top_n)
         reranker = opened(model, options)
         fields: dict[str, Any] = {"model": model, "top_n": top_n, **options}
         super().__init__(**fields)

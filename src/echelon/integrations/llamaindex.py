@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
 from echelon.integrations.components import Model, missing, opened, ranked, ranked_async
-from echelon.options import check_top_n
+from echelon.options import check_count
 
 try:
     from llama_index.core.bridge.pydantic import ConfigDict, PrivateAttr
@@ -51,7 +51,7 @@ class EchelonRerank(BaseNodePostprocessor):
     _reranker: Reranker = PrivateAttr()
 
     def __init__(self, model: Model, top_n: int | None = None, **options: Any) -> None:
-        check_top_n(top_n)
+        check_count("top_n", top_n)
         own = {name: options[name] for name in options.keys() - {"callback_manager"}}
         reranker = opened(model, own)
         fields: dict[str, Any] = {"model": model, "top_n": top_n, **options}

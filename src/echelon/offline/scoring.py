@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
-    from echelon.call import Call
     from echelon.offline.readers import Entry, Reader
     from echelon.options import Options, Precision
+    from echelon.reranker import Call
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 

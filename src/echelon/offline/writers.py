@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from echelon.call import sigmoid
 from echelon.offline.rows import BadValue, Id, Row
 from echelon.offline.streams import sync_to_disk
 from echelon.options import require_packages
+from echelon.reranker import sigmoid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
