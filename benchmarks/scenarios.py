@@ -29,7 +29,7 @@ from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
-from echelon.reports.summary import TITLES, card
+from echelon.reports.summary import TITLES, scenario_summary
 from echelon.reports.wording import step
 from echelon.tuning.scenario_model import open_for_scenario
 from static_baselines import Contest, beside_static
@@ -96,7 +96,7 @@ def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, 
         "precision": found.settings.precision,
         "entry": entry,
         "shown": in_words(entry),
-        "asked": (card(found) or {})["asked"],
+        "asked": (scenario_summary(found) or {})["asked"],
     }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from echelon.messages.units import SPACE, UNKNOWN, percent
 from echelon.reports.summary import value
-from echelon.reports.wording import SPACE, UNKNOWN, percent, step
+from echelon.reports.wording import step
 from static_standing import WITHIN
 
 Entry = dict[str, Any]

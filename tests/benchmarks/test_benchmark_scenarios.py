@@ -73,8 +73,8 @@ def test_scenarios_are_merged_one_by_one(commands, tmp_path, monkeypatch):
     assert all(not {"tried", "rounds"} & set(one["entry"]) for one in content["scenarios"].values())
     assert len(commands) == 5  # each run tunes first
     text = (tmp_path / "scenarios.md").read_text("utf-8")
-    assert "| Offline reranking | 1,024 tokens a step, bf16 | documents_per_s | Best" in text
-    assert "| **Chosen: 1,024 tokens a step** (best) |" in text
+    assert "| Offline reranking | 1,024 tokens per step, bf16 | documents_per_s | Best" in text
+    assert "| **Chosen: 1,024 tokens per step** (best) |" in text
     other = run(monkeypatch, tmp_path, "--scenarios", "edge", "--model", "another")
     assert list(other["scenarios"]) == ["edge"]
 

@@ -19,9 +19,9 @@ from echelon.profile import Profile
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, simulated_load
-from echelon.tuning.advisor import advise
-from echelon.tuning.tuner import Plan
-from echelon.tuning.validation_metrics import Validation
+from echelon.tuning.advisor import recommend
+from echelon.tuning.recommendation import Validation
+from echelon.tuning.tuner import TuningPlan
 from echelon.tuning.validation_targets import RerankTask
 from static_baselines import SIZES, Contest, beside_static, compete, run_apart
 from static_standing import Rival, standing
@@ -137,22 +137,22 @@ def seen(monkeypatch):
     monkeypatch.setattr(simulated_load, "FULL", 20)
     found = []
 
-    def pretended(stage, chosen, requests, _):
-        settings = Profile.load(stage.profile).settings
-        found.append((chosen.max_pairs, settings, requests, stage.ask.seed))
+    def pretended(context, chosen, requests, _):
+        settings = Profile.load(context.profile).settings
+        found.append((chosen.max_pairs, settings, requests, context.goal.seed))
         if chosen.max_pairs == 8:
             raise ModelNotFound("static 8 is gone")
         return Validation(load_metrics(), 1.0, 0.0, held=True)
 
-    monkeypatch.setattr(static_baselines, "prove", pretended)
+    monkeypatch.setattr(static_baselines, "validate", pretended)
     monkeypatch.setattr(
-        advisor, "prove", lambda *_: Validation(load_metrics(), 1.0, 0.0, held=True)
+        advisor, "validate", lambda *_: Validation(load_metrics(), 1.0, 0.0, held=True)
     )
     return found
 
 
 def contest(model, known, asked, tmp_path):
-    profile = advise(model, known, asked, Plan()).profile
+    profile = recommend(model, known, asked, TuningPlan()).profile
     return Contest.of(model, profile, asked, tmp_path / "static.json")
 
 
@@ -192,7 +192,7 @@ def test_trouble_with_the_chosen_settings_is_an_error(model, known, seen, tmp_pa
     def gone(*_):
         raise ModelNotFound("all is gone")
 
-    monkeypatch.setattr(static_baselines, "prove", gone)
+    monkeypatch.setattr(static_baselines, "validate", gone)
     made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
     with pytest.raises(ModelNotFound, match="all is gone"):
         compete(made, 2)
@@ -245,7 +245,7 @@ def test_it_is_said_honestly_where_it_stands(theirs, good, said):
     shown = words_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4)))
     assert (plain(shown["verdict"]), shown["good"]) == (said, good)
     rows = shown["rows"]
-    assert [one["name"] for one in rows] == ["Chosen: 1,024 tokens a step", "Static 1", "Static 2"]
+    assert [one["name"] for one in rows] == ["Chosen: 1,024 tokens per step", "Static 1", "Static 2"]
     assert [one["chosen"] for one in rows] == [True, False, False]
     assert sum(one["best"] for one in rows) == 1
     assert shown["head"][-1] == "Than the chosen"

@@ -166,13 +166,13 @@ def test_other_models_have_no_ratios():
 def test_the_same_files_under_another_name_are_the_same_model():
     found = compared(profile_of(), profile_of(key={"model": "/models/copy"}))
     assert found["comparable"]["times"]
-    assert any("they are one model" in note for note in found["notes"])
+    assert any("it is one model" in note for note in found["notes"])
 
 
 def test_another_revision_is_compared_and_said():
     found = compared(profile_of(), profile_of(key={"revision": "new"}))
     assert found["comparable"]["times"]
-    assert "The model has another revision on each side." in found["notes"]
+    assert "The two profiles have different revisions of the model." in found["notes"]
 
 
 def test_other_texts_have_no_ratios_of_times_but_of_predictions():
@@ -181,7 +181,7 @@ def test_other_texts_have_no_ratios_of_times_but_of_predictions():
     found = compared(profile_of(), profile_of(results=longer))
     assert times(found) == []
     assert len(models(found)) == 8
-    assert "the texts that were scored differ" in found["verdict"]
+    assert "the scored texts differ" in found["verdict"]
 
 
 def test_the_name_of_the_texts_does_not_decide():
@@ -195,16 +195,16 @@ def test_without_a_shared_call_there_is_nothing_to_say():
     other = [entry(7, steady(0.2), batch_size=1)]
     found = compared(profile_of(), profile_of(results=other))
     assert ratios([found["chosen"], found["best"], found["points"]]) == []
-    assert "no number of pairs was measured with both" in found["verdict"]
+    assert "no number of pairs was measured on both" in found["verdict"]
     moved = profile_of(results=other, data={"name": "mine", "pairs": 144})
-    assert "the texts that were scored differ" in compared(profile_of(), moved)["verdict"]
+    assert "the scored texts differ" in compared(profile_of(), moved)["verdict"]
 
 
 def test_memory_of_a_card_is_not_compared_with_a_process():
     found = compared(profile_of(), profile_of(key={"device": "cuda:0"}))
     assert ratios(found["memory"]) == []
     assert len(ratios(found["cost"])) == 4
-    assert "Memory of a process and of a GPU are not compared." in found["notes"]
+    assert "The memory of a process is not compared with the memory of a GPU." in found["notes"]
     cards = [profile_of(key={"device": f"cuda:{n}"}) for n in range(2)]
     assert len(ratios(compared(*cards)["memory"])) == 4
 
@@ -238,16 +238,16 @@ def test_the_verdict_names_the_faster_by_how_much_and_how_sure():
         said = verdict(factor).replace("\u00a0", " ")
         assert said.startswith(f"{first} is 2.00 times as fast as {last}: 50 pairs take ")
         assert f" ms on {first} and " in said
-        assert "beyond the spread of the runs (95 % interval 1.9" in said
+        assert "larger than the variation between runs (95 % confidence interval 1.9" in said
     assert "A tie: 50 pairs take" in verdict(1.02)
 
 
 def test_the_verdict_owns_up_to_what_it_does_not_know():
-    assert "Too few runs to say" in verdict(0.5, [entry(50, [0.4] * 5, batch_size=8)])
+    assert "too few runs to compare" in verdict(0.5, [entry(50, [0.4] * 5, batch_size=8)])
     unsteady = [0.2 + 0.05 * i for i in range(9)]
     said = verdict(0.9, [entry(50, unsteady, batch_size=8)])
-    assert "within the spread of the runs" in said
-    assert "it may be none" in said
+    assert "within the variation between runs" in said
+    assert "there may be none" in said
 
 
 def test_the_best_batch_speaks_where_the_chosen_setting_has_no_point():
@@ -255,7 +255,7 @@ def test_the_best_batch_speaks_where_the_chosen_setting_has_no_point():
     a, b = (replace(profile_of(f), settings=settings) for f in (1.0, 0.5))
     found = compared(a, b)
     assert found["chosen"] == []
-    assert "each with its best batch" in found["verdict"]
+    assert "each with its best batch size" in found["verdict"]
 
 
 def test_a_budget_without_end_is_no_number():
@@ -279,7 +279,7 @@ def test_warnings_and_learned_budgets_are_told_of_their_side():
         profile_of(warnings=["It was loud."], learned_token_budget=512),
     )
     assert found["notes"][0] == "B: It was loud."
-    assert found["notes"][1].startswith("B: memory ran short after tuning")
+    assert found["notes"][1].startswith("B: memory ran out after tuning")
     precise = compared(profile_of(), profile_of(key={"precision": "fp32"}))
     assert "precisions differ" in precise["notes"][0]
 

@@ -238,8 +238,8 @@ OFF = Message(
     {
         "place": 1,
         "name": Message("metric.memory_bytes"),
-        "came": "0.4\u00a0GiB",
-        "said": "0.7\u00a0GiB",
+        "measured": "0.4\u00a0GiB",
+        "predicted": "0.7\u00a0GiB",
     },
 )
 

@@ -15,13 +15,13 @@ from report_pages import (
 )
 
 from echelon.profile import Profile
-from echelon.reports.summary import card, change, command, print_scenario
+from echelon.reports.summary import command, deviation, print_scenario, scenario_summary
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
 
 def test_a_report_without_a_scenario_has_no_card():
-    assert card(make_profile()) is None
+    assert scenario_summary(make_profile()) is None
     assert "scenario" not in read(make_profile()).ids
 
 
@@ -37,18 +37,22 @@ def test_the_card_stands_on_top_with_predicted_beside_measured():
     for words in ("Realtime API", "1,024 tokens", "256 tokens", "τ 0.9962", "−0.0013", "1–10 doc"):
         assert words in text
     assert "<b>Only 15 answers</b>" in text
-    assert "✓ Proved" in text
+    assert "✓ Validated" in text
 
 
 @pytest.mark.parametrize(
     ("held", "state", "said"),
-    [(True, "held", "Proved"), (False, "missed", "Misses the goal"), (None, "unproved", "only")],
+    [
+        (True, "held", "Validated"),
+        (False, "missed", "misses the goal"),
+        (None, "unvalidated", "only"),
+    ],
 )
 def test_the_card_says_honestly_how_it_went(held, state, said):
     measured = None if held is None else PREDICTED
-    found = card(scenario_profile(held=held, measured=measured))
+    found = scenario_summary(scenario_profile(held=held, measured=measured))
     assert found["state"] == state
-    assert said in found["verdict"]
+    assert said in found["headline"]
     page = read(scenario_profile(held=held, measured=measured))
     assert any(attributes.get("class") == f"pick {state}" for _, attributes in page.tags)
 
@@ -65,9 +69,7 @@ def test_a_choice_that_was_not_swept_is_no_missing_measurement():
     page = read(replace(scenario_profile(), settings=replace(chosen, token_budget=777)))
     assert "chosen by simulation" in page.text
     assert "higher --time-limit" not in page.text
-    assert (
-        "no measured point" in read(make_profile(settings=replace(chosen, token_budget=777))).text
-    )
+    assert "was not measured" in read(make_profile(settings=replace(chosen, token_budget=777))).text
 
 
 def test_the_length_to_measure_again_with_is_the_one_asked_for():
@@ -82,7 +84,7 @@ def test_the_length_to_measure_again_with_is_the_one_asked_for():
     [(2.0, 1.0, "−50"), (2.0, 2.5, "+25"), (0.0, 1.0, "–"), (1.0, None, "–")],
 )
 def test_a_difference_has_its_sign(said, came, words):
-    assert change(said, came).startswith(words)
+    assert deviation(said, came).startswith(words)
 
 
 def test_an_older_profile_with_static_batch_sizes_is_shown_without_them(tmp_path, capsys):

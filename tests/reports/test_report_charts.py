@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_pages import RESULTS, entry, leave_plotly_out, make_profile, number_rows, read, traces
 
+from echelon.messages import units
 from echelon.reports import plots, wording
 from echelon.reports.scenario_charts import agreement_charts
 
@@ -107,7 +108,7 @@ def test_sizes_without_a_number_have_hollow_signs():
     for gap in gaps.values():
         assert gap["marker"]["symbol"].endswith("-open")
         assert gap["yaxis"] == "y2"
-    assert traces(figures["latency-token_budget"], "missing")[0]["name"] == "not reached"
+    assert traces(figures["latency-token_budget"], "missing")[0]["name"] == "not measured in time"
 
 
 def test_plotly_knows_every_attribute():
@@ -184,6 +185,6 @@ def test_any_profile_is_reported_whole(results, model, warnings):
     rows = number_rows(page) if profile.points else []
     medians = [e["latency_s"]["median"] for e in profile.points if wording.measured(e)]
     shown = [row["Median (P50)"] for row in rows if "n" in row]
-    assert shown == [wording.duration(median) for median in medians]
+    assert shown == [units.duration(median) for median in medians]
     assert len(rows) == len(profile.points)
-    assert len(page.table("Situation")) == 4
+    assert len(page.table("Scenario")) == 4

@@ -8,13 +8,24 @@ import pytest
 from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, number_rows, read
 
 from echelon.errors import StorageError
+from echelon.messages import units
 from echelon.profile import TunedSettings
 from echelon.reports import tuning_report, wording
 from echelon.scheduling.packing import NO_BUDGET
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
 LOADING = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href"}
-SECTIONS = ["advice", "best", "rules", "plots", "precision", "warnings", "numbers", "facts", "use"]
+SECTIONS = [
+    "advice",
+    "best",
+    "rules",
+    "plots",
+    "precision",
+    "warnings",
+    "numbers",
+    "details",
+    "use",
+]
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -136,11 +147,11 @@ def test_every_measured_median_is_in_the_table():
     assert len(rows) == len(profile.points)
     for point, row in zip(profile.points, rows, strict=True):
         assert row["Pairs"] == str(point["pairs"])
-        assert row["Step"] == wording.step_of(point).removesuffix(" a step")
+        assert row["Step"] == wording.step_of(point).removesuffix(" per step")
         if wording.measured(point):
-            assert row["Median (P50)"] == wording.duration(point["latency_s"]["median"])
+            assert row["Median (P50)"] == units.duration(point["latency_s"]["median"])
             assert row["n"] == str(point["samples"])
-            assert row["Pairs/s"] == wording.number(point["pairs_per_s"])
+            assert row["Pairs/s"] == units.number(point["pairs_per_s"])
 
 
 def test_sizes_without_a_number_say_why():
@@ -148,44 +159,44 @@ def test_sizes_without_a_number_say_why():
     for words_, reason in (
         ("out of memory", "std::bad_alloc here"),
         ("skipped", "steps of 16 already ran out of memory"),
-        ("not reached", "the time limit came first"),
+        ("not measured in time", "the time limit came first"),
     ):
         assert any(row[2:] == [reason, words_] for row in rows)
 
 
 def test_summary_keeps_the_row_of_pairs_never_measured():
     results = [*RESULTS, entry(90, status="not_reached", batch_size=4)]
-    rows = {row["Pairs"]: row for row in read(make_profile(results)).table("Best batch")}
-    assert rows["10"]["Best batch"] == "8"
-    assert rows["90"]["Best batch"] == "not measured"
+    rows = {row["Pairs"]: row for row in read(make_profile(results)).table("Best batch size")}
+    assert rows["10"]["Best batch size"] == "8"
+    assert rows["90"]["Best batch size"] == "not measured"
 
 
 def test_advice_is_for_four_situations_in_words_to_type():
     page = read(make_profile())
-    rows = page.table("Situation")
+    rows = page.table("Scenario")
     assert len(rows) == 4
     api = rows[0]
     assert (
         'Reranker("some/model", profile="echelon-profile.json", batch_size=8)'
-        in api["Setting, and what to type"]
+        in api["Setting and command"]
     )
     assert (
         "--model some/model --profile echelon-profile.json --token-budget 1024"
-        in rows[3]["Setting, and what to type"]
+        in rows[3]["Setting and command"]
     )
-    assert api["Peak memory"] == wording.size(2**29)
+    assert api["Peak memory"] == units.size(2**29)
 
 
 def test_a_situation_without_points_names_the_remedy():
-    rows = read(make_profile(RESULTS[:4])).table("Situation")
+    rows = read(make_profile(RESULTS[:4])).table("Scenario")
     assert "Give --token-budgets" in " ".join(rows[3].values())
 
 
 def test_verdict_compares_with_the_slowest_size():
     page = read(make_profile())
     # 50 pairs in 0.31 s against 0.71 s.
-    assert "Use 1,024 tokens a step in bf16" in page.text
-    assert "2.3 times the slowest size measured (batch 1)" in page.text
+    assert "Use 1,024 tokens per step in bf16" in page.text
+    assert "2.3 times as fast as with the slowest size measured (batch size 1)" in page.text
     assert "(n=1)" in page.text
 
 
@@ -193,7 +204,7 @@ def test_precisions_show_what_failed():
     rows = {row["Precision"].split()[0]: row for row in read(make_profile()).table("Kendall τ")}
     assert rows["bf16"]["Passed"] == "✓ yes"
     assert rows["fp16"]["Passed"] == "✗ no"
-    assert rows["fp16"]["nDCG@10 loss"] == wording.UNKNOWN
+    assert rows["fp16"]["nDCG@10 loss"] == units.UNKNOWN
     assert rows["bf16"]["nDCG@10 loss"] == "−0.0013"
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_pages import entry, make_profile
 
+from echelon.messages import units
 from echelon.options import Options
 from echelon.reports import tuning_report, wording
 
@@ -70,7 +71,7 @@ def test_examples_mean_what_they_show(model):
     ],
 )
 def test_numbers_have_three_digits(value, shown):
-    assert wording.number(value) == shown
+    assert units.number(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -78,15 +79,15 @@ def test_numbers_have_three_digits(value, shown):
     [(0.0799, "79.9 ms"), (0.9994, "999 ms"), (0.9996, "1.00 s"), (19.84, "19.8 s")],
 )
 def test_durations_change_unit_at_a_second(value, shown):
-    assert wording.duration(value).replace(wording.SPACE, " ") == shown
+    assert units.duration(value).replace(units.SPACE, " ") == shown
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(1, wording.UNKNOWN), (2, "≈ 1.00 s"), (19, "≈ 1.00 s"), (20, "1.00 s")]
+    ("count", "shown"), [(1, units.UNKNOWN), (2, "≈ 1.00 s"), (19, "≈ 1.00 s"), (20, "1.00 s")]
 )
 def test_percentiles_of_few_runs_are_marked(count, shown):
     found = entry(10, [1.0] * count, batch_size=1).as_dict()
-    assert wording.percentile(found, "p95").replace(wording.SPACE, " ") == shown
+    assert wording.percentile(found, "p95").replace(units.SPACE, " ") == shown
 
 
 @given(st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=60))
@@ -96,7 +97,7 @@ def test_spread_never_claims_more_than_the_interval(seconds):
     if latency["low"] is None:
         assert shown == f"n={len(seconds)}"
         return
-    share = float(shown.strip("±%" + wording.SPACE)) / 100
+    share = float(shown.strip("±%" + units.SPACE)) / 100
     slack = 1e-9 * latency["high"]
     assert latency["median"] * (1 + share) >= latency["high"] - slack
     assert latency["median"] * (1 - share) <= latency["low"] + slack

@@ -6,11 +6,11 @@ import pytest
 from report_pages import PRECISIONS, PREDICTED, entry, make_profile, scenario_entry
 
 from echelon.reports.profile_view import knee
-from echelon.reports.rules_of_thumb import rules
+from echelon.reports.rules_of_thumb import rules_of_thumb
 
 
 def found(*results, **changes):
-    return {rule.name: rule for rule in rules(make_profile(results, **changes))}
+    return {rule.name: rule for rule in rules_of_thumb(make_profile(results, **changes))}
 
 
 def sweep(pairs, times):
@@ -29,16 +29,16 @@ def sweep(pairs, times):
 def test_a_size_of_the_rule_is_held_against_the_best(times, state, said):
     rule = found(*sweep(10, times))["api"]
     assert rule.state == state
-    assert said in rule.verdict
+    assert said in rule.result
 
 
 def test_offline_is_held_against_the_best_token_budget_too():
     batches = sweep(100, {8: 1.0, 16: 0.9, 32: 1.1})
-    assert found(*batches)["offline"].verdict.replace("\u00a0", " ") == "costs up to 22 % here"
+    assert found(*batches)["offline"].result.replace("\u00a0", " ") == "up to 22 % slower here"
     budget = entry(100, [0.5] * 9, token_budget=1024)
     rule = found(*batches, budget)["offline"]
-    assert "the best is 1,024 tokens a step" in rule.found
-    assert "120" in rule.verdict
+    assert "1,024 tokens per step is best" in rule.found
+    assert "120" in rule.result
     assert found(*sweep(10, {16: 1.0}))["offline"].state == "unknown"
 
 
@@ -46,28 +46,28 @@ def test_the_edge_rule_tells_the_memory_of_its_sizes():
     small = [entry(10, [0.2] * 9, batch_size=1, memory=2**28), *sweep(10, {4: 0.2})]
     rule = found(*small)["edge"]
     assert rule.state == "holds"
-    assert "batch 1 0.250" in rule.found
-    assert "batch 4 0.500" in rule.found
+    assert "0.250 GiB with batch size 1" in rule.found.replace("\u00a0", " ")
+    assert "0.500 GiB with batch size 4" in rule.found.replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(
     ("times", "state", "said"),
     [
         ({1: 2.0, 8: 1.0, 32: 0.5}, "holds", "up to the largest"),
-        ({1: 2.0, 8: 1.0, 32: 0.99}, "costs", "only up to batch 8"),
-        ({1: 2.0, 8: 1.0, 32: 1.5}, "costs", "the largest costs 50"),
+        ({1: 2.0, 8: 1.0, 32: 0.99}, "costs", "only up to batch size 8"),
+        ({1: 2.0, 8: 1.0, 32: 1.5}, "costs", "the largest size is 50"),
         ({8: 1.0}, "unknown", "not measured"),
     ],
 )
 def test_whether_larger_is_faster(times, state, said):
     rule = found(*sweep(50, times))["larger"]
     assert rule.state == state
-    assert said in rule.verdict
+    assert said in rule.result
 
 
 def test_half_precision_is_judged_by_its_ranking():
     points = sweep(10, {4: 1.0})
-    assert found(*points)["half"].verdict == "not for fp16 here"
+    assert found(*points)["half"].result == "does not hold for fp16 here"
     assert found(*points, precisions=PRECISIONS[:2])["half"].state == "holds"
     assert "τ 0.9962" in found(*points, precisions=PRECISIONS[:2])["half"].found
     assert found(*points, precisions=PRECISIONS[:1])["half"].state == "unknown"
@@ -89,8 +89,8 @@ def test_load_is_told_only_where_there_was_one():
 
 
 def test_an_empty_profile_has_every_rule_unknown():
-    assert {rule.state for rule in rules(make_profile((), precisions=[]))} == {"unknown"}
-    assert len(rules(make_profile(()))) == 7
+    assert {rule.state for rule in rules_of_thumb(make_profile((), precisions=[]))} == {"unknown"}
+    assert len(rules_of_thumb(make_profile(()))) == 7
 
 
 def test_the_knee_is_the_smallest_that_keeps_most_of_the_speed():

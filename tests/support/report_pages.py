@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
+from echelon.messages import Message
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports import tuning_report
 from echelon.scheduling.packing import NO_BUDGET
@@ -86,7 +87,11 @@ def make_profile(results=RESULTS, **changes):
             "python": "3.11.7",
             "gpus": [{"name": "A Card", "memory_bytes": 2**34, "capability": "9.0"}],
         },
-        data={"name": "built-in (en)", "pairs": 144, "tokens": {"mean": 118.2, "max": 420}},
+        data={
+            "name": Message("data.built_in", {"language": "en"}),
+            "pairs": 144,
+            "tokens": {"mean": 118.2, "max": 420},
+        },
         precisions=PRECISIONS,
         points=[measured.as_dict() for measured in results],
         best=[measured.as_dict() for measured in best],

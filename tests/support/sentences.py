@@ -50,17 +50,26 @@ def used():
 
 
 def _note(found, function, arguments):
-    message = getattr(arguments[0], "value", None)
-    if not isinstance(message, str):
-        return
-    if function == "Message":
-        values = arguments[1] if len(arguments) > 1 else ast.Dict([], [])
-        found.stored[message] = {key.value for key in values.keys}
-    elif function in {"tr", "N_"}:
-        if is_id(message):
-            found.stored.setdefault(message, None)
-        else:
-            found.pages.add(message)
+    first = arguments[0]
+    choices = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
+    for message in (getattr(choice, "value", None) for choice in choices):
+        if not isinstance(message, str):
+            continue
+        if function == "Message":
+            found.stored[message] = _names(arguments[1:])
+        elif function in {"tr", "N_"}:
+            if is_id(message):
+                found.stored.setdefault(message, None)
+            else:
+                found.pages.add(message)
+
+
+def _names(values):
+    """Names of a message's values; None where the code does not write them out."""
+    if not values:
+        return set()
+    keys = getattr(values[0], "keys", [None])
+    return {key.value for key in keys} if all(isinstance(k, ast.Constant) for k in keys) else None
 
 
 def texts(language):

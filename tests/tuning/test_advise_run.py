@@ -15,10 +15,10 @@ from echelon.profile import Profile
 from echelon.reports.summary import print_scenario
 from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, simulated_load
-from echelon.tuning.advisor import advise
+from echelon.tuning.advisor import recommend
 from echelon.tuning.goal import ScenarioGoal
-from echelon.tuning.tuner import Plan
-from echelon.tuning.validation import prove
+from echelon.tuning.tuner import TuningPlan
+from echelon.tuning.validation import validate
 from echelon.tuning.validation_targets import RerankTask, run
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
@@ -49,13 +49,13 @@ def known(model):
     return known_as(model, precisions=[])
 
 
-def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
+def test_the_real_server_validates_what_the_command_chose(bert, tmp_path, call):
     paths = ("--profile", tmp_path / "p.json", "--report", tmp_path / "r.html")
     asked = ("--scenario", "api", "--slo-p99-ms", 1000 * SLOW_S, "--rate", 20, "--documents", "1-3")
     more = ("--precision", "fp32", "--device", "cpu", "--threads", 1, "--verify-s", 1)
     code, out, err = call("tune", bert, *QUICK, *paths, *asked, *more)
     assert code == 0, err
-    for words in ("Realtime API: 20.0 requests/s", "Predicted", "Measured", "P99", "Proved"):
+    for words in ("Realtime API: 20.0 requests/s", "Predicted", "Measured", "P99", "Validated"):
         assert words in out
     found = Profile.load(tmp_path / "p.json")
     entry = found.scenario
@@ -78,9 +78,9 @@ def test_the_real_server_proves_what_the_command_chose(bert, tmp_path, call):
 
 
 @pytest.mark.parametrize("name", ["edge", "offline"])
-def test_the_real_reranker_proves_the_others(name, model, known, capsys):
-    ask = ScenarioGoal(name, documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
-    found = advise(model, known, ask, Plan()).profile
+def test_the_real_reranker_validates_edge_and_offline(name, model, known, capsys):
+    goal = ScenarioGoal(name, documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
+    found = recommend(model, known, goal, TuningPlan()).profile
     entry = found.scenario
     assert entry["held"] is True
     assert entry["measured"]["documents_per_s"] > 0
@@ -92,18 +92,18 @@ def test_the_real_reranker_proves_the_others(name, model, known, capsys):
     assert Profile.from_dict(json.loads(json.dumps(found.as_dict())), "p") == found
 
 
-def test_without_a_proof_it_says_so(model, known):
-    advice = advise(model, known, api_goal(verify_s=0.0), Plan())
+def test_a_recommendation_without_validation_says_so(model, known):
+    advice = recommend(model, known, api_goal(verify_s=0.0), TuningPlan())
     entry = advice.profile.scenario
     assert advice.missed is None
     assert (entry["measured"], entry["held"], entry["agrees"]) == (None, None, None)
     assert entry["predicted"]["requests"] > 50
-    assert "Nothing was proved" in entry["notes"][0]
+    assert "Nothing was validated" in entry["notes"][0]
 
 
-def test_a_proof_that_agrees_ends_it(model, known, monkeypatch):
+def test_one_validation_is_enough_where_it_agrees(model, known, monkeypatch):
     seen = pretend_validations(monkeypatch, 1.1)
-    found = advise(model, known, api_goal(), Plan()).profile
+    found = recommend(model, known, api_goal(), TuningPlan()).profile
     ((chosen, proved),) = seen
     assert proved == found.settings
     assert proved.token_budget == chosen.token_budget
@@ -112,51 +112,51 @@ def test_a_proof_that_agrees_ends_it(model, known, monkeypatch):
     assert found.key == known.key
 
 
-def test_a_proof_that_disagrees_corrects_the_model_and_proves_once_more(model, known, monkeypatch):
+def test_a_deviation_corrects_the_models_and_validates_again(model, known, monkeypatch):
     seen = pretend_validations(monkeypatch, 2.0, 1.0)
-    entry = advise(model, known, api_goal(), Plan()).profile.scenario
+    entry = recommend(model, known, api_goal(), TuningPlan()).profile.scenario
     first, second = (chosen.cost.predict((60,) * 5) for chosen, _ in seen)
     assert second == pytest.approx(2 * first)
     assert [one["agrees"] for one in entry["rounds"]] == [False, True]
     assert entry["agrees"]
-    assert "Proof 1 disagrees with its prediction: P50" in entry["notes"][0]
+    assert "Validation 1 differs from its prediction: P50" in entry["notes"][0]
     assert any("chosen and proved again" in note for note in entry["notes"])
 
 
-def test_it_corrects_only_once(model, known, monkeypatch):
+def test_the_models_are_corrected_only_once(model, known, monkeypatch):
     seen = pretend_validations(monkeypatch, 2.0, 2.0, 2.0)
-    entry = advise(model, known, api_goal(), Plan()).profile.scenario
+    entry = recommend(model, known, api_goal(), TuningPlan()).profile.scenario
     assert len(seen) == 2
     assert not entry["agrees"]
     assert [note for note in entry["notes"] if "Proof" not in note][1].startswith("Trust the meas")
 
 
-def test_a_goal_missed_in_reality_is_an_error_with_the_profile(model, known, monkeypatch):
+def test_a_goal_missed_in_validation_is_an_error_with_the_profile(model, known, monkeypatch):
     pretend_validations(monkeypatch, 1.0, 1.0, held=False)
-    advice = advise(model, known, api_goal(), Plan())
+    advice = recommend(model, known, api_goal(), TuningPlan())
     assert isinstance(advice.missed, GoalMissed)
-    assert "500 ms are asked for" in str(advice.missed).replace("\u00a0", " ")
+    assert "the goal is 500 ms" in str(advice.missed).replace("\u00a0", " ")
     assert advice.profile.scenario["held"] is False
     assert len(advice.profile.scenario["rounds"]) == 2
 
 
 def test_a_correction_that_leaves_nothing_keeps_the_first_choice(model, known, monkeypatch):
     pretend_validations(monkeypatch, 10.0)
-    entry = advise(model, known, api_goal(goal_s=0.06), Plan()).profile.scenario
+    entry = recommend(model, known, api_goal(goal_s=0.06), TuningPlan()).profile.scenario
     assert len(entry["rounds"]) == 1
     assert "nothing else can be chosen" in entry["notes"][-1]
 
 
-def test_what_cannot_be_is_said_with_what_can(model, known):
+def test_an_impossible_rate_is_refused_with_the_possible_one(model, known):
     with pytest.raises(InvalidInput, match="Possible are") as caught:
-        advise(model, known, api_goal(rate=5000.0), Plan())
+        recommend(model, known, api_goal(rate=5000.0), TuningPlan())
     assert caught.value.field == "--rate"
 
 
-def test_an_earlier_recommendation_binds_nobody(model, known, monkeypatch):
+def test_an_earlier_recommendation_does_not_limit_a_new_one(model, known, monkeypatch):
     pretend_validations(monkeypatch, 1.0)
     cut = replace(known, settings=replace(known.settings, max_length=40), scenario={"schema": 1})
-    found = advise(model, cut, api_goal(), Plan()).profile
+    found = recommend(model, cut, api_goal(), TuningPlan()).profile
     assert found.settings.max_length is None
     assert found.scenario["asked"]["max_length"] is None
 
@@ -173,9 +173,9 @@ def test_a_precision_is_measured_before_it_is_taken(model, known, monkeypatch):
         return replace(real(probed, opener), cost=None, memory=None)
 
     monkeypatch.setattr(advisor, "models_of", noisy)
-    ask = api_goal(verify_s=0.0, allow=("precision",))
-    plan = Plan(token_budgets=(256,), time_limit_s=0.2)
-    found = advise(model, replace(known, precisions=rows), ask, plan).profile
+    goal = api_goal(verify_s=0.0, allow=("precision",))
+    plan = TuningPlan(token_budgets=(256,), time_limit_s=0.2)
+    found = recommend(model, replace(known, precisions=rows), goal, plan).profile
     assert asked == ["bf16"]
     assert found.settings.precision == found.key.precision == "bf16"
     assert any("too noisy" in note for note in found.scenario["notes"])
@@ -210,8 +210,8 @@ def test_an_impossible_goal_still_leaves_the_profile(bert, tmp_path, call):
     assert (tmp_path / "r.html").exists()
 
 
-def test_the_proof_is_the_real_one():
-    assert advisor.prove is prove
+def test_the_validation_is_the_real_one():
+    assert advisor.validate is validate
 
 
 def test_a_reranker_says_what_went_wrong(tmp_path):
@@ -221,11 +221,11 @@ def test_a_reranker_says_what_went_wrong(tmp_path):
 
 
 @pytest.mark.parametrize(("within_s", "count"), [(None, 3), (1e-9, 1)])
-def test_callers_are_served_while_there_is_time(bert, within_s, count):
+def test_calls_are_made_while_there_is_time(bert, within_s, count):
     texts = [("a kettle", ["an old stove", "a ferry"])] * 3
-    told = []
+    reports = []
     task = RerankTask(bert, {"device": "cpu"}, texts[:1], texts, at_once=False, within_s=within_s)
-    ran = run(task, told.append)
-    assert len(ran.waits) == len(told) == count
+    ran = run(task, lambda *report: reports.append(report))
+    assert len(ran.waits) == len(reports) - 1 == count
     assert ran.whole_s == sum(ran.waits) > 0
-    assert told[-1] == 1.0
+    assert reports[-1] == ("reranking", 1.0, 1.0)

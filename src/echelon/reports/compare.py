@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages import N_
-from echelon.reports.ratio import KnownValue, Ratio, notes, verdict
+from echelon.reports.ratio import KnownValue, Ratio, headline, notes
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import STORED_PADDING
 from echelon.scheduling.packing import NO_BUDGET
@@ -57,7 +57,7 @@ def compare(a: ProfileView, b: ProfileView) -> Row:
         "cost": _cost(a, b),
         "memory": _memory(a, b),
     }
-    return found | {"verdict": verdict(found), "notes": notes(found)}
+    return found | {"verdict": headline(found), "notes": notes(found)}
 
 
 # What is compared with what.
@@ -89,7 +89,7 @@ def _texts(side: ProfileView) -> tuple[Any, Any, Any]:
 def _obstacles(a: ProfileView, b: ProfileView) -> list[str]:
     found = [] if _same_model(a, b) else [N_("the models differ")]
     if not _same_texts(a, b):
-        found.append(N_("the texts that were scored differ"))
+        found.append(N_("the scored texts differ"))
     return found
 
 

@@ -57,8 +57,8 @@ def _overlay(a: ProfileView, b: ProfileView, unit: str) -> Chart | None:
         name=f"overlay-{unit}",
         title=title_of(THROUGHPUT, unit),
         note=tr(
-            "A in blue and solid, B in orange and dashed; another sign is another number of "
-            "pairs. Sizes without a number are in the table of all points."
+            "A is blue and solid, B is orange and dashed; each number of pairs has its own "
+            "symbol. Sizes that were not measured are listed under All points."
         ),
         figure={
             "data": traces,
@@ -124,7 +124,7 @@ def render(a: ProfileView, b: ProfileView, found: PageRow, *, lang: str = "en") 
 def _content(a: ProfileView, b: ProfileView, found: PageRow) -> PageRow:
     drawn = overlays(a, b)
     return {
-        "verdict": ratio.verdict(found),
+        "headline": ratio.headline(found),
         "sides": [_side(name, found[name]) for name in "ab"],
         "notes": ratio.notes(found),
         "first": [

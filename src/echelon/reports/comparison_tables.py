@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from echelon.messages import N_, listed, tr, translated
+from echelon.messages import N_, listed, tr, translated, units
 from echelon.reports import wording
 from echelon.reports.ratio import factor
 from echelon.reports.statistics import TIE
@@ -26,7 +26,7 @@ NAMES = {
     "model": N_("Model"),
     "revision": N_("Revision"),
     "device": N_("Device"),
-    "device_name": N_("Device's name"),
+    "device_name": N_("Device name"),
     "precision": N_("Precision"),
     "machine.cpu": N_("Processor"),
     "machine.usable_cpus": N_("Usable cores"),
@@ -34,28 +34,28 @@ NAMES = {
     "machine.system": N_("System"),
     "machine.python": "Python",
     "data.name": N_("Texts"),
-    "data.pairs": N_("Pairs in them"),
-    "data.tokens.mean": N_("Tokens a pair, mean"),
-    "data.tokens.max": N_("Tokens a pair, longest"),
+    "data.pairs": N_("Number of pairs in the texts"),
+    "data.tokens.mean": N_("Tokens per pair, mean"),
+    "data.tokens.max": N_("Tokens per pair, maximum"),
     "token_budget": N_("Token budget"),
     "batch_size": N_("Batch size"),
     "threads": N_("Threads"),
-    "max_length": N_("Longest pair"),
-    "learned_token_budget": N_("Budget that memory taught"),
+    "max_length": N_("Maximum length of a pair"),
+    "learned_token_budget": N_("Token budget learned after running out of memory"),
 }
 """Keys and settings for people; a library's version keeps its own name."""
 
 PRICES = {
-    "base_s": N_("An empty step"),
-    "token_s": N_("A token"),
-    "square_s": N_("A squared token"),
-    "beyond_s": N_("A token beyond the knee"),
+    "base_s": N_("Each step"),
+    "token_s": N_("Each token"),
+    "square_s": N_("Each squared token"),
+    "beyond_s": N_("Each token beyond the knee"),
 }
 
 SIZES = {
-    "fixed_bytes": N_("Without any step"),
-    "token_bytes": N_("A token"),
-    "square_bytes": N_("A squared token"),
+    "fixed_bytes": N_("Fixed"),
+    "token_bytes": N_("Each token"),
+    "square_bytes": N_("Each squared token"),
 }
 
 
@@ -82,7 +82,7 @@ class Grid:
 
 def keys(found: Row) -> Grid:
     """What was measured."""
-    return _values("keys", tr("What was compared"), found["keys"])
+    return _values("keys", tr("Compared profiles"), found["keys"])
 
 
 def settings(found: Row) -> Grid:
@@ -92,21 +92,21 @@ def settings(found: Row) -> Grid:
 
 def best(found: Row) -> Grid:
     """The best batch for each number of pairs, and the chosen setting."""
-    rows = [_best(row, tr("best batch")) for row in found["best"]]
+    rows = [_best(row, tr("best batch size")) for row in found["best"]]
     rows += [_best(row, tr("chosen")) for row in found["chosen"]]
     return Grid(
         "best",
-        tr("Best batch, and the chosen setting"),
+        tr("Best batch size and chosen setting"),
         (tr("Pairs"), tr("Step"), tr("Throughput B/A"), tr("Latency B/A"), "A", "B"),
         rows,
-        note=tr(SPREAD, tie=wording.percent(TIE)),
+        note=tr(SPREAD, tie=units.percent(TIE)),
     )
 
 
 SPREAD = N_(
-    "± is the farther end of the median's interval, n=… the number of runs where they are too few "
-    "for one. A ratio is B over A, with its interval where both have one; within "
-    "{tie} is a tie."
+    "±: the larger half of the median's confidence interval; n=…: the number of runs, if they "
+    "are too few for an interval. Ratios are B divided by A, with an interval if both have one; "
+    "ratios within {tie} of 1 are a tie."
 )
 
 
@@ -117,24 +117,24 @@ def precisions(found: Row) -> Grid:
         tr("Precisions"),
         (
             tr("Precision"),
-            tr("A tokens/s"),
-            tr("B tokens/s"),
+            tr("Tokens/s of A"),
+            tr("Tokens/s of B"),
             tr("Speed B/A"),
-            tr("A agreement"),
-            tr("B agreement"),
+            tr("Agreement of A"),
+            tr("Agreement of B"),
         ),
         [
             [
                 row["precision"],
-                *(_cell(row[side], lambda p: wording.number(p["tokens_per_s"])) for side in "ab"),
+                *(_cell(row[side], lambda p: units.number(p["tokens_per_s"])) for side in "ab"),
                 factor(row["speed"], timed=False),
                 *(_cell(row[side], _agreement) for side in "ab"),
             ]
             for row in found["precisions"]
         ],
         note=tr(
-            "Agreement with fp32: Kendall τ, overlap of the top 10, and whether it may serve. "
-            "Each speed is one timed pass, so it has no interval."
+            "Agreement with fp32: Kendall τ, overlap of the top 10, and whether the precision "
+            "passed. Each speed was timed once, so it has no interval."
         ),
     )
 
@@ -146,8 +146,8 @@ def cost(found: Row) -> Grid:
     rows += [
         [
             _step(row),
-            _cell(row["a_s"], wording.duration),
-            _cell(row["b_s"], wording.duration),
+            _cell(row["a_s"], units.duration),
+            _cell(row["b_s"], units.duration),
             factor(row["time"], timed=False),
         ]
         for row in models["steps"]
@@ -155,11 +155,11 @@ def cost(found: Row) -> Grid:
     return Grid(
         "cost",
         tr("Cost model"),
-        (tr("Time of"), "A", "B", "B/A"),
+        (tr("Time for"), "A", "B", "B/A"),
         rows,
         note=tr(
-            "Predicted by each side's cost model, for pairs of one length. Error: on shapes that "
-            "the model has not seen."
+            "Predicted by each profile's cost model, for pairs of equal length. The error is "
+            "that on shapes not used for the fit."
         ),
     )
 
@@ -180,11 +180,11 @@ def memory(found: Row) -> Grid:
     return Grid(
         "memory",
         tr("Memory"),
-        (tr("Memory of"), "A", "B", "B/A"),
+        (tr("Memory for"), "A", "B", "B/A"),
         rows,
         note=tr(
-            "Of the process on CPU, of the GPU on CUDA, the model included; by each side's memory "
-            "model."
+            "Predicted by each profile's memory model, including the reranker: memory of the "
+            "process on CPU, of the GPU on CUDA."
         ),
     )
 
@@ -200,8 +200,8 @@ def points(found: Row) -> Grid:
             tr("Throughput B/A"),
             "A",
             "B",
-            tr("A peak memory"),
-            tr("B peak memory"),
+            tr("Peak memory of A"),
+            tr("Peak memory of B"),
         ),
         [
             [
@@ -209,11 +209,11 @@ def points(found: Row) -> Grid:
                 wording.step_of(row["a"] or row["b"]),
                 factor(row["throughput"]),
                 *(_cell(row[side], _number) for side in "ab"),
-                *(_cell(row[side], lambda n: wording.size(n["peak_bytes"])) for side in "ab"),
+                *(_cell(row[side], lambda n: units.size(n["peak_bytes"])) for side in "ab"),
             ]
             for row in found["points"]
         ],
-        note=tr(SPREAD, tie=wording.percent(TIE)),
+        note=tr(SPREAD, tie=units.percent(TIE)),
     )
 
 
@@ -221,7 +221,7 @@ def points(found: Row) -> Grid:
 
 
 def _cell(value: Any, say: Callable[[Any], str]) -> str:
-    return wording.UNKNOWN if value is None else say(value)
+    return units.UNKNOWN if value is None else say(value)
 
 
 def _values(name: str, title: str, rows: list[Row]) -> Grid:
@@ -232,7 +232,7 @@ def _values(name: str, title: str, rows: list[Row]) -> Grid:
         ("", "A", "B"),
         [[_name(row["name"]), *(_value(row["name"], row[side]) for side in "ab")] for row in shown],
         {index for index, row in enumerate(shown) if row["differs"]},
-        tr("≠ marks what differs."),
+        tr("≠ marks rows that differ."),
     )
 
 
@@ -242,9 +242,9 @@ def _name(name: str) -> str:
 
 def _value(name: str, value: Any) -> str:
     if value is None:
-        return wording.UNKNOWN
+        return units.UNKNOWN
     if name == "machine.memory_bytes":
-        return wording.size(value)
+        return units.size(value)
     return f"{value:,}" if isinstance(value, int | float) else translated(value)
 
 
@@ -273,7 +273,7 @@ def _number(number: Row) -> str:
 
 def _agreement(row: Row) -> str:
     passed = tr("passed") if row["passed"] else tr("failed")
-    return listed([f"τ {row['tau']:.4f}", wording.percent(row["overlap"], 1), passed])
+    return listed([f"τ {row['tau']:.4f}", units.percent(row["overlap"], 1), passed])
 
 
 def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -> list[list[str]]:
@@ -282,31 +282,31 @@ def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -
     if not any(sides):
         return []
     rows = [
-        [tr(title), *(_cell(side and side[name], say) for side in sides), wording.UNKNOWN]
+        [tr(title), *(_cell(side and side[name], say) for side in sides), units.UNKNOWN]
         for name, title in names.items()
     ]
     errors = {"error_median": N_("Error, median"), "error_p90": N_("Error, P90")}
     return rows + [
         [
             tr(title),
-            *(_cell(side and side[name], wording.percent) for side in sides),
-            wording.UNKNOWN,
+            *(_cell(side and side[name], units.percent) for side in sides),
+            units.UNKNOWN,
         ]
         for name, title in errors.items()
     ]
 
 
 def _step(row: Row) -> str:
-    return tr("{pairs} of {tokens} tokens", pairs=wording.pairs(row["pairs"]), tokens=row["tokens"])
+    return tr(
+        "{pairs} of {tokens} tokens each", pairs=wording.pairs(row["pairs"]), tokens=row["tokens"]
+    )
 
 
 def _price(seconds: float) -> str:
     if seconds and seconds < MICROSECOND:
-        return f"{wording.number(seconds * 1e9)}{wording.SPACE}ns"
+        return f"{units.number(seconds * 1e9)}{units.SPACE}ns"
     small = seconds and seconds < MILLISECOND
-    return (
-        f"{wording.number(seconds * 1e6)}{wording.SPACE}µs" if small else wording.duration(seconds)
-    )
+    return f"{units.number(seconds * 1e6)}{units.SPACE}µs" if small else units.duration(seconds)
 
 
 MICROSECOND, MILLISECOND = 1e-6, 1e-3
@@ -315,11 +315,11 @@ MICROSECOND, MILLISECOND = 1e-6, 1e-3
 def _bytes(count: float | None) -> str:
     """In the unit that suits: a model's numbers lie far apart."""
     if count is None:
-        return wording.UNKNOWN
+        return units.UNKNOWN
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
-            return f"{wording.number(count / unit)}{wording.SPACE}{name}"
-    return f"{wording.number(count)}{wording.SPACE}B"
+            return f"{units.number(count / unit)}{units.SPACE}{name}"
+    return f"{units.number(count)}{units.SPACE}B"
 
 
 SHOWN = (keys, settings, best, precisions, cost, memory)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.messages import N_, listed, tr, translated
+from echelon.messages import N_, listed, tr, translated, units
 from echelon.reports import wording
 from echelon.reports.plots import COLOURS, LINES, PAPER, WIDE, Chart, log_ticks
 from echelon.scheduling.cost_model import Work
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     Shape = dict[str, Any]
 
 UNSEEN = {
-    False: (N_("fitted"), COLOURS[0], "circle"),
-    True: (N_("unseen"), COLOURS[1], "square"),
+    False: (N_("used for the fit"), COLOURS[0], "circle"),
+    True: (N_("used to check the fit"), COLOURS[1], "square"),
 }
 """Name, colour and sign of the shapes that were fitted, and of those that check the fit."""
 
@@ -45,24 +45,24 @@ def model_charts(profile: Profile) -> list[Chart]:
 
 def _time_chart(fit: CostFit) -> Chart:
     note = tr(
-        "Each point is a step of another shape; on the line, the model is right. Error: {error}. "
-        "Repeats differ by {spread}.",
+        "Each point is one step shape; points on the line are predicted exactly. Error: "
+        "{error}. Repeated measurements differ by {spread}.",
         error=translated(fit.error.words),
-        spread=wording.percent(fit.spread, 1),
+        spread=units.percent(fit.spread, 1),
     )
     pairs = [(shape, shape["seconds"], shape["predicted_s"]) for shape in fit.shapes]
-    traces = [_points(pairs, unseen=unseen, say=wording.duration) for unseen in UNSEEN]
+    traces = [_points(pairs, unseen=unseen, say=units.duration) for unseen in UNSEEN]
     axis = {"type": "log", "dtick": 1, "tickformat": "~s", "ticksuffix": "s"}
     return Chart(
         name="predicted-time",
-        title=tr("Step time, predicted against measured"),
+        title=tr("Step time, predicted and measured"),
         note=note,
         figure=_figure(pairs, [t for t in traces if t["x"]], axis),
     )
 
 
 def _memory_chart(fit: MemoryFit, shapes: Sequence[Shape]) -> Chart:
-    gib = float(wording.GIB)
+    gib = float(units.GIB)
     pairs = [
         (
             shape,
@@ -72,13 +72,13 @@ def _memory_chart(fit: MemoryFit, shapes: Sequence[Shape]) -> Chart:
         for shape in shapes
     ]
     traces = [
-        _points(pairs, unseen=unseen, say=lambda value: wording.size(round(value * gib)))
+        _points(pairs, unseen=unseen, say=lambda value: units.size(round(value * gib)))
         for unseen in UNSEEN
     ]
     return Chart(
         name="predicted-memory",
-        title=tr("Peak memory, predicted against measured"),
-        note=tr("In GiB, the model included. Error: {error}.", error=translated(fit.error.words)),
+        title=tr("Peak memory, predicted and measured"),
+        note=tr("In GiB, including the model. Error: {error}.", error=translated(fit.error.words)),
         figure=_figure(pairs, [t for t in traces if t["x"]], {}),
     )
 
@@ -121,7 +121,7 @@ def _figure(
     line = {
         "type": "scatter",
         "mode": "lines",
-        "name": tr("as measured"),
+        "name": tr("predicted = measured"),
         "meta": "diagonal",
         "x": ends,
         "y": ends,
@@ -153,7 +153,7 @@ def limit_of(profile: Profile) -> tuple[float, str] | None:
     """Bytes that a step may not pass, and whose limit that is; None where it is not known."""
     asked = (profile.scenario or {}).get("asked", {}).get("memory_limit_bytes")
     if asked is not None:
-        return float(asked), tr("limit asked for")
+        return float(asked), tr("requested limit")
     kind, _, index = profile.key.device.partition(":")
     if kind == "cpu":
         found, whose = profile.machine.get("memory_bytes"), tr("memory of the machine")
@@ -183,7 +183,7 @@ def memory_charts(profile: Profile) -> list[Chart]:
     return [
         Chart(
             name="memory-tokens",
-            title=tr("Peak memory against tokens of a step"),
+            title=tr("Peak memory by tokens per step"),
             note=_note(fit, limit, length),
             figure={
                 "data": traces,
@@ -191,7 +191,7 @@ def memory_charts(profile: Profile) -> list[Chart]:
                     **PAPER,
                     "xaxis": {
                         **log_ticks(sizes[0], sizes[-1], lambda tick: f"{tick:,.0f}"),
-                        "title": {"text": tr("Tokens of a step")},
+                        "title": {"text": tr("Tokens per step")},
                         **LINES,
                     },
                     "yaxis": {**_upright(min(heights), max(heights)), **LINES},
@@ -210,7 +210,7 @@ def _line(fit: MemoryFit, least: int, most: int, length: int) -> Trace:
         "name": tr("predicted"),
         "meta": "predicted",
         "x": [work.tokens for work in works],
-        "y": [fit.model.peak_bytes(work) / wording.GIB for work in works],
+        "y": [fit.model.peak_bytes(work) / units.GIB for work in works],
         "hoverinfo": "skip",
         "line": {"color": COLOURS[1], "width": 2},
     }
@@ -223,8 +223,8 @@ def _memory_points(shapes: list[dict[str, Any]]) -> Trace:
         "name": tr("measured"),
         "meta": "measured",
         "x": [shape["tokens"] for shape in shapes],
-        "y": [shape["peak_bytes"] / wording.GIB for shape in shapes],
-        "text": [f"{shape_of(shape)}<br>{wording.size(shape['peak_bytes'])}" for shape in shapes],
+        "y": [shape["peak_bytes"] / units.GIB for shape in shapes],
+        "text": [f"{shape_of(shape)}<br>{units.size(shape['peak_bytes'])}" for shape in shapes],
         "hoverinfo": "text",
         "marker": {"color": COLOURS[0], "symbol": "circle", "size": 8},
     }
@@ -237,7 +237,7 @@ def _limit(limit: tuple[float, str], least: int, most: int) -> Trace:
         "name": limit[1],
         "meta": "limit",
         "x": [least, most],
-        "y": [limit[0] / wording.GIB] * 2,
+        "y": [limit[0] / units.GIB] * 2,
         "hoverinfo": "skip",
         "line": {"color": COLOURS[4], "dash": "dash", "width": 2},
     }
@@ -251,12 +251,14 @@ def _upright(least: float, most: float) -> dict[str, Any]:
 
 
 def _note(fit: MemoryFit, limit: tuple[float, str] | None, length: int) -> str:
-    line = tr("The line is the model, for pairs of {length} tokens.", length=length)
+    line = tr("The line is the model's prediction for pairs of {length} tokens.", length=length)
     if limit is None:
         return line
-    told = tr("Dashed: {whose}, {size}.", whose=limit[1], size=wording.size(round(limit[0])))
+    told = tr("Dashed line: {whose}, {size}.", whose=limit[1], size=units.size(round(limit[0])))
     room = fit.model.tokens_within(limit[0], length)
     if room >= NO_BUDGET:
         return f"{line} {told}"
-    reached = tr("By the model, steps of {tokens} tokens reach it.", tokens=wording.number(room))
+    reached = tr(
+        "The model predicts that steps of {tokens} tokens reach it.", tokens=units.number(room)
+    )
     return f"{line} {told} {reached}"

@@ -13,7 +13,7 @@ from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from echelon.messages import N_, tr
+from echelon.messages import N_, tr, units
 from echelon.reports import wording
 from echelon.reports.profile_view import knees
 from echelon.reports.statistics import CONFIDENCE
@@ -58,8 +58,8 @@ MOST_TICKS = 8
 UNITS = {"batch_size": N_("batch size"), "token_budget": N_("token budget")}
 
 AXES = {
-    "batch_size": N_("Batch size (pairs a step)"),
-    "token_budget": N_("Token budget (tokens a step)"),
+    "batch_size": N_("Batch size (pairs per step)"),
+    "token_budget": N_("Token budget (tokens per step)"),
 }
 
 
@@ -113,7 +113,7 @@ def _throughput_bounds(entry: Entry) -> tuple[float, float] | None:
 
 
 def _gibibytes(entry: Entry) -> float | None:
-    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / wording.GIB
+    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / units.GIB
 
 
 THROUGHPUT = Quantity(
@@ -129,7 +129,7 @@ LATENCY = Quantity(
     N_("Latency"),
     lambda entry: float(entry["latency_s"]["median"]),
     _latency_bounds,
-    N_("Median of a call"),
+    N_("Median time of a call"),
     {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "s"},
 )
 MEMORY = Quantity(
@@ -182,7 +182,7 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
 
 def title_of(quantity: Quantity, unit: str) -> str:
     """A chart's heading."""
-    return tr("{quantity} against {unit}", quantity=tr(quantity.title), unit=tr(UNITS[unit]))
+    return tr("{quantity} by {unit}", quantity=tr(quantity.title), unit=tr(UNITS[unit]))
 
 
 def _is_best(profile: Profile, entry: Entry, unit: str) -> bool:
@@ -194,19 +194,20 @@ def _is_best(profile: Profile, entry: Entry, unit: str) -> bool:
 
 def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
     if quantity is MEMORY:
-        return tr("Highest during a call, the model included.")
+        return tr("Peak during a call, including the model.")
     bars = sum(quantity.bounds(entry) is not None for entry in known)
-    interval = wording.percent(CONFIDENCE)
+    interval = units.percent(CONFIDENCE)
     if bars == 0:
         return tr(
-            "No point has enough runs for an error bar ({interval} interval of the median).",
+            "No point has enough runs for an error bar ({interval} confidence interval of the "
+            "median).",
             interval=interval,
         )
     if bars == len(known):
-        return tr("Error bars: {interval} interval of the median.", interval=interval)
+        return tr("Error bars: {interval} confidence interval of the median.", interval=interval)
     return tr(
-        "Error bars: {interval} interval of the median, where there are enough runs for one "
-        "({bars} of {all} points).",
+        "Error bars: {interval} confidence interval of the median, for points with enough runs "
+        "({bars} of {all}).",
         interval=interval,
         bars=bars,
         all=len(known),

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from echelon.messages import N_, tr, translated
+from echelon.messages import N_, tr, translated, units
 from echelon.reports import wording
 from echelon.reports.statistics import CONFIDENCE, TIE
 
@@ -90,8 +90,8 @@ SentenceRow = dict[str, Any]
 
 JUDGEMENTS = {
     "tie": N_("a tie"),
-    "beyond": N_("beyond the spread"),
-    "within": N_("within the spread"),
+    "beyond": N_("beyond the variation between runs"),
+    "within": N_("within the variation between runs"),
     "unknown": N_("no interval"),
 }
 
@@ -104,7 +104,7 @@ def factor(ratio: SentenceRow | None, *, timed: bool = True) -> str:
         timed: whether the numbers could have had an interval.
     """
     if ratio is None:
-        return wording.UNKNOWN
+        return units.UNKNOWN
     if ratio["judgement"] == "unknown" and not timed:
         return times(ratio)
     meaning = tr(JUDGEMENTS[ratio["judgement"]])
@@ -113,21 +113,21 @@ def factor(ratio: SentenceRow | None, *, timed: bool = True) -> str:
 
 def times(ratio: SentenceRow) -> str:
     """A ratio with its interval where it has one."""
-    shown = f"{wording.number(ratio['value'])}×"
+    shown = f"{units.number(ratio['value'])}×"
     if ratio["low"] is None:
         return shown
-    low, high = wording.number(ratio["low"]), wording.number(ratio["high"])
+    low, high = units.number(ratio["low"]), units.number(ratio["high"])
     return tr("{value}, {low}–{high}", value=shown, low=low, high=high)
 
 
-def verdict(found: SentenceRow) -> str:
+def headline(found: SentenceRow) -> str:
     """Which is faster, by how much, and whether that is more than the spread."""
-    best = tr("each with its best batch")
+    best = tr("each with its best batch size")
     if not found["comparable"]["times"]:
         why = tr(" and ").join(map(tr, found["comparable"]["obstacles"]))
         return tr(
-            "Not to be compared in speed: {why}. Both are shown side by side, without ratios of "
-            "times.",
+            "Speed cannot be compared: {why}. Both profiles are shown side by side, without "
+            "speed ratios.",
             why=why,
         )
     for rows, how in ((found["chosen"], tr("each with its chosen setting")), (found["best"], best)):
@@ -135,14 +135,14 @@ def verdict(found: SentenceRow) -> str:
         if shared:
             return _faster(shared[-1], how)
     return tr(
-        "Not to be compared in speed: no number of pairs was measured with both. Run echelon tune "
+        "Speed cannot be compared: no number of pairs was measured on both. Run echelon tune "
         "with the same --pairs on both."
     )
 
 
 def _faster(row: SentenceRow, how: str) -> str:
     """One sentence on the fastest way of each to rank as many pairs, one on its certainty."""
-    a, b = (wording.duration(row[side]["latency_s"]) for side in "ab")
+    a, b = (units.duration(row[side]["latency_s"]) for side in "ab")
     ratio, what = row["throughput"], wording.pairs(row["pairs"])
     if ratio["judgement"] == "tie":
         return tr(
@@ -151,7 +151,7 @@ def _faster(row: SentenceRow, how: str) -> str:
             a=a,
             b=b,
             how=how,
-            tie=wording.percent(TIE),
+            tie=units.percent(TIE),
         )
     first, quick, last, slow = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
     if ratio["value"] < 1:
@@ -161,7 +161,7 @@ def _faster(row: SentenceRow, how: str) -> str:
         "on {last}, {how}.",
         first=first,
         last=last,
-        times=wording.number(ratio["value"]),
+        times=units.number(ratio["value"]),
         pairs=what,
         quick=quick,
         slow=slow,
@@ -172,18 +172,18 @@ def _faster(row: SentenceRow, how: str) -> str:
 
 def _certainty(ratio: SentenceRow) -> str:
     if ratio["judgement"] == "unknown":
-        return tr("Too few runs to say whether that is more than the spread of the runs.")
-    low, high = wording.number(ratio["low"]), wording.number(ratio["high"])
-    ends = {"confidence": wording.percent(CONFIDENCE), "low": low, "high": high}
+        return tr("There are too few runs to compare this with the variation between runs.")
+    low, high = units.number(ratio["low"]), units.number(ratio["high"])
+    ends = {"confidence": units.percent(CONFIDENCE), "low": low, "high": high}
     if ratio["judgement"] == "beyond":
         return tr(
-            "The difference is beyond the spread of the runs ({confidence} interval {low} to "
-            "{high}).",
+            "The difference is larger than the variation between runs ({confidence} confidence "
+            "interval {low} to {high}).",
             **ends,
         )
     return tr(
-        "The difference is within the spread of the runs ({confidence} interval {low} to {high}): "
-        "it may be none.",
+        "The difference is within the variation between runs ({confidence} confidence interval "
+        "{low} to {high}), so there may be none.",
         **ends,
     )
 
@@ -194,18 +194,18 @@ def notes(found: SentenceRow) -> list[str]:
     said = []
     if found["comparable"]["model"]:
         if keys["model"]["differs"]:
-            said.append(tr("The models have other names and the same files: they are one model."))
+            said.append(tr("The model names differ, but the files are the same: it is one model."))
         elif keys["revision"]["differs"]:
-            said.append(tr("The model has another revision on each side."))
+            said.append(tr("The two profiles have different revisions of the model."))
     if keys["precision"]["differs"]:
         said.append(
             tr(
-                "The chosen precisions differ, so part of a difference in speed is theirs; the "
-                "table of precisions compares like with like."
+                "The chosen precisions differ, which explains part of a difference in speed; "
+                "the table of precisions compares each precision with itself."
             )
         )
     if len(set(found["memory"]["of"])) > 1:
-        said.append(tr("Memory of a process and of a GPU are not compared."))
+        said.append(tr("The memory of a process is not compared with the memory of a GPU."))
     for name in "ab":
         said += _of_side(name.upper(), found[name])
     return said
@@ -217,8 +217,8 @@ def _of_side(name: str, side: Mapping[str, Any]) -> list[str]:
     if learned is not None:
         said.append(
             tr(
-                "{side}: memory ran short after tuning, so its steps now hold at most {tokens} "
-                "tokens; the times are from before.",
+                "{side}: memory ran out after tuning, so a step now has at most {tokens} "
+                "tokens; the times shown were measured before.",
                 side=name,
                 tokens=f"{learned:,}",
             )

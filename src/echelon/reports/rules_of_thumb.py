@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from echelon.messages import listed, tr
+from echelon.messages import listed, tr, units
 from echelon.reports import wording
 from echelon.reports.model_charts import limit_of
 from echelon.reports.profile_view import chosen, fastest, slower
@@ -40,17 +40,17 @@ class Rule:
         rule: the rule.
         found: what was measured.
         state: ``holds``, ``costs`` or ``unknown``.
-        verdict: the same in words.
+        result: the same in words.
     """
 
     name: str
     rule: str
     found: str
     state: State
-    verdict: str
+    result: str
 
 
-def rules(profile: Profile) -> list[Rule]:
+def rules_of_thumb(profile: Profile) -> list[Rule]:
     """Each rule beside this machine."""
     return [_api(profile), _offline(profile), _edge(profile), *_others(profile)]
 
@@ -63,25 +63,25 @@ def _others(profile: Profile) -> list[Rule]:
 
 
 def _api(profile: Profile) -> Rule:
-    rule = tr("Realtime API, 1–10 documents: batch 4–8")
+    rule = tr("Realtime API, 1–10 documents: batch size 4–8")
     return _sizes("api", rule, _few(profile), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8."))
 
 
 def _offline(profile: Profile) -> Rule:
-    rule = tr("Offline, 50–200 documents: batch 16–32")
+    rule = tr("Offline, 50–200 documents: batch size 16–32")
     remedy = tr("Give --pairs 100 --batch-sizes 16,32.")
     return _sizes("offline", rule, _many(profile), (16, 32), remedy)
 
 
 def _edge(profile: Profile) -> Rule:
-    rule = tr("Edge device, 1–5 documents: batch 1–4")
+    rule = tr("Edge device, 1–5 documents: batch size 1–4")
     remedy = tr("Give --pairs 10 --batch-sizes 1,4.")
     found = _sizes("edge", rule, _few(profile), (1, 4), remedy)
     if found.state == "unknown":
         return found
     memory = [_memory(entry) for entry in _within(_few(profile), (1, 4))]
-    told = f"{found.found} {tr('Peak memory: {sizes}.', sizes=listed(memory))}"
-    return Rule(found.name, found.rule, told, found.state, found.verdict)
+    measured_text = f"{found.found} {tr('Peak memory: {sizes}.', sizes=listed(memory))}"
+    return Rule(found.name, found.rule, measured_text, found.state, found.result)
 
 
 def _sizes(
@@ -92,36 +92,36 @@ def _sizes(
     if best is None or not inside:
         return _unknown(name, rule, remedy)
     found = tr(
-        "{pairs}: the best is {step}, {latency}, {rate}.",
+        "{pairs}: {step} is best, {latency}, {rate}.",
         pairs=wording.pairs(best["pairs"]),
         step=wording.step_of(best),
-        latency=wording.duration(best["latency_s"]["median"]),
+        latency=units.duration(best["latency_s"]["median"]),
         rate=wording.rate(best["pairs_per_s"]),
     )
     each = listed(_cost(entry, best) for entry in inside)
-    told = f"{found} {tr('Of the rule: {each}.', each=each)}"
-    return Rule(name, rule, told, *_judged(max(slower(entry, best) for entry in inside)))
+    measured_text = f"{found} {tr('Sizes of the rule: {each}.', each=each)}"
+    return Rule(name, rule, measured_text, *_judged(max(slower(entry, best) for entry in inside)))
 
 
 def _judged(cost: float) -> tuple[State, str]:
     if cost <= TIE:
         return "holds", tr("holds")
-    return "costs", tr("costs up to {share} here", share=wording.percent(cost))
+    return "costs", tr("up to {share} slower here", share=units.percent(cost))
 
 
 def _cost(entry: Entry, best: Entry) -> str:
     cost = slower(entry, best)
     step = wording.step_of(entry)
     if entry is best:
-        return tr("{step} is the best", step=step)
+        return tr("{step} is best", step=step)
     if cost <= 0:
-        return tr("{step} takes no longer", step=step)
-    return tr("{step} takes {share} longer", step=step, share=wording.percent(cost))
+        return tr("{step} is not slower", step=step)
+    return tr("{step} is {share} slower", step=step, share=units.percent(cost))
 
 
 def _memory(entry: Entry) -> str:
-    step, size = wording.step_of(entry), wording.size(entry["peak_bytes"])
-    return tr("{step} {size}", step=step, size=size)
+    step, size = wording.step_of(entry), units.size(entry["peak_bytes"])
+    return tr("{size} with {step}", step=step, size=size)
 
 
 def _unknown(name: str, rule: str, remedy: str) -> Rule:
@@ -162,18 +162,19 @@ def _concurrent(profile: Profile) -> Rule:
     rule = tr("High concurrency: adaptive batching")
     found = profile.scenario
     if found is None or found["scenario"] not in SERVED or found["measured"] is None:
-        remedy = tr("A sweep has no load. Run echelon tune --scenario concurrent.")
+        remedy = tr("A sweep measures without load. Run echelon tune --scenario concurrent.")
         return _unknown("concurrent", rule, remedy)
     measured = found["measured"]
     p99 = measured["p99_s"]
-    told = tr(
-        "Under load the server's adaptive steps answered {rate} requests/s with a P99 of {p99}.",
-        rate=wording.number(measured["requests_per_s"]),
-        p99=wording.UNKNOWN if p99 is None else wording.duration(p99),
+    measured_text = tr(
+        "Under load, the server with adaptive batching answered {rate} requests/s with a P99 of "
+        "{p99}.",
+        rate=units.number(measured["requests_per_s"]),
+        p99=units.UNKNOWN if p99 is None else units.duration(p99),
     )
     if found["held"]:
-        return Rule("concurrent", rule, told, "holds", tr("holds: the goal is met"))
-    return Rule("concurrent", rule, told, "costs", tr("the goal is missed here"))
+        return Rule("concurrent", rule, measured_text, "holds", tr("holds: the goal is met"))
+    return Rule("concurrent", rule, measured_text, "costs", tr("does not hold: the goal is missed"))
 
 
 def _larger(profile: Profile) -> Rule:
@@ -184,8 +185,8 @@ def _larger(profile: Profile) -> Rule:
     if best is None or len(batches) == 1:
         return _unknown("larger", rule, tr("Give --batch-sizes 1,2,4,8,16,32."))
     largest = batches[-1]
-    told = tr(
-        "{pairs}: {rate} with {step}, {best_rate} with {best}, the best.",
+    measured_text = tr(
+        "{pairs}: {rate} with {step}, {best_rate} with the best, {best}.",
         pairs=wording.pairs(most),
         rate=wording.rate(largest["pairs_per_s"]),
         step=wording.step_of(largest),
@@ -193,33 +194,41 @@ def _larger(profile: Profile) -> Rule:
         best=wording.step_of(best),
     )
     if largest is best:
-        told = tr(
-            "{pairs}: the largest measured, {step}, is the best, {rate}.",
+        measured_text = tr(
+            "{pairs}: the largest size measured, {step}, is best, {rate}.",
             pairs=wording.pairs(most),
             step=wording.step_of(best),
             rate=wording.rate(best["pairs_per_s"]),
         )
-        return Rule("larger", rule, told, "holds", tr("holds, up to the largest measured"))
+        return Rule(
+            "larger", rule, measured_text, "holds", tr("holds up to the largest size measured")
+        )
     if slower(largest, best) <= TIE:
-        verdict = tr("only up to {step}; beyond, nothing is gained", step=wording.step_of(best))
-        return Rule("larger", rule, told, "costs", verdict)
-    share = wording.percent(slower(largest, best))
-    verdict = tr("the largest costs {share} here", share=share)
-    return Rule("larger", rule, told, "costs", verdict)
+        result = tr(
+            "holds only up to {step}; larger sizes are not faster", step=wording.step_of(best)
+        )
+        return Rule("larger", rule, measured_text, "costs", result)
+    share = units.percent(slower(largest, best))
+    result = tr("does not hold: the largest size is {share} slower", share=share)
+    return Rule("larger", rule, measured_text, "costs", result)
 
 
 def _half(profile: Profile) -> Rule:
-    rule = tr("bf16 or fp16 loses no accuracy")
+    rule = tr("bf16 or fp16 loses no ranking accuracy")
     rows = [row for row in profile.precisions if row["precision"] in HALF]
     if not rows:
-        return _unknown("half", rule, tr("Give --precision auto: it compares them with fp32."))
+        return _unknown(
+            "half", rule, tr("Give --precision auto: it compares all precisions with fp32.")
+        )
     parts = [tr("{what}: {found}", what=row["precision"], found=agreement(row)) for row in rows]
-    told = " ".join(tr("{sentence}.", sentence=part) for part in parts)
+    measured_text = " ".join(tr("{sentence}.", sentence=part) for part in parts)
     failed = [row["precision"] for row in rows if not row["passed"]]
     if failed:
-        verdict = tr("not for {precisions} here", precisions=listed(failed))
-        return Rule("half", rule, told, "costs", verdict)
-    return Rule("half", rule, told, "holds", tr("holds within the limits of ranking"))
+        result = tr("does not hold for {precisions} here", precisions=listed(failed))
+        return Rule("half", rule, measured_text, "costs", result)
+    return Rule(
+        "half", rule, measured_text, "holds", tr("holds within the limits on rank agreement")
+    )
 
 
 def _watch(profile: Profile) -> Rule:
@@ -230,13 +239,15 @@ def _watch(profile: Profile) -> Rule:
     if p50 and p99:
         parts.append(
             tr(
-                "Under load P99 is {p99}, {times} times the median.",
-                p99=wording.duration(p99),
-                times=wording.number(p99 / p50),
+                "Under load, P99 is {p99}, {times} times the median.",
+                p99=units.duration(p99),
+                times=units.number(p99 / p50),
             )
         )
         return Rule("watch", rule, " ".join(parts), "holds", tr("measured under load"))
-    parts.append(tr("P99 needs load: run echelon tune --scenario api, or echelon stress."))
+    parts.append(
+        tr("P99 is measured under load: run echelon tune --scenario api, or echelon stress.")
+    )
     return Rule("watch", rule, " ".join(parts), "unknown", tr("P99 is not measured"))
 
 
@@ -247,10 +258,10 @@ def _peak(profile: Profile) -> list[str]:
         return []
     return [
         tr(
-            "The chosen step needs {size}, {share} of the {limit} ({whose}).",
-            size=wording.size(point["peak_bytes"]),
-            share=wording.percent(point["peak_bytes"] / limit[0], 1),
-            limit=wording.size(round(limit[0])),
+            "A step of the chosen size needs {size}, {share} of {limit} ({whose}).",
+            size=units.size(point["peak_bytes"]),
+            share=units.percent(point["peak_bytes"] / limit[0], 1),
+            limit=units.size(round(limit[0])),
             whose=limit[1],
         )
     ]

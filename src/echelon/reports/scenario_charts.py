@@ -9,8 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from echelon.engine.precision_check import MIN_TAU
-from echelon.messages import tr
-from echelon.reports import wording
+from echelon.messages import tr, units
 from echelon.reports.plots import COLOURS, LINES, PAPER, Chart, log_ticks, time_tick
 from echelon.reports.summary import agreement
 
@@ -34,7 +33,7 @@ def curve_chart(profile: Profile) -> Chart | None:
     traces = [_line(points, name) for name in PERCENTILES]
     traces.append(_straight(tr("goal"), "goal", ends, [goal_s, goal_s], "dash"))
     height = _height(points, goal_s)
-    traces.append(_straight(tr("rate asked for"), "rate", [curve["rate"]] * 2, height, "dot"))
+    traces.append(_straight(tr("requested rate"), "rate", [curve["rate"]] * 2, height, "dot"))
     if found["measured"] is not None:
         traces.append(_measured(curve["rate"], found["measured"]))
     return Chart(
@@ -43,17 +42,17 @@ def curve_chart(profile: Profile) -> Chart | None:
 
 
 def _note(curve: dict[str, Any], goal_s: float) -> str:
-    goal = wording.duration(goal_s)
+    goal = units.duration(goal_s)
     if curve["most_rate"] is None:
         most = tr("No rate keeps P99 within {goal}.", goal=goal)
     else:
-        rate = wording.number(curve["most_rate"])
+        rate = units.number(curve["most_rate"])
         most = tr(
-            "Up to {rate} requests/s keep P99 within {goal} with nothing refused.",
+            "Up to {rate} requests/s, P99 stays within {goal} and no request is refused.",
             rate=rate,
             goal=goal,
         )
-    return f"{tr('Lines are predicted, diamonds were measured by the proof.')} {most}"
+    return f"{tr('Lines are predictions; diamonds were measured during validation.')} {most}"
 
 
 def _height(points: Sequence[dict[str, Any]], goal_s: float) -> list[float]:
@@ -80,11 +79,11 @@ def _line(points: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 def _hover(point: dict[str, Any], label: str, name: str) -> str:
     return tr(
         "{rate} requests/s:<br>{label} {latency}, {goodput} within the goal,<br>{refused} refused",
-        rate=wording.number(point["rate"]),
+        rate=units.number(point["rate"]),
         label=label,
-        latency=wording.duration(point[name]),
-        goodput=wording.number(point["goodput"]),
-        refused=wording.percent(point["refused"], 1),
+        latency=units.duration(point[name]),
+        goodput=units.number(point["goodput"]),
+        refused=units.percent(point["refused"], 1),
     )
 
 
@@ -114,7 +113,7 @@ def _measured(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
             tr(
                 "measured: {label} {latency}",
                 label=PERCENTILES[name][0],
-                latency=wording.duration(measured[name]),
+                latency=units.duration(measured[name]),
             )
             for name in known
         ],
@@ -171,7 +170,7 @@ def agreement_charts(profile: Profile) -> list[Chart]:
     needed = {
         "type": "scatter",
         "mode": "lines",
-        "name": tr("needed to serve"),
+        "name": tr("required to pass"),
         "meta": "needed",
         "x": names,
         "y": [MIN_TAU] * len(names),
@@ -185,7 +184,7 @@ def agreement_charts(profile: Profile) -> list[Chart]:
             name="agreement",
             title=tr("Rank agreement by precision"),
             note=tr(
-                "1 is the very ranking of fp32. Below the dashed line a precision may not serve."
+                "1 means the same ranking as fp32. A precision below the dashed line is not used."
             ),
             figure={
                 "data": [needed, *traces],

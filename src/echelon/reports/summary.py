@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon.messages import N_, listed, tr, translated
-from echelon.reports.wording import UNKNOWN, duration, number, percent, shell, size, tokens
+from echelon.messages.units import UNKNOWN, duration, number, percent, size
+from echelon.reports.wording import shell, tokens
 
 if TYPE_CHECKING:
     from echelon.profile import Profile
@@ -23,11 +24,11 @@ Entry = dict[str, Any]
 TITLES = {
     "api": N_("Realtime API"),
     "offline": N_("Offline reranking"),
-    "edge": N_("Small edge machine"),
+    "edge": N_("Small edge device"),
     "concurrent": N_("High concurrency"),
 }
 
-NUMBERS = {
+METRICS = {
     "p50_s": N_("metric.p50_s"),
     "p95_s": N_("metric.p95_s"),
     "p99_s": N_("metric.p99_s"),
@@ -40,23 +41,23 @@ NUMBERS = {
 SERVED = frozenset({"api", "concurrent"})
 
 
-def card(profile: Profile) -> Entry | None:
+def scenario_summary(profile: Profile) -> Entry | None:
     """What to show; None where no scenario was asked for.
 
     Returns:
-        ``title``, ``asked``, ``state`` (``held``, ``missed`` or ``unproved``), ``verdict``,
+        ``title``, ``asked``, ``state`` (``held``, ``missed`` or ``unvalidated``), ``headline``,
         ``settings`` and ``accuracy`` (label and value), ``rows`` (number, predicted, measured,
         difference), ``type`` (a command) and ``notes``.
     """
     found = profile.scenario
     if found is None:
         return None
-    state = {True: "held", False: "missed", None: "unproved"}[found["held"]]
+    state = {True: "held", False: "missed", None: "unvalidated"}[found["held"]]
     return {
         "title": tr(TITLES[found["scenario"]]),
         "asked": _asked(found["asked"]),
         "state": state,
-        "verdict": _verdict(found, state),
+        "headline": _headline(found, state),
         "settings": _settings(found["chosen"]),
         "accuracy": _accuracy(found["accuracy"]),
         "rows": _rows(found["predicted"], found["measured"]),
@@ -84,7 +85,7 @@ def value(name: str, amount: float | None) -> str:
     return number(amount) if name.endswith("_per_s") else duration(amount)
 
 
-def change(said: float | None, came: float | None) -> str:
+def deviation(said: float | None, came: float | None) -> str:
     """By how much a measurement is off its prediction."""
     if not said or came is None:
         return UNKNOWN
@@ -104,28 +105,31 @@ def _asked(asked: Entry) -> str:
         parts.append(tr("at most {limit}", limit=size(round(asked["memory_limit_bytes"]))))
     documents = asked["documents"].replace("-", "–")
     parts.append(
-        tr("1 document a request")
+        tr("1 document per request")
         if documents == "1"
-        else tr("{documents} documents a request", documents=documents)
+        else tr("{documents} documents per request", documents=documents)
     )
     if asked["tokens"] is not None:
-        parts.append(tr("{tokens} tokens a pair", tokens=asked["tokens"].replace("-", "–")))
+        parts.append(tr("{tokens} tokens per pair", tokens=asked["tokens"].replace("-", "–")))
     return listed(parts)
 
 
-def _verdict(found: Entry, state: str) -> str:
+def _headline(found: Entry, state: str) -> str:
     seconds = number(found["asked"]["verify_s"])
-    if state == "unproved":
-        return tr("Predicted only; nothing was proved under load.")
+    if state == "unvalidated":
+        return tr("Predicted only; nothing was validated under load.")
     if found["scenario"] in SERVED:
-        how = tr("the real server under this load for {seconds} s", seconds=seconds)
+        how = tr("measured with the real server under this load for {seconds} s", seconds=seconds)
     else:
-        how = tr("the real reranker on such requests for about {seconds} s", seconds=seconds)
+        how = tr(
+            "measured with the real reranker on such requests for about {seconds} s",
+            seconds=seconds,
+        )
     if state == "missed":
-        return tr("Misses the goal in reality: {how}.", how=how)
+        return tr("The measurement misses the goal: {how}.", how=how)
     if found["asked"]["slo_p99_s"] is None and found["asked"]["memory_limit_bytes"] is None:
-        return tr("Measured: {how}.", how=how)
-    return tr("Proved: {how}.", how=how)
+        return tr("No goal was given; {how}.", how=how)
+    return tr("Validated: {how}.", how=how)
 
 
 def _settings(chosen: Entry) -> list[tuple[str, str]]:
@@ -133,11 +137,13 @@ def _settings(chosen: Entry) -> list[tuple[str, str]]:
     rows = [
         (tr("Step"), tokens(chosen["token_budget"])),
         (
-            tr("Pairs a step"),
-            tr("as many as fit") if chosen["batch_size"] is None else chosen["batch_size"],
+            tr("Maximum pairs per step"),
+            tr("limited by the token budget only")
+            if chosen["batch_size"] is None
+            else chosen["batch_size"],
         ),
         (tr("Precision"), chosen["precision"]),
-        (tr("Longest pair"), longest(chosen["max_length"])),
+        (tr("Maximum length of a pair"), longest(chosen["max_length"])),
         (tr("Workers"), str(workers)),
     ]
     if threads is not None:
@@ -168,19 +174,19 @@ def agreement(row: Entry) -> str:
 
 def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
     rows = []
-    for name, label in NUMBERS.items():
+    for name, label in METRICS.items():
         said, came = predicted[name], None if measured is None else measured[name]
         if said is not None or came is not None:
-            rows.append([tr(label), value(name, said), value(name, came), change(said, came)])
+            rows.append([tr(label), value(name, said), value(name, came), deviation(said, came)])
     return rows
 
 
-STYLES = {"held": "green", "missed": "bold red", "unproved": "yellow"}
+STYLES = {"held": "green", "missed": "bold red", "unvalidated": "yellow"}
 
 
 def print_scenario(profile: Profile) -> None:
     """The settings, predicted beside measured, and what to know."""
-    shown = card(profile)
+    shown = scenario_summary(profile)
     if shown is None:
         return
     console = Console()
@@ -194,6 +200,6 @@ def print_scenario(profile: Profile) -> None:
     for row in shown["rows"]:
         table.add_row(*row)
     console.print(table)
-    console.print(Text(shown["verdict"], style=STYLES[shown["state"]]))
+    console.print(Text(shown["headline"], style=STYLES[shown["state"]]))
     for note in shown["notes"]:
         console.print(Text(f"Note: {note}", style="yellow"))

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echelon.messages import units
+from echelon.messages.units import UNKNOWN, duration, number, percent
 from echelon.reports import wording
-from echelon.reports.wording import UNKNOWN, duration, number, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,7 +77,7 @@ def _precision_table(profile: Profile) -> Table:
     for row in profile.precisions:
         table.add_row(
             wording.precision(row),
-            wording.number(row["tokens_per_s"]),
+            units.number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",
             "yes" if row["passed"] else "no",
@@ -90,8 +91,8 @@ def _best_table(profile: Profile) -> Table:
         table.add_row(
             str(entry["pairs"]),
             str(entry["batch_size"]),
-            f"{wording.duration(entry['latency_s']['median'])} {wording.spread(entry)}",
-            wording.number(entry["pairs_per_s"]),
+            f"{units.duration(entry['latency_s']['median'])} {wording.spread(entry)}",
+            units.number(entry["pairs_per_s"]),
         )
     return table
 
@@ -103,8 +104,8 @@ def _situation_table(profile: Profile) -> Table:
             SITUATIONS[entry["name"]],
             entry["documents"],
             wording.step_of(entry),
-            wording.number(entry["pairs_per_s"]),
-            wording.size(entry["peak_bytes"]),
+            units.number(entry["pairs_per_s"]),
+            units.size(entry["peak_bytes"]),
         )
     return table
 
@@ -127,7 +128,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
     if isinstance(value, int) and value > 2**24:
-        return wording.size(value)
+        return units.size(value)
     return "not installed" if value is None else str(value)
 
 

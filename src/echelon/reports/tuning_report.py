@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.engine.precision_check import MAX_NDCG_LOSS, MIN_OVERLAP, MIN_TAU
-from echelon.messages import N_, in_language, listed, tr, translated
+from echelon.messages import N_, in_language, listed, tr, translated, units
 from echelon.profile import write_text
 from echelon.reports import summary, wording
 from echelon.reports.html import fill
 from echelon.reports.model_charts import memory_charts, model_charts
 from echelon.reports.plots import charts
 from echelon.reports.profile_view import chosen, find, slowest
-from echelon.reports.rules_of_thumb import rules
+from echelon.reports.rules_of_thumb import rules_of_thumb
 from echelon.reports.scenario_charts import agreement_charts, curve_chart
 from echelon.reports.statistics import CONFIDENCE, ENOUGH, TIE
 from echelon.reports.summary import longest
@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from echelon.reports.wording import Entry
 
 
-def verdict(profile: Profile) -> str:
+def headline(profile: Profile) -> str:
     """The chosen setting and its speed, in a sentence."""
     point = chosen(profile)
     if point is None and profile.scenario is not None:
         return tr(
-            "The step was chosen by simulation for this use; the sweep below has other sizes."
+            "The step size was chosen by simulation for this scenario; the sweep below measured "
+            "other sizes."
         )
     if point is None:
         return tr(
-            "The chosen setting has no measured point, so nothing can be said about its speed. "
-            "Run echelon tune again with a higher --time-limit."
+            "The chosen setting was not measured, so its speed is not known. Run echelon tune "
+            "again with a higher --time-limit."
         )
     found = {
         "step": wording.step_of(point),
@@ -54,11 +55,11 @@ def verdict(profile: Profile) -> str:
     rival = slowest(profile, point)
     if rival is None:
         return tr(
-            "Use {step} in {precision}. On {device} it ranks {pairs} in {latency}, {rate}.", **found
+            "Use {step} in {precision}. {device} scores {pairs} in {latency} ({rate}).", **found
         )
     return tr(
-        "Use {step} in {precision}. On {device} it ranks {pairs} in {latency}, {rate}: {times} the "
-        "slowest size measured ({slowest}).",
+        "Use {step} in {precision}. {device} scores {pairs} in {latency} ({rate}), {times} as "
+        "fast as with the slowest size measured ({slowest}).",
         **found,
         times=_times(point, rival),
         slowest=wording.step_of(rival),
@@ -74,20 +75,20 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
     point = chosen(profile)
     if point is None:
         return []
-    called = tr("{pairs} a call", pairs=wording.pairs(point["pairs"]))
+    called = tr("{pairs} per call", pairs=wording.pairs(point["pairs"]))
     median = tr("median, {certainty}", certainty=wording.spread(point))
     found = [
         (tr("Throughput"), wording.rate(point["pairs_per_s"]), called),
-        (tr("Latency"), wording.duration(point["latency_s"]["median"]), median),
+        (tr("Latency"), units.duration(point["latency_s"]["median"]), median),
         (tr("Precision"), profile.settings.precision, _precision_note(profile)),
-        (tr("Peak memory"), wording.size(point["peak_bytes"]), memory_of(profile)),
+        (tr("Peak memory"), units.size(point["peak_bytes"]), memory_of(profile)),
     ]
     rival = slowest(profile, point)
     if rival is not None:
         rate = wording.rate(rival["pairs_per_s"])
         rate = tr("{value} ({certainty})", value=rate, certainty=wording.spread(rival))
         note = listed([rate, wording.step_of(rival)])
-        found.insert(2, (tr("Against the slowest"), _times(point, rival), note))
+        found.insert(2, (tr("Speed-up over the slowest"), _times(point, rival), note))
     return found
 
 
@@ -95,46 +96,49 @@ def _precision_note(profile: Profile) -> str:
     precision = profile.settings.precision
     rows = [row for row in profile.precisions if row["precision"] == precision]
     if not rows:
-        return tr("not compared with others")
+        return tr("not compared with other precisions")
     if precision == "fp32":
         return tr("the reference")
-    return tr("τ {tau} against fp32", tau=f"{rows[0]['tau']:.4f}")
+    return tr("τ {tau} compared with fp32", tau=f"{rows[0]['tau']:.4f}")
 
 
 def memory_of(profile: Profile) -> str:
     """Whose memory was measured."""
     if profile.key.device == "cpu":
-        return tr("the process that tuned, with what it kept of other precisions and sizes")
-    return tr("the GPU, model included")
+        return tr(
+            "memory of the tuning process, including what it still held from other precisions "
+            "and sizes"
+        )
+    return tr("GPU memory, including the model")
 
 
 NO_POINT = N_("No point was measured. Raise --time-limit.")
 
-SITUATIONS = {
+SCENARIOS = {
     "api": (
         N_("Realtime API"),
         N_("1–10 documents"),
-        N_("The shortest call of {pairs} pairs; of sizes within {tie}, the smallest."),
+        N_("The shortest time for {pairs} pairs; among sizes within {tie} of it, the smallest."),
         NO_POINT,
     ),
     "offline": (
         N_("Offline reranking"),
         N_("50–200 documents"),
-        N_("The most pairs a second, measured with {pairs}."),
+        N_("The most pairs per second, measured with {pairs} pairs."),
         NO_POINT,
     ),
     "edge": (
-        N_("Small edge machine"),
+        N_("Small edge device"),
         N_("1–5 documents"),
-        N_("The smallest step that keeps {enough} of the speed: it needs the least memory."),
+        N_("The smallest step that reaches {enough} of the best speed: it needs the least memory."),
         NO_POINT,
     ),
     "concurrent": (
         N_("High concurrency"),
         N_("requests of any size"),
         N_(
-            "Requests differ in length: a limit in tokens bounds a step's time, one in pairs "
-            "does not. The smallest that keeps {enough} of the speed."
+            "The smallest token budget that reaches {enough} of the best speed. Requests differ "
+            "in length: a limit in tokens bounds the time of a step, a limit in pairs does not."
         ),
         N_("No token budget was measured. Give --token-budgets."),
     ),
@@ -142,9 +146,9 @@ SITUATIONS = {
 """Per situation: its name, what it ranks, why its setting, and what to do without one."""
 
 
-def situation(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
+def scenario_row(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
     """Advice for one of the four situations; ``why`` names the remedy where there is none."""
-    title, documents, why, remedy = SITUATIONS[name]
+    title, documents, why, remedy = SCENARIOS[name]
     row = {"title": tr(title), "documents": tr(documents)}
     advice = next((s for s in profile.situations if s["name"] == name), None)
     if advice is None:
@@ -154,13 +158,11 @@ def situation(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
         "setting": wording.step_of(advice),
         "python": wording.python(profile.key.model, profile_path, advice),
         "shell": wording.shell(profile.key.model, profile_path, advice),
-        "latency": wording.duration(advice["latency_s"]),
+        "latency": units.duration(advice["latency_s"]),
         "of": listed([wording.pairs(advice["pairs"]), *([wording.spread(point)] if point else [])]),
-        "rate": wording.number(advice["pairs_per_s"]),
-        "memory": wording.size(advice["peak_bytes"]),
-        "why": tr(
-            why, pairs=advice["pairs"], tie=wording.percent(TIE), enough=wording.percent(ENOUGH)
-        ),
+        "rate": units.number(advice["pairs_per_s"]),
+        "memory": units.size(advice["peak_bytes"]),
+        "why": tr(why, pairs=advice["pairs"], tie=units.percent(TIE), enough=units.percent(ENOUGH)),
     }
 
 
@@ -173,8 +175,8 @@ def best_rows(profile: Profile) -> list[list[str]]:
 
 def _best_row(count: int, entry: Entry | None) -> list[str]:
     if entry is None:
-        return [str(count), tr("not measured"), wording.UNKNOWN, wording.UNKNOWN]
-    rate = wording.number(entry["pairs_per_s"])
+        return [str(count), tr("not measured"), units.UNKNOWN, units.UNKNOWN]
+    rate = units.number(entry["pairs_per_s"])
     return [str(count), str(entry["batch_size"]), wording.latency(entry), rate]
 
 
@@ -184,12 +186,12 @@ def precision_rows(profile: Profile) -> list[dict[str, Any]]:
     return [
         {
             "name": wording.precision(row),
-            "rate": wording.number(row["tokens_per_s"]),
+            "rate": units.number(row["tokens_per_s"]),
             "share": f"{100 * row['tokens_per_s'] / fastest:.0f}%",
             "tau": f"{row['tau']:.4f}",
-            "overlap": wording.percent(row["overlap"], 1),
-            "delta": wording.number(row["max_delta"]),
-            "loss": wording.UNKNOWN if row["ndcg_loss"] is None else _signed(row["ndcg_loss"]),
+            "overlap": units.percent(row["overlap"], 1),
+            "delta": units.number(row["max_delta"]),
+            "loss": units.UNKNOWN if row["ndcg_loss"] is None else _signed(row["ndcg_loss"]),
             "queries": row["queries"],
             "passed": row["passed"],
             "chosen": row["precision"] == profile.settings.precision,
@@ -207,7 +209,7 @@ def agreement_needed() -> str:
     return tr(
         "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
         tau=MIN_TAU,
-        overlap=wording.percent(MIN_OVERLAP),
+        overlap=units.percent(MIN_OVERLAP),
         loss=MAX_NDCG_LOSS,
     )
 
@@ -219,8 +221,8 @@ def warnings(profile: Profile) -> list[str]:
     if learned is None:
         return found
     note = tr(
-        "Memory ran short after tuning, so steps now hold at most {tokens} tokens. "
-        "Free memory and run `echelon tune` again to get the measured speed back.",
+        "Memory ran out after tuning, so a step now has at most {tokens} tokens. To get the "
+        "measured speed back, free memory and run `echelon tune` again.",
         tokens=f"{learned:,}",
     )
     return [*found, note]
@@ -230,9 +232,9 @@ def point_row(entry: Entry) -> dict[str, Any]:
     """A measured size, or why there is no number."""
     row = {
         "pairs": entry["pairs"],
-        "step": wording.step_of(entry).removesuffix(" a step"),
+        "step": wording.step_of(entry).removesuffix(" per step"),
         "status": wording.missing(entry["status"]),
-        "reason": translated(entry["reason"]) if entry["reason"] else tr("no number"),
+        "reason": translated(entry["reason"]) if entry["reason"] else tr("not measured"),
     }
     return row | {"numbers": _numbers(entry) if wording.measured(entry) else []}
 
@@ -240,16 +242,16 @@ def point_row(entry: Entry) -> dict[str, Any]:
 def _numbers(entry: Entry) -> list[str]:
     """The columns from the median on."""
     return [
-        wording.duration(entry["latency_s"]["median"]),
+        units.duration(entry["latency_s"]["median"]),
         wording.interval(entry),
         wording.percentile(entry, "p95"),
         wording.percentile(entry, "p99"),
         str(entry["samples"]),
-        wording.number(entry["pairs_per_s"]),
-        wording.number(entry["tokens_per_s"]),
-        wording.percent(entry["padding_share"], 1),
+        units.number(entry["pairs_per_s"]),
+        units.number(entry["tokens_per_s"]),
+        units.percent(entry["padding_share"], 1),
         f"{entry['steps']:,}",
-        wording.size(entry["peak_bytes"]),
+        units.size(entry["peak_bytes"]),
     ]
 
 
@@ -304,12 +306,12 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     figures = [*drawn, *([] if curve is None else [curve])]
     return {
         "model": profile.key.model,
-        "card": summary.card(profile),
-        "card_type": summary.command(profile, profile_path),
-        "verdict": verdict(profile),
+        "summary": summary.scenario_summary(profile),
+        "command": summary.command(profile, profile_path),
+        "headline": headline(profile),
         "tiles": tiles(profile),
-        "situations": [situation(profile, name, profile_path) for name in SITUATIONS],
-        "rules": rules(profile),
+        "scenarios": [scenario_row(profile, name, profile_path) for name in SCENARIOS],
+        "rules": rules_of_thumb(profile),
         "best": best_rows(profile),
         "charts": drawn,
         "curve": curve,
@@ -319,13 +321,13 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "warnings": warnings(profile),
         "gaps": not all(wording.measured(entry) for entry in profile.points),
         "points": [point_row(entry) for entry in profile.points],
-        "facts": _facts(profile),
+        "details": _details(profile),
         "python": _snippet(profile, profile_path),
         "shell": wording.shell(profile.key.model, profile_path),
         "repeat": _repeat(profile),
-        "tie": wording.percent(TIE),
-        "enough": wording.percent(ENOUGH),
-        "confidence": wording.percent(CONFIDENCE),
+        "tie": units.percent(TIE),
+        "enough": units.percent(ENOUGH),
+        "confidence": units.percent(CONFIDENCE),
         "runs_for": wording.RUNS_FOR,
         "memory_of": memory_of(profile),
     }
@@ -334,7 +336,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
 # Facts and commands.
 
 
-def _facts(profile: Profile) -> dict[str, list[tuple[str, str]]]:
+def _details(profile: Profile) -> dict[str, list[tuple[str, str]]]:
     key = profile.key
     return {
         tr("Machine"): wording.machine(profile.machine),
@@ -344,10 +346,10 @@ def _facts(profile: Profile) -> dict[str, list[tuple[str, str]]]:
             (tr("Revision"), key.revision),
             (tr("Device"), listed([key.device, key.device_name])),
             (tr("Precision"), key.precision),
-            (tr("Threads"), str(profile.settings.threads or wording.UNKNOWN)),
-            (tr("Longest pair"), longest(profile.settings.max_length)),
-            (tr("Versions"), listed(f"{name} {v}" for name, v in key.versions.items())),
-            (tr("Made"), wording.when(profile.created)),
+            (tr("Threads"), str(profile.settings.threads or units.UNKNOWN)),
+            (tr("Maximum length of a pair"), longest(profile.settings.max_length)),
+            (tr("Library versions"), listed(f"{name} {v}" for name, v in key.versions.items())),
+            (tr("Created"), wording.when(profile.created)),
         ],
     }
 

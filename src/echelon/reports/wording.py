@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages import N_, listed, tr, translated
+from echelon.messages.units import SPACE, UNKNOWN, duration, number, size
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
@@ -19,23 +20,16 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]
 
-GIB = 2**30
-
 RUNS_FOR = {"p95": 20, "p99": 100}
 """Runs below which a percentile is little else than the slowest run: one run beyond it."""
 
 WHOLE_PERCENT = 10
 """An interval this wide does not deserve a decimal."""
 
-SPACE = "\u00a0"
-"""Between a number and its unit: no line may break there."""
-
-UNKNOWN = "–"
-
 MISSING = {
     "out_of_memory": N_("out of memory"),
     "skipped": N_("skipped"),
-    "not_reached": N_("not reached"),
+    "not_reached": N_("not measured in time"),
 }
 """Words for each status without a number."""
 
@@ -70,34 +64,6 @@ def precision(row: dict[str, Any]) -> str:
     return tr("{precision}, {count} layers in bf16", precision=name, count=kept)
 
 
-def number(value: float) -> str:
-    """Three significant digits, thousands set apart, never an exponent."""
-    if not math.isfinite(value):
-        return tr("not a number")
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.2e}")
-    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{places}f}".replace("-", "−")
-
-
-def percent(share: float, places: int = 0) -> str:
-    """A share of one in percent, set as everywhere in the report."""
-    return f"{100 * share:.{places}f}{SPACE}%"
-
-
-def duration(seconds: float) -> str:
-    """Milliseconds below a second, else seconds."""
-    if float(f"{seconds:.2e}") < 1:
-        return f"{number(seconds * 1000)}{SPACE}ms"
-    return f"{number(seconds)}{SPACE}s"
-
-
-def size(count: int | None) -> str:
-    """Bytes as GiB; a dash where they are not known."""
-    return UNKNOWN if count is None else f"{number(count / GIB)}{SPACE}GiB"
-
-
 def spread(entry: Entry) -> str:
     """How sure the median is: the farther end of its interval, or how few runs there are."""
     latency = entry["latency_s"]
@@ -126,10 +92,10 @@ def percentile(entry: Entry, name: str) -> str:
 
 def step(batch_size: int | None, token_budget: int | None) -> str:
     """How a step is bounded, in words; a budget without end bounds nothing."""
-    parts = [tr("batch {size}", size=f"{batch_size:,}")] if batch_size else []
+    parts = [tr("batch size {size}", size=f"{batch_size:,}")] if batch_size else []
     if token_budget and token_budget != NO_BUDGET:
-        parts.append(tr("{count} tokens a step", count=f"{token_budget:,}"))
-    return listed(parts) or tr("no limit")
+        parts.append(tr("{count} tokens per step", count=f"{token_budget:,}"))
+    return listed(parts) or tr("no limit on steps")
 
 
 def step_of(entry: Entry) -> str:
@@ -179,8 +145,8 @@ def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     system = [found.get("system"), found.get("machine")]
     return [
         (tr("Processor"), str(found.get("cpu") or UNKNOWN)),
-        (tr("Matrix features"), listed(found.get("matrix_features") or ()) or tr("none known")),
-        (tr("Cores"), tr("{usable} usable of {present}", usable=usable, present=present)),
+        (tr("Matrix instructions"), listed(found.get("matrix_features") or ()) or tr("none known")),
+        (tr("Cores"), tr("{usable} of {present} usable", usable=usable, present=present)),
         (tr("Memory"), size(found.get("memory_bytes"))),
         (tr("GPU"), "; ".join(map(_gpu, found.get("gpus") or ())) or tr("none")),
         (tr("System"), ", ".join(part for part in system if part) or UNKNOWN),
@@ -190,7 +156,7 @@ def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _gpu(gpu: Mapping[str, Any]) -> str:
     name, capability = (gpu.get(name, UNKNOWN) for name in ("name", "capability"))
-    compute = tr("compute {capability}", capability=capability)
+    compute = tr("compute capability {capability}", capability=capability)
     return listed([str(name), size(gpu.get("memory_bytes")), compute])
 
 
@@ -201,8 +167,8 @@ def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = [f"{names[name]} {lengths[name]:,.0f}" for name in names if name in lengths]
     return [
         (tr("Texts"), translated(found.get("name") or UNKNOWN)),
-        (tr("Pairs in it"), f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
-        (tr("Tokens a pair"), listed(known) or UNKNOWN),
+        (tr("Number of pairs"), f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
+        (tr("Tokens per pair"), listed(known) or UNKNOWN),
     ]
 
 

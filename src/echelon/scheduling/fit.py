@@ -45,8 +45,7 @@ STORED_PADDING: dict[Padding, str] = {"none": "ragged", "rectangular": "padded"}
 """Names of the padding in profiles and other JSON, which older versions wrote and can read."""
 
 REMEDY = (
-    "Close other programs, or give the process cores of its own, and measure again with "
-    "`echelon tune --refresh`."
+    "Close other programs or give the process its own cores, then run `echelon tune --refresh`."
 )
 
 

@@ -1,46 +1,63 @@
-"""What cannot be had, and what is possible instead. Pure."""
+"""Errors for goals that cannot be reached: the flag, the limit, and what is possible. Pure.
+
+`echelon plan` and `echelon tune --scenario` raise them alike.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-import numpy as np
-
 from echelon.errors import InvalidInput
-from echelon.reports.wording import duration, size
-from echelon.simulation.capacity import CELLS, Capacity, Traffic
-from echelon.simulation.outcome import RUNGS
-from echelon.simulation.workload import FixedSize
+from echelon.messages import Message
+from echelon.messages.units import duration, number, size
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from echelon.scheduling.cost_model import MemoryModel
-    from echelon.simulation.capacity_plan import CapacityGoal
+LATENCY_MARGIN = 1.25
+"""Factor on a simulated P99: it is named as possible, so it has to hold with other requests too."""
 
 
-def too_fast(goal: CapacityGoal, traffic: Traffic, tried: Sequence[Capacity]) -> InvalidInput:
-    """No number of machines answers so fast."""
-    best = min(tried, key=lambda capacity: capacity.ladder(CELLS[-1]).calm.p99_s)
-    calm = best.ladder(CELLS[-1]).calm
-    problem = (
-        f"no number of machines answers within {_ms(goal.level.latency_s)}: at {RUNGS[0]:.0%} load "
-        f"P99 is {_ms(calm.p99_s)} (P50 {_ms(calm.p50_s)}), as one request is scored on one machine"
+def latency_too_short(problem: str, p99_s: float, remedy: str | None = None) -> InvalidInput:
+    """No setting answers within the latency of the service level.
+
+    Args:
+        problem: what was tried and how it missed.
+        p99_s: the shortest P99 that was found.
+        remedy: what is possible besides a longer latency; None names fewer and shorter documents.
+    """
+    least = duration(LATENCY_MARGIN * p99_s)
+    if remedy is None:
+        return InvalidInput(
+            "--slo-p99-ms", problem, Message("scenario.goal_possible", {"least": least})
+        )
+    return InvalidInput("--slo-p99-ms", problem, f"Possible are {least} and more, {remedy}.")
+
+
+def rate_too_high(rate: float, possible: float, latency_s: float | None) -> InvalidInput:
+    """This machine answers fewer requests a second within the latency."""
+    return InvalidInput(
+        "--rate",
+        Message("scenario.rate_too_high", {"rate": number(rate), "within": within(latency_s)}),
+        Message("scenario.rate_possible", {"rate": number(possible)}),
     )
-    pair_s = best.truth.predict([_typical(traffic)]) + goal.overhead_s
-    if pair_s > goal.level.latency_s:
-        problem += f", and a single pair alone takes {_ms(pair_s)}"
-    ways = [f"Possible are {_ms(1.25 * calm.p99_s)} and more"]
-    documents = _documents(goal, best)
-    if documents:
-        ways.append(f"or requests of at most {documents} documents of these lengths")
-    ways.append("or a faster machine, or shorter texts")
-    return InvalidInput("--slo-p99-ms", problem, ", ".join(ways) + ".")
 
 
-def too_long(asked: int, limit: int) -> InvalidInput:
-    """Pairs are longer than the model takes."""
+def within(latency_s: float | None) -> str:
+    """The part of a sentence that names the latency; empty without one."""
+    return Message("scenario.within", {"goal": duration(latency_s)}) if latency_s else ""
+
+
+def memory_too_small(problem: str, needed_bytes: float) -> InvalidInput:
+    """No setting fits into the memory.
+
+    Args:
+        problem: what does not fit.
+        needed_bytes: the memory that the smallest setting needs.
+    """
+    least = size(needed_bytes)
+    return InvalidInput(
+        "--memory-limit", problem, Message("scenario.memory_possible", {"least": least})
+    )
+
+
+def pairs_too_long(asked: int, limit: int) -> InvalidInput:
+    """Pairs are longer, in tokens, than the model takes."""
     return InvalidInput(
         "--tokens",
         f"{asked} are more than the {limit} that a pair may have here",
@@ -49,48 +66,9 @@ def too_long(asked: int, limit: int) -> InvalidInput:
     )
 
 
-def too_little_memory(limit: float, memory: MemoryModel, budget: int) -> InvalidInput:
-    """Not even the smallest step fits."""
-    need = memory.bytes_of(budget)
+def ranking_differs(best: float, asked: float) -> InvalidInput:
+    """No setting's rank agreement with fp32 is high enough."""
+    values = {"best": f"{best:.3f}", "asked": f"{asked:.3f}"}
     return InvalidInput(
-        "--memory-limit",
-        f"{_bytes(limit)} are less than the {_bytes(memory.fixed_bytes)} that a worker holds and "
-        f"the {_bytes(need)} that its smallest steps need",
-        f"Possible are {_bytes(1.05 * need)} and more, a lower precision, or a smaller model.",
+        "--allow", Message("scenario.no_agreement", values), Message("scenario.allow_fp32")
     )
-
-
-def _documents(goal: CapacityGoal, capacity: Capacity) -> int:
-    """Documents of a request, the most that meet the goal on a quiet fleet; 0 where none do."""
-    if goal.trace:
-        return 0
-    low, high = 0, 2
-    while high < 2**14 and _quiet(goal, capacity, high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _quiet(goal, capacity, middle) else (low, middle)
-    return low
-
-
-def _quiet(goal: CapacityGoal, capacity: Capacity, documents: int) -> bool:
-    workload = replace(capacity.traffic.workload, documents=FixedSize(documents))
-    fewer = Capacity(
-        Traffic(workload), capacity.truth, capacity.setting, goal.level, capacity.routing
-    )
-    return fewer.ladder(CELLS[-1]).calm.held
-
-
-def _typical(traffic: Traffic) -> int:
-    tokens = [one.tokens for one in traffic.trace if one.tokens]
-    if not tokens and traffic.workload.tokens is not None:
-        tokens = traffic.workload.tokens.draw(np.random.default_rng(0), 1000)
-    return round(float(np.mean(tokens)))
-
-
-def _ms(seconds: float) -> str:
-    return duration(seconds).replace("\u00a0", " ")
-
-
-def _bytes(count: float) -> str:
-    return size(round(count)).replace("\u00a0", " ")
