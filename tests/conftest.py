@@ -83,9 +83,9 @@ def live(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]
 @pytest.fixture(scope="session")
 def full() -> Iterator[str]:
     """URL of a server that refuses everyone with 429."""
-    from served import full_house
+    from served import full_server
 
-    with full_house() as url:
+    with full_server() as url:
         yield url
 
 

@@ -36,7 +36,7 @@ RULES = "echelon.server.context:ServerLimits"
 KEYS = "echelon.server.auth:Keys"
 KEY = "echelon.server.auth:ApiKey"
 TRACES = "echelon.server.observability:Traces"
-ADVISE = "echelon.tuning.advisor:advise"
+ADVISE = "echelon.tuning.advisor:recommend"
 TUNING_PLAN = "echelon.tuning.tuner:TuningPlan"
 FITTED = "echelon.tuning.tuner.models_of"
 QUICKER = {
@@ -84,7 +84,7 @@ def check(section, found):
         told = dict(sorted((frozen | {section: found}).items()))
         SNAPSHOT.write_text(surface.dump(told) + "\n", "utf-8")
         return
-    different = surface.differences(frozen.get(section), found)
+    different = surface.deviations(frozen.get(section), found)
     assert not different, "\n".join([f"{section}: {REMEDY}", *different])
 
 
@@ -307,7 +307,7 @@ def test_routes_answers_and_errors():
                 found["errors"][name][kind] = surface.answer(await post(json=example))
         house.service.submit = submit
 
-    run_app(main, rules=there(RULES)(keys=there(KEYS)([there(KEY)("the-key", "shop")])))
+    run_app(main, limits=there(RULES)(keys=there(KEYS)([there(KEY)("the-key", "shop")])))
     spans = exporter.get_finished_spans()
     provider.shutdown()
     found["spans"] = {

@@ -14,7 +14,7 @@ from echelon.errors import InvalidInput
 from echelon.server.auth import Keys, read_keys
 from echelon.server.context import ServerLimits
 from echelon.server.observability import JsonFormatter, request_id
-from echelon.server.protocols import DIALECTS
+from echelon.server.protocols import PROTOCOLS
 
 
 def test_keys(tmp_path, monkeypatch):
@@ -29,9 +29,9 @@ def test_keys(tmp_path, monkeypatch):
             assert (await client.get(path)).status_code == 401
         for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
-        for dialect in DIALECTS:
-            path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
-            response = await client.post(path, json=dict(dialect.example))
+        for protocol in PROTOCOLS:
+            path = protocol.own_paths[0]
+            response = await client.post(path, json=dict(protocol.example))
             assert response.status_code == 401
             assert "API key" in response.text
         for headers in (
@@ -48,7 +48,7 @@ def test_keys(tmp_path, monkeypatch):
         assert response.status_code == 401
         assert "first-key2" not in response.text
 
-    run_app(main, rules=ServerLimits(keys=keys))
+    run_app(main, limits=ServerLimits(keys=keys))
 
 
 def test_key_files_that_hold_nothing(tmp_path):
@@ -75,7 +75,7 @@ def test_long_bodies():
             assert response.json()["message"].startswith("body: is longer than 1000 bytes")
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
 
-    run_app(main, rules=ServerLimits(max_body_bytes=1000))
+    run_app(main, limits=ServerLimits(max_body_bytes=1000))
 
 
 def test_slow_bodies():
@@ -88,7 +88,7 @@ def test_slow_bodies():
         assert response.status_code == 408
         assert "did not come within 0.05 s" in response.json()["message"]
 
-    run_app(main, rules=ServerLimits(body_timeout_s=0.05))
+    run_app(main, limits=ServerLimits(body_timeout_s=0.05))
 
 
 def test_cors_is_off_unless_an_origin_is_named():
@@ -105,7 +105,7 @@ def test_cors_is_off_unless_an_origin_is_named():
         assert "access-control-allow-origin" not in other.headers
 
     run_app(closed)
-    run_app(opened, rules=ServerLimits(origins=("https://shop.example",)))
+    run_app(opened, limits=ServerLimits(origins=("https://shop.example",)))
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_s", "drain_s"])
@@ -121,8 +121,8 @@ def test_request_ids(caplog):
             assert given.headers["x-request-id"] == given.json()["id"] == "abc-1"
             odd = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "a b\tc"})
             assert re.fullmatch("[0-9a-f]{32}", odd.headers["x-request-id"])
-        facts = caplog.records[0].facts
-        assert (facts["status"], facts["dialect"], facts["documents"]) == (200, "cohere_v1", 5)
+        fields = caplog.records[0].fields
+        assert (fields["status"], fields["dialect"], fields["documents"]) == (200, "cohere_v1", 5)
 
     run_app(main)
 
@@ -132,7 +132,7 @@ def test_log_lines_are_json():
         made = logging.makeLogRecord({"name": "echelon.x", "levelname": "INFO", **record})
         return json.loads(JsonFormatter().format(made))
 
-    plain = line(msg="a %s", args=("b",), facts={"status": 200})
+    plain = line(msg="a %s", args=("b",), fields={"status": 200})
     assert (plain["message"], plain["level"], plain["status"]) == ("a b", "info", 200)
     assert "request_id" not in plain
     token = request_id.set("abc")

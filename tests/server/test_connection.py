@@ -16,7 +16,7 @@ from services import GUARD_S
 
 from echelon.errors import InvalidInput
 from echelon.server.connection import LINGER_S, ConnectionLimits
-from echelon.server.http_server import OTHER_FILES, make_room_for
+from echelon.server.http_server import OTHER_FILES, raise_file_limit
 
 BODY = json.dumps(ASKED).encode()
 HEAD = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(BODY)}\r\n".encode()
@@ -25,9 +25,9 @@ WHOLE = HEAD + b"\r\n" + BODY
 
 @pytest.fixture(scope="module")
 def live():
-    limits = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_bytes": 2000}
-    rules, scorer = {"max_body_bytes": 20_000}, {"pace_s": 0.0001}
-    with LiveFake(limits=limits, rules=rules, scorer=scorer) as server:
+    connection = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_bytes": 2000}
+    limits, scorer = {"max_body_bytes": 20_000}, {"pace_s": 0.0001}
+    with LiveFake(connection=connection, limits=limits, scorer=scorer) as server:
         yield server
 
 
@@ -94,7 +94,7 @@ def test_a_byte_at_a_time_is_no_way_to_stay(live):
         stop.set()
         thread.join()
     assert status(told) == 408
-    assert b"The headers did not come within 0.3 s." in told
+    assert b"The headers did not arrive within 0.3 s." in told
     assert live.metric('echelon_connections_refused_total{reason="slow_headers"}') == before + 1
 
 
@@ -236,9 +236,11 @@ def test_files_for_the_connections(monkeypatch):
     limit = [100, 1000]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limit))
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limit.__setitem__(slice(None), new))
-    make_room_for(30)
+    raise_file_limit(30)
     assert limit == [100, 1000]
-    make_room_for(500)
+    raise_file_limit(500)
     assert limit == [500 + OTHER_FILES, 1000]
-    with pytest.raises(InvalidInput, match="--max-connections: 990 need 1054 open files"):
-        make_room_for(990)
+    with pytest.raises(
+        InvalidInput, match="--max-connections: 990 connections need 1054 open files"
+    ):
+        raise_file_limit(990)

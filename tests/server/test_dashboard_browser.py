@@ -112,7 +112,7 @@ def test_it_outlives_the_server_and_says_so(browser):
 
 
 def test_it_asks_for_a_key_before_it_asks_for_data(browser):
-    with Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site:
+    with Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site:
         address = f"{site.url}/dashboard"
         with visit(browser, address, tolerated="401") as page:
             page.get_by_text("This server asks for an API key.").wait_for()
@@ -136,7 +136,7 @@ def test_a_late_no_to_an_earlier_key_does_not_hide_the_data(browser):
             route.continue_()
 
     with (
-        Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site,
+        Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site,
         visit(browser, f"{site.url}/dashboard", tolerated="401") as page,
     ):
         page.route("**/dashboard/data", hold)
@@ -164,7 +164,7 @@ def test_a_machine_that_has_become_slow_is_told_with_the_remedy(browser):
         while drift.see(2.0) is None:
             pass
         drift.see = lambda level: None
-        site.house.service._dispatch.drift = drift
+        site.house.service._dispatcher.drift = drift
         with visit(browser, f"{site.url}/dashboard") as page:
             page.locator("#about", has_text="echelon tune --refresh").wait_for()
             slowdown = page.locator("#tiles div", has_text="Slowdown").locator("dd").inner_text()

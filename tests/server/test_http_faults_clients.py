@@ -19,8 +19,8 @@ BODY = json.dumps(asked(0)).encode()
 
 @pytest.fixture(scope="module")
 def live():
-    limits, rules = {"header_timeout_s": 0.5}, {"body_timeout_s": 0.5}
-    with LiveFake(scorer=PACE, limits=limits, rules=rules) as server:
+    connection, limits = {"header_timeout_s": 0.5}, {"body_timeout_s": 0.5}
+    with LiveFake(scorer=PACE, connection=connection, limits=limits) as server:
         yield server
         assert server.end(signal.SIGTERM) == 0
 
@@ -133,7 +133,7 @@ def test_at_the_end_everything_accepted_is_answered(workers):
         assert set(logged(server, 200)) == stream.ids
         statuses = {line["status"] for line in server.lines if "status" in line}
         assert statuses == {200}
-        assert server.lines[-1]["message"] == "Ended; everyone inside was answered."
+        assert server.lines[-1]["message"] == "Ended; all requests were answered."
 
 
 def test_a_worker_that_dies_during_the_end():
@@ -151,17 +151,17 @@ def test_a_worker_that_dies_during_the_end():
         stream = asyncio.run(main(server))
         assert server.wait() == 0
         assert set(logged(server, 200)) == stream.ids
-        assert server.lines[-1]["message"] == "Ended; everyone inside was answered."
+        assert server.lines[-1]["message"] == "Ended; all requests were answered."
 
 
 def test_the_end_waits_for_no_one_who_only_crawls():
     """Silent connections, headers half come, bodies half come: none of them holds the server."""
-    with LiveFake(rules={"body_timeout_s": 0.3, "drain_s": 50.0}) as server:
+    with LiveFake(limits={"body_timeout_s": 0.3, "drain_s": 50.0}) as server:
         with contextlib.ExitStack() as stack:
             for start in (b"", b"POST / HT", head(99), head(99) + b"{"):
                 stack.enter_context(connect(server)).sendall(start)
             assert server.end(signal.SIGTERM) == 0
-        assert server.lines[-1]["message"] == "Ended; everyone inside was answered."
+        assert server.lines[-1]["message"] == "Ended; all requests were answered."
 
 
 # Keys.

@@ -56,7 +56,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_runs_nothing_but_files_that_are_here(path):
-    async def main(client, house):
+    async def main(client, server):
         response = await client.get(path)
         assert response.headers["content-type"] == "text/html; charset=utf-8"
         policy = response.headers["Content-Security-Policy"]
@@ -77,8 +77,8 @@ def test_a_page_runs_nothing_but_files_that_are_here(path):
     run_app(main)
 
 
-def test_pages_stand_open_and_data_asks_for_a_key():
-    async def main(client, house):
+def test_pages_need_no_key_and_data_needs_one():
+    async def main(client, server):
         for path in PAGES:
             page = await client.get(path)
             assert page.status_code == 200
@@ -94,12 +94,12 @@ def test_pages_stand_open_and_data_asks_for_a_key():
         assert allowed.status_code == 200
         assert allowed.headers["Cache-Control"] == "no-store"
 
-    run_app(main, None, ServerLimits(keys=Keys([ApiKey("sesame", "tests")])))
+    run_app(main, limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")])))
 
 
 def test_the_path_that_a_proxy_puts_before_is_in_every_address():
-    async def main(client, house):
-        app = make_app(house)
+    async def main(client, server):
+        app = make_app(server)
         for path in PAGES:
             behind = httpx.ASGITransport(app, root_path='/a"b/')
             async with httpx.AsyncClient(transport=behind, base_url="http://test") as proxied:
@@ -112,7 +112,7 @@ def test_the_path_that_a_proxy_puts_before_is_in_every_address():
 
 
 def test_posting_to_the_root_and_asking_for_nothing_is_answered_as_before():
-    async def main(client, house):
+    async def main(client, server):
         posted = await client.post("/", json=ASKED)
         assert (posted.status_code, posted.json()["error_type"]) == (404, "Backend")
         lost = await client.get("/nothing")
@@ -128,7 +128,7 @@ def test_posting_to_the_root_and_asking_for_nothing_is_answered_as_before():
 
 
 def test_files_are_compressed_tagged_and_not_sent_twice():
-    async def main(client, house):
+    async def main(client, server):
         for name in sorted(FILES):
             path = f"/pages/{name}"
             plain = await client.get(path, headers=PLAIN)
@@ -150,7 +150,7 @@ def test_files_are_compressed_tagged_and_not_sent_twice():
 
 
 def test_plotly_comes_out_of_its_own_package_compressed_and_for_good():
-    async def main(client, house):
+    async def main(client, server):
         request = client.build_request("GET", f"/pages/{PLOTLY}")
         request.headers["Accept-Encoding"] = "gzip"
         response = await client.send(request, stream=True)
@@ -170,8 +170,8 @@ def test_plotly_comes_out_of_its_own_package_compressed_and_for_good():
 
 
 def test_nothing_else_of_the_folder_is_served():
-    async def main(client, house):
-        for name in ("files.py", "playground.html", "none.js", "..%2Fapp.py", "%00"):
+    async def main(client, server):
+        for name in ("__init__.py", "playground.html", "none.js", "..%2Fapp.py", "%00"):
             response = await client.get(f"/pages/{name}")
             assert response.status_code == 404
             assert "There is no GET" in response.json()["message"]
@@ -197,8 +197,8 @@ def test_who_reads_gzip(accepted, takes):
 
 
 def test_a_server_that_starts_does_not_import_plotly():
-    code = "import sys, echelon.server.app; from echelon.server.pages import files\n"
-    code += "files._plotly(); print(*sys.modules)"
+    code = "import sys, echelon.server.app; from echelon.server import pages\n"
+    code += "pages._plotly(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "echelon.server.app" in done.stdout.split()
     assert "plotly" not in done.stdout.split()
@@ -218,17 +218,17 @@ def test_the_pages_need_no_other_server_and_stay_readable():
 # The data.
 
 
-def test_data_tells_what_the_routes_and_the_service_did():
-    async def main(client, house):
+def test_data_counts_events_of_routes_and_service():
+    async def main(client, server):
         for _ in range(3):
             assert (await client.post("/v2/rerank", json=ASKED)).status_code == 200
         assert (await client.post("/v2/rerank", json={})).status_code == 422
-        told = house.recent
+        stats = server.stats
 
         def counted():
-            return sum(past.counts["http", "422"] for past in told.view().slices)
+            return sum(past.counts["http", "422"] for past in stats.view().slices)
 
-        await until(lambda: counted() and told.view().slices[-1].state is not None)
+        await until(lambda: counted() and stats.view().slices[-1].state is not None)
         data = (await client.get("/dashboard/data")).json()
         assert data["model"] == "the-model"
         assert data["scorer"] == {"family": "fake", "device": "cpu", "precision": "fp32"}
@@ -248,8 +248,8 @@ def test_data_tells_what_the_routes_and_the_service_did():
 
 def test_data_before_the_start():
     async def main():
-        house = ServerContext(lambda: None, "m", Metrics())
-        transport = httpx.ASGITransport(make_app(house))
+        server = ServerContext(lambda: None, "m", Metrics())
+        transport = httpx.ASGITransport(make_app(server))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             data = (await client.get("/dashboard/data")).json()
         assert data["now"] is data["scorer"] is None
@@ -259,21 +259,21 @@ def test_data_before_the_start():
     asyncio.run(main())
 
 
-def test_looking_goes_on_until_the_end_and_not_beyond():
-    class Looked(RollingStats):
-        looks = 0
+def test_sampling_continues_until_the_end():
+    class Sampled(RollingStats):
+        samples = 0
 
-        def looked(self, state):
+        def sampled(self, state):
             assert isinstance(state, ServiceSnapshot)
-            self.looks += 1
-            raise RuntimeError("what one look meets does not end the others")
+            self.samples += 1
+            raise RuntimeError("an error in one sample does not end the others")
 
-    told = Looked(0.01)
+    stats = Sampled(0.01)
 
-    async def main(client, house):
-        await until(lambda: told.looks > 3)
-        assert not house._looking.done()
-        await house.close()
-        assert house._looking.cancelled()
+    async def main(client, server):
+        await until(lambda: stats.samples > 3)
+        assert not server._sampling.done()
+        await server.close()
+        assert server._sampling.cancelled()
 
-    run_app(main, recent=told)
+    run_app(main, stats=stats)

@@ -35,7 +35,7 @@ def site(browser):  # not started where there is no browser
 
 @pytest.fixture(scope="module")
 def locked(browser):
-    with Site(rules=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as served:
+    with Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as served:
         yield served
 
 

@@ -12,7 +12,7 @@ from served import ASKED, metric, run_app
 from echelon.errors import InvalidInput, RateLimited
 from echelon.server.auth import Keys, RateLimit, TokenBucket, limit_of, read_keys
 from echelon.server.context import ServerLimits
-from echelon.server.protocols import DIALECTS
+from echelon.server.protocols import PROTOCOLS
 from echelon.server.responses import retry_after
 
 limits = st.builds(RateLimit, st.floats(0.01, 1000), st.integers(1, 500).map(float))
@@ -116,7 +116,7 @@ def keys_of(tmp_path, *lines, rate=None) -> Keys:
 
 
 def of(keys, key):
-    return keys.holder({"authorization": f"Bearer {key}"})
+    return keys.authenticate({"authorization": f"Bearer {key}"})
 
 
 def test_names_and_limits(tmp_path, monkeypatch):
@@ -142,11 +142,11 @@ def test_names_and_limits(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("secret extra", "line 1: what follows the key is not understood"),
-        ("secret name=a name=b", "line 1: what follows the key is not understood"),
-        ("secret name=", "line 1: what follows the key is not understood"),
-        ("secret colour=red", "line 1: what follows the key is not understood"),
-        ("secret name=a/b", "line 1: the name is odd"),
+        ("secret extra", "line 1: the words after the key are not understood"),
+        ("secret name=a name=b", "line 1: the words after the key are not understood"),
+        ("secret name=", "line 1: the words after the key are not understood"),
+        ("secret colour=red", "line 1: the words after the key are not understood"),
+        ("secret name=a/b", "line 1: the name is not allowed"),
         ("secret rate=fast", "line 1: 'fast' is no rate"),
         ("secret burst=5", "a burst without a rate"),
         ("secret rate=none burst=5", "a burst without a rate"),
@@ -168,27 +168,27 @@ def test_a_key_is_never_shown(tmp_path):
 # Over HTTP.
 
 
-def test_each_key_has_its_own_limit_in_every_dialect(tmp_path):
+def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
     keys = keys_of(tmp_path, "aaa name=slow rate=1/h burst=5", "bbb name=fast rate=9000/s")
 
     async def main(client, house):
         slow, fast = ({"Authorization": f"Bearer {key}"} for key in ("aaa", "bbb"))
         assert (await client.post("/v1/rerank", json=ASKED, headers=slow)).status_code == 200
-        for dialect in DIALECTS:
-            path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
-            body = dict(dialect.example)
+        for protocol in PROTOCOLS:
+            path = protocol.own_paths[0]
+            body = dict(protocol.example)
             refused = await client.post(path, json=body, headers=slow)
-            assert refused.status_code == 429, dialect.name
+            assert refused.status_code == 429, protocol.name
             assert 3500 < int(refused.headers["Retry-After"]) <= 3600
             assert "The key's limit of 1/h documents is used up" in refused.text
             assert (await client.post(path, json=body, headers=fast)).status_code == 200
-        assert metric(house, 'echelon_rate_limited_total{key="slow"}') == len(DIALECTS)
+        assert metric(house, 'echelon_rate_limited_total{key="slow"}') == len(PROTOCOLS)
         assert metric(house, 'echelon_rate_limited_total{key="fast"}') == 0
         assert metric(house, 'echelon_key_documents_total{key="slow"}') == 5
-        assert metric(house, 'echelon_key_documents_total{key="fast"}') >= 2 * len(DIALECTS)
+        assert metric(house, 'echelon_key_documents_total{key="fast"}') >= 2 * len(PROTOCOLS)
         assert "aaa" not in house.metrics.text().decode()
 
-    run_app(main, rules=ServerLimits(keys=keys))
+    run_app(main, limits=ServerLimits(keys=keys))
 
 
 def test_what_the_service_refuses_costs_nothing(tmp_path):
@@ -208,7 +208,7 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
         unread = await client.post("/v1/rerank", content=b"{", headers=headers)
         assert unread.status_code == 429  # before the body is looked at
 
-    run_app(main, rules=ServerLimits(keys=keys))
+    run_app(main, limits=ServerLimits(keys=keys))
 
 
 def test_without_keys_everybody_shares_the_limit():
@@ -218,6 +218,6 @@ def test_without_keys_everybody_shares_the_limit():
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 429
         assert metric(house, 'echelon_rate_limited_total{key="anybody"}') == 1
-        assert house.recent._slices[-1].counts["limited", "requests"] == 1
+        assert house.stats._slices[-1].counts["limited", "requests"] == 1
 
-    run_app(main, rules=ServerLimits(keys=keys))
+    run_app(main, limits=ServerLimits(keys=keys))

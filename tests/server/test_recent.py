@@ -21,13 +21,13 @@ from echelon.engine.events import (
 )
 from echelon.engine.state import ServiceSnapshot
 from echelon.scheduling.queue import QueueLoad
-from echelon.server.dashboard_data import STATE, board
+from echelon.server.dashboard_data import STATE, dashboard_data
 from echelon.server.rolling_stats import (
     BINS,
     FLOOR_S,
+    MAX_EVENTS,
+    MAX_STEPS,
     POWERS,
-    REMEMBERED_EVENTS,
-    REMEMBERED_STEPS,
     SLICES,
     RollingStats,
     bin_of,
@@ -49,12 +49,12 @@ class Time:
         return self.now
 
 
-def recent(time, slice_s=2.0):
+def stats_of(time, slice_s=2.0):
     return RollingStats(slice_s, clock=time, unix=lambda: 1_000_000.0)
 
 
-def shown(heard, state=None):
-    return board(heard.view(), "m", None, state)
+def shown(stats, state=None):
+    return dashboard_data(stats.view(), "m", None, state)
 
 
 def step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3, *, again=False):
@@ -105,18 +105,18 @@ def test_sizes_are_counted_under_the_next_power_of_two(size):
         max_size=40,
     )
 )
-def test_the_window_and_the_last_minute_hold_what_happened_in_them(events):
+def test_the_window_and_the_last_minute_count_their_events(events):
     time = Time()
-    heard = recent(time)
-    told = []
+    stats = stats_of(time)
+    sent = []
     for wait, seconds, documents, status in events:
         time.now += wait
-        heard.answered(status, seconds, documents)
-        told.append((int((time.now - 100) / 2.0), seconds, documents, status))
+        stats.answered(status, seconds, documents)
+        sent.append((int((time.now - 100) / 2.0), seconds, documents, status))
     number = int((time.now - 100) / 2.0)
-    found = shown(heard)
+    found = shown(stats)
     for name, slices in (("window", SLICES), ("minute", 30)):
-        inside = [event for event in told if number - slices <= event[0] < number]
+        inside = [event for event in sent if number - slices <= event[0] < number]
         good = [event for event in inside if event[3] == 200]
         total = found[name]
         assert sum(total["counts"].get("http", {}).values()) == len(inside)
@@ -132,14 +132,14 @@ def test_the_window_and_the_last_minute_hold_what_happened_in_them(events):
             assert total["p99_s"] == pytest.approx(slowest, rel=0.011)
 
 
-def test_the_slice_that_is_being_filled_is_left_out_until_it_is_full():
+def test_the_current_slice_is_left_out_until_it_is_complete():
     time = Time()
-    heard = recent(time)
-    heard.answered(200, 0.1, 4)
-    assert shown(heard)["window"]["counts"] == {}
-    assert shown(heard)["minute"]["documents_per_s"] is None
+    stats = stats_of(time)
+    stats.answered(200, 0.1, 4)
+    assert shown(stats)["window"]["counts"] == {}
+    assert shown(stats)["minute"]["documents_per_s"] is None
     time.now += 2.0
-    found = shown(heard)
+    found = shown(stats)
     assert found["minute"]["documents_per_s"] == 2.0
     assert found["columns"]["documents_per_s"] == [2.0]
     assert found["columns"]["ends_at"] == [1_000_002.0] == [found["at"]]
@@ -147,43 +147,43 @@ def test_the_slice_that_is_being_filled_is_left_out_until_it_is_full():
 
 def test_memory_is_bounded_however_long_a_server_lives():
     time = Time()
-    heard = recent(time)
+    stats = stats_of(time)
     for number in range(3 * SLICES):
-        heard.answered(200, 0.1, 1)
-        heard.step_finished(step())
-        heard.worker_changed(WorkerChanged(number % 3, "up"))
+        stats.answered(200, 0.1, 1)
+        stats.step_finished(step())
+        stats.worker_changed(WorkerChanged(number % 3, "up"))
         time.now += 2.0
-    view = heard.view()
+    view = stats.view()
     assert len(view.slices) == SLICES
-    assert len(heard._slices) == SLICES + 1
-    assert (len(view.steps), len(view.events)) == (REMEMBERED_STEPS, REMEMBERED_EVENTS)
+    assert len(stats._slices) == SLICES + 1
+    assert (len(view.steps), len(view.events)) == (MAX_STEPS, MAX_EVENTS)
     assert [worker.worker for worker in view.workers] == [0, 1, 2]
-    found = shown(heard)
+    found = shown(stats)
     assert found["window"]["counts"]["http"] == {"200": SLICES}
     assert {len(column) for name, column in found["columns"].items() if name[0] != "r"} == {SLICES}
 
 
-def test_after_a_long_silence_nothing_old_is_told():
+def test_after_a_long_pause_old_slices_are_dropped():
     time = Time()
-    heard = recent(time)
-    heard.answered(500, 0.1, 0)
-    heard.step_finished(step())
+    stats = stats_of(time)
+    stats.answered(500, 0.1, 0)
+    stats.step_finished(step())
     time.now += 2.0 * (SLICES + 1)
-    assert not heard.view().slices
-    assert shown(heard)["window"]["counts"] == {}
-    assert set(shown(heard)["columns"]["tokens_per_s"]) == {0.0}
-    assert set(shown(heard)["columns"]["drift"]) == {None}
+    assert not stats.view().slices
+    assert shown(stats)["window"]["counts"] == {}
+    assert set(shown(stats)["columns"]["tokens_per_s"]) == {0.0}
+    assert set(shown(stats)["columns"]["drift"]) == {None}
 
 
 def test_steps_are_counted_by_size_with_their_drift():
     time = Time()
-    heard = recent(time)
-    heard.step_finished(step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3))
-    heard.step_finished(
+    stats = stats_of(time)
+    stats.step_finished(step(pairs=3, tokens=90, cost=100, predicted=0.2, actual=0.3))
+    stats.step_finished(
         step(pairs=4, tokens=10, cost=65_537, predicted=0.2, actual=0.3, again=True)
     )
     time.now += 2.0
-    found = shown(heard)
+    found = shown(stats)
     assert found["window"]["step_pairs"][2] == 2
     assert (found["window"]["step_tokens"][7], found["window"]["step_tokens"][-1]) == (1, 1)
     assert found["window"]["tokens_per_s"] == 50.0
@@ -193,21 +193,21 @@ def test_steps_are_counted_by_size_with_their_drift():
     assert found["steps"]["powers"][2] == 4
 
 
-def test_troubles_are_told_by_kind_and_one_by_one():
+def test_events_are_counted_by_kind_and_listed():
     time = Time()
-    heard = recent(time)
-    heard.refused(RequestRefused("requests_full", 3, 1.0))
-    heard.connection_refused("too_many")
-    heard.rate_limited()
-    heard.request_ended(ended("expired", cut=2, fallback=64))
-    heard.request_ended(ended("answered"))
+    stats = stats_of(time)
+    stats.refused(RequestRefused("requests_full", 3, 1.0))
+    stats.connection_refused("too_many")
+    stats.rate_limited()
+    stats.request_ended(ended("expired", cut=2, fallback=64))
+    stats.request_ended(ended("answered"))
     taken = LadderStep("halve_budget", "token budget 8 -> 4", "Do so.")
-    heard.ladder_taken(LadderTaken(1, taken, 4))
+    stats.ladder_taken(LadderTaken(1, taken, 4))
     time.now += 2.0
-    heard.worker_changed(WorkerChanged(0, "died", "killed by signal 9"))
-    heard.worker_changed(WorkerChanged(0, "starting"))
+    stats.worker_changed(WorkerChanged(0, "died", "killed by signal 9"))
+    stats.worker_changed(WorkerChanged(0, "starting"))
     time.now += 2.0
-    found = shown(heard)
+    found = shown(stats)
     counts = found["window"]["counts"]
     assert counts["refused"] == {"requests_full": 1}
     assert (counts["connection"], counts["limited"]) == ({"too_many": 1}, {"requests": 1})
@@ -225,13 +225,13 @@ def test_troubles_are_told_by_kind_and_one_by_one():
 
 def test_the_state_at_each_look_and_now():
     time = Time()
-    heard = recent(time)
+    stats = stats_of(time)
     for worker in (0, 1):
-        heard.worker_changed(WorkerChanged(worker, "up"))
-    heard.looked(snapshot(pairs=1))
-    heard.looked(snapshot(pairs=5))
+        stats.worker_changed(WorkerChanged(worker, "up"))
+    stats.sampled(snapshot(pairs=1))
+    stats.sampled(snapshot(pairs=5))
     time.now += 4.0
-    found = shown(heard, snapshot(pairs=9))
+    found = shown(stats, snapshot(pairs=9))
     assert found["columns"]["waiting_pairs"] == [5, None]
     assert found["columns"]["resident_bytes"] == [[7, None], [None, None]]
     assert found["now"]["waiting_pairs"] == 9
@@ -242,12 +242,12 @@ def test_the_state_at_each_look_and_now():
 
 def test_many_threads_lose_nothing():
     time = Time()
-    heard = recent(time)
+    stats = stats_of(time)
 
     def tell():
         for _ in range(500):
-            heard.answered(200, 0.01, 1)
-            heard.step_finished(step())
+            stats.answered(200, 0.01, 1)
+            stats.step_finished(step())
 
     threads = [threading.Thread(target=tell) for _ in range(4)]
     for thread in threads:
@@ -255,8 +255,8 @@ def test_many_threads_lose_nothing():
     for thread in threads:
         thread.join()
     time.now += 2.0
-    assert shown(heard)["window"]["counts"]["http"] == {"200": 2000}
-    assert sum(shown(heard)["window"]["step_pairs"]) == 2000
+    assert shown(stats)["window"]["counts"]["http"] == {"200": 2000}
+    assert sum(shown(stats)["window"]["step_pairs"]) == 2000
 
 
 # Several listeners.

@@ -183,7 +183,7 @@ def test_a_full_house_and_a_graceful_end(bert, speak):
             if worker.is_running():
                 worker.send_signal(signal.SIGCONT)
         assert server.wait() == 0
-        assert "everyone inside was answered" in server.lines[-1]["message"]
+        assert "all requests were answered" in server.lines[-1]["message"]
 
 
 def test_an_end_that_cannot_wait_tells_whoever_is_inside(bert):
@@ -245,7 +245,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path):
 
 def test_other_machines_are_warned_of(tmp_path):
     ended = run(tmp_path, "--host", "0.0.0.0", "--port", 0, "--log-format", "text")
-    assert "other machines may reach this server, and no API key is asked for" in ended.stderr
+    assert "other machines may reach this server, and no API key is needed" in ended.stderr
 
 
 def test_what_is_a_loopback():

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from echelon.cli.serve import config, serve
 from echelon.errors import InvalidInput
-from echelon.server.auth import ANYBODY, RateLimit
+from echelon.server.auth import ANONYMOUS, RateLimit
 from echelon.server.connection import ConnectionLimits
 
 
@@ -103,15 +103,15 @@ def served(houses, *arguments, **environment):
 def test_what_the_server_is_told_reaches_it(houses, tmp_path):
     flags = ("--max-connections", 5, "--header-timeout-s", 2.5, "--rate-limit", "900/min")
     house = served(houses, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
-    assert house.rules.limits == ConnectionLimits(5, 2.5)
-    assert house.rules.keys.holder({}).name == ANYBODY
-    assert house.rules.keys.holder({}).bucket.limit == RateLimit(15, 15)
+    assert house.limits.connection == ConnectionLimits(5, 2.5)
+    assert house.limits.keys.authenticate({}).name == ANONYMOUS
+    assert house.limits.keys.authenticate({}).bucket.limit == RateLimit(15, 15)
     assert house._launch.keywords["wedge_after_s"] == 7.5
     assert house.traces is None
     assert house._launch.keywords["fallback_max_length"] is None
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
-    keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").rules.keys
-    assert keys.holder({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
+    keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").limits.keys
+    assert keys.authenticate({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
 
 
 def test_falling_back_is_off_unless_flag_environment_or_file_say_so(houses, tmp_path):

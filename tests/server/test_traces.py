@@ -26,7 +26,7 @@ from echelon.errors import MissingDependency
 from echelon.server import observability
 from echelon.server.auth import ApiKey, Keys
 from echelon.server.context import ServerLimits
-from echelon.server.observability import ENDPOINTS, SpanRecord, Traces, open_traces, wanted
+from echelon.server.observability import ENDPOINTS, SpanRecord, Traces, enabled_by, open_traces
 from echelon.types import Answer, Timings
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -81,14 +81,14 @@ def test_a_request_is_a_span_with_its_phases_below(seen, caplog):
             "echelon.compute_s": root.attributes["echelon.compute_s"],
             "echelon.ladder": (),
         }
-        assert caplog.records[-1].facts["trace_id"] == TRACE
+        assert caplog.records[-1].fields["trace_id"] == TRACE
         check_phases(root, spans, response)
         assert SECRET not in repr([span.to_json() for span in spans.values()])
         assert "the-key" not in repr([span.to_json() for span in spans.values()])
 
     keys = Keys([ApiKey("the-key", "shop")])
     opener = partial(Obedient, pace_s=0.0005)
-    run_app(main, rules=ServerLimits(keys=keys), max_length=60, opener=opener)
+    run_app(main, limits=ServerLimits(keys=keys), max_length=60, opener=opener)
 
 
 def check_phases(root, spans, response) -> None:
@@ -132,7 +132,7 @@ def test_falling_back_is_told_where_it_happened(seen):
     logits, lost = np.zeros(1, np.float32), np.zeros(1, np.int32)
     for fallback in (None, 64):
         answer = Answer(logits, lost, 9, 9, Timings(), fallback=fallback)
-        told.tell(SpanRecord("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
+        told.record(SpanRecord("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
         span = spans_of(exporter)["POST /v1/rerank"]
         assert span.attributes.get("echelon.fallback_max_length") == fallback
 
@@ -166,7 +166,7 @@ def test_a_trace_that_is_not_sampled_makes_no_spans(seen):
     ],
 )
 def test_the_environment_decides(environment, on):
-    assert wanted(environment) is on
+    assert enabled_by(environment) is on
 
 
 def test_packages_that_are_missing(monkeypatch, caplog):
@@ -175,11 +175,11 @@ def test_packages_that_are_missing(monkeypatch, caplog):
 
     monkeypatch.setattr(observability, "_provider", absent)
     with pytest.raises(MissingDependency, match=r"Traces need opentelemetry.*\[otel\]"):
-        open_traces(asked=True)
+        open_traces(enabled=True)
     monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:1")
     assert open_traces(None) is None
     assert "--no-otel" in caplog.text
-    assert open_traces(asked=False) is None
+    assert open_traces(enabled=False) is None
 
 
 def test_nothing_is_imported_where_traces_are_off():

@@ -41,7 +41,9 @@ def main(told: dict) -> None:
 
     keys = read_keys(told.get("keys"), told.get("rate"))
     rules = ServerLimits(
-        keys=keys, limits=ConnectionLimits(**told.get("limits", {})), **told.get("rules", {})
+        keys=keys,
+        connection=ConnectionLimits(**told.get("connection", {})),
+        **told.get("limits", {}),
     )
     house = ServerContext(launch, "fake", metrics, rules, traces=open_traces(None))
     address = Address("127.0.0.1", 0, **told.get("address", {}))

@@ -37,36 +37,36 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 
 
 @contextlib.asynccontextmanager
-async def app_of(made=None, rules=None, slice_s=SLICE_S, recent=None, **settings):
-    """A client of an application in this process, and its house."""
-    metrics, recent = Metrics(), recent or RollingStats(slice_s)
-    made = made or service(ears=ListenerGroup(metrics, recent), **settings)
+async def app_of(made=None, limits=None, slice_s=SLICE_S, stats=None, **settings):
+    """A client of an application in this process, and its context."""
+    metrics, stats = Metrics(), stats or RollingStats(slice_s)
+    made = made or service(ears=ListenerGroup(metrics, stats), **settings)
 
     async def launch():
         await made.start()
         return made
 
-    house = ServerContext(launch, "the-model", metrics, rules, recent=recent)
-    await house.open()
-    transport = httpx.ASGITransport(make_app(house))
+    context = ServerContext(launch, "the-model", metrics, limits, stats=stats)
+    await context.open()
+    transport = httpx.ASGITransport(make_app(context))
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield client, house
+            yield client, context
     finally:
-        await house.close()
+        await context.close()
 
 
 def run_app(main, *arguments, **settings):
     async def guarded():
-        async with asyncio.timeout(GUARD_S), app_of(*arguments, **settings) as (client, house):
-            await main(client, house)
+        async with asyncio.timeout(GUARD_S), app_of(*arguments, **settings) as (client, context):
+            await main(client, context)
 
     asyncio.run(guarded())
 
 
-def metric(house, name) -> float:
+def metric(context, name) -> float:
     """A sample of the metrics, such as ``echelon_requests_total{outcome="answered"}``."""
-    return sample(house.metrics.text().decode(), name)
+    return sample(context.metrics.text().decode(), name)
 
 
 def sample(text: str, name: str) -> float:
@@ -163,7 +163,7 @@ HOLDING = {"query": "q", "documents": [chr(HANG)]}
 
 
 @contextlib.contextmanager
-def full_house():
+def full_server():
     """URL of a server in this process whose only place a request has taken that never ends."""
     metrics = Metrics()
     made = service(ears=metrics, bounds=AdmissionLimits(max_requests=1), wedge_after_s=DAY_S)
@@ -172,14 +172,14 @@ def full_house():
         await made.start()
         return made
 
-    house = ServerContext(launch, "the-model", metrics, ServerLimits(drain_s=0.01))
-    server = Threaded(uvicorn.Config(make_app(house), lifespan="on", log_config=None), house)
+    context = ServerContext(launch, "the-model", metrics, ServerLimits(drain_s=0.01))
+    server = Threaded(uvicorn.Config(make_app(context), lifespan="on", log_config=None), context)
     with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(2) as threads:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         serving = threads.submit(server.run, sockets=[taken])
         holding = threads.submit(httpx.post, f"{url}/v1/rerank", json=HOLDING, timeout=None)
         guard = time.monotonic() + GUARD_S
-        while metric(house, "echelon_requests_inside") < 1:
+        while metric(context, "echelon_requests_inside") < 1:
             assert time.monotonic() < guard
             time.sleep(0.005)
         try:

@@ -40,9 +40,9 @@ class Site:
         house: what it serves.
     """
 
-    def __init__(self, port=0, rules=None, root="", **settings):
+    def __init__(self, port=0, limits=None, root="", **settings):
         self.house = None
-        self._rules, self._root, self._settings = rules, root, settings
+        self._limits, self._root, self._settings = limits, root, settings
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -67,14 +67,14 @@ class Site:
         self._socket.close()
 
     async def _serve(self):
-        metrics, recent = Metrics(), RollingStats(SLICE_S)
+        metrics, stats = Metrics(), RollingStats(SLICE_S)
 
         async def launch():
-            made = service(ears=ListenerGroup(metrics, recent), **self._settings)
+            made = service(ears=ListenerGroup(metrics, stats), **self._settings)
             await made.start()
             return made
 
-        self.house = ServerContext(launch, "the-model", metrics, self._rules, recent=recent)
+        self.house = ServerContext(launch, "the-model", metrics, self._limits, stats=stats)
         app = make_app(self.house)
         config = uvicorn.Config(app, log_config=None, lifespan="on", root_path=self._root)
         self._server = uvicorn.Server(config)

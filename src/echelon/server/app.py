@@ -1,7 +1,4 @@
-"""The ASGI application: routes, what stands before all of them, and the service's life.
-
-What stands before every route: the request's id, and the words of a start that failed.
-"""
+"""The ASGI application: routes, request ids, CORS, errors, and start and stop of the service."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from echelon import __version__
 from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
 from echelon.server import pages
-from echelon.server.dashboard_data import board
+from echelon.server.dashboard_data import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
 from echelon.server.observability import ID_HEADER, id_of, request_id
 from echelon.server.openapi import describe
@@ -42,51 +39,38 @@ if TYPE_CHECKING:
 
     from echelon.server.context import ServerContext
 
-if TYPE_CHECKING:
     Handler = Callable[[ServerContext, Request], Awaitable[Response]]
 
 
-def make_app(house: ServerContext) -> RequestIdMiddleware:
+def make_app(server: ServerContext) -> RequestIdMiddleware:
     """The application of one server."""
 
     @asynccontextmanager
-    async def life(_: Starlette) -> AsyncIterator[None]:
-        await house.open()
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await server.open()
         try:
             yield
         finally:
-            await house.close()
+            await server.close()
 
-    ranks = [
-        Route(path, endpoint(house, them), methods=["POST"], name=path)
-        for path, them in PATHS.items()
+    ranking = [
+        Route(path, endpoint(server, protocols), methods=["POST"], name=path)
+        for path, protocols in PATHS.items()
     ]
-    asked: list[tuple[str, Handler]] = [
-        ("/", _playground),
-        ("/dashboard", _dashboard),
-        ("/dashboard/data", _board),
-        ("/v1/models", _models),
-        ("/models", _models),
-        ("/info", _info),
-        ("/health", _health),
-        ("/ready", _ready),
-        ("/metrics", _metrics),
-        ("/openapi.json", _openapi),
-        ("/docs", _docs),
+    others = [
+        Route(path, partial(handler, server), name=path) for path, handler in _HANDLERS.items()
     ]
-    routes = [Route(path, partial(handler, house), name=path) for path, handler in asked]
     app = Starlette(
-        routes=[*ranks, *routes, Route("/pages/{name}", pages.file), *_assets()],
-        middleware=_middleware(house),
+        routes=[*ranking, *others, Route("/pages/{name}", pages.file), _docs_assets()],
+        middleware=_middleware(server.limits.origins),
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
-        lifespan=life,
+        lifespan=lifespan,
     )
     return RequestIdMiddleware(app)
 
 
-def _middleware(house: ServerContext) -> list[Middleware]:
-    """What browsers may do from other origins: nothing, unless it was allowed."""
-    origins = house.rules.origins
+def _middleware(origins: tuple[str, ...]) -> list[Middleware]:
+    """CORS: pages of other origins may read responses only where ``--cors`` names them."""
     if not origins:
         return []
     return [
@@ -100,7 +84,7 @@ def _middleware(house: ServerContext) -> list[Middleware]:
     ]
 
 
-# Errors outside of the routes that rank: in the plainest shape, which most clients can read.
+# Errors outside of the routes that rank have the form of Cohere's API, which most clients read.
 
 
 async def _failed(_: Request, error: Exception) -> Response:
@@ -113,60 +97,60 @@ async def _not_found(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     path = request.url.path
-    words = f"There is no {request.method} {path}. See /docs."
-    response = error_response(NoSuchRoute(words), TEI if path == "/" else COHERE_V1)
-    if path == "/":  # the playground is no route of the API: to its clients there is nothing here
+    error_404 = NoSuchRoute(f"There is no {request.method} {path}. See /docs.")
+    response = error_response(error_404, TEI if path == "/" else COHERE_V1)
+    if path == "/":  # always 404: the playground is no route of the API
         return response
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     return response
 
 
-# Plain routes.
+# Routes that do not rank.
 
 
-async def _playground(house: ServerContext, request: Request) -> Response:
-    return _page("playground.html", house, request)
+async def _playground(server: ServerContext, request: Request) -> Response:
+    return _page("playground.html", server, request)
 
 
-async def _dashboard(house: ServerContext, request: Request) -> Response:
-    return _page("dashboard.html", house, request)
+async def _dashboard(server: ServerContext, request: Request) -> Response:
+    return _page("dashboard.html", server, request)
 
 
-def _page(name: str, house: ServerContext, request: Request) -> Response:
+def _page(name: str, server: ServerContext, request: Request) -> Response:
     root = request.scope.get("root_path", "")
-    return pages.page(name, root, keys=len(house.rules.keys) > 0)
+    return pages.page(name, root, keys=len(server.limits.keys) > 0)
 
 
-async def _board(house: ServerContext, request: Request) -> Response:
-    house.rules.keys.holder(request.headers)
-    service = house.running
-    facts, state = (service.info, service.snapshot()) if service else (None, None)
-    told = board(house.recent.view(), house.model, facts, state)
-    return as_json(told, 200, {"Cache-Control": "no-store"})
+async def _dashboard_data(server: ServerContext, request: Request) -> Response:
+    server.limits.keys.authenticate(request.headers)
+    service = server.running
+    info, state = (service.info, service.snapshot()) if service else (None, None)
+    data = dashboard_data(server.stats.view(), server.model, info, state)
+    return as_json(data, 200, {"Cache-Control": "no-store"})
 
 
-async def _models(house: ServerContext, request: Request) -> Response:
-    house.rules.keys.holder(request.headers)
+async def _models(server: ServerContext, request: Request) -> Response:
+    server.limits.keys.authenticate(request.headers)
     model: dict[str, Any] = {
-        "id": house.model,
+        "id": server.model,
         "object": "model",
-        "created": house.since,
+        "created": server.created,
         "owned_by": "echelon",
-        "max_model_len": house.service.longest(),
+        "max_model_len": server.service.longest(),
     }
     return as_json({"object": "list", "data": [model]}, 200)
 
 
-async def _info(house: ServerContext, request: Request) -> Response:
-    house.rules.keys.holder(request.headers)
-    service = house.service
+async def _info(server: ServerContext, request: Request) -> Response:
+    server.limits.keys.authenticate(request.headers)
+    service = server.service
     bounds = service.settings.bounds
     info = TeiInfo(
-        model_id=house.model,
-        model_sha=house.revision,
+        model_id=server.model,
+        model_sha=server.revision,
         model_dtype=service.info.precision,
-        served_model_name=house.model,
+        served_model_name=server.model,
         model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
         max_concurrent_requests=bounds.max_requests,
         max_input_length=service.longest(),
@@ -182,12 +166,12 @@ async def _info(house: ServerContext, request: Request) -> Response:
     return as_json(msgspec.to_builtins(info), 200)
 
 
-async def _health(house: ServerContext, _: Request) -> Response:
-    return as_json({"status": "ok", "unix": time.time(), "model": house.model}, 200)
+async def _health(server: ServerContext, _: Request) -> Response:
+    return as_json({"status": "ok", "unix": time.time(), "model": server.model}, 200)
 
 
-async def _ready(house: ServerContext, _: Request) -> Response:
-    service = house.running
+async def _ready(server: ServerContext, _: Request) -> Response:
+    service = server.running
     if service is None:
         return as_json({"ready": False, "reason": "not started"}, 503)
     found = await service.ready()
@@ -195,27 +179,42 @@ async def _ready(house: ServerContext, _: Request) -> Response:
     return as_json({"ready": found.ready, "reason": found.reason}, status)
 
 
-async def _metrics(house: ServerContext, _: Request) -> Response:
-    return Response(house.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+async def _metrics(server: ServerContext, _: Request) -> Response:
+    return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-async def _openapi(house: ServerContext, _: Request) -> Response:
-    return as_json(describe(f"Echelon: {house.model}"), 200)
+async def _openapi(server: ServerContext, _: Request) -> Response:
+    return as_json(describe(f"Echelon: {server.model}"), 200)
 
 
 async def _docs(_: ServerContext, request: Request) -> Response:
     root = escape(request.scope.get("root_path", "").rstrip("/"))
-    return HTMLResponse(_PAGE.replace("ROOT", root))
+    return HTMLResponse(_DOCS_PAGE.replace("ROOT", root))
 
 
-def _assets() -> list[Mount]:
-    """Swagger UI's own files, out of its package: nothing is asked of other servers."""
+_HANDLERS: dict[str, Handler] = {
+    "/": _playground,
+    "/dashboard": _dashboard,
+    "/dashboard/data": _dashboard_data,
+    "/v1/models": _models,
+    "/models": _models,
+    "/info": _info,
+    "/health": _health,
+    "/ready": _ready,
+    "/metrics": _metrics,
+    "/openapi.json": _openapi,
+    "/docs": _docs,
+}
+
+
+def _docs_assets() -> Mount:
+    """Swagger UI's files from its package: nothing is loaded from other servers."""
     from swagger_ui_bundle import swagger_ui_path
 
-    return [Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))]
+    return Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
 
 
-_PAGE = """<!doctype html>
+_DOCS_PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -236,45 +235,41 @@ SwaggerUIBundle({url, dom_id: "#api", validatorUrl: null});
 
 
 class RequestIdMiddleware:
-    """Gives each request its id and each answer that id.
-
-    Args:
-        app: what is behind it.
-    """
+    """Gives each request an id, which its response carries too."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection's scope; see ASGI."""
+        """Handle one scope; see ASGI."""
         if scope["type"] == "http":
             await self._request(scope, receive, send)
         else:
-            await self.app(scope, receive, _wordless(send))
+            await self.app(scope, receive, _without_traceback(send))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        number = id_of(Headers(scope=scope))
-        token = request_id.set(number)
-        header = (ID_HEADER.encode(), number.encode())
+        current = id_of(Headers(scope=scope))
+        token = request_id.set(current)
+        header = (ID_HEADER.encode(), current.encode())
 
-        async def signed(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers: list[Any] = message["headers"]
                 message["headers"] = [*headers, header]
             await send(message)
 
         try:
-            await self.app(scope, receive, signed)
+            await self.app(scope, receive, send_with_id)
         finally:
             request_id.reset(token)
 
 
-def _wordless(send: Send) -> Send:
-    """A failed start without its traceback: whoever started the server reports the error."""
+def _without_traceback(send: Send) -> Send:
+    """Drop the traceback of a failed start: the caller of the server reports the error."""
 
-    async def sent(message: Message) -> None:
+    async def send_without(message: Message) -> None:
         if message["type"] == "lifespan.startup.failed":
             message = {"type": message["type"]}
         await send(message)
 
-    return sent
+    return send_without

@@ -1,12 +1,8 @@
-"""How many documents a key may have scored in a time (pure).
+"""API keys and their rate limits.
 
-A token bucket: it fills with the rate, holds at most the burst, and each request takes its
-documents out. Documents are counted and not requests: they are what a reranker pays for. The time
-is an argument; nothing here knows keys, HTTP or the time of day.
-
-API keys: who may ask, under which name, and how much.
-
-Keys are kept as digests and compared in constant time; logs and metrics know names only.
+Keys are stored as digests and compared in constant time; logs and metrics hold names only. A rate
+limit is a token bucket of documents, since documents, not requests, are the work of a reranker. The
+time is an argument.
 """
 
 from __future__ import annotations
@@ -29,16 +25,17 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 ROUNDING = 1e-6
-"""Parts of a document that do not count: whoever comes when told must not fail by a last digit."""
+"""Part of a document that is ignored: a client that waits for Retry-After must not be refused
+because of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """A rate, and how much of it may come at once.
+    """A rate and a burst.
 
     Attributes:
         rate: documents a second.
-        burst: documents that may come at once after a rest.
+        burst: documents that may come at once after a pause.
         words: the rate as it was written.
     """
 
@@ -51,14 +48,11 @@ class RateLimit:
 
 
 class TokenBucket:
-    """What is left of a limit.
+    """The documents that a limit still allows.
 
-    A request is let in when the bucket holds its documents, or is full; a request larger than the
-    burst then leaves a debt, which is paid before the next. So none is too large to ever come in,
-    and over any time no more come in than burst, rate and the size of one request allow.
-
-    Args:
-        limit: the rate and the burst.
+    A request is admitted when the bucket holds its documents, or is full. A request larger than the
+    burst makes the bucket negative, and it must fill again before the next. So every request can be
+    admitted, and over any time at most burst + rate × time + the size of one request are.
     """
 
     def __init__(self, limit: RateLimit) -> None:
@@ -67,19 +61,19 @@ class TokenBucket:
         self._then = -math.inf
 
     def take(self, documents: int, now: float) -> None:
-        """Let a request in.
+        """Admit a request.
 
         Raises:
-            RateLimited: not yet; it says when there will be room.
+            RateLimited: the bucket holds too little; the error says when it will hold enough.
         """
-        self.ask(documents, now)
+        self.check(documents, now)
         self._left -= documents
 
-    def ask(self, documents: int, now: float) -> None:
-        """Whether a request would be let in; takes nothing.
+    def check(self, documents: int, now: float) -> None:
+        """Check that a request would be admitted.
 
         Raises:
-            RateLimited: not yet.
+            RateLimited: it would not.
         """
         self._fill(now)
         missing = min(documents, self.limit.burst) - self._left
@@ -90,7 +84,7 @@ class TokenBucket:
             )
 
     def give_back(self, documents: int) -> None:
-        """A request that was let in here was refused elsewhere: it costs nothing."""
+        """Return the documents of a request that the service refused."""
         self._left = min(self.limit.burst, self._left + documents)
 
     def _fill(self, now: float) -> None:
@@ -101,12 +95,12 @@ class TokenBucket:
 
 
 def limit_of(field: str, rate: str, burst: str | None = None) -> RateLimit:
-    """A limit as it is written: ``50/s``, ``3000/min`` or ``100000/h``.
+    """Parse a limit such as ``50/s``, ``3000/min`` or ``100000/h``.
 
     Args:
-        field: where it is written, for messages.
+        field: name of the setting, for errors.
         rate: the rate.
-        burst: documents at once; None is what comes in one second, and at least one.
+        burst: documents at once; None is the documents of one second, and at least one.
 
     Raises:
         InvalidInput: it is no rate above zero, or the burst is less than one document.
@@ -126,26 +120,26 @@ VARIABLE = "ECHELON_API_KEYS"
 """Environment variable with keys, separated by commas."""
 
 HEADERS = ("authorization", "x-api-key", "api-key")
-"""Where clients put their key. In ``Authorization`` it stands after ``Bearer``, or alone, as the
+"""Headers that may hold the key. In ``Authorization`` it stands after ``Bearer``, or alone, as the
 TEI client of LlamaIndex sends it."""
 
-ANYBODY = "anybody"
-"""The name of all who ask where no keys are known."""
+ANONYMOUS = "anybody"
+"""Name of every client of a server without keys."""
 
 UNLIMITED = "none"
-"""A rate that frees a key from the limit of ``--rate-limit``."""
+"""The rate of a key without the limit of ``--rate-limit``."""
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key, as it is written.
+    """One key.
 
     Attributes:
         text: the key itself; never shown.
-        name: what logs and metrics call its holder.
-        limit: what it may have scored; None is no limit.
+        name: its name in logs and metrics.
+        limit: None is no limit.
     """
 
     text: str
@@ -158,11 +152,11 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class ApiClient:
-    """Who asks.
+    """The owner of one or more keys.
 
     Attributes:
         name: for logs and metrics.
-        bucket: what is left of its limit; None is no limit.
+        bucket: the documents that its limit still allows; None is no limit.
     """
 
     name: str
@@ -170,52 +164,52 @@ class ApiClient:
 
 
 class Keys:
-    """The keys that are let in; without any, everyone is, and all share one limit.
+    """The keys that a server accepts; without any, every client is accepted and all share a limit.
 
     Keys of one name, such as an old and a new one, share a limit.
 
     Args:
-        keys: those that are known.
-        common: limit of everybody together, where no key is known.
+        keys: the accepted keys.
+        common: limit of all clients together, for a server without keys.
 
     Raises:
         InvalidInput: keys of one name have different limits.
     """
 
     def __init__(self, keys: Iterable[ApiKey] = (), common: RateLimit | None = None) -> None:
-        holders: dict[str, ApiClient] = {}
-        self._holders: dict[bytes, ApiClient] = {}
+        by_name: dict[str, ApiClient] = {}
+        self._clients: dict[bytes, ApiClient] = {}
         for key in keys:
-            holder = holders.setdefault(key.name, _holder(key.name, key.limit))
-            if key.limit != (holder.bucket and holder.bucket.limit):
+            client = by_name.setdefault(key.name, _client(key.name, key.limit))
+            if key.limit != (client.bucket and client.bucket.limit):
                 raise InvalidInput(
                     "--api-keys",
                     f"keys with the name {key.name} have different limits",
                     "Keys of one name share a limit: write the same, or another name.",
                 )
-            self._holders.setdefault(_digest(key.text), holder)
-        self._anybody = _holder(ANYBODY, common)
+            self._clients.setdefault(_digest(key.text), client)
+        self._anonymous = _client(ANONYMOUS, common)
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self._clients)
 
-    def holder(self, headers: Mapping[str, str]) -> ApiClient:
-        """Who sends a request.
+    def authenticate(self, headers: Mapping[str, str]) -> ApiClient:
+        """Find the client that sends a request.
 
-        Every key is compared, so that the time says nothing about which is near.
+        Every key is compared, so that the time reveals nothing about the keys.
 
         Raises:
             Unauthorised: no key, or a wrong one.
         """
-        if not self._holders:
-            return self._anybody
+        if not self._clients:
+            return self._anonymous
         given = next((headers[name] for name in HEADERS if name in headers), None)
         if given is None:
             raise Unauthorised("An API key is needed. Send it as 'Authorization: Bearer KEY'.")
         scheme, _, rest = given.strip().partition(" ")
         digest = _digest(rest.strip() if scheme.lower() == "bearer" else given.strip())
         matches = [
-            holder for known, holder in self._holders.items() if hmac.compare_digest(digest, known)
+            client for known, client in self._clients.items() if hmac.compare_digest(digest, known)
         ]
         if not matches:
             raise Unauthorised("The API key is not known here. Send another.")
@@ -223,19 +217,18 @@ class Keys:
 
 
 def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> Keys:
-    """Keys out of the environment and a file, one a line (``#`` begins a comment).
+    """Read keys from the environment and from a file, one a line (``#`` begins a comment).
 
-    A line is ``KEY``, then what else is known of it in any order: ``name=web-shop``,
-    ``rate=50/s``, ``burst=200``. A key without a name is called after its place: ``line-3`` of
-    the file, ``env-1`` of the environment.
+    A line is ``KEY``, then in any order ``name=web-shop``, ``rate=50/s``, ``burst=200``. A key
+    without a name is named after its place: ``line-3`` of the file, ``env-1`` of the environment.
 
     Args:
         path: the file; None reads the environment only.
         rate: the limit of keys that have none of their own.
 
     Raises:
-        InvalidInput: the file cannot be read, holds no key, or a line is wrong; no message holds
-            a key.
+        InvalidInput: the file cannot be read, holds no key, or a line is wrong; no error shows a
+            key.
     """
     common = None if rate is None else limit_of("--rate-limit", rate)
     texts = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
@@ -257,27 +250,28 @@ def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> K
 
 
 def _key(words: list[str], where: str, name: str, common: RateLimit | None) -> ApiKey:
-    """A line's key and what is said of it."""
-    told: dict[str, str] = {}
+    given: dict[str, str] = {}
     for word in words[1:]:
         field, _, value = word.partition("=")
-        if field not in {"name", "rate", "burst"} or not value or field in told:
+        if field not in {"name", "rate", "burst"} or not value or field in given:
             raise InvalidInput(
                 "--api-keys",
-                f"{where}: what follows the key is not understood",
+                f"{where}: the words after the key are not understood",
                 "Write KEY name=NAME rate=50/s burst=200, each at most once.",
             )
-        told[field] = value
-    name = told.get("name", name)
+        given[field] = value
+    name = given.get("name", name)
     if not _NAME.fullmatch(name):
         raise InvalidInput(
-            "--api-keys", f"{where}: the name is odd", "Use letters, digits, dots and dashes."
+            "--api-keys",
+            f"{where}: the name is not allowed",
+            "Use letters, digits, dots and dashes.",
         )
-    return ApiKey(words[0], name, _limit(told, f"--api-keys: {where}", common))
+    return ApiKey(words[0], name, _limit(given, f"--api-keys: {where}", common))
 
 
-def _limit(told: dict[str, str], field: str, common: RateLimit | None) -> RateLimit | None:
-    rate, burst = told.get("rate"), told.get("burst")
+def _limit(given: dict[str, str], field: str, common: RateLimit | None) -> RateLimit | None:
+    rate, burst = given.get("rate"), given.get("burst")
     if burst is not None and rate in {None, UNLIMITED}:
         raise InvalidInput(field, "a burst without a rate limits nothing", "Write rate=50/s too.")
     if rate is None:
@@ -285,7 +279,7 @@ def _limit(told: dict[str, str], field: str, common: RateLimit | None) -> RateLi
     return None if rate == UNLIMITED else limit_of(field, rate, burst)
 
 
-def _holder(name: str, limit: RateLimit | None) -> ApiClient:
+def _client(name: str, limit: RateLimit | None) -> ApiClient:
     return ApiClient(name, None if limit is None else TokenBucket(limit))
 
 

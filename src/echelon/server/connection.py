@@ -1,7 +1,7 @@
-"""One connection to the server: its headers come in time and in size, or it is closed.
+"""An HTTP connection that is closed when its headers are late or too long.
 
-uvicorn waits for ever for the first byte of a connection, and for the rest of headers that have
-begun. A few thousand clients that send a byte a second would hold all connections of a server.
+uvicorn waits without limit for the first byte of a connection, and for the rest of headers that
+have begun. A few thousand clients that send a byte a second could hold all connections of a server.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ STATUSES: dict[Reason, HTTPStatus] = {
     "slow_headers": HTTPStatus.REQUEST_TIMEOUT,
     "large_headers": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
 }
-"""Why a connection is refused, and the status it gets."""
+"""Reasons to refuse a connection, and the status of the response."""
 
 LINGER_S = 2.0
-"""A connection with something still to come is closed this long after its answer, unless the client
-closes first: closed at once, the client's system would throw the answer away unread."""
+"""Seconds after its response until the connection of a client that still sends is closed, unless
+the client closes first. Closed at once, the client's system would drop the unread response."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What a connection may do.
+    """Limits of connections.
 
     Attributes:
-        max_connections: connections at once. The usual 512 requests inside have one each, and
-            half as many may be idle; all are fewer than the 1,024 files that a process may
+        max_connections: open connections. The usual 512 admitted requests have one each, and half
+            as many may be idle; together they stay below the 1,024 files that a process may
             usually open.
-        header_timeout_s: seconds in which the headers of a request must come.
+        header_timeout_s: seconds in which the headers of a request must arrive.
         max_header_bytes: longest headers, the first line included.
     """
 
@@ -59,144 +59,148 @@ class ConnectionLimits:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection within limits.
+    """uvicorn's connection with limits.
 
-    The time for headers runs from the first moment, and on a connection that is used again from
-    the first byte of each request; it does not begin anew with each byte.
+    The time for headers counts from the start of the connection, and for later requests from their
+    first byte; further bytes do not extend it.
 
     Args:
         *args: uvicorn's.
-        limits: what it may do.
-        refused: called with why it was refused.
+        limits: limits of the connection.
+        on_refused: called with the reason when the connection is refused.
         **kwargs: uvicorn's.
     """
 
     def __init__(
-        self, *args: Any, limits: ConnectionLimits, refused: Callable[[Reason], None], **kwargs: Any
+        self,
+        *args: Any,
+        limits: ConnectionLimits,
+        on_refused: Callable[[Reason], None],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self._tell = refused
-        self._over = False
+        self._on_refused = on_refused
+        self._ended = False
         self._in_headers = True
         self._header_bytes = 0
-        self._due: asyncio.TimerHandle | None = None
-        self._rest_due: asyncio.TimerHandle | None = None
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
 
-    # What the transport and the application tell.
+    # Called by the transport and the application.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """A client has come."""
+        """Accept the connection, or refuse it where there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse("too_many", "This server has as many connections as it may. Try later.")
+            self._refuse(
+                "too_many", "This server has reached its maximum of connections. Try later."
+            )
         else:
-            self._start_clock()
+            self._start_header_timer()
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request has come, or of several."""
-        if self._over:
+        """Read a part of one or more requests."""
+        if self._ended:
             return
         if self._in_headers:
             self._header_bytes += len(data)
-            self._start_clock()
+            self._start_header_timer()
         super().data_received(data)
         if self._in_headers and self._header_bytes > self._limits.max_header_bytes:
             self._refuse_large()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._stop_clock()
-        if self._rest_due is not None:
-            self._rest_due.cancel()
+        """Stop the timers: the client has gone."""
+        self._stop_header_timer()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """A request was answered; a body that is not wanted any more may still come, but soon.
+        """After a response, give the client two seconds to send the rest of an unread body.
 
-        A client that meant to use the connection again would be hung up on otherwise.
+        Without them, a client that wants to reuse the connection would be cut off.
         """
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body:
-            self._rest_due = self.loop.call_later(LINGER_S, self._end)
+            self._body_timer = self.loop.call_later(LINGER_S, self._end)
 
-    # What the parser tells.
+    # Called by the parser.
 
     def on_message_begin(self) -> None:
-        """A request begins, perhaps right behind the one before."""
-        self._start_clock()
+        """Start the timer of a request, which may follow directly behind another."""
+        self._start_header_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The headers are whole: let the request in, unless they are too large."""
-        self._stop_clock()
+        """Pass the request on, unless its headers are too long."""
+        self._stop_header_timer()
         self._in_headers = False
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.max_header_bytes:
             self._refuse_large()
-        elif not self._over:
+        elif not self._ended:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body has come."""
-        if not self._over:
+        """Pass a part of the body on."""
+        if not self._ended:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole; what comes now is the next one's headers."""
+        """Expect the headers of the next request."""
         self._in_headers = True
         self._header_bytes = 0
-        if self._rest_due is not None:
-            self._rest_due.cancel()
-            self._rest_due = None
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
-        if not self._over:
+        if not self._ended:
             super().on_message_complete()
 
-    # Inside.
+    def _start_header_timer(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self._limits.header_timeout_s, self._too_slow)
 
-    def _start_clock(self) -> None:
-        if self._due is None:
-            self._due = self.loop.call_later(self._limits.header_timeout_s, self._too_slow)
-
-    def _stop_clock(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
     def _too_slow(self) -> None:
-        self._due = None
+        self._header_timer = None
         if self._answering:
-            self._start_clock()  # the headers are a next request's: let this one have its answer
+            self._start_header_timer()  # these are headers of a next request: answer this one first
             return
         seconds = self._limits.header_timeout_s
-        self._refuse("slow_headers", f"The headers did not come within {seconds:g} s.")
+        self._refuse("slow_headers", f"The headers did not arrive within {seconds:g} s.")
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse_large(self) -> None:
-        most = self._limits.max_header_bytes
-        self._refuse("large_headers", f"The headers are longer than {most} bytes.")
+        limit = self._limits.max_header_bytes
+        self._refuse("large_headers", f"The headers are longer than {limit} bytes.")
 
     def _refuse(self, reason: Reason, words: str) -> None:
-        """Answer without asking the application, and end."""
-        self._tell(reason)
-        logger.info("Connection refused: %s", words, extra={"facts": {"reason": reason}})
+        """Respond without the application, and end the connection."""
+        self._on_refused(reason)
+        logger.info("Connection refused: %s", words, extra={"fields": {"reason": reason}})
         if self._answering:
-            self.transport.close()  # no answer may be mixed into another
+            self.transport.close()  # a second response must not mix into the first
         else:
-            self.transport.write(_answer(STATUSES[reason], words))
+            self.transport.write(_response(STATUSES[reason], words))
         self._end()
 
     def _end(self) -> None:
-        """Listen to nothing more, and close when the client has, or soon."""
-        self._over = True
-        self._stop_clock()
+        """Ignore further data; close when the client closes, at the latest after two seconds."""
+        self._ended = True
+        self._stop_header_timer()
         self._unset_keepalive_if_required()
         self.connections.discard(self)
         if self.transport.can_write_eof():
@@ -204,7 +208,7 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
 
-def _answer(status: HTTPStatus, words: str) -> bytes:
+def _response(status: HTTPStatus, words: str) -> bytes:
     body = json.dumps({"message": words, "detail": words}).encode()
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",

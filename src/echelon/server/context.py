@@ -1,4 +1,4 @@
-"""What the routes share: the running service, the rules of the door, metrics, the model's name."""
+"""State that the routes share: the running service, limits, metrics and the model's name."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What the server lets in, and how it ends.
+    """What the server accepts, and how long its shutdown takes.
 
     Attributes:
-        keys: who may ask.
-        max_body_bytes: longest body: 10,000 documents of some 500 tokens are 20 to 30 MB.
-        body_timeout_s: a body must have come in this time, so that slow clients hold nothing.
-        drain_s: at its end the server waits so long for the requests inside.
-        origins: web pages that browsers let read answers (CORS); none by default.
-        limits: what a connection may do.
+        keys: API keys that are accepted.
+        max_body_bytes: longest body; 10,000 documents of 500 tokens are 20 to 30 MB.
+        body_timeout_s: seconds in which a body must arrive, so that slow clients hold no memory.
+        drain_s: seconds that the shutdown waits for admitted requests.
+        origins: web origins whose pages may read responses (CORS).
+        connection: limits of a connection.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -43,7 +43,7 @@ class ServerLimits:
     body_timeout_s: float = 30.0
     drain_s: float = 30.0
     origins: tuple[str, ...] = ()
-    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    connection: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "body_timeout_s", "drain_s"):
@@ -56,12 +56,12 @@ class ServerContext:
 
     Args:
         launch: starts the service.
-        model: the served model's name.
-        metrics: counts.
-        rules: what it lets in.
+        model: the model's name in responses.
+        metrics: counters for Prometheus.
+        limits: what the server accepts.
         revision: the model's revision, for ``/info``.
-        recent: the last ten minutes, for ``/dashboard``; it hears of a service what it is told.
-        traces: where each request is told of; None tells nobody.
+        stats: the last ten minutes, for ``/dashboard``; it must also listen to the service.
+        traces: makes spans of requests; None makes none.
     """
 
     def __init__(  # noqa: PLR0913 - all that the routes share
@@ -69,24 +69,24 @@ class ServerContext:
         launch: Callable[[], Awaitable[Service]],
         model: str,
         metrics: Metrics,
-        rules: ServerLimits | None = None,
+        limits: ServerLimits | None = None,
         revision: str | None = None,
         *,
-        recent: RollingStats | None = None,
+        stats: RollingStats | None = None,
         traces: Traces | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self.metrics = metrics
-        self.rules = rules or ServerLimits()
-        self.recent = recent or RollingStats()
+        self.limits = limits or ServerLimits()
+        self.stats = stats or RollingStats()
         self.traces = traces
-        self.since = int(time.time())
+        self.created = int(time.time())
         self.failure: Exception | None = None
         self.cut_short = False
         self._launch = launch
         self._service: Service | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._sampling: asyncio.Task[None] | None = None
 
     @property
     def service(self) -> Service:
@@ -101,50 +101,50 @@ class ServerContext:
 
     @property
     def running(self) -> Service | None:
-        """The service, where it has started."""
+        """The service; None before it has started."""
         return self._service
 
     def connection_refused(self, reason: Reason) -> None:
-        """A connection was closed before it had asked for anything."""
+        """Count a connection that was closed before its first request."""
         self.metrics.connection_refused(reason)
-        self.recent.connection_refused(reason)
+        self.stats.connection_refused(reason)
 
     def rate_limited(self, key: str) -> None:
-        """The holder of a key has used up what it may."""
+        """Count a request over the limit of a key."""
         self.metrics.rate_limited(key)
-        self.recent.rate_limited()
+        self.stats.rate_limited()
 
     async def open(self) -> None:
-        """Start the service; what hinders it is kept for whoever started the server."""
+        """Start the service; an error is kept in ``failure`` for the caller of the server."""
         try:
             self._service = await self._launch()
         except Exception as error:
             self.failure = error
             raise
         self.metrics.watch(self._service)
-        self._looking = asyncio.create_task(self._look(self._service))
+        self._sampling = asyncio.create_task(self._sample(self._service))
 
-    async def hurry(self) -> None:
-        """The time to drain is over: whoever is still inside is told so now."""
+    async def end_now(self) -> None:
+        """Stop the service: requests that are still in it get an error."""
         if self._service is not None:
             self.cut_short = self._service.snapshot().requests > 0
             await self._service.stop()
 
     async def close(self) -> None:
-        """Answer what is inside, then end."""
-        if self._looking is not None:
-            self._looking.cancel()
+        """Answer admitted requests, then stop the service."""
+        if self._sampling is not None:
+            self._sampling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._looking
+                await self._sampling
         if self._service is not None:
-            await self._service.drain(self.rules.drain_s)
+            await self._service.drain(self.limits.drain_s)
             await self._service.stop()
 
-    async def _look(self, service: Service) -> None:
-        """Look at the service twice a slice, so that none goes without a look."""
+    async def _sample(self, service: Service) -> None:
+        """Take a snapshot twice a slice, so that no slice is without one."""
         while True:
             try:
-                self.recent.looked(service.snapshot())
+                self.stats.sampled(service.snapshot())
             except Exception:
-                logger.exception("The service could not be looked at. This is a bug.")
-            await asyncio.sleep(self.recent.slice_s / 2)
+                logger.exception("A snapshot of the service failed. This is a bug.")
+            await asyncio.sleep(self.stats.slice_s / 2)

@@ -1,21 +1,22 @@
-"""What the dashboard is told: the last ten minutes as JSON (pure).
+"""The JSON of the dashboard: the last ten minutes of a server.
 
-Columns have a value for each full slice of the window, null where there was nothing to measure. The
-slice that is being filled is left out: half of it would look like half the traffic.
+Columns have a value for each complete slice, null where nothing was measured. The current slice is
+left out: half of a slice would look like half the traffic.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from echelon import __version__
-from echelon.server.rolling_stats import POWERS, SLICES, TimeSlice, added, percentiles
+from echelon.server.rolling_stats import POWERS, SLICES, TimeSlice, percentiles, sum_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from echelon.engine.state import ServiceSnapshot
-    from echelon.server.rolling_stats import ServerEvent, StatsView
+    from echelon.server.rolling_stats import StatsView
     from echelon.types import ModelInfo
 
     Row = dict[str, float | None]
@@ -33,25 +34,25 @@ STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
     "workers_up": lambda state: state.workers,
     "slowdown": lambda state: round(state.drift, 4),
 }
-"""What is read off the service at each look."""
+"""Values of a snapshot of the service."""
 
 
-def board(
-    view: StatsView, model: str, facts: ModelInfo | None, state: ServiceSnapshot | None
+def dashboard_data(
+    view: StatsView, model: str, info: ModelInfo | None, state: ServiceSnapshot | None
 ) -> dict[str, Any]:
-    """Everything that the dashboard shows.
+    """All data of the dashboard.
 
     Args:
-        view: what is remembered.
-        model: the served model's name.
-        facts: the scorer's; None before the start.
+        view: statistics of the last ten minutes.
+        model: the model's name.
+        info: the scorer's; None before the start.
         state: the service now; None before the start.
     """
     minute = max(1, round(MINUTE_S / view.slice_s))
     return {
         "model": model,
         "version": __version__,
-        "scorer": facts and {n: getattr(facts, n) for n in ("family", "device", "precision")},
+        "scorer": info and {n: getattr(info, n) for n in ("family", "device", "precision")},
         "since": view.since,
         "at": view.since + view.number * view.slice_s,
         "slice_s": view.slice_s,
@@ -63,7 +64,7 @@ def board(
             "fallback": state.fallback,
         },
         "workers": [
-            {**_told(worker), "resident_bytes": _memory(state, worker.worker)}
+            {**asdict(worker), "resident_bytes": _memory(state, worker.worker)}
             for worker in view.workers
         ],
         "minute": _total(view, minute),
@@ -73,14 +74,14 @@ def board(
             "powers": [2**power for power in range(POWERS)],
             "recent": [[round(p, 6), round(a, 6)] for p, a in view.steps],
         },
-        "events": [_told(event) for event in reversed(view.events)],
+        "events": [asdict(event) for event in reversed(view.events)],
     }
 
 
 def _total(view: StatsView, slices: int) -> dict[str, Any]:
-    """The last slices as one."""
+    """The sum of the last slices."""
     first = max(0, view.number - slices)
-    total = added(past for past in view.slices if past.number >= first)
+    total = sum_of(past for past in view.slices if past.number >= first)
     seconds = (view.number - first) * view.slice_s
     counts: dict[str, dict[str, int]] = {}
     for (kind, name), count in sorted(total.counts.items()):
@@ -99,7 +100,9 @@ def _columns(view: StatsView) -> dict[str, Any]:
     numbers = range(max(0, view.number - SLICES), view.number)
     slices = [by_number.get(number) or TimeSlice(number) for number in numbers]
     rows = [_row(past, view.slice_s) for past in slices]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _NAMES}
+    columns: dict[str, Any] = {
+        name: [row[name] for row in rows] for name in _row(TimeSlice(0), 1.0)
+    }
     columns["ends_at"] = [view.since + (number + 1) * view.slice_s for number in numbers]
     columns["resident_bytes"] = [
         [_memory(past.state, worker.worker) for past in slices] for worker in view.workers
@@ -112,16 +115,16 @@ def _row(past: TimeSlice, seconds: float) -> Row:
 
 
 def _rates(past: TimeSlice, seconds: float) -> Row:
-    """Rates, percentiles, and actual over predicted step time, of so many seconds."""
-    sums, answers = past.sums, past.counts
-    asked = sum(count for (kind, _), count in answers.items() if kind == "http")
+    """Rates, percentiles, and actual over predicted step time."""
+    sums, counts = past.sums, past.counts
+    requests = sum(count for (kind, _), count in counts.items() if kind == "http")
     found: list[float | None] = [None] * len(RANKS)
     if past.latencies is not None:
         found = percentiles(past.latencies, *RANKS)
     predicted = sums.get("predicted", 0.0)
     return {
-        "requests_per_s": round(asked / seconds, 3),
-        "errors_per_s": round((asked - answers["http", "200"]) / seconds, 3),
+        "requests_per_s": round(requests / seconds, 3),
+        "errors_per_s": round((requests - counts["http", "200"]) / seconds, 3),
         "documents_per_s": round(sums.get("documents", 0.0) / seconds, 3),
         "tokens_per_s": round(sums.get("tokens", 0.0) / seconds, 1),
         **{f"p{rank}_s": s and round(s, 6) for rank, s in zip(RANKS, found, strict=True)},
@@ -134,24 +137,7 @@ def _state(state: ServiceSnapshot | None) -> Row:
 
 
 def _memory(state: ServiceSnapshot | None, worker: int) -> int | None:
-    """Bytes of a worker; None before its first step."""
+    """Resident bytes of a worker; None before its first step."""
     if state is None or worker >= len(state.resident_bytes):
         return None
     return state.resident_bytes[worker] or None
-
-
-def _told(event: ServerEvent) -> dict[str, Any]:
-    return {
-        "at": event.at,
-        "kind": event.kind,
-        "name": event.name,
-        "worker": event.worker,
-        "words": event.words,
-    }
-
-
-def _names() -> Iterable[str]:
-    return _row(TimeSlice(0), 1.0)
-
-
-_NAMES = tuple(_names())

@@ -1,4 +1,4 @@
-"""The HTTP server under the application: its socket, its signals, its end."""
+"""The HTTP server process: address, TLS, signals and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
-"""Idle connections live longer than those of usual load balancers (60 s), so that these never send
-a request into a connection that is just being closed."""
+"""Longer than the idle timeout of usual load balancers (60 s), so that they never send a request
+into a connection that is being closed."""
 
 OTHER_FILES = 64
-"""Files that a server has open besides its connections, with room: pipes and sockets of some
-workers, standard streams, the log's and the event loop's own."""
+"""Open files besides connections, with a reserve: pipes and sockets of workers, standard streams,
+files of the log and the event loop."""
 
 GRACE_S = 5
-"""Beyond the time to drain, for workers to end and answers to be written."""
+"""Seconds after the drain for workers to end and responses to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +56,30 @@ class Address:
     key: str | None = None
 
     def bind(self) -> socket.socket:
-        """A socket that is taken but does not listen yet.
-
-        Until the model is loaded, connections are refused at once and nobody waits in vain.
+        """Bind a socket that does not listen: until the model is loaded, connections are refused.
 
         Raises:
-            InvalidInput: the address cannot be taken.
+            InvalidInput: the address cannot be used.
         """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
             family, kind, protocol, _, where = found[0]
-            taken = socket.socket(family, kind, protocol)
+            bound = socket.socket(family, kind, protocol)
         except OSError as error:
             raise self._refused(error) from None
         try:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind(where)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(where)
         except OSError as error:
-            taken.close()
+            bound.close()
             raise self._refused(error) from None
-        return taken
+        return bound
 
     def check_certificate(self) -> None:
-        """Refuse a certificate that cannot be served with, before anything is loaded.
+        """Check the certificate before the model is loaded.
 
         Raises:
-            InvalidInput: a file is missing, or they do not belong together.
+            InvalidInput: a file is missing, or certificate and key do not match.
         """
         if self.certificate is None:
             if self.key is not None:
@@ -89,7 +87,7 @@ class Address:
             return
         for flag, path in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
             if path is not None:
-                _readable(flag, path)
+                _check_readable(flag, path)
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -97,7 +95,7 @@ class Address:
             raise self._unusable(error) from None
 
     def _unusable(self, error: ssl.SSLError) -> InvalidInput:
-        """Which of the two files is wrong, as far as OpenSSL says."""
+        """Name the wrong file, as far as OpenSSL reports it."""
         cert, key = self.certificate, self.key or self.certificate
         if error.reason == "KEY_VALUES_MISMATCH":
             return InvalidInput(
@@ -113,63 +111,63 @@ class Address:
     def _refused(self, error: OSError) -> InvalidInput:
         where = f"{self.host}:{self.port}"
         return InvalidInput(
-            "--port", f"{where} cannot be taken ({error.strerror})", "Choose another."
+            "--port", f"{where} cannot be used ({error.strerror})", "Choose another."
         )
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, which says where it listens and ends well when it is told to end.
+    """uvicorn, which logs its address and exits with code 0 after a graceful shutdown.
 
-    Its own class raises the signal again once it has drained, so that the exit code says failure,
-    and cuts the connections of whoever is not done in time.
+    uvicorn itself raises the signal again after the drain, so that the exit code reports a failure,
+    and cuts the connections of requests that are late.
 
     Args:
         config: uvicorn's.
-        house: what it serves.
+        context: the server.
     """
 
-    def __init__(self, config: uvicorn.Config, house: ServerContext) -> None:
+    def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:
         super().__init__(config)
-        self._house = house
+        self._context = context
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the model, then listen."""
         await super().startup(sockets)
-        self._house.metrics.watch_connections(self.server_state.connections)
+        self._context.metrics.watch_connections(self.server_state.connections)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
             url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
             logger.info("Serving at %s (open it to try); the API is described at %s/docs", url, url,
-                        extra={"facts": {"url": url}})  # fmt: skip
+                        extra={"fields": {"url": url}})  # fmt: skip
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer what is inside; who is not done when the time to drain is over gets 503."""
-        hurrying = asyncio.create_task(self._hurry())
+        """Answer admitted requests; those left after the time to drain get 503."""
+        ending = asyncio.create_task(self._end_after_drain())
         try:
             await super().shutdown(sockets)
         finally:
-            hurrying.cancel()
+            ending.cancel()
 
-    async def _hurry(self) -> None:
-        await asyncio.sleep(self._house.rules.drain_s)
-        await self._house.hurry()
+    async def _end_after_drain(self) -> None:
+        await asyncio.sleep(self._context.limits.drain_s)
+        await self._context.end_now()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C begin the end; a second Ctrl-C hurries it."""
-        kept = {
+        """SIGTERM and Ctrl-C start the shutdown; a second Ctrl-C makes it immediate."""
+        previous = {
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             yield
         finally:
-            for number, handler in kept.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _readable(flag: str, path: str) -> None:
+def _check_readable(flag: str, path: str) -> None:
     try:
         Path(path).read_bytes()
     except OSError as error:
@@ -179,63 +177,63 @@ def _readable(flag: str, path: str) -> None:
 
 
 def _no_password() -> str:
-    """The answer to an encrypted key, which would otherwise ask the terminal."""
+    """Password of an encrypted key; without this function OpenSSL would ask on the terminal."""
     return ""
 
 
-def run(house: ServerContext, address: Address, *, exposed: bool) -> None:
-    """Serve until told to end.
+def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
+    """Serve until SIGTERM or Ctrl-C.
 
     Args:
-        house: what to serve.
-        address: where.
-        exposed: other machines reach it: say so.
+        context: the server.
+        address: where to listen.
+        exposed: whether other machines can reach it; then a warning is logged.
 
     Raises:
         InvalidInput: the address or the certificate cannot be used.
-        EchelonError: why the service could not start.
+        EchelonError: the service could not start.
     """
     address.check_certificate()
-    taken = address.bind()
+    bound = address.bind()
     if exposed:
-        logger.warning("%s", _warning(house, address))
-    make_room_for(house.rules.limits.max_connections)
+        logger.warning("%s", _warning(context, address))
+    raise_file_limit(context.limits.connection.max_connections)
     config = uvicorn.Config(
-        make_app(house),
-        http=partial(  # type: ignore[arg-type]  # uvicorn calls it and asks nothing else of it
-            Connection, limits=house.rules.limits, refused=house.connection_refused
+        make_app(context),
+        http=partial(  # type: ignore[arg-type]  # uvicorn only calls it
+            Connection, limits=context.limits.connection, on_refused=context.connection_refused
         ),
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(house.rules.drain_s) + GRACE_S,
+        timeout_graceful_shutdown=math.ceil(context.limits.drain_s) + GRACE_S,
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
     try:
-        HttpServer(config, house).run(sockets=[taken])
-    except SystemExit:  # uvicorn's word for a failed start
-        if house.failure is None:
+        HttpServer(config, context).run(sockets=[bound])
+    except SystemExit:  # uvicorn's way to report a failed start
+        if context.failure is None:
             raise
     finally:
-        taken.close()
-        if house.traces is not None:
-            house.traces.close()
-    if house.failure is not None:
-        raise house.failure
-    if house.cut_short:
-        logger.warning("Ended; --drain-s was over before everyone inside had a result.")
+        bound.close()
+        if context.traces is not None:
+            context.traces.close()
+    if context.failure is not None:
+        raise context.failure
+    if context.cut_short:
+        logger.warning("Ended; --drain-s was over before all requests had a response.")
     else:
-        logger.info("Ended; everyone inside was answered.")
+        logger.info("Ended; all requests were answered.")
 
 
-def make_room_for(connections: int) -> None:
-    """Let this process open as many files as its connections need.
+def raise_file_limit(connections: int) -> None:
+    """Raise this process's limit of open files to what its connections need.
 
     Raises:
-        InvalidInput: it may not.
+        InvalidInput: the system does not allow it.
     """
     try:
         import resource
@@ -248,16 +246,16 @@ def make_room_for(connections: int) -> None:
     if needed > hard:
         raise InvalidInput(
             "--max-connections",
-            f"{connections} need {needed} open files, and this process may have {hard}",
+            f"{connections} connections need {needed} open files, the limit is {hard}",
             "Lower it, or raise the limit (ulimit -n).",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _warning(house: ServerContext, address: Address) -> str:
+def _warning(context: ServerContext, address: Address) -> str:
     words = f"Listening on {address.host}: other machines may reach this server"
-    if not len(house.rules.keys):
-        words += ", and no API key is asked for (--api-keys)"
+    if not len(context.limits.keys):
+        words += ", and no API key is needed (--api-keys)"
     if address.certificate is None:
-        words += "; what is sent is not encrypted (--tls-cert)"
+        words += "; connections are not encrypted (--tls-cert)"
     return f"{words}."

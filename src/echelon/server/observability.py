@@ -1,10 +1,8 @@
-"""Logs: one JSON object a line, or plain lines for people; each knows the request it is about.
+"""Logs with the id of the request, as JSON or text, and OpenTelemetry traces.
 
-OpenTelemetry: a span for each request that ranks, with tokenise, queue and compute below it.
-
-Only where the standard variables or ``--otel`` ask for it; nothing of OpenTelemetry is imported
-otherwise. Spans are made after the answer, from the times that it holds, so that a request waits
-for nothing. They hold numbers and names, never a query, a document or a key.
+Each request that ranks has a span, with spans for tokenise, queue and compute below it. Spans are
+made after the response, from the times in it, and hold numbers and names, never a query, a document
+or a key. OpenTelemetry is imported only where the standard variables or ``--otel`` turn traces on.
 """
 
 from __future__ import annotations
@@ -38,26 +36,26 @@ if TYPE_CHECKING:
 ID_HEADER = "x-request-id"
 
 request_id: ContextVar[str] = ContextVar("echelon_request_id", default="")
-"""The id of the request that the running task is about; empty outside of one."""
+"""The id of the request that the running task handles; else empty."""
 
-_SOUND = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_VALID_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def id_of(headers: Mapping[str, str]) -> str:
-    """The caller's id for its request where it is a sound one, else a new one."""
+    """The client's id of its request if it is valid, else a new one."""
     given = headers.get(ID_HEADER, "")
-    return given if _SOUND.fullmatch(given) else uuid4().hex
+    return given if _VALID_ID.fullmatch(given) else uuid4().hex
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON.
 
     Keys: ``time`` (UTC, milliseconds), ``level``, ``logger``, ``message``, ``request_id`` in a
-    request, ``error`` with a traceback, and what the record's ``facts`` hold.
+    request, ``error`` with a traceback, and the items of the record's ``fields``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Write one line."""
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{when}.{int(record.msecs):03d}Z",
@@ -65,11 +63,11 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if number := request_id.get():
-            line["request_id"] = number
+        if current := request_id.get():
+            line["request_id"] = current
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        line |= getattr(record, "facts", {})
+        line |= getattr(record, "fields", {})
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -89,50 +87,50 @@ def set_up(style: str, level: str) -> None:
         logger.propagate = False
         logger.setLevel(level.upper())
     warnings.showwarning = _log_warning
-    # What it says at info (started, waiting) is said by us or is of no use in production.
+    # Its messages at info (started, waiting) repeat ours or are of no use in production.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logger.level))
 
 
 def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning as a line of the log, so that a reader of JSON meets nothing else."""
+    """Log a warning, so that standard error holds JSON only."""
     logging.getLogger("echelon").warning("%s", message)
 
 
 logger = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-"""Variables that name a receiver: one of them turns traces on."""
+"""Variables with the address of a collector; either turns traces on."""
 
 FLUSH_S = 3
-"""At the end the receiver has this time to take the last spans."""
+"""Seconds at the end for the collector to take the last spans."""
 
-BROKEN = 500
-"""From this status on it was the server's fault, which is what a span calls an error."""
+SERVER_ERROR = 500
+"""Lowest status that marks a span as an error: the server's fault."""
 
 _NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class SpanRecord:
-    """A request that ranks, when it has ended.
+    """A request that has ended.
 
     Attributes:
         path: the route.
-        headers: the request's; ``traceparent`` says what its span belongs to.
-        number: the request's id.
-        dialect: its dialect's name.
+        headers: headers of the request; ``traceparent`` names the parent of its span.
+        request_id: the request's id.
+        protocol: name of its protocol.
         status: the HTTP status.
-        seconds: how long it took.
-        documents: its documents, where they were read.
-        answer: the service's answer, where there is one.
-        answered_s: seconds from its begin to that answer.
-        key: name of the key's holder.
+        seconds: duration of the request.
+        documents: number of its documents; None if the body was not read.
+        answer: the service's answer; None after an error.
+        answered_s: seconds from its start to that answer.
+        key: name of its API key.
     """
 
     path: str
     headers: Mapping[str, str]
-    number: str
-    dialect: str
+    request_id: str
+    protocol: str
     status: int
     seconds: float
     documents: int | None = None
@@ -152,30 +150,30 @@ class Traces:
         self._provider = provider
         self._tracer = provider.get_tracer("echelon", __version__)
 
-    def tell(self, told: SpanRecord) -> str:
-        """Make the spans of a request; the trace's id in hexadecimal."""
+    def record(self, request: SpanRecord) -> str:
+        """Make the spans of a request; return the trace's id in hexadecimal."""
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
         end = time.time_ns()
-        begin = end - round(told.seconds * _NS)
+        begin = end - round(request.seconds * _NS)
         span = self._tracer.start_span(
-            f"POST {told.path}",
-            context=extract(dict(told.headers)),
+            f"POST {request.path}",
+            context=extract(dict(request.headers)),
             kind=SpanKind.SERVER,
-            attributes=_attributes(told),
+            attributes=_attributes(request),
             start_time=begin,
         )
-        if told.status >= BROKEN:
+        if request.status >= SERVER_ERROR:
             span.set_status(Status(StatusCode.ERROR))
-        if told.answer is not None and span.is_recording():
-            answered = begin + round(told.answered_s * _NS)
-            self._phases(told.answer, answered, set_span_in_context(span))
+        if request.answer is not None and span.is_recording():
+            answered = begin + round(request.answered_s * _NS)
+            self._phases(request.answer, answered, set_span_in_context(span))
         span.end(end)
         return _id_of(span)
 
     def close(self) -> None:
-        """Send what is left; a receiver that does not answer is not waited for."""
+        """Send the last spans, for three seconds at most."""
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
         ending.join(FLUSH_S)
@@ -194,30 +192,30 @@ class Traces:
             self._tracer.start_span(name, context=context, start_time=first).end(last)
 
 
-def open_traces(asked: bool | None) -> Traces | None:  # noqa: FBT001 - a flag that may be unset
-    """Traces as the environment says; None where they are off.
+def open_traces(enabled: bool | None) -> Traces | None:  # noqa: FBT001 - a flag that may be unset
+    """Traces, or None where they are off.
 
     Args:
-        asked: on or off; None leaves it to the environment.
+        enabled: on or off; None leaves it to the environment.
 
     Raises:
-        MissingDependency: asked for, and the packages are not installed.
+        MissingDependency: traces are turned on, and the packages are not installed.
     """
-    if not (wanted() if asked is None else asked):
+    if not (enabled_by() if enabled is None else enabled):
         return None
     try:
         provider = _provider()
     except ImportError as error:
         words = f"Traces need {error.name}. Install it with: pip install 'echelon-rerank[otel]'"
-        if asked:
+        if enabled:
             raise MissingDependency(words) from None
         logger.warning("%s, or start the server with --no-otel.", words)
         return None
     return Traces(provider)
 
 
-def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the standard variables ask for traces."""
+def enabled_by(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the standard variables turn traces on."""
     if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     if environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower() != "otlp":
@@ -226,7 +224,7 @@ def wanted(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def _provider() -> TracerProvider:
-    """Sampler, limits and receiver come from the standard variables."""
+    """Sampler, limits and collector come from the standard variables."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -240,20 +238,20 @@ def _provider() -> TracerProvider:
     return provider
 
 
-def _attributes(told: SpanRecord) -> dict[str, Any]:
-    told_of: dict[str, Any] = {
+def _attributes(request: SpanRecord) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "http.request.method": "POST",
-        "http.route": told.path,
-        "http.response.status_code": told.status,
-        "echelon.request_id": told.number,
-        "echelon.dialect": told.dialect,
+        "http.route": request.path,
+        "http.response.status_code": request.status,
+        "echelon.request_id": request.request_id,
+        "echelon.dialect": request.protocol,
     }
-    if told.key is not None:
-        told_of["echelon.key"] = told.key
-    if told.documents is not None:
-        told_of["echelon.documents"] = told.documents
-    if (answer := told.answer) is not None:
-        told_of |= {
+    if request.key is not None:
+        found["echelon.key"] = request.key
+    if request.documents is not None:
+        found["echelon.documents"] = request.documents
+    if (answer := request.answer) is not None:
+        found |= {
             "echelon.tokens": answer.tokens,
             "echelon.truncated_documents": int(np.count_nonzero(answer.truncated_tokens)),
             "echelon.steps": len(answer.batch_sizes),
@@ -261,8 +259,8 @@ def _attributes(told: SpanRecord) -> dict[str, Any]:
             "echelon.ladder": tuple(step.rung for step in answer.ladder),
         }
         if answer.fallback is not None:
-            told_of["echelon.fallback_max_length"] = answer.fallback
-    return told_of
+            found["echelon.fallback_max_length"] = answer.fallback
+    return found
 
 
 def _id_of(span: Span) -> str:

@@ -1,4 +1,4 @@
-"""The OpenAPI description, made out of the table of dialects: it cannot say what is not so."""
+"""The OpenAPI description, made from the table of protocols, so that the two always agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 from echelon import __version__
 from echelon.scheduling.fair_queue import WEIGHTS
-from echelon.server.protocols import DIALECTS, SHARED
+from echelon.server.protocols import PROTOCOLS, SHARED
 from echelon.server.protocols.tei import TeiInfo
 from echelon.server.responses import HEADERS
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from echelon.server.protocols.base import ApiProtocol
 
 ERRORS = {
-    400: "The body is no JSON object; vLLM's and Voyage's dialects say 400 for 422 too.",
+    400: "The body is no JSON object; vLLM's and Voyage's APIs use 400 for 422 too.",
     401: "No API key, or a wrong one.",
-    408: "The headers or the body did not come in time.",
-    413: "More documents, tokens or bytes than one request may have; the field is named.",
-    422: "A field is missing or wrong; it is named, with what to do.",
-    429: "The queue is full, or would make the request late, or the key has used up its limit. "
-    "Retry-After says when to come again.",
+    408: "The headers or the body did not arrive in time.",
+    413: "More documents, tokens or bytes than a request may have; the field is named.",
+    422: "A field is missing or wrong; it is named, with the remedy.",
+    429: "The queue is full, or would make the request late, or the key's limit is used up. "
+    "Retry-After says when to try again.",
     431: "The headers are too long.",
-    500: "The model failed; TEI's dialect says 424.",
-    503: "Not started, draining, no worker can be kept alive, or too many connections.",
+    500: "The model failed; TEI's API uses 424.",
+    503: "Not started, shutting down, no worker stays alive, or too many connections.",
     504: "The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met.",
     507: "A document does not fit in memory, even alone.",
 }
-"""Statuses besides 200, and when they are given."""
+"""Statuses of errors, and their causes."""
 
 PLAIN = {
     "/v1/models": "The served model, as OpenAI's clients list it.",
     "/models": "The same.",
     "/info": "The served model and the limits, as TEI's clients read them.",
-    "/health": "200 as long as the process lives.",
-    "/ready": "200 where a pair was really scored lately; else 503 with the reason.",
+    "/health": "200 while the process runs.",
+    "/ready": "200 if a pair was scored lately; else 503 with the reason.",
     "/metrics": "Metrics for Prometheus.",
     "/dashboard/data": "The last ten minutes of this server, for the dashboard.",
     "/openapi.json": "This description.",
@@ -44,26 +44,25 @@ PLAIN = {
     "/": "The playground: a page to try the model.",
     "/dashboard": "The dashboard: a page that shows the last ten minutes.",
 }
-"""Routes that are asked with GET."""
-
+"""GET routes."""
 
 VERSION = "3.0.3"
-"""The newest that the page under /docs reads: Swagger UI 4 refuses 3.1."""
+"""The newest version that the page /docs reads: Swagger UI 4 refuses 3.1."""
 
 
 def describe(title: str = "Echelon") -> dict[str, Any]:
-    """The description."""
-    types = [dialect.request for dialect in DIALECTS]
+    """Describe the API."""
+    types = [protocol.body for protocol in PROTOCOLS]
     schemas, parts = msgspec.json.schema_components(
         [*types, TeiInfo], ref_template="#/components/schemas/{name}"
     )
-    bodies = {d.name: schema for d, schema in zip(DIALECTS, schemas, strict=False)}
+    bodies = {d.name: schema for d, schema in zip(PROTOCOLS, schemas, strict=False)}
     paths: dict[str, Any] = {
-        path: {"post": _ranks(path, them, bodies)} for path, them in SHARED.items()
+        path: {"post": _ranking(path, protocols, bodies)} for path, protocols in SHARED.items()
     }
-    paths |= {path: {"get": _plain(says)} for path, says in PLAIN.items()}
-    answer = paths["/info"]["get"]["responses"]["200"]
-    answer["content"] = {"application/json": {"schema": schemas[-1]}}
+    paths |= {path: {"get": _plain(words)} for path, words in PLAIN.items()}
+    info = paths["/info"]["get"]["responses"]["200"]
+    info["content"] = {"application/json": {"schema": schemas[-1]}}
     description = {
         "openapi": VERSION,
         "info": {"title": title, "version": __version__, "description": _WORDS},
@@ -74,12 +73,12 @@ def describe(title: str = "Echelon") -> dict[str, Any]:
         },
         "security": [{}, {"key": []}],
     }
-    told: dict[str, Any] = _without_null(description)
-    return told
+    found: dict[str, Any] = _without_null(description)
+    return found
 
 
 def _without_null(part: Any) -> Any:
-    """Schemas in the words of OpenAPI 3.0, where null is no type but a property of one."""
+    """Schemas in the form of OpenAPI 3.0, where null is no type but a property of one."""
     if isinstance(part, list):
         return [_without_null(item) for item in part]
     if not isinstance(part, dict):
@@ -95,25 +94,25 @@ def _without_null(part: Any) -> Any:
 
 
 _WORDS = (
-    "Reranking in the dialects that clients already speak. Each dialect also has paths of its own "
-    "under its name, such as /jina/v1/rerank, where bodies need not tell which it is."
+    "Reranking in the APIs that clients already use. Each API also has paths under its own name, "
+    "such as /jina/v1/rerank, for bodies that do not show which API they are written for."
 )
 
 
-def _ranks(
-    path: str, dialects: tuple[ApiProtocol, ...], bodies: dict[str, dict[str, Any]]
+def _ranking(
+    path: str, protocols: tuple[ApiProtocol, ...], bodies: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    spoken = list(reversed(dialects))
-    schemas = [bodies[dialect.name] for dialect in spoken]
-    examples = {d.name: {"summary": d.title, "value": dict(d.example)} for d in spoken}
+    in_order = list(reversed(protocols))
+    schemas = [bodies[protocol.name] for protocol in in_order]
+    examples = {d.name: {"summary": d.title, "value": dict(d.example)} for d in in_order}
     return {
-        "summary": ", ".join(d.title for d in spoken),
+        "summary": ", ".join(d.title for d in in_order),
         "operationId": path.strip("/").replace("/", "_"),
         "parameters": [
             {
                 "name": "X-Request-Timeout-Ms",
                 "in": "header",
-                "description": "Milliseconds until the answer is of no use; as timeout_ms.",
+                "description": "Milliseconds until the response is useless; as timeout_ms.",
                 "schema": {"type": "number"},
             },
             {
@@ -127,17 +126,18 @@ def _ranks(
             "required": True,
             "content": {"application/json": {"schema": {"anyOf": schemas}, "examples": examples}},
         },
-        "responses": {"200": _answer()}
-        | {str(status): {"description": says} for status, says in ERRORS.items()},
+        "responses": {"200": _results()}
+        | {str(status): {"description": words} for status, words in ERRORS.items()},
     }
 
 
-def _answer() -> dict[str, Any]:
+def _results() -> dict[str, Any]:
     headers = {
-        name: {"description": says, "schema": {"type": "string"}} for name, says in HEADERS.items()
+        name: {"description": words, "schema": {"type": "string"}}
+        for name, words in HEADERS.items()
     }
     return {"description": "The results.", "headers": headers}
 
 
-def _plain(says: str) -> dict[str, Any]:
-    return {"summary": says, "responses": {"200": {"description": says}}}
+def _plain(words: str) -> dict[str, Any]:
+    return {"summary": words, "responses": {"200": {"description": words}}}

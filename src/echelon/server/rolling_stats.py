@@ -1,7 +1,7 @@
-"""The last ten minutes of a server, for its dashboard: what happened, in slices of two seconds.
+"""Statistics of a server's last ten minutes, in slices of two seconds.
 
 Memory is bounded: 300 slices of about 8 KiB. Latencies are counted in bins that grow by 2 %, so a
-percentile is within 1 % of a latency that was measured.
+percentile is within 1 % of a measured latency.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ if TYPE_CHECKING:
     from echelon.types import Clock, IntArray
 
 SLICES = 300
-"""Slices that are kept, the one that is being filled not counted."""
+"""Complete slices that are kept."""
 
 SLICE_S = 2.0
-"""As often as a page asks; 300 of them are ten minutes."""
+"""The interval at which the dashboard loads data; 300 slices are ten minutes."""
 
 FLOOR_S, GROWTH, BINS = 1e-4, 1.02, 900
-"""Bins of latencies: the first ends at 0.1 ms, the last at an hour and a half."""
+"""Latency bins: the first ends at 0.1 ms, the last at an hour and a half."""
 
 POWERS = 17
-"""Sizes of steps are counted by powers of two: 1, 2, 4, … 65,536, and more in the last."""
+"""Step sizes are counted by powers of two: 1, 2, 4, … 65,536; larger ones in the last."""
 
-REMEMBERED_STEPS = 200
-REMEMBERED_EVENTS = 50
-"""Single steps and single events that are kept: as many as a reader takes in."""
+MAX_STEPS = 200
+MAX_EVENTS = 50
+"""Single steps and events that are kept for the dashboard."""
 
 
 @dataclass(slots=True)
 class TimeSlice:
-    """What happened in one slice of time.
+    """Statistics of one slice of time.
 
     Attributes:
-        number: its place since the server began.
-        counts: how often, by (kind, name), such as ``("http", "200")``.
-        sums: documents, tokens, and seconds of steps: predicted and actual.
-        latencies: answers by bin of their seconds; None where there was none.
+        number: slices from the start of the server to this one.
+        counts: events by (kind, name), such as ``("http", "200")``.
+        sums: documents, tokens, and predicted and actual seconds of steps.
+        latencies: responses by bin of their seconds; None without responses.
         pairs: steps by power of two of their pairs.
-        tokens: steps by power of two of the tokens that they cost.
-        state: the service at the last look in it.
+        tokens: steps by power of two of their tokens, padding included.
+        state: the last snapshot of the service.
     """
 
     number: int
@@ -78,14 +78,14 @@ class TimeSlice:
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """Something that is told one by one.
+    """An event that the dashboard lists.
 
     Attributes:
         at: unix time.
         kind: ``ladder`` or ``worker``.
         name: the rung, or the worker's state.
-        worker: its number.
-        words: what is to say of it.
+        worker: the worker's number.
+        words: details.
     """
 
     at: float
@@ -97,13 +97,13 @@ class ServerEvent:
 
 @dataclass(frozen=True, slots=True)
 class StatsView:
-    """What is remembered, at one moment.
+    """The statistics at one moment.
 
     Attributes:
-        since: unix time at which the server began.
+        since: unix time of the server's start.
         slice_s: seconds of a slice.
-        number: the slice that is being filled, which is not among ``slices``.
-        slices: the full ones that something happened in, oldest first.
+        number: the current slice, which is not in ``slices``.
+        slices: complete slices with events, oldest first.
         steps: (predicted, actual) seconds of the last steps.
         events: the last events.
         workers: each worker's last change.
@@ -119,7 +119,7 @@ class StatsView:
 
 
 class RollingStats(NullListener):
-    """Listens to a service and to the routes, and forgets what is older than its window.
+    """Collects events of a service and its routes, and drops slices older than its window.
 
     Args:
         slice_s: seconds of a slice; the window holds :data:`SLICES`.
@@ -135,23 +135,23 @@ class RollingStats(NullListener):
     ) -> None:
         self.slice_s = slice_s
         self._clock = clock
-        self._born = clock()
+        self._started = clock()
         self._since = unix()
         self._lock = threading.Lock()
         self._slices: deque[TimeSlice] = deque([TimeSlice(0)], maxlen=SLICES + 1)
-        self._steps: deque[tuple[float, float]] = deque(maxlen=REMEMBERED_STEPS)
-        self._events: deque[ServerEvent] = deque(maxlen=REMEMBERED_EVENTS)
+        self._steps: deque[tuple[float, float]] = deque(maxlen=MAX_STEPS)
+        self._events: deque[ServerEvent] = deque(maxlen=MAX_EVENTS)
         self._workers: dict[int, ServerEvent] = {}
 
-    # What the routes tell.
+    # Called by the routes.
 
     def answered(self, status: int, seconds: float, documents: int) -> None:
-        """A ranking request was answered over HTTP.
+        """Count a response.
 
         Args:
             status: HTTP status.
-            seconds: from its headers to the answer.
-            documents: scored ones; 0 where the answer is an error.
+            seconds: from the headers to the response.
+            documents: scored documents; 0 for an error.
         """
         with self._lock:
             now = self._now()
@@ -163,24 +163,24 @@ class RollingStats(NullListener):
                 now.latencies[bin_of(seconds)] += 1
 
     def connection_refused(self, reason: str) -> None:
-        """A connection was closed before it had asked for anything."""
+        """Count a connection that was closed before its first request."""
         with self._lock:
             self._now().counts["connection", reason] += 1
 
     def rate_limited(self) -> None:
-        """A request was over the limit of its key."""
+        """Count a request over the limit of its key."""
         with self._lock:
             self._now().counts["limited", "requests"] += 1
 
-    def looked(self, state: ServiceSnapshot) -> None:
-        """The service was looked at."""
+    def sampled(self, state: ServiceSnapshot) -> None:
+        """Keep a snapshot of the service."""
         with self._lock:
             self._now().state = state
 
-    # What the service tells; called from any thread.
+    # Called by the service, from any thread.
 
     def step_finished(self, event: StepFinished) -> None:
-        """A step was scored."""
+        """Count a step."""
         with self._lock:
             now = self._now()
             now.add(tokens=event.tokens, predicted=event.predicted_s, actual=event.actual_s)
@@ -191,7 +191,7 @@ class RollingStats(NullListener):
                 now.counts["step", "again"] += 1
 
     def request_ended(self, event: RequestEnded) -> None:
-        """A request ended."""
+        """Count an admitted request that has ended."""
         with self._lock:
             now = self._now()
             now.counts["outcome", event.outcome] += 1
@@ -201,26 +201,24 @@ class RollingStats(NullListener):
                 now.counts["fallback", "requests"] += 1
 
     def refused(self, event: RequestRefused) -> None:
-        """A request was refused."""
+        """Count a refused request."""
         with self._lock:
             self._now().counts["refused", event.reason] += 1
 
     def ladder_taken(self, event: LadderTaken) -> None:
-        """Memory trouble was dealt with."""
+        """List a step of the OOM ladder."""
         words = f"{event.step.detail}. {event.step.remedy}"
         with self._lock:
-            self._happened("ladder", event.step.rung, event.worker, words)
+            self._add_event("ladder", event.step.rung, event.worker, words)
 
     def worker_changed(self, event: WorkerChanged) -> None:
-        """A worker came up or went down."""
+        """List a worker's change of state."""
         with self._lock:
-            told = self._happened("worker", event.state, event.worker, event.detail)
-            self._workers[event.worker] = told
-
-    # For the page.
+            found = self._add_event("worker", event.state, event.worker, event.detail)
+            self._workers[event.worker] = found
 
     def view(self) -> StatsView:
-        """What is remembered now."""
+        """The statistics now."""
         with self._lock:
             number = self._now().number
             full = [past for past in self._slices if number - SLICES <= past.number < number]
@@ -228,26 +226,26 @@ class RollingStats(NullListener):
                 since=self._since,
                 slice_s=self.slice_s,
                 number=number,
-                slices=full,  # nobody writes into these any more
+                slices=full,  # no thread writes into these any more
                 steps=tuple(self._steps),
                 events=tuple(self._events),
                 workers=tuple(self._workers[worker] for worker in sorted(self._workers)),
             )
 
-    # Under the lock.
+    # The caller holds the lock.
 
     def _now(self) -> TimeSlice:
-        number = int((self._clock() - self._born) / self.slice_s)
+        number = int((self._clock() - self._started) / self.slice_s)
         if self._slices[-1].number < number:
             self._slices.append(TimeSlice(number))
         return self._slices[-1]
 
-    def _happened(self, kind: str, name: str, worker: int, words: str) -> ServerEvent:
+    def _add_event(self, kind: str, name: str, worker: int, words: str) -> ServerEvent:
         self._now().counts[kind, name] += 1
-        at = self._since + self._clock() - self._born
-        told = ServerEvent(at, kind, name, worker, words)
-        self._events.append(told)
-        return told
+        at = self._since + self._clock() - self._started
+        event = ServerEvent(at, kind, name, worker, words)
+        self._events.append(event)
+        return event
 
 
 def bin_of(seconds: float) -> int:
@@ -258,7 +256,7 @@ def bin_of(seconds: float) -> int:
 
 
 def percentiles(bins: IntArray, *ranks: float) -> list[float | None]:
-    """Seconds below which so many of a hundred latencies are (nearest rank); None where none is."""
+    """Percentiles in seconds, by nearest rank; None without latencies."""
     reached = np.cumsum(bins)
     total = int(reached[-1])
     if not total:
@@ -267,8 +265,8 @@ def percentiles(bins: IntArray, *ranks: float) -> list[float | None]:
     return [_middle(int(place)) for place in np.searchsorted(reached, places)]
 
 
-def added(slices: Iterable[TimeSlice]) -> TimeSlice:
-    """Several slices as one, without a place and a state."""
+def sum_of(slices: Iterable[TimeSlice]) -> TimeSlice:
+    """Add slices up, without a number and a state."""
     total = TimeSlice(-1)
     bins = total.latencies = np.zeros(BINS, dtype=np.int32)
     for past in slices:
@@ -282,10 +280,10 @@ def added(slices: Iterable[TimeSlice]) -> TimeSlice:
 
 
 def power_of(size: int) -> int:
-    """The power of two that a size is counted under: the smallest that is not less."""
+    """The exponent of the smallest power of two that is not less than a size."""
     return min(POWERS - 1, max(0, size - 1).bit_length())
 
 
 def _middle(place: int) -> float:
-    """The latency that is at most 1 % from every one of a bin."""
+    """The latency that is within 1 % of every latency of a bin."""
     return FLOOR_S if place == 0 else FLOOR_S * GROWTH**place * 2 / (1 + GROWTH)

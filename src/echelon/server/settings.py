@@ -256,9 +256,9 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         body_timeout_s=settings["body_timeout_s"],
         drain_s=settings["drain_s"],
         origins=settings["cors"],
-        limits=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
+        connection=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
     )
-    metrics, recent = Metrics(), RollingStats()
+    metrics, stats = Metrics(), RollingStats()
     memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
     start = partial(
         launch,
@@ -273,15 +273,13 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         wedge_after_s=settings["wedge_after_s"],
         goal_s=None if goal_ms is None else goal_ms / 1000,
         fallback_max_length=settings["fallback_max_length"],
-        listener=ListenerGroup(metrics, recent),
+        listener=ListenerGroup(metrics, stats),
         **more,
         **asdict(options),
     )
     name = settings["served_name"] or name_of(model)
     traces = open_traces(settings["otel"])
-    return ServerContext(
-        start, name, metrics, limits, options.revision, recent=recent, traces=traces
-    )
+    return ServerContext(start, name, metrics, limits, options.revision, stats=stats, traces=traces)
 
 
 def name_of(model: str) -> str:

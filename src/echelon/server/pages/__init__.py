@@ -1,8 +1,7 @@
-"""The pages for people: playground and dashboard, with no build step and no other server.
+"""The playground and the dashboard: files of this folder, and plotly's script from its package.
 
-What the pages are made of: files of this folder, and plotly's own script out of its package.
-
-They hold no data, so they need no key; what they show they ask for with one.
+The pages need no build step and load nothing from other servers. They hold no data, so they need no
+API key; they send one with their requests for data.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ FILES = frozenset(path.name for path in FOLDER.iterdir() if path.suffix in KINDS
 
 PLOTLY = "plotly.js"
 
-SQUEEZED_FROM = 1024
-"""Bytes from which compressing is worth a client's while."""
+MIN_GZIP_BYTES = 1024
+"""Smaller files are not compressed."""
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self' data:; "
@@ -45,25 +44,25 @@ _POLICY = (
 )
 POLICIES = {
     "playground.html": _POLICY.format(style="'self'"),
-    # plotly.js draws with style attributes; no script can come that way.
+    # plotly.js draws with style attributes; these cannot run scripts.
     "dashboard.html": _POLICY.format(style="'self' 'unsafe-inline'"),
 }
-"""What a browser lets each page do: nothing but ask this server."""
+"""Content security policy of each page: it may only load from this server."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageContent:
-    """A file as it goes out.
+    """A file as it is sent.
 
     Attributes:
         content: its bytes.
         tag: their ETag.
-        squeezed: whether they are compressed.
+        gzipped: whether they are compressed.
     """
 
     content: bytes
     tag: str
-    squeezed: bool
+    gzipped: bool
 
 
 def page(name: str, root: str, *, keys: bool) -> Response:
@@ -71,8 +70,8 @@ def page(name: str, root: str, *, keys: bool) -> Response:
 
     Args:
         name: its file.
-        root: path that a proxy has put before ours.
-        keys: whether the server asks for API keys.
+        root: prefix of our paths behind a proxy.
+        keys: whether the server needs API keys.
     """
     filled = _template(name).substitute(
         root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=version("plotly")
@@ -87,7 +86,7 @@ def page(name: str, root: str, *, keys: bool) -> Response:
 
 
 async def file(request: Request) -> Response:
-    """One of the files; compressed once, when it is first asked for.
+    """The route of a file, which is compressed at its first request.
 
     Raises:
         NoSuchRoute: there is no such file.
@@ -95,34 +94,34 @@ async def file(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in FILES and name != PLOTLY:
         raise NoSuchRoute(f"There is no {request.method} {request.url.path}. See /docs.")
-    body = await run_in_threadpool(body_of, name, squeezed=takes_gzip(request.headers))
+    body = await run_in_threadpool(body_of, name, gzipped=takes_gzip(request.headers))
     headers = {
         "ETag": body.tag,
         "Vary": "Accept-Encoding",
         "X-Content-Type-Options": "nosniff",
-        # The pages name plotly's version in its address; the other files change with ours.
+        # The address of plotly.js holds its version; the other files change with ours.
         "Cache-Control": "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache",
     }
     if body.tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    if body.squeezed:
+    if body.gzipped:
         headers["Content-Encoding"] = "gzip"
     kind = KINDS[Path(name).suffix]
     return Response(body.content, headers={**headers, "Content-Type": f"{kind}; charset=utf-8"})
 
 
 @cache
-def body_of(name: str, *, squeezed: bool) -> PageContent:
-    """A file's bytes, kept from the first time on."""
+def body_of(name: str, *, gzipped: bool) -> PageContent:
+    """Read and compress a file, once."""
     content = (_plotly() if name == PLOTLY else FOLDER / name).read_bytes()
-    squeezed = squeezed and len(content) >= SQUEEZED_FROM
-    if squeezed:
+    gzipped = gzipped and len(content) >= MIN_GZIP_BYTES
+    if gzipped:
         content = gzip.compress(content, mtime=0)
-    return PageContent(content, f'"{sha256(content).hexdigest()[:20]}"', squeezed)
+    return PageContent(content, f'"{sha256(content).hexdigest()[:20]}"', gzipped)
 
 
 def takes_gzip(headers: Mapping[str, str]) -> bool:
-    """Whether a client reads gzip."""
+    """Whether a client accepts gzip."""
     for part in headers.get("accept-encoding", "").lower().split(","):
         name, _, weight = part.partition(";")
         if name.strip() in {"gzip", "*"}:
@@ -131,7 +130,7 @@ def takes_gzip(headers: Mapping[str, str]) -> bool:
 
 
 def _plotly() -> Path:
-    """The script, found without importing plotly, which takes a second."""
+    """Find the script without importing plotly, which takes a second."""
     spec = find_spec("plotly")
     if spec is None or not spec.submodule_search_locations:
         raise NoSuchRoute("plotly is not installed, so there are no charts. Install plotly.")
