@@ -5,7 +5,7 @@
     with Reranker("demo") as reranker:
         ranking = reranker.rank("query", ["a document", "another"])
 
-Names are imported on first use, so that ``import echelon`` costs nothing.
+Names are imported on first use, so ``import echelon`` takes no time.
 """
 
 from __future__ import annotations
@@ -35,25 +35,15 @@ __version__ = "0.1.0"
 
 moved.install()
 
-_HOMES = {
+_MODULES = {
     "AsyncReranker": "reranker",
-    "BadCheckpoint": "errors",
-    "EchelonError": "errors",
-    "EchelonWarning": "errors",
-    "InvalidInput": "errors",
-    "MissingDependency": "errors",
-    "ModelError": "errors",
-    "ModelNotFound": "errors",
-    "OutOfMemory": "errors",
-    "ProfileError": "errors",
     "RankedDocument": "types",
     "Ranking": "types",
     "Reranker": "reranker",
     "RunReport": "types",
     "ScoredPairs": "types",
-    "StorageError": "errors",
-    "UnsupportedModel": "errors",
 }
+"""Module of each public name; the other names are errors."""
 
 __all__ = [
     "AsyncReranker",
@@ -78,8 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'echelon' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"echelon.{_HOMES[name]}"), name)
+    return getattr(import_module(f"echelon.{_MODULES.get(name, 'errors')}"), name)

@@ -1,33 +1,33 @@
-"""Every error that Echelon raises on purpose, as one small tree.
+"""All errors of Echelon as one small tree, each with its HTTP status and exit code.
 
-    EchelonError
-    ├── InvalidInput            what the caller passed is wrong (also a ValueError)
-    │   ├── TooLarge            more documents or tokens than one request may have
-    │   └── Malformed           a request's body that is no JSON object
-    ├── ModelError              the model cannot be used
-    │   ├── ModelNotFound       no such folder, hub repository or revision
-    │   ├── BadCheckpoint       the files are there, but damaged or contradictory
-    │   └── UnsupportedModel    a sound model that Echelon cannot score with
-    ├── ProfileError            a profile file that cannot be read
-    ├── TooNoisy                measurements that prove nothing
-    ├── OutOfMemory             the ladder's end: this pair does not fit
-    ├── NonFiniteScore          the model gave NaN or infinity for a pair
-    ├── ScoringFailed           the model raised an error that is not about memory
-    ├── Overloaded              the queue is full; it says when to come again
-    │   └── RateLimited         a key has used up what it may have scored in a time
-    ├── DeadlinePassed          the caller's deadline passed, or cannot be met
-    ├── WorkerLost              the scoring process died twice over the same pairs
-    ├── ShuttingDown            the service takes no more requests
-    ├── Unauthorised            no key, or a wrong one
-    ├── NoSuchRoute             no such path, or another method belongs to it
-    ├── SlowClient              a request's body did not come in time
-    ├── StorageError            a result could not be written
-    ├── BadRows                 some rows of a file could not be scored; the others were
-    ├── MissingDependency       an optional package is needed and not installed
-    └── GoalMissed              a load test that did not hold what was promised
+                                     HTTP   exit code
+    EchelonError                      500       1
+    ├── InvalidInput (a ValueError)   422       2
+    │   ├── TooLarge                  413       2
+    │   └── Malformed                 400       2
+    ├── ModelError                    503       3
+    │   ├── ModelNotFound             503       3
+    │   ├── BadCheckpoint             503       3
+    │   └── UnsupportedModel          503       3
+    ├── ProfileError                  500       4
+    ├── TooNoisy                      500       1
+    ├── OutOfMemory                   507       5
+    ├── NonFiniteScore                500       1
+    ├── ScoringFailed                 500       1
+    ├── Overloaded                    429       1
+    │   └── RateLimited               429       1
+    ├── DeadlinePassed                504       1
+    ├── WorkerLost                    503       1
+    ├── ShuttingDown                  503       1
+    ├── Unauthorised                  401       1
+    ├── NoSuchRoute                   404       1
+    ├── SlowClient                    408       1
+    ├── StorageError                  507       6
+    ├── BadRows                       422       9
+    ├── MissingDependency             500       7
+    └── GoalMissed                    500       8
 
-Each class carries the HTTP ``status`` and the command line's ``exit_code``, so that one handler
-serves each. A message names what is wrong and then the remedy.
+A message says what is wrong and then the remedy.
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ from typing import ClassVar
 
 
 class EchelonError(Exception):
-    """Root of the tree; never raised itself.
-
-    Attributes:
-        status: HTTP status that a server answers with.
-        exit_code: exit code of the command line.
-    """
+    """Root of the tree; it is not raised itself."""
 
     status: ClassVar[int] = 500
+    """HTTP status of the server's response."""
+
     exit_code: ClassVar[int] = 1
+    """Exit code of the command line."""
 
 
 class InvalidInput(EchelonError, ValueError):
@@ -63,11 +61,10 @@ class InvalidInput(EchelonError, ValueError):
         self.field = field
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{field}: {problem}. {remedy}")
+        super().__init__(field, problem, remedy)  # unpickled from these in another process
 
-    def __reduce__(self) -> tuple[type[InvalidInput], tuple[str, str, str]]:
-        """Travel between processes: exceptions are rebuilt from their arguments."""
-        return type(self), (self.field, self.problem, self.remedy)
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}. {self.remedy}"
 
 
 class TooLarge(InvalidInput):
@@ -77,7 +74,7 @@ class TooLarge(InvalidInput):
 
 
 class Malformed(InvalidInput):
-    """A request's body is no JSON object."""
+    """A request's body is not a JSON object."""
 
     status = 400
 
@@ -98,28 +95,28 @@ class BadCheckpoint(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """The model is sound, but not one that Echelon can score pairs with."""
+    """Echelon cannot score pairs with a model of this kind."""
 
 
 class ProfileError(EchelonError):
-    """A profile file that cannot be read or understood."""
+    """A profile file cannot be read or understood."""
 
     exit_code = 4
 
 
 class TooNoisy(EchelonError):
-    """Measurements that differ too much to conclude anything from them."""
+    """Measurements differ too much to conclude anything from them."""
 
 
 class OutOfMemory(EchelonError):
-    """The last rung of the memory ladder: one pair alone does not fit."""
+    """One pair alone does not fit in memory: the end of the OOM ladder."""
 
     status = 507
     exit_code = 5
 
 
 class NonFiniteScore(EchelonError):
-    """The model gave NaN or infinity; no score is invented in its place."""
+    """The model gave NaN or infinity for a pair."""
 
 
 class ScoringFailed(EchelonError):
@@ -139,43 +136,42 @@ class Overloaded(EchelonError):
     def __init__(self, problem: str, retry_after_s: float) -> None:
         self.problem = problem
         self.retry_after_s = retry_after_s
-        super().__init__(f"{problem}. Try again in {max(0.1, retry_after_s):.1f} s.")
+        super().__init__(problem, retry_after_s)  # unpickled from these in another process
 
-    def __reduce__(self) -> tuple[type[Overloaded], tuple[str, float]]:
-        """Travel between processes: exceptions are rebuilt from their arguments."""
-        return type(self), (self.problem, self.retry_after_s)
+    def __str__(self) -> str:
+        return f"{self.problem}. Try again in {max(0.1, self.retry_after_s):.1f} s."
 
 
 class RateLimited(Overloaded):
-    """A key has used up what it may have scored in a time; others are let in."""
+    """An API key has used up its rate limit; requests with other keys are admitted."""
 
 
 class DeadlinePassed(EchelonError):
-    """The caller's deadline passed while the request waited, or no machine here could meet it."""
+    """The caller's deadline passed, or cannot be met by any worker."""
 
     status = 504
 
 
 class WorkerLost(EchelonError):
-    """The scoring process died or hung over a pair, and again when it was retried."""
+    """The worker process died or hung twice while it scored the same pairs."""
 
     status = 503
 
 
 class ShuttingDown(EchelonError):
-    """The service takes no more requests, or never began."""
+    """The service accepts no more requests, or was not started."""
 
     status = 503
 
 
 class Unauthorised(EchelonError):
-    """A request without a key, or with a wrong one."""
+    """A request has no API key, or a wrong one."""
 
     status = 401
 
 
 class NoSuchRoute(EchelonError):
-    """There is no such path, or it is asked for with another method."""
+    """There is no such path, or not for this method."""
 
     status = 404
 
@@ -194,7 +190,7 @@ class StorageError(EchelonError):
 
 
 class BadRows(EchelonError):
-    """Some rows of a file could not be scored; the others were, and the file names the bad ones."""
+    """Some rows of a file could not be scored; the other rows were."""
 
     status = 422
     exit_code = 9
@@ -207,10 +203,10 @@ class MissingDependency(EchelonError):
 
 
 class GoalMissed(EchelonError):
-    """A load test did not hold its goal."""
+    """A load test missed its goal."""
 
     exit_code = 8
 
 
 class EchelonWarning(UserWarning):
-    """Something to know that did not stop the work; the message names the remedy."""
+    """A problem that did not stop the work; the message names the remedy."""

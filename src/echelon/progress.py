@@ -1,4 +1,4 @@
-"""Progress: the callback that long work reports to, and bars on a terminal."""
+"""Progress of long work: the callback that it reports to, and bars on a terminal."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """What long work calls to say how far it has come."""
+    """Receives how far long work is."""
 
     def __call__(self, stage: str, done: float = 0.0, total: float = 0.0) -> object:
         """Take a report.
 
         Args:
-            stage: what is being done now.
-            done: units that are done, in the unit of ``total``.
-            total: units in all; 0 where the total is not known.
+            stage: the work that is being done now.
+            done: units that are done.
+            total: units in all; 0 if that is not known.
         """
         ...
 
@@ -31,12 +31,7 @@ def no_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:
 
 @contextmanager
 def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show work being done on standard error.
-
-    Args:
-        title: what is done.
-        total: units in all.
-        shown: whether to show anything; never does where standard error is no terminal.
+    """Show a bar on standard error, if ``shown`` and standard error is a terminal.
 
     Yields:
         A function to call with the units just finished.
@@ -55,20 +50,21 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
 
 
 @contextmanager
-def status(title: str, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Say on standard error what is being done, where no total is known.
-
-    Args:
-        title: what it is about.
-        shown: whether to show anything; never does where standard error is no terminal.
+def status(title: str, *, shown: bool) -> Iterator[Progress]:
+    """Show the current stage on standard error, if ``shown`` and standard error is a terminal.
 
     Yields:
-        A function to call with what is done now.
+        The callback to report to.
     """
     if not (shown and sys.stderr.isatty()):
-        yield lambda _: None
+        yield no_progress
         return
     from rich.console import Console
 
     with Console(stderr=True).status(title) as line:
-        yield lambda doing: line.update(f"{title}: {doing}")
+
+        def show(stage: str, done: float = 0.0, total: float = 0.0) -> None:
+            del done, total
+            line.update(f"{title}: {stage}")
+
+        yield show

@@ -1,7 +1,4 @@
-"""Plain data that crosses stages. No behaviour beyond arithmetic on its own fields, no torch.
-
-Time is an argument: whoever needs it is handed a clock.
-"""
+"""Plain data that crosses packages: requests, steps, scores, rankings, reports. No torch here."""
 
 from __future__ import annotations
 
@@ -18,9 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
+
+Clock = Callable[[], float]
+"""Seconds from an arbitrary start, never going back. Code that needs the time is given a clock."""
+
+monotonic: Clock = time.perf_counter
 
 Pair = tuple[str, str]
 """(query, document)."""
@@ -32,7 +33,7 @@ Truncation = Literal["longest_first", "only_second"]
 """Which text of a pair that is too long loses tokens: the longer one, or only the document."""
 
 Side = Literal["left", "right"]
-"""The end of a text from which tokens are removed."""
+"""The side from which tokens are removed."""
 
 Padding = Literal["none", "rectangular"]
 """How a scorer pads a step: not at all, or every pair to the length of the longest."""
@@ -44,7 +45,7 @@ class Chunking:
 
     Attributes:
         max_tokens: tokens read of a document; None reads all.
-        max_chunks: chunks of a document that are scored; None scores as many as it takes.
+        max_chunks: chunks scored of a document; None scores all.
     """
 
     max_tokens: int | None = None
@@ -61,18 +62,18 @@ class Chunking:
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """Pairs to score, and what their caller asks for.
+    """Pairs to score, and what their caller asks for. None leaves a value to the service.
 
     Attributes:
         pairs: (query, document) texts.
-        deadline: time of the service's clock after which the answer is useless; None means never.
+        deadline: time of the service's clock after which the answer is useless.
         priority: share of the device.
-        max_length: tokens of a pair; None is the service's own.
-        truncation: which text of a pair that is too long loses tokens; None is the service's own.
-        max_query_tokens: tokens kept of a query; None is the service's own.
-        chunking: read longer documents in chunks; the best chunk's score is the document's.
+        max_length: tokens of a pair.
+        truncation: which text of a pair that is too long loses tokens.
+        max_query_tokens: tokens kept of a query.
+        chunking: split longer documents into chunks; a document's score is its best chunk's.
         refuse_truncation: refuse pairs that would lose tokens.
-        side: the end from which tokens are removed; None is the model's own.
+        side: side from which tokens are removed; None is the model's own.
     """
 
     pairs: Sequence[Pair]
@@ -112,12 +113,12 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class LadderStep:
-    """One action that the memory ladder took.
+    """One action of the OOM ladder.
 
     Attributes:
         rung: the rung's name, as in :mod:`echelon.scheduling.oom_policy`.
         detail: what changed, in words with units.
-        remedy: what the user can do so that it need not happen again.
+        remedy: how the user can avoid it next time.
     """
 
     rung: str
@@ -127,15 +128,15 @@ class LadderStep:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What happened while a call was scored.
+    """How a call was scored.
 
     Attributes:
         pairs: pairs asked for.
         scored: distinct pairs that went through the model.
         tokens: useful tokens scored.
-        cost_tokens: tokens paid for, padding included.
+        cost_tokens: tokens computed, padding included.
         steps: forward passes.
-        ladder: memory-ladder actions, in order.
+        ladder: actions of the OOM ladder, in order.
     """
 
     pairs: int = 0
@@ -155,7 +156,7 @@ class RunReport:
 
     @property
     def padding_share(self) -> float:
-        """Share of the paid tokens that was padding, 0 to 1."""
+        """Share of the computed tokens that was padding, 0 to 1."""
         return 1.0 - self.tokens / self.cost_tokens if self.cost_tokens else 0.0
 
 
@@ -166,7 +167,7 @@ class ScoredPairs:
     Attributes:
         logits: float32 [pairs], the model's raw outputs.
         truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
-        report: how it was computed.
+        report: how they were computed.
     """
 
     logits: FloatArray
@@ -179,7 +180,7 @@ class RankedDocument:
     """One document of a ranking.
 
     Attributes:
-        index: its position in the list that was passed in.
+        index: its position in the caller's list.
         score: sigmoid of the logit, 0 to 1.
         logit: the model's raw output; the ranking is sorted by it.
         document: its text.
@@ -210,12 +211,12 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a served request's time went, in seconds.
+    """Times of a served request, in seconds.
 
     Attributes:
-        tokenise_s: tokenising, waiting for a thread included.
+        tokenise_s: tokenizing, including the wait for a thread.
         queue_s: from joining the queue to the start of the first step with a pair of it.
-        compute_s: the steps that held its pairs, whoever else's were in them.
+        compute_s: steps that held its pairs, also those shared with other requests.
         total_s: from arrival to answer.
     """
 
@@ -233,11 +234,11 @@ class Answer:
         logits: float32 [pairs], raw logits in input order; of a document in chunks, the best.
         truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
         tokens: tokens of all its pairs, or chunks, as the model saw them.
-        cost_tokens: its share of what its steps were paid for, padding included.
-        timings: where the time went.
+        cost_tokens: its share of the tokens that its steps computed, padding included.
+        timings: times of the request.
         batch_sizes: pairs of each step that held pairs of it, other requests' included.
-        ladder: memory-ladder actions that its steps went through.
-        fallback: tokens that its pairs were cut to because the queue was long; None: they were not.
+        ladder: actions of the OOM ladder in its steps.
+        fallback: tokens to which its pairs were cut because the queue was long, or None.
     """
 
     logits: FloatArray
@@ -250,15 +251,9 @@ class Answer:
     fallback: int | None = None
 
 
-Clock = Callable[[], float]
-"""Seconds from an arbitrary start, never going back."""
-
-monotonic: Clock = time.perf_counter
-
-
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a scorer is and how it pays.
+    """A scorer's model, device and limits.
 
     Attributes:
         family: architecture, such as ``xlm-roberta``.
@@ -266,7 +261,7 @@ class ModelInfo:
         device_name: the processor's or card's own name.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         max_tokens: longest pair the model's positions allow, special tokens included.
-        padding: ``none``, or ``rectangular``: a step costs its longest pair × its pairs.
+        padding: with ``rectangular`` a step costs its longest pair × its pairs.
         weights_bytes: memory of the loaded weights, memory-mapped tables left out.
         threads: CPU threads a forward pass uses; 0 on other devices.
     """

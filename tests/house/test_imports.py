@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 
 import pytest
 from helpers import run_python
 
 import echelon
+from echelon import errors
 
 PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
     "echelon.models.attention_cpu",
     "echelon.models.encoder_cuda",
-    "echelon.models.fused",
     "echelon.models.transformers",
     "echelon.models.cuda_graphs",
     "echelon.models.layers",
-    "echelon.models.encoder_weights",
     "echelon.models.encoder",
-    "echelon.models.attention_cuda",
 }
 NEEDS_RAY = {
     "echelon.integrations.ray.scorer_pool",
@@ -123,3 +123,21 @@ def test_errors_are_one_tree():
     assert all(issubclass(kind, echelon.EchelonError) for kind in kinds)
     assert issubclass(echelon.InvalidInput, ValueError)
     assert all(400 <= kind.status < 600 and 0 < kind.exit_code < 128 for kind in kinds)
+
+
+def test_the_drawn_tree_of_errors_is_the_tree():
+    drawn = re.findall(
+        r"(\w+)(?: \(a ValueError\))? +(\d{3}) +(\d+)$", errors.__doc__, re.MULTILINE
+    )
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    there = [kind for kind in kinds if issubclass(kind, errors.EchelonError)]
+    assert drawn == [(k.__name__, str(k.status), str(k.exit_code)) for k in there]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [errors.TooLarge("documents", "11 are too many", "Send 10."), errors.RateLimited("x", 2)],
+)
+def test_errors_travel_between_processes(error):
+    there = pickle.loads(pickle.dumps(error))
+    assert (type(there), str(there), vars(there)) == (type(error), str(error), vars(error))
