@@ -38,6 +38,8 @@ def there(place: str) -> Any:
 
 def form(data: Any, codes: frozenset[str] | set[str] = VERSIONS) -> Any:
     """Keys and the types of values; a key with ``?`` is not in every item of a list."""
+    if isinstance(data, dict) and data.keys() == {"id", "values"}:
+        return "message: id and values"
     if isinstance(data, dict):
         return {key: _entry(key, value, codes) for key, value in sorted(data.items())}
     if isinstance(data, list | tuple):
@@ -53,8 +55,7 @@ def _entry(key: str, value: Any, codes: frozenset[str] | set[str]) -> Any:
     if key in codes:
         return f"= {json.dumps(value, ensure_ascii=False)}"
     if key in WORDS and isinstance(value, list):
-        assert all(isinstance(item, str) for item in value)
-        return ["text"]
+        return sorted({form(item, codes) for item in value} or {"text"})
     if key in MAPS and isinstance(value, dict):
         return MAPS[key]
     return form(value, codes)
@@ -239,7 +240,7 @@ def answer(response: Any) -> dict[str, Any]:
 
 
 def spoken(described: Any) -> dict[str, Any]:
-    """Dialects and their examples, with the first path that the description shows them on."""
+    """Protocols and their examples, with the first path that the description shows them on."""
     found = {}
     for path, methods in described["paths"].items():
         if "post" in methods:
