@@ -55,10 +55,10 @@ def headline(profile: Profile) -> str:
     rival = slowest(profile, point)
     if rival is None:
         return tr(
-            "Use {step} in {precision}. {device} scores {pairs} in {latency} ({rate}).", **found
+            "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}.", **found
         )
     return tr(
-        "Use {step} in {precision}. {device} scores {pairs} in {latency} ({rate}), {times} as "
+        "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}: {times} as "
         "fast as with the slowest size measured ({slowest}).",
         **found,
         times=_times(point, rival),
