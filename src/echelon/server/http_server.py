@@ -61,18 +61,18 @@ class Address:
         Raises:
             InvalidInput: the address cannot be used.
         """
+        bound = None
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
             family, kind, protocol, _, where = found[0]
             bound = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise self._refused(error) from None
-        try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(where)
         except OSError as error:
-            bound.close()
-            raise self._refused(error) from None
+            if bound is not None:
+                bound.close()
+            problem = f"{self.host}:{self.port} cannot be used ({error.strerror})"
+            raise InvalidInput("--port", problem, "Choose another.") from None
         return bound
 
     def check_certificate(self) -> None:
@@ -106,12 +106,6 @@ class Address:
             "--tls-cert",
             f"{cert} with {key} cannot be used ({words})",
             "Give PEM files of a certificate and its key, without a password.",
-        )
-
-    def _refused(self, error: OSError) -> InvalidInput:
-        where = f"{self.host}:{self.port}"
-        return InvalidInput(
-            "--port", f"{where} cannot be used ({error.strerror})", "Choose another."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,7 +14,7 @@ from echelon.scheduling.token_budget import Reason as MoveReason
 from echelon.server.connection import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
+    from collections.abc import Callable, Iterable, Sequence, Sized
 
     from echelon.engine.events import (
         BudgetMoved,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WorkerChanged,
     )
     from echelon.engine.service import Service
+    from echelon.engine.state import ServiceSnapshot
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the overhead of a request to the longest wait of a request."""
@@ -35,260 +36,213 @@ RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2, 4, 10)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "http_requests_total": ("HTTP requests answered.", ("dialect", "status")),
+    "deadline_requests_total": (
+        "Requests with a deadline, by whether it was met.",
+        ("outcome",),
+    ),
+    "key_documents_total": ("Documents of answered requests, by name of the API key.", ("key",)),
+    "rate_limited_total": ("Requests over the rate limit of a key, by its name.", ("key",)),
+    "connections_refused_total": ("Connections closed before their first request.", ("reason",)),
+    "requests_total": ("Admitted requests, by outcome.", ("outcome",)),
+    "refused_total": ("Refused requests, by reason.", ("reason",)),
+    "documents_total": ("Documents of answered requests (goodput).", ()),
+    "truncated_documents_total": ("Documents that were truncated.", ()),
+    "truncated_tokens_total": ("Tokens that truncation removed.", ()),
+    "fallback_requests_total": ("Low-priority requests with a reduced max_length.", ()),
+    "step_predicted_seconds_total": ("Predicted seconds of all steps.", ()),
+    "step_actual_seconds_total": ("Measured seconds of all steps.", ()),
+    "tokens_total": ("Tokens scored, padding not included.", ()),
+    "padding_tokens_total": ("Padding tokens scored.", ()),
+    "steps_again_total": ("Steps that repeat a lost step.", ()),
+    "ladder_steps_total": ("Steps of the OOM ladder, by rung.", ("rung",)),
+    "token_budget_moves_total": ("Changes of the token budget, by reason.", ("reason",)),
+    "worker_changes_total": ("Changes of worker state, by new state.", ("state",)),
+}
+"""Counters: help text and labels."""
+
+HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
+    "http_request_seconds": (
+        "Seconds from the headers of a request to its response.",
+        ("dialect",),
+        SECONDS,
+    ),
+    "request_seconds": ("Seconds of a request, by phase.", ("phase",), SECONDS),
+    "step_seconds": ("Seconds of a step (one forward pass).", (), SECONDS),
+    "step_actual_over_predicted": ("Measured over predicted seconds of a step.", (), RATIOS),
+    "step_pairs": ("Pairs of a step.", (), SIZES),
+    "step_tokens": ("Tokens of a step, padding included.", (), TOKENS),
+}
+"""Histograms: help text, labels and buckets."""
+
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "info": ("Always 1.", ("version", "family", "device", "precision")),
+    "connections": ("Open connections.", ()),
+    "worker_resident_bytes": ("Resident memory of a worker.", ("worker",)),
+    "worker_memory_limit_bytes": ("Memory at which a worker is replaced; 0 is no limit.", ()),
+}
+"""Gauges: help text and labels."""
+
+STATE: dict[str, tuple[str, Callable[[ServiceSnapshot], float]]] = {
+    "token_budget": ("Current token budget of a step.", lambda now: now.load.budget),
+    "requests_inside": (
+        "Requests in the server, those in tokenization included.",
+        lambda now: now.requests,
+    ),
+    "waiting_pairs": ("Distinct pairs in the queue.", lambda now: now.load.pairs),
+    "waiting_tokens": ("Tokens of the distinct pairs in the queue.", lambda now: now.load.tokens),
+    "backlog_seconds": (
+        "Predicted seconds to score all pairs in the queue.",
+        lambda now: now.backlog_s,
+    ),
+    "oldest_seconds": ("Age of the oldest request in the queue.", lambda now: now.oldest_s),
+    "workers_up": ("Workers that are up.", lambda now: now.workers),
+    "cost_scale": (
+        "Step time over the prediction of the first cost model.",
+        lambda now: now.scale,
+    ),
+    "cost_drift_ratio": (
+        "Step time over the normal step time of this machine.",
+        lambda now: now.drift,
+    ),
+    "cost_drifted": ("1 while echelon_cost_drift_ratio is far from 1.", lambda now: now.drifted),
+    "fallback_on": (
+        "1 while low-priority requests get a reduced max_length.",
+        lambda now: now.fallback,
+    ),
+    "draining": ("1 while the server shuts down.", lambda now: now.draining),
+}
+"""Gauges that each scrape reads from a snapshot of the service."""
+
+VALUES: dict[str, Iterable[str]] = {
+    "deadline_requests_total": ("met", "missed"),
+    "requests_total": get_args(Outcome),
+    "refused_total": (*RULES, "shutting_down"),
+    "connections_refused_total": get_args(Reason),
+    "ladder_steps_total": [rung.__name__.removeprefix("_") for rung in RUNGS],
+    "worker_changes_total": get_args(WorkerState),
+    "token_budget_moves_total": get_args(MoveReason),
+}
+"""Known labels. Their counters begin at zero: Prometheus sees no increase in a series whose first
+value is one."""
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics(NullListener):
-    """Counts the events of a service and of its routes.
-
-    Counters whose labels are known start at zero: Prometheus sees no increase in a series whose
-    first value is one.
-    """
+    """Counts the events of a service and of its routes."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._service: Service | None = None
-        self._add_http()
-        self._add_requests()
-        self._add_steps()
-        self._add_state()
-        self._set_to_zero()
+        new: dict[str, Any] = {"namespace": "echelon", "registry": self.registry}
+        self._counters = {
+            n: Counter(n, text, labels, **new) for n, (text, labels) in COUNTERS.items()
+        }
+        self._histograms = {
+            name: Histogram(name, text, labels, buckets=buckets, **new)
+            for name, (text, labels, buckets) in HISTOGRAMS.items()
+        }
+        self._gauges = {n: Gauge(n, text, labels, **new) for n, (text, labels) in GAUGES.items()}
+        self._state = {name: Gauge(name, text, **new) for name, (text, _) in STATE.items()}
+        for name, values in VALUES.items():
+            for value in values:
+                self._count(name, value, by=0)
 
     def watch(self, service: Service) -> None:
         """Set the service whose state each scrape reads."""
         self._service = service
         info = service.info
-        self._info.labels(__version__, info.family, info.device, info.precision).set(1)
-        self._budget.set(service.snapshot().load.budget)
-        self._memory_limit.set(service.settings.memory_limit_bytes or 0)
+        self._gauges["info"].labels(__version__, info.family, info.device, info.precision).set(1)
+        limit = service.settings.memory_limit_bytes
+        self._gauges["worker_memory_limit_bytes"].set(limit or 0)
+
+    def watch_connections(self, connections: Sized) -> None:
+        """Set the connections that each scrape counts."""
+        self._gauges["connections"].set_function(lambda: len(connections))
 
     def text(self) -> bytes:
         """Write all metrics in Prometheus' text format."""
         if self._service is not None:
-            self._read_state(self._service)
+            now = self._service.snapshot()
+            for name, (_, read) in STATE.items():
+                self._state[name].set(read(now))
+            for number, size in enumerate(now.resident_bytes):
+                self._gauges["worker_resident_bytes"].labels(str(number)).set(size)
         return generate_latest(self.registry)
 
     # Called by the routes.
 
     def answered(self, protocol: str, status: int, seconds: float) -> None:
         """Count a response."""
-        self._http.labels(protocol, str(status)).inc()
-        self._http_seconds.labels(protocol).observe(seconds)
+        self._count("http_requests_total", protocol, str(status))
+        self._observe("http_request_seconds", seconds, protocol)
 
     def deadline_ended(self, *, met: bool) -> None:
         """Count a request with a deadline, by whether it was answered in time."""
-        self._deadlines.labels("met" if met else "missed").inc()
+        self._count("deadline_requests_total", "met" if met else "missed")
 
     def documents_scored(self, key: str, documents: int) -> None:
         """Count the scored documents of a key."""
-        self._key_documents.labels(key).inc(documents)
+        self._count("key_documents_total", key, by=documents)
 
     def rate_limited(self, key: str) -> None:
         """Count a request over the limit of a key."""
-        self._rate_limited.labels(key).inc()
+        self._count("rate_limited_total", key)
 
     def connection_refused(self, reason: Reason) -> None:
         """Count a connection that was closed before its first request."""
-        self._connections_refused.labels(reason).inc()
-
-    def watch_connections(self, connections: Sized) -> None:
-        """Set the connections that each scrape counts."""
-        self._connections.set_function(lambda: len(connections))
+        self._count("connections_refused_total", reason)
 
     # Called by the service, from any thread.
 
     def step_finished(self, event: StepFinished) -> None:
         """Count a step."""
-        self._step_seconds.observe(event.actual_s)
-        self._predicted.inc(event.predicted_s)
-        self._actual.inc(event.actual_s)
+        self._observe("step_seconds", event.actual_s)
+        self._count("step_predicted_seconds_total", by=event.predicted_s)
+        self._count("step_actual_seconds_total", by=event.actual_s)
         if event.predicted_s > 0:
-            self._ratio.observe(event.actual_s / event.predicted_s)
-        self._step_pairs.observe(event.pairs)
-        self._step_tokens.observe(event.cost_tokens)
-        self._tokens.inc(event.tokens)
-        self._padding.inc(event.cost_tokens - event.tokens)
+            self._observe("step_actual_over_predicted", event.actual_s / event.predicted_s)
+        self._observe("step_pairs", event.pairs)
+        self._observe("step_tokens", event.cost_tokens)
+        self._count("tokens_total", by=event.tokens)
+        self._count("padding_tokens_total", by=event.cost_tokens - event.tokens)
         if event.again:
-            self._again.inc()
+            self._count("steps_again_total")
 
     def request_ended(self, event: RequestEnded) -> None:
         """Count an admitted request that has ended."""
-        self._ended.labels(event.outcome).inc()
-        self._truncated.inc(event.truncated_documents)
-        self._truncated_tokens.inc(event.truncated_tokens)
+        self._count("requests_total", event.outcome)
+        self._count("truncated_documents_total", by=event.truncated_documents)
+        self._count("truncated_tokens_total", by=event.truncated_tokens)
         if event.fallback is not None:
-            self._fallback_requests.inc()
-        for phase, seconds in (
-            ("tokenise", event.tokenise_s),
-            ("queue", event.queue_s),
-            ("compute", event.compute_s),
-            ("total", event.total_s),
-        ):
-            self._phases.labels(phase).observe(seconds)
+            self._count("fallback_requests_total")
+        for phase in ("tokenise", "queue", "compute", "total"):
+            self._observe("request_seconds", getattr(event, f"{phase}_s"), phase)
         if event.outcome == "answered":
-            self._documents.inc(event.documents)
+            self._count("documents_total", by=event.documents)
 
     def refused(self, event: RequestRefused) -> None:
         """Count a refused request."""
-        self._refused.labels(event.reason).inc()
+        self._count("refused_total", event.reason)
 
     def ladder_taken(self, event: LadderTaken) -> None:
         """Count a step of the OOM ladder."""
-        self._ladder.labels(event.step.rung).inc()
+        self._count("ladder_steps_total", event.step.rung)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Count a worker's change of state."""
-        self._worker_changes.labels(event.state).inc()
+        self._count("worker_changes_total", event.state)
 
     def budget_moved(self, event: BudgetMoved) -> None:
         """Count a change of the token budget."""
-        self._budget_moves.labels(event.reason).inc()
+        self._count("token_budget_moves_total", event.reason)
 
-    def _counter(self, name: str, words: str, *labels: str) -> Counter:
-        return Counter(f"echelon_{name}", words, labels, registry=self.registry)
+    def _count(self, name: str, *labels: str, by: float = 1) -> None:
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
 
-    def _gauge(self, name: str, words: str, *labels: str) -> Gauge:
-        return Gauge(f"echelon_{name}", words, labels, registry=self.registry)
-
-    def _histogram(
-        self, name: str, words: str, buckets: tuple[float, ...], *labels: str
-    ) -> Histogram:
-        return Histogram(f"echelon_{name}", words, labels, buckets=buckets, registry=self.registry)
-
-    def _add_http(self) -> None:
-        self._http = self._counter(
-            "http_requests_total", "HTTP requests answered.", "dialect", "status"
-        )
-        self._http_seconds = self._histogram(
-            "http_request_seconds",
-            "Seconds from the headers of a request to its response.",
-            SECONDS,
-            "dialect",
-        )
-        self._deadlines = self._counter(
-            "deadline_requests_total", "Requests with a deadline, by whether it was met.", "outcome"
-        )
-        self._key_documents = self._counter(
-            "key_documents_total", "Documents of answered requests, by name of the API key.", "key"
-        )
-        self._rate_limited = self._counter(
-            "rate_limited_total", "Requests over the rate limit of a key, by its name.", "key"
-        )
-        self._connections = self._gauge("connections", "Open connections.")
-        self._connections_refused = self._counter(
-            "connections_refused_total", "Connections closed before their first request.", "reason"
-        )
-
-    def _add_requests(self) -> None:
-        self._ended = self._counter("requests_total", "Admitted requests, by outcome.", "outcome")
-        self._refused = self._counter("refused_total", "Refused requests, by reason.", "reason")
-        self._documents = self._counter(
-            "documents_total", "Documents of answered requests (goodput)."
-        )
-        self._truncated = self._counter(
-            "truncated_documents_total", "Documents that were truncated."
-        )
-        self._truncated_tokens = self._counter(
-            "truncated_tokens_total", "Tokens that truncation removed."
-        )
-        self._fallback_requests = self._counter(
-            "fallback_requests_total", "Low-priority requests with a reduced max_length."
-        )
-        self._phases = self._histogram(
-            "request_seconds", "Seconds of a request, by phase.", SECONDS, "phase"
-        )
-
-    def _add_steps(self) -> None:
-        self._step_seconds = self._histogram(
-            "step_seconds", "Seconds of a step (one forward pass).", SECONDS
-        )
-        self._predicted = self._counter(
-            "step_predicted_seconds_total", "Predicted seconds of all steps."
-        )
-        self._actual = self._counter("step_actual_seconds_total", "Measured seconds of all steps.")
-        self._ratio = self._histogram(
-            "step_actual_over_predicted", "Measured over predicted seconds of a step.", RATIOS
-        )
-        self._step_pairs = self._histogram("step_pairs", "Pairs of a step.", SIZES)
-        self._step_tokens = self._histogram(
-            "step_tokens", "Tokens of a step, padding included.", TOKENS
-        )
-        self._tokens = self._counter("tokens_total", "Tokens scored, padding not included.")
-        self._padding = self._counter("padding_tokens_total", "Padding tokens scored.")
-        self._again = self._counter("steps_again_total", "Steps that repeat a lost step.")
-        self._ladder = self._counter(
-            "ladder_steps_total", "Steps of the OOM ladder, by rung.", "rung"
-        )
-
-    def _add_state(self) -> None:
-        self._info = self._gauge("info", "Always 1.", "version", "family", "device", "precision")
-        self._budget = self._gauge("token_budget", "Current token budget of a step.")
-        self._budget_moves = self._counter(
-            "token_budget_moves_total", "Changes of the token budget, by reason.", "reason"
-        )
-        self._inside = self._gauge(
-            "requests_inside", "Requests in the server, those in tokenization included."
-        )
-        self._waiting = self._gauge("waiting_pairs", "Distinct pairs in the queue.")
-        self._waiting_tokens = self._gauge(
-            "waiting_tokens", "Tokens of the distinct pairs in the queue."
-        )
-        self._backlog = self._gauge(
-            "backlog_seconds", "Predicted seconds to score all pairs in the queue."
-        )
-        self._oldest = self._gauge("oldest_seconds", "Age of the oldest request in the queue.")
-        self._workers = self._gauge("workers_up", "Workers that are up.")
-        self._resident = self._gauge(
-            "worker_resident_bytes", "Resident memory of a worker.", "worker"
-        )
-        self._memory_limit = self._gauge(
-            "worker_memory_limit_bytes", "Memory at which a worker is replaced; 0 is no limit."
-        )
-        self._worker_changes = self._counter(
-            "worker_changes_total", "Changes of worker state, by new state.", "state"
-        )
-        self._scale = self._gauge(
-            "cost_scale", "Step time over the prediction of the first cost model."
-        )
-        self._drift = self._gauge(
-            "cost_drift_ratio", "Step time over the normal step time of this machine."
-        )
-        self._drifted = self._gauge(
-            "cost_drifted", "1 while echelon_cost_drift_ratio is far from 1."
-        )
-        self._fallback = self._gauge(
-            "fallback_on", "1 while low-priority requests get a reduced max_length."
-        )
-        self._draining = self._gauge(
-            "draining", "1 while the server shuts down and admits no requests."
-        )
-
-    def _set_to_zero(self) -> None:
-        for counter, values in (
-            (self._deadlines, ("met", "missed")),
-            (self._ended, get_args(Outcome)),
-            (self._refused, (*RULES, "shutting_down")),
-            (self._connections_refused, get_args(Reason)),
-            (self._ladder, [rung.__name__.removeprefix("_") for rung in RUNGS]),
-            (self._worker_changes, get_args(WorkerState)),
-            (self._budget_moves, get_args(MoveReason)),
-        ):
-            for value in values:
-                counter.labels(value)
-
-    def _read_state(self, service: Service) -> None:
-        now = service.snapshot()
-        self._budget.set(now.load.budget)
-        self._inside.set(now.requests)
-        self._waiting.set(now.load.pairs)
-        self._waiting_tokens.set(now.load.tokens)
-        self._backlog.set(now.backlog_s)
-        self._oldest.set(now.oldest_s)
-        self._workers.set(now.workers)
-        self._scale.set(now.scale)
-        self._drift.set(now.drift)
-        self._drifted.set(now.drifted)
-        self._fallback.set(now.fallback)
-        self._draining.set(now.draining)
-        for number, size in enumerate(now.resident_bytes):
-            self._resident.labels(str(number)).set(size)
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        histogram = self._histograms[name]
+        (histogram.labels(*labels) if labels else histogram).observe(value)
