@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,8 @@ def test_a_line_that_is_too_long_is_passed_over(monkeypatch, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(short + b"x" * 500 + b"\n" + short)
     reader = JsonLinesReader(str(path))
-    monkeypatch.setattr(reader._lines, "_limit", 100)
-    found = [item for entry in reader for item in entry]
+    monkeypatch.setattr(reader, "_limit", 100)
+    found = [item for entry in reader.rows() for item in entry]
     reader.close()
     assert [type(item).__name__ for item in found] == ["Row", "BadRow", "Row"]
     assert "longer than 64 MiB" in found[1].reason
@@ -231,7 +232,7 @@ def test_a_file_read_from_a_resume_point_is_cut_as_the_whole_is(tmp_path, sizes,
         reader = JsonLinesReader(str(path))
         if point is not None:
             reader.skip_to(point)
-        found = [(w.rows, w.bad, w.end) for w in windows(reader, reader, full, 100)]
+        found = [(w.rows, w.bad, w.end) for w in windows(reader.rows(), reader, full, 100)]
         reader.close()
         return found
 
@@ -263,8 +264,7 @@ def test_the_rest_takes_as_long_as_what_was_done():
 def test_lines_put_back_do_not_count(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntwo\n")
-    with streams.Source(str(path), "INPUT") as source:
-        lines = streams.Lines(source)
+    with closing(streams.Lines(str(path), "INPUT")) as lines:
         next(lines)
         first = lines.resume_point()
         next(lines)

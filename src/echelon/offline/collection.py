@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import StorageError
-from echelon.offline.readers import TOO_LONG, LineReader, parse_json
+from echelon.offline.readers import TOO_LONG, parse_json
 from echelon.offline.rows import (
     ROW_BYTES,
     ROW_DOCUMENTS,
@@ -27,7 +27,7 @@ from echelon.offline.rows import (
     id_of,
     text_of,
 )
-from echelon.offline.streams import Lines, Source, digest_of, suffix_of, unreadable
+from echelon.offline.streams import Lines, digest_of, suffix_of, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,8 +173,8 @@ def _build(
         base.executescript(TABLES)
         base.execute("begin")
         for name, path in files.items():
-            with Source(path, f"--{name}") as source:
-                _fill(base, name, source, on_progress)
+            with closing(Lines(path, f"--{name}")) as lines:
+                _fill(base, name, lines, on_progress)
         base.execute("insert into fingerprints values (?)", (json.dumps(prints),))
         base.commit()
     with building.open("rb") as file:
@@ -182,25 +182,22 @@ def _build(
     building.replace(index)
 
 
-def _fill(base: sqlite3.Connection, name: str, source: Source, on_progress: Progress) -> None:
+def _fill(base: sqlite3.Connection, name: str, lines: Lines, on_progress: Progress) -> None:
     table = "topics" if name == "topics" else "documents"
     insert = f"insert or ignore into {table} (id, text) values (?, ?)"  # noqa: S608 - our own names
-    lines = Lines(source)
-    for line in lines:
-        if line is not None and not line.strip():
-            continue
+    for line in lines.filled():
         try:
-            entry = _entry(line, name, suffix_of(source.path))
+            entry = _entry(line, name, suffix_of(lines.path))
             taken = base.execute(insert, entry).rowcount
             problem = "" if taken else f"the id {entry[0]!r} is there a second time"
         except BadValue as error:
             problem = str(error)
         if problem:
-            bad = (source.path, lines.number, problem)
+            bad = (lines.path, lines.number, problem)
             base.execute("insert into problems values (?, ?, ?)", bad)
         if lines.number % LINES_PER_REPORT == 0:
-            known = source.share is not None
-            on_progress(f"Indexing {name}", source.share or 0.0, 1.0 if known else 0.0)
+            known = lines.share is not None
+            on_progress(f"Indexing {name}", lines.share or 0.0, 1.0 if known else 0.0)
 
 
 def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
@@ -229,7 +226,7 @@ def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
 FIELDS = 6
 
 
-class RunFile(LineReader):
+class RunFile(Lines):
     """The queries of a run file; the lines of a query must stand together.
 
     Documents keep the order of their lines. A query that occurs a second time is refused, because
@@ -240,15 +237,15 @@ class RunFile(LineReader):
         super().__init__(path)
         self._collection = collection
 
-    def __iter__(self) -> Iterator[Entry]:
-        for line in self._lines:
-            if line is None or line.strip():
-                try:
-                    query, document = _parse(line)
-                except BadValue as error:
-                    yield (BadRow(self._lines.number, str(error)),)
-                else:
-                    yield self._query(query, document)
+    def rows(self) -> Iterator[Entry]:
+        """See :class:`~echelon.offline.readers.Reader`."""
+        for line in self.filled():
+            try:
+                query, document = _parse(line)
+            except BadValue as error:
+                yield (BadRow(self.number, str(error)),)
+            else:
+                yield self._query(query, document)
 
     def problems(self) -> Iterator[BadRow]:
         """Lines of topics and collection that cannot be used."""
@@ -266,21 +263,21 @@ class RunFile(LineReader):
 
     def _query(self, query: str, document: str) -> Entry:
         """Read the other lines of a query whose first line was read."""
-        first = self._lines.number
+        first = self.number
         group = _QueryLines(self._collection)
         group.add(first, document)
-        while group.lines < ROW_DOCUMENTS and (line := next(self._lines, b"")) != b"":
-            if line is not None and not line.strip():
-                continue
+        for line in self.filled():
             try:
                 other, document = _parse(line)
             except BadValue as error:
-                group.refuse(self._lines.number, str(error))
-                continue
-            if other != query:
-                self._lines.put_back()
+                group.refuse(self.number, str(error))
+            else:
+                if other != query:
+                    self.put_back()
+                    break
+                group.add(self.number, document)
+            if group.lines >= ROW_DOCUMENTS:
                 break
-            group.add(self._lines.number, document)
         text, before = self._collection.topic(query, first)
         if text is None:
             return group.refused(first, f"the query {query!r} is not among the topics")

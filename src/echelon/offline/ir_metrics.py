@@ -17,7 +17,7 @@ from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.device import candidate_precisions
 from echelon.offline.rows import Row
 from echelon.offline.scoring import WindowScorer, windows
-from echelon.offline.streams import STANDARD, Lines, Source
+from echelon.offline.streams import STANDARD, Lines
 from echelon.offline.writers import ranked
 from echelon.options import require_packages
 from echelon.types import monotonic
@@ -101,11 +101,8 @@ def read_qrels(path: str) -> dict[str, dict[str, int]]:
         InvalidInput: the file cannot be read, or a line is wrong.
     """
     grades: dict[str, dict[str, int]] = defaultdict(dict)
-    with Source(path, "--qrels") as source:
-        lines = Lines(source)
-        for line in lines:
-            if line is not None and not line.strip():
-                continue
+    with closing(Lines(path, "--qrels")) as lines:
+        for line in lines.filled():
             try:
                 query, _, document, grade = (line or b"").decode().split()
                 grades[query][document] = int(grade)
@@ -192,7 +189,7 @@ def _measured(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison
 
 def _judged(reader: Reader, judge: Judge) -> Iterator[Entry]:
     """The reader's rows of judged queries."""
-    for entry in reader:
+    for entry in reader.rows():
         kept = [item for item in entry if isinstance(item, Row) and judge.judges(item.id)]
         if kept:
             yield tuple(kept)

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import InvalidInput
 from echelon.offline.collection import Collection, RunFile, fingerprints
 from echelon.offline.readers import (
-    INPUT,
     Columns,
     JsonLinesReader,
-    LineReader,
     ParquetReader,
     Reader,
     TableReader,
     refuse_terminal,
 )
 from echelon.offline.streams import (
+    INPUT,
     STANDARD,
-    Source,
+    Lines,
     compression_of,
     digest_of,
     suffix_of,
@@ -118,7 +117,7 @@ class OfflineJob:
     def _check_input(self) -> None:
         """Open the input once, unless it is standard input; a table must have its columns."""
         if self.input != STANDARD:
-            Source(self.input, INPUT).close()
+            Lines(self.input).close()
             if self.reads in PAIRS:
                 self.reader(Path(), {}).close()
 
@@ -174,11 +173,11 @@ class OfflineJob:
             return JsonLinesReader(self.input)
         return TableReader(self.input, self.columns, tabs=self.reads == "tsv")
 
-    def plain_reader(self) -> LineReader | ParquetReader:
+    def plain_reader(self) -> Lines | ParquetReader:
         """Open the input to compare it with a resume point: without topics and collection."""
         if self.reads == "parquet":
             return ParquetReader(self.input, self.columns)
-        return LineReader(self.input)
+        return Lines(self.input)
 
     def _text_files(self) -> dict[str, str]:
         """Topics and collection of a run; empty for other inputs."""

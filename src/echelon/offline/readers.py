@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import InvalidInput
 from echelon.offline.rows import ROW_BYTES, BadRow, BadValue, ResumePoint, Row, row_of, text_of
-from echelon.offline.streams import STANDARD, Lines, Source, changed, unreadable
+from echelon.offline.streams import INPUT, STANDARD, Lines, changed, unreadable
 from echelon.options import require_packages
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file decoded at a time."""
-
-INPUT = "INPUT"
-"""The name of the input file in messages."""
 
 TOO_LONG = f"the line is longer than {ROW_BYTES // 2**20} MiB"
 
@@ -32,7 +29,7 @@ Entry = tuple[Row | BadRow, ...]
 class Reader(Protocol):
     """Rows of a file, good and bad, in its order."""
 
-    def __iter__(self) -> Iterator[Entry]:
+    def rows(self) -> Iterator[Entry]:
         """The rows that were not read yet."""
         ...
 
@@ -102,43 +99,16 @@ class Columns:
         return Row(line, ids[0], query, (document,), (ids[1],))
 
 
-class LineReader:
-    """Place and end of a reader of lines; alone it reads no rows."""
-
-    def __init__(self, path: str) -> None:
-        self._lines = Lines(Source(path, INPUT))
-
-    def resume_point(self) -> ResumePoint:
-        """See :class:`Reader`."""
-        return self._lines.resume_point()
-
-    def skip_to(self, point: ResumePoint) -> None:
-        """See :class:`Reader`."""
-        self._lines.skip_to(point)
-
-    @property
-    def share(self) -> float | None:
-        """See :class:`Reader`."""
-        return self._lines.source.share
-
-    def close(self) -> None:
-        """See :class:`Reader`."""
-        self._lines.source.close()
-
-
-class JsonLinesReader(LineReader):
+class JsonLinesReader(Lines):
     """JSONL: a query with its documents on each line; empty lines are skipped."""
 
-    def __iter__(self) -> Iterator[Entry]:
-        for line in self._lines:
-            if line is None or line.strip():
-                yield (self._row(line),)
-
-    def _row(self, line: bytes | None) -> Row | BadRow:
-        try:
-            return row_of(self._lines.number, parse_json(line))
-        except BadValue as error:
-            return BadRow(self._lines.number, str(error))
+    def rows(self) -> Iterator[Entry]:
+        """See :class:`Reader`."""
+        for line in self.filled():
+            try:
+                yield (row_of(self.number, parse_json(line)),)
+            except BadValue as error:
+                yield (BadRow(self.number, str(error)),)
 
 
 def parse_json(line: bytes | None) -> Any:
@@ -160,7 +130,7 @@ def parse_json(line: bytes | None) -> Any:
         raise BadValue(f"the line is not JSON ({reason})") from None
 
 
-class TableReader(LineReader):
+class TableReader(Lines):
     """Pairs in CSV or TSV, whose first line names the columns.
 
     CSV may quote fields, also over several lines. In TSV a quote is a character like any other,
@@ -177,7 +147,7 @@ class TableReader(LineReader):
         how: dict[str, Any] = {"delimiter": ",", "strict": True}
         if tabs:
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        self._rows = csv.reader(_Texts(self._lines), **how)
+        self._rows = csv.reader(map(_as_text, self), **how)
         try:
             self._names = self._header()
             columns.check(self._names)
@@ -185,22 +155,23 @@ class TableReader(LineReader):
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Entry]:
+    def rows(self) -> Iterator[Entry]:
+        """See :class:`Reader`."""
         while True:
-            line = self._lines.number + 1
+            line = self.number + 1
             try:
                 fields = next(self._rows)
                 if fields:
                     yield (self._row(line, fields),)
             except StopIteration:
                 return
-            except (csv.Error, BadValue, _LongLine) as error:
+            except (csv.Error, BadValue) as error:
                 yield (BadRow(line, str(error)),)
 
     def _header(self) -> list[str]:
         try:
             return next(self._rows)
-        except (StopIteration, csv.Error, _LongLine):
+        except (StopIteration, csv.Error, BadValue):
             raise InvalidInput(
                 INPUT, "its first line holds no names of columns", "Add a line of names."
             ) from None
@@ -211,24 +182,11 @@ class TableReader(LineReader):
         return self._columns.row(line, dict(zip(self._names, fields, strict=True)))
 
 
-class _LongLine(Exception):
-    """A line longer than a row may be."""
-
-
-class _Texts:
-    """Lines as text for the csv module; bytes that are not UTF-8 become lone surrogates."""
-
-    def __init__(self, lines: Lines) -> None:
-        self._lines = lines
-
-    def __iter__(self) -> _Texts:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._lines)
-        if line is None:
-            raise _LongLine(TOO_LONG)
-        return line.decode("utf-8", "surrogateescape")
+def _as_text(line: bytes | None) -> str:
+    """A line for the csv module; bytes that are not UTF-8 become lone surrogates."""
+    if line is None:
+        raise BadValue(TOO_LONG)
+    return line.decode("utf-8", "surrogateescape")
 
 
 class ParquetReader:
@@ -261,21 +219,19 @@ class ParquetReader:
         self._position = 0
         self._hash = hashlib.sha256()
 
-    def __iter__(self) -> Iterator[Entry]:
+    def rows(self) -> Iterator[Entry]:
+        """See :class:`Reader`."""
         for number, values in enumerate(self._values(), 1):
             if number > self._position:
                 self._count(values)
-                yield (self._row(values),)
-
-    def _row(self, values: dict[str, bytes | None]) -> Row | BadRow:
-        texts = {
-            name: None if value is None else value.decode("utf-8", "surrogateescape")
-            for name, value in values.items()
-        }
-        try:
-            return self._columns.row(self._position, texts)
-        except BadValue as error:
-            return BadRow(self._position, str(error))
+                texts = {
+                    name: None if value is None else value.decode("utf-8", "surrogateescape")
+                    for name, value in values.items()
+                }
+                try:
+                    yield (self._columns.row(number, texts),)
+                except BadValue as error:
+                    yield (BadRow(number, str(error)),)
 
     def resume_point(self) -> ResumePoint:
         """See :class:`Reader`."""

@@ -213,7 +213,7 @@ def _writable(reader: Reader, writer: Writer) -> Iterator[Entry]:
                 return BadRow(item.line, str(error))
         return item
 
-    for entry in reader:
+    for entry in reader.rows():
         yield tuple(checked(item) for item in entry)
 
 

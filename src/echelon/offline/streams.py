@@ -16,10 +16,13 @@ from echelon.offline.rows import ROW_BYTES, ResumePoint
 from echelon.options import require_packages
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Callable, Iterator
 
 STANDARD = "-"
 """The name of standard input and output."""
+
+INPUT = "INPUT"
+"""The name of the input file in messages."""
 
 CHUNK = 2**20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -37,96 +40,30 @@ def suffix_of(path: str) -> str:
     return (name.with_suffix("") if compression_of(path) else name).suffix.lower()
 
 
-class Source:
-    """A file that is read from its start, decompressed.
-
-    Args:
-        path: its name; ``-`` is standard input.
-        option: the option that named it, for messages.
-
-    Raises:
-        InvalidInput: it cannot be opened.
-        MissingDependency: it is zstd, and pyarrow is not installed.
-    """
-
-    def __init__(self, path: str, option: str) -> None:
-        self.path, self.option = path, option
-        try:
-            self._raw = self._opened()
-        except OSError as error:
-            raise unreadable(option, path, error) from error
-        self.size = None if path == STANDARD else Path(path).stat().st_size
-        self._stream = self._decompressed(compression_of(path))
-
-    def _opened(self) -> BinaryIO:
-        if self.path == STANDARD:  # a copy of the descriptor, so that closing it is harmless
-            return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
-        return Path(self.path).open("rb")
-
-    def _decompressed(self, compression: str | None) -> BinaryIO:
-        if compression is None:
-            return self._raw
-        if compression == "gzip":
-            return cast("BinaryIO", io.BufferedReader(gzip.GzipFile(fileobj=self._raw), CHUNK))
-        require_packages("zstd", "files", ["pyarrow"])
-        import pyarrow as pa
-
-        inner = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), "zstd")
-        return cast("BinaryIO", io.BufferedReader(inner, CHUNK))
-
-    def readline(self, limit: int) -> bytes:
-        """Read the next line, or its first ``limit`` bytes.
-
-        Raises:
-            InvalidInput: the file is damaged or cut off.
-        """
-        try:
-            return self._stream.readline(limit)
-        except (OSError, EOFError, zlib.error) as error:
-            raise unreadable(self.option, self.path, error) from error
-
-    def read(self, count: int) -> bytes:
-        """Read at most ``count`` bytes; see :meth:`readline`."""
-        try:
-            return self._stream.read(count)
-        except (OSError, EOFError, zlib.error) as error:
-            raise unreadable(self.option, self.path, error) from error
-
-    @property
-    def share(self) -> float | None:
-        """Share of the file read so far, 0 to 1; None for standard input."""
-        return min(1.0, self._raw.tell() / self.size) if self.size else None
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-        self._raw.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 class Lines:
-    """The lines of a source as bytes; position and digest are kept as lines are taken.
+    """The lines of a file as bytes, decompressed; position and digest are kept as lines are taken.
 
     A line may be put back once: then it counts as not yet read.
 
     Args:
+        path: the file; ``-`` is standard input.
+        option: the option that named it, for messages.
         limit: longest line in bytes; None comes out in place of a longer one.
+
+    Raises:
+        InvalidInput: it cannot be opened; later: it is damaged or cut off.
+        MissingDependency: it is zstd, and pyarrow is not installed.
     """
 
-    def __init__(self, source: Source, limit: int = ROW_BYTES) -> None:
-        self.source = source
-        self.number = 0
-        self._limit = limit
+    def __init__(self, path: str, option: str = INPUT, limit: int = ROW_BYTES) -> None:
+        self.path, self.number = path, 0
+        self._option, self._limit = option, limit
+        try:
+            self._raw = _opened(path)
+        except OSError as error:
+            raise unreadable(option, path, error) from error
+        self._size = 0 if path == STANDARD else Path(path).stat().st_size
+        self._stream = _decompressed(self._raw, compression_of(path))
         self._position = 0
         self._hash = hashlib.sha256()
         self._taken: bytes | None = None
@@ -141,7 +78,7 @@ class Lines:
             self.number += 1
             return self._text()
         self._count_taken()
-        line = self.source.readline(self._limit + 1)
+        line = self._read(self._stream.readline, self._limit + 1)
         if not line:
             raise StopIteration
         self.number += 1
@@ -150,6 +87,20 @@ class Lines:
             return None
         self._taken = line
         return self._text()
+
+    def filled(self) -> Iterator[bytes | None]:
+        """The lines that are not empty."""
+        return (line for line in self if line is None or line.strip())
+
+    @property
+    def share(self) -> float | None:
+        """Share of the file read so far, 0 to 1; None for standard input."""
+        return min(1.0, self._raw.tell() / self._size) if self._size else None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+        self._raw.close()
 
     def put_back(self) -> None:
         """Return the line that was taken last."""
@@ -171,13 +122,13 @@ class Lines:
             InvalidInput: the bytes before it are not those that the earlier run read.
         """
         while self._position < point.position:
-            chunk = self.source.read(min(CHUNK, point.position - self._position))
+            chunk = self._read(self._stream.read, min(CHUNK, point.position - self._position))
             if not chunk:
                 break
             self._count(chunk)
         self.number = point.line
         if self.resume_point() != point:
-            raise changed(self.source.option, self.source.path)
+            raise changed(self._option, self.path)
 
     def _text(self) -> bytes | None:
         """The line without a byte order mark, which is no text but counts as read."""
@@ -196,11 +147,35 @@ class Lines:
             self._count(part)
             if part.endswith(b"\n"):
                 return
-            part = self.source.readline(CHUNK)
+            part = self._read(self._stream.readline, CHUNK)
+
+    def _read(self, method: Callable[[int], bytes], count: int) -> bytes:
+        try:
+            return method(count)
+        except (OSError, EOFError, zlib.error) as error:
+            raise unreadable(self._option, self.path, error) from error
 
     def _count(self, part: bytes) -> None:
         self._hash.update(part)
         self._position += len(part)
+
+
+def _opened(path: str) -> BinaryIO:
+    if path == STANDARD:  # a copy of the descriptor, so that closing it is harmless
+        return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    return Path(path).open("rb")
+
+
+def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    if compression is None:
+        return raw
+    if compression == "gzip":
+        return cast("BinaryIO", io.BufferedReader(gzip.GzipFile(fileobj=raw), CHUNK))
+    require_packages("zstd", "files", ["pyarrow"])
+    import pyarrow as pa
+
+    inner = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    return cast("BinaryIO", io.BufferedReader(inner, CHUNK))
 
 
 def changed(option: str, path: str) -> InvalidInput:
