@@ -27,7 +27,7 @@ SPREAD = 0.6
 """Standard deviation of the logarithm of a length."""
 
 PAIRS_A_QUERY = 16
-MOST_WORDS = 2000
+MAX_WORDS = 2000
 TINY = SHAPES["xlm-roberta-large"] | {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -90,7 +90,7 @@ class Writer:
         whole = [w for w, e in zip(bare, encodings, strict=True) if len(e.ids) == 1 and len(w) > 1]
         chance = np.random.default_rng(seed)
         chance.shuffle(whole)
-        return cls(tuple(whole[:MOST_WORDS]), chance)
+        return cls(tuple(whole[:MAX_WORDS]), chance)
 
     def text(self, words: int) -> str:
         """So many random words."""

@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.models.attention_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.cuda_graphs import FIRST_PATIENCE
+from echelon.models.encoder_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.registry import open_scorer
-from echelon.models.staging import MOST_TOKENS
+from echelon.models.staging import MAX_TOKENS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here (or torch was built without CUDA)"
@@ -224,7 +224,7 @@ def test_nothing_waits_before_the_logits_are_copied(demo_folder, opened, use_gra
             scorer._step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (len(scorer._graphs) == 1) == (use_graphs and count * 20 <= MOST_TOKENS)
+    assert (len(scorer._graphs) == 1) == (use_graphs and count * 20 <= MAX_TOKENS)
 
 
 # Memory

@@ -18,20 +18,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
-from echelon.models import attention_cuda
 from echelon.models import cuda_graphs as graphs_module
+from echelon.models import encoder_cuda
 from echelon.models.architecture import native_architecture, read_config
-from echelon.models.attention_cuda import Spans, attention_with, choose_kernel
 from echelon.models.cuda_graphs import BACKOFF, FIRST_PATIENCE, CudaGraphs, Recording
 from echelon.models.encoder import Embeddings, Head, Layer, Weights
-from echelon.models.encoder_cuda import CudaScorer
-from echelon.models.fused import Norm
-from echelon.models.layers import DenseLinear, FeedForward
+from echelon.models.encoder_cuda import CudaScorer, Spans, attention_with, choose_kernel
+from echelon.models.layers import DenseLinear, FeedForward, Norm
 from echelon.models.registry import open_scorer
 from echelon.models.staging import (
     LARGEST,
-    MOST_PAIRS,
-    MOST_TOKENS,
+    MAX_PAIRS,
+    MAX_TOKENS,
     CaptureShape,
     bucket_of,
     fill,
@@ -40,7 +38,7 @@ from echelon.models.staging import (
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-KERNELS = (attention_cuda.flash, attention_cuda.efficient, attention_cuda.efficient_in_fp32)
+KERNELS = (encoder_cuda.flash, encoder_cuda.efficient, encoder_cuda.efficient_in_fp32)
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
 
@@ -49,8 +47,8 @@ def looped(query, key, value, spans, scale):
     """What the kernels do, pair by pair; rows of no pair stay NaN, as if never written."""
     mixed = torch.full_like(query, torch.nan)
     queries, keys = spans.query_offsets.tolist(), spans.key_offsets.tolist()
-    assert max(np.diff(queries)) <= spans.most_queries
-    assert max(np.diff(keys)) <= spans.most_keys
+    assert max(np.diff(queries)) <= spans.max_queries
+    assert max(np.diff(keys)) <= spans.max_keys
     for i in range(len(queries) - 1):
         rows, seen = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
         parts = (part.transpose(0, 1) for part in (query[rows], key[seen], value[seen]))
@@ -79,7 +77,7 @@ def scorer_of(folder, *, record=None, **options):
     return CudaScorer(shape, weights, CPU, "fp32", attention=attention, record=record or taped())
 
 
-# Rooms and blocks
+# Shapes and blocks
 
 
 @given(LENGTHS)
@@ -94,12 +92,12 @@ def test_a_bucket_holds_the_step_and_wastes_little(lengths):
 
 
 def test_buckets_are_few_and_end_where_the_host_is_no_bottleneck():
-    rooms = [CaptureShape(n, 1, 1) for n in range(1, MOST_TOKENS + 1)]
-    assert len({bucket_of(room) for room in rooms}) == 24
-    assert len({bucket_of(CaptureShape(MOST_TOKENS, 1, n)).longest for n in range(1, 2049)}) == 3
-    assert len({bucket_of(CaptureShape(MOST_TOKENS, n, 8)).pairs for n in range(1, 257)}) == 3
-    assert bucket_of(CaptureShape(MOST_TOKENS + 1, 1, 1)) is None
-    assert bucket_of(CaptureShape(MOST_TOKENS, MOST_PAIRS + 1, 1)) is None
+    shapes = [CaptureShape(n, 1, 1) for n in range(1, MAX_TOKENS + 1)]
+    assert len({bucket_of(shape) for shape in shapes}) == 24
+    assert len({bucket_of(CaptureShape(MAX_TOKENS, 1, n)).longest for n in range(1, 2049)}) == 3
+    assert len({bucket_of(CaptureShape(MAX_TOKENS, n, 8)).pairs for n in range(1, 257)}) == 3
+    assert bucket_of(CaptureShape(MAX_TOKENS + 1, 1, 1)) is None
+    assert bucket_of(CaptureShape(MAX_TOKENS, MAX_PAIRS + 1, 1)) is None
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -108,17 +106,17 @@ def test_buckets_are_few_and_end_where_the_host_is_no_bottleneck():
 def test_what_is_read_is_what_was_filled_in(lengths, segments):
     batch = random_batch(lengths, 100, 1, types=True)
     positions = np.arange(len(batch.ids), dtype=np.int32)
-    room = bucket_of(CaptureShape.of(batch))
-    assume(room is not None)  # a step of many long pairs has no bucket
-    block = torch.full((room.size(segments=segments),), -1, dtype=torch.int32)
-    fill(block.numpy(), room, batch, positions, segments=segments)
-    inputs = read(block, room, segments=segments)
+    shape = bucket_of(CaptureShape.of(batch))
+    assume(shape is not None)  # a step of many long pairs has no bucket
+    block = torch.full((shape.size(segments=segments),), -1, dtype=torch.int32)
+    fill(block.numpy(), shape, batch, positions, segments=segments)
+    inputs = read(block, shape, segments=segments)
     tokens, pairs = len(batch.ids), len(batch)
-    assert inputs.ids.tolist() == [*batch.ids, *[0] * (room.tokens - tokens)]
-    assert inputs.positions.tolist() == [*positions, *[0] * (room.tokens - tokens)]
-    assert inputs.offsets.tolist() == [*batch.offsets, *[tokens] * (room.pairs - pairs)]
-    assert inputs.firsts.tolist() == [*batch.offsets[:-1], *[0] * (room.pairs - pairs)]
-    assert inputs.singles.tolist() == list(range(room.pairs + 1))
+    assert inputs.ids.tolist() == [*batch.ids, *[0] * (shape.tokens - tokens)]
+    assert inputs.positions.tolist() == [*positions, *[0] * (shape.tokens - tokens)]
+    assert inputs.offsets.tolist() == [*batch.offsets, *[tokens] * (shape.pairs - pairs)]
+    assert inputs.firsts.tolist() == [*batch.offsets[:-1], *[0] * (shape.pairs - pairs)]
+    assert inputs.singles.tolist() == list(range(shape.pairs + 1))
     assert (inputs.segments is None) != segments
     if segments:
         assert inputs.segments[:tokens].tolist() == batch.type_ids.tolist()
@@ -132,14 +130,14 @@ def test_what_is_read_is_what_was_filled_in(lengths, segments):
 @pytest.mark.parametrize(
     ("major", "dtype", "size", "expected"),
     [
-        (9, torch.float16, 64, attention_cuda.flash),
-        (8, torch.bfloat16, 64, attention_cuda.flash),
-        (9, torch.float32, 64, attention_cuda.efficient),
-        (9, torch.float16, 320, attention_cuda.efficient),
-        (7, torch.float16, 64, attention_cuda.efficient),
-        (7, torch.bfloat16, 64, attention_cuda.efficient_in_fp32),
-        (7, torch.float32, 64, attention_cuda.efficient),
-        (0, torch.float16, 64, attention_cuda.efficient),
+        (9, torch.float16, 64, encoder_cuda.flash),
+        (8, torch.bfloat16, 64, encoder_cuda.flash),
+        (9, torch.float32, 64, encoder_cuda.efficient),
+        (9, torch.float16, 320, encoder_cuda.efficient),
+        (7, torch.float16, 64, encoder_cuda.efficient),
+        (7, torch.bfloat16, 64, encoder_cuda.efficient_in_fp32),
+        (7, torch.float32, 64, encoder_cuda.efficient),
+        (0, torch.float16, 64, encoder_cuda.efficient),
     ],
 )
 def test_the_kernel_fits_the_card_and_the_type(major, dtype, size, expected):
@@ -240,17 +238,17 @@ def test_foreign_ids_are_refused_and_closing_is_final(toy):
 @pytest.mark.parametrize("major", [7, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
-    """A fake tensor has no values: whoever asks for one fails here."""
-    shape = native_architecture(toy(family), read_config(toy(family)))
+    """A fake tensor has no values: reading one raises an error."""
+    architecture = native_architecture(toy(family), read_config(toy(family)))
     with FakeTensorMode(), torch.inference_mode():
-        weights = fake_weights(shape, dtype)
+        weights = fake_weights(architecture, dtype)
         scorer = CudaScorer.__new__(CudaScorer)
-        scorer._shape, scorer._weights, scorer._dtype = shape, weights, dtype
-        scorer._attend = attention_with(choose_kernel(major, dtype, shape.head_shape[1]))
-        room = CaptureShape(320, 16, 128)
-        segments = shape.reads_segments
-        block = torch.zeros(room.size(segments=segments), dtype=torch.int32, device=CUDA)
-        logits = scorer._forward(read(block, room, segments=segments))
+        scorer._architecture, scorer._weights, scorer._dtype = architecture, weights, dtype
+        scorer._attend = attention_with(choose_kernel(major, dtype, architecture.head_shape[1]))
+        shape = CaptureShape(320, 16, 128)
+        segments = architecture.reads_segments
+        block = torch.zeros(shape.size(segments=segments), dtype=torch.int32, device=CUDA)
+        logits = scorer._forward(read(block, shape, segments=segments))
         assert logits.shape == (16,)
         assert logits.dtype == torch.float32
         assert logits.device == CUDA
@@ -303,50 +301,50 @@ def counted():
     """A pass that says how often it ran."""
     runs = []
 
-    def forward(room):
-        runs.append(room)
-        return torch.full((room.pairs,), float(len(runs)))
+    def forward(shape):
+        runs.append(shape)
+        return torch.full((shape.pairs,), float(len(runs)))
 
     return forward, runs
 
 
-ROOMS = [CaptureShape(64 * n, 16, 128) for n in range(1, 121)]
+SHAPES = [CaptureShape(64 * n, 16, 128) for n in range(1, 121)]
 
 
 def test_a_room_is_captured_when_it_comes_up_again():
     forward, runs = counted()
     graphs = CudaGraphs(forward, taped())
     for _ in range(FIRST_PATIENCE - 1):
-        graphs.run(ROOMS[0])
+        graphs.run(SHAPES[0])
     assert len(graphs) == 0
-    assert graphs.run(ROOMS[0]).tolist() == [float(len(runs))] * 16
+    assert graphs.run(SHAPES[0]).tolist() == [float(len(runs))] * 16
     assert len(graphs) == 1
-    graphs.run(ROOMS[1])
+    graphs.run(SHAPES[1])
     assert len(graphs) == 1
 
 
 def test_graphs_are_bounded_and_the_one_unused_for_longest_goes():
     dropped = []
     graphs = CudaGraphs(counted()[0], taped(dropped))
-    for room in ROOMS:
+    for shape in SHAPES:
         for _ in range(FIRST_PATIENCE):
-            graphs.run(room)
-    assert len(graphs) == graphs_module.MOST_GRAPHS
-    assert len(dropped) == len(ROOMS) - graphs_module.MOST_GRAPHS
-    graphs.run(ROOMS[0])
-    assert len(dropped) == len(ROOMS) - graphs_module.MOST_GRAPHS
+            graphs.run(shape)
+    assert len(graphs) == graphs_module.MAX_GRAPHS
+    assert len(dropped) == len(SHAPES) - graphs_module.MAX_GRAPHS
+    graphs.run(SHAPES[0])
+    assert len(dropped) == len(SHAPES) - graphs_module.MAX_GRAPHS
     graphs.clear()
     assert len(graphs) == 0
-    assert len(dropped) == len(ROOMS)
+    assert len(dropped) == len(SHAPES)
 
 
 def test_without_capture_steps_run_as_before_and_one_warning_says_so(caplog):
     record = Failing(RuntimeError("operation not permitted when stream is capturing"))
     graphs = CudaGraphs(counted()[0], record)
     with caplog.at_level(logging.WARNING):
-        for room in ROOMS:
+        for shape in SHAPES:
             for _ in range(5):
-                assert graphs.run(room).shape == (16,)
+                assert graphs.run(shape).shape == (16,)
     assert record.tries == 1
     assert [r.message for r in caplog.records if "cannot be captured here" in r.message]
     assert len(caplog.records) == 1
@@ -367,14 +365,14 @@ def test_without_memory_a_room_waits_longer_for_its_next_chance(caplog, ended):
     record = Failing(memory_trouble(ended=ended))
     graphs = CudaGraphs(counted()[0], record)
     for _ in range(FIRST_PATIENCE):
-        graphs.run(ROOMS[0])
+        graphs.run(SHAPES[0])
     assert record.tries == 1
     assert "No memory for a CUDA graph" in caplog.text
     record.error = None
     for _ in range(FIRST_PATIENCE * BACKOFF - 1):
-        graphs.run(ROOMS[0])
+        graphs.run(SHAPES[0])
     assert (record.tries, len(graphs)) == (1, 0)
-    graphs.run(ROOMS[0])
+    graphs.run(SHAPES[0])
     assert (record.tries, len(graphs)) == (2, 1)
 
 

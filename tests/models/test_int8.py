@@ -16,13 +16,13 @@ from echelon.data import load_texts
 from echelon.engine import precision_check
 from echelon.engine.launch import launch
 from echelon.models.device import choose_precision, multiplies_int8
-from echelon.models.fused import SHIFTS, Product, Rows, activate, settle
 from echelon.models.hub import resolve
-from echelon.models.layers import Int8Linear
+from echelon.models.layers import SHIFTS, Int8Linear, Product, Rows, activate, materialize
 from echelon.models.registry import layer_errors, open_scorer
 from echelon.options import Options
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.tuner import Plan, tune
+from echelon.tuning.tuner import TuningPlan, tune
+from echelon.types import RerankRequest
 
 pytestmark = pytest.mark.device
 
@@ -56,7 +56,7 @@ def test_a_layer_is_near_the_exact_one(shift):
         else:
             rows = activate(product, "gelu", shift)
             exact = torch.nn.functional.gelu(product.values.float()) @ weight.T + bias
-        error = (settle(linear(rows)) - exact).norm() / exact.norm()
+        error = (materialize(linear(rows)) - exact).norm() / exact.norm()
     assert error < 0.015
 
 
@@ -65,7 +65,7 @@ def test_weights_without_spread():
     with torch.inference_mode():
         weight = torch.zeros(8, 32)
         weight[1] = 5
-        product = settle(
+        product = materialize(
             Int8Linear(weight, torch.ones(8), None)(Rows(torch.ones(4, 32).bfloat16()))
         )
     assert torch.equal(product[:, 0], torch.ones(4).bfloat16())
@@ -79,7 +79,7 @@ def test_each_output_has_a_scale_of_its_own():
     weight, rows = torch.randn(16, 64), torch.randn(20, 64).bfloat16()
     weight[3] /= 1000
     with torch.inference_mode():
-        product = settle(Int8Linear(weight, torch.zeros(16), None)(Rows(rows)))[:, 3].float()
+        product = materialize(Int8Linear(weight, torch.zeros(16), None)(Rows(rows)))[:, 3].float()
     exact = rows.float() @ weight[3]
     assert (product - exact).norm() / exact.norm() < 0.02
 
@@ -173,7 +173,7 @@ def test_int8_of_the_demo_model_passes_the_check(demo_folder):
 def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, own_home, monkeypatch):
     pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
     with Reranker(demo_folder, device="cpu", precision="int8") as first:
-        assert first.info.precision == "int8"
+        assert first.facts.precision == "int8"
         scores = first.score(pairs)
     (kept,) = (own_home / "precision_checks").iterdir()
     content = json.loads(kept.read_text())
@@ -295,7 +295,7 @@ def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     async def main():
         service = await launch(bert, device="cpu", threads=1, precision="int8")
         try:
-            answer = await service.submit(pairs)
+            answer = await service.submit(RerankRequest(pairs))
             assert service.info.precision == "int8"
         finally:
             await service.stop()
@@ -308,7 +308,7 @@ def test_a_service_leaves_the_same_layers_in_bf16(bert, monkeypatch):
     assert np.abs(found - expected).max() < np.abs(codes - expected).max() / 2
 
 
-QUICK = Plan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
+QUICK = TuningPlan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
 
 
 def test_tuning_for_int8_checks_it(bert, monkeypatch):

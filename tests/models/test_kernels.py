@@ -14,10 +14,10 @@ from helpers import ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echelon.models import attention_cpu, fused
+from echelon.models import attention_cpu, layers
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
-from echelon.models.fused import SHIFTS, Norm, Product, activate, add_norm, quantize, settle
 from echelon.models.kernels import SWITCH, missing
+from echelon.models.layers import SHIFTS, Norm, Product, activate, add_norm, materialize, quantize
 
 needs_kernels = pytest.mark.skipif(
     missing() is not None, reason=f"needs the kernels, and so AVX-512 BF16: {missing()}"
@@ -31,11 +31,11 @@ BF16_STEP = 2**-8
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(layers, "kernels", lambda: None)
     monkeypatch.setattr(attention_cpu, "kernels", lambda: None)
-    attention_cpu.fastest_way.cache_clear()
+    attention_cpu.fastest_method.cache_clear()
     yield
-    attention_cpu.fastest_way.cache_clear()
+    attention_cpu.fastest_method.cache_clear()
 
 
 def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, AttentionLayout]:
@@ -93,7 +93,7 @@ def test_attention_survives_scores_far_apart():
 @pytest.mark.parametrize("way", ["fused", "products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
-    monkeypatch.setattr(attention_cpu, "way_for", lambda *_: way)
+    monkeypatch.setattr(attention_cpu, "method_for", lambda *_: way)
     rows, layout = heads([5, 5, 33, 1, 60, 60, 60], 16)
     rows = rows.to(dtype)
     exact = exact_attention(rows, layout)
@@ -106,12 +106,12 @@ def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
 def test_the_way_is_the_measured_one(monkeypatch):
     seconds = {"fused": 1.0, "products": 0.5}
     monkeypatch.setattr(attention_cpu, "_probe", lambda *_: seconds)
-    attention_cpu.fastest_way.cache_clear()
-    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "products"
+    attention_cpu.fastest_method.cache_clear()
+    assert attention_cpu.fastest_method(torch.float32, 2, 16, 32) == "products"
     seconds["products"] = 0.8  # within noise: the first of the list stays
-    attention_cpu.fastest_way.cache_clear()
-    assert attention_cpu.fastest_way(torch.float32, 2, 16, 32) == "fused"
-    attention_cpu.fastest_way.cache_clear()
+    attention_cpu.fastest_method.cache_clear()
+    assert attention_cpu.fastest_method(torch.float32, 2, 16, 32) == "fused"
+    attention_cpu.fastest_method.cache_clear()
 
 
 def product(width: int, seed: int, *, codes: bool, residual: bool) -> Product:
@@ -176,7 +176,7 @@ def test_activations(request, kernel, activation, width):
     if not kernel:
         request.getfixturevalue("without_kernels")
     pending = product(width, 2, codes=True, residual=False)
-    exact = fused.ACTIVATIONS[activation](true_value(pending))
+    exact = layers.ACTIVATIONS[activation](true_value(pending))
     assert_rows(activate(pending, activation), exact, None)
     shift = SHIFTS[activation]
     rows = activate(pending, activation, shift)
@@ -191,7 +191,7 @@ def test_settling_and_quantising(request, kernel):
         request.getfixturevalue("without_kernels")
     pending = product(96, 3, codes=True, residual=False)
     exact = true_value(pending)
-    assert ((settle(pending) - exact).abs() <= BF16_STEP * exact.abs() + 1e-4).all()
+    assert ((materialize(pending) - exact).abs() <= BF16_STEP * exact.abs() + 1e-4).all()
     rows = torch.randn(40, 96).bfloat16()
     rows[3] = 0
     coded = quantize(rows)
@@ -225,7 +225,7 @@ def test_a_rows_codes_are_its_own(request, kernel):
 def test_far_values_of_the_activations():
     edges = torch.tensor([[-3e4, -200.0, -9.0, -4.3, 0.0, 4.3, 9.0, 200.0, 3e4]]).bfloat16()
     for activation in SHIFTS:
-        exact = fused.ACTIVATIONS[activation](edges.double())
+        exact = layers.ACTIVATIONS[activation](edges.double())
         found = activate(Product(edges, torch.ones(1), torch.zeros(9)), activation).values
         assert ((found - exact).abs() <= BF16_STEP * exact.abs() + 1e-3).all(), activation
 

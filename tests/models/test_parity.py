@@ -16,8 +16,7 @@ from scipy.stats import kendalltau
 
 from echelon import Reranker
 from echelon.models.encoder import with_filler
-from echelon.models.fused import ACTIVATIONS, Rows
-from echelon.models.layers import make_linear
+from echelon.models.layers import ACTIVATIONS, Rows, make_linear
 from echelon.models.registry import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.types import TokenBatch
@@ -198,7 +197,7 @@ def test_demo_in_bf16_ranks_alike(demo_folder):
         Reranker(demo_folder, device="cpu", precision="fp32") as exact,
         Reranker(demo_folder, device="cpu", precision="bf16") as half,
     ):
-        assert half.info.precision == "bf16"
+        assert half.facts.precision == "bf16"
         for row in ENGLISH:
             pairs = [(row["query"], document["text"]) for document in row["documents"]]
             wanted, found = exact.score(pairs), half.score(pairs)

@@ -57,10 +57,7 @@ class EchelonReranker(BaseDocumentCompressor):
         return self._reranker
 
     def compress_documents(
-        self,
-        documents: Sequence[Document],
-        query: str,
-        callbacks: Callbacks | None = None,
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """Return the best documents, best first.
 
@@ -76,10 +73,7 @@ class EchelonReranker(BaseDocumentCompressor):
         return _copies(documents, ranked(self._reranker, query, texts, self.top_n))
 
     async def acompress_documents(
-        self,
-        documents: Sequence[Document],
-        query: str,
-        callbacks: Callbacks | None = None,
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """As :meth:`compress_documents`; with an AsyncReranker, concurrent calls share steps."""
         del callbacks

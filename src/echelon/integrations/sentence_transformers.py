@@ -109,10 +109,7 @@ class CrossEncoder(TorchModule):
         default_prompt_name: str | None = None,
         **options: Any,
     ) -> None:
-        refuse(
-            trust_remote_code=trust_remote_code,
-            backend=None if backend == "torch" else backend,
-        )
+        refuse(trust_remote_code=trust_remote_code, backend=None if backend == "torch" else backend)
         take_refused(options)
         options["device"] = device_option(device)
         precision = precision_argument(model_kwargs, options)
@@ -336,11 +333,7 @@ class CrossEncoder(TorchModule):
         return [(prompt + query, document) for query, document in checked] if prompt else checked
 
     def _logits(
-        self,
-        pairs: list[Pair],
-        batch_size: int | None,
-        show: bool | None,
-        options: dict[str, Any],
+        self, pairs: list[Pair], batch_size: int | None, show: bool | None, options: dict[str, Any]
     ) -> FloatArray:
         overrides = {"max_length": self._max_length, **options}
         if batch_size is not None:

@@ -1,4 +1,4 @@
-"""What ``config.json`` says about a model: its shape, limits, labels and tensor names. No torch."""
+"""Read from ``config.json`` a model's shape, limits, labels and tensor names. No torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,33 @@ if TYPE_CHECKING:
 
     from echelon.types import IntArray, TokenBatch
 
-NATIVE_FAMILIES = {
-    "bert": "bert",
-    "roberta": "roberta",
-    "xlm-roberta": "roberta",
-    "camembert": "roberta",
-}
-"""``model_type`` → prefix of its tensor names, for the families with a packed encoder."""
-
 NATIVE_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
-HEAD_TENSORS = {
-    "bert": ("bert.pooler.dense", "classifier"),
-    "roberta": ("classifier.dense", "classifier.out_proj"),
-}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Differences between the model families with a packed encoder.
+
+    Attributes:
+        prefix: beginning of the encoder's tensor names.
+        head: names of the head's dense layer and of its projection to the labels.
+        padding_id: the padding token, if ``config.json`` names none.
+        positions_after_padding: positions begin after the padding id, not at 0.
+        reads_segments: the reference model reads token types.
+    """
+
+    prefix: str
+    head: tuple[str, str]
+    padding_id: int
+    positions_after_padding: bool
+    reads_segments: bool
+
+
+BERT = Family("bert", ("bert.pooler.dense", "classifier"), 0, False, True)  # noqa: FBT003
+ROBERTA = Family("roberta", ("classifier.dense", "classifier.out_proj"), 1, True, False)  # noqa: FBT003
+
+NATIVE_FAMILIES = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA}
+"""``model_type`` of ``config.json`` → family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +49,7 @@ class Architecture:
     """The shape of a native model.
 
     Attributes:
-        family: ``model_type`` of the configuration.
-        prefix: what its tensor names begin with.
+        model_type: as in ``config.json``.
         vocabulary: rows of the word table.
         hidden: width of a row.
         layers: transformer layers.
@@ -51,8 +63,7 @@ class Architecture:
         labels: names of the head's outputs.
     """
 
-    family: str
-    prefix: str
+    model_type: str
     vocabulary: int
     hidden: int
     layers: int
@@ -73,31 +84,28 @@ class Architecture:
             )
 
     @property
+    def family(self) -> Family:
+        """The family's tensor names and rules."""
+        return NATIVE_FAMILIES[self.model_type]
+
+    @property
     def head_shape(self) -> tuple[int, int]:
-        """(heads, width of one)."""
+        """Number of attention heads and width of one."""
         return self.heads, self.hidden // self.heads
 
     @property
-    def counts_from_padding(self) -> bool:
-        """RoBERTa's positions start behind the padding id; BERT's start at 0."""
-        return self.prefix == "roberta"
-
-    @property
     def reads_segments(self) -> bool:
-        """Whether token types mean anything; RoBERTa's reference never passes them."""
-        return self.prefix == "bert" and self.segments > 1
+        """Whether token types change the scores."""
+        return self.family.reads_segments and self.segments > 1
 
     @property
     def max_tokens(self) -> int:
-        """Longest input, special tokens included: 8192 for bge-reranker-v2-m3, not 8194."""
-        return self.table_positions - (self.padding_id + 1 if self.counts_from_padding else 0)
+        """Longest input with special tokens: 8192 for bge-reranker-v2-m3, not 8194."""
+        first = self.padding_id + 1 if self.family.positions_after_padding else 0
+        return self.table_positions - first
 
     def check_ids(self, ids: IntArray) -> None:
-        """Refuse token ids that the model has no embedding for.
-
-        Raises:
-            BadCheckpoint: there is one.
-        """
+        """Raise :class:`BadCheckpoint` for a token id without an embedding."""
         largest = int(ids.max(initial=0))
         if largest >= self.vocabulary:
             raise BadCheckpoint(
@@ -108,19 +116,19 @@ class Architecture:
 
     def positions(self, batch: TokenBatch) -> IntArray:
         """Position ids of a batch, int32 [tokens]."""
-        if self.counts_from_padding:
+        if self.family.positions_after_padding:
             return positions_after_padding(batch, self.padding_id)
         return positions_from_zero(batch)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What the linear layers compute in.
+    """Precision of the linear layers.
 
     Attributes:
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        keep_bf16: layers that int8 leaves in bf16, because it would harm the ranking there.
-        errors: where given, int8's relative error in each layer is measured beside bf16.
+        keep_bf16: layers that stay in bf16 under int8, which would change the ranking there.
+        errors: if given, int8's relative error in each layer is measured beside bf16.
     """
 
     precision: str
@@ -129,10 +137,10 @@ class LayerPlan:
 
 
 def positions_after_padding(batch: TokenBatch, padding_id: int) -> IntArray:
-    """RoBERTa's positions: ``padding_id + 1`` onwards, a padding token in the text not counted.
+    """RoBERTa's positions: from ``padding_id + 1`` on, without counting padding tokens.
 
-    Such a token (someone wrote ``<pad>``) gets position ``padding_id`` itself, as in the
-    reference; see ``create_position_ids_from_input_ids`` in transformers.
+    A padding token in a text (``<pad>``) gets position ``padding_id``, as in the reference; see
+    ``create_position_ids_from_input_ids`` in transformers.
     """
     counts = (batch.ids != padding_id).astype(np.int32)
     running = np.cumsum(counts, dtype=np.int32)
@@ -143,7 +151,7 @@ def positions_after_padding(batch: TokenBatch, padding_id: int) -> IntArray:
 
 
 def positions_from_zero(batch: TokenBatch) -> IntArray:
-    """BERT's positions: 0 onwards in each pair."""
+    """BERT's positions: from 0 on in each pair."""
     starts = np.repeat(batch.offsets[:-1], batch.lengths)
     return (np.arange(len(batch.ids)) - starts).astype(np.int32)
 
@@ -152,8 +160,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read a model folder's ``config.json``.
 
     Raises:
-        ModelNotFound: there is none.
-        BadCheckpoint: it is not a JSON object with a ``model_type``.
+        ModelNotFound: no such file.
+        BadCheckpoint: not a JSON object with a ``model_type``.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -175,11 +183,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        BadCheckpoint: it does not, or cannot be read.
-    """
+    """Read a JSON object from a file; raise :class:`BadCheckpoint` if that fails."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -190,10 +194,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the head's outputs; without names transformers assumes two.
+    """Names of the head's outputs; without names there are two, as in transformers.
 
     Raises:
-        BadCheckpoint: they are not numbered.
+        BadCheckpoint: the names are not numbered.
     """
     named = config.get("id2label")
     try:
@@ -208,10 +212,10 @@ def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:
-    """Which output of the head is the score.
+    """Index of the head's output that is the score.
 
     Raises:
-        InvalidInput: several labels and none chosen, or one that is not there.
+        InvalidInput: several labels and none chosen, or an unknown one.
     """
     listed = ", ".join(f"{i}={name}" for i, name in enumerate(labels))
     if label is None:
@@ -231,11 +235,7 @@ def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:
 
 
 def require_head(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse models without a classification head.
-
-    Raises:
-        UnsupportedModel: the configuration names another kind of model.
-    """
+    """Raise :class:`UnsupportedModel` for a model without a classification head."""
     named = config.get("architectures") or []
     if named and not any(name.endswith("ForSequenceClassification") for name in named):
         raise UnsupportedModel(
@@ -254,8 +254,7 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
         return None
     try:
         return Architecture(
-            family=config["model_type"],
-            prefix=NATIVE_FAMILIES[config["model_type"]],
+            model_type=config["model_type"],
             vocabulary=int(config["vocab_size"]),
             hidden=int(config["hidden_size"]),
             layers=int(config["num_hidden_layers"]),
@@ -265,7 +264,7 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
             segments=int(config.get("type_vocab_size", 2)),
             activation=str(config.get("hidden_act", "gelu")),
             epsilon=float(config.get("layer_norm_eps", 1e-12)),
-            padding_id=_padding_id(config),
+            padding_id=padding_id(config),
             labels=labels_of(config),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -284,7 +283,7 @@ def _is_native(config: dict[str, Any]) -> bool:
     )
 
 
-def _padding_id(config: dict[str, Any]) -> int:
-    default = 1 if NATIVE_FAMILIES[config["model_type"]] == "roberta" else 0
+def padding_id(config: dict[str, Any]) -> int:
+    """The padding token of a native family's configuration."""
     given = config.get("pad_token_id")
-    return default if given is None else int(given)
+    return NATIVE_FAMILIES[config["model_type"]].padding_id if given is None else int(given)

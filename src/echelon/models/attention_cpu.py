@@ -1,10 +1,10 @@
-"""Attention over packed pairs on CPU: every row sees the rows of its own pair and no others.
+"""Attention over packed pairs on CPU: each row attends to the rows of its own pair.
 
-There are three ways. The compiled kernel takes all pairs at once. The other two take runs
-of pairs of one length, which are dense blocks of the packed rows, as views without padding or
-masks: ``scaled_dot_product_attention``, or two products around a softmax. Which is fastest differs
-from one processor to the next by factors, in both directions (docs/LOG.md), so it is measured,
-once for each kind of rows. :mod:`echelon.models.attention_cuda` is for CUDA.
+There are three methods. The compiled kernel takes all pairs at once. The others take runs of pairs
+of one length, which are dense blocks of the packed rows, as views without padding or masks:
+``scaled_dot_product_attention``, or two products around a softmax. The fastest differs between
+processors by factors, in both directions (docs/LOG.md), so it is measured once for each kind of
+rows. :mod:`echelon.models.encoder_cuda` is for CUDA.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
     from echelon.types import IntArray
 
-Way = Literal["kernel", "fused", "products"]
+Method = Literal["kernel", "fused", "products"]
 
 PROBES = {48: 32, 192: 128, 2**31: 512}
-"""Pairs up to this length → length of the pairs that their way is chosen with. The way hangs on a
-pair's own length only: the ways round differently, and company must not move a score."""
+"""Pairs up to this length → length of the pairs with which their method is chosen. It depends on a
+pair's own length only: methods round differently, and other pairs must not change a score."""
 
 PROBE_TOKENS = 512
 PROBE_RUNS = 7
 
-CLEARLY = 1.3
-"""How much faster a way must be to replace the likely best: a choice that noise could turn would
-make scores differ in their last digits from one process to the next."""
+MIN_ADVANTAGE = 1.3
+"""How many times faster a method must be to replace the likely best: a choice that noise could
+change would make scores differ in their last digits between processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionRun:
-    """Neighbouring pairs of one length.
+    """Consecutive pairs of one length.
 
     Attributes:
         pair: index of the first pair.
@@ -60,7 +60,7 @@ class AttentionRun:
 
     @property
     def probe(self) -> int:
-        """Length of the pairs that its way is chosen with."""
+        """Length of the pairs with which its method is chosen."""
         return next(length for most, length in PROBES.items() if self.length <= most)
 
 
@@ -70,7 +70,7 @@ class AttentionLayout:
 
     Attributes:
         runs: the pairs as runs of one length.
-        probes: the lengths that their ways are chosen with.
+        probes: the probe lengths of all runs.
         offsets: int32 [pairs + 1].
         firsts: int64 [pairs], each pair's first row.
     """
@@ -82,7 +82,7 @@ class AttentionLayout:
 
     @classmethod
     def of(cls, offsets: IntArray) -> AttentionLayout:
-        """Describe a batch by its offsets."""
+        """The layout of a batch with these offsets."""
         runs = _runs(np.diff(offsets))
         rows = torch.from_numpy(offsets)
         return cls(runs, frozenset(run.probe for run in runs), rows, rows[:-1].long())
@@ -100,17 +100,7 @@ def _runs(lengths: IntArray) -> tuple[AttentionRun, ...]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
-    """Attention of every row over its pair.
-
-    Args:
-        query: [tokens, heads, size].
-        key: [tokens, heads, size].
-        value: [tokens, heads, size].
-        layout: the pairs.
-
-    Returns:
-        [tokens, heads × size].
-    """
+    """Attention of each row over its pair: [tokens, heads, size] → [tokens, heads × size]."""
     if _all_by_kernel(query, layout):
         return _kernel(query, key, value, layout.offsets, layout.offsets)
     blocks = [(run.row, run.count * run.length, run) for run in layout.runs]
@@ -118,16 +108,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -
 
 
 def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
-    """Attention of each pair's first row alone, for the last layer.
+    """Attention of each pair's first row only, for the last layer.
 
-    Args:
-        query: [pairs, heads, size].
-        key: [tokens, heads, size].
-        value: [tokens, heads, size].
-        layout: the pairs.
-
-    Returns:
-        [pairs, heads × size].
+    ``query`` is [pairs, heads, size], ``key`` and ``value`` [tokens, heads, size]; the result is
+    [pairs, heads × size].
     """
     if _all_by_kernel(query, layout):
         one_each = torch.arange(len(query) + 1, dtype=torch.int32)
@@ -136,27 +120,27 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLay
 
 
 def _all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
-    return all(way_for(query, probe) == "kernel" for probe in layout.probes)
+    return all(method_for(query, probe) == "kernel" for probe in layout.probes)
 
 
-def way_for(query: Tensor, probe: int) -> Way:
-    """The fastest way for rows like these, [rows, heads, size], in pairs of a probe's length."""
-    return fastest_way(query.dtype, query.shape[1], query.shape[2], probe)
+def method_for(query: Tensor, probe: int) -> Method:
+    """The fastest method for rows like these, [rows, heads, size], in pairs of a probe's length."""
+    return fastest_method(query.dtype, query.shape[1], query.shape[2], probe)
 
 
 @cache
-def fastest_way(dtype: torch.dtype, heads: int, size: int, length: int) -> Way:
-    """Measure the ways on pairs of one length; some milliseconds, once for each kind."""
+def fastest_method(dtype: torch.dtype, heads: int, size: int, length: int) -> Method:
+    """Measure the methods on pairs of one length; takes some milliseconds, once for each kind."""
     count = PROBE_TOKENS // length
     block = torch.randn(3, count, length, heads, size).to(dtype).transpose(2, 3)
-    likely, *others = ways(dtype, size)
+    likely, *others = methods(dtype, size)
     seconds = _probe([likely, *others], block)
     best = min(others, key=lambda way: seconds[way])
-    return best if seconds[best] * CLEARLY < seconds[likely] else likely
+    return best if seconds[best] * MIN_ADVANTAGE < seconds[likely] else likely
 
 
-def ways(dtype: torch.dtype, size: int) -> list[Way]:
-    """Ways there are for heads of this size, the likely best first.
+def methods(dtype: torch.dtype, size: int) -> list[Method]:
+    """Methods for heads of this size, the likely best first.
 
     With AMX torch's own attention runs on matrix units, which the kernel does not use.
     """
@@ -165,13 +149,13 @@ def ways(dtype: torch.dtype, size: int) -> list[Way]:
     return ["fused", "kernel", "products"] if has_amx() else ["kernel", "fused", "products"]
 
 
-def _probe(candidates: list[Way], block: Tensor) -> dict[Way, float]:
-    """Seconds of each way's fastest run, in turn; ``block`` is [3, count, heads, length, size]."""
+def _probe(candidates: list[Method], block: Tensor) -> dict[Method, float]:
+    """Seconds of each method's fastest run; ``block`` is [3, count, heads, length, size]."""
     seconds = dict.fromkeys(candidates, float("inf"))
     for _ in range(PROBE_RUNS):
         for way in candidates:
             started = monotonic()
-            WAYS[way](*block)
+            METHODS[way](*block)
             seconds[way] = min(seconds[way], monotonic() - started)
     return seconds
 
@@ -198,7 +182,7 @@ def _kernel(
 def _by_runs(
     query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int, AttentionRun]]
 ) -> Tensor:
-    """One dense block after another; of each run the first query row and the number of them."""
+    """One dense block a run; ``runs`` holds each run's first query row and number of query rows."""
     mixed = []
     for first, count, run in runs:
         rows = slice(run.row, run.row + run.count * run.length)
@@ -206,7 +190,7 @@ def _by_runs(
             part.view(run.count, -1, *part.shape[1:]).transpose(1, 2)
             for part in (query[first : first + count], key[rows], value[rows])
         )
-        attend_run = WAYS[way_for(query, run.probe)]
+        attend_run = METHODS[method_for(query, run.probe)]
         mixed.append(attend_run(*block).transpose(1, 2).reshape(count, -1))
     return torch.cat(mixed)
 
@@ -234,9 +218,9 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.bmm(weights, values).view(count, heads, -1, size)
 
 
-WAYS: dict[Way, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+METHODS: dict[Method, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "kernel": _by_kernel,
     "fused": _fused,
     "products": _products,
 }
-"""Each over one dense block: query, key and value [count, heads, rows, size]."""
+"""Each for one dense block: query, key and value [count, heads, rows, size]."""

@@ -1,6 +1,6 @@
-"""What a scorer is. No torch here: the engine and the tests see only this.
+"""The contract of a scorer: a model on a device that turns steps into logits. No torch.
 
-A step as rectangles, for scorers that cannot do without padding. No torch.
+The engine and its tests know nothing else of a model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class DeviceOutOfMemory(Exception):
 
 
 class WorkerDied(Exception):
-    """The process that scores has ended; its steps have no result."""
+    """The worker process has ended; its steps have no result."""
 
 
 class WorkerGone(WorkerDied):
-    """The machine of the process that scores has gone, or is out of reach; no step is to blame."""
+    """The worker's machine has failed or cannot be reached; no step is the cause."""
 
 
 class WorkerWedged(WorkerDied):
-    """The process that scores gave no answer in time and was killed."""
+    """The worker process gave no answer in time and was killed."""
 
 
 class Scorer(Protocol):
@@ -36,7 +36,7 @@ class Scorer(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What it is; constant while it is open."""
+        """Device, precision and limits; constant while the scorer is open."""
         ...
 
     def score(self, batch: TokenBatch) -> FloatArray:
@@ -51,7 +51,7 @@ class Scorer(Protocol):
         ...
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Free cached memory of the device."""
         ...
 
     def close(self) -> None:
@@ -60,11 +60,11 @@ class Scorer(Protocol):
 
 
 UNBOUNDED_MAX_TOKENS = 8192
-"""Limit taken for models whose configuration states no number of positions."""
+"""Length limit of models whose configuration names no number of positions."""
 
 
 def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Pad on the right to the step's longest pair, as the reference tokenizers do.
+    """Pad on the right to the longest pair, as the reference tokenizers do.
 
     Returns:
         int64 [pairs, longest]: ``input_ids``, ``attention_mask`` and ``token_type_ids``.

@@ -1,7 +1,7 @@
 """CUDA graphs of whole forward passes: a small step costs one launch instead of hundreds.
 
-A pass is captured when its room has come up often enough, and replayed from then on. Capturing is
-an extra, never a duty: where it fails, the step runs as it would have without.
+A pass is captured when its shape has occurred often enough, and replayed from then on. If capturing
+fails, the step runs without a graph.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 96
-"""Captured passes kept at once; each holds some 300 launches of a 24-layer model. They share one
-pool, so what they compute in is paid for once."""
+MAX_GRAPHS = 96
+"""Graphs kept at once; each holds some 300 launches of a 24-layer model. They share one memory
+pool."""
 
 FIRST_PATIENCE = 2
-"""Uses of a room before it is captured: capturing costs about three passes, and the odd step at the
-end of a long run should not pay for a graph that nobody replays."""
+"""Uses of a shape before it is captured: capturing costs about three passes, and a shape that
+occurs once, such as the end of a long run, is not worth it."""
 
 BACKOFF = 8
-"""By how much patience grows each time memory runs out, so that graphs and large steps cannot take
-the memory from each other for ever."""
+"""Factor by which patience grows each time memory runs out, so that graphs and large steps do not
+take memory from each other for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Recording:
     """A captured pass.
 
     Attributes:
-        replay: runs it again on what its inputs now hold.
+        replay: runs it again on the current inputs.
         output: where it leaves its result.
-        drop: forgets it, and lets go of its memory.
+        drop: frees its memory.
     """
 
     replay: Callable[[], None]
@@ -56,13 +56,11 @@ class Recording:
 
 
 class CudaGraphs:
-    """Runs a forward pass, from a graph where there is one.
-
-    Not for several threads at once: the engine runs one step at a time.
+    """Runs a forward pass, from a graph if there is one; for one thread at a time.
 
     Args:
-        forward: computes the logits of the step that stands in a room's inputs.
-        record: captures work; :class:`CudaRecorder` unless a test says otherwise.
+        forward: computes the logits of the step in a shape's inputs.
+        record: captures work; :class:`CudaRecorder` unless a test replaces it.
     """
 
     def __init__(self, forward: Callable[[CaptureShape], Tensor], record: Record) -> None:
@@ -76,51 +74,51 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def run(self, room: CaptureShape) -> Tensor:
-        """Logits, [room.pairs]; good until the next call."""
-        recording = self._recordings.get(room) or self._capture_if_due(room)
+    def run(self, shape: CaptureShape) -> Tensor:
+        """Logits [shape.pairs]; valid until the next call."""
+        recording = self._recordings.get(shape) or self._capture_if_due(shape)
         if recording is None:
-            return self._forward(room)
-        self._recordings.move_to_end(room)
+            return self._forward(shape)
+        self._recordings.move_to_end(shape)
         recording.replay()
         return recording.output
 
     def memory_ran_out(self) -> None:
-        """Let go of all graphs, and be slower to capture new ones."""
+        """Drop all graphs, and capture new ones later than before."""
         self._patience *= BACKOFF
         self.clear()
 
     def clear(self) -> None:
-        """Let go of all graphs."""
+        """Drop all graphs."""
         for recording in self._recordings.values():
             recording.drop()
         self._recordings.clear()
         self._uses.clear()
 
-    def _capture_if_due(self, room: CaptureShape) -> Recording | None:
-        self._uses[room] += 1
-        if self._broken or self._uses[room] < self._patience:
+    def _capture_if_due(self, shape: CaptureShape) -> Recording | None:
+        self._uses[shape] += 1
+        if self._broken or self._uses[shape] < self._patience:
             return None
-        recording = self._capture(room)
+        recording = self._capture(shape)
         if recording is not None:
-            self._make_place()
-            self._recordings[room] = recording
+            self._evict()
+            self._recordings[shape] = recording
         return recording
 
-    def _make_place(self) -> None:
-        """Drop the graph that was not used for longest; its room must earn a new one."""
-        while len(self._recordings) >= MOST_GRAPHS:
-            room, recording = self._recordings.popitem(last=False)
+    def _evict(self) -> None:
+        """Drop the graph that was not used for longest, and its count of uses."""
+        while len(self._recordings) >= MAX_GRAPHS:
+            shape, recording = self._recordings.popitem(last=False)
             recording.drop()
-            del self._uses[room]
+            del self._uses[shape]
 
-    def _capture(self, room: CaptureShape) -> Recording | None:
+    def _capture(self, shape: CaptureShape) -> Recording | None:
         try:
-            return self._record(lambda: self._forward(room))
+            return self._record(lambda: self._forward(shape))
         except RuntimeError as error:
-            short = _is_memory_trouble(error)
+            short = _ran_out_of_memory(error)
             reason = str(error).partition("\n")[0]
-        # Out here no traceback keeps the failed capture's tensors alive.
+        # Outside the except block no traceback keeps the failed capture's tensors alive.
         self._give_up(reason, short=short)
         return None
 
@@ -142,8 +140,8 @@ class CudaGraphs:
         )
 
 
-def _is_memory_trouble(error: BaseException) -> bool:
-    """Whether memory ran out while capturing; ending the capture may fail over it in turn."""
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out while capturing, also if ending the capture then failed."""
     cause: BaseException | None = error
     while cause is not None:
         if is_out_of_memory(cause):
@@ -153,13 +151,10 @@ def _is_memory_trouble(error: BaseException) -> bool:
 
 
 class CudaRecorder:
-    """Captures work on a CUDA device, all of it into one pool of memory.
+    """Captures work on a CUDA device into one memory pool.
 
-    Graphs may share a pool because they are replayed one at a time, in one stream, and each result
+    Graphs may share a pool because they are replayed one at a time in one stream, and each result
     is read before the next replay.
-
-    Args:
-        device: the card.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -173,11 +168,11 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's own gap
-            if not self._alive:  # a pool ends with its last graph and cannot be taken up again
+            if not self._alive:  # a pool ends with its last graph
                 self._pool = torch.cuda.graph_pool_handle()
             before = torch.cuda.current_stream()
             self._stream.wait_stream(before)
-            # The outer context also puts the stream back where ending the capture raises.
+            # The outer context restores the stream also if ending the capture raises.
             with torch.cuda.stream(self._stream):
                 work()
                 graph, output = self._captured(work)
@@ -187,7 +182,7 @@ class CudaRecorder:
 
     def _captured(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do with the device meanwhile is no fault of theirs.
+        # thread_local: other threads may use the device during the capture.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):

@@ -40,18 +40,12 @@ _SOURCES = {  # name: (bytes, sha256)
         695,
         "5d5b662e421ea9fac075174bb0688ee0d9431699900b90662acd44b2a350503a",
     ),
-    "tokenizer.json": (
-        711_661,
-        "cb374d6bc042c22455946f4e09a89d29882a199fdaf8fb25be00dc8b8857a448",
-    ),
+    "tokenizer.json": (711_661, "cb374d6bc042c22455946f4e09a89d29882a199fdaf8fb25be00dc8b8857a448"),
     "tokenizer_config.json": (
         1_272,
         "7b082b48a08a0b5c5939d99472e33addce3d96202155e33f7928cecd171186a0",
     ),
-    "vocab.txt": (
-        231_508,
-        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    ),
+    "vocab.txt": (231_508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
 }
 REVISION = _SOURCES[_WEIGHTS][1][:12]
 _RECIPE = f"1-{REVISION}"  # raise the number when the build changes

@@ -1,9 +1,8 @@
-"""The machine as torch sees it: devices, dtypes, threads, memory and its errors.
+"""The machine as torch sees it: devices, precisions, threads, memory and its errors.
 
-The C library's memory: what a step frees is kept for the next one, until someone wants it back.
-
-glibc returns the end of its heap to the system as soon as some of it is free, and the next layer
-takes it again, page by page: up to 13,000 page faults a step, a tenth of its time (docs/LOG.md).
+On CPU freed memory stays in the process for the next step until it is needed elsewhere. Without
+that, glibc returns the end of its heap after every layer and takes it again page by page: up to
+13,000 page faults a step, a tenth of its time (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
-"""What activations are kept in; int8 is what products of bf16 activations are computed in."""
+"""dtype of the activations; under int8 they are bf16."""
 
 MEMORY_ERRORS = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"
@@ -43,33 +42,34 @@ MEMORY_ERRORS = re.compile(
     r"|could not create a memory object"
     r"|unable to mmap \d+ bytes from file .*: Cannot allocate memory"
 )
-"""Words of torch, its allocators and oneDNN for memory that could not be had, and nothing else:
-any other RuntimeError is a real fault and must not be mistaken for pressure."""
+"""Messages of torch, its allocators and oneDNN for memory that could not be allocated. Any other
+RuntimeError is a real fault and must not be taken for one."""
 
 UNCLEAR_ERRORS = re.compile(r"could not create a primitive$")
-"""oneDNN's words for every cause. A machine short of memory shows them too, when the code that
-oneDNN compiles for a new shape finds no room, so they count only while memory is short."""
+"""oneDNN's message for every failure, also when the code that it compiles for a new shape finds no
+memory; it counts only while memory is short."""
 
 SHORT_BYTES = 64 * 2**20
-"""Memory is short when this much cannot be had; 20 MB were left at most when compiling failed."""
+"""Memory is short when this much cannot be allocated; at most 20 MB were left when compiling
+failed."""
 
 
 SPINS = "3000"
-"""How often a waiting OpenMP thread looks before it sleeps, some tens of microseconds. Left alone
-it spins for many milliseconds, and two processes that share the cores stop each other dead: here a
-step of 28 ms took 124 ms in the median and 780 ms in the 90th percentile beside a second process,
-with 3000 spins 53 and 55 ms; alone it costs a tenth at most (docs/LOG.md)."""
+"""How often a waiting OpenMP thread polls before it sleeps, some tens of microseconds. By default
+it spins for many milliseconds and stops other processes on the same cores: a step of 28 ms took 124
+ms (median) and 780 ms (90th percentile) beside a second process, with 3000 spins 53 and 55 ms;
+alone it costs a tenth at most (docs/LOG.md)."""
 
 
 CPU_SWITCH = "ECHELON_CPU"
-"""Environment variable: what Echelon takes this processor for. ``avx2``, the one value there is,
-means one with AVX2 and nothing newer: no fast bf16, no int8, no matrix units, no compiled kernels.
-So a new machine shows what an old one would do; ``make test-portable`` sets it. Torch and oneDNN
-have variables of their own (``ATEN_CPU_CAPABILITY``, ``ONEDNN_MAX_CPU_ISA``)."""
+"""Environment variable: ``avx2`` makes Echelon treat the processor as one with AVX2 and nothing
+newer: no fast bf16, no int8, no matrix units, no compiled kernels, to test old machines on a new
+one (``make test-portable``). Torch and oneDNN have their own (``ATEN_CPU_CAPABILITY``,
+``ONEDNN_MAX_CPU_ISA``)."""
 
 
 def held_to_avx2() -> bool:
-    """Whether :data:`CPU_SWITCH` holds Echelon to AVX2; read at every call.
+    """Whether :data:`CPU_SWITCH` limits Echelon to AVX2; read at every call.
 
     Raises:
         InvalidInput: the variable has another value.
@@ -83,7 +83,7 @@ def held_to_avx2() -> bool:
 
 
 def has_torch() -> bool:
-    """Whether torch can be imported; it is not."""
+    """Whether torch is installed; does not import it."""
     try:
         return find_spec("torch") is not None
     except ValueError:  # someone blocked it: sys.modules["torch"] is None
@@ -91,10 +91,10 @@ def has_torch() -> bool:
 
 
 def require_torch() -> None:
-    """Raise the remedy when torch is not installed; make its threads good neighbours.
+    """Import torch, with its thread and memory settings.
 
     Raises:
-        MissingDependency: no torch.
+        MissingDependency: torch is not installed.
     """
     # Read once, when torch loads its OpenMP library; a user's own choice stands.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -112,11 +112,11 @@ def require_torch() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn the ``device`` option into a device that exists.
+    """The device for the ``device`` option.
 
     Raises:
-        InvalidInput: CUDA is asked for and not there.
-        MissingDependency: no torch.
+        InvalidInput: CUDA is requested and not available.
+        MissingDependency: torch is not installed.
     """
     require_torch()
     import torch
@@ -138,7 +138,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """``auto`` without a profile: exact on CPU, fp16 on CUDA (measured best there in accuracy).
+    """The precision for the ``precision`` option without a profile.
+
+    ``auto`` is fp32 on CPU, and fp16 on CUDA (the most accurate of the fast ones, measured).
 
     Raises:
         InvalidInput: int8 where it would be slow or inexact.
@@ -155,7 +157,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def multiplies_int8() -> bool:
-    """Whether this processor and torch build multiply eight-bit codes exactly and fast.
+    """Whether this processor and torch build multiply int8 exactly and fast.
 
     Without VNNI or AMX oneDNN adds pairs of products in 16 bits, which overflow.
     """
@@ -175,7 +177,7 @@ def has_amx() -> bool:
 
 
 def multiplies_half(kind: str) -> bool:
-    """Whether this processor and torch build have oneDNN's products of ``bf16`` or ``fp16``."""
+    """Whether this processor and torch build have oneDNN's ``bf16`` or ``fp16`` products."""
     import torch
 
     if held_to_avx2() or not has_onednn():
@@ -184,7 +186,7 @@ def multiplies_half(kind: str) -> bool:
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: affinity, container quota, and physical cores if known."""
+    """CPUs that this process may use: affinity, container quota, and physical cores if known."""
     import psutil
 
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -212,7 +214,7 @@ def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def set_threads(threads: int | None, device: torch.device) -> int:
-    """Give the forward pass its CPU threads (process-wide in torch); 0 on other devices."""
+    """Set the forward pass's CPU threads (process-wide in torch); returns 0 on other devices."""
     import torch
 
     if device.type != "cpu":
@@ -224,7 +226,7 @@ def set_threads(threads: int | None, device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or card's own name."""
+    """Model name of the processor or card."""
     import torch
 
     if device.type == "cuda":
@@ -233,7 +235,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name, or the architecture where the system does not tell."""
+    """The processor's model name, or the architecture if the system does not name it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -244,7 +246,7 @@ def cpu_name() -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error really says that memory could not be had."""
+    """Whether an error means that memory could not be allocated."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -258,7 +260,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_is_short() -> bool:
-    """Whether the system refuses a moderate block now."""
+    """Whether the system refuses a block of :data:`SHORT_BYTES` now."""
     try:
         mmap.mmap(-1, SHORT_BYTES).close()
     except OSError:
@@ -267,7 +269,7 @@ def _memory_is_short() -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give freed blocks back to the device: those of CUDA's allocator, or of the C library's."""
+    """Return freed blocks to the device: from CUDA's allocator or the C library's."""
     import torch
 
     if device.type == "cuda":
@@ -277,7 +279,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and bring its logits to the host as float32.
+    """Run a forward pass and return its logits as float32 on the host.
 
     Raises:
         DeviceOutOfMemory: it did not fit; other errors pass through.
@@ -314,13 +316,13 @@ def list_gpus() -> list[dict[str, Any]]:
 
 
 class CudaMemoryMeter:
-    """Peak memory of a CUDA device; as :class:`echelon.tuning.machine.MemoryMeter`."""
+    """Peak memory of a CUDA device, with the methods of ``echelon.tuning.machine.MemoryMeter``."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def reset(self) -> None:
-        """Begin a new measurement."""
+        """Start a new measurement."""
         import torch
 
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -347,26 +349,26 @@ def is_cuda_build() -> bool:
 
 
 def has_onednn() -> bool:
-    """Whether torch was built with oneDNN, its fast path for matrix products on CPU."""
+    """Whether torch was built with oneDNN, which computes matrix products on CPU."""
     import torch
 
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch's own gap
 
 
 KEPT_BYTES = (128 * 2**20, 32 * 2**20)
-"""Freed memory that stays with the process at most, where the C library takes it, or the next. A
-step of 2,048 tokens of a large model has buffers of 17 MB; older versions take 32 MiB at most."""
+"""Freed memory that the process keeps: the first value that the C library accepts. A step of 2,048
+tokens of a large model has buffers of 17 MB; older versions accept at most 32 MiB."""
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """As ``mallopt`` counts its parameters: see mallopt(3)."""
 
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""Environment variables by which users set the same; theirs stand."""
+"""Environment variables of glibc for the same settings; a user's values stay in force."""
 
 
 @cache
 def keep_freed() -> None:
-    """Keep freed memory within the process, for all of it; once."""
+    """Keep freed memory within the process; the first call sets it."""
     libc = _libc("mallopt")
     chosen = any(name in os.environ for name in SETTINGS)
     if libc is None or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
@@ -379,14 +381,14 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Let the system have what is free."""
+    """Return free memory to the system."""
     libc = _libc("malloc_trim")
     if libc is not None:
         libc.malloc_trim(0)
 
 
 def _libc(function: str) -> ctypes.CDLL | None:
-    """The C library, where it is glibc's kind: others have no such function."""
+    """The C library if it has the function, as glibc does."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)

@@ -1,8 +1,10 @@
 """The native encoder on CPU: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
 
-All tokens of a step stand in one [tokens, hidden] matrix from the embeddings to the head. Only
-attention looks at where pairs begin and end. The last layer is computed for each pair's first token
-only, since the head reads nothing else: the same logits for less work.
+All tokens of a step are rows of one [tokens, hidden] matrix from the embeddings to the head; only
+attention distinguishes pairs. The last layer is computed for each pair's first token only, since
+the head reads no other: the logits are the same.
+
+Weights are loaded layer by layer: mapped, converted and dropped before the next layer is read.
 """
 
 from __future__ import annotations
@@ -14,30 +16,47 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from echelon.errors import BadCheckpoint
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.checkpoint import MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
-from echelon.models.fused import Norm, Product, Rows, add_norm, settle, values_of
+from echelon.models.layers import (
+    SHIFTS,
+    FeedForward,
+    Int8Linear,
+    Norm,
+    ProbedLinear,
+    Product,
+    Rows,
+    add_norm,
+    make_linear,
+    materialize,
+    values_of,
+)
 from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from echelon.models.architecture import Architecture
-    from echelon.models.layers import FeedForward, Linear
+    from echelon.models.architecture import Architecture, LayerPlan
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.layers import Linear
     from echelon.types import FloatArray, IntArray
 
+    Tensors = dict[str, Tensor]
+    Shapes = dict[str, tuple[int, ...]]
 
-LEAST_ROWS = 16
-"""Rows that a matrix unit works on at a time."""
+MIN_ROWS = 16
+"""Rows that a matrix unit computes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Word, position and segment tables, kept as they are on disk, and their norm.
+    """Word, position and segment tables as on disk, and their norm.
 
-    On CPU the word table is a view of the checkpoint file: only the rows that texts touch are
-    ever read into memory.
+    On CPU the word table is a view of the checkpoint file: only rows in use are read into memory.
     """
 
     words: Tensor
@@ -48,10 +67,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer.
-
-    ``qkv`` is fused, except in the last layer, which keeps its query projection apart.
-    """
+    """One transformer layer; ``qkv`` is fused, but the last layer has separate queries."""
 
     queries: Linear | None
     qkv: Linear
@@ -69,14 +85,14 @@ class Head:
     project: Linear
 
     def __call__(self, firsts: Tensor) -> Tensor:
-        """[pairs, hidden] to logits, [pairs]."""
+        """[pairs, hidden] → logits [pairs]."""
         pooled = torch.tanh(self.dense(Rows(firsts.float())).values)
         return self.project(Rows(pooled)).values.squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything that was loaded."""
+    """A loaded model; ``loaded_bytes`` does not count mapped tables."""
 
     embeddings: Embeddings
     layers: tuple[Layer, ...]
@@ -84,16 +100,12 @@ class Weights:
     loaded_bytes: int
 
 
-def native_facts(
-    architecture: Architecture,
-    weights: Weights,
-    device: torch.device,
-    precision: str,
-    threads: int,
+def native_info(
+    architecture: Architecture, weights: Weights, device: torch.device, precision: str, threads: int
 ) -> ModelInfo:
-    """What a native model is, on any device."""
+    """The :class:`ModelInfo` of a native model on any device."""
     return ModelInfo(
-        family=architecture.family,
+        family=architecture.model_type,
         device=str(device),
         device_name=device_name(device),
         precision=precision,
@@ -105,15 +117,7 @@ def native_facts(
 
 
 class PackedScorer:
-    """A :class:`~echelon.models.base.Scorer` over packed rows.
-
-    Args:
-        architecture: the model's shape.
-        weights: loaded tensors.
-        device: where they are.
-        precision: what the layers compute in.
-        threads: CPU threads in use; 0 on other devices.
-    """
+    """A :class:`~echelon.models.base.Scorer` over packed rows on CPU."""
 
     def __init__(
         self,
@@ -123,25 +127,25 @@ class PackedScorer:
         precision: str,
         threads: int,
     ) -> None:
-        self._shape = architecture
+        self._architecture = architecture
         self._weights: Weights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
         self._mapped = MappedPages.of(weights.embeddings.words)
-        self.info = native_facts(architecture, weights, device, precision, threads)
+        self.info = native_info(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`.
 
         Raises:
-            BadCheckpoint: a token id that the model has no embedding for.
+            BadCheckpoint: a token id without an embedding.
         """
-        self._shape.check_ids(batch.ids)
+        self._architecture.check_ids(batch.ids)
         step = with_filler(batch)
         return run_step(lambda: self._forward(step)[: len(batch)])
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Free cached memory."""
         release_memory(self._device)
 
     def close(self) -> None:
@@ -150,7 +154,6 @@ class PackedScorer:
         self.release()
 
     def _forward(self, batch: TokenBatch) -> Tensor:
-        """Logits, [pairs]."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         layout = AttentionLayout.of(batch.offsets)
@@ -161,14 +164,14 @@ class PackedScorer:
         return self._weights.head(values_of(self._last_layer(last, rows, layout)))
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
-        """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
-        positions = self._shape.positions(batch)
+        """[tokens, hidden]; summed in fp32 in every precision."""
+        positions = self._architecture.positions(batch)
         rows = self._look_up(embeddings.words, batch.ids)
         if self._mapped is not None:
             self._mapped.count_rows(len(batch.ids))
         rows += self._look_up(embeddings.positions, positions)
         segments = batch.type_ids
-        if segments is None or not self._shape.reads_segments:
+        if segments is None or not self._architecture.reads_segments:
             rows += embeddings.segments[0].float()
         else:
             rows += self._look_up(embeddings.segments, segments)
@@ -179,7 +182,7 @@ class PackedScorer:
         return functional.embedding(on_device, table).float()
 
     def _layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
-        query, key, value = heads(layer.qkv(rows), 3, self._shape)
+        query, key, value = split_heads(layer.qkv(rows), 3, self._architecture)
         return finish(layer, attend(query, key, value, layout), rows)
 
     def _last_layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
@@ -187,14 +190,14 @@ class PackedScorer:
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")
         firsts = rows[layout.firsts]
-        (query,) = heads(layer.queries(firsts), 1, self._shape)
-        key, value = heads(layer.qkv(rows), 2, self._shape)
+        (query,) = split_heads(layer.queries(firsts), 1, self._architecture)
+        key, value = split_heads(layer.qkv(rows), 2, self._architecture)
         return finish(layer, attend_first(query, key, value, layout), firsts)
 
 
-def heads(product: Product, parts: int, shape: Architecture) -> tuple[Tensor, ...]:
-    """[rows, parts × hidden] to ``parts`` of [rows, heads, size]."""
-    values = settle(product)
+def split_heads(product: Product, parts: int, shape: Architecture) -> tuple[Tensor, ...]:
+    """[rows, parts × hidden] → ``parts`` of [rows, heads, size]."""
+    values = materialize(product)
     return values.view(len(values), parts, *shape.head_shape).unbind(1)
 
 
@@ -207,18 +210,190 @@ def finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
 
 
 def with_filler(batch: TokenBatch) -> TokenBatch:
-    """Append pairs of one filler token that bring the step to a round number of rows.
+    """Append one-token pairs to bring the step to a round number of rows.
 
-    oneDNN compiles and keeps code for every number of rows it meets, 2 MB for a small model: a
-    process that sees all lengths grew by 770 MB in 600 steps (docs/LOG.md). Multiples of 16, and
-    above 1,024 rows of 1/32 of the next lower power of two, keep that bounded. Matrix units work
-    on 16 rows at a time, so small steps pay nothing.
+    oneDNN compiles and keeps code for every number of rows, 2 MB for a small model: a process that
+    met all lengths grew by 770 MB in 600 steps (docs/LOG.md). Multiples of 16, and above 1,024 rows
+    of 1/32 of the next lower power of two, keep that bounded. Matrix units compute 16 rows at a
+    time, so small steps take no longer.
     """
     rows = len(batch.ids)
-    filler = -rows % max(LEAST_ROWS, 1 << max(0, rows.bit_length() - 6))
+    filler = -rows % max(MIN_ROWS, 1 << max(0, rows.bit_length() - 6))
     if filler == 0:
         return batch
     types = None if batch.type_ids is None else np.pad(batch.type_ids, (0, filler))
     ends = np.arange(rows + 1, rows + filler + 1, dtype=np.int32)
     offsets = np.concatenate((batch.offsets, ends))
     return TokenBatch(np.pad(batch.ids, (0, filler)), types, offsets)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    device: torch.device,
+    plan: LayerPlan,
+    label: int,
+) -> Weights:
+    """Load a native model; ``label`` is the index of the head's output that is the score.
+
+    Raises:
+        BadCheckpoint: the weights do not fit the configuration.
+    """
+    _refuse_more_layers(checkpoint, architecture)
+    with torch.inference_mode():
+        loader = _Loader(checkpoint, architecture, device, plan)
+        embeddings = loader.embeddings()
+        layers = tuple(loader.layer(i) for i in range(architecture.layers))
+        return Weights(embeddings, layers, loader.head(label), loader.loaded_bytes)
+
+
+def _refuse_more_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuse weights with more layers than the configuration: they would score wrongly."""
+    surplus = f"{architecture.family.prefix}.encoder.layer.{architecture.layers}."
+    if any(name.startswith(surplus) for name in checkpoint.names):
+        raise BadCheckpoint(
+            f"{checkpoint.folder}: the weights hold {surplus}*, beyond config.json's "
+            f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
+            "weights."
+        )
+
+
+class _Loader:
+    """Reads one part of the model after another and counts the bytes it keeps."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        device: torch.device,
+        plan: LayerPlan,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._prefix = architecture.family.prefix
+        self._device = device
+        self._plan = plan
+        self._dtype = getattr(torch, DTYPES[plan.precision])
+        # On CPU a norm's weights stay in fp32: the kernels, and torch, mix them with bf16 rows.
+        mixed = self._dtype == torch.bfloat16 and device.type == "cpu"
+        self._norm_dtype = torch.float32 if mixed else self._dtype
+        self.loaded_bytes = 0
+
+    def embeddings(self) -> Embeddings:
+        """The three tables as on disk, and their norm in fp32."""
+        shape, root = self._architecture, f"{self._prefix}.embeddings"
+        tables = {
+            f"{root}.word_embeddings.weight": (shape.vocabulary, shape.hidden),
+            f"{root}.position_embeddings.weight": (shape.table_positions, shape.hidden),
+            f"{root}.token_type_embeddings.weight": (shape.segments, shape.hidden),
+        }
+        tensors = self._checkpoint.read(tables)
+        words, positions, segments = (tensors[name].to(self._device) for name in tables)
+        if self._device.type != "cpu":
+            self.loaded_bytes += words.nbytes + positions.nbytes + segments.nbytes
+        name = f"{root}.LayerNorm"
+        norm = self._norm(name, self._checkpoint.read(self._norm_shapes(name)), torch.float32)
+        return Embeddings(words, positions, segments, norm)
+
+    def layer(self, index: int) -> Layer:
+        """Layer ``index``; the last one has separate queries."""
+        root = f"{self._prefix}.encoder.layer.{index}"
+        wide, activation = self._architecture.intermediate, self._architecture.activation
+        projections = [f"{root}.attention.self.{part}" for part in ("query", "key", "value")]
+        mixed, up, down = (
+            f"{root}.{part}.dense" for part in ("attention.output", "intermediate", "output")
+        )
+        norms = (f"{root}.attention.output.LayerNorm", f"{root}.output.LayerNorm")
+        tensors = self._checkpoint.read(
+            {
+                **self._dense_shapes(*projections, mixed),
+                **self._dense_shapes(up, out=wide),
+                **self._dense_shapes(down, into=wide),
+                **self._norm_shapes(*norms),
+            }
+        )
+        last = index == self._architecture.layers - 1
+        layer = Layer(
+            queries=self._linear(tensors, projections[0]) if last else None,
+            qkv=self._linear(tensors, *(projections[1:] if last else projections)),
+            attention_out=self._linear(tensors, mixed),
+            attention_norm=self._norm(norms[0], tensors),
+            feed_forward=FeedForward(
+                self._linear(tensors, up, activation=activation),
+                self._linear(tensors, down, shift=SHIFTS[activation]),
+                activation,
+            ),
+            output_norm=self._norm(norms[1], tensors),
+        )
+        # Else the C library keeps the freed copies: a third more memory than the weights.
+        release_memory(self._device)
+        return layer
+
+    def head(self, label: int) -> Head:
+        """The classifier, its projection cut to the chosen label."""
+        dense, project = self._architecture.family.head
+        labels = len(self._architecture.labels)
+        shapes = self._dense_shapes(dense) | self._dense_shapes(project, out=labels)
+        tensors = self._checkpoint.read(shapes)
+        for part in ("weight", "bias"):
+            tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
+        # Always in fp32: a half-width logit has too few digits, so that different documents tie.
+        exact = (self._dense(tensors, name, dtype=torch.float32) for name in (dense, project))
+        return Head(*exact)
+
+    def _linear(
+        self, tensors: Tensors, *names: str, activation: str = "none", shift: float | None = None
+    ) -> Linear:
+        """A layer in the model's precision that stacks the named ones.
+
+        The layer applies the activation if it can; ``shift`` is that of its input's codes.
+        """
+        name = names[-1].removeprefix(f"{self._prefix}.encoder.")
+        if self._plan.precision != "int8" or name in self._plan.keep_bf16:
+            if self._plan.errors is not None:
+                int8 = Int8Linear(*_stacked(tensors, names), None)
+                return ProbedLinear(self._dense(tensors, *names), int8, name, self._plan.errors)
+            return self._dense(tensors, *names, activation=activation)
+        weight, bias = _stacked(tensors, names)
+        self.loaded_bytes += weight.numel() + 8 * bias.numel()  # codes; scales and bias
+        return Int8Linear(weight, bias, shift)
+
+    def _dense(
+        self,
+        tensors: Tensors,
+        *names: str,
+        dtype: torch.dtype | None = None,
+        activation: str = "none",
+    ) -> Linear:
+        dtype = dtype or self._dtype
+        weight, bias = _stacked(tensors, names)
+        self.loaded_bytes += (weight.numel() + bias.numel()) * dtype.itemsize
+        return make_linear(weight, bias, self._device, dtype, activation)
+
+    def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
+        weight, bias = (
+            tensors[f"{name}.{part}"].to(self._device, dtype or self._norm_dtype, copy=True)
+            for part in ("weight", "bias")
+        )
+        self.loaded_bytes += weight.nbytes + bias.nbytes
+        return Norm(weight, bias, self._architecture.epsilon)
+
+    def _dense_shapes(self, *names: str, out: int | None = None, into: int | None = None) -> Shapes:
+        """Shapes of dense layers; both widths are the hidden one by default."""
+        hidden = self._architecture.hidden
+        shape: tuple[int, ...] = (out or hidden, into or hidden)
+        biases = {f"{name}.bias": shape[:1] for name in names}
+        return {f"{name}.weight": shape for name in names} | biases
+
+    def _norm_shapes(self, *names: str) -> Shapes:
+        shape = (self._architecture.hidden,)
+        return {f"{name}.{part}": shape for name in names for part in ("weight", "bias")}
+
+
+def _stacked(tensors: Tensors, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one layer that stacks the named ones."""
+    if len(names) == 1:
+        return tensors[f"{names[0]}.weight"], tensors[f"{names[0]}.bias"]
+    parts = ([tensors[f"{name}.{part}"] for name in names] for part in ("weight", "bias"))
+    weight, bias = map(torch.cat, parts)
+    return weight, bias

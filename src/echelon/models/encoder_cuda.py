@@ -1,47 +1,51 @@
-"""The native encoder on CUDA: the packed rows of :mod:`echelon.models.encoder`, few waits.
+"""The native encoder on CUDA: packed rows, attention without padding, and few waits.
 
 A step is one copy to the device, the forward pass, and one copy of the logits back; the host waits
-for the last alone. Small steps, which launching kernels would dominate, are rounded up to few sizes
-and replayed as CUDA graphs.
+only for the last. Small steps, whose time would be spent on launching kernels, are rounded up to a
+few sizes and replayed as CUDA graphs.
+
+Two attention kernels take packed rows. FlashAttention computes in fp16 and bf16 and needs compute
+capability 8.0; the memory-efficient kernel also computes in fp32 and runs on older cards. Both read
+the offsets on the device, so the host does not wait, and both skip empty pairs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
 
-from echelon.models.attention_cuda import Spans, choose_attention
 from echelon.models.cuda_graphs import CudaGraphs, CudaRecorder
 from echelon.models.device import DTYPES, release_memory, run_step
-from echelon.models.encoder import finish, heads, native_facts
-from echelon.models.fused import Rows, values_of
+from echelon.models.encoder import finish, native_info, split_heads
+from echelon.models.layers import Rows, values_of
 from echelon.models.staging import LARGEST, CaptureShape, StepInputs, bucket_of, fill, read
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from echelon.models.architecture import Architecture
-    from echelon.models.attention_cuda import Attention
     from echelon.models.cuda_graphs import Record
     from echelon.models.encoder import Embeddings, Layer, Weights
     from echelon.types import FloatArray, TokenBatch
+
+    Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", float], Tensor]
+    """(query [queries, heads, size], key and value [tokens, heads, size], spans, scale) →
+    [queries, heads, size]."""
+
+    Attention = Callable[[Tensor, Tensor, Tensor, "Spans"], Tensor]
+    """The same without a scale → [queries, heads × size]."""
 
 
 class CudaScorer:
     """A :class:`~echelon.models.base.Scorer` over packed rows on a CUDA device.
 
-    Args:
-        architecture: the model's shape.
-        weights: loaded tensors.
-        device: where they are.
-        precision: what the layers compute in.
-        attention: instead of the card's fastest, for tests.
-        record: instead of the card's capture, for tests.
-
-    Attributes:
-        use_graphs: whether small steps run as CUDA graphs; may be changed between steps.
+    Tests replace ``attention`` and ``record``; ``use_graphs``, whether small steps run as CUDA
+    graphs, may change between steps.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class CudaScorer:
         attention: Attention | None = None,
         record: Record | None = None,
     ) -> None:
-        self._shape = architecture
+        self._architecture = architecture
         self._weights: Weights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
@@ -65,19 +69,19 @@ class CudaScorer:
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
         self._graphs = CudaGraphs(self._forward_fixed, record or CudaRecorder(device))
         self.use_graphs = True
-        self.info = native_facts(architecture, weights, device, precision, threads=0)
+        self.info = native_info(architecture, weights, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`.
 
         Raises:
-            BadCheckpoint: a token id that the model has no embedding for.
+            BadCheckpoint: a token id without an embedding.
         """
-        self._shape.check_ids(batch.ids)
+        self._architecture.check_ids(batch.ids)
         return run_step(lambda: self._step(batch).narrow(0, 0, len(batch)))
 
     def release(self) -> None:
-        """Give graphs and cached memory back to the device; called when memory ran out."""
+        """Free graphs and cached memory; called when memory ran out."""
         self._graphs.memory_ran_out()
         release_memory(self._device)
 
@@ -87,7 +91,7 @@ class CudaScorer:
         self.release()
 
     def _step(self, batch: TokenBatch) -> Tensor:
-        """Logits on the device, those of filler pairs behind those of the batch."""
+        """Logits on the device, those of filler pairs after those of the batch."""
         exact = CaptureShape.of(batch)
         bucket = bucket_of(exact) if self.use_graphs else None
         if bucket is None:
@@ -97,24 +101,24 @@ class CudaScorer:
         self._fixed.narrow(0, 0, len(block)).copy_(block, non_blocking=True)
         return self._graphs.run(bucket)
 
-    def _staged(self, batch: TokenBatch, room: CaptureShape) -> Tensor:
-        """The step as int32 on the host, in memory that the device copies from by itself.
+    def _staged(self, batch: TokenBatch, shape: CaptureShape) -> Tensor:
+        """The step as int32 in pinned host memory, from which the device copies by itself.
 
-        Torch keeps such memory for reuse, and reuses none before the copy out of it has ended.
+        Torch reuses such memory only after the copy has ended.
         """
-        size = room.size(segments=self._segments)
+        size = shape.size(segments=self._segments)
         pinned = self._device.type == "cuda"
         block = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
-        positions = self._shape.positions(batch)
-        fill(block.numpy(), room, batch, positions, segments=self._segments)
+        positions = self._architecture.positions(batch)
+        fill(block.numpy(), shape, batch, positions, segments=self._segments)
         return block
 
-    def _forward_fixed(self, room: CaptureShape) -> Tensor:
-        """Logits of the step in the inputs that graphs read, [room.pairs]."""
-        return self._forward(read(self._fixed, room, segments=self._segments))
+    def _forward_fixed(self, shape: CaptureShape) -> Tensor:
+        """Logits [shape.pairs] of the step in the inputs that graphs read."""
+        return self._forward(read(self._fixed, shape, segments=self._segments))
 
     def _forward(self, inputs: StepInputs) -> Tensor:
-        """Logits, [pairs]. Nothing in here may wait for the device, or capture would fail."""
+        """Logits [pairs]. No operation here may wait for the device, or capture fails."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         rows = Rows(self._embed(self._weights.embeddings, inputs))
@@ -124,7 +128,7 @@ class CudaScorer:
         return self._weights.head(values_of(self._last_layer(last, rows, inputs)))
 
     def _embed(self, embeddings: Embeddings, inputs: StepInputs) -> Tensor:
-        """[tokens, hidden]; summed in fp32 whatever the layers compute in."""
+        """[tokens, hidden]; summed in fp32 in every precision."""
         rows = functional.embedding(inputs.ids, embeddings.words).float()
         rows += functional.embedding(inputs.positions, embeddings.positions)
         if inputs.segments is None:
@@ -134,7 +138,7 @@ class CudaScorer:
         return embeddings.norm(rows).to(self._dtype)
 
     def _layer(self, layer: Layer, rows: Rows, inputs: StepInputs) -> Rows:
-        query, key, value = heads(layer.qkv(rows), 3, self._shape)
+        query, key, value = split_heads(layer.qkv(rows), 3, self._architecture)
         spans = Spans(inputs.offsets, inputs.offsets, inputs.longest, inputs.longest)
         return finish(layer, self._attend(query, key, value, spans), rows)
 
@@ -143,7 +147,113 @@ class CudaScorer:
         if layer.queries is None:
             raise RuntimeError("This is a bug: the last layer was loaded like the others.")
         firsts = Rows(values_of(rows).index_select(0, inputs.firsts))
-        (query,) = heads(layer.queries(firsts), 1, self._shape)
-        key, value = heads(layer.qkv(rows), 2, self._shape)
+        (query,) = split_heads(layer.queries(firsts), 1, self._architecture)
+        key, value = split_heads(layer.qkv(rows), 2, self._architecture)
         spans = Spans(inputs.singles, inputs.offsets, 1, inputs.longest)
         return finish(layer, self._attend(query, key, value, spans), firsts)
+
+
+FLASH_CAPABILITY = 8
+"""Major compute capability of Ampere, the oldest with FlashAttention and with bf16 matrix units."""
+
+MAX_FLASH_SIZE = 256
+"""Widest head of FlashAttention."""
+
+ALIGNED_SIZE = 8
+"""Both kernels load this many half-width numbers at a time; FlashAttention needs a multiple of
+it."""
+
+NO_MASK = 0
+"""The memory-efficient kernel's mask type for attention in both directions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Which queries attend to which keys: both are cut into the same number of pairs.
+
+    Attributes:
+        query_offsets: int32 [pairs + 1] on the device, first query row of each pair.
+        key_offsets: int32 [pairs + 1] on the device, first row of its keys and values.
+        max_queries: upper bound of a pair's queries; a higher one is slower, a lower one wrong.
+        max_keys: upper bound of a pair's keys.
+    """
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    max_queries: int
+    max_keys: int
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype, size: int) -> Attention:
+    """The fastest attention of a card for a dtype and a width of heads."""
+    major, _ = torch.cuda.get_device_capability(device)
+    built = torch.backends.cuda.is_flash_attention_available()
+    return attention_with(choose_kernel(major if built else 0, dtype, size))
+
+
+def choose_kernel(major: int, dtype: torch.dtype, size: int) -> Kernel:
+    """The kernel for a major compute capability (0 if FlashAttention was not built)."""
+    if dtype != torch.float32 and major >= FLASH_CAPABILITY and size <= MAX_FLASH_SIZE:
+        return flash
+    if dtype == torch.bfloat16 and major < FLASH_CAPABILITY:
+        return efficient_in_fp32  # there is none for bf16, and fp16 has not its range
+    return efficient
+
+
+def attention_with(kernel: Kernel) -> Attention:
+    """Attention through a kernel, for any width of heads."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        size = query.shape[-1]
+        scale = size**-0.5
+        short = -size % ALIGNED_SIZE
+        if short:  # zeros move neither a product nor what is kept of a sum
+            query, key, value = (functional.pad(part, (0, short)) for part in (query, key, value))
+        mixed = kernel(query, key, value, spans, scale)
+        return mixed.narrow(-1, 0, size).reshape(len(mixed), -1)
+
+    return attend
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
+    """FlashAttention, in fp16 or bf16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    mixed = varlen_attn(
+        query,
+        key,
+        value,
+        spans.query_offsets,
+        spans.key_offsets,
+        spans.max_queries,
+        spans.max_keys,
+        scale=scale,
+    )
+    return cast("Tensor", mixed)
+
+
+def efficient(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
+    """The memory-efficient kernel, which takes the packed rows as a batch of one."""
+    mixed, *_ = torch.ops.aten._efficient_attention_forward(  # noqa: SLF001 - no public name exists
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        None,
+        spans.query_offsets,
+        spans.key_offsets,
+        spans.max_queries,
+        spans.max_keys,
+        0.0,
+        NO_MASK,
+        compute_log_sumexp=False,
+        scale=scale,
+    )
+    return cast("Tensor", mixed).squeeze(0)
+
+
+def efficient_in_fp32(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float
+) -> Tensor:
+    """The memory-efficient kernel in fp32, for any dtype of the layers."""
+    mixed = efficient(query.float(), key.float(), value.float(), spans, scale)
+    return mixed.to(query.dtype)

@@ -1,7 +1,6 @@
-"""A scorer without weights: for tests, dry runs and the simulator.
+"""A scorer without weights, for tests, dry runs and simulations.
 
-Its logit is a hash of the pair's tokens, so it depends on nothing but the pair, and it can be
-told to run out of memory.
+Its logit is a hash of the pair's tokens alone; it can simulate a device that runs out of memory.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class FakeScorer:
     """Deterministic logits in [-10, 10] from token ids.
 
     Args:
-        memory_tokens: steps that cost more raise :class:`DeviceOutOfMemory`; None never does.
-        stale_tokens: memory held by caches until :meth:`release`.
+        memory_tokens: larger steps raise :class:`DeviceOutOfMemory`; None is no limit.
+        stale_tokens: memory that caches hold until :meth:`release`.
         max_tokens: longest pair.
         padding: ``none`` or ``rectangular``.
         precision: reported precision; bf16 and fp16 need half the memory of fp32.
@@ -58,9 +57,9 @@ class FakeScorer:
         return np.array([h / 2**32 * 20 - 10 for h in hashes], dtype=np.float32)
 
     def release(self) -> None:
-        """Forget the stale memory."""
+        """Free the stale memory."""
         self._stale_tokens = 0
 
     def close(self) -> None:
-        """Remember that it was closed."""
+        """Record that it was closed."""
         self.closed = True

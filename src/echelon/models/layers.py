@@ -1,27 +1,237 @@
-"""Linear layers in the layout that the device multiplies fastest."""
+"""Linear layers, norms and activations, each in the form that the device computes fastest.
+
+An int8 product comes without its rows' scales and its bias, a dense one may come without its
+residual: the operation that reads the product next adds them, without a pass over memory of their
+own. Such an operation is one compiled kernel, or the same in torch where there are no kernels.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from echelon.models.device import has_onednn, multiplies_half
-from echelon.models.fused import (
-    SHIFTS,
-    ZERO_POINT,
-    Product,
-    Rows,
-    activate,
-    quantize,
-    settle,
-    values_of,
-)
 from echelon.models.kernels import kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda rows: rows,
+    "gelu": functional.gelu,
+    "gelu_new": lambda rows: functional.gelu(rows, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+"""By the names of ``config.json``."""
+
+KERNEL_CODES = {"none": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "silu": 4}
+"""Activation → its number in the compiled kernels."""
+
+SHIFTS = {"gelu": 0.171, "gelu_new": 0.171, "gelu_pytorch_tanh": 0.171, "relu": 0.0, "silu": 0.279}
+"""No activation's value is below minus this. Added before quantising it makes all values positive,
+which frees the sign bit for one bit of precision; the product's bias subtracts it again,
+exactly."""
+
+SIGNED_CODES, SHIFTED_CODES = 127.0, 255.0
+"""Codes on either side of the middle one, and from zero on."""
+
+ZERO_POINT = 128
+"""The code of 0 in rows with negative values."""
+
+BLOCK = 2**18
+"""Numbers that torch computes at a time without kernels: one pass's result is still in cache for
+the next, and the calls are few enough. Half and twice as many were slower."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of activations: as numbers, as eight-bit codes, or both.
+
+    Attributes:
+        values: [rows, width]; None if only codes are needed.
+        codes: uint8 [rows, width], ``round(x / scale) + 128``, or from 0 on if shifted.
+        scales: float32 [rows].
+    """
+
+    values: Tensor | None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> Rows:
+        """Some of the rows."""
+        parts = (self.values, self.codes, self.scales)
+        return Rows(*(None if part is None else part[index] for part in parts))
+
+
+@dataclass(slots=True)
+class Product:
+    """Output of a linear layer; its true value is ``values * scales + bias + residual``.
+
+    Attributes:
+        values: [rows, out].
+        scales: float32 [rows], or None for 1.
+        bias: float32 [out], or None for 0.
+        residual: [rows, out], or None for 0.
+    """
+
+    values: Tensor
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def part(self, rows: slice) -> Product:
+        """Some of the rows."""
+        scales = None if self.scales is None else self.scales[rows]
+        residual = None if self.residual is None else self.residual[rows]
+        return Product(self.values[rows], scales, self.bias, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm over the hidden axis."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Normalise each row of [rows, hidden]."""
+        return functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+def materialize(product: Product) -> Tensor:
+    """The product's true value without its residual, in the layers' dtype."""
+    return product.values if product.scales is None else values_of(activate(product, "none"))
+
+
+def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
+    """LayerNorm of the product's true value, with codes if the next layer needs them."""
+    values = product.values
+    if product.residual is not None and _has_kernels(values):
+        count, width = values.shape
+        out = torch.empty_like(values)
+        codes, scales = _code_buffers(values) if quantized else (None, None)
+        _call(
+            "echelon_add_norm",
+            *(values, product.scales, product.bias, product.residual, count, width),
+            *(norm.weight, norm.bias, norm.epsilon, out, codes, scales),
+        )
+        return Rows(out, codes, scales)
+    if product.scales is None and not quantized:
+        return Rows(norm(_evaluate(product)))
+    return _by_blocks(product, norm, keep=True, codes=quantized)
+
+
+def activate(product: Product, activation: str, shift: float | None = None) -> Rows:
+    """Activation of the product's true value; with a ``shift``, codes of value plus shift."""
+    values = product.values
+    if _has_kernels(values):
+        count, width = values.shape
+        kind = KERNEL_CODES[activation]
+        out = torch.empty_like(values) if shift is None else None
+        codes, scales = (None, None) if shift is None else _code_buffers(values)
+        _call(
+            "echelon_activate",
+            *(values, product.scales, product.bias, count, width, kind, out, codes, scales),
+            shift or 0.0,
+        )
+        return Rows(out, codes, scales)
+    function, coded = ACTIVATIONS[activation], shift is not None
+    if product.scales is None and not coded:
+        return Rows(function(_evaluate(product)))
+    return _by_blocks(product, function, shift, keep=not coded, codes=coded)
+
+
+def quantize(rows: Tensor) -> Rows:
+    """Rows with codes around 128. A scale for each row keeps scores independent of other pairs."""
+    if _has_kernels(rows):
+        rows = rows.contiguous()
+        codes, scales = _code_buffers(rows)
+        _call("echelon_quantize", rows, *rows.shape, codes, scales)
+        return Rows(rows, codes, scales)
+    coded = _by_blocks(Product(rows), ACTIVATIONS["none"], keep=False, codes=True)
+    return Rows(rows, coded.codes, coded.scales)
+
+
+def values_of(rows: Rows) -> Tensor:
+    """The rows as numbers."""
+    if rows.values is None:
+        raise RuntimeError("This is a bug: only codes were computed, not the rows.")
+    return rows.values
+
+
+def _by_blocks(
+    product: Product,
+    function: Callable[[Tensor], Tensor],
+    shift: float | None = None,
+    *,
+    keep: bool,
+    codes: bool,
+) -> Rows:
+    """A function of the product's true value, a block of rows in cache at a time."""
+    like = product.values
+    values = torch.empty_like(like, dtype=torch.bfloat16) if keep else None
+    out = Rows(values, *(_code_buffers(like) if codes else ()))
+    step = max(1, BLOCK // like.shape[1])
+    for first in range(0, len(like), step):
+        part = slice(first, first + step)
+        rows = function(_evaluate(product.part(part)))
+        if out.values is not None:
+            out.values[part] = rows
+        if out.codes is not None and out.scales is not None:
+            out.scales[part] = _encode(rows.float(), shift, out.codes[part])
+    return out
+
+
+def _encode(rows: Tensor, shift: float | None, codes: Tensor) -> Tensor:
+    """Write the codes of rows; return their scales, [rows]."""
+    if shift is None:
+        # Two passes, and still faster than torch.aminmax.
+        top = torch.maximum(-rows.amin(1), rows.amax(1))
+        steps, zero = SIGNED_CODES, float(ZERO_POINT)
+    else:
+        top, steps, zero = rows.amax(1) + shift, SHIFTED_CODES, 0.0
+    scales = torch.where(top > 0, top / steps, torch.ones_like(top))
+    inverse = scales.reciprocal()[:, None]
+    numbers = (rows * inverse).add_(inverse * (shift or 0.0) + (zero - ZERO_POINT)).round_()
+    # Signed bytes first: torch converts to them in a quarter of the time of unsigned ones.
+    codes.view(torch.int8).copy_(numbers)
+    codes.bitwise_xor_(ZERO_POINT)
+    return scales
+
+
+def _evaluate(product: Product) -> Tensor:
+    """The true value; in fp32 if scales are pending."""
+    values = product.values if product.scales is None else product.values.float()
+    if product.scales is not None and product.bias is not None:
+        values = torch.addcmul(product.bias, values, product.scales[:, None])
+    elif product.scales is not None:
+        values = values * product.scales[:, None]
+    elif product.bias is not None:
+        values = values + product.bias
+    return values if product.residual is None else values + product.residual
+
+
+def _has_kernels(rows: Tensor) -> bool:
+    return rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and kernels() is not None
+
+
+def _code_buffers(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows, dtype=torch.uint8), torch.empty(len(rows), dtype=torch.float32)
+
+
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel with tensors as addresses and torch's number of threads."""
+    addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(kernels(), name)(*addresses, torch.get_num_threads())
+
 
 ONEDNN_ACTIVATIONS = {
     "none": ("none", ""),
@@ -31,35 +241,29 @@ ONEDNN_ACTIVATIONS = {
     "relu": ("relu", ""),
     "silu": ("swish", ""),
 }
-"""As (operation, algorithm) inside oneDNN's product: a pass over memory less."""
+"""(operation, algorithm) inside oneDNN's product, which saves a pass over memory."""
 
 TYPICAL_ROWS = 512
-"""Rows of a step that oneDNN is told to lay the weights out for."""
+"""Rows of a step for which oneDNN lays out the weights."""
 
 
 class Linear(Protocol):
     """A linear layer.
 
     Attributes:
-        quantized: whether it multiplies codes; rows that come with them save it the making.
-        activated: whether it has applied its activation.
+        quantized: it multiplies codes, and uses the rows' codes if they have any.
+        activated: it applies the activation itself.
     """
 
     quantized: bool
     activated: bool
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
-        """[rows, in] to [rows, out], the residual added or pending."""
-        ...
+        """[rows, in] → [rows, out], the residual added or pending."""
 
 
 class DenseLinear:
-    """A product in fp32, bf16 or fp16.
-
-    Args:
-        weight: [out, in], kept.
-        bias: [out], kept.
-    """
+    """A product in fp32, bf16 or fp16 of weight [out, in] and bias [out]."""
 
     quantized = False
     activated = False
@@ -75,13 +279,7 @@ class DenseLinear:
 
 
 class PrepackedLinear:
-    """The same in oneDNN's own weight layout, chosen once instead of in every call.
-
-    Args:
-        weight: [out, in].
-        bias: [out], kept.
-        activation: applied inside the product; a layer has this or takes a residual, not both.
-    """
+    """The same in oneDNN's own weight layout, with an activation or a residual inside."""
 
     quantized = False
 
@@ -93,7 +291,7 @@ class PrepackedLinear:
         self._operation, self._algorithm = ONEDNN_ACTIVATIONS[activation]
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
         self._plain, self._adding = call.default, call.binary
-        # With kernels the norm that follows adds the residual, and needs no pass of its own either.
+        # With kernels the next norm adds the residual, in its own pass.
         self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
@@ -108,15 +306,10 @@ class PrepackedLinear:
 
 
 class Int8Linear:
-    """A product of eight-bit codes: a scale for each weight row, and for each row of activations.
+    """A product of eight-bit codes, with a scale for each weight row and each row of activations.
 
-    oneDNN multiplies unsigned activations with signed weights; the rows' scales and the bias are
-    left pending, see :mod:`echelon.models.fused`.
-
-    Args:
-        weight: [out, in].
-        bias: [out].
-        shift: what was added to activations before they became codes; None for codes around 128.
+    oneDNN multiplies unsigned activations with signed weights; the rows' scales and the bias stay
+    pending. ``shift`` is added to activations before quantising; None means codes around 128.
     """
 
     quantized = True
@@ -130,7 +323,7 @@ class Int8Linear:
         self._scales = scales
         self._zeros = torch.zeros(len(scales), dtype=torch.int64)
         self._zero_point = ZERO_POINT if shift is None else 0
-        # The codes stand for x + shift: what shift adds to every product is taken off here.
+        # The codes mean x + shift; the bias subtracts what shift adds to each product.
         added = 0.0 if shift is None else shift * scales * codes.sum(1, dtype=torch.int32)
         self._bias = bias.float() - added
         self._call = torch.ops.onednn.qlinear_pointwise.default
@@ -147,14 +340,7 @@ class Int8Linear:
 
 
 class ProbedLinear:
-    """A dense layer that measures what error int8 would make in its place.
-
-    Args:
-        dense: gives the answer.
-        int8: the same layer in codes, around 128.
-        name: key of the error.
-        errors: relative error of the layer's output, kept as the largest of all steps.
-    """
+    """A dense layer that records int8's largest relative error in ``errors[name]``."""
 
     quantized = False
     activated = False
@@ -165,20 +351,14 @@ class ProbedLinear:
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """See :class:`Linear`."""
-        exact = settle(self._dense(rows)).float()
-        error = (settle(self._int8(rows)).float() - exact).norm() / exact.norm()
+        exact = materialize(self._dense(rows)).float()
+        error = (materialize(self._int8(rows)).float() - exact).norm() / exact.norm()
         self._errors[self._name] = max(self._errors.get(self._name, 0.0), float(error))
         return self._dense(rows, residual)
 
 
 class FeedForward:
-    """Up, activation and down, what is between them in the form that ``down`` wants.
-
-    Args:
-        up: [hidden] to [intermediate], activated or not.
-        down: [intermediate] to [hidden].
-        activation: between them.
-    """
+    """Up, activation and down; the rows between them in the form that ``down`` needs."""
 
     def __init__(self, up: Linear, down: Linear, activation: str) -> None:
         self._up, self._down = up, down
@@ -187,7 +367,7 @@ class FeedForward:
         self.quantized = up.quantized
 
     def __call__(self, rows: Rows, residual: Tensor) -> Product:
-        """[rows, hidden] to [rows, hidden], the residual added or pending."""
+        """[rows, hidden] → [rows, hidden], the residual added or pending."""
         wide = self._up(rows)
         if self._activation == "none" and self._shift is None:
             return self._down(Rows(wide.values), residual)
@@ -195,22 +375,12 @@ class FeedForward:
 
 
 def make_linear(
-    weight: Tensor,
-    bias: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    activation: str = "none",
+    weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype, activation: str = "none"
 ) -> Linear:
-    """A dense layer in ``dtype`` on ``device``.
+    """A dense layer in ``dtype`` on ``device``, the activation in the product if possible.
 
-    Args:
-        weight: [out, in] in any dtype, possibly a view of a mapped file; never kept.
-        bias: [out].
-        device: where it runs.
-        dtype: what it computes in.
-        activation: applied inside the product where that can be had, see ``activated``.
+    ``weight`` [out, in] and ``bias`` may be views of a mapped file in any dtype; they are copied.
     """
-    # Copies, so that the mapped checkpoint can be given back.
     weight = torch.empty_like(weight, dtype=dtype, device=device).copy_(weight)
     bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
     if device.type == "cpu" and _can_prepack(dtype):

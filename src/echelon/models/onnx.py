@@ -1,4 +1,4 @@
-"""ONNX Runtime: cross-encoders for machines without torch. Padded; no torch here."""
+"""Cross-encoders as ONNX graphs, for machines without torch; steps are padded. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import BadCheckpoint, MissingDependency, UnsupportedModel
-from echelon.models.architecture import NATIVE_FAMILIES, read_config, read_object
+from echelon.models.architecture import NATIVE_FAMILIES, padding_id, read_config, read_object
 from echelon.models.base import UNBOUNDED_MAX_TOKENS, DeviceOutOfMemory, pad
 from echelon.models.device import cpu_name, give_back
 from echelon.types import ModelInfo
@@ -27,7 +27,7 @@ FILES = (
     "model_int8.onnx",
     "onnx/model_int8.onnx",
 )
-"""Where exporters put the graph, in the order they are looked for."""
+"""Paths that exporters use, in the order in which they are tried."""
 
 MEMORY_ERRORS = re.compile(r"bad allocation|std::bad_alloc|Failed to allocate memory")
 
@@ -40,13 +40,13 @@ def find_graph(folder: Path) -> Path | None:
 
 
 class OnnxScorer:
-    """A :class:`~echelon.models.base.Scorer` around an ONNX graph, on CPU.
+    """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU.
 
     Args:
         graph: the ``.onnx`` file.
         config: the folder's parsed ``config.json``.
         threads: CPU threads of one forward pass.
-        label: which output of the head is the score.
+        label: index of the head's output that is the score.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
@@ -87,7 +87,7 @@ class OnnxScorer:
         return scores
 
     def release(self) -> None:
-        """Give freed memory back to the system; the session caches none, its arena is off."""
+        """Return freed memory to the system; the session has no cache, its arena is off."""
         give_back()
 
     def close(self) -> None:
@@ -101,16 +101,16 @@ class OnnxScorer:
 
 
 def graph_precision(graph: Path) -> str:
-    """``int8`` where the graph multiplies integers, else ``fp32``."""
+    """``int8`` if the graph multiplies integers, else ``fp32``."""
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return "int8" if any(content.find(name) >= 0 for name in INT8_OPERATORS) else "fp32"
 
 
 def graph_config(folder: Path) -> dict[str, Any]:
-    """The folder's configuration; exporters often leave it out, and a graph can do without.
+    """The folder's configuration, or one for a graph that was exported without it.
 
     Raises:
-        BadCheckpoint: a file is there and cannot be read.
+        BadCheckpoint: a file cannot be read.
     """
     if (folder / "config.json").is_file():
         return read_config(folder)
@@ -123,10 +123,10 @@ def graph_config(folder: Path) -> dict[str, Any]:
 
 def _max_tokens(config: dict[str, Any]) -> int:
     positions = int(config.get("max_position_embeddings") or UNBOUNDED_MAX_TOKENS)
-    if NATIVE_FAMILIES.get(config["model_type"]) != "roberta":
+    family = NATIVE_FAMILIES.get(config["model_type"])
+    if family is None or not family.positions_after_padding:
         return positions
-    padding = config.get("pad_token_id")
-    return positions - (1 if padding is None else int(padding)) - 1
+    return positions - padding_id(config) - 1
 
 
 def _open(graph: Path, threads: int) -> Any:

@@ -1,12 +1,7 @@
-"""Protobuf's wire format: bytes → fields by number. No schema, no knowledge of ONNX.
+"""Read the weights of an int8 ONNX file without the ``onnx`` package.
 
-A message is a run of fields, each a key (number and kind) and a value. What cannot be read is a
-:class:`ValueError`; the caller knows which file is to blame.
-
-Weights out of an int8-quantised ONNX file, without the ``onnx`` package.
-
-An ONNX file is one protobuf message, and only the few fields that carry weights matter here.
-Their numbers are those of ``onnx.proto``, whose meaning is frozen.
+An ONNX file is one protobuf message: fields of a number, a kind and a value. Field numbers are
+those of ``onnx.proto``, which never change.
 """
 
 from __future__ import annotations
@@ -35,11 +30,7 @@ _CONTINUES = 0x80
 
 
 def fields(data: memoryview) -> dict[int, list[Field]]:
-    """Split a message into its fields: number → values, in order.
-
-    Raises:
-        ValueError: the message is cut short or is not protobuf.
-    """
+    """Split a message into fields: number → values; ``ValueError`` if it is not protobuf."""
     found: dict[int, list[Field]] = {}
     at = 0
     while at < len(data):
@@ -50,31 +41,19 @@ def fields(data: memoryview) -> dict[int, list[Field]]:
 
 
 def blob(field: Field) -> memoryview:
-    """Take a field as bytes.
-
-    Raises:
-        ValueError: it is a number.
-    """
+    """A field's bytes; ``ValueError`` for a number."""
     if isinstance(field, int):
         raise ValueError("a number stands where bytes belong")  # noqa: TRY004  # the data's fault
     return field
 
 
 def text(field: Field) -> str:
-    """Take a field as UTF-8 text.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """A field as UTF-8 text; ``ValueError`` if it is not."""
     return str(blob(field), "utf-8")
 
 
 def integers(items: Iterable[Field]) -> Iterator[int]:
-    """Take fields as signed numbers, whether they come one by one or packed.
-
-    Raises:
-        ValueError: packed numbers are cut short.
-    """
+    """Fields as signed numbers, single or packed; ``ValueError`` if packed ones are cut short."""
     for item in items:
         for number in [item] if isinstance(item, int) else _unpacked(item):
             yield number - (1 << 64) if number >> 63 else number
@@ -124,7 +103,7 @@ _DAMAGED = "The ONNX file is damaged: {}. Fetch it again."
 
 
 class Node(NamedTuple):
-    """One operation: its operator, its name and the names of the tensors that it reads."""
+    """One operation: its operator, name and input tensors."""
 
     kind: str
     name: str
@@ -132,10 +111,10 @@ class Node(NamedTuple):
 
 
 def read_graph(data: bytes) -> tuple[dict[str, Array], list[Node]]:
-    """Read a model's stored tensors, by name and as they are, and its operations in order.
+    """A model's stored tensors by name, and its operations in order.
 
     Raises:
-        BadCheckpoint: the bytes are cut short, are not ONNX, or hold a type not known here.
+        BadCheckpoint: the bytes are cut short, are not ONNX, or hold an unknown type.
     """
     try:
         graph = _message(_message(memoryview(data))[_GRAPH][-1])
@@ -148,11 +127,11 @@ def read_graph(data: bytes) -> tuple[dict[str, Array], list[Node]]:
 
 
 def float_weights(data: bytes) -> dict[str, FloatArray]:
-    """Read a model's weights as float32, with the names and the layout that torch gives them.
+    """A model's weights as float32, with the names and layout of torch.
 
-    A quantised tensor stands for ``(q - zero_point) * scale``, per tensor or per last axis. ONNX
-    multiplies by [in, out] where a torch Linear keeps [out, in], and an export may rename such a
-    tensor: so it is transposed and called after the layer that multiplies by it.
+    A quantised tensor means ``(q - zero_point) * scale``, per tensor or per last axis. ONNX
+    multiplies by [in, out] where a torch Linear keeps [out, in], and exports rename such tensors:
+    they are transposed and named after the layer that multiplies by them.
 
     Raises:
         BadCheckpoint: the file is damaged, or a quantised tensor lacks its scale or zero point.

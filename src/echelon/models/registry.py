@@ -1,4 +1,9 @@
-"""Model folder to scorer."""
+"""Open the model in a folder: choose the scorer for its files and architecture, and load it.
+
+A new model family touches at most three files: :mod:`echelon.models.architecture`, whose
+``NATIVE_FAMILIES`` lists it with its tensor names and rules; a module with its forward pass, unless
+:mod:`echelon.models.encoder` runs it; and this one, where :func:`_open_native` opens it.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from echelon.models.architecture import Architecture
     from echelon.models.base import Scorer
     from echelon.types import TokenBatch
 
@@ -52,13 +58,13 @@ def open_scorer(
         folder: ``config.json`` and weights.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        threads: CPU threads; None is what the process may use.
-        label: which output of a head with several to score.
-        keep_bf16: linear layers that int8 leaves in bf16, as :func:`layer_errors` names them.
+        threads: CPU threads; None uses all that the process may use.
+        label: the output to score, if the head has several.
+        keep_bf16: linear layers that stay in bf16 under int8, as :func:`layer_errors` names them.
 
     Raises:
-        ModelError: it is not there, damaged, or of an unsupported kind.
-        InvalidInput: the device is not there, or a label must be chosen.
+        ModelError: the model does not exist, is damaged, or of an unsupported kind.
+        InvalidInput: the device does not exist, or a label must be chosen.
         OutOfMemory: the weights do not fit.
     """
     graph = graph_to_use(folder)
@@ -79,12 +85,15 @@ def open_scorer(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        failed = str(error)
-    raise weights_do_not_fit(folder, str(chosen), precision, failed)
+        reason = (str(error) or "out of memory").splitlines()[0]
+    raise OutOfMemory(
+        f"{folder}: the weights do not fit on {chosen} in {precision} ({reason}). "
+        "Free memory, choose a lower precision, another device or a smaller model."
+    )
 
 
 def require_model(folder: Path) -> None:
-    """Refuse a folder that holds no model at all.
+    """Refuse a folder without any model.
 
     Raises:
         ModelNotFound: no ``config.json`` and no ONNX graph.
@@ -95,7 +104,7 @@ def require_model(folder: Path) -> None:
 
 
 def graph_to_use(folder: Path) -> Path | None:
-    """The folder's ONNX graph, where it has no other weights or torch is not installed."""
+    """The folder's ONNX graph, if it has no other weights or torch is not installed."""
     graph = find_graph(folder)
     if graph is None or (has_weights(folder) and has_torch()):
         return None
@@ -119,29 +128,24 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
 
 
 def may_choose_int8(folder: Path, device: str) -> bool:
-    """Whether a model can run in int8 or in fp32: a graph has one precision, its own."""
+    """Whether a model can run in int8 as well as in fp32; an ONNX graph has one precision."""
     return "int8" in precisions_to_compare(folder, device)[1:]
 
 
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:
-    """Relative error that int8 makes in each linear layer's output, worst first.
+    """Relative error of each linear layer's output in int8, largest first.
 
     Args:
         folder: a native model.
-        batches: steps to run; what they put through the layers is what errors are measured on.
+        batches: steps on which the errors are measured.
     """
     architecture = native_architecture(folder, read_config(folder))
     if architecture is None:
         raise RuntimeError("This is a bug: only native models have int8 layers.")
-    from echelon.models.checkpoint import Checkpoint
-    from echelon.models.encoder_weights import open_native
-
     errors: dict[str, float] = {}
     plan = LayerPlan("bf16", errors=errors)
     device = choose_device("cpu")
-    scorer = open_native(
-        Checkpoint(folder), architecture, device, plan, set_threads(None, device), 0
-    )
+    scorer = _open_native(folder, architecture, device, plan, set_threads(None, device), 0)
     for batch in batches:
         scorer.score(batch)
     scorer.close()
@@ -157,20 +161,36 @@ def _open_weights(
     label: int,
 ) -> Scorer:
     architecture = native_architecture(folder, config)
-    if architecture is None:
-        if plan.precision == "int8":
-            raise InvalidInput(
-                "precision",
-                f"int8 is not built for {config['model_type']} models",
-                "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
-            )
-        from echelon.models.transformers import GenericScorer
+    if architecture is not None:
+        return _open_native(folder, architecture, device, plan, threads, label)
+    if plan.precision == "int8":
+        raise InvalidInput(
+            "precision",
+            f"int8 is not built for {config['model_type']} models",
+            "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
+        )
+    from echelon.models.transformers import GenericScorer
 
-        return GenericScorer(folder, config, device, plan.precision, threads, label)
+    return GenericScorer(folder, config, device, plan.precision, threads, label)
+
+
+def _open_native(
+    folder: Path,
+    architecture: Architecture,
+    device: torch.device,
+    plan: LayerPlan,
+    threads: int,
+    label: int,
+) -> Scorer:
     from echelon.models.checkpoint import Checkpoint
-    from echelon.models.encoder_weights import open_native
+    from echelon.models.encoder import PackedScorer, load_weights
 
-    return open_native(Checkpoint(folder), architecture, device, plan, threads, label)
+    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
+    if device.type == "cuda":
+        from echelon.models.encoder_cuda import CudaScorer
+
+        return CudaScorer(architecture, weights, device, plan.precision)
+    return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 
 def _open_graph(
@@ -192,12 +212,3 @@ def _open_graph(
     chosen_label = choose_label(labels_of(config), label)
     keep_freed()
     return OnnxScorer(graph, config, threads or usable_cpus(), chosen_label)
-
-
-def weights_do_not_fit(folder: Path, device: str, precision: str, reason: str) -> OutOfMemory:
-    """The error for a model that is larger than the memory."""
-    return OutOfMemory(
-        f"{folder}: the weights do not fit on {device} in {precision} "
-        f"({reason.splitlines()[0] if reason else 'out of memory'}). "
-        "Free memory, choose a lower precision, another device or a smaller model."
-    )

@@ -1,9 +1,9 @@
-"""A step as one block of integers, so that it goes to the device in one copy. Pure: no CUDA here.
+"""A step as one block of integers, which goes to the device in one copy. Pure: no CUDA here.
 
-A block holds, one after another: token ids, positions, segment ids where the model reads them, the
-pairs' offsets, their first rows, and 0, 1, 2, … as offsets of one query a pair. A room says how
-much of each. A captured graph needs rooms of few sizes: :func:`bucket_of` rounds up. Rows that are
-left over belong to no pair, so attention never visits them; pairs that are left over are empty.
+A block holds token ids, positions, segment ids if the model reads them, the pairs' offsets, their
+first rows, and 0, 1, 2, … as offsets of one query a pair; a :class:`CaptureShape` says how many of
+each. CUDA graphs need few shapes: :func:`bucket_of` rounds up. Surplus rows belong to no pair, so
+attention never reads them; surplus pairs are empty.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ if TYPE_CHECKING:
 
     from echelon.types import IntArray, TokenBatch
 
-MOST_TOKENS = 2048
-"""Largest bucket. Launching the kernels of 24 layers takes a host some 3 ms, which is what 2,000
-tokens of that model keep a large card busy for: beyond that nothing waits for the host, and filler
-would cost more than a graph saves."""
+MAX_TOKENS = 2048
+"""Largest bucket. To launch the kernels of 24 layers takes a host some 3 ms, in which a large card
+computes some 2,000 tokens of that model: above that, filler would cost more than a graph saves."""
 
-MOST_PAIRS = 256
-LEAST_PAIRS = 16
-LEAST_LONGEST = 128
-"""A block of the attention kernels' queries: no shorter bound costs them less."""
+MAX_PAIRS = 256
+MIN_PAIRS = 16
+MIN_LONGEST = 128
+"""A block of queries of the attention kernels: a shorter bound is not faster."""
 
 FINE_TOKENS = 64
 COARSE_TOKENS = 128
-"""Steps between buckets, below and above 1,024 tokens: matrix units work through rows by 64 or 128
-at a time, so most of the filler is paid for anyway."""
+"""Steps between buckets, below and above 1,024 tokens: matrix units compute rows in blocks of 64 or
+128, so most of the filler would be computed anyway."""
 
 FINE_UP_TO = 1024
 GROWTH = 4
@@ -39,7 +38,7 @@ GROWTH = 4
 
 @dataclass(frozen=True, slots=True)
 class CaptureShape:
-    """How much a step may hold.
+    """Capacity of a block.
 
     Attributes:
         tokens: rows.
@@ -53,11 +52,11 @@ class CaptureShape:
 
     @classmethod
     def of(cls, batch: TokenBatch) -> CaptureShape:
-        """Just enough for a batch."""
+        """The exact shape of a batch."""
         return cls(len(batch.ids), len(batch), int(batch.lengths.max()))
 
     def sections(self, *, segments: bool) -> dict[str, slice]:
-        """Where in the block each part is."""
+        """Position of each part in the block."""
         sizes = {
             "ids": self.tokens,
             "positions": self.tokens,
@@ -77,8 +76,7 @@ class CaptureShape:
         return int(self.sections(segments=segments)["singles"].stop)
 
 
-LARGEST = CaptureShape(MOST_TOKENS, MOST_PAIRS, MOST_TOKENS)
-"""The largest bucket."""
+LARGEST = CaptureShape(MAX_TOKENS, MAX_PAIRS, MAX_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +86,11 @@ class StepInputs:
     Attributes:
         ids: int32 [tokens].
         positions: int32 [tokens].
-        segments: int32 [tokens], or None where the model does not read them.
-        offsets: int32 [pairs + 1], where each pair begins.
-        firsts: int32 [pairs], each pair's first row.
+        segments: int32 [tokens], or None if the model does not read them.
+        offsets: int32 [pairs + 1], first row of each pair.
+        firsts: int32 [pairs], the same without the end.
         singles: int32 [pairs + 1], offsets of one row a pair.
-        longest: at least the tokens of the longest pair.
+        longest: upper bound of the longest pair's tokens.
     """
 
     ids: Tensor
@@ -104,42 +102,42 @@ class StepInputs:
     longest: int
 
 
-def bucket_of(room: CaptureShape) -> CaptureShape | None:
-    """The bucket for a step, or None where it is too large for one."""
-    if room.tokens > MOST_TOKENS or room.pairs > MOST_PAIRS:
+def bucket_of(shape: CaptureShape) -> CaptureShape | None:
+    """The bucket for a step, or None if the step is too large."""
+    if shape.tokens > MAX_TOKENS or shape.pairs > MAX_PAIRS:
         return None
-    step = FINE_TOKENS if room.tokens <= FINE_UP_TO else COARSE_TOKENS
+    step = FINE_TOKENS if shape.tokens <= FINE_UP_TO else COARSE_TOKENS
     return CaptureShape(
-        -(-room.tokens // step) * step,
-        _grown(LEAST_PAIRS, room.pairs),
-        _grown(LEAST_LONGEST, room.longest),
+        -(-shape.tokens // step) * step,
+        _grown(MIN_PAIRS, shape.pairs),
+        _grown(MIN_LONGEST, shape.longest),
     )
 
 
 def _grown(least: int, wanted: int) -> int:
-    """The first of ``least``, 4 · ``least``, 16 · ``least``, … that is enough."""
+    """The first of ``smallest``, 4 · ``smallest``, 16 · ``smallest``, … that is enough."""
     while least < wanted:
         least *= GROWTH
     return least
 
 
 def fill(
-    block: IntArray, room: CaptureShape, batch: TokenBatch, positions: IntArray, *, segments: bool
+    block: IntArray, shape: CaptureShape, batch: TokenBatch, positions: IntArray, *, segments: bool
 ) -> None:
     """Write a batch into a block.
 
-    Filler rows hold id and position 0, which every model has. An empty pair begins where the last
-    one ends; its first row is row 0, since one behind the last row need not exist.
+    Surplus rows get id and position 0, which every model has. A surplus pair begins where the last
+    pair ends; its first row is row 0, because a row behind the last one may not exist.
 
     Args:
-        block: int32 [room.size].
-        room: what the block has room for, at least the batch.
+        block: int32 [shape.size].
+        shape: the block's capacity, at least the batch.
         batch: ids, segment ids and offsets.
         positions: int32 [tokens].
         segments: whether the model reads segment ids; a batch without any means zeros.
     """
     tokens, pairs = len(batch.ids), len(batch)
-    parts = {name: block[where] for name, where in room.sections(segments=segments).items()}
+    parts = {name: block[where] for name, where in shape.sections(segments=segments).items()}
     block.fill(0)
     parts["ids"][:tokens] = batch.ids
     parts["positions"][:tokens] = positions
@@ -148,14 +146,14 @@ def fill(
     parts["offsets"][: pairs + 1] = batch.offsets
     parts["offsets"][pairs + 1 :] = tokens
     parts["firsts"][:pairs] = batch.offsets[:-1]
-    parts["singles"][:] = np.arange(room.pairs + 1)
+    parts["singles"][:] = np.arange(shape.pairs + 1)
 
 
-def read(block: Tensor, room: CaptureShape, *, segments: bool) -> StepInputs:
+def read(block: Tensor, shape: CaptureShape, *, segments: bool) -> StepInputs:
     """A block's parts as views."""
     parts = {
         name: block.narrow(0, where.start, where.stop - where.start)
-        for name, where in room.sections(segments=segments).items()
+        for name, where in shape.sections(segments=segments).items()
     }
     return StepInputs(
         parts["ids"],
@@ -164,5 +162,5 @@ def read(block: Tensor, room: CaptureShape, *, segments: bool) -> StepInputs:
         parts["offsets"],
         parts["firsts"],
         parts["singles"],
-        room.longest,
+        shape.longest,
     )

@@ -1,4 +1,4 @@
-"""Any other sequence classifier, through transformers and with padding."""
+"""Any other sequence classifier, run by transformers with padding."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class GenericScorer:
     Args:
         folder: model folder.
         config: its parsed ``config.json``.
-        device: where to.
+        device: the device that computes.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         threads: CPU threads in use; 0 on other devices.
-        label: which output of the head is the score.
+        label: index of the head's output that is the score.
 
     Raises:
         UnsupportedModel: transformers does not know the architecture.
@@ -72,7 +72,7 @@ class GenericScorer:
         return run_step(lambda: self._model(**self._inputs(batch)).logits[:, self._label])
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Free cached memory of the device."""
         release_memory(self._device)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class GenericScorer:
 
 
 def _max_tokens(model: Any) -> int:
-    """Longest pair: rows of the position table, less those up to its padding row if it has one."""
+    """Longest pair: rows of the position table, without those up to its padding row."""
     for name, part in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
             padding = part.padding_idx

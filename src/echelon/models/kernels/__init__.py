@@ -1,11 +1,7 @@
-"""C++ kernels for CPU and the library that they are compiled into.
+"""Load the compiled CPU kernels, if they were built and the processor can run them.
 
-The compiled kernels, where they were built and the processor can run them.
-
-Plain C functions behind ctypes: nothing in them depends on a version of torch or Python. What they
-compute is in ``attention.cpp`` and ``rows.cpp``; :mod:`echelon.models.fused` says the same in
-torch,
-for machines without them.
+They are plain C functions called through ctypes, independent of torch's and Python's version.
+``attention.cpp`` and ``rows.cpp`` compute what :mod:`echelon.models.layers` does in torch.
 """
 
 from __future__ import annotations
@@ -20,9 +16,8 @@ from echelon.models.device import CPU_SWITCH, held_to_avx2
 LIBRARY = Path(__file__).parent / "libechelon.so.1"
 
 SWITCH = "ECHELON_KERNELS"
-"""Environment variable; ``off`` leaves the kernels out. So does ``ECHELON_CPU=avx2``, see
-:data:`echelon.models.device.CPU_SWITCH`. Both are read when the kernels are first asked for; the
-answer holds as long as the process."""
+"""Environment variable: ``off`` disables the kernels, as ``ECHELON_CPU=avx2`` does
+(:data:`echelon.models.device.CPU_SWITCH`). Read once a process."""
 
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
@@ -43,18 +38,18 @@ SIGNATURES = {
 }
 
 HEAD_SIZES = (32, 64)
-"""Attention heads that ``echelon_attention`` is built for."""
+"""Widths of attention heads that ``echelon_attention`` is compiled for."""
 
 
 @cache
 def kernels() -> ctypes.CDLL | None:
-    """The library, or None; loaded once, after torch (whose OpenMP threads it shares)."""
+    """The library, or None; loaded once, after torch, whose OpenMP threads it shares."""
     return None if missing() else _load()
 
 
 @cache
 def missing() -> str | None:
-    """Why there are no kernels, in words; None where there are."""
+    """The reason why there are no kernels, or None if there are."""
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off leaves them out"
     if held_to_avx2():
