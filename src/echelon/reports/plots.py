@@ -1,8 +1,6 @@
-"""Round labels of a logarithmic axis, as data for plotly. Pure.
+"""The report's charts of the sweep, and what all charts share, as data for plotly.js.
 
-The report's charts as plain data, in the form that plotly.js draws. Pure.
-
-Colours of text and grid are not here: the page sets them, so that both themes can be read.
+Colours of text and grid are not here: the page sets them, so that both themes are legible.
 """
 
 from __future__ import annotations
@@ -24,36 +22,50 @@ if TYPE_CHECKING:
     from echelon.profile import Profile
     from echelon.reports.wording import Entry
 
-FAR = 1000
-"""Times apart beyond which only powers of ten have labels."""
-
-
-def log_ticks(least: float, most: float, say: Callable[[float], str]) -> dict[str, Any]:
-    """The axis from below ``least`` to above ``most``, both above 0."""
-    digits = (1, 2, 5) if most < FAR * least else (1,)
-    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
-    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
-    return {"type": "log", "tickvals": ticks, "ticktext": [say(tick) for tick in ticks]}
-
-
-if TYPE_CHECKING:
-    Trace = dict[str, Any]
-
+Trace = dict[str, Any]
 
 COLOURS = ("#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f")
-"""Told apart by colour-blind readers too, and at least 3:1 against a white and a dark page."""
+"""Distinct for colour-blind readers, with a contrast of 3:1 on a white and on a dark page."""
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
-"""The second sign of a line, next to its colour; as 6 and 7 share no factor, 42 lines differ."""
+"""A symbol for each line besides its colour: 6 colours and 7 symbols make 42 different lines."""
 
-SIGNS = {"out_of_memory": "x-open", "skipped": "circle-open", "not_reached": "diamond-open"}
-"""The hollow sign at the chart's foot of a size without a number, by its status."""
+HOLLOW = {"out_of_memory": "x-open", "skipped": "circle-open", "not_reached": "diamond-open"}
+"""Symbol at the bottom of the chart for a size that was not measured, by its status."""
 
 HOVER_WIDTH = 40
-"""Letters of a line that a phone shows beside a point."""
+"""Characters per line that a phone shows beside a point."""
 
-MOST_TICKS = 8
-"""Labels on the size axis that a phone's width holds."""
+MAX_TICKS = 8
+"""Labels that fit on the size axis of a phone."""
+
+FAR = 1000
+"""Ratio of the ends of a logarithmic axis above which only powers of ten have labels."""
+
+WIDE = 8
+"""Ratio of latencies above which the axis is logarithmic, or the short ones lie flat."""
+
+STRIP_ROW, MAX_STRIP = 0.08, 0.4
+"""Shares of a chart's height: one row of the strip for sizes not measured, and all of it."""
+
+SHADE = "rgba(128, 128, 128, 0.12)"
+
+GRID = "rgba(128, 128, 128, 0.28)"
+"""Visible on white and on black."""
+
+LINES = {"gridcolor": GRID, "zerolinecolor": GRID, "fixedrange": True, "automargin": True}
+"""Both axes of every chart; fixed, because a finger that scrolls the page must not zoom."""
+
+PAPER: dict[str, Any] = {
+    "autosize": True,
+    "paper_bgcolor": "rgba(0, 0, 0, 0)",
+    "plot_bgcolor": "rgba(0, 0, 0, 0)",
+    "dragmode": False,
+    "hovermode": "closest",
+    "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+}
+"""Layout of every chart."""
 
 UNITS = {"batch_size": N_("batch size"), "token_budget": N_("token budget")}
 
@@ -65,14 +77,14 @@ AXES = {
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What a chart's vertical axis shows.
+    """The quantity on a chart's vertical axis.
 
     Attributes:
-        name: short, for ids.
-        title: heading of the chart.
-        value: the number of an entry; None where it was not measured.
-        bounds: lower and upper end of the number's interval; None where there is none.
-        unit: heading of the axis.
+        name: for the chart's id.
+        title: of the chart.
+        value: of an entry; None where it was not measured.
+        bounds: ends of the value's interval; None where there is none.
+        unit: title of the axis.
         axis: plotly's settings of the axis.
     """
 
@@ -86,19 +98,46 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart of the report.
-
-    Attributes:
-        name: id in the page.
-        title: heading.
-        note: how to read it.
-        figure: ``data`` and ``layout`` for plotly.js.
-    """
+    """One chart of a page: its id, heading, explanation, and plotly's ``data`` and ``layout``."""
 
     name: str
     title: str
     note: str
     figure: dict[str, Any]
+
+
+def trace(mode: str, name: str, meta: str, x: list[Any], y: list[Any]) -> Trace:
+    """A trace without hover text; ``meta`` names its kind for the page and the tests."""
+    shown = {"type": "scatter", "mode": mode, "name": name, "meta": meta}
+    return shown | {"x": x, "y": y, "hoverinfo": "skip"}
+
+
+def straight(name: str, meta: str, x: list[Any], y: list[float], dash: str, colour: str) -> Trace:
+    """A line between given points: a goal, a limit or the diagonal."""
+    line = {"color": colour, "dash": dash, "width": 2}
+    return trace("lines", name, meta, x, y) | {"line": line}
+
+
+def panel(traces: list[Trace], across: dict[str, Any], upright: dict[str, Any]) -> dict[str, Any]:
+    """A figure with a horizontal and a vertical axis."""
+    layout = {**PAPER, "xaxis": {**across, **LINES}, "yaxis": {**upright, **LINES}}
+    return {"data": traces, "layout": layout}
+
+
+def log_ticks(low: float, high: float, text: Callable[[float], str]) -> dict[str, Any]:
+    """A logarithmic axis with round labels from below ``low`` to above ``high``, both above 0."""
+    digits = (1, 2, 5) if high < FAR * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [text(tick) for tick in ticks]}
+
+
+def time_tick(seconds: float) -> str:
+    """A time as plotly labels the linear axis."""
+    return f"{seconds:g}s" if seconds >= 1 else f"{1000 * seconds:g}ms"
+
+
+# The sweep.
 
 
 def _latency_bounds(entry: Entry) -> tuple[float, float] | None:
@@ -107,7 +146,7 @@ def _latency_bounds(entry: Entry) -> tuple[float, float] | None:
 
 
 def _throughput_bounds(entry: Entry) -> tuple[float, float] | None:
-    """The latency's interval turned over: the slowest end is the lowest throughput."""
+    """The latency's interval inverted: the longest latency is the lowest throughput."""
     bounds = _latency_bounds(entry)
     return None if bounds is None else (entry["pairs"] / bounds[1], entry["pairs"] / bounds[0])
 
@@ -162,7 +201,7 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     known = [e for e in entries if wording.measured(e) and quantity.value(e) is not None]
     if not known:
         return None
-    gaps = [e for e in entries if e["status"] in SIGNS]
+    gaps = [e for e in entries if e["status"] in HOLLOW]
     pen = Pen(quantity, unit, _looks(entries))
     traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
     traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
@@ -216,14 +255,14 @@ def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Colour and sign of a line."""
+    """Colour and symbol of a line."""
 
     colour: str
     symbol: str
 
 
 def _looks(entries: Iterable[Entry]) -> dict[int, Look]:
-    """Colour and sign for each number of pairs."""
+    """Colour and symbol for each number of pairs."""
     counts = sorted({entry["pairs"] for entry in entries})
     return {
         count: Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
@@ -244,63 +283,50 @@ class Pen:
         if not entries:
             return None
         look = self.looks[entries[0]["pairs"]]
-        trace = self._trace(entries, wording.pairs(entries[0]["pairs"]), mode="lines+markers")
-        trace["meta"] = "measured"
-        trace["line"] = {"color": look.colour, "width": 2}
-        trace["marker"] = {"color": look.colour, "symbol": look.symbol, "size": 8}
-        bars = self._bars(entries, trace["y"])
-        return trace if bars is None else trace | {"error_y": bars}
+        found = self._trace(
+            "lines+markers", "measured", entries, wording.pairs(entries[0]["pairs"])
+        )
+        found["line"] = {"color": look.colour, "width": 2}
+        found["marker"] = {"color": look.colour, "symbol": look.symbol, "size": 8}
+        bars = self._bars(entries, found["y"])
+        return found if bars is None else found | {"error_y": bars}
 
     def rings(self, entries: Sequence[Entry]) -> Trace | None:
         """A ring around each point that tuning chose."""
-        if not entries:
-            return None
-        trace = self._trace(entries, tr("best"), mode="markers")
-        colours = [self.looks[entry["pairs"]].colour for entry in entries]
-        trace["meta"] = "best"
-        trace["marker"] = {"symbol": "circle-open", "size": 19, "color": colours}
-        trace["marker"]["line"] = {"width": 2.5}
-        return trace
+        marker = {"symbol": "circle-open", "size": 19, "line": {"width": 2.5}}
+        return self._marks("best", entries, tr("best"), marker)
 
     def stars(self, entries: Sequence[Entry]) -> Trace | None:
         """A star on each line's knee."""
-        if not entries:
-            return None
-        trace = self._trace(entries, tr("knee"), mode="markers")
-        colours = [self.looks[entry["pairs"]].colour for entry in entries]
-        trace["meta"] = "knee"
-        trace["marker"] = {"symbol": "star", "size": 15, "color": colours}
-        return trace
+        return self._marks("knee", entries, tr("knee"), {"symbol": "star", "size": 15})
 
     def gaps(self, entries: Sequence[Entry]) -> list[Trace]:
-        """Hollow signs in a strip of their own for sizes without a number, a row per line."""
+        """Hollow symbols in a separate strip for sizes not measured, one row per line."""
         rows = sorted({entry["pairs"] for entry in entries})
         heights = {count: (row + 0.5) / len(rows) for row, count in enumerate(rows)}
-        kinds = ([e for e in entries if e["status"] == status] for status in SIGNS)
-        return [self._gap(kind, heights) for kind in kinds if kind]
+        traces = []
+        for status, symbol in HOLLOW.items():
+            of_status = [entry for entry in entries if entry["status"] == status]
+            marker = {"symbol": symbol, "size": 9, "line": {"width": 2}}
+            found = self._marks("missing", of_status, wording.missing(status), marker)
+            if found is not None:
+                heights_of_status = [heights[entry["pairs"]] for entry in of_status]
+                traces.append(found | {"y": heights_of_status, "yaxis": "y2"})
+        return traces
 
-    def _gap(self, entries: Sequence[Entry], heights: dict[int, float]) -> Trace:
-        status = entries[0]["status"]
-        trace = self._trace(entries, wording.missing(status), mode="markers")
-        trace["meta"] = "missing"
-        trace["y"] = [heights[entry["pairs"]] for entry in entries]
-        trace["yaxis"] = "y2"
+    def _marks(
+        self, meta: str, entries: Sequence[Entry], name: str, marker: dict[str, Any]
+    ) -> Trace | None:
+        if not entries:
+            return None
         colours = [self.looks[entry["pairs"]].colour for entry in entries]
-        trace["marker"] = {"symbol": SIGNS[status], "size": 9, "color": colours}
-        trace["marker"]["line"] = {"width": 2}
-        return trace
+        return self._trace("markers", meta, entries, name) | {"marker": marker | {"color": colours}}
 
-    def _trace(self, entries: Sequence[Entry], name: str, mode: str) -> Trace:
+    def _trace(self, mode: str, meta: str, entries: Sequence[Entry], name: str) -> Trace:
+        sizes = [entry[self.unit] for entry in entries]
         values = [self.quantity.value(e) if wording.measured(e) else None for e in entries]
-        return {
-            "type": "scatter",
-            "mode": mode,
-            "name": name,
-            "x": [entry[self.unit] for entry in entries],
-            "y": values,
-            "text": [_say(entry) for entry in entries],
-            "hoverinfo": "text",
-        }
+        texts = [_hover(entry) for entry in entries]
+        return trace(mode, name, meta, sizes, values) | {"text": texts, "hoverinfo": "text"}
 
     def _bars(self, entries: Sequence[Entry], values: Sequence[float]) -> dict[str, Any] | None:
         """Error bars; None where no point has an interval, null for a single one without."""
@@ -318,64 +344,33 @@ class Pen:
         }
 
 
-def _say(entry: Entry) -> str:
-    """What a point shows when it is pointed at; plotly reads tags there, so they are escaped."""
-    return "<br>".join(
-        escape(line, quote=False) for line in wrap(wording.point(entry), HOVER_WIDTH)
-    )
-
-
-STRIP_ROW, MOST_STRIP = 0.08, 0.4
-"""Shares of a chart's height: one row of the strip for sizes without a number, and all of it."""
-
-SHADE = "rgba(128, 128, 128, 0.12)"
-
-GRID = "rgba(128, 128, 128, 0.28)"
-"""Seen on white and on black."""
-
-
-LINES = {"gridcolor": GRID, "zerolinecolor": GRID, "fixedrange": True, "automargin": True}
-"""Of both axes; fixed, because a finger that scrolls the page must not zoom."""
-
-PAPER: dict[str, Any] = {
-    "autosize": True,
-    "paper_bgcolor": "rgba(0, 0, 0, 0)",
-    "plot_bgcolor": "rgba(0, 0, 0, 0)",
-    "dragmode": False,
-    "hovermode": "closest",
-    "margin": {"l": 56, "r": 12, "t": 8, "b": 44},
-    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-}
-"""Of every chart's layout."""
-
-WIDE = 8
-"""Latencies this many times apart are drawn on a logarithmic axis, or the short ones lie flat."""
+def _hover(entry: Entry) -> str:
+    """A point's hover text; plotly reads tags there, so they are escaped."""
+    lines = wrap(wording.point(entry), HOVER_WIDTH)
+    return "<br>".join(escape(line, quote=False) for line in lines)
 
 
 def layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
-    """Everything but the vertical axes; ``foot`` is the one that the sizes stand under."""
+    """The layout without vertical axes; ``foot`` is the one that the sizes stand under."""
     across = {"type": "log", "title": {"text": tr(AXES[unit])}, "anchor": foot}
-    return {
-        **PAPER,
-        "xaxis": {**across, **_ticks(unit, entries), **LINES},
-    }
+    return {**PAPER, "xaxis": {**across, **_ticks(unit, entries), **LINES}}
 
 
 def _ticks(unit: str, entries: Iterable[Entry]) -> dict[str, Any]:
-    """A label at each measured size, or at every second, third … where they are many."""
+    """A label at each size, or at every second, third … where there are many."""
     sizes = sorted({entry[unit] for entry in entries})
-    sizes = sizes[:: -(-len(sizes) // MOST_TICKS)]
+    sizes = sizes[:: -(-len(sizes) // MAX_TICKS)]
     return {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
 
 
 def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
-    """The vertical axis; beneath it a shaded strip for sizes without a number, if there are any."""
+    """The vertical axis; below it a shaded strip for sizes not measured, if there are any."""
     axis = {**quantity.axis, "title": {"text": tr(quantity.unit)}, **LINES}
     if quantity is LATENCY:
         axis |= _latency_ticks([entry["latency_s"]["median"] for entry in known])
     if not gaps:
         return {"yaxis": axis}
-    strip = min(MOST_STRIP, STRIP_ROW * len({entry["pairs"] for entry in gaps}))
+    strip = min(MAX_STRIP, STRIP_ROW * len({entry["pairs"] for entry in gaps}))
     shade = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "yref": "paper", "y0": 0}
     return {
         "yaxis": axis | {"domain": [strip + STRIP_ROW / 3, 1]},
@@ -386,10 +381,5 @@ def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -
 
 def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
     """Logarithmic where the latencies are far apart, with round labels."""
-    least, most = min(medians), max(medians)
-    return {} if most < WIDE * least else log_ticks(least, most, time_tick)
-
-
-def time_tick(seconds: float) -> str:
-    """A time as plotly labels the linear axis."""
-    return f"{seconds:g}s" if seconds >= 1 else f"{1000 * seconds:g}ms"
+    low, high = min(medians), max(medians)
+    return {} if high < WIDE * low else log_ticks(low, high, time_tick)

@@ -1,7 +1,4 @@
-"""The report's chart of latency over load, with the goal and what the proof measured. Pure.
-
-The report's chart of how each precision ranks against fp32. Pure.
-"""
+"""The report's charts of latency over load and of rank agreement by precision, as data."""
 
 from __future__ import annotations
 
@@ -10,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.engine.precision_check import MIN_TAU
 from echelon.messages import tr, units
-from echelon.reports.plots import COLOURS, LINES, PAPER, Chart, log_ticks, time_tick
+from echelon.reports.plots import (
+    COLOURS,
+    Chart,
+    Trace,
+    log_ticks,
+    panel,
+    straight,
+    time_tick,
+    trace,
+)
 from echelon.reports.summary import agreement
 
 if TYPE_CHECKING:
@@ -18,8 +24,15 @@ if TYPE_CHECKING:
 
     from echelon.profile import Profile
 
-PERCENTILES = {"p50_s": ("P50", 0), "p95_s": ("P95", 2), "p99_s": ("P99", 1)}
+PERCENTILES = {
+    "p50_s": ("P50", COLOURS[0]),
+    "p95_s": ("P95", COLOURS[2]),
+    "p99_s": ("P99", COLOURS[1]),
+}
 """Name and colour of each line."""
+
+MARGIN = 0.01
+"""Space above and below the lowest and the highest agreement."""
 
 
 def curve_chart(profile: Profile) -> Chart | None:
@@ -29,50 +42,44 @@ def curve_chart(profile: Profile) -> Chart | None:
     if found is None or curve is None:
         return None
     goal_s, points = found["asked"]["slo_p99_s"], curve["points"]
+    known = [point[name] for point in points for name in PERCENTILES if point[name]]
+    low, high = min([goal_s, *known]), max([goal_s, *known])
     ends = [0.0, max(curve["rate"], *(point["rate"] for point in points))]
-    traces = [_line(points, name) for name in PERCENTILES]
-    traces.append(_straight(tr("goal"), "goal", ends, [goal_s, goal_s], "dash"))
-    height = _height(points, goal_s)
-    traces.append(_straight(tr("requested rate"), "rate", [curve["rate"]] * 2, height, "dot"))
+    rates = [curve["rate"]] * 2
+    traces = [
+        *(_line(points, name) for name in PERCENTILES),
+        straight(tr("goal"), "goal", ends, [goal_s, goal_s], "dash", COLOURS[5]),
+        straight(tr("requested rate"), "rate", rates, [low, high], "dot", COLOURS[5]),
+    ]
     if found["measured"] is not None:
         traces.append(_measured(curve["rate"], found["measured"]))
-    return Chart(
-        "load-curve", tr("Latency over load"), _note(curve, goal_s), _figure(traces, *height)
-    )
+    across = {"title": {"text": tr("Requests/s")}, "rangemode": "tozero"}
+    upright = {**log_ticks(low, high, time_tick), "title": {"text": tr("Latency")}}
+    figure = panel(traces, across, upright)
+    return Chart("load-curve", tr("Latency over load"), _note(curve, goal_s), figure)
 
 
 def _note(curve: dict[str, Any], goal_s: float) -> str:
     goal = units.duration(goal_s)
     if curve["most_rate"] is None:
-        most = tr("No rate keeps P99 within {goal}.", goal=goal)
+        highest = tr("No rate keeps P99 within {goal}.", goal=goal)
     else:
-        rate = units.number(curve["most_rate"])
-        most = tr(
+        highest = tr(
             "Up to {rate} requests/s, P99 stays within {goal} and no request is refused.",
-            rate=rate,
+            rate=units.number(curve["most_rate"]),
             goal=goal,
         )
-    return f"{tr('Lines are predictions; diamonds were measured during validation.')} {most}"
+    return f"{tr('Lines are predictions; diamonds were measured during validation.')} {highest}"
 
 
-def _height(points: Sequence[dict[str, Any]], goal_s: float) -> list[float]:
-    known = [point[name] for point in points for name in PERCENTILES if point[name]]
-    return [min([goal_s, *known]), max([goal_s, *known])]
-
-
-def _line(points: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def _line(points: Sequence[dict[str, Any]], name: str) -> Trace:
     label, colour = PERCENTILES[name]
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": label,
-        "meta": name,
-        "x": [point["rate"] for point in points],
-        "y": [point[name] for point in points],
+    rates, seconds = [point["rate"] for point in points], [point[name] for point in points]
+    return trace("lines+markers", label, name, rates, seconds) | {
         "text": [_hover(point, label, name) if point[name] else "" for point in points],
         "hoverinfo": "text",
-        "line": {"color": COLOURS[colour], "width": 2},
-        "marker": {"color": COLOURS[colour], "size": 4},
+        "line": {"color": colour, "width": 2},
+        "marker": {"color": colour, "size": 4},
     }
 
 
@@ -87,59 +94,16 @@ def _hover(point: dict[str, Any], label: str, name: str) -> str:
     )
 
 
-def _straight(name: str, meta: str, x: list[float], y: list[float], dash: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "meta": meta,
-        "x": x,
-        "y": y,
-        "hoverinfo": "skip",
-        "line": {"color": COLOURS[5], "dash": dash, "width": 1.5},
-    }
-
-
-def _measured(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
-    known = [name for name in PERCENTILES if measured[name] is not None]
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": tr("measured"),
-        "meta": "measured",
-        "x": [rate] * len(known),
-        "y": [measured[name] for name in known],
-        "text": [
-            tr(
-                "measured: {label} {latency}",
-                label=PERCENTILES[name][0],
-                latency=units.duration(measured[name]),
-            )
-            for name in known
-        ],
-        "hoverinfo": "text",
-        "marker": {
-            "color": [COLOURS[PERCENTILES[name][1]] for name in known],
-            "symbol": "diamond",
-            "size": 11,
-        },
-    }
-
-
-def _figure(traces: list[dict[str, Any]], lowest: float, highest: float) -> dict[str, Any]:
-    latency = log_ticks(lowest, highest, time_tick)
-    return {
-        "data": traces,
-        "layout": {
-            **PAPER,
-            "xaxis": {"title": {"text": tr("Requests/s")}, "rangemode": "tozero", **LINES},
-            "yaxis": {**latency, "title": {"text": tr("Latency")}, **LINES},
-        },
-    }
-
-
-ROOM = 0.01
-"""Above and below what is drawn."""
+def _measured(rate: float, measured: dict[str, Any]) -> Trace:
+    known = {PERCENTILES[n]: measured[n] for n in PERCENTILES if measured[n] is not None}
+    texts = [
+        tr("measured: {label} {latency}", label=label, latency=units.duration(seconds))
+        for (label, _), seconds in known.items()
+    ]
+    colours = [colour for _, colour in known]
+    found = trace("markers", tr("measured"), "measured", [rate] * len(known), list(known.values()))
+    marker = {"color": colours, "symbol": "diamond", "size": 11}
+    return found | {"text": texts, "hoverinfo": "text", "marker": marker}
 
 
 def agreement_charts(profile: Profile) -> list[Chart]:
@@ -148,51 +112,20 @@ def agreement_charts(profile: Profile) -> list[Chart]:
     if not rows:
         return []
     names = [row["precision"] for row in rows]
-    hovers = [f"{escape(str(row['precision']))}<br>{agreement(row)}" for row in rows]
-    series = (
+    texts = [f"{escape(str(row['precision']))}<br>{agreement(row)}" for row in rows]
+    needed = straight(
+        tr("required to pass"), "needed", names, [MIN_TAU] * len(names), "dash", COLOURS[5]
+    )
+    traces = [needed]
+    for key, name, colour, symbol in (
         ("tau", tr("Kendall τ"), COLOURS[0], "circle"),
         ("overlap", tr("Top-10 overlap"), COLOURS[1], "square-open"),
-    )
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": name,
-            "meta": key,
-            "x": names,
-            "y": [row[key] for row in rows],
-            "text": hovers,
-            "hoverinfo": "text",
-            "marker": {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}},
-        }
-        for key, name, colour, symbol in series
-    ]
-    needed = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": tr("required to pass"),
-        "meta": "needed",
-        "x": names,
-        "y": [MIN_TAU] * len(names),
-        "hoverinfo": "skip",
-        "line": {"color": COLOURS[5], "dash": "dash", "width": 2},
-    }
-    least = min(MIN_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
-    upright = {"range": [least - ROOM, 1 + ROOM], "title": {"text": tr("Agreement with fp32")}}
-    return [
-        Chart(
-            name="agreement",
-            title=tr("Rank agreement by precision"),
-            note=tr(
-                "1 means the same ranking as fp32. A precision below the dashed line is not used."
-            ),
-            figure={
-                "data": [needed, *traces],
-                "layout": {
-                    **PAPER,
-                    "xaxis": {"type": "category", **LINES},
-                    "yaxis": {**upright, **LINES},
-                },
-            },
-        )
-    ]
+    ):
+        marker = {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}}
+        found = trace("markers", name, key, names, [row[key] for row in rows])
+        traces.append(found | {"text": texts, "hoverinfo": "text", "marker": marker})
+    low = min(MIN_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
+    upright = {"range": [low - MARGIN, 1 + MARGIN], "title": {"text": tr("Agreement with fp32")}}
+    note = tr("1 means the same ranking as fp32. A precision below the dashed line is not used.")
+    figure = panel(traces, {"type": "category"}, upright)
+    return [Chart("agreement", tr("Rank agreement by precision"), note, figure)]
