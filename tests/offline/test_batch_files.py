@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
+import hashlib
 import json
 import math
 import subprocess
@@ -271,9 +271,7 @@ def test_lines_put_back_do_not_count(tmp_path):
         lines.put_back()
         assert lines.resume_point() == first
         assert next(lines) == b"two\n"
-        assert lines.resume_point() == ResumePoint(
-            8, 2, streams.digest_of(io.BytesIO(b"one\ntwo\n"))
-        )
+        assert lines.resume_point() == ResumePoint(8, 2, hashlib.sha256(b"one\ntwo\n").hexdigest())
 
 
 def test_standard_input_and_output(bert):

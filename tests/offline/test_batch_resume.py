@@ -114,6 +114,7 @@ def test_the_second_run_scores_only_what_was_left(fake, source, tmp_path):
     first = json.loads(Path(f"{output}.job.json").read_text())["version 1"]
     listener = CountingListener()
     summary = run_job(job, listener)
+    assert first["mark"]["line"] > 0  # the name that earlier versions gave the resume point
     assert 0 < listener.resumed_at == first["counts"]["pairs"] == summary.resumed
     assert summary.counts.pairs > summary.resumed
     again = run_job(job)

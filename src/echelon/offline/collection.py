@@ -61,19 +61,19 @@ def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
         InvalidInput: a file cannot be read.
     """
     known = _indexed(index)
-    return {name: _fingerprint(name, path, known.get(name)) for name, path in files.items()}
-
-
-def _fingerprint(name: str, path: str, known: Any) -> dict[str, Any]:
-    try:
-        with Path(path).open("rb") as file:
-            status = os.fstat(file.fileno())
-            found = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-            if isinstance(known, dict) and found.items() <= known.items():
-                return known
-            return {**found, "sha256": digest_of(file)}
-    except OSError as error:
-        raise unreadable(f"--{name}", path, error) from error
+    found = {}
+    for name, path in files.items():
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise unreadable(f"--{name}", path, error) from error
+        seen = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        before = known.get(name)
+        if isinstance(before, dict) and seen.items() <= before.items():
+            found[name] = before
+        else:
+            found[name] = {**seen, "sha256": digest_of(f"--{name}", path)}
+    return found
 
 
 def _indexed(index: Path) -> dict[str, Any]:

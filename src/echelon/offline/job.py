@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
 from echelon.offline.collection import Collection, RunFile, fingerprints
-from echelon.offline.readers import (
-    Columns,
-    JsonLinesReader,
-    ParquetReader,
-    Reader,
-    TableReader,
-    refuse_terminal,
-)
-from echelon.offline.streams import (
-    INPUT,
-    STANDARD,
-    Lines,
-    compression_of,
-    digest_of,
-    suffix_of,
-    unreadable,
-)
+from echelon.offline.readers import Columns, JsonLinesReader, ParquetReader, Reader, TableReader
+from echelon.offline.streams import INPUT, STANDARD, Lines, compression_of, digest_of, suffix_of
 from echelon.offline.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
 from echelon.options import Options
 from echelon.progress import Progress, no_progress
@@ -87,7 +73,8 @@ class OfflineJob:
         Raises:
             InvalidInput: names the option.
         """
-        refuse_terminal(self.input)
+        if self.input == STANDARD and sys.stdin.isatty():
+            raise InvalidInput(INPUT, "standard input is a terminal", "Pipe a file in or name one.")
         if self.reads == "trec":
             for option in ("topics", "collection"):
                 if getattr(self, option) is None:
@@ -210,7 +197,7 @@ class OfflineJob:
             "output compression": compression_of(self.output),
             "top_n": self.top_n,
             "run tag": self.run_tag if self.writes == "trec" else None,
-            "qrels": None if self.qrels is None else _digest("--qrels", self.qrels),
+            "qrels": None if self.qrels is None else digest_of("--qrels", self.qrels),
             "profile": None if profile is None else asdict(profile.settings),
             **{name: entry["sha256"] for name, entry in prints.items()},
             **{f"{name} column": value for name, value in columns.items()},
@@ -237,11 +224,3 @@ def _same(first: str, second: str) -> bool:
         return Path(first).samefile(second)
     except OSError:
         return False
-
-
-def _digest(option: str, path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return digest_of(file)
-    except OSError as error:
-        raise unreadable(option, path, error) from error

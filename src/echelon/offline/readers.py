@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -298,13 +297,3 @@ def _as_bytes(array: Any) -> list[bytes | None]:
         array = array.dictionary_decode()
     values: list[bytes | None] = array.cast(pa.large_binary()).to_pylist()
     return values
-
-
-def refuse_terminal(path: str) -> None:
-    """Refuse standard input that is a terminal: the job would wait for text to be typed.
-
-    Raises:
-        InvalidInput: it is.
-    """
-    if path == STANDARD and sys.stdin.isatty():
-        raise InvalidInput(INPUT, "standard input is a terminal", "Pipe a file in, or name one.")

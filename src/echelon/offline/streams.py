@@ -9,7 +9,7 @@ import os
 import sys
 import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from echelon.errors import InvalidInput
 from echelon.offline.rows import ROW_BYTES, ResumePoint
@@ -193,9 +193,17 @@ def unreadable(option: str, path: str, error: Exception) -> InvalidInput:
     return InvalidInput(option, f"{path} cannot be read ({reason})", "Give a file that is whole.")
 
 
-def digest_of(file: IO[bytes]) -> str:
-    """SHA-256 of a whole file."""
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # IO is wider
+def digest_of(option: str, path: str) -> str:
+    """SHA-256 of a whole file.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(option, path, error) from error
 
 
 def sync_to_disk(path: Path) -> None:
