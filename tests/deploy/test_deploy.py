@@ -144,10 +144,10 @@ def test_images_run_as_a_number_and_listen_beyond_the_loopback(dockerfile):
     assert f"--uid {user} " in text
     assert int(user) > 0
     shown = CliRunner().invoke(config, ["--json"], env=environment(dockerfile))
-    told = {key: row["value"] for key, row in json.loads(shown.output).items()}
-    assert told["host"] == "0.0.0.0"
-    assert f"EXPOSE {told['port']}\n" in text
-    assert told["device"] == ("cuda" if dockerfile.endswith("cuda") else "auto")
+    values = {key: row["value"] for key, row in json.loads(shown.output).items()}
+    assert values["host"] == "0.0.0.0"
+    assert f"EXPOSE {values['port']}\n" in text
+    assert values["device"] == ("cuda" if dockerfile.endswith("cuda") else "auto")
     assert f"VOLUME {environment(dockerfile)['ECHELON_HOME']}\n" in text
 
 
@@ -244,8 +244,8 @@ def test_expressions_use_series_labels_and_values_that_exist(where):
 
 def test_the_dashboard_is_laid_out_without_overlaps():
     taken = set()
-    board = json.loads(DASHBOARD.read_text("utf-8"))
-    for panel in board["panels"]:
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    for panel in dashboard["panels"]:
         at = panel["gridPos"]
         assert at["x"] + at["w"] <= 24
         cells = {
@@ -255,7 +255,7 @@ def test_the_dashboard_is_laid_out_without_overlaps():
         }
         assert not cells & taken, panel["title"]
         taken |= cells
-    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     assert all(t["datasource"]["uid"] == "${source}" for p in panels() for t in p["targets"])
 
 
@@ -341,16 +341,16 @@ def test_the_pod_is_that_of_the_image(deployment, container):
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts["models"] == environment("Dockerfile")["ECHELON_HOME"]
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
-    told = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert Path(told["ECHELON_SERVE_API_KEYS"]).parent == Path(mounts["keys"])
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert Path(values["ECHELON_SERVE_API_KEYS"]).parent == Path(mounts["keys"])
     assert pod["enableServiceLinks"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"]
 
 
 def test_the_pod_has_time_to_end_and_its_probes_time_to_answer(deployment, container):
-    told = {entry["name"]: entry["value"] for entry in container["env"]}
+    values = {entry["name"]: entry["value"] for entry in container["env"]}
     (_, pause_s) = container["lifecycle"]["preStop"]["exec"]["command"]
-    needed_s = float(pause_s) + float(told["ECHELON_SERVE_DRAIN_S"]) + GRACE_S
+    needed_s = float(pause_s) + float(values["ECHELON_SERVE_DRAIN_S"]) + GRACE_S
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= needed_s
     assert container["readinessProbe"]["timeoutSeconds"] > CANARY_TIMEOUT_S
     paths = {probe: container[f"{probe}Probe"]["httpGet"]["path"] for probe in

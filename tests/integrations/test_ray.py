@@ -125,16 +125,16 @@ def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
     ears = Ears()
 
     async def main(it):
-        keeper = it._supervisors[0]
-        pid = keeper._worker.pid
+        supervisor = it._supervisors[0]
+        pid = supervisor._worker.pid
         for seed in (1, 2):  # each while a step runs, then while nothing is asked
             answer = asyncio.create_task(submit(it, texts(seed, 20)))
-            await until(lambda: keeper._sent)
+            await until(lambda: supervisor._sent)
             assert cut(pid)
             assert (await answer).logits.tolist() == scores(texts(seed, 20))
             assert cut(pid)
             await answered(it, range(3))
-        assert keeper._worker.pid == pid
+        assert supervisor._worker.pid == pid
 
     run(main, service(slower, ears=ears))
     assert ears.states() == ["starting", "up", "stopped"]
@@ -158,8 +158,8 @@ def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
         monkeypatch.undo()
 
     run(main, service(slow, ears=ears))
-    (told,) = (told for told in ears.of("WorkerChanged") if told.state == "died")
-    assert told.detail == "worker 0: it could not be reached, nor on a second try"
+    (event,) = (event for event in ears.of("WorkerChanged") if event.state == "died")
+    assert event.detail == "worker 0: it could not be reached, nor on a second try"
 
 
 def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
@@ -168,7 +168,7 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     async def main(it, second):
         load = asyncio.create_task(answered(it, range(220)))
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
-        stays, goes = (keeper._worker for keeper in it._supervisors)
+        stays, goes = (supervisor._worker for supervisor in it._supervisors)
         if stays._machine == second.node_id:
             stays, goes = goes, stays
         names.extend((f"{stays.name} (process {stays.pid})", goes.name))
@@ -181,7 +181,7 @@ def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
     with machine(made) as second:
         run(partial(main, second=second), service(slow, ears=ears, workers=2, token_budget=300))
     # A start on the machine that Ray does not yet know to have gone may fail too.
-    killed, gone, *_ = (told.detail for told in ears.of("WorkerChanged") if told.state == "died")
+    killed, gone, *_ = (event.detail for event in ears.of("WorkerChanged") if event.state == "died")
     assert killed.startswith(f"{names[0]} ended (")
     assert gone in {
         f"{names[1]}: its machine is lost",
@@ -208,7 +208,7 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
     async def main(it):
         load = [asyncio.create_task(client(it, number)) for number in range(CLIENTS)]
         await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
-        assert len({keeper._worker._machine for keeper in it._supervisors}) == 2
+        assert len({supervisor._worker._machine for supervisor in it._supervisors}) == 2
         stop.set()
         await asyncio.gather(*load)
         await split(it, ears)
@@ -276,9 +276,9 @@ def test_over_http_killed_workers_a_machine_and_an_update_lose_nothing(made, url
 
 def test_the_command_serves_a_real_model_and_takes_it_away(made, url, bert):
     port = url.rpartition(":")[2]
-    told = [str(bert), "--port", port, "--worker-cpus", "2", f"--ray={made.address}"]
+    arguments = [str(bert), "--port", port, "--worker-cpus", "2", f"--ray={made.address}"]
     with subprocess.Popen(
-        [sys.executable, "-m", "echelon", "serve", *told], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "echelon", "serve", *arguments], stderr=subprocess.PIPE, text=True
     ) as server:
         try:
             lines = iter(server.stderr.readline, "")
@@ -371,9 +371,18 @@ def test_a_model_that_is_not_there_ends_a_job_at_once(made, tmp_path):
 
 def test_the_command_reranks_a_file_on_a_cluster(made, bert, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", queries(3))
-    told = ["--model", str(bert), "--worker-cpus", "2", "--quiet", f"--ray={made.address}"]
+    arguments = ["--model", str(bert), "--worker-cpus", "2", "--quiet", f"--ray={made.address}"]
     ran = subprocess.run(
-        [sys.executable, "-m", "echelon", "batch", source, "-o", tmp_path / "out.jsonl", *told],
+        [
+            sys.executable,
+            "-m",
+            "echelon",
+            "batch",
+            source,
+            "-o",
+            tmp_path / "out.jsonl",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""What a server on Ray may be told, and where Ray is not needed."""
+"""Settings of a server on Ray, and commands that do not need Ray."""
 
 from __future__ import annotations
 
@@ -130,19 +130,19 @@ RAY = ROOT / "deploy/ray"
 
 def test_the_file_for_serve_is_one_that_ray_and_the_application_take():
     made = ServeDeploySchema.model_validate(yaml.safe_load((RAY / "serve.yaml").read_text("utf-8")))
-    (told,) = made.applications
-    assert told.import_path == "echelon.integrations.ray.serve:app"
-    plan = plan_of(values_of(told.args))
+    (application,) = made.applications
+    assert application.import_path == "echelon.integrations.ray.serve:app"
+    plan = plan_of(values_of(application.args))
     assert plan.scaling == AutoscalingLimits(1, 4, delay_s=2.0)
-    assert app(told.args)._bound_deployment.name == "echelon"
+    assert app(application.args)._bound_deployment.name == "echelon"
 
 
 def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
     manifest = yaml.safe_load((RAY / "rayservice.yaml").read_text("utf-8"))
     spec = manifest["spec"]
-    told = yaml.safe_load(spec["serveConfigV2"])
-    assert told == yaml.safe_load((RAY / "serve.yaml").read_text("utf-8"))
-    plan = plan_of(values_of(told["applications"][0]["args"]))
+    config = yaml.safe_load(spec["serveConfigV2"])
+    assert config == yaml.safe_load((RAY / "serve.yaml").read_text("utf-8"))
+    plan = plan_of(values_of(config["applications"][0]["args"]))
     (scorers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     head = spec["rayClusterConfig"]["headGroupSpec"]
     for group in (scorers, head):
@@ -150,7 +150,7 @@ def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
         assert pod["enableServiceLinks"] is False
         (container,) = pod["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert ports["serve"] == told["http_options"]["port"]
+        assert ports["serve"] == config["http_options"]["port"]
         variables = {entry["name"] for entry in container["env"]}
         assert {"ECHELON_API_KEYS", "RAY_USAGE_STATS_ENABLED"} <= variables
         kubernetes_validate.validate(

@@ -21,7 +21,7 @@ from voyageai.error import AuthenticationError, InvalidRequestError, RateLimitEr
 NO_RETRY = {"max_retries": 0}
 
 
-def told(ranking, top_n=None, *, logits=False):
+def pairs_of(ranking, top_n=None, *, logits=False):
     return [
         (r.index, pytest.approx(r.logit if logits else r.score, abs=1e-5))
         for r in ranking.results[:top_n]
@@ -44,8 +44,8 @@ def test_coheres_asynchronous_client(live, full, expected, kind):
     def ask(*arguments, **settings):
         return asyncio.run(ask_cohere(kind, *arguments, **settings))
 
-    assert ask(live.url) == told(expected)
-    assert ask(live.url, top_n=2) == told(expected, 2)
+    assert ask(live.url) == pairs_of(expected)
+    assert ask(live.url, top_n=2) == pairs_of(expected, 2)
     with pytest.raises(cohere.UnauthorizedError, match="API key is not known"):
         ask(live.url, "wrong")
     with pytest.raises(cohere.UnprocessableEntityError, match="top_n: -1 is negative"):
@@ -68,7 +68,7 @@ def voyage():
 def test_voyages_client_gets_the_librarys_ranking(live, voyage, expected):
     for top_k in (None, 2):
         found = voyage(live.url).rerank(QUERY, list(SENTENCES), "rerank-2.5", top_k)
-        assert [(r.index, r.relevance_score) for r in found.results] == told(expected, top_k)
+        assert [(r.index, r.relevance_score) for r in found.results] == pairs_of(expected, top_k)
         assert [r.document for r in found.results] == [r.document for r in expected.results[:top_k]]
         assert found.total_tokens == expected.report.tokens
 
@@ -130,7 +130,7 @@ def send(url, name, key=KEY, **changes):
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_requests_get_the_librarys_ranking(live, expected, name):
     answer = send(live.url, name).json()
-    assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == told(expected, 2)
+    assert [(r["index"], r["relevance_score"]) for r in answer["results"]] == pairs_of(expected, 2)
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -146,7 +146,7 @@ def test_infinitys_client_finds_what_it_takes_apart(live, expected):
     found = send(live.url, "infinity_client", return_documents=True, raw_scores=True).json()
     assert found["object"] == "rerank"
     assert found["usage"].keys() == {"prompt_tokens", "total_tokens"}
-    assert [(r["index"], r["relevance_score"]) for r in found["results"]] == told(
+    assert [(r["index"], r["relevance_score"]) for r in found["results"]] == pairs_of(
         expected, 2, logits=True
     )
     assert [r["document"] for r in found["results"]] == [r.document for r in expected.results[:2]]

@@ -1,4 +1,4 @@
-"""Connections: headers come in time and in size, and there are only so many."""
+"""Connections: headers come in time and in size, and their number is limited."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def answer(client) -> bytes:
     return b"".join(parts)
 
 
-def status(told: bytes) -> int:
-    return int(told.split()[1]) if told else 0
+def status(reply: bytes) -> int:
+    return int(reply.split()[1]) if reply else 0
 
 
 def one_answer(client) -> bytes:
@@ -59,10 +59,10 @@ def one_answer(client) -> bytes:
         assert part, "the server has closed the connection"
         return part
 
-    told = b""
-    while b"\r\n\r\n" not in told:
-        told += more()
-    head, _, body = told.partition(b"\r\n\r\n")
+    reply = b""
+    while b"\r\n\r\n" not in reply:
+        reply += more()
+    head, _, body = reply.partition(b"\r\n\r\n")
     (length,) = [ln for ln in head.lower().split(b"\r\n") if ln.startswith(b"content-length")]
     while len(body) < int(length.split()[1]):
         body += more()
@@ -77,7 +77,7 @@ def until(condition) -> None:
 
 
 def drip(client, stop) -> None:
-    """A byte of headers now and then, for as long as anybody listens."""
+    """A byte of headers now and then, until the connection is closed."""
     with contextlib.suppress(OSError):
         client.sendall(b"POST /v1/rerank HTTP/1.1\r\nX-Slow: ")
         while not stop.wait(0.02):
@@ -90,16 +90,16 @@ def test_a_byte_at_a_time_is_no_way_to_stay(live):
     with client_of(live) as client:
         thread = threading.Thread(target=drip, args=(client, stop))
         thread.start()
-        told = answer(client)
+        reply = answer(client)
         stop.set()
         thread.join()
-    assert status(told) == 408
-    assert b"The headers did not arrive within 0.3 s." in told
+    assert status(reply) == 408
+    assert b"The headers did not arrive within 0.3 s." in reply
     assert live.metric('echelon_connections_refused_total{reason="slow_headers"}') == before + 1
 
 
 @pytest.mark.parametrize("begun", [b"", b"\r\n", b"PO", HEAD])
-def test_whoever_says_nothing_more_is_let_go(live, begun):
+def test_an_idle_connection_is_closed(live, begun):
     with client_of(live) as client:
         client.sendall(begun)
         assert status(answer(client)) == 408
@@ -134,23 +134,23 @@ def test_a_slow_body_is_not_judged_by_the_time_for_headers(live):
 def test_pipelined_requests_are_answered_in_turn(live):
     with client_of(live) as client:
         client.sendall(WHOLE + WHOLE + HEAD)
-        told = b""
-        while told.count(b"HTTP/1.1 200") < 2:
-            told += client.recv(65536)
+        reply = b""
+        while reply.count(b"HTTP/1.1 200") < 2:
+            reply += client.recv(65536)
         client.sendall(b"\r\n" + BODY)
-        while told.count(b"HTTP/1.1 200") < 3:
-            told += client.recv(65536)
+        while reply.count(b"HTTP/1.1 200") < 3:
+            reply += client.recv(65536)
 
 
-def test_the_next_requests_slow_headers_cost_nobody_the_answer_before(live):
+def test_slow_headers_of_the_next_request_do_not_lose_the_answer_before(live):
     body = json.dumps({"query": "q", "documents": [f"{i} " + "d" * 90 for i in range(100)]})
     head = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
     with client_of(live) as client:  # a second of work, three times as long as headers may take
         client.sendall(f"{head}{body}".encode())
         client.sendall(HEAD)
-        told = answer(client)
-    assert told.count(b"HTTP/1.1 200") == told.count(b"HTTP/1.1 408") == 1
-    assert status(told) == 200
+        reply = answer(client)
+    assert reply.count(b"HTTP/1.1 200") == reply.count(b"HTTP/1.1 408") == 1
+    assert status(reply) == 200
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_headers_have_a_size(live, head):
     with client_of(live) as client:
         with contextlib.suppress(OSError):
             client.sendall(head)
-        told = answer(client)
-    assert status(told) == 431
-    assert b"longer than 2000 bytes" in told
+        reply = answer(client)
+    assert status(reply) == 431
+    assert b"longer than 2000 bytes" in reply
 
 
 def test_headers_of_the_largest_size_come_in(live):
@@ -184,9 +184,9 @@ def test_a_refused_body_cannot_hold_the_connection(live):
     head = b"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n"
     with client_of(live) as client:
         client.sendall(head + b"{")
-        told = answer(client)
-    assert status(told) == 413
-    assert b"longer than 20000 bytes" in told
+        reply = answer(client)
+    assert status(reply) == 413
+    assert b"longer than 20000 bytes" in reply
 
 
 def test_a_body_that_comes_behind_its_refusal_costs_no_connection(tmp_path):
@@ -203,7 +203,7 @@ def test_a_body_that_comes_behind_its_refusal_costs_no_connection(tmp_path):
             assert status(one_answer(client)) == 200
 
 
-def test_only_so_many_connections(live):
+def test_the_number_of_connections_is_limited(live):
     until(lambda: live.metric("echelon_connections") == 1)  # the one that asks
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(client_of(live)) for _ in range(8)]
@@ -212,12 +212,12 @@ def test_only_so_many_connections(live):
             assert status(one_answer(client)) == 200
         with client_of(live) as ninth:
             ninth.sendall(WHOLE)
-            told = answer(ninth)
+            reply = answer(ninth)
             held[1].sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
             assert b"\nechelon_connections 8.0\n" in one_answer(held[1])  # it does not count
-        assert status(told) == 503
-        assert b"retry-after: 1\r\n" in told
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["message"].startswith("This server has")
+        assert status(reply) == 503
+        assert b"retry-after: 1\r\n" in reply
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["message"].startswith("This server has")
         held[0].sendall(WHOLE)
         assert status(one_answer(held[0])) == 200
         held[0].close()

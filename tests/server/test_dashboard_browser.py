@@ -94,7 +94,7 @@ def test_it_outlives_the_server_and_says_so(browser):
     with contextlib.ExitStack() as stack:
         page = stack.enter_context(visit(browser, "about:blank", tolerated="net::ERR"))
         trouble = page.locator("#trouble", has_text="does not answer since")
-        stale = page.locator("#board.stale")
+        stale = page.locator("#content.stale")
         with Site() as site:
             without_charts(page, site)
             page.context.set_offline(True)
@@ -107,7 +107,7 @@ def test_it_outlives_the_server_and_says_so(browser):
         assert stale.count() == 1
         assert page.locator("#about").inner_text().startswith("Echelon")
         stack.enter_context(Site(site.port))
-        page.get_by_text("The server was started anew").wait_for()
+        page.get_by_text("The server was restarted").wait_for()
         assert (trouble.is_visible(), stale.count()) == (False, 0)
 
 
@@ -115,7 +115,7 @@ def test_it_asks_for_a_key_before_it_asks_for_data(browser):
     with Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site:
         address = f"{site.url}/dashboard"
         with visit(browser, address, tolerated="401") as page:
-            page.get_by_text("This server asks for an API key.").wait_for()
+            page.get_by_text("This server needs an API key.").wait_for()
             page.locator("#key").fill("wrong")
             page.keyboard.press("Enter")
             page.get_by_text("401 · The API key is not known here.").wait_for()
@@ -158,13 +158,13 @@ def test_without_the_charts_script_the_numbers_still_come(browser):
         page.get_by_role("img", name="Token budget: 2,048 now").wait_for()
 
 
-def test_a_machine_that_has_become_slow_is_told_with_the_remedy(browser):
+def test_a_machine_that_has_become_slow_is_shown_with_the_remedy(browser):
     with Site() as site:
         drift = Drift(1.0)
         while drift.see(2.0) is None:
             pass
         drift.see = lambda level: None
-        site.house.service._dispatcher.drift = drift
+        site.context.service._dispatcher.drift = drift
         with visit(browser, f"{site.url}/dashboard") as page:
             page.locator("#about", has_text="echelon tune --refresh").wait_for()
             slowdown = page.locator("#tiles div", has_text="Slowdown").locator("dd").inner_text()

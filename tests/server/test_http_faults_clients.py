@@ -66,7 +66,7 @@ def test_a_client_that_goes_takes_its_work_along(live):
 
 
 def crawl(server, first: bytes) -> bytes:
-    """What a client is told that sends a byte now and then."""
+    """The reply to a client that sends a byte now and then."""
     with connect(server) as client:
         client.settimeout(0.05)
         client.sendall(first)
@@ -78,15 +78,15 @@ def crawl(server, first: bytes) -> bytes:
 
 
 def test_clients_that_send_a_byte_now_and_then(live):
-    """Some in their headers and some in their bodies, all told so; the others go on."""
+    """Some in their headers and some in their bodies, all get an error; the others continue."""
 
     async def main():
         async with streaming(live) as stream:
             starts = [b"POST /v1/rerank HTTP/1.1\r\nX: ", head(9999) + b"{"] * 10
             answered = stream.answered
-            told = await asyncio.gather(*(asyncio.to_thread(crawl, live, s) for s in starts))
+            replies = await asyncio.gather(*(asyncio.to_thread(crawl, live, s) for s in starts))
             assert stream.answered > answered
-        assert told == [b"HTTP/1.1 408"] * 20
+        assert replies == [b"HTTP/1.1 408"] * 20
         assert live.metric('echelon_connections_refused_total{reason="slow_headers"}') == 10
         await has_logged(live, 408, 10)
 
@@ -154,7 +154,7 @@ def test_a_worker_that_dies_during_the_end():
         assert server.lines[-1]["message"] == "Ended; all requests were answered."
 
 
-def test_the_end_waits_for_no_one_who_only_crawls():
+def test_the_shutdown_does_not_wait_for_slow_clients():
     """Silent connections, headers half come, bodies half come: none of them holds the server."""
     with LiveFake(limits={"body_timeout_s": 0.3, "drain_s": 50.0}) as server:
         with contextlib.ExitStack() as stack:
@@ -167,7 +167,7 @@ def test_the_end_waits_for_no_one_who_only_crawls():
 # Keys.
 
 
-def test_a_key_over_its_limit_waits_alone_and_no_key_is_ever_told(tmp_path):
+def test_a_key_over_its_limit_waits_alone_and_no_key_is_shown(tmp_path):
     slow, fast, wrong = (f"{word}-key-4f1b9c" for word in ("slow", "fast", "wrong"))
     (tmp_path / "keys").write_text(
         f"{slow} name=team-slow rate=0.001/s burst=8\n{fast} name=team-fast rate=90000/s\n", "utf-8"
@@ -185,9 +185,9 @@ def test_a_key_over_its_limit_waits_alone_and_no_key_is_ever_told(tmp_path):
                         check(response, 1)
                     if status == 429:
                         assert int(response.headers["Retry-After"]) > 900
-            told = (await client.get("/metrics")).text
-            assert 'echelon_rate_limited_total{key="team-slow"} 2.0' in told
-            assert "4f1b9c" not in told
+            text = (await client.get("/metrics")).text
+            assert 'echelon_rate_limited_total{key="team-slow"} 2.0' in text
+            assert "4f1b9c" not in text
         await readiness(server, 200)
 
     with LiveFake(keys=str(tmp_path / "keys")) as server:

@@ -70,8 +70,8 @@ def limit(server, new: int) -> None:
     import resource
 
     (worker,) = server.workers
-    for pid, most in ((worker.pid, held(server)), (server.process.pid, new)):
-        limits = most + SPARE_BYTES, resource.RLIM_INFINITY
+    for pid, limit in ((worker.pid, held(server)), (server.process.pid, new)):
+        limits = limit + SPARE_BYTES, resource.RLIM_INFINITY
         resource.prlimit(pid, resource.RLIMIT_AS, limits)  # children have their parent's
 
 
@@ -113,23 +113,23 @@ def test_every_request_is_answered_rightly_or_honestly(wide):
             answers = await burst(client)
             rungs = [rung for a in answers for rung in a.headers["X-Echelon-Ladder"].split(",")]
             assert {"drop_caches", "halve_budget"} <= set(rungs)
-            told = (await client.get("/metrics")).text
+            text = (await client.get("/metrics")).text
             for rung in ("drop_caches", "halve_budget"):
-                assert sample(told, f'echelon_ladder_steps_total{{rung="{rung}"}}') >= 1
-            assert sample(told, 'echelon_token_budget_moves_total{reason="memory"}') >= 1
-            assert sample(told, "echelon_token_budget") <= 5000
-            assert sample(told, 'echelon_requests_total{outcome="failed"}') == 0
+                assert sample(text, f'echelon_ladder_steps_total{{rung="{rung}"}}') >= 1
+            assert sample(text, 'echelon_token_budget_moves_total{reason="memory"}') >= 1
+            assert sample(text, "echelon_token_budget") <= 5000
+            assert sample(text, 'echelon_requests_total{outcome="failed"}') == 0
 
             for _ in range(2):
                 refused((await burst(client, impossible))[-1])
             await burst(client)
-            told = (await client.get("/metrics")).text
-            assert sample(told, 'echelon_requests_total{outcome="failed"}') == 2
-            assert sample(told, 'echelon_ladder_steps_total{rung="give_up"}') == 2
-            renewed = sample(told, 'echelon_worker_changes_total{state="renewed"}')
-            assert renewed == sample(told, 'echelon_ladder_steps_total{rung="fresh_worker"}') >= 1
+            text = (await client.get("/metrics")).text
+            assert sample(text, 'echelon_requests_total{outcome="failed"}') == 2
+            assert sample(text, 'echelon_ladder_steps_total{rung="give_up"}') == 2
+            renewed = sample(text, 'echelon_worker_changes_total{state="renewed"}')
+            assert renewed == sample(text, 'echelon_ladder_steps_total{rung="fresh_worker"}') >= 1
             for state in ("died", "wedged", "failed"):
-                assert sample(told, f'echelon_worker_changes_total{{state="{state}"}}') == 0
+                assert sample(text, f'echelon_worker_changes_total{{state="{state}"}}') == 0
 
     flags = ("--device", "cpu", "--threads", 2, "--token-budget", 10_000, "--max-length", 8192)
     with LiveModel(wide, *flags) as server:

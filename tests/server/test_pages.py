@@ -191,7 +191,7 @@ def test_nothing_else_of_the_folder_is_served():
         ("", False),
     ],
 )
-def test_who_reads_gzip(accepted, takes):
+def test_clients_that_accept_gzip(accepted, takes):
     assert takes_gzip({"accept-encoding": accepted}) is takes
     assert not takes_gzip({})
 

@@ -57,7 +57,7 @@ def order_of(site, asked=ASKED, **headers):
 # The playground.
 
 
-def test_the_order_is_the_apis_and_everything_that_happened_is_told(browser, site):
+def test_the_order_is_the_apis_and_the_details_are_shown(browser, site):
     raw = httpx.post(f"{site.url}/v2/rerank", json={**ASKED, "raw_scores": True}).json()
     plain = httpx.post(f"{site.url}/v2/rerank", json=ASKED)
     with visit(browser, site.url) as page:
@@ -65,18 +65,18 @@ def test_the_order_is_the_apis_and_everything_that_happened_is_told(browser, sit
         page.keyboard.press("Control+Enter")
         assert ranked(page) == [result["index"] for result in raw["results"]]
         scores = page.locator(".score").all()
-        for shown, result, told in zip(
+        for shown, result, expected in zip(
             scores, raw["results"], plain.json()["results"], strict=True
         ):
             relevance = float(shown.get_attribute("title").split()[1])
-            assert relevance == pytest.approx(told["relevance_score"], rel=1e-12)
+            assert relevance == pytest.approx(expected["relevance_score"], rel=1e-12)
             row = shown.locator("xpath=../..")
             assert f"document {result['index']}" in row.inner_text()
             logit = row.locator(".place").inner_text().split("logit ")[1].replace("−", "-")
             assert float(logit) == pytest.approx(result["relevance_score"], rel=0.01)
             width = row.locator(".bar span").evaluate("bar => bar.style.width")
             assert float(width.rstrip("%")) == pytest.approx(100 * relevance, rel=1e-4)
-        names, values = (page.locator(f"#facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
+        names, values = (page.locator(f"#details {tag}").all_inner_texts() for tag in ("dt", "dd"))
         tiles = dict(zip(names, values, strict=True))
         assert tiles["Tokens"] == plain.headers["X-Echelon-Tokens"]
         assert all(tiles[name].endswith("ms") for name in ("Total", "Queue", "Tokenise", "Compute"))
@@ -152,7 +152,7 @@ def test_errors_are_shown_in_the_servers_words(browser, site):
         assert not error.is_visible()
 
 
-def test_a_wait_can_be_stopped_and_a_full_house_says_when_to_come_again(browser, site):
+def test_a_wait_can_be_stopped_and_a_full_server_shows_retry_after(browser, site):
     with visit(browser, site.url, tolerated="429") as page:
         page.route("**/v2/rerank", lambda route: None)  # no answer ever
         enter(page)

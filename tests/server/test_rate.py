@@ -40,12 +40,12 @@ def test_never_more_than_burst_and_rate_and_one_request_beyond(limit, comings):
             until, final = taken[last]
             total = sum(documents for _, documents in taken[first : last + 1])
             beyond = max(0.0, final - limit.burst)
-            room = limit.burst + limit.rate * (until - since) + beyond
-            assert total <= room * (1 + 1e-9) + 1e-6
+            allowed = limit.burst + limit.rate * (until - since) + beyond
+            assert total <= allowed * (1 + 1e-9) + 1e-6
 
 
 @given(limits, comings)
-def test_whoever_is_told_when_to_come_is_let_in_then_and_not_before(limit, comings):
+def test_a_request_is_admitted_after_its_retry_after_and_not_before(limit, comings):
     bucket, now = TokenBucket(limit), 0.0
     for pause, documents in comings:
         now += pause
@@ -171,7 +171,7 @@ def test_a_key_is_never_shown(tmp_path):
 def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
     keys = keys_of(tmp_path, "aaa name=slow rate=1/h burst=5", "bbb name=fast rate=9000/s")
 
-    async def main(client, house):
+    async def main(client, server):
         slow, fast = ({"Authorization": f"Bearer {key}"} for key in ("aaa", "bbb"))
         assert (await client.post("/v1/rerank", json=ASKED, headers=slow)).status_code == 200
         for protocol in PROTOCOLS:
@@ -182,11 +182,11 @@ def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
             assert 3500 < int(refused.headers["Retry-After"]) <= 3600
             assert "The key's limit of 1/h documents is used up" in refused.text
             assert (await client.post(path, json=body, headers=fast)).status_code == 200
-        assert metric(house, 'echelon_rate_limited_total{key="slow"}') == len(PROTOCOLS)
-        assert metric(house, 'echelon_rate_limited_total{key="fast"}') == 0
-        assert metric(house, 'echelon_key_documents_total{key="slow"}') == 5
-        assert metric(house, 'echelon_key_documents_total{key="fast"}') >= 2 * len(PROTOCOLS)
-        assert "aaa" not in house.metrics.text().decode()
+        assert metric(server, 'echelon_rate_limited_total{key="slow"}') == len(PROTOCOLS)
+        assert metric(server, 'echelon_rate_limited_total{key="fast"}') == 0
+        assert metric(server, 'echelon_key_documents_total{key="slow"}') == 5
+        assert metric(server, 'echelon_key_documents_total{key="fast"}') >= 2 * len(PROTOCOLS)
+        assert "aaa" not in server.metrics.text().decode()
 
     run_app(main, limits=ServerLimits(keys=keys))
 
@@ -194,7 +194,7 @@ def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
 def test_what_the_service_refuses_costs_nothing(tmp_path):
     keys = keys_of(tmp_path, "aaa rate=1/h burst=5")
 
-    async def main(client, house):
+    async def main(client, server):
         headers = {"Authorization": "aaa"}
         wrong = {**ASKED, "max_tokens_per_doc": -5}
         refused = await client.post("/v1/rerank", json=wrong, headers=headers)
@@ -214,10 +214,10 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
 def test_without_keys_everybody_shares_the_limit():
     keys = Keys(common=limit_of("--rate-limit", "1/h", "5"))
 
-    async def main(client, house):
+    async def main(client, server):
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 429
-        assert metric(house, 'echelon_rate_limited_total{key="anybody"}') == 1
-        assert house.stats._slices[-1].counts["limited", "requests"] == 1
+        assert metric(server, 'echelon_rate_limited_total{key="anybody"}') == 1
+        assert server.stats._slices[-1].counts["limited", "requests"] == 1
 
     run_app(main, limits=ServerLimits(keys=keys))

@@ -95,7 +95,7 @@ def alive(live) -> bool:
     return httpx.post(f"{live.url}/v1/rerank", content=BODY, headers=headers).status_code == 200
 
 
-def test_half_a_body_harms_nobody(live):
+def test_half_a_body_affects_no_other_request(live):
     with socket.create_connection(("127.0.0.1", live.port)) as client:
         client.sendall(post(BODY[:10], len(BODY)))
     assert alive(live)
@@ -127,7 +127,7 @@ def test_byte_by_byte_is_slow_and_right(live):
 
 
 @pytest.mark.parametrize("junk", [b"\r\n\r\n", b"NONSENSE\r\n\r\n", b"\x16\x03\x01\x00\xff" * 9])
-def test_junk_harms_nobody(live, junk):
+def test_junk_affects_no_other_request(live, junk):
     with socket.create_connection(("127.0.0.1", live.port)) as client:
         client.sendall(junk)
     assert alive(live)
@@ -157,10 +157,10 @@ def test_an_onnx_folder_is_served_where_torch_is_not_installed(tokenizers, tmp_p
     assert [r["score"] for r in results] == pytest.approx([r.logit for r in expected], abs=1e-5)
 
 
-# A full house, and the end.
+# A full server, and its end.
 
 
-def test_a_full_house_and_a_graceful_end(bert, speak):
+def test_a_full_server_and_a_graceful_end(bert, speak):
     with Live(bert, *MODEL, "--max-requests", 1, "--served-name", "ours") as server:
         (worker,) = psutil.Process(server.process.pid).children()
         client = speak(cohere.ClientV2, server)
@@ -186,7 +186,7 @@ def test_a_full_house_and_a_graceful_end(bert, speak):
         assert "all requests were answered" in server.lines[-1]["message"]
 
 
-def test_an_end_that_cannot_wait_tells_whoever_is_inside(bert):
+def test_requests_left_after_the_drain_get_an_error(bert):
     with Live(bert, *MODEL, "--drain-s", 0.2) as server:
         (worker,) = psutil.Process(server.process.pid).children()
         worker.send_signal(signal.SIGSTOP)

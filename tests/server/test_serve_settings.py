@@ -13,7 +13,7 @@ from echelon.server.auth import ANONYMOUS, RateLimit
 from echelon.server.connection import ConnectionLimits
 
 
-def told(*arguments, **environment) -> dict:
+def config_of(*arguments, **environment) -> dict:
     """What ``echelon config`` says."""
     runner = CliRunner()
     result = runner.invoke(config, [*map(str, arguments), "--json"], env=environment)
@@ -36,7 +36,7 @@ def file(tmp_path):
 
 def test_each_value_says_where_it_came_from(file):
     environment = {"ECHELON_SERVE_PORT": "9001", "ECHELON_SERVE_WORKERS": "3"}
-    found = told("--config", file, "--port", 9002, **environment)
+    found = config_of("--config", file, "--port", 9002, **environment)
     assert found["port"] == {"value": 9002, "origin": "flag"}
     assert found["workers"] == {"value": 3, "origin": "environment"}
     assert found["max_documents"] == {"value": 7, "origin": "file"}
@@ -46,7 +46,7 @@ def test_each_value_says_where_it_came_from(file):
 
 
 def test_the_file_may_be_named_by_the_environment(file):
-    assert told(ECHELON_SERVE_CONFIG=str(file))["port"] == {"value": 9000, "origin": "file"}
+    assert config_of(ECHELON_SERVE_CONFIG=str(file))["port"] == {"value": 9000, "origin": "file"}
 
 
 def test_the_table_for_people():
@@ -68,10 +68,10 @@ def test_files_that_are_wrong(tmp_path, content, words):
     path = tmp_path / "echelon.toml"
     path.write_text(content, "utf-8")
     with pytest.raises(InvalidInput) as caught:
-        told("--config", path)
+        config_of("--config", path)
     assert words in str(caught.value)
     with pytest.raises(InvalidInput, match=r"--config: .* cannot be read"):
-        told("--config", tmp_path / "none.toml")
+        config_of("--config", tmp_path / "none.toml")
 
 
 def test_values_of_the_wrong_kind_are_usage_errors(tmp_path):
@@ -83,51 +83,51 @@ def test_values_of_the_wrong_kind_are_usage_errors(tmp_path):
 
 
 @pytest.fixture
-def houses(monkeypatch):
+def servers(monkeypatch):
     """What would have been served."""
     made = []
     monkeypatch.setattr(
-        "echelon.server.http_server.run", lambda house, *_, **__: made.append(house)
+        "echelon.server.http_server.run", lambda server, *_, **__: made.append(server)
     )
     monkeypatch.setattr("echelon.server.observability.set_up", lambda *_: None)
     return made
 
 
-def served(houses, *arguments, **environment):
+def served(servers, *arguments, **environment):
     result = CliRunner().invoke(serve, ["m", *map(str, arguments)], env=environment)
     if result.exception is not None:
         raise result.exception
-    return houses.pop()
+    return servers.pop()
 
 
-def test_what_the_server_is_told_reaches_it(houses, tmp_path):
+def test_settings_reach_the_server(servers, tmp_path):
     flags = ("--max-connections", 5, "--header-timeout-s", 2.5, "--rate-limit", "900/min")
-    house = served(houses, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
-    assert house.limits.connection == ConnectionLimits(5, 2.5)
-    assert house.limits.keys.authenticate({}).name == ANONYMOUS
-    assert house.limits.keys.authenticate({}).bucket.limit == RateLimit(15, 15)
-    assert house._launch.keywords["wedge_after_s"] == 7.5
-    assert house.traces is None
-    assert house._launch.keywords["fallback_max_length"] is None
+    server = served(servers, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
+    assert server.limits.connection == ConnectionLimits(5, 2.5)
+    assert server.limits.keys.authenticate({}).name == ANONYMOUS
+    assert server.limits.keys.authenticate({}).bucket.limit == RateLimit(15, 15)
+    assert server._launch.keywords["wedge_after_s"] == 7.5
+    assert server.traces is None
+    assert server._launch.keywords["fallback_max_length"] is None
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
-    keys = served(houses, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").limits.keys
+    keys = served(servers, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").limits.keys
     assert keys.authenticate({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
 
 
-def test_falling_back_is_off_unless_flag_environment_or_file_say_so(houses, tmp_path):
-    assert told()["fallback_max_length"] == {"value": None, "origin": "default"}
+def test_falling_back_is_off_unless_flag_environment_or_file_say_so(servers, tmp_path):
+    assert config_of()["fallback_max_length"] == {"value": None, "origin": "default"}
     (tmp_path / "e.toml").write_text("[serve]\nfallback-max-length = 64\n", "utf-8")
     for arguments, environment, length in (
         (("--fallback-max-length", 128), {}, 128),
         ((), {"ECHELON_SERVE_FALLBACK_MAX_LENGTH": "96"}, 96),
         (("--config", tmp_path / "e.toml"), {}, 64),
     ):
-        house = served(houses, *arguments, **environment)
-        assert house._launch.keywords["fallback_max_length"] == length
-        assert told(*arguments, **environment)["fallback_max_length"]["value"] == length
+        server = served(servers, *arguments, **environment)
+        assert server._launch.keywords["fallback_max_length"] == length
+        assert config_of(*arguments, **environment)["fallback_max_length"]["value"] == length
 
 
-def test_traces_are_asked_for_by_flag_environment_or_file(houses, tmp_path):
+def test_traces_are_asked_for_by_flag_environment_or_file(servers, tmp_path):
     (tmp_path / "e.toml").write_text("[serve]\notel = true\n", "utf-8")
     asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     for arguments, environment, on in (
@@ -137,7 +137,7 @@ def test_traces_are_asked_for_by_flag_environment_or_file(houses, tmp_path):
         (("--config", tmp_path / "e.toml"), {}, True),
         ((), {"ECHELON_SERVE_OTEL": "0", **asked}, False),
     ):
-        traces = served(houses, *arguments, **environment).traces
+        traces = served(servers, *arguments, **environment).traces
         assert (traces is not None) is on
         if traces is not None:
             traces.close()
@@ -151,7 +151,7 @@ def test_traces_are_asked_for_by_flag_environment_or_file(houses, tmp_path):
         (("--rate-limit", "fast"), "--rate-limit: 'fast' is no rate"),
     ],
 )
-def test_settings_that_make_no_sense(houses, flags, words):
+def test_settings_that_make_no_sense(servers, flags, words):
     with pytest.raises(InvalidInput) as caught:
-        served(houses, *flags)
+        served(servers, *flags)
     assert words in str(caught.value)

@@ -43,7 +43,7 @@ def files(authority, tmp_path_factory):
 
 
 @pytest.mark.parametrize("names", [("cert", "key"), ("both", None)])
-def test_https_is_served_to_whoever_trusts_the_authority(authority, files, names):
+def test_https_is_served_to_clients_that_trust_the_authority(authority, files, names):
     certificate, key = (name and files[name] for name in names)
     trust = ssl.create_default_context()
     with LiveFake(address={"certificate": certificate, "key": key}) as server:

@@ -53,10 +53,10 @@ def spans_of(exporter) -> dict:
 
 
 def test_a_request_is_a_span_with_its_phases_below(seen, caplog):
-    exporter, told = seen
+    exporter, traces = seen
 
-    async def main(client, house):
-        house.traces = told
+    async def main(client, server):
+        server.traces = traces
         caplog.set_level("INFO", "echelon.server.routes")
         asked = {"query": SECRET, "documents": [SECRET + "d" * 100, "e"]}
         headers = {**TRACEPARENT, "X-Request-Id": "abc-1", "X-Api-Key": "the-key"}
@@ -106,11 +106,11 @@ def check_phases(root, spans, response) -> None:
         assert longer_ms < 0.01 or header == "Compute"  # which goes on to the answer
 
 
-def test_what_went_wrong_is_told(seen, caplog):
-    exporter, told = seen
+def test_errors_are_in_the_span(seen, caplog):
+    exporter, traces = seen
 
-    async def main(client, house):
-        house.traces = told
+    async def main(client, server):
+        server.traces = traces
         caplog.set_level("CRITICAL", "echelon")
         await client.post("/v1/rerank", content=b"{")
         (span,) = spans_of(exporter).values()
@@ -127,21 +127,21 @@ def test_what_went_wrong_is_told(seen, caplog):
     run_app(main)
 
 
-def test_falling_back_is_told_where_it_happened(seen):
-    exporter, told = seen
+def test_a_fallback_is_in_the_span(seen):
+    exporter, traces = seen
     logits, lost = np.zeros(1, np.float32), np.zeros(1, np.int32)
     for fallback in (None, 64):
         answer = Answer(logits, lost, 9, 9, Timings(), fallback=fallback)
-        told.record(SpanRecord("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
+        traces.record(SpanRecord("/v1/rerank", {}, "1", "cohere_v1", 200, 0.1, 1, answer))
         span = spans_of(exporter)["POST /v1/rerank"]
         assert span.attributes.get("echelon.fallback_max_length") == fallback
 
 
 def test_a_trace_that_is_not_sampled_makes_no_spans(seen):
-    exporter, told = seen
+    exporter, traces = seen
 
-    async def main(client, house):
-        house.traces = told
+    async def main(client, server):
+        server.traces = traces
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
         assert (await client.post("/v1/rerank", json=ASKED, headers=headers)).status_code == 200
         assert spans_of(exporter) == {}
@@ -254,7 +254,7 @@ def test_a_server_sends_its_spans_and_the_last_ones_when_it_ends(receiver):
     assert {span.trace_id.hex() for span in spans} == {TRACE}
 
 
-def test_a_receiver_that_is_not_there_harms_nobody():
+def test_a_missing_collector_affects_no_request():
     environment = {ENDPOINTS[0]: "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
     with LiveFake(environment) as server:
         for _ in range(3):

@@ -62,16 +62,16 @@ no connection is given up meanwhile. Nothing is killed because others fill the m
 PATIENCE = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
-    "RAY_USAGE_STATS_ENABLED": "0",  # tell nobody
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no statistics
     **{f"RAY_{name}": str(value).lower() for name, value in SYSTEM.items()},
 }
 """The same for the proxies of Ray Serve, which replaces slow ones, connections and all; and for
-whoever has not yet heard of the system's settings from the head."""
+processes that have not yet read the settings from the head."""
 
 
 @contextlib.contextmanager
 def cluster():
-    """A head without room for workers; :func:`machine` adds some."""
+    """A head without CPUs for workers; :func:`machine` adds some."""
     kept = dict(os.environ)
     os.environ.update(PATIENCE)
     os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
@@ -98,7 +98,7 @@ def cluster():
 
 @contextlib.contextmanager
 def machine(made: Cluster, workers: int = 1):
-    """One more machine, with room for so many workers."""
+    """One more machine, with CPUs for a number of workers."""
     node = made.add_node(num_cpus=workers * SHARE.cpus, object_store_memory=STORE)
     ours = psutil.Process().children(recursive=True)
     try:
@@ -125,12 +125,12 @@ def service(opener, *, ears=None, start_timeout_s=GUARD_S, **settings) -> Servic
     """A service whose workers are actors."""
     settings.setdefault("precision", "fp32")
 
-    def hire(number, ended):
+    def make_worker(number, ended):
         return RayWorker(
             opener, SHARE, f"worker {number}", start_timeout_s=start_timeout_s, on_end=ended
         )
 
-    return Service(LetterEncoder(), hire, ServiceSettings(**settings), listener=ears)
+    return Service(LetterEncoder(), make_worker, ServiceSettings(**settings), listener=ears)
 
 
 def run(main, made: Service):
@@ -234,7 +234,7 @@ async def ask(client: httpx.AsyncClient, seed: int, count: int = 10) -> None:
 
 
 class Load:
-    """Clients that ask one after another until told to stop."""
+    """Clients that send one request after another until stopped."""
 
     def __init__(self, client: httpx.AsyncClient, clients: int = 4) -> None:
         self.answered = 0
@@ -243,7 +243,7 @@ class Load:
         self._tasks = [asyncio.create_task(self._ask(number)) for number in range(clients)]
 
     async def more(self, count: int) -> None:
-        """Wait until so many more were answered, or one failed."""
+        """Wait for a number of further answers, or a failure."""
         goal = self.answered + count
         await until(lambda: self.answered >= goal or any(task.done() for task in self._tasks))
 

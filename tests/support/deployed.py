@@ -53,8 +53,8 @@ def alerts() -> list[dict]:
 
 def panels() -> list[dict]:
     """The dashboard's panels that show something."""
-    board = json.loads(DASHBOARD.read_text("utf-8"))
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
 def plain(expression: str, window: str = "5m") -> str:
@@ -120,15 +120,15 @@ def on_a_socket(**more):
         await made.start()
         return made
 
-    house = ServerContext(launch, "the-model", metrics)
-    config = uvicorn.Config(make_app(house), lifespan="on", log_config=None, access_log=False)
+    context = ServerContext(launch, "the-model", metrics)
+    config = uvicorn.Config(make_app(context), lifespan="on", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     taken = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
-        assert server.started, house.failure
+        assert server.started, context.failure
         yield "{}:{}".format(*taken.getsockname())
     finally:
         server.should_exit = True

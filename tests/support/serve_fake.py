@@ -1,9 +1,8 @@
-"""A server with a scorer that does as it is told, to be run in a process of its own.
+"""A server with a scorer that obeys its documents, to be run in a process of its own.
 
-``python tests/support/serve_fake.py SETTINGS`` with JSON: what :class:`scorers.Obedient` takes
-under
-``scorer``, the folder of :func:`scorers.gated` under ``gate``, and what the service, the rules, the
-connections and the address take.
+``python tests/support/serve_fake.py SETTINGS`` with JSON: arguments of :class:`scorers.Obedient`
+under ``scorer``, the folder of :func:`scorers.gated` under ``gate``, and arguments of the service,
+the limits, the connections and the address.
 """
 
 from __future__ import annotations
@@ -25,29 +24,31 @@ from echelon.server.metrics import Metrics
 from echelon.server.observability import open_traces, set_up
 
 
-def main(told: dict) -> None:
+def main(settings: dict) -> None:
     set_up("json", "info")
     metrics = Metrics()
-    scorer = told.get("scorer", {})
+    scorer = settings.get("scorer", {})
     opener = (
-        partial(gated, told["gate"], **scorer) if "gate" in told else partial(Obedient, **scorer)
+        partial(gated, settings["gate"], **scorer)
+        if "gate" in settings
+        else partial(Obedient, **scorer)
     )
-    bounds = AdmissionLimits(**told.get("bounds", {}))
-    made = service(opener, ears=metrics, bounds=bounds, **told.get("service", {}))
+    bounds = AdmissionLimits(**settings.get("bounds", {}))
+    made = service(opener, ears=metrics, bounds=bounds, **settings.get("service", {}))
 
     async def launch():
         await made.start()
         return made
 
-    keys = read_keys(told.get("keys"), told.get("rate"))
-    rules = ServerLimits(
+    keys = read_keys(settings.get("keys"), settings.get("rate"))
+    limits = ServerLimits(
         keys=keys,
-        connection=ConnectionLimits(**told.get("connection", {})),
-        **told.get("limits", {}),
+        connection=ConnectionLimits(**settings.get("connection", {})),
+        **settings.get("limits", {}),
     )
-    house = ServerContext(launch, "fake", metrics, rules, traces=open_traces(None))
-    address = Address("127.0.0.1", 0, **told.get("address", {}))
-    run(house, address, exposed=False)
+    server = ServerContext(launch, "fake", metrics, limits, traces=open_traces(None))
+    address = Address("127.0.0.1", 0, **settings.get("address", {}))
+    run(server, address, exposed=False)
 
 
 if __name__ == "__main__":

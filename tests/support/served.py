@@ -209,5 +209,5 @@ class LiveFake(Live):
 
     def metric(self, name: str) -> float:
         """A sample of its metrics; 0 where there is none."""
-        with urllib.request.urlopen(f"{self.url}/metrics") as told:
-            return sample(told.read().decode(), name)
+        with urllib.request.urlopen(f"{self.url}/metrics") as reply:
+            return sample(reply.read().decode(), name)

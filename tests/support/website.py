@@ -37,11 +37,11 @@ class Site:
 
     Attributes:
         port: of the loopback.
-        house: what it serves.
+        context: the server's context; None before the start.
     """
 
     def __init__(self, port=0, limits=None, root="", **settings):
-        self.house = None
+        self.context = None
         self._limits, self._root, self._settings = limits, root, settings
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,8 +74,8 @@ class Site:
             await made.start()
             return made
 
-        self.house = ServerContext(launch, "the-model", metrics, self._limits, stats=stats)
-        app = make_app(self.house)
+        self.context = ServerContext(launch, "the-model", metrics, self._limits, stats=stats)
+        app = make_app(self.context)
         config = uvicorn.Config(app, log_config=None, lifespan="on", root_path=self._root)
         self._server = uvicorn.Server(config)
         asyncio.get_running_loop().call_soon(self._watch)

@@ -109,15 +109,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
 # Routes that do not rank.
 
 
-async def _playground(server: ServerContext, request: Request) -> Response:
-    return _page("playground.html", server, request)
-
-
-async def _dashboard(server: ServerContext, request: Request) -> Response:
-    return _page("dashboard.html", server, request)
-
-
-def _page(name: str, server: ServerContext, request: Request) -> Response:
+async def _page(name: str, server: ServerContext, request: Request) -> Response:
     root = request.scope.get("root_path", "")
     return pages.page(name, root, keys=len(server.limits.keys) > 0)
 
@@ -193,8 +185,8 @@ async def _docs(_: ServerContext, request: Request) -> Response:
 
 
 _HANDLERS: dict[str, Handler] = {
-    "/": _playground,
-    "/dashboard": _dashboard,
+    "/": partial(_page, "playground.html"),
+    "/dashboard": partial(_page, "dashboard.html"),
     "/dashboard/data": _dashboard_data,
     "/v1/models": _models,
     "/models": _models,

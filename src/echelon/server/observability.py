@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Span
 
     from echelon.types import Answer
 
@@ -153,7 +152,13 @@ class Traces:
     def record(self, request: SpanRecord) -> str:
         """Make the spans of a request; return the trace's id in hexadecimal."""
         from opentelemetry.propagate import extract
-        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace import (
+            SpanKind,
+            Status,
+            StatusCode,
+            format_trace_id,
+            set_span_in_context,
+        )
 
         end = time.time_ns()
         begin = end - round(request.seconds * _NS)
@@ -170,7 +175,7 @@ class Traces:
             answered = begin + round(request.answered_s * _NS)
             self._phases(request.answer, answered, set_span_in_context(span))
         span.end(end)
-        return _id_of(span)
+        return format_trace_id(span.get_span_context().trace_id)
 
     def close(self) -> None:
         """Send the last spans, for three seconds at most."""
@@ -261,9 +266,3 @@ def _attributes(request: SpanRecord) -> dict[str, Any]:
         if answer.fallback is not None:
             found["echelon.fallback_max_length"] = answer.fallback
     return found
-
-
-def _id_of(span: Span) -> str:
-    from opentelemetry.trace import format_trace_id
-
-    return format_trace_id(span.get_span_context().trace_id)

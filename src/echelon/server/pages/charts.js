@@ -1,8 +1,8 @@
-// The dashboard's charts: what each shows, and how plotly.js draws it.
+// The charts of the dashboard: the data of each, drawn by plotly.js.
 import { bytes, make, milliseconds, number, plural, root, seconds } from "./common.js";
 
 const COLOURS = ["#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f"]; // as in the tuning report
-const LEAST_SHOWN_S = 60;
+const MIN_SHOWN_S = 60;
 
 const last = (column) => column.findLast((value) => value !== null) ?? null;
 
@@ -14,7 +14,7 @@ function lines(columns, { fill = false } = {}) {
       name,
       x,
       y: data.columns[column],
-      mode: "lines+markers", // a lone point between gaps is seen too
+      mode: "lines+markers", // markers, so that a single point between gaps is visible
       marker: { size: 2.5 },
       line: { color: COLOURS[place], width: 1.75 },
       ...(fill ? { fill: "tozeroy", fillcolor: `${COLOURS[place]}26` } : {}),
@@ -71,7 +71,7 @@ const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
 const CHARTS = [
   { id: "documents", title: "Documents a second", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
   { id: "requests", title: "Requests a second", note: "Errors are answers of any status but 200.", traces: lines({ answered: "requests_per_s", errors: "errors_per_s" }), now: minuteOf("requests_per_s") },
-  { id: "tokens", title: "Tokens a second", note: "Useful tokens scored, padding left out.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
+  { id: "tokens", title: "Tokens a second", note: "Tokens scored, padding not included.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
   {
     id: "latency", title: "Latency", note: "From a request's headers to its answer, of requests answered with 200.",
     traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }), layout: { yaxis: TIME },
@@ -79,28 +79,28 @@ const CHARTS = [
   },
   { id: "waiting", title: "Waiting pairs", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
   {
-    id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time until all is scored.",
+    id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time to score all pairs in it.",
     traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
   },
-  { id: "step-pairs", title: "Pairs of a step", note: "How many steps held so many pairs.", traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
+  { id: "step-pairs", title: "Pairs of a step", note: "Number of steps by pairs.", traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
   {
-    id: "step-tokens", title: "Tokens of a step", note: "How many steps cost so many tokens, padding included.", traces: bars("step_tokens"), layout: { xaxis: { type: "category" } },
+    id: "step-tokens", title: "Tokens of a step", note: "Number of steps by tokens, padding included.", traces: bars("step_tokens"), layout: { xaxis: { type: "category" } },
     now: (data) => `budget ${number(data.now?.token_budget)}`,
   },
   {
-    id: "predicted", title: "Step time", note: "Milliseconds of the last 200 steps: predicted across, actual up; on the line both are the same.",
+    id: "predicted", title: "Step time", note: "Milliseconds of the last 200 steps: predicted on the x axis, measured on the y axis; equal on the line.",
     traces: againstPredicted, layout: { xaxis: LOG, yaxis: LOG, hovermode: "closest", showlegend: false },
     now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
   },
   {
-    id: "drift", title: "Drift", note: "Actual over predicted time of steps, which predictions follow; right, how many times as long steps take as is normal for this machine.",
+    id: "drift", title: "Drift", note: "Left: measured over predicted time of steps; predictions are corrected by it. Right: step time over the normal step time of this machine.",
     traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.now?.slowdown)} ×`,
   },
   {
     id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
     now: (data) => `${bytes(data.workers.reduce((sum, worker) => sum + (worker.resident_bytes ?? 0), 0))} in all`,
   },
-  { id: "budget", title: "Token budget", note: "Tokens that a step may cost; memory trouble lowers it.", traces: lines({ budget: "token_budget" }), now: (data) => `${number(data.now?.token_budget)} now` },
+  { id: "budget", title: "Token budget", note: "Maximum tokens of a step; it is lowered after an out-of-memory error.", traces: lines({ budget: "token_budget" }), now: (data) => `${number(data.now?.token_budget)} now` },
 ];
 
 function steps(data) {
@@ -115,7 +115,7 @@ export function setUpCharts(parent) {
   }
 }
 
-/** Draw, or draw anew; before plotly.js has come, only the words. */
+/** Draw or redraw; until plotly.js is loaded, show the numbers only. */
 export function draw(data) {
   for (const chart of CHARTS) {
     const words = chart.now(data);
@@ -152,21 +152,21 @@ function figure(chart, data) {
   return [traces, layout, { displayModeBar: false, responsive: true }];
 }
 
-/** The window's ten minutes, or as much of them as the server has lived. */
+/** The last ten minutes, or the time since the server's start. */
 function timeAxis(data) {
-  const from = Math.min(Math.max(data.since, data.at - 600), data.at - LEAST_SHOWN_S);
+  const from = Math.min(Math.max(data.since, data.at - 600), data.at - MIN_SHOWN_S);
   const tickformat = data.at - from > 240 ? "%H:%M" : "%H:%M:%S";
   return { type: "date", range: [new Date(from * 1000), new Date(data.at * 1000)], nticks: 5, tickformat, hoverformat: "%H:%M:%S" };
 }
 
-/** plotly.js, from this server; the page works without it, in numbers. */
+/** Load plotly.js from this server; without it the page shows numbers only. */
 export function loadPlotly(version) {
   return new Promise((resolve, reject) => {
     const script = make("script", { src: `${root}/pages/plotly.js?v=${encodeURIComponent(version)}` });
     script.addEventListener("load", resolve);
     script.addEventListener("error", () => {
       script.remove();
-      reject(new Error("the charts' script did not come"));
+      reject(new Error("plotly.js could not be loaded"));
     });
     document.head.append(script);
   });

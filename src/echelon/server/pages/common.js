@@ -11,13 +11,13 @@ function stored(read) {
   try {
     return read();
   } catch {
-    return null; // storage is closed to us: what is kept lives as long as the page
+    return null; // no access to storage: values are kept as long as the page is open
   }
 }
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element; text goes in as text, whatever it holds. */
+/** Make an element; text is inserted as text, never as HTML. */
 export function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -31,7 +31,7 @@ export function ask(path, options = {}) {
   return fetch(root + path, { cache: "no-store", ...options, headers });
 }
 
-/** The server's own words for what went wrong. */
+/** The server's error message. */
 export async function wordsOf(response) {
   const text = await response.text();
   try {
@@ -43,7 +43,7 @@ export async function wordsOf(response) {
   }
 }
 
-/** Set up the field for the key; `changed` is called when another one was entered. */
+/** Set up the field for the API key; `changed` is called after a new key was entered. */
 export function keyField(changed) {
   const form = $("key-form");
   form.hidden = !asksForKeys;
@@ -69,7 +69,7 @@ export function askForKey() {
   $("key").focus();
 }
 
-/** The button that turns the theme; `changed` is called when colours are others. */
+/** Set up the button that switches the theme; `changed` is called after a switch. */
 export function themeButton(changed = () => {}) {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (page.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
@@ -87,7 +87,7 @@ export function themeButton(changed = () => {}) {
   show();
 }
 
-/** Say how the server is, in the header, every few seconds. */
+/** Show in the header, every five seconds, whether the server is ready. */
 export function watchReadiness() {
   const say = (state, words) => {
     $("ready").dataset.state = state;
@@ -97,9 +97,9 @@ export function watchReadiness() {
   const look = async () => {
     if (!document.hidden) {
       try {
-        const told = await (await ask("/ready", { signal: AbortSignal.timeout(12000) })).json();
-        if (told.ready) say("yes", "ready");
-        else say("no", `not ready: ${told.reason}`);
+        const state = await (await ask("/ready", { signal: AbortSignal.timeout(12000) })).json();
+        if (state.ready) say("yes", "ready");
+        else say("no", `not ready: ${state.reason}`);
       } catch {
         say("no", "does not answer");
       }
@@ -111,10 +111,10 @@ export function watchReadiness() {
 
 export async function showModel() {
   try {
-    const told = await (await ask("/health")).json();
-    $("model").textContent = told.model;
-    $("model").title = told.model;
-    return told.model;
+    const { model } = await (await ask("/health")).json();
+    $("model").textContent = model;
+    $("model").title = model;
+    return model;
   } catch {
     return "";
   }
@@ -125,17 +125,17 @@ export async function copy(text) {
     await navigator.clipboard.writeText(text);
     return;
   }
-  // Pages over plain HTTP from another machine have no clipboard of their own.
+  // Pages over plain HTTP from another machine have no access to the clipboard.
   const field = make("textarea", { class: "away", "aria-hidden": "true" });
   field.value = text;
   document.body.append(field);
   field.select();
   const done = document.execCommand("copy");
   field.remove();
-  if (!done) throw new Error("the browser does not let pages copy");
+  if (!done) throw new Error("the browser does not allow pages to copy");
 }
 
-/** A number as people read it: three figures, thousands apart. */
+/** A number with three significant digits and separated thousands. */
 export function number(value) {
   if (value === null || value === undefined) return "–";
   if (value < 0) return `−${number(-value)}`;

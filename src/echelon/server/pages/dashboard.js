@@ -1,10 +1,10 @@
-// The dashboard: asks for the last ten minutes again and again, and shows them; outlives the server.
+// The dashboard: loads the data of the last ten minutes every two seconds and shows it.
 import { $, ask, askForKey, asksForKeys, bytes, hasKey, keyField, make, number, seconds, showModel, themeButton, watchReadiness, wordsOf } from "./common.js";
 import { draw, loadPlotly, setUpCharts } from "./charts.js";
 
 const FASTEST_MS = 1000;
-const PATIENCE_MS = 8000;
-const NEWS_MS = 30000; // so long a restart is told
+const TIMEOUT_MS = 8000;
+const NOTICE_MS = 30000; // a restart is shown this long
 
 let period = 2000;
 let data = null;
@@ -14,18 +14,18 @@ let timer = 0;
 let turn = 0;
 
 async function look() {
-  if (document.hidden) return; // goes on when it is looked at again
+  if (document.hidden) return; // continues when the page is visible again
   if (asksForKeys && !hasKey()) {
-    wantKey("This server asks for an API key.");
-    return; // goes on when one was entered
+    wantKey("This server needs an API key.");
+    return; // continues after a key was entered
   }
   const mine = ++turn;
   try {
-    const response = await ask("/dashboard/data", { signal: AbortSignal.timeout(PATIENCE_MS) });
-    const told = response.ok ? await response.json() : await wordsOf(response);
-    if (mine !== turn) return; // asked again meanwhile, with another key perhaps: this one is old
-    if (response.ok) take(told);
-    else refused(response.status, told);
+    const response = await ask("/dashboard/data", { signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const found = response.ok ? await response.json() : await wordsOf(response);
+    if (mine !== turn) return; // a newer request was sent meanwhile, perhaps with another key
+    if (response.ok) take(found);
+    else refused(response.status, found);
   } catch {
     if (mine !== turn) return;
     away();
@@ -36,24 +36,24 @@ async function look() {
 
 function take(fresh) {
   const restarted = data !== null && data.since !== fresh.since;
-  if (restarted) news(`The server was started anew at ${clock(fresh.since)}; what was before is gone.`);
-  else if (awaySince !== null) news(`The server answers again; it did not from ${clock(awaySince)} on.`);
+  if (restarted) notice(`The server was restarted at ${clock(fresh.since)}; earlier data is lost.`);
+  else if (awaySince !== null) notice(`The server answers again, after no answer since ${clock(awaySince)}.`);
   awaySince = null;
   data = fresh;
   period = Math.max(FASTEST_MS, fresh.slice_s * 1000);
   $("trouble").hidden = true;
-  $("board").classList.remove("stale");
+  $("content").classList.remove("stale");
   show();
   plotly ??= loadPlotly(document.documentElement.dataset.plotly).then(show, () => (plotly = null));
 }
 
-function refused(status, said) {
-  const words = `${status} · ${said}`;
+function refused(status, message) {
+  const words = `${status} · ${message}`;
   if (status === 401) wantKey(words);
   else trouble(words);
 }
 
-/** Say it, and go to the field once: not again and again while someone reads. */
+/** Show a message, and move the focus to the key field once, not with every request. */
 function wantKey(words) {
   if ($("trouble").hidden || $("trouble").textContent !== words) askForKey();
   trouble(words);
@@ -61,20 +61,20 @@ function wantKey(words) {
 
 function away() {
   awaySince ??= Date.now() / 1000;
-  trouble(`The server does not answer since ${clock(awaySince)}. Asking again every ${number(period / 1000)} s; what is shown is what it said last.`);
+  trouble(`The server does not answer since ${clock(awaySince)}. Trying again every ${number(period / 1000)} s; the page shows its last data.`);
 }
 
 function trouble(words) {
-  if ($("trouble").textContent !== words) $("trouble").textContent = words; // said once, not every second
+  if ($("trouble").textContent !== words) $("trouble").textContent = words; // screen readers announce it once, not every second
   $("trouble").hidden = false;
   $("restarted").hidden = true;
-  $("board").classList.add("stale");
+  $("content").classList.add("stale");
 }
 
-function news(words) {
+function notice(words) {
   $("restarted").textContent = words;
   $("restarted").hidden = false;
-  setTimeout(() => ($("restarted").hidden = true), NEWS_MS);
+  setTimeout(() => ($("restarted").hidden = true), NOTICE_MS);
 }
 
 const clock = (unix) => new Date(unix * 1000).toLocaleTimeString("en-GB");
@@ -95,9 +95,9 @@ function showAbout() {
   const what = scorer ? `${scorer.family} on ${scorer.device} in ${scorer.precision}` : "no scorer yet";
   const remarks = [
     `Echelon ${version}, ${what}, running since ${clock(since)}`,
-    now?.fallback && "reads low priority shorter",
-    now?.drifted && `steps take ${number(now.slowdown)} times as long as is normal here: find what else runs or throttles the machine, or measure again with "echelon tune --refresh"`,
-    now?.draining && "takes nothing more in",
+    now?.fallback && "max_length of low-priority requests is reduced",
+    now?.drifted && `steps take ${number(now.slowdown)} times as long as normal on this machine: look for other programs or throttling, or measure again with "echelon tune --refresh"`,
+    now?.draining && "shutting down: admits no requests",
   ];
   $("about").textContent = `${remarks.filter(Boolean).join("; ")}.`;
 }
@@ -121,29 +121,29 @@ function showTiles() {
   $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
 }
 
-const TOLD = {
+const KINDS = {
   http: (name) => (name === "200" ? "answered: 200" : name === "499" ? "client went away: 499" : `answered: ${name}`),
   refused: (name) => `refused: ${words(name)}`,
   limited: () => "over a key's limit",
   connection: (name) => `connection refused: ${words(name)}`,
-  outcome: (name) => `taken in, ${words(name)}`,
+  outcome: (name) => `admitted, ${words(name)}`,
   step: () => "step scored again",
-  truncated: () => "documents that were cut",
-  fallback: () => "low priority, read shorter",
+  truncated: () => "documents that were truncated",
+  fallback: () => "low priority, max_length reduced",
   ladder: (name) => `memory ladder: ${words(name)}`,
   worker: (name) => `worker ${words(name)}`,
 };
-const QUIET = new Set(["worker starting", "worker up", "taken in, answered"]);
+const QUIET = new Set(["worker starting", "worker up", "admitted, answered"]);
 
 const words = (name) => name.replaceAll("_", " ");
 
-/** All that was counted, but what the tiles and the table of workers say already. */
+/** All counts, except those that the tiles and the table of workers show. */
 function showKinds() {
   const rows = [];
-  for (const [kind, tell] of Object.entries(TOLD)) {
+  for (const [kind, label] of Object.entries(KINDS)) {
     for (const [name, count] of Object.entries(data.window.counts[kind] ?? {})) {
-      if (QUIET.has(tell(name))) continue;
-      rows.push([tell(name), number(data.minute.counts[kind]?.[name] ?? 0), number(count)]);
+      if (QUIET.has(label(name))) continue;
+      rows.push([label(name), number(data.minute.counts[kind]?.[name] ?? 0), number(count)]);
     }
   }
   if (!rows.length) rows.push(["nothing yet", "", ""]);

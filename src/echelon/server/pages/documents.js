@@ -1,4 +1,4 @@
-// The documents as they are entered: one per line, or in boxes that may hold line breaks.
+// Entry of documents: one a line, or in boxes that may hold line breaks.
 import { $, make, plural } from "./common.js";
 
 let boxed = false;
@@ -7,7 +7,7 @@ let changed = () => {};
 const isBroken = (text) => /[\r\n]/.test(text);
 const isText = (text) => text.trim() !== "";
 
-/** What will be sent. Empty boxes between others stay, so that a box's number is its index. */
+/** The documents to send. Empty boxes between others are kept, so that a box's number is its index. */
 export function documents() {
   if (!boxed) return $("lines").value.split(/\r\n|\r|\n/).filter(isText);
   const all = boxes().map((box) => box.value);
@@ -17,22 +17,22 @@ export function documents() {
 export function setDocuments(texts) {
   if (boxed || texts.some(isBroken)) fillBoxes(texts);
   else $("lines").value = texts.join("\n");
-  told();
+  update();
 }
 
 export function setUpDocuments(whenChanged) {
   changed = whenChanged;
-  $("lines").addEventListener("input", told);
-  $("box-list").addEventListener("input", told);
+  $("lines").addEventListener("input", update);
+  $("box-list").addEventListener("input", update);
   $("as-lines").addEventListener("click", toLines);
   $("as-boxes").addEventListener("click", () => boxed || fillBoxes(documents()));
   $("add").addEventListener("click", () => addBox("").focus());
-  told();
+  update();
 }
 
 const boxes = () => [...$("box-list").querySelectorAll("textarea")];
 
-function told() {
+function update() {
   $("entry-note").textContent = "";
   $("count").textContent = `· ${plural(documents().length, "document")}`;
   changed();
@@ -62,7 +62,7 @@ function show(inBoxes) {
   $("boxes").hidden = !boxed;
   $("as-boxes").setAttribute("aria-pressed", String(boxed));
   $("as-lines").setAttribute("aria-pressed", String(!boxed));
-  told();
+  update();
 }
 
 function addBox(text) {
@@ -75,11 +75,11 @@ function addBox(text) {
     item.remove();
     (next?.querySelector("textarea") ?? $("add")).focus();
     rename();
-    told();
+    update();
   });
   $("box-list").append(item);
   rename();
-  told();
+  update();
   return box;
 }
 

@@ -1,4 +1,4 @@
-// The playground: asks the server as any client would, and shows all that it answers.
+// The playground: sends requests as a client does, and shows the whole response.
 import { $, ask, askForKey, asksForKeys, copy, hasKey, keyField, make, milliseconds, number, plural, root, showModel, themeButton, watchReadiness, wordsOf } from "./common.js";
 import { documents, setDocuments, setUpDocuments } from "./documents.js";
 import { EXAMPLE } from "./example.js";
@@ -11,8 +11,8 @@ let language = "curl";
 let model = "";
 let running = null;
 
-/** What the form asks for; what is no whole number goes to the server as it is, which says why not. */
-function wanted() {
+/** The request of the form; a top_n that is no number is sent as it is, and the server explains the error. */
+function requested() {
   const typed = $("top-n").value.trim();
   const topN = typed === "" ? null : Number.isNaN(Number(typed)) ? typed : Number(typed);
   return bodyOf($("query").value, documents(), topN);
@@ -20,10 +20,10 @@ function wanted() {
 
 async function rank() {
   running?.abort();
-  const body = wanted();
+  const body = requested();
   clear();
   if (body.query.trim() === "") {
-    showError("query: is empty. Type a question or some words."); // the API would rank by nothing
+    showError("query: is empty. Type a question or some words."); // the API would rank by an empty query
     $("query").focus();
     return;
   }
@@ -39,7 +39,7 @@ async function rank() {
     if (response.ok) showAnswer(await response.json(), response.headers, body.documents);
     else await showRefusal(response);
   } catch (error) {
-    if (running !== mine) return; // another question took its place
+    if (running !== mine) return; // a newer request replaced this one
     if (mine.signal.aborted) $("status").textContent = "Stopped";
     else showError(`The server does not answer (${error.message}). Is it running?`);
   } finally {
@@ -58,11 +58,11 @@ function busy(isBusy) {
 }
 
 function clear() {
-  for (const id of ["error", "warnings", "empty", "facts", "more"]) $(id).hidden = true;
+  for (const id of ["error", "warnings", "empty", "details", "more"]) $(id).hidden = true;
   $("results").replaceChildren();
 }
 
-// Errors, in the server's own words.
+// Errors, as the server words them.
 
 async function showRefusal(response) {
   const again = response.headers.get("Retry-After");
@@ -79,18 +79,18 @@ function showError(words) {
 // Answers.
 
 function showAnswer(answer, headers, texts) {
-  const told = answer.echelon;
+  const explained = answer.echelon;
   $("status").textContent = `${plural(answer.results.length, "result")} of ${plural(texts.length, "document")}`;
   const hits = answer.results.map(({ index, relevance_score: logit }) => ({
     index,
     logit,
     relevance: 1 / (1 + Math.exp(-logit)),
     text: texts[index],
-    cut: told.truncated_tokens[index],
+    cut: explained.truncated_tokens[index],
   }));
   showWarnings(answer.meta.warnings ?? []);
   showHits(hits, 0);
-  showFacts(headers, told);
+  showDetails(headers, explained);
 }
 
 function showWarnings(warnings) {
@@ -122,14 +122,14 @@ function item(hit, rank) {
 
 const scoreOf = (relevance) => (relevance >= 0.01 ? relevance.toFixed(4) : relevance.toPrecision(3));
 
-/** A document's text: as text, whatever it holds, and at first not more than can be looked over. */
+/** A document's text, never as HTML; a long one is shortened at first. */
 function text(whole) {
   const words = make("p", { class: "text" });
   if (whole.length <= SHOWN_LETTERS) {
     words.textContent = whole;
     return [words];
   }
-  const start = [...whole.slice(0, SHOWN_LETTERS)].slice(0, -1).join(""); // splits no pair of surrogates
+  const start = [...whole.slice(0, SHOWN_LETTERS)].slice(0, -1).join(""); // does not split a surrogate pair
   words.textContent = `${start} …`;
   const more = make("button", { type: "button", class: "plain", "aria-expanded": "false" }, `Show all ${number(whole.length)} letters`);
   more.addEventListener("click", () => {
@@ -141,7 +141,7 @@ function text(whole) {
   return [words, more];
 }
 
-function showFacts(headers, told) {
+function showDetails(headers, explained) {
   const head = (name) => headers.get(`X-Echelon-${name}`);
   const time = (name) => milliseconds(Number(head(name)));
   const rows = [
@@ -150,20 +150,20 @@ function showFacts(headers, told) {
     ["Tokenise", time("Tokenise-Ms")],
     ["Compute", time("Compute-Ms")],
     ["Tokens", number(Number(head("Tokens")))],
-    ["Cut documents", head("Truncated-Documents")],
+    ["Truncated documents", head("Truncated-Documents")],
     ["Largest step", plural(Number(head("Batch-Size")), "pair")],
-    ["Memory ladder", told.ladder.map((step) => step.rung).join(", ") || "none"],
+    ["Memory ladder", explained.ladder.map((step) => step.rung).join(", ") || "none"],
   ];
   $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
   $("request-id").textContent = `Request ${headers.get("X-Request-Id")}`;
-  $("facts").hidden = false;
+  $("details").hidden = false;
 }
 
 // The same call elsewhere.
 
 function showSnippet() {
   const url = location.origin + root;
-  $("snippet").textContent = LANGUAGES[language]({ url, model, body: wanted(), keyed: asksForKeys || hasKey() });
+  $("snippet").textContent = LANGUAGES[language]({ url, model, body: requested(), keyed: asksForKeys || hasKey() });
   $("copied").textContent = "";
 }
 

@@ -1,4 +1,4 @@
-// One call in several languages. JSON's strings, lists and numbers are Python's too.
+// The same call in several languages. JSON strings, lists and numbers are valid Python.
 
 const indented = (value) => JSON.stringify(value, null, 2);
 
@@ -9,7 +9,7 @@ export function bodyOf(query, documents, topN) {
   return body;
 }
 
-// A here-document: nothing in it is read by the shell, however long and odd the texts are.
+// A here-document: the shell interprets nothing in it.
 function curl({ url, body, keyed }) {
   const key = keyed ? ' \\\n  -H "Authorization: Bearer $ECHELON_API_KEY"' : "";
   return `curl -s ${quoted(`${url}/v2/rerank`)} \\\n  -H 'Content-Type: application/json'${key} \\\n  --data-binary @- <<'JSON'\n${indented(body)}\nJSON\n`;
@@ -32,7 +32,7 @@ for result in response.json()["results"]:
 }
 
 function cohere({ url, body, keyed }) {
-  const key = keyed ? 'os.environ["ECHELON_API_KEY"]' : '"none is asked for"';
+  const key = keyed ? 'os.environ["ECHELON_API_KEY"]' : '"no key is needed"';
   return `${keyed ? "import os\n\n" : ""}import cohere
 
 client = cohere.ClientV2(${key}, base_url=${JSON.stringify(url)})

@@ -1,11 +1,11 @@
-// Loaded before anything is painted, so that a chosen theme never flashes in late.
+// Loaded before the first paint, so that the page never shows the wrong theme.
 "use strict";
 {
   let chosen = null;
   try {
     chosen = localStorage.getItem("echelon-theme");
   } catch {
-    // Storage is closed to us: the system's theme it is.
+    // No access to storage: use the system's theme.
   }
   if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
 }
