@@ -132,7 +132,7 @@ def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path, cal
     profile, report = tmp_path / "p.json", tmp_path / "r.html"
     code, out, err = call("tune", bert, *QUICK, "--profile", profile, "--report", report)
     assert code == 0, err
-    for words in ("Best batch", "Pairs/s", "Best step", "realtime API", "Kendall"):
+    for words in ("Best batch", "Pairs/s", "Best step", "Realtime API", "Kendall"):
         assert words in out
     assert json.loads(profile.read_text())["schema"] == 1
     assert "<html" in report.read_text("utf-8")

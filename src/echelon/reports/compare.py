@@ -1,4 +1,4 @@
-"""Two profiles side by side, as plain data; docs/REPORT.md describes it. Pure."""
+"""Two profiles side by side as plain data; docs/REPORT.md describes it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 SCHEMA = 1
-"""Version of the answer's layout, see docs/REPORT.md."""
+"""Version of the JSON layout, see docs/REPORT.md."""
 
 STEPS = ((1, 128), (8, 128), (32, 128), (8, 512))
-"""Pairs and tokens of each: steps whose predicted times are compared."""
+"""Pairs, and tokens of each pair, of the steps whose predictions are compared."""
 
 MACHINE = ("cpu", "usable_cpus", "memory_bytes", "system", "python")
-"""What of the machine's description tells two apart; its cards are named by the device."""
+"""Compared parts of the machine's description; the device names the GPU."""
 
 LENGTHS = ("mean", "max")
 
@@ -34,8 +34,8 @@ LENGTHS = ("mean", "max")
 def compare(a: ProfileView, b: ProfileView) -> Row:
     """Compare two profiles.
 
-    A ratio is always B over A. Times of other models or of other texts are shown side by side,
-    without ratios: there a ratio would not tell which machine is faster.
+    A ratio is B divided by A. Times of different models or texts have no ratios: they would not
+    show which machine is faster.
 
     Returns:
         Plain data.
@@ -60,19 +60,19 @@ def compare(a: ProfileView, b: ProfileView) -> Row:
     return found | {"verdict": headline(found), "notes": notes(found)}
 
 
-# What is compared with what.
+# Compared values.
 
 
 def _same_model(a: ProfileView, b: ProfileView) -> bool:
-    """The same name, or the same files under another one."""
+    """Whether the names or the files are the same."""
     one, other = a.profile.key, b.profile.key
     return one.model == other.model or one.revision == other.revision
 
 
 def _same_texts(a: ProfileView, b: ProfileView) -> bool:
-    """Whether calls of as many pairs hold as many tokens.
+    """Whether calls of the same number of pairs have the same number of tokens.
 
-    A file's name does not tell, it differs between machines; it must where no call is shared.
+    The names of the files decide only where no such call exists: they differ between machines.
     """
     one, other = a.tokens(), b.tokens()
     shared = one.keys() & other.keys()
@@ -153,7 +153,7 @@ def _known(value: float | None) -> KnownValue | None:
 
 
 def _plain_ratio(a: float | None, b: float | None) -> Row | None:
-    """Of two numbers without an interval; None unless both are known and above 0."""
+    """The ratio of two numbers without intervals; None unless both are above 0."""
     return _plain(_ratio(_known(a), _known(b)))
 
 
@@ -190,13 +190,13 @@ def _precisions(a: ProfileView, b: ProfileView, *, times: bool) -> list[Row]:
     return rows
 
 
-# The models: they hold for texts of any length, so only the reranker must be the same.
+# Fitted models hold for texts of any length, so only the reranker must be the same.
 
 
 def _cost(a: ProfileView, b: ProfileView) -> Row:
-    prices = [_cost_values(side.cost) for side in (a, b)]
+    costs = [_cost_values(side.cost) for side in (a, b)]
     rows = [_step(a, b, pairs, tokens) for pairs, tokens in STEPS]
-    return {"a": prices[0], "b": prices[1], "steps": rows if a.cost or b.cost else []}
+    return {"a": costs[0], "b": costs[1], "steps": rows if a.cost or b.cost else []}
 
 
 def _cost_values(fit: CostFit | None) -> Row | None:
@@ -220,7 +220,7 @@ def _seconds(fit: CostFit | None, pairs: int, tokens: int) -> float | None:
 
 
 def _memory(a: ProfileView, b: ProfileView) -> Row:
-    """Of processes or of cards; one is not compared with the other."""
+    """Memory of processes or of GPUs; one is not compared with the other."""
     ratios = _same_model(a, b) and a.kind == b.kind
     rows = []
     for pairs, tokens in STEPS:

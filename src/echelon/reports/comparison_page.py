@@ -1,7 +1,4 @@
-"""Throughput of both profiles in one chart, as data for plotly. Pure.
-
-A comparison as one HTML page that needs nothing else, not even a network.
-"""
+"""A comparison of two profiles as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -33,11 +30,11 @@ if TYPE_CHECKING:
     from echelon.reports.wording import Entry
 
 DASHES = ("solid", "dash")
-"""The lines of A and of B, so that they are told apart without colours too."""
+"""Line styles of A and B, to distinguish them without colours."""
 
 
 def overlays(a: ProfileView, b: ProfileView) -> list[Chart]:
-    """A chart for each way to bound a step that either side has points for."""
+    """A throughput chart by batch size and one by token budget, where there are points."""
     drawn = (_overlay(a, b, unit) for unit in UNITS)
     return [chart for chart in drawn if chart is not None]
 
@@ -75,7 +72,7 @@ def _known(side: ProfileView, unit: str) -> list[Entry]:
 def _lines(
     entries: list[Entry], index: int, counts: list[int], unit: str
 ) -> Iterable[dict[str, Any]]:
-    """One line for each number of pairs; the side gives the colour, the number the sign."""
+    """One line for each number of pairs; the profile sets its colour, the number its symbol."""
     looks = {n: Look(COLOURS[index], SYMBOLS[i % len(SYMBOLS)]) for i, n in enumerate(counts)}
     pen = Pen(THROUGHPUT, unit, looks)
     name = "AB"[index]
@@ -99,12 +96,12 @@ def write_page(
     *,
     lang: str = "en",
 ) -> None:
-    """Write the page whole or not at all.
+    """Write the page, whole or not at all.
 
     Args:
         a: one profile.
         b: the other.
-        found: what :func:`echelon.reports.compare.compare` says of them.
+        found: the result of :func:`echelon.reports.compare.compare`.
         path: the HTML file.
         lang: language of the page, ``en`` or ``zh``.
 

@@ -1,7 +1,4 @@
-"""A comparison as tables of words, for the terminal and the page alike. Pure.
-
-A comparison for people at a terminal.
-"""
+"""Tables of a comparison, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -43,16 +40,16 @@ NAMES = {
     "max_length": N_("Maximum length of a pair"),
     "learned_token_budget": N_("Token budget learned after running out of memory"),
 }
-"""Keys and settings for people; a library's version keeps its own name."""
+"""Labels of keys and settings; library versions are labelled by the library's name."""
 
-PRICES = {
+COST_COEFFICIENTS = {
     "base_s": N_("Each step"),
     "token_s": N_("Each token"),
     "square_s": N_("Each squared token"),
     "beyond_s": N_("Each token beyond the knee"),
 }
 
-SIZES = {
+MEMORY_COEFFICIENTS = {
     "fixed_bytes": N_("Fixed"),
     "token_bytes": N_("Each token"),
     "square_bytes": N_("Each squared token"),
@@ -61,16 +58,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """One table.
-
-    Attributes:
-        name: id in the page.
-        title: heading.
-        columns: headings of the columns.
-        rows: cells of each row.
-        marked: indices of the rows that differ.
-        note: how to read it.
-    """
+    """One table; ``marked`` are the indices of rows that differ, ``note`` explains it."""
 
     name: str
     title: str
@@ -81,17 +69,17 @@ class Grid:
 
 
 def keys(found: Row) -> Grid:
-    """What was measured."""
+    """Model, machine and texts."""
     return _values("keys", tr("Compared profiles"), found["keys"])
 
 
 def settings(found: Row) -> Grid:
-    """What tuning chose."""
+    """Chosen settings."""
     return _values("settings", tr("Chosen settings"), found["settings"])
 
 
 def best(found: Row) -> Grid:
-    """The best batch for each number of pairs, and the chosen setting."""
+    """The best batch size for each number of pairs, and the chosen setting."""
     rows = [_best(row, tr("best batch size")) for row in found["best"]]
     rows += [_best(row, tr("chosen")) for row in found["chosen"]]
     return Grid(
@@ -140,9 +128,9 @@ def precisions(found: Row) -> Grid:
 
 
 def cost(found: Row) -> Grid:
-    """Prices of steps, and what steps take by them."""
+    """Cost coefficients and predicted step times."""
     models = found["cost"]
-    rows = _model_rows(models, PRICES, _price)
+    rows = _model_rows(models, COST_COEFFICIENTS, _short_time)
     rows += [
         [
             _step(row),
@@ -165,9 +153,9 @@ def cost(found: Row) -> Grid:
 
 
 def memory(found: Row) -> Grid:
-    """What steps need."""
+    """Memory coefficients and predicted peaks."""
     models = found["memory"]
-    rows = _model_rows(models, SIZES, _bytes)
+    rows = _model_rows(models, MEMORY_COEFFICIENTS, _bytes)
     rows += [
         [
             _step(row),
@@ -190,7 +178,7 @@ def memory(found: Row) -> Grid:
 
 
 def points(found: Row) -> Grid:
-    """Every point that either side measured."""
+    """All points of both profiles."""
     return Grid(
         "points",
         tr("All points"),
@@ -220,8 +208,8 @@ def points(found: Row) -> Grid:
 # Cells.
 
 
-def _cell(value: Any, say: Callable[[Any], str]) -> str:
-    return units.UNKNOWN if value is None else say(value)
+def _cell(value: Any, text: Callable[[Any], str]) -> str:
+    return units.UNKNOWN if value is None else text(value)
 
 
 def _values(name: str, title: str, rows: list[Row]) -> Grid:
@@ -263,7 +251,7 @@ def _stepped(number: Row) -> str:
 
 
 def _number(number: Row) -> str:
-    """A point's latency and throughput, or why there are none."""
+    """A point's latency and throughput, or its status."""
     if number["latency_s"] is None:
         return wording.missing(number["status"])
     ends = {"median": number["latency_s"], "low": number["low_s"], "high": number["high_s"]}
@@ -276,13 +264,13 @@ def _agreement(row: Row) -> str:
     return listed([f"τ {row['tau']:.4f}", units.percent(row["overlap"], 1), passed])
 
 
-def _model_rows(models: Row, names: dict[str, str], say: Callable[[Any], str]) -> list[list[str]]:
-    """A model's numbers on both sides, then its errors; none where neither side has one."""
+def _model_rows(models: Row, names: dict[str, str], text: Callable[[Any], str]) -> list[list[str]]:
+    """Both models' coefficients and errors; no rows where neither profile has a model."""
     sides = [models["a"], models["b"]]
     if not any(sides):
         return []
     rows = [
-        [tr(title), *(_cell(side and side[name], say) for side in sides), units.UNKNOWN]
+        [tr(title), *(_cell(side and side[name], text) for side in sides), units.UNKNOWN]
         for name, title in names.items()
     ]
     errors = {"error_median": N_("Error, median"), "error_p90": N_("Error, P90")}
@@ -302,7 +290,7 @@ def _step(row: Row) -> str:
     )
 
 
-def _price(seconds: float) -> str:
+def _short_time(seconds: float) -> str:
     if seconds and seconds < MICROSECOND:
         return f"{units.number(seconds * 1e9)}{units.SPACE}ns"
     small = seconds and seconds < MILLISECOND
@@ -313,7 +301,7 @@ MICROSECOND, MILLISECOND = 1e-6, 1e-3
 
 
 def _bytes(count: float | None) -> str:
-    """In the unit that suits: a model's numbers lie far apart."""
+    """Bytes in the largest unit with a number of at least 1."""
     if count is None:
         return units.UNKNOWN
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
@@ -323,11 +311,11 @@ def _bytes(count: float | None) -> str:
 
 
 SHOWN = (keys, settings, best, precisions, cost, memory)
-"""All but every single point: those are on the page and in the JSON."""
+"""Tables of the terminal; all points are on the page and in the JSON."""
 
 
 def print_comparison(found: dict[str, Any]) -> None:
-    """The verdict, then the tables."""
+    """Print the headline, the tables and the notes."""
     console = Console()
     for name in "ab":
         side = found[name]

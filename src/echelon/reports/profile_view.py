@@ -1,9 +1,4 @@
-"""Entries of a profile's sweep: which is meant, the fastest, and the knee. Pure.
-
-An entry is a point as the profile holds it, see :class:`echelon.tuning.sweep.MeasuredPoint`.
-
-One of the two profiles that are compared, checked so far that comparing cannot fail. Pure.
-"""
+"""The parts of a profile that reports show: entries of its sweep, and a checked view to compare."""
 
 from __future__ import annotations
 
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
 def find(
     profile: Profile, batch_size: int | None, token_budget: int | None, pairs: int | None = None
 ) -> Entry | None:
-    """The measured entry of a size; of several, that with the most pairs."""
+    """The measured entry of a step size; of several, the one with the most pairs."""
     wanted = (batch_size, token_budget)
     found = [
         e
@@ -45,38 +40,38 @@ def find(
 
 
 def chosen(profile: Profile) -> Entry | None:
-    """The measured entry of the chosen setting, with the most pairs."""
+    """The measured entry of the chosen setting with the most pairs."""
     settings = profile.settings
     budget = None if settings.token_budget == NO_BUDGET else settings.token_budget
     return find(profile, settings.batch_size, budget)
 
 
 def slowest(profile: Profile, against: Entry) -> Entry | None:
-    """The slowest size for as many pairs; None where there is no slower one."""
+    """The slowest size for the same number of pairs; None where none is slower."""
     rivals = [e for e in profile.points if measured(e) and e["pairs"] == against["pairs"]]
     found = min(rivals, key=lambda e: e["pairs_per_s"], default=against)
     return found if found["pairs_per_s"] < against["pairs_per_s"] else None
 
 
 def fastest(entries: Iterable[Entry]) -> Entry | None:
-    """The fastest of some entries; of those within TIE of it, the smallest."""
+    """The smallest size within TIE of the fastest."""
     return _smallest(entries, 1 + TIE)
 
 
 def knee(entries: Iterable[Entry]) -> Entry | None:
-    """The smallest size that keeps ENOUGH of the best throughput: beyond, little is gained."""
+    """The smallest size that reaches ENOUGH of the best throughput."""
     return _smallest(entries, 1 / ENOUGH)
 
 
 def knees(entries: Sequence[Entry], unit: str) -> list[Entry]:
-    """The knee of each number of pairs; ``unit`` names the size of the entries."""
+    """The knee for each number of pairs; ``unit`` is the entry that holds the step size."""
     counts = sorted({e["pairs"] for e in entries})
     rows = [[e for e in entries if e["pairs"] == count and e[unit]] for count in counts]
     return [found for row in rows if (found := knee(row)) is not None]
 
 
 def slower(entry: Entry, best: Entry) -> float:
-    """By how much a call of as many pairs takes longer, relative to the best."""
+    """By which share of the best time a call of the same pairs takes longer."""
     return float(entry["latency_s"]["median"] / best["latency_s"]["median"]) - 1
 
 
@@ -84,8 +79,8 @@ def _smallest(entries: Iterable[Entry], within: float) -> Entry | None:
     known = sorted((e for e in entries if measured(e)), key=_size)
     if not known:
         return None
-    least = min(e["latency_s"]["median"] for e in known)
-    return next(e for e in known if e["latency_s"]["median"] <= within * least)
+    shortest = min(e["latency_s"]["median"] for e in known)
+    return next(e for e in known if e["latency_s"]["median"] <= within * shortest)
 
 
 def _size(entry: Entry) -> int:
@@ -96,7 +91,7 @@ Place = tuple[int, int | None, int | None]
 """Pairs, batch size and token budget of a point."""
 
 DAMAGED = (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError)
-"""What reading a profile raises whose JSON is sound and whose content is not."""
+"""Errors raised by reading a profile with sound JSON and damaged content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +99,11 @@ class Number:
     """A point, measured or not.
 
     Attributes:
-        pairs: of a call.
-        batch_size: pairs a step; None leaves it to the budget.
-        token_budget: tokens a step; None leaves it to the batch size.
-        status: ``ok``, or why there is no number.
-        latency_s: median of a call; this and all below None where there is no number.
-        low_s: lower end of its interval; None with too few runs.
-        high_s: upper end.
-        samples: how many runs.
-        tokens: useful tokens of a call; the same for the same texts.
-        pairs_per_s: throughput.
-        peak_bytes: peak memory; None where it could not be read.
+        status: ``ok``, or why it was not measured; then all below are None.
+        latency_s: median of a call, with the ends of its interval; None with too few runs.
+        samples: number of runs.
+        tokens: of a call without padding; the same for the same texts.
+        peak_bytes: None where it could not be read.
     """
 
     pairs: int
@@ -131,7 +120,7 @@ class Number:
 
     @classmethod
     def of(cls, entry: Entry) -> Number:
-        """Read a profile's entry."""
+        """Read and check a profile's entry."""
         size = (
             _count(entry["pairs"]),
             _size_of(entry["batch_size"]),
@@ -148,15 +137,15 @@ class Number:
 
     @property
     def place(self) -> Place:
-        """Where it belongs in the sweep."""
+        """Its place in the sweep."""
         return self.pairs, self.batch_size, self.token_budget
 
     @property
     def latency(self) -> KnownValue | None:
-        """The median with its interval; None where there is no number."""
-        return (
-            None if self.latency_s is None else KnownValue(self.latency_s, self.low_s, self.high_s)
-        )
+        """The median with its interval; None where it was not measured."""
+        if self.latency_s is None:
+            return None
+        return KnownValue(self.latency_s, self.low_s, self.high_s)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -165,16 +154,13 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class ProfileView:
-    """A profile in the form that is compared.
+    """A profile in the form that is compared, checked so that comparing cannot fail.
 
     Attributes:
-        file: its name, for people.
-        profile: what it says.
-        points: all of the sweep, by place.
-        best: the best batch for each number of pairs.
-        precisions: each compared precision by its name.
-        cost: the cost model; None without one.
-        memory: the memory model; None without one.
+        file: the profile's name for people.
+        points: all points of the sweep, by place.
+        best: the best batch size for each number of pairs.
+        precisions: by name.
     """
 
     file: str
@@ -202,35 +188,35 @@ class ProfileView:
             ProfileError: it is damaged.
         """
         try:
-            return _side(profile, file)
+            return _view(profile, file)
         except (ProfileError, *DAMAGED) as error:
             raise damaged(file, error) from error
 
     @property
     def kind(self) -> str:
-        """``cpu`` or ``cuda``: whose memory was measured."""
+        """``cpu`` or ``cuda``: which memory was measured."""
         return self.profile.key.device.partition(":")[0]
 
     def tokens(self) -> dict[int, int]:
-        """Useful tokens of a call, by number of pairs."""
+        """Tokens of a call without padding, by number of pairs."""
         return {n.pairs: n.tokens for n in self.points.values() if n.tokens is not None}
 
     def chosen(self) -> dict[int, Number]:
         """The measured points of the chosen setting, by number of pairs."""
         settings = self.profile.settings
-        # A profile bounds steps by one of the two; the other is without end or absent.
+        # A profile limits steps by one of the two; the other is infinite or absent.
         size = (settings.batch_size, None if settings.batch_size else settings.token_budget)
         found = (n for n in self.points.values() if n.latency_s is not None)
         return {n.pairs: n for n in found if (n.batch_size, n.token_budget) == size}
 
 
 def damaged(file: str, error: Exception) -> ProfileError:
-    """What to say of a profile whose content cannot be used."""
+    """The error for a profile whose content cannot be used."""
     reason = str(error) if isinstance(error, ProfileError) else f"{type(error).__name__}: {error}"
     return ProfileError(f"{file}: damaged profile ({reason.rstrip('.')}). {TUNE_AGAIN}")
 
 
-def _side(profile: Profile, file: str) -> ProfileView:
+def _view(profile: Profile, file: str) -> ProfileView:
     points = [Number.of(entry) for entry in profile.points]
     best = [Number.of(entry) for entry in profile.best]
     _check_plain(profile)
@@ -249,7 +235,7 @@ def _side(profile: Profile, file: str) -> ProfileView:
 
 
 def _check_plain(profile: Profile) -> None:
-    """The parts that are shown as they are must be of the kind that they should be."""
+    """Check the types of the parts that are shown as they are."""
     kinds = {"key.versions": dict, "machine": dict, "data": dict, "warnings": list}
     for name, kind in kinds.items():
         found = profile.key.versions if name == "key.versions" else getattr(profile, name)
@@ -291,13 +277,13 @@ def _precision(row: dict[str, Any]) -> dict[str, Any]:
 def _positive(value: Any) -> float:
     sound = isinstance(value, int | float) and not isinstance(value, bool)
     if not (sound and math.isfinite(value) and value > 0):
-        raise ValueError(f"{value!r} is no number above 0")
+        raise ValueError(f"{value!r} is not a number above 0")
     return float(value)
 
 
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is no whole number above 0")
+        raise ValueError(f"{value!r} is not a whole number above 0")
     return value
 
 

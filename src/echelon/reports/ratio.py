@@ -1,7 +1,4 @@
-"""How two measurements compare: their ratio, how sure it is, and what that means. Pure.
-
-A comparison in words. Pure.
-"""
+"""The ratio of two measurements with its interval, and a comparison in sentences."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ if TYPE_CHECKING:
 Judgement = Literal["tie", "beyond", "within", "unknown"]
 
 ROUNDING = 1e-9
-"""So that exactly TIE apart is a tie from either side."""
+"""Makes values that differ by exactly TIE a tie in both directions."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownValue:
-    """A measured number above 0, and the ends of its interval; None where it has none."""
+    """A measured number above 0, with the ends of its interval or None."""
 
     value: float
     low: float | None = None
@@ -33,13 +30,7 @@ class KnownValue:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """B over A.
-
-    Attributes:
-        value: the ratio.
-        low: lower end of its interval; None unless both numbers have one.
-        high: upper end.
-    """
+    """B divided by A, with the ends of its interval; None unless both numbers have one."""
 
     value: float
     low: float | None = None
@@ -47,7 +38,7 @@ class Ratio:
 
     @classmethod
     def of(cls, a: KnownValue, b: KnownValue) -> Ratio:
-        """Divide.
+        """Divide b by a.
 
         The interval takes, on the logarithmic scale, the distances of both numbers to their own
         ends as independent, so their squares add up (Zou and Donner, Construction of confidence
@@ -62,19 +53,14 @@ class Ratio:
 
     @property
     def inverse(self) -> Ratio:
-        """A over B; also the ratio of rates where this is that of times."""
+        """A divided by B; the ratio of rates where this is the ratio of times."""
         if self.low is None or self.high is None:
             return Ratio(1 / self.value)
         return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
 
     @property
     def judgement(self) -> Judgement:
-        """What it means.
-
-        Returns:
-            ``tie``: within TIE, as repeated sweeps of one machine are; ``beyond`` the spread of
-            the runs, or ``within`` it; ``unknown`` without an interval.
-        """
+        """``tie`` within TIE, else ``beyond`` or ``within`` the variation; or ``unknown``."""
         if max(self.value, 1 / self.value) <= 1 + TIE + ROUNDING:
             return "tie"
         if self.low is None or self.high is None:
@@ -97,12 +83,7 @@ JUDGEMENTS = {
 
 
 def factor(ratio: SentenceRow | None, *, timed: bool = True) -> str:
-    """A ratio with its interval and what it means.
-
-    Args:
-        ratio: of two numbers; None where there is none.
-        timed: whether the numbers could have had an interval.
-    """
+    """A ratio with its interval and judgement; ``timed`` if its numbers can have intervals."""
     if ratio is None:
         return units.UNKNOWN
     if ratio["judgement"] == "unknown" and not timed:
@@ -112,7 +93,7 @@ def factor(ratio: SentenceRow | None, *, timed: bool = True) -> str:
 
 
 def times(ratio: SentenceRow) -> str:
-    """A ratio with its interval where it has one."""
+    """A ratio with its interval, if it has one."""
     shown = f"{units.number(ratio['value'])}×"
     if ratio["low"] is None:
         return shown
@@ -121,7 +102,7 @@ def times(ratio: SentenceRow) -> str:
 
 
 def headline(found: SentenceRow) -> str:
-    """Which is faster, by how much, and whether that is more than the spread."""
+    """Which profile is faster, by how much, and whether that exceeds the variation."""
     best = tr("each with its best batch size")
     if not found["comparable"]["times"]:
         why = tr(" and ").join(map(tr, found["comparable"]["obstacles"]))
@@ -141,7 +122,7 @@ def headline(found: SentenceRow) -> str:
 
 
 def _faster(row: SentenceRow, how: str) -> str:
-    """One sentence on the fastest way of each to rank as many pairs, one on its certainty."""
+    """One sentence on the fastest call of each, one on the certainty of the difference."""
     a, b = (units.duration(row[side]["latency_s"]) for side in "ab")
     ratio, what = row["throughput"], wording.pairs(row["pairs"])
     if ratio["judgement"] == "tie":
@@ -189,33 +170,35 @@ def _certainty(ratio: SentenceRow) -> str:
 
 
 def notes(found: SentenceRow) -> list[str]:
-    """What to know before trusting it."""
+    """What to know before using the comparison."""
     keys = {row["name"]: row for row in found["keys"]}
-    said = []
+    shown = []
     if found["comparable"]["model"]:
         if keys["model"]["differs"]:
-            said.append(tr("The model names differ, but the files are the same: it is one model."))
+            shown.append(tr("The model names differ, but the files are the same: it is one model."))
         elif keys["revision"]["differs"]:
-            said.append(tr("The two profiles have different revisions of the model."))
+            shown.append(tr("The two profiles have different revisions of the model."))
     if keys["precision"]["differs"]:
-        said.append(
+        shown.append(
             tr(
                 "The chosen precisions differ, which explains part of a difference in speed; "
                 "the table of precisions compares each precision with itself."
             )
         )
     if len(set(found["memory"]["of"])) > 1:
-        said.append(tr("The memory of a process is not compared with the memory of a GPU."))
+        shown.append(tr("The memory of a process is not compared with the memory of a GPU."))
     for name in "ab":
-        said += _of_side(name.upper(), found[name])
-    return said
+        shown += _profile_notes(name.upper(), found[name])
+    return shown
 
 
-def _of_side(name: str, side: Mapping[str, Any]) -> list[str]:
-    said = [tr("{what}: {found}", what=name, found=translated(text)) for text in side["warnings"]]
-    learned = side["learned_token_budget"]
+def _profile_notes(name: str, profile: Mapping[str, Any]) -> list[str]:
+    shown = [
+        tr("{what}: {found}", what=name, found=translated(text)) for text in profile["warnings"]
+    ]
+    learned = profile["learned_token_budget"]
     if learned is not None:
-        said.append(
+        shown.append(
             tr(
                 "{side}: memory ran out after tuning, so a step now has at most {tokens} "
                 "tokens; the times shown were measured before.",
@@ -223,4 +206,4 @@ def _of_side(name: str, side: Mapping[str, Any]) -> list[str]:
                 tokens=f"{learned:,}",
             )
         )
-    return said
+    return shown

@@ -1,8 +1,8 @@
-"""Rules of thumb for batch sizes, each beside what this very profile measured. Pure.
+"""Rules of thumb for batch sizes, each compared with what the profile measured.
 
-The rules are those that tutorials give: 4 to 8 pairs a batch for a realtime API, 16 to 32 for
-offline work, 1 to 4 on an edge machine, adaptive batching under concurrency, larger is faster,
-half precision loses nothing, watch P99 and memory.
+The rules are those of common tutorials: 4 to 8 pairs a batch for a realtime API, 16 to 32 for
+offline work, 1 to 4 on an edge device, adaptive batching under concurrency, larger is faster, half
+precision loses no accuracy, watch P99 and memory.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 State = Literal["holds", "costs", "unknown"]
 
 FEW, MANY = 10, 50
-"""Pairs of a call: at most so many for a realtime API, at least so many for offline work."""
+"""Pairs per call: at most 10 for a realtime API, at least 50 for offline work."""
 
 HALF = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule and what became of it here.
+    """A rule, what was measured on this machine, and the result.
 
     Attributes:
-        name: short, the same in all languages.
-        rule: the rule.
-        found: what was measured.
+        name: the same in all languages.
+        rule: its text.
+        found: the measurement as text.
         state: ``holds``, ``costs`` or ``unknown``.
-        result: the same in words.
+        result: the state as text.
     """
 
     name: str
@@ -51,12 +51,9 @@ class Rule:
 
 
 def rules_of_thumb(profile: Profile) -> list[Rule]:
-    """Each rule beside this machine."""
-    return [_api(profile), _offline(profile), _edge(profile), *_others(profile)]
-
-
-def _others(profile: Profile) -> list[Rule]:
-    return [_concurrent(profile), _larger(profile), _half(profile), _watch(profile)]
+    """Each rule, compared with this machine."""
+    rules = (_api, _offline, _edge, _concurrent, _larger, _half, _watch)
+    return [rule(profile) for rule in rules]
 
 
 # Batch sizes.
@@ -87,7 +84,7 @@ def _edge(profile: Profile) -> Rule:
 def _sizes(
     name: str, rule: str, entries: Sequence[Entry], range_: tuple[int, int], remedy: str
 ) -> Rule:
-    """A rule that names batch sizes: what each costs against the best of all sizes."""
+    """A rule that names batch sizes: how much slower each is than the best of all sizes."""
     best, inside = fastest(entries), _within(entries, range_)
     if best is None or not inside:
         return _unknown(name, rule, remedy)
@@ -129,12 +126,12 @@ def _unknown(name: str, rule: str, remedy: str) -> Rule:
 
 
 def _few(profile: Profile) -> list[Entry]:
-    """The calls of the most pairs that a realtime API has."""
+    """The entries with the most pairs per call, up to FEW."""
     return _of(profile, max((n for n in _counts(profile) if n <= FEW), default=0))
 
 
 def _many(profile: Profile) -> list[Entry]:
-    """The calls of the most pairs, if they are many."""
+    """The entries with the most pairs per call, if at least MANY."""
     return _of(profile, max((n for n in _counts(profile) if n >= MANY), default=0))
 
 
@@ -155,7 +152,7 @@ def _within(entries: Sequence[Entry], range_: tuple[int, int]) -> list[Entry]:
     return [e for e in _batches(entries) if range_[0] <= e["batch_size"] <= range_[1]]
 
 
-# The others.
+# Other rules.
 
 
 def _concurrent(profile: Profile) -> Rule:
@@ -179,15 +176,15 @@ def _concurrent(profile: Profile) -> Rule:
 
 def _larger(profile: Profile) -> Rule:
     rule = tr("Larger batches are faster")
-    most = max(_counts(profile), default=0)
-    batches = _batches(_of(profile, most))
+    pairs = max(_counts(profile), default=0)
+    batches = _batches(_of(profile, pairs))
     best = fastest(batches)
     if best is None or len(batches) == 1:
         return _unknown("larger", rule, tr("Give --batch-sizes 1,2,4,8,16,32."))
     largest = batches[-1]
     measured_text = tr(
         "{pairs}: {rate} with {step}, {best_rate} with the best, {best}.",
-        pairs=wording.pairs(most),
+        pairs=wording.pairs(pairs),
         rate=wording.rate(largest["pairs_per_s"]),
         step=wording.step_of(largest),
         best_rate=wording.rate(best["pairs_per_s"]),
@@ -196,7 +193,7 @@ def _larger(profile: Profile) -> Rule:
     if largest is best:
         measured_text = tr(
             "{pairs}: the largest size measured, {step}, is best, {rate}.",
-            pairs=wording.pairs(most),
+            pairs=wording.pairs(pairs),
             step=wording.step_of(best),
             rate=wording.rate(best["pairs_per_s"]),
         )
@@ -252,7 +249,7 @@ def _watch(profile: Profile) -> Rule:
 
 
 def _peak(profile: Profile) -> list[str]:
-    """The chosen size's memory beside the limit; nothing where either is not known."""
+    """The chosen size's memory and the limit; nothing where either is not known."""
     point, limit = chosen(profile), limit_of(profile)
     if point is None or point["peak_bytes"] is None or limit is None:
         return []

@@ -1,4 +1,4 @@
-"""Statistics of repeated measurements: medians, percentiles, intervals, ties. Pure."""
+"""Statistics of repeated measurements: medians, percentiles, intervals and ties."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TIE = 0.03
-"""Medians within 3 % are a tie: repeated sweeps of one machine differ by as much."""
+"""Medians within 3 % are a tie: repeated sweeps of one machine differ by that much."""
 
 ENOUGH = 0.95
-"""Share of the best throughput that a frugal setting must keep."""
+"""Share of the best throughput that a smaller, cheaper setting must reach."""
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What repeated timings say.
+    """Statistics of repeated timings.
 
     Attributes:
-        samples: how many there were.
-        median: their median, in the samples' unit.
+        samples: their number.
+        median: in the samples' unit, like all below.
         low: lower end of the median's 95 % interval; None with fewer than six samples.
         high: upper end.
         p95: 95th percentile (of so few samples, close to the slowest).

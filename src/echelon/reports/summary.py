@@ -1,7 +1,4 @@
-"""A scenario's recommendation in words: what the report's card and the terminal show. Pure.
-
-A recommendation for people.
-"""
+"""The recommendation for a scenario as text, for the report and the terminal."""
 
 from __future__ import annotations
 
@@ -36,18 +33,19 @@ METRICS = {
     "documents_per_s": N_("metric.documents_per_s"),
     "memory_bytes": N_("metric.memory_bytes"),
 }
-"""Rows of the card: numbers that are predicted and measured."""
+"""Message ids of the numbers that are predicted and measured, in the order of the table."""
 
 SERVED = frozenset({"api", "concurrent"})
+"""Scenarios whose settings are for `echelon serve`."""
 
 
 def scenario_summary(profile: Profile) -> Entry | None:
-    """What to show; None where no scenario was asked for.
+    """The recommendation as text; None where the profile has no scenario.
 
     Returns:
         ``title``, ``asked``, ``state`` (``held``, ``missed`` or ``unvalidated``), ``headline``,
-        ``settings`` and ``accuracy`` (label and value), ``rows`` (number, predicted, measured,
-        difference), ``type`` (a command) and ``notes``.
+        ``settings`` (label and value), ``accuracy``, ``rows`` (metric, predicted, measured,
+        deviation) and ``notes``.
     """
     found = profile.scenario
     if found is None:
@@ -59,14 +57,14 @@ def scenario_summary(profile: Profile) -> Entry | None:
         "state": state,
         "headline": _headline(found, state),
         "settings": _settings(found["chosen"]),
-        "accuracy": _accuracy(found["accuracy"]),
+        "accuracy": agreement(found["accuracy"]),
         "rows": _rows(found["predicted"], found["measured"]),
         "notes": [translated(note) for note in found["notes"]],
     }
 
 
 def command(profile: Profile, profile_path: str) -> str:
-    """What to type to use the recommendation."""
+    """The command that uses the recommendation."""
     found = profile.scenario
     if found is None or found["scenario"] not in SERVED:
         return shell(profile.key.model, profile_path)
@@ -77,7 +75,7 @@ def command(profile: Profile, profile_path: str) -> str:
 
 
 def value(name: str, amount: float | None) -> str:
-    """A number of a prediction or a measurement with its unit."""
+    """A metric with its unit."""
     if amount is None:
         return UNKNOWN
     if name.endswith("_bytes"):
@@ -85,12 +83,12 @@ def value(name: str, amount: float | None) -> str:
     return number(amount) if name.endswith("_per_s") else duration(amount)
 
 
-def deviation(said: float | None, came: float | None) -> str:
-    """By how much a measurement is off its prediction."""
-    if not said or came is None:
+def deviation(predicted: float | None, measured: float | None) -> str:
+    """How far a measurement is from its prediction, in per cent of the prediction."""
+    if not predicted or measured is None:
         return UNKNOWN
-    off = came / said - 1
-    return f"{'−' if off < 0 else '+'}{percent(abs(off))}"
+    relative = measured / predicted - 1
+    return f"{'−' if relative < 0 else '+'}{percent(abs(relative))}"
 
 
 def _asked(asked: Entry) -> str:
@@ -143,7 +141,7 @@ def _settings(chosen: Entry) -> list[tuple[str, str]]:
             else chosen["batch_size"],
         ),
         (tr("Precision"), chosen["precision"]),
-        (tr("Maximum length of a pair"), longest(chosen["max_length"])),
+        (tr("Maximum length of a pair"), max_length(chosen["max_length"])),
         (tr("Workers"), str(workers)),
     ]
     if threads is not None:
@@ -151,19 +149,15 @@ def _settings(chosen: Entry) -> list[tuple[str, str]]:
     return rows
 
 
-def longest(most: int | None) -> str:
-    """Tokens that a pair may have."""
-    return tr("the model's limit") if most is None else tokens(most)
+def max_length(count: int | None) -> str:
+    """The maximum length of a pair."""
+    return tr("the model's limit") if count is None else tokens(count)
 
 
-def _accuracy(found: Entry | None) -> str:
-    if found is None:
+def agreement(row: Entry | None) -> str:
+    """How the ranking agrees with that of fp32."""
+    if row is None:
         return tr("not compared with fp32")
-    return agreement(found)
-
-
-def agreement(row: Entry) -> str:
-    """How something ranks against fp32."""
     overlap = percent(row["overlap"], 1)
     parts = [f"τ {row['tau']:.4f}", tr("top-10 overlap {share}", share=overlap)]
     if row["ndcg_loss"] is not None:
@@ -175,9 +169,9 @@ def agreement(row: Entry) -> str:
 def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
     rows = []
     for name, label in METRICS.items():
-        said, came = predicted[name], None if measured is None else measured[name]
-        if said is not None or came is not None:
-            rows.append([tr(label), value(name, said), value(name, came), deviation(said, came)])
+        one, other = predicted[name], None if measured is None else measured[name]
+        if one is not None or other is not None:
+            rows.append([tr(label), value(name, one), value(name, other), deviation(one, other)])
     return rows
 
 
@@ -185,17 +179,17 @@ STYLES = {"held": "green", "missed": "bold red", "unvalidated": "yellow"}
 
 
 def print_scenario(profile: Profile) -> None:
-    """The settings, predicted beside measured, and what to know."""
+    """Print the settings, the predicted and measured metrics, and the notes."""
     shown = scenario_summary(profile)
     if shown is None:
         return
     console = Console()
     console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
-    for label, value in (*shown["settings"], ("Accuracy", shown["accuracy"])):
-        console.print(Text(f"  {label:13} {value}"))
+    for label, value in (*shown["settings"], ("Ranking accuracy", shown["accuracy"])):
+        console.print(Text(f"  {label:24} {value}"))
     table = Table(header_style="bold")
     table.add_column("")
-    for column in ("Predicted", "Measured", "Off"):
+    for column in ("Predicted", "Measured", "Difference"):
         table.add_column(column, justify="right")
     for row in shown["rows"]:
         table.add_row(*row)

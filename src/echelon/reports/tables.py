@@ -1,7 +1,4 @@
-"""What the command line prints for people: tables and units.
-
-A plan for people.
-"""
+"""Tables of the command line: rankings, profiles, findings and plans."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ from rich.text import Text
 from echelon.messages import units
 from echelon.messages.units import UNKNOWN, duration, number, percent
 from echelon.reports import wording
+from echelon.reports.summary import TITLES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,16 +19,9 @@ if TYPE_CHECKING:
     from echelon.profile import Profile
     from echelon.types import Ranking
 
-SITUATIONS = {
-    "api": "realtime API",
-    "offline": "offline reranking",
-    "edge": "small edge machine",
-    "concurrent": "high concurrency",
-}
-
 
 def print_ranking(ranking: Ranking) -> None:
-    """Documents in order, best first."""
+    """Print the documents, best first."""
     if not ranking.results:
         Console().print("No documents, so nothing to rank.")
         return
@@ -48,13 +39,13 @@ def print_ranking(ranking: Ranking) -> None:
 
 
 def print_profile(profile: Profile) -> None:
-    """The summary table and what to do."""
+    """Print precisions, best batch sizes and the recommended settings."""
     console = Console()
     console.print(Text(f"\n{profile.key.model} on {profile.key.device_name}", style="bold"))
     if profile.precisions:
         console.print(_precision_table(profile))
     console.print(_best_table(profile))
-    console.print(_situation_table(profile))
+    console.print(_scenario_table(profile))
     chosen = profile.settings
     best = wording.step(chosen.batch_size, chosen.token_budget)
     threads = f", threads {chosen.threads}" if chosen.threads else ""
@@ -72,7 +63,12 @@ def _table(title: str, *columns: str) -> Table:
 
 def _precision_table(profile: Profile) -> Table:
     table = _table(
-        "Precision against fp32", "Precision", "Tokens/s", "Kendall τ", "Top-10 overlap", "Passed"
+        "Precisions compared with fp32",
+        "Precision",
+        "Tokens/s",
+        "Kendall τ",
+        "Top-10 overlap",
+        "Passed",
     )
     for row in profile.precisions:
         table.add_row(
@@ -86,7 +82,7 @@ def _precision_table(profile: Profile) -> Table:
 
 
 def _best_table(profile: Profile) -> Table:
-    table = _table("Best batch", "Pairs", "Best batch", "Latency", "Pairs/s")
+    table = _table("Best batch size", "Pairs", "Best batch size", "Latency", "Pairs/s")
     for entry in profile.best:
         table.add_row(
             str(entry["pairs"]),
@@ -97,11 +93,13 @@ def _best_table(profile: Profile) -> Table:
     return table
 
 
-def _situation_table(profile: Profile) -> Table:
-    table = _table("What to do", "Situation", "Documents", "Use", "Pairs/s", "Peak memory")
+def _scenario_table(profile: Profile) -> Table:
+    table = _table(
+        "Recommended settings", "Scenario", "Documents", "Step", "Pairs/s", "Peak memory"
+    )
     for entry in profile.situations:
         table.add_row(
-            SITUATIONS[entry["name"]],
+            TITLES[entry["name"]],
             entry["documents"],
             wording.step_of(entry),
             units.number(entry["pairs_per_s"]),
@@ -111,7 +109,7 @@ def _situation_table(profile: Profile) -> Table:
 
 
 def print_findings(findings: dict[str, Any]) -> None:
-    """What ``echelon doctor`` found."""
+    """Print the findings of ``echelon doctor``."""
     console = Console()
     for section in ("machine", "software", "will_use"):
         console.print(Text(section.replace("_", " ").capitalize(), style="bold"))
@@ -135,15 +133,15 @@ def _plain(value: Any) -> str:
 Row = dict[str, Any]
 
 ROUTINGS = {
-    "tokens": "fewest outstanding tokens",
-    "requests": "fewest outstanding requests",
-    "random": "at random",
-    "two": "lesser of two at random",
+    "tokens": "worker with the fewest outstanding tokens",
+    "requests": "worker with the fewest outstanding requests",
+    "random": "random worker",
+    "two": "the better of two random workers",
 }
 
 
 def print_plan(plan: Row) -> None:
-    """The answer, and what it hangs on."""
+    """Print the answer, then what it depends on."""
     console, answer, asked = Console(), plan["answer"], plan["asked"]
     predicted = answer["predicted"]
     priced = answer["price_per_hour"] is not None
@@ -152,7 +150,7 @@ def print_plan(plan: Row) -> None:
     if answer["workers"] != answer["machines"]:
         machines += f" with {answer['workers']:,} workers"
     console.print(
-        f"[bold]{machines}[/bold] at {answer['token_budget']:,} tokens a step answer "
+        f"[bold]{machines}[/bold] at {answer['token_budget']:,} tokens per step answer "
         f"{number(asked['rate'])} requests/s."
     )
     console.print(
@@ -166,8 +164,8 @@ def print_plan(plan: Row) -> None:
     )
     if priced:
         console.print(
-            f"Price: {number(answer['price_per_hour'])} an hour, "
-            f"{number(answer['price_per_million'])} a million requests."
+            f"Price: {number(answer['price_per_hour'])} per hour, "
+            f"{number(answer['price_per_million'])} per million requests."
         )
     console.print(_budgets(plan["budgets"]))
     console.print(_sensitivity(plan, priced=priced))
@@ -176,13 +174,6 @@ def print_plan(plan: Row) -> None:
         _print_day(console, plan["day"])
     for note in plan["notes"]:
         console.print(Text(f"Note: {note}", style="yellow"))
-
-
-def _plan_table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
 
 
 def _count(machines: int | None) -> str:
@@ -194,9 +185,12 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
-    table = _plan_table(
-        "By token budget (–: never, or more machines)",
-        ("Tokens a step", "Machines", "P99", "A machine's most"),
+    table = _table(
+        "By token budget (–: the goal cannot be met)",
+        "Tokens per step",
+        "Machines",
+        "P99",
+        "Highest rate of a machine",
     )
     for row in rows:
         table.add_row(
@@ -209,8 +203,8 @@ def _budgets(rows: Iterable[Row]) -> Table:
 
 
 def _sensitivity(plan: Row, *, priced: bool) -> Table:
-    columns = ["If it turns out otherwise", "Machines", "P99", *(["Price/h"] if priced else [])]
-    table = _plan_table("Sensitivity", columns)
+    columns = ["If the workload differs", "Machines", "P99", *(["Price/h"] if priced else [])]
+    table = _table("Sensitivity", *columns)
     named = [(f"rate {number(row['rate'])}/s", row) for row in plan["rates"]]
     named += [(f"texts × {row['lengths']:g}", row) for row in plan["lengths"]]
     for name, row in named:
@@ -221,7 +215,9 @@ def _sensitivity(plan: Row, *, priced: bool) -> Table:
 
 
 def _routings(rows: Iterable[Row]) -> Table:
-    table = _plan_table("The same machines by routing", ("Routing", "Meets", "P99", "Up to"))
+    table = _table(
+        "The same machines by routing", "Routing", "Meets the goal", "P99", "Highest rate"
+    )
     for row in rows:
         table.add_row(
             ROUTINGS[row["routing"]],
@@ -243,6 +239,7 @@ def _print_day(console: Console, day: Row) -> None:
     if day["overfull_s"]:
         console.print(
             Text(
-                f"In {number(day['overfull_s'] / 3600)} hours the queue only grows.", style="yellow"
+                f"In {number(day['overfull_s'] / 3600)} hours the queue keeps growing.",
+                style="yellow",
             )
         )

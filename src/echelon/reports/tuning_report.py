@@ -1,9 +1,4 @@
-"""A report's first words: what was chosen, and what it does. Pure.
-
-The report's tables as rows of words. Pure.
-
-The tuning report: a profile as one HTML page that needs nothing else, not even a network.
-"""
+"""The tuning report: a profile as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -22,7 +17,7 @@ from echelon.reports.profile_view import chosen, find, slowest
 from echelon.reports.rules_of_thumb import rules_of_thumb
 from echelon.reports.scenario_charts import agreement_charts, curve_chart
 from echelon.reports.statistics import CONFIDENCE, ENOUGH, TIE
-from echelon.reports.summary import longest
+from echelon.reports.summary import max_length
 
 if TYPE_CHECKING:
     import os
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def headline(profile: Profile) -> str:
-    """The chosen setting and its speed, in a sentence."""
+    """One sentence with the chosen setting and its speed."""
     point = chosen(profile)
     if point is None and profile.scenario is not None:
         return tr(
@@ -71,7 +66,7 @@ def _times(point: Entry, rival: Entry) -> str:
 
 
 def tiles(profile: Profile) -> list[tuple[str, str, str]]:
-    """The verdict's figures: label, value, and what belongs to it."""
+    """The headline's numbers: label, value and explanation."""
     point = chosen(profile)
     if point is None:
         return []
@@ -103,7 +98,7 @@ def _precision_note(profile: Profile) -> str:
 
 
 def memory_of(profile: Profile) -> str:
-    """Whose memory was measured."""
+    """Which memory was measured."""
     if profile.key.device == "cpu":
         return tr(
             "memory of the tuning process, including what it still held from other precisions "
@@ -143,11 +138,11 @@ SCENARIOS = {
         N_("No token budget was measured. Give --token-budgets."),
     ),
 }
-"""Per situation: its name, what it ranks, why its setting, and what to do without one."""
+"""Per scenario: title, size of requests, reason of its setting, and the remedy without one."""
 
 
 def scenario_row(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
-    """Advice for one of the four situations; ``why`` names the remedy where there is none."""
+    """Advice for a scenario; ``why`` is the remedy where there is none."""
     title, documents, why, remedy = SCENARIOS[name]
     row = {"title": tr(title), "documents": tr(documents)}
     advice = next((s for s in profile.situations if s["name"] == name), None)
@@ -167,7 +162,7 @@ def scenario_row(profile: Profile, name: str, profile_path: str) -> dict[str, st
 
 
 def best_rows(profile: Profile) -> list[list[str]]:
-    """The summary table; a number of pairs without a measured point keeps its row."""
+    """The best batch size for each number of pairs, measured or not."""
     best = {entry["pairs"]: entry for entry in profile.best}
     counts = sorted({*best, *(e["pairs"] for e in profile.points if e["batch_size"])})
     return [_best_row(count, best.get(count)) for count in counts]
@@ -181,7 +176,7 @@ def _best_row(count: int, entry: Entry | None) -> list[str]:
 
 
 def precision_rows(profile: Profile) -> list[dict[str, Any]]:
-    """Speed and agreement of each precision."""
+    """Speed and agreement with fp32 of each precision."""
     fastest = max((row["tokens_per_s"] for row in profile.precisions), default=1.0)
     return [
         {
@@ -205,7 +200,7 @@ def _signed(loss: float) -> str:
 
 
 def agreement_needed() -> str:
-    """What a precision must reach to serve."""
+    """The limits that a precision must keep to pass."""
     return tr(
         "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
         tau=MIN_TAU,
@@ -215,7 +210,7 @@ def agreement_needed() -> str:
 
 
 def warnings(profile: Profile) -> list[str]:
-    """What to know before trusting the numbers."""
+    """The profile's warnings, and one if tuning's token budget no longer fits."""
     found = [translated(warning) for warning in profile.warnings]
     learned = profile.learned_token_budget
     if learned is None:
@@ -229,7 +224,7 @@ def warnings(profile: Profile) -> list[str]:
 
 
 def point_row(entry: Entry) -> dict[str, Any]:
-    """A measured size, or why there is no number."""
+    """A row of the table of all numbers; ``reason`` says why there are none."""
     row = {
         "pairs": entry["pairs"],
         "step": wording.step_of(entry).removesuffix(" per step"),
@@ -240,7 +235,7 @@ def point_row(entry: Entry) -> dict[str, Any]:
 
 
 def _numbers(entry: Entry) -> list[str]:
-    """The columns from the median on."""
+    """The columns after the step."""
     return [
         units.duration(entry["latency_s"]["median"]),
         wording.interval(entry),
@@ -256,10 +251,10 @@ def _numbers(entry: Entry) -> list[str]:
 
 
 PROFILE_NAME = "echelon-profile.json"
-"""Where `echelon tune` writes the profile unless told otherwise."""
+"""The default file that `echelon tune` writes."""
 
 SIZES = {"--pairs": "pairs", "--batch-sizes": "batch_size", "--token-budgets": "token_budget"}
-"""Which entry of a point each option of `echelon tune` fills."""
+"""Options of `echelon tune` and the entry of a point that each sets."""
 
 
 def write_report(
@@ -269,12 +264,12 @@ def write_report(
     profile_path: str | os.PathLike[str] = PROFILE_NAME,
     lang: str = "en",
 ) -> None:
-    """Write the report whole or not at all.
+    """Write the report, whole or not at all.
 
     Args:
         profile: what tuning found.
         path: the HTML file.
-        profile_path: where the profile itself was written; the examples name it.
+        profile_path: the profile's file, which the commands on the page name.
         lang: language of the page, ``en`` or ``zh``.
 
     Raises:
@@ -295,7 +290,7 @@ def render(
 
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
-    """What the template shows, in words."""
+    """The template's variables."""
     drawn = [
         *charts(profile),
         *memory_charts(profile),
@@ -333,7 +328,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     }
 
 
-# Facts and commands.
+# Details and commands.
 
 
 def _details(profile: Profile) -> dict[str, list[tuple[str, str]]]:
@@ -347,7 +342,7 @@ def _details(profile: Profile) -> dict[str, list[tuple[str, str]]]:
             (tr("Device"), listed([key.device, key.device_name])),
             (tr("Precision"), key.precision),
             (tr("Threads"), str(profile.settings.threads or units.UNKNOWN)),
-            (tr("Maximum length of a pair"), longest(profile.settings.max_length)),
+            (tr("Maximum length of a pair"), max_length(profile.settings.max_length)),
             (tr("Library versions"), listed(f"{name} {v}" for name, v in key.versions.items())),
             (tr("Created"), wording.when(profile.created)),
         ],
@@ -363,7 +358,7 @@ def _snippet(profile: Profile, profile_path: str) -> str:
 
 
 def _repeat(profile: Profile) -> str:
-    """The command that measures the same sizes again, as far as the profile knows it."""
+    """The command that measures the same sizes again."""
     parts = ["echelon", "tune", profile.key.model, "--device", profile.key.device]
     for option, name in SIZES.items() if profile.points else ():
         sizes = sorted({entry[name] for entry in profile.points if entry[name]})

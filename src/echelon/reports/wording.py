@@ -1,4 +1,4 @@
-"""Measurements in words for people, with units and how sure they are, and what to type. Pure.
+"""Measurements as text, and code and commands to use them.
 
 An entry is a point as the profile holds it, see :class:`echelon.tuning.sweep.MeasuredPoint`.
 """
@@ -21,77 +21,77 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 RUNS_FOR = {"p95": 20, "p99": 100}
-"""Runs below which a percentile is little else than the slowest run: one run beyond it."""
+"""Runs a percentile needs so that at least one run is slower than it."""
 
 WHOLE_PERCENT = 10
-"""An interval this wide does not deserve a decimal."""
+"""Per cent above which an interval is shown without a decimal."""
 
 MISSING = {
     "out_of_memory": N_("out of memory"),
     "skipped": N_("skipped"),
     "not_reached": N_("not measured in time"),
 }
-"""Words for each status without a number."""
+"""Text for each status of a point that was not measured."""
 
 
 def pairs(count: int) -> str:
-    """How many pairs."""
+    """A number of pairs."""
     return tr("1 pair") if count == 1 else tr("{count} pairs", count=f"{count:,}")
 
 
 def rate(pairs_per_s: float) -> str:
-    """Throughput."""
+    """A throughput."""
     return tr("{number} pairs/s", number=number(pairs_per_s))
 
 
 def tokens(count: int) -> str:
-    """How many tokens."""
+    """A number of tokens."""
     return tr("{count} tokens", count=f"{count:,}")
 
 
 def measured(entry: Entry) -> bool:
-    """Whether an entry of the profile has numbers."""
+    """Whether an entry was measured."""
     return "latency_s" in entry
 
 
 def precision(row: dict[str, Any]) -> str:
-    """A compared precision, and what of it stays in bf16."""
-    kept, name = len(row.get("keep_bf16", ())), str(row["precision"])
-    if not kept:
-        return name
-    if kept == 1:
+    """A compared precision and its number of layers kept in bf16."""
+    layers, name = len(row.get("keep_bf16", ())), str(row["precision"])
+    if layers == 1:
         return tr("{precision}, 1 layer in bf16", precision=name)
-    return tr("{precision}, {count} layers in bf16", precision=name, count=kept)
-
-
-def spread(entry: Entry) -> str:
-    """How sure the median is: the farther end of its interval, or how few runs there are."""
-    latency = entry["latency_s"]
-    if latency["low"] is None or latency["high"] is None:
-        return f"n={entry['samples']}"
-    far = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
-    percent = math.ceil(1000 * far / latency["median"]) / 10  # up: never surer than measured
     return (
-        f"±{math.ceil(percent)}{SPACE}%" if percent >= WHOLE_PERCENT else f"±{percent:.1f}{SPACE}%"
+        tr("{precision}, {count} layers in bf16", precision=name, count=layers) if layers else name
     )
 
 
+def spread(entry: Entry) -> str:
+    """Half the width of the median's interval, the larger half; the number of runs without one."""
+    latency = entry["latency_s"]
+    if latency["low"] is None or latency["high"] is None:
+        return f"n={entry['samples']}"
+    half = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
+    percent = math.ceil(1000 * half / latency["median"]) / 10  # up: never surer than measured
+    places = 0 if percent >= WHOLE_PERCENT else 1
+    percent = math.ceil(percent) if percent >= WHOLE_PERCENT else percent
+    return f"±{percent:.{places}f}{SPACE}%"
+
+
 def interval(entry: Entry) -> str:
-    """The median's interval; a dash where there are too few runs for one."""
+    """The median's interval; a dash with too few runs for one."""
     low, high = entry["latency_s"]["low"], entry["latency_s"]["high"]
     return UNKNOWN if low is None or high is None else f"{duration(low)} – {duration(high)}"
 
 
 def percentile(entry: Entry, name: str) -> str:
-    """A percentile, marked ≈ where the runs are too few to tell it from the slowest."""
+    """A percentile; marked ≈ with too few runs to tell it from the slowest."""
     if entry["samples"] == 1:
         return UNKNOWN
-    sure = entry["samples"] >= RUNS_FOR[name]
-    return ("" if sure else "≈ ") + duration(entry["latency_s"][name])
+    mark = "" if entry["samples"] >= RUNS_FOR[name] else "≈ "
+    return mark + duration(entry["latency_s"][name])
 
 
 def step(batch_size: int | None, token_budget: int | None) -> str:
-    """How a step is bounded, in words; a budget without end bounds nothing."""
+    """The limits of a step; an infinite budget is no limit."""
     parts = [tr("batch size {size}", size=f"{batch_size:,}")] if batch_size else []
     if token_budget and token_budget != NO_BUDGET:
         parts.append(tr("{count} tokens per step", count=f"{token_budget:,}"))
@@ -99,40 +99,35 @@ def step(batch_size: int | None, token_budget: int | None) -> str:
 
 
 def step_of(entry: Entry) -> str:
-    """How a point's or a situation's step is bounded."""
+    """The limits of a step of a point or of a scenario's advice."""
     return step(entry["batch_size"], entry["token_budget"])
 
 
 def point(entry: Entry) -> str:
-    """A point in one line."""
+    """A point in one line: its size, then its numbers or why there are none."""
     what = listed([pairs(entry["pairs"]), step_of(entry)])
-    if not measured(entry):
-        return tr("{what}: {found}", what=what, found=status(entry))
-    found = listed([latency(entry), rate(entry["pairs_per_s"]), size(entry["peak_bytes"])])
+    if measured(entry):
+        found = listed([latency(entry), rate(entry["pairs_per_s"]), size(entry["peak_bytes"])])
+        return tr("{what}: {found}", what=what, found=found)
+    found = status = missing(entry["status"])
+    if entry["reason"]:
+        found = tr("{what}: {found}", what=status, found=translated(entry["reason"]))
     return tr("{what}: {found}", what=what, found=found)
 
 
 def latency(entry: Entry) -> str:
-    """A point's median, and how sure it is."""
+    """A point's median and its certainty."""
     median = duration(entry["latency_s"]["median"])
     return tr("{value} ({certainty})", value=median, certainty=spread(entry))
 
 
-def status(entry: Entry) -> str:
-    """What became of a point, with the reason if it has no number."""
-    found = missing(entry["status"])
-    if not entry["reason"]:
-        return found
-    return tr("{what}: {found}", what=found, found=translated(entry["reason"]))
-
-
 def missing(name: str) -> str:
-    """Words for a status."""
+    """The text of a status."""
     return tr("ok") if name == "ok" else tr(MISSING.get(name, str(name)))
 
 
 def when(created: str) -> str:
-    """A time as in the profile, to the minute; what is no time stays as it is."""
+    """A time of the profile to the minute; other text as it is."""
     try:
         return f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M %Z}".strip()
     except ValueError:
@@ -140,7 +135,7 @@ def when(created: str) -> str:
 
 
 def machine(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The machine, see :mod:`echelon.tuning.machine`, as labels and values."""
+    """Labels and values of a machine, see :mod:`echelon.tuning.machine`."""
     usable, present = (found.get(name, UNKNOWN) for name in ("usable_cpus", "cpus"))
     system = [found.get("system"), found.get("machine")]
     return [
@@ -161,7 +156,7 @@ def _gpu(gpu: Mapping[str, Any]) -> str:
 
 
 def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The texts that were scored, as labels and values."""
+    """Labels and values of the scored texts."""
     lengths = found.get("tokens") or {}
     names = {"mean": tr("mean"), "p50": tr("median"), "p90": "P90", "max": tr("longest")}
     known = [f"{names[name]} {lengths[name]:,.0f}" for name in names if name in lengths]
@@ -173,19 +168,19 @@ def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def python(model: str, profile_path: str, entry: Entry | None = None) -> str:
-    """The Python that loads a model with its profile, and an entry's step size if one is given."""
+    """Python code that loads a model with its profile; an entry sets the step size."""
     option = _step_option(entry)
     more = f", {option[0]}={option[1]}" if option else ""
     return f"Reranker({_quoted(model)}, profile={_quoted(profile_path)}{more})"
 
 
 def _quoted(text: str) -> str:
-    """A Python string in the quotes that people write: JSON's, but for its surrogate pairs."""
+    """A Python string in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def shell(model: str, profile_path: str, entry: Entry | None = None) -> str:
-    """The same as a command."""
+    """A command that ranks with a model and its profile; an entry sets the step size."""
     option = _step_option(entry)
     more = [f"--{option[0].replace('_', '-')}", str(option[1])] if option else []
     parts = shlex.join(["--model", model, "--profile", profile_path, *more])
@@ -193,7 +188,7 @@ def shell(model: str, profile_path: str, entry: Entry | None = None) -> str:
 
 
 def _step_option(entry: Entry | None) -> tuple[str, int] | None:
-    """The option that sets a step's size; None leaves it to the profile."""
+    """The option that sets a step's size; None where the profile does."""
     for name in ("batch_size", "token_budget"):
         if entry and entry[name]:
             return name, entry[name]
