@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import scorers
 from scorers import Obedient
-from services import GUARD_S, Ears, run, scores, service, texts, until, wish
+from services import GUARD_S, RecordingListener, coded, run, scores, service, submit, texts, until
 
 from echelon.engine.events import NullListener, RequestEnded
 from echelon.engine.state import ServiceSettings
@@ -27,10 +27,10 @@ from echelon.scheduling.admission import AdmissionLimits
 
 
 def test_answers_are_the_scorers_own_whoever_else_asks():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        answers = await asyncio.gather(*(made.submit(texts(seed)) for seed in range(40)))
+        answers = await asyncio.gather(*(submit(made, texts(seed)) for seed in range(40)))
         for seed, answer in enumerate(answers):
             assert answer.logits.tolist() == scores(texts(seed))
             assert answer.truncated_tokens.tolist() == [0] * 5
@@ -41,42 +41,42 @@ def test_answers_are_the_scorers_own_whoever_else_asks():
         snapshot = made.snapshot()
         assert (snapshot.requests, snapshot.load.tokens, snapshot.workers) == (0, 0, 1)
 
-    run(main, service(ears=ears))
-    steps = ears.of("StepFinished")
+    run(main, service(listener=listener))
+    steps = listener.of("StepFinished")
     assert sum(step.pairs for step in steps) == 200
     assert all(step.predicted_s > 0 for step in steps)
-    assert [event.outcome for event in ears.of("RequestEnded")] == ["answered"] * 40
-    states = ears.states()
+    assert [event.outcome for event in listener.of("RequestEnded")] == ["answered"] * 40
+    states = listener.states()
     assert states == ["starting", "up", "stopped"]
 
 
 def test_nothing_asked_is_nothing_done():
     async def main(made):
-        answer = await made.submit([])
+        answer = await submit(made, [])
         assert answer.logits.shape == answer.truncated_tokens.shape == (0,)
 
     run(main, service())
 
 
 def test_identical_pairs_in_flight_are_scored_once():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        answers = await asyncio.gather(*(made.submit(texts(1)) for _ in range(10)))
+        answers = await asyncio.gather(*(submit(made, texts(1)) for _ in range(10)))
         assert all(answer.logits.tolist() == scores(texts(1)) for answer in answers)
 
-    run(main, service(ears=ears))
-    assert sum(step.pairs for step in ears.of("StepFinished")) < 50
+    run(main, service(listener=listener))
+    assert sum(step.pairs for step in listener.of("StepFinished")) < 50
 
 
 def test_truncation_is_told():
     async def main(made):
-        answer = await made.submit([("query", "d" * 100), ("query", "d")])
+        answer = await submit(made, [("query", "d" * 100), ("query", "d")])
         assert answer.truncated_tokens.tolist() == [100 + 5 + 3 - 60, 0]
-        wider = await made.submit([("query", "d" * 100)], max_length=512)
+        wider = await submit(made, [("query", "d" * 100)], max_length=512)
         assert wider.truncated_tokens.tolist() == [0]
         with pytest.raises(InvalidInput, match="beyond the model's 512"):
-            await made.submit([("query", "d")], max_length=513)
+            await submit(made, [("query", "d")], max_length=513)
 
     run(main, service(max_length=60))
 
@@ -84,113 +84,119 @@ def test_truncation_is_told():
 def test_bad_input_names_the_document():
     async def main(made):
         with pytest.raises(InvalidInput, match=r"pairs\[1\]"):
-            await made.submit([("q", "d"), None])
+            await submit(made, [("q", "d"), None])
         pairs = texts(1, 100)
         pairs[70] = ("query", None)
         with pytest.raises(InvalidInput, match=r"pairs\[70\]\.document: is NoneType"):
-            await made.submit(pairs)
+            await submit(made, pairs)
         assert made.snapshot().requests == 0
 
     run(main, service())
 
 
 def test_several_workers_share_one_queue():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        answers = await asyncio.gather(*(made.submit(texts(seed, 20)) for seed in range(30)))
+        answers = await asyncio.gather(*(submit(made, texts(seed, 20)) for seed in range(30)))
         for seed, answer in enumerate(answers):
             assert answer.logits.tolist() == scores(texts(seed, 20))
 
-    run(main, service(partial(Obedient, pace_s=0.00003), ears=ears, workers=2, token_budget=300))
-    assert {step.worker for step in ears.of("StepFinished")} == {0, 1}
+    run(
+        main,
+        service(partial(Obedient, pace_s=0.00003), listener=listener, workers=2, token_budget=300),
+    )
+    assert {step.worker for step in listener.of("StepFinished")} == {0, 1}
 
 
 # Overload and deadlines.
 
 
 def test_a_full_house_refuses_whole_requests_and_keeps_its_word():
-    ears = Ears()
+    listener = RecordingListener()
     bounds = AdmissionLimits(max_requests=4)
 
     async def main(made):
         answers = await asyncio.gather(
-            *(made.submit(texts(seed)) for seed in range(12)), return_exceptions=True
+            *(submit(made, texts(seed)) for seed in range(12)), return_exceptions=True
         )
         refused = [answer for answer in answers if isinstance(answer, Overloaded)]
         served = [answer for answer in answers if not isinstance(answer, Exception)]
         assert (len(served), len(refused)) == (4, 8)
         assert all(error.retry_after_s > 0 for error in refused)
-        assert (await made.submit(texts(1))).logits.tolist() == scores(texts(1))
+        assert (await submit(made, texts(1))).logits.tolist() == scores(texts(1))
         with pytest.raises(TooLarge):
-            await made.submit([("q", "d")] * 10_001)
+            await submit(made, [("q", "d")] * 10_001)
 
-    run(main, service(ears=ears, bounds=bounds))
-    assert {event.reason for event in ears.of("Refused")} == {"requests_full", "too_many_documents"}
+    run(main, service(listener=listener, bounds=bounds))
+    assert {event.reason for event in listener.of("RequestRefused")} == {
+        "requests_full",
+        "too_many_documents",
+    }
 
 
 def test_a_deadline_that_cannot_be_met_burns_nothing():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
         with pytest.raises(DeadlinePassed, match="even on an idle server"):
-            await made.submit(texts(1, 1000), deadline=made.clock() + 0.5)
+            await submit(made, texts(1, 1000), deadline=made.clock() + 0.5)
         with pytest.raises(DeadlinePassed):
-            await made.submit(texts(1), deadline=made.clock())
+            await submit(made, texts(1), deadline=made.clock())
 
-    run(main, service(partial(Obedient, pace_s=0.0001), ears=ears))
-    assert ears.of("StepFinished") == []
+    run(main, service(partial(Obedient, pace_s=0.0001), listener=listener))
+    assert listener.of("StepFinished") == []
 
 
 def test_a_deadline_that_passes_in_the_queue_takes_the_request_out():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        hanging = asyncio.create_task(made.submit(wish(scorers.HANG)))
+        hanging = asyncio.create_task(submit(made, coded(scorers.HANG)))
         await until(lambda: made.snapshot().load.running_s)
         with pytest.raises(DeadlinePassed, match="while the request waited"):
-            await made.submit(texts(1), deadline=made.clock() + 0.3)
+            await submit(made, texts(1), deadline=made.clock() + 0.3)
         assert made.snapshot().load.tokens == 0
         hanging.cancel()
         await asyncio.wait([hanging])
 
-    run(main, service(ears=ears))
-    assert len(ears.of("StepFinished")) == 0
-    assert [event.outcome for event in ears.of("RequestEnded")] == ["expired", "cancelled"]
+    run(main, service(listener=listener))
+    assert len(listener.of("StepFinished")) == 0
+    assert [event.outcome for event in listener.of("RequestEnded")] == ["expired", "cancelled"]
 
 
 def test_a_caller_who_goes_takes_his_work_along():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        gone = [asyncio.create_task(made.submit(texts(seed, 50))) for seed in range(5)]
+        gone = [asyncio.create_task(submit(made, texts(seed, 50))) for seed in range(5)]
         await until(lambda: made.snapshot().load.requests == 5)
         for task in gone:
             task.cancel()
         await asyncio.wait(gone)
         assert made.snapshot().load.pairs == 0
-        assert (await made.submit(texts(9))).logits.tolist() == scores(texts(9))
+        assert (await submit(made, texts(9))).logits.tolist() == scores(texts(9))
 
-    run(main, service(partial(Obedient, pace_s=0.0002), ears=ears, token_budget=100))
-    assert sum(step.pairs for step in ears.of("StepFinished")) < 60
-    outcomes = [event.outcome for event in ears.of("RequestEnded")]
+    run(main, service(partial(Obedient, pace_s=0.0002), listener=listener, token_budget=100))
+    assert sum(step.pairs for step in listener.of("StepFinished")) < 60
+    outcomes = [event.outcome for event in listener.of("RequestEnded")]
     assert sorted(outcomes) == ["answered"] + ["cancelled"] * 5
 
 
 def test_one_document_overtakes_a_thousand():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
-        long = asyncio.create_task(made.submit(texts(1, 1000)))
-        await until(lambda: len(ears.of("StepFinished")) >= 3)
-        before = len(ears.of("StepFinished"))
-        await made.submit(texts(2, 1))
-        assert len(ears.of("StepFinished")) - before <= 4
+        long = asyncio.create_task(submit(made, texts(1, 1000)))
+        await until(lambda: len(listener.of("StepFinished")) >= 3)
+        before = len(listener.of("StepFinished"))
+        await submit(made, texts(2, 1))
+        assert len(listener.of("StepFinished")) - before <= 4
         assert not long.done()
         long.cancel()
         await asyncio.wait([long])
 
-    run(main, service(partial(Obedient, pace_s=0.0001), ears=ears, token_budget=300))
+    run(main, service(partial(Obedient, pace_s=0.0001), listener=listener, token_budget=300))
 
 
 # Its life.
@@ -209,12 +215,12 @@ def test_a_model_that_cannot_be_opened_says_so():
 
 def test_draining_answers_what_is_inside_and_takes_nothing_more():
     async def main(made):
-        inside = [asyncio.create_task(made.submit(texts(seed, 20))) for seed in range(10)]
+        inside = [asyncio.create_task(submit(made, texts(seed, 20))) for seed in range(10)]
         await asyncio.sleep(0)
         draining = asyncio.create_task(made.drain(GUARD_S))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
-            await made.submit(texts(1))
+            await submit(made, texts(1))
         assert not (await made.ready()).ready
         assert await draining
         answers = [task.result() for task in inside]
@@ -225,14 +231,14 @@ def test_draining_answers_what_is_inside_and_takes_nothing_more():
 
 def test_stopping_tells_whoever_still_waits():
     async def main(made):
-        inside = asyncio.create_task(made.submit(wish(scorers.HANG)))
+        inside = asyncio.create_task(submit(made, coded(scorers.HANG)))
         await until(lambda: made.snapshot().load.running_s)
         assert not await made.drain(0.01)
         await made.stop()
         with pytest.raises(ShuttingDown, match="stopped before the request was done"):
             await inside
         with pytest.raises(ShuttingDown):
-            await made.submit(texts(1))
+            await submit(made, texts(1))
         await made.stop()
 
     before = threading.active_count()
@@ -244,19 +250,19 @@ def test_stopping_tells_whoever_still_waits():
 
 
 def test_readiness_is_a_score_and_not_a_port():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
         assert (await made.ready()).ready
-        assert ears.of("StepFinished") == []  # the warm-up is fresh enough
-        made._dispatch.last_scored = None
+        assert listener.of("StepFinished") == []  # the warm-up is fresh enough
+        made._dispatcher.last_scored = None
         probes = await asyncio.gather(*(made.ready() for _ in range(5)))
         assert all(probe.ready for probe in probes)
-        assert len(ears.of("StepFinished")) == 1
-        made._keepers[0].up = False
+        assert len(listener.of("StepFinished")) == 1
+        made._supervisors[0].up = False
         assert "no worker is up" in (await made.ready()).reason
 
-    run(main, service(ears=ears))
+    run(main, service(listener=listener))
     assert not asyncio.run(service().ready()).ready
 
 
@@ -269,9 +275,9 @@ def test_a_listener_that_raises_harms_nobody(caplog):
             raise RuntimeError("none at all")
 
     async def main(made):
-        assert len((await made.submit(texts(1))).logits) == 5
+        assert len((await submit(made, texts(1))).logits) == 5
 
-    run(main, service(ears=Deaf()))
+    run(main, service(listener=Deaf()))
     assert "This is a bug in it" in caplog.text
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from services import GUARD_S, Ears, LetterEncoder, wish
+from services import GUARD_S, LetterEncoder, RecordingListener, coded, encoded, submit
 
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
@@ -56,26 +56,26 @@ class Planned:
 
 
 class Town:
-    """A service with such a worker, its ears, and callers that come one after another."""
+    """A service with such a worker, its listener, and callers that come one after another."""
 
     def __init__(self, prior=TUNED, **settings):
-        self.worker, self.ears, self.random = Planned(), Ears(), Random(0)
+        self.worker, self.listener, self.random = Planned(), RecordingListener(), Random(0)
         self.service = Service(
             LetterEncoder(),
             lambda number, ended: self.worker,
             ServiceSettings(precision="fp32", **settings),
-            listener=self.ears,
+            listener=self.listener,
             clock=lambda: 0.0,
             prior=prior,
         )
 
     async def call(self, count):
         """Requests of any kind; how far each step's prediction was off."""
-        before = len(self.ears.of("StepFinished"))
+        before = len(self.listener.of("StepFinished"))
         for number in range(count):
             letters = [1] * self.random.choice([5, 40, 200, 400])
-            await self.service.submit(wish(*letters, number, count=self.random.randint(1, 4)))
-        steps = self.ears.of("StepFinished")[before:]
+            await submit(self.service, coded(*letters, number, count=self.random.randint(1, 4)))
+        steps = self.listener.of("StepFinished")[before:]
         assert len(steps) == count
         return [abs(step.predicted_s / step.actual_s - 1) for step in steps]
 
@@ -84,7 +84,7 @@ class Town:
         answered = 0
         for number in range(count):
             try:
-                await self.service.submit(wish(*[2] * 300, number, count=6), deadline=seconds)
+                await submit(self.service, coded(*[2] * 300, number, count=6), deadline=seconds)
             except DeadlinePassed:
                 continue
             answered += 1
@@ -114,7 +114,7 @@ def test_a_worker_at_half_its_speed_is_followed_within_fifty_steps_and_back(slow
 
 
 def test_admission_refuses_what_the_slow_worker_cannot_do_and_goodput_recovers():
-    large = wish(*[2] * 300, 0, count=6).lengths
+    large = encoded(coded(*[2] * 300, 0, count=6)).lengths
     usual, slow = (prices.seconds(work_of(large, "none")) for prices in (USUAL, HALF))
 
     async def main(town):
@@ -126,7 +126,9 @@ def test_admission_refuses_what_the_slow_worker_cannot_do_and_goodput_recovers()
         town.worker.prices = USUAL
         await town.call(WITHIN)
         assert await town.goodput(1.5 * usual) == 10
-        assert {event.reason for event in town.ears.of("Refused")} == {"deadline_impossible"}
+        assert {event.reason for event in town.listener.of("RequestRefused")} == {
+            "deadline_impossible"
+        }
 
     live(main)
 
@@ -164,7 +166,7 @@ def test_a_drift_is_in_the_snapshot_and_once_in_the_log_with_the_remedy(caplog):
 )
 def test_the_profiles_prices_hold_from_the_start_where_they_are_of_this_kind(prior, begins, normal):
     async def main(town):
-        dispatch = town.service._dispatch
+        dispatch = town.service._dispatcher
         assert dispatch.cost.prior == begins
         town.worker.prices = HALF
         await town.call(2 * HOLD)
@@ -175,15 +177,15 @@ def test_the_profiles_prices_hold_from_the_start_where_they_are_of_this_kind(pri
 
 def test_late_steps_and_missed_goals_lower_the_budget_and_quiet_ones_raise_it():
     async def main(town):
-        full = wish(*[3] * 10, count=20)  # some 300 tokens: more than half of the budget
+        full = coded(*[3] * 10, count=20)  # some 300 tokens: more than half of the budget
         town.worker.prices = USUAL.priced([50 * price for price in USUAL.prices])
         for _ in range(4):
-            await town.service.submit(full)
+            await submit(town.service, full)
         assert town.service.snapshot().load.budget == 300
         town.worker.prices = USUAL
         for _ in range(200):
-            await town.service.submit(full)
-        moves = [(event.tokens, event.reason) for event in town.ears.of("BudgetMoved")]
+            await submit(town.service, full)
+        moves = [(event.tokens, event.reason) for event in town.listener.of("BudgetMoved")]
         assert moves[0] == (300, "goal")
         assert moves[-1] == (400, "recovered")
         assert town.service.snapshot().load.budget == 400

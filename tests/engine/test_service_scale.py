@@ -8,7 +8,7 @@ import signal
 from functools import partial
 
 from scorers import Obedient, opens_once
-from services import Ears, LetterEncoder, run, scores, service, texts, until
+from services import LetterEncoder, RecordingListener, run, scores, service, submit, texts, until
 
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
@@ -21,50 +21,50 @@ slow = partial(Obedient, pace_s=0.00002)
 
 
 async def answered(made, seeds) -> None:
-    answers = await asyncio.gather(*(made.submit(texts(seed, 20)) for seed in seeds))
+    answers = await asyncio.gather(*(submit(made, texts(seed, 20)) for seed in seeds))
     for seed, answer in zip(seeds, answers, strict=True):
         assert answer.logits.tolist() == scores(texts(seed, 20))
 
 
 def test_workers_come_and_go_under_load():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
         load = asyncio.create_task(answered(made, range(60)))
-        await until(lambda: ears.of("StepFinished"))
+        await until(lambda: listener.of("StepFinished"))
         made.resize(3)
         await until(lambda: made.snapshot().workers == 3)
         made.resize(1)
         await load
-        await until(lambda: len(made._keepers) == 1 or not made._keepers[-1].is_alive())
+        await until(lambda: len(made._supervisors) == 1 or not made._supervisors[-1].is_alive())
         assert made.snapshot().staff == made.snapshot().workers == 1
         await answered(made, range(60, 63))
 
-    run(main, service(slow, ears=ears, token_budget=1500))
-    assert "died" not in ears.states()
-    assert ears.states().count("stopped") == 3
+    run(main, service(slow, listener=listener, token_budget=1500))
+    assert "died" not in listener.states()
+    assert listener.states().count("stopped") == 3
 
 
 def test_a_worker_that_goes_finishes_what_it_has():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
         load = asyncio.create_task(answered(made, range(40)))
-        await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
+        await until(lambda: {step.worker for step in listener.of("StepFinished")} == {0, 1})
         made.resize(1)
         await load
 
-    run(main, service(slow, ears=ears, workers=2, token_budget=1500))
-    assert not any(step.again for step in ears.of("StepFinished"))
+    run(main, service(slow, listener=listener, workers=2, token_budget=1500))
+    assert not any(step.again for step in listener.of("StepFinished"))
 
 
 def test_a_worker_that_dies_while_it_goes_gives_back_what_it_has():
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(made):
         load = asyncio.create_task(answered(made, range(40)))
-        await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
-        keeper = made._keepers[1]
+        await until(lambda: {step.worker for step in listener.of("StepFinished")} == {0, 1})
+        keeper = made._supervisors[1]
         os.kill(keeper._worker.pid, signal.SIGSTOP)
         await until(lambda: keeper._sent)
         made.resize(1)
@@ -72,7 +72,7 @@ def test_a_worker_that_dies_while_it_goes_gives_back_what_it_has():
         await load
         assert made.snapshot().staff == 1
 
-    run(main, service(slow, ears=ears, workers=2, token_budget=1500))
+    run(main, service(slow, listener=listener, workers=2, token_budget=1500))
 
 
 def test_a_worker_that_cannot_be_added_leaves_the_others_alone(tmp_path):
@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_be_added_leaves_the_others_alone(tmp_path):
 
 
 def test_a_delay_brings_workers_and_rest_takes_them_away():
-    ears = Ears()
+    listener = RecordingListener()
     scaling = AutoscalingLimits(1, 2, delay_s=0.01, up_s=0.01, down_s=0.5)
 
     async def main(made):
@@ -98,7 +98,7 @@ def test_a_delay_brings_workers_and_rest_takes_them_away():
         await until(lambda: made.snapshot().staff == 1)
         await answered(made, range(3))
 
-    run(main, service(slow, ears=ears, scaling=scaling, token_budget=1500))
+    run(main, service(slow, listener=listener, scaling=scaling, token_budget=1500))
 
 
 class Gone(ChildWorker):
@@ -117,17 +117,17 @@ class Gone(ChildWorker):
 def test_a_machine_that_goes_is_no_fault_of_the_pairs():
     """One pair may lose more machines than workers: its step is taken back, not tried again."""
     assert issubclass(WorkerGone, WorkerDied)
-    ears = Ears()
+    listener = RecordingListener()
     made = Service(
         LetterEncoder(),
         lambda number, ended: Gone(Obedient, on_end=ended),
         ServiceSettings(precision="fp32"),
-        listener=ears,
+        listener=listener,
     )
 
     async def main(made):
-        answer = await made.submit(texts(1, 3))
+        answer = await submit(made, texts(1, 3))
         assert answer.logits.tolist() == scores(texts(1, 3))
 
     run(main, made)
-    assert ears.states().count("died") == 2
+    assert listener.states().count("died") == 2

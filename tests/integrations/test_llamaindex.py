@@ -40,7 +40,7 @@ def seen(found):
     return [(int(node.node_id.removeprefix("n")), node.score) for node in found]
 
 
-def told(ranking, top_n=None, *, logits=False):
+def expected_of(ranking, top_n=None, *, logits=False):
     return [
         (r.index, pytest.approx(r.logit if logits else r.score, abs=1e-5))
         for r in ranking.results[:top_n]
@@ -65,8 +65,8 @@ def test_a_query_engine_answers_from_the_librarys_ranking(reranker, expected):
     engine = RetrieverQueryEngine(
         Fixed(), NoText(llm=MockLLM()), node_postprocessors=[EchelonRerank(reranker, top_n=4)]
     )
-    assert seen(engine.query(QUERY).source_nodes) == told(expected, 4)
-    assert seen(asyncio.run(engine.aquery(QUERY)).source_nodes) == told(expected, 4)
+    assert seen(engine.query(QUERY).source_nodes) == expected_of(expected, 4)
+    assert seen(asyncio.run(engine.aquery(QUERY)).source_nodes) == expected_of(expected, 4)
 
 
 def test_order_and_scores_are_exactly_the_librarys(reranker):
@@ -101,12 +101,12 @@ def test_it_can_be_saved_and_made_again(bert, expected):
     second = EchelonRerank.from_dict(saved)
     assert second.reranker.options == first.reranker.options
     found = second.postprocess_nodes(nodes(), query_str=QUERY)
-    assert seen(found) == told(expected, 3)
+    assert seen(found) == expected_of(expected, 3)
     first.reranker.close()
     second.reranker.close()
 
 
-class Ears(BaseEventHandler):
+class RecordingListener(BaseEventHandler):
     """Keeps what LlamaIndex's dispatcher says."""
 
     heard: list = []  # noqa: RUF012 - pydantic copies it
@@ -116,17 +116,21 @@ class Ears(BaseEventHandler):
 
 
 def test_observers_are_told(reranker):
-    debug, ears, root = LlamaDebugHandler(print_trace_on_end=False), Ears(), get_dispatcher()
+    debug, listener, root = (
+        LlamaDebugHandler(print_trace_on_end=False),
+        RecordingListener(),
+        get_dispatcher(),
+    )
     reranks = EchelonRerank(reranker, top_n=2, callback_manager=CallbackManager([debug]))
-    root.add_event_handler(ears)
+    root.add_event_handler(listener)
     try:
         found = reranks.postprocess_nodes(nodes(), query_str=QUERY)
     finally:
-        root.event_handlers.remove(ears)
+        root.event_handlers.remove(listener)
     ((began, ended),) = debug.get_event_pairs(CBEventType.RERANKING)
     assert (began.payload["query_str"], began.payload["top_k"]) == (QUERY, 2)
     assert ended.payload["nodes"] == found
-    names = [type(event).__name__ for event in ears.heard if "ReRank" in type(event).__name__]
+    names = [type(event).__name__ for event in listener.heard if "ReRank" in type(event).__name__]
     assert names == ["ReRankStartEvent", "ReRankEndEvent"]
 
 
@@ -140,7 +144,7 @@ def test_an_open_async_reranker_is_shared(bert, expected):
             assert seen(reranks.postprocess_nodes(nodes(), query_str=QUERY)) == seen(found)
             return found
 
-    assert seen(asyncio.run(main())) == told(expected, 3)
+    assert seen(asyncio.run(main())) == expected_of(expected, 3)
 
 
 def test_no_nodes_are_no_nodes(reranker):
@@ -209,44 +213,44 @@ def nim(monkeypatch):
 def test_clients_get_the_librarys_ranking(live, expected, kind, request):
     make = request.getfixturevalue(kind)
     found = make(live.url, top_n=ALL).postprocess_nodes(nodes(), query_str=QUERY)
-    assert seen(found) == told(expected)
+    assert seen(found) == expected_of(expected)
     found = make(live.url, top_n=2).postprocess_nodes(nodes(), query_str=QUERY)
-    assert seen(found) == told(expected, 2)
+    assert seen(found) == expected_of(expected, 2)
 
 
 def test_teis_client_also_sends_the_key_alone(live, expected):
     client = TextEmbeddingInference(base_url=live.url, auth_token=KEY, top_n=1)
-    assert seen(client.postprocess_nodes(nodes(), query_str=QUERY)) == told(expected, 1)
+    assert seen(client.postprocess_nodes(nodes(), query_str=QUERY)) == expected_of(expected, 1)
 
 
 def test_nvidias_client_gets_the_librarys_ranking(live, nim, bert, expected):
     client = nim(live.url, model=bert.name, top_n=ALL, truncate="END", max_batch_size=4)
     found = client.postprocess_nodes(nodes(), query_str=QUERY)
-    assert seen(found) == told(expected, logits=True)
+    assert seen(found) == expected_of(expected, logits=True)
     with pytest.warns(UserWarning, match=f"Default model is set as: {bert.name}"):
         assert nim(live.url).model == bert.name
 
 
 def test_teis_client_takes_no_error_for_scores(live, full, tei, monkeypatch):
-    """It does not look at statuses; what it was told has TEI's type, once its body was read."""
-    told = []
+    """It ignores statuses; the answers have TEI's type, once the body was read."""
+    answers = []
 
     def post(client, *arguments, **settings):
-        told.append(plain(client, *arguments, **settings))
-        return told[-1]
+        answers.append(plain(client, *arguments, **settings))
+        return answers[-1]
 
     plain = httpx.Client.post
     monkeypatch.setattr(httpx.Client, "post", post)
     for client, query in ((tei(live.url, "wrong"), QUERY), (tei(full), QUERY), (tei(live.url), 7)):
         with pytest.raises(AssertionError):
             client.postprocess_nodes(nodes(), QueryBundle(query))  # which is not checked
-    assert [(answer.status_code, answer.json().get("error_type")) for answer in told] == [
+    assert [(answer.status_code, answer.json().get("error_type")) for answer in answers] == [
         (401, None),  # before the body tells whose path this is
         (429, "Overloaded"),
         (422, "Validation"),
     ]
-    assert "The API key is not known" in told[0].text
-    assert "Retry-After" in told[1].headers
+    assert "The API key is not known" in answers[0].text
+    assert "Retry-After" in answers[1].headers
 
 
 def test_jinas_client_says_what_is_wrong(live, full, jina):

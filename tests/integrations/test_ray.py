@@ -38,7 +38,7 @@ from offline_jobs import CountingListener, make_job, queries, read_lines, run_jo
 from ray import serve
 from ray.exceptions import ActorUnavailableError
 from scorers import Obedient
-from services import Ears, coded, scores, submit, texts, until
+from services import RecordingListener, coded, scores, submit, texts, until
 from services import run as run_here
 from services import service as local_service
 
@@ -82,7 +82,7 @@ def test_a_worker_elsewhere_scores_as_one_here(made):
 
 
 def test_trouble_elsewhere_is_dealt_with_as_here(made):
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(it):
         answer = await submit(it, texts(1, 60))
@@ -94,20 +94,20 @@ def test_trouble_elsewhere_is_dealt_with_as_here(made):
         )
         await answered(it, range(3))
 
-    run(main, service(partial(Obedient, 500), ears=ears))
-    assert ears.states().count("died") == 2
+    run(main, service(partial(Obedient, 500), listener=listener))
+    assert listener.states().count("died") == 2
 
 
 def test_a_worker_that_hangs_is_replaced(made, tmp_path):
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(it):
         first = asyncio.create_task(submit(it, coded(scorers.HANG)))
-        await until(lambda: "wedged" in ears.states())
+        await until(lambda: "wedged" in listener.states())
         first.cancel()
         await answered(it, range(3))
 
-    run(main, service(Obedient, ears=ears, wedge_after_s=2.0))
+    run(main, service(Obedient, listener=listener, wedge_after_s=2.0))
 
 
 def test_a_model_that_cannot_be_opened_elsewhere_is_told(made):
@@ -122,7 +122,7 @@ def test_no_room_is_told_with_what_is_needed(made):
 
 def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
     """Ray then says that the actor is unavailable, which passes; the model is not opened again."""
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(it):
         supervisor = it._supervisors[0]
@@ -136,13 +136,13 @@ def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
             await answered(it, range(3))
         assert supervisor._worker.pid == pid
 
-    run(main, service(slower, ears=ears))
-    assert ears.states() == ["starting", "up", "stopped"]
+    run(main, service(slower, listener=listener))
+    assert listener.states() == ["starting", "up", "stopped"]
 
 
 def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
     """Whatever Ray tried failed: it is not known whether the machine went."""
-    ears = Ears()
+    listener = RecordingListener()
 
     async def main(it):
         worker = it._supervisors[0]._worker
@@ -154,34 +154,39 @@ def test_an_actor_that_stays_out_of_reach_is_replaced(made, monkeypatch):
         assert worker.pid != pid
 
     async def restored(worker, pid):
-        await until(lambda: "died" in ears.states())
+        await until(lambda: "died" in listener.states())
         monkeypatch.undo()
 
-    run(main, service(slow, ears=ears))
-    (event,) = (event for event in ears.of("WorkerChanged") if event.state == "died")
+    run(main, service(slow, listener=listener))
+    (event,) = (event for event in listener.of("WorkerChanged") if event.state == "died")
     assert event.detail == "worker 0: it could not be reached, nor on a second try"
 
 
 def test_killed_workers_and_a_machine_that_goes_lose_nothing(made):
-    ears, names = Ears(), []
+    listener, names = RecordingListener(), []
 
     async def main(it, second):
         load = asyncio.create_task(answered(it, range(220)))
-        await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
+        await until(lambda: {step.worker for step in listener.of("StepFinished")} == {0, 1})
         stays, goes = (supervisor._worker for supervisor in it._supervisors)
         if stays._machine == second.node_id:
             stays, goes = goes, stays
         names.extend((f"{stays.name} (process {stays.pid})", goes.name))
         os.kill(stays.pid, signal.SIGKILL)
-        await until(lambda: ears.states().count("up") == 3)
+        await until(lambda: listener.states().count("up") == 3)
         assert not load.done()
         await asyncio.to_thread(made.remove_node, second, allow_graceful=False)
         await load
 
     with machine(made) as second:
-        run(partial(main, second=second), service(slow, ears=ears, workers=2, token_budget=300))
+        run(
+            partial(main, second=second),
+            service(slow, listener=listener, workers=2, token_budget=300),
+        )
     # A start on the machine that Ray does not yet know to have gone may fail too.
-    killed, gone, *_ = (event.detail for event in ears.of("WorkerChanged") if event.state == "died")
+    killed, gone, *_ = (
+        event.detail for event in listener.of("WorkerChanged") if event.state == "died"
+    )
     assert killed.startswith(f"{names[0]} ended (")
     assert gone in {
         f"{names[1]}: its machine is lost",
@@ -196,7 +201,7 @@ CLIENTS, GOAL_S = 20, 1.2
 
 
 def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
-    ears = Ears()
+    listener = RecordingListener()
     scaling = AutoscalingLimits(1, 2, delay_s=GOAL_S, up_s=0.5)
     stop = asyncio.Event()
 
@@ -207,11 +212,11 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
 
     async def main(it):
         load = [asyncio.create_task(client(it, number)) for number in range(CLIENTS)]
-        await until(lambda: {step.worker for step in ears.of("StepFinished")} == {0, 1})
+        await until(lambda: {step.worker for step in listener.of("StepFinished")} == {0, 1})
         assert len({supervisor._worker._machine for supervisor in it._supervisors}) == 2
         stop.set()
         await asyncio.gather(*load)
-        await split(it, ears)
+        await split(it, listener)
         it._autoscaling.cancel()  # until now no rest was long enough, however slow the machine
         it._autoscaling = asyncio.create_task(it._autoscale(replace(scaling, down_s=1.0)))
         while it.snapshot().staff == 2:  # a little is asked now and then
@@ -220,19 +225,19 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
         await answered(it, range(3))
 
     with machine(made):
-        run(main, service(slower, ears=ears, scaling=scaling, token_budget=1000))
-    assert ears.states().count("up") == 2
-    assert "died" not in ears.states()
-    assert not any(step.again for step in ears.of("StepFinished"))
-    assert {end.outcome for end in ears.of("RequestEnded")} == {"answered"}
+        run(main, service(slower, listener=listener, scaling=scaling, token_budget=1000))
+    assert listener.states().count("up") == 2
+    assert "died" not in listener.states()
+    assert not any(step.again for step in listener.of("StepFinished"))
+    assert {end.outcome for end in listener.of("RequestEnded")} == {"answered"}
 
 
-async def split(it, ears):
+async def split(it, listener):
     """A large request goes to all that are idle, where that ends sooner."""
     await until(lambda: it._dispatcher._idle == 2)
-    before = len(ears.of("StepFinished"))
+    before = len(listener.of("StepFinished"))
     await answered(it, [5])
-    first, second = ears.of("StepFinished")[before:]
+    first, second = listener.of("StepFinished")[before:]
     assert {first.worker, second.worker} == {0, 1}
     assert first.requests == second.requests == 1
 

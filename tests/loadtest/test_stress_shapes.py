@@ -1,4 +1,4 @@
-"""What is sent and accepted in each dialect: read by Echelon's own server, and checked closely."""
+"""What is sent and accepted in each protocol: read by Echelon's own server, and checked closely."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stand_in_reranker import TOPICS, good, plan_of, run
 
 from echelon.data import Topic, load_texts
 from echelon.errors import InvalidInput
-from echelon.loadtest.client import SHAPES, route_of, shape_of
+from echelon.loadtest.client import CLIENT_PROTOCOLS, protocol_of, route_of
 from echelon.loadtest.run import opened
-from echelon.loadtest.texts import TOKENS_OF_MARKS, TextSource, Tokens, of_words
+from echelon.loadtest.texts import TOKENS_OF_MARKS, TextSource, TokenLengths, of_words
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
-from echelon.server.protocols import DIALECTS, PATHS, choose
+from echelon.server.protocols import PATHS, PROTOCOLS, choose
 from echelon.simulation.workload import Arrival, FixedSize, UniformSize
 from echelon.tokenization.tokenizer import PairEncoder
 
-SPOKEN = {name: name.replace("-", "_").replace("cohere", "cohere_v2") for name in SHAPES}
+SPOKEN = {name: name.replace("-", "_").replace("cohere", "cohere_v2") for name in CLIENT_PROTOCOLS}
 SPOKEN["cohere-v1"] = "cohere_v1"
 
 
@@ -34,7 +34,7 @@ SPOKEN["cohere-v1"] = "cohere_v1"
 async def real_server():
     """Echelon's application on a socket, with the scorer that has no weights."""
     metrics = Metrics()
-    made = service(ears=metrics)
+    made = service(listener=metrics)
 
     async def launch():
         await made.start()
@@ -57,15 +57,15 @@ async def real_server():
         await house.close()
 
 
-def test_echelon_answers_every_dialect_and_knows_it_by_its_body():
+def test_echelon_answers_every_protocol_and_knows_it_by_its_body():
     async def main():
         async with real_server() as (url, metrics):
-            for name in SHAPES:
+            for name in CLIENT_PROTOCOLS:
                 plan = plan_of(url, dialect=name, rate=40.0, documents=UniformSize(1, 5))
                 async with opened(plan) as tester:
                     summary = (await tester.measure()).summary
                 assert summary.requests > 0, name
-                assert summary.failures == 0, (name, summary.complaints)
+                assert summary.failures == 0, (name, summary.problems)
             return metrics.text().decode()
 
     told = run(main())
@@ -73,28 +73,28 @@ def test_echelon_answers_every_dialect_and_knows_it_by_its_body():
         assert f'dialect="{dialect}",status="200"' in told
 
 
-def test_every_dialect_of_the_server_is_spoken():
-    assert set(SPOKEN.values()) == {dialect.name for dialect in DIALECTS}
+def test_every_protocol_of_the_server_is_spoken():
+    assert set(SPOKEN.values()) == {protocol.name for protocol in PROTOCOLS}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CLIENT_PROTOCOLS)
 def test_bodies_are_told_apart_on_the_paths_that_are_shared(name):
-    shape = SHAPES[name]
-    body = shape.body("how?", ["a", "b"])
-    assert choose(PATHS[shape.path], body).name == SPOKEN[name]
-    assert b'"model": "mine"' in shape.body("how?", ["a"], "mine")
+    protocol = CLIENT_PROTOCOLS[name]
+    body = protocol.body("how?", ["a", "b"])
+    assert choose(PATHS[protocol.path], body).name == SPOKEN[name]
+    assert b'"model": "mine"' in protocol.body("how?", ["a"], "mine")
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", CLIENT_PROTOCOLS)
 def test_an_answer_must_score_every_document_once_with_a_number(name):
-    shape = SHAPES[name]
-    body = json.loads(shape.body("q", ["a", "b", "c"]))
+    protocol = CLIENT_PROTOCOLS[name]
+    body = json.loads(protocol.body("q", ["a", "b", "c"]))
 
     def checked(change):
         answer = good(body, name)
-        rows = answer if shape.results is None else answer[shape.results]
+        rows = answer if protocol.results is None else answer[protocol.results]
         change(rows)
-        return shape.check(json.dumps(answer).encode(), 3)
+        return protocol.check(json.dumps(answer).encode(), 3)
 
     assert checked(lambda rows: None) is None
     assert checked(lambda rows: rows.reverse()) is None
@@ -103,15 +103,17 @@ def test_an_answer_must_score_every_document_once_with_a_number(name):
     assert "indices" in checked(lambda rows: rows[1].update(index=True))
     assert "indices" in checked(lambda rows: rows[0].pop("index"))
     for score in (None, "0.5", float("nan"), float("inf"), True):
-        assert "no finite number" in checked(lambda rows, s=score: rows[1].update({shape.score: s}))
-    assert "no list" in shape.check(b'"text"', 3)
-    assert "no list" in shape.check(b'{"other": []}', 3)
-    assert shape.check(b"<html>", 3) == "the answer is no JSON"
+        assert "not a finite number" in checked(
+            lambda rows, s=score: rows[1].update({protocol.score: s})
+        )
+    assert "no list" in protocol.check(b'"text"', 3)
+    assert "no list" in protocol.check(b'{"other": []}', 3)
+    assert protocol.check(b"<html>", 3) == "the answer is not JSON"
 
 
-def test_an_unknown_dialect_is_told_the_known_ones():
+def test_an_unknown_protocol_is_told_the_known_ones():
     with pytest.raises(InvalidInput, match="cohere, cohere-v1, jina"):
-        shape_of("klingon")
+        protocol_of("klingon")
 
 
 @pytest.mark.parametrize(
@@ -125,13 +127,13 @@ def test_an_unknown_dialect_is_told_the_known_ones():
     ],
 )
 def test_routes(url, path, route):
-    assert route_of(url, SHAPES["cohere"], path) == route
+    assert route_of(url, CLIENT_PROTOCOLS["cohere"], path) == route
 
 
 @pytest.mark.parametrize("url", ["h:1", "ftp://h", "http://", "http://h:x", "http://h?a=b", ""])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(InvalidInput) as raised:
-        route_of(url, SHAPES["cohere"])
+        route_of(url, CLIENT_PROTOCOLS["cohere"])
     assert raised.value.field == "URL"
 
 
@@ -139,8 +141,8 @@ def test_what_is_no_address_is_refused(url):
 
 
 def test_no_two_requests_share_a_query_or_a_document_unless_asked_to():
-    material = TextSource(TOPICS)
-    asked = [material.request(Arrival(0.0, 7)) for _ in range(50)]
+    texts = TextSource(TOPICS)
+    asked = [texts.request(Arrival(0.0, 7)) for _ in range(50)]
     again = TextSource(TOPICS).request(Arrival(0.0, 7))
     documents = [text for _, texts in [*asked, again] for text in texts]
     assert len(set(documents)) == len(documents)
@@ -191,9 +193,9 @@ def test_lengths_in_tokens_are_met_about(demo_folder, tokens):
     tokenizer = Tokenizer.from_file(str(demo_folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    material = TextSource(load_texts(None, "en").topics, salt="3f2a")
+    texts = TextSource(load_texts(None, "en").topics, salt="3f2a")
     lengths = tuple(FixedSize(tokens).draw(None, 10))
-    pairs = [material.request(Arrival(0, 10, lengths)) for _ in range(10)]
+    pairs = [texts.request(Arrival(0, 10, lengths)) for _ in range(10)]
     found = [len(tokenizer.encode(query, text).ids) for query, texts in pairs for text in texts]
     assert sum(found) / len(found) == pytest.approx(tokens, rel=0.15)
     assert TOKENS_OF_MARKS < 40
@@ -203,11 +205,11 @@ def test_lengths_in_tokens_are_met_about(demo_folder, tokens):
 def test_with_the_tokenizer_lengths_are_met_exactly(demo_folder, marked):
     encoder = PairEncoder(demo_folder)
     topics = [*load_texts(None, "en").topics, Topic("what", ("", "one", "two words"))]
-    ruler = Tokens(encoder.ends, encoder.template.specials)
-    material = TextSource(topics, marked=marked, ruler=ruler)
+    length_policy = TokenLengths(encoder.ends, encoder.template.specials)
+    texts = TextSource(topics, marked=marked, length_policy=length_policy)
     lengths = tuple(UniformSize(30, 400).draw(np.random.default_rng(0), 20))
     for _ in range(30):
-        query, documents = material.request(Arrival(0, 20, lengths))
+        query, documents = texts.request(Arrival(0, 20, lengths))
         pairs = [(query, document) for document in documents]
         found = encoder.encode(pairs, 512, "longest_first").lengths
         # A word that is cut in two may be as many tokens more or fewer.

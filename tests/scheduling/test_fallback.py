@@ -8,19 +8,19 @@ import json
 import logging
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from scorers import Held
 from served import metric, run_app
-from services import Ears, LetterEncoder, run, scores, service, texts, until, wish
+from services import LetterEncoder, RecordingListener, run, scores, service, submit, texts, until
 
+from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.state import ServiceSettings
 from echelon.errors import InvalidInput
 from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.scheduling.load_shedding import ON_SHARE, QUIET_S, LoadShedding
-from echelon.server.protocols import DIALECTS, read
+from echelon.scheduling.load_shedding import QUIET_S
+from echelon.server.protocols import PROTOCOLS, read
 from echelon.types import Chunking, monotonic
 
 SHORT = 30
@@ -47,7 +47,7 @@ def hold(tmp_path):
 async def pressed(made, hold):
     """A service whose only worker scores nothing for the time being, with a step under way."""
     hold.touch()
-    waiting = asyncio.create_task(made.submit(texts(0)))
+    waiting = asyncio.create_task(submit(made, texts(0)))
     try:
         await until(lambda: made.snapshot().load.running_s)
         yield
@@ -67,24 +67,24 @@ def cut_scores(pairs):
     return [FakeScorer().score(encoded.batch([i]))[0] for i in range(len(pairs))]
 
 
-async def asked(made, hold, *wishes, pairs=LONG):
+async def asked(made, hold, *each, pairs=LONG):
     """Answers to requests that all came while nothing was scored."""
     async with pressed(made, hold):
-        asking = [asyncio.create_task(made.submit(pairs, **wish)) for wish in wishes]
-        await until(lambda: made.snapshot().load.requests == 1 + len(wishes))
+        asking = [asyncio.create_task(submit(made, pairs, **fields)) for fields in each]
+        await until(lambda: made.snapshot().load.requests == 1 + len(each))
         hold.unlink()
         return await asyncio.gather(*asking)
 
 
 def test_low_priority_is_cut_and_told_and_nobody_else(hold, caplog):
     caplog.set_level(logging.INFO, "echelon")
-    ears, clock = Ears(), Clock()
+    listener, clock = RecordingListener(), Clock()
 
     async def main(made):
         assert not made.snapshot().fallback
-        assert (await made.submit(LONG, priority="low")).fallback is None
-        wishes = [{"priority": priority} for priority in ("low", "normal", "high", "low")]
-        first, *others, last = await asked(made, hold, *wishes)
+        assert (await submit(made, LONG, priority="low")).fallback is None
+        each = [{"priority": priority} for priority in ("low", "normal", "high", "low")]
+        first, *others, last = await asked(made, hold, *each)
         for low in (first, last):
             assert low.fallback == SHORT
             assert low.truncated_tokens.tolist() == [LOST] * 3
@@ -97,15 +97,17 @@ def test_low_priority_is_cut_and_told_and_nobody_else(hold, caplog):
         assert made.snapshot().fallback
         clock.added += QUIET_S
         assert not made.snapshot().fallback
-        again = await made.submit(LONG, priority="low")
+        again = await submit(made, LONG, priority="low")
         assert again.fallback is None
         assert again.logits.tolist() == scores(LONG)
 
-    run(main, made_for(hold, ears=ears, clock=clock))
-    ended = ears.of("RequestEnded")
+    run(main, made_for(hold, listener=listener, clock=clock))
+    ended = listener.of("RequestEnded")
     assert [event.fallback for event in ended].count(SHORT) == 2
     assert sum(event.truncated_documents for event in ended) == 6
-    lines = [r.getMessage() for r in caplog.records if r.name == "echelon.scheduling.load_shedding"]
+    lines = [
+        r.getMessage() for r in caplog.records if r.name == "echelon.engine.admission_pipeline"
+    ]
     assert len(lines) == 2
     assert (
         f"the goal is 1e-06 s: requests of low priority are read with max_length={SHORT}"
@@ -137,25 +139,21 @@ def test_the_goal_is_the_latency_goal_or_else_the_longest_wait(goal_s):
     settings = ServiceSettings(
         fallback_max_length=64, goal_s=goal_s, bounds=AdmissionLimits(max_wait_s=10.0)
     )
-    inside = SimpleNamespace(backlog_s=ON_SHARE * (goal_s or 10.0))
-    pressure = LoadShedding(settings, lambda: inside, lambda: 0.0)
-    assert pressure.shorter("low", 512) is None
-    inside.backlog_s += 0.01
-    assert pressure.shorter("low", 512) == 64
-    assert pressure.on
+    shedding = AdmissionPipeline(None, settings, None, None).shedding
+    assert (shedding.goal_s, shedding.max_length) == (goal_s or 10.0, 64)
 
 
 @pytest.mark.parametrize(
     "wanted",
     [
-        {"whole": True},
+        {"refuse_truncation": True},
         {"max_length": SHORT},
         {"max_length": SHORT - 9},
     ],
 )
 def test_who_asked_for_all_or_for_less_gets_that(hold, wanted):
     async def main(made):
-        expected = await made.submit(LONG, **wanted)
+        expected = await submit(made, LONG, **wanted)
         (answer,) = await asked(made, hold, {"priority": "low", **wanted})
         assert answer.fallback is None
         assert answer.logits.tolist() == expected.logits.tolist()
@@ -183,7 +181,7 @@ def test_of_documents_in_chunks_the_first_is_read(hold, most):
 
     async def main(made):
         first = replace(how, max_chunks=1)
-        expected = await made.submit(LONG, max_length=SHORT, chunking=first)
+        expected = await submit(made, LONG, max_length=SHORT, chunking=first)
         (answer,) = await asked(made, hold, {"priority": "low", "chunking": how})
         assert answer.fallback == SHORT
         assert answer.logits.tolist() == expected.logits.tolist()
@@ -194,17 +192,13 @@ def test_of_documents_in_chunks_the_first_is_read(hold, most):
     run(main, made_for(hold))
 
 
-def test_the_end_to_cut_at_and_pairs_already_encoded(hold):
-    encoded = wish(*range(100, 160))
-
+def test_the_side_to_cut_at(hold):
     async def main(made):
-        expected = await made.submit(LONG, side="left", max_length=SHORT)
+        expected = await submit(made, LONG, side="left", max_length=SHORT)
         (answer,) = await asked(made, hold, {"priority": "low", "side": "left"})
         assert answer.fallback == SHORT
         assert answer.logits.tolist() == expected.logits.tolist()
         assert answer.truncated_tokens.tolist() == [LOST] * 3
-        (answer,) = await asked(made, hold, {"priority": "low"}, pairs=encoded)
-        assert answer.truncated_tokens.tolist() == [61 + 1 + 3 - SHORT]
 
     run(main, made_for(hold))
 
@@ -219,28 +213,29 @@ def test_a_fallback_that_makes_no_sense_is_told_at_the_start(asked_for):
 # Over HTTP.
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
-def test_priorities_are_names_or_numbers(dialect):
-    def priority(told):
-        return read(dialect, json.dumps({**dialect.example, "priority": told}).encode()).priority
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda d: d.name)
+def test_priorities_are_names_or_numbers(protocol):
+    def priority(value):
+        body = json.dumps({**protocol.example, "priority": value}).encode()
+        return read(protocol, body, {}, 0.0)[0].priority
 
-    names = {None: None, "low": "low", "Normal": "normal", "high": "high"}
+    names = {None: "normal", "low": "low", "Normal": "normal", "high": "high"}
     for told, meant in (names | {0: "normal", 5: "low", -1: "high"}).items():
         assert priority(told) == meant
     with pytest.raises(InvalidInput, match=r"priority: 'soon' is unknown\. Use low, normal or"):
         priority("soon")
 
 
-def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
+def test_every_protocol_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
     caplog.set_level(logging.INFO, "echelon")
 
     async def main(client, house):
         made = house.service
         async with pressed(made, hold):
             posts = []
-            for dialect in DIALECTS:
-                path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
-                example = {**dialect.example, "explain": True}
+            for protocol in PROTOCOLS:
+                path = protocol.own_paths[0]
+                example = {**protocol.example, "explain": True}
                 low, header = {**example, "priority": "low"}, {"X-Request-Priority": "LOW"}
                 posts += [
                     client.post(path, json=example),
@@ -258,7 +253,7 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
             answers = await asyncio.gather(*asking)
         told = [answer.headers["X-Echelon-Fallback"] for answer in answers]
         assert {answer.status_code for answer in answers} == {200}
-        assert told == ["", f"max_length={SHORT}", f"max_length={SHORT}", ""] * len(DIALECTS)
+        assert told == ["", f"max_length={SHORT}", f"max_length={SHORT}", ""] * len(PROTOCOLS)
         for answer in answers:
             flag = answer.headers["X-Echelon-Fallback"]
             assert (answer.headers["X-Echelon-Truncated-Documents"] != "0") is bool(flag)
@@ -271,12 +266,12 @@ def test_every_dialect_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
             f"read with max_length={SHORT}. Ask again later, or with normal priority."
         )
         assert "warnings" not in answers[0].json()["meta"]
-        assert metric(house, "echelon_fallback_requests_total") == 2 * len(DIALECTS)
+        assert metric(house, "echelon_fallback_requests_total") == 2 * len(PROTOCOLS)
         logged = [
-            r.facts.get("fallback") for r in caplog.records if r.name == "echelon.server.routes"
+            r.fields.get("fallback") for r in caplog.records if r.name == "echelon.server.routes"
         ]
-        assert logged.count({"max_length": SHORT}) == 2 * len(DIALECTS)
-        assert logged.count(None) == 2 * len(DIALECTS)
+        assert logged.count({"max_length": SHORT}) == 2 * len(PROTOCOLS)
+        assert logged.count(None) == 2 * len(PROTOCOLS)
 
     run_app(main, opener=partial(Held, str(hold.parent)), fallback_max_length=SHORT, goal_s=1e-6)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from services import Ears
+from services import RecordingListener
 
 from echelon.engine.events import (
     LadderTaken,
@@ -263,11 +263,11 @@ def test_many_threads_lose_nothing():
 
 
 def test_each_listener_hears_everything_though_another_raises(caplog):
-    first, last = Ears(), Ears()
+    first, last = RecordingListener(), RecordingListener()
 
-    class Raises(Ears):
+    class Raises(RecordingListener):
         def note(self, event):
-            raise RuntimeError("no ears")
+            raise RuntimeError("no listener")
 
         step_finished = request_ended = refused = ladder_taken = worker_changed = note
 

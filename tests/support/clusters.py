@@ -121,7 +121,7 @@ def _await_the_end_of(node) -> None:
         time.sleep(0.05)
 
 
-def service(opener, *, ears=None, start_timeout_s=GUARD_S, **settings) -> Service:
+def service(opener, *, listener=None, start_timeout_s=GUARD_S, **settings) -> Service:
     """A service whose workers are actors."""
     settings.setdefault("precision", "fp32")
 
@@ -130,7 +130,7 @@ def service(opener, *, ears=None, start_timeout_s=GUARD_S, **settings) -> Servic
             opener, SHARE, f"worker {number}", start_timeout_s=start_timeout_s, on_end=ended
         )
 
-    return Service(LetterEncoder(), make_worker, ServiceSettings(**settings), listener=ears)
+    return Service(LetterEncoder(), make_worker, ServiceSettings(**settings), listener=listener)
 
 
 def run(main, made: Service):
@@ -169,7 +169,7 @@ class Fake:
 
         async def launch() -> Service:
             made = service(
-                self.opener, ears=metrics, workers=self.workers, token_budget=self.token_budget
+                self.opener, listener=metrics, workers=self.workers, token_budget=self.token_budget
             )
             await made.start()
             return made

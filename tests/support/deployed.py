@@ -114,7 +114,7 @@ def on_a_socket(**more):
     It runs in a thread of its own, its worker in a process of its own.
     """
     metrics = Metrics()
-    made = service(ears=metrics, **more)
+    made = service(listener=metrics, **more)
 
     async def launch():
         await made.start()

@@ -34,7 +34,7 @@ def main(settings: dict) -> None:
         else partial(Obedient, **scorer)
     )
     bounds = AdmissionLimits(**settings.get("bounds", {}))
-    made = service(opener, ears=metrics, bounds=bounds, **settings.get("service", {}))
+    made = service(opener, listener=metrics, bounds=bounds, **settings.get("service", {}))
 
     async def launch():
         await made.start()

@@ -40,7 +40,7 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 async def app_of(made=None, limits=None, slice_s=SLICE_S, stats=None, **settings):
     """A client of an application in this process, and its context."""
     metrics, stats = Metrics(), stats or RollingStats(slice_s)
-    made = made or service(ears=ListenerGroup(metrics, stats), **settings)
+    made = made or service(listener=ListenerGroup(metrics, stats), **settings)
 
     async def launch():
         await made.start()
@@ -166,7 +166,7 @@ HOLDING = {"query": "q", "documents": [chr(HANG)]}
 def full_server():
     """URL of a server in this process whose only place a request has taken that never ends."""
     metrics = Metrics()
-    made = service(ears=metrics, bounds=AdmissionLimits(max_requests=1), wedge_after_s=DAY_S)
+    made = service(listener=metrics, bounds=AdmissionLimits(max_requests=1), wedge_after_s=DAY_S)
 
     async def launch():
         await made.start()

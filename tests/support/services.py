@@ -1,4 +1,4 @@
-"""What the tests of the service share: one with real child processes, and who listens to it."""
+"""What the tests of the service share: one with real child processes, and its listener."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echelon.engine.state import ServiceSettings
 from echelon.engine.worker import ChildWorker
 from echelon.models.fake import FakeScorer
 from echelon.tokenization.pairs import encode_pairs
-from echelon.types import monotonic
+from echelon.types import RerankRequest, monotonic
 
 GUARD_S = 60.0
 
@@ -30,7 +30,7 @@ class LetterEncoder:
         return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
 
 
-class Ears(NullListener):
+class RecordingListener(NullListener):
     """Keeps what it hears."""
 
     def __init__(self):
@@ -59,25 +59,34 @@ def ids(text):
     return np.array([ord(letter) for letter in text], dtype=np.int32)
 
 
-def wish(*numbers, query="q", count=1):
-    """Encoded pairs whose documents hold the given token ids."""
-    documents = [np.array([*numbers, index], dtype=np.int32) for index in range(count)]
-    return encode_pairs(TEMPLATE, [ids(query)] * count, documents, 500, "longest_first")
+def coded(*codes, query="q", count=1) -> list:
+    """Pairs whose documents consist of the given token ids, and of their number at the end."""
+    return [(query, "".join(map(chr, (*codes, index)))) for index in range(count)]
+
+
+def encoded(pairs):
+    return LetterEncoder().encode(pairs, 512, "longest_first")
 
 
 def scores(pairs):
-    if isinstance(pairs, list):
-        pairs = LetterEncoder().encode(pairs, 512, "longest_first")
-    return [FakeScorer().score(pairs.batch([i]))[0] for i in range(len(pairs))]
+    batch = encoded(pairs)
+    return [FakeScorer().score(batch.batch([i]))[0] for i in range(len(pairs))]
 
 
-def service(opener=Obedient, *, ears=None, learned=None, clock=monotonic, **settings) -> Service:
+async def submit(made, pairs, **asked):
+    """Submit pairs as one request."""
+    return await made.submit(RerankRequest(pairs, **asked))
+
+
+def service(
+    opener=Obedient, *, listener=None, learned=None, clock=monotonic, **settings
+) -> Service:
     settings.setdefault("precision", "fp32")
     return Service(
         LetterEncoder(),
         lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
         ServiceSettings(**settings),
-        listener=ears,
+        listener=listener,
         clock=clock,
         learned=learned,
     )

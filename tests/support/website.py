@@ -70,7 +70,7 @@ class Site:
         metrics, stats = Metrics(), RollingStats(SLICE_S)
 
         async def launch():
-            made = service(ears=ListenerGroup(metrics, stats), **self._settings)
+            made = service(listener=ListenerGroup(metrics, stats), **self._settings)
             await made.start()
             return made
 
