@@ -25,7 +25,7 @@ os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A slow machine is no failure: no test looks at the clock.
+# No test fails because the machine is slow.
 hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("echelon")
 
@@ -69,7 +69,7 @@ def demo_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def live(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """``echelon serve`` over the toy BERT, for whoever has ``served.KEY``."""
+    """``echelon serve`` over the toy BERT, for requests with ``served.KEY``."""
     from served import KEY, MODEL, Live
 
     keys = tmp_path_factory.mktemp("keys") / "keys"
@@ -82,7 +82,7 @@ def live(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]
 
 @pytest.fixture(scope="session")
 def full() -> Iterator[str]:
-    """URL of a server that refuses everyone with 429."""
+    """URL of a server that refuses every request with 429."""
     from served import full_server
 
     with full_server() as url:
@@ -100,7 +100,7 @@ def reranker(bert: Path) -> Iterator[Reranker]:
 
 @pytest.fixture(scope="session")
 def expected(reranker: Reranker) -> Ranking:
-    """What clients of ``live`` should get for ``served.QUERY`` and ``helpers.SENTENCES``."""
+    """The ranking of ``helpers.SENTENCES`` for ``served.QUERY``, as clients of ``live`` get it."""
     from served import QUERY
 
     return reranker.rank(QUERY, SENTENCES)
@@ -108,7 +108,7 @@ def expected(reranker: Reranker) -> Ranking:
 
 @pytest.fixture
 def fake(bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The toy BERT's folder, where every model is now scored without weights."""
+    """The toy BERT's folder; every model is scored by a fake scorer."""
     from offline_jobs import ForgetfulScorer
 
     from echelon.engine import precision_check

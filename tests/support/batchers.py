@@ -1,4 +1,4 @@
-"""What the tests of the batcher share: batchers, and what to fill them with."""
+"""Batchers, and requests to fill them with."""
 
 from __future__ import annotations
 

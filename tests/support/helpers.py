@@ -1,4 +1,4 @@
-"""What several test files share: tiny models, and what transformers makes of them."""
+"""Tiny models, the scores that transformers gives them, texts, and commands to run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from echelon.types import TokenBatch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.options import Truncation
     from echelon.tokenization.pairs import EncodedPairs
+    from echelon.types import Truncation
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +111,7 @@ NATIVE = ("bert", "roberta", "xlm-roberta")
 GENERIC = ("distilbert", "electra", "mpnet")
 LIMITS = {"bert": 130, "roberta": 130, "xlm-roberta": 100}
 LIMITS |= {"distilbert": 130, "electra": 130, "mpnet": 130}
-"""Tokens a pair may have: positions, less those that come before the first token's."""
+"""Tokens a pair may have: positions, minus those before the first token's."""
 
 TOKENIZER_OF = {"distilbert": "bert", "electra": "bert", "mpnet": "roberta"}
 
@@ -258,18 +258,18 @@ def pairs_of(
 
 
 class PatientScorer(FakeScorer):
-    """A fake scorer that fails the test, instead of hanging, where the memory ladder never ends."""
+    """A fake scorer that fails the test if the OOM ladder never ends."""
 
     releases = 0
 
     def release(self) -> None:
         super().release()
         self.releases += 1
-        assert self.releases < 1000, "the memory ladder has no end"
+        assert self.releases < 1000, "the OOM ladder has no end"
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
-    """Let fake scorers stand for every model, in these precisions, whatever the processor has."""
+    """Replace every model by fake scorers that have these precisions on any processor."""
     monkeypatch.setattr("echelon.models.registry.candidate_precisions", lambda _: list(precisions))
     monkeypatch.setattr(precision_check, "open_scorer", scorers.anywhere)
 
@@ -286,14 +286,14 @@ def run_python(code: str, *arguments: object, **environment: str) -> subprocess.
 
 
 def words(count: int, seed: int = 0) -> str:
-    """Text of about so many words out of the sentences."""
+    """Text of ``count`` words from the sentences."""
     chance = random.Random(seed)
     vocabulary = " ".join(SENTENCES).split()
     return " ".join(chance.choice(vocabulary) for _ in range(count))
 
 
 def readme_code(word: str, readme: str) -> str:
-    """The one Python block of a README that holds the word."""
+    """The Python block of a README that holds the word."""
     page = (ROOT / readme).read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (code,) = [block for block in blocks if word in block]
@@ -302,7 +302,7 @@ def readme_code(word: str, readme: str) -> str:
 
 READMES = ("README.md", "README.zh.md")
 ROUTER = ("Bananas are yellow.", "Hold the power button of the router for ten seconds.")
-"""Documents of which the second answers what the READMEs ask, in the demo model's language."""
+"""Documents; the second answers the question of the READMEs."""
 
 
 def run_command(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:

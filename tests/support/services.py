@@ -1,4 +1,4 @@
-"""What the tests of the service share: one with real child processes, and its listener."""
+"""A service with real child processes, and a listener that records events."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LetterEncoder:
 
 
 class RecordingListener(NullListener):
-    """Keeps what it hears."""
+    """Keeps all events."""
 
     def __init__(self):
         self.heard = []
@@ -50,7 +50,7 @@ class RecordingListener(NullListener):
 
 
 async def until(condition) -> None:
-    """Wait for something that must come."""
+    """Wait until the condition holds."""
     while not condition():  # noqa: ASYNC110 - it changes in other threads
         await asyncio.sleep(0.001)
 

@@ -1,4 +1,4 @@
-"""Steady traffic for a server in trouble: every answer is checked to the last bit."""
+"""Steady traffic for a server; every answer is checked to the last bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATH = "/cohere/v1/rerank"
 
 
 def asked(seed: int, count: int = 8, **more) -> dict:
-    """A body whose documents belong to its seed alone."""
+    """A request body whose documents depend on its seed."""
     pairs = texts(seed, count)
     return {"query": pairs[0][0], "documents": [text for _, text in pairs], "raw_scores": True} | (
         more
@@ -21,12 +21,12 @@ def asked(seed: int, count: int = 8, **more) -> dict:
 
 
 def client_of(server) -> httpx.AsyncClient:
-    """A client without certificates, whose loading would take longer than a request."""
+    """A client that loads no certificates, which takes longer than a request."""
     return httpx.AsyncClient(base_url=server.url, timeout=GUARD_S, verify=False)
 
 
 def check(response, seed: int, count: int = 8) -> None:
-    """The answer holds each document's score, and the scores are the scorer's own."""
+    """Check that the answer holds the score of each document."""
     assert response.status_code == 200, response.text
     found = {hit["index"]: hit["relevance_score"] for hit in response.json()["results"]}
     assert [found[index] for index in range(count)] == [
@@ -35,12 +35,12 @@ def check(response, seed: int, count: int = 8) -> None:
 
 
 class Stream:
-    """Clients that ask one request after another, without pause.
+    """Clients that send one request after another, without a pause.
 
     Attributes:
         answered: right answers so far.
-        ids: ids of the requests that they were for.
-        ending: a connection that is refused or closed ends its client; else it is a failure.
+        ids: ids of their requests.
+        ending: whether a refused or closed connection ends its client; else it is a failure.
     """
 
     def __init__(self, server, clients: int = 6):
@@ -54,7 +54,7 @@ class Stream:
         self._clients = [asyncio.create_task(self._ask()) for _ in range(clients)]
 
     async def more(self, count: int) -> None:
-        """Wait for so many more right answers; a wrong one, or none, is raised."""
+        """Wait for ``count`` more right answers; raise if an answer is wrong or missing."""
         goal = self.answered + count
         while self.answered < goal:
             self._news.clear()
@@ -67,12 +67,12 @@ class Stream:
                 ended.result()
 
     async def finish(self) -> None:
-        """Let each client have its last answer."""
+        """Wait for the last answer of each client."""
         self._stop = True
         await asyncio.gather(*self._clients)
 
     async def end(self) -> None:
-        """Wait until every client has met the server's end."""
+        """Wait until the server has ended for every client."""
         self.ending = True
         await asyncio.gather(*self._clients)
 
@@ -97,7 +97,7 @@ class Stream:
 
 @asynccontextmanager
 async def streaming(server, clients: int = 6):
-    """Traffic before, during and after what the block does."""
+    """Send requests before, during and after the block."""
     async with asyncio.timeout(GUARD_S):
         stream = Stream(server, clients)
         await stream.more(2 * clients)
@@ -107,13 +107,13 @@ async def streaming(server, clients: int = 6):
 
 
 async def readiness(server, status: int) -> None:
-    """Wait until ``/ready`` says so."""
+    """Wait until ``/ready`` answers with the status."""
     async with client_of(server) as client:
         while (await client.get("/ready")).status_code != status:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
 
 
-async def counted(server, name: str, least: float) -> None:
+async def counted(server, name: str, minimum: float) -> None:
     """Wait until a metric has reached a value."""
-    while server.metric(name) < least:  # noqa: ASYNC110 - another process counts
+    while server.metric(name) < minimum:  # noqa: ASYNC110 - another process counts
         await asyncio.sleep(0.02)

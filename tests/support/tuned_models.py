@@ -7,10 +7,10 @@ from dataclasses import replace
 from echelon.options import Options
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients
-from echelon.tuning import advisor, scenario, simulated_load
-from echelon.tuning.goal import ScenarioGoal
-from echelon.tuning.scenario_model import look
-from echelon.tuning.validation_metrics import LoadMetrics, Validation
+from echelon.tuning import advisor, simulated_load
+from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
+from echelon.tuning.recommendation import LoadMetrics, Validation
+from echelon.tuning.scenario_model import open_for_scenario
 
 MIB = 2**20
 
@@ -30,17 +30,17 @@ def row(precision, tau=0.99, speed=100.0, *, passed=True):
 
 
 def toy(folder):
-    """A toy opened for an edge machine."""
-    return look(
+    """A toy model, opened for the scenario ``edge``."""
+    return open_for_scenario(
         folder, Options(device="cpu", threads=1, precision="fp32"), None, ScenarioGoal("edge")
     )
 
 
 def known_as(model, **changes):
     """A profile of the model, as if it had been measured."""
-    scorer = model.trial.open("fp32")
+    scorer = model.check.open("fp32")
     try:
-        folder = model.trial.folder
+        folder = model.check.folder
         key = current_key(folder.name, folder.revision, scorer.info)
     finally:
         scorer.close()
@@ -73,20 +73,20 @@ def api_goal(**changes):
 
 
 def pretend_validations(monkeypatch, *factors, held=True):
-    """Measurements that are so many times what was predicted, one after another."""
+    """Replace validation runs: each measures the prediction times the next factor."""
     left, seen = list(factors), []
 
-    def pretended(stage, chosen, requests, seconds):
+    def pretended(context, chosen, requests, seconds):
         factor = left.pop(0)
-        seen.append((chosen, Profile.load(stage.profile).settings))
+        seen.append((chosen, Profile.load(context.profile).settings))
         outcome, largest = simulated_load.predict(
-            "api", requests, chosen, scenario.ScenarioLimits(goal_s=0.5)
+            "api", requests, chosen, ScenarioLimits(goal_s=0.5)
         )
         said = advisor.LoadMetrics.of("api", outcome, chosen, largest)
         scaled = {f"p{n}_s": getattr(said, f"p{n}_s") * factor for n in (50, 95, 99)}
         return Validation(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)
 
-    monkeypatch.setattr(advisor, "prove", pretended)
+    monkeypatch.setattr(advisor, "validate", pretended)
     monkeypatch.setattr(advisor, "OVERHEAD_S", 0.0)
     return seen
 
