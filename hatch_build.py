@@ -1,4 +1,4 @@
-"""Build hook: compiles the kernels where there is a compiler, and goes on where there is none.
+"""Build hook: compile the kernels if there is a compiler, else build without them.
 
 A wheel built with them is for one platform and any Python 3; one built without is pure Python.
 """
@@ -41,7 +41,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ships n
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile; any trouble is a warning, never a failed installation."""
+        """Compile; a failure is a warning, never a failed installation."""
         del version
         folder = Path(self.root) / FOLDER
         reason = _compile(folder)
@@ -57,7 +57,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ships n
 
 
 def _compile(folder: Path) -> str | None:
-    """Build the library beside its sources; the reason where that cannot be done."""
+    """Build the library beside its sources; return the reason if that fails."""
     library = folder / LIBRARY
     library.unlink(missing_ok=True)
     if sys.platform != "linux" or platform.machine() not in {"x86_64", "AMD64"}:

@@ -1,15 +1,15 @@
-"""Echelon on a CUDA card: right, fast, how near to the card's limit, and beside its peer.
+"""Measure Echelon on a CUDA card: accuracy, speed, share of the card's peak, and a peer.
 
-XLM-RoBERTa-large's shape with random weights: the logits mean nothing, the work is the same. What
-is measured is texts in, logits out, unless a row says "encoded": then token ids in, as when another
-thread tokenises meanwhile. Engines take turns within a round; times are medians over rounds. The
-peak is that of one large product, measured before and after everything else; the better one counts.
+The model has XLM-RoBERTa-large's shape and random weights: meaningless logits, the same work. Times
+are from texts to logits; rows that say "encoded" begin with token ids, as when another thread
+tokenises. Engines take turns within a round; times are medians over rounds. The peak is that of one
+large product, measured before and after everything else; the better one counts.
 
     python benchmarks/gpu.py --tokenizer FOLDER   # a real tokenizer
     python benchmarks/gpu.py                      # a small one trained on the built-in texts
-    python benchmarks/gpu.py --dry-run            # on CPU, tiny: does the script still run?
+    python benchmarks/gpu.py --dry-run            # on CPU, tiny, to test the script
 
-Writes benchmarks/results/gpu.json and gpu.md, and writes them anew after each part.
+Writes benchmarks/results/gpu.json and gpu.md after each part.
 """
 
 from __future__ import annotations
@@ -51,30 +51,21 @@ LATENCY_DOCUMENTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        pairs: pairs of mixed lengths.
-        long_pairs: pairs of 512 tokens.
-        checked: pairs whose scores are compared.
-        rounds: turns of each engine.
-        calls: single calls whose latency is measured.
-        matrix: rows and columns of the product that gives the peak.
-    """
-
-    pairs: int = 1024
-    long_pairs: int = 256
-    checked: int = 256
-    rounds: int = 5
-    calls: int = 200
-    matrix: int = 8192
+    pairs: int = 1024  # of mixed lengths
+    long_pairs: int = 256  # of 512 tokens
+    checked: int = 256  # pairs whose scores are compared
+    rounds: int = 5  # turns of each engine
+    calls: int = 200  # single calls whose latency is measured
+    matrix: int = 8192  # rows and columns of the product that gives the peak
 
 
 DRY = Scale(pairs=24, long_pairs=2, checked=32, rounds=1, calls=3, matrix=256)
 
 
 class Bench:
-    """Everything the parts share: the model, the engines, the clock and the results."""
+    """The model, engines and clock that all parts share."""
 
     def __init__(self, folder: Path, device: str, scale: Scale, seconds: float) -> None:
         self.folder, self.device, self.scale = folder, device, scale
@@ -90,11 +81,11 @@ class Bench:
         return [*self.ours.values(), *self.peers]
 
     def rounds(self) -> int:
-        """Turns to take: one only, once the time is up."""
+        """Turns of each engine: one when the time is over."""
         return self.scale.rounds if time.monotonic() < self._until else 1
 
     def wait(self) -> None:
-        """Until the card is idle."""
+        """Wait until the card is idle."""
         if self.device != "cpu":
             import torch
 
@@ -109,9 +100,9 @@ class Bench:
         return time.perf_counter() - started
 
     def in_turn(self, cells: list[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
-        """Time each cell's ``call`` once a round; add what came out.
+        """Time each cell's ``call`` once a round; return the cells with their medians.
 
-        Two calls before are not counted: the second is where graphs are captured.
+        Two calls before are not counted: the second one captures graphs.
         """
         for cell in cells:
             cell["call"]()
@@ -130,7 +121,7 @@ def _summary(cell: dict[str, Any], pairs: int) -> dict[str, Any]:
 
 
 def _cells(engines: Iterable[Ours | Peer], unit: str, sizes: Iterable[int], *args: Any) -> Any:
-    """A cell for each engine and step size; ``args`` are what it scores."""
+    """A cell for each engine and step size, which scores ``args``."""
     return [
         {
             "engine": engine.name,
@@ -189,7 +180,7 @@ def correctness(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _small_steps(ours: Ours, encoded: Any) -> np.ndarray:
-    """Scores as graphs give them: the third time every room has been captured."""
+    """Scores as graphs give them: by the third time every shape has been captured."""
     for _ in range(3):
         logits = ours.run(encoded, budget=1024)
     return logits
@@ -240,7 +231,7 @@ def _throughput(bench: Bench, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _rates(row: dict[str, Any], encoded: Any, work: float) -> dict[str, float]:
-    """Tokens and operations a second; the operations are those needed, whoever does more."""
+    """Tokens and operations a second; only the necessary operations count."""
     seconds = row["median_s"]
     return {
         "tokens_per_s": int(encoded.lengths.sum()) / seconds,
@@ -292,7 +283,7 @@ def _repeated(bench: Bench, name: str, call: Callable[[], Any]) -> dict[str, Any
 
 
 def memory(bench: Bench) -> list[dict[str, Any]]:
-    """Peak bytes above what stands idle, mixed lengths; no graphs, whose pool is not counted."""
+    """Peak bytes above the idle state, mixed lengths, without graphs (their pool is not counted)."""
     if bench.device == "cpu":
         return []
     import torch
@@ -313,7 +304,7 @@ def memory(bench: Bench) -> list[dict[str, Any]]:
 
 
 def goals(content: dict[str, Any]) -> dict[str, float]:
-    """What the parts come to."""
+    """Summary figures of all parts."""
     top = max(content["peak"]["fp16"], content["peak_after"]["fp16"])
     cells = content["mixed"]["cells"]
 

@@ -1,4 +1,4 @@
-"""The engines that ``gpu.py`` measures, behind one way to call them: pairs and a step size."""
+"""The engines that ``gpu.py`` measures, called with pairs and a step size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ours:
         return self.encoder.encode(pairs, LIMIT, "longest_first")
 
     def run(self, encoded: EncodedPairs, *, budget: int = 0, batch: int = 0) -> np.ndarray:
-        """Logits of encoded pairs, a step holding so many tokens, or so many pairs."""
+        """Logits of encoded pairs, in steps of ``budget`` tokens or ``batch`` pairs."""
         limits = self._limits(budget or self._unbounded, batch or None)
         return self.engine.run(encoded, limits=limits).logits
 
@@ -76,7 +76,7 @@ class Peer:
         self._identity = torch.nn.Identity()
 
     def score(self, pairs: list[Pair], *, batch: int) -> np.ndarray:
-        """Logits of texts, so many pairs a step."""
+        """Logits of texts, in steps of ``batch`` pairs."""
         found = self._model.predict(
             pairs, batch_size=batch, activation_fn=self._identity, show_progress_bar=False
         )
@@ -88,18 +88,18 @@ class Peer:
 
 
 def open_peers(folder: Path, device: str) -> tuple[list[Peer], str]:
-    """sentence-transformers in half width, with FlashAttention where installed, and why not.
+    """sentence-transformers in half width, with FlashAttention if installed, and missing engines.
 
-    The reason is for the results: a comparison that was not made must not look like one.
+    The results name the engines that are missing and the reason.
     """
     try:
         peers = [Peer(folder, precision, device) for precision in ("fp16", "bf16")]
     except ImportError as error:
-        return [], f"sentence-transformers is not there: {error}"
+        return [], f"sentence-transformers is not installed: {error}"
     try:
         peers.append(Peer(folder, "fp16", device, "flash_attention_2"))
     except (ImportError, ValueError, RuntimeError, OSError) as error:
-        return peers, f"flash-attn is not there: {str(error).splitlines()[0]}"
+        return peers, f"flash-attn is not installed: {str(error).splitlines()[0]}"
     return peers, ""
 
 
@@ -122,7 +122,7 @@ def reference(folder: Path, encoded: EncodedPairs, device: str) -> np.ndarray:
 
 
 def free(device: str) -> None:
-    """Give the card's memory back."""
+    """Free the card's memory."""
     import torch
 
     gc.collect()
@@ -131,7 +131,7 @@ def free(device: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides speed and scores."""
+    """Versions of the libraries that affect speed and scores."""
     import torch
 
     from echelon.profile import library_versions

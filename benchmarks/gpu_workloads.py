@@ -1,4 +1,4 @@
-"""Texts of known lengths in tokens, and a tokenizer where none is given. For ``gpu.py``."""
+"""Texts of known lengths in tokens, and a tokenizer if none is given; for ``gpu.py``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_tokenizer(out: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Writes pairs of so many tokens out of words that are one token each."""
+    """Writes pairs of given lengths in tokens from words that are one token each."""
 
     words: tuple[str, ...]
     chance: np.random.Generator
@@ -93,7 +93,7 @@ class Writer:
         return cls(tuple(whole[:MAX_WORDS]), chance)
 
     def text(self, words: int) -> str:
-        """So many random words."""
+        """A text of random words."""
         return " ".join(self.chance.choice(self.words, size=max(1, words)))
 
     def pairs(self, lengths: list[int]) -> list[Pair]:
@@ -108,14 +108,14 @@ class Writer:
         """Log-normal lengths, mean 120 and at most 512 tokens."""
         mu = math.log(MEAN_TOKENS) - SPREAD**2 / 2
         drawn = self.chance.lognormal(mu, SPREAD, count)
-        least = QUERY_WORDS + SPECIALS + 1
-        return self.pairs(np.clip(drawn, least, LIMIT).astype(int).tolist())
+        shortest = QUERY_WORDS + SPECIALS + 1
+        return self.pairs(np.clip(drawn, shortest, LIMIT).astype(int).tolist())
 
 
 def flop(config: dict[str, Any], lengths: np.ndarray) -> float:
     """Operations that the packed encoder needs for pairs of these lengths.
 
-    Of the last layer keys and values for all tokens, the rest for each pair's first token only.
+    The last layer computes keys and values for all tokens, the rest for first tokens only.
     """
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     tokens, pairs = float(lengths.sum()), len(lengths)

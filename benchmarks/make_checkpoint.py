@@ -1,6 +1,6 @@
 """Write a cross-encoder checkpoint with seeded random weights.
 
-It stands in for weights that cannot be had: same shape, same speed, same memory, same numerics.
+It replaces weights that cannot be downloaded: same shape, speed, memory and numerics.
 
     python benchmarks/make_checkpoint.py OUT --family xlm-roberta-large --tokenizer FOLDER
 
@@ -70,11 +70,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WEIGHT_SCALE = 0.64
-"""Standard deviation × √fan-in; what BERT's 0.02 is at a width of 1024. Keeping it constant keeps
-narrow test models as far from linear as wide ones."""
+"""Standard deviation × √fan-in: BERT's 0.02 at a width of 1024. As a constant it keeps narrow test
+models as far from linear as wide ones."""
 
 HEAD_STD = 0.2
-"""Spread of the head's weights, so that logits span several units and errors in them show."""
+"""Standard deviation of the head's weights: logits span several units, so that errors show."""
 
 
 def make_checkpoint(  # noqa: PLR0913 - a script's options
@@ -110,7 +110,7 @@ def make_checkpoint(  # noqa: PLR0913 - a script's options
         if name.startswith("classifier") and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=HEAD_STD)
         elif parameter.ndim == 1:
-            # Biases and norms away from 0 and 1: an error in them must show.
+            # Biases and norms differ from 0 and 1, so that an error in them shows.
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
     out.mkdir(parents=True, exist_ok=True)
     if pickle:

@@ -1,8 +1,8 @@
-"""The matrix peak of this machine: the best of several large products, through every route.
+"""Measure the matrix peak of this machine: the best of several large products and routes.
 
     python benchmarks/peaks.py      # prints GFLOP/s (int8: GOP/s) by precision and route
 
-A share of the peak says how much of what the processor can do an engine uses.
+An engine's share of the peak says how much of the processor it uses.
 """
 
 from __future__ import annotations
