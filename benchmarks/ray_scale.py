@@ -35,11 +35,12 @@ from echelon.models.fake import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
 from echelon.tuning.machine import describe_machine
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from echelon.types import FloatArray, TokenBatch
+    from echelon.types import FloatArray, Pair, TokenBatch, Truncation
 
 BASE_S, TOKEN_S = 3e-3, 2e-5
 """Seconds of an empty step, and of a token: a small model on a GPU."""
@@ -64,20 +65,23 @@ class Sleeper(FakeScorer):
 
 
 class Encoder:
-    """Encodes the canary only."""
+    """Encodes numbers as texts into pairs of one length."""
 
     template = TEMPLATE
 
-    def encode(self, pairs: Sequence[Any], *_: Any, **__: Any) -> EncodedPairs:
-        """Pairs that look like all others."""
-        return pairs_of(0, len(pairs))
+    def encode(
+        self, pairs: Sequence[Pair], max_length: int, truncation: Truncation, *more: Any
+    ) -> EncodedPairs:
+        """Encode pairs of :func:`pairs_of`; texts of the canary count as 0."""
+        numbers = [[int(text) if text.isdigit() else 0 for text in pair] for pair in pairs]
+        queries = [np.array([query], dtype=np.int32) for query, _ in numbers]
+        documents = [np.array([*pair, *range(LENGTH - 7)], dtype=np.int32) for pair in numbers]
+        return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, *more[1:])
 
 
-def pairs_of(seed: int, count: int) -> EncodedPairs:
-    """A request: no pair is like that of another."""
-    documents = [np.array([seed, i, *range(LENGTH - 7)], dtype=np.int32) for i in range(count)]
-    query = np.array([seed], dtype=np.int32)
-    return encode_pairs(TEMPLATE, [query] * count, documents, 512, "longest_first")
+def pairs_of(seed: int, count: int) -> list[Pair]:
+    """A request: none of its pairs is like that of another."""
+    return [(str(seed), str(number)) for number in range(count)]
 
 
 def service(workers: int) -> Service:
@@ -107,7 +111,7 @@ class Replica:
         if self._started is None:
             self._started = asyncio.create_task(self._service.start())
         await self._started
-        return len((await self._service.submit(pairs_of(seed, count))).logits)
+        return len((await self._service.submit(RerankRequest(pairs_of(seed, count)))).logits)
 
     async def __del__(self) -> None:
         """End the workers."""
@@ -126,7 +130,7 @@ async def rate(workers: int, seconds: float, loops: int = 16) -> float:
             seed = number * 100_000
             while time.perf_counter() < end:
                 seed += 1
-                answer = await made.submit(pairs_of(seed, 40))
+                answer = await made.submit(RerankRequest(pairs_of(seed, 40)))
                 done += len(answer.logits)  # not in one line: it would read `done` before it waits
 
         await asyncio.gather(*(loop(number) for number in range(loops)))

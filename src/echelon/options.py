@@ -186,7 +186,7 @@ def check_max_length(asked: int | None, limit: int, specials: int) -> int:
     """The ``max_length`` to use: the model's own limit unless the user asked for less.
 
     Args:
-        asked: the option's value; None is the model's limit.
+        asked: the option's value.
         limit: longest pair the model takes, special tokens included.
         specials: special tokens added to every pair.
 

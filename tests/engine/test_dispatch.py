@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services import wish
+from services import coded, encoded
 
 from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.events import NullListener
@@ -21,7 +21,9 @@ def desk(answers):
 
     def submit(number, pairs):
         dispatch.submit(
-            InflightRequest(number, pairs, lambda told: answers.setdefault(number, told), 0.0)
+            InflightRequest(
+                number, encoded(pairs), lambda told: answers.setdefault(number, told), 0.0
+            )
         )
 
     return dispatch, submit
@@ -36,10 +38,10 @@ def test_a_pair_that_never_fits_ends_though_other_steps_go_well_in_between():
     """A step sent ahead ends well after each failure: that must not begin the ladder anew."""
     answers: dict = {}
     dispatch, submit = desk(answers)
-    submit(1, wish(*range(3, 60)))
+    submit(1, coded(*range(3, 60)))
     rungs = []
     for number in range(2, 12):
-        submit(number, wish(number))
+        submit(number, coded(number))
         large, ahead = dispatch.take(), dispatch.take()
         while large.step.requests != (1,):  # it has its turn among the others
             scored(dispatch, large)
@@ -57,7 +59,7 @@ def test_a_pair_that_never_fits_ends_though_other_steps_go_well_in_between():
 def test_no_answer_waits_for_the_prices_and_each_step_teaches_once():
     answers: dict = {}
     dispatch, submit = desk(answers)
-    submit(1, wish(*range(3, 30)))
+    submit(1, coded(*range(3, 30)))
     before = dispatch.cost.predict([30])
     scored(dispatch, dispatch.take())
     assert 1 in answers

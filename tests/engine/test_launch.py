@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from helpers import SENTENCES
+from services import submit
 
 from echelon import InvalidInput, ModelNotFound, Reranker
 from echelon.engine.launch import device_of, launch, prepare, threads_of
@@ -21,7 +22,7 @@ def test_the_same_scores_as_the_library(bert):
     async def main():
         service = await launch(bert, device="cpu", threads=1, token_budget=200, wedge_after_s=45.0)
         try:
-            answers = await asyncio.gather(*(service.submit(PAIRS) for _ in range(3)))
+            answers = await asyncio.gather(*(submit(service, PAIRS) for _ in range(3)))
             assert service.info.family == "bert"
             assert service.longest() == 130
             assert service.settings.wedge_after_s == 45.0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.scheduling.fair_queue import WEIGHTS
-from echelon.scheduling.load_shedding import OFF_SHARE, ON_SHARE, QUIET_S, LoadSheddingPolicy
+from echelon.scheduling.load_shedding import OFF_SHARE, ON_SHARE, QUIET_S, LoadShedding
 
 GOAL_S = 8.0
 ON_S, OFF_S = ON_SHARE * GOAL_S, OFF_SHARE * GOAL_S
@@ -18,37 +18,37 @@ looks = st.lists(st.tuples(st.floats(0, 2 * GOAL_S), st.floats(0, 2 * QUIET_S)),
 priorities = st.sampled_from(sorted(WEIGHTS))
 
 
-def watched(fallback, seen):
+def watched(shedding, seen):
     """(time, backlog, news, whether it is on) of each look; ``seen`` has the time between them."""
     now, told = 0.0, []
     for backlog_s, later_s in seen:
         now += later_s
-        news = fallback.see(backlog_s, now)
-        told.append((now, backlog_s, news, fallback.on))
+        news = shedding.update(backlog_s, now)
+        told.append((now, backlog_s, news, shedding.on))
     return told
 
 
 @given(looks, priorities)
 def test_never_without_configuration(seen, priority):
-    fallback = LoadSheddingPolicy(None, GOAL_S)
-    assert not any(news or on for _, _, news, on in watched(fallback, seen))
-    assert fallback.shorter(priority, 512) is None
+    shedding = LoadShedding(None, GOAL_S)
+    assert not any(news or on for _, _, news, on in watched(shedding, seen))
+    assert shedding.fallback(priority, 512) is None
 
 
 @given(looks, st.integers(1, 600), st.integers(1, 600))
 def test_only_low_priority_and_only_what_is_longer(seen, max_length, longest):
-    fallback = LoadSheddingPolicy(max_length, GOAL_S)
-    watched(fallback, seen)
-    assert fallback.shorter("normal", longest) is None
-    assert fallback.shorter("high", longest) is None
-    expected = max_length if fallback.on and max_length < longest else None
-    assert fallback.shorter("low", longest) == expected
+    shedding = LoadShedding(max_length, GOAL_S)
+    watched(shedding, seen)
+    assert shedding.fallback("normal", longest) is None
+    assert shedding.fallback("high", longest) is None
+    expected = max_length if shedding.on and max_length < longest else None
+    assert shedding.fallback("low", longest) == expected
 
 
 @given(looks)
 def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lower(seen):
     before = False
-    told = watched(LoadSheddingPolicy(64, GOAL_S), seen)
+    told = watched(LoadShedding(64, GOAL_S), seen)
     for place, (now, backlog_s, news, on) in enumerate(told):
         quiet = all(b < OFF_S for at, b, _, _ in told[: place + 1] if at > now - QUIET_S)
         if before:
@@ -61,34 +61,30 @@ def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lo
 
 @given(looks)
 def test_the_same_looks_give_the_same_answer(seen):
-    assert watched(LoadSheddingPolicy(64, GOAL_S), seen) == watched(
-        LoadSheddingPolicy(64, GOAL_S), seen
-    )
+    assert watched(LoadShedding(64, GOAL_S), seen) == watched(LoadShedding(64, GOAL_S), seen)
 
 
 @given(looks)
 def test_it_switches_at_most_twice_in_a_time_of_quiet(seen):
-    ends = [
-        now for now, _, news, _ in watched(LoadSheddingPolicy(64, GOAL_S), seen) if news == "off"
-    ]
+    ends = [now for now, _, news, _ in watched(LoadShedding(64, GOAL_S), seen) if news == "off"]
     assert all(b - a >= QUIET_S for a, b in pairwise(ends))
 
 
 def test_the_thresholds_themselves():
-    fallback = LoadSheddingPolicy(64, GOAL_S)
-    assert fallback.see(ON_S, 0.0) is None
-    assert fallback.see(ON_S * 1.001, 1.0) == "on"
-    assert fallback.see(OFF_S, 2.0) is None
-    assert fallback.see(OFF_S * 0.999, 1.999 + QUIET_S) is None
-    assert fallback.see(OFF_S * 0.999, 2.0 + QUIET_S) == "off"
-    assert fallback.see(ON_S, 3.0 + QUIET_S) is None
-    assert not fallback.on
+    shedding = LoadShedding(64, GOAL_S)
+    assert shedding.update(ON_S, 0.0) is None
+    assert shedding.update(ON_S * 1.001, 1.0) == "on"
+    assert shedding.update(OFF_S, 2.0) is None
+    assert shedding.update(OFF_S * 0.999, 1.999 + QUIET_S) is None
+    assert shedding.update(OFF_S * 0.999, 2.0 + QUIET_S) == "off"
+    assert shedding.update(ON_S, 3.0 + QUIET_S) is None
+    assert not shedding.on
 
 
 @pytest.mark.parametrize("gap_s", [QUIET_S, 100 * QUIET_S])
 def test_nobody_looked_for_long_so_the_first_to_come_is_read_in_full(gap_s):
-    fallback = LoadSheddingPolicy(64, GOAL_S)
-    fallback.see(GOAL_S, 1000.0)
-    assert fallback.shorter("low", 512) == 64
-    assert fallback.see(0.0, 1000.0 + gap_s) == "off"
-    assert fallback.shorter("low", 512) is None
+    shedding = LoadShedding(64, GOAL_S)
+    shedding.update(GOAL_S, 1000.0)
+    assert shedding.fallback("low", 512) == 64
+    assert shedding.update(0.0, 1000.0 + gap_s) == "off"
+    assert shedding.fallback("low", 512) is None

@@ -1,4 +1,4 @@
-"""The application in this process: answers and errors in every dialect."""
+"""The application in this process: answers and errors in every protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services import ids, scores, until
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server import routes
 from echelon.server.app import make_app
-from echelon.server.protocols import DIALECTS, PATHS
+from echelon.server.protocols import PATHS, PROTOCOLS
 from echelon.server.responses import HEADERS
 
 LOGITS = [float(logit) for logit in scores([("q", document) for document in DOCUMENTS])]
@@ -32,12 +32,12 @@ def sigmoid(logit):
     return 1 / (1 + math.exp(-logit))
 
 
-def test_every_path_answers_every_dialects_example():
+def test_every_path_answers_every_protocols_example():
     async def main(client, house):
         for path, them in PATHS.items():
-            for dialect in them:
-                response = await client.post(path, json=dict(dialect.example))
-                assert response.status_code == 200, (path, dialect.name, response.text)
+            for protocol in them:
+                response = await client.post(path, json=dict(protocol.example))
+                assert response.status_code == 200, (path, protocol.name, response.text)
                 assert set(HEADERS) <= {name.title() for name in response.headers}
 
     run_app(main)
@@ -108,16 +108,16 @@ def test_memory_trouble_is_told():
 # Errors.
 
 
-def test_errors_are_in_the_dialect_of_the_route():
+def test_errors_are_in_the_protocol_of_the_route():
     async def main(client, house):
-        for dialect in DIALECTS:
-            path = f"/{dialect.name.partition('_')[0]}{dialect.paths[0]}"
+        for protocol in PROTOCOLS:
+            path = protocol.own_paths[0]
             response = await client.post(path, content=b"{")
             assert response.status_code == 400
             status, body = 400, response.json()
             expected = {"cohere_v1": "message", "cohere_v2": "message", "nim": "message"}
             expected |= {"tei": "error", "vllm": "error", "vllm_score": "error"}
-            assert expected.get(dialect.name, "detail") in body, (dialect.name, status)
+            assert expected.get(protocol.name, "detail") in body, (protocol.name, status)
         wrong = await client.post("/rerank", json={"query": 3, "texts": ["a"]})
         assert wrong.json() == {
             "error": "query: Expected str, got int. See /docs for the fields of this route.",
@@ -163,7 +163,7 @@ def test_a_bug_is_an_answer_too(caplog, monkeypatch):
 
     async def main(client, house):
         caplog.set_level(logging.CRITICAL, "echelon")
-        monkeypatch.setattr("echelon.server.routes.hits_of", lambda *_: broken(_))
+        monkeypatch.setattr("echelon.server.routes.results_of", lambda *_: broken(_))
         response = await client.post("/v1/rerank", json=ASKED)
         assert response.status_code == 500
         assert "This is a bug" in response.json()["message"]
@@ -236,8 +236,8 @@ def test_an_answer_goes_out_before_it_is_counted_and_logged():
     run_app(main)
 
 
-def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing(monkeypatch):
-    async def ask(*_):
+def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing():
+    async def submit(_):
         await asyncio.sleep(0)
         return "answer"
 
@@ -245,12 +245,12 @@ def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing(monkeypatch):
         return {"type": "http.disconnect"}
 
     async def main():
-        call = SimpleNamespace(request=SimpleNamespace(receive=receive))
-        assert await routes._unless_gone(call, None) == "answer"
+        server = SimpleNamespace(service=SimpleNamespace(submit=submit))
+        context = SimpleNamespace(http=SimpleNamespace(receive=receive), server=server)
+        assert await routes._until_disconnect(context, None) == "answer"
         for _ in range(3):
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(routes, "_ask", ask)
     asyncio.run(main())
 
 

@@ -18,7 +18,7 @@ from echelon.server.app import make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from echelon.server.openapi import ERRORS, PLAIN, describe
-from echelon.server.protocols import DIALECTS, PATHS, SHARED
+from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
 from echelon.server.responses import HEADERS
 
 
@@ -121,7 +121,7 @@ def test_the_description_is_whole_and_needs_no_other_server():
     for path, them in SHARED.items():
         told = description["paths"][path]["post"]
         examples = told["requestBody"]["content"]["application/json"]["examples"]
-        assert set(examples) == {dialect.name for dialect in them}
+        assert set(examples) == {protocol.name for protocol in them}
         assert set(told["responses"]) == {"200", *map(str, ERRORS)}
 
     async def main(client, house):
@@ -190,7 +190,7 @@ def test_serving_page_names_every_metric_header_path_and_status():
     }
     listed = set(re.findall(r"^\| `(echelon_\w+)`", page, re.MULTILINE))
     assert listed == metrics
-    for name in (*HEADERS, *SHARED, *PLAIN, *(d.title for d in DIALECTS)):
+    for name in (*HEADERS, *SHARED, *PLAIN, *(d.title for d in PROTOCOLS)):
         assert name in page, name
     statuses = set(re.findall(r"^\| (\d{3}) \|", page, re.MULTILINE))
     assert statuses == set(map(str, ERRORS))

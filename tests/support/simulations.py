@@ -10,14 +10,16 @@ import numpy as np
 from helpers import TEMPLATE
 from hypothesis import strategies as st
 
-from echelon.engine.admission_pipeline import AdmissionPipeline, ScoringRequest
+from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.events import NullListener, SafeListener
 from echelon.engine.inflight import InflightRequest
+from echelon.engine.state import ServiceSettings
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError
 from echelon.models.fake import FakeScorer
+from echelon.scheduling.admission import RequestCost
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel
 from echelon.simulation.workload import Arrival
@@ -101,7 +103,7 @@ class VirtualWorker:
             if self.happenings:
                 self._advance(self.happenings[0][0], inclusive=True)
             else:
-                self.leave()
+                self.end()
         return self._told
 
     def _advance(self, to, *, inclusive):
@@ -113,15 +115,15 @@ class VirtualWorker:
         self.now = to
 
 
-def serve(trace, setting, cost="none"):
-    """Serve a trace with the real reception, dispatch and keeper.
+def serve(trace, settings, cost="none"):
+    """Serve a trace with the real admission, dispatcher and supervisor.
 
     Returns:
         The steps as (time, places, lengths), the outcome of each request, the answers' logits.
     """
     scorer = FakeScorer(padding=cost)
-    worker = VirtualWorker(cpu(cost), setting.factors(), scorer)
-    batcher = Batcher(CostModel(), 1, setting.max_pairs)
+    worker = VirtualWorker(cpu(cost), settings.factors(), scorer)
+    batcher = Batcher(CostModel(), 1, settings.max_pairs)
     steps = []
     form = batcher.next_step
 
@@ -133,22 +135,22 @@ def serve(trace, setting, cost="none"):
 
     batcher.next_step = next_step
     dispatch = Dispatcher(batcher, SafeListener(NullListener()), lambda: worker.now)
-    dispatch.set_up(scorer.info, setting.token_budget, None, setting.goal_s)
-    reception = AdmissionPipeline(None, setting.bounds, dispatch, lambda: 1)
+    dispatch.set_up(scorer.info, settings.token_budget, None, settings.goal_s)
+    limits = ServiceSettings(bounds=settings.bounds)
+    admission = AdmissionPipeline(None, limits, dispatch, lambda: 1)
     keeper = WorkerSupervisor(
-        0, worker, dispatch, WorkerConfig(), opened=lambda facts: [], settled=lambda error: None
+        0, worker, dispatch, WorkerConfig(), opened=lambda facts: [], started=lambda error: None
     )
-    worker.leave = keeper.leave
+    worker.end = keeper.stop
     ends: dict = {}
     count = itertools.count()
     numbers = itertools.count(1)
 
     def arrive(arrival):
-        deadline = None if setting.deadline_s is None else arrival.at_s + setting.deadline_s
-        squares = sum(length**2 for length in arrival.lengths)
-        wish = ScoringRequest(512, deadline=deadline)
+        deadline = None if settings.deadline_s is None else arrival.at_s + settings.deadline_s
+        tokens, squares = sum(arrival.lengths), sum(length**2 for length in arrival.lengths)
         try:
-            reception._judge(arrival.documents, sum(arrival.lengths), squares, wish)
+            admission._judge(RequestCost(arrival.documents, tokens, squares, deadline))
         except EchelonError:
             ends[arrival.at_s] = "refused", None
             return
@@ -175,7 +177,7 @@ def serve(trace, setting, cost="none"):
     for arrival in trace:
         happening(arrival.at_s, 1, lambda arrival=arrival: arrive(arrival))
     keeper.run()
-    reception.close()
+    admission.close()
     return steps, ends
 
 

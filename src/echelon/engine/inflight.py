@@ -1,8 +1,6 @@
-"""One request of a service, from joining the queue to its end, and what its caller is told.
+"""One request of a service from joining the queue to its answer, and the errors it may end with.
 
-What callers are told whose pairs got no score. Pure.
-
-Results from threads for those who await them.
+Pure, except that :func:`resolve` carries results from threads to the event loop.
 """
 
 from __future__ import annotations
@@ -12,13 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from echelon.engine.events import RequestEnded
-from echelon.errors import (
-    InvalidInput,
-    NonFiniteScore,
-    OutOfMemory,
-    ScoringFailed,
-    WorkerLost,
-)
+from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory, ScoringFailed, WorkerLost
 from echelon.types import Answer, LadderStep, Timings
 
 if TYPE_CHECKING:
@@ -27,33 +19,32 @@ if TYPE_CHECKING:
 
     from echelon.engine.events import Outcome
     from echelon.errors import EchelonError
-    from echelon.scheduling.fair_queue import Priority
     from echelon.scheduling.queue import FailedRequest, PlannedStep
-    from echelon.tokenization.chunking import Whole
+    from echelon.tokenization.chunking import ChunkMap
     from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible
-    from echelon.types import FloatArray, IntArray
+    from echelon.types import FloatArray, IntArray, Priority
 
 
 @dataclass(slots=True)
 class InflightRequest:
-    """One request; :mod:`echelon.engine.dispatcher` changes it under its lock.
+    """A request that is queued or being scored; the dispatcher changes it under its lock.
 
     Attributes:
         number: its number, never used twice.
-        pairs: what to score.
+        pairs: token ids to score.
         done: called once, from any thread, with the answer or the error.
         arrived: when the caller came.
         tokenise_s: seconds of tokenising.
         deadline: when the answer is due; None means never.
         priority: its share of the device.
-        whole: where its pairs are chunks, the way back to the documents.
-        fallback: tokens that its pairs were cut to because the queue was long.
+        chunk_map: where its pairs are chunks, the way back to the documents.
+        fallback: tokens to which its pairs were cut because the queue was long.
         joined: when it joined the queue.
         started: when the first of its steps began.
         compute_s: seconds of its steps.
-        cost_tokens: its share of what they were paid for.
+        cost_tokens: its share of their tokens, padding included.
         batch_sizes: their pairs, other requests' included.
-        ladder: memory-ladder actions that they went through.
+        ladder: actions of the OOM ladder that they went through.
     """
 
     number: int
@@ -63,7 +54,7 @@ class InflightRequest:
     tokenise_s: float = 0.0
     deadline: float | None = None
     priority: Priority = "normal"
-    whole: Whole | None = None
+    chunk_map: ChunkMap | None = None
     fallback: int | None = None
     joined: float = 0.0
     started: float | None = None
@@ -74,12 +65,12 @@ class InflightRequest:
 
     @property
     def truncated_tokens(self) -> IntArray:
-        """int32 [documents], tokens that each lost."""
+        """int32 [documents], tokens that each document lost."""
         lost = self.pairs.truncated_tokens
-        return lost if self.whole is None else self.whole.truncated_tokens(lost)
+        return lost if self.chunk_map is None else self.chunk_map.truncated_tokens(lost)
 
     def scored(self, step: PlannedStep, seconds: float, now: float) -> None:
-        """A step with pairs of it took ``seconds`` and has ended."""
+        """Count a step with pairs of it, which took ``seconds``."""
         self.compute_s += seconds
         self.cost_tokens += step.cost_tokens * self._share(step)
         self.batch_sizes.append(len(step.places))
@@ -97,9 +88,9 @@ class InflightRequest:
         )
 
     def answer(self, logits: FloatArray, now: float) -> Answer:
-        """What its caller gets."""
+        """The answer for its caller."""
         return Answer(
-            logits=logits if self.whole is None else self.whole.best(logits),
+            logits=logits if self.chunk_map is None else self.chunk_map.best(logits),
             truncated_tokens=self.truncated_tokens,
             tokens=int(self.pairs.lengths.sum()),
             cost_tokens=round(self.cost_tokens),
@@ -110,7 +101,7 @@ class InflightRequest:
         )
 
     def ended(self, outcome: Outcome, now: float) -> RequestEnded:
-        """What a listener hears."""
+        """The event for listeners."""
         times, truncated = self.timings(now), self.truncated_tokens
         return RequestEnded(
             outcome=outcome,
@@ -126,7 +117,7 @@ class InflightRequest:
         )
 
     def _share(self, step: PlannedStep) -> float:
-        """Its share of a step, by tokens; a pair of several requests is the first one's."""
+        """Its share of a step, by tokens; a pair of several requests counts for the first."""
         pairs = zip(step.places, step.lengths, strict=True)
         return sum(length for (owner, _), length in pairs if owner == self.number) / step.tokens
 
@@ -134,18 +125,18 @@ class InflightRequest:
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."
 
 
-def error_of(broken: FailedRequest, name: str) -> EchelonError:
-    """What a caller is told of a pair that got no score."""
-    if broken.fault == "not_finite":
+def error_of(failed: FailedRequest, name: str) -> EchelonError:
+    """The error for a pair that got no score."""
+    if failed.fault == "not_finite":
         return NonFiniteScore(
-            f"{name}: the model gave {broken.logit}. Serve it with precision='fp32', whose range "
+            f"{name}: the model gave {failed.logit}. Serve it with precision='fp32', whose range "
             "is wider; if it persists, the weights are damaged."
         )
-    return ScoringFailed(f"{name}: {broken.fault}. This is a bug.")
+    return ScoringFailed(f"{name}: {failed.fault}. This is a bug.")
 
 
 def lost(pairs: int, name: str) -> WorkerLost:
-    """A worker ended over a step of one request for the second time."""
+    """The error for a step of one request during which a worker ended for the second time."""
     which, remedy = "this document", "Send the others without it"
     if pairs > 1:
         which, remedy = f"this or one of {pairs - 1} others", "Send them one at a time to find it"
@@ -155,13 +146,13 @@ def lost(pairs: int, name: str) -> WorkerLost:
     )
 
 
-def does_not_fit(tokens: int, words: str, name: str) -> OutOfMemory:
-    """A pair does not fit in memory, even alone."""
-    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {words}")
+def does_not_fit(tokens: int, where: str, name: str) -> OutOfMemory:
+    """The error for a pair that does not fit in memory even alone."""
+    return OutOfMemory(f"{name} of {tokens} tokens does not fit in the memory of {where}")
 
 
 def query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
-    """Cutting a pair for want of memory would leave nothing of its document."""
+    """The error for a pair that, cut to fit in memory, would have no room for its document."""
     return InvalidInput(
         f"pairs[{error.index}].query",
         f"its {error.query_tokens} tokens leave no room in max_length={max_length}, to "
@@ -174,11 +165,11 @@ Result = TypeVar("Result")
 
 
 def resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Result], value: Result) -> None:
-    """Give a future its value from another thread, unless nobody waits any more."""
+    """Set a future's result from another thread, unless its caller no longer waits."""
 
-    def give() -> None:
+    def set_result() -> None:
         if not future.done():
             future.set_result(value)
 
-    with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits
-        loop.call_soon_threadsafe(give)
+    with contextlib.suppress(RuntimeError):  # the loop has closed
+        loop.call_soon_threadsafe(set_result)

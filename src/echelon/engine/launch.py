@@ -73,8 +73,8 @@ class PreparedModel:
             key = current_key(self.folder.name, self.folder.revision, facts)
             warn_if_stale(self.profile, key, self.options.profile)
 
-    def learned(self, budget: int) -> None:
-        """Keep a smaller token budget, which memory taught, in the profile."""
+    def learned(self, budget: int | None) -> None:
+        """Keep the token budget that memory allows in the profile; None removes it."""
         remember_budget(self.options.profile, budget)
 
 

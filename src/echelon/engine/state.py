@@ -9,9 +9,10 @@ from echelon.errors import InvalidInput
 from echelon.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
-    from echelon.options import Allowance, Truncation
+    from echelon.options import Allowance
     from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.scheduling.queue import QueueLoad
+    from echelon.types import Truncation
 
 WEDGE_AFTER_S = 20.0
 """No step is given up before this: first steps compile, and a machine may swap."""

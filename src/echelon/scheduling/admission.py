@@ -97,8 +97,8 @@ class SystemLoad:
         workers: workers that are up.
         coming: requests still being tokenised.
         coming_tokens: their estimated tokens.
-        soonest: what so many of the requests wait for until they end, with so many workers; asked
-            only where the house is full. See :meth:`echelon.scheduling.batcher.Batcher.soonest`.
+        next_completions: see :meth:`echelon.scheduling.batcher.Batcher.next_completions`; called
+            only if the limit of requests is reached.
     """
 
     load: QueueLoad
@@ -106,7 +106,7 @@ class SystemLoad:
     workers: int = 1
     coming: int = 0
     coming_tokens: int = 0
-    soonest: Callable[[int, int], Sequence[CompletionEstimate]] = _unknown
+    next_completions: Callable[[int, int], Sequence[CompletionEstimate]] = _unknown
 
     @property
     def requests(self) -> int:
@@ -138,7 +138,7 @@ class SystemLoad:
         Of those that are still tokenised nothing single is known: they count as all alike.
         """
         workers = max(1, self.workers)
-        soon = self.soonest(places, workers)
+        soon = self.next_completions(places, workers)
         if len(soon) < places:
             return self.backlog_s * places / max(1, self.requests)
         last = soon[places - 1]

@@ -1,7 +1,7 @@
-"""A service's answer as results, headers and an explanation (pure).
+"""A service's answer as results, headers and warnings. Pure.
 
-Results are sorted by logit; the sigmoid is applied to what is shown, in float64, so that scores
-near 1 never tie.
+Results are sorted by logit; the sigmoid is applied to the scores that are shown, in float64, so
+that scores near 1 never tie.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from echelon.server.protocols.base import RerankResult
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.server.protocols.base import RerankRequest
-    from echelon.types import Answer
+    from echelon.server.protocols.base import ResponseOptions
+    from echelon.types import Answer, RerankRequest
 
 HEADERS = {
     "X-Echelon-Queue-Ms": "milliseconds in the queue",
@@ -32,27 +32,27 @@ HEADERS = {
     "X-Echelon-Fallback": "max_length=N where the queue was so long that pairs were cut to N "
     "tokens, as configured for low priority; else empty",
 }
-"""Headers of every answer with results, and what they say."""
+"""Headers of every response with results, and their meaning."""
 
 _PLACE = re.compile(r"pairs\[(\d+)\](\.document|\.query)?")
 
 
-def hits_of(answer: Answer, wanted: RerankRequest) -> list[RerankResult]:
-    """Results as they go out: best first unless input order was asked for, at most ``top_n``."""
+def results_of(answer: Answer, options: ResponseOptions) -> list[RerankResult]:
+    """Results: best first unless input order was asked for, at most ``top_n``."""
     logits = answer.logits.astype(np.float64)
-    order = np.argsort(-logits, kind="stable") if wanted.ranked else np.arange(len(logits))
-    order = order[: wanted.top_n]
+    order = np.argsort(-logits, kind="stable") if options.ranked else np.arange(len(logits))
+    order = order[: options.top_n]
     kept = logits[order]
-    shown = kept if wanted.raw else np.exp(-np.logaddexp(0.0, -kept))
+    shown = kept if options.raw_scores else np.exp(-np.logaddexp(0.0, -kept))
     rows = zip(order.tolist(), shown.tolist(), kept.tolist(), strict=True)
-    documents = wanted.documents
+    documents = options.documents
     if documents is None:
         return [RerankResult(index, score, logit) for index, score, logit in rows]
     return [RerankResult(index, score, logit, documents[index]) for index, score, logit in rows]
 
 
 def explanation(answer: Answer) -> dict[str, Any]:
-    """What happened to a request, for its body."""
+    """Where a request's time went and what happened to it, for the body."""
     times = answer.timings
     return {
         "queue_ms": _ms(times.queue_s),
@@ -70,7 +70,7 @@ def explanation(answer: Answer) -> dict[str, Any]:
 
 
 def headers_of(answer: Answer) -> dict[str, str]:
-    """What happened to a request, for its headers, in the order of :data:`HEADERS`."""
+    """The same, shorter, for the headers of :data:`HEADERS`."""
     times = answer.timings
     values: Sequence[object] = (
         _ms(times.queue_s),
@@ -86,10 +86,10 @@ def headers_of(answer: Answer) -> dict[str, str]:
     return {name: str(value) for name, value in zip(HEADERS, values, strict=True)}
 
 
-def tei_headers(answer: Answer, wanted: RerankRequest) -> dict[str, str]:
-    """What TEI's clients read: whole milliseconds, characters, tokens."""
+def tei_headers(answer: Answer, request: RerankRequest) -> dict[str, str]:
+    """Headers that TEI's clients read: whole milliseconds, characters, tokens."""
     times = answer.timings
-    characters = len(wanted.pairs[0][0]) + sum(len(document) for _, document in wanted.pairs)
+    characters = len(request.pairs[0][0]) + sum(len(document) for _, document in request.pairs)
     return {
         "x-compute-type": "echelon",
         "x-compute-characters": str(characters),
@@ -103,18 +103,17 @@ def tei_headers(answer: Answer, wanted: RerankRequest) -> dict[str, str]:
 
 
 def warnings_of(answer: Answer) -> tuple[str, ...]:
-    """What the caller should know: cut documents, memory-ladder steps, falling back."""
+    """Warnings for the caller: truncated documents, actions of the OOM ladder, load shedding."""
     cut = int(np.count_nonzero(answer.truncated_tokens))
-    words = []
+    warnings = []
     if cut:
-        words.append(f"{cut} of {len(answer.logits)} documents were cut. {_remedy(answer)}")
+        warnings.append(f"{cut} of {len(answer.logits)} documents were cut. {_remedy(answer)}")
     elif answer.fallback is not None:
-        words.append(_remedy(answer))
-    return (*words, *(f"{step.detail}. {step.remedy}" for step in answer.ladder))
+        warnings.append(_remedy(answer))
+    return (*warnings, *(f"{step.detail}. {step.remedy}" for step in answer.ladder))
 
 
 def _remedy(answer: Answer) -> str:
-    """What to do so that documents are read whole."""
     if answer.fallback is None:
         return (
             "Ask for max_tokens_per_doc to have them read in chunks, or serve with a larger "
@@ -127,17 +126,17 @@ def _remedy(answer: Answer) -> str:
 
 
 def retry_after(seconds: float) -> str:
-    """``Retry-After`` in whole seconds, never earlier than the truth and at least one."""
+    """``Retry-After`` in whole seconds, rounded up, at least one."""
     return str(max(1, math.ceil(seconds)))
 
 
-def in_callers_words(words: str, noun: str) -> str:
-    """A message with the caller's names for pairs: ``pairs[3].document`` is ``texts[3]``."""
+def with_noun(message: str, noun: str) -> str:
+    """Put a protocol's name for documents into a message: ``pairs[3].document`` is ``texts[3]``."""
 
     def renamed(found: re.Match[str]) -> str:
         return "query" if found[2] == ".query" else f"{noun}[{found[1]}]"
 
-    return _PLACE.sub(renamed, words)
+    return _PLACE.sub(renamed, message)
 
 
 def _ms(seconds: float) -> float:

@@ -1,7 +1,4 @@
-"""The routes that rank: body in, service asked, answer or error out, in the caller's dialect.
-
-A request's body, as long and as slow as the rules allow.
-"""
+"""The routes that rank: read the body, submit it to the service, write response or error."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ from echelon.errors import (
 )
 from echelon.server.observability import SpanRecord, request_id
 from echelon.server.protocols import choose, read
-from echelon.server.protocols.base import ErrorResponse, RerankResponse, priority_of
+from echelon.server.protocols.base import ErrorResponse, RerankResponse
 from echelon.server.protocols.tei import TEI
 from echelon.server.responses import (
     explanation,
     headers_of,
-    hits_of,
-    in_callers_words,
+    results_of,
     retry_after,
     tei_headers,
     warnings_of,
+    with_noun,
 )
 
 if TYPE_CHECKING:
@@ -45,158 +42,160 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from echelon.scheduling.fair_queue import Priority
     from echelon.server.auth import ApiClient
     from echelon.server.context import ServerContext, ServerLimits
-    from echelon.server.protocols.base import ApiProtocol, Body, RerankRequest
-    from echelon.types import Answer
-
+    from echelon.server.protocols.base import ApiProtocol, Body, ResponseOptions
+    from echelon.types import Answer, RerankRequest
 
 logger = logging.getLogger(__name__)
 
-GONE = 499
-"""What metrics and logs call a client that went away; nobody receives it."""
+CLIENT_GONE = 499
+"""Status in metrics and logs of a request whose client went away; it is never sent."""
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request on its way.
+    """One HTTP request while it is handled.
 
     Attributes:
-        house: the server.
-        request: what came.
-        dialect: its language, the path's last until the body has told.
-        began: the service's time when it came; None where it has not started.
-        timeout_s: seconds that the caller gives us; None is no limit.
-        holder: whose key it came with; None until that is known.
-        documents: its documents; None until they are read.
+        server: the server.
+        http: the request.
+        protocol: the body's; until the body is read, the last of its path.
+        began: the service's time when it came; None where the service has not started.
+        client: owner of its key; None until that is known.
+        request: what it asks; None until the body is read.
         answer: the service's answer, where there is one.
-        answered_s: seconds from the begin to that answer.
-        facts: what the log is told.
+        answered_s: seconds from its begin to that answer.
+        log_fields: what the log says of it.
     """
 
-    house: ServerContext
-    request: Request
-    dialect: ApiProtocol
+    server: ServerContext
+    http: Request
+    protocol: ApiProtocol
     began: float | None = None
-    timeout_s: float | None = None
-    holder: ApiClient | None = None
-    documents: int | None = None
+    client: ApiClient | None = None
+    request: RerankRequest | None = None
     answer: Answer | None = None
     answered_s: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
+    log_fields: dict[str, Any] = field(default_factory=dict)
 
 
 def endpoint(
-    house: ServerContext, candidates: tuple[ApiProtocol, ...]
+    server: ServerContext, candidates: tuple[ApiProtocol, ...]
 ) -> Callable[[Request], Awaitable[Response]]:
     """The route of one path."""
 
-    async def rank(request: Request) -> Response:
+    async def rank(http: Request) -> Response:
         began = time.perf_counter()
-        call = RequestContext(house, request, candidates[-1])
-        response = await _respond(call, candidates)
+        context = RequestContext(server, http, candidates[-1])
+        response = await _respond(context, candidates)
         seconds = time.perf_counter() - began
-        response.background = BackgroundTask(_note, call, response.status_code, seconds)
+        response.background = BackgroundTask(_record, context, response.status_code, seconds)
         return response
 
     return rank
 
 
-async def _respond(call: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
+async def _respond(context: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
     try:
-        return await _answer(call, candidates)
+        return await _answer(context, candidates)
     except ClientDisconnect:
-        return Response(status_code=GONE)
+        return Response(status_code=CLIENT_GONE)
     except EchelonError as error:
-        if isinstance(error, RateLimited) and call.holder is not None:
-            call.house.rate_limited(call.holder.name)
-        return error_response(error, call.dialect)
+        if isinstance(error, RateLimited) and context.client is not None:
+            context.server.rate_limited(context.client.name)
+        return error_response(error, context.protocol)
     except Exception as error:
-        logger.exception("A request met what the server does not know. This is a bug.")
-        words = f"{type(error).__name__}: {error}. This is a bug; the log has more."
-        return error_response(ScoringFailed(words), call.dialect)
+        logger.exception("A request met an unexpected error. This is a bug.")
+        message = f"{type(error).__name__}: {error}. This is a bug; the log has more."
+        return error_response(ScoringFailed(message), context.protocol)
 
 
-async def _answer(call: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
-    house, request = call.house, call.request
-    service = house.service
-    call.began = service.clock()
-    _identify(call, service.clock())
-    body = await read_body(request, house.rules)
-    call.dialect = choose(candidates, body)
-    wanted = read(call.dialect, body)
-    call.timeout_s = timeout_of(request.headers, wanted.timeout_ms)
-    call.documents = len(wanted.pairs)
-    answer = call.answer = await _within_limit(call, wanted)
-    call.answered_s = service.clock() - call.began
-    call.facts |= {"documents": call.documents, **headers_facts(answer)}
-    content = call.dialect.write(_outcome(house, wanted, answer))
-    if wanted.explain and isinstance(content, dict):
-        content["echelon"] = explanation(answer)
+async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
+    server, http = context.server, context.http
+    clock = server.service.clock
+    began = context.began = clock()
+    _authenticate(context, began)
+    body = await read_body(http, server.limits)
+    protocol = context.protocol = choose(candidates, body)
+    request, options = read(protocol, body, http.headers, began)
+    context.request = request
+    answer = context.answer = await _within_limit(context, request)
+    context.answered_s = clock() - began
+    explained = explanation(answer)
+    context.log_fields["documents"] = len(request.pairs)
+    for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms"):
+        context.log_fields[name] = explained[name]
+    if answer.fallback is not None:
+        context.log_fields["fallback"] = explained["fallback"]
+    content = protocol.write(_response(server, options, answer))
+    if options.explain and isinstance(content, dict):
+        content["echelon"] = explained
     headers = headers_of(answer)
-    if call.dialect is TEI:
-        headers |= tei_headers(answer, wanted)
+    if protocol is TEI:
+        headers |= tei_headers(answer, request)
     return as_json(content, 200, headers)
 
 
-def _identify(call: RequestContext, now: float) -> None:
-    """Whose request it is; one that has used up its limit is refused before its body is read.
+def _authenticate(context: RequestContext, now: float) -> None:
+    """Find the key's owner; one that has used up its limit is refused before its body is read.
 
     Raises:
         Unauthorised: no key, or a wrong one.
-        RateLimited: not even one document would be let in.
+        RateLimited: not even one document would be admitted.
     """
-    holder = call.holder = call.house.rules.keys.holder(call.request.headers)
-    if len(call.house.rules.keys):
-        call.facts["key"] = holder.name
-    if holder.bucket is not None:
-        holder.bucket.ask(1, now)
+    keys = context.server.limits.keys
+    client = context.client = keys.authenticate(context.http.headers)
+    if len(keys):
+        context.log_fields["key"] = client.name
+    if client.bucket is not None:
+        client.bucket.check(1, now)
 
 
-async def _within_limit(call: RequestContext, wanted: RerankRequest) -> Answer:
-    """The service's answer, paid for by the key; what the service refuses costs nothing.
+async def _within_limit(context: RequestContext, request: RerankRequest) -> Answer:
+    """Submit a request within its key's limit; one that the service refuses does not count.
 
     Raises:
-        RateLimited: the key has used up what it may have scored.
+        RateLimited: the key has used up its limit.
     """
-    bucket = call.holder.bucket if call.holder else None
-    documents = len(wanted.pairs)
+    bucket = context.client.bucket if context.client else None
     if bucket is None:
-        return await _unless_gone(call, wanted)
-    bucket.take(documents, call.house.service.clock())
+        return await _until_disconnect(context, request)
+    documents = len(request.pairs)
+    bucket.take(documents, context.server.service.clock())
     try:
-        return await _unless_gone(call, wanted)
+        return await _until_disconnect(context, request)
     except (InvalidInput, Overloaded, ShuttingDown):
         bucket.give_back(documents)
         raise
 
 
-async def _unless_gone(call: RequestContext, wanted: RerankRequest) -> Answer:
-    """The service's answer; if the client goes away first, its work is taken out of the queue.
+async def _until_disconnect(context: RequestContext, request: RerankRequest) -> Answer:
+    """Submit a request; if the client goes away first, its work is taken out of the queue.
 
-    No task of its own asks: each turn of the loop until the answer is out would be waited for.
+    The service is awaited in this task, not in one of its own: that would cost an answer more
+    turns of the event loop.
 
     Raises:
-        ClientDisconnect: it went away.
+        ClientDisconnect: the client went away.
     """
-    asking = asyncio.current_task()
-    if asking is None:
+    submitting = asyncio.current_task()
+    if submitting is None:
         raise RuntimeError("a request is answered outside of a task. This is a bug.")
-    watching = asyncio.ensure_future(_goes(call.request))
+    watching = asyncio.ensure_future(_disconnect(context.http))
     waiting, gone = True, False
 
-    def leave(_: asyncio.Task[None]) -> None:
+    def cancel(_: asyncio.Task[None]) -> None:
         nonlocal gone
-        if waiting:  # it is told of its own end as well, and perhaps after ours
+        if waiting:  # also called when watching is cancelled, perhaps after the answer
             gone = True
-            asking.cancel()
+            submitting.cancel()
 
-    watching.add_done_callback(leave)
+    watching.add_done_callback(cancel)
     try:
-        return await _ask(call, wanted)
+        return await context.server.service.submit(request)
     except asyncio.CancelledError:
-        if gone and not asking.uncancel():
+        if gone and not submitting.uncancel():
             raise ClientDisconnect from None
         raise
     finally:
@@ -204,46 +203,28 @@ async def _unless_gone(call: RequestContext, wanted: RerankRequest) -> Answer:
         watching.cancel()
 
 
-async def _ask(call: RequestContext, wanted: RerankRequest) -> Answer:
-    service = call.house.service
-    deadline = None
-    if call.timeout_s is not None and call.began is not None:
-        deadline = call.began + call.timeout_s
-    return await service.submit(
-        wanted.pairs,
-        deadline=deadline,
-        priority=priority_asked(call.request.headers, wanted.priority),
-        max_length=wanted.max_length,
-        truncation=wanted.truncation,
-        max_query_tokens=wanted.max_query_tokens,
-        chunking=wanted.chunking,
-        whole=wanted.whole,
-        side=wanted.side,
-    )
-
-
-async def _goes(request: Request) -> None:
+async def _disconnect(http: Request) -> None:
     """Return when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def _outcome(house: ServerContext, wanted: RerankRequest, answer: Answer) -> RerankResponse:
+def _response(server: ServerContext, options: ResponseOptions, answer: Answer) -> RerankResponse:
     return RerankResponse(
-        number=request_id.get(),
+        request_id=request_id.get(),
         created=int(time.time()),
-        model=house.model,
-        hits=hits_of(answer, wanted),
+        model=server.model,
+        results=results_of(answer, options),
         tokens=answer.tokens,
-        with_documents=wanted.documents is not None,
+        with_documents=options.documents is not None,
         warnings=warnings_of(answer),
     )
 
 
-def error_response(error: EchelonError, dialect: ApiProtocol) -> Response:
-    """The one place where an error becomes an answer."""
-    words = in_callers_words(str(error), dialect.noun)
-    status, body = dialect.complain(ErrorResponse(error, words, request_id.get()))
+def error_response(error: EchelonError, protocol: ApiProtocol) -> Response:
+    """The one place where an error becomes a response."""
+    message = with_noun(str(error), protocol.noun)
+    status, body = protocol.write_error(ErrorResponse(error, message, request_id.get()))
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = retry_after(error.retry_after_s)
@@ -256,61 +237,41 @@ def as_json(content: Body, status: int, headers: Mapping[str, str] | None = None
     return Response(encoded, status, dict(headers or {}), media_type="application/json")
 
 
-def headers_facts(answer: Answer) -> dict[str, Any]:
-    """What the log says of an answer."""
-    told = explanation(answer)
-    facts = {name: told[name] for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms")}
-    return facts if answer.fallback is None else facts | {"fallback": told["fallback"]}
+async def _record(context: RequestContext, status: int, seconds: float) -> None:
+    """Write metrics, traces and the log, after the response is sent."""
+    await asyncio.sleep(0)  # the response leaves at the end of the loop's turn
+    server, request, path = context.server, context.request, context.http.scope["path"]
+    server.metrics.answered(context.protocol.name, status, seconds)
+    server.stats.answered(status, seconds, context.log_fields.get("documents", 0))
+    if context.answer is not None and context.client is not None:
+        server.metrics.documents_scored(context.client.name, len(context.answer.logits))
+    if request is not None and request.deadline is not None:
+        server.metrics.deadline_ended(met=status == 200)  # noqa: PLR2004 - HTTP's own
+    if server.traces is not None:
+        span = SpanRecord(
+            path=path,
+            headers=context.http.headers,
+            request_id=request_id.get(),
+            protocol=context.protocol.name,
+            status=status,
+            seconds=seconds,
+            documents=None if request is None else len(request.pairs),
+            answer=context.answer,
+            answered_s=context.answered_s,
+            key=context.log_fields.get("key"),
+        )
+        context.log_fields["trace_id"] = server.traces.record(span)
+    fields = {
+        "path": path,
+        "dialect": context.protocol.name,
+        "status": status,
+        "seconds": round(seconds, 6),
+        **context.log_fields,
+    }
+    logger.info("%s %s", path, status, extra={"fields": fields})
 
 
-async def _note(call: RequestContext, status: int, seconds: float) -> None:
-    """Metrics, traces and the log; nobody waits for them, so the answer goes out first."""
-    await asyncio.sleep(0)  # what was written leaves at the end of the loop's turn
-    metrics = call.house.metrics
-    metrics.answered(call.dialect.name, status, seconds)
-    call.house.recent.answered(status, seconds, call.facts.get("documents", 0))
-    if call.answer is not None and call.holder is not None:
-        metrics.asked(call.holder.name, len(call.answer.logits))
-    if call.timeout_s is not None:
-        metrics.due(met=status == 200)  # noqa: PLR2004 - HTTP's own
-    if call.house.traces is not None:
-        call.facts["trace_id"] = call.house.traces.tell(_told(call, status, seconds))
-    logger.info(
-        "%s %s",
-        call.request.scope["path"],
-        status,
-        extra={
-            "facts": {
-                "path": call.request.scope["path"],
-                "dialect": call.dialect.name,
-                "status": status,
-                "seconds": round(seconds, 6),
-                **call.facts,
-            }
-        },
-    )
-
-
-def _told(call: RequestContext, status: int, seconds: float) -> SpanRecord:
-    return SpanRecord(
-        path=call.request.scope["path"],
-        headers=call.request.headers,
-        number=request_id.get(),
-        dialect=call.dialect.name,
-        status=status,
-        seconds=seconds,
-        documents=call.documents,
-        answer=call.answer,
-        answered_s=call.answered_s,
-        key=call.facts.get("key"),
-    )
-
-
-TIMEOUT_HEADER = "x-request-timeout-ms"
-PRIORITY_HEADER = "x-request-priority"
-
-
-async def read_body(request: Request, rules: ServerLimits) -> bytes:
+async def read_body(request: Request, limits: ServerLimits) -> bytes:
     """The whole body.
 
     Raises:
@@ -319,57 +280,26 @@ async def read_body(request: Request, rules: ServerLimits) -> bytes:
         starlette.requests.ClientDisconnect: the client went away.
     """
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > rules.max_body_bytes:
-        raise _too_large(rules)
+    if announced.isdecimal() and int(announced) > limits.max_body_bytes:
+        raise _too_large(limits)
     chunks, size = [], 0
     try:
-        async with asyncio.timeout(rules.body_timeout_s):
+        async with asyncio.timeout(limits.body_timeout_s):
             async for part in request.stream():
                 size += len(part)
-                if size > rules.max_body_bytes:
-                    raise _too_large(rules)
+                if size > limits.max_body_bytes:
+                    raise _too_large(limits)
                 chunks.append(part)
     except TimeoutError:
         raise SlowClient(
-            f"The body did not come within {rules.body_timeout_s:g} s. Send it faster."
+            f"The body did not come within {limits.body_timeout_s:g} s. Send it faster."
         ) from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def timeout_of(headers: Mapping[str, str], timeout_ms: float | None) -> float | None:
-    """Seconds that the caller gives us, out of the body or the header; None is no limit.
-
-    Raises:
-        InvalidInput: no positive number.
-    """
-    field = "timeout_ms"
-    if timeout_ms is None and TIMEOUT_HEADER in headers:
-        field = "X-Request-Timeout-Ms"
-        try:
-            timeout_ms = float(headers[TIMEOUT_HEADER])
-        except ValueError:
-            timeout_ms = -1.0
-    if timeout_ms is None:
-        return None
-    if not 0 < timeout_ms < float("inf"):
-        raise InvalidInput(field, "is no positive number of milliseconds", "Give 1 or more.")
-    return timeout_ms / 1000
-
-
-def priority_asked(headers: Mapping[str, str], priority: Priority | None) -> Priority:
-    """Share of the device that the caller asks for, in the body or the header.
-
-    Raises:
-        InvalidInput: the header has an unknown name.
-    """
-    if priority is None:
-        priority = priority_of(headers.get(PRIORITY_HEADER), "X-Request-Priority")
-    return priority or "normal"
-
-
-def _too_large(rules: ServerLimits) -> TooLarge:
+def _too_large(limits: ServerLimits) -> TooLarge:
     return TooLarge(
         "body",
-        f"is longer than {rules.max_body_bytes} bytes",
+        f"is longer than {limits.max_body_bytes} bytes",
         "Send fewer documents at a time, or start the server with a larger --max-body-mb.",
     )

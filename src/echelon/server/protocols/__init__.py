@@ -1,20 +1,19 @@
-"""One file for each API shape, and the table of paths.
+"""API protocols, one file each, and the table of their paths.
 
-Which dialects are spoken on which path, and how those that share one are told apart.
-
-A body is of the first dialect of its path that claims it, else of the last. Each dialect also has
-paths of its own under its family's name (``/jina/v1/rerank``), for clients whose bodies do not
-tell: those ask for nothing that another dialect would not have as well.
+On a path that several protocols share, a body belongs to the first that claims it, else to the
+last. Each protocol also has paths under its family's name (``/jina/v1/rerank``), for clients whose
+bodies use no field that tells protocols apart.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from echelon.errors import InvalidInput, Malformed
-from echelon.server.protocols.base import Fields
+from echelon.server.protocols.base import Fields, priority_of
 from echelon.server.protocols.cohere import COHERE_V1, COHERE_V2
 from echelon.server.protocols.infinity import INFINITY
 from echelon.server.protocols.jina import JINA
@@ -24,9 +23,12 @@ from echelon.server.protocols.vllm import VLLM_RERANK, VLLM_SCORE
 from echelon.server.protocols.voyage import VOYAGE
 
 if TYPE_CHECKING:
-    from echelon.server.protocols.base import ApiProtocol, RerankRequest
+    from collections.abc import Mapping
 
-DIALECTS: tuple[ApiProtocol, ...] = (
+    from echelon.server.protocols.base import ApiProtocol, ResponseOptions
+    from echelon.types import RerankRequest
+
+PROTOCOLS: tuple[ApiProtocol, ...] = (
     COHERE_V1,
     COHERE_V2,
     JINA,
@@ -46,26 +48,22 @@ SHARED: dict[str, tuple[ApiProtocol, ...]] = {
     "/v1/score": (VLLM_SCORE,),
     "/v1/ranking": (NIM,),
 }
-"""Paths as their clients know them."""
+"""Paths as clients of the original APIs know them."""
 
-
-def _own() -> dict[str, tuple[ApiProtocol, ...]]:
-    paths: dict[str, tuple[ApiProtocol, ...]] = {}
-    for dialect in DIALECTS:
-        family = dialect.name.partition("_")[0]
-        paths |= {f"/{family}{path}": (dialect,) for path in dialect.paths}
-    return paths
-
-
-PATHS: dict[str, tuple[ApiProtocol, ...]] = SHARED | _own()
+PATHS: dict[str, tuple[ApiProtocol, ...]] = SHARED | {
+    path: (protocol,) for protocol in PROTOCOLS for path in protocol.own_paths
+}
 """Every path that ranks."""
 
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+PRIORITY_HEADER = "X-Request-Priority"
+
 _FIELDS = msgspec.json.Decoder(Fields)
-_READERS = {dialect.name: msgspec.json.Decoder(dialect.request) for dialect in DIALECTS}
+_DECODERS = {protocol.name: msgspec.json.Decoder(protocol.body) for protocol in PROTOCOLS}
 
 
 def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
-    """The dialect of a body.
+    """Find the protocol of a body.
 
     Raises:
         Malformed: it is no JSON object.
@@ -76,33 +74,73 @@ def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
         fields = _FIELDS.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(error) from None
-    return next((d for d in candidates[:-1] if d.claims(fields)), candidates[-1])
+    return next((p for p in candidates[:-1] if p.claims(fields)), candidates[-1])
 
 
-def read(dialect: ApiProtocol, body: bytes) -> RerankRequest:
-    """A body in our words.
+def read(
+    protocol: ApiProtocol, body: bytes, headers: Mapping[str, str], now: float
+) -> tuple[RerankRequest, ResponseOptions]:
+    """Read a request; its time limit and priority may be in the body or in headers.
+
+    Args:
+        protocol: the body's.
+        body: JSON.
+        headers: by their names in lower case.
+        now: time from which the time limit counts.
 
     Raises:
-        Malformed: it is no JSON object.
+        Malformed: the body is no JSON object.
         InvalidInput: a field is missing or wrong.
     """
     try:
-        request: Any = _READERS[dialect.name].decode(body)
+        fields: Any = _DECODERS[protocol.name].decode(body)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(error) from None
-    return dialect.read(request)
+    request, options = protocol.read(fields)
+    timeout_s = _timeout_of(fields.timeout_ms, headers)
+    priority = priority_of(fields.priority)
+    if priority is None:
+        priority = priority_of(headers.get(PRIORITY_HEADER.lower()), PRIORITY_HEADER)
+    return (
+        replace(
+            request,
+            deadline=None if timeout_s is None else now + timeout_s,
+            priority=priority or "normal",
+        ),
+        replace(
+            options,
+            raw_scores=options.raw_scores or bool(fields.raw_scores),
+            explain=bool(fields.explain),
+        ),
+    )
+
+
+def _timeout_of(timeout_ms: float | None, headers: Mapping[str, str]) -> float | None:
+    """Seconds until the answer is useless; None is no limit."""
+    field = "timeout_ms"
+    if timeout_ms is None and TIMEOUT_HEADER.lower() in headers:
+        field = TIMEOUT_HEADER
+        try:
+            timeout_ms = float(headers[TIMEOUT_HEADER.lower()])
+        except ValueError:
+            timeout_ms = -1.0
+    if timeout_ms is None:
+        return None
+    if not 0 < timeout_ms < float("inf"):
+        raise InvalidInput(field, "is no positive number of milliseconds", "Give 1 or more.")
+    return timeout_ms / 1000
 
 
 def _malformed(error: Exception) -> Malformed:
     return Malformed("body", f"is no JSON object ({error})", "Send JSON in UTF-8.")
 
 
-def _invalid(words: str) -> InvalidInput:
-    """Name the field: the words are ``Expected `str`, got `int` - at `$.documents[1]```."""
-    problem, _, path = words.partition(" - at `$.")
+def _invalid(message: str) -> InvalidInput:
+    """Name the field of a message such as ``Expected `str`, got `int` - at `$.documents[1]```."""
+    problem, _, path = message.partition(" - at `$.")
     missing = problem.partition("missing required field `")[2].rstrip("`")
     field = ".".join(part for part in (path.rstrip("`"), missing) if part)
-    told = "is missing" if missing else problem.replace("`", "")
-    return InvalidInput(field or "body", told, "See /docs for the fields of this route.")
+    problem = "is missing" if missing else problem.replace("`", "")
+    return InvalidInput(field or "body", problem, "See /docs for the fields of this route.")

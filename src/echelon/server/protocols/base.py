@@ -1,6 +1,6 @@
-"""What every dialect is translated to and from: a wish, and its outcome. Plain data.
+"""Types that every API protocol shares: body fields, response options, results and errors.
 
-A dialect is a table of pure functions. It knows the shapes of one API and nothing of HTTP,
+A protocol is a table of pure functions. It knows the shapes of one API and nothing of HTTP,
 services or models.
 """
 
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from echelon.errors import EchelonError
-    from echelon.options import Truncation
-    from echelon.scheduling.fair_queue import Priority
-    from echelon.tokenization.chunking import Chunking, Side
-    from echelon.types import Pair
+    from echelon.types import Pair, Priority, RerankRequest, Side
 
 Fields = dict[str, msgspec.Raw]
 """A request's body, its values still unread."""
@@ -29,14 +26,14 @@ Body = dict[str, Any] | list[Any] | None
 """What becomes JSON; None is an empty body."""
 
 
-class Extras(msgspec.Struct, kw_only=True):
-    """What a request of any dialect may hold besides its own fields.
+class CommonFields(msgspec.Struct, kw_only=True):
+    """Fields that the bodies of every protocol may have besides their own.
 
-    Here and in the dialects every field but those that must be there may be null, which means what
-    leaving it out means: many clients send all that they know.
+    Here and in the protocols every optional field may be null, which means the same as leaving it
+    out: many clients send all that they know.
 
     Attributes:
-        timeout_ms: milliseconds until the answer is of no use.
+        timeout_ms: milliseconds after which the answer is useless.
         raw_scores: logits instead of their sigmoid.
         explain: the answer's body says what happened, under ``echelon``.
         priority: low, normal or high; or a number of which lower is sooner and 0 is normal.
@@ -49,49 +46,31 @@ class Extras(msgspec.Struct, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class RerankRequest:
-    """What a request asks for.
+class ResponseOptions:
+    """How a request wants its response; scoring does not depend on it.
 
     Attributes:
-        pairs: (query, document) texts.
-        documents: what to give back as documents, one for each pair; None gives none.
+        documents: returned with the results, one for each pair; None returns none.
         top_n: results at most; None gives all.
         ranked: best first; else in input order.
-        raw: logits instead of their sigmoid.
+        raw_scores: logits instead of their sigmoid.
         explain: say in the body what happened.
-        timeout_ms: milliseconds until the answer is of no use.
-        max_length: tokens of a pair; None is the server's own.
-        max_query_tokens: tokens kept of a query.
-        truncation: what gives way when a pair is longer; None is the server's own.
-        chunking: how longer documents are read.
-        whole: refuse documents that would be cut.
-        side: the end at which longer texts are cut; None is the model's own.
-        priority: share of the device; None where the body does not say.
     """
 
-    pairs: Sequence[Pair]
     documents: Sequence[Any] | None = None
     top_n: int | None = None
     ranked: bool = True
-    raw: bool = False
+    raw_scores: bool = False
     explain: bool = False
-    timeout_ms: float | None = None
-    max_length: int | None = None
-    max_query_tokens: int | None = None
-    truncation: Truncation | None = None
-    chunking: Chunking | None = None
-    whole: bool = False
-    side: Side | None = None
-    priority: Priority | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """One result.
+    """The score of one document.
 
     Attributes:
         index: the document's position in the request.
-        score: what the wire says of it: sigmoid of the logit, or the logit where that was asked.
+        score: sigmoid of the logit, or the logit where raw scores were asked for.
         logit: the model's raw output.
         document: the document, where it was asked for.
     """
@@ -104,22 +83,22 @@ class RerankResult:
 
 @dataclass(frozen=True, slots=True)
 class RerankResponse:
-    """What a request gets.
+    """The response to a request, before a protocol writes it.
 
     Attributes:
-        number: the request's id, hexadecimal.
+        request_id: hexadecimal.
         created: unix time, whole seconds.
         model: the served model's name.
-        hits: results, in the order of the answer.
+        results: in the order of the response.
         tokens: tokens that the model saw.
         with_documents: whether results hold documents.
-        warnings: what the caller should know.
+        warnings: truncated documents, and actions of the OOM ladder.
     """
 
-    number: str
+    request_id: str
     created: int
     model: str
-    hits: Sequence[RerankResult]
+    results: Sequence[RerankResult]
     tokens: int
     with_documents: bool = False
     warnings: tuple[str, ...] = ()
@@ -127,25 +106,22 @@ class RerankResponse:
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """An error on its way out.
+    """An error, before a protocol writes it.
 
     Attributes:
         error: what is wrong.
-        words: its message, with the caller's names for things.
-        number: the request's id.
+        message: its text, with the protocol's name for documents.
+        request_id: hexadecimal.
     """
 
     error: EchelonError
-    words: str
-    number: str
+    message: str
+    request_id: str
 
     @property
     def status(self) -> int:
-        """The HTTP status that Echelon gives it; a dialect may know another."""
+        """The HTTP status that Echelon gives it; a protocol may use another."""
         return self.error.status
-
-    def __str__(self) -> str:
-        return self.words
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,42 +129,37 @@ class ApiProtocol:
     """One API's shapes.
 
     Attributes:
-        name: what paths, metrics and logs call it.
-        title: what people call it.
+        name: its name in paths, metrics and logs.
+        title: its name in documentation.
         paths: where its clients send requests.
-        request: the body's fields.
-        claims: whether a body can be of this dialect only, on a path that several share.
-        read: a body in our words.
-        write: an answer in its words.
-        complain: status and body of an error in its words.
-        noun: what it calls documents, for messages.
+        body: the fields of a request.
+        claims: whether a body can be of this protocol only, on a path that several share.
+        read: turns a body into a request, and how its response should be.
+        write: turns a response into a body.
+        write_error: turns an error into a status and a body.
+        noun: its name for documents, used in messages.
         example: a body.
     """
 
     name: str
     title: str
     paths: tuple[str, ...]
-    request: type[Extras]
+    body: type[CommonFields]
     claims: Callable[[Fields], bool]
-    read: Callable[[Any], RerankRequest]
+    read: Callable[[Any], tuple[RerankRequest, ResponseOptions]]
     write: Callable[[RerankResponse], Body]
-    complain: Callable[[ErrorResponse], tuple[int, Body]]
+    write_error: Callable[[ErrorResponse], tuple[int, Body]]
     noun: str
     example: Mapping[str, Any]
 
-
-def extras(body: Extras) -> dict[str, Any]:
-    """What the fields of every dialect say, as arguments of :class:`RerankRequest`."""
-    return {
-        "raw": bool(body.raw_scores),
-        "explain": bool(body.explain),
-        "timeout_ms": body.timeout_ms,
-        "priority": priority_of(body.priority),
-    }
+    @property
+    def own_paths(self) -> list[str]:
+        """Paths under its family's name, such as ``/jina/v1/rerank``."""
+        return [f"/{self.name.partition('_')[0]}{path}" for path in self.paths]
 
 
 def holds(*names: str) -> Callable[[Fields], bool]:
-    """A claim on bodies with one of these fields."""
+    """A claim on bodies that have one of these fields."""
 
     def claims(fields: Fields) -> bool:
         return any(name in fields for name in names)
@@ -197,7 +168,7 @@ def holds(*names: str) -> Callable[[Fields], bool]:
 
 
 def pairs_of(query: str, texts: Sequence[str], noun: str = "documents") -> list[Pair]:
-    """One query with each document.
+    """Pair one query with each document.
 
     Raises:
         InvalidInput: there is no document.
@@ -208,7 +179,7 @@ def pairs_of(query: str, texts: Sequence[str], noun: str = "documents") -> list[
 
 
 def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = ()) -> str:
-    """A document's text: itself, its ``text``, or the named fields, each on a line.
+    """Return a document's text: itself, its ``text``, or the named fields, each on a line.
 
     Raises:
         InvalidInput: it has none.
@@ -233,7 +204,7 @@ def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = 
 
 
 def side_of(word: str | None, field: str) -> Side | None:
-    """The end at which texts are cut.
+    """Read the end from which tokens are removed.
 
     Raises:
         InvalidInput: neither left nor right.
@@ -241,15 +212,13 @@ def side_of(word: str | None, field: str) -> Side | None:
     if word is None:
         return None
     match word.lower():
-        case "left":
-            return "left"
-        case "right":
-            return "right"
+        case "left" | "right" as side:
+            return side
     raise InvalidInput(field, f"{word!r} is unknown", "Use left or right.")
 
 
 def limit_of(top_n: int | None, field: str = "top_n") -> int | None:
-    """Results at most; 0 and None give all.
+    """Read the number of results at most; 0 and None give all.
 
     Raises:
         InvalidInput: negative.
@@ -259,21 +228,33 @@ def limit_of(top_n: int | None, field: str = "top_n") -> int | None:
     return top_n or None
 
 
-def priority_of(told: int | str | None, field: str = "priority") -> Priority | None:
-    """Share of the device, by name or by a number of which lower is sooner and 0 is normal.
+def priority_of(value: int | str | None, field: str = "priority") -> Priority | None:
+    """Read a priority, given by name or by a number of which lower is sooner and 0 is normal.
 
     Raises:
         InvalidInput: an unknown name.
     """
-    if told is None:
+    if value is None:
         return None
-    if isinstance(told, int):
-        return "low" if told > 0 else "high" if told < 0 else "normal"
-    match told.lower():
-        case "low":
-            return "low"
-        case "normal":
-            return "normal"
-        case "high":
-            return "high"
-    raise InvalidInput(field, f"{told!r} is unknown", "Use low, normal or high.")
+    if isinstance(value, int):
+        return "low" if value > 0 else "high" if value < 0 else "normal"
+    match value.lower():
+        case "low" | "normal" | "high" as priority:
+            return priority
+    raise InvalidInput(field, f"{value!r} is unknown", "Use low, normal or high.")
+
+
+def usage_of(response: RerankResponse) -> dict[str, int]:
+    """Token counts, as several APIs spell them."""
+    return {"prompt_tokens": response.tokens, "total_tokens": response.tokens}
+
+
+def relevance_results(response: RerankResponse) -> list[dict[str, Any]]:
+    """Results with ``index`` and ``relevance_score``, and documents where they were asked for."""
+    results = []
+    for one in response.results:
+        result: dict[str, Any] = {"index": one.index, "relevance_score": one.score}
+        if response.with_documents:
+            result["document"] = one.document
+        results.append(result)
+    return results

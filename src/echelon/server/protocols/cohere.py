@@ -1,8 +1,8 @@
 """Cohere's rerank, versions 1 and 2.
 
-On ``/v1/rerank`` many servers and clients use these fields, so what version 1 answers also holds
-what clients of Jina, infinity and vLLM read there: ``model``, ``object``, ``created``, ``usage``,
-and in errors ``detail``. Cohere's own client ignores what it does not know.
+Many servers and clients use these fields on ``/v1/rerank``, so responses of version 1 also have
+those that clients of Jina, infinity and vLLM read there: ``model``, ``object``, ``created``,
+``usage``, and in errors ``detail``. Cohere's own client ignores fields that it does not know.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     limit_of,
     pairs_of,
+    relevance_results,
     text_of,
+    usage_of,
 )
-from echelon.tokenization.chunking import Chunking
+from echelon.types import Chunking, RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, Fields, RerankResponse
 
 
-class CohereV1(Extras, kw_only=True):
+class CohereV1(CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -38,7 +39,7 @@ class CohereV1(Extras, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-class CohereV2(Extras, kw_only=True):
+class CohereV2(CommonFields, kw_only=True):
     """Body of ``/v2/rerank``."""
 
     query: str
@@ -48,26 +49,20 @@ class CohereV2(Extras, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-def _read_v1(body: CohereV1) -> RerankRequest:
+def _read_v1(body: CohereV1) -> tuple[RerankRequest, ResponseOptions]:
     fields = body.rank_fields or ()
     texts = [text_of(document, i, fields) for i, document in enumerate(body.documents)]
-    return RerankRequest(
-        pairs=pairs_of(body.query, texts),
-        documents=[_as_object(d) for d in body.documents] if body.return_documents else None,
-        top_n=limit_of(body.top_n),
-        chunking=_chunking(body.max_tokens_per_doc, body.max_chunks_per_doc),
-        **extras(body),
-    )
+    documents = [_as_object(d) for d in body.documents] if body.return_documents else None
+    chunking = _chunking(body.max_tokens_per_doc, body.max_chunks_per_doc)
+    request = RerankRequest(pairs_of(body.query, texts), chunking=chunking)
+    return request, ResponseOptions(documents, limit_of(body.top_n))
 
 
-def _read_v2(body: CohereV2) -> RerankRequest:
+def _read_v2(body: CohereV2) -> tuple[RerankRequest, ResponseOptions]:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
-    return RerankRequest(
-        pairs=pairs_of(body.query, texts),
-        top_n=limit_of(body.top_n),
-        chunking=_chunking(body.max_tokens_per_doc, None),
-        **extras(body),
-    )
+    chunking = _chunking(body.max_tokens_per_doc, None)
+    request = RerankRequest(pairs_of(body.query, texts), chunking=chunking)
+    return request, ResponseOptions(top_n=limit_of(body.top_n))
 
 
 def _chunking(tokens: int | None, chunks: int | None) -> Chunking | None:
@@ -78,43 +73,37 @@ def _as_object(document: str | dict[str, Any]) -> dict[str, Any]:
     return {"text": document} if isinstance(document, str) else document
 
 
-def _write_v1(outcome: RerankResponse) -> Body:
-    results = []
-    for hit in outcome.hits:
-        result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
-        if outcome.with_documents:
-            result["document"] = hit.document
-        results.append(result)
+def _write_v1(response: RerankResponse) -> Body:
     return {
-        "id": outcome.number,
+        "id": response.request_id,
         "object": "rerank",
-        "created": outcome.created,
-        "model": outcome.model,
-        "results": results,
-        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
-        "meta": _meta("1", outcome),
+        "created": response.created,
+        "model": response.model,
+        "results": relevance_results(response),
+        "usage": usage_of(response),
+        "meta": _meta("1", response),
     }
 
 
-def _write_v2(outcome: RerankResponse) -> Body:
-    results = [{"index": hit.index, "relevance_score": hit.score} for hit in outcome.hits]
-    return {"id": outcome.number, "results": results, "meta": _meta("2", outcome)}
+def _write_v2(response: RerankResponse) -> Body:
+    results = [{"index": one.index, "relevance_score": one.score} for one in response.results]
+    return {"id": response.request_id, "results": results, "meta": _meta("2", response)}
 
 
-def _meta(version: str, outcome: RerankResponse) -> dict[str, Any]:
+def _meta(version: str, response: RerankResponse) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "api_version": {"version": version},
         "billed_units": {"search_units": 1},
-        "tokens": {"input_tokens": outcome.tokens, "output_tokens": 0},
+        "tokens": {"input_tokens": response.tokens, "output_tokens": 0},
     }
-    if outcome.warnings:
-        meta["warnings"] = list(outcome.warnings)
+    if response.warnings:
+        meta["warnings"] = list(response.warnings)
     return meta
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    words = str(complaint)
-    return complaint.status, {"id": complaint.number, "message": words, "detail": words}
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    message = response.message
+    return response.status, {"id": response.request_id, "message": message, "detail": message}
 
 
 def _never(_: Fields) -> bool:
@@ -132,11 +121,11 @@ COHERE_V1 = ApiProtocol(
     name="cohere_v1",
     title="Cohere v1",
     paths=("/v1/rerank",),
-    request=CohereV1,
+    body=CohereV1,
     claims=_never,
     read=_read_v1,
     write=_write_v1,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={**_EXAMPLE, "return_documents": True},
 )
@@ -145,11 +134,11 @@ COHERE_V2 = ApiProtocol(
     name="cohere_v2",
     title="Cohere v2",
     paths=("/v2/rerank",),
-    request=CohereV2,
+    body=CohereV2,
     claims=_never,
     read=_read_v2,
     write=_write_v2,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={**_EXAMPLE, "max_tokens_per_doc": 4096},
 )

@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING
 
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     holds,
     limit_of,
     pairs_of,
+    usage_of,
 )
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, RerankResponse
 
 
-class InfinityRequest(Extras, kw_only=True):
+class InfinityRequest(CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -29,57 +30,54 @@ class InfinityRequest(Extras, kw_only=True):
     return_documents: bool | None = None
 
 
-def _read(body: InfinityRequest) -> RerankRequest:
-    return RerankRequest(
-        pairs=pairs_of(body.query, body.documents),
-        documents=body.documents if body.return_documents else None,
-        top_n=limit_of(body.top_n),
-        **extras(body),
-    )
+def _read(body: InfinityRequest) -> tuple[RerankRequest, ResponseOptions]:
+    documents = body.documents if body.return_documents else None
+    request = RerankRequest(pairs_of(body.query, body.documents))
+    return request, ResponseOptions(documents, limit_of(body.top_n))
 
 
-def _write(outcome: RerankResponse) -> Body:
+def _write(response: RerankResponse) -> Body:
     results = [
-        {"relevance_score": hit.score, "index": hit.index, "document": hit.document}
-        for hit in outcome.hits
+        {"relevance_score": one.score, "index": one.index, "document": one.document}
+        for one in response.results
     ]
     return {
         "object": "rerank",
         "results": results,
-        "model": outcome.model,
-        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
-        "id": f"infinity-{outcome.number}",
-        "created": outcome.created,
+        "model": response.model,
+        "usage": usage_of(response),
+        "id": f"infinity-{response.request_id}",
+        "created": response.created,
     }
 
 
-_DETAILED = {400, 401, 413}
-"""Errors that infinity's framework answers, in its words."""
+_DETAIL = {400, 401, 413}
+"""Statuses for which infinity's framework writes ``detail`` as a text."""
 
-_LISTED = 422
-"""One for which its words are a list; its client takes every entry apart."""
+_DETAIL_LIST = 422
+"""The status for which it is a list; infinity's client parses every entry."""
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    words, status = str(complaint), complaint.status
-    if status == _LISTED:
-        field = words.partition(": ")[0]
-        return status, {"detail": [{"loc": ["body", field], "msg": words, "type": "value_error"}]}
-    if status in _DETAILED:
-        return status, {"detail": words}
-    kind = type(complaint.error).__name__
-    return status, {"error": {"message": words, "type": kind, "param": None, "code": status}}
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    message, status = response.message, response.status
+    if status == _DETAIL_LIST:
+        field = message.partition(": ")[0]
+        return status, {"detail": [{"loc": ["body", field], "msg": message, "type": "value_error"}]}
+    if status in _DETAIL:
+        return status, {"detail": message}
+    kind = type(response.error).__name__
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 INFINITY = ApiProtocol(
     name="infinity",
     title="infinity",
     paths=("/rerank",),
-    request=InfinityRequest,
+    body=InfinityRequest,
     claims=holds("raw_scores"),
     read=_read,
     write=_write,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={
         "model": "default/not-specified",

@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     limit_of,
     pairs_of,
+    relevance_results,
     text_of,
+    usage_of,
 )
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, Fields, RerankResponse
 
 
-class JinaRequest(Extras, kw_only=True):
+class JinaRequest(CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -33,46 +35,35 @@ def _claims(fields: Fields) -> bool:
     return bytes(fields.get("model", b"")).startswith(b'"jina')
 
 
-def _read(body: JinaRequest) -> RerankRequest:
+def _read(body: JinaRequest) -> tuple[RerankRequest, ResponseOptions]:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
-    return RerankRequest(
-        pairs=pairs_of(body.query, texts),
-        documents=[{"text": text} for text in texts]
-        if body.return_documents is not False
-        else None,
-        top_n=limit_of(body.top_n),
-        **extras(body),
-    )
+    documents = None if body.return_documents is False else [{"text": text} for text in texts]
+    request = RerankRequest(pairs_of(body.query, texts))
+    return request, ResponseOptions(documents, limit_of(body.top_n))
 
 
-def _write(outcome: RerankResponse) -> Body:
-    results = []
-    for hit in outcome.hits:
-        result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
-        if outcome.with_documents:
-            result["document"] = hit.document
-        results.append(result)
+def _write(response: RerankResponse) -> Body:
     return {
-        "model": outcome.model,
+        "model": response.model,
         "object": "list",
-        "usage": {"total_tokens": outcome.tokens, "prompt_tokens": outcome.tokens},
-        "results": results,
+        "usage": usage_of(response),
+        "results": relevance_results(response),
     }
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    return complaint.status, {"detail": str(complaint)}
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    return response.status, {"detail": response.message}
 
 
 JINA = ApiProtocol(
     name="jina",
     title="Jina",
     paths=("/v1/rerank",),
-    request=JinaRequest,
+    body=JinaRequest,
     claims=_claims,
     read=_read,
     write=_write,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={
         "model": "jina-reranker-v2-base-multilingual",

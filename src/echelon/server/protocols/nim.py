@@ -9,16 +9,18 @@ import msgspec
 from echelon.errors import InvalidInput
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
+    holds,
     limit_of,
     pairs_of,
+    usage_of,
 )
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, Fields, RerankResponse
+    from echelon.server.protocols.base import Body, RerankResponse
 
 
 class NimText(msgspec.Struct):
@@ -27,7 +29,7 @@ class NimText(msgspec.Struct):
     text: str
 
 
-class NimRequest(Extras, kw_only=True):
+class NimRequest(CommonFields, kw_only=True):
     """Body of ``/v1/ranking``."""
 
     query: NimText
@@ -37,48 +39,41 @@ class NimRequest(Extras, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: NimRequest) -> RerankRequest:
+def _read(body: NimRequest) -> tuple[RerankRequest, ResponseOptions]:
     truncate = body.truncate or "NONE"
     if truncate not in {"NONE", "END"}:
         raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
-    return RerankRequest(
-        pairs=pairs_of(body.query.text, [passage.text for passage in body.passages], "passages"),
-        top_n=limit_of(body.top_n),
-        whole=truncate == "NONE",
-        **(extras(body) | {"raw": True}),
-    )
+    pairs = pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
+    request = RerankRequest(pairs, refuse_truncation=truncate == "NONE")
+    return request, ResponseOptions(top_n=limit_of(body.top_n), raw_scores=True)
 
 
-def _write(outcome: RerankResponse) -> Body:
+def _write(response: RerankResponse) -> Body:
     return {
-        "rankings": [{"index": hit.index, "logit": hit.logit} for hit in outcome.hits],
-        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
+        "rankings": [{"index": one.index, "logit": one.logit} for one in response.results],
+        "usage": usage_of(response),
     }
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    callers = complaint.status < 500  # noqa: PLR2004 - HTTP's own
-    return complaint.status, {
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    caller = response.status < 500  # noqa: PLR2004 - HTTP's own
+    return response.status, {
         "object": "error",
-        "message": str(complaint),
+        "message": response.message,
         "detail": {},
-        "type": "invalid_request_error" if callers else "internal_server_error",
+        "type": "invalid_request_error" if caller else "internal_server_error",
     }
-
-
-def _claims(fields: Fields) -> bool:
-    return "passages" in fields
 
 
 NIM = ApiProtocol(
     name="nim",
     title="NVIDIA NIM",
     paths=("/v1/ranking",),
-    request=NimRequest,
-    claims=_claims,
+    body=NimRequest,
+    claims=holds("passages"),
     read=_read,
     write=_write,
-    complain=_complain,
+    write_error=_write_error,
     noun="passages",
     example={
         "model": "nvidia/llama-3.2-nv-rerankqa-1b-v2",

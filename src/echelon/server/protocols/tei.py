@@ -1,4 +1,4 @@
-"""text-embeddings-inference's rerank: ``texts``, and a list as the answer."""
+"""text-embeddings-inference's rerank: ``texts``, and a list as the response."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import msgspec
 from echelon.errors import InvalidInput
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     holds,
     limit_of,
     pairs_of,
     side_of,
 )
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, RerankResponse
 
 
-class TeiRequest(Extras, kw_only=True):
+class TeiRequest(CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -34,23 +34,21 @@ class TeiRequest(Extras, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: TeiRequest) -> RerankRequest:
-    return RerankRequest(
-        pairs=pairs_of(body.query, body.texts, "texts"),
-        documents=body.texts if body.return_text else None,
-        top_n=limit_of(body.top_n),
-        whole=body.truncate is False,
+def _read(body: TeiRequest) -> tuple[RerankRequest, ResponseOptions]:
+    request = RerankRequest(
+        pairs_of(body.query, body.texts, "texts"),
+        refuse_truncation=body.truncate is False,
         side=side_of(body.truncation_direction, "truncation_direction"),
-        **extras(body),
     )
+    return request, ResponseOptions(body.texts if body.return_text else None, limit_of(body.top_n))
 
 
-def _write(outcome: RerankResponse) -> Body:
+def _write(response: RerankResponse) -> Body:
     results = []
-    for hit in outcome.hits:
-        result: dict[str, Any] = {"index": hit.index, "score": hit.score}
-        if outcome.with_documents:
-            result["text"] = hit.document
+    for one in response.results:
+        result: dict[str, Any] = {"index": one.index, "score": one.score}
+        if response.with_documents:
+            result["text"] = one.document
         results.append(result)
     return results
 
@@ -65,23 +63,23 @@ _KINDS = {
     503: "Unhealthy",
     504: "Overloaded",
 }
-"""What TEI's clients find in ``error_type``. Its own errors have no deadline; a client that knows
-``Overloaded`` does the right thing with one that has passed."""
+"""``error_type`` of each status. TEI itself knows no deadlines; a client that handles
+``Overloaded`` does the right thing when one has passed."""
 
 _BACKEND = {500, 507}
-"""Statuses for which TEI says 424: the model failed, not the caller."""
+"""Statuses for which TEI answers 424: the model failed, not the caller."""
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    error = complaint.error
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    error = response.error
     if isinstance(error, InvalidInput) and (error.field, error.problem) == ("texts", "is empty"):
-        return 400, {"error": str(complaint), "error_type": "Empty"}
-    status = 424 if complaint.status in _BACKEND else complaint.status
-    return status, {"error": str(complaint), "error_type": _KINDS.get(status, "Backend")}
+        return 400, {"error": response.message, "error_type": "Empty"}
+    status = 424 if response.status in _BACKEND else response.status
+    return status, {"error": response.message, "error_type": _KINDS.get(status, "Backend")}
 
 
 class TeiInfo(msgspec.Struct):
-    """Answer of ``/info``."""
+    """Response of ``/info``."""
 
     model_id: str
     model_sha: str | None
@@ -104,11 +102,11 @@ TEI = ApiProtocol(
     name="tei",
     title="text-embeddings-inference",
     paths=("/rerank",),
-    request=TeiRequest,
+    body=TeiRequest,
     claims=holds("texts"),
     read=_read,
     write=_write,
-    complain=_complain,
+    write_error=_write_error,
     noun="texts",
     example={
         "query": "how do I reset my router?",

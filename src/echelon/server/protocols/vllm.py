@@ -1,29 +1,27 @@
 """vLLM's rerank and score.
 
-What a cross-encoder cannot honour (an instruction, chat templates) is refused, not ignored: it
-would change what the scores mean.
+Fields that a cross-encoder cannot honour (an instruction, chat templates) are refused, not
+ignored: they would change what the scores mean.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from echelon.errors import InvalidInput
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     holds,
     limit_of,
     pairs_of,
     side_of,
     text_of,
+    usage_of,
 )
-from echelon.tokenization.chunking import Chunking
+from echelon.types import Chunking, RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, RerankResponse
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 Texts = str | list[str | dict[str, Any]]
 
 
-class Common(Extras, kw_only=True):
+class Common(CommonFields, kw_only=True):
     """Fields of both requests."""
 
     model: str | None = None
@@ -57,7 +55,7 @@ class VllmRerank(Common, kw_only=True):
 
 
 class VllmScore(Common, kw_only=True):
-    """Body of ``/score``: one text with many, or as many with as many."""
+    """Body of ``/score``: one text with each of many, or two lists of the same length."""
 
     text_1: Texts | None = None
     text_2: Texts | None = None
@@ -68,23 +66,28 @@ class VllmScore(Common, kw_only=True):
     items: Texts | None = None
 
 
-def _read_rerank(body: VllmRerank) -> RerankRequest:
+def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, ResponseOptions]:
     texts = [text_of(document, i) for i, document in enumerate(body.documents)]
     tokens = body.max_tokens_per_doc
-    return RerankRequest(
-        pairs=pairs_of(body.query, texts),
-        documents=texts,
-        top_n=limit_of(body.top_n),
+    request = RerankRequest(
+        pairs_of(body.query, texts),
+        max_length=_max_length(body),
         max_query_tokens=_positive("max_tokens_per_query", body.max_tokens_per_query),
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
-        **_common(body),
+        side=side_of(body.truncation_side, "truncation_side"),
     )
+    return request, ResponseOptions(texts, limit_of(body.top_n), raw_scores=_raw_scores(body))
 
 
-def _read_score(body: VllmScore) -> RerankRequest:
+def _read_score(body: VllmScore) -> tuple[RerankRequest, ResponseOptions]:
     name, first = _one_of(body, ("text_1", "queries", "data_1"))
     noun, second = _one_of(body, ("text_2", "documents", "data_2", "items"))
-    return RerankRequest(pairs=_joined(name, first, noun, second), ranked=False, **_common(body))
+    request = RerankRequest(
+        _joined(name, first, noun, second),
+        max_length=_max_length(body),
+        side=side_of(body.truncation_side, "truncation_side"),
+    )
+    return request, ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
 
 
 def _joined(name: str, first: list[str], noun: str, second: list[str]) -> list[Pair]:
@@ -111,18 +114,16 @@ def _one_of(body: VllmScore, names: tuple[str, ...]) -> tuple[str, list[str]]:
     raise InvalidInput(names[0], "is missing", f"Send one of {', '.join(names)}.")
 
 
-def _common(body: Common) -> dict[str, Any]:
+def _raw_scores(body: Common) -> bool:
     for name in ("instruction", "chat_template_kwargs", "normalize"):
         if getattr(body, name) is not None:
             raise InvalidInput(name, "means nothing to a cross-encoder", "Leave it out.")
-    plain = False in (body.use_activation, body.activation, body.softmax)
-    cut = body.truncate_prompt_tokens
-    return {
-        **extras(body),
-        "raw": bool(body.raw_scores) or plain,
-        "max_length": None if cut == -1 else _positive("truncate_prompt_tokens", cut),
-        "side": side_of(body.truncation_side, "truncation_side"),
-    }
+    return False in (body.use_activation, body.activation, body.softmax)
+
+
+def _max_length(body: Common) -> int | None:
+    tokens = body.truncate_prompt_tokens
+    return None if tokens == -1 else _positive("truncate_prompt_tokens", tokens)
 
 
 def _positive(name: str, value: int | None) -> int | None:
@@ -131,32 +132,32 @@ def _positive(name: str, value: int | None) -> int | None:
     return value
 
 
-def _write_rerank(outcome: RerankResponse) -> Body:
+def _write_rerank(response: RerankResponse) -> Body:
     results = [
         {
-            "index": hit.index,
-            "document": {"text": hit.document, "multi_modal": None},
-            "relevance_score": hit.score,
+            "index": one.index,
+            "document": {"text": one.document, "multi_modal": None},
+            "relevance_score": one.score,
         }
-        for hit in outcome.hits
+        for one in response.results
     ]
     return {
-        "id": f"rerank-{outcome.number}",
-        "model": outcome.model,
-        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
+        "id": f"rerank-{response.request_id}",
+        "model": response.model,
+        "usage": usage_of(response),
         "results": results,
     }
 
 
-def _write_score(outcome: RerankResponse) -> Body:
-    data = [{"index": hit.index, "object": "score", "score": hit.score} for hit in outcome.hits]
+def _write_score(response: RerankResponse) -> Body:
+    data = [{"index": one.index, "object": "score", "score": one.score} for one in response.results]
     return {
-        "id": f"score-{outcome.number}",
+        "id": f"score-{response.request_id}",
         "object": "list",
-        "created": outcome.created,
-        "model": outcome.model,
+        "created": response.created,
+        "model": response.model,
         "data": data,
-        "usage": {"prompt_tokens": outcome.tokens, "total_tokens": outcome.tokens},
+        "usage": usage_of(response),
     }
 
 
@@ -169,32 +170,32 @@ _KINDS = {
 }
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    status = 400 if complaint.status == 422 else complaint.status  # noqa: PLR2004 - HTTP's own
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    status = 400 if response.status == 422 else response.status  # noqa: PLR2004 - HTTP's own
     error = {
-        "message": str(complaint),
+        "message": response.message,
         "type": _KINDS.get(status, "InternalServerError"),
-        "param": getattr(complaint.error, "field", None),
+        "param": getattr(response.error, "field", None),
         "code": status,
     }
     return status, {"error": error}
 
 
-_TELLS = tuple(
-    name
-    for name in (*msgspec.structs.asdict(Common()), "max_tokens_per_query")
-    if name not in {"model", "priority", "timeout_ms", "raw_scores", "explain"}
-)
+_CLAIMS = {*Common.__struct_fields__, "max_tokens_per_query"} - {
+    *CommonFields.__struct_fields__,
+    "model",
+}
+"""Fields that only vLLM's clients send."""
 
 VLLM_RERANK = ApiProtocol(
     name="vllm",
     title="vLLM rerank",
     paths=("/rerank", "/v1/rerank", "/v2/rerank"),
-    request=VllmRerank,
-    claims=holds(*_TELLS),
+    body=VllmRerank,
+    claims=holds(*_CLAIMS),
     read=_read_rerank,
     write=_write_rerank,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={
         "model": "BAAI/bge-reranker-v2-m3",
@@ -209,11 +210,11 @@ VLLM_SCORE = ApiProtocol(
     name="vllm_score",
     title="vLLM score",
     paths=("/score", "/v1/score"),
-    request=VllmScore,
+    body=VllmScore,
     claims=holds("text_1", "queries", "data_1"),
     read=_read_score,
     write=_write_score,
-    complain=_complain,
+    write_error=_write_error,
     noun="text_2",
     example={
         "model": "BAAI/bge-reranker-v2-m3",

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from echelon.server.protocols.base import (
     ApiProtocol,
+    CommonFields,
     ErrorResponse,
-    Extras,
-    RerankRequest,
-    extras,
+    ResponseOptions,
     holds,
     limit_of,
     pairs_of,
+    relevance_results,
 )
+from echelon.types import RerankRequest
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import Body, RerankResponse
 
 
-class VoyageRequest(Extras, kw_only=True):
+class VoyageRequest(CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -30,45 +31,36 @@ class VoyageRequest(Extras, kw_only=True):
     truncation: bool | None = None
 
 
-def _read(body: VoyageRequest) -> RerankRequest:
-    return RerankRequest(
-        pairs=pairs_of(body.query, body.documents),
-        documents=body.documents if body.return_documents else None,
-        top_n=limit_of(body.top_k, "top_k"),
-        whole=body.truncation is False,
-        **extras(body),
-    )
+def _read(body: VoyageRequest) -> tuple[RerankRequest, ResponseOptions]:
+    pairs = pairs_of(body.query, body.documents)
+    documents = body.documents if body.return_documents else None
+    request = RerankRequest(pairs, refuse_truncation=body.truncation is False)
+    return request, ResponseOptions(documents, limit_of(body.top_k, "top_k"))
 
 
-def _write(outcome: RerankResponse) -> Body:
-    data = []
-    for hit in outcome.hits:
-        result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
-        if outcome.with_documents:
-            result["document"] = hit.document
-        data.append(result)
+def _write(response: RerankResponse) -> Body:
     return {
         "object": "list",
-        "data": data,
-        "model": outcome.model,
-        "usage": {"total_tokens": outcome.tokens},
+        "data": relevance_results(response),
+        "model": response.model,
+        "usage": {"total_tokens": response.tokens},
     }
 
 
-def _complain(complaint: ErrorResponse) -> tuple[int, Body]:
-    status = 400 if complaint.status == 422 else complaint.status  # noqa: PLR2004 - HTTP's own
-    return status, {"detail": str(complaint)}
+def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+    status = 400 if response.status == 422 else response.status  # noqa: PLR2004 - HTTP's own
+    return status, {"detail": response.message}
 
 
 VOYAGE = ApiProtocol(
     name="voyage",
     title="Voyage",
     paths=("/v1/rerank",),
-    request=VoyageRequest,
+    body=VoyageRequest,
     claims=holds("top_k", "truncation"),
     read=_read,
     write=_write,
-    complain=_complain,
+    write_error=_write_error,
     noun="documents",
     example={
         "model": "rerank-2.5",

@@ -1,4 +1,4 @@
-"""Each dialect as its clients know it: bodies in, bodies out, errors; no server."""
+"""Each protocol as its clients know it: bodies in, bodies out, errors; no server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from echelon.errors import (
     Unauthorised,
     WorkerLost,
 )
-from echelon.server.protocols import DIALECTS, PATHS, SHARED, choose, read
+from echelon.server.protocols import PATHS, PROTOCOLS, SHARED, choose, read
 from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
-from echelon.tokenization.chunking import Chunking
+from echelon.types import Chunking
 
-BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+BY_NAME = {protocol.name: protocol for protocol in PROTOCOLS}
 PAIRS = [("q", "a"), ("q", "b")]
 
 
@@ -30,11 +30,19 @@ def body(**fields) -> bytes:
     return json.dumps(fields).encode()
 
 
+def parsed(protocol, text, headers=None):
+    return read(protocol, text, headers or {}, 0.0)
+
+
 def read_as(name, **fields):
-    return read(BY_NAME[name], body(**fields))
+    return parsed(BY_NAME[name], body(**fields))[0]
 
 
-# Which dialect a body is in.
+def options_as(name, **fields):
+    return parsed(BY_NAME[name], body(**fields))[1]
+
+
+# Which protocol a body is in.
 
 
 @pytest.mark.parametrize(
@@ -58,19 +66,19 @@ def read_as(name, **fields):
         ("/infinity/rerank", {"query": "q", "documents": ["a"]}, "infinity"),
     ],
 )
-def test_bodies_tell_their_dialect(path, fields, name):
+def test_bodies_tell_their_protocol(path, fields, name):
     assert choose(PATHS[path], body(**fields)).name == name
 
 
-def test_every_dialect_has_a_path_of_its_own_and_an_example_that_leads_to_it():
-    for dialect in DIALECTS:
-        alone = [path for path, them in PATHS.items() if them == (dialect,)]
+def test_every_protocol_has_a_path_of_its_own_and_an_example_that_leads_to_it():
+    for protocol in PROTOCOLS:
+        alone = [path for path, them in PATHS.items() if them == (protocol,)]
         assert alone
-        shared = [path for path, them in SHARED.items() if dialect in them]
+        shared = [path for path, them in SHARED.items() if protocol in them]
         assert shared
-        text = body(**dialect.example)
-        assert choose(SHARED[shared[0]], text) is dialect
-        assert len(read(dialect, text).pairs) == 2
+        text = body(**protocol.example)
+        assert choose(SHARED[shared[0]], text) is protocol
+        assert len(parsed(protocol, text)[0].pairs) == 2
 
 
 # Bodies in.
@@ -92,42 +100,42 @@ def test_every_dialect_has_a_path_of_its_own_and_an_example_that_leads_to_it():
         ("nim", {"query": {"text": "q"}, "passages": [{"text": "a"}, {"text": "b"}]}),
     ],
 )
-def test_the_pairs_are_the_same_in_every_dialect(name, fields):
-    wanted = read_as(name, **fields)
-    assert list(wanted.pairs) == PAIRS
-    assert wanted.ranked == (name != "vllm_score")
-    assert (wanted.top_n, wanted.timeout_ms, wanted.priority) == (None, None, None)
+def test_the_pairs_are_the_same_in_every_protocol(name, fields):
+    request, options = read_as(name, **fields), options_as(name, **fields)
+    assert list(request.pairs) == PAIRS
+    assert (request.deadline, request.priority) == (None, "normal")
+    assert (options.top_n, options.ranked) == (None, name != "vllm_score")
 
 
-def test_documents_come_back_as_each_dialect_has_them():
+def test_documents_come_back_as_each_protocol_has_them():
     objects = [{"text": "a"}, {"text": "b", "title": "t"}]
     base = {"query": "q", "documents": ["a", objects[1]]}
-    assert read_as("cohere_v1", **base).documents is None
-    assert read_as("cohere_v1", **base, return_documents=True).documents == objects
-    assert read_as("jina", **base).documents == [{"text": "a"}, {"text": "b"}]
-    assert read_as("jina", **base, return_documents=False).documents is None
-    assert read_as("vllm", **base).documents == ["a", "b"]
+    assert options_as("cohere_v1", **base).documents is None
+    assert options_as("cohere_v1", **base, return_documents=True).documents == objects
+    assert options_as("jina", **base).documents == [{"text": "a"}, {"text": "b"}]
+    assert options_as("jina", **base, return_documents=False).documents is None
+    assert options_as("vllm", **base).documents == ["a", "b"]
     plain = {"query": "q", "documents": ["a", "b"]}
-    assert read_as("cohere_v2", **plain).documents is None
+    assert options_as("cohere_v2", **plain).documents is None
     for name in ("infinity", "voyage"):
-        assert read_as(name, **plain).documents is None
-        assert read_as(name, **plain, return_documents=True).documents == ["a", "b"]
+        assert options_as(name, **plain).documents is None
+        assert options_as(name, **plain, return_documents=True).documents == ["a", "b"]
     texts = {"query": "q", "texts": ["a", "b"]}
-    assert read_as("tei", **texts).documents is None
-    assert read_as("tei", **texts, return_text=True).documents == ["a", "b"]
+    assert options_as("tei", **texts).documents is None
+    assert options_as("tei", **texts, return_text=True).documents == ["a", "b"]
 
 
 def test_cohere_ranks_named_fields():
     documents = [{"title": "t", "text": "b", "n": 3}, "plain"]
-    wanted = read_as(
+    request = read_as(
         "cohere_v1", query="q", documents=documents, rank_fields=["title", "n", "none"]
     )
-    assert [document for _, document in wanted.pairs] == ["title: t\nn: 3", "plain"]
+    assert [document for _, document in request.pairs] == ["title: t\nn: 3", "plain"]
     with pytest.raises(InvalidInput, match=r"documents\[0\]: has none of the rank_fields"):
         read_as("cohere_v1", query="q", documents=documents, rank_fields=["none"])
 
 
-def test_options_find_their_meaning():
+def test_fields_find_their_meaning():
     plain = {"query": "q", "documents": ["a"]}
     assert read_as("cohere_v1", **plain, max_chunks_per_doc=3).chunking == Chunking(None, 3)
     assert read_as("cohere_v2", **plain, max_tokens_per_doc=9).chunking == Chunking(9)
@@ -135,41 +143,48 @@ def test_options_find_their_meaning():
     assert read_as("vllm", **plain, max_tokens_per_query=5).max_query_tokens == 5
     assert read_as("vllm", **plain, truncate_prompt_tokens=-1).max_length is None
     assert read_as("vllm", **plain, truncate_prompt_tokens=64).max_length == 64
-    assert read_as("vllm", **plain, use_activation=False).raw
-    assert read_as("voyage", **plain, top_k=1, truncation=False).whole
-    assert read_as("infinity", **plain, raw_scores=True).raw
-    assert read_as("tei", query="q", texts=["a"], truncate=False, raw_scores=True).whole
+    assert options_as("vllm", **plain, use_activation=False).raw_scores
+    assert read_as("voyage", **plain, top_k=1, truncation=False).refuse_truncation
+    assert options_as("infinity", **plain, raw_scores=True).raw_scores
+    assert read_as("tei", query="q", texts=["a"], truncate=False, raw_scores=True).refuse_truncation
     for word, side in (("right", "right"), ("Left", "left"), (None, None)):
         assert read_as("tei", query="q", texts=["a"], truncation_direction=word).side == side
         assert read_as("vllm", **plain, truncation_side=word).side == side
     nim = {"query": {"text": "q"}, "passages": [{"text": "a"}]}
-    assert read_as("nim", **nim).whole
-    assert not read_as("nim", **nim, truncate="END").whole
+    assert read_as("nim", **nim).refuse_truncation
+    assert not read_as("nim", **nim, truncate="END").refuse_truncation
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
-def test_extras_are_understood_everywhere(dialect):
-    wanted = read(dialect, body(**dialect.example, timeout_ms=50, explain=True))
-    assert (wanted.timeout_ms, wanted.explain) == (50, True)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_every_protocol_has_the_common_fields(protocol):
+    text = body(**protocol.example, timeout_ms=50, explain=True, priority="low")
+    request, options = read(protocol, text, {"x-request-timeout-ms": "70"}, 10.0)
+    assert (request.deadline, request.priority, options.explain) == (10.05, "low", True)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
-def test_null_means_left_out(dialect):
+def test_headers_give_what_the_body_leaves_open():
+    headers = {"x-request-timeout-ms": "70", "x-request-priority": "HIGH"}
+    request, _ = read(BY_NAME["tei"], body(query="q", texts=["a"]), headers, 10.0)
+    assert (request.deadline, request.priority) == (10.07, "high")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_null_means_left_out(protocol):
     base = {
         name: value
-        for name, value in dialect.example.items()
+        for name, value in protocol.example.items()
         if name in {"query", "documents", "texts", "passages", "text_1", "text_2"}
     }
-    optional = [field.name for field in msgspec.structs.fields(dialect.request)]
+    optional = [field.name for field in msgspec.structs.fields(protocol.body)]
     nulls = dict.fromkeys(name for name in optional if name not in base)
-    assert read(dialect, body(**base, **nulls)) == read(dialect, body(**base))
+    assert parsed(protocol, body(**base, **nulls)) == parsed(protocol, body(**base))
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, None), (0, None), (1, 1), (99, 99)])
 def test_top_n(given, kept):
     for name in ("cohere_v1", "cohere_v2", "jina", "vllm", "infinity"):
-        assert read_as(name, query="q", documents=["a"], top_n=given).top_n == kept
-    assert read_as("voyage", query="q", documents=["a"], top_k=given).top_n == kept
+        assert options_as(name, query="q", documents=["a"], top_n=given).top_n == kept
+    assert options_as("voyage", query="q", documents=["a"], top_k=given).top_n == kept
 
 
 # What is wrong with bodies.
@@ -210,30 +225,30 @@ def test_what_is_wrong_is_named(name, fields, words):
 def test_what_is_no_json(text):
     for path in ("/v1/rerank", "/score"):
         with pytest.raises(Malformed, match="body: is no JSON object") as caught:
-            read(choose(PATHS[path], text), text)
+            parsed(choose(PATHS[path], text), text)
         assert caught.value.status == 400
 
 
 def test_what_is_no_text():
     for text in (b'{"query": "\xff", "documents": []}', b'{"query": "q", "documents": ["\xff"]}'):
         with pytest.raises(Malformed, match="body: is no JSON object"):
-            read(choose(PATHS["/v1/rerank"], text), text)
+            parsed(choose(PATHS["/v1/rerank"], text), text)
 
 
 @pytest.mark.parametrize("text", [b"[]", b"3", b"null"])
 def test_what_is_no_object(text):
     for path in ("/v1/rerank", "/score"):
         with pytest.raises(InvalidInput, match="body: "):
-            read(choose(PATHS[path], text), text)
+            parsed(choose(PATHS[path], text), text)
 
 
 # Bodies out.
 
-OUTCOME = RerankResponse(
-    number="abc",
+RESPONSE = RerankResponse(
+    request_id="abc",
     created=1700000000,
     model="m",
-    hits=[RerankResult(1, 0.75, 1.5), RerankResult(0, 0.25, -1.5)],
+    results=[RerankResult(1, 0.75, 1.5), RerankResult(0, 0.25, -1.5)],
     tokens=12,
 )
 LONG = RerankResponse(
@@ -294,8 +309,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_answers(name):
-    assert BY_NAME[name].write(OUTCOME) == GOLDEN[name]
-    msgspec.json.encode(BY_NAME[name].write(OUTCOME))
+    assert BY_NAME[name].write(RESPONSE) == GOLDEN[name]
+    msgspec.json.encode(BY_NAME[name].write(RESPONSE))
 
 
 def test_answers_with_documents():
@@ -349,33 +364,33 @@ STATUS = {
 }
 
 
-def complain(name, error):
-    return BY_NAME[name].complain(ErrorResponse(error, str(error), "abc"))
+def written(name, error):
+    return BY_NAME[name].write_error(ErrorResponse(error, str(error), "abc"))
 
 
 @pytest.mark.parametrize("name", STATUS)
 def test_statuses_of_errors(name):
-    assert tuple(complain(name, error)[0] for error in ERRORS.values()) == STATUS[name]
+    assert tuple(written(name, error)[0] for error in ERRORS.values()) == STATUS[name]
 
 
 def test_bodies_of_errors():
     words = "texts[1]: is wrong. Mend it."
     invalid, overloaded = ERRORS["invalid"], ERRORS["overloaded"]
     told = {"id": "abc", "message": words, "detail": words}
-    assert complain("cohere_v1", invalid)[1] == complain("cohere_v2", invalid)[1] == told
-    assert complain("jina", invalid)[1] == complain("voyage", invalid)[1] == {"detail": words}
-    assert complain("tei", invalid)[1] == {"error": words, "error_type": "Validation"}
-    assert complain("tei", overloaded)[1]["error_type"] == "Overloaded"
-    assert complain("tei", ERRORS["failed"])[1]["error_type"] == "Backend"
-    assert complain("tei", ERRORS["lost"])[1]["error_type"] == "Unhealthy"
-    assert complain("vllm", invalid)[1] == {
+    assert written("cohere_v1", invalid)[1] == written("cohere_v2", invalid)[1] == told
+    assert written("jina", invalid)[1] == written("voyage", invalid)[1] == {"detail": words}
+    assert written("tei", invalid)[1] == {"error": words, "error_type": "Validation"}
+    assert written("tei", overloaded)[1]["error_type"] == "Overloaded"
+    assert written("tei", ERRORS["failed"])[1]["error_type"] == "Backend"
+    assert written("tei", ERRORS["lost"])[1]["error_type"] == "Unhealthy"
+    assert written("vllm", invalid)[1] == {
         "error": {"message": words, "type": "BadRequestError", "param": "texts[1]", "code": 400}
     }
-    assert complain("infinity", invalid)[1] == {
+    assert written("infinity", invalid)[1] == {
         "detail": [{"loc": ["body", "texts[1]"], "msg": words, "type": "value_error"}]
     }
-    assert complain("infinity", ERRORS["unauthorised"])[1] == {"detail": "An API key is needed."}
-    assert complain("infinity", overloaded)[1] == {
+    assert written("infinity", ERRORS["unauthorised"])[1] == {"detail": "An API key is needed."}
+    assert written("infinity", overloaded)[1] == {
         "error": {
             "message": "full. Try again in 2.5 s.",
             "type": "Overloaded",
@@ -383,7 +398,7 @@ def test_bodies_of_errors():
             "code": 429,
         }
     }
-    assert complain("nim", invalid)[1] == {
+    assert written("nim", invalid)[1] == {
         "object": "error",
         "message": words,
         "detail": {},
@@ -391,8 +406,8 @@ def test_bodies_of_errors():
     }
 
 
-def test_tei_has_a_status_of_its_own_for_nothing():
+def test_tei_answers_400_to_no_texts():
     with pytest.raises(InvalidInput) as caught:
         read_as("tei", query="q", texts=[])
-    status, told = complain("tei", caught.value)
+    status, told = written("tei", caught.value)
     assert (status, told["error_type"]) == (400, "Empty")
