@@ -32,9 +32,9 @@ from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.scheduling.fit import CostFit, FitError
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.calibration import StepFactory, fitted, level
+from echelon.tuning.calibration import StepFactory, fitted, scaled_prior
 from echelon.tuning.machine import meter_of
-from echelon.tuning.probes import FEWEST_ROUNDS, LengthRange, choose, measure
+from echelon.tuning.probes import MIN_ROUNDS, LengthRange, choose, measure
 from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 
@@ -61,13 +61,15 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     try:
         facts = scorer.info
         limits = LengthRange(min(LONGEST, facts.max_tokens), arguments.budget, facts.padding)
-        stuff = StepFactory(encoder, load_texts(None, language="en"), limits.longest)
+        steps = StepFactory(encoder, load_texts(None, language="en"), limits.longest)
 
         def run(shape: Lengths) -> None:
-            scorer.score(stuff.batch(shape))
+            scorer.score(steps.batch(shape))
 
-        prior = level(run, limits, DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]], monotonic)
-        chosen = choose(limits, prior, arguments.seconds / 2 / (1 + FEWEST_ROUNDS))
+        prior = scaled_prior(
+            run, limits, DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]], monotonic
+        )
+        chosen = choose(limits, prior, arguments.seconds / 2 / (1 + MIN_ROUNDS))
         known = {*chosen.probes, *chosen.checks}
         others = [s for s in dict.fromkeys(limits.mixed(10 * UNSEEN, SEED)) if s not in known]
         unseen = set(others[: arguments.shapes])
@@ -104,7 +106,7 @@ def compared(unseen: Sequence[Probe], fit: CostFit) -> dict[str, Any]:
             "samples": len(probe.seconds),
             "measured_s": probe.median_s,
             "spread": probe.spread,
-            "predicted_s": fit.coefficients.seconds(work_of(probe.lengths, fit.paid)),
+            "predicted_s": fit.coefficients.seconds(work_of(probe.lengths, fit.padding)),
         }
         for probe in unseen
     ]

@@ -14,13 +14,19 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonError, WorkerLost
+from echelon.progress import no_progress
 from echelon.simulation.fitted_models import cost_of, lengths_of
-from echelon.tuning.candidates import most_tokens
+from echelon.tuning.candidates import largest_budget
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.recommendation import settings_of
-from echelon.tuning.scenario import Candidate
-from echelon.tuning.scenario_model import WorkloadTexts, ruler_of
-from echelon.tuning.validation import ValidationContext, proof_of_reranking, prove, rerank_task
+from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of
+from echelon.tuning.simulated_load import Candidate
+from echelon.tuning.validation import (
+    ValidationContext,
+    rerank_task,
+    validate,
+    validation_of_reranker,
+)
 from echelon.tuning.validation_targets import RerankRun, RerankTask, run
 from static_standing import Rival, standing
 
@@ -31,8 +37,8 @@ if TYPE_CHECKING:
     from echelon.profile import Profile
     from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
+    from echelon.tuning.recommendation import Validation
     from echelon.tuning.scenario_model import ScenarioModel
-    from echelon.tuning.validation_metrics import Validation
 
 SIZES = (1, 2, 4, 8, 16, 32)
 """Static batch sizes."""
@@ -44,23 +50,24 @@ class Contest:
 
     Attributes:
         profile: with a scenario's settings, which were proved.
-        stage: what for, and how settings are run; its file is written for each run.
+        context: what for, and how settings are run; its file is written for each run.
     """
 
     profile: Profile
-    stage: ValidationContext
+    context: ValidationContext
 
     @classmethod
-    def of(cls, model: ScenarioModel, profile: Profile, ask: ScenarioGoal, file: Path) -> Contest:
+    def of(cls, model: ScenarioModel, profile: Profile, goal: ScenarioGoal, file: Path) -> Contest:
         """The contest of a profile's settings; ``file`` is written for each run."""
         settings = replace(profile.settings, max_length=model.options.max_length)
-        tokens = ask.tokens or lengths_of(replace(profile, settings=settings))
+        tokens = goal.tokens or lengths_of(replace(profile, settings=settings))
         if tokens is None:
             raise ValueError("The profile does not say how long pairs are.")
-        ruler = ruler_of(model.trial.encoder)
-        load = WorkloadTexts(ask.traffic(tokens), ask.rate or 1.0, model.texts.topics, ruler)
-        on_card = profile.key.device != "cpu"
-        return cls(profile, ValidationContext(ask, model, load, file, on_card, lambda *_: None))
+        load = WorkloadTexts(
+            goal.traffic(tokens), model.texts.topics, length_policy_of(model.check.encoder)
+        )
+        on_gpu = profile.key.device != "cpu"
+        return cls(profile, ValidationContext(goal, model, load, file, on_gpu, no_progress))
 
     def chosen(self) -> Candidate:
         """The settings that were recommended."""
@@ -77,22 +84,22 @@ class Contest:
 
     def entered(self) -> list[tuple[Candidate, Rival]]:
         """All that take part: the chosen settings, then the static ones."""
-        chosen, most = self.chosen(), most_tokens(self.profile)
+        chosen, most = self.chosen(), largest_budget(self.profile)
         static = [(replace(chosen, token_budget=most, max_pairs=n), Rival(n)) for n in SIZES]
         return [(chosen, Rival(None)), *static]
 
     def requests(self, turn: ValidationContext) -> list[Arrival]:
-        """Of one round: with a rate others than in the last, else as many as the proof served."""
-        load, ask = turn.load, turn.ask
-        if ask.scenario in HURRIED:
-            return load.requests(ask.verify_s, ask.seed)
+        """Requests of a round: with a rate, new ones; otherwise as many as in the validation."""
+        load, goal = turn.load, turn.goal
+        if goal.scenario in HURRIED:
+            return load.requests(goal.verify_s, goal.seed)
         served = self._entry["measured"]["requests"]
-        return list(islice(load.traffic.at(load.rate).requests(), served))
+        return list(islice(load.workload.requests(), served))
 
     def settle(self, candidate: Candidate) -> None:
         """Write the profile with the settings of a candidate, for the run to read."""
         settings = settings_of(candidate)
-        replace(self.profile, settings=settings, scenario=None).save(self.stage.profile)
+        replace(self.profile, settings=settings, scenario=None).save(self.context.profile)
 
     @property
     def _entry(self) -> dict[str, Any]:
@@ -103,13 +110,13 @@ class Contest:
 
 def beside_static(contest: Contest, rounds: int) -> dict[str, Any]:
     """Where the chosen settings stand among static batch sizes, see :func:`standing`."""
-    return standing(contest.stage.ask, compete(contest, rounds))
+    return standing(contest.context.goal, compete(contest, rounds))
 
 
 def compete(contest: Contest, rounds: int) -> list[Rival]:
     """Run all of them in rounds, every other round in the opposite order.
 
-    A static size that fails is told why, and left out from then on.
+    A static size that fails keeps its error and is left out of later rounds.
 
     Returns:
         The chosen settings, then the static ones.
@@ -119,32 +126,32 @@ def compete(contest: Contest, rounds: int) -> list[Rival]:
     """
     entered = contest.entered()
     for number in range(rounds):
-        ask = contest.stage.ask
-        turn = replace(contest.stage, ask=replace(ask, seed=ask.seed + number))
+        goal = contest.context.goal
+        turn = replace(contest.context, goal=replace(goal, seed=goal.seed + number))
         requests = contest.requests(turn)
         for candidate, rival in entered[:: 1 if number % 2 == 0 else -1]:
             if rival.failed is not None:
                 continue
             contest.settle(candidate)
             try:
-                proof = apart(turn, candidate, requests)
+                seen = validate_apart(turn, candidate, requests)
             except EchelonError as error:
                 if rival.pairs is None:
                     raise
                 rival.failed = str(error)
             else:
-                rival.rounds.append(proof.numbers)
+                rival.rounds.append(seen.metrics)
     return [rival for _, rival in entered]
 
 
-def apart(
-    stage: ValidationContext, candidate: Candidate, requests: Sequence[Arrival]
+def validate_apart(
+    context: ValidationContext, candidate: Candidate, requests: Sequence[Arrival]
 ) -> Validation:
-    """A proof in a process of its own, in which a reranker serves all requests."""
-    if stage.ask.scenario in HURRIED:
-        return prove(stage, candidate, requests, 0.0)
-    task = replace(rerank_task(stage, requests), within_s=None)
-    return proof_of_reranking(stage, requests, run_apart(task), 0.0)
+    """Validate in a separate process, in which a reranker serves all requests."""
+    if context.goal.scenario in HURRIED:
+        return validate(context, candidate, requests, 0.0)
+    task = replace(rerank_task(context, requests), within_s=None)
+    return validation_of_reranker(context, requests, run_apart(task), 0.0)
 
 
 def run_apart(task: RerankTask) -> RerankRun:

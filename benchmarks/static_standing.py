@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon.tuning.goal import ScenarioGoal
-    from echelon.tuning.validation_metrics import LoadMetrics
+    from echelon.tuning.recommendation import LoadMetrics
 
 WITHIN = 0.03
 """Relative difference to the best that is as good as being it."""
@@ -55,11 +55,11 @@ class Rival:
     failed: str | None = None
 
 
-def standing(ask: ScenarioGoal, rivals: Sequence[Rival]) -> Row:
+def standing(goal: ScenarioGoal, rivals: Sequence[Rival]) -> Row:
     """Where they stand: what the results keep as ``static``.
 
     Args:
-        ask: what for.
+        goal: the scenario, and what must hold.
         rivals: the chosen settings, which ran all rounds, then the static ones.
 
     Returns:
@@ -70,9 +70,9 @@ def standing(ask: ScenarioGoal, rivals: Sequence[Rival]) -> Row:
         ``low`` and ``high`` of the measure, whether it ``bears`` the load, how far it is ``ahead``
         of the chosen, and the ``reason`` why it was not compared.
     """
-    rows = [_row(ask, rival) for rival in rivals]
+    rows = [_row(goal, rival) for rival in rivals]
     chosen = rows[0]
-    name = _measure(ask, rows)
+    name = _measure(goal, rows)
     for row in rows:
         row["reason"] = row["reason"] or _unfit(name, row, rows)
         row.update(_value(name, row))
@@ -93,10 +93,10 @@ def standing(ask: ScenarioGoal, rivals: Sequence[Rival]) -> Row:
     }
 
 
-def _row(ask: ScenarioGoal, rival: Rival) -> Row:
+def _row(goal: ScenarioGoal, rival: Rival) -> Row:
     """A rival before it is compared."""
-    limit = ask.memory_limit_bytes
-    rounds = [one.as_dict() | {"goodput_per_s": _goodput(ask, one)} for one in rival.rounds]
+    limit = goal.memory_limit_bytes
+    rounds = [one.as_dict() | {"goodput_per_s": _goodput(goal, one)} for one in rival.rounds]
     names = () if not rounds or rival.failed else rounds[0]
     median = {name: _median([one[name] for one in rounds]) for name in names}
     asked, missed = (sum(one[name] for one in rounds) for name in ("requests", "missed"))
@@ -116,18 +116,18 @@ def _row(ask: ScenarioGoal, rival: Rival) -> Row:
     }
 
 
-def _goodput(ask: ScenarioGoal, one: LoadMetrics) -> float | None:
-    return (one.requests - one.missed) / ask.verify_s if ask.scenario in HURRIED else None
+def _goodput(goal: ScenarioGoal, one: LoadMetrics) -> float | None:
+    return (one.requests - one.missed) / goal.verify_s if goal.scenario in HURRIED else None
 
 
-def _measure(ask: ScenarioGoal, rows: Sequence[Row]) -> str:
+def _measure(goal: ScenarioGoal, rows: Sequence[Row]) -> str:
     chosen, able = rows[0], [row for row in rows if row["reason"] is None]
-    if ask.scenario == "offline":
+    if goal.scenario == "offline":
         return "documents_per_s"
-    if ask.scenario == "edge":
+    if goal.scenario == "edge":
         known = all(row["median"]["memory_bytes"] is not None for row in able)
         return "memory_bytes" if known and _soon(chosen, rows) else "p50_s"
-    bearing = chosen["bears"] if ask.scenario == "api" else all(row["bears"] for row in able)
+    bearing = chosen["bears"] if goal.scenario == "api" else all(row["bears"] for row in able)
     return "p99_s" if bearing else "goodput_per_s"
 
 

@@ -4,11 +4,11 @@
     python benchmarks/sustain.py --model FOLDER --name large --seconds 300      # one more beside it
 
 Fits the cost model to the probes of `echelon tune`, starts the server with that profile, and lets
-one caller ask: that gives the overhead of a request and the goal, P99 within four times a request
+one caller goal: that gives the overhead of a request and the goal, P99 within four times a request
 alone. Two predictions are compared with the measurements, by simulation of the very requests that
 are sent (same seed, same times, same finite number): one from the probes and that overhead alone,
 and one corrected by a look at half of the capacity, as `echelon tune --scenario` corrects itself
-after its first proof. The highest rate is found by bisection, in the simulation and in reality, by
+after its first validation. The highest rate is found by bisection, simulated and measured, by
 the same criterion: all but a hundredth of the requests are answered within the goal.
 
 Writes benchmarks/results/sustain.json and sustain.md. The goal: both within 25 %.
@@ -32,18 +32,23 @@ from echelon.errors import EchelonError, TooNoisy
 from echelon.loadtest.run import opened
 from echelon.options import Options
 from echelon.profile import Profile, TunedSettings, current_key, library_versions, write_text
+from echelon.progress import no_progress
 from echelon.scheduling.packing import step_budget
 from echelon.simulation.fitted_models import cost_of
 from echelon.simulation.workload import FixedSize, LognormalSize
 from echelon.tuning.calibration import models_of
-from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
 from echelon.tuning.machine import describe_machine
-from echelon.tuning.scenario import Candidate, ScenarioLimits
-from echelon.tuning.scenario_model import WorkloadTexts, look, ruler_of
-from echelon.tuning.simulated_load import SimulatedService, curve_of, predict
+from echelon.tuning.recommendation import correct
+from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, open_for_scenario
+from echelon.tuning.simulated_load import Candidate, SimulatedService, curve_of, predict
 from echelon.tuning.tuner import PROBE_SHARE, TuningPlan, probe
-from echelon.tuning.validation import ValidationContext, arguments, proof_of, stress_plan
-from echelon.tuning.validation_metrics import correct
+from echelon.tuning.validation import (
+    ValidationContext,
+    load_test_plan,
+    serve_arguments,
+    validation_of_server,
+)
 from echelon.tuning.validation_targets import ServerProcess
 from echelon.types import monotonic
 from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of, verdict
@@ -53,8 +58,8 @@ if TYPE_CHECKING:
 
     from echelon.loadtest.run import LoadTest
     from echelon.simulation.workload import Arrival
+    from echelon.tuning.recommendation import Validation
     from echelon.tuning.scenario_model import ScenarioModel
-    from echelon.tuning.validation_metrics import Validation
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,7 +111,7 @@ class Bench:
 
     Attributes:
         model: the model, looked at.
-        ask: lengths and goal; its rate and seconds are replaced.
+        goal: lengths and goal; its rate and seconds are replaced.
         load: how requests are sent.
         profile: the file that the server reads.
         requests: of a run.
@@ -114,25 +119,25 @@ class Bench:
     """
 
     model: ScenarioModel
-    ask: ScenarioGoal
+    goal: ScenarioGoal
     load: WorkloadTexts
     profile: Path
     requests: int
     seconds: float
 
-    def stage(self, rate: float, seed: int = SEED) -> ValidationContext:
+    def context(self, rate: float, seed: int = SEED) -> ValidationContext:
         """One run."""
         seconds = min(self.seconds, self.requests / rate)
-        ask = replace(self.ask, rate=rate, verify_s=seconds, seed=seed)
-        load = replace(self.load, rate=rate)
+        goal = replace(self.goal, rate=rate, verify_s=seconds, seed=seed)
+        load = self.load.at(rate)
         return ValidationContext(
-            ask, self.model, load, self.profile, on_card=False, told=lambda *_: None
+            goal, self.model, load, self.profile, on_gpu=False, on_progress=no_progress
         )
 
     def arrivals(self, rate: float) -> list[Arrival]:
         """The requests that are compared, in tokens."""
-        ask = self.stage(rate).ask
-        return replace(self.load, rate=rate).requests(ask.verify_s, ask.seed)
+        goal = self.context(rate).goal
+        return self.load.at(rate).requests(goal.verify_s, goal.seed)
 
     def predicted(self, forecast: Forecast, rate: float) -> tuple[Row, bool]:
         """What the simulation says of them, and whether the goal is met."""
@@ -163,50 +168,50 @@ class Line:
         self, rate: float, seed: int = SEED, *, alone_s: float | None = None
     ) -> tuple[Validation, Row]:
         """Send the requests of a rate when they are due; or those of one caller for a time."""
-        stage = self._bench.stage(rate, seed)
-        plan = stress_plan(stage, self._server.url)
+        context = self._bench.context(rate, seed)
+        plan = load_test_plan(context, self._server.url)
         if alone_s is not None:
             plan = replace(plan, clients=1, duration_s=alone_s)
-        requests = stage.load.requests(stage.ask.verify_s, seed)
+        requests = context.load.requests(context.goal.verify_s, seed)
         before = await asyncio.to_thread(self._server.metrics)
         run = await self._tester.measure(plan)
         after = await asyncio.to_thread(self._server.metrics)
-        proof = proof_of(stage, self._candidate, requests, run, (before, after))
-        row = row_of(proof)
+        validation = validation_of_server(context, self._candidate, requests, run, (before, after))
+        row = row_of(validation)
         print(f"{rate:.3g}/s: {json.dumps(row)}", flush=True)
-        return proof, row
+        return validation, row
 
 
-def row_of(proof: Validation) -> Row:
+def row_of(validation: Validation) -> Row:
     """A run's entry."""
-    numbers = proof.numbers
-    row = {name: getattr(numbers, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
-    row |= {"missed": numbers.missed / max(1, numbers.requests), "held": proof.held}
-    row |= {"pace": proof.pace, "overhead_s": proof.overhead_s, "noise": proof.noise}
-    return row | {"doubts": list(proof.doubts)}
+    metrics = validation.metrics
+    row = {name: getattr(metrics, name) for name in ("p50_s", "p95_s", "p99_s", "requests")}
+    row |= {"missed": metrics.missed / max(1, metrics.requests), "held": validation.held}
+    row |= {"pace": validation.pace, "overhead_s": validation.overhead_s, "noise": validation.noise}
+    return row | {"doubts": list(validation.doubts)}
 
 
 def calibrated(model: ScenarioModel, seconds: float) -> Profile:
-    """Step times as `echelon tune` fits them, and the settings of a server that was told nothing.
+    """Step times as `echelon tune` fits them, and the settings of a server without options.
 
     Raises:
         TooNoisy: no fit was kept.
     """
-    trial = model.trial
-    opener = trial.opener()
-    scorer = opener(precision=trial.options.precision)
+    check = model.check
+    factory = check.factory()
+    scorer = factory(precision=check.options.precision)
     try:
-        facts = scorer.info
+        info = scorer.info
         plan = TuningPlan(time_limit_s=seconds / PROBE_SHARE)
-        probed = probe(trial, scorer, plan, model.texts, clock=monotonic, told=lambda *_: None)
-        key = current_key(trial.folder.name, trial.folder.revision, facts)
+        probed = probe(check, scorer, plan, model.texts, monotonic, no_progress)
+        key = current_key(check.folder.name, check.folder.revision, info)
     finally:
         scorer.close()
-    found = models_of(probed, opener)
+    found = models_of(probed, factory)
     if found.cost is None:
         raise TooNoisy(" ".join(found.warnings))
-    budget = step_budget(None, None, facts.device)
-    settings = TunedSettings(facts.precision, budget, None, facts.threads or None, None)
+    budget = step_budget(None, None, info.device)
+    settings = TunedSettings(info.precision, budget, None, info.threads or None, None)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Profile(key, settings, created, cost=found.cost, memory=found.memory)
 
@@ -214,18 +219,18 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
 def evaluate(options: argparse.Namespace, folder: Path) -> Row:
     """Everything about one model."""
     tokens = LognormalSize(options.tokens, 0.5, LONGEST)
-    ask = ScenarioGoal(
+    goal = ScenarioGoal(
         SCENARIO, PATIENCE_S, 1.0, documents=FixedSize(DOCUMENTS), tokens=tokens, seed=SEED
     )
     asked = Options(device="cpu", precision=options.precision)
-    model = look(options.model, asked, None, ask)
+    model = open_for_scenario(options.model, asked, None, goal)
     print("measuring probes for the cost model", flush=True)
     profile = calibrated(model, options.tune_seconds)
     file = folder / "profile.json"
     profile.save(file)
     topics = model.texts.topics
-    load = WorkloadTexts(ask.traffic(tokens), 1.0, topics, ruler_of(model.trial.encoder))
-    bench = Bench(model, ask, load, file, options.requests, options.seconds)
+    load = WorkloadTexts(goal.traffic(tokens), topics, length_policy_of(model.check.encoder))
+    bench = Bench(model, goal, load, file, options.requests, options.seconds)
     settings = profile.settings
     candidate = Candidate(settings.token_budget, cost_of(profile), precision=settings.precision)
     found = asyncio.run(measure(bench, candidate, options.bisections))
@@ -234,19 +239,21 @@ def evaluate(options: argparse.Namespace, folder: Path) -> Row:
 
 async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     """One caller, the predictions, and what comes of the same requests in reality."""
-    stage = bench.stage(1.0)
+    context = bench.context(1.0)
     print("starting the server", flush=True)
-    with ServerProcess(arguments(stage, candidate)) as server:
-        async with opened(stress_plan(stage, server.url)) as tester:
+    with ServerProcess(serve_arguments(context, candidate)) as server:
+        async with opened(load_test_plan(context, server.url)) as tester:
             caller = Line(bench, server, tester, candidate)
-            one_s = candidate.cost.predict([int(bench.ask.tokens.mean)] * DOCUMENTS)
+            one_s = candidate.cost.predict([int(bench.goal.tokens.mean)] * DOCUMENTS)
             alone_s = max(2.0, ALONE * one_s)
             await caller.run(1.0, OTHER_SEED, alone_s=alone_s / 10)
             first, alone = await caller.run(1.0, OTHER_SEED, alone_s=alone_s)
-            bench = replace(bench, ask=replace(bench.ask, goal_s=SLACK * alone["p50_s"]))
+            bench = replace(bench, goal=replace(bench.goal, goal_s=SLACK * alone["p50_s"]))
             line = Line(bench, server, tester, candidate)
-            limits = ScenarioLimits(bench.ask.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED)
-            full = SimulatedService(bench.load.traffic, candidate, limits).at_once()
+            limits = ScenarioLimits(
+                bench.goal.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED
+            )
+            full = SimulatedService(bench.load.workload, candidate, limits).at_once()
             capacity = full.requests / full.duration_s
             forecasts = [Forecast("probes", candidate, limits)]
             second, glance = await line.run(capacity / 2, OTHER_SEED)
@@ -256,7 +263,7 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     return {
         "alone": alone,
         "look": glance,
-        "goal_s": bench.ask.goal_s,
+        "goal_s": bench.goal.goal_s,
         "capacity_per_s": capacity,
         "forecasts": {
             one.name: {
@@ -272,12 +279,12 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     }
 
 
-def corrected(forecast: Forecast, proof: Validation) -> Forecast:
-    """The models after a look, as `echelon tune --scenario` corrects them after a proof."""
+def corrected(forecast: Forecast, validation: Validation) -> Forecast:
+    """The models after a look, as `echelon tune --scenario` corrects them after a validation."""
     chosen, limits = forecast.candidate, forecast.limits
     # Memory plays no part here: what was predicted of it is what came.
-    (candidate,), limits = correct([chosen], limits, proof.numbers, proof, 1)
-    return Forecast("after a look", candidate, limits, proof.pace)
+    (candidate,), limits = correct([chosen], limits, validation.metrics, validation, 1)
+    return Forecast("after a look", candidate, limits, validation.pace)
 
 
 async def _point(
@@ -304,11 +311,12 @@ async def _most(
     probes = []
     for _ in range(bisections):
         rate = search.rate
-        proof, row = await line.run(rate)
+        validation, row = await line.run(rate)
         probes.append({"rate_per_s": rate, **row})
-        search.tell(held=proof.held)
+        search.tell(held=validation.held)
     curves = {
-        one.name: curve_of(bench.load.traffic, one.candidate, one.limits).most for one in forecasts
+        one.name: curve_of(bench.load.workload, one.candidate, one.limits).max_rate
+        for one in forecasts
     }
     return {
         "predicted": said,

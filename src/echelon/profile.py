@@ -1,7 +1,8 @@
-"""The profile: what tuning found, and the machine, model and versions it holds for.
+"""The profile: the JSON file that tuning writes and everything else reads.
 
-A versioned JSON file. The tuner writes it, :class:`echelon.Reranker` reads it. When the machine
-or the model is no longer the same, the profile is stale: a warning with the remedy, no error.
+It holds measurements and settings, and is valid for the machine, model and library versions in its
+key. Where one of them has changed the profile is still used, with a warning that names the change.
+A file of another schema version is refused.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
     from echelon.types import ModelInfo
 
 SCHEMA = 1
-"""Version of the file's layout; another one cannot be read."""
+"""Version of the file's layout."""
 
 TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """What a profile holds for.
+    """What a profile is valid for.
 
     Attributes:
-        model: name as the user gave it.
+        model: the name that the user gave.
         revision: hub commit, or a fingerprint of a local folder.
         device: ``cpu`` or ``cuda:N``.
-        device_name: the processor's or card's own name.
+        device_name: name of the processor or the GPU.
         precision: of the forward pass.
-        versions: of the libraries that decide speed and scores.
+        versions: versions of the libraries that affect speed and scores.
     """
 
     model: str
@@ -48,14 +49,14 @@ class ProfileKey:
     versions: dict[str, str]
 
     def differences(self, now: ProfileKey) -> list[str]:
-        """What is different now, in words; empty when the profile is fresh."""
+        """Describe each value that has changed; empty where the profile is valid."""
         pairs = [(f.name, getattr(self, f.name), getattr(now, f.name)) for f in fields(self)]
         return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
 
 
 @dataclass(frozen=True, slots=True)
 class TunedSettings:
-    """What tuning chose; the names are those of :class:`echelon.options.Options`."""
+    """What tuning chose, with the names of :class:`echelon.options.Options`."""
 
     precision: str
     token_budget: int
@@ -66,27 +67,26 @@ class TunedSettings:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Everything one tuning run found.
+    """Everything that a tuning run found.
 
     Attributes:
-        key: what it holds for.
-        settings: what it chose.
+        key: what it is valid for.
+        settings: what was chosen.
         created: UTC time, ISO 8601.
-        machine: description, see :mod:`echelon.tuning.machine`.
-        data: which texts were scored, and their lengths in tokens.
-        precisions: per precision, speed and agreement with fp32.
-        threads: per number of threads tried, its speed.
-        points: per measured point, see :class:`echelon.tuning.sweep.MeasuredPoint`.
-        best: per number of pairs, its best point.
-        situations: advice for the four situations, see :mod:`echelon.tuning.choose`.
-        warnings: what to know before trusting it.
-        learned_token_budget: smaller budget that memory pressure taught since; None if none.
-        cost: how long a step takes, see :class:`echelon.scheduling.fit.CostFit`; None where that
-        was
-            refused, or the profile is older.
-        memory: how much it needs, see :class:`echelon.scheduling.fit.MemoryFit`; None likewise.
-        scenario: what the settings were chosen for and how that was proved, see docs/TUNE.md; None
-            where no scenario was asked for.
+        machine: processor, memory, GPUs and system.
+        data: name and token lengths of the texts that were scored.
+        precisions: speed of each precision, and its agreement with fp32.
+        threads: speed with each number of threads.
+        points: every measured point of the sweep.
+        best: the best point for each number of pairs.
+        situations: the best point for each of the four scenarios.
+        warnings: what makes the results uncertain.
+        learned_token_budget: smaller budget that was learned from running out of memory.
+        cost: a :class:`echelon.scheduling.fit.CostFit`: how long a step takes; None where it could
+            not be fitted, or the profile is older.
+        memory: a :class:`echelon.scheduling.fit.MemoryFit`: how much memory a step needs.
+        scenario: what the settings were chosen for and how they were validated, see docs/TUNE.md;
+            None where no scenario was given.
     """
 
     key: ProfileKey
@@ -110,7 +110,7 @@ class Profile:
         """Read a profile.
 
         Raises:
-            ProfileError: it is not there, no profile, or of another version.
+            ProfileError: the file is missing, no profile, or of another version.
         """
         return cls.from_dict(read_json(Path(path)), Path(path))
 
@@ -136,8 +136,18 @@ class Profile:
         """The JSON content."""
         return {"schema": SCHEMA, **asdict(self)}
 
+    def precision_row(self, precision: str) -> dict[str, Any] | None:
+        """The row of a precision in ``precisions``; None where it was not compared."""
+        return next((row for row in self.precisions if row["precision"] == precision), None)
+
+    @property
+    def keep_bf16(self) -> list[str]:
+        """The layers that the profile's precision leaves in bf16."""
+        row = self.precision_row(self.key.precision) or {}
+        return list(row.get("keep_bf16", []))
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile whole or not at all.
+        """Write the profile completely or not at all.
 
         Raises:
             StorageError: the disk is full or the folder cannot be written.
@@ -145,15 +155,15 @@ class Profile:
         write_json(Path(path), self.as_dict())
 
 
-def current_key(model: str, revision: str, facts: ModelInfo) -> ProfileKey:
+def current_key(model: str, revision: str, info: ModelInfo) -> ProfileKey:
     """The key of a model as it is loaded now."""
     return ProfileKey(
-        model, revision, facts.device, facts.device_name, facts.precision, library_versions()
+        model, revision, info.device, info.device_name, info.precision, library_versions()
     )
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide speed and scores, those installed."""
+    """Versions of the installed libraries that affect speed and scores."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -168,7 +178,7 @@ def library_versions() -> dict[str, str]:
 def apply_profile(options: Options, profile: Profile) -> Options:
     """Fill in what the user left open.
 
-    A step size that the user gave, in tokens or pairs, replaces the profile's altogether.
+    A step size from the user, in tokens or pairs, replaces both of the profile's.
     """
     chosen = profile.settings
     filled: dict[str, Any] = {}
@@ -186,32 +196,29 @@ def apply_profile(options: Options, profile: Profile) -> Options:
 
 
 def warn_if_stale(profile: Profile, now: ProfileKey, path: object) -> None:
-    """Say that a profile was measured under other conditions, and which.
-
-    Warns:
-        EchelonWarning: with the differences and the remedy.
-    """
+    """Warn where a profile was measured under other conditions, with the differences."""
     differences = profile.key.differences(now)
     if differences:
         warnings.warn(
-            f"{path} is stale: {'; '.join(differences)}. It is used all the same. {TUNE_AGAIN}",
+            f"{path} is stale: {'; '.join(differences)}. It is still used. {TUNE_AGAIN}",
             EchelonWarning,
             stacklevel=4,
         )
 
 
-def remember_budget(path: str | os.PathLike[str] | None, budget: int) -> None:
-    """Write a budget that memory pressure taught into the profile file, if there is one.
+def remember_budget(path: str | os.PathLike[str] | None, budget: int | None) -> None:
+    """Write the token budget that fits in memory into the profile, if any; None removes it.
 
-    A profile that cannot be written is only a warning: scoring goes on with the new budget.
+    A profile that cannot be written is only a warning: scoring continues.
     """
     if path is None:
         return
     try:
         replace(Profile.load(path), learned_token_budget=budget).save(path)
     except (ProfileError, StorageError) as error:
+        what = "full token budget" if budget is None else f"token budget {budget}"
         warnings.warn(
-            f"The token budget {budget} that memory allows could not be kept: {error}",
+            f"The {what} that fits in memory could not be stored: {error}",
             EchelonWarning,
             stacklevel=2,
         )
@@ -221,7 +228,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ProfileError: it is not there or not JSON.
+        ProfileError: the file is missing or not JSON.
     """
     try:
         return restored(json.loads(path.read_text(encoding="utf-8")))
@@ -234,7 +241,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all: into a neighbour first, then renamed.
+    """Write a JSON file completely or not at all: a temporary file is written, then renamed.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -243,7 +250,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; see :func:`write_json`."""
+    """Write a text file completely or not at all; see :func:`write_json`."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(

@@ -245,7 +245,11 @@ def test_it_is_said_honestly_where_it_stands(theirs, good, said):
     shown = words_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4)))
     assert (plain(shown["verdict"]), shown["good"]) == (said, good)
     rows = shown["rows"]
-    assert [one["name"] for one in rows] == ["Chosen: 1,024 tokens per step", "Static 1", "Static 2"]
+    assert [one["name"] for one in rows] == [
+        "Chosen: 1,024 tokens per step",
+        "Static 1",
+        "Static 2",
+    ]
     assert [one["chosen"] for one in rows] == [True, False, False]
     assert sum(one["best"] for one in rows) == 1
     assert shown["head"][-1] == "Than the chosen"

@@ -21,15 +21,15 @@ from simulations import SIMPLE
 
 import sustain
 from echelon.data import load_texts
-from echelon.loadtest.texts import Words
+from echelon.loadtest.texts import WordLengths
 from echelon.simulation.workload import FixedSize, LognormalSize
 from echelon.tuning import simulated_load
-from echelon.tuning.goal import ScenarioGoal
-from echelon.tuning.scenario import Candidate, ScenarioLimits
+from echelon.tuning.candidates import paced
+from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
+from echelon.tuning.recommendation import LoadMetrics, Validation
 from echelon.tuning.scenario_model import WorkloadTexts
-from echelon.tuning.simulated_load import predict
-from echelon.tuning.validation import stress_plan
-from echelon.tuning.validation_metrics import LoadMetrics, Validation, paced
+from echelon.tuning.simulated_load import Candidate, predict
+from echelon.tuning.validation import load_test_plan
 from sustain_page import GOAL, Bisection, merged, off, page, verdict
 
 NAMES = ("probes", "after a look")
@@ -38,9 +38,9 @@ NAMES = ("probes", "after a look")
 @pytest.fixture
 def bench():
     tokens = LognormalSize(60, 0.5, 512)
-    ask = ScenarioGoal("concurrent", 3.0, 1.0, documents=FixedSize(10), tokens=tokens)
-    load = WorkloadTexts(ask.traffic(tokens), 1.0, load_texts(language="en").topics, Words())
-    return sustain.Bench(None, ask, load, Path("profile.json"), 100, 50.0)
+    goal = ScenarioGoal("concurrent", 3.0, 1.0, documents=FixedSize(10), tokens=tokens)
+    load = WorkloadTexts(goal.traffic(tokens), load_texts(language="en").topics, WordLengths())
+    return sustain.Bench(None, goal, load, Path("profile.json"), 100, 50.0)
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def forecast():
 
 @pytest.mark.parametrize(("rate", "seconds"), [(1.0, 50.0), (4.0, 25.0)])
 def test_what_is_simulated_is_what_is_sent(bench, rate, seconds):
-    plan = stress_plan(bench.stage(rate), "http://127.0.0.1:1")
-    sent = list(plan.workload().requests(plan.ends_s))
+    plan = load_test_plan(bench.context(rate), "http://127.0.0.1:1")
+    sent = list(plan.workload.requests(plan.ends_s))
     simulated = bench.arrivals(rate)
     assert plan.ends_s == seconds
     assert len(simulated) == pytest.approx(rate * seconds, rel=0.3)
     assert sent == simulated
-    other = bench.stage(rate, sustain.OTHER_SEED)
-    assert list(stress_plan(other, "http://h").workload().requests(seconds)) != sent
+    other = bench.context(rate, sustain.OTHER_SEED)
+    assert list(load_test_plan(other, "http://h").workload.requests(seconds)) != sent
 
 
 def test_higher_rates_have_the_same_requests_sooner(bench):
@@ -73,8 +73,8 @@ def test_the_highest_rate_is_the_last_that_meets_the_goal(bench, forecast):
 
 
 def test_a_look_corrects_pace_and_overhead(bench, forecast):
-    numbers = LoadMetrics(0.6, 0.7, 0.8, 1.0, 10.0, 1e9, 100, 0)
-    looked = sustain.corrected(forecast, Validation(numbers, 2.0, 0.05, held=True))
+    metrics = LoadMetrics(0.6, 0.7, 0.8, 1.0, 10.0, 1e9, 100, 0)
+    looked = sustain.corrected(forecast, Validation(metrics, 2.0, 0.05, held=True))
     assert looked.pace == 2.0
     assert looked.limits == replace(forecast.limits, overhead_s=0.05)
     assert looked.candidate.cost.predict([60]) == pytest.approx(2 * SIMPLE.predict([60]))
@@ -88,13 +88,13 @@ def machine(monkeypatch):
     truth = Candidate(2048, paced(SIMPLE, 1.2))
 
     async def run(line, rate, seed=sustain.SEED, *, alone_s=None):
-        stage = line._bench.stage(rate, seed)
-        sent = stage.load.requests(stage.ask.verify_s, seed)
-        limits = ScenarioLimits(stage.ask.goal_s, overhead_s=0.02)
+        context = line._bench.context(rate, seed)
+        sent = context.load.requests(context.goal.verify_s, seed)
+        limits = ScenarioLimits(context.goal.goal_s, overhead_s=0.02)
         kind = "concurrent" if alone_s is None else "edge"
         outcome, largest = predict(kind, sent, truth, limits)
-        proof = Validation(LoadMetrics.of(kind, outcome, truth, largest), 1.2, 0.02, outcome.held)
-        return proof, sustain.row_of(proof)
+        seen = Validation(LoadMetrics.of(kind, outcome, truth, largest), 1.2, 0.02, outcome.held)
+        return seen, sustain.row_of(seen)
 
     @contextlib.asynccontextmanager
     async def opened(plan):
@@ -102,7 +102,7 @@ def machine(monkeypatch):
 
     server = SimpleNamespace(url="http://127.0.0.1:1")
     monkeypatch.setattr(sustain, "ServerProcess", lambda _: contextlib.nullcontext(server))
-    monkeypatch.setattr(sustain, "arguments", lambda *_: [])
+    monkeypatch.setattr(sustain, "serve_arguments", lambda *_: [])
     monkeypatch.setattr(sustain, "opened", opened)
     monkeypatch.setattr(sustain.Line, "run", run)
     monkeypatch.setattr(simulated_load, "REQUESTS", 200)

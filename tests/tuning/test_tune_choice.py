@@ -11,8 +11,14 @@ from sklearn.metrics import ndcg_score
 
 from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
 from echelon.reports.statistics import ENOUGH, TIE, median_interval, summarize
-from echelon.tuning.choose import best_batches, best_budget, frugal, situations
-from echelon.tuning.sweep import MeasuredPoint, SweepPoint
+from echelon.tuning.sweep import (
+    MeasuredPoint,
+    SweepPoint,
+    best_batches,
+    best_budget,
+    frugal,
+    scenario_advice,
+)
 
 LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=30)
 
@@ -126,7 +132,7 @@ def test_points_without_a_run_are_never_chosen():
     unknown = MeasuredPoint(SweepPoint(100, 1))
     assert best_batches([unknown]) == []
     assert best_budget([unknown]) is None
-    assert situations([unknown]) == []
+    assert scenario_advice([unknown]) == []
 
 
 def test_each_situation_rests_on_its_own_points():
@@ -138,7 +144,7 @@ def test_each_situation_rests_on_its_own_points():
         measured(100, 2.5, tokens=512),
         measured(100, 2.4, tokens=8192),
     ]
-    advice = {s.name: s for s in situations(results)}
+    advice = {s.name: s for s in scenario_advice(results)}
     assert advice["api"].batch_size == 8
     assert advice["api"].latency_s == 0.4
     assert advice["offline"].token_budget == 8192

@@ -33,13 +33,13 @@ from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.tuning.calibration import fitted
 from echelon.tuning.probes import (
     CHECKS,
-    FEWEST_ROUNDS,
+    MIN_ROUNDS,
     PROBES,
     ROUNDS,
     LengthRange,
     choose,
     measure,
-    most_telling,
+    most_informative,
 )
 
 CPU = DEFAULT_COEFFICIENTS["cpu"]
@@ -193,7 +193,7 @@ def test_a_refused_model_leaves_a_warning_and_the_other_model():
     assert len(made.warnings) == 1
 
 
-def test_a_fit_survives_the_round_trip_and_damage_is_told():
+def test_a_fit_survives_the_round_trip_and_damage_is_reported():
     found = fit(KNEE)
     known = json.loads(json.dumps(found.as_dict()))
     assert CostFit.from_dict(known) == found
@@ -238,10 +238,10 @@ def test_chosen_shapes_tell_more_than_others():
         rows = np.array([CPU.amounts(work)[:3] / np.array(CPU.seconds(work)) for work in works])
         return np.linalg.slogdet(rows.T @ rows)[1]
 
-    ladder = LIMITS.ladder()
-    chosen = most_telling(ladder, CPU, "none", 100, 12)
+    uniform = LIMITS.uniform()
+    chosen = most_informative(uniform, CPU, "none", 100, 12)
     random = Random(0)
-    others = [information(random.sample(ladder, len(chosen))) for _ in range(200)]
+    others = [information(random.sample(uniform, len(chosen))) for _ in range(200)]
     assert information(chosen) > np.percentile(others, 90)
 
 
@@ -278,7 +278,7 @@ def test_probes_take_turns_and_the_first_round_is_for_memory():
     assert bench.ran[3:6] == bench.ran[6:9] == bench.ran[:3]
     assert [probe.lengths for probe in found] == bench.ran[:3]
     assert [probe.peak_bytes for probe in found] == [1010, 1020, 1030]
-    assert [len(probe.seconds) for probe in found] == [FEWEST_ROUNDS] * 3  # all repeats agree
+    assert [len(probe.seconds) for probe in found] == [MIN_ROUNDS] * 3  # all repeats agree
     assert [probe.median_s for probe in found] == [10, 20, 30]
 
 

@@ -23,11 +23,11 @@ SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=5)
 
 
 class Machine:
-    """A trial whose time is known, which advances its own clock."""
+    """Runs points in a known time, and advances its own clock."""
 
     def __init__(self, seconds=lambda point: 0.01, memory=None):
         self.now = 0.0
-        self.trials: list[SweepPoint] = []
+        self.runs: list[SweepPoint] = []
         self._seconds = seconds
         self._memory = memory
 
@@ -35,7 +35,7 @@ class Machine:
         return self.now
 
     def __call__(self, point):
-        self.trials.append(point)
+        self.runs.append(point)
         if self._memory is not None and point.size > self._memory:
             raise DeviceOutOfMemory(f"{point.size} over {self._memory}")
         self.now += self._seconds(point)
@@ -59,14 +59,14 @@ def test_steady_points_end_when_their_interval_is_tight():
     assert [m.status for m in results] == ["ok"] * 5
     # Six equal samples are the fewest that bound a median with 95 %, plus the warm-up.
     assert all(len(m.seconds) == 6 for m in results)
-    assert len(machine.trials) == 5 * 7
+    assert len(machine.runs) == 5 * 7
 
 
-def test_points_take_turns():
+def test_points_are_measured_in_turn():
     machine = Machine()
     points = grid([10], [1, 2, 4], [])
     sweep(points, machine, clock=machine.clock, limit_s=1e9)
-    counted = machine.trials[6:]  # after the first round, in which each point runs twice
+    counted = machine.runs[6:]  # after the first round, in which each point runs twice
     assert counted == points * 5
 
 
@@ -77,14 +77,14 @@ def test_a_noisy_point_is_measured_on_while_tight_ones_rest():
     assert len(noisy.seconds) > len(tight.seconds) == 6
 
 
-def test_time_ends_the_sweep_after_every_point_had_a_look():
+def test_the_time_limit_ends_the_sweep_after_a_run_of_every_point():
     machine = Machine(lambda point: 1.0)
     results = sweep(grid([10], [1, 2, 4], []), machine, clock=machine.clock, limit_s=5.0)
     assert all(m.seconds for m in results)
     assert machine.now <= 5.0 + 2.0
 
 
-def test_a_hopelessly_slow_machine_is_cut_off_and_told():
+def test_a_very_slow_machine_leaves_points_not_reached():
     machine = Machine(lambda point: SLOW_S * 5)
     results = sweep(grid([10], [1, 2, 4, 8], []), machine, clock=machine.clock, limit_s=5.0)
     assert [m.status for m in results] == ["ok", "ok", "not_reached", "not_reached"]
@@ -95,10 +95,10 @@ def test_a_hopelessly_slow_machine_is_cut_off_and_told():
 def test_slow_first_runs_count_and_fast_ones_are_warm_up():
     slow = Machine(lambda point: SLOW_S)
     sweep([SweepPoint(10, 1)], slow, clock=slow.clock, limit_s=0.1)
-    assert len(slow.trials) == 1
+    assert len(slow.runs) == 1
     fast = Machine()
     (measured,) = sweep([SweepPoint(10, 1)], fast, clock=fast.clock, limit_s=0.001)
-    assert len(fast.trials) == 2
+    assert len(fast.runs) == 2
     assert len(measured.seconds) == 1
 
 
@@ -110,18 +110,18 @@ def test_memory_ends_a_row_and_larger_sizes_are_never_tried(memory, sizes):
     too_large = [m for m in results if m.point.size > memory]
     assert all(m.status == "ok" for m in results if m.point.size <= memory)
     assert [m.status for m in too_large] == (["out_of_memory"] + ["skipped"] * 99)[: len(too_large)]
-    assert sum(point.size > memory for point in machine.trials) == bool(too_large)
+    assert sum(point.size > memory for point in machine.runs) == bool(too_large)
     assert all(not m.seconds for m in too_large)
 
 
-def test_memory_in_one_row_leaves_other_rows_alone():
-    def trial(point):
+def test_out_of_memory_in_one_row_does_not_change_other_rows():
+    def run(point):
         if point.pairs == 50 and point.batch_size:
             raise DeviceOutOfMemory("full")
         return machine(point)
 
     machine = Machine()
-    results = sweep(grid([10, 50], [1, 2], [512]), trial, clock=machine.clock, limit_s=1e9)
+    results = sweep(grid([10, 50], [1, 2], [512]), run, clock=machine.clock, limit_s=1e9)
     found = {(m.point.pairs, m.point.size): m.status for m in results}
     assert found == {
         (10, 1): "ok",
@@ -132,7 +132,7 @@ def test_memory_in_one_row_leaves_other_rows_alone():
     }
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was():
+def test_an_interrupted_sweep_is_resumed():
     class Stopped(Exception):
         pass
 
@@ -142,15 +142,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was():
 
     def keep(results):
         kept[:] = [m.as_dict() for m in results]
-        if len(machine.trials) == 9:
+        if len(machine.runs) == 9:
             raise Stopped
 
     with pytest.raises(Stopped):
-        sweep(points, machine, clock=machine.clock, limit_s=1e9, saved=keep)
-    before = len(machine.trials)
+        sweep(points, machine, clock=machine.clock, limit_s=1e9, save=keep)
+    before = len(machine.runs)
     known = [MeasuredPoint.from_dict(entry) for entry in kept]
     sweep(points, machine, clock=machine.clock, limit_s=1e9, known=known)
-    assert len(machine.trials) - before == 3 * 7 - 9
+    assert len(machine.runs) - before == 3 * 7 - 9
 
 
 def test_entries_survive_the_round_trip():
@@ -171,10 +171,10 @@ def test_rates_padding_and_memory_come_from_the_runs():
 
 
 @given(st.lists(st.sampled_from([0.01, 0.02, 0.5, 3.0]), min_size=1, max_size=6), st.floats(0, 30))
-def test_the_same_trace_gives_the_same_trials(speeds, limit):
+def test_the_same_times_give_the_same_runs(speeds, limit):
     def once():
         machine = Machine(lambda point: speeds[point.size % len(speeds)])
         sweep(grid([10, 20], [1, 2, 4], [64]), machine, clock=machine.clock, limit_s=limit)
-        return machine.trials
+        return machine.runs
 
     assert once() == once()

@@ -23,7 +23,7 @@ ROOM = 1000
 """Tokens beyond which a step does not fit, in the tests of what does not."""
 
 
-class Stuffed:
+class OneToken:
     """Steps of any shape, all of one token id."""
 
     def __init__(self, token: int = 1) -> None:
@@ -40,7 +40,7 @@ def measured() -> ProbeResult:
 
     shapes = choose(LIMITS, PRICES, 100)
     probes, checks = [*map(probe, shapes.probes)], [*map(probe, shapes.checks)]
-    return ProbeResult(probes, checks, LIMITS, Stuffed(), FakeScorer().info)
+    return ProbeResult(probes, checks, LIMITS, OneToken(), FakeScorer().info)
 
 
 def test_what_this_process_holds_does_not_count(measured):
@@ -61,7 +61,7 @@ def test_what_this_process_holds_does_not_count(measured):
 )
 def test_larger_steps_are_not_tried_where_one_did_not_fit(measured, opener):
     probes = [*measured.probes, *measured.checks]
-    peaks = worker_peaks(probes, measured.stuff, opener, "fp32")
+    peaks = worker_peaks(probes, measured.steps, opener, "fp32")
     assert set(peaks) == {p.lengths for p in probes if sum(p.lengths) <= ROOM}
     assert MemoryFit.from_dict(models_of(measured, opener).memory).model.token_bytes > 0
 
@@ -74,7 +74,7 @@ def test_a_worker_that_cannot_be_measured_costs_the_memory_model_alone(
     measured, opener, token, why, monkeypatch
 ):
     monkeypatch.setattr(calibration, "STEP_TIMEOUT_S", 1.0)
-    models = models_of(replace(measured, stuff=Stuffed(token)), opener)
+    models = models_of(replace(measured, steps=OneToken(token)), opener)
     assert models.memory is None
     assert models.cost is not None
     (warning,) = models.warnings

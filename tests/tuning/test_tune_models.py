@@ -49,7 +49,10 @@ def test_a_right_model_lies_on_the_line():
     assert "unseen shapes" in time.note
     for chart in (time, memory):
         line, fitted_, unseen = chart.figure["data"]
-        assert [trace["name"] for trace in (fitted_, unseen)] == ["fitted", "unseen"]
+        assert [trace["name"] for trace in (fitted_, unseen)] == [
+            "used for the fit",
+            "used to check the fit",
+        ]
         for trace in (fitted_, unseen):
             assert trace["x"] == pytest.approx(trace["y"], rel=1e-3)
             assert len(trace["x"]) == len(trace["text"])

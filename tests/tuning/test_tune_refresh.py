@@ -15,11 +15,11 @@ from echelon.options import Options
 from echelon.profile import Profile
 from echelon.scheduling.fit import CostFit
 from echelon.tuning import refresh, tuner
-from echelon.tuning.tuner import Plan
+from echelon.tuning.tuner import TuningPlan
 
 pytestmark = pytest.mark.device
 
-QUICK = Plan(pairs=(4,), batch_sizes=(1, 4), token_budgets=(64, 256))
+QUICK = TuningPlan(pairs=(4,), batch_sizes=(1, 4), token_budgets=(64, 256))
 SHORT = Options(max_length=100, precision="fp32", threads=1)
 
 
@@ -52,7 +52,7 @@ def run(bert, old):
     return refresh.refresh(bert, SHORT, QUICK, old, clock=clock())
 
 
-def with_prices(profile, factor, **changes):
+def with_coefficients(profile, factor, **changes):
     """The profile, as a machine of another speed would have it."""
     cost = json.loads(json.dumps(profile.cost)) | changes
     for name in ("base_s", "token_s", "square_s", "beyond_s"):
@@ -73,7 +73,10 @@ def test_a_fresh_profile_is_kept_whole(tuned, bert, calls):
     [
         (lambda tuned: replace(tuned, cost=None), "there was none"),
         (lambda tuned: replace(tuned, cost={"paid": 3}), "cannot be read"),
-        (lambda tuned: with_prices(tuned, 1, measured="2020-01-01T00:00:00+00:00"), "days old"),
+        (
+            lambda tuned: with_coefficients(tuned, 1, measured="2020-01-01T00:00:00+00:00"),
+            "days old",
+        ),
     ],
 )
 def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, bert, calls, old, why):
@@ -89,9 +92,9 @@ def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, bert, ca
 
 def test_on_a_machine_of_another_speed_all_times_are_measured_and_no_ranking(tuned, bert, calls):
     known = [{"precision": "fp32", "tokens_per_s": 1.0, "passed": True}]
-    fresh = run(bert, replace(with_prices(tuned, 2.0), precisions=known))
+    fresh = run(bert, replace(with_coefficients(tuned, 2.0), precisions=known))
     assert calls == ["sweep", "calibrate"]
-    assert "no longer take" in fresh.measured[0]
+    assert "no longer take as long" in fresh.measured[0]
     assert fresh.profile.precisions == known
     assert CostFit.from_dict(fresh.profile.cost).coefficients.base_s == pytest.approx(1e-3)
 
@@ -113,7 +116,7 @@ def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, bert, fits
             assert tokens == tuned.settings.token_budget
             return False
 
-        monkeypatch.setattr(refresh._Model, "fits", full)
+        monkeypatch.setattr(refresh._OpenModel, "fits", full)
     fresh = run(bert, replace(tuned, learned_token_budget=50))
     assert fresh.profile.learned_token_budget == (None if fits else 50)
     assert ("50" in " ".join(fresh.measured)) == fits
@@ -125,13 +128,13 @@ def test_what_does_not_fit_does_not_fit():
         def score(self, batch):
             raise DeviceOutOfMemory
 
-    class Stuff:
+    class Steps:
         longest = 10
 
         def batch(self, lengths):
             assert lengths == (10,) * 5
 
-    model = refresh._Model(None, Full(), None, Stuff(), None)
+    model = refresh._OpenModel(None, Full(), None, Steps(), None)
     assert not model.fits(50)
 
 

@@ -13,15 +13,16 @@ from echelon import Reranker
 from echelon import profile as profiles
 from echelon.engine import precision_check
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
+from echelon.messages import stored
 from echelon.models.base import DeviceOutOfMemory
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile
 from echelon.tuning import tuner
-from echelon.tuning.tuner import Plan
+from echelon.tuning.tuner import TuningPlan
 
 pytestmark = pytest.mark.device
 
-QUICK = Plan(pairs=(4, 8), batch_sizes=(1, 4), token_budgets=(64, 256))
+QUICK = TuningPlan(pairs=(4, 8), batch_sizes=(1, 4), token_budgets=(64, 256))
 SHORT = Options(max_length=100)
 
 
@@ -125,7 +126,7 @@ def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
     partial = tmp_path / "p.partial.json"
     plan = replace(QUICK, partial=partial)
     trials = []
-    real = tuner._Timed.__call__
+    real = tuner._TimedRun.__call__
 
     def counted(self, point):
         trials.append(point)
@@ -133,7 +134,7 @@ def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, point)
 
-    monkeypatch.setattr(tuner._Timed, "__call__", counted)
+    monkeypatch.setattr(tuner._TimedRun, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         tune(bert, SHORT, plan)
     kept = json.loads(partial.read_text())
@@ -181,7 +182,7 @@ def test_a_full_disk_costs_the_safety_net_and_not_the_run(bert, tmp_path, monkey
 )
 def test_a_senseless_plan_is_refused(bad):
     with pytest.raises(InvalidInput):
-        Plan(**bad)
+        TuningPlan(**bad)
 
 
 def test_saving_to_a_full_disk_keeps_the_old_profile(tuned, tmp_path, monkeypatch):
@@ -202,7 +203,8 @@ def test_saving_to_a_full_disk_keeps_the_old_profile(tuned, tmp_path, monkeypatc
 def test_a_profile_survives_the_round_trip(tuned, tmp_path):
     path = tmp_path / "profile.json"
     tuned.save(path)
-    assert Profile.load(path).as_dict() == json.loads(path.read_text()) == tuned.as_dict()
+    assert Profile.load(path) == tuned
+    assert json.loads(path.read_text()) == stored(tuned.as_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Built-in queries and documents, in English and Chinese, for demos, tests and tuning.
-
-The texts that tuning measures with: the built-in set, or the user's own JSONL.
-"""
+"""Reads the texts to measure with: the built-in English and Chinese set, or the user's JSONL."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ class Topic:
     Attributes:
         query: the query.
         documents: its candidates.
-        grades: judged relevance of each, 0 (none) upwards; None where nobody judged.
+        grades: relevance of each, from 0 (none) upwards; None without judgements.
     """
 
     query: str
@@ -53,10 +50,10 @@ class Texts:
         return [(topic.query, document) for topic in self.topics for document in topic.documents]
 
     def sample(self, count: int) -> list[Pair]:
-        """``count`` pairs whose lengths are spread like those of the whole set.
+        """Take ``count`` pairs with the same mix of lengths as the whole set.
 
-        The pairs are sorted by length and taken at even distances, so that 10 pairs and 100 have
-        the same mix; a set smaller than ``count`` is gone through again.
+        The pairs are sorted by length and taken at even distances. A set smaller than ``count`` is
+        repeated.
         """
         ordered = sorted(self.pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         if count > len(ordered):
@@ -73,7 +70,7 @@ def load_texts(path: str | os.PathLike[str] | None = None, language: str | None 
         language: ``en`` or ``zh`` part of the built-in set; None is both.
 
     Raises:
-        InvalidInput: the file cannot be read, or a line is wrong; the line is named.
+        InvalidInput: the file cannot be read, or a line is wrong; the error names the line.
     """
     if path is None:
         lines = (files("echelon.data") / "texts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -123,7 +120,7 @@ def _topic(record: Any, where: str) -> Topic:
 
 
 def _grouped(topics: list[Topic]) -> tuple[Topic, ...]:
-    """Lines of one query, such as one pair a line, become one topic."""
+    """Merge lines with the same query, such as one pair per line, into one topic."""
     queries: dict[str, list[Topic]] = {}
     for topic in topics:
         queries.setdefault(topic.query, []).append(topic)

@@ -128,7 +128,7 @@ def top_overlap(first: FloatArray, second: FloatArray, top: int = TOP) -> float:
 
 
 def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
-    """nDCG at ``top`` of the order by score; 0.0 where no document is relevant."""
+    """Compute nDCG at ``top`` of the order by score; 0.0 where no document is relevant."""
     gains = 2.0 ** np.asarray(grades, dtype=np.float64) - 1.0
     discounts = 1.0 / np.log2(np.arange(2, len(gains) + 2))
     discounts[top:] = 0.0
@@ -347,7 +347,7 @@ def _summary(row: dict[str, Any]) -> str:
 def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:
     if profile is None or replace(profile.key, precision="int8").differences(key):
         return None
-    return next((row for row in profile.precisions if row["precision"] == "int8"), None)
+    return profile.precision_row("int8")
 
 
 def _path_of(key: ProfileKey) -> Path:

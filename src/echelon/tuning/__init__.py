@@ -1,4 +1,1 @@
-"""Finding the best settings: measure the machine, choose, remember.
-
-``echelon tune --scenario``: predict, choose, prove, and say how far the two were apart.
-"""
+"""Measures a model on this machine, chooses settings and validates them under load."""

@@ -1,59 +1,71 @@
-"""The spine of a recommendation: profile and goal to settings, proved.
+"""Recommends settings for a scenario: from a profile and a goal to validated settings.
 
-It goes: traffic → candidates → choose by simulation → prove → where the two disagree, correct the
-models by what was measured, choose and prove once more → profile with the settings.
+Stages: workload, candidates, choice by simulation, validation. Where validation and prediction
+disagree, the models are corrected by the measurement, and settings are chosen and validated again.
 """
 
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.messages import Message
+from echelon.progress import no_progress
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (
-    CandidatePrices,
+    FittedModels,
     MaxLengthCheck,
     candidates,
-    prices_of,
-    row_of,
-    shorter,
+    check_max_lengths,
+    fitted_models,
 )
-from echelon.tuning.goal import HURRIED
-from echelon.tuning.recommendation import ValidationRound, answer_of, missed_words, settings_of
-from echelon.tuning.scenario import ScenarioLimits, solve
-from echelon.tuning.scenario_model import WorkloadTexts, require_texts, ruler_of
+from echelon.tuning.goal import HURRIED, ScenarioLimits
+from echelon.tuning.recommendation import (
+    LoadMetrics,
+    ValidationRound,
+    agree,
+    correct,
+    deviations,
+    missed_message,
+    scenario_entry,
+    settings_of,
+)
+from echelon.tuning.scenario import solve
+from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, require_texts
 from echelon.tuning.simulated_load import curve_of, predict
 from echelon.tuning.tuner import probe
-from echelon.tuning.validation import ValidationContext, prove
-from echelon.tuning.validation_metrics import LoadMetrics, agree, correct, differences
+from echelon.tuning.validation import ValidationContext, validate
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from echelon.engine.precision_check import PrecisionCheck
     from echelon.profile import Profile
+    from echelon.progress import Progress
     from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
-    from echelon.tuning.scenario import Candidate, Recommendation
+    from echelon.tuning.scenario import Recommendation
     from echelon.tuning.scenario_model import ScenarioModel
-    from echelon.tuning.tuner import Plan
+    from echelon.tuning.simulated_load import Candidate
+    from echelon.tuning.tuner import TuningPlan
 
 OVERHEAD_S = 0.002
-"""HTTP and tokenising of a request before anything was measured, as `echelon plan` has it."""
+"""Seconds for HTTP and tokenizing per request until they are measured, as in `echelon plan`."""
 
-DRY_S = 20.0
-"""Seconds of traffic that are predicted where nothing is proved."""
+PREDICTED_S = 20.0
+"""Seconds of requests that are predicted where there is no validation."""
 
 LOOK_AHEAD = 200
-"""Requests whose lengths are looked at to see what a shorter limit would cut."""
+"""Documents whose lengths show how many pairs a shorter max_length would cut."""
 
-PROOFS = 2
-"""The first, and one after a correction."""
+MAX_ROUNDS = 2
+"""Validations: the first, and one after a correction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,132 +73,129 @@ class ScenarioResult:
     """A recommendation.
 
     Attributes:
-        profile: with the settings and what is known of them.
-        missed: in words, that the goal was missed in reality; None where it held or nothing was
-            proved.
+        profile: with the settings, and the entry ``scenario``.
+        missed: the error where the validation missed the goal; None where it held, or where
+            nothing was validated.
     """
 
     profile: Profile
     missed: GoalMissed | None
 
 
-def advise(
+def recommend(
     model: ScenarioModel,
     profile: Profile,
-    ask: ScenarioGoal,
-    plan: Plan,
-    told: Callable[[str, float], None] = lambda *_: None,
+    goal: ScenarioGoal,
+    plan: TuningPlan,
+    on_progress: Progress = no_progress,
 ) -> ScenarioResult:
-    """Choose settings and prove them.
+    """Choose settings and validate them.
 
     Args:
-        model: what is asked about.
-        profile: what was measured of it.
-        ask: what for.
-        plan: of the tuning run, for what is to be measured besides.
-        told: called with what is being done, and the share that is done.
+        model: the model that was tuned.
+        profile: the result of tuning it.
+        goal: the scenario, and what must hold.
+        plan: of the tuning run, for measurements that are still needed.
+        on_progress: hears each stage.
 
     Raises:
-        InvalidInput: no setting reaches the goal; it says what is possible instead.
-        ProfileError: the profile holds too little to predict with.
-        ServerFailed: the server that should prove them did not start.
+        InvalidInput: no setting reaches the goal; the error says what is possible instead.
+        ProfileError: the profile contains too little to predict with.
+        ServerFailed: the server for the validation did not start.
     """
-    # What an earlier recommendation chose binds nobody: lengths are those asked for now.
+    # An earlier recommendation may have cut max_length: the user's own options count.
     settings = replace(profile.settings, max_length=model.options.max_length)
     fresh = replace(profile, settings=settings, scenario=None)
-    return _ScenarioRun(model, fresh, ask, plan, told).run()
+    return _ScenarioRun(model, fresh, goal, plan, on_progress).run()
 
 
 @dataclass(slots=True)
 class _ScenarioRun:
     model: ScenarioModel
     profile: Profile
-    ask: ScenarioGoal
-    plan: Plan
-    told: Callable[[str, float], None]
+    goal: ScenarioGoal
+    plan: TuningPlan
+    on_progress: Progress
     rounds: list[ValidationRound] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probed: dict[str, Profile] = field(default_factory=dict)
 
     def run(self) -> ScenarioResult:
-        load = self._load()
-        lengths = self._shorter(load)
-        limits = ScenarioLimits(
-            goal_s=self.ask.goal_s,
-            rate=load.rate if self.ask.scenario in HURRIED else None,
-            memory_bytes=self.ask.memory_limit_bytes,
-            overhead_s=OVERHEAD_S if self.ask.scenario in HURRIED else 0.0,
-            noise=noise_of(self.profile),
-            seed=self.ask.seed,
-        )
-        models, found = self._choose(load, lengths, limits)
-        self._prove(load, models, limits, found)
+        load = self._workload()
+        lengths = self._max_lengths(load)
+        models, limits, found = self._choose(load, lengths)
+        self._validate(load, models, limits, found)
         best = next((one for one in reversed(self.rounds) if one.held), self.rounds[-1])
-        answer = answer_of(self.ask, best, self.rounds, self.profile, lengths, self.notes)
-        entry = answer | {"curve": self._curve(load, best)}
-        settled = replace(self._settled(best.found.chosen.candidate), scenario=entry)
+        entry = scenario_entry(self.goal, best, self.rounds, self.profile, lengths, self.notes)
+        entry["curve"] = self._curve(load, best)
         missed = None
-        if best.proof is not None and not best.held:
-            missed = GoalMissed(missed_words(self.ask, best))
-        return ScenarioResult(settled, missed)
+        if best.validation is not None and not best.held:
+            missed = GoalMissed(missed_message(self.goal, best))
+        return ScenarioResult(replace(self._with_settings(best.chosen), scenario=entry), missed)
 
-    # What comes.
+    # The workload.
 
-    def _load(self) -> WorkloadTexts:
-        tokens = self.ask.tokens or lengths_of(self.profile)
+    def _workload(self) -> WorkloadTexts:
+        tokens = self.goal.tokens or lengths_of(self.profile)
         if tokens is None:
             raise InvalidInput("--tokens", "the texts do not say how long pairs are", "Give it.")
-        traffic = self.ask.traffic(tokens)
-        rate = self.ask.rate or (traffic.trace_rate if self.ask.trace else 1.0)
-        topics, encoder = self.model.texts.topics, self.model.trial.encoder
-        require_texts(topics, encoder, tokens, traffic.trace, self.model.longest)
-        return WorkloadTexts(traffic, rate, topics, ruler_of(encoder))
+        workload = self.goal.traffic(tokens)
+        topics, encoder = self.model.texts.topics, self.model.check.encoder
+        require_texts(topics, encoder, tokens, workload.trace, self.model.longest)
+        return WorkloadTexts(workload, topics, length_policy_of(encoder))
 
-    def _shorter(self, load: WorkloadTexts) -> list[MaxLengthCheck]:
-        if "max_length" not in self.ask.allow:
+    def _max_lengths(self, load: WorkloadTexts) -> list[MaxLengthCheck]:
+        if "max_length" not in self.goal.allow:
             return []
-        requests = load.first(float(LOOK_AHEAD))
-        precision = self.profile.key.precision
-        row = row_of(self.profile, precision) or {}
-        trial = self.model.tuned(self.profile)
-        kept = row.get("keep_bf16", [])
-        return shorter(trial, precision, kept, requests, lambda doing: self.told(doing, 0.0))
+        return check_max_lengths(
+            self._check,
+            self.profile.key.precision,
+            self.profile.keep_bf16,
+            load.first(float(LOOK_AHEAD)),
+            self.on_progress,
+        )
 
-    # Choosing.
+    @property
+    def _check(self) -> PrecisionCheck:
+        return self.model.tuned(self.profile)
+
+    # The choice.
 
     def _choose(
-        self, load: WorkloadTexts, lengths: Sequence[MaxLengthCheck], limits: ScenarioLimits
-    ) -> tuple[list[Candidate], Recommendation]:
-        """Choose; a precision whose steps were not measured is measured before it is taken."""
-        prices = prices_of(self.profile)
+        self, load: WorkloadTexts, lengths: Sequence[MaxLengthCheck]
+    ) -> tuple[list[Candidate], ScenarioLimits, Recommendation]:
+        """Choose; a precision whose steps were not measured is measured before it is chosen."""
+        hurried = self.goal.scenario in HURRIED
+        limits = ScenarioLimits(
+            goal_s=self.goal.goal_s,
+            rate=load.workload.rate if hurried else None,
+            memory_bytes=self.goal.memory_limit_bytes,
+            overhead_s=OVERHEAD_S if hurried else 0.0,
+            noise=noise_of(self.profile),
+            seed=self.goal.seed,
+        )
+        fitted = fitted_models(self.profile)
         while True:
-            models = candidates(self.profile, self.ask, prices, lengths)
+            models = candidates(self.profile, self.goal, fitted, lengths)
             found = self._solve(load, models, limits)
             precision = found.chosen.candidate.precision
-            if precision in prices:
-                return models, found
-            prices[precision] = self._probe(precision, found.chosen.candidate)
+            if precision in fitted:
+                return models, limits, found
+            fitted[precision] = self._probe(precision, found.chosen.candidate)
 
     def _solve(
         self, load: WorkloadTexts, models: Sequence[Candidate], limits: ScenarioLimits
     ) -> Recommendation:
-        def told(share: float) -> None:
-            self.told(f"simulating {len(models)} settings", share)
+        return solve(self.goal.scenario, load.workload, models, limits, self.on_progress)
 
-        return solve(self.ask.scenario, load.traffic, models, limits, told)
-
-    def _probe(self, precision: str, guess: Candidate) -> CandidatePrices:
-        row = row_of(self.profile, precision) or {}
-        trial = self.model.tuned(self.profile)
-        opener = trial.opener(row.get("keep_bf16", []))
-        scorer = opener(precision=precision)
-        try:
-            probed = probe(
-                trial, scorer, self.plan, self.model.texts, clock=monotonic, told=self.told
-            )
-        finally:
-            scorer.close()
-        models = models_of(probed, opener)
+    def _probe(self, precision: str, guess: Candidate) -> FittedModels:
+        """Measure steps in a precision; where they are too noisy, the guess is kept."""
+        row = self.profile.precision_row(precision) or {}
+        check, texts = self._check, self.model.texts
+        factory = check.factory(row.get("keep_bf16", []))
+        with closing(factory(precision=precision)) as scorer:
+            probed = probe(check, scorer, self.plan, texts, monotonic, self.on_progress)
+        models = models_of(probed, factory)
         note = Message(
             "scenario.other_precision", {"swept": self.profile.key.precision, "taken": precision}
         )
@@ -200,21 +209,20 @@ class _ScenarioRun:
         self.probed[precision] = measured
         if models.cost is None:
             self.notes.append(Message("scenario.times_estimated", {"precision": precision}))
-            return CandidatePrices(guess.cost, guess.memory)
-        return CandidatePrices(
-            cost_of(measured), memory_of(measured) if models.memory else guess.memory
-        )
+            return FittedModels(guess.cost, guess.memory)
+        memory = memory_of(measured) if models.memory else guess.memory
+        return FittedModels(cost_of(measured), memory)
 
     def _curve(self, load: WorkloadTexts, best: ValidationRound) -> dict[str, Any] | None:
-        """Latency over load, with the models that the settings were chosen by."""
-        if self.ask.scenario not in HURRIED:
+        """Latency over load, predicted with the models that the settings were chosen by."""
+        if self.goal.scenario not in HURRIED:
             return None
-        self.told("simulating rising load", 0.0)
-        return curve_of(load.traffic, best.found.chosen.candidate, best.limits).as_dict(load.rate)
+        self.on_progress("simulating rising load")
+        return curve_of(load.workload, best.chosen, best.limits).as_dict(load.workload.rate or 1.0)
 
-    # Proving.
+    # The validation.
 
-    def _prove(
+    def _validate(
         self,
         load: WorkloadTexts,
         models: Sequence[Candidate],
@@ -222,52 +230,48 @@ class _ScenarioRun:
         found: Recommendation,
     ) -> None:
         while True:
-            shown = self._round(load, limits, found)
-            self.rounds.append(shown)
-            if shown.proof is None or len(self.rounds) == PROOFS:
+            last = self._round(load, limits, found)
+            self.rounds.append(last)
+            if last.validation is None or len(self.rounds) == MAX_ROUNDS:
                 return
-            if shown.held and agree(shown.off):
+            if last.held and agree(last.deviations):
                 return
-            workers = found.chosen.candidate.workers
-            models, limits = correct(models, limits, shown.predicted, shown.proof, workers)
+            workers = last.chosen.workers
+            models, limits = correct(models, limits, last.predicted, last.validation, workers)
             try:
                 found = self._solve(load, models, limits)
             except InvalidInput as error:
-                self.notes.append(
-                    Message(
-                        "scenario.no_other_setting",
-                        {"field": error.field, "problem": error.problem, "remedy": error.remedy},
-                    )
-                )
+                values = {"field": error.field, "problem": error.problem, "remedy": error.remedy}
+                self.notes.append(Message("scenario.no_other_setting", values))
                 return
 
     def _round(
         self, load: WorkloadTexts, limits: ScenarioLimits, found: Recommendation
     ) -> ValidationRound:
-        chosen, name = found.chosen.candidate, self.ask.scenario
+        chosen, name = found.chosen.candidate, self.goal.scenario
         requests = self._requests(load, found.chosen.documents_per_s or 1.0)
         outcome, largest = predict(name, requests, chosen, limits)
         predicted = LoadMetrics.of(name, outcome, chosen, largest)
-        if not self.ask.verify_s:
+        if not self.goal.verify_s:
             return ValidationRound(found, predicted, limits)
         seconds = outcome.duration_s if name == "offline" else outcome.mean_s
         with tempfile.TemporaryDirectory(prefix="echelon-") as folder:
             file = Path(folder) / "profile.json"
-            self._settled(chosen).save(file)
-            on_card = self.profile.key.device != "cpu"
-            stage = ValidationContext(self.ask, self.model, load, file, on_card, self.told)
-            proof = prove(stage, chosen, requests, seconds)
-        off = differences(name, predicted, proof.numbers)
-        return ValidationRound(found, predicted, limits, proof, off)
+            self._with_settings(chosen).save(file)
+            on_gpu = self.profile.key.device != "cpu"
+            context = ValidationContext(self.goal, self.model, load, file, on_gpu, self.on_progress)
+            seen = validate(context, chosen, requests, seconds)
+        off = deviations(name, predicted, seen.metrics)
+        return ValidationRound(found, predicted, limits, seen, off)
 
     def _requests(self, load: WorkloadTexts, documents_per_s: float) -> list[Arrival]:
-        """Those that a proof sends, if the setting is as fast as predicted."""
-        seconds = self.ask.verify_s or DRY_S
-        if self.ask.scenario in HURRIED:
-            return load.requests(seconds, self.ask.seed)
+        """The requests of a validation, if the setting is as fast as predicted."""
+        seconds = self.goal.verify_s or PREDICTED_S
+        if self.goal.scenario in HURRIED:
+            return load.requests(seconds, self.goal.seed)
         return load.first(documents_per_s * seconds)
 
-    def _settled(self, chosen: Candidate) -> Profile:
+    def _with_settings(self, chosen: Candidate) -> Profile:
         """The profile with the settings of a candidate."""
         base = self.probed.get(chosen.precision, self.profile)
         return replace(base, settings=settings_of(chosen))

@@ -1,8 +1,8 @@
-"""A model on its device to a cost model and a memory model: choose probes, measure, fit.
+"""Fits a cost model and a memory model to a model on its device: choose probes, measure, fit.
 
-Times are those of an open scorer. Memory on CPU is that of a worker, a process of its own as
-``echelon serve`` has them: the tuning process has had the model open in other precisions and still
-holds what libraries kept of those.
+Times are measured on an open scorer. Memory on CPU is measured in a worker process such as
+``echelon serve`` uses, because the tuning process still holds memory of the precisions that it
+opened before.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonError, TooNoisy
 from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
+from echelon.progress import no_progress
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.scheduling.fit import fit_cost, fit_memory
 from echelon.tokenization.pairs import gather
 from echelon.tuning.machine import MemoryMeter, meter_of
-from echelon.tuning.probes import FEWEST_ROUNDS, choose, growing, measure
+from echelon.tuning.probes import MIN_ROUNDS, choose, measure, smallest_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from echelon.data import Texts
     from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
+    from echelon.progress import Progress
     from echelon.scheduling.cost_model import Coefficients
     from echelon.scheduling.fit import Probe
     from echelon.tokenization.pairs import EncodedPairs
@@ -35,24 +37,17 @@ if TYPE_CHECKING:
     from echelon.tuning.probes import LengthRange, Lengths
     from echelon.types import Clock, ModelInfo, TokenBatch
 
-
 logger = logging.getLogger(__name__)
 
-LEVEL_STEPS = 3
-"""Steps after the first that tell roughly how fast the machine is: the probes are planned by it."""
+PRIOR_STEPS = 3
+"""Steps after the first that measure roughly how fast the machine is, to plan the probes."""
 
 STEP_TIMEOUT_S = 600.0
-"""A probe takes seconds; a worker that answers none for so long hangs."""
+"""A probe takes seconds; a worker without an answer for this long hangs."""
 
 
 class StepFactory:
-    """Steps of any shape out of real texts.
-
-    Args:
-        encoder: the model's tokenizer.
-        texts: what to cut pairs from.
-        longest: tokens of the longest pair.
-    """
+    """Makes steps of any shape from real texts, with pairs of at most ``longest`` tokens."""
 
     def __init__(self, encoder: PairEncoder, texts: Texts, longest: int) -> None:
         self.longest = longest
@@ -66,7 +61,7 @@ class StepFactory:
         self._cut: dict[int, EncodedPairs] = {}
 
     def batch(self, lengths: Lengths) -> TokenBatch:
-        """A step of pairs of these lengths."""
+        """Make a step of pairs of these lengths."""
         return gather([(self._of(length), 0) for length in lengths])
 
     def _of(self, length: int) -> EncodedPairs:
@@ -77,12 +72,12 @@ class StepFactory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the probes gave, as the profile holds it; None where it was refused.
+    """The fitted models, as the profile stores them; None where the fit was refused.
 
     Attributes:
         cost: see :class:`echelon.scheduling.fit.CostFit`.
         memory: see :class:`echelon.scheduling.fit.MemoryFit`.
-        warnings: why something was refused, and the remedy.
+        warnings: why a fit was refused, and the remedy.
     """
 
     cost: dict[str, Any] | None
@@ -92,69 +87,58 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Probes, measured on an open scorer.
+    """Probes that were measured on an open scorer.
 
     Attributes:
-        probes: to fit models to.
-        checks: to judge them by.
-        limits: the largest step and pair there were.
-        stuff: made their steps.
+        probes: the models are fitted to these.
+        checks: the models are judged by these.
+        limits: the largest step and pair that were possible.
+        steps: made the steps.
         info: the model and the device.
     """
 
     probes: list[Probe]
     checks: list[Probe]
     limits: LengthRange
-    stuff: StepFactory
+    steps: StepFactory
     info: ModelInfo
 
 
 def calibrate(
     scorer: Scorer,
-    stuff: StepFactory,
+    steps: StepFactory,
     limits: LengthRange,
     clock: Clock,
     limit_s: float,
-    told: Callable[[float], None] = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> ProbeResult:
-    """Choose probes and measure them.
-
-    Args:
-        scorer: the model, open.
-        stuff: makes its steps.
-        limits: the largest step and pair to know of.
-        clock: seconds.
-        limit_s: time to spend, in seconds.
-        told: called with the share of the time used, 0 to 1.
-    """
+    """Choose probes within the limits and measure them, for about ``limit_s`` seconds."""
 
     def run(shape: Lengths) -> None:
-        scorer.score(stuff.batch(shape))
+        scorer.score(steps.batch(shape))
 
-    prior = level(run, limits, DEFAULT_COEFFICIENTS[scorer.info.device.partition(":")[0]], clock)
-    shapes = choose(limits, prior, limit_s / (1 + FEWEST_ROUNDS))
-    meter = meter_of(scorer.info.device)
-    measured = measure(shapes.probes + shapes.checks, run, meter, clock, limit_s, told)
+    device = scorer.info.device
+    prior = scaled_prior(run, limits, DEFAULT_COEFFICIENTS[device.partition(":")[0]], clock)
+    shapes = choose(limits, prior, limit_s / (1 + MIN_ROUNDS))
+    wanted = shapes.probes + shapes.checks
+    measured = measure(wanted, run, meter_of(device), clock, limit_s, on_progress)
     checks = set(shapes.checks)
     probes = [probe for probe in measured if probe.lengths not in checks]
     unseen = [probe for probe in measured if probe.lengths in checks]
-    return ProbeResult(probes, unseen, limits, stuff, scorer.info)
+    return ProbeResult(probes, unseen, limits, steps, scorer.info)
 
 
-def models_of(probed: ProbeResult, opener: ScorerFactory) -> Calibration:
-    """Both models, once the scorer is closed: on CPU a worker opens it again.
-
-    Args:
-        probed: what was measured.
-        opener: opens the same model.
-    """
+def models_of(probed: ProbeResult, factory: ScorerFactory) -> Calibration:
+    """Fit both models, after the scorer was closed: on CPU a worker opens the model again."""
     probes, checks, limits = probed.probes, probed.checks, probed.limits
     if probed.info.device != "cpu":
         return fitted(probes, checks, limits)
     try:
-        peaks = worker_peaks([*probes, *checks], probed.stuff, opener, probed.info.precision)
+        peaks = worker_peaks([*probes, *checks], probed.steps, factory, probed.info.precision)
     except (EchelonError, DeviceOutOfMemory, WorkerDied) as error:
-        return _without_memory(fitted(probes, checks, limits), error)
+        models = fitted(probes, checks, limits)
+        reason = Message("calibration.no_memory_model", {"error": str(error)})
+        return replace(models, memory=None, warnings=[*models.warnings, reason])
     seen, unseen = (
         [replace(probe, peak_bytes=peaks.get(probe.lengths)) for probe in some]
         for some in (probes, checks)
@@ -163,41 +147,36 @@ def models_of(probed: ProbeResult, opener: ScorerFactory) -> Calibration:
 
 
 def worker_peaks(
-    probes: list[Probe], stuff: StepFactory, opener: ScorerFactory, precision: str
+    probes: list[Probe], steps: StepFactory, factory: ScorerFactory, precision: str
 ) -> dict[Lengths, int]:
-    """Peak memory of a worker in each step, in bytes; without those that did not fit.
+    """Measure the peak memory of a worker in each step that fits, in bytes.
 
     Raises:
-        EchelonError: it could not open the model, or score a step.
-        DeviceOutOfMemory: not even the smallest step fitted.
-        WorkerDied: it ended before it had scored one.
+        EchelonError: the worker could not open the model, or score a step.
+        DeviceOutOfMemory: the smallest step did not fit.
+        WorkerDied: the worker ended before it scored a step.
     """
-    worker = ChildWorker(opener, "worker that probes memory")
+    worker = ChildWorker(factory, "worker that probes memory")
     worker.start(precision)
     peaks: dict[Lengths, int] = {}
     meter = MemoryMeter(worker.pid)
     try:
-        for shape in growing(probe.lengths for probe in probes):
+        for shape in smallest_first(probe.lengths for probe in probes):
             meter.reset()
-            worker.score(stuff.batch(shape), STEP_TIMEOUT_S)
+            worker.score(steps.batch(shape), STEP_TIMEOUT_S)
             peaks[shape] = meter.peak_bytes()
     except (DeviceOutOfMemory, WorkerDied) as end:
         if not peaks:
             raise
-        # Larger ones would not fit either.
-        logger.info("Memory was probed up to %d steps: %s", len(peaks), end)
+        # Larger steps would not fit either.
+        logger.info("Memory was measured for %d steps, then: %s", len(peaks), end)
     finally:
         worker.stop()
     return peaks
 
 
-def _without_memory(models: Calibration, error: Exception) -> Calibration:
-    words = Message("calibration.no_memory_model", {"error": str(error)})
-    return replace(models, memory=None, warnings=[*models.warnings, words])
-
-
 def fitted(probes: list[Probe], unseen: list[Probe], limits: LengthRange) -> Calibration:
-    """Both models, or why there is none."""
+    """Fit both models, or say why there is none."""
     cost = memory = None
     warnings = []
     try:
@@ -212,14 +191,14 @@ def fitted(probes: list[Probe], unseen: list[Probe], limits: LengthRange) -> Cal
     return Calibration(cost, memory, warnings)
 
 
-def level(
+def scaled_prior(
     run: Callable[[Lengths], None], limits: LengthRange, prior: Coefficients, clock: Clock
 ) -> Coefficients:
-    """Default prices at the speed of this machine: the fastest of some steps of one long pair."""
+    """Scale default coefficients to this machine, by the fastest of some steps of one long pair."""
     shape = (limits.longest,)
     run(shape)
     times = []
-    for _ in range(LEVEL_STEPS):
+    for _ in range(PRIOR_STEPS):
         began = clock()
         run(shape)
         times.append(clock() - began)

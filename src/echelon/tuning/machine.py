@@ -1,4 +1,4 @@
-"""What the machine is: facts for the profile, the report and ``echelon doctor``. No torch."""
+"""Describes the machine and reads peak memory. Imports no torch of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 MATRIX_FLAGS = ("amx_int8", "amx_bf16", "amx_fp16", "avx512_bf16", "avx512_vnni", "avx2")
-"""Processor features that matrix products profit from, best first."""
+"""Processor features that make matrix products faster, best first."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -30,10 +30,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def matrix_features() -> list[str]:
-    """Which of :data:`MATRIX_FLAGS` the processor has; empty where the system does not tell.
-
-    ``ECHELON_CPU`` may hide the newer ones.
-    """
+    """The processor's MATRIX_FLAGS, without those that ``ECHELON_CPU`` hides; empty if unknown."""
     from echelon.models.device import held_to_avx2
 
     shown = {"avx2"} if held_to_avx2() else set(MATRIX_FLAGS)
@@ -47,7 +44,7 @@ def matrix_features() -> list[str]:
 
 
 def describe_gpus() -> list[dict[str, Any]]:
-    """CUDA devices as torch sees them; none where torch is not installed."""
+    """The CUDA devices that torch reports; none where torch is not installed."""
     try:
         from echelon.models.device import list_gpus
 
@@ -60,22 +57,19 @@ class Meter(Protocol):
     """Reads peak memory."""
 
     def reset(self) -> None:
-        """Begin a new measurement."""
+        """Start a new measurement."""
         ...
 
     def peak_bytes(self) -> int:
-        """Peak since the last reset."""
+        """Peak memory since the last reset, in bytes."""
         ...
 
 
 class MemoryMeter:
-    """Peak memory of a process between :meth:`reset` and :meth:`peak_bytes`.
+    """Peak memory of this process, or of the child with process id ``pid``.
 
-    Linux lets a process reset its own high-water mark and its children's; where that is refused
-    the resident size at the time of asking is the best that can be had.
-
-    Args:
-        pid: of a child; None is this process.
+    On Linux a process may reset its own high-water mark and those of its children. Where this is
+    refused, the current resident size is used instead.
     """
 
     def __init__(self, pid: int | None = None) -> None:
@@ -84,12 +78,12 @@ class MemoryMeter:
         self._resets = self._try_reset()
 
     def reset(self) -> None:
-        """Begin a new measurement."""
+        """Start a new measurement."""
         if self._resets:
             self._try_reset()
 
     def peak_bytes(self) -> int:
-        """Peak since the last reset."""
+        """Peak memory since the last reset, in bytes."""
         import psutil
 
         if self._resets:
@@ -107,7 +101,7 @@ class MemoryMeter:
 
 
 def meter_of(device: str) -> Meter:
-    """What reads the peak memory of a device: ``cpu`` or ``cuda:N``."""
+    """A meter for the peak memory of a device: ``cpu`` or ``cuda:N``."""
     from echelon.models.device import CudaMemoryMeter
 
     return MemoryMeter() if device == "cpu" else CudaMemoryMeter(device)

@@ -1,9 +1,9 @@
-"""Probes: a few steps of chosen shapes, measured in turn, for :mod:`echelon.scheduling.fit`.
+"""Chooses and measures probes: some steps of chosen shapes, for :mod:`echelon.scheduling.fit`.
 
-Which shapes tell most is decided before anything is measured, from the default prices: each shape
-is a row of the least-squares problem, and the next of its size is the one that adds most to what is
-known of the prices together (the determinant of the information matrix; Fedorov, Theory of Optimal
-Experiments, 1972). A third are of mixed lengths, and so are all those that check the fit.
+The shapes are chosen before anything is measured. With rough cost coefficients each shape is a row
+of the least-squares problem, and the next shape of a size is the one that increases the determinant
+of the information matrix most (Fedorov, Theory of Optimal Experiments, 1972). A third of the probes
+have pairs of mixed lengths, and so have all steps that check the fit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.models.base import DeviceOutOfMemory
+from echelon.progress import no_progress
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import Probe
 from echelon.scheduling.packing import step_cost
@@ -23,27 +24,28 @@ from echelon.scheduling.packing import step_cost
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from echelon.progress import Progress
     from echelon.scheduling.cost_model import Coefficients
     from echelon.tuning.machine import Meter
     from echelon.types import Clock, Padding
 
 Lengths = tuple[int, ...]
-"""One shape: tokens of each pair."""
+"""The shape of a step: tokens of each pair."""
 
 PROBES, CHECKS = 24, 10
 """Shapes to fit, and to check."""
 
 MIXED = 8
-"""Probes of mixed lengths, as the checks: what the formula leaves out, they average."""
+"""Probes of mixed lengths: they average what the formula leaves out."""
 
 ROUNDS = 9
 """Repeats after which medians gain little."""
 
-FEWEST_ROUNDS = 3
-"""Repeats without which a median says nothing of its certainty; the time is planned for them."""
+MIN_ROUNDS = 3
+"""Fewer repeats say nothing about the certainty of a median; the time is planned for these."""
 
 QUIET = 0.01
-"""Where repeats differ by less than this, more of them would tell nothing new."""
+"""Where repeats differ by less than this share, more of them are not needed."""
 
 SHORTEST = 16
 """Tokens of the shortest pair: special tokens and some words of query and document."""
@@ -51,26 +53,26 @@ SHORTEST = 16
 FULL_SHARE = 0.25
 """Part of a round's time that the single slowest shape may take."""
 
-OF_A_SIZE = 2
-"""Shapes of about one size at most, one of every size first: the optimum alone would be a few
-extreme shapes, and would not see where a device is not as the formula says."""
+MAX_PER_SIZE = 2
+"""Shapes of about one size, after one of every size: the optimum alone would be a few extreme
+shapes, and would not show where a device differs from the formula."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthRange:
-    """What steps there may be.
+    """Limits of the shapes of steps.
 
     Attributes:
         longest: tokens of the longest pair.
         budget: tokens of the largest step.
-        padding: how the scorer pays.
+        padding: how the scorer pads.
     """
 
     longest: int
     budget: int
     padding: Padding
 
-    def ladder(self) -> list[Lengths]:
+    def uniform(self) -> list[Lengths]:
         """Steps of one length: lengths and sizes a factor of two apart."""
         lengths = _powers(min(SHORTEST, self.longest), self.longest)
         sizes = _powers(lengths[0], max(self.budget, self.longest))
@@ -79,7 +81,7 @@ class LengthRange:
         return sorted(fits, key=lambda s: (sum(s), len(s)))
 
     def mixed(self, count: int, seed: int) -> list[Lengths]:
-        """Steps of mixed lengths and any size, as requests bring them."""
+        """Steps of mixed lengths and any size, as in real requests."""
         rng = random.Random(seed)  # noqa: S311 - shapes, not secrets
         return [self._mixed(rng) for _ in range(count)]
 
@@ -97,36 +99,30 @@ class LengthRange:
 
 @dataclass(frozen=True, slots=True)
 class ProbeShapes:
-    """What to measure: shapes to fit, and shapes to check the fit with."""
+    """Shapes to fit, and shapes to check the fit with."""
 
     probes: list[Lengths]
     checks: list[Lengths]
 
 
-def choose(limits: LengthRange, prior: Coefficients, most_s: float) -> ProbeShapes:
-    """The shapes that tell most in the time there is.
+def choose(limits: LengthRange, prior: Coefficients, max_s: float) -> ProbeShapes:
+    """Choose the most informative shapes; by the prior, one run of all takes ``max_s`` seconds."""
 
-    Args:
-        limits: what steps there may be.
-        prior: roughly what they cost.
-        most_s: seconds that all of them together may take once, as the prior says.
-    """
-
-    def price(shape: Lengths) -> float:
+    def seconds(shape: Lengths) -> float:
         return prior.seconds(work_of(shape, limits.padding))
 
-    mixed = _affordable(limits.mixed(10 * MIXED, seed=1), price, MIXED, most_s / 4)
+    mixed = _affordable(limits.mixed(10 * MIXED, seed=1), seconds, MIXED, max_s / 4)
     others = [shape for shape in limits.mixed(10 * CHECKS, seed=2) if shape not in mixed]
-    checks = _affordable(others, price, CHECKS, most_s / 4)
-    ladder = [shape for shape in limits.ladder() if shape not in mixed and shape not in checks]
-    telling = most_telling(ladder, prior, limits.padding, most_s / 2, PROBES - len(mixed))
-    return ProbeShapes(telling + mixed, checks)
+    checks = _affordable(others, seconds, CHECKS, max_s / 4)
+    uniform = [shape for shape in limits.uniform() if shape not in mixed and shape not in checks]
+    chosen = most_informative(uniform, prior, limits.padding, max_s / 2, PROBES - len(mixed))
+    return ProbeShapes(chosen + mixed, checks)
 
 
-def most_telling(
-    shapes: Sequence[Lengths], prior: Coefficients, padding: Padding, most_s: float, most: int
+def most_informative(
+    shapes: Sequence[Lengths], prior: Coefficients, padding: Padding, max_s: float, count: int
 ) -> list[Lengths]:
-    """The shapes that together tell most of the prices, at most ``most`` in ``most_s`` seconds."""
+    """At most ``count`` shapes in ``max_s`` seconds that determine the coefficients best."""
     if not shapes:
         return []
     works = [work_of(shape, padding) for shape in shapes]
@@ -137,11 +133,11 @@ def most_telling(
     rows /= np.maximum(rows.max(axis=0), np.finfo(float).tiny)
     known = 1e-6 * np.eye(rows.shape[1])
     sizes = np.array([work.tokens.bit_length() for work in works])
-    left = seconds <= FULL_SHARE * most_s
+    left = seconds <= FULL_SHARE * max_s
     chosen: list[int] = []
-    for size in [*range(sizes.max() + 1)] * OF_A_SIZE:
-        open_ = left & (sizes == size) & (seconds <= most_s - seconds[chosen].sum())
-        if not open_.any() or len(chosen) == most:
+    for size in [*range(sizes.max() + 1)] * MAX_PER_SIZE:
+        open_ = left & (sizes == size) & (seconds <= max_s - seconds[chosen].sum())
+        if not open_.any() or len(chosen) == count:
             continue
         gains = np.einsum("sr,rc,sc->s", rows, np.linalg.inv(known), rows)
         best = int(np.where(open_, gains, -1.0).argmax())
@@ -152,14 +148,14 @@ def most_telling(
 
 
 def _affordable(
-    shapes: Sequence[Lengths], price: Callable[[Lengths], float], most: int, most_s: float
+    shapes: Sequence[Lengths], seconds: Callable[[Lengths], float], count: int, max_s: float
 ) -> list[Lengths]:
-    """The first ``most`` different shapes that together take no more than ``most_s``."""
+    """The first ``count`` different shapes that together take no more than ``max_s`` seconds."""
     taken: list[Lengths] = []
     for shape in dict.fromkeys(shapes):
-        if len(taken) < most and price(shape) <= most_s:
+        if len(taken) < count and seconds(shape) <= max_s:
             taken.append(shape)
-            most_s -= price(shape)
+            max_s -= seconds(shape)
     return taken
 
 
@@ -169,38 +165,38 @@ def measure(
     meter: Meter,
     clock: Clock,
     limit_s: float,
-    told: Callable[[float], None] = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> list[Probe]:
     """Measure shapes in turn, round after round, until the time is up.
 
-    The first round goes from the smallest to the largest, so that what an allocator keeps of one
-    step does not look like the next one's need; it warms up as well, and its times count only
-    where there are no others.
+    The first round goes from the smallest to the largest step, so that memory which the allocator
+    keeps is not counted for the next step. It is also the warm-up: its times count only where
+    there are no others.
 
     Args:
         shapes: what to measure.
         run: scores a step of a shape; raises :class:`DeviceOutOfMemory` where it does not fit.
         meter: reads peak memory.
         clock: seconds.
-        limit_s: no round begins that would end later, the first excepted.
-        told: called with the share of the time used, 0 to 1.
+        limit_s: no round starts that would end later, except the first.
+        on_progress: called before each round.
 
     Returns:
-        Those that fit in memory, smallest first.
+        The shapes that fit in memory, smallest first.
     """
     started = clock()
     first: dict[Lengths, tuple[float, int | None]] = {}
-    for shape in growing(shapes):
+    for shape in smallest_first(shapes):
         meter.reset()
         try:
             seconds = _timed(run, shape, clock)
         except DeviceOutOfMemory:
-            break  # larger ones would not fit either
+            break  # larger steps would not fit either
         first[shape] = seconds, meter.peak_bytes()
     times: dict[Lengths, list[float]] = {shape: [] for shape in first}
     while not _enough(times):
         spent = clock() - started
-        told(min(1.0, spent / limit_s))
+        on_progress("measuring probes for the cost model", min(spent, limit_s), limit_s)
         rounds = 1 + min(map(len, times.values()))
         if spent + spent / rounds > limit_s:
             break
@@ -212,14 +208,14 @@ def measure(
     ]
 
 
-def growing(shapes: Iterable[Lengths]) -> list[Lengths]:
-    """The smallest step first."""
+def smallest_first(shapes: Iterable[Lengths]) -> list[Lengths]:
+    """Sort shapes by tokens, then by squared tokens."""
     return sorted(shapes, key=lambda shape: (sum(shape), sum(n * n for n in shape)))
 
 
 def _enough(times: dict[Lengths, list[float]]) -> bool:
     rounds = min(map(len, times.values()), default=ROUNDS)
-    if rounds < FEWEST_ROUNDS:
+    if rounds < MIN_ROUNDS:
         return False
     spreads = [Probe(shape, tuple(seen)).spread for shape, seen in times.items()]
     return rounds >= ROUNDS or float(np.median(spreads)) < QUIET
@@ -231,12 +227,12 @@ def _timed(run: Callable[[Lengths], None], shape: Lengths, clock: Clock) -> floa
     return clock() - began
 
 
-def _powers(least: int, most: int) -> list[int]:
-    """From ``least`` up by factors of two, and ``most``."""
-    steps = range(max(0, (most // least).bit_length()))
-    return sorted({*(min(most, least << step) for step in steps), most})
+def _powers(smallest: int, largest: int) -> list[int]:
+    """From ``smallest`` up by factors of two, and ``largest``."""
+    steps = range(max(0, (largest // smallest).bit_length()))
+    return sorted({*(min(largest, smallest << step) for step in steps), largest})
 
 
-def _between(rng: random.Random, least: int, most: int) -> int:
-    """Any size alike: 8 to 16 as likely as 256 to 512."""
-    return round(math.exp(rng.uniform(math.log(least), math.log(most))))
+def _between(rng: random.Random, smallest: int, largest: int) -> int:
+    """A log-uniform size: 8 to 16 is as likely as 256 to 512."""
+    return round(math.exp(rng.uniform(math.log(smallest), math.log(largest))))

@@ -1,61 +1,59 @@
-"""``echelon tune --refresh``: a profile brought up to date, measuring only what is stale.
+"""Updates a profile: measures again only what is out of date (`echelon tune --refresh`).
 
-What a profile says of rankings holds as long as model, device and versions are the same. What it
-says of time holds as long as the machine is as fast: some steps tell. A cost model is also stale
-where there is none, or where it is old; a token budget that memory taught, where the full one fits.
+Rankings stay valid while model, device and library versions are the same. Times stay valid while
+the machine is as fast as before: a few steps are measured to check it. The cost model is also out
+of date where there is none or it is old, and a token budget that was reduced after running out of
+memory is out of date where the full budget fits again.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from echelon.data import load_texts
-from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import ProfileError
 from echelon.models.base import DeviceOutOfMemory
-from echelon.models.hub import resolve
-from echelon.options import check_max_length
 from echelon.profile import apply_profile, current_key
+from echelon.progress import no_progress
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import MOST_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.calibration import StepFactory, models_of
 from echelon.tuning.machine import meter_of
 from echelon.tuning.probes import LengthRange, measure
-from echelon.tuning.tuner import probe, tune
+from echelon.tuning.tuner import find_model, probe, tune
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
 
     from echelon.data import Texts
+    from echelon.engine.precision_check import PrecisionCheck
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
+    from echelon.progress import Progress
     from echelon.tuning.calibration import Calibration, ProbeResult
-    from echelon.tuning.tuner import Plan
+    from echelon.tuning.tuner import TuningPlan
     from echelon.types import Clock
 
-OLD_DAYS = 30
-"""Days after which a cost model is measured again, whatever the spot checks say: they look at few
-shapes."""
+MAX_AGE_DAYS = 30
+"""Days after which a cost model is measured again, even if the spot checks agree: they are few."""
 
 SPOTS, SPOT_SHARE = 6, 0.1
-"""Shapes that tell whether a cost model still holds, and their share of the sweep's time."""
+"""Shapes that check whether a cost model is still right, and their share of the sweep's time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refreshed:
-    """A profile brought up to date.
+class RefreshResult:
+    """An updated profile.
 
     Attributes:
         profile: the new one.
-        measured: what was measured again and why, in words.
-        kept: what was not, and why.
+        measured: what was measured again, and why.
+        kept: what was not measured again, and why.
     """
 
     profile: Profile
@@ -64,31 +62,31 @@ class Refreshed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """The profile's model, open, and what its steps are made of."""
+class _OpenModel:
+    """The profile's model, open, and what its steps are made from."""
 
-    trial: PrecisionCheck
+    check: PrecisionCheck
     scorer: Scorer
     texts: Texts
-    stuff: StepFactory
+    steps: StepFactory
     clock: Clock
 
     def fits(self, tokens: int) -> bool:
-        """Whether a step of so many tokens fits in memory."""
-        longest = self.stuff.longest
+        """Whether a step of ``tokens`` tokens fits in memory."""
+        longest = self.steps.longest
         try:
-            self.scorer.score(self.stuff.batch((longest,) * max(1, tokens // longest)))
+            self.scorer.score(self.steps.batch((longest,) * max(1, tokens // longest)))
         except DeviceOutOfMemory:
             return False
         return True
 
     def error(self, fit: CostFit, tokens: int, limit_s: float) -> FitError:
-        """How far a cost model is off now, on a few shapes."""
-        shapes = LengthRange(self.stuff.longest, tokens, fit.padding).mixed(SPOTS, seed=3)
+        """The present error of a cost model, on some shapes of at most ``tokens`` tokens."""
+        shapes = LengthRange(self.steps.longest, tokens, fit.padding).mixed(SPOTS, seed=3)
         meter = meter_of(self.scorer.info.device)
 
         def run(shape: tuple[int, ...]) -> None:
-            self.scorer.score(self.stuff.batch(shape))
+            self.scorer.score(self.steps.batch(shape))
 
         seen = measure(list(dict.fromkeys(shapes)), run, meter, self.clock, limit_s)
         predicted = [fit.coefficients.seconds(work_of(spot.lengths, fit.padding)) for spot in seen]
@@ -98,91 +96,82 @@ class _Model:
 def refresh(
     model: str | os.PathLike[str],
     options: Options,
-    plan: Plan,
+    plan: TuningPlan,
     old: Profile,
     *,
     clock: Clock = monotonic,
-    told: Callable[[str, float], None] = lambda *_: None,
-) -> Refreshed:
-    """Bring a profile up to date.
+    on_progress: Progress = no_progress,
+) -> RefreshResult:
+    """Update a profile.
 
     Args:
         model: as for :func:`echelon.tuning.tuner.tune`.
-        options: what the user asks for; the profile's choices fill what is open.
-        plan: texts and times; sizes are the profile's own.
+        options: the user's; the profile fills what they leave open.
+        plan: texts and times; the sizes are the profile's own.
         old: the profile.
         clock: seconds.
-        told: as for :func:`echelon.tuning.tuner.tune`.
+        on_progress: hears each stage.
     """
     plan = _sizes_of(old, plan)
-    folder = resolve(model, revision=options.revision, progress=options.progress)
-    encoder = PairEncoder(folder.path)
-    texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
-    trial = PrecisionCheck.of(folder, apply_profile(options, old), encoder, texts)
-    told("checking what is stale", 0.0)
-    scorer = trial.open(old.key.precision, _keep_bf16(old))
-    try:
-        now = current_key(folder.name, folder.revision, scorer.info)
+    check, texts = find_model(model, apply_profile(options, old), plan)
+    on_progress("checking what is out of date")
+    with closing(check.open(old.key.precision, old.keep_bf16)) as scorer:
+        now = current_key(check.folder.name, check.folder.revision, scorer.info)
         different = old.key.differences(now)
         if not different:
-            specials = encoder.template.specials
-            longest = check_max_length(trial.options.max_length, scorer.info.max_tokens, specials)
-            opened = _Model(trial, scorer, texts, StepFactory(encoder, texts, longest), clock)
-            fresh, drifted, probed = _renew(opened, old, plan, told)
-    finally:
-        scorer.close()
+            steps = StepFactory(check.encoder, texts, check.max_length(scorer.info))
+            opened = _OpenModel(check, scorer, texts, steps, clock)
+            fresh, drifted, probed = _renew(opened, old, plan, on_progress)
     if different:
-        found = tune(model, options, plan, clock=clock, told=told)
-        return Refreshed(found, [f"everything: {'; '.join(different)}"], [])
+        found = tune(model, options, plan, clock=clock, on_progress=on_progress)
+        return RefreshResult(found, [f"everything: {'; '.join(different)}"], [])
     if probed is not None:
-        models = models_of(probed, trial.opener(_keep_bf16(old)))
-        fresh = replace(fresh, profile=_remodelled(fresh.profile, models))
+        models = models_of(probed, check.factory(old.keep_bf16))
+        fresh = replace(fresh, profile=_with_models(fresh.profile, models))
     if not drifted:
         return fresh
-    found = tune(model, options, plan, clock=clock, told=told, known=old)
+    found = tune(model, options, plan, clock=clock, on_progress=on_progress, known=old)
     budget = fresh.profile.learned_token_budget
     return replace(fresh, profile=replace(found, learned_token_budget=budget))
 
 
 def _renew(
-    opened: _Model, old: Profile, plan: Plan, told: Callable[[str, float], None]
-) -> tuple[Refreshed, bool, ProbeResult | None]:
-    """A profile whose key holds, and what is still missing.
+    opened: _OpenModel, old: Profile, plan: TuningPlan, on_progress: Progress
+) -> tuple[RefreshResult, bool, ProbeResult | None]:
+    """Check a profile whose key is still right.
 
     Returns:
-        What was done; whether all times are to be measured again; and the probes of models that the
-        profile has not got yet.
+        What was done; whether all times must be measured again; and probes for models that the
+        profile does not contain yet.
     """
     measured, kept = [], ["ranking agreement and threads: model, device and versions are the same"]
     profile, budget, probed = old, old.learned_token_budget, None
-    why, drifted = _stale(opened, old, plan)
+    reason, drifted = _out_of_date(opened, old, plan)
     if drifted:
-        measured.append(f"times and the cost model: {why}")
-    elif why:
-        measured.append(f"the cost model: {why}")
-        kept.append("times of the sweep: the machine is not known to have changed")
-        probed = probe(
-            opened.trial, opened.scorer, plan, opened.texts, clock=opened.clock, told=told
-        )
+        measured.append(f"times and the cost model: {reason}")
+    elif reason:
+        measured.append(f"the cost model: {reason}")
+        kept.append("times of the sweep: nothing shows that the machine has changed")
+        probed = probe(opened.check, opened.scorer, plan, opened.texts, opened.clock, on_progress)
     else:
-        kept.append("times and the cost model: some steps took what it says")
+        kept.append("times and the cost model: some steps took as long as predicted")
     full = old.settings.token_budget
     if budget is not None and full != NO_BUDGET:
         if opened.fits(full):
-            measured.append(f"memory: steps of {full} tokens fit again, so {budget} is forgotten")
+            measured.append(f"memory: steps of {full} tokens fit again, so {budget} is dropped")
             profile = replace(profile, learned_token_budget=None)
         else:
-            kept.append(f"the token budget {budget}: {full} still do not fit")
-    return Refreshed(profile, measured, kept), drifted, probed
+            kept.append(f"the token budget {budget}: steps of {full} tokens still do not fit")
+    return RefreshResult(profile, measured, kept), drifted, probed
 
 
-def _remodelled(profile: Profile, models: Calibration) -> Profile:
+def _with_models(profile: Profile, models: Calibration) -> Profile:
     warnings = [w for w in profile.warnings if "--refresh" not in w] + models.warnings
     return replace(profile, cost=models.cost, memory=models.memory, warnings=warnings)
 
 
-def _stale(opened: _Model, old: Profile, plan: Plan) -> tuple[str, bool]:
-    """Why the cost model is stale, if it is; and whether all other times are as well."""
+def _out_of_date(opened: _OpenModel, old: Profile, plan: TuningPlan) -> tuple[str, bool]:
+    """Why the cost model is out of date, or an empty text; and whether all times are."""
     if old.cost is None:
         return "there was none", False
     try:
@@ -190,21 +179,14 @@ def _stale(opened: _Model, old: Profile, plan: Plan) -> tuple[str, bool]:
         age = (datetime.now(UTC) - datetime.fromisoformat(fit.measured)).days
     except (ProfileError, TypeError, ValueError) as damage:
         return f"it cannot be read ({damage})", False
-    largest = max(plan.token_budgets, default=opened.stuff.longest)
+    largest = max(plan.token_budgets, default=opened.steps.longest)
     error = opened.error(fit, largest, SPOT_SHARE * plan.time_limit_s)
     if error.median > MOST_MEDIAN:
-        return f"steps no longer take what it says ({error.words})", True
-    return (f"it is {age} days old", False) if age > OLD_DAYS else ("", False)
+        return f"steps no longer take as long as predicted ({error.words})", True
+    return (f"it is {age} days old", False) if age > MAX_AGE_DAYS else ("", False)
 
 
-def _keep_bf16(profile: Profile) -> list[str]:
-    """The layers that the profile's precision leaves in bf16."""
-    rows = [row for row in profile.precisions if row["precision"] == profile.key.precision]
-    kept: list[str] = rows[0].get("keep_bf16", []) if rows else []
-    return kept
-
-
-def _sizes_of(profile: Profile, plan: Plan) -> Plan:
+def _sizes_of(profile: Profile, plan: TuningPlan) -> TuningPlan:
     """The plan with the sizes that the profile was measured at."""
 
     def of(unit: str) -> tuple[int, ...]:

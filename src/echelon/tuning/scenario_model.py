@@ -1,13 +1,13 @@
-"""The model and its texts, and what can be refused before anything long is measured.
+"""The model and the requests of a scenario, and checks before anything long is measured.
 
-Requests as texts: what is simulated in tokens is sent in texts of just so many.
-
-A load generator that knows no more than an address cuts texts by words. Here the tokenizer is at
-hand, so each pair has the length that it was simulated with.
+The requests are simulated in tokens and sent as texts. The model's tokenizer is available here, so
+each pair has exactly the length that was simulated; a load test that only knows a URL cuts texts by
+words.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,13 +18,12 @@ import psutil
 from echelon.data import load_texts
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
-from echelon.loadtest.texts import TextSource, Tokens
+from echelon.loadtest.texts import TextSource, TokenLengths
+from echelon.messages.units import duration, size
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
-from echelon.options import check_max_length
-from echelon.reports.wording import duration, size
-from echelon.simulation.infeasible import too_long
-from echelon.simulation.workload import Arrival, ObservedSize, longest
+from echelon.simulation.infeasible import latency_too_short, memory_too_small, pairs_too_long
+from echelon.simulation.workload import Arrival, ObservedSize, max_tokens
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
@@ -38,83 +37,82 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.simulation.capacity import Traffic
-    from echelon.simulation.workload import KnownArrivals, SizeDistribution
+    from echelon.simulation.workload import ArrivalRecord, SizeDistribution, Workload
     from echelon.tuning.goal import ScenarioGoal
 
-
-LOOKS = 3
+TIMED_STEPS = 3
 """Steps of one pair, of which the fastest counts."""
 
 MARGIN = 4.0
-"""Another precision or number of threads may be so much faster than the first look."""
+"""Another precision or number of threads may be faster than the first steps by this factor."""
+
+SAMPLE, DOCUMENTS = 20, 10
+"""Requests, and documents of each, whose lengths are checked beforehand."""
+
+CLOSE = 0.1
+"""Texts have the requested length where their mean is within this relative difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioModel:
-    """What is asked about.
+    """The model that a recommendation is for.
 
     Attributes:
-        name: as the user gave it.
-        trial: folder, options and tokenizer, with the texts that rankings are compared on.
+        name: the name that the user gave.
+        check: folder, options and tokenizer, with the texts of the precision check.
         texts: all texts.
-        longest: tokens a pair may have.
+        longest: tokens of the longest possible pair.
     """
 
     name: str | os.PathLike[str]
-    trial: PrecisionCheck
+    check: PrecisionCheck
     texts: Texts
     longest: int
 
     @property
     def options(self) -> Options:
-        """What the user asked for."""
-        return self.trial.options
+        """The user's options."""
+        return self.check.options
 
     def tuned(self, profile: Profile) -> PrecisionCheck:
-        """The trial with the threads that tuning chose."""
-        threads = profile.settings.threads
-        return replace(self.trial, options=replace(self.options, threads=threads))
+        """The check with the threads that tuning chose."""
+        options = replace(self.options, threads=profile.settings.threads)
+        return replace(self.check, options=options)
 
 
-def look(
+def open_for_scenario(
     name: str | os.PathLike[str],
     options: Options,
     data: str | os.PathLike[str] | None,
-    ask: ScenarioGoal,
+    goal: ScenarioGoal,
 ) -> ScenarioModel:
-    """Open the model once and refuse what no setting of it can do.
+    """Open the model once and refuse goals that no setting can reach.
 
     Raises:
         InvalidInput: lengths beyond the model, memory below its weights, or a goal below the time
-            of one pair; it says what is possible instead.
+            of one pair; the error says what is possible instead.
         ModelError: the model is not there, damaged, or of an unsupported kind.
     """
     folder = resolve(name, revision=options.revision, progress=options.progress)
     require_model(folder.path)
     texts = load_texts(data, language="en" if folder.name == "demo" else None)
-    trial = PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts)
+    check = PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts)
     before = psutil.Process().memory_info().rss
-    scorer = trial.open(options.precision)
-    try:
-        facts = scorer.info
-        specials = trial.encoder.template.specials
-        limit = check_max_length(options.max_length, facts.max_tokens, specials)
-        model = ScenarioModel(name, trial, texts, limit)
-        asked = longest(ask.tokens, ask.trace)
+    with closing(check.open(options.precision)) as scorer:
+        limit = check.max_length(scorer.info)
+        model = ScenarioModel(name, check, texts, limit)
+        asked = max_tokens(goal.tokens, goal.trace)
         if asked > limit:
-            raise too_long(asked, limit)
-        if ask.tokens is not None:
-            require_texts(texts.topics, trial.encoder, ask.tokens, ask.trace, limit)
-        _check_memory(scorer, ask, before if facts.device == "cpu" else 0, options)
-        _check_goal(scorer, ask, model)
-    finally:
-        scorer.close()
+            raise pairs_too_long(asked, limit)
+        if goal.tokens is not None:
+            require_texts(texts.topics, check.encoder, goal.tokens, goal.trace, limit)
+        _check_memory(scorer, goal, before if scorer.info.device == "cpu" else 0, options)
+        _check_goal(scorer, goal, model)
     return model
 
 
-def _check_memory(scorer: Scorer, ask: ScenarioGoal, libraries: int, options: Options) -> None:
-    limit = ask.memory_limit_bytes
+def _check_memory(scorer: Scorer, goal: ScenarioGoal, libraries: int, options: Options) -> None:
+    limit = goal.memory_limit_bytes
     if limit is None:
         return
     meter = meter_of(scorer.info.device)
@@ -123,67 +121,59 @@ def _check_memory(scorer: Scorer, ask: ScenarioGoal, libraries: int, options: Op
     if options.precision == "auto":  # int8 weights take a quarter of fp32's
         held = libraries + max(0, held - libraries) // 4
     if limit < held:
-        raise InvalidInput(
-            "--memory-limit",
-            f"{size(round(limit))} are less than the {size(held)} that libraries and weights hold "
-            "before a single step",
-            f"Possible are more than {size(held)}, or a smaller model.",
+        problem = (
+            f"{size(limit)} is less than the {size(held)} that libraries and weights need before "
+            "the first step"
         )
+        raise memory_too_small(problem, held)
 
 
-def _check_goal(scorer: Scorer, ask: ScenarioGoal, model: ScenarioModel) -> None:
-    if ask.goal_s is None:
+def _check_goal(scorer: Scorer, goal: ScenarioGoal, model: ScenarioModel) -> None:
+    if goal.goal_s is None:
         return
     pair = model.texts.sample(1)
-    encoded = model.trial.encoder.encode(pair, model.longest, model.options.truncation)
+    encoded = model.check.encoder.encode(pair, model.longest, model.options.truncation)
     batch = encoded.batch(np.array([0]))
     seconds = []
-    for _ in range(LOOKS + 1):  # the first warms up
+    for _ in range(TIMED_STEPS + 1):  # the first warms up
         began = monotonic()
         scorer.score(batch)
         seconds.append(monotonic() - began)
     one = min(seconds[1:])
-    if one > MARGIN * ask.goal_s:
-        raise InvalidInput(
-            "--slo-p99-ms",
-            f"{duration(ask.goal_s)} are far less than a step of one pair takes here, "
-            f"{duration(one)} for {int(encoded.lengths[0])} tokens",
-            f"Possible are more than {duration(one)}, shorter texts, or a faster machine.",
+    if one > MARGIN * goal.goal_s:
+        problem = (
+            f"{duration(goal.goal_s)} is far less than a step of one pair takes here, "
+            f"{duration(one)} for {int(encoded.lengths[0])} tokens"
         )
-
-
-SAMPLE, DOCUMENTS = 20, 10
-"""Requests, and their documents, that are looked at beforehand."""
-
-CLOSE = 0.1
-"""Relative difference of the mean length up to which texts have the length asked for."""
+        raise latency_too_short(problem, one, "shorter texts, or a faster machine")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadTexts:
-    """Traffic, and how to send it.
+    """Requests in tokens, and the texts to send them with.
 
     Attributes:
-        traffic: the requests in tokens.
-        rate: requests a second.
+        workload: the requests in tokens.
         topics: texts to send.
-        ruler: cuts them to length.
+        length_policy: cuts the texts to length.
     """
 
-    traffic: Traffic
-    rate: float
+    workload: Workload
     topics: Sequence[Topic]
-    ruler: LengthPolicy
+    length_policy: LengthPolicy
+
+    def at(self, rate: float) -> WorkloadTexts:
+        """The same at another rate, in requests per second."""
+        return replace(self, workload=self.workload.at(rate))
 
     def requests(self, duration_s: float, seed: int) -> list[Arrival]:
-        """Those of the first seconds, with the lengths wanted."""
-        workload = replace(self.traffic.at(self.rate), seed=seed)
-        return list(workload.requests(duration_s))
+        """The requests of the first ``duration_s`` seconds, by another seed."""
+        return list(replace(self.workload, seed=seed).requests(duration_s))
 
     def first(self, documents: float) -> list[Arrival]:
-        """Requests until they have so many documents; a trace may end before."""
+        """The first requests that together have this many documents; a trace may be shorter."""
         found, count = [], 0
-        for request in self.traffic.at(self.rate).requests():
+        for request in self.workload.requests():
             found.append(request)
             count += request.documents
             if count >= documents:
@@ -191,40 +181,40 @@ class WorkloadTexts:
         return found
 
     def texts(self, requests: Iterable[Arrival], seed: int) -> list[tuple[str, list[str]]]:
-        """Query and documents of each."""
-        material = TextSource(self.topics, seed=seed, ruler=self.ruler)
-        return [material.request(request) for request in requests]
+        """Query and documents of each request."""
+        source = TextSource(self.topics, seed=seed, length_policy=self.length_policy)
+        return [source.request(request) for request in requests]
 
 
-def ruler_of(encoder: PairEncoder) -> LengthPolicy:
-    """What measures texts as a model does."""
-    return Tokens(encoder.ends, encoder.template.specials)
+def length_policy_of(encoder: PairEncoder) -> LengthPolicy:
+    """Cuts texts by the model's own tokenizer."""
+    return TokenLengths(encoder.ends, encoder.template.specials)
 
 
 def require_texts(
     topics: Sequence[Topic],
     encoder: PairEncoder,
     sizes: SizeDistribution,
-    trace: Sequence[KnownArrivals],
+    trace: Sequence[ArrivalRecord],
     limit: int,
 ) -> None:
-    """Refuse lengths that no texts have.
+    """Refuse lengths that are too short for texts.
 
     Args:
         topics: texts to send.
-        encoder: the model's.
-        sizes: tokens of a pair.
-        trace: where its requests have lengths, they count instead.
-        limit: tokens a pair may have.
+        encoder: the model's tokenizer.
+        sizes: tokens of a pair; the lengths in a trace count instead.
+        trace: recorded requests.
+        limit: tokens of the longest possible pair.
 
     Raises:
-        InvalidInput: what tells requests apart is longer.
+        InvalidInput: the marks that make each request unique are longer.
     """
-    told = [one.tokens for one in islice(trace, SAMPLE * DOCUMENTS) if one.tokens]
-    wanted = (ObservedSize(told) if told else sizes).draw(
+    recorded = [one.tokens for one in islice(trace, SAMPLE * DOCUMENTS) if one.tokens]
+    wanted = (ObservedSize(recorded) if recorded else sizes).draw(
         np.random.default_rng(0), SAMPLE * DOCUMENTS
     )
-    material = TextSource(topics, salt="0000", ruler=ruler_of(encoder))
+    material = TextSource(topics, salt="0000", length_policy=length_policy_of(encoder))
     pairs = []
     for start in range(0, len(wanted), DOCUMENTS):
         lengths = tuple(wanted[start : start + DOCUMENTS])
@@ -235,7 +225,7 @@ def require_texts(
     if sent > (1 + CLOSE) * mean:
         raise InvalidInput(
             "--tokens",
-            f"pairs of {mean:.0f} tokens cannot be made: with the marks that tell requests apart "
-            f"they have {sent:.0f}",
+            f"pairs of {mean:.0f} tokens cannot be made: with the marks that make each request "
+            f"unique they have {sent:.0f}",
             f"Give {sent:.0f} or more.",
         )

@@ -1,13 +1,14 @@
-"""Spine 2: machine in, profile out.
+"""Measures a model on this machine and chooses settings: the main function of `echelon tune`.
 
-A tuning run goes: texts → compare precisions with fp32 → compare thread counts → sweep step
-sizes → probes for the cost model → choose → profile.
+Stages of a run: read texts, compare precisions with fp32, compare thread counts, sweep step sizes,
+probe for the cost model, choose, write the profile.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,59 +16,69 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import load_texts
-from echelon.engine.precision_check import PrecisionCheck, compare, require_passed
+from echelon.engine.precision_check import PrecisionCheck, compare_precisions, require_passed
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.device import usable_cpus
-from echelon.models.hub import ModelFolder, resolve
+from echelon.models.hub import resolve
 from echelon.models.registry import precisions_to_compare, runs_on_cpu
-from echelon.options import check_max_length
 from echelon.profile import (
     Profile,
-    ProfileKey,
     TunedSettings,
     current_key,
     library_versions,
     read_json,
     write_json,
 )
+from echelon.progress import no_progress
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.calibration import ProbeResult, StepFactory, calibrate, models_of
-from echelon.tuning.choose import best_batches, best_budget, cautions, situations
 from echelon.tuning.machine import describe_machine, meter_of
 from echelon.tuning.probes import LengthRange
-from echelon.tuning.sweep import MeasuredPoint, SweepPoint, SweepRun, grid, sweep
+from echelon.tuning.sweep import (
+    MeasuredPoint,
+    SweepPoint,
+    SweepRun,
+    best_batches,
+    best_budget,
+    grid,
+    scenario_advice,
+    sweep,
+    sweep_warnings,
+)
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from echelon.data import Texts
     from echelon.models.base import Scorer
     from echelon.options import Options
-    from echelon.types import Clock, Pair
+    from echelon.progress import Progress
+    from echelon.tuning.calibration import Calibration
+    from echelon.types import Clock, ModelInfo
 
 PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 
 PROBE_SHARE = 0.4
-"""Time of the probes for the cost model, beside that of the sweep."""
+"""Time of the probes for the cost model, as a share of the sweep's time and in addition to it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TuningPlan:
     """What to measure, and for how long.
 
     Attributes:
-        pairs: numbers of pairs a call.
-        batch_sizes: pairs a step.
-        token_budgets: tokens a step, measured at the largest number of pairs.
+        pairs: numbers of pairs per call.
+        batch_sizes: pairs per step.
+        token_budgets: tokens per step, measured at the largest number of pairs.
         data: the user's JSONL; None is the built-in set.
-        time_limit_s: seconds for the sweep; probes have PROBE_SHARE of it beside.
-        partial: file that results are kept in while the run lasts; None keeps none.
+        time_limit_s: seconds for the sweep; the probes take PROBE_SHARE of it in addition.
+        partial: file that stores results while the run lasts; None stores none.
     """
 
     pairs: tuple[int, ...] = PAIRS
@@ -93,192 +104,164 @@ class Plan:
 def tune(
     model: str | os.PathLike[str],
     options: Options,
-    plan: Plan,
+    plan: TuningPlan,
     *,
     clock: Clock = monotonic,
-    told: Callable[[str, float], None] = lambda *_: None,
+    on_progress: Progress = no_progress,
     known: Profile | None = None,
 ) -> Profile:
-    """Measure the machine with a model and choose settings.
+    """Measure a model on this machine and choose settings.
 
-    Args:
-        model: hub id, local folder, or ``"demo"``.
-        options: device, precision, lengths and threads to tune for.
-        plan: what to measure.
-        clock: seconds.
-        told: called with what is being done and the share of the sweep done, 0 to 1.
-        known: a profile whose precisions and threads still hold and are not compared again.
+    The precisions and threads of a ``known`` profile are taken without a new comparison.
 
     Raises:
         InvalidInput: an option, or the data.
         ModelError: the model is not there, damaged, or of an unsupported kind.
         OutOfMemory: the weights, or a single pair, do not fit.
     """
-    folder = resolve(model, revision=options.revision, progress=options.progress)
-    texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
-    encoder = PairEncoder(folder.path)
-    kept = _Partial.of(plan, options, folder, texts)
-    if known is not None:
-        kept.precisions, kept.threads = known.precisions, known.threads
-    trial = PrecisionCheck.of(folder, options, encoder, texts)
-    kept.precisions = precisions = kept.precisions or _compare_precisions(trial, told)
-    precision, keep_bf16 = _fastest(precisions, options)
-    options = replace(options, precision=precision)
-    trial = replace(trial, options=options)
-    kept.threads = threads = kept.threads or _compare_threads(trial, keep_bf16, told)
-    options = replace(options, threads=_most_useful(threads, options))
-    scorer = replace(trial, options=options).open(precision, keep_bf16)
-    try:
-        samples = {count: texts.sample(count) for count in plan.pairs}
-        timed = _Timed(encoder, scorer, options, samples, clock)
-        results = sweep(
+    check, texts = find_model(model, options, plan)
+    run = SavedRun.of(check, plan, texts, known)
+    run.precisions = run.precisions or _compare_precisions(check, on_progress)
+    check, keep_bf16 = _with_fastest_precision(check, run.precisions)
+    run.threads = run.threads or _compare_threads(check, keep_bf16, on_progress)
+    check = _with_fastest_threads(check, run.threads)
+    with closing(check.open(check.options.precision, keep_bf16)) as scorer:
+        info, timed = scorer.info, _TimedRun(check, scorer, texts, plan, clock)
+        run.points = sweep(
             grid(plan.pairs, plan.batch_sizes, plan.token_budgets),
             timed,
             clock=clock,
             limit_s=plan.time_limit_s,
-            known=kept.points,
-            saved=kept.save,
-            told=lambda point, share: told(f"measuring {point.label}", share),
+            known=run.points,
+            save=run.save,
+            on_progress=on_progress,
         )
-        probed = probe(replace(trial, options=options), scorer, plan, texts, clock=clock, told=told)
-        key = current_key(folder.name, folder.revision, scorer.info)
-        used = scorer.info.threads or None
-    finally:
-        scorer.close()
-    told("measuring a worker's memory", 1.0)
-    models = models_of(probed, replace(trial, options=options).opener(keep_bf16))
-    return Profile(
-        key=key,
-        settings=_settings(key, results, used, options.max_length),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        data={"name": texts.name, "pairs": len(texts.pairs), "tokens": timed.lengths()},
-        precisions=precisions,
-        threads=threads,
-        points=[measured.as_dict() for measured in results],
-        best=[measured.as_dict() for measured in best_batches(results)],
-        situations=[situation.as_dict() for situation in situations(results)],
-        warnings=[*cautions(results), *models.warnings],
-        cost=models.cost,
-        memory=models.memory,
-    )
+        probed = probe(check, scorer, plan, texts, clock, on_progress)
+    on_progress("measuring the memory of a worker", 1.0, 1.0)
+    models = models_of(probed, check.factory(keep_bf16))
+    return _profile_of(run, check, info, models, timed.data())
+
+
+def find_model(
+    model: str | os.PathLike[str], options: Options, plan: TuningPlan
+) -> tuple[PrecisionCheck, Texts]:
+    """Find a model and read its tokenizer and the texts to measure with."""
+    folder = resolve(model, revision=options.revision, progress=options.progress)
+    texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
+    return PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts), texts
 
 
 def probe(
-    trial: PrecisionCheck,
+    check: PrecisionCheck,
     scorer: Scorer,
-    plan: Plan,
+    plan: TuningPlan,
     texts: Texts,
-    *,
     clock: Clock,
-    told: Callable[[str, float], None],
+    on_progress: Progress,
 ) -> ProbeResult:
-    """Probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
-    facts, encoder = scorer.info, trial.encoder
-    specials = encoder.template.specials
-    longest = check_max_length(trial.options.max_length, facts.max_tokens, specials)
-    largest = max(plan.token_budgets, default=step_budget(None, None, facts.device))
+    """Measure probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
+    info = scorer.info
+    longest = check.max_length(info)
+    largest = max(plan.token_budgets, default=step_budget(None, None, info.device))
     return calibrate(
         scorer,
-        StepFactory(encoder, texts, longest),
-        LengthRange(longest, largest, facts.padding),
+        StepFactory(check.encoder, texts, longest),
+        LengthRange(longest, largest, info.padding),
         clock,
         PROBE_SHARE * plan.time_limit_s,
-        lambda share: told("measuring probes for the cost model", share),
+        on_progress,
     )
 
 
-def _compare_precisions(
-    trial: PrecisionCheck, told: Callable[[str, float], None]
-) -> list[dict[str, Any]]:
-    """Speed and agreement of each precision, see :func:`compare`; none without a choice."""
-    candidates = precisions_to_compare(trial.folder.path, trial.options.device)
-    asked = trial.options.precision
+# Precision and threads.
+
+
+def _compare_precisions(check: PrecisionCheck, on_progress: Progress) -> list[dict[str, Any]]:
+    """Compare the precisions there are; an empty list where there is no choice."""
+    candidates = precisions_to_compare(check.folder.path, check.options.device)
+    asked = check.options.precision
     if asked == "int8" and asked in candidates[1:]:
-        candidates = ["fp32", "int8"]  # it passes the gate even where it was asked for
+        candidates = ["fp32", "int8"]  # int8 is checked also where the user asked for it
     elif asked != "auto" or len(candidates) == 1:
         return []
-    return compare(trial, candidates, lambda doing: told(doing, 0.0))
+    return compare_precisions(check, candidates, on_progress)
+
+
+def _with_fastest_precision(
+    check: PrecisionCheck, rows: list[dict[str, Any]]
+) -> tuple[PrecisionCheck, list[str]]:
+    """Choose the fastest precision that passed, and the layers that it leaves in bf16.
+
+    Raises:
+        InvalidInput: int8 was asked for and did not pass.
+    """
+    asked = check.options.precision
+    if asked == "int8" and rows:
+        require_passed(rows[-1])
+    passed = [row for row in rows if row["passed"] and asked in {"auto", row["precision"]}]
+    if not passed:
+        return check, []
+    fastest = max(passed, key=lambda row: row["tokens_per_s"])
+    options = replace(check.options, precision=fastest["precision"])
+    return replace(check, options=options), fastest.get("keep_bf16", [])
 
 
 def _compare_threads(
-    trial: PrecisionCheck, keep_bf16: Sequence[str], told: Callable[[str, float], None]
+    check: PrecisionCheck, keep_bf16: Sequence[str], on_progress: Progress
 ) -> list[dict[str, Any]]:
-    """Speed with all usable CPUs and with fewer; none where there is no choice.
+    """Compare thread counts; an empty list where there is no choice.
 
-    More threads are not always faster: hyper-threads share a core's units, neighbours share the
-    machine, and small layers do not divide well.
+    More threads are not always faster: hyper-threads share the units of a core, other programs
+    use the machine too, and small layers do not divide well.
     """
-    counts = thread_counts(usable_cpus())
-    options = trial.options
+    counts, options = thread_counts(usable_cpus()), check.options
     if options.threads is not None or len(counts) == 1:
         return []
-    if not runs_on_cpu(trial.folder.path, options.device):
+    if not runs_on_cpu(check.folder.path, options.device):
         return []
     rows: list[dict[str, Any]] = []
     for count in counts:
-        told(f"trying {count} threads", 0.0)
-        tried = replace(trial, options=replace(options, threads=count))
+        on_progress(f"trying {count} threads")
+        tried = replace(check, options=replace(options, threads=count))
         _, tokens_per_s = tried.score(options.precision, keep_bf16)
         rows.append({"threads": count, "tokens_per_s": tokens_per_s})
     return rows
 
 
 def thread_counts(usable: int) -> list[int]:
-    """Thread counts worth trying: all, a half and a quarter of the usable CPUs."""
+    """Thread counts to compare: all usable CPUs, a half and a quarter of them."""
     return sorted({max(1, usable // part) for part in (1, 2, 4)}, reverse=True)
 
 
-def _most_useful(threads: list[dict[str, Any]], options: Options) -> int | None:
-    if not threads:
-        return options.threads
-    best: int = max(threads, key=lambda row: row["tokens_per_s"])["threads"]
-    return best
+def _with_fastest_threads(check: PrecisionCheck, rows: list[dict[str, Any]]) -> PrecisionCheck:
+    if not rows:
+        return check
+    fastest = max(rows, key=lambda row: row["tokens_per_s"])
+    return replace(check, options=replace(check.options, threads=fastest["threads"]))
 
 
-def _fastest(precisions: list[dict[str, Any]], options: Options) -> tuple[Any, list[str]]:
-    """The fastest precision that passed, and the layers it leaves in bf16.
-
-    Raises:
-        InvalidInput: int8 was asked for and did not pass.
-    """
-    asked = options.precision
-    if asked == "int8" and precisions:
-        require_passed(precisions[-1])
-    passed = [row for row in precisions if row["passed"] and asked in {"auto", row["precision"]}]
-    if not passed:
-        return asked, []
-    fastest = max(passed, key=lambda row: row["tokens_per_s"])
-    return fastest["precision"], fastest.get("keep_bf16", [])
-
-
-class _Timed:
-    """Runs a point once, from texts in hand to scores in hand.
-
-    Identical pairs are not folded and nothing is cached: every pair goes through the model.
-    """
+class _TimedRun:
+    """Runs a point once, from texts to scores: identical pairs are scored again, not folded."""
 
     def __init__(
         self,
-        encoder: PairEncoder,
+        check: PrecisionCheck,
         scorer: Scorer,
-        options: Options,
-        samples: dict[int, list[Pair]],
+        texts: Texts,
+        plan: TuningPlan,
         clock: Clock,
     ) -> None:
-        facts = scorer.info
         self._encode = partial(
-            encoder.encode,
-            max_length=check_max_length(
-                options.max_length, facts.max_tokens, encoder.template.specials
-            ),
-            truncation=options.truncation,
-            max_query_tokens=options.max_query_tokens,
+            check.encoder.encode,
+            max_length=check.max_length(scorer.info),
+            truncation=check.options.truncation,
+            max_query_tokens=check.options.max_query_tokens,
         )
         self._scorer = scorer
         self._clock = clock
-        self._samples = samples
-        self._meter = meter_of(facts.device)
+        self._texts = texts
+        self._samples = {count: texts.sample(count) for count in plan.pairs}
+        self._meter = meter_of(scorer.info.device)
 
     def __call__(self, point: SweepPoint) -> SweepRun:
         """Measure one run of ``point``; see :func:`echelon.tuning.sweep.sweep`."""
@@ -298,78 +281,109 @@ class _Timed:
             peak_bytes=self._meter.peak_bytes(),
         )
 
-    def lengths(self) -> dict[str, Any]:
-        """Token lengths of the largest sample."""
+    def data(self) -> dict[str, Any]:
+        """The profile's entry of the texts, with the token lengths of the largest sample."""
         lengths = self._encode(self._samples[max(self._samples)]).lengths
         p50, p90 = np.percentile(lengths, [50, 90])
-        return {
+        tokens = {
             "mean": float(lengths.mean()),
             "p50": float(p50),
             "p90": float(p90),
             "max": int(lengths.max()),
         }
+        return {"name": self._texts.name, "pairs": len(self._texts.pairs), "tokens": tokens}
 
 
 @dataclass(slots=True)
-class _Partial:
-    """Results of a run that has not ended, kept on disk so that it can go on later."""
+class SavedRun:
+    """Results of a run that has not ended, stored on disk so that the run can be resumed."""
 
     path: Path | None
     question: dict[str, Any]
-    precisions: list[dict[str, Any]]
-    threads: list[dict[str, Any]]
-    points: list[MeasuredPoint]
-    broken: bool = False
+    precisions: list[dict[str, Any]] = field(default_factory=list)
+    threads: list[dict[str, Any]] = field(default_factory=list)
+    points: list[MeasuredPoint] = field(default_factory=list)
+    unwritable: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, options: Options, folder: ModelFolder, texts: Texts) -> _Partial:
-        """Pick up what an interrupted run of the same question left."""
+    def of(
+        cls, check: PrecisionCheck, plan: TuningPlan, texts: Texts, known: Profile | None
+    ) -> SavedRun:
+        """Read what an interrupted run of the same model, options and sizes stored."""
         question = {
-            "model": folder.revision,
-            "options": options.as_dict(),
+            "model": check.folder.revision,
+            "options": check.options.as_dict(),
             "texts": [texts.name, len(texts.pairs)],
             "sizes": [list(plan.pairs), list(plan.batch_sizes), list(plan.token_budgets)],
             "versions": library_versions(),
         }
-        fresh = cls(plan.partial, question, [], [], [])
-        if plan.partial is None or not plan.partial.is_file():
-            return fresh
-        try:
-            content = read_json(plan.partial)
-            if content["question"] != question:
-                return fresh
-            points = [MeasuredPoint.from_dict(known) for known in content["points"]]
-            return cls(plan.partial, question, content["precisions"], content["threads"], points)
-        except (ProfileError, KeyError, TypeError):
-            return fresh  # half-written or foreign: measure again
+        run = cls(plan.partial, question)
+        if plan.partial is not None and plan.partial.is_file():
+            run._read(plan.partial)
+        if known is not None:
+            run.precisions, run.threads = known.precisions, known.threads
+        return run
 
-    def save(self, results: list[MeasuredPoint]) -> None:
-        """Keep what is known; a full disk costs the safety net, not the run."""
-        if self.path is None or self.broken:
+    def _read(self, path: Path) -> None:
+        try:
+            content = read_json(path)
+            if content["question"] == self.question:
+                points = [MeasuredPoint.from_dict(point) for point in content["points"]]
+                self.precisions, self.threads = content["precisions"], content["threads"]
+                self.points = points
+        except (ProfileError, KeyError, TypeError):
+            return  # half-written, or not a file of ours: measure again
+
+    def save(self, points: list[MeasuredPoint]) -> None:
+        """Store what is known; where that fails, the run goes on and cannot be resumed."""
+        if self.path is None or self.unwritable:
             return
-        points = [measured.as_dict() for measured in results]
         content = {
             "question": self.question,
             "precisions": self.precisions,
             "threads": self.threads,
-            "points": points,
+            "points": [measured.as_dict() for measured in points],
         }
         try:
             write_json(self.path, content)
         except StorageError as error:
-            self.broken = True
+            self.unwritable = True
             warnings.warn(
-                f"Results cannot be kept while measuring: {error}", EchelonWarning, stacklevel=2
+                f"Results cannot be stored while measuring: {error}", EchelonWarning, stacklevel=2
             )
 
 
+def _profile_of(
+    run: SavedRun,
+    check: PrecisionCheck,
+    info: ModelInfo,
+    models: Calibration,
+    data: dict[str, Any],
+) -> Profile:
+    return Profile(
+        key=current_key(check.folder.name, check.folder.revision, info),
+        settings=_settings(run.points, info, check.options.max_length),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        data=data,
+        precisions=run.precisions,
+        threads=run.threads,
+        points=[measured.as_dict() for measured in run.points],
+        best=[measured.as_dict() for measured in best_batches(run.points)],
+        situations=[advice.as_dict() for advice in scenario_advice(run.points)],
+        warnings=[*sweep_warnings(run.points), *models.warnings],
+        cost=models.cost,
+        memory=models.memory,
+    )
+
+
 def _settings(
-    key: ProfileKey, results: Sequence[MeasuredPoint], threads: int | None, max_length: int | None
+    points: Sequence[MeasuredPoint], info: ModelInfo, max_length: int | None
 ) -> TunedSettings:
     """The best token budget; where none was measured, the best batch size of the most pairs."""
-    budget = best_budget(results)
+    threads, budget = info.threads or None, best_budget(points)
     if budget is not None:
-        return TunedSettings(key.precision, budget.point.size, None, threads, max_length)
-    best = best_batches(results)
+        return TunedSettings(info.precision, budget.point.size, None, threads, max_length)
+    best = best_batches(points)
     batch_size = best[-1].point.batch_size if best else None
-    return TunedSettings(key.precision, NO_BUDGET, batch_size, threads, max_length)
+    return TunedSettings(info.precision, NO_BUDGET, batch_size, threads, max_length)

@@ -1,123 +1,128 @@
-"""The chosen setting under its load: the real server, or the real reranker."""
+"""Validates a chosen setting under its load, on a real server or with a real reranker."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from echelon.scheduling.cost_model import Work
 from echelon.simulation.outcome import percentiles
 from echelon.tuning.goal import HURRIED
-from echelon.tuning.validation_metrics import (
-    PACE,
-    LoadMetrics,
-    Validation,
-    noise_of_ratios,
-    pace_of,
-    squares_share,
-)
+from echelon.tuning.recommendation import LoadMetrics, Validation
 from echelon.tuning.validation_targets import RerankTask, ServerProcess, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from echelon.loadtest.run import LoadTestPlan, LoadTestRun
+    from echelon.progress import Progress
+    from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
-    from echelon.tuning.scenario import Candidate
     from echelon.tuning.scenario_model import ScenarioModel, WorkloadTexts
+    from echelon.tuning.simulated_load import Candidate
     from echelon.tuning.validation_targets import RerankRun
 
     Scraped = dict[str, float]
 
-WARM_S = 2.0
-"""Longest warm-up."""
+MAX_WARM_S = 2.0
+"""Longest warm-up, in seconds."""
 
 WARM_SEED = 1
-"""Of requests that do not count: others than those that do."""
+"""Added to the seed for warm-up requests, so that they differ from those that count."""
 
 TIMEOUT_S = 30.0
-"""A request that is not answered by then has failed."""
+"""A request without an answer after this time has failed."""
+
+PACE_RANGE = (0.1, 10.0)
+"""A measured pace outside this range is an error of the measurement."""
+
+EDGE = 1.5
+"""Ratios beyond the outermost bounds of a histogram are taken to be within this factor of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationContext:
-    """All that a proof needs.
+    """What a validation needs.
 
     Attributes:
-        ask: what must hold.
-        model: what is asked about.
-        load: how it is sent.
-        profile: file with the settings to prove.
-        on_card: whether steps run on a GPU, whose memory a server does not tell.
-        told: called with what is being done, and the share that is done.
+        goal: what must hold.
+        model: the model that is validated.
+        load: the requests, and their texts.
+        profile: file with the settings to validate.
+        on_gpu: whether steps run on a GPU, whose memory a server does not report.
+        on_progress: hears each stage.
     """
 
-    ask: ScenarioGoal
+    goal: ScenarioGoal
     model: ScenarioModel
     load: WorkloadTexts
     profile: Path
-    on_card: bool
-    told: Callable[[str, float], None]
+    on_gpu: bool
+    on_progress: Progress
 
 
-def prove(
-    stage: ValidationContext, chosen: Candidate, requests: Sequence[Arrival], seconds: float
+def validate(
+    context: ValidationContext, chosen: Candidate, requests: Sequence[Arrival], seconds: float
 ) -> Validation:
     """Run the setting under the requests.
 
     Args:
-        stage: what for, and with what.
-        chosen: the setting, as the stage's profile has it.
-        requests: in tokens; the same that were simulated.
-        seconds: that the simulation says of ``offline``, and a caller's mean wait for ``edge``.
+        context: goal, model and load.
+        chosen: the setting, as in the context's profile.
+        requests: the same that were simulated, in tokens.
+        seconds: predicted time: of all requests for ``offline``, per request for ``edge``.
 
     Raises:
         ServerFailed: the server did not start.
     """
-    if stage.ask.scenario in HURRIED:
-        return _serve(stage, chosen, requests)
-    stage.told("reranking", 0.0)
-    ran = run(rerank_task(stage, requests), lambda share: stage.told("reranking", share))
-    return proof_of_reranking(stage, requests, ran, seconds)
+    if context.goal.scenario in HURRIED:
+        return _serve(context, chosen, requests)
+    ran = run(rerank_task(context, requests), context.on_progress)
+    return validation_of_reranker(context, requests, ran, seconds)
 
 
 # A server under load.
 
 
-def _serve(stage: ValidationContext, chosen: Candidate, requests: Sequence[Arrival]) -> Validation:
-    stage.told("starting the server", 0.0)
-    with ServerProcess(arguments(stage, chosen)) as server:
-        run, before, after = asyncio.run(_drive(stage, server))
-    return proof_of(stage, chosen, requests, run, (before, after))
+def _serve(
+    context: ValidationContext, chosen: Candidate, requests: Sequence[Arrival]
+) -> Validation:
+    context.on_progress("starting the server")
+    with ServerProcess(serve_arguments(context, chosen)) as server:
+        run, before, after = asyncio.run(_send(context, server))
+    return validation_of_server(context, chosen, requests, run, (before, after))
 
 
-def proof_of(
-    stage: ValidationContext,
+def validation_of_server(
+    context: ValidationContext,
     chosen: Candidate,
     requests: Sequence[Arrival],
     run: LoadTestRun,
     scraped: tuple[Scraped, Scraped],
 ) -> Validation:
-    """What a run shows of a served setting.
+    """Judge a load test of a served setting.
 
     Args:
-        stage: what for.
+        context: the goal.
         chosen: the setting.
-        requests: in tokens; those that were sent.
-        run: what callers saw.
-        scraped: the server's metrics before it and after.
+        requests: what was sent, in tokens.
+        run: what callers measured.
+        scraped: the server's metrics before and after.
     """
     from echelon.loadtest.summary import latencies
 
     before, after = scraped
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
-    summary = run.summary
+    summary, level = run.summary, context.goal.level
     gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]
-    memory = float(sum(gauges)) if gauges and not stage.on_card else None
-    answered, within = summary.kinds["answered"], stage.ask.level.within(latencies(run.outcome))
-    numbers = LoadMetrics(
+    memory = float(sum(gauges)) if gauges and not context.on_gpu else None
+    answered, within = summary.kinds["answered"], level.within(latencies(run.outcome))
+    metrics = LoadMetrics(
         summary.latency_s.get(50.0),
         summary.latency_s.get(95.0),
         summary.latency_s.get(99.0),
@@ -127,75 +132,73 @@ def proof_of(
         summary.requests,
         summary.requests - within,
     )
-    paid = grown["echelon_step_tokens_sum"]
-    steps = grown["echelon_step_seconds_count"]
-    share = squares_share(requests, chosen.max_length)
-    took = grown["echelon_step_actual_seconds_total"]
+    pace = pace_of(
+        grown["echelon_step_actual_seconds_total"],
+        grown["echelon_step_seconds_count"],
+        grown["echelon_step_tokens_sum"],
+        squares_per_token(requests, chosen.max_length),
+        chosen.cost,
+    )
     return Validation(
-        numbers,
-        pace_of(took, steps, paid, share, chosen.cost),
+        metrics,
+        pace,
         _overhead(grown, summary.mean_s),
-        stage.ask.level.held(summary.requests, answered, within) and _fits(stage.ask, memory),
+        level.held(summary.requests, answered, within) and _fits(context.goal, memory),
         (*summary.doubts, *summary.notes),
         noise_of_ratios(_ratios(grown)),
     )
 
 
-def arguments(stage: ValidationContext, chosen: Candidate) -> list[str]:
-    """Of ``echelon serve``: the profile says the rest."""
-    options = stage.model.options
-    several = chosen.workers > 1
-    told: dict[str, Any] = {
-        "--profile": stage.profile,
+def serve_arguments(context: ValidationContext, chosen: Candidate) -> list[str]:
+    """Arguments of ``echelon serve`` that are not in the profile, the model first."""
+    options = context.model.options
+    values: dict[str, Any] = {
+        "--profile": context.profile,
         "--workers": chosen.workers,
-        "--device": "cuda" if several else options.device,
+        "--device": "cuda" if chosen.workers > 1 else options.device,
         "--truncation": options.truncation,
         "--revision": options.revision,
         "--label": options.label,
     }
-    given = [(name, str(value)) for name, value in told.items() if value is not None]
-    return [str(stage.model.name), *(word for pair in given for word in pair)]
+    given = [(name, str(value)) for name, value in values.items() if value is not None]
+    return [str(context.model.name), *(word for pair in given for word in pair)]
 
 
-async def _drive(
-    stage: ValidationContext, server: ServerProcess
+async def _send(
+    context: ValidationContext, server: ServerProcess
 ) -> tuple[LoadTestRun, Scraped, Scraped]:
     from echelon.loadtest.run import opened
 
-    ask = stage.ask
-    plan = stress_plan(stage, server.url)
-    warm_s = min(WARM_S, ask.verify_s)
-    async with opened(plan, told=lambda doing, share: stage.told(doing, share or 0.0)) as tester:
-        await tester.measure(replace(plan, duration_s=warm_s, seed=ask.seed + WARM_SEED))
+    goal, plan = context.goal, load_test_plan(context, server.url)
+    warm_s = min(MAX_WARM_S, goal.verify_s)
+    warm = replace(plan.workload, seed=goal.seed + WARM_SEED)
+    async with opened(plan, on_progress=context.on_progress) as test:
+        await test.measure(replace(plan, duration_s=warm_s, workload=warm))
         before = await asyncio.to_thread(server.metrics)
-        run = await tester.measure()
+        run = await test.measure()
         return run, before, await asyncio.to_thread(server.metrics)
 
 
-def stress_plan(stage: ValidationContext, url: str) -> LoadTestPlan:
-    """The load test whose requests the simulation has seen."""
-    from echelon.loadtest.client import Target, route_of, shape_of
+def load_test_plan(context: ValidationContext, url: str) -> LoadTestPlan:
+    """The load test that sends the simulated requests."""
+    from echelon.loadtest.client import Target, protocol_of, route_of
     from echelon.loadtest.run import LoadTestPlan
 
-    ask, load, shape = stage.ask, stage.load, shape_of("cohere")
-    timeout_s = max(TIMEOUT_S, 4 * (ask.goal_s or 0.0))
+    goal, load, protocol = context.goal, context.load, protocol_of("cohere")
+    timeout_s = max(TIMEOUT_S, 4 * (goal.goal_s or 0.0))
     return LoadTestPlan(
-        target=Target(route_of(url, shape), shape, timeout_s=timeout_s),
+        target=Target(route_of(url, protocol), protocol, timeout_s=timeout_s),
         topics=load.topics,
-        documents=ask.sizes,
-        tokens=load.traffic.workload.tokens,
-        rate=load.rate,
-        trace=load.traffic.trace or None,
+        workload=replace(load.workload, seed=goal.seed),
         warmup_s=0.0,
-        duration_s=ask.verify_s,
-        goal=None if ask.goal_s is None else ask.level,
-        seed=ask.seed,
-        ruler=load.ruler,
+        duration_s=goal.verify_s,
+        goal=None if goal.goal_s is None else goal.level,
+        length_policy=load.length_policy,
     )
 
 
 def _overhead(grown: Scraped, mean_s: float | None) -> float:
-    """What a caller waits beside the queue and the steps: reading, tokenising, answering."""
+    """Mean seconds of a request besides queue and steps: reading, tokenizing, answering."""
 
     def phase(name: str) -> float:
         of = f'{{phase="{name}"}}'
@@ -206,7 +209,7 @@ def _overhead(grown: Scraped, mean_s: float | None) -> float:
 
 
 def _ratios(grown: Scraped) -> dict[float, float]:
-    """Steps whose actual time was at most so many times the predicted, by that bound."""
+    """The histogram of actual over predicted step time, by upper bound."""
     name = 'echelon_step_actual_over_predicted_bucket{le="'
     return {
         float(key.removeprefix(name).rstrip('"}')): count
@@ -215,46 +218,96 @@ def _ratios(grown: Scraped) -> dict[float, float]:
     }
 
 
-def _fits(ask: ScenarioGoal, memory: float | None) -> bool:
-    limit = ask.memory_limit_bytes
+def _fits(goal: ScenarioGoal, memory: float | None) -> bool:
+    limit = goal.memory_limit_bytes
     return limit is None or memory is None or memory <= limit
 
 
-# The reranker.
+def noise_of_ratios(counts: Mapping[float, float]) -> float | None:
+    """Standard deviation of the logarithm of actual over predicted step time.
+
+    Args:
+        counts: by upper bound, the number of steps whose ratio is at most that bound, as in a
+            Prometheus histogram; each step is taken for the middle of its interval.
+
+    Returns:
+        None with fewer than two steps.
+    """
+    bounds = sorted(counts)
+    below = [0.0, *(counts[bound] for bound in bounds[:-1])]
+    steps = [counts[bound] - less for bound, less in zip(bounds, below, strict=True)]
+    if sum(steps) < 2:  # noqa: PLR2004 - a deviation needs two
+        return None
+    edges = [bounds[0] / EDGE, *bounds[:-1], bounds[-2] * EDGE]
+    middles = [math.log(low * high) / 2 for low, high in itertools.pairwise(edges)]
+    mean = sum(n * at for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    spread = sum(n * (at - mean) ** 2 for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    return math.sqrt(spread)
 
 
-def proof_of_reranking(
-    stage: ValidationContext, requests: Sequence[Arrival], ran: RerankRun, seconds: float
+def squares_per_token(requests: Sequence[Arrival], max_length: int | None) -> float:
+    """Sum of squared pair lengths over the sum of lengths, with pairs cut to ``max_length``."""
+    lengths = [length for one in requests for length in one.lengths]
+    lengths = [n if max_length is None else min(n, max_length) for n in lengths]
+    return sum(n * n for n in lengths) / max(1, sum(lengths))
+
+
+def pace_of(seconds: float, steps: float, tokens: float, squares: float, cost: CostModel) -> float:
+    """Measured time of steps over the predicted time; 1 where nothing was measured.
+
+    Args:
+        seconds: measured time of all steps.
+        steps: number of steps.
+        tokens: their tokens, padding included.
+        squares: squared tokens per token.
+        cost: predicts the time.
+    """
+    expected = cost.seconds(Work(round(steps), round(tokens), round(tokens * squares)))
+    if not (seconds > 0 and expected > 0):
+        return 1.0
+    return limited_pace(seconds / expected)
+
+
+def limited_pace(ratio: float) -> float:
+    """A ratio of measured and predicted time, within PACE_RANGE."""
+    return min(max(ratio, PACE_RANGE[0]), PACE_RANGE[1])
+
+
+# A reranker in this process.
+
+
+def validation_of_reranker(
+    context: ValidationContext, requests: Sequence[Arrival], ran: RerankRun, seconds: float
 ) -> Validation:
-    """What a run shows of a reranker; arguments as in :func:`prove`."""
-    ask, offline = stage.ask, stage.ask.scenario == "offline"
+    """Judge a run of a reranker; arguments as in :func:`validate`."""
+    goal, offline = context.goal, context.goal.scenario == "offline"
     p50, p95, p99 = (None, None, None) if offline else percentiles(ran.waits)
     done = requests if offline else requests[: len(ran.waits)]
     count = sum(one.documents for one in done)
-    late = len(ran.waits) - ask.level.within(ran.waits)
+    late = len(ran.waits) - goal.level.within(ran.waits)
     memory, whole = float(ran.peak_bytes), ran.whole_s
-    numbers = LoadMetrics(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
+    metrics = LoadMetrics(p50, p95, p99, len(done) / whole, count / whole, memory, len(done), late)
     expected = seconds if offline else seconds * len(done)
-    pace = min(max(whole / expected, PACE[0]), PACE[1]) if expected > 0 else 1.0
-    held = ask.level.held(len(done), len(done), len(done) - late) and _fits(ask, memory)
-    return Validation(numbers, pace, None, held)
+    pace = limited_pace(whole / expected) if expected > 0 else 1.0
+    held = goal.level.held(len(done), len(done), len(done) - late) and _fits(goal, memory)
+    return Validation(metrics, pace, None, held)
 
 
-def rerank_task(stage: ValidationContext, requests: Sequence[Arrival]) -> RerankTask:
-    """The requests as a reranker gets them, with the stage's profile."""
-    ask, options = stage.ask, stage.model.options
+def rerank_task(context: ValidationContext, requests: Sequence[Arrival]) -> RerankTask:
+    """The requests as a reranker gets them, with the context's profile."""
+    goal, options = context.goal, context.model.options
     keywords: dict[str, Any] = {
-        "profile": stage.profile,
+        "profile": context.profile,
         "device": options.device,
         "truncation": options.truncation,
         "revision": options.revision,
         "label": options.label,
     }
     return RerankTask(
-        stage.model.name,
+        context.model.name,
         keywords,
-        warm=stage.load.texts(requests[:2], ask.seed + WARM_SEED),
-        texts=stage.load.texts(requests, ask.seed),
-        at_once=ask.scenario == "offline",
-        within_s=ask.verify_s,
+        warm=context.load.texts(requests[:2], goal.seed + WARM_SEED),
+        texts=context.load.texts(requests, goal.seed),
+        at_once=goal.scenario == "offline",
+        within_s=goal.verify_s,
     )

@@ -1,7 +1,4 @@
-"""``echelon serve`` in a process of its own, as a user starts it, for as long as a proof lasts.
-
-The reranker under requests: all at once, or one caller after another.
-"""
+"""What a setting is validated on: `echelon serve` in its own process, or a reranker in this one."""
 
 from __future__ import annotations
 
@@ -16,44 +13,46 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import EchelonError
+from echelon.progress import no_progress
+from echelon.reranker import Reranker
 from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
 
-    from echelon.reranker import Reranker
+    from echelon.progress import Progress
 
 ENV_PREFIXES = ("ECHELON_SERVE_", "ECHELON_API_KEY", "OTEL_")
-"""Settings of the user's own server, which is not the one that is started here."""
+"""Environment of the user's own server, which must not reach the server that is started here."""
 
-PATIENCE_S = 20.0
-"""For answers under way and workers to end; then the process is killed."""
+STOP_TIMEOUT_S = 20.0
+"""Time to answer open requests and to stop the workers; then the process is killed."""
 
-KEPT_LINES = 20
+MAX_LINES = 20
+"""Last lines of the log that an error message shows."""
 
-SCRAPE_S = 10.0
+SCRAPE_TIMEOUT_S = 10.0
 
 
 class ServerFailed(EchelonError):
-    """The server that a setting was to be proved with did not start, or ended."""
+    """The server for a validation did not start, or ended."""
 
 
 class ServerProcess:
-    """A server on a free port of the loopback. To be used as a context.
+    """A server on a free port of the loopback interface, as a context manager.
 
     Args:
         arguments: of ``echelon serve``, the model first.
 
     Raises:
-        ServerFailed: it did not start; its last words are in the message.
+        ServerFailed: the server did not start; the end of its log is in the message.
     """
 
     def __init__(self, arguments: list[str]) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIXES)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIXES)}
         command = [sys.executable, "-m", "echelon", "serve", *arguments]
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, our own command
             [*command, "--host", "127.0.0.1", "--port", "0", "--log-format", "json"],
             stdout=subprocess.DEVNULL,
@@ -61,7 +60,7 @@ class ServerProcess:
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=kept,
+            env=environment,
         )
         self._reader: threading.Thread | None = None
         self.url = ""
@@ -69,7 +68,7 @@ class ServerProcess:
     def __enter__(self) -> Self:
         stream = self._process.stderr
         if stream is None:
-            raise RuntimeError("This is a bug: the stream was asked for.")
+            raise RuntimeError("This is a bug: stderr is a pipe.")
         try:
             self.url = self._await_url(stream)
         except BaseException:
@@ -88,9 +87,9 @@ class ServerProcess:
         self._end()
 
     def metrics(self) -> dict[str, float]:
-        """Its metrics now: name with labels to value."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=SCRAPE_S) as answer:  # noqa: S310 - our own server
-            text = answer.read().decode("utf-8")
+        """Read the server's metrics: name with labels to value."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=SCRAPE_TIMEOUT_S) as response:  # noqa: S310 - our own server
+            text = response.read().decode("utf-8")
         lines = (line for line in text.splitlines() if line and not line.startswith("#"))
         pairs = (line.rpartition(" ") for line in lines)
         return {name: float(value) for name, _, value in pairs}
@@ -102,9 +101,9 @@ class ServerProcess:
             if url is not None:
                 return url
         code = self._process.wait()
-        words = " ".join("".join(self._lines).split()) or "it said nothing"
+        words = " ".join("".join(self._lines).split()) or "nothing was logged"
         raise ServerFailed(
-            f"The server that should prove the settings ended with exit code {code}: {words}. "
+            f"The server for the validation ended with exit code {code}: {words}. "
             "Start it yourself with `echelon serve` to see why, or give --verify-s 0."
         )
 
@@ -112,7 +111,7 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(PATIENCE_S)
+                self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -123,12 +122,12 @@ class ServerProcess:
 
 
 def _url_in(line: str) -> str | None:
-    """Where it listens, if this line of its log says so."""
+    """The address in a line of the server's log; None where there is none."""
     try:
-        said = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return None
-    url = said.get("url") if isinstance(said, dict) else None
+    url = entry.get("url") if isinstance(entry, dict) else None
     return url if isinstance(url, str) else None
 
 
@@ -141,12 +140,12 @@ class RerankTask:
     """What to rerank, and how.
 
     Attributes:
-        model: as the user gave it.
+        model: the name that the user gave.
         keywords: of :class:`echelon.Reranker`.
         warm: requests that do not count.
-        texts: those that do.
-        at_once: one call for all of them; else one caller after another.
-        within_s: seconds after which no further caller is asked for; None serves them all.
+        texts: requests that count.
+        at_once: whether all requests are one call; otherwise one call follows another.
+        within_s: seconds after which no further call is started; None makes all calls.
     """
 
     model: str | os.PathLike[str]
@@ -159,11 +158,11 @@ class RerankTask:
 
 @dataclass(frozen=True, slots=True)
 class RerankRun:
-    """What came of it.
+    """A finished task.
 
     Attributes:
-        waits: seconds that each caller waited; empty where all was one call.
-        whole_s: seconds of everything.
+        waits: seconds of each call; empty where all requests were one call.
+        whole_s: seconds of all calls.
         peak_bytes: peak memory, warm-up and libraries included.
     """
 
@@ -172,15 +171,9 @@ class RerankRun:
     peak_bytes: int
 
 
-def run(task: RerankTask, told: Callable[[float], object] = lambda _: None) -> RerankRun:
-    """Rerank.
-
-    Args:
-        task: what.
-        told: called with the share that is done.
-    """
-    from echelon.reranker import Reranker
-
+def run(task: RerankTask, on_progress: Progress = no_progress) -> RerankRun:
+    """Run a task with a new reranker."""
+    on_progress("reranking")
     with Reranker(task.model, **task.keywords) as reranker:
         for query, documents in task.warm:
             reranker.rank(query, documents)
@@ -188,7 +181,7 @@ def run(task: RerankTask, told: Callable[[float], object] = lambda _: None) -> R
         meter.reset()
         if task.at_once:
             return RerankRun([], _all_at_once(reranker, task.texts), meter.peak_bytes())
-        waits = _one_after_another(reranker, task, told)
+        waits = _one_after_another(reranker, task, on_progress)
         return RerankRun(waits, sum(waits), meter.peak_bytes())
 
 
@@ -199,20 +192,18 @@ def _all_at_once(reranker: Reranker, texts: Texts) -> float:
     return monotonic() - began
 
 
-def _one_after_another(
-    reranker: Reranker, task: RerankTask, told: Callable[[float], object]
-) -> list[float]:
-    """Each caller's wait; where they are slower than thought, those of the time there is."""
+def _one_after_another(reranker: Reranker, task: RerankTask, on_progress: Progress) -> list[float]:
+    """Seconds of each call, as many calls as the time allows."""
     began, waits = monotonic(), []
     for number, (query, documents) in enumerate(task.texts, 1):
         started = monotonic()
         reranker.rank(query, documents)
         ended = monotonic()
         waits.append(ended - started)
-        gone = number / len(task.texts)
+        share = number / len(task.texts)
         if task.within_s is not None:
-            gone = (ended - began) / task.within_s
-        told(min(1.0, gone))
-        if gone >= 1:
+            share = (ended - began) / task.within_s
+        on_progress("reranking", min(1.0, share), 1.0)
+        if share >= 1:
             break
     return waits
