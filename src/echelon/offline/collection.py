@@ -49,13 +49,9 @@ LINES_PER_REPORT = 1000
 
 
 def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
-    """Size, time and SHA-256 of the topics and the collection.
+    """Size, time and SHA-256 of the topics and the collection, given their paths.
 
-    A file whose size and time are those in the index is not read again.
-
-    Args:
-        files: ``topics`` and ``collection`` to their paths.
-        index: the index of an earlier run, if there is one.
+    A file whose size and time are those in the index of an earlier run is not read again.
 
     Raises:
         InvalidInput: a file cannot be read.

@@ -38,13 +38,7 @@ class EtaEstimate:
         self._done = Work(0, 0, 0)
 
     def done(self, tokens: Sequence[int], seconds: float, share: float | None) -> None:
-        """Take in a window that was scored.
-
-        Args:
-            tokens: estimated tokens of each of its pairs.
-            seconds: how long it took.
-            share: share of the input done now, 0 to 1; None if it is not known.
-        """
+        """Take in a window: its pairs' estimated tokens, its time, the input's share done now."""
         self._model.observe(tokens, seconds)
         work = work_of(tokens, "none")
         self._done = Work(
@@ -66,11 +60,7 @@ MINUTE_S, HOUR_S = 60, 3600
 
 
 class ProgressDisplay:
-    """Shows a bar; a :class:`~echelon.offline.run.JobListener`.
-
-    Args:
-        quiet: show nothing.
-    """
+    """Shows a bar, unless ``quiet``; a :class:`~echelon.offline.run.JobListener`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet

@@ -37,11 +37,8 @@ class RowCounts:
     """Counts over all runs of a job.
 
     Attributes:
-        rows: rows that were scored.
-        pairs: their pairs.
         bad: bad rows, or bad parts of rows.
         cut: pairs that were cut to ``max_length``.
-        tokens: tokens that went through the model.
         memory: actions of the OOM ladder.
     """
 
@@ -59,13 +56,10 @@ class JobState:
 
     Attributes:
         identity: input, model and options of the job; flat names to plain values.
-        steps: the steps that the model forms; None before the first window.
         resume_point: the place behind the last row that counts; None at the input's start.
         output_bytes: length of the blocks that count.
         errors_bytes: length of the bad rows that count.
-        counts: what was done.
         quality: sums of the metrics, see :mod:`echelon.offline.ir_metrics`.
-        complete: whether the output is finished.
     """
 
     identity: dict[str, Any]

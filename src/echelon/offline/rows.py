@@ -1,6 +1,7 @@
 """Rows, bad rows and windows as plain data, and the checks of a row's fields.
 
 A row is one query with its documents; a pair is a row with one document. No file is opened here.
+The checks raise :class:`BadValue`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ class Row:
     Attributes:
         line: line at which it begins in its file, from 1; in Parquet the number of the row.
         id: the query's id.
-        query: the query.
-        documents: texts, in the file's order.
-        document_ids: one for each document; None where a document has none.
+        document_ids: one for each document; None if a document has none.
     """
 
     line: int
@@ -69,8 +68,6 @@ class RowWindow:
     """Rows that are scored together.
 
     Attributes:
-        rows: good rows, in the file's order.
-        bad: bad rows.
         end: the place behind its last row.
         tokens: estimated tokens of each pair, row after row.
         share: share of the input read so far, 0 to 1; None where it is not known.
@@ -88,11 +85,7 @@ class BadValue(Exception):
 
 
 def text_of(field: str, value: Any) -> str:
-    """Return a field that must be text.
-
-    Raises:
-        BadValue: it is missing, not a string, or not encodable.
-    """
+    """Return a field that must be encodable text."""
     if value is None:
         raise BadValue(f"{field} is missing")
     if not isinstance(value, str):
@@ -103,11 +96,7 @@ def text_of(field: str, value: Any) -> str:
 
 
 def check_unicode(field: str, text: str) -> None:
-    """Refuse text that came from bytes that are not UTF-8, or holds half a surrogate pair.
-
-    Raises:
-        BadValue: it does.
-    """
+    """Refuse text that came from bytes that are not UTF-8, or holds half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -118,11 +107,7 @@ def check_unicode(field: str, text: str) -> None:
 
 
 def id_of(field: str, value: Any) -> Id:
-    """Return an id: text, a whole number, or None.
-
-    Raises:
-        BadValue: it is anything else.
-    """
+    """Return an id: text, a whole number, or None."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if not isinstance(value, str):
@@ -131,11 +116,7 @@ def id_of(field: str, value: Any) -> Id:
 
 
 def row_of(line: int, record: Any) -> Row:
-    """Make a row of ``{"id": …, "query": …, "documents": [text or {"id": …, "text": …}]}``.
-
-    Raises:
-        BadValue: the record is something else.
-    """
+    """Make a row of ``{"id": …, "query": …, "documents": [text or {"id": …, "text": …}]}``."""
     if not isinstance(record, dict):
         raise BadValue(f"the line is {_kind(record)}, not an object")
     query = text_of("query", record.get("query"))

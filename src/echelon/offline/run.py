@@ -65,7 +65,6 @@ class JobSummary:
     Attributes:
         counts: counts over all its runs.
         resumed: pairs that earlier runs had done.
-        max_length: tokens a pair could have.
         queries: judged queries in the input; 0 without judgements.
         quality: metrics ``before`` and ``after`` reranking.
         errors: file with the bad rows; None is standard error.

@@ -113,12 +113,8 @@ class Steps:
     """Everything that decides the steps, and so the last bits of a score; saved with the job.
 
     Attributes:
-        token_budget: tokens a step may cost.
-        batch_size: pairs a step may hold, or None.
-        max_length: tokens a pair may have.
         window: estimated tokens of a window.
         device: the processor's or card's name.
-        threads: CPU threads of the forward pass.
         precision: precision when the job began.
         kernels: whether the compiled kernels are used.
         lowered: the lower precision that the OOM ladder chose since; empty if it did not.
@@ -140,12 +136,9 @@ class ScoredWindow:
     """A window with its scores.
 
     Attributes:
-        rows: the rows that were scored.
         bad: the window's bad rows, including those found while scoring.
         logits: float32 [pairs], row after row.
         truncated_tokens: int32 [pairs].
-        report: how the scores were computed.
-        window: the window.
     """
 
     rows: tuple[Row, ...]
@@ -171,8 +164,6 @@ class WindowScorer:
     """Opens a model and scores windows with it.
 
     Args:
-        model: as in :class:`echelon.Reranker`.
-        options: as in :class:`echelon.Reranker`.
         steps: the steps of an earlier run of the job, which are kept; None decides them now.
 
     Raises:

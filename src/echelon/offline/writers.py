@@ -123,13 +123,7 @@ class _BlockWriter:
 
 
 class JsonWriter(_BlockWriter):
-    """JSONL.
-
-    Args:
-        compression: None, ``gzip`` or ``zstd``.
-        top_n: results kept of a row; None keeps all.
-        pairs: whether the input was pairs: then a line is a pair, in the file's order.
-    """
+    """JSONL; with ``pairs`` a line is a pair, in the file's order."""
 
     def __init__(self, compression: str | None, top_n: int | None, *, pairs: bool) -> None:
         super().__init__(compression, top_n)
@@ -154,13 +148,7 @@ def _pair_record(ranking: RankedRow) -> dict[str, Any]:
 
 
 class TrecWriter(_BlockWriter):
-    """A TREC run; its score is the logit.
-
-    Args:
-        compression: None, ``gzip`` or ``zstd``.
-        top_n: lines kept of a query; None keeps all.
-        tag: the run's name, its last column.
-    """
+    """A TREC run; its score is the logit, and ``tag`` its last column."""
 
     def __init__(self, compression: str | None, top_n: int | None, tag: str) -> None:
         super().__init__(compression, top_n)
@@ -188,12 +176,7 @@ def _check_name(field: str, name: Id) -> None:
 
 
 class ParquetWriter:
-    """Parquet: one row for each result, in rank order; for pairs one for each pair.
-
-    Args:
-        top_n: results kept of a row; None keeps all.
-        pairs: whether the input was pairs.
-    """
+    """Parquet: one row for each result, in rank order; with ``pairs`` one for each pair."""
 
     def __init__(self, top_n: int | None, *, pairs: bool) -> None:
         require_packages("Parquet", "files", ["pyarrow"])
