@@ -1,14 +1,13 @@
-"""Import paths of earlier versions, which keep working.
+"""Import paths of earlier versions, which still work.
 
 ``from echelon.compat import CrossEncoder`` imports the module that now holds the class. Scripts,
-saved Haystack pipelines and Ray Serve files name these paths.
+saved Haystack pipelines and Ray Serve files use these paths.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING
 
@@ -28,15 +27,22 @@ MOVED = {
 """Old path to new path."""
 
 
-class MovedModule(MetaPathFinder, Loader):
-    """Finds a module under its old path and gives the module of the new path."""
+class MovedModule:
+    """Finds a module under its old path, and loads the module of the new path.
+
+    It extends no class of :mod:`importlib.abc`, whose import loads twenty more modules.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module's spec; None for a path that has not moved."""
         del path, target
-        return ModuleSpec(name, self) if name in MOVED else None
+        return ModuleSpec(name, self) if name in MOVED else None  # type: ignore[arg-type]  # no importlib.abc
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Let Python create the module."""
+        del spec
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the module of the new path in the place of the old one."""
