@@ -30,7 +30,7 @@ MOVED = {
 class MovedModule:
     """Finds a module under its old path, and loads the module of the new path.
 
-    It extends no class of :mod:`importlib.abc`, whose import loads twenty more modules.
+    It extends no class of :mod:`importlib.abc`, whose import loads sixty more modules.
     """
 
     def find_spec(
