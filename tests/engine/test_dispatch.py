@@ -5,7 +5,7 @@ from __future__ import annotations
 from services import coded, encoded
 
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import NullListener
+from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
 from echelon.engine.worker import StepResult
 from echelon.models.fake import FakeScorer
@@ -16,7 +16,7 @@ FACTS = FakeScorer().info
 
 
 def desk(answers):
-    dispatch = Dispatcher(Batcher(CostModel(), 1), NullListener(), lambda: 0.0)
+    dispatch = Dispatcher(Batcher(CostModel(), 1), Listener(), lambda: 0.0)
     dispatch.set_up(FACTS, 40, None, None)
 
     def submit(number, pairs):

@@ -50,7 +50,9 @@ class Simulation:
         squares = sum(length**2 for length in lengths)
         deadline = None if timeout_s is None else self.now + timeout_s
         asked = RequestCost(len(lengths), sum(lengths), squares, deadline)
-        house = SystemLoad(self._batcher.load(), self._cost, soonest=self._batcher.soonest)
+        house = SystemLoad(
+            self._batcher.load(), self._cost, next_completions=self._batcher.next_completions
+        )
         refusal = refuse(asked, house, self._bounds, self.now)
         if refusal is None:
             self._requests += 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import NullListener, SafeListener
+from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
 from echelon.engine.state import ServiceSettings
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
@@ -134,7 +134,7 @@ def serve(trace, settings, cost="none"):
         return step
 
     batcher.next_step = next_step
-    dispatch = Dispatcher(batcher, SafeListener(NullListener()), lambda: worker.now)
+    dispatch = Dispatcher(batcher, Listener(), lambda: worker.now)
     dispatch.set_up(scorer.info, settings.token_budget, None, settings.goal_s)
     limits = ServiceSettings(bounds=settings.bounds)
     admission = AdmissionPipeline(None, limits, dispatch, lambda: 1)

@@ -1,9 +1,7 @@
-"""The desk between callers and workers: the batcher behind a lock, and what each caller is owed.
+"""The batcher for many threads: requests go in, steps come out, and each request gets its answer.
 
-Callers hand jobs in and are called back; workers' keepers take steps and bring results. It decides
-nothing itself: :mod:`echelon.scheduling.batcher` says which step is next,
-:mod:`echelon.scheduling.oom_policy`
-what to do when memory runs out.
+It decides nothing itself: :mod:`echelon.scheduling.batcher` chooses the next step, and
+:mod:`echelon.scheduling.oom_policy` what to do when memory runs out.
 """
 
 from __future__ import annotations
@@ -16,15 +14,10 @@ from typing import TYPE_CHECKING
 
 from echelon.engine.events import BudgetMoved, StepFinished
 from echelon.engine.inflight import EXPIRED, does_not_fit, error_of, lost, query_too_long
-from echelon.errors import (
-    DeadlinePassed,
-    EchelonError,
-    ShuttingDown,
-    WorkerLost,
-)
+from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS
 from echelon.scheduling.drift import Drift
-from echelon.scheduling.oom_policy import OomPolicy
+from echelon.scheduling.oom_policy import OomPolicy, StepFailure
 from echelon.scheduling.queue import Completed, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
 from echelon.tokenization.pairs import TruncationImpossible, gather
@@ -41,13 +34,14 @@ if TYPE_CHECKING:
     from echelon.scheduling.fit import Prior
     from echelon.scheduling.oom_policy import OomAction
     from echelon.scheduling.queue import CompletionEstimate, Ended, PlannedStep, QueueLoad
+    from echelon.scheduling.token_budget import Reason
     from echelon.types import Clock, IntArray, ModelInfo, TokenBatch
 
     Explanation = Callable[[str], EchelonError]
 
 logger = logging.getLogger(__name__)
 
-DRIFT_NEWS = {
+DRIFT_MESSAGES = {
     "drifted": (
         logging.WARNING,
         (
@@ -60,50 +54,54 @@ DRIFT_NEWS = {
         "Steps take %.2f times as long as when the machine was measured: as before.",
     ),
 }
-"""What the log says of a machine that changed its speed, see :mod:`echelon.scheduling.drift`."""
+"""Log messages for :mod:`echelon.scheduling.drift`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A step, ready to go to a worker."""
+    """A step with its token ids."""
 
     step: PlannedStep
     batch: TokenBatch
 
 
 class Dispatcher:
-    """The batcher for many threads.
+    """The batcher behind a lock; requests call it from any thread, and so do supervisors.
 
     Args:
-        batcher: what decides.
-        listener: hears of requests that end.
+        batcher: chooses the steps.
+        listener: gets events of requests, steps and the token budget.
         clock: seconds.
         allow: what may be given up when a pair alone does not fit.
-        learned: called with each smaller token budget that memory taught.
-        workers: workers that there are.
+        policy: out-of-memory policy of the device; None makes one.
+        learned: see :class:`echelon.scheduling.oom_policy.OomPolicy`.
+        workers: number of workers.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a distinct collaborator
         self,
         batcher: Batcher,
         listener: Listener,
         clock: Clock,
         allow: tuple[Allowance, ...] = (),
-        learned: Callable[[int], None] | None = None,
+        *,
+        policy: OomPolicy | None = None,
+        learned: Callable[[int | None], None] | None = None,
         workers: int = 1,
     ) -> None:
         self.clock = clock
+        self.listener = listener
         self.last_scored: float | None = None
         self.busy_s = 0.0
-        self._batcher = batcher
-        self.listener = listener
         self.cost = batcher.cost
         self.drift = Drift()
-        self._took: list[tuple[tuple[int, ...], float]] = []
-        self._budget = TokenBudget(batcher.budget)
-        self._room = OomPolicy(allow)
+        self._batcher = batcher
+        self._measured: list[tuple[tuple[int, ...], float]] = []
+        self._allow = allow
         self._learned = learned
-        self._jobs: dict[int, InflightRequest] = {}
+        self._max_budget = batcher.budget
+        self._policy = policy or OomPolicy(TokenBudget(batcher.budget), learned=learned)
+        self._requests: dict[int, InflightRequest] = {}
         self._lock = threading.Condition()
         self._closed = False
         self._workers = workers
@@ -112,89 +110,86 @@ class Dispatcher:
 
     # For callers.
 
-    def submit(self, job: InflightRequest) -> None:
-        """Put a request into the queue; from now on ``job.done`` is called once."""
-        keys = job.pairs.keys()
-        lengths = tuple(job.pairs.lengths.tolist())
-        request = PairRequest(job.number, lengths, keys, job.deadline, job.priority)
+    def submit(self, request: InflightRequest) -> None:
+        """Queue a request; its ``done`` is then called exactly once."""
+        lengths = tuple(request.pairs.lengths.tolist())
+        pairs = PairRequest(
+            request.number, lengths, request.pairs.keys(), request.deadline, request.priority
+        )
         with self._lock:
             if self._closed:
                 raise ShuttingDown("The service has stopped. Ask another server.")
-            job.joined = self.clock()
-            self._jobs[job.number] = job
-            self._batcher.submit(request, job.joined)
+            request.joined = self.clock()
+            self._requests[request.number] = request
+            self._batcher.submit(pairs, request.joined)
             self._lock.notify_all()
 
     def cancel(self, number: int) -> None:
-        """The caller has gone, or its time is up; what only it wanted is not scored."""
+        """Take out a request whose caller has gone or whose deadline has passed."""
         with self._lock:
             if self._batcher.cancel(number):
-                job, now = self._jobs.pop(number), self.clock()
-                late = job.deadline is not None and job.deadline <= now
-                self.listener.request_ended(job.ended("expired" if late else "cancelled", now))
+                request, now = self._remove(number), self.clock()
+                late = request.deadline is not None and request.deadline <= now
+                self.listener.request_ended(request.ended("expired" if late else "cancelled", now))
 
     def set_up(
-        self, facts: ModelInfo, budget: int, prior: Prior | None, goal_s: float | None
+        self, info: ModelInfo, budget: int, prior: Prior | None, goal_s: float | None
     ) -> None:
-        """What the scorer turned out to be.
+        """Begin with a scorer.
 
         Args:
-            facts: what it is.
-            budget: most tokens a step may cost.
-            prior: what steps cost when the machine was tuned.
-            goal_s: latency goal that steps are kept small for.
+            info: the model and the device.
+            budget: maximum tokens of a step.
+            prior: cost coefficients from tuning.
+            goal_s: latency goal in seconds, for which steps are kept small.
         """
-        prices = DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]]
-        known = prior is not None and prior.serves(facts)
+        default = DEFAULT_COEFFICIENTS[info.device.partition(":")[0]]
+        known = prior is not None and prior.serves(info)
         with self._lock:
-            self.cost.begin(prior.coefficients if prior and known else prices, facts.padding)
+            self.cost.begin(prior.coefficients if prior and known else default, info.padding)
             self.drift = Drift(1.0 if prior and known and prior.same else None)
-            self._budget = TokenBudget(budget, goal_s)
-            self._batcher.budget = budget
+            self._policy = OomPolicy(TokenBudget(budget, goal_s), learned=self._learned)
+            self._max_budget = self._batcher.budget = budget
 
     def load(self) -> QueueLoad:
-        """What lies ahead."""
+        """The work that waits and runs."""
         with self._lock:
             return self._batcher.load()
 
-    def soonest(self, places: int, workers: int) -> list[CompletionEstimate]:
-        """The next requests to end; see :func:`echelon.scheduling.queue.next_completions`."""
+    def next_completions(self, places: int, workers: int) -> list[CompletionEstimate]:
+        """See :func:`echelon.scheduling.queue.next_completions`."""
         with self._lock:
-            return self._batcher.soonest(places, workers)
+            return self._batcher.next_completions(places, workers)
 
     def close(self) -> None:
-        """Take nothing more in; whoever still waits is told."""
+        """Accept no more requests and fail those that wait."""
         with self._lock:
             self._closed = True
-            gone = ShuttingDown("The service stopped before the request was done. Try another.")
-            for number in list(self._jobs):
-                self._batcher.cancel(number)
-                self._tell(number, gone)
+            error = ShuttingDown("The service stopped before the request was done. Try another.")
+            self._fail_all(error)
             self._lock.notify_all()
 
-    # For the keepers of workers.
+    # For supervisors of workers.
 
-    def hope(self, worker: int, trouble: str | None) -> None:
-        """A worker is up (None), or cannot be brought up; where none can, nobody waits for it."""
+    def report_health(self, worker: int, trouble: str | None) -> None:
+        """Report that a worker is up (None) or cannot be started; if none can, requests fail."""
         with self._lock:
             if trouble is None:
                 self._troubles.clear()
             else:
                 self._troubles[worker] = trouble
-            if (error := self.hopeless) is not None:
-                for number in list(self._jobs):
-                    self._batcher.cancel(number)
-                    self._tell(number, error)
+            if (error := self.unavailable) is not None:
+                self._fail_all(error)
 
-    def staff(self, numbers: Collection[int]) -> None:
-        """The workers that there are from now on."""
+    def set_workers(self, numbers: Collection[int]) -> None:
+        """Set the workers that there are from now on."""
         with self._lock:
             self._workers = len(numbers)
             self._troubles = {n: why for n, why in self._troubles.items() if n in numbers}
 
     @property
-    def hopeless(self) -> WorkerLost | None:
-        """Why no worker will come up soon; None while one may."""
+    def unavailable(self) -> WorkerLost | None:
+        """The error if no worker can be started; None if one is up or may come up soon."""
         troubles = dict(self._troubles)
         if len(troubles) < self._workers:
             return None
@@ -205,42 +200,50 @@ class Dispatcher:
 
     @property
     def closed(self) -> bool:
-        """Whether it has closed."""
+        """Whether it accepts no more requests."""
         return self._closed
 
     def wake(self) -> None:
-        """Let those who wait in :meth:`take` look again."""
+        """Make threads that wait in :meth:`take` check their condition again."""
         with self._lock:
             self._lock.notify_all()
 
-    def take(self, news: Callable[[], bool] | None = None) -> PreparedStep | None:
-        """The next step.
+    def take(self, interrupted: Callable[[], bool] | None = None) -> PreparedStep | None:
+        """The next step; None if there is none.
 
         Args:
-            news: wait for a step until this is true, or all is closed; None waits for nothing.
+            interrupted: wait for a step until this is true or the dispatcher is closed; without
+                it, do not wait.
         """
         with self._lock:
             self._idle += 1
             try:
                 while (step := self._next()) is None:
-                    if news is None or self._closed or news():
+                    if interrupted is None or self._closed or interrupted():
                         return None
                     self._lock.wait()
             finally:
                 self._idle -= 1
-            picks = [(self._jobs[number].pairs, index) for number, index in step.places]
+            picks = [(self._requests[number].pairs, index) for number, index in step.places]
         return PreparedStep(step, gather(picks))
 
     def finish(self, step: PlannedStep, scored: StepResult, worker: int) -> None:
-        """A worker scored a step."""
+        """Deliver the scores of a step."""
         with self._lock:
             now = self.last_scored = self.clock()
             self.busy_s += scored.seconds
-            self._took.append((step.lengths, scored.seconds))
-            self._move_budget(step, scored.seconds)
-            self._room.fitted(step)
-            for job in self._of(step):
-                job.scored(step, scored.seconds, now)
+            self._measured.append((step.lengths, scored.seconds))
+            reason = self._policy.fitted(
+                step.requests,
+                step.cost_tokens,
+                max(step.lengths),
+                worker=worker,
+                predicted_s=step.predicted_s,
+                actual_s=scored.seconds,
+            )
+            self._follow_budget(reason)
+            for request in self._of(step):
+                request.scored(step, scored.seconds, now)
             ended = self._batcher.finish(step.number, scored.logits)
             self.listener.step_finished(
                 StepFinished(
@@ -258,30 +261,30 @@ class Dispatcher:
             self._deliver(ended)
 
     def learn(self) -> None:
-        """Fit prices to the steps that ended: half a millisecond that no answer should wait for."""
+        """Fit the cost model to finished steps; takes 0.5 ms, so it runs after the answers."""
         with self._lock:
-            for lengths, seconds in self._took:
+            for lengths, seconds in self._measured:
                 self.cost.observe(lengths, seconds)
-                news = self.drift.see(self.cost.scale)
-                if news is not None:
-                    logger.log(*DRIFT_NEWS[news], self.drift.ratio)
-            self._took.clear()
+                change = self.drift.see(self.cost.scale)
+                if change is not None:
+                    logger.log(*DRIFT_MESSAGES[change], self.drift.ratio)
+            self._measured.clear()
 
     def observe(self, lengths: IntArray, seconds: float) -> None:
-        """A step of nobody's, scored to warm up, took so long."""
+        """Teach the cost model a warm-up step, which belongs to no request."""
         with self._lock:
             self.cost.observe(lengths, seconds)
             self.last_scored = self.clock()
 
     def put_back(self, steps: Iterable[PlannedStep]) -> None:
-        """Steps that were taken and never began."""
+        """Queue the pairs of steps again that were taken and never began."""
         with self._lock:
             for step in steps:
                 self._batcher.put_back(step.number)
             self._lock.notify_all()
 
     def lost(self, steps: Iterable[PlannedStep]) -> None:
-        """A worker has gone with steps: the first ran, the others never began."""
+        """Handle the steps of a worker that ended: the first one ran, the others never began."""
         with self._lock:
             for position, step in enumerate(steps):
                 if position == 0:
@@ -292,7 +295,7 @@ class Dispatcher:
             self._lock.notify_all()
 
     def fail(self, step: PlannedStep, error: EchelonError) -> None:
-        """A step cannot be scored; where it was of several requests, each has a try of its own."""
+        """Handle a scorer's error; a step of several requests is tried again for each alone."""
         with self._lock:
             if len(step.requests) > 1:
                 ended = self._batcher.retry(step.number, "scorer")
@@ -305,92 +308,95 @@ class Dispatcher:
         self,
         step: PlannedStep,
         reason: str,
-        facts: ModelInfo,
+        info: ModelInfo,
         *,
+        worker: int = 0,
         fresh: bool = False,
         renewable: bool = False,
     ) -> tuple[OomAction, int]:
-        """A step did not fit: decide what to do, and plan it anew.
+        """Decide what to do about a step that did not fit, and queue its pairs again.
 
-        For ``fresh_worker`` it stays with the keeper, who scores it in a fresh process.
-
-        Caches are dropped for a request once. Whether other steps went well meanwhile says nothing:
-        one that was sent ahead always does, and a pair that never fits would be tried for ever.
+        For ``fresh_worker`` they stay with the supervisor, which scores them in a fresh process.
 
         Returns:
-            What was decided, and the token budget from now on.
+            The action, and the token budget from now on.
         """
+        pairs, longest = len(step.places), max(step.lengths)
+        failure = StepFailure(pairs, step.cost_tokens, longest, info.precision, self._allow)
         with self._lock:
-            taken = {rung.rung for job in self._of(step) for rung in job.ladder}
-            action = self._room.lacked(step, taken, facts, fresh=fresh, renewable=renewable)
-        logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
-        with self._lock:
-            for job in self._of(step):
-                job.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
-            if action.budget is not None:
-                self._learn(action.budget)
+            requests = self._of(step)
+            numbers = [request.number for request in requests]
+            action = self._policy.failed(
+                failure, numbers, worker=worker, fresh=fresh, renewable=renewable
+            )
+            for request in requests:
+                request.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
+            self._follow_budget()
             if action.rung == "give_up":
                 ended = self._batcher.fail(step.number, "out_of_memory")
                 where = "even alone in a fresh process" if fresh else "even alone"
-                words = f"{facts.device} {where} ({reason.splitlines()[0]}). {action.remedy}"
-                self._deliver(ended, partial(does_not_fit, max(step.lengths), words))
+                words = f"{info.device} {where} ({reason.splitlines()[0]}). {action.remedy}"
+                self._deliver(ended, partial(does_not_fit, longest, words))
             elif action.max_length is not None:
                 self._shorten(step, action.max_length)
             elif action.rung != "fresh_worker":
                 self._batcher.put_back(step.number)
             self._lock.notify_all()
-            return action, self._batcher.budget
+            budget = self._batcher.budget
+        logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
+        return action, budget
 
     # Under the lock.
 
     def _next(self) -> PlannedStep | None:
         now = self.clock()
+        self._follow_budget()  # a call beside the shared steps may have changed it
         step = None if self._closed else self._batcher.next_step(now, self._idle)
         for number in self._batcher.expire(now):
-            self._tell(number, DeadlinePassed(EXPIRED), "expired")
+            self._fail(number, DeadlinePassed(EXPIRED), "expired")
         return step
 
     def _of(self, step: PlannedStep) -> list[InflightRequest]:
-        return [self._jobs[number] for number in step.requests if number in self._jobs]
+        return [self._requests[number] for number in step.requests if number in self._requests]
 
-    def _move_budget(self, step: PlannedStep, seconds: float) -> None:
-        reason = self._budget.ended(step.cost_tokens, step.predicted_s, seconds)
-        if reason is not None:
-            self._batcher.budget = self._budget.tokens
-            self.listener.budget_moved(BudgetMoved(self._budget.tokens, reason))
-
-    def _learn(self, budget: int) -> None:
-        if self._budget.out_of_memory(budget):
-            self._batcher.budget = budget
-            self.listener.budget_moved(BudgetMoved(budget, "memory"))
-            if self._learned is not None:
-                self._learned(budget)
+    def _follow_budget(self, reason: Reason | None = None) -> None:
+        before, tokens = self._batcher.budget, min(self._max_budget, self._policy.budget.tokens)
+        if tokens != before:
+            self._batcher.budget = tokens
+            reason = reason or ("memory" if tokens < before else "recovered")
+            self.listener.budget_moved(BudgetMoved(tokens, reason))
 
     def _shorten(self, step: PlannedStep, max_length: int) -> None:
-        """Cut the only pair of a step wherever it is asked for."""
+        """Cut the only pair of a step in every request that has it."""
         length = min(max_length, step.lengths[0])
         for number, index in self._batcher.shorten(step.number, length):
-            job = self._jobs[number]
+            request = self._requests[number]
             try:
-                job.pairs = job.pairs.shortened(max_length, [index])
+                request.pairs = request.pairs.shortened(max_length, [index])
             except TruncationImpossible as error:
                 self._batcher.cancel(number)
-                self._tell(number, query_too_long(error, max_length))
+                self._fail(number, query_too_long(error, max_length))
 
     def _deliver(self, ended: Iterable[Ended], explain: Explanation | None = None) -> None:
         for end in ended:
             if isinstance(end, Completed):
-                self._answer(end)
+                request, now = self._remove(end.request), self.clock()
+                self.listener.request_ended(request.ended("answered", now))
+                request.done(request.answer(end.logits, now))
             else:
-                name = f"pairs[{self._jobs[end.request].pairs.places[end.index]}]"
-                self._tell(end.request, explain(name) if explain else error_of(end, name))
+                name = f"pairs[{self._requests[end.request].pairs.places[end.index]}]"
+                self._fail(end.request, explain(name) if explain else error_of(end, name))
 
-    def _answer(self, end: Completed) -> None:
-        job, now = self._jobs.pop(end.request), self.clock()
-        self.listener.request_ended(job.ended("answered", now))
-        job.done(job.answer(end.logits, now))
+    def _fail(self, number: int, error: EchelonError, outcome: Outcome = "failed") -> None:
+        request = self._remove(number)
+        self.listener.request_ended(request.ended(outcome, self.clock()))
+        request.done(error)
 
-    def _tell(self, number: int, error: EchelonError, outcome: Outcome = "failed") -> None:
-        job = self._jobs.pop(number)
-        self.listener.request_ended(job.ended(outcome, self.clock()))
-        job.done(error)
+    def _fail_all(self, error: EchelonError) -> None:
+        for number in list(self._requests):
+            self._batcher.cancel(number)
+            self._fail(number, error)
+
+    def _remove(self, number: int) -> InflightRequest:
+        self._policy.forget(number)
+        return self._requests.pop(number)

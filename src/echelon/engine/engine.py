@@ -1,7 +1,7 @@
-"""The engine: takes encoded pairs through a scorer, step by step, and stays up.
+"""Scores encoded pairs step by step in this process and recovers from lack of memory.
 
-It owns the device: one step runs at a time, calls from several threads take turns step by step.
-It acts on the memory ladder; :mod:`echelon.scheduling.oom_policy` decides.
+The engine owns the device: one step runs at a time, and calls from several threads take turns step
+by step. :mod:`echelon.scheduling.oom_policy` decides what to do when a step does not fit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 
 from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory
 from echelon.models.base import DeviceOutOfMemory
-from echelon.scheduling.oom_policy import StepFailure, next_action
+from echelon.scheduling.oom_policy import OomPolicy, StepFailure
 from echelon.scheduling.packing import NO_BUDGET, Step, pack, step_cost
+from echelon.scheduling.token_budget import TokenBudget
+from echelon.tokenization.pairs import TruncationImpossible
 from echelon.types import LadderStep, RunReport
 
 if TYPE_CHECKING:
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from echelon.models.base import Scorer
     from echelon.options import Allowance
-    from echelon.scheduling.oom_policy import OomAction
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray, ModelInfo, TokenBatch
 
@@ -34,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What a step may be.
+    """Limits of a step.
 
     Attributes:
-        budget: most tokens a step may cost.
-        max_pairs: most pairs a step may hold; None means no limit.
+        budget: maximum tokens, padding included.
+        max_pairs: maximum pairs; None means no limit.
         allow: what may be given up when a pair alone does not fit.
     """
 
@@ -53,8 +54,8 @@ class EngineResult:
 
     Attributes:
         logits: float32 [pairs].
-        truncated_tokens: int32 [pairs], what the ladder cut included.
-        report: how it went.
+        truncated_tokens: int32 [pairs], including what was cut for lack of memory.
+        report: counts of the run.
     """
 
     logits: FloatArray
@@ -67,9 +68,12 @@ class Engine:
 
     Args:
         scorer: the model; the engine closes it.
-        limits: what a step may be.
-        reopen: opens the same model in another precision, for the ladder.
-        learned: called with the new token budget each time memory teaches a smaller one.
+        limits: limits of a step.
+        reopen: opens the same model in another precision, if memory runs out.
+        learned: see :class:`echelon.scheduling.oom_policy.OomPolicy`.
+
+    Attributes:
+        policy: what memory has taught; calls that share steps use it too.
     """
 
     def __init__(
@@ -78,25 +82,24 @@ class Engine:
         limits: StepLimits,
         *,
         reopen: Callable[[str], Scorer] | None = None,
-        learned: Callable[[int], None] | None = None,
+        learned: Callable[[int | None], None] | None = None,
     ) -> None:
+        self.policy = OomPolicy(TokenBudget(NO_BUDGET), limits.budget, learned)
         self._scorer = scorer
         self._limits = limits
         self._reopen = reopen
-        self._learned = learned
-        self._learned_budget = NO_BUDGET
         self._open = True
         self._device = threading.Lock()
 
     @property
     def info(self) -> ModelInfo:
-        """Facts of the scorer now in use."""
+        """The model and the device of the scorer now in use."""
         return self._scorer.info
 
     @property
     def budget(self) -> int:
-        """The token budget now in force; memory pressure lowers it for good."""
-        return min(self._learned_budget, self._limits.budget)
+        """The token budget now in force: the limit, or less if memory was short."""
+        return min(self.policy.budget.tokens, self._limits.budget)
 
     def run(
         self,
@@ -110,7 +113,7 @@ class Engine:
         Args:
             pairs: encoded pairs.
             limits: other limits for this call; the learned budget still holds.
-            scored: called after each step with the pairs it finished.
+            scored: called after each step with the number of pairs it finished.
 
         Raises:
             InvalidInput: the engine is closed.
@@ -118,27 +121,29 @@ class Engine:
             NonFiniteScore: the model gave NaN or infinity for a pair.
         """
         run = _CallState(pairs, limits or self._limits)
-        run.plan(self._ceiling(run), self.info)
-        while run.steps:
-            with self._device:
-                self._step(run)
-            if scored is not None and run.last_finished:
-                scored(run.last_finished)
-        return run.outcome()
+        self._plan(run)
+        try:
+            while run.steps:
+                with self._device:
+                    finished = self._step(run)
+                if scored is not None and finished:
+                    scored(finished)
+        finally:
+            self.policy.forget(run)
+        return run.result()
 
     def step(self, batch: TokenBatch) -> FloatArray:
-        """Score one step that somebody else planned, between the steps of :meth:`run`.
+        """Score one step that the caller planned, between the steps of :meth:`run`.
 
         Returns:
             float32 [pairs], raw logits.
 
         Raises:
             InvalidInput: the engine is closed.
-            DeviceOutOfMemory: it did not fit; nothing was done about it.
+            DeviceOutOfMemory: it did not fit; the caller must act.
         """
         with self._device:
-            if not self._open:
-                raise closed()
+            self._require_open()
             return self._scorer.score(batch)
 
     def release(self) -> None:
@@ -148,19 +153,17 @@ class Engine:
                 self._scorer.release()
 
     def use_precision(self, precision: str) -> None:
-        """Open the model in another precision, where it is known how."""
+        """Reopen the model in another precision, if the engine can reopen it."""
         with self._device:
             if self._open:
                 self._switch(precision)
 
-    def learn(self, budget: int) -> None:
-        """Keep a smaller token budget that memory taught."""
-        self._learned_budget = min(self._learned_budget, budget)
-        if self._learned is not None:
-            self._learned(self._learned_budget)
+    def allowed(self, allow: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
+        """What of ``allow`` the engine can give up: precision only if it can reopen the model."""
+        return tuple(name for name in allow if self._reopen or name != "precision")
 
     def close(self) -> None:
-        """Close the scorer once the step under way has ended; closing twice does nothing."""
+        """Close the scorer after the running step; closing twice does nothing."""
         with self._device:
             if self._open:
                 self._close_scorer()
@@ -169,35 +172,36 @@ class Engine:
         self._open = False
         self._scorer.close()
 
-    def _ceiling(self, run: _CallState) -> int:
-        return min(self._learned_budget, run.limits.budget)
-
-    def _step(self, run: _CallState) -> None:
-        """Run the next step; on memory trouble change the plan instead."""
+    def _require_open(self) -> None:
         if not self._open:
             raise closed()
+
+    def _plan(self, run: _CallState) -> None:
+        run.plan(min(self.policy.budget.tokens, run.limits.budget), self.info)
+
+    def _step(self, run: _CallState) -> int:
+        """Run the next step; returns its number of pairs, or 0 if it did not fit."""
+        self._require_open()
         step = run.steps[0]
-        run.last_finished = 0
+        lengths = run.pairs.lengths[step]
+        cost_tokens, longest = step_cost(lengths, self.info.padding), int(lengths.max())
         try:
             logits = self._scorer.score(run.pairs.batch(step))
         except DeviceOutOfMemory as error:
             reason = str(error)
         else:
-            run.finish(step, logits, self.info)
-            return
-        self._give_way(run, step, reason)
+            run.finish(step, logits, cost_tokens, self.info)
+            if self.policy.fitted((run,), cost_tokens, longest) == "recovered":
+                self._plan(run)
+            return len(step)
+        precision, allow = self.info.precision, self.allowed(run.limits.allow)
+        failure = StepFailure(len(step), cost_tokens, longest, precision, allow)
+        self._recover(run, step, failure, reason)
+        return 0
 
-    def _give_way(self, run: _CallState, step: Step, reason: str) -> None:
-        lengths = run.pairs.lengths[step]
-        failure = StepFailure(
-            pairs=len(step),
-            cost=step_cost(lengths, self.info.padding),
-            longest=int(lengths.max()),
-            caches_dropped=run.caches_dropped,
-            precision=self.info.precision,
-            allow=run.limits.allow if self._reopen else _without_precision(run.limits.allow),
-        )
-        action = next_action(failure)
+    def _recover(self, run: _CallState, step: Step, failure: StepFailure, reason: str) -> None:
+        action = self.policy.failed(failure, (run,))
+        self._scorer.release()
         if action.rung == "give_up":
             raise OutOfMemory(
                 f"{run.name(step[0])} of {failure.longest} tokens does not fit in the memory of "
@@ -205,18 +209,11 @@ class Engine:
             )
         logger.warning("Out of memory: %s. %s", action.detail, action.remedy)
         run.ladder.append(LadderStep(action.rung, action.detail, action.remedy))
-        self._act(action, run)
-
-    def _act(self, action: OomAction, run: _CallState) -> None:
-        self._scorer.release()
-        run.caches_dropped = True
-        if action.budget is not None:
-            self.learn(action.budget)
         if action.precision is not None:
             self._switch(action.precision)
         if action.max_length is not None:
             run.shorten(action.max_length)
-        run.plan(self._ceiling(run), self.info)
+        self._plan(run)
 
     def _switch(self, precision: str) -> None:
         if self._reopen is not None:
@@ -226,63 +223,48 @@ class Engine:
 
 
 def closed() -> InvalidInput:
-    """The error for a call that comes after closing."""
+    """The error for a call after closing."""
     return InvalidInput("reranker", "it is closed", "Make a new one.")
 
 
-def _without_precision(allow: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
-    return tuple(name for name in allow if name != "precision")
-
-
 class _CallState:
-    """One call's pairs: which are done, which steps are left."""
+    """One call's pairs: which are done, and which steps are left."""
 
     def __init__(self, pairs: EncodedPairs, limits: StepLimits) -> None:
         self.pairs = pairs
         self.limits = limits
         self.steps: deque[Step] = deque()
         self.ladder: list[LadderStep] = []
-        self.last_finished = 0
-        self.caches_dropped = False
         self._done = np.zeros(len(pairs), dtype=np.bool_)
         self._logits = np.full(len(pairs), np.nan, dtype=np.float32)
         self._truncated = pairs.truncated_tokens
-        self._tokens = self._cost = self._steps_done = 0
+        self._tokens = self._cost_tokens = self._steps_done = 0
 
-    def plan(self, budget: int, facts: ModelInfo) -> None:
-        """(Re)plan the pairs that are not finished."""
+    def plan(self, budget: int, info: ModelInfo) -> None:
+        """Plan the steps of the pairs that are not finished."""
         left = np.flatnonzero(~self._done)
-        steps = pack(
-            self.pairs.lengths[left],
-            budget,
-            padding=facts.padding,
-            max_pairs=self.limits.max_pairs,
-        )
+        lengths = self.pairs.lengths[left]
+        steps = pack(lengths, budget, padding=info.padding, max_pairs=self.limits.max_pairs)
         self.steps = deque(left[step].tolist() for step in steps)
 
-    def finish(self, step: Step, logits: FloatArray, facts: ModelInfo) -> None:
+    def finish(self, step: Step, logits: FloatArray, cost_tokens: int, info: ModelInfo) -> None:
         """Keep a step's scores."""
         bad = np.flatnonzero(~np.isfinite(logits))
         if len(bad):
             raise NonFiniteScore(
                 f"{self.name(step[bad[0]])}: the model gave {logits[bad[0]]} in "
-                f"{facts.precision}. Use precision='bf16' or 'fp32', whose range is wider; if it "
+                f"{info.precision}. Use precision='bf16' or 'fp32', whose range is wider; if it "
                 "persists, the weights are damaged."
             )
         self.steps.popleft()
-        self.caches_dropped = False
         self._done[step] = True
         self._logits[step] = logits
-        lengths = self.pairs.lengths[step]
-        self._tokens += int(lengths.sum())
-        self._cost += step_cost(lengths, facts.padding)
+        self._tokens += int(self.pairs.lengths[step].sum())
+        self._cost_tokens += cost_tokens
         self._steps_done += 1
-        self.last_finished = len(step)
 
     def shorten(self, max_length: int) -> None:
         """Cut the pairs that are not finished."""
-        from echelon.tokenization.pairs import TruncationImpossible
-
         left = np.flatnonzero(~self._done)
         try:
             self.pairs = self.pairs.shortened(max_length, left.tolist())
@@ -296,16 +278,16 @@ class _CallState:
         self._truncated[left] = self.pairs.truncated_tokens[left]
 
     def name(self, index: int) -> str:
-        """What the caller knows a pair by."""
+        """Name of a pair in the caller's numbering."""
         return f"pairs[{self.pairs.places[index]}]"
 
-    def outcome(self) -> EngineResult:
+    def result(self) -> EngineResult:
         """The finished run."""
         report = RunReport(
             pairs=len(self._logits),
             scored=len(self._logits),
             tokens=self._tokens,
-            cost_tokens=self._cost,
+            cost_tokens=self._cost_tokens,
             steps=self._steps_done,
             ladder=tuple(self.ladder),
         )

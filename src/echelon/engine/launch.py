@@ -1,7 +1,4 @@
-"""From a model's name to everything that opening it needs, the same for library and server.
-
-From a model's name to a service that runs.
-"""
+"""From a model's name to all that opening it needs, and to a running service."""
 
 from __future__ import annotations
 
@@ -37,13 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A model that may be opened.
+    """A model that is ready to be opened.
 
     Attributes:
-        folder: where it lies.
-        options: the caller's, with what the profile chose.
+        folder: its files.
+        options: the caller's, completed by the profile.
         encoder: its tokenizer.
-        profile: what tuning found; None where none was given.
+        profile: the profile; None where none was given.
         keep_bf16: layers that int8 leaves in bf16.
     """
 
@@ -54,11 +51,11 @@ class PreparedModel:
     keep_bf16: list[str]
 
     def opener(self, device: str | None = None, threads: int | None = None) -> ScorerFactory:
-        """Opens the scorer, in this process or another.
+        """A function that opens the scorer, in this process or another.
 
         Args:
-            device: instead of the options' own.
-            threads: instead of the options' own.
+            device: replaces that of the options.
+            threads: replaces that of the options.
         """
         options = replace(
             self.options,
@@ -67,10 +64,10 @@ class PreparedModel:
         )
         return scorer_factory(self.folder, options, self.keep_bf16)
 
-    def check_profile(self, facts: ModelInfo) -> None:
+    def check_profile(self, info: ModelInfo) -> None:
         """Warn where the profile was measured on something else."""
         if self.profile is not None:
-            key = current_key(self.folder.name, self.folder.revision, facts)
+            key = current_key(self.folder.name, self.folder.revision, info)
             warn_if_stale(self.profile, key, self.options.profile)
 
     def learned(self, budget: int | None) -> None:
@@ -79,7 +76,7 @@ class PreparedModel:
 
 
 def with_profile(asked: Options) -> tuple[Options, Profile | None]:
-    """The options, with what the profile chose for those that were left open.
+    """Complete options that were left open from the profile.
 
     Raises:
         ProfileError: the profile cannot be read.
@@ -93,19 +90,19 @@ def with_profile(asked: Options) -> tuple[Options, Profile | None]:
 def prepare(
     model: str | os.PathLike[str], options: Options, profile: Profile | None
 ) -> PreparedModel:
-    """Find a model, read its tokenizer and let its precision through the gate.
+    """Find a model, read its tokenizer, and compare int8 with fp32 before int8's first use.
 
     Args:
         model: hub id, local folder, or ``"demo"``.
-        options: with what the profile chose.
-        profile: what tuning found.
+        options: completed by the profile.
+        profile: the profile, if there is one.
 
     Raises:
         InvalidInput: int8 was asked for and does not rank as fp32 does.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        ModelError: the model is missing, damaged, or not supported.
     """
     folder = resolve(model, revision=options.revision, progress=options.progress)
-    require_model(folder.path)  # first of all: a folder that is no model says so
+    require_model(folder.path)  # first, so that a folder without a model is named
     encoder = PairEncoder(folder.path)
     with status("Comparing int8 with fp32", shown=options.progress) as on_progress:
         kept = check_precision(folder, options, encoder, profile, on_progress)
@@ -114,7 +111,7 @@ def prepare(
 
 if TYPE_CHECKING:
     MakeWorker = Callable[[int, Callable[[], None]], Worker]
-    Hire = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
+    WorkerFactory = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
 
 
 async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
@@ -128,7 +125,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     fallback_max_length: int | None = None,
     listener: Listener | None = None,
     scaling: AutoscalingLimits | None = None,
-    hire: Hire | None = None,
+    worker_factory: WorkerFactory | None = None,
     **options: Any,
 ) -> Service:
     """Start a service for a model; the caller stops it.
@@ -136,19 +133,19 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     Args:
         model: hub id, local folder, or ``"demo"``.
         workers: processes that score: one for each GPU, or several that share the CPU's cores.
-        bounds: what is taken in at most.
+        bounds: limits of admission.
         memory_limit_bytes: a worker that holds more is replaced between steps.
-        wedge_after_s: no step is given up before this.
+        wedge_after_s: seconds without an answer before a worker is killed, at the earliest.
         goal_s: latency goal in seconds; steps are kept below half of it.
-        fallback_max_length: tokens that a pair of low priority may have while the queue is long.
-        listener: hears what happens, from any thread.
-        scaling: when there are more or fewer workers; None means never.
-        hire: gives the workers of a model; None takes processes of this machine.
+        fallback_max_length: tokens of a pair of low priority while the queue is long.
+        listener: receives events, from any thread.
+        scaling: limits of autoscaling; None keeps the number of workers.
+        worker_factory: makes the workers of a model; None starts processes on this machine.
         **options: see :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: an option is unknown or wrong.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
+        ModelError: the model is missing, damaged, or not supported.
         ProfileError: the profile cannot be read.
         OutOfMemory: the weights do not fit.
     """
@@ -166,7 +163,9 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
     service = Service(
         prepared.encoder,
-        partial(_make_worker, prepared, workers) if hire is None else hire(prepared, model),
+        worker_factory(prepared, model)
+        if worker_factory
+        else partial(_make_worker, prepared, workers),
         settings,
         listener=listener,
         learned=prepared.learned,
@@ -178,7 +177,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
 
 
 def settings_of(options: Options) -> ServiceSettings:
-    """The settings of a service that are options of a library call as well."""
+    """The settings of a service that are also options of a library call."""
     return ServiceSettings(
         precision=options.precision,
         token_budget=options.token_budget,
@@ -191,7 +190,7 @@ def settings_of(options: Options) -> ServiceSettings:
 
 
 def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior | None:
-    """What steps cost, as the profile knows it.
+    """The profile's cost model of steps.
 
     Raises:
         ProfileError: its cost model is damaged.
@@ -200,7 +199,7 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
         return None
     fit = CostFit.from_dict(profile.cost)
     key, device = profile.key, profile.key.device
-    alone = workers == 1 or device != "cpu"  # several share the cores
+    alone = workers == 1 or device != "cpu"  # on a CPU several workers share the cores
     same = alone and (options.precision, options.threads) == (
         key.precision,
         profile.settings.threads,
@@ -224,5 +223,5 @@ def device_of(device: str, number: int, workers: int) -> str:
 
 
 def threads_of(threads: int | None, workers: int) -> int | None:
-    """The CPU's cores split among the workers, unless the user said how many each has."""
+    """The CPU's cores divided among the workers, unless the user set the threads of each."""
     return max(1, usable_cpus() // workers) if threads is None and workers > 1 else threads

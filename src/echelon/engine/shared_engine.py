@@ -1,7 +1,7 @@
-"""Concurrent calls of one process in shared steps: the server's batcher over an engine of our own.
+"""Scores concurrent calls of one process in shared steps.
 
-One keeper thread scores for all calls, in the same order and by the same rules as a service does,
-but in this process and without admission: whoever calls a library has decided to.
+One thread scores for all calls in the order and by the rules of a service, but in this process and
+without admission control: a library call is never refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import NullListener
+from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest, resolve
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class LocalWorker:
-    """An engine as a worker; see :class:`echelon.engine.worker.Worker`."""
+    """An engine of this process as a :class:`echelon.engine.worker.Worker`."""
 
     renewable = False
 
@@ -39,24 +39,24 @@ class LocalWorker:
         self._steps: deque[TokenBatch] = deque()
 
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
-        """Open the model in a precision, unless it is."""
-        del sparing  # there is no fresh process
+        """Open the model in a precision, unless it is open in it."""
+        del sparing  # no process is started
         if precision not in {"auto", self._engine.info.precision}:
             self._engine.use_precision(precision)
         return self._engine.info
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
-        """Keep a step until it is asked for."""
+        """Keep a step until :meth:`receive` scores it."""
         del timeout_s
         self._steps.append(batch)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether there is a step to score: scoring is done by whoever asks."""
+        """Whether there is a step to score."""
         del timeout_s
         return bool(self._steps)
 
     def receive(self, timeout_s: float) -> StepResult:
-        """Score the next step, here and now.
+        """Score the next step in this thread.
 
         Raises:
             DeviceOutOfMemory: it did not fit.
@@ -77,53 +77,58 @@ class LocalWorker:
         self._engine.release()
 
     def kill(self) -> None:
-        """Nothing to kill."""
+        """Do nothing: there is no process."""
 
     def stop(self) -> None:
-        """Nothing to stop: the engine belongs to its reranker."""
+        """Do nothing: the engine belongs to its reranker."""
 
 
 class SharedEngine:
     """Scores the pairs of many calls at once.
 
     Args:
-        engine: scores; it stays open.
-        limits: what a step may be.
+        engine: scores the steps; it stays open.
+        limits: limits of a step.
     """
 
     def __init__(self, engine: Engine, limits: StepLimits) -> None:
-        facts = engine.info
-        budget = min(limits.budget, engine.budget)
-        batcher = Batcher(CostModel(padding=facts.padding), budget, limits.max_pairs)
-        self._dispatch = Dispatcher(batcher, NullListener(), monotonic, limits.allow, engine.learn)
+        info = engine.info
+        batcher = Batcher(CostModel(padding=info.padding), limits.budget, limits.max_pairs)
+        self._dispatcher = Dispatcher(
+            batcher,
+            Listener(),
+            monotonic,
+            engine.allowed(limits.allow),
+            policy=engine.policy,
+        )
         self._numbers = itertools.count(1)
-        self._keeper = WorkerSupervisor(
+        self._supervisor = WorkerSupervisor(
             0,
             LocalWorker(engine),
-            self._dispatch,
-            WorkerConfig(facts.precision),
+            self._dispatcher,
+            WorkerConfig(info.precision),
             opened=lambda _: (),
-            settled=lambda _: None,
+            started=lambda _: None,
         )
-        self._keeper.start()
+        self._supervisor.start()
 
     async def score(self, pairs: EncodedPairs) -> Answer:
-        """Score pairs; cancelling the awaiting task takes them out.
+        """Score pairs; cancelling the awaiting task takes them out of the queue.
 
         Raises:
             EchelonError: a pair cannot be scored.
-            Exception: what the scorer raised, where that is not about memory.
+            Exception: what the scorer raised, other than lack of memory.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
-        job = InflightRequest(
+        request = InflightRequest(
             next(self._numbers), pairs, partial(resolve, loop, future), monotonic()
         )
-        self._dispatch.submit(job)
+        self._dispatcher.submit(request)
         try:
             answer = await future
         except asyncio.CancelledError:
-            self._dispatch.cancel(job.number)
+            self._dispatcher.cancel(request.number)
             raise
         if isinstance(answer, ScoringFailed) and answer.__cause__ is not None:
             raise answer.__cause__
@@ -132,6 +137,6 @@ class SharedEngine:
         return answer
 
     def close(self) -> None:
-        """End the thread after the step under way; whoever still waits is told."""
-        self._dispatch.close()
-        self._keeper.join()
+        """End the thread after the running step and fail the calls that still wait."""
+        self._dispatcher.close()
+        self._supervisor.join()

@@ -1,8 +1,8 @@
-"""The crew: one thread for each worker that keeps it busy, and alive.
+"""A thread for each worker that keeps it busy and running.
 
-A keeper takes a step, sends it, and just before the running one ends sends the next, so that the
-worker never waits. It acts on memory trouble, kills what hangs, replaces what died or has grown
-too large, and gives lost steps back. It decides nothing about order or size.
+A supervisor sends a step, and the next one just before the running step ends, so that the worker
+never waits. It replaces a worker that hangs, dies or grows too large, puts lost steps back, and
+acts when memory runs out. The order and the size of steps are not decided here.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEDGE_FACTOR = 20.0
-"""A step has hung when it takes this many times what was predicted. A machine shared with others
-has been seen to take ten times as long for a step (docs/LOG.md)."""
+"""A step hangs if it takes this many times its predicted time. A step on a shared machine was seen
+to take ten times as long (docs/LOG.md)."""
 
-
-HOPELESS_STARTS = 4
-"""Starts in a row that must fail before callers are told not to wait: by then some seconds have
-passed, and what keeps a model from opening, such as a deleted file, does not heal soon."""
+MAX_FAILED_STARTS = 4
+"""Failed starts in a row after which requests fail at once: some seconds have passed by then, and
+what keeps a model from opening, such as a deleted file, seldom changes soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """How workers are kept.
+    """How a worker is run.
 
     Attributes:
-        precision: what their scorers compute in.
+        precision: precision of its scorer.
         memory_limit_bytes: a worker that holds more is replaced between steps; None means never.
         wedge_after_s: see :data:`echelon.engine.state.WEDGE_AFTER_S`.
         delays_s: see :data:`echelon.engine.worker.RESTART_DELAYS_S`.
@@ -60,130 +59,133 @@ class WorkerConfig:
 
 
 class WorkerSupervisor(threading.Thread):
-    """Keeps one worker.
+    """Starts one worker, keeps it busy and replaces it.
 
     Args:
         number: the worker's number, from 0.
-        worker: what to keep.
-        dispatch: where steps come from.
-        orders: how.
-        opened: called whenever the scorer was opened; it gives the steps to warm it up with, which
-            also teach the cost model.
-        settled: called once, when the worker is up for the first time, or with why it cannot be.
+        worker: where steps are scored.
+        dispatcher: where steps come from.
+        config: how the worker is run.
+        opened: called whenever the scorer was opened; returns the warm-up steps, which also teach
+            the cost model.
+        started: called once: with None when the worker is up for the first time, or with the
+            reason why it cannot start.
     """
 
     def __init__(
         self,
         number: int,
         worker: Worker,
-        dispatch: Dispatcher,
-        orders: WorkerConfig,
+        dispatcher: Dispatcher,
+        config: WorkerConfig,
         *,
         opened: Callable[[ModelInfo], Sequence[TokenBatch]],
-        settled: Callable[[Exception | None], None],
+        started: Callable[[Exception | None], None],
     ) -> None:
-        super().__init__(name=f"echelon-keeper-{number}", daemon=True)
+        super().__init__(name=f"echelon-worker-{number}", daemon=True)
         self.number = number
         self.up = False
         self.trouble = "it has not started yet"
         self.resident_bytes = 0
         self._worker = worker
-        self._dispatch = dispatch
-        self._orders = orders
-        self._listener = dispatch.listener
+        self._dispatcher = dispatcher
+        self._config = config
+        self._listener = dispatcher.listener
         self._opened = opened
-        self._settled = settled
+        self._on_started = started
         self._new = True
-        self._facts: ModelInfo | None = None
-        self._precision = orders.precision
-        self._memory_limit = orders.memory_limit_bytes
+        self._info: ModelInfo | None = None
+        self._precision = config.precision
+        self._memory_limit = config.memory_limit_bytes
         self._failures = self._failed_starts = 0
         self._fresh, self._sparing = True, False
         self._sent: deque[tuple[PreparedStep, float]] = deque()
-        self._leaving = threading.Event()
-        self._retiring = threading.Event()
+        self._stop_requested = threading.Event()
+        self._drain_requested = threading.Event()
 
     def run(self) -> None:
-        """Keep the worker until told to leave or everything is closed."""
+        """Run the worker until it is stopped or drained, or the dispatcher is closed."""
         while not self._over():
             try:
                 self._start()
                 self._work()
             except WorkerDied as error:
                 if self._over():
-                    break  # it was told to
+                    break  # it was killed on purpose
                 state: WorkerState = "wedged" if isinstance(error, WorkerWedged) else "died"
                 self._down(state, str(error), blamed=not isinstance(error, WorkerGone))
             except EchelonError as error:
                 self._down("failed", str(error))
             except Exception as error:
-                logger.exception("Keeper %d met what it does not know. This is a bug.", self.number)
+                logger.exception("Unexpected error in supervisor %d. This is a bug.", self.number)
                 self._down("failed", f"{type(error).__name__}: {error}. This is a bug.")
         self.up = False
         self._worker.stop()
-        self._dispatch.put_back(self._take_back())
+        self._dispatcher.put_back(self._take_back())
         self._change("stopped")
 
-    def leave(self) -> None:
-        """Kill the worker and end; from any thread. What it was given is given back."""
-        self._leaving.set()
+    def stop(self) -> None:
+        """Kill the worker and end; from any thread. Its steps are put back."""
+        self._stop_requested.set()
         self._worker.kill()
-        self._dispatch.wake()
+        self._dispatcher.wake()
 
     @property
-    def stays(self) -> bool:
-        """Whether it goes on keeping its worker."""
-        return self.is_alive() and not (self._retiring.is_set() or self._leaving.is_set())
+    def active(self) -> bool:
+        """Whether it keeps its worker running: it is neither drained nor stopped."""
+        return self.is_alive() and not (
+            self._drain_requested.is_set() or self._stop_requested.is_set()
+        )
 
-    def retire(self) -> None:
-        """End after the steps that were sent; at once where the worker is not up."""
-        self._retiring.set()
+    def drain(self) -> None:
+        """End after the steps that were sent, or at once if the worker is not up."""
+        self._drain_requested.set()
         if self.up:
-            self._dispatch.wake()
+            self._dispatcher.wake()
         else:
-            self.leave()
+            self.stop()
 
-    # The worker's life.
+    # Start and restart.
 
     def _over(self) -> bool:
-        retired = self._retiring.is_set() and not self._sent
-        return retired or self._leaving.is_set() or self._dispatch.closed
+        drained = self._drain_requested.is_set() and not self._sent
+        return drained or self._stop_requested.is_set() or self._dispatcher.closed
 
     def _start(self) -> None:
-        delays = self._orders.delays_s
+        delays = self._config.delays_s
         pause = delays[min(self._failures, len(delays)) - 1] if self._failures else 0.0
-        if self._leaving.wait(pause):
+        if self._stop_requested.wait(pause):
             return
         self._change("starting")
         try:
             self._open()
         except Exception as error:
-            if self._new:  # it never lived: whoever starts the service is told, and nobody retries
-                self._leaving.set()
-                self._settled(error)
+            if self._new:  # it never ran: the caller gets the error, and nothing is retried
+                self._stop_requested.set()
+                self._on_started(error)
             raise
         if self._new:
             self._new = False
-            self._settled(None)
+            self._on_started(None)
 
     def _open(self) -> None:
-        self._facts = self._worker.start(self._precision, sparing=self._sparing)
-        self._warm_up(self._opened(self._facts))
+        self._info = self._worker.start(self._precision, sparing=self._sparing)
+        self._warm_up(self._opened(self._info))
         self._fresh = self.up = True
         self._failed_starts = 0
-        self._dispatch.hope(self.number, None)
+        self._dispatcher.report_health(self.number, None)
         self._change("up")
 
     def _warm_up(self, steps: Sequence[TokenBatch]) -> None:
         for batch in steps:
-            self._worker.send(batch, self._orders.wedge_after_s)
+            self._worker.send(batch, self._config.wedge_after_s)
             try:
-                scored = self._worker.receive(self._orders.wedge_after_s)
+                scored = self._worker.receive(self._config.wedge_after_s)
             except DeviceOutOfMemory:
                 logger.warning("Worker %d: no room for %d tokens", self.number, len(batch.ids))
                 self._worker.release()
                 return
-            self._dispatch.observe(batch.lengths, scored.seconds)
+            self._dispatcher.observe(batch.lengths, scored.seconds)
             self.resident_bytes = scored.resident_bytes
         limit = self._memory_limit
         if limit is not None and self.resident_bytes > limit:
@@ -196,7 +198,7 @@ class WorkerSupervisor(threading.Thread):
             self._memory_limit = None
 
     def _down(self, state: WorkerState, why: str, *, blamed: bool = True) -> None:
-        """The worker is lost, with what it was given, which may be to blame."""
+        """Note the loss of the worker and of its steps, the first of which may be the cause."""
         self._failures += 1
         self._failed_starts += not self.up
         self.up = False
@@ -204,20 +206,20 @@ class WorkerSupervisor(threading.Thread):
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
         if blamed:
-            self._dispatch.lost(self._take_back())
+            self._dispatcher.lost(self._take_back())
         else:
-            self._dispatch.put_back(self._take_back())
-        if self._failed_starts >= HOPELESS_STARTS:
-            self._dispatch.hope(self.number, why)
+            self._dispatcher.put_back(self._take_back())
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self._dispatcher.report_health(self.number, why)
 
     def _take_back(self) -> list[PlannedStep]:
-        """What was sent and has not ended."""
+        """Take the steps that were sent and have not ended."""
         steps = [prepared.step for prepared, _ in self._sent]
         self._sent.clear()
         return steps
 
     def _recycle(self) -> None:
-        """Replace a worker that has grown too large, while it has nothing to do."""
+        """Replace a worker that holds too much memory, between steps."""
         why = f"it held {self.resident_bytes} bytes, more than {self._memory_limit}"
         logger.warning("Worker %d is replaced: %s", self.number, why)
         self.up = False
@@ -225,18 +227,18 @@ class WorkerSupervisor(threading.Thread):
         self._worker.stop()
         self._change("recycled", why)
 
-    # Its work.
+    # Steps.
 
     def _work(self) -> None:
-        """Steps, one after another, until the worker must be replaced."""
+        """Run steps until the worker must be replaced."""
         while not self._over():
             if not self._sent and not self._fetch():
                 if self._worker.wait(0):
                     self._worker.receive(0)  # nothing was sent: this raises how it ended
-                    raise AssertionError("an answer that nobody asked for. This is a bug.")
+                    raise AssertionError("an answer without a step. This is a bug.")
                 continue
-            self._dispatch.learn()  # while the worker computes
-            if not self._too_large and not self._retiring.is_set():
+            self._dispatcher.learn()  # while the worker computes
+            if not self._too_large and not self._drain_requested.is_set():
                 self._prefetch()
             self._receive()
             if self._too_large and not self._sent:
@@ -248,27 +250,27 @@ class WorkerSupervisor(threading.Thread):
         return self._memory_limit is not None and self.resident_bytes > self._memory_limit
 
     def _fetch(self) -> bool:
-        """Wait for a step and send it; False where there is other news."""
-        prepared = self._dispatch.take(lambda: self._over() or self._worker.wait(0))
+        """Wait for a step and send it; False if something else comes first."""
+        prepared = self._dispatcher.take(lambda: self._over() or self._worker.wait(0))
         if prepared is not None:
             self._send(prepared)
         return prepared is not None
 
     def _prefetch(self) -> None:
-        """Send the next step when the running one should soon end, unless it has ended."""
+        """Send the next step shortly before the running one should end."""
         running, sent = self._sent[0]
-        left = sent + running.step.predicted_s - LEAD_S - self._dispatch.clock()
+        left = sent + running.step.predicted_s - LEAD_S - self._dispatcher.clock()
         if len(self._sent) == 1 and not self._worker.wait(left):
-            prepared = self._dispatch.take()
+            prepared = self._dispatcher.take()
             if prepared is not None:
                 self._send(prepared)
 
     def _send(self, prepared: PreparedStep) -> None:
-        self._sent.append((prepared, self._dispatch.clock()))
+        self._sent.append((prepared, self._dispatcher.clock()))
         self._worker.send(prepared.batch, self._patience(prepared.step))
 
     def _patience(self, step: PlannedStep) -> float:
-        return max(self._orders.wedge_after_s, WEDGE_FACTOR * step.predicted_s)
+        return max(self._config.wedge_after_s, WEDGE_FACTOR * step.predicted_s)
 
     def _receive(self) -> None:
         prepared, _ = self._sent[0]
@@ -277,31 +279,36 @@ class WorkerSupervisor(threading.Thread):
             scored = self._worker.receive(self._patience(step))
         except DeviceOutOfMemory as error:
             self._next()
-            self._make_room(prepared, str(error))
+            self._recover(prepared, str(error))
             return
         except EchelonError as error:
             self._next()
-            self._dispatch.fail(step, error)
+            self._dispatcher.fail(step, error)
             return
         self._next()
         self._failures = 0
         self._fresh = False
         self.resident_bytes = scored.resident_bytes
-        self._dispatch.finish(step, scored, self.number)
+        self._dispatcher.finish(step, scored, self.number)
 
     def _next(self) -> None:
-        """The running step has ended; the one that was sent ahead begins now."""
+        """Drop the step that has ended; the step that was sent ahead begins now."""
         self._sent.popleft()
         if self._sent:
-            self._sent[0] = (self._sent[0][0], self._dispatch.clock())
+            self._sent[0] = (self._sent[0][0], self._dispatcher.clock())
 
-    def _make_room(self, prepared: PreparedStep, reason: str) -> None:
-        if self._facts is None:
+    def _recover(self, prepared: PreparedStep, reason: str) -> None:
+        if self._info is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
         fresh, self._fresh = self._fresh, False
-        self._sparing = True  # from now on: what filled this process would fill the next
-        action, budget = self._dispatch.out_of_memory(
-            prepared.step, reason, self._facts, fresh=fresh, renewable=self._worker.renewable
+        self._sparing = True  # what filled this process would fill the next one
+        action, budget = self._dispatcher.out_of_memory(
+            prepared.step,
+            reason,
+            self._info,
+            worker=self.number,
+            fresh=fresh,
+            renewable=self._worker.renewable,
         )
         self._worker.release()
         taken = LadderStep(action.rung, action.detail, action.remedy)
@@ -312,21 +319,21 @@ class WorkerSupervisor(threading.Thread):
             self._renew(prepared, action.detail)
 
     def _renew(self, prepared: PreparedStep, why: str) -> None:
-        """Score a step in a fresh process, before all others; one sent ahead goes back."""
-        self._dispatch.put_back(self._take_back())
+        """Score a step in a fresh process; a step that was sent ahead goes back."""
+        self._dispatcher.put_back(self._take_back())
         self.up = False
         self.trouble = why
         self._change("renewed", why)
         try:
             self._open()
         except BaseException:
-            self._dispatch.put_back([prepared.step])  # it never began there
+            self._dispatcher.put_back([prepared.step])  # it did not begin there
             raise
         self._send(prepared)
 
     def _reopen(self, precision: str) -> None:
-        """Open the model in another precision; a step that had been sent ahead goes back."""
-        self._dispatch.put_back(self._take_back())
+        """Open the model in another precision; a step that was sent ahead goes back."""
+        self._dispatcher.put_back(self._take_back())
         self._precision = precision
         self.up = False
         self._change("starting", f"in {precision}")

@@ -199,7 +199,7 @@ class Batcher:
             oldest=None if oldest is None else oldest.came,
         )
 
-    def soonest(self, places: int, workers: int) -> list[CompletionEstimate]:
+    def next_completions(self, places: int, workers: int) -> list[CompletionEstimate]:
         """The next requests to end; see :func:`echelon.scheduling.queue.next_completions`."""
         return next_completions(
             self._entries.values(), list(self._running.values()), places, workers

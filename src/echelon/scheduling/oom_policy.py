@@ -1,31 +1,25 @@
-"""The memory ladder: what to do when a step does not fit, least harm first.
+"""The out-of-memory policy: what to try when a step does not fit, least harm first. Pure.
 
-Pure: it is told what failed and answers what to try; the engine acts. The rungs are the table
-:data:`RUNGS`, in order; the first that applies is taken.
-
-What is remembered of memory trouble, so that the ladder is climbed once. Pure.
-
-A process that has run for a while may have no room left for a pair that a fresh one has room for:
-libraries keep what they compiled for each size of step (docs/LOG.md). So a lone pair is tried in a
-fresh process before it is refused, but each request has only one such try, and none for a pair as
-long as one that had no room there: a client that goes on sending what cannot fit restarts nothing.
+:data:`RUNGS` is the ladder, and the first rung that applies is taken. :class:`OomPolicy` remembers
+what the rungs depend on. Library calls, async calls and services use it by the same rules, see
+docs/decisions/0011-one-oom-policy.md.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Hashable, Iterable
 
     from echelon.options import Allowance
-    from echelon.scheduling.queue import PlannedStep
-    from echelon.types import ModelInfo
+    from echelon.scheduling.token_budget import Reason, TokenBudget
 
-SHORTEST_MAX_LENGTH = 64
-"""Tokens below which cutting documents further would leave nothing worth scoring."""
+MIN_MAX_LENGTH = 64
+"""Tokens below which a shorter document would leave nothing worth scoring."""
 
 LOWER_PRECISION = {"fp32": "bf16"}
 """The next precision down; half-width formats have none yet."""
@@ -46,22 +40,22 @@ class StepFailure:
     """A step that did not fit.
 
     Attributes:
-        pairs: pairs in it.
-        cost: tokens it was paid for.
+        pairs: number of its pairs.
+        cost_tokens: its tokens, padding included.
         longest: tokens of its longest pair.
-        caches_dropped: the caches have been dropped for this step, or one of its requests, already.
         precision: the scorer's precision.
-        allow: what the user allowed to be given up.
-        fresh_may_do: a fresh process can be had, and may have room that this one has not.
+        allow: what the user allows to be given up.
+        caches_dropped: dropping caches again would not help.
+        fresh_may_help: a fresh process can be started and may have room for the step.
     """
 
     pairs: int
-    cost: int
+    cost_tokens: int
     longest: int
-    caches_dropped: bool
     precision: str
     allow: tuple[Allowance, ...] = ()
-    fresh_may_do: bool = False
+    caches_dropped: bool = False
+    fresh_may_help: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +63,12 @@ class OomAction:
     """What to try next.
 
     Attributes:
-        rung: its name.
-        detail: what changes, in words.
-        remedy: what the user can do so that it need not happen again.
-        budget: the token budget from now on (``halve_budget``, ``one_pair``).
-        precision: the precision to reopen in (``lower_precision``).
-        max_length: the limit for the pairs still to score (``shorten``).
+        rung: name of the rung.
+        detail: what changes, with the numbers.
+        remedy: what the user can do to prevent it.
+        budget: new token budget (``halve_budget``, ``one_pair``).
+        precision: precision to reopen the model in (``lower_precision``).
+        max_length: new limit in tokens for the pairs still to score (``shorten``).
     """
 
     rung: Rung
@@ -90,18 +84,18 @@ def _drop_caches(failure: StepFailure) -> OomAction | None:
         return None
     return OomAction(
         "drop_caches",
-        f"dropped caches and retried a step of {failure.cost} tokens",
+        f"dropped caches and retried a step of {failure.cost_tokens} tokens",
         "Leave the device more free memory, or set a smaller token_budget.",
     )
 
 
 def _halve_budget(failure: StepFailure) -> OomAction | None:
-    budget = failure.cost // 2
+    budget = failure.cost_tokens // 2
     if failure.pairs == 1 or budget <= failure.longest:
         return None
     return OomAction(
         "halve_budget",
-        f"token budget {failure.cost} -> {budget}",
+        f"token budget {failure.cost_tokens} -> {budget}",
         f"Set token_budget={budget}, or run `echelon tune` to find the best that fits.",
         budget=budget,
     )
@@ -119,7 +113,7 @@ def _one_pair(failure: StepFailure) -> OomAction | None:
 
 
 def _fresh_worker(failure: StepFailure) -> OomAction | None:
-    if not failure.fresh_may_do:
+    if not failure.fresh_may_help:
         return None
     return OomAction(
         "fresh_worker",
@@ -142,7 +136,7 @@ def _lower_precision(failure: StepFailure) -> OomAction | None:
 
 def _shorten(failure: StepFailure) -> OomAction | None:
     shorter = failure.longest // 2
-    if "max_length" not in failure.allow or shorter < SHORTEST_MAX_LENGTH:
+    if "max_length" not in failure.allow or shorter < MIN_MAX_LENGTH:
         return None
     return OomAction(
         "shorten",
@@ -178,52 +172,123 @@ def next_action(failure: StepFailure) -> OomAction:
 
 
 class OomPolicy:
-    """Decides what to do about steps that did not fit.
+    """Decides what to do about steps that did not fit, and how large steps may be.
+
+    Caches are dropped at most once until a step of the same process has fitted, and at most once
+    for a request until one of its own pairs has been scored. The second rule ends the ladder: a
+    request has finitely many pairs, whatever other requests do in between.
+
+    A lone pair may be tried in a fresh process, since an old one keeps compiled code for each size
+    of step (docs/LOG.md): once for a request, and not if a fresh process had no room for a pair as
+    short. So a client that repeats a pair that cannot fit restarts nothing.
+
+    Safe to use from several threads.
 
     Args:
-        allow: what may be given up when a pair alone does not fit.
+        budget: the token budget while steps run.
+        usual: token budget without memory pressure; None is the maximum of ``budget``.
+        learned: called with the token budget that memory allows, at once when it falls and each
+            time it rises again; with None once it is ``usual`` again.
     """
 
-    def __init__(self, allow: tuple[Allowance, ...]) -> None:
-        self._allow = allow
-        self._unfit = math.inf  # tokens of the shortest pair that a fresh process had no room for
-
-    def fitted(self, step: PlannedStep) -> None:
-        """A step went well; if it held so long a pair, memory has become free."""
-        if max(step.lengths) >= self._unfit:
-            self._unfit = math.inf
-
-    def lacked(
+    def __init__(
         self,
-        step: PlannedStep,
-        taken: Collection[str],
-        facts: ModelInfo,
+        budget: TokenBudget,
+        usual: int | None = None,
+        learned: Callable[[int | None], None] | None = None,
+    ) -> None:
+        self.budget = budget
+        self._usual = budget.max_tokens if usual is None else usual
+        self._report = learned
+        self._learned: int | None = None
+        self._dropped: set[int] = (
+            set()
+        )  # processes without a fitting step since caches were dropped
+        self._tried: dict[Hashable, set[Rung]] = {}  # by request
+        self._refused = math.inf  # tokens of the shortest pair that a fresh process had no room for
+        self._lock = threading.Lock()
+
+    def fitted(
+        self,
+        requests: Iterable[Hashable],
+        cost_tokens: int,
+        longest: int,
         *,
-        fresh: bool,
-        renewable: bool,
-    ) -> OomAction:
-        """A step did not fit.
+        worker: int = 0,
+        predicted_s: float = math.inf,
+        actual_s: float = 0.0,
+    ) -> Reason | None:
+        """Take note of a step that fitted.
 
         Args:
-            step: it.
-            taken: rungs that its requests went through.
-            facts: the scorer's.
-            fresh: it was the first step of its process.
-            renewable: its process can be replaced.
+            requests: the requests that had pairs in it.
+            cost_tokens: its tokens, padding included.
+            longest: tokens of its longest pair.
+            worker: number of the process that scored it.
+            predicted_s: predicted time; without one no step is late.
+            actual_s: measured time.
 
         Returns:
-            What to try next.
+            Why the token budget has changed; None if it has not.
         """
-        longest = max(step.lengths)
-        if fresh and len(step.places) == 1:
-            self._unfit = min(self._unfit, longest)
-        failure = StepFailure(
-            pairs=len(step.places),
-            cost=step.cost_tokens,
-            longest=longest,
-            caches_dropped="drop_caches" in taken,
-            precision=facts.precision,
-            allow=self._allow,
-            fresh_may_do=renewable and longest < self._unfit and "fresh_worker" not in taken,
-        )
-        return next_action(failure)
+        with self._lock:
+            self._dropped.discard(worker)
+            for request in requests:
+                if request in self._tried:
+                    self._tried[request].discard("drop_caches")
+            if longest >= self._refused:
+                self._refused = math.inf
+            reason = self.budget.ended(cost_tokens, predicted_s, actual_s)
+            if reason == "recovered" and self.budget.tokens > (self._learned or math.inf):
+                self._learn()
+            return reason
+
+    def failed(
+        self,
+        failure: StepFailure,
+        requests: Iterable[Hashable],
+        *,
+        worker: int = 0,
+        fresh: bool = False,
+        renewable: bool = False,
+    ) -> OomAction:
+        """Decide what to try after a step did not fit; a smaller token budget holds at once.
+
+        Args:
+            failure: the step.
+            requests: the requests that had pairs in it.
+            worker: number of the process that ran it.
+            fresh: it was the first step of its process.
+            renewable: the process can be replaced by a fresh one.
+        """
+        with self._lock:
+            tried = [self._tried.setdefault(request, set()) for request in requests]
+            if fresh and failure.pairs == 1:
+                self._refused = min(self._refused, failure.longest)
+            known = set().union(*tried)
+            may_renew = renewable and "fresh_worker" not in known
+            action = next_action(
+                replace(
+                    failure,
+                    caches_dropped=worker in self._dropped or "drop_caches" in known,
+                    fresh_may_help=may_renew and failure.longest < self._refused,
+                )
+            )
+            for rungs in tried:
+                rungs.add(action.rung)
+            self._dropped.add(worker)  # every action drops them
+            if action.budget is not None and self.budget.out_of_memory(action.budget):
+                self._learn()
+            return action
+
+    def forget(self, request: Hashable) -> None:
+        """Drop what is remembered of a request that has ended."""
+        with self._lock:
+            self._tried.pop(request, None)
+
+    def _learn(self) -> None:
+        tokens = self.budget.tokens if self.budget.tokens < self._usual else None
+        if tokens != self._learned:
+            self._learned = tokens
+            if self._report is not None:
+                self._report(tokens)

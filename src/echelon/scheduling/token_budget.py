@@ -1,10 +1,8 @@
-"""The token budget while steps run: down at once where they do not fit or come late, up slowly.
+"""The token budget while steps run: it falls at once when steps do not fit or are late. Pure.
 
-Pure: it is told how steps ended and answers with the budget from now on. Down by halves is for
-memory (:mod:`echelon.scheduling.oom_policy` says how far), down by a quarter for lateness; up by
-an eighth
-after many steps that went well. Each time that memory runs out again the way up takes twice as
-long, so that a device that has really become smaller is not run into for ever.
+Memory halves it (:mod:`echelon.scheduling.oom_policy` says how far), lateness takes a quarter. It
+rises by an eighth after many good steps. Each time memory runs out again the wait doubles, so that
+a device that has really become smaller is rarely tried.
 """
 
 from __future__ import annotations
@@ -13,26 +11,26 @@ from collections import deque
 from typing import Literal
 
 LATE = 2.0
-"""A step is late that takes more than this many times what was predicted. A machine of half its
-speed is not: predictions follow it within eight steps, and smaller steps would not help."""
+"""A step is late if it takes more than this many times its predicted time. On a machine of half
+the speed predictions follow within eight steps, and smaller steps would not help."""
 
 GOAL_SHARE = 0.5
-"""A step is late as well that takes more than this share of the latency goal: a request that just
-missed a step waits for one and is in the next."""
+"""A step is also late if it takes more than this share of the latency goal: a request that just
+missed a step waits for it and is in the next one."""
 
 LATE_OF = (3, 8)
-"""So many late steps among so many of the last full ones move the budget: one is an accident."""
+"""Late steps among the last full ones that lower the budget; one late step is an accident."""
 
-LEAST_SHARE = 8
-"""Lateness leaves at least one in so many tokens: what smaller steps gain is used up by then."""
+MIN_SHARE = 8
+"""Lateness leaves at least one eighth of the tokens: smaller steps gain nothing more."""
 
 QUIET = 64
-"""Steps that go well before the budget goes up by an eighth; from half back to all takes six."""
+"""Good steps before the budget rises by an eighth; from half to the maximum takes six rises."""
 
 MEMORY_QUIET = 512
-"""The same after memory ran out; it doubles each time it does again, up to 64-fold."""
+"""Good steps before the first rise after memory ran out; doubles each time, up to 64-fold."""
 
-MOST_DOUBLINGS = 6
+MAX_DOUBLINGS = 6
 
 Reason = Literal["memory", "late", "goal", "recovered"]
 
@@ -41,51 +39,46 @@ class TokenBudget:
     """How many tokens a step may cost.
 
     Args:
-        most: tokens; it is never more.
-        goal_s: latency goal in seconds; None is no goal.
+        max_tokens: the budget is never larger.
+        goal_s: latency goal in seconds; None for no goal.
 
     Attributes:
         tokens: the budget now.
     """
 
-    def __init__(self, most: int, goal_s: float | None = None) -> None:
-        self.most = self.tokens = most
+    def __init__(self, max_tokens: int, goal_s: float | None = None) -> None:
+        self.max_tokens = self.tokens = max_tokens
         self._limit_s = None if goal_s is None else GOAL_SHARE * goal_s
         self._late: deque[Reason | None] = deque(maxlen=LATE_OF[1])
-        self._well = self._memory_failures = 0
+        self._good_steps = self._memory_failures = 0
         self._wait = QUIET
 
     def out_of_memory(self, tokens: int) -> bool:
-        """A step did not fit, and a smaller budget shall hold; whether it is smaller."""
-        doublings = min(self._memory_failures, MOST_DOUBLINGS)
-        self._wait = MEMORY_QUIET << doublings
+        """Lower the budget to what memory allows; returns whether that is less than before."""
+        self._wait = MEMORY_QUIET << min(self._memory_failures, MAX_DOUBLINGS)
         self._memory_failures += 1
-        self._well = 0
+        self._good_steps = 0
         if tokens >= self.tokens:
             return False
         self.tokens = tokens
         return True
 
     def ended(self, cost_tokens: int, predicted_s: float, actual_s: float) -> Reason | None:
-        """A step went well.
-
-        Args:
-            cost_tokens: what it was paid for.
-            predicted_s: seconds that it should have taken.
-            actual_s: seconds that it took.
+        """Take note of a step that fitted.
 
         Returns:
-            Why the budget has moved; None where it has not.
+            Why the budget has changed; None if it has not.
         """
-        self._well += 1
-        if 2 * cost_tokens > self.tokens:  # smaller steps would not have been smaller
+        self._good_steps += 1
+        if 2 * cost_tokens > self.tokens:  # a smaller budget would have made it smaller
             why = self._why_late(predicted_s, actual_s)
             self._late.append(why)
-            self._well *= why is None
+            if why is not None:
+                self._good_steps = 0
             reasons = [reason for reason in self._late if reason is not None]
             if len(reasons) >= LATE_OF[0]:
                 return self._down(reasons[-1])
-        if self._well < self._wait or self.tokens >= self.most:
+        if self._good_steps < self._wait or self.tokens >= self.max_tokens:
             return None
         return self._up(actual_s / max(1, cost_tokens))
 
@@ -96,17 +89,17 @@ class TokenBudget:
 
     def _down(self, reason: Reason) -> Reason | None:
         self._late.clear()
-        self._well = 0
-        least = max(1, self.most // LEAST_SHARE)
-        smaller = max(3 * self.tokens // 4, min(least, self.tokens))
+        self._good_steps = 0
+        lowest = max(1, self.max_tokens // MIN_SHARE)
+        smaller = max(3 * self.tokens // 4, min(lowest, self.tokens))
         if smaller == self.tokens:
             return None
         self.tokens = smaller
         return reason
 
     def _up(self, token_s: float) -> Reason | None:
-        self._well = 0
-        larger = min(self.most, self.tokens + max(1, self.tokens // 8))
+        self._good_steps = 0
+        larger = min(self.max_tokens, self.tokens + max(1, self.tokens // 8))
         if self._limit_s is not None and token_s * larger > self._limit_s:
             return None
         self.tokens = larger

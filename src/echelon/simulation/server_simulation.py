@@ -1,15 +1,10 @@
-"""How a simulated service runs. Pure.
+"""One server, simulated exactly: the real batcher and admission on a virtual clock. Pure.
 
-One service, exactly: the real batcher and the real admission on a virtual clock.
-
-Pure and deterministic. Steps follow one another as :mod:`echelon.engine.supervisor` sends them: an
-idle
-worker takes a step at once; a busy one takes its next step when the running one should end in
-:data:`~echelon.scheduling.queue.LEAD_S`, and what comes later waits for the step after. The cost
-model
-says how long steps take; the batcher has a copy of it and learns from each step, as in a server.
-
-Left out: memory trouble, workers that die, and the queue for the threads that tokenise.
+Steps follow one another as :mod:`echelon.engine.supervisor` sends them: an idle worker takes a step
+at once; a busy one takes its next step :data:`~echelon.scheduling.queue.LEAD_S` before the running
+one should end. The cost model gives the time of steps; the batcher has a copy of it and learns from
+each step, as in a server. Left out: memory errors, crashed workers, and the queue for the threads
+that tokenize.
 """
 
 from __future__ import annotations
@@ -45,19 +40,19 @@ BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class SimulationSettings:
-    """A service.
+    """How a simulated server runs.
 
     Attributes:
-        token_budget: most tokens a step may cost.
-        max_pairs: most pairs a step may hold.
-        workers: scorers that share the queue.
-        bounds: what is taken in at most.
-        deadline_s: seconds after which nobody wants an answer; None means never.
-        goal_s: latency goal that steps are kept small for, as ``echelon serve --slo-p99-ms`` does.
-        request_s: seconds of a request beside tokenising and steps: reading, answering.
-        document_s: seconds that tokenising a document takes.
+        token_budget: tokens a step may cost.
+        max_pairs: pairs a step may hold.
+        workers: workers that share the queue.
+        bounds: limits of admission.
+        deadline_s: seconds after which a request expires; None means never.
+        goal_s: latency goal for which steps are kept small, as ``echelon serve --slo-p99-ms`` does.
+        request_s: seconds of a request beside tokenizing and steps: reading, answering.
+        document_s: seconds that tokenizing a document takes.
         noise: standard deviation of the logarithm of actual over predicted step time.
-        learns: the batcher learns from each step how long steps take, as a server's does.
+        learns: whether the batcher learns from each step how long steps take.
         seed: of the noise, and of routing.
     """
 
@@ -87,7 +82,7 @@ class SimulationSettings:
                 raise InvalidInput(name, f"{getattr(self, name)} is below 0", "Give 0 or more.")
 
     def factors(self) -> Iterator[float]:
-        """Actual over predicted time of one step after another, for ever."""
+        """Actual over predicted time of one step after another, without an end."""
         random = np.random.default_rng(self.seed)
         while True:
             if self.noise:
@@ -99,7 +94,7 @@ class SimulationSettings:
 
 
 class SimulationEvent(IntEnum):
-    """What happens; at one moment in this order."""
+    """Kinds of events; at one moment they happen in this order."""
 
     END = 0
     DEADLINE = 1
@@ -110,71 +105,71 @@ class SimulationEvent(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRequest:
-    """A request inside."""
+    """An admitted request."""
 
     at_s: float
-    ask: RequestCost
+    cost: RequestCost
     lengths: tuple[int, ...]
 
 
 def simulate(  # noqa: PLR0913 - few callers give more than three
     requests: Iterable[Arrival],
     truth: CostModel,
-    setting: SimulationSettings,
+    settings: SimulationSettings,
     *,
     level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
     warm_s: float = 0.0,
     expected: int | None = None,
-    told: Callable[[float, PlannedStep], None] = lambda *_: None,
+    on_step: Callable[[float, PlannedStep], None] = lambda *_: None,
 ) -> SimulationResult:
     """Serve requests.
 
     Args:
         requests: in order of time, with their lengths.
-        truth: how long steps take, but for the setting's noise.
-        setting: how the service runs.
+        truth: how long steps take, without the settings' noise.
+        settings: how the server runs.
         level: what counts as answered in time.
         warm_s: requests that come before are served and not counted.
-        expected: number of requests; given it, the run ends as soon as the level cannot hold any
-            more: its outcome then says that the goal is missed, and not by how much.
-        told: called with the time and each step that is formed.
+        expected: number of requests; where given, the run ends as soon as the level cannot hold
+            any more, so the result says that it was missed, but not by how much.
+        on_step: called with the time and each step that is formed.
     """
-    run = _ServerRun(truth, setting, Tally(level, warm_s), told)
+    run = _ServerRun(truth, settings, Tally(level, warm_s), on_step)
     run.through(requests, expected)
-    return run.tally.outcome(setting.workers)
+    return run.tally.outcome(settings.workers)
 
 
 class _ServerRun:
-    """A service under way."""
+    """The state of a simulated server."""
 
     def __init__(
         self,
         truth: CostModel,
-        setting: SimulationSettings,
+        settings: SimulationSettings,
         tally: Tally,
-        told: Callable[[float, PlannedStep], None],
+        on_step: Callable[[float, PlannedStep], None],
     ) -> None:
         self.tally = tally
         self._truth = truth
-        self._setting = setting
-        self._told = told
-        self._batcher = Batcher(copy.deepcopy(truth), setting.token_budget, setting.max_pairs)
-        self._budget = TokenBudget(setting.token_budget, setting.goal_s)
-        self._factors = setting.factors()
-        self._sent: list[deque[PlannedStep]] = [deque() for _ in range(setting.workers)]
-        self._ends = [0.0] * setting.workers
+        self._settings = settings
+        self._on_step = on_step
+        self._batcher = Batcher(copy.deepcopy(truth), settings.token_budget, settings.max_pairs)
+        self._budget = TokenBudget(settings.token_budget, settings.goal_s)
+        self._factors = settings.factors()
+        self._sent: list[deque[PlannedStep]] = [deque() for _ in range(settings.workers)]
+        self._ends = [0.0] * settings.workers
         self._seconds: dict[int, float] = {}
         self._took: list[tuple[tuple[int, ...], float]] = []
-        self._guests: dict[int, SimulatedRequest] = {}
-        self._coming: dict[int, SimulatedRequest] = {}
-        self._coming_tokens = 0
+        self._admitted: dict[int, SimulatedRequest] = {}
+        self._tokenizing: dict[int, SimulatedRequest] = {}
+        self._tokenizing_tokens = 0
         self._numbers = 0
-        # (time, kind, counting up, what): what is a request's, a worker's or a step's number.
+        # (time, kind, serial number, number of the request, worker or step).
         self._events: list[tuple[float, SimulationEvent, int, int]] = []
         self._count = 0
 
     def through(self, requests: Iterable[Arrival], expected: int | None = None) -> None:
-        """Let all requests come, and end what is inside; or end early, see :func:`simulate`."""
+        """Serve all requests, or end early, see :func:`simulate`."""
         last = 0.0
         for arrival in requests:
             if arrival.at_s < last:
@@ -206,76 +201,78 @@ class _ServerRun:
     # Requests.
 
     def _arrive(self, arrival: Arrival) -> None:
-        now, lengths, setting = arrival.at_s, arrival.lengths, self._setting
-        self.tally.came(now, len(lengths))
-        deadline = None if setting.deadline_s is None else now + setting.deadline_s
+        now, lengths, settings = arrival.at_s, arrival.lengths, self._settings
+        self.tally.arrive(now, len(lengths))
+        deadline = None if settings.deadline_s is None else now + settings.deadline_s
         squares = sum(length * length for length in lengths)
-        guest = SimulatedRequest(
+        request = SimulatedRequest(
             now, RequestCost(len(lengths), sum(lengths), squares, deadline), lengths
         )
-        if not self._admits(guest, now):
+        if not self._admits(request, now):
             return
         self._numbers += 1
         number = self._numbers
-        self._coming[number] = guest
-        self._coming_tokens += guest.ask.tokens
+        self._tokenizing[number] = request
+        self._tokenizing_tokens += request.cost.tokens
         if deadline is not None:
             self._later(deadline, SimulationEvent.DEADLINE, number)
-        ready_s = now + setting.request_s + setting.document_s * len(lengths)
+        ready_s = now + settings.request_s + settings.document_s * len(lengths)
         if ready_s > now:
             self._later(ready_s, SimulationEvent.JOIN, number)
         else:
             self._join(now, number)
 
     def _join(self, now: float, number: int) -> None:
-        guest = self._coming.pop(number, None)
-        if guest is None:
-            return  # its deadline came first
-        self._coming_tokens -= guest.ask.tokens
-        if not self._admits(guest, now):
+        request = self._tokenizing.pop(number, None)
+        if request is None:
+            return  # its deadline arrive first
+        self._tokenizing_tokens -= request.cost.tokens
+        if not self._admits(request, now):
             return
-        self._guests[number] = guest
-        self._batcher.submit(PairRequest(number, guest.lengths, deadline=guest.ask.deadline), now)
+        self._admitted[number] = request
+        self._batcher.submit(
+            PairRequest(number, request.lengths, deadline=request.cost.deadline), now
+        )
         for worker, sent in enumerate(self._sent):
             if not sent:
                 self._fetch(now, worker)
                 break
 
-    def _admits(self, guest: SimulatedRequest, now: float) -> bool:
-        """Judge a request, as the reception does: at the door, and again with its true tokens."""
-        house = SystemLoad(
+    def _admits(self, request: SimulatedRequest, now: float) -> bool:
+        """Apply the admission rules, as the server does on arrival and after tokenizing."""
+        load = SystemLoad(
             self._batcher.load(),
             self._batcher.cost,
-            self._setting.workers,
-            len(self._coming),
-            self._coming_tokens,
-            self._batcher.soonest,
+            self._settings.workers,
+            len(self._tokenizing),
+            self._tokenizing_tokens,
+            self._batcher.next_completions,
         )
-        refusal = refuse(guest.ask, house, self._setting.bounds, now)
+        refusal = refuse(request.cost, load, self._settings.bounds, now)
         if refusal is not None:
-            self.tally.refuse(guest.at_s, refusal.reason)
+            self.tally.refuse(request.at_s, refusal.reason)
         return refusal is None
 
     def _expire(self, now: float, number: int) -> None:
         del now
-        guest = self._coming.pop(number, None)
-        if guest is not None:
-            self._coming_tokens -= guest.ask.tokens
+        request = self._tokenizing.pop(number, None)
+        if request is not None:
+            self._tokenizing_tokens -= request.cost.tokens
         elif self._batcher.cancel(number):
-            guest = self._guests.pop(number)
-        if guest is not None:
-            self.tally.expire(guest.at_s)
+            request = self._admitted.pop(number)
+        if request is not None:
+            self.tally.expire(request.at_s)
 
     # Workers.
 
     def _learn(self) -> None:
-        """Fit prices while a step runs, as keepers do: after an idle worker took its next one."""
+        """Fit the cost model while a step runs, as supervisors do."""
         for lengths, seconds in self._took:
             self._batcher.cost.observe(lengths, seconds)
         self._took.clear()
 
     def _fetch(self, now: float, worker: int) -> None:
-        """An idle worker takes a step, if there is one."""
+        """Give an idle worker a step, if there is one."""
         if self._take(now, worker):
             self._begin(now, worker)
             self._learn()
@@ -283,15 +280,15 @@ class _ServerRun:
     def _take(self, now: float, worker: int) -> bool:
         step = self._batcher.next_step(now)
         for number in self._batcher.expire(now):
-            self.tally.expire(self._guests.pop(number).at_s)
+            self.tally.expire(self._admitted.pop(number).at_s)
         if step is None:
             return False
-        self._told(now, step)
+        self._on_step(now, step)
         self._sent[worker].append(step)
         return True
 
     def _begin(self, now: float, worker: int) -> None:
-        """The first step sent to a worker begins."""
+        """Begin the first step that was sent to a worker."""
         step = self._sent[worker][0]
         seconds = self._truth.predict(step.lengths) * next(self._factors)
         self._seconds[worker] = seconds
@@ -300,7 +297,7 @@ class _ServerRun:
         self._later(now + max(0.0, step.predicted_s - LEAD_S), SimulationEvent.FORM, step.number)
 
     def _form(self, now: float, number: int) -> None:
-        """A running step should soon end: its worker takes the next, unless it has ended."""
+        """Form a worker's next step shortly before its running one should end."""
         for worker, sent in enumerate(self._sent):
             if sent and sent[0].number == number:
                 self._take(now, worker)
@@ -310,7 +307,7 @@ class _ServerRun:
         seconds = self._seconds[worker]
         if self._sent[worker]:
             self._begin(now, worker)
-        if self._setting.learns:
+        if self._settings.learns:
             self._took.append((step.lengths, seconds))
         if self._sent[worker]:
             self._learn()
@@ -318,6 +315,6 @@ class _ServerRun:
             self._batcher.budget = self._budget.tokens
         self.tally.ran(len(step.places), step.tokens, seconds, now)
         for end in self._batcher.finish(step.number, [0.0] * len(step.lengths)):
-            self.tally.answer(self._guests.pop(end.request).at_s, now)
+            self.tally.answer(self._admitted.pop(end.request).at_s, now)
         if not self._sent[worker]:
             self._fetch(now, worker)

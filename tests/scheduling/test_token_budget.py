@@ -11,9 +11,9 @@ from echelon.scheduling.token_budget import (
     GOAL_SHARE,
     LATE,
     LATE_OF,
-    LEAST_SHARE,
+    MAX_DOUBLINGS,
     MEMORY_QUIET,
-    MOST_DOUBLINGS,
+    MIN_SHARE,
     QUIET,
     TokenBudget,
 )
@@ -51,7 +51,7 @@ def test_small_late_steps_say_nothing_of_large_ones():
 def test_lateness_stops_at_an_eighth_and_it_comes_all_the_way_back():
     budget = TokenBudget(MOST)
     late(budget, 100)
-    assert budget.tokens == MOST // LEAST_SHARE
+    assert budget.tokens == MOST // MIN_SHARE
     heard = well(budget, 40 * QUIET)
     assert budget.tokens == MOST
     assert heard[: QUIET - 1] == [None] * (QUIET - 1)
@@ -60,14 +60,14 @@ def test_lateness_stops_at_an_eighth_and_it_comes_all_the_way_back():
 
 def test_memory_lowers_it_at_once_and_each_time_for_longer():
     budget, waits = TokenBudget(MOST), []
-    for _ in range(MOST_DOUBLINGS + 3):
+    for _ in range(MAX_DOUBLINGS + 3):
         assert budget.out_of_memory(budget.tokens // 2)
         before = budget.tokens
-        heard = well(budget, 2 * (MEMORY_QUIET << MOST_DOUBLINGS))
+        heard = well(budget, 2 * (MEMORY_QUIET << MAX_DOUBLINGS))
         waits.append(heard.index("recovered") + 1)
         assert before < budget.tokens <= MOST
     assert waits[:3] == [MEMORY_QUIET, 2 * MEMORY_QUIET, 4 * MEMORY_QUIET]
-    assert waits[-1] == waits[-2] == MEMORY_QUIET << MOST_DOUBLINGS
+    assert waits[-1] == waits[-2] == MEMORY_QUIET << MAX_DOUBLINGS
 
 
 def test_memory_that_asks_for_no_less_changes_nothing():
@@ -88,7 +88,7 @@ def test_under_a_goal_steps_come_to_lie_below_its_share_and_stay(token_s, goal_s
 
     run(20 * LATE_OF[1])
     fits = token_s * budget.tokens <= GOAL_SHARE * goal_s
-    assert fits or budget.tokens == MOST // LEAST_SHARE
+    assert fits or budget.tokens == MOST // MIN_SHARE
     heard = run(30 * QUIET)
     assert set(heard) <= {None, "recovered"}
     grown = budget.tokens + max(1, budget.tokens // 8)
@@ -128,5 +128,5 @@ def test_whatever_happens_it_stays_within_its_bounds(most, goal_s, events):
             reason = budget.ended(*event)
             assert (reason is None) == (budget.tokens == before)
             assert (reason == "recovered") == (budget.tokens > before)
-        assert min(taught, max(1, most // LEAST_SHARE)) <= budget.tokens <= most
+        assert min(taught, max(1, most // MIN_SHARE)) <= budget.tokens <= most
         assert before // 2 <= budget.tokens or isinstance(event, int)

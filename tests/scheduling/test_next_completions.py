@@ -27,33 +27,35 @@ def batcher(*requests, budget=BUDGET, **settings) -> Batcher:
 
 
 def house(made: Batcher, workers=1, **settings) -> SystemLoad:
-    return SystemLoad(made.load(), made.cost, workers, soonest=made.soonest, **settings)
+    return SystemLoad(
+        made.load(), made.cost, workers, next_completions=made.next_completions, **settings
+    )
 
 
 def test_the_smaller_request_ends_first_whoever_came_first():
     made = batcher([10] * 90, [10, 10])
-    assert made.soonest(2, 1) == [
+    assert made.next_completions(2, 1) == [
         CompletionEstimate(0.0, 20, 200),
         CompletionEstimate(0.0, 920, 9200),
     ]
-    assert made.soonest(5, 1) == made.soonest(2, 1)
-    assert made.soonest(1, 1) == made.soonest(2, 1)[:1]
+    assert made.next_completions(5, 1) == made.next_completions(2, 1)
+    assert made.next_completions(1, 1) == made.next_completions(2, 1)[:1]
 
 
 def test_a_request_that_runs_whole_ends_with_its_last_step():
     made = batcher([10] * 14, [60])
     first, second = made.next_step(0), made.next_step(0)
     assert (first.requests, second.requests) == ((0, 1), (0,))
-    assert made.soonest(2, 1) == [
+    assert made.next_completions(2, 1) == [
         CompletionEstimate(pytest.approx(0.1)),
         CompletionEstimate(pytest.approx(0.2)),
     ]
-    assert made.soonest(2, 2) == [
+    assert made.next_completions(2, 2) == [
         CompletionEstimate(pytest.approx(0.1)),
         CompletionEstimate(pytest.approx(0.1)),
     ]
     made.put_back(second.number)  # its pairs wait once more, and no step of them is under way
-    assert made.soonest(2, 1) == [
+    assert made.next_completions(2, 1) == [
         CompletionEstimate(pytest.approx(0.1)),
         CompletionEstimate(pytest.approx(0.1), 100, 1000),
     ]
@@ -61,11 +63,11 @@ def test_a_request_that_runs_whole_ends_with_its_last_step():
 
 def test_a_pair_that_several_wait_for_is_scored_once():
     made = batcher([10] * 4, [10] * 4, [10] * 4, keys=("a", "b", "c", "d"))
-    assert made.soonest(3, 1) == [CompletionEstimate(0.0, 40, 400)] * 3
+    assert made.next_completions(3, 1) == [CompletionEstimate(0.0, 40, 400)] * 3
 
 
 def test_nobody_inside_is_nobody_to_end():
-    assert batcher().soonest(3, 2) == []
+    assert batcher().next_completions(3, 2) == []
     assert house(batcher(), coming=4, coming_tokens=800).free_s(1) == pytest.approx(0.2)
 
 
