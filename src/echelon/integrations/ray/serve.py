@@ -82,7 +82,7 @@ class Ingress:
             ShuttingDown: it has workers, and none of them scores.
         """
         service = self._context.service
-        if service.snapshot().workers == 0:
+        if service.snapshot().workers_up == 0:
             return
         found = await service.ready()
         if not found.ready:
@@ -178,7 +178,7 @@ class DeploymentPlan:
             self.options,
             self.settings,
             scaling=self.scaling,
-            hire=partial(_make_workers, self.resources),
+            worker_factory=partial(_make_workers, self.resources),
         )
 
 
