@@ -1,11 +1,11 @@
-"""What users see, frozen: names, commands, JSON, metrics, routes, errors, exit codes, profiles.
+"""The public surface: names, commands, JSON, metrics, routes, errors, exit codes, profiles.
 
-``public_surface.json`` beside this file says how it is. Moving code must not change it. Where a
-change is meant, write the file anew, read what changed in it, and commit it with the change:
+``public_surface.json`` beside this file holds it. Moving code must not change it. If a change is
+intended, write the file again, read its changes, and commit it with the change:
 
     python tests/house/test_public_surface.py --write
 
-(the same as ECHELON_WRITE_SURFACE=1 before pytest). Texts for people are not pinned.
+(the same as ECHELON_WRITE_SURFACE=1 before pytest). Texts for people are not compared.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import surface
 from helpers import ROOT, run_command
 from surface import form, there
 
-# Where things live inside the package: what moves is told here, and nowhere else in this file.
+# Places inside the package; code that moves is named here only.
 
 OPTIONS = "echelon.options:Options"
 ERRORS = "echelon.errors"
@@ -52,7 +52,7 @@ QUICKER = {
     "echelon.loadtest.driver.BUSY_SHARE": 100.0,
     "echelon.loadtest.driver.LATE_S": 100.0,
 }
-"""Sizes of simulations and patience with this machine: the forms do not depend on them."""
+"""Smaller simulations and looser limits; the forms of the results do not depend on them."""
 
 # What users import, as they write it.
 
@@ -71,7 +71,7 @@ SNAPSHOT = Path(__file__).with_name("public_surface.json")
 WRITE = "ECHELON_WRITE_SURFACE"
 PROFILE = ROOT / "examples/demo-profile.json"
 REMEDY = (
-    "What users see has changed (- was, + is). If that is meant, write the snapshot anew with "
+    "The public surface has changed (- was, + is). If that is intended, write the snapshot with "
     "`python tests/house/test_public_surface.py --write` and say so in CHANGELOG and docs."
 )
 
@@ -81,11 +81,11 @@ def check(section, found):
     found = json.loads(json.dumps(found))
     frozen = json.loads(SNAPSHOT.read_text("utf-8")) if SNAPSHOT.exists() else {}
     if os.environ.get(WRITE):
-        told = dict(sorted((frozen | {section: found}).items()))
-        SNAPSHOT.write_text(surface.dump(told) + "\n", "utf-8")
+        fresh = dict(sorted((frozen | {section: found}).items()))
+        SNAPSHOT.write_text(surface.dump(fresh) + "\n", "utf-8")
         return
-    different = surface.deviations(frozen.get(section), found)
-    assert not different, "\n".join([f"{section}: {REMEDY}", *different])
+    changes = surface.differences(frozen.get(section), found)
+    assert not changes, "\n".join([f"{section}: {REMEDY}", *changes])
 
 
 @pytest.fixture
@@ -204,9 +204,9 @@ def test_json_of_tune(printed, fake, monkeypatch):
     found = printed("tune", fake, *sweep, "--device", "cpu", "--threads", 1)
     # An old processor has one precision, and nothing to compare.
     found["precisions"] = found["precisions"] or fitted.precisions
-    told = form(found)
-    told |= {name: surface.loose(told[name]) for name in ("best", "points", "precisions")}
-    check("json of tune", told | {"situations": surface.loose(told["situations"])})
+    shape = form(found)
+    shape |= {name: surface.loose(shape[name]) for name in ("best", "points", "precisions")}
+    check("json of tune", shape | {"situations": surface.loose(shape["situations"])})
 
 
 def test_json_of_tune_with_a_scenario(quick, bert, monkeypatch):
@@ -267,10 +267,10 @@ def test_routes_answers_and_errors():
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     found = {}
 
-    async def main(client, house):
-        house.traces = there(TRACES)(provider)
+    async def main(client, context):
+        context.traces = there(TRACES)(provider)
         known = {"Authorization": "Bearer the-key"}
-        routes = there(APPLICATION)(house).app.routes
+        routes = there(APPLICATION)(context).app.routes
         found["routes"] = {r.path: sorted(getattr(r, "methods", None) or ()) for r in routes}
         described = (await client.get("/openapi.json")).json()
         found["described"] = sorted(described["paths"])
@@ -284,16 +284,16 @@ def test_routes_answers_and_errors():
             await client.get("/v1/models")
         )
         found["answers"], found["errors"] = {}, {}
-        submit = house.service.submit
+        submit = context.service.submit
 
         async def shortened(*arguments, **settings):
             return replace(await submit(*arguments, **settings), fallback=64)
 
         for name, (path, example) in surface.spoken(described).items():
             post = partial(client.post, path, headers=known)
-            house.service.submit = submit
+            context.service.submit = submit
             found["answers"][name] = surface.answer(await post(json=example))
-            house.service.submit = shortened
+            context.service.submit = shortened
             explained = (await post(json={**example, "explain": True})).json()
             if isinstance(explained, dict):
                 found["answers"][name]["explained"] = form(explained["echelon"])
@@ -303,9 +303,9 @@ def test_routes_answers_and_errors():
                 async def fail(*_, error=error, **__):
                     raise error
 
-                house.service.submit = fail
+                context.service.submit = fail
                 found["errors"][name][kind] = surface.answer(await post(json=example))
-        house.service.submit = submit
+        context.service.submit = submit
 
     run_app(main, limits=there(RULES)(keys=there(KEYS)([there(KEY)("the-key", "shop")])))
     spans = exporter.get_finished_spans()
