@@ -12,7 +12,7 @@ import scorers
 from scorers import Obedient
 from services import GUARD_S, RecordingListener, coded, run, scores, service, submit, texts, until
 
-from echelon.engine.events import NullListener, RequestEnded
+from echelon.engine.events import Listener, RequestEnded
 from echelon.engine.state import ServiceSettings
 from echelon.errors import (
     DeadlinePassed,
@@ -39,7 +39,7 @@ def test_answers_are_the_scorers_own_whoever_else_asks():
             assert len(answer.batch_sizes) >= 1
         assert max(size for answer in answers for size in answer.batch_sizes) > 5
         snapshot = made.snapshot()
-        assert (snapshot.requests, snapshot.load.tokens, snapshot.workers) == (0, 0, 1)
+        assert (snapshot.requests, snapshot.load.tokens, snapshot.workers_up) == (0, 0, 1)
 
     run(main, service(listener=listener))
     steps = listener.of("StepFinished")
@@ -267,7 +267,7 @@ def test_readiness_is_a_score_and_not_a_port():
 
 
 def test_a_listener_that_raises_harms_nobody(caplog):
-    class Deaf(NullListener):
+    class Deaf(Listener):
         def step_finished(self, event):
             raise RuntimeError("no metrics today")
 

@@ -33,11 +33,11 @@ def test_workers_come_and_go_under_load():
         load = asyncio.create_task(answered(made, range(60)))
         await until(lambda: listener.of("StepFinished"))
         made.resize(3)
-        await until(lambda: made.snapshot().workers == 3)
+        await until(lambda: made.snapshot().workers_up == 3)
         made.resize(1)
         await load
         await until(lambda: len(made._supervisors) == 1 or not made._supervisors[-1].is_alive())
-        assert made.snapshot().staff == made.snapshot().workers == 1
+        assert made.snapshot().workers == made.snapshot().workers_up == 1
         await answered(made, range(60, 63))
 
     run(main, service(slow, listener=listener, token_budget=1500))
@@ -70,7 +70,7 @@ def test_a_worker_that_dies_while_it_goes_gives_back_what_it_has():
         made.resize(1)
         os.kill(keeper._worker.pid, signal.SIGKILL)
         await load
-        assert made.snapshot().staff == 1
+        assert made.snapshot().workers == 1
 
     run(main, service(slow, listener=listener, workers=2, token_budget=1500))
 
@@ -79,7 +79,7 @@ def test_a_worker_that_cannot_be_added_leaves_the_others_alone(tmp_path):
     async def main(made):
         (settled,) = made.resize(2)
         assert isinstance(await settled, ModelNotFound)
-        await until(lambda: made.snapshot().staff == 1)
+        await until(lambda: made.snapshot().workers == 1)
         await answered(made, range(3))
 
     run(main, service(partial(opens_once, str(tmp_path))))
@@ -91,11 +91,11 @@ def test_a_delay_brings_workers_and_rest_takes_them_away():
 
     async def main(made):
         async def load():
-            while made.snapshot().workers < 2:
+            while made.snapshot().workers_up < 2:
                 await answered(made, range(30))
 
         await load()
-        await until(lambda: made.snapshot().staff == 1)
+        await until(lambda: made.snapshot().workers == 1)
         await answered(made, range(3))
 
     run(main, service(slow, listener=listener, scaling=scaling, token_budget=1500))

@@ -219,7 +219,7 @@ def test_a_delay_starts_a_worker_on_another_machine_and_rest_ends_it(made):
         await split(it, listener)
         it._autoscaling.cancel()  # until now no rest was long enough, however slow the machine
         it._autoscaling = asyncio.create_task(it._autoscale(replace(scaling, down_s=1.0)))
-        while it.snapshot().staff == 2:  # a little is asked now and then
+        while it.snapshot().workers == 2:  # a little is asked now and then
             assert (await submit(it, texts(7, 1))).logits.tolist() == scores(texts(7, 1))
             await asyncio.sleep(0.05)
         await answered(it, range(3))
@@ -245,7 +245,7 @@ async def split(it, listener):
 def test_a_worker_that_waits_for_room_ends_when_told(made):
     async def main(it):
         it.resize(2)
-        await until(lambda: it.snapshot().staff == 2)
+        await until(lambda: it.snapshot().workers == 2)
         await it.stop()
 
     run(main, service(Obedient, start_timeout_s=10_000.0))

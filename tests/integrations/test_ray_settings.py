@@ -165,7 +165,7 @@ def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
         )
     limits = scorers["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert float(limits["cpu"]) == plan.resources.cpus
-    assert scorers["maxReplicas"] == plan.scaling.most
+    assert scorers["maxReplicas"] == plan.scaling.max_workers
     grace = scorers["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > plan.settings["drain_s"] + GRACE_S
     assert int(head["rayStartParams"]["num-cpus"]) < plan.resources.cpus

@@ -1,4 +1,4 @@
-"""How many workers there should be."""
+"""Autoscaling: how many workers there should be."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ SCALING = AutoscalingLimits(1, 8, delay_s=2.0, up_s=3.0, down_s=60.0)
 
 
 def look(scaler, times, workers, work_s, busy=0.0):
-    """Look every second; what is wanted at the end, unless something else was before."""
+    """Decide every second; the time and the number of the first change."""
     for now in times:
-        wanted = scaler.wanted(float(now), workers, work_s, busy * now)
+        wanted = scaler.decide(float(now), workers, work_s, busy * now)
         if wanted != workers:
             return now, wanted
     return None
 
 
-def test_a_delay_that_stays_brings_as_many_workers_as_work_it_off():
+def test_a_lasting_delay_adds_as_many_workers_as_work_it_off():
     assert look(Autoscaler(SCALING), range(10), 1, work_s=9.0) == (3, 5)
 
 
-def test_a_delay_brings_no_more_than_there_may_be():
+def test_no_more_workers_are_added_than_allowed():
     assert look(Autoscaler(SCALING), range(10), 2, work_s=1000.0) == (3, 8)
 
 
-def test_a_burst_that_is_worked_off_brings_nobody():
+def test_a_burst_that_is_worked_off_adds_no_worker():
     scaler = Autoscaler(SCALING)
     assert look(scaler, range(3), 1, work_s=9.0) is None
     assert look(scaler, range(3, 5), 1, work_s=1.0) is None
@@ -58,7 +58,7 @@ def test_workers_stay_while_something_waited_lately():
 
 
 def test_lost_workers_are_replaced_at_once():
-    assert Autoscaler(AutoscalingLimits(2, 4)).wanted(0.0, 1, 0.0, 0.0) == 2
+    assert Autoscaler(AutoscalingLimits(2, 4)).decide(0.0, 1, 0.0, 0.0) == 2
 
 
 @given(
@@ -66,27 +66,33 @@ def test_lost_workers_are_replaced_at_once():
     st.integers(0, 5),
     st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 500), st.floats(0, 8)), max_size=60),
 )
-def test_it_stays_within_its_bounds(least, more, looks):
-    scaler = Autoscaler(AutoscalingLimits(least, least + more, up_s=2.0, down_s=20.0))
-    now, busy, workers = 0.0, 0.0, least
+def test_it_stays_within_its_bounds(fewest, more, looks):
+    scaler = Autoscaler(AutoscalingLimits(fewest, fewest + more, up_s=2.0, down_s=20.0))
+    now, busy, workers = 0.0, 0.0, fewest
     for after, work_s, rate in looks:
         now, busy = now + after, busy + after * rate
-        wanted = scaler.wanted(now, workers, work_s, busy)
-        assert least <= wanted <= least + more
+        wanted = scaler.decide(now, workers, work_s, busy)
+        assert fewest <= wanted <= fewest + more
         assert wanted >= workers - 1
         workers = wanted
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"least": 0}, {"least": 3, "most": 2}, {"delay_s": 0.0}, {"up_s": -1.0}, {"down_s": 0.0}],
+    [
+        {"min_workers": 0},
+        {"min_workers": 3, "max_workers": 2},
+        {"delay_s": 0.0},
+        {"up_s": -1.0},
+        {"down_s": 0.0},
+    ],
 )
 def test_wrong_bounds_are_refused(wrong):
     with pytest.raises(InvalidInput):
         AutoscalingLimits(**wrong)
 
 
-# What waits, shared among idle workers.
+# One request, shared among idle workers.
 
 
 def test_a_request_is_shared_among_idle_workers_where_that_ends_sooner():
@@ -97,7 +103,7 @@ def test_a_request_is_shared_among_idle_workers_where_that_ends_sooner():
     assert made.next_step(0.0) is None
 
 
-def test_a_small_request_is_one_step_whoever_is_idle():
+def test_a_small_request_is_one_step_however_many_are_idle():
     made = batcher(budget=4000)
     made.submit(PairRequest(1, (10,) * 6), 0.0)
     assert len(made.next_step(0.0, 4).places) == 6

@@ -8,7 +8,7 @@ import numpy as np
 from helpers import TEMPLATE
 from scorers import Obedient
 
-from echelon.engine.events import NullListener
+from echelon.engine.events import Listener
 from echelon.engine.service import Service
 from echelon.engine.state import ServiceSettings
 from echelon.engine.worker import ChildWorker
@@ -30,7 +30,7 @@ class LetterEncoder:
         return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
 
 
-class RecordingListener(NullListener):
+class RecordingListener(Listener):
     """Keeps all events."""
 
     def __init__(self):

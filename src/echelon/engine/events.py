@@ -1,4 +1,4 @@
-"""What a running service tells whoever listens: metrics, logs, a dashboard. Plain data.
+"""Events of a running service, and the listeners that metrics, logs and a dashboard derive from.
 
 A listener is called from any thread, while work waits: it must be quick.
 """
@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from echelon.scheduling.token_budget import Reason
     from echelon.types import LadderStep
-
-Event = TypeVar("Event")
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +27,9 @@ class StepFinished:
         pairs: pairs in it.
         requests: requests that waited for them.
         tokens: useful tokens.
-        cost_tokens: tokens paid for, padding included.
+        cost_tokens: tokens computed, padding included.
         resident_bytes: memory of the worker's process.
-        again: its pairs were in a step before that did not end well.
+        again: its pairs were in an earlier step that failed.
     """
 
     worker: int
@@ -52,11 +48,11 @@ Outcome = Literal["answered", "failed", "expired", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """A request that was taken in has ended.
+    """An admitted request has ended.
 
     Attributes:
         outcome: how.
-        documents: its documents.
+        documents: number of its documents.
         tokens: their tokens as the model saw them, chunks' overlaps included.
         truncated_documents: documents that lost tokens.
         truncated_tokens: tokens that they lost.
@@ -64,7 +60,7 @@ class RequestEnded:
         tokenise_s: seconds of tokenising, waiting for a thread included.
         compute_s: seconds of the steps that held its pairs.
         total_s: seconds from its arrival to its end.
-        fallback: tokens that its pairs were cut to because the queue was long; None: they were not.
+        fallback: tokens to which its pairs were cut because the queue was long, if they were.
     """
 
     outcome: Outcome
@@ -81,12 +77,12 @@ class RequestEnded:
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
-    """A request was not taken in.
+    """A request was refused.
 
     Attributes:
         reason: a rule of :data:`echelon.scheduling.admission.RULES`, or ``shutting_down``.
-        documents: its pairs.
-        retry_after_s: what the caller was told; None where no retry helps.
+        documents: number of its documents.
+        retry_after_s: seconds after which to try again; None where that does not help.
     """
 
     reason: str
@@ -96,12 +92,12 @@ class RequestRefused:
 
 @dataclass(frozen=True, slots=True)
 class LadderTaken:
-    """The memory ladder took a step.
+    """The OOM ladder took a step.
 
     Attributes:
         worker: number of the worker.
-        step: what was done.
-        budget: token budget in force now.
+        step: the step.
+        budget: token budget from now on.
     """
 
     worker: int
@@ -114,8 +110,8 @@ class BudgetMoved:
     """The token budget has changed.
 
     Attributes:
-        tokens: what a step may cost now.
-        reason: why, see :mod:`echelon.scheduling.token_budget`.
+        tokens: the budget from now on.
+        reason: see :mod:`echelon.scheduling.token_budget`.
     """
 
     tokens: int
@@ -133,8 +129,8 @@ class WorkerChanged:
 
     Attributes:
         worker: its number.
-        state: what it is now.
-        detail: why, in words.
+        state: its state from now on.
+        detail: the reason, as text.
     """
 
     worker: int
@@ -142,36 +138,8 @@ class WorkerChanged:
     detail: str = ""
 
 
-class Listener(Protocol):
-    """Hears what happens."""
-
-    def step_finished(self, event: StepFinished) -> None:
-        """A step was scored."""
-        ...
-
-    def request_ended(self, event: RequestEnded) -> None:
-        """A request ended."""
-        ...
-
-    def refused(self, event: RequestRefused) -> None:
-        """A request was refused."""
-        ...
-
-    def ladder_taken(self, event: LadderTaken) -> None:
-        """Memory trouble was dealt with."""
-        ...
-
-    def worker_changed(self, event: WorkerChanged) -> None:
-        """A worker came up or went down."""
-        ...
-
-    def budget_moved(self, event: BudgetMoved) -> None:
-        """The token budget has changed."""
-        ...
-
-
-class NullListener:
-    """Hears everything and does nothing; a base for listeners that care for some events only."""
+class Listener:
+    """Base of listeners: receives every event and does nothing."""
 
     def step_finished(self, event: StepFinished) -> None:
         """A step was scored."""
@@ -183,7 +151,7 @@ class NullListener:
         """A request was refused."""
 
     def ladder_taken(self, event: LadderTaken) -> None:
-        """Memory trouble was dealt with."""
+        """The OOM ladder took a step."""
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """A worker came up or went down."""
@@ -192,76 +160,40 @@ class NullListener:
         """The token budget has changed."""
 
 
-class SafeListener:
-    """Hands events on, and outlives a listener that raises: no request may hang for a metric."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-
-    def step_finished(self, event: StepFinished) -> None:
-        """A step was scored."""
-        _tell(self._listener.step_finished, event)
-
-    def request_ended(self, event: RequestEnded) -> None:
-        """A request ended."""
-        _tell(self._listener.request_ended, event)
-
-    def refused(self, event: RequestRefused) -> None:
-        """A request was refused."""
-        _tell(self._listener.refused, event)
-
-    def ladder_taken(self, event: LadderTaken) -> None:
-        """Memory trouble was dealt with."""
-        _tell(self._listener.ladder_taken, event)
-
-    def worker_changed(self, event: WorkerChanged) -> None:
-        """A worker came up or went down."""
-        _tell(self._listener.worker_changed, event)
-
-    def budget_moved(self, event: BudgetMoved) -> None:
-        """The token budget has changed."""
-        _tell(self._listener.budget_moved, event)
-
-
-class ListenerGroup:
-    """Hands events on to several listeners; one that raises does not keep them from the others."""
+class ListenerGroup(Listener):
+    """Passes events on to listeners, and logs their exceptions: no request fails for a metric."""
 
     def __init__(self, *listeners: Listener) -> None:
-        self._listeners = tuple(SafeListener(listener) for listener in listeners)
+        self._listeners = listeners
 
     def step_finished(self, event: StepFinished) -> None:
         """A step was scored."""
-        for listener in self._listeners:
-            listener.step_finished(event)
+        self._pass_on("step_finished", event)
 
     def request_ended(self, event: RequestEnded) -> None:
         """A request ended."""
-        for listener in self._listeners:
-            listener.request_ended(event)
+        self._pass_on("request_ended", event)
 
     def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
-        for listener in self._listeners:
-            listener.refused(event)
+        self._pass_on("refused", event)
 
     def ladder_taken(self, event: LadderTaken) -> None:
-        """Memory trouble was dealt with."""
-        for listener in self._listeners:
-            listener.ladder_taken(event)
+        """The OOM ladder took a step."""
+        self._pass_on("ladder_taken", event)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """A worker came up or went down."""
-        for listener in self._listeners:
-            listener.worker_changed(event)
+        self._pass_on("worker_changed", event)
 
     def budget_moved(self, event: BudgetMoved) -> None:
         """The token budget has changed."""
+        self._pass_on("budget_moved", event)
+
+    def _pass_on(self, method: str, event: object) -> None:
         for listener in self._listeners:
-            listener.budget_moved(event)
-
-
-def _tell(hear: Callable[[Event], None], event: Event) -> None:
-    try:
-        hear(event)
-    except Exception:
-        logger.exception("A listener raised on %s. This is a bug in it.", type(event).__name__)
+            try:
+                getattr(listener, method)(event)
+            except Exception:
+                name = type(event).__name__
+                logger.exception("A listener raised on %s. This is a bug in it.", name)

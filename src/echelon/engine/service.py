@@ -18,7 +18,7 @@ import numpy as np
 
 from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import NullListener, RequestRefused, SafeListener
+from echelon.engine.events import Listener, ListenerGroup, RequestRefused
 from echelon.engine.inflight import EXPIRED, InflightRequest, resolve
 from echelon.engine.state import Readiness, ServiceSettings, ServiceSnapshot
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
@@ -33,7 +33,6 @@ from echelon.types import Answer, RerankRequest, Timings, monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.engine.events import Listener
     from echelon.engine.worker import Worker
     from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.scheduling.fit import Prior
@@ -84,7 +83,7 @@ class Service:
         self._encoder = encoder
         self._make_worker = make_worker
         self._prior = prior
-        self._listener = SafeListener(listener or NullListener())
+        self._listener = ListenerGroup(listener or Listener())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
         self._dispatcher = Dispatcher(
             batcher,
@@ -263,8 +262,8 @@ class Service:
             requests=now.requests,
             backlog_s=now.backlog_s,
             oldest_s=0.0 if oldest is None else self.clock() - oldest,
-            workers=now.workers,
-            staff=sum(supervisor.active for supervisor in self._supervisors),
+            workers_up=now.workers,
+            workers=sum(supervisor.active for supervisor in self._supervisors),
             busy_s=self._dispatcher.busy_s,
             resident_bytes=tuple(s.resident_bytes for s in self._supervisors),
             scale=self._dispatcher.cost.scale,
@@ -319,10 +318,12 @@ class Service:
         while True:
             await asyncio.sleep(AUTOSCALE_INTERVAL_S)
             now = self.snapshot()
-            work_s = now.backlog_s * max(1, now.workers)
-            wanted = autoscaler.wanted(self.clock(), now.staff, work_s, now.busy_s)
-            if wanted != now.staff:
-                logger.info("Workers: %d instead of %d; %.1f s of work", wanted, now.staff, work_s)
+            work_s = now.backlog_s * max(1, now.workers_up)
+            wanted = autoscaler.decide(self.clock(), now.workers, work_s, now.busy_s)
+            if wanted != now.workers:
+                logger.info(
+                    "Workers: %d instead of %d; %.1f s of work", wanted, now.workers, work_s
+                )
                 self.resize(wanted)
 
     async def _score(self, request: RerankRequest, max_length: int, arrived: float) -> Answer:

@@ -1,4 +1,4 @@
-"""A service from outside: how it is told to run, and how it is."""
+"""A service's settings, and its state as metrics and readiness probes see it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from echelon.types import Truncation
 
 WEDGE_AFTER_S = 20.0
-"""No step is given up before this: first steps compile, and a machine may swap."""
-
+"""Seconds without an answer before a worker is killed, at the earliest: first steps compile, and a
+machine may swap."""
 
 _COUNTS = (
     "workers",
@@ -26,7 +26,7 @@ _COUNTS = (
     "max_query_tokens",
     "fallback_max_length",
 )
-"""Settings that are whole numbers from 1 on."""
+"""Settings that are 1 or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +35,19 @@ class ServiceSettings:
 
     Attributes:
         workers: scorers that share the queue.
-        scaling: when there are more or fewer of them; None means never.
+        scaling: limits of autoscaling; None keeps the number of workers.
         precision: as in :class:`echelon.options.Options`.
-        token_budget: most tokens a step may cost.
-        max_pairs: most pairs a step may hold.
-        max_length: tokens a pair may have unless a request says otherwise.
-        truncation: what gives way when a pair is longer.
+        token_budget: tokens that a step may cost.
+        max_pairs: pairs that a step may hold.
+        max_length: tokens of a pair unless a request says otherwise.
+        truncation: which text of a pair that is too long loses tokens.
         max_query_tokens: tokens kept of a query.
         allow: what may be given up when one pair alone does not fit in memory.
-        bounds: what is taken in at most.
+        bounds: limits of admission.
         memory_limit_bytes: a worker that holds more is replaced between steps.
-        wedge_after_s: no step is given up before this.
+        wedge_after_s: see :data:`WEDGE_AFTER_S`.
         goal_s: latency goal; steps are kept below half of it.
-        fallback_max_length: tokens that a pair of low priority may have while the queue is long.
+        fallback_max_length: tokens of a pair of low priority while the queue is long.
     """
 
     workers: int = 1
@@ -83,27 +83,27 @@ class ServiceSnapshot:
     """A service at one moment.
 
     Attributes:
-        load: what waits and runs.
-        requests: requests inside, those being tokenised included.
-        backlog_s: predicted seconds until all of it is scored.
-        oldest_s: how long the oldest request has been in the queue; 0 where there is none.
-        workers: workers that are up.
-        staff: workers that there are, those that start among them.
-        busy_s: seconds that workers have scored since the beginning, in all.
+        load: queued and running pairs.
+        requests: admitted requests, those being tokenised included.
+        backlog_s: predicted seconds until all of them are scored.
+        oldest_s: seconds that the oldest request has been queued; 0 where there is none.
+        workers_up: workers that are up.
+        workers: all workers, those that start included.
+        busy_s: seconds that workers have scored since the service started, summed.
         resident_bytes: memory of each worker.
-        scale: actual step time over what the cost model began with.
+        scale: measured step time over what the cost model began with.
         drift: step time over what is normal for this machine, see :mod:`echelon.scheduling.drift`.
-        drifted: whether it has been so far from 1 for so long that somebody should look.
-        draining: whether nothing more is taken in.
-        fallback: whether low priority is read shorter, see :mod:`echelon.scheduling.load_shedding`.
+        drifted: whether that has been far from 1 for long.
+        draining: whether no more requests are admitted.
+        fallback: whether load is shed, see :mod:`echelon.scheduling.load_shedding`.
     """
 
     load: QueueLoad
     requests: int
     backlog_s: float
     oldest_s: float
+    workers_up: int
     workers: int
-    staff: int
     busy_s: float
     resident_bytes: tuple[int, ...]
     scale: float
@@ -115,7 +115,7 @@ class ServiceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether to send requests here, and why not."""
+    """Whether the service can answer requests, and if not, why."""
 
     ready: bool
     reason: str = ""

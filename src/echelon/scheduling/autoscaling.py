@@ -1,8 +1,9 @@
-"""How many workers there should be, from the predicted delay of what waits. Pure.
+"""Autoscaling: the number of workers, from the predicted delay of the queue. Pure.
 
-Up as soon as the delay has been too long for a moment, straight to the number that work it off in
-time; down by one, and only after a while in which one fewer would have done. What workers did is
-looked at beside what waits: at a steady load nothing may wait because there are enough of them.
+Workers are added once the delay has been too long for ``up_s``, as many as work the queue off in
+time. They are removed one at a time, once one fewer would have been enough for ``down_s``; that
+depends on how busy workers were as well, since at a steady load the queue may be empty only because
+there are enough of them.
 """
 
 from __future__ import annotations
@@ -13,36 +14,37 @@ from dataclasses import dataclass
 
 from echelon.errors import InvalidInput
 
-BUSY = 0.7
-"""Share of their time that the workers that remain may be busy: at more, waiting grows quickly."""
+MAX_UTILIZATION = 0.7
+"""Utilization of the remaining workers after scaling down by one, at most: above it, waiting grows
+quickly."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoscalingLimits:
-    """Between which bounds, and when.
+    """How many workers there may be, and when their number changes.
 
     Attributes:
-        least: workers that there always are.
-        most: workers that there may be.
-        delay_s: predicted seconds of waiting beyond which workers are added.
-        up_s: the delay must have been too long for this time: a burst that is worked off by then
-            needs nobody, since a new worker has to load the model first.
-        down_s: one fewer must have been enough for this time.
+        min_workers: workers at least.
+        max_workers: workers at most.
+        delay_s: predicted seconds of waiting above which workers are added.
+        up_s: seconds that the delay must have been too long: a new worker has to load the model, so
+            a burst that is worked off sooner needs none.
+        down_s: seconds for which one worker fewer must have been enough.
     """
 
-    least: int = 1
-    most: int = 1
+    min_workers: int = 1
+    max_workers: int = 1
     delay_s: float = 2.0
     up_s: float = 3.0
     down_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.least < 1:
-            raise InvalidInput("workers", f"{self.least} is not positive", "Give 1 or more.")
-        if self.most < self.least:
+        if self.min_workers < 1:
+            raise InvalidInput("workers", f"{self.min_workers} is not positive", "Give 1 or more.")
+        if self.max_workers < self.min_workers:
             raise InvalidInput(
                 "max_workers",
-                f"{self.most} is less than workers={self.least}",
+                f"{self.max_workers} is less than workers={self.min_workers}",
                 "Give as many or more.",
             )
         for name in ("delay_s", "up_s", "down_s"):
@@ -51,51 +53,46 @@ class AutoscalingLimits:
 
 
 class Autoscaler:
-    """Decides, one look after another.
+    """Decides the number of workers, one observation after another."""
 
-    Args:
-        scaling: the bounds.
-    """
-
-    def __init__(self, scaling: AutoscalingLimits) -> None:
-        self._scaling = scaling
+    def __init__(self, limits: AutoscalingLimits) -> None:
+        self._limits = limits
         self._late_since: float | None = None
-        self._looks: deque[tuple[float, float, float]] = deque()
+        self._observations: deque[tuple[float, float, float]] = deque()
 
-    def wanted(self, now: float, workers: int, work_s: float, busy_s: float) -> int:
-        """Workers that there should be.
+    def decide(self, now: float, workers: int, work_s: float, busy_s: float) -> int:
+        """The number of workers that there should be.
 
         Args:
-            now: the time; it never goes back.
-            workers: workers that there are, those that start among them.
-            work_s: predicted seconds of one worker until all that is inside is scored.
-            busy_s: seconds that workers have scored since the beginning, in all.
+            now: seconds; never goes back.
+            workers: workers that there are, those that start included.
+            work_s: predicted seconds of one worker until all requests are scored.
+            busy_s: seconds that workers have scored since the beginning, summed.
         """
-        if workers < self._scaling.least:
-            return self._scaling.least
-        self._looks.append((now, work_s, busy_s))
-        needed = math.ceil(work_s / self._scaling.delay_s)
-        late = needed > workers
-        if not late:
+        if workers < self._limits.min_workers:
+            return self._limits.min_workers
+        self._observations.append((now, work_s, busy_s))
+        needed = math.ceil(work_s / self._limits.delay_s)
+        if needed <= workers:
             self._late_since = None
         elif self._late_since is None:
             self._late_since = now
-        if self._late_since is not None and now - self._late_since >= self._scaling.up_s:
-            self._looks.clear()
-            return min(needed, self._scaling.most)
+        if self._late_since is not None and now - self._late_since >= self._limits.up_s:
+            self._observations.clear()
+            return min(needed, self._limits.max_workers)
         if self._one_too_many(now, workers):
-            self._looks.clear()
+            self._observations.clear()
             return workers - 1
         return workers
 
     def _one_too_many(self, now: float, workers: int) -> bool:
-        """Whether one fewer would have been enough for the whole of ``down_s``."""
-        begin = now - self._scaling.down_s
-        while len(self._looks) > 1 and self._looks[1][0] <= begin:
-            self._looks.popleft()
-        since, _, busy_then = self._looks[0]
-        if workers <= self._scaling.least or since > begin:
+        """Whether one worker fewer would have been enough for all of ``down_s``."""
+        begin = now - self._limits.down_s
+        while len(self._observations) > 1 and self._observations[1][0] <= begin:
+            self._observations.popleft()
+        since, _, busy_then = self._observations[0]
+        if workers <= self._limits.min_workers or since > begin:
             return False
-        busy = (self._looks[-1][2] - busy_then) / (now - since)
-        waiting = max(work_s for _, work_s, _ in self._looks) / self._scaling.delay_s
-        return busy <= BUSY * (workers - 1) and waiting <= workers - 1
+        busy = (self._observations[-1][2] - busy_then) / (now - since)
+        waiting = max(work_s for _, work_s, _ in self._observations) / self._limits.delay_s
+        return busy <= MAX_UTILIZATION * (workers - 1) and waiting <= workers - 1

@@ -31,7 +31,7 @@ STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
     "backlog_s": lambda state: round(state.backlog_s, 4),
     "oldest_s": lambda state: round(state.oldest_s, 4),
     "token_budget": lambda state: state.load.budget,
-    "workers_up": lambda state: state.workers,
+    "workers_up": lambda state: state.workers_up,
     "slowdown": lambda state: round(state.drift, 4),
 }
 """Values of a snapshot of the service."""

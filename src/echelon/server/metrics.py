@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
-from echelon.engine.events import NullListener, Outcome, WorkerState
+from echelon.engine.events import Listener, Outcome, WorkerState
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
@@ -97,7 +97,7 @@ STATE: dict[str, tuple[str, Callable[[ServiceSnapshot], float]]] = {
         lambda now: now.backlog_s,
     ),
     "oldest_seconds": ("Age of the oldest request in the queue.", lambda now: now.oldest_s),
-    "workers_up": ("Workers that are up.", lambda now: now.workers),
+    "workers_up": ("Workers that are up.", lambda now: now.workers_up),
     "cost_scale": (
         "Step time over the prediction of the first cost model.",
         lambda now: now.scale,
@@ -130,7 +130,7 @@ value is one."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metrics(NullListener):
+class Metrics(Listener):
     """Counts the events of a service and of its routes."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.engine.events import NullListener
+from echelon.engine.events import Listener
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class StatsView:
     workers: Sequence[ServerEvent]
 
 
-class RollingStats(NullListener):
+class RollingStats(Listener):
     """Collects events of a service and its routes, and drops slices older than its window.
 
     Args:
