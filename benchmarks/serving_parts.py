@@ -111,12 +111,12 @@ def _direct(bench: Bench, requests: Sequence[tuple[str, list[str]]]) -> tuple[fl
 
 async def _served(server: Server, requests: Sequence[tuple[str, list[str]]]) -> float:
     target = server.target()
-    bodies = iter([(target.shape.body(*request), len(request[1])) for request in requests])
+    bodies = iter([(target.protocol.body(*request), len(request[1])) for request in requests])
     pairs = sum(len(documents) for _, documents in requests)
 
     async def caller(client: Client) -> None:
         for body, documents in bodies:
-            reply = await client.ask(body, documents)
+            reply = await client.send(body, documents)
             if reply.kind != "answered":
                 raise RuntimeError(f"a request was not answered: {reply}")
 
@@ -142,7 +142,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
     before = _steps(bench.server)
     with forward, closing(HTTPConnection(address.netloc)) as connection:
         for query, documents in requests:
-            body = target.shape.body(query, documents)
+            body = target.protocol.body(query, documents)
             time.sleep(PAUSE_S)
             served.append(_plain(connection, address.path, body))
             time.sleep(PAUSE_S)
@@ -201,7 +201,7 @@ def _plain(connection: HTTPConnection, path: str, body: bytes) -> float:
 
 async def _timed(client: Client, body: bytes, documents: int) -> float:
     began = time.perf_counter()
-    reply = await client.ask(body, documents)
+    reply = await client.send(body, documents)
     if reply.kind != "answered":
         raise RuntimeError(f"a request was not answered: {reply}")
     return time.perf_counter() - began
@@ -225,7 +225,7 @@ async def _alone(bench: Bench, count: int) -> list[float]:
     target = bench.server.target()
     async with Client(target) as client:
         return [
-            await _timed(client, target.shape.body(query, documents), len(documents))
+            await _timed(client, target.protocol.body(query, documents), len(documents))
             for query, documents in bench.requests(count, seed=5)
         ]
 
@@ -237,7 +237,7 @@ def twice(bench: Bench, capacity: float) -> dict[str, Any]:
     answered_before = bench.server.metric("echelon_documents_total")
     workload = bench.workload(PoissonArrivals(rate), seed=3)
     outcome = asyncio.run(bench.open(bench.server, workload, bench.seconds))
-    records = list(outcome.ledger)
+    records = list(outcome.records)
     within = [r for r in records if r.kind == "answered" and r.ended <= bench.seconds]
     goodput = sum(r.documents for r in within) / bench.seconds
     refusals = [r.ended - r.sent for r in records if r.kind == "refused"]
@@ -255,7 +255,7 @@ def twice(bench: Bench, capacity: float) -> dict[str, Any]:
         "goodput_over_capacity": goodput / capacity,
         "refusal_ms": _percentiles([s * 1e3 for s in refusals]),
         "send_lag_p99_ms": float(
-            np.percentile(outcome.ledger.sent - outcome.ledger.scheduled, 99) * 1e3
+            np.percentile(outcome.records.sent - outcome.records.scheduled, 99) * 1e3
         ),
     }
 
@@ -307,7 +307,7 @@ def beside_peers(bench: Bench, peers: Sequence[Server], capacity: float) -> dict
         for server in (bench.server, *peers):
             workload = bench.workload(PoissonArrivals(rate), seed=round(share * 100))
             outcome = asyncio.run(bench.open(server, workload, bench.seconds))
-            in_time = [r for r in outcome.ledger if r.kind == "answered" and r.latency_s <= GOAL_S]
+            in_time = [r for r in outcome.records if r.kind == "answered" and r.latency_s <= GOAL_S]
             row["servers"][server.name] = _latencies(outcome) | {
                 "kinds": _kinds(outcome),
                 "goodput_pairs_per_s": sum(r.documents for r in in_time) / bench.seconds,
@@ -318,13 +318,13 @@ def beside_peers(bench: Bench, peers: Sequence[Server], capacity: float) -> dict
 
 def _kinds(outcome: DriveResult) -> dict[str, int]:
     kinds: dict[str, int] = {}
-    for record in outcome.ledger:
+    for record in outcome.records:
         kinds[record.kind] = kinds.get(record.kind, 0) + 1
     return kinds
 
 
 def _latencies(outcome: DriveResult) -> dict[str, Any]:
-    latency = [r.latency_s for r in outcome.ledger if r.kind == "answered"]
+    latency = [r.latency_s for r in outcome.records if r.kind == "answered"]
     return {f"{name}_s": value for name, value in _percentiles(latency).items()} | {
         "answered": len(latency)
     }

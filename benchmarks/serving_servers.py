@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from echelon.loadtest.client import Target, route_of, shape_of
+from echelon.loadtest.client import Target, protocol_of, route_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,8 +59,8 @@ class Server:
 
     def target(self, **settings: float) -> Target:
         """What the load generator is pointed at."""
-        shape = shape_of(self.dialect)
-        return Target(route_of(self.url, shape), shape, timeout_s=PATIENCE_S, **settings)
+        protocol = protocol_of(self.dialect)
+        return Target(route_of(self.url, protocol), protocol, timeout_s=PATIENCE_S, **settings)
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
-from echelon.simulation.capacity import TYPICAL, Capacity, Traffic, rates_of, simulate_day
-from echelon.simulation.cluster_simulation import Cluster, simulate_fleet
+from echelon.simulation.capacity import TYPICAL, Capacity, rates_of, simulate_day
+from echelon.simulation.cluster_simulation import Cluster, simulate_cluster
 from echelon.simulation.cluster_traffic import blocks
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import ServiceLevel
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 19), LognormalSize(110, 0.6, 512))
 TRUTH = CostModel(DEFAULT_COEFFICIENTS["cpu"])
-SETTING = SimulationSettings(2048)
+SETTINGS = SimulationSettings(2048)
 LEVEL = ServiceLevel(0.4)
 LOAD = 0.8
 
 
 def machine_rate() -> float:
     """Requests a second that one replica does at most."""
-    return Capacity(Traffic(WORKLOAD), TRUTH, SETTING, LEVEL).most
+    return Capacity(WORKLOAD, TRUTH, SETTINGS, LEVEL).machine_rate
 
 
 def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
     """So many seconds at a rate, request by request."""
     replicas = math.ceil(rate / (LOAD * machine_rate()))
     traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(rate)), seconds)
-    fleet = Cluster(replicas, SETTING, routing)
-    outcome = simulate_fleet(traffic, TRUTH, fleet, level=LEVEL, warm_s=5.0)
+    cluster = Cluster(replicas, SETTINGS, routing)
+    outcome = simulate_cluster(traffic, TRUTH, cluster, level=LEVEL, warm_s=5.0)
     return {"replicas": replicas, "rate": rate, "seconds": seconds, "outcome": outcome.as_dict()}
 
 
@@ -61,7 +61,7 @@ def day(replicas: int) -> dict[str, Any]:
     """A day over so many replicas."""
     peak = LOAD * replicas * machine_rate()
     rates = rates_of(TYPICAL, peak)
-    found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTING), LEVEL).as_dict()
+    found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTINGS), LEVEL).as_dict()
     del found["parts"]
     return {"replicas": replicas, "peak_rate": peak, "day": found}
 
@@ -69,7 +69,7 @@ def day(replicas: int) -> dict[str, Any]:
 def exact(seconds: float) -> dict[str, Any]:
     """One service, pair by pair, with the real batcher."""
     workload = replace(WORKLOAD, arrivals=PoissonArrivals(LOAD * machine_rate()))
-    outcome = simulate(workload.requests(seconds), TRUTH, SETTING, level=LEVEL)
+    outcome = simulate(workload.requests(seconds), TRUTH, SETTINGS, level=LEVEL)
     return {"seconds": seconds, "outcome": outcome.as_dict()}
 
 

@@ -49,7 +49,7 @@ def forecast():
 
 
 @pytest.mark.parametrize(("rate", "seconds"), [(1.0, 50.0), (4.0, 25.0)])
-def test_what_is_simulated_is_what_is_sent(bench, rate, seconds):
+def test_the_simulated_requests_are_sent(bench, rate, seconds):
     plan = load_test_plan(bench.context(rate), "http://127.0.0.1:1")
     sent = list(plan.workload.requests(plan.ends_s))
     simulated = bench.arrivals(rate)
@@ -67,12 +67,12 @@ def test_higher_rates_have_the_same_requests_sooner(bench):
 
 
 def test_the_highest_rate_is_the_last_that_meets_the_goal(bench, forecast):
-    most = bench.highest(forecast, 1.7)
-    assert bench.predicted(forecast, 0.97 * most)[1]
-    assert not bench.predicted(forecast, 1.03 * most)[1]
+    highest = bench.highest(forecast, 1.7)
+    assert bench.predicted(forecast, 0.97 * highest)[1]
+    assert not bench.predicted(forecast, 1.03 * highest)[1]
 
 
-def test_a_look_corrects_pace_and_overhead(bench, forecast):
+def test_a_validation_corrects_pace_and_overhead(bench, forecast):
     metrics = LoadMetrics(0.6, 0.7, 0.8, 1.0, 10.0, 1e9, 100, 0)
     looked = sustain.corrected(forecast, Validation(metrics, 2.0, 0.05, held=True))
     assert looked.pace == 2.0
@@ -108,7 +108,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(simulated_load, "REQUESTS", 200)
 
 
-def test_a_machine_that_is_slower_under_load_is_found_out(bench, machine):
+def test_a_machine_that_is_slower_under_load_is_detected(bench, machine):
     found = asyncio.run(sustain.measure(bench, Candidate(2048, SIMPLE), 5))
     alone_s = 0.02 + 1.2 * SIMPLE.predict([60] * 10)
     assert found["alone"]["p50_s"] == pytest.approx(alone_s, rel=0.1)
@@ -119,24 +119,24 @@ def test_a_machine_that_is_slower_under_load_is_found_out(bench, machine):
     for point in found["points"]:
         assert point["off"]["after a look"] == pytest.approx(0.0, abs=0.01)
         assert point["off"]["probes"] < -0.1
-    most = found["most"]
-    assert len(most["probes"]) == 5
-    assert most["between"][0] <= most["measured"] <= most["between"][1]
-    assert most["off"]["after a look"] == pytest.approx(0.0, abs=0.06)
-    assert most["off"]["probes"] > 0.12
+    highest = found["most"]
+    assert len(highest["probes"]) == 5
+    assert highest["between"][0] <= highest["measured"] <= highest["between"][1]
+    assert highest["off"]["after a look"] == pytest.approx(0.0, abs=0.06)
+    assert highest["off"]["probes"] > 0.12
     assert found["verdict"]["after a look"]["met"]
-    assert most["in_the_long_run"]["probes"] > most["in_the_long_run"]["after a look"] > 0
+    assert highest["in_the_long_run"]["probes"] > highest["in_the_long_run"]["after a look"] > 0
 
 
 @given(st.floats(0.01, 0.99), st.integers(6, 10))
 def test_bisection_closes_in(share, steps):
-    most = 2.0 + 6.0 * share
+    highest = 2.0 + 6.0 * share
     search = Bisection(2.0, 8.0)
     for _ in range(steps):
-        search.tell(held=search.rate <= most)
-    assert search.low <= most <= search.high
+        search.update(held=search.rate <= highest)
+    assert search.low <= highest <= search.high
     if search.found is not None:
-        assert abs(search.found - most) <= 6.0 / 2 ** (steps + 1)
+        assert abs(search.found - highest) <= 6.0 / 2 ** (steps + 1)
     assert search.high - search.low == pytest.approx(6.0 / 2**steps)
 
 
@@ -144,11 +144,11 @@ def test_bisection_closes_in(share, steps):
 def test_a_rate_outside_is_not_found(held):
     search = Bisection(1.0, 2.0)
     for _ in range(5):
-        search.tell(held=held)
+        search.update(held=held)
     assert search.found is None
 
 
-def test_errors_are_relative_to_what_was_measured():
+def test_errors_are_relative_to_the_measurement():
     assert off(0.5, 0.4) == pytest.approx(0.25)
     assert off(0.3, 0.4) == pytest.approx(-0.25)
     assert off(None, 1.0) is off(1.0, None) is None
@@ -164,14 +164,14 @@ def test_errors_are_relative_to_what_was_measured():
         ((0.1, 0.2), None, False),
     ],
 )
-def test_a_prediction_holds_where_all_its_numbers_do(p99s, rate, met):
+def test_a_prediction_holds_where_all_its_values_do(p99s, rate, met):
     points = [{"off": {"probes": one, "other": 9.0}} for one in p99s]
     found = verdict("probes", points, {"off": {"probes": rate, "other": 9.0}})
     assert found["met"] is met
     assert found["p99"] == (None if None in p99s else max(map(abs, p99s)))
 
 
-def evaluated(p99_s=0.40, most=10.0):
+def evaluated(p99_s=0.40, highest=10.0):
     """A model's results, as they are measured."""
     came = {"p50_s": 0.1, "p95_s": 0.2, "p99_s": 0.5, "requests": 321, "doubts": ["A doubt."]}
     said = {"p50_s": 0.11, "p95_s": 0.2, "p99_s": p99_s, "missed": 0.0}
@@ -183,12 +183,12 @@ def evaluated(p99_s=0.40, most=10.0):
         "off": dict.fromkeys(NAMES, off(p99_s, 0.5)),
     }
     highest = {
-        "predicted": dict.fromkeys(NAMES, most),
+        "predicted": dict.fromkeys(NAMES, highest),
         "in_the_long_run": {"probes": 9.5, "after a look": None},
         "measured": 8.0,
         "between": [7.75, 8.25],
         "probes": [came, came],
-        "off": dict.fromkeys(NAMES, off(most, 8.0)),
+        "off": dict.fromkeys(NAMES, off(highest, 8.0)),
     }
     return {
         "alone": came,
@@ -211,7 +211,7 @@ def run(monkeypatch, folder, found, *arguments):
 def test_models_are_merged(tmp_path, monkeypatch, capsys):
     run(monkeypatch, tmp_path, evaluated())
     run(monkeypatch, tmp_path, evaluated(p99_s=0.9), "--model", "folder", "--name", "a large one")
-    models = run(monkeypatch, tmp_path, evaluated(most=None))
+    models = run(monkeypatch, tmp_path, evaluated(highest=None))
     assert [one["model"] for one in models] == ["a large one", "demo"]
     assert models[1]["most"]["predicted"]["probes"] is None
     assert "--name 'a large one'" in models[0]["command"]
@@ -222,7 +222,7 @@ def test_models_are_merged(tmp_path, monkeypatch, capsys):
     assert "| highest rate | 2 runs | 7.75–8.25/s | 8/s | not found | – | not found | – |" in text
 
 
-def test_the_page_has_both_numbers_and_each_doubt_once():
+def test_the_page_has_both_rates_and_each_doubt_once():
     found = evaluated() | {
         "model": "demo",
         "precision": "bf16",

@@ -16,9 +16,9 @@ from echelon.loadtest.summary import summarise
 from echelon.loadtest.texts import TextSource
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
+    ArrivalRecord,
     ConstantArrivals,
     FixedSize,
-    KnownArrivals,
     PoissonArrivals,
     ReplayedArrivals,
     UniformSize,
@@ -44,7 +44,7 @@ def test_every_request_is_sent_once_and_not_before_it_is_due():
             return server, requests, outcome
 
     server, requests, outcome = run(main())
-    records = sorted(outcome.ledger, key=lambda record: record.scheduled)
+    records = sorted(outcome.records, key=lambda record: record.scheduled)
     assert [r.scheduled for r in records] == [a.at_s for a in requests]
     assert [r.documents for r in records] == [a.documents for a in requests]
     assert len(server.bodies) == len(requests)
@@ -70,7 +70,7 @@ def test_a_server_that_stalls_once_is_charged_for_all_who_came_meanwhile():
             return await even(client, 0.5)
 
     outcome = run(main())
-    records = sorted(outcome.ledger, key=lambda record: record.scheduled)
+    records = sorted(outcome.records, key=lambda record: record.scheduled)
     for number in range(10, 30):
         assert records[number - 1].latency_s >= (30 - number) * TICK - 1e-9
     # A loop that waits for each answer would have seen one slow request of fifty.
@@ -87,10 +87,10 @@ def test_a_generator_that_stalls_charges_itself_and_says_so():
 
     async def main():
         async with connected() as (_, client):
-            return await even(client, told=stall_once)
+            return await even(client, on_record=stall_once)
 
     outcome = run(main())
-    late = [r for r in outcome.ledger if r.sent - r.scheduled > 0.05]
+    late = [r for r in outcome.records if r.sent - r.scheduled > 0.05]
     assert len(late) >= 10
     assert all(r.latency_s >= r.sent - r.scheduled for r in late)
     summary = summarise(outcome, ServiceLevel(0.3))
@@ -109,10 +109,10 @@ def test_the_warm_up_is_driven_but_does_not_count():
 
     outcome = run(main())
     summary = summarise(outcome)
-    assert len(outcome.ledger) == 30
+    assert len(outcome.records) == 30
     assert summary.requests == 10
     assert summary.failures == 0
-    assert summary.complaints == {}
+    assert summary.problems == {}
     assert summary.window_s == pytest.approx(0.1)
     assert summary.offered_per_s == pytest.approx(100)
 
@@ -153,9 +153,9 @@ def test_each_trouble_is_counted_as_what_it_is(name):
 
     outcome = run(main())
     summary = summarise(outcome, ServiceLevel(10.0))
-    assert {r.status for r in outcome.ledger if r.kind == kind} == {status}
+    assert {r.status for r in outcome.records if r.kind == kind} == {status}
     assert summary.kinds["answered"] == summary.kinds[kind] == 5
-    assert summary.complaints[complaint][0] == 5
+    assert summary.problems[complaint][0] == 5
     assert summary.failure_share == 0.5
     assert not summary.held
 
@@ -174,7 +174,7 @@ def test_who_is_not_answered_in_time_timed_out_and_is_not_in_the_latencies():
     summary = summarise(outcome, ServiceLevel(1.0))
     assert summary.kinds["timeout"] == 1
     assert summary.kinds["answered"] == 9
-    (lost,) = [r for r in outcome.ledger if r.kind == "timeout"]
+    (lost,) = [r for r in outcome.records if r.kind == "timeout"]
     assert 1.0 <= lost.latency_s < 20  # aiohttp's own limit would be 300
     assert summary.latency_s[100.0] < lost.latency_s
     assert not summary.held
@@ -193,7 +193,7 @@ def test_a_connection_that_is_cut_is_an_error():
             return outcome, await client.ask(b"{}", 1)
 
     outcome, gone = run(main())
-    assert sum(r.kind == "error" for r in outcome.ledger) == 1
+    assert sum(r.kind == "error" for r in outcome.records) == 1
     assert (gone.kind, gone.status) == ("error", 0)
 
 
@@ -213,7 +213,7 @@ def test_told_to_stop_it_keeps_what_it_has_and_leaves_the_rest():
 
     outcome = run(main())
     assert outcome.interrupted
-    assert [r.kind for r in outcome.ledger] == ["answered"] * 5
+    assert [r.kind for r in outcome.records] == ["answered"] * 5
     assert outcome.unfinished >= 3
     assert outcome.ended_s < 50
     assert summarise(outcome).requests == 5
@@ -237,7 +237,7 @@ def test_a_mistake_of_our_own_is_not_a_servers():
 
     async def main():
         async with connected() as (_, client):
-            await even(client, 100.0, told=told)
+            await even(client, 100.0, on_record=told)
 
     with pytest.raises(ZeroDivisionError):
         run(main())
@@ -261,8 +261,8 @@ def test_a_closed_loop_never_has_more_inside_than_clients():
 
     server, outcome = run(main())
     assert server.most_inside == 4
-    assert len(outcome.ledger) == len(server.bodies) >= 4
-    assert all(r.scheduled < 0.2 for r in outcome.ledger)
+    assert len(outcome.records) == len(server.bodies) >= 4
+    assert all(r.scheduled < 0.2 for r in outcome.records)
 
 
 def test_connections_are_used_again_and_may_be_limited():
@@ -279,7 +279,7 @@ def test_connections_are_used_again_and_may_be_limited():
         async with connected(answer, **target) as (server, client):
             for _ in range(2):
                 requests = Workload(
-                    ReplayedArrivals([KnownArrivals(0.0)] * 3), FixedSize(1)
+                    ReplayedArrivals([ArrivalRecord(0.0)] * 3), FixedSize(1)
                 ).requests()
                 await open_loop(Driver(client, TextSource(TOPICS)), requests, None)
             return len(server.bodies), len(server.peers)
@@ -291,7 +291,7 @@ def test_connections_are_used_again_and_may_be_limited():
 
 
 def test_a_replay_keeps_the_times_and_documents_of_the_trace():
-    records = [KnownArrivals(100.0, 2), KnownArrivals(100.05, 3), KnownArrivals(100.05, 1)]
+    records = [ArrivalRecord(100.0, 2), ArrivalRecord(100.05, 3), ArrivalRecord(100.05, 1)]
 
     async def main():
         async with connected() as (server, client):
@@ -304,14 +304,14 @@ def test_a_replay_keeps_the_times_and_documents_of_the_trace():
     assert outcome.ended_s == pytest.approx(0.05)
 
 
-def test_the_ledger_gives_back_what_it_was_given():
+def test_records_are_given_back_as_added():
     records = [
         RequestRecord(0.5, 0.75, 1.0, "answered", 200, 7),
         RequestRecord(0.0, 0.25, 9.5, "timeout", 0, 10_000),
         RequestRecord(2.0, 2.0, 2.5, "refused", 503, 1),
     ]
-    ledger = RequestRecords()
+    kept = RequestRecords()
     for record in records:
-        ledger.add(record)
-    assert list(ledger) == records
-    assert ledger.ended.tolist() == [1.0, 9.5, 2.5]
+        kept.add(record)
+    assert list(kept) == records
+    assert kept.ended.tolist() == [1.0, 9.5, 2.5]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from echelon.loadtest.client import _failed
 from echelon.loadtest.driver import DriveResult, GeneratorHealth, doubts
 from echelon.loadtest.records import KINDS, RequestRecord, RequestRecords
-from echelon.loadtest.result import MOST_ROWS, over_time
+from echelon.loadtest.result import MAX_ROWS, over_time
 from echelon.loadtest.summary import summarise
 from echelon.simulation.service_level import ServiceLevel
 
@@ -30,10 +30,10 @@ def records(draw):
 
 
 def outcome_of(kept, warmup_s=0.0, ended_s=20.0, **more):
-    ledger = RequestRecords()
+    records = RequestRecords()
     for record in kept:
-        ledger.add(record)
-    return DriveResult(ledger, warmup_s, ended_s, **more)
+        records.add(record)
+    return DriveResult(records, warmup_s, ended_s, **more)
 
 
 def answered(count, latency_s=0.1, kind="answered"):
@@ -113,7 +113,7 @@ def test_a_run_stopped_in_its_warm_up_has_no_rates():
 def test_over_time_every_request_is_in_one_row(kept, ended_s):
     rows = over_time(outcome_of(kept, ended_s=ended_s))
     assert sum(row["answered"] + row["failed"] for row in rows) == len(kept)
-    assert len(rows) <= MOST_ROWS + 1
+    assert len(rows) <= MAX_ROWS + 1
     for row in rows:
         here = [r for r in kept if row["at_s"] <= r.scheduled < row["at_s"] + row["width_s"]]
         assert len(here) == row["answered"] + row["failed"] > 0

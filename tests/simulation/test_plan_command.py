@@ -126,7 +126,7 @@ def test_noise_is_how_runs_differ_and_lengths_are_the_texts():
     points = [point(1, 100, 0.1, seconds=[0.1, 0.1 * np.exp(0.2)], samples=2)] * 2
     assert noise_of(profile(points)) == pytest.approx(0.2 / np.sqrt(2))
     lengths = lengths_of(profile())
-    assert (lengths.mean, lengths.sigma, lengths.most) == (100.0, 0.0, 300)
+    assert (lengths.mean, lengths.sigma, lengths.maximum) == (100.0, 0.0, 300)
 
 
 # The command.
@@ -263,7 +263,7 @@ def test_a_hundred_thousand_documents_a_second(plan):
         ((*ASKED, "--tokens", "600", "--max-length", 512), "--tokens", "at most 512"),
         ((*ASKED, "--tokens", "0"), "--tokens", "5-50"),
         ((*ASKED, "--documents", "x"), "--documents", "5-50"),
-        ((*ASKED, "--memory-limit", 600), "--memory-limit", "and more"),
+        ((*ASKED, "--memory-limit", 600), "--memory-limit", "or more"),
         ((*ASKED, "--memory-limit", -1), "--memory-limit", "above 0"),
         ((*ASKED, "--workers", 0), "--workers", "1 or more"),
         ((*ASKED, "--overhead-ms", -1), "--overhead-ms", "0 or more"),
@@ -284,7 +284,7 @@ def test_nonsense_is_told_what_is_possible(plan, arguments, field, words):
 
 def test_what_is_possible_is_possible(plan):
     _, _, err = plan("--rate", 5, "--slo-p99-ms", 60)
-    (possible,) = re.findall(r"Possible are ([\d.]+) ms", err)
+    (possible,) = re.findall(r"Possible are ([\d.]+)\s+ms", err)
     assert plan("--rate", 5, "--slo-p99-ms", possible)[0] == 0
     assert plan("--rate", 5, "--slo-p99-ms", 60, "--documents", 6)[0] == 0
 

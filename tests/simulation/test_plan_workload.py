@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
+from echelon.simulation.trace import parse_trace
 from echelon.simulation.workload import (
+    ArrivalRecord,
     ConstantArrivals,
     FixedSize,
-    KnownArrivals,
     LognormalSize,
     ObservedSize,
     PoissonArrivals,
     ReplayedArrivals,
     UniformSize,
     Workload,
-    parse_trace,
     sizes_of,
 )
 
@@ -38,7 +38,7 @@ sizes = st.one_of(
 )
 records = st.lists(
     st.tuples(st.floats(-1e9, 1e9), counts, st.none() | st.integers(1, 512)), min_size=1
-).map(lambda rows: [KnownArrivals(*row) for row in sorted(rows, key=lambda row: row[0])])
+).map(lambda rows: [ArrivalRecord(*row) for row in sorted(rows, key=lambda row: row[0])])
 arrivals = (
     st.builds(PoissonArrivals, rates)
     | st.builds(ConstantArrivals, rates)
@@ -115,7 +115,7 @@ def test_the_lognormal_has_the_mean_that_is_named(sigma):
     assert np.log(drawn).std() == pytest.approx(sigma, rel=0.05)
 
 
-def test_the_lognormal_is_cut_at_its_most():
+def test_the_lognormal_is_cut_at_its_maximum():
     drawn = LognormalSize(120, 1.0, 200).draw(generator(), 1000)
     assert max(drawn) == 200
     assert LognormalSize(120, 0, 512).draw(generator(), 3) == [120, 120, 120]
@@ -169,7 +169,7 @@ def test_a_trace_that_was_written_is_read_back(recorded, lengths_too):
         ",".join([repr(k.at_s), str(k.documents), str(k.tokens or 1)][:columns]) for k in recorded
     ]
     expected = [
-        KnownArrivals(k.at_s, k.documents, (k.tokens or 1) if lengths_too else None)
+        ArrivalRecord(k.at_s, k.documents, (k.tokens or 1) if lengths_too else None)
         for k in recorded
     ]
     assert list(parse_trace(lines)) == expected
@@ -177,12 +177,12 @@ def test_a_trace_that_was_written_is_read_back(recorded, lengths_too):
 
 def test_a_trace_may_come_from_a_spreadsheet():
     lines = ["\ufeffDocuments, Timestamp ,host\r\n", '"3",17.5,"a, b"\r\n', "\r\n", "4,18,c\r\n"]
-    assert list(parse_trace(lines)) == [KnownArrivals(17.5, 3), KnownArrivals(18.0, 4)]
+    assert list(parse_trace(lines)) == [ArrivalRecord(17.5, 3), ArrivalRecord(18.0, 4)]
 
 
 def test_a_trace_is_read_as_it_is_needed():
     endless = itertools.chain(["timestamp,documents"], (f"{i},2" for i in itertools.count()))
-    assert next(parse_trace(endless)) == KnownArrivals(0.0, 2)
+    assert next(parse_trace(endless)) == ArrivalRecord(0.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_sizes_that_are_none_name_the_option(text):
         (lambda: UniformSize(4, 3), "high"),
         (lambda: LognormalSize(0.5, 1, 9), "mean"),
         (lambda: LognormalSize(9, -1, 9), "sigma"),
-        (lambda: LognormalSize(9, 1, 0), "most"),
+        (lambda: LognormalSize(9, 1, 0), "maximum"),
         (lambda: ObservedSize([]), "values"),
         (lambda: ObservedSize([3, 0]), "values"),
     ],

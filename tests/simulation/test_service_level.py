@@ -15,7 +15,7 @@ from echelon.loadtest.summary import summarise
 from echelon.simulation.outcome import Tally
 from echelon.simulation.service_level import ServiceLevel
 from echelon.tuning.goal import ScenarioGoal
-from echelon.tuning.validation import proof_of_reranking
+from echelon.tuning.validation import validation_of_reranker
 
 LIMIT_S, LATE_S = 0.3, 0.4
 counts = st.integers(0, 3000), st.integers(0, 40), st.integers(0, 10)
@@ -26,10 +26,10 @@ def simulated(fast, late, failed):
     tally = Tally(ServiceLevel(LIMIT_S))
     for latency_s, count in ((LIMIT_S, fast), (LATE_S, late)):
         for _ in range(count):
-            tally.came(0.0, 1)
+            tally.arrive(0.0, 1)
             tally.answer(0.0, latency_s)
     for number in range(failed):
-        tally.came(0.0, 1)
+        tally.arrive(0.0, 1)
         if number % 2:
             tally.refuse(0.0, "overloaded")
         else:
@@ -63,10 +63,10 @@ def test_the_same_outcome_gives_the_same_verdict(fast, late, failed):
 @given(counts[0], counts[1])
 def test_a_validation_of_the_reranker_gives_the_same_verdict(fast, late):
     waits = [LIMIT_S] * fast + [LATE_S] * late
-    stage = SimpleNamespace(ask=ScenarioGoal("edge", LIMIT_S))
+    context = SimpleNamespace(goal=ScenarioGoal("edge", LIMIT_S))
     ran = SimpleNamespace(waits=waits, whole_s=1.0, peak_bytes=0)
     requests = [SimpleNamespace(documents=1)] * len(waits)
-    assert proof_of_reranking(stage, requests, ran, 0.1).held is simulated(fast, late, 0)
+    assert validation_of_reranker(context, requests, ran, 0.1).held is simulated(fast, late, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How many machines: the ladder, monotony, traces."""
+"""How many machines a rate needs: more rate never needs fewer, and a trace needs its own number."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from simulations import SIMPLE, cpu
 
 from echelon.errors import InvalidInput
 from echelon.simulation import capacity as module
-from echelon.simulation.capacity import Capacity, Traffic
-from echelon.simulation.cluster_simulation import simulate_fleet
+from echelon.simulation.capacity import Capacity
+from echelon.simulation.cluster_simulation import simulate_cluster
 from echelon.simulation.cluster_traffic import blocks
-from echelon.simulation.outcome import RUNGS, RateSearch, Tally
 from echelon.simulation.server_simulation import SimulationSettings
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
+    ArrivalRecord,
     FixedSize,
-    KnownArrivals,
     PoissonArrivals,
+    ReplayedArrivals,
     UniformSize,
     Workload,
 )
@@ -35,43 +35,11 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "FULL", 200)
 
 
-def outcome_of(*, met: bool):
-    tally = Tally(ServiceLevel(1.0))
-    tally.came(0.0, 1)
-    tally.answer(0.0, 0.5 if met else 2.0)
-    return tally.outcome(1)
-
-
-@given(st.lists(st.booleans(), min_size=len(RUNGS), max_size=len(RUNGS)), st.floats(0.001, 1.2))
-def test_a_load_is_borne_only_if_all_below_are(met, load):
-    asked = []
-
-    def run(at):
-        asked.append(at)
-        return outcome_of(met=met[RUNGS.index(at)])
-
-    ladder = RateSearch(run)
-    found = ladder.at(load)
-    good = next((i for i, ok in enumerate(met) if not ok), len(met))
-    borne = RUNGS[good - 1] if good else 0.0
-    assert (found is not None) == (load <= borne)
-    assert found is None or found.held
-    assert ladder.most == borne
-    assert ladder.calm.held == met[0]
-    assert len(asked) == len(set(asked)) <= good + 1
-
-
-def test_who_answers_nothing_meets_nothing():
-    assert not Tally().outcome(1).held
-
-
 def test_a_machine_does_at_most_what_its_prices_say():
     workload = Workload(PoissonArrivals(1.0), FixedSize(2), FixedSize(50))
-    made = Capacity(
-        Traffic(workload), SIMPLE, SimulationSettings(1000, request_s=0.5), ServiceLevel(1.0)
-    )
+    made = Capacity(workload, SIMPLE, SimulationSettings(1000, request_s=0.5), ServiceLevel(1.0))
     # Twenty pairs a step: 1.01 s for ten requests.
-    assert made.most == pytest.approx(10 / 1.01, rel=0.01)
+    assert made.machine_rate == pytest.approx(10 / 1.01, rel=0.01)
 
 
 @given(st.data())
@@ -79,9 +47,7 @@ def test_a_machine_does_at_most_what_its_prices_say():
 def test_more_rate_never_takes_fewer_machines(data):
     goal_s = data.draw(st.sampled_from([0.3, 0.4, 0.8]))
     routing = data.draw(st.sampled_from(["tokens", "two", "random"]))
-    made = Capacity(
-        Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(goal_s), routing
-    )
+    made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(goal_s), routing)
     rates = sorted(data.draw(st.lists(st.floats(0.1, 3000), min_size=2, max_size=30)))
     machines = [made.machines(rate) for rate in rates]
     assert machines == sorted(machines)
@@ -89,13 +55,13 @@ def test_more_rate_never_takes_fewer_machines(data):
         found = made.at(rate, count)
         assert found.held
         assert found.p99_s <= goal_s
-        assert made.bears(count) >= rate * (1 - 1e-9)
+        assert made.max_rate(count) >= rate * (1 - 1e-9)
         if count > 1 and count <= 64:
             assert made.at(rate, count - 1) is None
 
 
 def test_more_machines_than_are_of_use_are_not_looked_for():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(0.8))
+    made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(0.8))
     needed = made.machines(30.0)
     assert made.machines(30.0, needed) == needed
     assert made.machines(30.0, needed - 1) is None
@@ -103,25 +69,29 @@ def test_more_machines_than_are_of_use_are_not_looked_for():
 
 
 def test_a_goal_that_no_machine_meets_has_no_answer():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(0.02))
+    made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(0.02))
     assert made.machines(1.0) is None
-    assert made.bears(1) == 0.0
+    assert made.max_rate(1) == 0.0
 
 
 def trace(count, gap):
-    return [KnownArrivals(100 + i * gap + (i % 7) * gap / 10, 1 + i % 5, 40) for i in range(count)]
+    return [ArrivalRecord(100 + i * gap + (i % 7) * gap / 10, 1 + i % 5, 40) for i in range(count)]
+
+
+def replayed(records, **changes):
+    return replace(WORKLOAD, arrivals=ReplayedArrivals.of(records), **changes)
 
 
 def test_a_trace_is_sped_up_to_the_rate_and_bursts_cost_machines():
-    even = Traffic.of_trace(replace(WORKLOAD, tokens=None), trace(400, 0.5))
-    assert even.trace_rate == pytest.approx(2.0, rel=0.01)
-    assert even.span_s(8.0, 400) == pytest.approx(50.0, rel=0.01)
+    even = replayed(trace(400, 0.5), tokens=None)
+    assert even.rate == pytest.approx(2.0, rel=0.01)
+    assert even.at(8.0).span_s(400) == pytest.approx(50.0, rel=0.01)
     requests = list(even.at(8.0).requests())
     assert requests[-1].at_s == pytest.approx(50.0, rel=0.01)
     bursts = [
-        KnownArrivals(round(one.at_s / 20) * 20.0, one.documents, 40) for one in trace(400, 0.5)
+        ArrivalRecord(round(one.at_s / 20) * 20.0, one.documents, 40) for one in trace(400, 0.5)
     ]
-    bursty = Traffic.of_trace(replace(WORKLOAD, tokens=None), bursts)
+    bursty = replayed(bursts, tokens=None)
     needs = [
         Capacity(traffic, cpu(), SimulationSettings(1024), ServiceLevel(0.3)).machines(20.0)
         for traffic in (even, bursty)
@@ -132,37 +102,36 @@ def test_a_trace_is_sped_up_to_the_rate_and_bursts_cost_machines():
 def test_of_a_long_trace_the_busiest_part_is_simulated(monkeypatch):
     monkeypatch.setattr(module, "REQUESTS", 50)
     slow, fast = trace(100, 1.0), [replace(one, at_s=one.at_s / 10 + 300) for one in trace(60, 1.0)]
-    traffic = Traffic.of_trace(WORKLOAD, [*slow, *fast])
+    workload = replayed([*slow, *fast])
+    traffic = Capacity(workload, cpu(), SimulationSettings(1024), ServiceLevel(1.0)).workload
     assert len(traffic.trace) == 50
     assert traffic.trace[0].at_s > 300
-    assert traffic.trace_rate < 1.0
+    assert traffic.rate == workload.rate < 1.0
 
 
 def test_a_trace_of_one_moment_has_no_rate():
     with pytest.raises(InvalidInput, match="one moment"):
-        Traffic.of_trace(WORKLOAD, [KnownArrivals(1.0), KnownArrivals(1.0)])
+        replayed([ArrivalRecord(1.0), ArrivalRecord(1.0)])
 
 
 def test_lengths_must_be_known():
     with pytest.raises(InvalidInput, match="tokens"):
-        Capacity(
-            Traffic(replace(WORKLOAD, tokens=None)), cpu(), SimulationSettings(1), ServiceLevel(1.0)
-        )
+        Capacity(replace(WORKLOAD, tokens=None), cpu(), SimulationSettings(1), ServiceLevel(1.0))
 
 
 def test_nothing_is_refused_while_it_is_asked_what_a_machine_does_at_most():
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(1.0))
-    assert math.isfinite(made.most)
-    assert made.most * 0.95 * 10 > 60
+    made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(1.0))
+    assert math.isfinite(made.machine_rate)
+    assert made.machine_rate * 0.95 * 10 > 60
 
 
-def test_a_fleet_at_the_rate_that_is_asked_meets_the_goal_too():
+def test_a_cluster_at_the_rate_that_is_asked_meets_the_goal_too():
     goal_s = 0.5
-    made = Capacity(Traffic(WORKLOAD), cpu(), SimulationSettings(1024), ServiceLevel(goal_s))
+    made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(goal_s))
     machines = made.machines(400.0)
     traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
-    found = simulate_fleet(traffic, cpu(), made.fleet(machines), level=made.level, warm_s=2)
+    found = simulate_cluster(traffic, cpu(), made.cluster(machines), level=made.level, warm_s=2)
     assert found.held
     less = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(400.0)), 20)
-    too_few = made.fleet(machines * 8 // 10)
-    assert not simulate_fleet(less, cpu(), too_few, level=made.level, warm_s=2).held
+    too_few = made.cluster(machines * 8 // 10)
+    assert not simulate_cluster(less, cpu(), too_few, level=made.level, warm_s=2).held

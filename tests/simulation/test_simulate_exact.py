@@ -17,9 +17,9 @@ from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import Arrival
 
 
-def steps_of(trace, setting, truth=SIMPLE):
+def steps_of(trace, server, truth=SIMPLE):
     steps = []
-    outcome = simulate(trace, truth, setting, told=lambda now, step: steps.append((now, step)))
+    outcome = simulate(trace, truth, server, on_step=lambda now, step: steps.append((now, step)))
     return [(round(now, 6), step.lengths) for now, step in steps], outcome
 
 
@@ -51,15 +51,15 @@ def test_workers_share_the_queue():
 
 
 def test_reading_and_tokenising_come_first():
-    setting = SimulationSettings(100, request_s=0.5, document_s=0.1)
-    steps, outcome = steps_of(requests((0.0, 10, 10, 10)), setting)
+    server = SimulationSettings(100, request_s=0.5, document_s=0.1)
+    steps, outcome = steps_of(requests((0.0, 10, 10, 10)), server)
     assert steps == [(0.8, (10, 10, 10))]
     assert outcome.longest_s == pytest.approx(0.84)
 
 
 def test_a_request_that_is_tokenised_too_long_expires():
-    setting = SimulationSettings(100, request_s=0.5, deadline_s=0.4)
-    steps, outcome = steps_of(requests((0.0, 10)), setting)
+    server = SimulationSettings(100, request_s=0.5, deadline_s=0.4)
+    steps, outcome = steps_of(requests((0.0, 10)), server)
     assert steps == []
     assert (outcome.expired, outcome.answered, outcome.missed) == (1, 0, 1.0)
     assert math.isnan(outcome.p99_s)
@@ -67,15 +67,15 @@ def test_a_request_that_is_tokenised_too_long_expires():
 
 
 def test_a_request_is_judged_again_once_it_is_tokenised():
-    setting = SimulationSettings(100, request_s=0.5, deadline_s=0.52)
-    _, outcome = steps_of(requests((0.0, 30)), setting)
+    server = SimulationSettings(100, request_s=0.5, deadline_s=0.52)
+    _, outcome = steps_of(requests((0.0, 30)), server)
     assert (outcome.refused, outcome.expired) == ({"deadline_impossible": 1}, 0)
 
 
 def test_refusals_are_counted_by_reason_and_miss_the_goal():
-    setting = SimulationSettings(20, bounds=AdmissionLimits(max_requests=2))
+    server = SimulationSettings(20, bounds=AdmissionLimits(max_requests=2))
     outcome = simulate(
-        requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, setting, level=ServiceLevel(1.0)
+        requests((0.0, 20), (0.001, 20), (0.002, 20)), SIMPLE, server, level=ServiceLevel(1.0)
     )
     assert outcome.refused == {"requests_full": 1}
     assert outcome.within == 2
@@ -113,8 +113,8 @@ def test_the_model_that_is_given_is_not_changed():
 @given(traces(), st.integers(20, 200), st.integers(1, 3))
 @settings(deadline=None, max_examples=50)
 def test_every_request_ends_once_and_twice_the_same(trace, budget, workers):
-    setting = SimulationSettings(budget, workers=workers, deadline_s=0.2, noise=0.2)
-    one, two = (simulate(trace, SIMPLE, setting) for _ in range(2))
+    server = SimulationSettings(budget, workers=workers, deadline_s=0.2, noise=0.2)
+    one, two = (simulate(trace, SIMPLE, server) for _ in range(2))
     assert one == two or math.isnan(one.p50_s)
     assert one.answered + one.expired + sum(one.refused.values()) == one.requests == len(trace)
     assert 0 <= one.utilisation <= 1 + 1e-9
@@ -140,7 +140,7 @@ def test_what_cannot_be_simulated_is_refused(rows, problem):
         {"token_budget": 1, "noise": math.inf},
     ],
 )
-def test_a_setting_names_what_is_wrong(wrong):
+def test_settings_name_what_is_wrong(wrong):
     with pytest.raises(InvalidInput, match=list(wrong)[-1]):
         SimulationSettings(**wrong)
 

@@ -1,4 +1,4 @@
-"""Fleets: the lighter model beside the exact one, routing, and what a day is made of."""
+"""Clusters: the lighter model beside the exact one, routing, and what a day is made of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from echelon.errors import InvalidInput
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulation import capacity
 from echelon.simulation.capacity import rates_of, simulate_day
-from echelon.simulation.cluster_simulation import RAGGED, Cluster, packing_of, simulate_fleet
+from echelon.simulation.cluster_simulation import NO_PADDING, Cluster, packing_of, simulate_cluster
 from echelon.simulation.cluster_traffic import RequestBlock, blocks
 from echelon.simulation.server_simulation import SimulationSettings, simulate
+from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
+    ArrivalRecord,
     FixedSize,
-    KnownArrivals,
     LognormalSize,
     ObservedSize,
     PoissonArrivals,
@@ -40,11 +41,11 @@ def traffic(rate, seed=0):
 )
 def test_the_lighter_model_agrees_with_the_exact_one(cost, p50, p99, rate, budget, workers):
     workload, truth = traffic(rate * workers), cpu(cost)
-    setting = SimulationSettings(budget, workers=workers)
+    settings = SimulationSettings(budget, workers=workers)
     seconds = 250 / workers
-    exact = simulate(workload.requests(seconds), truth, setting)
-    fleet = Cluster(1, setting, packing=packing_of(LENGTHS, truth, budget))
-    light = simulate_fleet(blocks(workload, seconds), truth, fleet)
+    exact = simulate(workload.requests(seconds), truth, settings)
+    cluster = Cluster(1, settings, packing=packing_of(LENGTHS, truth, budget))
+    light = simulate_cluster(blocks(workload, seconds), truth, cluster)
     # The same arrivals and documents; other lengths of the same distribution.
     assert light.requests == exact.requests
     assert light.utilisation == pytest.approx(exact.utilisation, rel=0.04)
@@ -63,7 +64,7 @@ def block(*rows):
 
 def test_a_replica_forms_steps_just_before_the_running_one_ends():
     rows = [(0.0, 1, 30), (0.034, 1, 10), (0.036, 1, 20)]
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
+    outcome = simulate_cluster([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
     assert outcome.steps == 3
     assert outcome.longest_s == pytest.approx(0.09 - 0.036)
     assert outcome.p50_s == pytest.approx(0.04)
@@ -71,7 +72,7 @@ def test_a_replica_forms_steps_just_before_the_running_one_ends():
 
 def test_short_requests_do_not_wait_for_long_ones_and_documents_stay_whole():
     rows = [(0.0, 1, 10), (0.001, 9, 40), (0.002, 1, 10)]
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
+    outcome = simulate_cluster([block(*rows)], SIMPLE, Cluster(1, SimulationSettings(100)))
     # 20 ms; then the short one with two of forty, 100 ms; then 2, 2, 2 and 1 of forty.
     assert outcome.steps == 6
     assert outcome.p50_s == pytest.approx(0.12 - 0.002)
@@ -79,12 +80,12 @@ def test_short_requests_do_not_wait_for_long_ones_and_documents_stay_whole():
 
 
 def test_a_document_longer_than_the_budget_goes_alone():
-    outcome = simulate_fleet([block((0.0, 2, 300))], SIMPLE, Cluster(1, SimulationSettings(100)))
+    outcome = simulate_cluster([block((0.0, 2, 300))], SIMPLE, Cluster(1, SimulationSettings(100)))
     assert (outcome.steps, outcome.step_pairs) == (2, 1.0)
 
 
 def test_at_most_so_many_pairs_a_step():
-    outcome = simulate_fleet(
+    outcome = simulate_cluster(
         [block((0.0, 10, 1))], SIMPLE, Cluster(1, SimulationSettings(100, max_pairs=4))
     )
     assert outcome.steps == 3
@@ -92,32 +93,35 @@ def test_at_most_so_many_pairs_a_step():
 
 def test_a_full_replica_refuses_by_the_real_rules():
     rows = [(0.0, 1, 50)] * 5
-    setting = SimulationSettings(50, bounds=AdmissionLimits(max_requests=3))
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, setting))
+    settings = SimulationSettings(50, bounds=AdmissionLimits(max_requests=3))
+    outcome = simulate_cluster([block(*rows)], SIMPLE, Cluster(1, settings))
     assert outcome.refused == {"requests_full": 2}
-    setting = SimulationSettings(50, bounds=AdmissionLimits(max_wait_s=0.1))
-    outcome = simulate_fleet([block(*rows)], SIMPLE, Cluster(1, setting))
-    exact = simulate(requests(*[(0.0, 50)] * 5), SIMPLE, setting)
+    settings = SimulationSettings(50, bounds=AdmissionLimits(max_wait_s=0.1))
+    outcome = simulate_cluster([block(*rows)], SIMPLE, Cluster(1, settings))
+    exact = simulate(requests(*[(0.0, 50)] * 5), SIMPLE, settings)
     assert outcome.refused == exact.refused == {"wait_too_long": 3}
-    setting = SimulationSettings(50, bounds=AdmissionLimits(max_documents=4))
-    outcome = simulate_fleet([block((0.0, 5, 1))], SIMPLE, Cluster(1, setting))
+    settings = SimulationSettings(50, bounds=AdmissionLimits(max_documents=4))
+    outcome = simulate_cluster([block((0.0, 5, 1))], SIMPLE, Cluster(1, settings))
     assert outcome.refused == {"too_many_documents": 1}
 
 
 def test_both_models_refuse_as_much_when_there_is_too_much():
     workload = traffic(20.0)
-    setting = SimulationSettings(2048, bounds=AdmissionLimits(max_wait_s=1.0))
-    exact = simulate(workload.requests(60), cpu(), setting)
-    light = simulate_fleet(blocks(workload, 60), cpu(), Cluster(1, setting))
+    settings = SimulationSettings(2048, bounds=AdmissionLimits(max_wait_s=1.0))
+    exact = simulate(workload.requests(60), cpu(), settings)
+    light = simulate_cluster(blocks(workload, 60), cpu(), Cluster(1, settings))
     assert sum(exact.refused.values()) > 100
     assert sum(light.refused.values()) == pytest.approx(sum(exact.refused.values()), rel=0.2)
 
 
 def test_routing_by_load_beats_two_choices_beats_chance():
-    workload, fleet = traffic(160.0), 20
+    workload, cluster = traffic(160.0), 20
     p99 = {
-        routing: simulate_fleet(
-            blocks(workload, 40), cpu(), Cluster(fleet, SimulationSettings(2048), routing), warm_s=5
+        routing: simulate_cluster(
+            blocks(workload, 40),
+            cpu(),
+            Cluster(cluster, SimulationSettings(2048), routing),
+            warm_s=5,
         ).p99_s
         for routing in ("tokens", "requests", "two", "random")
     }
@@ -129,7 +133,7 @@ def test_routing_by_requests_counts_requests_and_by_tokens_tokens():
     # The first is long; the second goes elsewhere; the third is where the ways part.
     rows = [(0.0, 1, 90), (0.001, 1, 10), (0.002, 1, 10)]
     by = {
-        routing: simulate_fleet(
+        routing: simulate_cluster(
             [block(*rows)], SIMPLE, Cluster(2, SimulationSettings(100), routing)
         )
         for routing in ("tokens", "requests")
@@ -141,15 +145,15 @@ def test_routing_by_requests_counts_requests_and_by_tokens_tokens():
 def test_a_replica_that_is_done_is_chosen_again():
     rows = [(0.0, 1, 90), (10.0, 1, 10), (10.001, 1, 10)]
     for routing in ("tokens", "requests"):
-        fleet = Cluster(2, SimulationSettings(100), routing)
-        found = simulate_fleet([block(*rows)], SIMPLE, fleet, warm_s=5.0)
+        cluster = Cluster(2, SimulationSettings(100), routing)
+        found = simulate_cluster([block(*rows)], SIMPLE, cluster, warm_s=5.0)
         assert found.longest_s == pytest.approx(0.02)
 
 
 def test_random_routing_reaches_all_and_a_seed_repeats_it():
     workload = traffic(50.0)
     runs = [
-        simulate_fleet(
+        simulate_cluster(
             blocks(workload, 5), cpu(), Cluster(8, SimulationSettings(2048, seed=seed), "random")
         )
         for seed in (1, 1, 2)
@@ -163,11 +167,11 @@ def test_a_fleet_names_what_is_wrong():
     with pytest.raises(InvalidInput, match="deadline"):
         Cluster(1, SimulationSettings(1, deadline_s=1.0))
     with pytest.raises(InvalidInput, match="routing"):
-        simulate_fleet([], SIMPLE, Cluster(1, SimulationSettings(1), "best"))
+        simulate_cluster([], SIMPLE, Cluster(1, SimulationSettings(1), "best"))
 
 
 def test_a_ragged_step_is_never_padded_and_equal_lengths_are_not_either():
-    assert packing_of(LENGTHS, cpu(), 512) is RAGGED
+    assert packing_of(LENGTHS, cpu(), 512) is NO_PADDING
     packing = packing_of(FixedSize(100), cpu("rectangular"), 1000)
     assert packing.step(64) == (10.0, 1.0)
     assert packing.step(1) == (1.0, 1.0)
@@ -192,7 +196,7 @@ def test_blocks_are_the_workload():
 
 
 def test_a_trace_says_what_it_says_and_leaves_the_rest_to_the_workload():
-    records = [KnownArrivals(5.0, 3, 20), KnownArrivals(6.0, 2), KnownArrivals(9.0)]
+    records = [ArrivalRecord(5.0, 3, 20), ArrivalRecord(6.0, 2), ArrivalRecord(9.0)]
     workload = Workload(ReplayedArrivals(records), FixedSize(7), ObservedSize([50]))
     (part,) = blocks(workload)
     assert part == RequestBlock(
@@ -219,7 +223,9 @@ def test_the_rates_of_a_day_join_its_hours():
 def test_a_day_counts_its_quarters_by_their_requests(monkeypatch):
     monkeypatch.setattr(capacity, "WARM_S", 1.0)
     rates = [4.0, 0.0, 60.0, 4.0]
-    found = simulate_day(traffic(1.0), rates, cpu(), Cluster(3, SimulationSettings(2048)), 0.5)
+    found = simulate_day(
+        traffic(1.0), rates, cpu(), Cluster(3, SimulationSettings(2048)), ServiceLevel(0.5)
+    )
     assert [part.rate for part in found.parts] == [4.0, 60.0, 4.0]
     assert [part.overfull for part in found.parts] == [False, True, False]
     assert found.requests == 68 * 86_400 / 4

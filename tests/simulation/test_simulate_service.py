@@ -13,21 +13,21 @@ from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 
 
-def both(trace, setting, cost="none"):
+def both(trace, server, cost="none"):
     """The decisions of the service and of the simulator."""
-    served, ends = serve(trace, setting, cost)
+    served, ends = serve(trace, server, cost)
     simulated = []
     outcome = simulate(
         trace,
         cpu(cost),
-        setting,
-        told=lambda now, step: simulated.append((now, step.places, step.lengths)),
+        server,
+        on_step=lambda now, step: simulated.append((now, step.places, step.lengths)),
     )
     return served, ends, simulated, outcome
 
 
-def check(trace, setting, cost="none"):
-    served, ends, simulated, outcome = both(trace, setting, cost)
+def check(trace, server, cost="none"):
+    served, ends, simulated, outcome = both(trace, server, cost)
     assert [step[1:] for step in simulated] == [step[1:] for step in served]
     assert np.allclose([step[0] for step in simulated], [step[0] for step in served])
     told = [end for end, _ in ends.values()]
@@ -73,11 +73,11 @@ def test_a_goal_moves_the_budget_of_both_alike(trace, goal_s):
 
 def test_under_load_some_are_refused_some_late_and_most_answered():
     workload = Workload(PoissonArrivals(60.0), UniformSize(1, 9), UniformSize(10, 60))
-    setting = SimulationSettings(
+    server = SimulationSettings(
         256, deadline_s=0.12, bounds=AdmissionLimits(max_requests=6), noise=0.5
     )
     trace = list(workload.requests(20.0))
-    outcome = check(trace, setting)
+    outcome = check(trace, server)
     assert outcome.expired > 5
     assert set(outcome.refused) > {"deadline_too_near"}
     assert outcome.answered > outcome.requests / 2

@@ -10,19 +10,21 @@ import threading
 from aiohttp import web
 
 from echelon.data import Topic
-from echelon.loadtest.client import SHAPES, Client, Target, route_of
+from echelon.loadtest.client import CLIENT_PROTOCOLS, Client, Target, route_of
 from echelon.loadtest.run import LoadTestPlan
+from echelon.simulation.workload import FixedSize, PoissonArrivals, Workload
 
 TOPICS = (Topic("one query", ("a b c", "d e f g")), Topic("another", ("h i",)))
 GUARD_S = 60.0
+DOCUMENTS = FixedSize(10)
 
 
 def good(body, dialect="cohere"):
     """What a server of a dialect answers."""
-    shape = SHAPES[dialect]
+    protocol = CLIENT_PROTOCOLS[dialect]
     texts = body.get("documents") or body.get("texts") or body.get("text_2") or body["passages"]
-    rows = [{"index": i, shape.score: 0.5} for i in range(len(texts))]
-    return rows if shape.results is None else {shape.results: rows}
+    rows = [{"index": i, protocol.score: 0.5} for i in range(len(texts))]
+    return rows if protocol.results is None else {protocol.results: rows}
 
 
 class StandIn:
@@ -72,16 +74,19 @@ class StandIn:
 
 
 def target_of(url, dialect="cohere", **more):
-    shape = SHAPES[dialect]
-    return Target(route_of(url, shape), shape, **more)
+    protocol = CLIENT_PROTOCOLS[dialect]
+    return Target(route_of(url, protocol), protocol, **more)
 
 
-def plan_of(url, **changes):
-    """A short test."""
-    settings = {"topics": TOPICS, "rate": 200.0, "warmup_s": 0.0, "duration_s": 0.2}
-    dialect = changes.pop("dialect", "cohere")
-    wait_s = changes.pop("timeout_s", 10.0)
-    return LoadTestPlan(target_of(url, dialect, timeout_s=wait_s), **(settings | changes))
+def plan_of(url, *, rate=200.0, documents=DOCUMENTS, tokens=None, seed=0, **changes):
+    """A short test; ``arrivals`` replaces those at random at ``rate``."""
+    arrivals = changes.pop("arrivals", PoissonArrivals(rate))
+    target = target_of(
+        url, changes.pop("dialect", "cohere"), timeout_s=changes.pop("timeout_s", 10.0)
+    )
+    workload = Workload(arrivals, documents, tokens, seed)
+    settings = {"topics": TOPICS, "warmup_s": 0.0, "duration_s": 0.2}
+    return LoadTestPlan(target, workload=workload, **(settings | changes))
 
 
 @contextlib.asynccontextmanager

@@ -9,17 +9,16 @@ from report_pages import CURVE, leave_plotly_out, read, scenario_profile
 
 from echelon.reports.scenario_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
-from echelon.simulation.capacity import Traffic
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load
-from echelon.tuning.scenario import Candidate, ScenarioLimits
-from echelon.tuning.simulated_load import SHARES, SimulatedService, curve_of
+from echelon.tuning.goal import ScenarioLimits
+from echelon.tuning.simulated_load import SHARES, Candidate, SimulatedService, curve_of
 
 light = pytest.fixture(leave_plotly_out, autouse=True)
 
-TRAFFIC = Traffic(Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200)))
+WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200))
 COST = CostModel(Coefficients(4e-3, 7e-5, 3.5e-8))
 
 
@@ -31,31 +30,31 @@ def quick(monkeypatch):
 
 def test_the_highest_rate_holds_and_a_little_more_does_not():
     candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=0.3)
-    curve = curve_of(TRAFFIC, candidate, limits)
-    service = SimulatedService(TRAFFIC, candidate, limits)
-    assert service.at(curve.most).held
-    assert not service.at(1.04 * curve.most).held
-    assert [rate / curve.most for rate, _ in curve.points] == pytest.approx(SHARES)
+    curve = curve_of(WORKLOAD, candidate, limits)
+    service = SimulatedService(WORKLOAD, candidate, limits)
+    assert service.at(curve.max_rate).held
+    assert not service.at(1.04 * curve.max_rate).held
+    assert [rate / curve.max_rate for rate, _ in curve.points] == pytest.approx(SHARES)
     by_share = dict(zip(SHARES, (found for _, found in curve.points), strict=True))
     assert by_share[1.0].p99_s <= 0.3 < by_share[1.2].p99_s
     assert by_share[0.2].p50_s < by_share[1.2].p50_s
 
 
 def test_a_goal_that_no_rate_reaches_has_no_highest_rate():
-    curve = curve_of(TRAFFIC, Candidate(1024, COST), ScenarioLimits(goal_s=0.001))
-    assert curve.most is None
+    curve = curve_of(WORKLOAD, Candidate(1024, COST), ScenarioLimits(goal_s=0.001))
+    assert curve.max_rate is None
     assert curve.as_dict(3.0)["most_rate"] is None
     assert len(curve.points) == len(SHARES)
 
 
 def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
     candidate, limits = Candidate(1024, COST), ScenarioLimits(goal_s=100.0)
-    full = SimulatedService(TRAFFIC, candidate, limits).at_once()
-    assert curve_of(TRAFFIC, candidate, limits).most == full.requests / full.duration_s
+    full = SimulatedService(WORKLOAD, candidate, limits).at_once()
+    assert curve_of(WORKLOAD, candidate, limits).max_rate == full.requests / full.duration_s
 
 
 def test_a_run_that_is_lost_ends_early_and_says_the_same():
-    requests = list(islice(TRAFFIC.at(100.0).requests(), 300))
+    requests = list(islice(WORKLOAD.at(100.0).requests(), 300))
     setting, seen = SimulationSettings(1024), []
     level, mild = ServiceLevel(0.3), ServiceLevel(1e3)
     whole = simulate(requests, COST, setting, level=level)

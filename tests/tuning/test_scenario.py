@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel
-from echelon.simulation.capacity import Traffic
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load as module
-from echelon.tuning.scenario import SCENARIOS, Candidate, ScenarioLimits, solve
+from echelon.tuning.goal import SCENARIOS, ScenarioLimits
+from echelon.tuning.scenario import solve
+from echelon.tuning.simulated_load import Candidate
 
-TRAFFIC = Traffic(Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200)))
+WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200))
 MIB = 2**20
 MEMORY = MemoryModel(500 * MIB, 0.1 * MIB)
 
@@ -60,7 +61,7 @@ models_of = st.lists(candidates, min_size=1, max_size=3)
 def solved(scenario, models, given_limits):
     """The recommendation, or why there is none."""
     try:
-        return solve(scenario, TRAFFIC, models, given_limits)
+        return solve(scenario, WORKLOAD, models, given_limits)
     except InvalidInput as error:
         return error
 
@@ -82,8 +83,8 @@ def test_it_never_recommends_what_its_own_models_forbid(scenario, models, given_
     if scenario != "offline":
         assert chosen.predicted.missed <= 0.01
         assert chosen.predicted.p99_s <= given_limits.goal_s
-        assert scenario == "api" or chosen.bears >= given_limits.rate
-    assert solve(scenario, TRAFFIC, models, given_limits) == found
+        assert scenario == "api" or chosen.max_rate >= given_limits.rate
+    assert solve(scenario, WORKLOAD, models, given_limits) == found
 
 
 @given(st.sampled_from(["api", "concurrent", "edge"]), models_of, limits, st.floats(1.0, 20.0))
@@ -98,7 +99,7 @@ def test_more_rate_never_gives_fewer_workers(scenario, models, given_limits, fac
 
 def test_offline_takes_the_fastest_whatever_the_latency():
     models = [candidate(128), candidate(4096), candidate(512)]
-    found = solve("offline", TRAFFIC, models, ScenarioLimits(goal_s=0.001))
+    found = solve("offline", WORKLOAD, models, ScenarioLimits(goal_s=0.001))
     assert found.chosen.candidate.token_budget == 4096
     assert found.measure == "documents_per_s"
     assert found.value == max(one.documents_per_s for one in found.tried)
@@ -108,32 +109,32 @@ def test_an_api_takes_the_lowest_p99_and_high_concurrency_the_highest_rate():
     # Small steps let the next in sooner, large ones do more.
     models = [candidate(256, cost=costs(8e-3)), candidate(8192, cost=costs(8e-3))]
     by = {
-        name: solve(name, TRAFFIC, models, ScenarioLimits(2.0, 3.0))
+        name: solve(name, WORKLOAD, models, ScenarioLimits(2.0, 3.0))
         for name in ("api", "concurrent")
     }
     tried = by["api"].tried
     assert by["api"].value == min(one.predicted.p99_s for one in tried)
-    assert by["concurrent"].value == max(one.bears for one in by["concurrent"].tried)
+    assert by["concurrent"].value == max(one.max_rate for one in by["concurrent"].tried)
     assert by["concurrent"].chosen.candidate.token_budget == 8192
 
 
 def test_the_fewest_workers_that_reach_the_goal():
     models = [candidate(workers=workers) for workers in (3, 1, 2)]
     chosen = [
-        solve("api", TRAFFIC, models, ScenarioLimits(0.5, rate)).chosen.candidate.workers
+        solve("api", WORKLOAD, models, ScenarioLimits(0.5, rate)).chosen.candidate.workers
         for rate in (2.0, 25.0, 45.0)
     ]
     assert chosen == sorted(chosen)
     assert chosen[0] == 1
     assert chosen[-1] > 1
-    found = solve("concurrent", TRAFFIC, models, ScenarioLimits(0.5, 2.0))
+    found = solve("concurrent", WORKLOAD, models, ScenarioLimits(0.5, 2.0))
     assert found.chosen.candidate.workers == 1
-    assert found.value < max(one.bears for one in found.tried)
+    assert found.value < max(one.max_rate for one in found.tried)
 
 
 def test_a_p99_as_good_as_the_best_goes_by_what_is_in_reserve():
     models = [candidate(budget) for budget in (64, 256, 512, 1024, 2048, 8192)]
-    found = solve("api", TRAFFIC, models, ScenarioLimits(1.0, 2.0))
+    found = solve("api", WORKLOAD, models, ScenarioLimits(1.0, 2.0))
     able = [one for one in found.tried if one.reason is None]
     near = [p for p in able if p.predicted.p99_s <= 1.05 * min(o.predicted.p99_s for o in able)]
     assert 1 < len(near) < len(models)
@@ -142,15 +143,15 @@ def test_a_p99_as_good_as_the_best_goes_by_what_is_in_reserve():
 
 def test_each_worker_needs_its_own_memory():
     models = [candidate(512, workers=2), candidate(512)]
-    found = solve("offline", TRAFFIC, models, ScenarioLimits(memory_bytes=600 * MIB))
+    found = solve("offline", WORKLOAD, models, ScenarioLimits(memory_bytes=600 * MIB))
     assert found.chosen.candidate.workers == 1
     assert found.tried[0].reason.startswith("needs")
-    assert solve("offline", TRAFFIC, models, ScenarioLimits()).chosen.candidate.workers == 2
+    assert solve("offline", WORKLOAD, models, ScenarioLimits()).chosen.candidate.workers == 2
 
 
 def test_an_edge_machine_gives_a_little_speed_for_memory():
     models = [candidate(budget) for budget in (64, 1024, 2048, 8192)]
-    found = solve("edge", TRAFFIC, models, ScenarioLimits())
+    found = solve("edge", WORKLOAD, models, ScenarioLimits())
     calm = {one.candidate.token_budget: one.calm.p50_s for one in found.tried}
     assert found.chosen.candidate.token_budget in {1024, 2048}
     assert found.value <= 1.05 * min(calm.values())
@@ -160,9 +161,9 @@ def test_an_edge_machine_gives_a_little_speed_for_memory():
 def test_shorter_texts_are_faster_and_must_still_agree():
     short = candidate(max_length=32, agreement=0.9)
     models = [candidate(), short]
-    assert solve("offline", TRAFFIC, models, ScenarioLimits()).chosen.candidate == models[0]
+    assert solve("offline", WORKLOAD, models, ScenarioLimits()).chosen.candidate == models[0]
     allowed = ScenarioLimits(agreement=0.85)
-    assert solve("offline", TRAFFIC, models, allowed).chosen.candidate == short
+    assert solve("offline", WORKLOAD, models, allowed).chosen.candidate == short
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_shorter_texts_are_faster_and_must_still_agree():
 )
 def test_what_cannot_be_had_says_what_can(models, given_limits, field, possible):
     with pytest.raises(InvalidInput) as raised:
-        solve("api", TRAFFIC, models, given_limits)
+        solve("api", WORKLOAD, models, given_limits)
     assert raised.value.field == field
     assert possible in str(raised.value).replace("\u00a0", " ")
 
@@ -192,7 +193,7 @@ def test_what_cannot_be_had_says_what_can(models, given_limits, field, possible)
 )
 def test_what_is_missing_is_named(scenario, models, given_limits):
     with pytest.raises(InvalidInput):
-        solve(scenario, TRAFFIC, models, given_limits)
+        solve(scenario, WORKLOAD, models, given_limits)
 
 
 @pytest.mark.parametrize("name", ["goal_s", "rate", "memory_bytes"])

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import print_json, read_trace, with_flags
+from echelon.cli.flags import print_json, with_flags
+from echelon.cli.load_flags import level_of, load_flag, workload_of
 from echelon.errors import InvalidInput
 from echelon.progress import status
 from echelon.server.settings import flag
 
 if TYPE_CHECKING:
     from echelon.simulation.capacity_plan import CapacityGoal
-    from echelon.simulation.service_level import ServiceLevel
 
 
 @click.command()
 @with_flags(
-    flag("--slo-p99-ms", type=float, required=True, help="P99 latency goal."),
-    flag("--rate", type=float, help="Requests a second [the trace's own]."),
+    load_flag("--slo-p99-ms", required=True),
+    load_flag("--rate", " [the trace's own]"),
     flag("--profile", required=True, help="Profile written by `echelon tune`."),
-    flag("--documents", default="10", show_default=True, help="Of a request: N or LOW-HIGH."),
-    flag("--tokens", help="Tokens of a pair: N or LOW-HIGH [as in the profile's texts]."),
-    flag("--trace", help="CSV of requests: timestamp,documents[,tokens]."),
+    load_flag("--documents", default="10", show_default=True),
+    load_flag("--tokens", " [as in the profile's texts]"),
+    load_flag("--trace"),
     flag(
         "--routing",
         type=click.Choice(["tokens", "requests", "random", "two"]),
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
         metavar="F,F,…",
         help="Plan a day too: relative rates, of which --rate is the largest; or 'typical'.",
     ),
-    flag("--seed", default=0, show_default=True, help="Seed of the simulated traffic."),
+    load_flag("--seed", show_default=True),
     flag("--json", "as_json", is_flag=True, help="Print JSON (docs/PLAN.md)."),
     flag("--quiet", is_flag=True, help="No progress."),
 )
@@ -60,7 +59,7 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     from echelon.profile import Profile
     from echelon.simulation.capacity_plan import make_plan
 
-    goal = _goal(**values)
+    goal = _goal(values)
     with status("Simulating", shown=not (quiet or as_json)) as on_progress:
         found = make_plan(Profile.load(profile), goal, on_progress)
     if as_json:
@@ -71,33 +70,23 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     print_plan(found)
 
 
-def _goal(
-    *, documents: str, tokens: str | None, trace: str | None, day: str | None, **values: Any
-) -> CapacityGoal:
+def _goal(values: dict[str, Any]) -> CapacityGoal:
     from echelon.simulation.capacity_plan import CapacityGoal
-    from echelon.simulation.workload import sizes_of
-
-    limit = values.pop("memory_limit")
-    return CapacityGoal(
-        level=_level(values.pop("slo_p99_ms")),
-        documents=sizes_of(documents, "--documents"),
-        tokens=None if tokens is None else sizes_of(tokens, "--tokens"),
-        trace=() if trace is None else tuple(read_trace(trace)),
-        memory_limit_bytes=None if limit is None else limit * 2**20,
-        overhead_s=values.pop("overhead_ms") / 1000,
-        headroom=values.pop("headroom_percent") / 100,
-        day=() if day is None else _shape(day),
-        **values,
-    )
-
-
-def _level(goal_ms: float) -> ServiceLevel:
     from echelon.simulation.service_level import ServiceLevel
 
-    if not 0 < goal_ms < math.inf:
-        problem = f"{goal_ms:g} is not above 0"
-        raise InvalidInput("--slo-p99-ms", problem, "Give milliseconds, such as 200.")
-    return ServiceLevel(goal_ms / 1000)
+    limit, day = values["memory_limit"], values["day"]
+    return CapacityGoal(
+        level=level_of(values) or ServiceLevel(),
+        workload=workload_of(values),
+        routing=values["routing"],
+        workers=values["workers"],
+        max_length=values["max_length"],
+        memory_limit_bytes=None if limit is None else limit * 2**20,
+        overhead_s=values["overhead_ms"] / 1000,
+        headroom=values["headroom_percent"] / 100,
+        price_per_hour=values["price_per_hour"],
+        day=() if day is None else _shape(day),
+    )
 
 
 def _shape(day: str) -> tuple[float, ...]:

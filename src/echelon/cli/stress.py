@@ -15,19 +15,20 @@ from echelon.cli.flags import (
     print_json,
     print_line,
     progress_bar,
-    read_trace,
     with_flags,
 )
+from echelon.cli.load_flags import level_of, load_flag, workload_of
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.options import require_packages
 from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from echelon.loadtest.result import LoadTestResult
-    from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateBisection, Told
-    from echelon.simulation.workload import ArrivalRecord
+    from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun
+    from echelon.progress import Progress
+    from echelon.simulation.rate_search import RateSearch
 
 KEY = "ECHELON_API_KEY"
 
@@ -37,19 +38,13 @@ MIN_REQUESTS = 10
 """Requests of the shortest probe: the latencies of fewer say nothing about a rate."""
 
 LOAD_FLAGS: tuple[Flag, ...] = (
-    flag("--rate", type=float, help="Requests a second [1]; where --find-max begins."),
-    flag(
-        "--arrivals",
-        type=click.Choice(["poisson", "constant"]),
-        default="poisson",
-        show_default=True,
-        help="Random arrivals, as callers come, or equal intervals.",
-    ),
-    flag("--trace", help="Replay a CSV file: timestamp,documents[,tokens]."),
+    load_flag("--rate", " [1]; where --find-max begins"),
+    load_flag("--arrivals"),
+    load_flag("--trace"),
     flag("--clients", type=int, help="Closed loop: this number of clients, one request each."),
     flag("--find-max", is_flag=True, help="Search the highest rate that meets the goal."),
     flag("--max-rate", type=float, help="Highest rate that --find-max tries [no limit]."),
-    flag("--slo-p99-ms", type=float, help="P99 latency goal."),
+    load_flag("--slo-p99-ms"),
     flag("--duration-s", type=float, help="Seconds to measure [30; a trace: to its end]."),
     flag(
         "--warmup-s",
@@ -64,11 +59,11 @@ REQUEST_FLAGS: tuple[Flag, ...] = (
     flag("--dialect", default="cohere", show_default=True, help="API that the server speaks."),
     flag("--path", help="Path of the route [the dialect's]."),
     flag("--model", help="Model name in requests [usual for the dialect]."),
-    flag("--documents", default="10", show_default=True, help="Documents a request: 10 or 5-50."),
-    flag("--tokens", help="Approximate tokens a pair: 128 or 50-400 [texts as they are]."),
+    load_flag("--documents", default="10", show_default=True),
+    load_flag("--tokens", ", approximately [texts as they are]"),
     flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
     flag("--same-texts", is_flag=True, help="Do not make the texts of each request unique."),
-    flag("--seed", type=int, default=0, help="Seed of the requests."),
+    load_flag("--seed"),
     flag("--header", multiple=True, help=f"'Name: value' to send; see also {KEY}."),
     flag("--timeout-ms", type=float, default=10_000.0, show_default=True, help="Longest wait."),
     flag("--max-connections", type=int, help="Maximum open connections [as many as needed]."),
@@ -107,9 +102,9 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
         print_line("echelon: Interrupted; above is what was measured until then.")
         sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
-        from echelon.loadtest.result import verdict
+        from echelon.loadtest.result import headline
 
-        raise GoalMissed(verdict(result))
+        raise GoalMissed(headline(result))
 
 
 _ALONE = (
@@ -143,52 +138,33 @@ def _option(name: str) -> str:
 
 def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:
     from echelon.data import load_texts
-    from echelon.loadtest.client import Target, route_of, shape_of
+    from echelon.loadtest.client import Target, protocol_of, route_of
     from echelon.loadtest.run import LoadTestPlan
-    from echelon.simulation.service_level import ServiceLevel
-    from echelon.simulation.workload import sizes_of
 
-    shape = shape_of(values["dialect"])
+    protocol = protocol_of(values["dialect"])
     texts = load_texts(values["data"], None if values["data"] else "en")
     target = Target(
-        route_of(url, shape, values["path"]),
-        shape,
+        route_of(url, protocol, values["path"]),
+        protocol,
         values["model"],
         _headers(values["header"]),
         values["timeout_ms"] / 1000,
         values["max_connections"] or 0,
     )
-    trace = None if values["trace"] is None else TraceFile(values["trace"])
-    default_s = 30.0 if trace is None else None
-    goal_ms, tokens = values["slo_p99_ms"], values["tokens"]
+    if values["rate"] is None and values["trace"] is None:
+        values = values | {"rate": 1.0}
+    default_s = 30.0 if values["trace"] is None else None
     plan = LoadTestPlan(
         target=target,
         topics=texts.topics,
-        documents=sizes_of(values["documents"], "--documents"),
-        tokens=None if tokens is None else sizes_of(tokens, "--tokens"),
-        rate=values["rate"] or 1.0,
-        even=values["arrivals"] == "constant",
-        trace=trace,
+        workload=workload_of(values, streamed=True),
         clients=values["clients"],
         warmup_s=values["warmup_s"],
         duration_s=default_s if values["duration_s"] is None else values["duration_s"],
-        goal=None if goal_ms is None else ServiceLevel(goal_ms / 1000),
+        goal=level_of(values),
         marked=not values["same_texts"],
-        seed=values["seed"],
     )
     return plan, texts.name
-
-
-class TraceFile:
-    """The requests of a trace file, read anew each time; checked once at the start."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        for _ in self:
-            pass
-
-    def __iter__(self) -> Iterator[ArrivalRecord]:
-        return read_trace(self._path)
 
 
 def _headers(given: Iterable[str]) -> dict[str, str]:
@@ -212,13 +188,13 @@ def _tested(
     from datetime import UTC, datetime
 
     from echelon.loadtest.result import LoadTestResult
-    from echelon.loadtest.run import RateBisection
+    from echelon.simulation.rate_search import RateSearch
 
     search = None
     if values["find_max"]:
         lowest = MIN_REQUESTS / (plan.duration_s or 1.0)
-        first = max(1.0, lowest) if values["rate"] is None else plan.rate
-        search = RateBisection(first, values["max_rate"] or float("inf"), lowest)
+        first = max(1.0, lowest) if values["rate"] is None else values["rate"]
+        search = RateSearch(first, values["max_rate"] or float("inf"), lowest)
     with progress_bar("Testing", shown=shown) as (on_progress, print_above):
         try:
             run, found = asyncio.run(_run(plan, search, on_progress, print_above))
@@ -232,8 +208,8 @@ def _tested(
 
 async def _run(
     plan: LoadTestPlan,
-    search: RateBisection | None,
-    on_progress: Told,
+    search: RateSearch | None,
+    on_progress: Progress,
     print_above: Callable[[str], object],
 ) -> tuple[LoadTestRun | None, FoundRate | None]:
     import asyncio
@@ -252,10 +228,10 @@ async def _run(
 
     with contextlib.suppress(NotImplementedError):  # on Windows the first Ctrl-C ends the process
         loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with opened(plan, stop=stop, told=on_progress) as tester:
+    async with opened(plan, stop=stop, on_progress=on_progress) as test:
         if search is None:
-            return await tester.measure(), None
-        return None, await tester.find_max(search, lambda probe: print_above(probe_line(probe)))
+            return await test.measure(), None
+        return None, await test.find_max(search, lambda probe: print_above(probe_line(probe)))
 
 
 def _show(result: LoadTestResult, *, as_json: bool, shown: bool) -> None:

@@ -16,9 +16,9 @@ from echelon.cli.flags import (
     print_json,
     print_line,
     progress_bar,
-    read_trace,
     with_flags,
 )
+from echelon.cli.load_flags import level_of, load_flag, sizes_of_requests, trace_of
 from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
 from echelon.options import require_packages
@@ -67,15 +67,15 @@ SCENARIO_FLAGS: tuple[Flag, ...] = (
         type=click.Choice(["api", "offline", "edge", "concurrent"]),
         help="Choose the settings for this use, and validate them (docs/TUNE.md).",
     ),
-    flag("--slo-p99-ms", type=float, help="Scenario: P99 latency goal."),
-    flag("--rate", type=float, help="Scenario: requests a second."),
-    flag("--trace", help="Scenario: CSV of requests, timestamp,documents[,tokens]."),
-    flag(
+    load_flag("--slo-p99-ms", prefix="Scenario: "),
+    load_flag("--rate", prefix="Scenario: "),
+    load_flag("--trace", prefix="Scenario: "),
+    load_flag(
         "--documents",
-        help="Scenario: documents of a request, N or LOW-HIGH [api, edge 1-10; offline 50-200; "
-        "concurrent 10].",
+        " [api, edge 1-10; offline 50-200; concurrent 10]",
+        prefix="Scenario: ",
     ),
-    flag("--tokens", help="Scenario: tokens of a pair, N or LOW-HIGH [as in the texts]."),
+    load_flag("--tokens", " [as in the texts]", prefix="Scenario: "),
     flag(
         "--memory-limit", type=float, metavar="MIB", help="Scenario: memory of all workers, in MiB."
     ),
@@ -216,19 +216,18 @@ def scenario_goal(values: dict[str, Any]) -> ScenarioGoal | None:
                     "Give --scenario api, offline, edge or concurrent.",
                 )
         return None
-    from echelon.simulation.workload import sizes_of
     from echelon.tuning.goal import ScenarioGoal
 
-    goal_ms, limit, verify_s = given["slo_p99_ms"], given["memory_limit"], given["verify_s"]
-    documents, tokens = given["documents"], given["tokens"]
+    level, limit, verify_s = level_of(given), given["memory_limit"], given["verify_s"]
+    documents, tokens = sizes_of_requests(given)
     allow = [name.strip() for name in (given["allow"] or "").split(",")]
     fields: Any = {
         "scenario": given["scenario"],
-        "goal_s": None if goal_ms is None else goal_ms / 1000,
+        "goal_s": None if level is None else level.latency_s,
         "rate": given["rate"],
-        "trace": () if given["trace"] is None else tuple(read_trace(given["trace"])),
-        "documents": None if documents is None else sizes_of(documents, "--documents"),
-        "tokens": None if tokens is None else sizes_of(tokens, "--tokens"),
+        "trace": trace_of(given),
+        "documents": documents,
+        "tokens": tokens,
         "memory_limit_bytes": None if limit is None else limit * 2**20,
         "allow": tuple(name.replace("-", "_") for name in allow if name),
         "verify_s": VALIDATE_S if verify_s is None else verify_s,

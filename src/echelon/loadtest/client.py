@@ -1,9 +1,7 @@
-"""What clients of each dialect send, and what they get. Pure; no HTTP, no texts of its own.
+"""The HTTP client of a load test, and the requests and answers of each dialect.
 
-Written from the client's side and without the server's code, so that it can also be pointed at the
-originals, and so that a mistake of ours is not made twice.
-
-The only file that knows the HTTP client.
+Dialects are written from the client's side, without the server's code: they work with the original
+servers too, and a mistake of ours is not made twice. No other module knows the HTTP client.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ class ClientProtocol:
     Attributes:
         name: as ``--dialect`` takes it.
         path: the route that its clients use.
-        model: the model that they name unless told; None leaves it out.
+        model: the model that they usually name; None leaves it out.
         write: the body's fields for a query and its documents, without the model.
-        results: where an answer holds its results; None: the answer is the list itself.
-        score: what a result calls its score.
+        results: the answer's field with the results; None: the answer is the list itself.
+        score: a result's field with the score.
     """
 
     name: str
@@ -51,17 +49,17 @@ class ClientProtocol:
     score: str
 
     def body(self, query: str, documents: Sequence[str], model: str | None = None) -> bytes:
-        """A request as it goes over the wire."""
+        """The body of a request."""
         named = model or self.model
         fields = {} if named is None else {"model": named}
         return json.dumps(fields | self.write(query, documents), ensure_ascii=False).encode()
 
     def check(self, answer: bytes, documents: int) -> str | None:
-        """What is wrong with an answer; None if it scores every document once, with a number."""
+        """The problem of an answer; None if it scores each document once, with a finite number."""
         try:
             found = json.loads(answer)
         except ValueError:
-            return "the answer is no JSON"
+            return "the answer is not JSON"
         rows = found
         if self.results is not None:
             rows = found.get(self.results) if isinstance(found, dict) else None
@@ -73,7 +71,7 @@ class ClientProtocol:
         if {_index(row) for row in rows} != set(range(documents)):
             return "the results' indices are not those of the documents"
         if not all(_is_score(row.get(self.score)) for row in rows):
-            return f"a result's {self.score!r} is no finite number"
+            return f"a result's {self.score!r} is not a finite number"
         return None
 
 
@@ -134,47 +132,49 @@ _ALL = (
     ),
 )
 
-SHAPES: dict[str, ClientProtocol] = {shape.name: shape for shape in _ALL}
+CLIENT_PROTOCOLS: dict[str, ClientProtocol] = {protocol.name: protocol for protocol in _ALL}
 
 
-def shape_of(name: str) -> ClientProtocol:
+def protocol_of(name: str) -> ClientProtocol:
     """A dialect by its name.
 
     Raises:
         InvalidInput: there is none of that name.
     """
-    if name not in SHAPES:
-        raise InvalidInput("--dialect", f"{name!r} is unknown", f"Use one of {', '.join(SHAPES)}.")
-    return SHAPES[name]
+    if name not in CLIENT_PROTOCOLS:
+        raise InvalidInput(
+            "--dialect", f"{name!r} is unknown", f"Use one of {', '.join(CLIENT_PROTOCOLS)}."
+        )
+    return CLIENT_PROTOCOLS[name]
 
 
 KEEP_ALIVE_S = 4.0
-"""A connection idle for longer is not used again: usual servers close theirs after 5 s, and a
-request sent into that very moment would be lost through no fault of theirs."""
+"""Seconds after which an idle connection is not used again: usual servers close theirs after 5 s,
+and a request sent at that moment would be lost through no fault of theirs."""
 
 REFUSED = {429, 503}
 
-MOST_SETTLING, PAUSE_S = 20, 0.5
+MAX_IDLE_PROBES, PAUSE_S = 20, 0.5
 
-MOST_WORDS = 200
-"""Letters of a server's message that are repeated."""
+MAX_CHARACTERS = 200
+"""Characters of a server's message that are repeated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is tested.
+    """The server under test.
 
     Attributes:
         url: the route.
-        shape: the dialect spoken there.
-        model: what requests call the model; None is the dialect's usual name.
+        protocol: the dialect spoken there.
+        model: the model's name in requests; None is the dialect's usual name.
         headers: sent with each request.
-        timeout_s: seconds after which nobody waits for an answer any more.
-        max_connections: connections at once; 0 means as many as there are requests.
+        timeout_s: seconds after which a request has failed.
+        max_connections: open connections; 0 means as many as there are requests.
     """
 
     url: str
-    shape: ClientProtocol
+    protocol: ClientProtocol
     model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 10.0
@@ -182,13 +182,13 @@ class Target:
 
 
 class Reply(NamedTuple):
-    """What became of one request: see :class:`echelon.loadtest.records.RequestRecord`.
+    """The outcome of one request, see :class:`echelon.loadtest.records.RequestRecord`.
 
     Attributes:
-        kind: in one word.
+        kind: the kind of outcome.
         status: HTTP status; 0 where there was none.
-        detail: what went wrong, for people.
-        own_fault: this machine could not send it.
+        detail: the problem, for people.
+        own_fault: whether this machine could not send it.
     """
 
     kind: Kind
@@ -197,32 +197,32 @@ class Reply(NamedTuple):
     own_fault: bool = False
 
 
-def route_of(url: str, shape: ClientProtocol, path: str | None = None) -> str:
+def route_of(url: str, protocol: ClientProtocol, path: str | None = None) -> str:
     """The address of the route: ``url`` itself where it ends with the path, else both joined.
 
     Raises:
         InvalidInput: no address over HTTP.
     """
-    told = "Give an address such as http://localhost:8080."
+    remedy = "Give an address such as http://localhost:8080."
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidInput("URL", f"{url!r} is no address ({error})", told) from error
+        raise InvalidInput("URL", f"{url!r} is not an address ({error})", remedy) from error
     if parts.scheme not in {"http", "https"}:
         problem = f"{url!r} does not begin with http:// or https://"
-        raise InvalidInput("URL", problem, told)
+        raise InvalidInput("URL", problem, remedy)
     if not parts.hostname or port == 0:
-        raise InvalidInput("URL", f"{url!r} names no host or no port", told)
+        raise InvalidInput("URL", f"{url!r} names no host or no port", remedy)
     if parts.query or parts.fragment:
-        raise InvalidInput("URL", f"{url!r} has a query or a fragment", told)
-    wanted = shape.path if path is None else f"/{path.lstrip('/')}"
+        raise InvalidInput("URL", f"{url!r} has a query or a fragment", remedy)
+    wanted = protocol.path if path is None else f"/{path.lstrip('/')}"
     base = url.rstrip("/")
     return base if path is None and base.endswith(wanted) else base + wanted
 
 
 class Client:
-    """Connections to a target, reused. To be used as an asynchronous context."""
+    """Reused connections to a target, as an asynchronous context."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -249,8 +249,8 @@ class Client:
         if self._session is not None:
             await self._session.close()
 
-    async def ask(self, body: bytes, documents: int) -> Reply:
-        """Send one request and judge its answer; never raises for what a server may do."""
+    async def send(self, body: bytes, documents: int) -> Reply:
+        """Send one request and check its answer; never raises for what a server may do."""
         if self._session is None:
             raise RuntimeError("the client is not open. This is a bug.")
         try:
@@ -266,20 +266,20 @@ class Client:
             return Reply("refused", status, _words(status, answer))
         if status != 200:  # noqa: PLR2004 - HTTP's own
             return Reply("error", status, _words(status, answer))
-        wrong = self.target.shape.check(answer, documents)
+        wrong = self.target.protocol.check(answer, documents)
         return Reply("answered", status) if wrong is None else Reply("wrong", status, wrong)
 
 
 def _words(status: int, answer: bytes) -> str:
     said = " ".join(answer.decode("utf-8", "replace").split())
-    return f"status {status}: {said[:MOST_WORDS]}" if said else f"status {status}"
+    return f"status {status}: {said[:MAX_CHARACTERS]}" if said else f"status {status}"
 
 
 def _failed(error: aiohttp.ClientError | OSError) -> Reply:
     number = getattr(error, "errno", None)
     if number in {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS}:
-        told = f"this machine has no more connections ({error})"
-        return Reply("error", 0, told, own_fault=True)
+        detail = f"this machine has no more connections ({error})"
+        return Reply("error", 0, detail, own_fault=True)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return Reply("error", 0, f"its certificate is not trusted ({error.certificate_error})")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
@@ -291,16 +291,16 @@ def _failed(error: aiohttp.ClientError | OSError) -> Reply:
     return Reply("error", 0, str(error) or type(error).__name__)
 
 
-async def try_out(client: Client, body: bytes, documents: int) -> None:
-    """One request before all others, so that a wrong address is told at once.
+async def check_target(client: Client, body: bytes, documents: int) -> None:
+    """Send one request before all others, so that a wrong address is reported at once.
 
-    A server that is full, or slow to load, is not wrong: the test itself will say so.
+    A server that is full or slow is not an error: the test itself shows it.
 
     Raises:
         InvalidInput: the server cannot be reached, or does not speak the dialect.
     """
-    reply = await client.ask(body, documents)
-    url, name = client.target.url, client.target.shape.name
+    reply = await client.send(body, documents)
+    url, name = client.target.url, client.target.protocol.name
     if reply.kind == "error" and reply.status == 0:
         remedy = "Start the server, or check scheme, host and port."
         if "certificate" in reply.detail:
@@ -326,7 +326,7 @@ def _remedy(status: int) -> str:
 
 
 def _raise_file_limit() -> None:
-    """As many open connections as the system grants; the usual limit of 1,024 is soon reached."""
+    """Raise the limit of open connections as far as allowed; the usual 1,024 are too few."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
 
@@ -334,19 +334,19 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def settle(
+async def wait_until_idle(
     client: Client, body: bytes, documents: int, *, within_s: float, stop: asyncio.Event
 ) -> None:
-    """Ask again and again until an answer comes in time: the server's queue is empty again.
+    """Send one request at a time until an answer comes in time: the server's queue is empty.
 
-    Gives up after :data:`MOST_SETTLING` tries: whatever is wrong, the next run will show it.
+    It stops after :data:`MAX_IDLE_PROBES` requests: the next run shows what is wrong.
     """
     loop = asyncio.get_running_loop()
-    for _ in range(MOST_SETTLING):
+    for _ in range(MAX_IDLE_PROBES):
         if stop.is_set():
             return
         began = loop.time()
-        reply = await client.ask(body, documents)
+        reply = await client.send(body, documents)
         took_s = loop.time() - began
         if reply.kind == "answered" and took_s <= within_s:
             return

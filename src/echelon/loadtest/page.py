@@ -1,9 +1,4 @@
-"""The page's charts as plain data, in the form that plotly.js draws. Pure.
-
-As in :mod:`echelon.reports.plots`, colours of text and grid belong to the page.
-
-A test as one HTML page that needs nothing else, not even a network.
-"""
+"""A load test as one HTML page that needs no network, with charts for plotly.js."""
 
 from __future__ import annotations
 
@@ -11,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.loadtest.result import name_of, over_time, probe_row, verdict
+from echelon.loadtest.result import headline, name_of, over_time, probe_row
 from echelon.loadtest.summary import latencies, percentiles
+from echelon.messages import units
 from echelon.profile import write_text
 from echelon.reports import wording
 from echelon.reports.html import fill
@@ -46,7 +42,7 @@ LATENCY_AXIS = {
 
 
 def charts(result: LoadTestResult) -> list[Chart]:
-    """All charts that there are numbers for."""
+    """The charts for which there are numbers."""
     goal_s = None if result.plan.goal is None else result.plan.goal.latency_s
     drawn = []
     if result.found is not None and result.found.probes:
@@ -58,7 +54,7 @@ def charts(result: LoadTestResult) -> list[Chart]:
 
 
 def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
-    """Latency against load: flat, then a wall."""
+    """Latency against load."""
     ordered = sorted(probes, key=lambda probe: probe.rate)
     rates = [probe.rate for probe in ordered]
     traces = [
@@ -67,7 +63,7 @@ def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
     ]
     for trace in traces:
         trace["marker"] = {"size": 9, "symbol": ["circle" if p.held else "x" for p in ordered]}
-        trace["text"] = [_say(probe) for probe in ordered]
+        trace["text"] = [_hover_text(probe) for probe in ordered]
         trace["hoverinfo"] = "text"
     across = {"title": {"text": "Requests/s"}, "rangemode": "tozero", **LINES}
     layout = _layout(across, dict(LATENCY_AXIS), goal_s)
@@ -75,7 +71,7 @@ def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
     return Chart("load", "Latency against load", note, {"data": traces, "layout": layout})
 
 
-def _say(probe: RateProbe) -> str:
+def _hover_text(probe: RateProbe) -> str:
     summary = probe.run.summary
     high = summary.p99_s
     p99 = "nothing answered" if high is None else f"P99 {1000 * high:.0f} ms"
@@ -83,7 +79,7 @@ def _say(probe: RateProbe) -> str:
 
 
 def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
-    """Latency at each percentile, the far ones drawn apart."""
+    """Latency by percentile, on an axis that stretches the highest ones."""
     answered = len(latency_s)
     decades = max(1.0, math.log10(answered))
     shares = [10 ** (-i / STEPS_A_DECADE) for i in range(int(decades * STEPS_A_DECADE) + 1)]
@@ -109,7 +105,7 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
 
 
 def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
-    """Whether it is steady, or grows until the end."""
+    """Latency and failures over time."""
     rows = over_time(outcome)
     times = [row["at_s"] + row["width_s"] / 2 for row in rows]
     traces = []
@@ -184,7 +180,7 @@ def _content(result: LoadTestResult) -> dict[str, Any]:
     summary = None if result.run is None else result.run.summary
     return {
         "url": result.plan.target.url,
-        "verdict": verdict(result),
+        "verdict": headline(result),
         "doubts": result.doubts,
         "notes": result.notes,
         "tiles": [] if summary is None else _tiles(summary),
@@ -193,8 +189,8 @@ def _content(result: LoadTestResult) -> dict[str, Any]:
         "probes": [] if result.found is None else list(map(probe_row, _by_rate(result))),
         "latencies": [] if summary is None else _latencies(summary),
         "counts": [] if summary is None else list(summary.kinds.items()),
-        "complaints": {} if summary is None else summary.complaints,
-        "facts": _facts(result),
+        "complaints": {} if summary is None else summary.problems,
+        "facts": _settings_rows(result),
     }
 
 
@@ -204,43 +200,43 @@ def _by_rate(result: LoadTestResult) -> list[Any]:
 
 
 def _tiles(summary: LoadSummary) -> list[tuple[str, str, str]]:
-    p99 = wording.UNKNOWN if summary.p99_s is None else wording.duration(summary.p99_s)
-    promised = "" if summary.goal is None else f"goal {wording.duration(summary.goal.latency_s)}"
+    p99 = units.UNKNOWN if summary.p99_s is None else units.duration(summary.p99_s)
+    promised = "" if summary.goal is None else f"goal {units.duration(summary.goal.latency_s)}"
     tiles = [
         ("P99", p99, promised),
         (
             "Answered",
-            f"{wording.number(summary.answered_per_s)}/s",
-            f"{wording.number(summary.offered_per_s)}/s offered",
+            f"{units.number(summary.answered_per_s)}/s",
+            f"{units.number(summary.offered_per_s)}/s offered",
         ),
-        ("Documents", f"{wording.number(summary.documents_per_s)}/s", ""),
+        ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
         (
             "Failed",
-            wording.percent(summary.failure_share, 2),
+            units.percent(summary.failure_share, 2),
             f"{summary.failures:,} of {summary.requests:,}",
         ),
     ]
     if summary.goodput_per_s is not None:
-        good = f"{wording.number(summary.goodput_per_s)}/s"
+        good = f"{units.number(summary.goodput_per_s)}/s"
         tiles.insert(2, ("Goodput", good, "answered within the goal"))
     return tiles
 
 
 def _latencies(summary: LoadSummary) -> list[tuple[str, str]]:
-    return [(name_of(p), wording.duration(s)) for p, s in summary.latency_s.items()]
+    return [(name_of(p), units.duration(s)) for p, s in summary.latency_s.items()]
 
 
-def _facts(result: LoadTestResult) -> list[tuple[str, str]]:
-    told = result.as_dict()
-    shown = {name: value for name, value in told["settings"].items() if value is not None}
+def _settings_rows(result: LoadTestResult) -> list[tuple[str, str]]:
+    content = result.as_dict()
+    shown = {name: value for name, value in content["settings"].items() if value is not None}
     rows = [
-        ("dialect", told["dialect"]),
-        ("mode", told["mode"]),
-        ("made", wording.when(told["created"])),
+        ("dialect", content["dialect"]),
+        ("mode", content["mode"]),
+        ("made", wording.when(content["created"])),
     ]
     rows += [(name.replace("_", " "), str(value)) for name, value in shown.items()]
     if result.run is not None:
         summary = result.run.summary
-        rows.append(("sent late (P99)", wording.duration(summary.send_lag_s)))
-        rows.append(("generator's CPU", wording.percent(summary.health.cpu_share)))
+        rows.append(("sent late (P99)", units.duration(summary.send_lag_s)))
+        rows.append(("generator's CPU", units.percent(summary.health.cpu_share)))
     return rows

@@ -1,7 +1,4 @@
-"""What became of each request. Pure.
-
-Columns, not objects: a request takes 31 bytes, so that a million take 31 MB.
-"""
+"""Records of requests, kept as columns: a request takes 31 bytes, a million 31 MB. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class RequestRecord(NamedTuple):
         scheduled: when it should have been sent.
         sent: when it was.
         ended: when its answer, or its failure, was there.
-        kind: what became of it.
+        kind: its outcome.
         status: HTTP status; 0 where there was none.
         documents: documents that it asked for.
     """
@@ -45,12 +42,12 @@ class RequestRecord(NamedTuple):
 
     @property
     def latency_s(self) -> float:
-        """Seconds that a caller waited who asked when the request was due."""
+        """Seconds from when the request was due to its end."""
         return self.ended - self.scheduled
 
 
 class RequestRecords:
-    """Records in the order of their endings."""
+    """Records in the order in which requests ended."""
 
     def __init__(self) -> None:
         self._times = tuple(array("d") for _ in range(3))
@@ -59,7 +56,7 @@ class RequestRecords:
         self._documents = array("i")
 
     def add(self, record: RequestRecord) -> None:
-        """Keep one."""
+        """Add a record."""
         for column, value in zip(self._times, record[:3], strict=True):
             column.append(value)
         self._kinds.append(KINDS.index(record.kind))

@@ -1,9 +1,6 @@
-"""A finished test as data: what ``--json`` prints and the page shows. Pure.
+"""The result of a load test: as data for ``--json`` and the page, and as tables for people.
 
-The fields are listed in docs/STRESS.md; :data:`SCHEMA` goes up when one of them changes its
-meaning or goes.
-
-What ``echelon stress`` prints for people.
+docs/STRESS.md lists the fields; :data:`SCHEMA` goes up when one changes its meaning or goes.
 """
 
 from __future__ import annotations
@@ -18,7 +15,8 @@ from rich.text import Text
 
 from echelon import __version__
 from echelon.loadtest.records import ANSWERED
-from echelon.reports import wording
+from echelon.messages import units
+from echelon.simulation.workload import ConstantArrivals
 
 if TYPE_CHECKING:
     from echelon.loadtest.driver import DriveResult
@@ -27,21 +25,21 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-MOST_ROWS = 120
-"""Points of a curve over time: more than a phone can show are no help."""
+MAX_ROWS = 120
+"""Points of a curve over time: a phone cannot show more."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTestResult:
-    """A test and what it was.
+    """A finished test.
 
     Attributes:
-        plan: what was asked for.
+        plan: what was tested.
         data: the name of its texts.
         created: when it ended, ISO 8601 in UTC.
-        run: the run; of a search the best probe's, or the last where none held; None: there is
-            none.
-        found: a search's end; None where it was a single run.
+        run: the run; of a search that of the best probe, or the last where none held; None where
+            there was none.
+        found: the end of a search; None for a single run.
     """
 
     plan: LoadTestPlan
@@ -79,19 +77,19 @@ class LoadTestResult:
 
     @property
     def doubts(self) -> list[str]:
-        """Why the numbers cannot be trusted."""
+        """Reasons not to trust the numbers."""
         found = [] if self.run is None else self.run.summary.doubts
         if self.found is None or self.found.limit != "generator":
             return found
-        told = (
+        limit = (
             "The search ended because the generator could not keep up: the server may take more. "
             "Test from a machine of its own, or split the rate among several."
         )
-        return [told, *found]
+        return [limit, *found]
 
     @property
     def notes(self) -> list[str]:
-        """What to know besides."""
+        """What else to know."""
         return [] if self.run is None else self.run.summary.notes
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,7 +100,7 @@ class LoadTestResult:
             "echelon": __version__,
             "created": self.created,
             "url": plan.target.url,
-            "dialect": plan.target.shape.name,
+            "dialect": plan.target.protocol.name,
             "mode": self.mode,
             "settings": _settings(plan, self.data),
             "goal": _goal(plan),
@@ -134,22 +132,23 @@ def _goal(plan: LoadTestPlan) -> dict[str, float] | None:
 
 
 def _settings(plan: LoadTestPlan, data: str) -> dict[str, Any]:
-    open_loop = plan.clients is None
-    arrivals = "trace" if plan.trace is not None else "constant" if plan.even else "poisson"
+    open_loop, workload = plan.clients is None, plan.workload
+    even = isinstance(workload.arrivals, ConstantArrivals)
+    arrivals = "trace" if plan.replays else "constant" if even else "poisson"
     return {
         "arrivals": arrivals if open_loop else None,
-        "rate": plan.rate if open_loop and plan.trace is None else None,
+        "rate": workload.rate if open_loop and not plan.replays else None,
         "clients": plan.clients,
-        "documents": str(plan.documents),
-        "tokens": None if plan.tokens is None else str(plan.tokens),
+        "documents": str(workload.documents),
+        "tokens": None if workload.tokens is None else str(workload.tokens),
         "data": data,
         "marked": plan.marked,
-        "seed": plan.seed,
+        "seed": workload.seed,
         "warmup_s": plan.warmup_s,
         "duration_s": plan.duration_s,
         "timeout_ms": 1000 * plan.target.timeout_s,
         "max_connections": plan.target.max_connections or None,
-        "model": plan.target.model or plan.target.shape.model,
+        "model": plan.target.model or plan.target.protocol.model,
     }
 
 
@@ -175,7 +174,7 @@ def summary_dict(summary: LoadSummary) -> dict[str, Any]:
         "generator_cpu_share": summary.health.cpu_share,
         "failures": {
             name: {"count": count, "first": first}
-            for name, (count, first) in summary.complaints.items()
+            for name, (count, first) in summary.problems.items()
         },
         "hdr_histogram_us": summary.histogram,
     }
@@ -187,13 +186,13 @@ def name_of(percentile: float) -> str:
 
 
 def over_time(outcome: DriveResult) -> list[dict[str, Any]]:
-    """What callers met as the run went on, warm-up included, by when their requests were due."""
-    ledger = outcome.ledger
-    if not len(ledger):
+    """Latencies and failures over the run, warm-up included, by when requests were due."""
+    records = outcome.records
+    if not len(records):
         return []
-    width_s = float(max(1, -(-outcome.ended_s // MOST_ROWS)))
-    due, latency_ms = ledger.scheduled, 1000 * (ledger.ended - ledger.scheduled)
-    answered = ledger.kinds == ANSWERED
+    width_s = float(max(1, -(-outcome.ended_s // MAX_ROWS)))
+    due, latency_ms = records.scheduled, 1000 * (records.ended - records.scheduled)
+    answered = records.kinds == ANSWERED
     rows = []
     places = (due // width_s).astype(np.int64)
     for place in np.unique(places).tolist():
@@ -217,16 +216,16 @@ SHOWN = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 
 
 def print_result(result: LoadTestResult) -> None:
-    """Everything that matters of a test, verdict first."""
+    """Print a test for people, its result in one sentence first."""
     console = Console(highlight=False)
-    console.print(Text(verdict(result), style="bold"))
+    console.print(Text(headline(result), style="bold"))
     if result.found is not None:
         console.print(_probes_table(result.found.probes))
     if result.run is not None:
         summary = result.run.summary
         console.print(_latency_table(summary))
         console.print(_counts_table(summary))
-        for name, (count, first) in summary.complaints.items():
+        for name, (count, first) in summary.problems.items():
             console.print(Text(f"{count:,} × {name}, first: {first}", style="red"))
     for doubt in result.doubts:
         console.print(Text(f"Not to be trusted: {doubt}", style="bold yellow"))
@@ -234,59 +233,62 @@ def print_result(result: LoadTestResult) -> None:
         console.print(Text(f"Note: {note}", style="yellow"))
 
 
-def verdict(result: LoadTestResult) -> str:
-    """The answer in one sentence."""
+def headline(result: LoadTestResult) -> str:
+    """The result in one sentence."""
     goal, found = result.plan.goal, result.found
-    promised = "" if goal is None else f"P99 at most {wording.duration(goal.latency_s)}"
+    promised = "" if goal is None else f"P99 at most {units.duration(goal.latency_s)}"
     if found is not None:
-        return _search_verdict(result, promised)
+        return _search_headline(result, promised)
     summary = None if result.run is None else result.run.summary
     if summary is None or summary.p99_s is None:
         if result.interrupted:
             return "Stopped before any answer that counts."
         return "Nothing was answered." if goal is None else "The goal was missed: no answer at all."
-    load = f"{wording.number(summary.offered_per_s)} requests/s"
+    load = f"{units.number(summary.offered_per_s)} requests/s"
     if result.plan.clients is not None:
         load = f"{result.plan.clients} clients"
-    p99 = f"P99 {wording.duration(summary.p99_s)}"
-    failed = f"{wording.percent(summary.failure_share, 2)} failed"
+    p99 = f"P99 {units.duration(summary.p99_s)}"
+    failed = f"{units.percent(summary.failure_share, 2)} failed"
     if goal is None:
         return f"{load}: {p99}, {failed}."
     how = "The goal held" if summary.held else "The goal was missed"
-    return f"{how} at {load}: {p99}, {failed}; promised was {promised}."
+    late = ""
+    if not summary.held and summary.p99_s <= goal.latency_s:
+        late = f", {units.percent(1 - summary.within / summary.requests, 2)} late or failed"
+    return f"{how} at {load}: {p99}, {failed}{late}; promised was {promised}."
 
 
 LIMITS = {
     "server": "",
     "generator": " The generator, not the server, was the limit.",
-    "bounded": " It is the most that was to be tried.",
+    "bounded": " It is the highest rate that was to be tried (--max-rate).",
     "interrupted": " The search was stopped early.",
 }
 
 
-def _search_verdict(result: LoadTestResult, promised: str) -> str:
+def _search_headline(result: LoadTestResult, promised: str) -> str:
     found = result.found
     if found is None or found.best is None:
         tried = min((p.rate for p in found.probes), default=None) if found else None
         if tried is None:
             return "No rate was tried."
-        return f"No rate held {promised}, not even {wording.number(tried)} requests/s."
+        return f"No rate held {promised}, not even {units.number(tried)} requests/s."
     best = found.best.run.summary
     return (
-        f"{wording.number(found.rate)} requests/s held {promised}: P99 "
-        f"{wording.duration(best.p99_s or 0.0)}, {wording.number(best.documents_per_s)} "
+        f"{units.number(found.rate)} requests/s held {promised}: P99 "
+        f"{units.duration(best.p99_s or 0.0)}, {units.number(best.documents_per_s)} "
         "documents/s."
         f"{LIMITS[found.limit]}"
     )
 
 
 def probe_line(probe: RateProbe) -> str:
-    """A probe in one line, for while the search goes on."""
-    rate, _, p99, _, failed, said = probe_row(probe)
-    return f"{rate:>10}  P99 {p99:>9}  failed {failed:>8}  {said}"
+    """A probe in one line, printed during the search."""
+    rate, _, p99, _, failed, state = probe_row(probe)
+    return f"{rate:>10}  P99 {p99:>9}  failed {failed:>8}  {state}"
 
 
-def _said(probe: RateProbe) -> str:
+def _state(probe: RateProbe) -> str:
     if probe.held:
         return "held"
     return "broke" if not probe.run.summary.held else "generator too slow"
@@ -302,29 +304,29 @@ def _table(*columns: str) -> Table:
 def _probes_table(probes: tuple[RateProbe, ...]) -> Table:
     table = _table("Rate", "P50", "P99", "Answered/s", "Failed", "")
     for probe in sorted(probes, key=lambda p: p.rate):
-        *cells, said = probe_row(probe)
-        table.add_row(*cells, Text(said, style="green" if probe.held else "red"))
+        *cells, state = probe_row(probe)
+        table.add_row(*cells, Text(state, style="green" if probe.held else "red"))
     return table
 
 
 def probe_row(probe: RateProbe) -> list[str]:
-    """Rate, P50, P99, answered a second, share that failed, and what that means."""
+    """Rate, P50, P99, answered a second, share that failed, and whether it held."""
     summary = probe.run.summary
     middle, high = (summary.latency_s.get(p) for p in (50.0, 99.0))
     return [
-        f"{wording.number(probe.rate)}/s",
-        wording.UNKNOWN if middle is None else wording.duration(middle),
-        wording.UNKNOWN if high is None else wording.duration(high),
-        wording.number(summary.answered_per_s),
-        wording.percent(summary.failure_share, 2),
-        _said(probe),
+        f"{units.number(probe.rate)}/s",
+        units.UNKNOWN if middle is None else units.duration(middle),
+        units.UNKNOWN if high is None else units.duration(high),
+        units.number(summary.answered_per_s),
+        units.percent(summary.failure_share, 2),
+        _state(probe),
     ]
 
 
 def _latency_table(summary: LoadSummary) -> Table:
     table = _table("Latency", *(name_of(p).replace("p", "P") for p in SHOWN))
     found = [summary.latency_s.get(p) for p in SHOWN]
-    cells = [wording.UNKNOWN if s is None else wording.duration(s) for s in found]
+    cells = [units.UNKNOWN if s is None else units.duration(s) for s in found]
     table.add_row("from when due", *cells)
     return table
 
@@ -332,20 +334,20 @@ def _latency_table(summary: LoadSummary) -> Table:
 def _counts_table(summary: LoadSummary) -> Table:
     goodput = summary.goodput_per_s
     rows = (
-        ("Offered", f"{wording.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
+        ("Offered", f"{units.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
         (
             "Answered",
-            f"{wording.number(summary.answered_per_s)}/s",
+            f"{units.number(summary.answered_per_s)}/s",
             f"{summary.kinds['answered']:,}",
         ),
-        ("Goodput", wording.UNKNOWN if goodput is None else f"{wording.number(goodput)}/s", ""),
-        ("Documents", f"{wording.number(summary.documents_per_s)}/s", ""),
+        ("Goodput", units.UNKNOWN if goodput is None else f"{units.number(goodput)}/s", ""),
+        ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
         ("Refused (429, 503)", "", f"{summary.kinds['refused']:,}"),
         ("Timed out", "", f"{summary.kinds['timeout']:,}"),
         ("Errors", "", f"{summary.kinds['error']:,}"),
         ("Wrong answers", "", f"{summary.kinds['wrong']:,}"),
-        ("Sent late (P99)", wording.duration(summary.send_lag_s), ""),
-        ("Generator's CPU", wording.percent(summary.health.cpu_share), ""),
+        ("Sent late (P99)", units.duration(summary.send_lag_s), ""),
+        ("Generator's CPU", units.percent(summary.health.cpu_share), ""),
     )
     table = _table("", "Rate", "Count")
     for row in rows:

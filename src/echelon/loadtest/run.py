@@ -1,9 +1,4 @@
-"""The highest rate that holds: doubled until one does not, then halved in on. Pure.
-
-It must not know servers or time: it names a rate, is told whether it held, and names the next.
-
-The spine of a load test: connect, try out, drive, sum up; or search for the highest rate.
-"""
+"""A load test: connect, check the target, send requests, sum up; or search the highest rate."""
 
 from __future__ import annotations
 
@@ -14,95 +9,27 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import InvalidInput
-from echelon.loadtest.client import Client, settle, try_out
+from echelon.loadtest.client import Client, check_target, wait_until_idle
 from echelon.loadtest.driver import Driver, closed_loop, open_loop
 from echelon.loadtest.summary import LoadSummary, summarise
 from echelon.loadtest.texts import TextSource
-from echelon.simulation.workload import (
-    ConstantArrivals,
-    FixedSize,
-    PoissonArrivals,
-    ReplayedArrivals,
-    Workload,
-)
+from echelon.progress import no_progress
+from echelon.simulation.workload import ConstantArrivals, ReplayedArrivals, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from echelon.data import Topic
     from echelon.loadtest.client import Target
     from echelon.loadtest.driver import DriveResult
     from echelon.loadtest.records import RequestRecord
     from echelon.loadtest.texts import LengthPolicy
+    from echelon.progress import Progress
+    from echelon.simulation.rate_search import RateSearch
     from echelon.simulation.service_level import ServiceLevel
-    from echelon.simulation.workload import Arrivals, KnownArrivals, SizeDistribution
-
-PRECISION = 0.05
-"""The last step, as a share of the rate: load tests of a minute do not tell rates apart that are
-closer."""
-
-
-@dataclass(slots=True)
-class RateBisection:
-    """What is known of the highest rate.
-
-    Attributes:
-        rate: the rate to try next, a second.
-        most: never try more.
-        least: nor less; a probe of a few requests says nothing.
-        precision: how close the two ends have to be, as a share.
-        held: the highest rate that held; 0 where none did.
-        broke: the lowest that did not.
-    """
-
-    rate: float
-    most: float = math.inf
-    least: float = 0.05
-    precision: float = PRECISION
-    held: float = 0.0
-    broke: float = math.inf
-
-    def __post_init__(self) -> None:
-        if not 0 < self.least <= self.rate <= self.most:
-            limit = f"{self.least:.3g} to {self.most:g}"
-            raise InvalidInput(
-                "--rate",
-                f"{self.rate:g} is not within {limit}",
-                "Choose another, or a longer time.",
-            )
-        if not 0 < self.precision < 1:
-            raise InvalidInput("precision", f"{self.precision} is not within 0 and 1", "Use 0.05.")
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left to try."""
-        if self.held == 0.0:
-            return self.broke <= self.least
-        return self.held >= self.most or self.broke <= self.held * (1 + self.precision)
-
-    def tell(self, *, held: bool) -> None:
-        """Say whether :attr:`rate` held; it is another afterwards, unless the search is over."""
-        if held:
-            self.held = self.rate
-        else:
-            self.broke = self.rate
-        if not self.over:
-            self.rate = self._next()
-
-    def _next(self) -> float:
-        if self.held == 0.0:
-            return max(self.least, self.broke / 2)
-        if math.isinf(self.broke):
-            return min(self.most, self.held * 2)
-        # The geometric middle: what counts is the distance as a share.
-        return math.sqrt(self.held * self.broke)
-
-
-if TYPE_CHECKING:
-    Told = Callable[[str, float | None], object]
 
 TICK_S = 0.25
-"""Between two words to whoever looks on."""
+"""Seconds between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,41 +39,31 @@ class LoadTestPlan:
     Attributes:
         target: the server.
         topics: texts to send.
-        documents: documents of a request.
-        tokens: tokens of a pair, about; None sends texts whole.
-        rate: requests a second of an open loop; where a search begins.
-        even: at even distances, not by chance.
-        trace: replay these instead; gone through once.
-        clients: a closed loop of so many; None is an open loop.
-        warmup_s: seconds before anything counts.
-        duration_s: seconds that count; None, in a trace only: to its end.
-        goal: what callers were promised.
-        marked: make each request's texts its own; else identical pairs may be folded.
-        seed: the same seed gives the same requests at the same times.
-        ruler: cuts texts to length; None goes by words.
+        workload: the requests; without ``tokens`` texts are sent whole. A trace is replayed once.
+        clients: clients of a closed loop, which ignores the arrivals; None is an open loop.
+        warmup_s: seconds before requests count.
+        duration_s: seconds in which they count; None, with a trace only: to its end.
+        goal: the service level that was promised.
+        marked: make each request's texts its own; otherwise servers may fold identical pairs.
+        length_policy: cuts texts to length; None cuts by words.
     """
 
     target: Target
     topics: Sequence[Topic]
-    documents: SizeDistribution = FixedSize(10)  # noqa: RUF009 - frozen, so that all may share one
-    tokens: SizeDistribution | None = None
-    rate: float = 1.0
-    even: bool = False
-    trace: Iterable[KnownArrivals] | None = None
+    workload: Workload
     clients: int | None = None
     warmup_s: float = 5.0
     duration_s: float | None = 30.0
     goal: ServiceLevel | None = None
     marked: bool = True
-    seed: int = 0
-    ruler: LengthPolicy | None = None
+    length_policy: LengthPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.warmup_s < 0:
             raise InvalidInput("--warmup-s", f"{self.warmup_s} is negative", "Give 0 or more.")
-        if self.duration_s is None and self.trace is None:
+        if self.duration_s is None and not self.replays:
             raise InvalidInput("--duration-s", "is missing", "Give seconds.")
-        if self.duration_s is not None and not 0 < self.duration_s < float("inf"):
+        if self.duration_s is not None and not 0 < self.duration_s < math.inf:
             raise InvalidInput("--duration-s", f"{self.duration_s} is not above 0", "Give seconds.")
         if self.clients is not None and self.clients < 1:
             raise InvalidInput("--clients", f"{self.clients} is not positive", "Give 1 or more.")
@@ -157,18 +74,14 @@ class LoadTestPlan:
         return "open" if self.clients is None else "closed"
 
     @property
+    def replays(self) -> bool:
+        """Whether a trace is replayed."""
+        return isinstance(self.workload.arrivals, ReplayedArrivals)
+
+    @property
     def ends_s(self) -> float | None:
         """When the last request may be due; None: when the trace ends."""
         return None if self.duration_s is None else self.warmup_s + self.duration_s
-
-    def workload(self) -> Workload:
-        """The requests."""
-        arrivals: Arrivals = (
-            ConstantArrivals(self.rate) if self.even else PoissonArrivals(self.rate)
-        )
-        if self.trace is not None:
-            arrivals = ReplayedArrivals(self.trace)
-        return Workload(arrivals, self.documents, self.tokens, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +98,7 @@ class RateProbe:
 
     Attributes:
         rate: requests a second.
-        run: what came of it.
+        run: the run at that rate.
         held: whether the goal held, and the generator kept up.
     """
 
@@ -196,13 +109,13 @@ class RateProbe:
 
 @dataclass(frozen=True, slots=True)
 class FoundRate:
-    """A search's end.
+    """The end of a search.
 
     Attributes:
         rate: the highest rate that held; 0 where none did.
-        limit: why no higher one: ``server`` broke its goal, the ``generator`` could not keep up,
-            the search was ``bounded``, or ``interrupted``.
-        probes: all that was tried, in order.
+        limit: why no higher one: the ``server`` missed its goal, the ``generator`` could not keep
+            up, the search was ``bounded`` by ``--max-rate``, or ``interrupted``.
+        probes: all probes in order.
     """
 
     rate: float
@@ -216,100 +129,108 @@ class FoundRate:
 
 
 class LoadTest:
-    """A target with open connections, tried out. To be used as :func:`opened` gives it."""
+    """A checked target with open connections, as :func:`opened` gives it."""
 
-    def __init__(self, plan: LoadTestPlan, client: Client, stop: asyncio.Event, told: Told) -> None:
+    def __init__(
+        self, plan: LoadTestPlan, client: Client, stop: asyncio.Event, on_progress: Progress
+    ) -> None:
         self.plan = plan
         self._client = client
         self._stop = stop
-        self._told = told
-        self._material = TextSource(
-            plan.topics, seed=plan.seed, marked=plan.marked, ruler=plan.ruler
+        self._on_progress = on_progress
+        self._texts = TextSource(
+            plan.topics,
+            seed=plan.workload.seed,
+            marked=plan.marked,
+            length_policy=plan.length_policy,
         )
 
     async def measure(self, plan: LoadTestPlan | None = None) -> LoadTestRun:
-        """One run under the plan, or under another one for the same target."""
+        """Run the plan, or another one for the same target."""
         plan = plan or self.plan
         counts = {"answered": 0, "failed": 0}
 
         def count(record: RequestRecord) -> None:
             counts["answered" if record.kind == "answered" else "failed"] += 1
 
-        drive = Driver(
-            self._client, self._material, warmup_s=plan.warmup_s, stop=self._stop, told=count
+        driver = Driver(
+            self._client, self._texts, warmup_s=plan.warmup_s, stop=self._stop, on_record=count
         )
-        async with self._ticking(plan, counts):
+        async with self._reporting(plan, counts):
             if plan.clients is None:
-                requests = plan.workload().requests(plan.ends_s or float("inf"))
-                outcome = await open_loop(drive, requests, plan.ends_s)
+                requests = plan.workload.requests(plan.ends_s or math.inf)
+                outcome = await open_loop(driver, requests, plan.ends_s)
             else:
-                endless = Workload(ConstantArrivals(1.0), plan.documents, plan.tokens, plan.seed)
-                ends_s = plan.ends_s or 0.0
-                outcome = await closed_loop(drive, endless.requests(), plan.clients, ends_s)
+                requests = _endless(plan.workload).requests()
+                outcome = await closed_loop(driver, requests, plan.clients, plan.ends_s or 0.0)
         return LoadTestRun(outcome, summarise(outcome, plan.goal))
 
     async def find_max(
-        self, search: RateBisection, tried: Callable[[RateProbe], object]
+        self, search: RateSearch, on_probe: Callable[[RateProbe], object]
     ) -> FoundRate:
-        """Probe rate after rate, with time to settle in between.
+        """Probe rate after rate, and wait in between until the server is idle.
 
         Args:
-            search: where to begin.
-            tried: called with each probe.
+            search: where to begin, and its bounds.
+            on_probe: called with each probe.
         """
         probes: list[RateProbe] = []
         while not search.over and not self._stop.is_set():
-            run = await self.measure(replace(self.plan, rate=search.rate))
+            rate = search.rate
+            run = await self.measure(replace(self.plan, workload=self.plan.workload.at(rate)))
             if run.outcome.interrupted:
                 break
-            probe = RateProbe(search.rate, run, run.summary.held and run.summary.trusted)
+            probe = RateProbe(rate, run, run.summary.held and run.summary.trusted)
             probes.append(probe)
-            tried(probe)
+            on_probe(probe)
             search.tell(held=probe.held)
             if not search.over:
-                await self._settle()
+                await self._wait_until_idle()
         return FoundRate(search.held, _limit(search, probes), tuple(probes))
 
-    async def try_out(self) -> None:
-        """One request; see :func:`echelon.loadtest.client.try_out`."""
-        await try_out(self._client, *self._one())
+    async def check_target(self) -> None:
+        """Send one request; see :func:`echelon.loadtest.client.check_target`."""
+        await check_target(self._client, *self._one())
 
-    async def _settle(self) -> None:
+    async def _wait_until_idle(self) -> None:
         goal = self.plan.goal
         within_s = self.plan.target.timeout_s if goal is None else goal.latency_s
-        self._told("settling", None)
-        await settle(self._client, *self._one(), within_s=within_s, stop=self._stop)
+        self._on_progress("waiting until the server is idle")
+        await wait_until_idle(self._client, *self._one(), within_s=within_s, stop=self._stop)
 
     def _one(self) -> tuple[bytes, int]:
-        arrival = next(
-            Workload(ConstantArrivals(1.0), self.plan.documents, self.plan.tokens).requests()
-        )
+        arrival = next(_endless(replace(self.plan.workload, seed=0)).requests())
         target = self.plan.target
-        query, documents = self._material.request(arrival)
-        return target.shape.body(query, documents, target.model), len(documents)
+        query, documents = self._texts.request(arrival)
+        return target.protocol.body(query, documents, target.model), len(documents)
 
     @contextlib.asynccontextmanager
-    async def _ticking(self, plan: LoadTestPlan, counts: dict[str, int]) -> AsyncIterator[None]:
-        """Say how it goes for as long as the context is open."""
+    async def _reporting(self, plan: LoadTestPlan, counts: dict[str, int]) -> AsyncIterator[None]:
+        """Report progress for as long as the context is open."""
         loop = asyncio.get_running_loop()
-        began, whole_s = loop.time(), plan.ends_s
+        began, whole_s, rate = loop.time(), plan.ends_s or 0.0, plan.workload.rate
+        prefix = f"{rate:.3g}/s, " if plan.mode == "open" and rate and not plan.replays else ""
 
-        async def tick() -> None:
+        async def report() -> None:
             while True:
-                share = None if whole_s is None else min(1.0, (loop.time() - began) / whole_s)
-                rate = f"{plan.rate:.3g}/s, " if plan.mode == "open" and not plan.trace else ""
-                self._told(f"{rate}{counts['answered']:,} ok, {counts['failed']:,} failed", share)
+                stage = f"{prefix}{counts['answered']:,} ok, {counts['failed']:,} failed"
+                self._on_progress(stage, min(whole_s, loop.time() - began), whole_s)
                 await asyncio.sleep(TICK_S)
 
-        task = asyncio.create_task(tick())
+        task = asyncio.create_task(report())
         try:
             yield
         finally:
             task.cancel()
 
 
+def _endless(workload: Workload) -> Workload:
+    """The same requests without their times: those of a closed loop come when it is ready."""
+    return replace(workload, arrivals=ConstantArrivals(1.0))
+
+
 def _limit(
-    search: RateBisection, probes: Sequence[RateProbe]
+    search: RateSearch, probes: Sequence[RateProbe]
 ) -> Literal["server", "generator", "bounded", "interrupted"]:
     if not search.over:
         return "interrupted"
@@ -321,19 +242,22 @@ def _limit(
 
 @contextlib.asynccontextmanager
 async def opened(
-    plan: LoadTestPlan, *, stop: asyncio.Event | None = None, told: Told = lambda *_: None
+    plan: LoadTestPlan,
+    *,
+    stop: asyncio.Event | None = None,
+    on_progress: Progress = no_progress,
 ) -> AsyncIterator[LoadTest]:
-    """Connect to a plan's target and try it out.
+    """Connect to a plan's target and check it.
 
     Args:
         plan: what to test.
         stop: set it to end a run; what was measured is kept.
-        told: hears what is being done, and the share that is done.
+        on_progress: called with the requests so far and the seconds that have passed.
 
     Raises:
         InvalidInput: the server cannot be reached or does not speak the dialect.
     """
     async with Client(plan.target) as client:
-        tester = LoadTest(plan, client, stop or asyncio.Event(), told)
-        await tester.try_out()
-        yield tester
+        test = LoadTest(plan, client, stop or asyncio.Event(), on_progress)
+        await test.check_target()
+        yield test

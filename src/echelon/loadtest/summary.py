@@ -1,4 +1,4 @@
-"""A run in numbers. Pure."""
+"""The numbers of a run. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIGITS = 3
 """Significant digits of the histogram."""
 
 LONGEST_US = 3_600_000_000
-"""The histogram's end: an hour."""
+"""The largest latency of the histogram, an hour."""
 
 FEW = 100
 """Answers below which P99 is the slowest answer and no more."""
@@ -31,7 +31,7 @@ FEW = 100
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """A run, the warm-up left out.
+    """A run without its warm-up.
 
     Attributes:
         window_s: seconds in which requests were due.
@@ -43,12 +43,12 @@ class LoadSummary:
         latency_s: percentile to seconds, of the answered, from when they were due; empty: none was.
         mean_s: mean of the same.
         send_lag_s: P99 of how late requests were sent.
-        goal: what was promised; None: nothing.
+        goal: the service level that was promised, if any.
         within: requests answered within the goal's latency; without a goal, all that were answered.
         goodput_per_s: requests answered within the goal, a second; None without a goal.
-        health: what the generator noticed of itself.
-        complaints: for each kind of trouble, how often and the first message.
-        unfinished: requests left at an interruption.
+        health: the generator's state.
+        problems: for each kind of problem, how often and the first message.
+        unfinished: requests that were cancelled because the run was stopped.
         interrupted: whether the run was stopped before its end.
         histogram: HdrHistogram of the latencies in microseconds, V2, base64.
     """
@@ -66,14 +66,14 @@ class LoadSummary:
     within: int
     goodput_per_s: float | None
     health: GeneratorHealth
-    complaints: dict[str, tuple[int, str]]
+    problems: dict[str, tuple[int, str]]
     unfinished: int
     interrupted: bool
     histogram: str
 
     @property
     def failures(self) -> int:
-        """Requests that were not answered well."""
+        """Requests without a right answer."""
         return self.requests - self.kinds["answered"]
 
     @property
@@ -96,7 +96,7 @@ class LoadSummary:
 
     @property
     def doubts(self) -> list[str]:
-        """Why the numbers cannot be trusted; nothing where they can."""
+        """Reasons not to trust the numbers."""
         goal_s = 0.0 if self.goal is None else self.goal.latency_s
         return doubts(self.health, self.send_lag_s, max(self.p99_s or 0.0, goal_s))
 
@@ -107,7 +107,7 @@ class LoadSummary:
 
     @property
     def notes(self) -> list[str]:
-        """What to know besides."""
+        """What else to know."""
         answered = self.kinds["answered"]
         if 0 < answered < FEW:
             return [Message("loadtest.few_answers", {"answered": answered})]
@@ -116,22 +116,22 @@ class LoadSummary:
 
 def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSummary:
     """The numbers of a run."""
-    ledger = outcome.ledger
-    counted = ledger.scheduled >= outcome.warmup_s
-    answered = ledger.kinds == ANSWERED
+    records = outcome.records
+    counted = records.scheduled >= outcome.warmup_s
+    answered = records.kinds == ANSWERED
     window_s = max(0.0, outcome.ended_s - outcome.warmup_s)
-    inside = answered & (ledger.ended >= outcome.warmup_s) & (ledger.ended <= outcome.ended_s)
+    inside = answered & (records.ended >= outcome.warmup_s) & (records.ended <= outcome.ended_s)
     good = latencies(outcome)
     within = len(good) if goal is None else goal.within(good)
-    lag = (ledger.sent - ledger.scheduled)[counted]
-    kinds = np.bincount(ledger.kinds[counted], minlength=len(KINDS)).tolist()
+    lag = (records.sent - records.scheduled)[counted]
+    kinds = np.bincount(records.kinds[counted], minlength=len(KINDS)).tolist()
     return LoadSummary(
         window_s=window_s,
         requests=int(counted.sum()),
         kinds=dict(zip(KINDS, kinds, strict=True)),
         offered_per_s=_per_s(counted.sum(), window_s),
         answered_per_s=_per_s(inside.sum(), window_s),
-        documents_per_s=_per_s(ledger.documents[inside].sum(), window_s),
+        documents_per_s=_per_s(records.documents[inside].sum(), window_s),
         latency_s=percentiles(good),
         mean_s=float(good.mean()) if len(good) else None,
         send_lag_s=float(np.percentile(lag, 99)) if len(lag) else 0.0,
@@ -139,7 +139,7 @@ def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSum
         within=within,
         goodput_per_s=None if goal is None else _per_s(within, window_s),
         health=outcome.health,
-        complaints=outcome.complaints,
+        problems=outcome.problems,
         unfinished=outcome.unfinished,
         interrupted=outcome.interrupted,
         histogram=histogram_of(good).encode().decode("ascii"),
@@ -148,9 +148,9 @@ def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSum
 
 def latencies(outcome: DriveResult) -> Column:
     """float64 [answered], seconds from when each was due, the warm-up left out."""
-    ledger = outcome.ledger
-    counted = ledger.scheduled >= outcome.warmup_s
-    found: Column = (ledger.ended - ledger.scheduled)[counted & (ledger.kinds == ANSWERED)]
+    records = outcome.records
+    counted = records.scheduled >= outcome.warmup_s
+    found: Column = (records.ended - records.scheduled)[counted & (records.kinds == ANSWERED)]
     return found
 
 
@@ -172,9 +172,9 @@ def histogram_of(latency_s: Column) -> HdrHistogram:
 
 
 def percentiles(latency_s: Column, wanted: tuple[float, ...] = PERCENTILES) -> dict[float, float]:
-    """Seconds within which so many per cent were answered, and no fewer; empty without any.
+    """Percentiles in seconds, each a latency that occurred; empty without any.
 
-    Of the records themselves: a histogram's ranks and values are rounded, which near a goal counts.
+    They are of the records, not of the histogram, whose values are rounded.
     """
     if not len(latency_s):
         return {}

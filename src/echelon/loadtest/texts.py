@@ -1,10 +1,9 @@
-"""What requests are made of: the user's texts or the built-in ones, cut to length and told apart.
+"""Texts of requests: the user's or the built-in ones, cut to length and made unique.
 
-Servers score a pair once that several requests ask for, and some remember pairs or the beginnings
-of texts. A load test of a few hundred texts would then measure that memory. So each query begins
-with a mark of its own, and so does each document: a few tokens, different in every request and
-every run. Lengths are exact where the model's tokenizer is at hand, and met about so by words where
-only a server's address is known. Pure, but for the run's salt.
+Servers score a pair once that several requests hold, and some cache pairs or prefixes of texts. A
+load test of a few hundred texts would measure that cache. So each query and each document begins
+with a mark of a few tokens, different in every request and every run. Lengths are exact where the
+model's tokenizer is at hand, and approximate, by words, where only a server's address is known.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
     from echelon.simulation.workload import Arrival
 
 TOKENS_PER_WORD = 1.2
-"""Of the demo model's tokenizer on the built-in texts in English, pairs' special tokens included;
-no server tells its tokenizer, so lengths asked for in tokens are met about so."""
+"""Of the demo model's tokenizer on the built-in English texts, special tokens included. A server's
+tokenizer is not known, so lengths in tokens are approximate."""
 
 TOKENS_OF_MARKS = 12
-"""Of a query's mark and a document's, by the same tokenizer; taken off a pair's length."""
+"""Of a query's and a document's mark together, by the same tokenizer."""
 
 _PIECES = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]\s*|[^\s\u3040-\u9fff\uac00-\ud7af]+\s*")
-"""Words with the space behind them; where words are not set apart, letters."""
+"""Words with the space behind them; single characters in scripts without spaces."""
 
-REMEMBERED = 4096
+CACHED_TEXTS = 4096
 """Texts whose tokens are not counted again."""
 
 
@@ -40,26 +39,26 @@ class LengthPolicy(Protocol):
     """Cuts texts so that pairs have the lengths asked for."""
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
-        """A query's text that leaves room for the document of a pair of so many tokens."""
+        """Cut a query so that a pair of ``length`` tokens has room for a document."""
         ...
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
-        """A document's text: its first words, or itself several times; never empty.
+        """Cut or repeat a document so that its pair has ``length`` tokens; never empty.
 
         Args:
-            text: to make it of.
-            length: tokens that the pair should have.
-            query: the other text of the pair.
-            marks: what is put before either.
+            text: the document.
+            length: tokens of the pair.
+            query: the query of the pair.
+            marks: the marks before query and document.
         """
         ...
 
 
-class Words:
-    """Goes by words: no server tells its tokenizer."""
+class WordLengths:
+    """Cuts by words, for a server whose tokenizer is not known."""
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
-        """Queries are sent whole."""
+        """The query as it is."""
         del length, marks
         return text
 
@@ -70,20 +69,20 @@ class Words:
         return of_words(text, max(1, words))
 
 
-class Tokens:
-    """Goes by the model's own tokens.
+class TokenLengths:
+    """Cuts by the model's own tokens.
 
     Args:
-        ends: where each token of a text ends, in characters.
+        ends: gives where each token of a text ends, in characters.
         specials: special tokens of a pair.
     """
 
     def __init__(self, ends: Callable[[str], Sequence[int]], specials: int) -> None:
-        self._ends = lru_cache(REMEMBERED)(ends)
+        self._ends = lru_cache(CACHED_TEXTS)(ends)
         self._specials = specials
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
-        """At most half of what a pair has room for."""
+        """The query, cut to half of the tokens of a pair."""
         most = max(1, (length - self._spent(marks)) // 2)
         return text if len(self._ends(text)) <= most else text[: self._ends(text)[most - 1]]
 
@@ -100,14 +99,14 @@ class Tokens:
 
 
 class TextSource:
-    """Queries with documents, for as many requests as are asked for.
+    """Queries with documents for any number of requests.
 
     Args:
         topics: texts to draw from; at least one document in all.
-        seed: which query comes when.
-        marked: tell requests apart; else texts are sent as they are.
-        salt: tells this run's marks from another's; None takes a new one.
-        ruler: cuts texts to length; None goes by words.
+        seed: of the order of queries.
+        marked: make the texts of each request unique.
+        salt: part of this run's marks; None draws one.
+        length_policy: cuts texts to length; None cuts by words.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class TextSource:
         seed: int = 0,
         marked: bool = True,
         salt: str | None = None,
-        ruler: LengthPolicy | None = None,
+        length_policy: LengthPolicy | None = None,
     ) -> None:
         self._random = random.Random(seed)  # noqa: S311 - draws texts, guards nothing
         self._topics = [topic for topic in topics if topic.documents]
@@ -127,18 +126,18 @@ class TextSource:
         self._marked = marked
         self._salt = secrets.token_hex(2) if salt is None else salt
         self._number = 0
-        self._ruler: LengthPolicy = ruler or Words()
+        self._length_policy: LengthPolicy = length_policy or WordLengths()
 
     def request(self, arrival: Arrival) -> tuple[str, list[str]]:
-        """A query and its documents: its own, then those of the topics that follow."""
+        """A query with its own documents, then those of the following topics."""
         drawn = self._random.randrange(len(self._topics))
         query, start = self._topics[drawn].query, self._starts[drawn]
         documents = [self._pool[(start + i) % len(self._pool)] for i in range(arrival.documents)]
         query_mark, marks = self._marks(arrival.documents)
         if arrival.lengths:
-            query = self._ruler.query(query, min(arrival.lengths), (query_mark, marks[-1]))
+            query = self._length_policy.query(query, min(arrival.lengths), (query_mark, marks[-1]))
             documents = [
-                self._ruler.cut(text, length, query, (query_mark, mark))
+                self._length_policy.cut(text, length, query, (query_mark, mark))
                 for text, length, mark in zip(documents, arrival.lengths, marks, strict=True)
             ]
         return query_mark + query, [m + text for m, text in zip(marks, documents, strict=True)]
@@ -152,7 +151,7 @@ class TextSource:
 
 
 def of_words(text: str, words: int) -> str:
-    """A text of so many words: its first ones, or itself several times."""
+    """A text cut or repeated to a number of words."""
     pieces = _PIECES.findall(text) or ["word "]
     whole, rest = divmod(words, len(pieces))
     again = "".join(pieces) if pieces[-1][-1].isspace() else "".join(pieces) + " "

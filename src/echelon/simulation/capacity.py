@@ -1,16 +1,13 @@
-"""How many machines a rate takes under a goal. Pure and deterministic.
+"""How many machines a rate needs under a service level, and a day of such a cluster. Pure.
 
-A cell of machines is simulated under rising load (:mod:`echelon.simulation.outcome`); a fleet
-between
-two sizes of cell is as good as the smaller, and one beyond the largest as good as that: pooling
+A few sizes of cluster are simulated under rising load. A cluster between two of them is taken to be
+as good as the smaller one, and one beyond the largest as good as that: sharing among more machines
 only helps. So the number of machines never goes down when the rate goes up.
 
-A day of traffic: a window of each quarter of an hour, simulated request by request. Pure.
-
-A queue forgets within seconds while the rate changes over hours, so each quarter is in the steady
-state of its rate and a window tells of all of it; windows are equally long, so together they are a
-fair sample of the day's requests. That holds only while the fleet keeps up: a quarter whose queue
-grows all through is marked, and what it says is a lower bound.
+A day is a window of each quarter of an hour, simulated request by request. A queue forgets within
+seconds while the rate changes over hours, so a window tells of its whole quarter, and windows of
+equal length are a fair sample of the day. This holds only while the cluster keeps up: a quarter
+whose queue grows throughout is marked, and its results are lower bounds.
 """
 
 from __future__ import annotations
@@ -24,201 +21,216 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import InvalidInput
+from echelon.messages.units import duration
+from echelon.progress import no_progress
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.simulation.cluster_simulation import Cluster, packing_of, simulate_fleet, tally_fleet
+from echelon.simulation.cluster_simulation import (
+    Cluster,
+    packing_of,
+    simulate_cluster,
+    tally_cluster,
+)
 from echelon.simulation.cluster_traffic import blocks
-from echelon.simulation.outcome import RUNGS, RateSearch, Tally, percentiles
+from echelon.simulation.infeasible import latency_too_short
+from echelon.simulation.outcome import Tally, percentiles
+from echelon.simulation.rate_search import LOADS, RateSearch, RisingLoad, highest
 from echelon.simulation.service_level import ServiceLevel
-from echelon.simulation.workload import ObservedSize, PoissonArrivals, ReplayedArrivals
+from echelon.simulation.workload import FixedSize, ObservedSize, PoissonArrivals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import RequestBlock, Routing
     from echelon.simulation.outcome import SimulationResult
     from echelon.simulation.server_simulation import SimulationSettings
-    from echelon.simulation.workload import Arrivals, KnownArrivals, SizeDistribution, Workload
+    from echelon.simulation.workload import SizeDistribution, Workload
 
-CELLS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Sizes of the fleets that are simulated."""
+CLUSTER_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Machines of the clusters that are simulated."""
 
 REQUESTS = 10_000
 """Requests of one simulation: the slowest hundredth are a hundred."""
 
 WARM = 0.1
-"""Share of them that comes before counting begins."""
+"""Share of the requests that come before counting begins."""
 
 FULL = 2_000
-"""Requests that are all there at once when it is asked what a machine does at most."""
+"""Requests that are all there at once to find the highest throughput of a machine."""
 
-OPEN = AdmissionLimits(2**31, 2**62, math.inf, 2**31, 2**62)
-"""Bounds that refuse nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Requests whose rate can be chosen.
-
-    Attributes:
-        workload: what they are made of; its arrivals are replaced.
-        trace: recorded requests, sped up or slowed down; empty: callers who know nothing of each
-            other.
-        trace_rate: requests a second of the record that ``trace`` is taken from.
-    """
-
-    workload: Workload
-    trace: Sequence[KnownArrivals] = ()
-    trace_rate: float = 0.0
-
-    @classmethod
-    def of_trace(cls, workload: Workload, trace: Sequence[KnownArrivals]) -> Traffic:
-        """The busiest :data:`REQUESTS` requests in a row of a record; its rate is the whole's.
-
-        Raises:
-            InvalidInput: all came at one moment.
-        """
-        span = trace[-1].at_s - trace[0].at_s
-        if span <= 0:
-            problem = "all its requests came at one moment, so it has no rate"
-            raise InvalidInput("--trace", problem, "Record longer.")
-        starts = range(max(1, len(trace) - REQUESTS + 1))
-        most = min(REQUESTS, len(trace)) - 1
-        start = min(starts, key=lambda at: trace[at + most].at_s - trace[at].at_s)
-        return cls(workload, trace[start : start + most + 1], (len(trace) - 1) / span)
-
-    def at(self, rate: float) -> Workload:
-        """The workload at so many requests a second."""
-        arrivals: Arrivals = PoissonArrivals(rate)
-        if self.trace:
-            arrivals = ReplayedArrivals(self.trace, rate / self.trace_rate)
-        return replace(self.workload, arrivals=arrivals)
-
-    def span_s(self, rate: float, count: int) -> float:
-        """Seconds in which so many requests come, as far as the trace has them."""
-        if self.trace:
-            last = self.trace[min(count, len(self.trace)) - 1]
-            return (last.at_s - self.trace[0].at_s) * self.trace_rate / rate
-        return count / rate
+UNLIMITED = AdmissionLimits(2**31, 2**62, math.inf, 2**31, 2**62)
+"""Admission limits that refuse nothing."""
 
 
 class Capacity:
-    """What machines of one setting can do.
+    """What machines with the same settings can do.
 
     Args:
-        traffic: what is asked.
+        workload: requests whose rate is varied; of a long trace the busiest part is simulated.
         truth: how long steps take on one worker.
-        setting: how a machine runs.
+        settings: how a machine runs.
         level: the service level that must hold.
-        routing: who gets a request.
+        routing: which machine gets a request.
+
+    Raises:
+        InvalidInput: the lengths of pairs are not known.
     """
 
     def __init__(
         self,
-        traffic: Traffic,
+        workload: Workload,
         truth: CostModel,
-        setting: SimulationSettings,
+        settings: SimulationSettings,
         level: ServiceLevel,
         routing: Routing = "tokens",
     ) -> None:
-        self.traffic = traffic
+        self.workload = workload.busiest(REQUESTS)
         self.truth = truth
-        self.setting = setting
+        self.settings = settings
         self.level = level
         self.routing: Routing = routing
-        self._ladders: dict[int, RateSearch] = {}
-        self._packing = packing_of(_sizes(traffic), truth, setting.token_budget)
+        self._rising: dict[int, RisingLoad] = {}
+        self._packing = packing_of(_lengths(self.workload), truth, settings.token_budget)
 
     @cached_property
-    def most(self) -> float:
-        """Requests a second that one machine does at most."""
-        at_once = self.traffic.at(1e9)
-        setting = replace(self.setting, bounds=OPEN, request_s=0.0, document_s=0.0)
-        fleet = replace(self.fleet(1), setting=setting)
-        return simulate_fleet(_first(blocks(at_once), FULL), self.truth, fleet).throughput
+    def machine_rate(self) -> float:
+        """The highest throughput of one machine, requests a second."""
+        at_once = self.workload.at(1e9)
+        settings = replace(self.settings, bounds=UNLIMITED, request_s=0.0, document_s=0.0)
+        cluster = replace(self.cluster(1), settings=settings)
+        return simulate_cluster(_first(blocks(at_once), FULL), self.truth, cluster).throughput
 
-    def fleet(self, machines: int) -> Cluster:
-        """So many machines."""
-        return Cluster(machines, self.setting, self.routing, self._packing)
+    def cluster(self, machines: int) -> Cluster:
+        """A cluster of such machines."""
+        return Cluster(machines, self.settings, self.routing, self._packing)
 
-    def ladder(self, machines: int) -> RateSearch:
-        """The largest cell that is not larger than so many machines, under rising load."""
-        cell = CELLS[bisect_right(CELLS, machines) - 1]
-        if cell not in self._ladders:
-            self._ladders[cell] = RateSearch(lambda load: self._run(cell, load))
-        return self._ladders[cell]
+    def rising_load(self, machines: int) -> RisingLoad:
+        """The largest simulated cluster of at most so many machines, under rising load."""
+        simulated = CLUSTER_SIZES[bisect_right(CLUSTER_SIZES, machines) - 1]
+        if simulated not in self._rising:
+            self._rising[simulated] = RisingLoad(lambda load: self._run(simulated, load))
+        return self._rising[simulated]
 
-    def machines(self, rate: float, most: float = math.inf) -> int | None:
-        """The fewest machines for a rate; None where no number, or only more than ``most``, do."""
-        if not self.ladder(CELLS[-1]).calm.held:
+    @property
+    def largest(self) -> RisingLoad:
+        """The largest simulated cluster under rising load."""
+        return self.rising_load(CLUSTER_SIZES[-1])
+
+    def machines(self, rate: float, max_machines: float = math.inf) -> int | None:
+        """The fewest machines for a rate; None where no number up to ``max_machines`` is enough."""
+        if not self.largest.calm.held:
             return None
-        machines = max(1, math.ceil(rate / (RUNGS[-1] * self.most)))
-        while machines < CELLS[-1]:
-            if machines > most:
+        machines = max(1, math.ceil(rate / (LOADS[-1] * self.machine_rate)))
+        while machines < CLUSTER_SIZES[-1]:
+            if machines > max_machines:
                 return None
             if self.at(rate, machines) is not None:
                 return machines
             machines += 1
-        bears = self.ladder(CELLS[-1]).most
-        if not bears:
+        max_load = self.largest.max_load
+        if not max_load:
             return None
-        machines = max(machines, math.ceil(rate / (bears * self.most)))
+        machines = max(machines, math.ceil(rate / (max_load * self.machine_rate)))
         while self.at(rate, machines) is None:
             machines += 1  # the division was rounded down by a hair
-        return machines if machines <= most else None
+        return machines if machines <= max_machines else None
 
     def at(self, rate: float, machines: int) -> SimulationResult | None:
-        """What the simulation found for so many machines; None where they miss the goal."""
-        return self.ladder(machines).at(rate / (machines * self.most))
+        """The result of so many machines at a rate; None where they miss the service level."""
+        return self.rising_load(machines).at(rate / (machines * self.machine_rate))
 
-    def bears(self, machines: int) -> float:
-        """Requests a second up to which so many machines meet the goal."""
-        return self.ladder(machines).most * machines * self.most
+    def max_rate(self, machines: int) -> float:
+        """Requests a second up to which so many machines hold the service level."""
+        return self.rising_load(machines).max_load * machines * self.machine_rate
 
     def _run(self, machines: int, load: float) -> SimulationResult:
-        rate = load * machines * self.most
-        traffic = _first(blocks(self.traffic.at(rate)), REQUESTS)
-        warm_s = WARM * self.traffic.span_s(rate, REQUESTS)
-        fleet = self.fleet(machines)
-        return simulate_fleet(traffic, self.truth, fleet, level=self.level, warm_s=warm_s)
+        workload = self.workload.at(load * machines * self.machine_rate)
+        requests = _first(blocks(workload), REQUESTS)
+        warm_s = WARM * workload.span_s(REQUESTS)
+        cluster = self.cluster(machines)
+        return simulate_cluster(requests, self.truth, cluster, level=self.level, warm_s=warm_s)
 
 
-def _sizes(traffic: Traffic) -> SizeDistribution:
-    """Lengths of pairs, to learn how steps come out."""
-    known = [one.tokens for one in traffic.trace if one.tokens]
-    if known:
-        return ObservedSize(known)
-    if traffic.workload.tokens is None:
+def _lengths(workload: Workload) -> SizeDistribution:
+    """Lengths of pairs, to learn how full steps are."""
+    recorded = [one.tokens for one in workload.trace if one.tokens]
+    if recorded:
+        return ObservedSize(recorded)
+    if workload.tokens is None:
         raise InvalidInput("tokens", "the lengths of pairs are not known", "Give them.")
-    return traffic.workload.tokens
+    return workload.tokens
 
 
-def _first(traffic: Iterator[RequestBlock], count: int) -> Iterator[RequestBlock]:
-    """The first so many requests."""
-    for block in traffic:
+def _first(requests: Iterator[RequestBlock], count: int) -> Iterator[RequestBlock]:
+    for block in requests:
         yield block.first(count)
         count -= len(block.at_s)
         if count <= 0:
             return
 
 
+def no_latency(tried: Sequence[Capacity]) -> InvalidInput:
+    """The error where no number of machines answers within the latency."""
+    best = min(tried, key=lambda capacity: capacity.largest.calm.p99_s)
+    calm, latency_s = best.largest.calm, best.level.latency_s
+    problem = (
+        f"no number of machines answers within {duration(latency_s)}: at {LOADS[0]:.0%} load P99 "
+        f"is {duration(calm.p99_s)} (P50 {duration(calm.p50_s)}), as one request is scored on one "
+        "machine"
+    )
+    pair_s = best.truth.predict([_mean_tokens(best.workload)]) + best.settings.request_s
+    if pair_s > latency_s:
+        problem += f", and a single pair alone takes {duration(pair_s)}"
+    remedy = "or a faster machine, or shorter texts"
+    documents = _max_documents(best)
+    if documents:
+        remedy = f"or requests of at most {documents} documents of these lengths, {remedy}"
+    return latency_too_short(problem, calm.p99_s, remedy)
+
+
+def _max_documents(capacity: Capacity) -> int:
+    """The most documents of a request with which the level holds at little load; 0 for none."""
+    if capacity.workload.trace:
+        return 0
+
+    def holds(documents: float) -> bool:
+        workload = replace(capacity.workload, documents=FixedSize(int(documents)))
+        fewer = Capacity(
+            workload, capacity.truth, capacity.settings, capacity.level, capacity.routing
+        )
+        return fewer.largest.calm.held
+
+    search = RateSearch(2, max_rate=2**14, min_rate=1, precision=1e-9, whole=True)
+    return int(highest(holds, search))
+
+
+def _mean_tokens(workload: Workload) -> int:
+    tokens = [one.tokens for one in workload.trace if one.tokens]
+    if not tokens and workload.tokens is not None:
+        tokens = workload.tokens.draw(np.random.default_rng(0), 1000)
+    return round(float(np.mean(tokens)))
+
+
+# A day.
+
 DAY_S = 86_400.0
 PARTS = 96
 
 WARM_S, WINDOW_S = 4.0, 8.0
-"""Seconds of each quarter that are simulated before counting begins, and while it counts: a fleet
-at 90 % that takes 0.1 s a request forgets its start in about a second."""
+"""Seconds of each quarter that are simulated before counting begins, and while it counts: a cluster
+at 90 % load that takes 0.1 s a request forgets its start in about a second."""
 
 OVERFULL = 0.98
-"""Utilisation above which a fleet no longer keeps up."""
+"""Utilisation above which a cluster no longer keeps up."""
 
 TYPICAL = (
     *(0.35, 0.28, 0.24, 0.22, 0.22, 0.26, 0.36, 0.52),
     *(0.72, 0.88, 0.96, 0.98, 0.92, 0.95, 1.00, 0.99),
     *(0.96, 0.90, 0.84, 0.80, 0.76, 0.68, 0.56, 0.44),
 )
-"""Rates of a day's hours over the largest, as where most callers work by day: an assumption, not a
-measurement. Give your own."""
+"""Rates of a day's hours over the largest, where most callers work by day: an assumption, not a
+measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +238,10 @@ class DayPart:
     """A quarter of an hour.
 
     Attributes:
-        start_s: from midnight.
+        start_s: seconds from midnight.
         rate: requests a second.
-        overfull: the fleet did not keep up.
-        outcome: what its window found.
+        overfull: whether the cluster did not keep up.
+        outcome: the result of its window.
     """
 
     start_s: float
@@ -240,7 +252,7 @@ class DayPart:
 
 @dataclass(frozen=True, slots=True)
 class DayResult:
-    """A day of a fleet; percentiles and shares are of all its requests.
+    """A day of a cluster; percentiles and shares are of all its requests.
 
     Attributes:
         requests: requests of the day.
@@ -248,10 +260,10 @@ class DayResult:
         p50_s: median latency; NaN where nothing was answered, as the next ones.
         p95_s: 95th percentile.
         p99_s: 99th percentile.
-        missed: share that was not answered within the goal.
+        missed: share that was not answered within the service level's latency.
         refused: share that was refused.
         utilisation: mean share of the time that workers ran.
-        overfull_s: seconds of the day in which the fleet did not keep up.
+        overfull_s: seconds of the day in which the cluster did not keep up.
         parts: its quarters.
     """
 
@@ -268,25 +280,24 @@ class DayResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; None where there is no latency."""
-        content = asdict(self) | {
-            "parts": [
-                {
-                    "start_s": part.start_s,
-                    "rate": part.rate,
-                    "overfull": part.overfull,
-                    "outcome": part.outcome.as_dict(),
-                }
-                for part in self.parts
-            ],
-        }
+        parts = [
+            {
+                "start_s": part.start_s,
+                "rate": part.rate,
+                "overfull": part.overfull,
+                "outcome": part.outcome.as_dict(),
+            }
+            for part in self.parts
+        ]
+        content = asdict(self) | {"parts": parts}
         return {k: None if v != v else v for k, v in content.items()}  # noqa: PLR0124 - NaN
 
 
 def rates_of(shape: Sequence[float], peak: float) -> list[float]:
-    """Requests a second in each quarter: equal parts of a day, joined by straight lines.
+    """Requests a second in each quarter of an hour, by straight lines between given rates.
 
     Args:
-        shape: relative rates at equal distances, the first at midnight.
+        shape: relative rates at equal distances over a day, the first at midnight.
         peak: requests a second where the shape is largest.
 
     Raises:
@@ -296,38 +307,38 @@ def rates_of(shape: Sequence[float], peak: float) -> list[float]:
         raise InvalidInput("day", f"{list(shape)} is no shape", "Give factors such as 0.2,0.5,1.")
     given = np.arange(len(shape) + 1) / len(shape)
     factors = np.array([*shape, shape[0]]) / max(shape)
-    found: list[float] = (peak * np.interp(np.arange(PARTS) / PARTS, given, factors)).tolist()
-    return found
+    rates: list[float] = (peak * np.interp(np.arange(PARTS) / PARTS, given, factors)).tolist()
+    return rates
 
 
 def simulate_day(
     workload: Workload,
     rates: Sequence[float],
     truth: CostModel,
-    fleet: Cluster,
+    cluster: Cluster,
     level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
-    told: Callable[[float], None] = lambda _: None,
+    on_progress: Progress = no_progress,
 ) -> DayResult:
-    """A day of a fleet.
+    """Simulate a day of a cluster.
 
     Args:
-        workload: what requests are made of; its arrivals are replaced.
+        workload: documents and lengths of requests, which come independently of each other.
         rates: requests a second in each quarter, see :func:`rates_of`.
         truth: how long steps take.
-        fleet: who serves.
+        cluster: the machines.
         level: what counts as answered in time.
-        told: called with the share that is done, 0 to 1.
+        on_progress: called with the quarters that are done.
     """
-    workers = fleet.replicas * fleet.setting.workers
+    workers = cluster.replicas * cluster.settings.workers
     parts: list[DayPart] = []
     latencies: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     for number, rate in enumerate(rates):
-        told(number / len(rates))
+        on_progress(f"a day, {100 * number / len(rates):.0f} %", number, len(rates))
         if rate <= 0:
             continue
-        traffic = replace(workload, arrivals=PoissonArrivals(rate), seed=workload.seed + number)
+        window = replace(workload, arrivals=PoissonArrivals(rate), seed=workload.seed + number)
         tally = Tally(level, WARM_S)
-        tally_fleet(blocks(traffic, WARM_S + WINDOW_S), truth, fleet, tally)
+        tally_cluster(blocks(window, WARM_S + WINDOW_S), truth, cluster, tally)
         outcome = tally.outcome(workers)
         overfull = outcome.utilisation > OVERFULL
         parts.append(DayPart(number * DAY_S / len(rates), rate, overfull, outcome))

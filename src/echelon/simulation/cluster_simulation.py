@@ -1,11 +1,10 @@
-"""Thousands of replicas: a lighter model of each service behind a router.
+"""Thousands of replicas behind a router, each simulated by a lighter model. Pure.
 
-Pure and deterministic. A replica keeps the batcher's discipline (fair order, token budget, the next
-step formed just before the running one ends) and counts where
-:mod:`echelon.simulation.server_simulation` looks
-at each pair: the pairs of a request all have its mean length, and a padded scorer pays a share
-more than its tokens, as measured by packing a sample. Left out besides: deadlines, priorities,
-and pairs that several requests share. Tests hold it to the exact one.
+A replica has the batcher's discipline (fair order, token budget, the next step formed just before
+the running one ends). Where :mod:`echelon.simulation.server_simulation` looks at each pair, it
+counts: the pairs of a request all have its mean length, and padding adds a share that was measured
+by packing a sample. Left out: deadlines, priorities, and pairs that several requests share. Tests
+compare it with the exact simulation.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from echelon.scheduling.cost_model import Work
 from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
 from echelon.scheduling.packing import REACH, choose, step_cost
 from echelon.scheduling.queue import LEAD_S, QueueLoad
-from echelon.simulation.cluster_traffic import Router, chances
+from echelon.simulation.cluster_traffic import Router, uniform_draws
 from echelon.simulation.outcome import Tally
 from echelon.simulation.service_level import ServiceLevel
 
@@ -39,17 +38,16 @@ if TYPE_CHECKING:
 NORMAL = WEIGHTS["normal"]
 
 SAMPLES = 200
-"""Steps that are chosen for each number of waiting documents to learn how a padded scorer's come
-out."""
+"""Steps that are packed for each number of waiting documents to measure their padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a padded scorer's steps come out, by how many documents wait.
+    """Size and padding of steps that pad pairs to the longest, by how many documents wait.
 
     Attributes:
         pairs: mean pairs of a step; entry i is for ``2**(i - 1)`` waiting documents or more.
-        padding: tokens paid for over useful tokens, likewise.
+        padding: tokens computed over useful tokens, likewise.
         reach: documents from the front of the queue among which a step is chosen.
     """
 
@@ -58,19 +56,19 @@ class Packing:
     reach: int
 
     def step(self, documents: float) -> tuple[float, float]:
-        """Pairs of the next step, and its padding, where so many documents wait."""
+        """Pairs and padding of the next step, by the number of waiting documents."""
         entry = min(int(documents).bit_length(), len(self.pairs) - 1)
         return self.pairs[entry], self.padding[entry]
 
 
-RAGGED = Packing((math.inf,), (1.0,), 0)
+NO_PADDING = Packing((math.inf,), (1.0,), 0)
 """Tokens alone decide, and nothing is padded."""
 
 
 def packing_of(tokens: SizeDistribution, truth: CostModel, budget: int) -> Packing:
-    """Choose steps from samples, as the batcher does, and see how they come out."""
+    """Measure the packing of steps that are chosen from samples, as the batcher does."""
     if truth.padding == "none":
-        return RAGGED
+        return NO_PADDING
     random = np.random.default_rng(0)
     most = math.ceil(REACH[truth.padding] * budget / np.mean(tokens.draw(random, SAMPLES)))
     found = [(1.0, 1.0)]
@@ -92,49 +90,49 @@ class Cluster:
 
     Attributes:
         replicas: how many.
-        setting: how each runs.
-        routing: who gets a request.
-        packing: how its steps come out, see :func:`packing_of`.
+        settings: how each runs.
+        routing: which replica gets a request.
+        packing: size and padding of steps, see :func:`packing_of`.
     """
 
     replicas: int
-    setting: SimulationSettings
+    settings: SimulationSettings
     routing: Routing = "tokens"
-    packing: Packing = RAGGED
+    packing: Packing = NO_PADDING
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise InvalidInput("replicas", f"{self.replicas} is not positive", "Give 1 or more.")
-        if self.setting.deadline_s is not None:
-            raise InvalidInput("deadline_s", "a fleet knows none", "Simulate one service exactly.")
+        if self.settings.deadline_s is not None:
+            raise InvalidInput("deadline_s", "a cluster has none", "Simulate one server.")
 
 
-def simulate_fleet(
+def simulate_cluster(
     traffic: Iterable[RequestBlock],
     truth: CostModel,
-    fleet: Cluster,
+    cluster: Cluster,
     *,
     level: ServiceLevel = ServiceLevel(),  # noqa: B008 - frozen
     warm_s: float = 0.0,
 ) -> SimulationResult:
-    """Serve requests by a fleet.
+    """Serve requests by a cluster.
 
     Args:
         traffic: see :func:`echelon.simulation.cluster_traffic.blocks`.
-        truth: how long steps take, but for the setting's noise.
-        fleet: who serves.
+        truth: how long steps take, without the settings' noise.
+        cluster: the replicas.
         level: what counts as answered in time.
         warm_s: requests that come before are served and not counted.
     """
-    tally = tally_fleet(traffic, truth, fleet, Tally(level, warm_s))
-    return tally.outcome(fleet.replicas * fleet.setting.workers)
+    tally = tally_cluster(traffic, truth, cluster, Tally(level, warm_s))
+    return tally.outcome(cluster.replicas * cluster.settings.workers)
 
 
-def tally_fleet(
-    traffic: Iterable[RequestBlock], truth: CostModel, fleet: Cluster, tally: Tally
+def tally_cluster(
+    traffic: Iterable[RequestBlock], truth: CostModel, cluster: Cluster, tally: Tally
 ) -> Tally:
-    """Serve requests by a fleet, and count in ``tally``; see :func:`simulate_fleet`."""
-    run = _ClusterRun(truth, fleet, tally)
+    """Serve requests by a cluster, and count in ``tally``; see :func:`simulate_cluster`."""
+    run = _ClusterRun(truth, cluster, tally)
     for block in traffic:
         run.through(block)
     run.end()
@@ -142,10 +140,10 @@ def tally_fleet(
 
 
 class _Replica:
-    """One service: requests in the fair order, and workers.
+    """One server: requests in the fair order, and workers.
 
     Attributes:
-        queue: heap of [tag, number, documents left, mean tokens, mean squares, came, documents].
+        queue: heap of [tag, number, documents left, mean tokens, mean squares, arrival, documents].
         order: the fair order.
         idle: workers without a step.
         requests: requests inside.
@@ -165,7 +163,7 @@ class _Replica:
         self.tokens = self.squares = 0.0
 
     def took(self, step: _Step) -> None:
-        """A step was formed."""
+        """Take a step's documents off the queue."""
         self.documents -= step.documents
         self.tokens -= step.tokens
         self.squares -= step.squares
@@ -175,7 +173,7 @@ class _Replica:
 
 
 class _Step:
-    """A step of a replica: useful amounts, predicted seconds, and what it completes."""
+    """A step of a replica: useful amounts, predicted seconds, and the requests it completes."""
 
     __slots__ = ("documents", "ended", "seconds", "squares", "tokens")
 
@@ -183,40 +181,40 @@ class _Step:
         self.documents = self.tokens = self.squares = self.seconds = 0.0
         self.ended: list[list[float]] = []
 
-    def take(self, guest: list[float], documents: float) -> None:
-        """So many documents of a request go."""
-        guest[2] -= documents
+    def take(self, request: list[float], documents: float) -> None:
+        """Put documents of a request into the step."""
+        request[2] -= documents
         self.documents += documents
-        self.tokens += documents * guest[3]
-        self.squares += documents * guest[4]
-        if guest[2] == 0:
-            self.ended.append(guest)
+        self.tokens += documents * request[3]
+        self.squares += documents * request[4]
+        if request[2] == 0:
+            self.ended.append(request)
 
 
 class _ClusterRun:
-    """A fleet under way. Worker w of replica r is number r × workers + w."""
+    """The state of a cluster. Worker w of replica r is number r × workers + w."""
 
-    def __init__(self, truth: CostModel, fleet: Cluster, tally: Tally) -> None:
-        setting = fleet.setting
+    def __init__(self, truth: CostModel, cluster: Cluster, tally: Tally) -> None:
+        settings = cluster.settings
         self.tally = tally
         self._truth = truth
-        self._setting = setting
-        self._packing = fleet.packing
-        self._padding = fleet.packing.padding[-1]  # of a full queue, for admission
-        self._pairs = math.inf if setting.max_pairs is None else setting.max_pairs
-        self._workers = setting.workers
-        self._replicas = [_Replica(setting.workers) for _ in range(fleet.replicas)]
-        self._router = Router(fleet.routing, fleet.replicas, setting.seed)
-        self._factors = setting.factors()
-        self._chances = chances(setting.seed)
-        self._ends = [0.0] * (fleet.replicas * setting.workers)
-        self._held: list[_Step | None] = [None] * (fleet.replicas * setting.workers)
+        self._settings = settings
+        self._packing = cluster.packing
+        self._padding = cluster.packing.padding[-1]  # of a full queue, for admission
+        self._pairs = math.inf if settings.max_pairs is None else settings.max_pairs
+        self._workers = settings.workers
+        self._replicas = [_Replica(settings.workers) for _ in range(cluster.replicas)]
+        self._router = Router(cluster.routing, cluster.replicas, settings.seed)
+        self._factors = settings.factors()
+        self._draws = uniform_draws(settings.seed)
+        self._ends = [0.0] * (cluster.replicas * settings.workers)
+        self._held: list[_Step | None] = [None] * (cluster.replicas * settings.workers)
         self._events: list[tuple[float, int]] = []
         self._numbers = 0
-        self._calm_tokens = _calm_tokens(truth, setting)
+        self._safe_tokens = _safe_tokens(truth, settings)
 
     def through(self, block: RequestBlock) -> None:
-        """Let requests come."""
+        """Serve a block of requests."""
         events = self._events
         for at_s, documents, length, square in zip(
             block.at_s, block.documents, block.lengths, block.squares, strict=True
@@ -226,14 +224,14 @@ class _ClusterRun:
             self._arrive(at_s, documents, length, square)
 
     def end(self) -> None:
-        """Finish what is inside."""
+        """Finish the admitted requests."""
         while self._events:
             self._turn(*heapq.heappop(self._events))
 
     # Requests.
 
     def _arrive(self, now: float, documents: int, length: float, square: float) -> None:
-        self.tally.came(now, documents)
+        self.tally.arrive(now, documents)
         number = self._router.choose()
         replica = self._replicas[number]
         tokens = documents * length
@@ -241,8 +239,8 @@ class _ClusterRun:
             return
         self._numbers += 1
         tag = replica.order.join(self._numbers, tokens, NORMAL)
-        guest = [tag, self._numbers, documents, length, square, now, documents]
-        heapq.heappush(replica.queue, guest)
+        request = [tag, self._numbers, documents, length, square, now, documents]
+        heapq.heappush(replica.queue, request)
         replica.requests += 1
         replica.documents += documents
         replica.tokens += tokens
@@ -254,22 +252,22 @@ class _ClusterRun:
     def _admits(
         self, replica: _Replica, number: int, asked: tuple[int, float, float], now: float
     ) -> bool:
-        """The real rules, asked only where one of them might refuse."""
+        """Apply the real admission rules, but only where one of them might refuse."""
         documents, tokens, squares = asked
-        bounds = self._setting.bounds
+        bounds = self._settings.bounds
         if (
             replica.requests < bounds.max_requests
-            and replica.tokens + tokens < self._calm_tokens
+            and replica.tokens + tokens < self._safe_tokens
             and documents <= bounds.max_documents
         ):
             return True
         ask = RequestCost(documents, int(tokens * self._padding), int(squares * self._padding))
-        refusal = refuse(ask, self._house(replica, number), bounds, now)
+        refusal = refuse(ask, self._load(replica, number), bounds, now)
         if refusal is not None:
             self.tally.refuse(now, refusal.reason)
         return refusal is None
 
-    def _house(self, replica: _Replica, number: int) -> SystemLoad:
+    def _load(self, replica: _Replica, number: int) -> SystemLoad:
         first = number * self._workers
         held = self._held[first : first + self._workers]
         load = QueueLoad(
@@ -279,7 +277,7 @@ class _ClusterRun:
             squares=int(replica.squares * self._padding),
             weight=replica.order.weight,
             running_s=sum(step.seconds for step in held if step is not None),
-            budget=self._setting.token_budget,
+            budget=self._settings.token_budget,
             oldest=None,
         )
         return SystemLoad(load, self._truth, self._workers)
@@ -287,7 +285,7 @@ class _ClusterRun:
     # Workers.
 
     def _turn(self, now: float, worker: int) -> None:
-        """A worker's step has ended or soon will: settle it, and give it the next."""
+        """Account for a worker's step that has ended or soon will, and give it the next."""
         number, own = divmod(worker, self._workers)
         replica = self._replicas[number]
         held = self._held[worker]
@@ -305,7 +303,7 @@ class _ClusterRun:
     def _start(self, now: float, worker: int, replica: _Replica) -> None:
         pairs, padding = self._packing.step(replica.documents)
         places = min(self._pairs, pairs)
-        fill = self._fill if self._packing is RAGGED else self._scatter
+        fill = self._fill if self._packing is NO_PADDING else self._scatter
         step = fill(replica, places)
         replica.took(step)
         # Squares grow by the square of what lengths do; most pairs are padded by the mean.
@@ -318,53 +316,53 @@ class _ClusterRun:
         ready = max(began, min(end, began + step.seconds - LEAD_S))
         heapq.heappush(self._events, (ready, worker))
         self.tally.ran(step.documents, step.tokens, seconds, end)
-        setting = self._setting
-        for guest in step.ended:
-            extra = setting.request_s + setting.document_s * guest[6]
-            self.tally.answer(guest[5], end + extra)
+        settings = self._settings
+        for request in step.ended:
+            extra = settings.request_s + settings.document_s * request[6]
+            self.tally.answer(request[5], end + extra)
 
     def _fill(self, replica: _Replica, places: float) -> _Step:
-        """Whole documents of requests in turn, as long as they fit; the first always goes."""
+        """A step of whole documents in the fair order, as long as they fit; the first always."""
         step, queue = _Step(), replica.queue
-        room = float(self._setting.token_budget)
+        room = float(self._settings.token_budget)
         while queue:
-            guest = queue[0]
-            fit = min(room // guest[3], places)
+            request = queue[0]
+            fit = min(room // request[3], places)
             if fit < 1 and step.documents:
                 break
-            taken = min(max(1, fit), guest[2])
-            step.take(guest, taken)
-            room -= taken * guest[3]
+            taken = min(max(1, fit), request[2])
+            step.take(request, taken)
+            room -= taken * request[3]
             places -= taken
-            if guest[2] > 0:
+            if request[2] > 0:
                 break
             heapq.heappop(queue)
         return step
 
     def _scatter(self, replica: _Replica, places: float) -> _Step:
-        """One document of the first in turn, and others from anywhere: they must be as long."""
+        """A step of the first document in order, and of others that are as long, from anywhere."""
         step, queue = _Step(), replica.queue
         step.take(queue[0], 1)
-        whole = int(places + next(self._chances))  # so that the mean is right
+        whole = int(places + next(self._draws))  # so that the mean is right
         for _ in range(min(whole, int(replica.documents)) - 1):
             there = min(replica.documents - step.documents, self._packing.reach)
-            place = next(self._chances) * there
-            for guest in queue:
-                place -= guest[2]
+            place = next(self._draws) * there
+            for request in queue:
+                place -= request[2]
                 if place < 0:
-                    step.take(guest, 1)
+                    step.take(request, 1)
                     break
         while queue and queue[0][2] == 0:
             heapq.heappop(queue)
         return step
 
 
-def _calm_tokens(truth: CostModel, setting: SimulationSettings) -> float:
-    """Waiting tokens below which no rule of admission can refuse a request that is not too large.
+def _safe_tokens(truth: CostModel, settings: SimulationSettings) -> float:
+    """Waiting tokens below which no admission rule can refuse a request that is not too large.
 
-    At the price of one pair as long as the whole budget, the dearest there is, they wait half of
+    At the cost of one pair as long as the whole budget, the highest there is, they wait half of
     what they may.
     """
-    budget, bounds = setting.token_budget, setting.bounds
+    budget, bounds = settings.token_budget, settings.bounds
     price = truth.seconds(Work(1, budget, budget * budget)) / budget
     return min(bounds.max_wait_s / price / 2, bounds.max_tokens, bounds.max_request_tokens)

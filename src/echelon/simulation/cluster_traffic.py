@@ -1,10 +1,7 @@
-"""Which replica gets a request. Pure and seeded.
+"""Requests of a cluster in blocks of numbers, and the replica that each gets. Pure and seeded.
 
-A workload in blocks of numbers, for simulations of millions of requests. Pure.
-
-The same distributions as :meth:`echelon.simulation.workload.Workload.requests`, drawn a block at a
-time
-and with each request's lengths summed up: 100 times faster, and other random numbers.
+Blocks follow the distributions of :meth:`echelon.simulation.workload.Workload.requests`, but hold
+the mean length of each request instead of all: 100 times faster, with other random numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.random import Generator
 
-    from echelon.simulation.workload import KnownArrivals, Workload
+    from echelon.simulation.workload import ArrivalRecord, Workload
 
 Routing = Literal["tokens", "requests", "random", "two"]
 """By fewest outstanding tokens, by fewest outstanding requests, at random, or the one with fewer
@@ -38,23 +35,23 @@ Loads = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Router:
-    """Routes requests.
+    """Routes requests among replicas.
 
     Args:
-        routing: how.
-        replicas: among how many.
-        seed: of what is random.
+        routing: the rule.
+        replicas: number of replicas.
+        seed: of random choices.
 
     Attributes:
-        loads: what is outstanding at each replica, in what the routing counts.
+        loads: outstanding tokens or requests of each replica, as the routing counts.
     """
 
     def __init__(self, routing: Routing, replicas: int, seed: int) -> None:
         choosers: dict[Routing, Callable[[], int]] = {
-            "tokens": self._least,
-            "requests": self._least,
-            "random": self._any,
-            "two": self._lesser,
+            "tokens": self._least_loaded,
+            "requests": self._least_loaded,
+            "random": self._random,
+            "two": self._of_two,
         }
         if routing not in choosers:
             raise InvalidInput("routing", f"{routing!r} is unknown", f"One of {ROUTINGS}.")
@@ -64,16 +61,16 @@ class Router:
         self._drawn = _draws(replicas, seed)
 
     def add(self, replica: int, tokens: float, requests: int) -> None:
-        """So much more, or less, is outstanding."""
+        """Add to what is outstanding, or take from it."""
         self.loads[replica] += requests if self._by_requests else tokens
 
-    def _least(self) -> int:
+    def _least_loaded(self) -> int:
         return int(self.loads.argmin())
 
-    def _any(self) -> int:
+    def _random(self) -> int:
         return next(self._drawn)
 
-    def _lesser(self) -> int:
+    def _of_two(self) -> int:
         one, other = next(self._drawn), next(self._drawn)
         return one if self.loads[one] <= self.loads[other] else other
 
@@ -84,8 +81,8 @@ def _draws(replicas: int, seed: int) -> Iterator[int]:
         yield from random.integers(replicas, size=ROUTING_BLOCK).tolist()
 
 
-def chances(seed: int) -> Iterator[float]:
-    """Numbers from 0 to 1, for ever."""
+def uniform_draws(seed: int) -> Iterator[float]:
+    """Random numbers from 0 to 1, without an end."""
     random = np.random.default_rng(seed)
     while True:
         yield from random.random(ROUTING_BLOCK).tolist()
@@ -97,7 +94,7 @@ BLOCK = 2048
 
 @dataclass(frozen=True, slots=True)
 class RequestBlock:
-    """Requests in order of time, one list a property, all of one size.
+    """Requests in order of time, one list for each property.
 
     Attributes:
         at_s: when they come.
@@ -112,7 +109,7 @@ class RequestBlock:
     squares: list[float]
 
     def first(self, count: int) -> RequestBlock:
-        """The first so many requests of the block."""
+        """The first requests of the block."""
         lists = (self.at_s, self.documents, self.lengths, self.squares)
         return RequestBlock(*(values[:count] for values in lists))  # type: ignore[arg-type] # as they were
 
@@ -125,23 +122,23 @@ def blocks(workload: Workload, duration_s: float = math.inf) -> Iterator[Request
     """
     seeds = np.random.SeedSequence(workload.seed).spawn(3)
     when, many, long = (np.random.default_rng(seed) for seed in seeds)
-    arrivals = workload.arrivals.known(when)
-    while known := list(islice(arrivals, BLOCK)):
-        late = known[-1].at_s >= duration_s
+    arrivals = workload.arrivals.records(when)
+    while records := list(islice(arrivals, BLOCK)):
+        late = records[-1].at_s >= duration_s
         if late:
-            known = [one for one in known if one.at_s < duration_s]
-        if known:
-            yield _block(workload, known, many, long)
+            records = [one for one in records if one.at_s < duration_s]
+        if records:
+            yield _block(workload, records, many, long)
         if late:
             return
 
 
 def _block(
-    workload: Workload, known: list[KnownArrivals], many: Generator, long: Generator
+    workload: Workload, records: list[ArrivalRecord], many: Generator, long: Generator
 ) -> RequestBlock:
-    drawn = workload.documents.draw(many, len(known))
-    documents = [one.documents or count for one, count in zip(known, drawn, strict=True)]
-    tokens = [one.tokens for one in known]
+    drawn = workload.documents.draw(many, len(records))
+    documents = [one.documents or count for one, count in zip(records, drawn, strict=True)]
+    tokens = [one.tokens for one in records]
     if all(tokens):
         lengths = np.array(tokens, dtype=float)
         squares = lengths**2
@@ -149,7 +146,7 @@ def _block(
         lengths, squares = _means(workload, documents, long)
         lengths = np.array([t or mean for t, mean in zip(tokens, lengths.tolist(), strict=True)])
         squares = np.array([t * t if t else q for t, q in zip(tokens, squares, strict=True)])
-    at_s = [one.at_s for one in known]
+    at_s = [one.at_s for one in records]
     return RequestBlock(at_s, documents, lengths.tolist(), squares.tolist())
 
 
@@ -158,7 +155,7 @@ def _means(
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
     """Mean tokens and mean squared tokens of the pairs of each request."""
     if workload.tokens is None:
-        raise InvalidInput("tokens", "the lengths of pairs are not known", "Give them.")
+        raise InvalidInput("tokens", "the lengths of pairs are not records", "Give them.")
     counts = np.array(documents)
     tokens = np.array(workload.tokens.draw(random, int(counts.sum())), dtype=float)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])

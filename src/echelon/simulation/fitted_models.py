@@ -1,8 +1,8 @@
-"""A profile to what simulations need: prices of steps, memory, noise, lengths. Pure.
+"""What simulations take from a profile: cost and memory model, noise, lengths. Pure.
 
-Prices are those that tuning fitted. A profile without them has measured points: all of one kind of
-texts, so tokens cannot be told from squared tokens there, and the share of the squares is the
-default's (:data:`echelon.scheduling.cost_model.DEFAULT_COEFFICIENTS`).
+Cost coefficients are those that tuning fitted. A profile without them has measured points of one
+kind of texts, where tokens cannot be told from squared tokens: the share of the squares is then
+that of :data:`echelon.scheduling.cost_model.DEFAULT_COEFFICIENTS`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 Point = dict[str, Any]
 
-FEWEST_POINTS = 2
-"""Two prices cannot be fitted to less."""
+MIN_POINTS = 2
+"""Two coefficients cannot be fitted to fewer."""
 
-MOST_NOISE = 0.5
-"""A machine whose runs differ by more was not measured but disturbed."""
+MAX_NOISE = 0.5
+"""A machine whose runs differ by more was disturbed while it was measured."""
 
 
 def cost_of(profile: Profile) -> CostModel:
@@ -51,7 +51,7 @@ def _of_points(profile: Profile) -> CostModel:
     per_token = 1 + share * _square_over_mean(lengths)
     rows = np.array([[p["steps"], p["cost_tokens"] * per_token] for p in points], dtype=float)
     seconds = np.array([p["latency_s"]["median"] for p in points])
-    if len(points) < FEWEST_POINTS:
+    if len(points) < MIN_POINTS:
         raise ProfileError(f"{len(points)} measured points are too few to plan with. {TUNE_AGAIN}")
     base, token = _nonnegative(rows / seconds[:, None])
     padded = any(p["cost_tokens"] > p["tokens"] for p in points)
@@ -82,7 +82,7 @@ def memory_of(profile: Profile) -> MemoryModel | None:
 def noise_of(profile: Profile) -> float:
     """Standard deviation of the logarithm of a step's time, as runs of one point differ."""
     spreads = [np.log(p["seconds"]).std(ddof=1) for p in _measured(profile) if p["samples"] > 1]
-    return min(MOST_NOISE, float(np.median(spreads))) if spreads else 0.0
+    return min(MAX_NOISE, float(np.median(spreads))) if spreads else 0.0
 
 
 def lengths_of(profile: Profile) -> LognormalSize | None:
@@ -106,13 +106,13 @@ def _square_over_mean(tokens: dict[str, Any]) -> float:
 
 
 def _nonnegative(rows: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Two prices of which neither is negative, so that each row comes to 1, in least squares."""
+    """Two non-negative coefficients with which each row comes to 1, in least squares."""
     both, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
     if (both >= 0).all():
         return float(both[0]), float(both[1])
     alone = [float(column.sum() / (column @ column)) for column in rows.T]
     misses = [
-        float(((column * price - 1) ** 2).sum())
-        for column, price in zip(rows.T, alone, strict=True)
+        float(((column * coefficient - 1) ** 2).sum())
+        for column, coefficient in zip(rows.T, alone, strict=True)
     ]
     return (alone[0], 0.0) if misses[0] < misses[1] else (0.0, alone[1])

@@ -1,18 +1,9 @@
-"""What a simulation found. Pure.
-
-How much load a service bears, on a ladder of loads. Pure.
-
-A load is a share of what the service does at most. The ladder is climbed from below until the goal
-is missed for the first time; whoever asks for a load is answered with the rung at or above it, and
-only if that rung and all below it meet the goal. So more load never turns a no into a yes, chance
-or not, and every yes has a simulation that met the goal at a load at least as high.
-"""
+"""The result of a simulation, and the counts that lead to it. Pure."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,22 +13,22 @@ import numpy as np
 from echelon.simulation.service_level import ServiceLevel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """A simulated run, the requests of its warm-up left out.
+    """A simulated run, without the requests of its warm-up.
 
     Attributes:
-        requests: requests that came.
+        requests: requests that arrived.
         documents: their documents.
-        answered: requests that were answered.
-        refused: requests refused, by the reason's name.
+        answered: answered requests.
+        refused: refused requests, by the reason's name.
         expired: requests whose deadline passed.
         within: requests answered within the service level's latency.
         duration_s: from the end of the warm-up to the last arrival or end of a step.
-        p50_s: median latency of those answered; NaN where there is none, as the next ones.
+        p50_s: median latency of the answered; NaN where there is none, as the next four.
         p95_s: their 95th percentile.
         p99_s: their 99th percentile.
         mean_s: their mean.
@@ -74,7 +65,7 @@ class SimulationResult:
 
     @property
     def missed(self) -> float:
-        """Share of all requests that were not answered within the goal."""
+        """Share of all requests that were not answered in time."""
         return 1.0 - self.within / self.requests if self.requests else 0.0
 
     @property
@@ -84,7 +75,7 @@ class SimulationResult:
 
     @property
     def goodput(self) -> float:
-        """Requests answered within the goal, a second."""
+        """Requests answered in time, a second."""
         return self.within / self.duration_s if self.duration_s else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,7 +95,7 @@ class Tally:
 
     Attributes:
         level: what counts as answered in time.
-        warm_s: requests that come before are not counted.
+        warm_s: seconds of the warm-up, whose requests are not counted.
     """
 
     level: ServiceLevel = ServiceLevel()  # noqa: RUF009 - frozen
@@ -121,25 +112,25 @@ class Tally:
     pairs: float = 0.0
     tokens: float = 0.0
 
-    def came(self, at_s: float, documents: int) -> None:
-        """A request came."""
+    def arrive(self, at_s: float, documents: int) -> None:
+        """Count a request."""
         self.last_s = max(self.last_s, at_s)
         if at_s >= self.warm_s:
             self.requests += 1
             self.documents += documents
 
     def refuse(self, at_s: float, reason: str) -> None:
-        """The request that came then was refused."""
+        """Count the refusal of the request that came at ``at_s``."""
         if at_s >= self.warm_s:
             self.refused[reason] += 1
 
     def expire(self, at_s: float) -> None:
-        """The deadline of the request that came then has passed."""
+        """Count the missed deadline of the request that came at ``at_s``."""
         if at_s >= self.warm_s:
             self.expired += 1
 
     def answer(self, at_s: float, now: float) -> None:
-        """The request that came then was answered."""
+        """Count the answer at ``now`` to the request that came at ``at_s``."""
         self.last_s = max(self.last_s, now)
         if at_s >= self.warm_s:
             self.latencies.append(now - at_s)
@@ -150,7 +141,7 @@ class Tally:
         return self.level.missed(requests, self.expired + self.refused.total(), self.late)
 
     def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
-        """A step ran until then."""
+        """Count a step that ended at ``end_s``."""
         self.last_s = max(self.last_s, end_s)
         self.steps += 1
         self.pairs += pairs
@@ -158,7 +149,7 @@ class Tally:
         self.busy_s += seconds
 
     def outcome(self, workers: int) -> SimulationResult:
-        """What was found, with so many workers."""
+        """The result of a run with so many workers."""
         latencies = np.frombuffer(self.latencies) if self.latencies else np.zeros(0)
         p50, p95, p99 = percentiles(latencies)
         return SimulationResult(
@@ -188,52 +179,3 @@ def percentiles(latencies: Sequence[float] | np.ndarray[Any, Any]) -> tuple[floa
         return math.nan, math.nan, math.nan
     found = np.percentile(latencies, [50, 95, 99], method="inverted_cdf")
     return float(found[0]), float(found[1]), float(found[2])
-
-
-RUNGS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-"""Loads that are simulated: closer together where latency rises steeply. Above the last, a service
-that meets its goal today misses it on the next busy day."""
-
-
-class RateSearch:
-    """A service under rising load.
-
-    Args:
-        run: simulates a load.
-        rungs: loads, rising.
-    """
-
-    def __init__(
-        self, run: Callable[[float], SimulationResult], rungs: Sequence[float] = RUNGS
-    ) -> None:
-        self._run = run
-        self._rungs = rungs
-        self._outcomes: list[SimulationResult] = []
-
-    def at(self, load: float) -> SimulationResult | None:
-        """The outcome at the rung for a load; None where the goal is missed there or below."""
-        rung = bisect_left(self._rungs, load)
-        if rung >= len(self._rungs) or not self._climb(rung):
-            return None
-        return self._outcomes[rung]
-
-    @property
-    def most(self) -> float:
-        """The highest load that meets the goal; 0 where none does."""
-        self._climb(len(self._rungs) - 1)
-        met = [load for load, found in zip(self._rungs, self._outcomes, strict=False) if found.held]
-        return met[-1] if met else 0.0
-
-    @property
-    def calm(self) -> SimulationResult:
-        """The outcome at the lowest rung, whether it meets the goal or not."""
-        self._climb(0)
-        return self._outcomes[0]
-
-    def _climb(self, rung: int) -> bool:
-        """Simulate up to a rung, or the first that misses; whether the rung meets the goal."""
-        while len(self._outcomes) <= rung:
-            if self._outcomes and not self._outcomes[-1].held:
-                return False
-            self._outcomes.append(self._run(self._rungs[len(self._outcomes)]))
-        return self._outcomes[rung].held

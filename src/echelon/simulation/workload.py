@@ -1,18 +1,16 @@
-"""Traffic: when requests come, with how many documents, how long their pairs are.
+"""A workload: when requests come, with how many documents, and how long their pairs are. Pure.
 
-Pure and seeded: the same workload gives the same requests. It must not know texts, clocks or
-files; a load generator sends what it says, a simulator only counts it. Everything is a stream, so
-that a day of traffic needs no memory. Arrival times, documents and lengths have a generator of
-random numbers each: other documents do not move the arrivals, so two runs differ in one thing.
-
-Sizes that a plan makes of others. Pure.
+Seeded: the same workload gives the same requests. It knows no texts, clocks or files: a load
+generator sends these requests, a simulation counts them. Everything is a stream, so a day of
+traffic needs no memory. Times, documents and lengths have a random generator each, so that two
+workloads that differ in their documents have the same arrivals.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -20,20 +18,12 @@ import numpy as np
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from numpy.random import Generator
 
 BLOCK = 1024
 """Random numbers drawn at a time: one by one they cost a microsecond each."""
-
-MOST_DIGITS = 10
-"""A number this long in a trace is no count but something else."""
-
-TRACE_FORM = (
-    "A trace is CSV with a header: timestamp,documents or timestamp,documents,tokens; seconds that "
-    "never go down, documents of the request, tokens of each of its pairs."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +42,15 @@ class Arrival:
 
 
 class SizeDistribution(Protocol):
-    """Where whole numbers, at least 1, come from: documents of a request or tokens of a pair."""
+    """A distribution of whole numbers from 1 on: documents of a request or tokens of a pair."""
+
+    @property
+    def maximum(self) -> int:
+        """The largest number that it gives."""
+        ...
 
     def draw(self, random: Generator, count: int) -> list[int]:
-        """So many numbers, each drawn by itself."""
+        """Draw independent numbers."""
         ...
 
 
@@ -68,8 +63,13 @@ class FixedSize:
     def __post_init__(self) -> None:
         _at_least_one("value", self.value)
 
+    @property
+    def maximum(self) -> int:
+        """The number."""
+        return self.value
+
     def draw(self, random: Generator, count: int) -> list[int]:
-        """The number, so many times."""
+        """Repeat the number."""
         del random
         return [self.value] * count
 
@@ -79,7 +79,7 @@ class FixedSize:
 
 @dataclass(frozen=True, slots=True)
 class UniformSize:
-    """Any whole number from ``low`` to ``high``, both included, equally often."""
+    """Whole numbers from ``low`` to ``high``, both included, equally often."""
 
     low: int
     high: int
@@ -89,8 +89,13 @@ class UniformSize:
         if self.high < self.low:
             raise InvalidInput("high", f"{self.high} is below {self.low}", "Give the larger last.")
 
+    @property
+    def maximum(self) -> int:
+        """The upper end."""
+        return self.high
+
     def draw(self, random: Generator, count: int) -> list[int]:
-        """So many numbers of the range."""
+        """Draw numbers of the range."""
         drawn: list[int] = random.integers(self.low, self.high, count, endpoint=True).tolist()
         return drawn
 
@@ -105,32 +110,30 @@ class LognormalSize:
     Attributes:
         mean: their mean before rounding and limits.
         sigma: standard deviation of their logarithms; 0 gives the mean each time.
-        most: the largest; what is above is set to it, as a model cuts what is too long.
+        maximum: larger numbers are set to it, as a model cuts texts that are too long.
     """
 
     mean: float
     sigma: float
-    most: int
+    maximum: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.mean < math.inf:
             raise InvalidInput("mean", f"{self.mean} is not 1 or more", "Give a finite number.")
         if not 0 <= self.sigma < math.inf:
             raise InvalidInput("sigma", f"{self.sigma} is not 0 or more", "Give a finite number.")
-        _at_least_one("most", self.most)
+        _at_least_one("maximum", self.maximum)
 
     def draw(self, random: Generator, count: int) -> list[int]:
-        """So many numbers from 1 to ``most``."""
+        """Draw numbers from 1 to ``maximum``."""
         # The mean of a lognormal is exp(mu + sigma² / 2).
         mu = math.log(self.mean) - self.sigma**2 / 2
-        drawn = np.rint(random.lognormal(mu, self.sigma, count))
-        numbers: list[int] = np.clip(drawn, 1, self.most).astype(np.int64).tolist()
-        return numbers
+        return _whole(np.minimum(random.lognormal(mu, self.sigma, count), self.maximum))
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedSize:
-    """Numbers that were seen, each as often as it was seen."""
+    """Observed numbers, each as often as it was observed."""
 
     values: Sequence[int]
 
@@ -139,16 +142,43 @@ class ObservedSize:
             raise InvalidInput("values", "there are none", "Give at least one number.")
         _at_least_one("values", min(self.values))
 
+    @property
+    def maximum(self) -> int:
+        """The largest observed number."""
+        return max(self.values)
+
     def draw(self, random: Generator, count: int) -> list[int]:
-        """So many of the values, with replacement."""
+        """Draw observed numbers with replacement."""
         return [int(self.values[index]) for index in random.integers(len(self.values), size=count)]
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledSize:
+    """Numbers of another distribution times a factor, at least 1."""
+
+    sizes: SizeDistribution
+    factor: float
+
+    @property
+    def maximum(self) -> int:
+        """The largest number, scaled."""
+        return max(1, round(self.sizes.maximum * self.factor))
+
+    def draw(self, random: Generator, count: int) -> list[int]:
+        """Draw numbers and scale them."""
+        return _whole(np.array(self.sizes.draw(random, count)) * self.factor)
+
+
+def _whole(numbers: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
+    whole: list[int] = np.maximum(1, np.rint(numbers)).astype(np.int64).tolist()
+    return whole
+
+
 def sizes_of(text: str, field: str) -> SizeDistribution:
-    """Sizes as people write them: ``10`` or ``5-50``.
+    """Parse sizes as people write them: ``10`` or ``5-50``.
 
     Raises:
-        InvalidInput: it is neither; ``field`` names whose value it is.
+        InvalidInput: it is neither; ``field`` names the option.
     """
     low, dash, high = text.strip().partition("-")
     try:
@@ -158,16 +188,14 @@ def sizes_of(text: str, field: str) -> SizeDistribution:
         raise InvalidInput(field, problem, "Give one such as 10 or 5-50.") from error
 
 
-class Arrivals(Protocol):
-    """When requests come, and what is known of each beforehand."""
-
-    def known(self, random: Generator) -> Iterator[KnownArrivals]:
-        """Requests in the order of their coming."""
-        ...
+def max_tokens(sizes: SizeDistribution | None, trace: Iterable[ArrivalRecord] = ()) -> int:
+    """The most tokens that a pair may have; 0 where they are not known."""
+    recorded = max((one.tokens or 0 for one in trace), default=0)
+    return max(recorded, 0 if sizes is None else sizes.maximum)
 
 
 @dataclass(frozen=True, slots=True)
-class KnownArrivals:
+class ArrivalRecord:
     """What arrivals say of a request: its time, and in a trace its documents and lengths.
 
     Attributes:
@@ -181,70 +209,137 @@ class KnownArrivals:
     tokens: int | None = None
 
 
+class Arrivals(Protocol):
+    """When requests come."""
+
+    @property
+    def rate(self) -> float | None:
+        """Requests a second; None where it is not known."""
+        ...
+
+    def at(self, rate: float) -> Arrivals:
+        """The same kind of arrivals at another rate."""
+        ...
+
+    def records(self, random: Generator) -> Iterator[ArrivalRecord]:
+        """Requests in order of time."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PoissonArrivals:
-    """Callers who know nothing of each other: ``rate`` a second on average, in bursts."""
+    """Independent callers: ``rate`` a second on average, in bursts."""
 
     rate: float
 
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
 
-    def known(self, random: Generator) -> Iterator[KnownArrivals]:
-        """Exponential gaps, for ever."""
+    def at(self, rate: float) -> PoissonArrivals:
+        """Arrivals at another rate."""
+        return PoissonArrivals(rate)
+
+    def records(self, random: Generator) -> Iterator[ArrivalRecord]:
+        """Exponential gaps, without an end."""
         now = 0.0
         while True:
             for gap in random.exponential(1.0 / self.rate, BLOCK).tolist():
                 now += gap
-                yield KnownArrivals(now)
+                yield ArrivalRecord(now)
 
 
 @dataclass(frozen=True, slots=True)
 class ConstantArrivals:
-    """A clock: ``rate`` a second at even distances, the first at once."""
+    """``rate`` a second at even distances, the first at once."""
 
     rate: float
 
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
 
-    def known(self, random: Generator) -> Iterator[KnownArrivals]:
-        """Even gaps, for ever."""
+    def at(self, rate: float) -> ConstantArrivals:
+        """Arrivals at another rate."""
+        return ConstantArrivals(rate)
+
+    def records(self, random: Generator) -> Iterator[ArrivalRecord]:
+        """Even gaps, without an end."""
         del random
         number = 0
         while True:
-            yield KnownArrivals(number / self.rate)
+            yield ArrivalRecord(number / self.rate)
             number += 1
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayedArrivals:
-    """What was recorded, at its own times; the first request comes at 0.
+    """A recorded trace at its own times or faster; the first request comes at 0.
 
     Attributes:
-        records: e.g. :func:`parse_trace`; gone through once for each stream that is asked for.
-        speed: how many times faster than it was.
+        trace: records, see :func:`echelon.simulation.trace.parse_trace`; read once for each stream.
+        speed: how many times faster than recorded.
+        recorded_rate: requests a second of the record; None where it is read as a stream.
     """
 
-    records: Iterable[KnownArrivals]
+    trace: Iterable[ArrivalRecord]
     speed: float = 1.0
+    recorded_rate: float | None = None
 
     def __post_init__(self) -> None:
         _positive("speed", self.speed)
 
-    def known(self, random: Generator) -> Iterator[KnownArrivals]:
+    @classmethod
+    def of(cls, trace: Sequence[ArrivalRecord]) -> ReplayedArrivals:
+        """A trace in memory, whose rate is known.
+
+        Raises:
+            InvalidInput: all requests came at one moment.
+        """
+        span_s = trace[-1].at_s - trace[0].at_s
+        if span_s <= 0:
+            problem = "all its requests came at one moment, so it has no rate"
+            raise InvalidInput("--trace", problem, "Record longer.")
+        return cls(trace, 1.0, (len(trace) - 1) / span_s)
+
+    @property
+    def rate(self) -> float | None:
+        """Requests a second at which the trace is replayed."""
+        return None if self.recorded_rate is None else self.recorded_rate * self.speed
+
+    def at(self, rate: float) -> ReplayedArrivals:
+        """The trace, sped up or slowed down to a rate."""
+        if self.recorded_rate is None:
+            raise RuntimeError("the rate of a streamed trace is not known. This is a bug.")
+        return replace(self, speed=rate / self.recorded_rate)
+
+    def records(self, random: Generator) -> Iterator[ArrivalRecord]:
         """The records, and no more."""
         del random
-        start: float | None = None
-        for record in self.records:
-            start = record.at_s if start is None else start
-            at_s = (record.at_s - start) / self.speed
-            yield KnownArrivals(at_s, record.documents, record.tokens)
+        start_s: float | None = None
+        for record in self.trace:
+            start_s = record.at_s if start_s is None else start_s
+            at_s = (record.at_s - start_s) / self.speed
+            yield ArrivalRecord(at_s, record.documents, record.tokens)
+
+
+def arrivals_of(
+    rate: float | None, trace: Sequence[ArrivalRecord] = (), *, even: bool = False
+) -> Arrivals:
+    """Arrivals at a rate, or those of a trace, at its own rate or another.
+
+    Args:
+        rate: requests a second; None takes the trace's own, and 1 without a trace.
+        trace: recorded requests.
+        even: at even distances instead of independently of each other.
+    """
+    if trace:
+        replayed = ReplayedArrivals.of(trace)
+        return replayed if rate is None else replayed.at(rate)
+    return ConstantArrivals(rate or 1.0) if even else PoissonArrivals(rate or 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Arrivals, and what each request is made of where they do not say.
+    """Arrivals, and the size of requests where the arrivals do not say it.
 
     Attributes:
         arrivals: when requests come.
@@ -258,82 +353,51 @@ class Workload:
     tokens: SizeDistribution | None = None
     seed: int = 0
 
+    @property
+    def rate(self) -> float | None:
+        """Requests a second; None where a trace is read as a stream."""
+        return self.arrivals.rate
+
+    @property
+    def trace(self) -> Sequence[ArrivalRecord]:
+        """The recorded requests that are replayed, if they are in memory."""
+        trace = self.arrivals.trace if isinstance(self.arrivals, ReplayedArrivals) else ()
+        return trace if isinstance(trace, Sequence) else ()
+
+    def at(self, rate: float) -> Workload:
+        """The workload at another rate; a trace is sped up or slowed down."""
+        return replace(self, arrivals=self.arrivals.at(rate))
+
+    def busiest(self, count: int) -> Workload:
+        """The workload with the busiest requests in a row of its trace; the rate stays."""
+        trace, arrivals = self.trace, self.arrivals
+        if not isinstance(arrivals, ReplayedArrivals) or len(trace) <= count:
+            return self
+        starts = range(len(trace) - count + 1)
+        start = min(starts, key=lambda at: trace[at + count - 1].at_s - trace[at].at_s)
+        return replace(self, arrivals=replace(arrivals, trace=trace[start : start + count]))
+
+    def span_s(self, count: int) -> float:
+        """Seconds in which the first ``count`` requests come."""
+        trace, arrivals = self.trace, self.arrivals
+        if trace and isinstance(arrivals, ReplayedArrivals):
+            return (trace[min(count, len(trace)) - 1].at_s - trace[0].at_s) / arrivals.speed
+        return count / self.rate if self.rate else 0.0
+
     def requests(self, duration_s: float = math.inf) -> Iterator[Arrival]:
-        """Requests in order of time, up to ``duration_s``; without it a rate goes on for ever."""
+        """Requests in order of time, up to ``duration_s``; a rate has no end of its own."""
         seeds = np.random.SeedSequence(self.seed).spawn(3)
         when, many, long = (np.random.default_rng(seed) for seed in seeds)
-        for known in self.arrivals.known(when):
-            if known.at_s >= duration_s:
+        for record in self.arrivals.records(when):
+            if record.at_s >= duration_s:
                 return
-            documents = known.documents or self.documents.draw(many, 1)[0]
-            yield Arrival(known.at_s, documents, self._lengths(known, documents, long))
+            documents = record.documents or self.documents.draw(many, 1)[0]
+            yield Arrival(record.at_s, documents, self._lengths(record, documents, long))
 
-    def _lengths(self, known: KnownArrivals, documents: int, random: Generator) -> tuple[int, ...]:
-        if known.tokens is not None:
-            return (known.tokens,) * documents
+    def _lengths(self, record: ArrivalRecord, documents: int, random: Generator) -> tuple[int, ...]:
+        if record.tokens is not None:
+            return (record.tokens,) * documents
         return () if self.tokens is None else tuple(self.tokens.draw(random, documents))
-
-
-def parse_trace(lines: Iterable[str]) -> Iterator[KnownArrivals]:
-    """Read a trace line by line; columns it does not know are passed over.
-
-    Args:
-        lines: CSV with a header; see :data:`TRACE_FORM`. Any clock's seconds will do.
-
-    Raises:
-        InvalidInput: a value is wrong, with its line and column; or there is no request.
-    """
-    reader = csv.reader(lines, strict=True)
-    try:
-        columns = _columns(next(reader, []))
-        last = -math.inf
-        for row in reader:
-            if row:
-                record = _record(row, columns, reader.line_num)
-                if record.at_s < last:
-                    raise _wrong(reader.line_num, "timestamp", f"{record.at_s} is before {last}")
-                last = record.at_s
-                yield record
-    except csv.Error as error:
-        raise InvalidInput("trace", f"line {reader.line_num}: {error}", TRACE_FORM) from error
-    if last == -math.inf:
-        raise InvalidInput("trace", "there is no request in it", TRACE_FORM)
-
-
-def _columns(header: list[str]) -> dict[str, int]:
-    names = [name.strip().removeprefix("\ufeff").lower() for name in header]
-    for name in ("timestamp", "documents"):
-        if name not in names:
-            raise InvalidInput("trace", f"line 1 names no column {name!r}", TRACE_FORM)
-    for name in ("timestamp", "documents", "tokens"):
-        if names.count(name) > 1:
-            raise InvalidInput("trace", f"line 1 names {name!r} twice", TRACE_FORM)
-    return {name: index for index, name in enumerate(names)}
-
-
-def _record(row: list[str], columns: dict[str, int], line: int) -> KnownArrivals:
-    cells = {name: row[index].strip() for name, index in columns.items() if index < len(row)}
-    try:
-        at_s = float(cells.get("timestamp", ""))
-    except ValueError:
-        at_s = math.nan
-    if not math.isfinite(at_s):
-        raise _wrong(line, "timestamp", f"{cells.get('timestamp', '')!r} is no number of seconds")
-    documents = _count(cells, "documents", line)
-    return KnownArrivals(
-        at_s, documents, _count(cells, "tokens", line) if "tokens" in columns else None
-    )
-
-
-def _count(cells: dict[str, str], name: str, line: int) -> int:
-    text = cells.get(name, "")
-    if not (text.isascii() and text.isdigit() and len(text) < MOST_DIGITS and int(text) > 0):
-        raise _wrong(line, name, f"{text!r} is no whole number from 1 on")
-    return int(text)
-
-
-def _wrong(line: int, column: str, problem: str) -> InvalidInput:
-    return InvalidInput("trace", f"line {line}, column {column}: {problem}", TRACE_FORM)
 
 
 def _at_least_one(field: str, value: int) -> None:
@@ -344,29 +408,3 @@ def _at_least_one(field: str, value: int) -> None:
 def _positive(field: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise InvalidInput(field, f"{value} is not above 0", "Give a finite number above 0.")
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledSize:
-    """Other sizes times a factor, at least 1."""
-
-    sizes: SizeDistribution
-    factor: float
-
-    def draw(self, random: Generator, count: int) -> list[int]:
-        """So many numbers."""
-        scaled = np.rint(np.array(self.sizes.draw(random, count)) * self.factor)
-        numbers: list[int] = np.maximum(1, scaled).astype(np.int64).tolist()
-        return numbers
-
-
-def longest(sizes: SizeDistribution | None, trace: Iterable[KnownArrivals] = ()) -> int:
-    """The largest number that may come; 0 where it is not known."""
-    found = max((one.tokens or 0 for one in trace), default=0)
-    if isinstance(sizes, FixedSize):
-        found = max(found, sizes.value)
-    elif isinstance(sizes, UniformSize):
-        found = max(found, sizes.high)
-    elif isinstance(sizes, LognormalSize):
-        found = max(found, sizes.most)
-    return found

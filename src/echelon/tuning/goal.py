@@ -1,4 +1,4 @@
-"""What is asked of a recommendation, checked. Pure."""
+"""What a scenario asks for, and the limits that its settings must hold. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from echelon.errors import InvalidInput
-from echelon.simulation.capacity import Traffic
+from echelon.simulation.capacity import REQUESTS
 from echelon.simulation.service_level import ServiceLevel
-from echelon.simulation.workload import FixedSize, PoissonArrivals, UniformSize, Workload
-from echelon.tuning.scenario import SCENARIOS
+from echelon.simulation.workload import FixedSize, UniformSize, Workload, arrivals_of
 
 if TYPE_CHECKING:
-    from echelon.simulation.workload import KnownArrivals, SizeDistribution
-    from echelon.tuning.scenario import Scenario
+    from echelon.simulation.workload import ArrivalRecord, SizeDistribution
 
-LEAST_REQUESTS = 5
-"""A proof of fewer says nothing."""
+Scenario = Literal["api", "offline", "edge", "concurrent"]
+
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+
+AGREEMENT = 0.97
+"""Lowest rank agreement (Kendall's τ) with fp32 at full length, as in tuning."""
+
+MIN_REQUESTS = 5
+"""A validation with fewer requests says nothing."""
 
 Allowed = Literal["precision", "max_length"]
 
@@ -29,33 +34,33 @@ DOCUMENTS: dict[str, UniformSize | FixedSize] = {
     "edge": UniformSize(1, 10),
     "concurrent": FixedSize(10),
 }
-"""Documents of a request where nobody says."""
+"""Documents of a request where the caller does not give them."""
 
 HURRIED = frozenset({"api", "concurrent"})
-"""Scenarios with a rate and a goal: many callers who do not wait for each other."""
+"""Scenarios with a rate and a latency goal: many independent callers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioGoal:
-    """What for, and what must hold.
+    """A scenario and what must hold.
 
     Attributes:
-        scenario: what for.
-        goal_s: latency that 99 of 100 requests may have.
+        scenario: the scenario.
+        goal_s: latency of the service level; None where any will do.
         rate: requests a second; None takes the trace's own.
         trace: recorded requests.
-        documents: documents of a request; None is usual for the scenario.
+        documents: documents of a request; None takes :data:`DOCUMENTS`.
         tokens: tokens of a pair; None takes lengths like those of the texts.
         memory_limit_bytes: memory of all workers.
-        allow: what may change beside the size of a step.
-        verify_s: seconds of the proof; 0 does without.
+        allow: what may change besides the size of a step.
+        verify_s: seconds of the validation; 0 leaves it out.
         seed: of everything random.
     """
 
     scenario: Scenario
     goal_s: float | None = None
     rate: float | None = None
-    trace: tuple[KnownArrivals, ...] = ()
+    trace: tuple[ArrivalRecord, ...] = ()
     documents: SizeDistribution | None = None
     tokens: SizeDistribution | None = None
     memory_limit_bytes: float | None = None
@@ -90,42 +95,42 @@ class ScenarioGoal:
                 problem = f"is not given, and {name} needs a load"
                 raise InvalidInput("--rate", problem, "Give requests a second, or --trace FILE.")
         elif self.rate is not None:
-            words = {"offline": "all documents are there at once", "edge": "one caller asks"}
-            raise InvalidInput("--rate", f"{name} has none: {words[name]}", "Leave it out.")
+            why = {"offline": "all documents are there at once", "edge": "one caller asks"}
+            raise InvalidInput("--rate", f"{name} has none: {why[name]}", "Leave it out.")
         if name == "offline" and self.goal_s is not None:
-            problem = "offline has none: nobody waits for a single answer"
+            problem = "offline has none: single answers are not waited for"
             raise InvalidInput("--slo-p99-ms", problem, "Leave it out, or choose another scenario.")
 
-        self._check_proof()
+        self._check_validation()
 
-    def _check_proof(self) -> None:
-        if self.rate is None or not 0 < self.verify_s * self.rate < LEAST_REQUESTS:
+    def _check_validation(self) -> None:
+        if self.rate is None or not 0 < self.verify_s * self.rate < MIN_REQUESTS:
             return
         problem = f"{self.verify_s * self.rate:g} requests come in {self.verify_s:g} s, too few"
-        remedy = f"Give {math.ceil(LEAST_REQUESTS / self.rate)} or more, or 0 to do without."
+        remedy = f"Give {math.ceil(MIN_REQUESTS / self.rate)} or more, or 0 for no validation."
         raise InvalidInput("--verify-s", problem, remedy)
 
     @property
     def level(self) -> ServiceLevel:
         """The service level that must hold; without ``goal_s`` any latency is accepted."""
-        return ServiceLevel(math.inf if self.goal_s is None else self.goal_s)
+        return ServiceLevel(self.goal_s or math.inf)
 
     @property
     def sizes(self) -> SizeDistribution:
         """Documents of a request."""
         return DOCUMENTS[self.scenario] if self.documents is None else self.documents
 
-    def traffic(self, tokens: SizeDistribution) -> Traffic:
-        """The requests, pairs of these lengths where the trace does not say.
+    def traffic(self, tokens: SizeDistribution) -> Workload:
+        """The requests, with pairs of these lengths where the trace does not give them.
 
         Raises:
             InvalidInput: the trace has no rate.
         """
-        workload = Workload(PoissonArrivals(1.0), self.sizes, tokens, self.seed)
-        return Traffic.of_trace(workload, self.trace) if self.trace else Traffic(workload)
+        arrivals = arrivals_of(self.rate, self.trace)
+        return Workload(arrivals, self.sizes, tokens, self.seed).busiest(REQUESTS)
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer's entry."""
+        """The entry ``asked`` of a recommendation."""
         return {
             "slo_p99_s": self.goal_s,
             "rate": self.rate,
@@ -141,3 +146,37 @@ class ScenarioGoal:
 def _above_zero(field: str, value: float | None, remedy: str) -> None:
     if value is not None and not 0 < value < math.inf:
         raise InvalidInput(field, f"{value:g} is not above 0", remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioLimits:
+    """Limits that every chosen setting holds.
+
+    Attributes:
+        goal_s: latency of the service level; ``api`` and ``concurrent`` need one.
+        rate: requests a second; ``api`` and ``concurrent`` need one.
+        memory_bytes: memory of all workers.
+        agreement: lowest rank agreement.
+        overhead_s: seconds of a request beside the queue and its steps.
+        noise: of step times, see :class:`echelon.simulation.server_simulation.SimulationSettings`.
+        seed: of everything random.
+    """
+
+    goal_s: float | None = None
+    rate: float | None = None
+    memory_bytes: float | None = None
+    agreement: float = AGREEMENT
+    overhead_s: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("goal_s", "rate", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidInput(name, f"{value} is not above 0", "Give a number above 0.")
+
+    @property
+    def level(self) -> ServiceLevel:
+        """The service level that must hold; without ``goal_s`` any latency is accepted."""
+        return ServiceLevel(self.goal_s or math.inf)

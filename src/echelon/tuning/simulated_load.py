@@ -1,7 +1,4 @@
-"""A candidate under requests: what the real batcher and admission make of it, simulated. Pure.
-
-Latency over load: a candidate at rising rates, and the highest rate that it sustains. Pure.
-"""
+"""A candidate's settings under simulated load, up to the highest rate that holds. Pure."""
 
 from __future__ import annotations
 
@@ -9,58 +6,93 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from echelon.simulation.capacity import OPEN
+from echelon.simulation.capacity import UNLIMITED
+from echelon.simulation.rate_search import RateSearch, highest
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from echelon.scheduling.cost_model import CostModel, MemoryModel
     from echelon.scheduling.queue import PlannedStep
-    from echelon.simulation.capacity import Traffic
     from echelon.simulation.outcome import SimulationResult
-    from echelon.simulation.workload import Arrival
-    from echelon.tuning.scenario import Candidate, Scenario, ScenarioLimits
+    from echelon.simulation.workload import Arrival, Workload
+    from echelon.tuning.goal import Scenario, ScenarioLimits
 
 REQUESTS = 2_000
 """Requests of one simulation: the slowest hundredth are twenty, and a simulation takes a third of
 a second."""
 
 WARM = 0.1
-"""Share of them that comes before counting begins."""
+"""Share of the requests that come before counting begins."""
 
 FULL = 300
-"""Requests that are all there at once when it is asked what a candidate does at most."""
+"""Requests that are all there at once to find a candidate's highest throughput."""
 
 APART_S = 3600.0
 """Seconds between two requests of a caller who waits for each answer: the first has long ended."""
 
 
-class SimulatedService:
-    """A candidate, simulated.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to run a service on this machine.
 
-    Step times are the model's own here, so the batcher's copy of it has nothing to learn but noise,
-    and two thirds of a simulation would go into that.
-
-    Args:
-        traffic: what requests are made of.
-        candidate: who serves.
-        limits: goal, overhead and noise.
+    Attributes:
+        token_budget: tokens a step may cost.
+        cost: how long steps of one of its workers take, the others running.
+        max_pairs: pairs a step may hold.
+        workers: workers that share the queue.
+        threads: CPU threads of each; None on a GPU.
+        precision: of the forward pass.
+        max_length: tokens a pair may have; None cuts none.
+        agreement: rank agreement with fp32 at full length.
+        memory: of one worker; None where it is not known.
     """
 
-    def __init__(self, traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> None:
-        self._traffic = traffic
+    token_budget: int
+    cost: CostModel
+    max_pairs: int | None = None
+    workers: int = 1
+    threads: int | None = None
+    precision: str = "fp32"
+    max_length: int | None = None
+    agreement: float = 1.0
+    memory: MemoryModel | None = None
+
+    @property
+    def bytes(self) -> float:
+        """Memory of all its workers; 0 where it is not known."""
+        if self.memory is None:
+            return 0.0
+        return self.workers * self.memory.bytes_of(self.token_budget)
+
+
+class SimulatedService:
+    """A simulation of a candidate.
+
+    Step times are those of the cost model, so the batcher would learn nothing but noise, and two
+    thirds of a simulation would go into that: it does not learn here.
+
+    Args:
+        workload: the requests, at any rate.
+        candidate: the settings.
+        limits: service level, overhead and noise.
+    """
+
+    def __init__(self, workload: Workload, candidate: Candidate, limits: ScenarioLimits) -> None:
+        self._workload = workload
         self._candidate = candidate
         self._level = limits.level
-        self._setting = replace(_setting(candidate, limits), learns=False)
+        self._settings = replace(_settings(candidate, limits), learns=False)
 
     def at_once(self) -> SimulationResult:
-        """All requests are there."""
+        """The result where all requests are there at once."""
         requests = [replace(one, at_s=0.0) for one in self._requests(1.0, FULL)]
-        setting = replace(self._setting, bounds=OPEN, request_s=0.0)
-        return simulate(requests, self._candidate.cost, setting)
+        settings = replace(self._settings, bounds=UNLIMITED, request_s=0.0)
+        return simulate(requests, self._candidate.cost, settings)
 
     def at(self, rate: float, *, whole: bool = True) -> SimulationResult:
-        """So many requests a second.
+        """The result at a rate.
 
         Args:
             rate: requests a second.
@@ -69,28 +101,28 @@ class SimulatedService:
         return simulate(
             self._requests(rate, REQUESTS),
             self._candidate.cost,
-            self._setting,
+            self._settings,
             level=self._level,
-            warm_s=WARM * self._traffic.span_s(rate, REQUESTS),
+            warm_s=WARM * self._workload.at(rate).span_s(REQUESTS),
             expected=None if whole else REQUESTS,
         )
 
     def _requests(self, rate: float, count: int) -> Iterator[Arrival]:
-        """The first requests, cut to the candidate's length."""
-        return cut(islice(self._traffic.at(rate).requests(), count), self._candidate.max_length)
+        """The first requests, cut to the candidate's maximum length."""
+        return cut(islice(self._workload.at(rate).requests(), count), self._candidate.max_length)
 
 
 def predict(
     scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: ScenarioLimits
 ) -> tuple[SimulationResult, int]:
-    """What comes of certain requests, such as those that a test sends; and their largest step.
+    """The result of given requests, such as a validation sends, and the largest step.
 
-    For ``offline`` they are all there at once, for ``edge`` each comes when the one before has
-    long been answered; for the others they come at their times.
+    For ``offline`` they are all there at once; for ``edge`` each comes long after the answer to the
+    one before; for the others they come at their times.
     """
-    setting = _setting(candidate, limits)
+    settings = _settings(candidate, limits)
     if scenario == "offline":
-        setting = replace(setting, bounds=OPEN, request_s=0.0)
+        settings = replace(settings, bounds=UNLIMITED, request_s=0.0)
         requests = (replace(one, at_s=0.0) for one in requests)
     elif scenario == "edge":
         requests = (replace(one, at_s=APART_S * i) for i, one in enumerate(requests))
@@ -101,20 +133,21 @@ def predict(
         largest = max(largest, step.cost_tokens)
 
     asked = cut(requests, candidate.max_length)
-    outcome = simulate(asked, candidate.cost, setting, level=limits.level, told=look)
+    outcome = simulate(asked, candidate.cost, settings, level=limits.level, on_step=look)
     return outcome, largest
 
 
-def cut(requests: Iterable[Arrival], most: int | None) -> Iterator[Arrival]:
-    """Requests whose pairs have at most so many tokens."""
+def cut(requests: Iterable[Arrival], max_length: int | None) -> Iterator[Arrival]:
+    """Requests whose pairs are cut to ``max_length`` tokens."""
     for request in requests:
-        if most is None:
+        if max_length is None:
             yield request
         else:
-            yield replace(request, lengths=tuple(min(length, most) for length in request.lengths))
+            lengths = tuple(min(length, max_length) for length in request.lengths)
+            yield replace(request, lengths=lengths)
 
 
-def _setting(candidate: Candidate, limits: ScenarioLimits) -> SimulationSettings:
+def _settings(candidate: Candidate, limits: ScenarioLimits) -> SimulationSettings:
     return SimulationSettings(
         candidate.token_budget,
         candidate.max_pairs,
@@ -129,59 +162,49 @@ SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 """Shares of the highest rate that are simulated: closer together where latency rises steeply."""
 
 PRECISION = 0.02
-"""The last step of the search, as a share of the rate."""
+"""Distance of the search's two ends at which it is over, as a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadCurve:
-    """What a candidate does at rising rates.
+    """A candidate at rising rates.
 
     Attributes:
         requests: requests of each simulation, its warm-up included.
-        most: the highest rate at which the service level holds, requests a second; None where it
-            holds at none.
-        points: rates, rising, with what was found there.
+        max_rate: the highest rate that holds the service level, requests a second; None where
+            none does.
+        points: rising rates and their results.
     """
 
     requests: int
-    most: float | None
+    max_rate: float | None
     points: tuple[tuple[float, SimulationResult], ...]
 
     def as_dict(self, rate: float) -> dict[str, Any]:
-        """The entry of a profile, for somebody who asked for a rate."""
+        """The profile's entry.
+
+        Args:
+            rate: the rate that was asked for.
+        """
         return {
             "rate": rate,
-            "most_rate": self.most,
+            "most_rate": self.max_rate,
             "requests": self.requests,
             "points": [_point(at, outcome) for at, outcome in self.points],
         }
 
 
-def curve_of(traffic: Traffic, candidate: Candidate, limits: ScenarioLimits) -> LoadCurve:
-    """Simulate a candidate at rates around the highest that it sustains."""
-    service = SimulatedService(traffic, candidate, limits)
+def curve_of(workload: Workload, candidate: Candidate, limits: ScenarioLimits) -> LoadCurve:
+    """Simulate a candidate at rates around the highest that holds the service level."""
+    service = SimulatedService(workload, candidate, limits)
     full = service.at_once()
     capacity = full.requests / full.duration_s
-    most = _most(service, capacity)
-    rates = [share * (most or capacity) for share in SHARES]
+    # Beyond the highest throughput the queue only grows.
+    search = RateSearch(capacity, capacity, PRECISION * capacity, PRECISION)
+    max_rate = highest(lambda rate: service.at(rate, whole=False).held, search)
+    rates = [share * (max_rate or capacity) for share in SHARES]
     points = tuple((rate, service.at(rate)) for rate in rates)
-    return LoadCurve(REQUESTS, most, points)
-
-
-def _most(service: SimulatedService, capacity: float) -> float | None:
-    """The highest rate that is sustained; beyond what it does at most, the queue only grows."""
-    if service.at(capacity, whole=False).held:
-        return capacity
-    low, high = 0.0, capacity
-    while high - low > PRECISION * high:
-        middle = (low + high) / 2
-        if service.at(middle, whole=False).held:
-            low = middle
-        else:
-            high = middle
-        if high < PRECISION * capacity:
-            return None
-    return low
+    return LoadCurve(REQUESTS, max_rate or None, points)
 
 
 def _point(rate: float, outcome: SimulationResult) -> dict[str, Any]:
