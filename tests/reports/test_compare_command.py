@@ -47,7 +47,7 @@ def test_the_terminal_shows_verdict_and_tables(call):
     code, out, err = call("compare", "a.json", "b.json")
     assert (code, err) == (0, "")
     assert "B is 2.00 times as fast as A: 50 pairs" in out
-    for title in ("What was compared", "Chosen settings", "Precisions", "Cost model", "Memory"):
+    for title in ("Compared profiles", "Chosen settings", "Precisions", "Cost model", "Memory"):
         assert f"\n{title}" in out
     assert "2.00×" in out
     assert "Note: A: 3 of 9 points are noisy. Close other programs." in out
@@ -207,7 +207,7 @@ def test_the_page_holds_every_table_and_both_lines():
     assert [name for name in read.ids if name in sections] == sections
     assert len(read.ids) == len(set(read.ids))
     assert not read.open
-    rows = read.table("A peak memory")
+    rows = read.table("Peak memory of A")
     assert len(rows) == len(RESULTS)
     figure = read.figures["overlay-batch_size"]
     lines = {trace["name"]: trace for trace in figure["data"]}
@@ -243,7 +243,7 @@ def test_hostile_names_are_shown_and_not_obeyed():
 def test_profiles_without_points_have_a_page_all_the_same():
     bare = profile_of(results=(), precisions=[])
     read = Page(html_of(bare, bare))
-    assert "nothing to draw" in read.text
+    assert "there are no charts" in read.text
     assert "None" not in read.text
     assert read.figures == {}
 

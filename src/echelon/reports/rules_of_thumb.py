@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from echelon.messages import listed, tr, units
+from echelon.messages import N_, listed, tr, units
 from echelon.reports import wording
 from echelon.reports.model_charts import limit_of
 from echelon.reports.profile_view import chosen, fastest, slower
@@ -18,12 +18,15 @@ from echelon.reports.statistics import TIE
 from echelon.reports.summary import SERVED, agreement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from echelon.profile import Profile
     from echelon.reports.wording import Entry
 
 State = Literal["holds", "costs", "unknown"]
+
+Finding = tuple[str, State, str]
+"""The measurement as text, the state, and the result as text."""
 
 FEW, MANY = 10, 50
 """Pairs per call: at most 10 for a realtime API, at least 50 for offline work."""
@@ -52,42 +55,33 @@ class Rule:
 
 def rules_of_thumb(profile: Profile) -> list[Rule]:
     """Each rule, compared with this machine."""
-    rules = (_api, _offline, _edge, _concurrent, _larger, _half, _watch)
-    return [rule(profile) for rule in rules]
+    return [Rule(name, tr(rule), *compare(profile)) for name, (rule, compare) in RULES.items()]
 
 
 # Batch sizes.
 
 
-def _api(profile: Profile) -> Rule:
-    rule = tr("Realtime API, 1–10 documents: batch size 4–8")
-    return _sizes("api", rule, _few(profile), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8."))
+def _api(profile: Profile) -> Finding:
+    return _sizes(_few(profile), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8."))
 
 
-def _offline(profile: Profile) -> Rule:
-    rule = tr("Offline, 50–200 documents: batch size 16–32")
-    remedy = tr("Give --pairs 100 --batch-sizes 16,32.")
-    return _sizes("offline", rule, _many(profile), (16, 32), remedy)
+def _offline(profile: Profile) -> Finding:
+    return _sizes(_many(profile), (16, 32), tr("Give --pairs 100 --batch-sizes 16,32."))
 
 
-def _edge(profile: Profile) -> Rule:
-    rule = tr("Edge device, 1–5 documents: batch size 1–4")
-    remedy = tr("Give --pairs 10 --batch-sizes 1,4.")
-    found = _sizes("edge", rule, _few(profile), (1, 4), remedy)
-    if found.state == "unknown":
-        return found
-    memory = [_memory(entry) for entry in _within(_few(profile), (1, 4))]
-    measured_text = f"{found.found} {tr('Peak memory: {sizes}.', sizes=listed(memory))}"
-    return Rule(found.name, found.rule, measured_text, found.state, found.result)
+def _edge(profile: Profile) -> Finding:
+    found, state, result = _sizes(_few(profile), (1, 4), tr("Give --pairs 10 --batch-sizes 1,4."))
+    if state != "unknown":
+        memory = listed(_memory(entry) for entry in _within(_few(profile), (1, 4)))
+        found = f"{found} {tr('Peak memory: {sizes}.', sizes=memory)}"
+    return found, state, result
 
 
-def _sizes(
-    name: str, rule: str, entries: Sequence[Entry], range_: tuple[int, int], remedy: str
-) -> Rule:
-    """A rule that names batch sizes: how much slower each is than the best of all sizes."""
+def _sizes(entries: Sequence[Entry], range_: tuple[int, int], remedy: str) -> Finding:
+    """How much slower each batch size of a rule is than the best of all sizes."""
     best, inside = fastest(entries), _within(entries, range_)
     if best is None or not inside:
-        return _unknown(name, rule, remedy)
+        return _unknown(remedy)
     found = tr(
         "{pairs}: {step} is best, {latency}, {rate}.",
         pairs=wording.pairs(best["pairs"]),
@@ -96,8 +90,8 @@ def _sizes(
         rate=wording.rate(best["pairs_per_s"]),
     )
     each = listed(_cost(entry, best) for entry in inside)
-    measured_text = f"{found} {tr('Sizes of the rule: {each}.', each=each)}"
-    return Rule(name, rule, measured_text, *_judged(max(slower(entry, best) for entry in inside)))
+    state, result = _judged(max(slower(entry, best) for entry in inside))
+    return f"{found} {tr('Sizes of the rule: {each}.', each=each)}", state, result
 
 
 def _judged(cost: float) -> tuple[State, str]:
@@ -121,8 +115,8 @@ def _memory(entry: Entry) -> str:
     return tr("{size} with {step}", step=step, size=size)
 
 
-def _unknown(name: str, rule: str, remedy: str) -> Rule:
-    return Rule(name, rule, remedy, "unknown", tr("not measured"))
+def _unknown(remedy: str) -> Finding:
+    return remedy, "unknown", tr("not measured")
 
 
 def _few(profile: Profile) -> list[Entry]:
@@ -155,97 +149,87 @@ def _within(entries: Sequence[Entry], range_: tuple[int, int]) -> list[Entry]:
 # Other rules.
 
 
-def _concurrent(profile: Profile) -> Rule:
-    rule = tr("High concurrency: adaptive batching")
-    found = profile.scenario
-    if found is None or found["scenario"] not in SERVED or found["measured"] is None:
-        remedy = tr("A sweep measures without load. Run echelon tune --scenario concurrent.")
-        return _unknown("concurrent", rule, remedy)
-    measured = found["measured"]
+def _concurrent(profile: Profile) -> Finding:
+    scenario = profile.scenario
+    if scenario is None or scenario["scenario"] not in SERVED or scenario["measured"] is None:
+        return _unknown(
+            tr("A sweep measures without load. Run echelon tune --scenario concurrent.")
+        )
+    measured = scenario["measured"]
     p99 = measured["p99_s"]
-    measured_text = tr(
+    found = tr(
         "Under load, the server with adaptive batching answered {rate} requests/s with a P99 of "
         "{p99}.",
         rate=units.number(measured["requests_per_s"]),
         p99=units.UNKNOWN if p99 is None else units.duration(p99),
     )
-    if found["held"]:
-        return Rule("concurrent", rule, measured_text, "holds", tr("holds: the goal is met"))
-    return Rule("concurrent", rule, measured_text, "costs", tr("does not hold: the goal is missed"))
+    if scenario["held"]:
+        return found, "holds", tr("holds: the goal is met")
+    return found, "costs", tr("does not hold: the goal is missed")
 
 
-def _larger(profile: Profile) -> Rule:
-    rule = tr("Larger batches are faster")
+def _larger(profile: Profile) -> Finding:
     pairs = max(_counts(profile), default=0)
     batches = _batches(_of(profile, pairs))
     best = fastest(batches)
     if best is None or len(batches) == 1:
-        return _unknown("larger", rule, tr("Give --batch-sizes 1,2,4,8,16,32."))
+        return _unknown(tr("Give --batch-sizes 1,2,4,8,16,32."))
     largest = batches[-1]
-    measured_text = tr(
+    count, step = wording.pairs(pairs), wording.step_of(best)
+    rate = wording.rate(best["pairs_per_s"])
+    if largest is best:
+        found = tr(
+            "{pairs}: the largest size measured, {step}, is best, {rate}.",
+            pairs=count,
+            step=step,
+            rate=rate,
+        )
+        return found, "holds", tr("holds up to the largest size measured")
+    found = tr(
         "{pairs}: {rate} with {step}, {best_rate} with the best, {best}.",
-        pairs=wording.pairs(pairs),
+        pairs=count,
         rate=wording.rate(largest["pairs_per_s"]),
         step=wording.step_of(largest),
-        best_rate=wording.rate(best["pairs_per_s"]),
-        best=wording.step_of(best),
+        best_rate=rate,
+        best=step,
     )
-    if largest is best:
-        measured_text = tr(
-            "{pairs}: the largest size measured, {step}, is best, {rate}.",
-            pairs=wording.pairs(pairs),
-            step=wording.step_of(best),
-            rate=wording.rate(best["pairs_per_s"]),
-        )
-        return Rule(
-            "larger", rule, measured_text, "holds", tr("holds up to the largest size measured")
-        )
-    if slower(largest, best) <= TIE:
-        result = tr(
-            "holds only up to {step}; larger sizes are not faster", step=wording.step_of(best)
-        )
-        return Rule("larger", rule, measured_text, "costs", result)
-    share = units.percent(slower(largest, best))
-    result = tr("does not hold: the largest size is {share} slower", share=share)
-    return Rule("larger", rule, measured_text, "costs", result)
+    cost = slower(largest, best)
+    if cost <= TIE:
+        result = tr("holds only up to {step}; larger sizes are not faster", step=step)
+    else:
+        share = units.percent(cost)
+        result = tr("does not hold: the largest size is {share} slower", share=share)
+    return found, "costs", result
 
 
-def _half(profile: Profile) -> Rule:
-    rule = tr("bf16 or fp16 loses no ranking accuracy")
+def _half(profile: Profile) -> Finding:
     rows = [row for row in profile.precisions if row["precision"] in HALF]
     if not rows:
-        return _unknown(
-            "half", rule, tr("Give --precision auto: it compares all precisions with fp32.")
-        )
+        return _unknown(tr("Give --precision auto: it compares all precisions with fp32."))
     parts = [tr("{what}: {found}", what=row["precision"], found=agreement(row)) for row in rows]
-    measured_text = " ".join(tr("{sentence}.", sentence=part) for part in parts)
+    found = " ".join(tr("{sentence}.", sentence=part) for part in parts)
     failed = [row["precision"] for row in rows if not row["passed"]]
     if failed:
         result = tr("does not hold for {precisions} here", precisions=listed(failed))
-        return Rule("half", rule, measured_text, "costs", result)
-    return Rule(
-        "half", rule, measured_text, "holds", tr("holds within the limits on rank agreement")
-    )
+        return found, "costs", result
+    return found, "holds", tr("holds within the limits on rank agreement")
 
 
-def _watch(profile: Profile) -> Rule:
-    rule = tr("Watch P99 and memory")
+def _watch(profile: Profile) -> Finding:
     measured = (profile.scenario or {}).get("measured") or {}
     p50, p99 = measured.get("p50_s"), measured.get("p99_s")
     parts = _peak(profile)
     if p50 and p99:
+        times = units.number(p99 / p50)
+        shown = units.duration(p99)
         parts.append(
-            tr(
-                "Under load, P99 is {p99}, {times} times the median.",
-                p99=units.duration(p99),
-                times=units.number(p99 / p50),
-            )
+            tr("Under load, P99 is {p99}, {times} times the median.", p99=shown, times=times)
         )
-        return Rule("watch", rule, " ".join(parts), "holds", tr("measured under load"))
+        return " ".join(parts), "holds", tr("measured under load")
     parts.append(
         tr("P99 is measured under load: run echelon tune --scenario api, or echelon stress.")
     )
-    return Rule("watch", rule, " ".join(parts), "unknown", tr("P99 is not measured"))
+    return " ".join(parts), "unknown", tr("P99 is not measured")
 
 
 def _peak(profile: Profile) -> list[str]:
@@ -262,3 +246,15 @@ def _peak(profile: Profile) -> list[str]:
             whose=limit[1],
         )
     ]
+
+
+RULES: dict[str, tuple[str, Callable[[Profile], Finding]]] = {
+    "api": (N_("Realtime API, 1–10 documents: batch size 4–8"), _api),
+    "offline": (N_("Offline, 50–200 documents: batch size 16–32"), _offline),
+    "edge": (N_("Edge device, 1–5 documents: batch size 1–4"), _edge),
+    "concurrent": (N_("High concurrency: adaptive batching"), _concurrent),
+    "larger": (N_("Larger batches are faster"), _larger),
+    "half": (N_("bf16 or fp16 loses no ranking accuracy"), _half),
+    "watch": (N_("Watch P99 and memory"), _watch),
+}
+"""Each rule's name, text, and the function that compares it with a profile."""
