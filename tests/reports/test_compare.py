@@ -169,7 +169,7 @@ def test_the_same_files_under_another_name_are_the_same_model():
     assert any("it is one model" in note for note in found["notes"])
 
 
-def test_another_revision_is_compared_and_said():
+def test_another_revision_is_compared_with_a_note():
     found = compared(profile_of(), profile_of(key={"revision": "new"}))
     assert found["comparable"]["times"]
     assert "The two profiles have different revisions of the model." in found["notes"]
@@ -191,7 +191,7 @@ def test_the_name_of_the_texts_does_not_decide():
     assert any(row["differs"] for row in found["keys"] if row["name"] == "data.name")
 
 
-def test_without_a_shared_call_there_is_nothing_to_say():
+def test_without_a_shared_call_there_are_no_ratios():
     other = [entry(7, steady(0.2), batch_size=1)]
     found = compared(profile_of(), profile_of(results=other))
     assert ratios([found["chosen"], found["best"], found["points"]]) == []
@@ -200,7 +200,7 @@ def test_without_a_shared_call_there_is_nothing_to_say():
     assert "the scored texts differ" in compared(profile_of(), moved)["verdict"]
 
 
-def test_memory_of_a_card_is_not_compared_with_a_process():
+def test_memory_of_a_gpu_is_not_compared_with_a_process():
     found = compared(profile_of(), profile_of(key={"device": "cuda:0"}))
     assert ratios(found["memory"]) == []
     assert len(ratios(found["cost"])) == 4
@@ -229,28 +229,28 @@ def test_profiles_without_models_have_none():
 SURE = [entry(50, steady(0.4), batch_size=8)]
 
 
-def verdict(factor, results=SURE):
+def headline(factor, results=SURE):
     return compared(profile_of(results=results), profile_of(factor, results=results))["verdict"]
 
 
-def test_the_verdict_names_the_faster_by_how_much_and_how_sure():
+def test_the_headline_names_the_faster_profile_the_ratio_and_its_certainty():
     for factor, first, last in ((0.5, "B", "A"), (2.0, "A", "B")):
-        said = verdict(factor).replace("\u00a0", " ")
+        said = headline(factor).replace("\u00a0", " ")
         assert said.startswith(f"{first} is 2.00 times as fast as {last}: 50 pairs take ")
         assert f" ms on {first} and " in said
         assert "larger than the variation between runs (95 % confidence interval 1.9" in said
-    assert "A tie: 50 pairs take" in verdict(1.02)
+    assert "A tie: 50 pairs take" in headline(1.02)
 
 
-def test_the_verdict_owns_up_to_what_it_does_not_know():
-    assert "too few runs to compare" in verdict(0.5, [entry(50, [0.4] * 5, batch_size=8)])
+def test_the_headline_says_when_the_difference_is_uncertain():
+    assert "too few runs to compare" in headline(0.5, [entry(50, [0.4] * 5, batch_size=8)])
     unsteady = [0.2 + 0.05 * i for i in range(9)]
-    said = verdict(0.9, [entry(50, unsteady, batch_size=8)])
+    said = headline(0.9, [entry(50, unsteady, batch_size=8)])
     assert "within the variation between runs" in said
     assert "there may be none" in said
 
 
-def test_the_best_batch_speaks_where_the_chosen_setting_has_no_point():
+def test_the_best_batch_sizes_are_compared_if_the_chosen_setting_has_no_point():
     settings = TunedSettings("bf16", 12345, None, 2, None)
     a, b = (replace(profile_of(f), settings=settings) for f in (1.0, 0.5))
     found = compared(a, b)
@@ -273,7 +273,7 @@ def test_what_differs_is_marked():
     assert marked == {"torch": ["2.13.0", "9"], "numpy": ["–", "2"]}
 
 
-def test_warnings_and_learned_budgets_are_told_of_their_side():
+def test_warnings_and_learned_budgets_name_their_profile():
     found = compared(
         profile_of(warnings=[]),
         profile_of(warnings=["It was loud."], learned_token_budget=512),

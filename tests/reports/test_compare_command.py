@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_command
-from profile_pairs import compared, profile_of, sides
+from profile_pairs import compared, profile_of, views
 from report_pages import RESULTS, Page, leave_plotly_out
 from website import chromium
 
@@ -43,7 +43,7 @@ def call(capsys, monkeypatch, tmp_path):
 # Comparing.
 
 
-def test_the_terminal_shows_verdict_and_tables(call):
+def test_the_terminal_shows_headline_and_tables(call):
     code, out, err = call("compare", "a.json", "b.json")
     assert (code, err) == (0, "")
     assert "B is 2.00 times as fast as A: 50 pairs" in out
@@ -76,7 +76,7 @@ def keys_of(data):
     return set(data).union(*(keys_of(v) for k, v in data.items() if k != "key"))
 
 
-def test_the_page_is_written_besides(call):
+def test_the_page_is_written_too(call):
     code, out, err = call("compare", "a.json", "b.json", "-o", "ab.html")
     assert (code, err) == (0, "Page: ab.html\n")
     assert "2.00 times" in out
@@ -198,7 +198,7 @@ def test_help_loads_nothing_heavy():
 
 
 def html_of(a, b):
-    return comparison_page.render(*sides(a, b), compared(a, b))
+    return comparison_page.render(*views(a, b), compared(a, b))
 
 
 def test_the_page_holds_every_table_and_both_lines():
@@ -252,7 +252,7 @@ def test_profiles_without_points_have_a_page_all_the_same():
 def test_chromium_draws_it_on_phone_and_desktop(tmp_path, real_plotly, screen, scheme):
     path = tmp_path / "ab.html"
     a, b = profile_of(), profile_of(0.5, key={"device_name": "a processor " * 9})
-    comparison_page.write_page(*sides(a, b), compared(a, b), path)
+    comparison_page.write_page(*views(a, b), compared(a, b), path)
     with chromium() as browser:
         size = dict(zip(("width", "height"), screen, strict=True))
         tab = browser.new_page(viewport=size, color_scheme=scheme)

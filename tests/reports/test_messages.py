@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_command
-from profile_pairs import compared, profile_of, sides
+from profile_pairs import compared, profile_of, views
 from report_pages import CURVE, RESULTS, Page, entry, leave_plotly_out, scenario_entry, steady
 from sentences import SOURCE, is_id, placeholders, texts, used
 
@@ -315,7 +315,7 @@ def test_no_english_is_left_on_a_chinese_report(changes):
 )
 def test_no_english_is_left_on_a_chinese_comparison(changes):
     a, b = rich(), rich(0.5, **changes)
-    page = comparison.render(*sides(a, b), compared(a, b), lang="zh")
+    page = comparison.render(*views(a, b), compared(a, b), lang="zh")
     assert set(english(page)) <= {"a", "b", "json"}
     assert '<html lang="zh-CN">' in page
 

@@ -171,7 +171,7 @@ def test_summary_keeps_the_row_of_pairs_never_measured():
     assert rows["90"]["Best batch size"] == "not measured"
 
 
-def test_advice_is_for_four_situations_in_words_to_type():
+def test_advice_is_for_four_scenarios_with_commands():
     page = read(make_profile())
     rows = page.table("Scenario")
     assert len(rows) == 4
@@ -187,12 +187,12 @@ def test_advice_is_for_four_situations_in_words_to_type():
     assert api["Peak memory"] == units.size(2**29)
 
 
-def test_a_situation_without_points_names_the_remedy():
+def test_a_scenario_without_points_names_the_remedy():
     rows = read(make_profile(RESULTS[:4])).table("Scenario")
     assert "Give --token-budgets" in " ".join(rows[3].values())
 
 
-def test_verdict_compares_with_the_slowest_size():
+def test_the_headline_compares_with_the_slowest_size():
     page = read(make_profile())
     # 50 pairs in 0.31 s against 0.71 s.
     assert "Use 1,024 tokens per step in bf16" in page.text

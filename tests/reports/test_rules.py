@@ -18,7 +18,7 @@ def sweep(pairs, times):
 
 
 @pytest.mark.parametrize(
-    ("times", "state", "said"),
+    ("times", "state", "text"),
     [
         ({1: 0.3, 4: 0.102, 8: 0.1}, "holds", "holds"),
         ({1: 0.3, 4: 0.12, 8: 0.1}, "costs", "20"),
@@ -26,13 +26,13 @@ def sweep(pairs, times):
         ({1: 0.1, 2: 0.1}, "unknown", "not measured"),
     ],
 )
-def test_a_size_of_the_rule_is_held_against_the_best(times, state, said):
+def test_a_size_of_the_rule_is_compared_with_the_best(times, state, text):
     rule = found(*sweep(10, times))["api"]
     assert rule.state == state
-    assert said in rule.result
+    assert text in rule.result
 
 
-def test_offline_is_held_against_the_best_token_budget_too():
+def test_offline_is_compared_with_the_best_token_budget_too():
     batches = sweep(100, {8: 1.0, 16: 0.9, 32: 1.1})
     assert found(*batches)["offline"].result.replace("\u00a0", " ") == "up to 22 % slower here"
     budget = entry(100, [0.5] * 9, token_budget=1024)
@@ -42,7 +42,7 @@ def test_offline_is_held_against_the_best_token_budget_too():
     assert found(*sweep(10, {16: 1.0}))["offline"].state == "unknown"
 
 
-def test_the_edge_rule_tells_the_memory_of_its_sizes():
+def test_the_edge_rule_shows_the_memory_of_its_sizes():
     small = [entry(10, [0.2] * 9, batch_size=1, memory=2**28), *sweep(10, {4: 0.2})]
     rule = found(*small)["edge"]
     assert rule.state == "holds"
@@ -51,7 +51,7 @@ def test_the_edge_rule_tells_the_memory_of_its_sizes():
 
 
 @pytest.mark.parametrize(
-    ("times", "state", "said"),
+    ("times", "state", "text"),
     [
         ({1: 2.0, 8: 1.0, 32: 0.5}, "holds", "up to the largest"),
         ({1: 2.0, 8: 1.0, 32: 0.99}, "costs", "only up to batch size 8"),
@@ -59,10 +59,10 @@ def test_the_edge_rule_tells_the_memory_of_its_sizes():
         ({8: 1.0}, "unknown", "not measured"),
     ],
 )
-def test_whether_larger_is_faster(times, state, said):
+def test_whether_larger_is_faster(times, state, text):
     rule = found(*sweep(50, times))["larger"]
     assert rule.state == state
-    assert said in rule.result
+    assert text in rule.result
 
 
 def test_half_precision_is_judged_by_its_ranking():
@@ -73,7 +73,7 @@ def test_half_precision_is_judged_by_its_ranking():
     assert found(*points, precisions=PRECISIONS[:1])["half"].state == "unknown"
 
 
-def test_load_is_told_only_where_there_was_one():
+def test_load_is_reported_only_if_it_was_measured():
     points = sweep(10, {4: 1.0})
     assert found(*points)["concurrent"].state == found(*points)["watch"].state == "unknown"
     proved = found(*points, scenario=scenario_entry())

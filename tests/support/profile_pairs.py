@@ -31,12 +31,12 @@ def profile_of(factor=1.0, *, results=RESULTS, key=None, **changes):
     return replace(made, **changes)
 
 
-def sides(a, b):
+def views(a, b):
     return ProfileView.of(a, "a.json"), ProfileView.of(b, "b.json")
 
 
 def compared(a, b):
-    return compare(*sides(a, b))
+    return compare(*views(a, b))
 
 
 def ratios(data):

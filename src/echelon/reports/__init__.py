@@ -1,1 +1,1 @@
-"""Reports out of profiles: one again, or two side by side."""
+"""Reports of profiles: one profile, or two side by side."""

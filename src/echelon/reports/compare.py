@@ -81,8 +81,8 @@ def _same_texts(a: ProfileView, b: ProfileView) -> bool:
     return _texts(a) == _texts(b)
 
 
-def _texts(side: ProfileView) -> tuple[Any, Any, Any]:
-    data, settings = side.profile.data, side.profile.settings
+def _texts(view: ProfileView) -> tuple[Any, Any, Any]:
+    data, settings = view.profile.data, view.profile.settings
     return data.get("name"), data.get("pairs"), settings.max_length
 
 
@@ -93,10 +93,10 @@ def _obstacles(a: ProfileView, b: ProfileView) -> list[str]:
     return found
 
 
-def _about(side: ProfileView) -> Row:
-    profile = side.profile
+def _about(view: ProfileView) -> Row:
+    profile = view.profile
     return {
-        "file": side.file,
+        "file": view.file,
         "key": asdict(profile.key),
         "created": profile.created,
         "learned_token_budget": profile.learned_token_budget,
@@ -109,8 +109,8 @@ def _keys(a: ProfileView, b: ProfileView) -> list[Row]:
     return [_values(name, one.get(name), other.get(name)) for name in {**one, **other}]
 
 
-def _key_values(side: ProfileView) -> Row:
-    profile, key = side.profile, side.profile.key
+def _key_values(view: ProfileView) -> Row:
+    profile, key = view.profile, view.profile.key
     found = {
         n: getattr(key, n) for n in ("model", "revision", "device", "device_name", "precision")
     }
@@ -126,11 +126,11 @@ def _settings(a: ProfileView, b: ProfileView) -> list[Row]:
     return [_values(name, one[name], other[name]) for name in one]
 
 
-def _setting_values(side: ProfileView) -> Row:
-    found = asdict(side.profile.settings)
+def _setting_values(view: ProfileView) -> Row:
+    found = asdict(view.profile.settings)
     if found["token_budget"] == NO_BUDGET:
         found["token_budget"] = None
-    return found | {"learned_token_budget": side.profile.learned_token_budget}
+    return found | {"learned_token_budget": view.profile.learned_token_budget}
 
 
 def _values(name: str, a: Any, b: Any) -> Row:
@@ -194,7 +194,7 @@ def _precisions(a: ProfileView, b: ProfileView, *, times: bool) -> list[Row]:
 
 
 def _cost(a: ProfileView, b: ProfileView) -> Row:
-    costs = [_cost_values(side.cost) for side in (a, b)]
+    costs = [_cost_values(view.cost) for view in (a, b)]
     rows = [_step(a, b, pairs, tokens) for pairs, tokens in STEPS]
     return {"a": costs[0], "b": costs[1], "steps": rows if a.cost or b.cost else []}
 
@@ -208,7 +208,7 @@ def _cost_values(fit: CostFit | None) -> Row | None:
 
 
 def _step(a: ProfileView, b: ProfileView, pairs: int, tokens: int) -> Row:
-    one, other = (_seconds(side.cost, pairs, tokens) for side in (a, b))
+    one, other = (_seconds(view.cost, pairs, tokens) for view in (a, b))
     ratio = _plain_ratio(one, other) if _same_model(a, b) else None
     return {"pairs": pairs, "tokens": tokens, "a_s": one, "b_s": other, "time": ratio}
 
@@ -224,7 +224,7 @@ def _memory(a: ProfileView, b: ProfileView) -> Row:
     ratios = _same_model(a, b) and a.kind == b.kind
     rows = []
     for pairs, tokens in STEPS:
-        one, other = (_peak(side.memory, pairs, tokens) for side in (a, b))
+        one, other = (_peak(view.memory, pairs, tokens) for view in (a, b))
         ratio = _plain_ratio(one, other) if ratios else None
         step = {"pairs": pairs, "tokens": tokens}
         rows.append(step | {"a_bytes": one, "b_bytes": other, "size": ratio})

@@ -40,7 +40,7 @@ def overlays(a: ProfileView, b: ProfileView) -> list[Chart]:
 
 
 def _overlay(a: ProfileView, b: ProfileView, unit: str) -> Chart | None:
-    found = [_known(side, unit) for side in (a, b)]
+    found = [_known(view, unit) for view in (a, b)]
     both = [entry for entries in found for entry in entries]
     if not both:
         return None
@@ -64,8 +64,8 @@ def _overlay(a: ProfileView, b: ProfileView, unit: str) -> Chart | None:
     )
 
 
-def _known(side: ProfileView, unit: str) -> list[Entry]:
-    entries = (e for e in side.profile.points if e[unit] and wording.measured(e))
+def _known(view: ProfileView, unit: str) -> list[Entry]:
+    entries = (e for e in view.profile.points if e[unit] and wording.measured(e))
     return sorted(entries, key=lambda entry: (entry["pairs"], entry[unit]))
 
 
@@ -122,7 +122,7 @@ def _content(a: ProfileView, b: ProfileView, found: PageRow) -> PageRow:
     drawn = overlays(a, b)
     return {
         "headline": ratio.headline(found),
-        "sides": [_side(name, found[name]) for name in "ab"],
+        "sides": [_about(name, found[name]) for name in "ab"],
         "notes": ratio.notes(found),
         "first": [
             comparison_tables.keys(found),
@@ -140,7 +140,7 @@ def _content(a: ProfileView, b: ProfileView, found: PageRow) -> PageRow:
     }
 
 
-def _side(name: str, side: PageRow) -> PageRow:
+def _about(name: str, side: PageRow) -> PageRow:
     key = side["key"]
     return {
         "name": name.upper(),

@@ -1,4 +1,4 @@
-"""The recommendation in words: the report's card, and what to type."""
+"""The recommendation in words: the report's summary, and the commands."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from echelon.reports.summary import command, deviation, print_scenario, scenario
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
 
-def test_a_report_without_a_scenario_has_no_card():
+def test_a_report_without_a_scenario_has_no_summary():
     assert scenario_summary(make_profile()) is None
     assert "scenario" not in read(make_profile()).ids
 
 
-def test_the_card_stands_on_top_with_predicted_beside_measured():
+def test_the_summary_is_first_with_predicted_and_measured_metrics():
     page = read(scenario_profile())
     assert page.ids[0] == "scenario"
     rows = {row[0]: row[1:] for row in page.tables[0]}
@@ -41,30 +41,30 @@ def test_the_card_stands_on_top_with_predicted_beside_measured():
 
 
 @pytest.mark.parametrize(
-    ("held", "state", "said"),
+    ("held", "state", "text"),
     [
         (True, "held", "Validated"),
         (False, "missed", "misses the goal"),
         (None, "unvalidated", "only"),
     ],
 )
-def test_the_card_says_honestly_how_it_went(held, state, said):
+def test_the_summary_says_whether_the_goal_was_held(held, state, text):
     measured = None if held is None else PREDICTED
     found = scenario_summary(scenario_profile(held=held, measured=measured))
     assert found["state"] == state
-    assert said in found["headline"]
+    assert text in found["headline"]
     page = read(scenario_profile(held=held, measured=measured))
     assert any(attributes.get("class") == f"pick {state}" for _, attributes in page.tags)
 
 
-def test_what_to_type_fits_the_scenario():
+def test_the_command_fits_the_scenario():
     assert command(scenario_profile(), "p.json") == "echelon serve some/model --profile p.json"
     several = scenario_entry()["chosen"] | {"workers": 4}
     assert command(scenario_profile(chosen=several), "p.json").endswith("--device cuda --workers 4")
     assert command(scenario_profile(scenario="edge"), "p.json").startswith("echelon rank")
 
 
-def test_a_choice_that_was_not_swept_is_no_missing_measurement():
+def test_a_simulated_setting_needs_no_measured_point():
     chosen = make_profile().settings
     page = read(replace(scenario_profile(), settings=replace(chosen, token_budget=777)))
     assert "chosen by simulation" in page.text
@@ -72,7 +72,7 @@ def test_a_choice_that_was_not_swept_is_no_missing_measurement():
     assert "was not measured" in read(make_profile(settings=replace(chosen, token_budget=777))).text
 
 
-def test_the_length_to_measure_again_with_is_the_one_asked_for():
+def test_the_command_to_measure_again_has_the_requested_length():
     shorter = replace(
         scenario_profile(), settings=replace(scenario_profile().settings, max_length=256)
     )
@@ -80,11 +80,11 @@ def test_the_length_to_measure_again_with_is_the_one_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("said", "came", "words"),
+    ("predicted", "measured", "text"),
     [(2.0, 1.0, "−50"), (2.0, 2.5, "+25"), (0.0, 1.0, "–"), (1.0, None, "–")],
 )
-def test_a_difference_has_its_sign(said, came, words):
-    assert deviation(said, came).startswith(words)
+def test_a_deviation_has_its_sign(predicted, measured, text):
+    assert deviation(predicted, measured).startswith(text)
 
 
 def test_an_older_profile_with_static_batch_sizes_is_shown_without_them(tmp_path, capsys):
