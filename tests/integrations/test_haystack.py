@@ -35,7 +35,7 @@ def seen(answer):
     return [(int(d.id.removeprefix("d")), d.score) for d in answer["documents"]]
 
 
-def told(ranking, top_n=None, *, logits=False):
+def expected_of(ranking, top_n=None, *, logits=False):
     return [
         (r.index, pytest.approx(r.logit if logits else r.score, abs=1e-5))
         for r in ranking.results[:top_n]
@@ -52,9 +52,9 @@ def test_a_pipeline_gives_the_librarys_ranking_also_when_it_was_saved(bert, expe
     second = Pipeline.loads(first.dumps(), allowed_modules=ALLOWED)
     for pipeline in (first, second):
         asked = {"query": QUERY, "documents": FOUND}
-        assert seen(pipeline.run({"ranker": asked})["ranker"]) == told(expected, 4)
+        assert seen(pipeline.run({"ranker": asked})["ranker"]) == expected_of(expected, 4)
         answer = pipeline.run({"ranker": {**asked, "top_k": 2}})["ranker"]
-        assert seen(answer) == told(expected, 2)
+        assert seen(answer) == expected_of(expected, 2)
         pipeline.get_component("ranker").close()
     assert second.to_dict() == first.to_dict()
     assert all(document.score == 0.5 for document in FOUND)
@@ -124,7 +124,7 @@ def test_an_open_async_reranker_is_shared(bert, expected):
             assert (await shared.rank("q", ["d"])).results
             return answer["ranker"]
 
-    assert seen(asyncio.run(main())) == told(expected, 3)
+    assert seen(asyncio.run(main())) == expected_of(expected, 3)
 
 
 def test_no_documents_are_no_documents(reranker):
@@ -215,19 +215,19 @@ def nim():
 
 @pytest.mark.parametrize("make", [tei, jina])
 def test_clients_get_the_librarys_ranking(live, expected, make):
-    assert seen(make(live.url).run(QUERY, FOUND)) == told(expected)
-    assert seen(make(live.url, top_k=2).run(QUERY, FOUND)) == told(expected, 2)
-    assert seen(asyncio.run(make(live.url).run_async(QUERY, FOUND))) == told(expected)
+    assert seen(make(live.url).run(QUERY, FOUND)) == expected_of(expected)
+    assert seen(make(live.url, top_k=2).run(QUERY, FOUND)) == expected_of(expected, 2)
+    assert seen(asyncio.run(make(live.url).run_async(QUERY, FOUND))) == expected_of(expected)
 
 
 def test_coheres_ranker_gets_the_librarys_ranking(live, expected, ours):
-    assert seen(ours(live.url).run(QUERY, FOUND)) == told(expected)
-    assert seen(ours(live.url, top_k=2).run(QUERY, FOUND)) == told(expected, 2)
+    assert seen(ours(live.url).run(QUERY, FOUND)) == expected_of(expected)
+    assert seen(ours(live.url, top_k=2).run(QUERY, FOUND)) == expected_of(expected, 2)
 
 
 def test_nvidias_ranker_gets_the_librarys_ranking(live, expected, nim):
-    assert seen(nim(live.url).run(QUERY, FOUND)) == told(expected, logits=True)
-    assert seen(nim(live.url, top_k=2).run(QUERY, FOUND)) == told(expected, 2, logits=True)
+    assert seen(nim(live.url).run(QUERY, FOUND)) == expected_of(expected, logits=True)
+    assert seen(nim(live.url, top_k=2).run(QUERY, FOUND)) == expected_of(expected, 2, logits=True)
 
 
 def test_teis_ranker_cuts_where_it_says(live, reranker):
@@ -263,7 +263,7 @@ def test_jinas_ranker_says_what_is_wrong(live, full):
     client.model = 3
     with pytest.raises(RuntimeError, match="model: Expected str"):
         client.run(QUERY, FOUND)
-    with pytest.raises(RuntimeError, match="as many requests are inside"):
+    with pytest.raises(RuntimeError, match="requests at once is reached"):
         jina(full).run(QUERY, FOUND)
 
 
@@ -286,5 +286,5 @@ def test_nvidias_ranker_says_what_is_wrong(live, full, nim):
         nim(live.url, "wrong").run(QUERY, FOUND)
     with pytest.raises(ValueError, match=r"passages\[0\]: .*130"):
         nim(live.url, truncate="NONE").run(QUERY, LONG)
-    with pytest.raises(ValueError, match="as many requests are inside"):
+    with pytest.raises(ValueError, match="requests at once is reached"):
         nim(full).run(QUERY, FOUND)

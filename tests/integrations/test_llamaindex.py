@@ -258,7 +258,7 @@ def test_jinas_client_says_what_is_wrong(live, full, jina):
         jina(live.url, "wrong").postprocess_nodes(nodes(), query_str=QUERY)
     with pytest.raises(RuntimeError, match="top_n: -1 is negative"):
         jina(live.url, top_n=-1).postprocess_nodes(nodes(), query_str=QUERY)
-    with pytest.raises(RuntimeError, match="as many requests are inside"):
+    with pytest.raises(RuntimeError, match="requests at once is reached"):
         jina(full).postprocess_nodes(nodes(), query_str=QUERY)
 
 

@@ -68,7 +68,7 @@ def test_a_pair_that_several_wait_for_is_scored_once():
 
 def test_nobody_inside_is_nobody_to_end():
     assert batcher().next_completions(3, 2) == []
-    assert house(batcher(), coming=4, coming_tokens=800).free_s(1) == pytest.approx(0.2)
+    assert house(batcher(), tokenising=4, tokenising_tokens=800).free_s(1) == pytest.approx(0.2)
 
 
 def test_several_workers_share_what_waits():

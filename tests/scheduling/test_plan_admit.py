@@ -50,7 +50,12 @@ CASES = {
     "tokens_full": (ask(6000), house(4001), Overloaded, 429),
     "deadline_impossible": (ask(4000, deadline=10.0), house(), DeadlinePassed, 504),
     "deadline_too_near": (ask(2000, deadline=10.0), house(3000), Overloaded, 429),
-    "wait_too_long": (ask(6000), house(2000, 2000, workers=0, coming_tokens=0), Overloaded, 429),
+    "wait_too_long": (
+        ask(6000),
+        house(2000, 2000, workers=0, tokenising_tokens=0),
+        Overloaded,
+        429,
+    ),
 }
 
 
@@ -101,9 +106,10 @@ def test_workers_share_the_work():
 
 
 def test_requests_still_being_tokenised_count():
-    assert refuse(ask(10), house(10, coming=3), BOUNDS, 0).reason == "requests_full"
+    assert refuse(ask(10), house(10, tokenising=3), BOUNDS, 0).reason == "requests_full"
     assert (
-        refuse(ask(10), house(10, coming=1, coming_tokens=9990), BOUNDS, 0).reason == "tokens_full"
+        refuse(ask(10), house(10, tokenising=1, tokenising_tokens=9990), BOUNDS, 0).reason
+        == "tokens_full"
     )
 
 
@@ -124,11 +130,11 @@ def test_who_comes_again_when_told_is_let_in(requests, tokens, deadline, workers
     assert 0 < wait <= inside.backlog_s + 1e-9
     done = wait * max(1, workers) * 1000 + 1
     if refusal.reason in {"tokens_full", "wait_too_long"}:
-        load = inside.load
+        load = inside.queue
         share = max(0.0, 1 - done / load.tokens)
         later = replace(load, tokens=int(load.tokens * share), squares=0)
         fewer = replace(asked, tokens=tokens, deadline=None)
-        again = refuse(fewer, replace(inside, load=later), BOUNDS, 0)
+        again = refuse(fewer, replace(inside, queue=later), BOUNDS, 0)
         assert again is None or again.reason != refusal.reason
 
 

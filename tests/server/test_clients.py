@@ -50,7 +50,7 @@ def test_coheres_asynchronous_client(live, full, expected, kind):
         ask(live.url, "wrong")
     with pytest.raises(cohere.UnprocessableEntityError, match="top_n: -1 is negative"):
         ask(live.url, top_n=-1)
-    with pytest.raises(cohere.TooManyRequestsError, match="as many requests are inside") as caught:
+    with pytest.raises(cohere.TooManyRequestsError, match="requests at once is reached") as caught:
         ask(full)
     assert int(caught.value.headers["retry-after"]) >= 1
 
@@ -80,7 +80,7 @@ def test_voyages_client_raises_its_own_errors(live, full, voyage):
         voyage(live.url).rerank(QUERY, ["a"], "m", -1)
     with pytest.raises(InvalidRequestError, match=r"documents\[0\]: .*130"):
         voyage(live.url).rerank(QUERY, [words(400)], "m", truncation=False)
-    with pytest.raises(RateLimitError, match="as many requests are inside"):
+    with pytest.raises(RateLimitError, match="requests at once is reached"):
         voyage(full).rerank(QUERY, ["a"], "m")
 
 

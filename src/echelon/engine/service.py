@@ -256,9 +256,9 @@ class Service:
     def snapshot(self) -> ServiceSnapshot:
         """The service now, for metrics."""
         now = self._admission.update_shedding()
-        oldest = now.load.oldest
+        oldest = now.queue.oldest
         return ServiceSnapshot(
-            load=now.load,
+            load=now.queue,
             requests=now.requests,
             backlog_s=now.backlog_s,
             oldest_s=0.0 if oldest is None else self.clock() - oldest,

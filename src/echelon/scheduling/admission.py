@@ -1,15 +1,14 @@
-"""Admission: a request is taken whole or refused at once.
+"""Admission: a request is admitted whole or refused at once. Pure.
 
-Pure: it is told what waits and what is asked, and answers with the reason or None. The reasons
-are the table :data:`RULES`; the first that applies is given. A request is judged twice by the same
-table: at the door with estimated tokens, so that a full house costs no tokenising, and with its
-true tokens before it joins the queue.
+The rules are the table :data:`RULES`; the first that applies gives the reason. A request is judged
+twice by the same table: with estimated tokens, so that an overloaded server tokenises nothing in
+vain, and with its true tokens before it is queued.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from echelon.errors import DeadlinePassed, InvalidInput, Overloaded, TooLarge
 from echelon.scheduling.cost_model import Work
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What is taken in at most.
+    """How much may be admitted.
 
     Attributes:
         max_requests: requests at once. Each holds a connection, its texts and its token ids, about
             a megabyte: 512 hold half a gigabyte.
-        max_tokens: tokens that wait. Their ids take 4 bytes each and a pair some 500 bytes of
-            records: 8 million tokens are about 100 MB.
-        max_wait_s: predicted seconds a request may wait before its first step. A caller would
-            rather ask another server than wait longer than most HTTP clients do (30 s).
+        max_tokens: queued tokens. Their ids take 4 bytes each and a pair some 500 bytes of records:
+            8 million tokens are about 100 MB.
+        max_wait_s: predicted seconds that a request may wait before its first step; 30 s is the
+            timeout of most HTTP clients.
         max_documents: documents of one request; Cohere's API allows as many.
         max_request_tokens: tokens of one request: 8,192 documents of 512.
     """
@@ -57,19 +56,19 @@ class AdmissionLimits:
             raise InvalidInput(
                 "max_request_tokens",
                 f"{self.max_request_tokens} is more than max_tokens={self.max_tokens}, so the "
-                "largest request could never come in",
+                "largest request could never be admitted",
                 "Raise max_tokens or lower max_request_tokens.",
             )
 
 
 @dataclass(frozen=True, slots=True)
 class RequestCost:
-    """What a request asks for.
+    """The size of a request, and how urgent it is.
 
     Attributes:
-        documents: its pairs.
-        tokens: their tokens.
-        squares: their squared tokens.
+        documents: number of its pairs.
+        tokens: sum of their tokens.
+        squares: sum of their squared tokens.
         deadline: when the answer is due; None means never.
         priority: its share of the device.
     """
@@ -81,86 +80,79 @@ class RequestCost:
     priority: Priority = "normal"
 
 
-def _unknown(places: int, workers: int) -> Sequence[CompletionEstimate]:
-    """Nothing is known of single requests."""
-    del places, workers
-    return ()
-
-
 @dataclass(frozen=True, slots=True)
 class SystemLoad:
-    """What is there already.
+    """The requests that are admitted already.
 
     Attributes:
-        load: what waits and runs.
+        queue: queued and running pairs.
         cost: predicts step times.
         workers: workers that are up.
-        coming: requests still being tokenised.
-        coming_tokens: their estimated tokens.
+        tokenising: requests that are being tokenised.
+        tokenising_tokens: their estimated tokens.
         next_completions: see :meth:`echelon.scheduling.batcher.Batcher.next_completions`; called
             only if the limit of requests is reached.
     """
 
-    load: QueueLoad
+    queue: QueueLoad
     cost: CostModel
     workers: int = 1
-    coming: int = 0
-    coming_tokens: int = 0
-    next_completions: Callable[[int, int], Sequence[CompletionEstimate]] = _unknown
+    tokenising: int = 0
+    tokenising_tokens: int = 0
+    next_completions: Callable[[int, int], Sequence[CompletionEstimate]] = lambda *_: ()
 
     @property
     def requests(self) -> int:
-        """Requests inside, tokenised or not."""
-        return self.load.requests + self.coming
+        """All requests, tokenised or not."""
+        return self.queue.requests + self.tokenising
 
     @property
     def tokens(self) -> int:
-        """Tokens that wait or soon will."""
-        return self.load.tokens + self.coming_tokens
+        """Tokens that are queued or soon will be."""
+        return self.queue.tokens + self.tokenising_tokens
 
     @property
     def backlog_s(self) -> float:
-        """Predicted seconds until everything inside is scored, if nothing else comes."""
-        load = self.load
-        share = self.tokens / load.tokens if load.tokens else 0.0
-        squares = int(load.squares * share)
-        waiting = self.seconds(self.tokens, squares) if self.tokens else 0.0
-        return (waiting + load.running_s) / max(1, self.workers)
+        """Predicted seconds until all requests are scored, if no others come."""
+        queue = self.queue
+        share = self.tokens / queue.tokens if queue.tokens else 0.0
+        waiting = self.seconds(self.tokens, int(queue.squares * share)) if self.tokens else 0.0
+        return (waiting + queue.running_s) / max(1, self.workers)
 
     def seconds(self, tokens: int, squares: int) -> float:
-        """Predicted seconds of so much work on one worker, in full steps."""
-        steps = -(-tokens // self.load.budget)
+        """Predicted seconds of an amount of work on one worker, in full steps."""
+        steps = -(-tokens // self.queue.budget)
         return self.cost.seconds(Work(max(1, steps), tokens, squares))
 
     def free_s(self, places: int) -> float:
-        """Predicted seconds until so many of the requests inside have ended.
+        """Predicted seconds until this many of the requests have ended.
 
-        Of those that are still tokenised nothing single is known: they count as all alike.
+        Requests that are still being tokenised count as all alike.
         """
         workers = max(1, self.workers)
-        soon = self.next_completions(places, workers)
-        if len(soon) < places:
+        completions = self.next_completions(places, workers)
+        if len(completions) < places:
             return self.backlog_s * places / max(1, self.requests)
-        last = soon[places - 1]
+        last = completions[places - 1]
         queued_s = self.seconds(last.tokens, last.squares) if last.tokens else 0.0
         return last.running_s + queued_s / workers
 
-    def own_s(self, ask: RequestCost) -> float:
+    def own_s(self, cost: RequestCost) -> float:
         """Predicted seconds of a request alone on idle workers."""
-        steps = max(1, -(-ask.tokens // self.load.budget))
-        return self.seconds(ask.tokens, ask.squares) / min(max(1, self.workers), steps)
+        steps = max(1, -(-cost.tokens // self.queue.budget))
+        return self.seconds(cost.tokens, cost.squares) / min(max(1, self.workers), steps)
 
-    def wait_s(self, ask: RequestCost) -> float:
-        """Predicted seconds that others hold a request up.
+    def wait_s(self, cost: RequestCost) -> float:
+        """Predicted seconds for which other requests delay one.
 
-        In the fair order nobody receives more than the request itself, by weight, before it ends;
-        so a short request does not wait for the backlog.
+        In the fair order no other request receives more than the request itself, by weight, before
+        it ends; so a short request does not wait for the whole backlog.
         """
+        running = self.queue.running_s / max(1, self.workers)
         if not self.tokens:
-            return self.load.running_s / max(1, self.workers)
-        weight = self.load.weight + self.coming * WEIGHTS["normal"]
-        ahead = min(self.tokens, ask.tokens * weight / WEIGHTS[ask.priority])
-        running = self.load.running_s / max(1, self.workers)
+            return running
+        weight = self.queue.weight + self.tokenising * WEIGHTS["normal"]
+        ahead = min(self.tokens, cost.tokens * weight / WEIGHTS[cost.priority])
         return running + (self.backlog_s - running) * ahead / self.tokens
 
 
@@ -178,124 +170,108 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request is not taken.
+    """Why a request is refused.
 
     Attributes:
         reason: the rule's name.
-        error: what the caller is told.
+        error: the error for the caller.
     """
 
     reason: Reason
     error: EchelonError
 
 
-def _deadline_passed(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del house, bounds
-    if ask.deadline is None or ask.deadline > now:
+class _Case(NamedTuple):
+    cost: RequestCost
+    load: SystemLoad
+    limits: AdmissionLimits
+    now: float
+
+
+def _deadline_passed(case: _Case) -> EchelonError | None:
+    if case.cost.deadline is None or case.cost.deadline > case.now:
         return None
     return DeadlinePassed("The deadline had passed before the request began. Allow more time.")
 
 
-def _too_many_documents(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del house, now
-    if ask.documents <= bounds.max_documents:
+def _too_many_documents(case: _Case) -> EchelonError | None:
+    documents, limit = case.cost.documents, case.limits.max_documents
+    if documents <= limit:
         return None
     return TooLarge(
         "documents",
-        f"{ask.documents} are more than the {bounds.max_documents} of one request",
+        f"{documents} are more than the {limit} of one request",
         "Send them in several requests.",
     )
 
 
-def _too_many_tokens(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del house, now
-    if ask.tokens <= bounds.max_request_tokens:
+def _too_many_tokens(case: _Case) -> EchelonError | None:
+    tokens, limit = case.cost.tokens, case.limits.max_request_tokens
+    if tokens <= limit:
         return None
     return TooLarge(
         "documents",
-        f"their {ask.tokens} tokens are more than the {bounds.max_request_tokens} of one request",
+        f"their {tokens} tokens are more than the {limit} of one request",
         "Send fewer or shorter documents.",
     )
 
 
-def _requests_full(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del ask, now
-    if house.requests < bounds.max_requests:
-        return None
-    places = house.requests - bounds.max_requests + 1
-    return Overloaded(
-        f"as many requests are inside as there may be ({house.requests})",
-        house.free_s(places),
-    )
-
-
-def _tokens_full(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del now
-    excess = house.tokens + ask.tokens - bounds.max_tokens
+def _requests_full(case: _Case) -> EchelonError | None:
+    excess = case.load.requests - case.limits.max_requests + 1
     if excess <= 0:
         return None
     return Overloaded(
-        f"{house.tokens} tokens wait, and {ask.tokens} more would be over {bounds.max_tokens}",
-        house.backlog_s * excess / max(1, house.tokens),
+        f"the limit of {case.limits.max_requests} requests at once is reached",
+        case.load.free_s(excess),
     )
 
 
-def _deadline_impossible(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del bounds
-    own_s = house.own_s(ask)
-    if ask.deadline is None or own_s <= ask.deadline - now:
+def _tokens_full(case: _Case) -> EchelonError | None:
+    queued, tokens, limit = case.load.tokens, case.cost.tokens, case.limits.max_tokens
+    excess = queued + tokens - limit
+    if excess <= 0:
+        return None
+    return Overloaded(
+        f"{queued} tokens are queued, and {tokens} more would exceed the limit of {limit}",
+        case.load.backlog_s * excess / max(1, queued),
+    )
+
+
+def _deadline_impossible(case: _Case) -> EchelonError | None:
+    deadline, own_s = case.cost.deadline, case.load.own_s(case.cost)
+    if deadline is None or own_s <= deadline - case.now:
         return None
     return DeadlinePassed(
-        f"{ask.documents} documents take about {own_s:.2f} s even on an idle server, and "
-        f"{ask.deadline - now:.2f} s are left. Allow more time or send fewer."
+        f"{case.cost.documents} documents take about {own_s:.2f} s even on an idle server, and "
+        f"{deadline - case.now:.2f} s are left. Allow more time or send fewer."
     )
 
 
-def _deadline_too_near(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del bounds
-    if ask.deadline is None:
+def _deadline_too_near(case: _Case) -> EchelonError | None:
+    if case.cost.deadline is None:
         return None
-    late_s = house.wait_s(ask) + house.own_s(ask) - (ask.deadline - now)
+    wait_s = case.load.wait_s(case.cost)
+    late_s = wait_s + case.load.own_s(case.cost) - (case.cost.deadline - case.now)
     if late_s <= 0:
         return None
     return Overloaded(
-        f"The answer would be {late_s:.2f} s too late for its deadline: "
-        f"{house.wait_s(ask):.2f} s of work are ahead of it",
+        f"The answer would be {late_s:.2f} s too late for its deadline: {wait_s:.2f} s of work "
+        "are ahead of it",
         late_s,
     )
 
 
-def _wait_too_long(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
-) -> EchelonError | None:
-    del now
-    excess_s = house.wait_s(ask) - bounds.max_wait_s
-    if excess_s <= 0:
+def _wait_too_long(case: _Case) -> EchelonError | None:
+    wait_s, limit_s = case.load.wait_s(case.cost), case.limits.max_wait_s
+    if wait_s <= limit_s:
         return None
     return Overloaded(
-        f"The request would wait {house.wait_s(ask):.1f} s, and {bounds.max_wait_s:g} s is the "
-        "longest there may be",
-        excess_s,
+        f"The request would wait {wait_s:.1f} s, longer than the limit of {limit_s:g} s",
+        wait_s - limit_s,
     )
 
 
-RULES: dict[
-    Reason, Callable[[RequestCost, SystemLoad, AdmissionLimits, float], EchelonError | None]
-] = {
+RULES: dict[Reason, Callable[[_Case], EchelonError | None]] = {
     "deadline_passed": _deadline_passed,
     "too_many_documents": _too_many_documents,
     "too_many_tokens": _too_many_tokens,
@@ -305,35 +281,36 @@ RULES: dict[
     "deadline_too_near": _deadline_too_near,
     "wait_too_long": _wait_too_long,
 }
-"""Why a request is refused, in the order of asking: what no retry would change comes before what
-one would, except that an impossible deadline is only predicted and a full queue is a fact."""
+"""Rules in the order in which they are applied: those that no retry would change come first, except
+that an impossible deadline is only predicted and a full queue is a fact."""
 
 
 def refuse(
-    ask: RequestCost, house: SystemLoad, bounds: AdmissionLimits, now: float
+    cost: RequestCost, load: SystemLoad, limits: AdmissionLimits, now: float
 ) -> Refusal | None:
-    """The first reason to refuse a request; None takes it in."""
+    """The first reason to refuse a request; None admits it."""
+    case = _Case(cost, load, limits, now)
     for reason, rule in RULES.items():
-        error = rule(ask, house, bounds, now)
+        error = rule(case)
         if error is not None:
             return Refusal(reason, error)
     return None
 
 
 class TokenEstimate:
-    """Tokens from characters, before anything is tokenised; learns from what tokenising gives.
+    """Estimates tokens from characters, and learns their ratio from tokenised requests.
 
-    One ratio with forgetting: texts of one service are of a kind.
+    One ratio with forgetting: the texts of one service are alike.
     """
 
     def __init__(self, tokens_per_character: float = 0.25) -> None:
         self.ratio = tokens_per_character
 
     def tokens(self, characters: int, documents: int, max_length: int) -> int:
-        """Estimated tokens of so many documents; none is longer than ``max_length``."""
+        """Estimated tokens of documents, each at most ``max_length``."""
         return min(int(characters * self.ratio) + documents, documents * max_length)
 
     def observe(self, characters: int, tokens: int) -> None:
-        """Learn from one request: a tenth of what is new, so that no odd text counts for much."""
+        """Learn from one request: a tenth of the difference, so that an odd text counts little."""
         if characters > 0:
             self.ratio += 0.1 * (min(tokens / characters, 1.0) - self.ratio)
