@@ -179,8 +179,8 @@ class World(RuleBasedStateMachine):
     @invariant()
     def the_load_is_what_is_there(self):
         load = self.batcher.load()
-        assert load.requests == len(self.batcher._entries)
-        units = {id(u): u for e in self.batcher._entries.values() for u in e.units}.values()
+        assert load.requests == len(self.batcher._queued)
+        units = {id(u): u for e in self.batcher._queued.values() for u in e.pairs}.values()
         waiting = [u.length for u in units if u.state.name in {"WAITING", "AGAIN"}]
         work = work_of(waiting, "none")
         assert (load.pairs, load.tokens, load.squares) == (len(waiting), work.tokens, work.squares)
@@ -202,7 +202,7 @@ class World(RuleBasedStateMachine):
         load = self.batcher.load()
         assert (load.requests, load.pairs, load.tokens, load.squares) == (0, 0, 0, 0)
         assert (load.weight, load.running_s) == (0, 0)
-        assert not self.batcher._units
+        assert not self.batcher._pairs
         assert not self.batcher._again
 
 

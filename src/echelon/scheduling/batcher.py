@@ -1,17 +1,15 @@
 """The batcher: which waiting pairs of which requests go through the model next.
 
-Pure and deterministic: time is an argument, the same calls give the same steps. It must not know
-texts, devices or threads; whoever drives it (server, async API, simulator) executes what it says.
-The discipline and its reasons are in docs/decisions/0007-batcher.md:
+Pure and deterministic: time is an argument, and the same calls give the same steps. The rules, with
+their reasons in docs/decisions/0007-batcher.md:
 
-1. Work-conserving: where anything waits, :meth:`Batcher.next_step` gives a step; there is no timer.
-2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`; the first in it
-is in every
-   step, so a short request behind a long one is in the very next.
+1. Work-conserving: while pairs wait, :meth:`Batcher.next_step` gives a step; there is no timer.
+2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`. The first one is
+   in every step, so a short request behind a long one is in the very next step.
 3. Requests whose deadline is in danger may have half of a step, earliest deadline first.
-4. A pair that several requests wait for is scored once.
-5. What nobody wants any more, cancelled or past its deadline, is not scored.
-6. A step that did not end well goes first, and not together with anybody else's pairs.
+4. A pair that several requests want is scored once.
+5. Pairs that no request wants any more are not scored.
+6. A step that failed goes first, and without pairs of other requests.
 
 Its capacity is not bounded here: :mod:`echelon.scheduling.admission` decides who comes in.
 """
@@ -48,25 +46,25 @@ if TYPE_CHECKING:
     from echelon.scheduling.queue import CompletionEstimate, Ended, Fault, PairRequest, Place, Turn
     from echelon.types import FloatArray
 
-HASTE = 3.0
-"""A deadline is in danger when the time left is less than this many times what the request takes
-alone. Half of each step is certain to those in danger, so twice is needed; the rest is
-room for what else comes and for a wrong prediction."""
+URGENCY = 3.0
+"""A request is urgent when the time to its deadline is less than this many times what it takes
+alone. Urgent requests get half of each step, so 2 is needed; the rest covers what else comes and
+wrong predictions."""
 
-HASTE_SHARE = 0.5
-"""Share of a step that goes by deadline before the fair order has its turn again."""
+URGENT_SHARE = 0.5
+"""Share of a step that urgent requests get before the fair order continues."""
 
 ATTEMPTS = 2
-"""How often a pair may be in a step that loses its worker: a pair that kills two would kill all."""
+"""Steps with a lost worker that a pair may be in: a pair that kills two workers kills all."""
 
 
 class Batcher:
-    """The waiting pairs of all requests, and the steps under way.
+    """The waiting pairs of all requests, and the running steps.
 
     Args:
-        cost: predicts step times; it also says how the scorer pays.
-        budget: most tokens a step may cost; a pair that alone costs more gets a step to itself.
-        max_pairs: most pairs a step may hold; None means no limit.
+        cost: predicts step times; also says how the scorer pads.
+        budget: maximum tokens of a step; a larger pair gets a step to itself.
+        max_pairs: maximum pairs of a step; None means no limit.
     """
 
     def __init__(self, cost: CostModel, budget: int, max_pairs: int | None = None) -> None:
@@ -75,159 +73,159 @@ class Batcher:
         self.max_pairs = max_pairs
         self._steps = 0
         self._step_s = 0.0
-        self._entries: dict[int, QueuedRequest] = {}
-        self._units: dict[object, UniquePair] = {}
+        self._queued: dict[int, QueuedRequest] = {}
+        self._pairs: dict[object, UniquePair] = {}
         self._running: dict[int, tuple[PlannedStep, list[UniquePair]]] = {}
         self._again: deque[list[UniquePair]] = deque()
         self._order = FairOrder()
-        self._fair, self._haste = RequestQueue(by_tag), RequestQueue(by_deadline)
+        self._fair, self._urgent = RequestQueue(by_tag), RequestQueue(by_deadline)
         self._start_by: list[Turn] = []
         self._deadlines: list[Turn] = []
         self._expired: list[int] = []
         self._waiting = [0, 0, 0]
 
     def submit(self, request: PairRequest, now: float) -> None:
-        """Take a request in; from now on it ends exactly once.
+        """Queue a request; it ends exactly once.
 
-        It ends as a value of :meth:`finish`, :meth:`retry` or :meth:`fail`, of :meth:`expire`, or
-        by :meth:`cancel`.
+        It ends as a value of :meth:`finish`, :meth:`retry`, :meth:`fail` or :meth:`expire`, or by
+        :meth:`cancel`.
         """
-        if not request.lengths or request.number in self._entries:
+        if not request.lengths or request.number in self._queued:
             raise ValueError(f"request {request.number} is empty or twice here. This is a bug.")
-        entry = QueuedRequest(request, now)
+        queued = QueuedRequest(request, now)
         lengths = request.lengths
         wanted = sum(
             lengths[index]
             for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-            if self._want(entry, index)
+            if self._add_pair(queued, index)
         )
-        self._entries[request.number] = entry
-        entry.tag = self._order.join(request.number, wanted, WEIGHTS[request.priority])
-        self._fair.add(entry)
+        self._queued[request.number] = queued
+        queued.tag = self._order.join(request.number, wanted, WEIGHTS[request.priority])
+        self._fair.add(queued)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
-            self._watch(entry, request.deadline)
+            self._watch_deadline(queued, request.deadline)
 
     def next_step(self, now: float, idle: int = 1) -> PlannedStep | None:
-        """Form the next step, for one of ``idle`` workers; None where nothing waits."""
+        """Form the next step for one of ``idle`` workers; None if no pair waits."""
         self._drop_expired(now)
-        units = self._repeated() or self._by_turn(now, idle)
-        return self._start(units) if units else None
+        pairs = self._repeated() or self._by_turn(now, idle)
+        return self._start(pairs) if pairs else None
 
     def finish(self, number: int, logits: FloatArray | Sequence[float]) -> list[Ended]:
-        """A step's scores.
+        """Take the scores of a step.
 
         Returns:
-            The requests that have all their scores now, and those whose own pair got none.
+            The requests that have all their scores now, and those with a pair without a score.
         """
-        _, units = self._running.pop(number)
+        _, pairs = self._running.pop(number)
         ended: list[Ended] = []
-        for unit, logit in zip(units, map(float, logits), strict=True):
+        for pair, logit in zip(pairs, map(float, logits), strict=True):
             if math.isfinite(logit):
-                ended += self._score(unit, logit)
+                ended += self._score(pair, logit)
             else:
-                ended += self._break(unit, "not_finite", logit)
+                ended += self._fail(pair, "not_finite", logit)
         return ended
 
     def retry(self, number: int, fault: Fault = "worker_lost") -> list[Ended]:
-        """A step did not end well: its pairs go again, each request's on their own.
+        """Queue the pairs of a failed step again, the pairs of each request in a step of their own.
 
         Returns:
             The requests whose pairs had their last attempt.
         """
-        _, units = self._running.pop(number)
+        _, pairs = self._running.pop(number)
         ended: list[Ended] = []
-        for unit in units:
-            unit.attempts += 1
-            if unit.attempts >= ATTEMPTS:
-                ended += self._break(unit, fault)
-        left = [unit for unit in units if unit.attempts < ATTEMPTS]
-        for _, group in groupby(left, key=lambda unit: unit.first_owner):
+        for pair in pairs:
+            pair.attempts += 1
+            if pair.attempts >= ATTEMPTS:
+                ended += self._fail(pair, fault)
+        left = [pair for pair in pairs if pair.attempts < ATTEMPTS]
+        for _, group in groupby(left, key=lambda pair: pair.first_owner):
             self._put_again(group)
         return ended
 
     def put_back(self, number: int) -> None:
-        """A step is taken back through no fault of its pairs: it is formed anew, and first.
+        """Queue the pairs of a step again, before all others.
 
-        It never started, or memory asked for smaller steps.
+        It never started, or it did not fit in memory.
         """
-        _, units = self._running.pop(number)
-        self._put_again(units)
+        _, pairs = self._running.pop(number)
+        self._put_again(pairs)
 
     def fail(self, number: int, fault: Fault) -> list[Ended]:
-        """A step can never be scored: everyone who waits for a pair of it is told."""
-        _, units = self._running.pop(number)
-        return [end for unit in units for end in self._break(unit, fault)]
+        """Fail all requests that wait for a pair of a step."""
+        _, pairs = self._running.pop(number)
+        return [end for pair in pairs for end in self._fail(pair, fault)]
 
     def shorten(self, number: int, length: int) -> tuple[Place, ...]:
-        """The only pair of a step was cut to ``length`` tokens, and goes again.
+        """Queue the only pair of a step again, cut to ``length`` tokens.
 
         Returns:
-            All who wait for it. Nobody else joins them: their pair would not be this one.
+            The places that wait for it. Later requests get a pair of their own: theirs is not cut.
         """
-        _, (unit,) = self._running.pop(number)
-        self._forget(unit)
-        unit.length = length
-        self._put_again([unit])
-        return tuple((entry.request.number, index) for entry, index in unit.owners)
+        _, (pair,) = self._running.pop(number)
+        self._forget(pair)
+        pair.length = length
+        self._put_again([pair])
+        return tuple((queued.request.number, index) for queued, index in pair.owners)
 
     def cancel(self, number: int) -> bool:
-        """The caller has gone; whether the request was still here."""
-        entry = self._entries.get(number)
-        if entry is not None:
-            self._end(entry)
-        return entry is not None
+        """Take out a request; returns whether it was still queued or running."""
+        queued = self._queued.get(number)
+        if queued is not None:
+            self._end(queued)
+        return queued is not None
 
     def expire(self, now: float) -> list[int]:
-        """The requests whose deadline has passed since the last call, each of them once."""
+        """Take out the requests whose deadline has passed; returns each of them once."""
         self._drop_expired(now)
         expired, self._expired = self._expired, []
         return expired
 
     def load(self) -> QueueLoad:
-        """What lies ahead."""
+        """The work that waits and runs."""
         pairs, tokens, squares = self._waiting
-        oldest = next(iter(self._entries.values()), None)
+        oldest = next(iter(self._queued.values()), None)
         return QueueLoad(
-            requests=len(self._entries),
+            requests=len(self._queued),
             pairs=pairs,
             tokens=tokens,
             squares=squares,
             weight=self._order.weight,
             running_s=sum(step.predicted_s for step, _ in self._running.values()),
             budget=self.budget,
-            oldest=None if oldest is None else oldest.came,
+            oldest=None if oldest is None else oldest.arrived,
         )
 
     def next_completions(self, places: int, workers: int) -> list[CompletionEstimate]:
-        """The next requests to end; see :func:`echelon.scheduling.queue.next_completions`."""
+        """See :func:`echelon.scheduling.queue.next_completions`."""
         return next_completions(
-            self._entries.values(), list(self._running.values()), places, workers
+            self._queued.values(), list(self._running.values()), places, workers
         )
 
     # Taking requests in.
 
-    def _want(self, entry: QueuedRequest, index: int) -> bool:
-        """Note who wants a pair; whether its turn is still to come."""
-        request = entry.request
+    def _add_pair(self, queued: QueuedRequest, index: int) -> bool:
+        """Add a pair of a request; returns whether it is still to be counted in the fair order."""
+        request = queued.request
         key = (request.number, index) if request.keys is None else request.keys[index]
-        unit = self._units.get(key)
-        if unit is None:
-            unit = self._units[key] = UniquePair(key, request.lengths[index])
-            self._count(unit, 1)
-        known = bool(unit.owners) and unit.owners[-1][0] is entry
-        unit.owners.append((entry, index))
+        pair = self._pairs.get(key)
+        if pair is None:
+            pair = self._pairs[key] = UniquePair(key, request.lengths[index])
+            self._count(pair, 1)
+        known = bool(pair.owners) and pair.owners[-1][0] is queued
+        pair.owners.append((queued, index))
         if not known:
-            entry.units.append(unit)
-            if unit.state is PairState.WAITING:
-                entry.waiting.append(unit)
-        return not unit.counted
+            queued.pairs.append(pair)
+            if pair.state is PairState.WAITING:
+                queued.waiting.append(pair)
+        return not pair.counted
 
-    def _watch(self, entry: QueuedRequest, deadline: float) -> None:
-        """Note when a request's deadline will be in danger."""
-        tokens = sum(unit.length for unit in entry.units)
-        start_by = deadline - HASTE * (self._step_s + self._seconds(tokens, len(entry.units)))
-        heapq.heappush(self._start_by, (start_by, entry.request.number))
+    def _watch_deadline(self, queued: QueuedRequest, deadline: float) -> None:
+        """Note from when on a request is urgent."""
+        tokens = sum(pair.length for pair in queued.pairs)
+        start_by = deadline - URGENCY * (self._step_s + self._seconds(tokens, len(queued.pairs)))
+        heapq.heappush(self._start_by, (start_by, queued.request.number))
 
     def _seconds(self, tokens: int, pairs: int) -> float:
         return self.cost.seconds(
@@ -237,73 +235,73 @@ class Batcher:
     # Forming a step.
 
     def _repeated(self) -> list[UniquePair]:
-        """What the next group that goes again makes of one step."""
+        """Pairs of the next group that is scored again, as many as fit in one step."""
         while self._again:
-            group = [unit for unit in self._again.popleft() if unit.owners]
+            group = [pair for pair in self._again.popleft() if pair.owners]
             if not group:
                 continue
             chosen = set(self._choose(group, self.budget))
-            left = [unit for index, unit in enumerate(group) if index not in chosen]
+            left = [pair for index, pair in enumerate(group) if index not in chosen]
             if left:
                 self._again.appendleft(left)
-            return [unit for index, unit in enumerate(group) if index in chosen]
+            return [pair for index, pair in enumerate(group) if index in chosen]
         return []
 
     def _by_turn(self, now: float, idle: int) -> list[UniquePair]:
-        self._hurry(now)
-        pairs, tokens, _ = self._waiting
-        budget = share(pairs, tokens, idle, self.budget, self._seconds)
+        self._mark_urgent(now)
+        count, tokens, _ = self._waiting
+        budget = share(count, tokens, idle, self.budget, self._seconds)
         drawn = self._draw(budget)
         if not drawn:
             return []
-        distinct = list(dict.fromkeys(unit for _, unit in drawn))
+        distinct = list(dict.fromkeys(pair for _, pair in drawn))
         taken = {distinct[index] for index in self._choose(distinct, budget)}
-        for entry, unit in reversed(drawn):
-            if unit not in taken:
-                self._return(entry, unit)
-        return [unit for unit in distinct if unit in taken]
+        for queued, pair in reversed(drawn):
+            if pair not in taken:
+                self._return(queued, pair)
+        return [pair for pair in distinct if pair in taken]
 
-    def _choose(self, units: list[UniquePair], budget: int) -> list[int]:
-        lengths = [unit.length for unit in units]
+    def _choose(self, pairs: list[UniquePair], budget: int) -> list[int]:
+        lengths = [pair.length for pair in pairs]
         return choose(lengths, budget, self.max_pairs, self.cost.padding)
 
-    def _hurry(self, now: float) -> None:
-        """Let the requests whose deadline is in danger queue by deadline too."""
+    def _mark_urgent(self, now: float) -> None:
+        """Queue urgent requests by deadline too."""
         while self._start_by and self._start_by[0][0] <= now:
             _, number = heapq.heappop(self._start_by)
-            entry = self._entries.get(int(number))
-            if entry is not None and entry.waiting:
-                entry.hasty = True
-                self._haste.add(entry)
+            queued = self._queued.get(int(number))
+            if queued is not None and queued.waiting:
+                queued.urgent = True
+                self._urgent.add(queued)
 
     def _draw(self, budget: int) -> list[tuple[QueuedRequest, UniquePair]]:
-        """Candidates in the order of their turn, more than one step's worth.
+        """Draw candidates in the order of their turn, more than fit in one step.
 
-        Who is first is sure to go. It is the first in the fair order, and in every other step the
-        one in most haste: a step may have room for a single pair.
+        The first candidate always goes. It is the first of the fair order, and in every other step
+        the most urgent one, since a step may hold a single pair only.
         """
         drawn: list[tuple[QueuedRequest, UniquePair]] = []
         reach = REACH[self.cost.padding]
-        most = math.inf if self.max_pairs is None else math.ceil(reach * self.max_pairs)
-        half = HASTE_SHARE * budget
+        max_pairs = math.inf if self.max_pairs is None else math.ceil(reach * self.max_pairs)
+        half = URGENT_SHARE * budget
         tokens = 0
         if self._steps % 2 == 0:
             tokens += self._fair.draw(drawn, 1, 1)
-        tokens += self._haste.draw(drawn, half - tokens, max(1, most * HASTE_SHARE))
-        tokens += self._fair.draw(drawn, reach * budget - tokens, most)
+        tokens += self._urgent.draw(drawn, half - tokens, max(1, max_pairs * URGENT_SHARE))
+        tokens += self._fair.draw(drawn, reach * budget - tokens, max_pairs)
         return drawn
 
-    def _return(self, entry: QueuedRequest, unit: UniquePair) -> None:
-        """Give a candidate that was not taken back to the request it was drawn from."""
-        entry.waiting.appendleft(unit)
-        self._fair.add(entry)
-        if entry.hasty:
-            self._haste.add(entry)
+    def _return(self, queued: QueuedRequest, pair: UniquePair) -> None:
+        """Give a candidate that was not chosen back to its request."""
+        queued.waiting.appendleft(pair)
+        self._fair.add(queued)
+        if queued.urgent:
+            self._urgent.add(queued)
 
-    def _start(self, units: list[UniquePair]) -> PlannedStep:
+    def _start(self, pairs: list[UniquePair]) -> PlannedStep:
         self._steps += 1
-        lengths = tuple(unit.length for unit in units)
-        owners = [unit.owners for unit in units]
+        lengths = tuple(pair.length for pair in pairs)
+        owners = [pair.owners for pair in pairs]
         step = PlannedStep(
             number=self._steps,
             places=tuple((first[0][0].request.number, first[0][1]) for first in owners),
@@ -312,92 +310,92 @@ class Batcher:
             tokens=sum(lengths),
             cost_tokens=step_cost(lengths, self.cost.padding),
             predicted_s=self.cost.predict(lengths),
-            again=any(unit.counted for unit in units),
+            again=any(pair.counted for pair in pairs),
         )
-        for unit in units:
-            self._take(unit)
-        self._running[step.number] = step, units
+        for pair in pairs:
+            self._take(pair)
+        self._running[step.number] = step, pairs
         self._step_s = step.predicted_s
         return step
 
-    def _take(self, unit: UniquePair) -> None:
-        unit.state = PairState.RUNNING
-        self._count(unit, -1)
-        if not unit.counted:
-            unit.counted = True
-            self._order.serve(unit.length * len(unit.owners))
+    def _take(self, pair: UniquePair) -> None:
+        pair.state = PairState.RUNNING
+        self._count(pair, -1)
+        if not pair.counted:
+            pair.counted = True
+            self._order.serve(pair.length * len(pair.owners))
 
     # Ending.
 
-    def _score(self, unit: UniquePair, logit: float) -> list[Ended]:
-        self._forget(unit)
-        unit.state = PairState.GONE
+    def _score(self, pair: UniquePair, logit: float) -> list[Ended]:
+        self._forget(pair)
+        pair.state = PairState.GONE
         ended: list[Ended] = []
-        for entry, index in unit.owners:
-            entry.logits[index] = logit
-            entry.left -= 1
-            if entry.left == 0:
-                ended.append(Completed(entry.request.number, entry.logits))
+        for queued, index in pair.owners:
+            queued.logits[index] = logit
+            queued.left -= 1
+            if queued.left == 0:
+                ended.append(Completed(queued.request.number, queued.logits))
         for end in ended:
-            self._end(self._entries[end.request])
+            self._end(self._queued[end.request])
         return ended
 
-    def _break(self, unit: UniquePair, fault: Fault, logit: float | None = None) -> list[Ended]:
-        """End every request that waits for a pair, naming its first place there."""
-        self._forget(unit)
-        unit.state = PairState.GONE
-        places = {entry.request.number: index for entry, index in reversed(unit.owners)}
+    def _fail(self, pair: UniquePair, fault: Fault, logit: float | None = None) -> list[Ended]:
+        """End every request that waits for a pair, with its first place there."""
+        self._forget(pair)
+        pair.state = PairState.GONE
+        places = {queued.request.number: index for queued, index in reversed(pair.owners)}
         for number in places:
-            self._end(self._entries[number])
+            self._end(self._queued[number])
         return [
             FailedRequest(number, index, fault, logit) for number, index in sorted(places.items())
         ]
 
-    def _put_again(self, units: Iterable[UniquePair]) -> None:
+    def _put_again(self, pairs: Iterable[UniquePair]) -> None:
         group = []
-        for unit in units:
-            if unit.owners:
-                unit.state = PairState.AGAIN
-                self._count(unit, 1)
-                group.append(unit)
+        for pair in pairs:
+            if pair.owners:
+                pair.state = PairState.AGAIN
+                self._count(pair, 1)
+                group.append(pair)
             else:
-                self._forget(unit)
+                self._forget(pair)
         if group:
             self._again.append(group)
 
-    def _end(self, entry: QueuedRequest) -> None:
-        """Take a request out; pairs that nobody else wants go with it."""
-        del self._entries[entry.request.number]
-        entry.ended = True
-        self._order.leave(entry.request.number)
-        for unit in entry.units:
-            unit.owners = [owner for owner in unit.owners if owner[0] is not entry]
-            if not unit.owners and unit.state in {PairState.WAITING, PairState.AGAIN}:
-                unit.state = PairState.GONE
-                self._count(unit, -1)
-                self._forget(unit)
-        if not self._entries:
+    def _end(self, queued: QueuedRequest) -> None:
+        """Take a request out, with the pairs that no other request wants."""
+        del self._queued[queued.request.number]
+        queued.ended = True
+        self._order.leave(queued.request.number)
+        for pair in queued.pairs:
+            pair.owners = [owner for owner in pair.owners if owner[0] is not queued]
+            if not pair.owners and pair.state in {PairState.WAITING, PairState.AGAIN}:
+                pair.state = PairState.GONE
+                self._count(pair, -1)
+                self._forget(pair)
+        if not self._queued:
             self._rest()
 
     def _rest(self) -> None:
-        """Nobody waits: begin anew, with nothing left over."""
-        self._order = FairOrder()  # from zero: virtual time stays small enough to be exact
-        for queue in (self._fair, self._haste, self._again, self._start_by, self._deadlines):
+        """Reset the queues when no request is left."""
+        self._order = FairOrder()  # virtual time from zero stays exact
+        for queue in (self._fair, self._urgent, self._again, self._start_by, self._deadlines):
             queue.clear()
 
     def _drop_expired(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number = heapq.heappop(self._deadlines)
-            entry = self._entries.get(int(number))
-            if entry is not None:
-                self._end(entry)
+            queued = self._queued.get(int(number))
+            if queued is not None:
+                self._end(queued)
                 self._expired.append(int(number))
 
-    def _forget(self, unit: UniquePair) -> None:
-        """Let the next who wants this pair have one of its own."""
-        if self._units.get(unit.key) is unit:
-            del self._units[unit.key]
+    def _forget(self, pair: UniquePair) -> None:
+        """Do not share this pair with later requests."""
+        if self._pairs.get(pair.key) is pair:
+            del self._pairs[pair.key]
 
-    def _count(self, unit: UniquePair, sign: int) -> None:
-        for position, amount in enumerate((1, unit.length, unit.length**2)):
+    def _count(self, pair: UniquePair, sign: int) -> None:
+        for position, amount in enumerate((1, pair.length, pair.length**2)):
             self._waiting[position] += sign * amount

@@ -1,15 +1,9 @@
-"""What waits: the batcher's own records, and what it says to the outside.
+"""The batcher's records: requests, their pairs and steps, and which requests should end next.
 
-Pure data. A *unit* is one distinct pair; its owners are the places in requests that want its
-score. A request keeps its units in the order in which it gives them away.
-
-Which requests inside should end next, and what has to be done until then.
-
-Pure: looks at the batcher's records and changes nothing. Requests end in the fair order
-(:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all run already, or
-the first in
-that order; the large ones behind it do not matter. A step under way counts whole, as the batcher
-does not know when it began, and deadlines are not looked at: both let requests end earlier only.
+Pure. A :class:`UniquePair` is scored once for all requests that want it, its owners. Requests end
+in the fair order (:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all
+run, or the first in that order. A running step counts whole, since the batcher does not know when
+it began, and deadlines are ignored: both can only let requests end earlier.
 """
 
 from __future__ import annotations
@@ -29,9 +23,9 @@ if TYPE_CHECKING:
     from echelon.types import FloatArray, Priority
 
 LEAD_S = 0.005
-"""The next step is formed and sent when the running one should end in this time: forming, joining
-and sending take about one millisecond, and Python's threads take turns every five. Earlier would
-fix the next step while a short request may still come."""
+"""The next step is formed and sent this long before the running one should end: that takes about
+1 ms, and Python's threads take turns every 5 ms. Earlier would leave out short requests that still
+come."""
 
 Place = tuple[int, int]
 """(number of a request, index of a pair in it)."""
@@ -39,13 +33,13 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class PairRequest:
-    """Pairs that are asked for together.
+    """The pairs of one request.
 
     Attributes:
-        number: the caller's name for it, never used twice.
+        number: its number, never used twice.
         lengths: tokens of each pair, at least one pair.
-        keys: what tells pairs apart; pairs of one key have one score. None: all differ.
-        deadline: the time after which nobody wants the answer; None means never.
+        keys: identity of each pair; equal keys share one score. None: all pairs differ.
+        deadline: the time after which the answer is useless; None means never.
         priority: its share of the device.
     """
 
@@ -66,9 +60,9 @@ class PlannedStep:
         lengths: tokens of each pair.
         requests: every request that waits for a pair of the step, ascending.
         tokens: useful tokens.
-        cost_tokens: tokens paid for, padding included.
-        predicted_s: seconds it should take.
-        again: its pairs were in a step before that did not end well.
+        cost_tokens: tokens, padding included.
+        predicted_s: predicted seconds.
+        again: its pairs were in an earlier step that failed.
     """
 
     number: int
@@ -98,9 +92,9 @@ class FailedRequest:
 
     Attributes:
         request: its number.
-        index: the pair that it failed on.
+        index: the pair that failed.
         fault: why.
-        logit: what the model gave, where that is the fault.
+        logit: what the model gave, for ``not_finite``.
     """
 
     request: int
@@ -114,17 +108,17 @@ Ended = Completed | FailedRequest
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """What the batcher has before it.
+    """The work of the batcher.
 
     Attributes:
         requests: requests that wait or run.
         pairs: distinct pairs that wait.
         tokens: their tokens.
         squares: their squared tokens.
-        weight: weight of the requests that a newcomer has to share with.
-        running_s: predicted seconds of the steps under way, in all.
-        budget: most tokens a step may cost.
-        oldest: when the oldest of the requests came; None where there is none.
+        weight: sum of the weights of the requests that share the device.
+        running_s: predicted seconds of all running steps.
+        budget: maximum tokens of a step.
+        oldest: arrival time of the oldest request; None without requests.
     """
 
     requests: int
@@ -138,16 +132,16 @@ class QueueLoad:
 
 
 class PairState(Enum):
-    """Where a unit is."""
+    """State of a pair."""
 
-    WAITING = auto()  # in the queue of every owner that came before it was taken
+    WAITING = auto()  # in the queue of each owner that came before a step took it
     RUNNING = auto()
-    AGAIN = auto()  # in a group that goes first of all
+    AGAIN = auto()  # in a group that is scored again before all others
     GONE = auto()
 
 
 class UniquePair:
-    """One distinct pair."""
+    """A distinct pair; its owners are (request, index) of the places that want its score."""
 
     __slots__ = ("attempts", "counted", "key", "length", "owners", "state")
 
@@ -161,24 +155,34 @@ class UniquePair:
 
     @property
     def first_owner(self) -> int:
-        """The first request that still wants it; -1 where none does."""
+        """Number of the first request that still wants it; -1 without one."""
         return self.owners[0][0].number if self.owners else -1
 
 
 class QueuedRequest:
-    """A request with what is left of it."""
+    """A request in the queue and its state."""
 
-    __slots__ = ("came", "ended", "hasty", "left", "logits", "request", "tag", "units", "waiting")
+    __slots__ = (
+        "arrived",
+        "ended",
+        "left",
+        "logits",
+        "pairs",
+        "request",
+        "tag",
+        "urgent",
+        "waiting",
+    )
 
-    def __init__(self, request: PairRequest, came: float) -> None:
+    def __init__(self, request: PairRequest, arrived: float) -> None:
         self.request = request
-        self.came = came
+        self.arrived = arrived
         self.tag = 0.0
-        self.units: list[UniquePair] = []
+        self.pairs: list[UniquePair] = []
         self.waiting: deque[UniquePair] = deque()
         self.left = len(request.lengths)
         self.logits = np.full(self.left, np.nan, dtype=np.float32)
-        self.hasty = False
+        self.urgent = False
         self.ended = False
 
     @property
@@ -188,26 +192,26 @@ class QueuedRequest:
 
 
 Turn = tuple[float, ...]
-"""A key to sort by; the last number is the request's own."""
+"""A sort key; its last number is the request's number."""
 
 
-def by_tag(entry: QueuedRequest) -> Turn:
-    """Place in the fair order: equal tags go by deadline, then by arrival."""
-    deadline = entry.request.deadline
-    return entry.tag, math.inf if deadline is None else deadline, entry.number
+def by_tag(queued: QueuedRequest) -> Turn:
+    """Sort key of the fair order: by tag, then deadline, then arrival."""
+    deadline = queued.request.deadline
+    return queued.tag, math.inf if deadline is None else deadline, queued.number
 
 
-def by_deadline(entry: QueuedRequest) -> Turn:
-    """Earliest deadline first."""
-    deadline = entry.request.deadline
-    return math.inf if deadline is None else deadline, entry.number
+def by_deadline(queued: QueuedRequest) -> Turn:
+    """Sort key: earliest deadline first."""
+    deadline = queued.request.deadline
+    return math.inf if deadline is None else deadline, queued.number
 
 
 class RequestQueue:
-    """Requests in the order of their turn, which give their waiting units away.
+    """Requests in the order of a sort key, from which waiting pairs are drawn.
 
     Args:
-        turn: what to sort by; it must not change while a request is in line.
+        turn: the sort key; it must not change while a request is in the queue.
     """
 
     def __init__(self, turn: Callable[[QueuedRequest], Turn]) -> None:
@@ -215,40 +219,40 @@ class RequestQueue:
         self._heap: list[tuple[Turn, QueuedRequest]] = []
         self._here: set[int] = set()
 
-    def add(self, entry: QueuedRequest) -> None:
-        """Let a request queue, unless it does."""
-        if entry.number not in self._here:
-            self._here.add(entry.number)
-            heapq.heappush(self._heap, (self._turn(entry), entry))
+    def add(self, queued: QueuedRequest) -> None:
+        """Add a request, unless it is in the queue."""
+        if queued.number not in self._here:
+            self._here.add(queued.number)
+            heapq.heappush(self._heap, (self._turn(queued), queued))
 
     def draw(
-        self, drawn: list[tuple[QueuedRequest, UniquePair]], tokens: float, most: float
+        self, drawn: list[tuple[QueuedRequest, UniquePair]], tokens: float, max_drawn: float
     ) -> int:
-        """Append units with their requests to ``drawn``.
+        """Append pairs with their requests to ``drawn``; a pair of two requests may come twice.
 
         Args:
-            drawn: what was drawn so far; a unit of two requests may be drawn from both.
-            tokens: stop once so many more tokens are drawn.
-            most: stop once ``drawn`` is so long.
+            drawn: pairs drawn so far.
+            tokens: stop after this many more tokens.
+            max_drawn: stop when ``drawn`` has this length.
 
         Returns:
             Tokens drawn.
         """
         got = 0
-        while self._heap and got < tokens and len(drawn) < most:
-            entry = self._heap[0][1]
-            if entry.ended or not entry.waiting:
+        while self._heap and got < tokens and len(drawn) < max_drawn:
+            queued = self._heap[0][1]
+            if queued.ended or not queued.waiting:
                 heapq.heappop(self._heap)
-                self._here.discard(entry.number)
+                self._here.discard(queued.number)
                 continue
-            unit = entry.waiting.popleft()
-            if unit.state is PairState.WAITING:
-                drawn.append((entry, unit))
-                got += unit.length
+            pair = queued.waiting.popleft()
+            if pair.state is PairState.WAITING:
+                drawn.append((queued, pair))
+                got += pair.length
         return got
 
     def clear(self) -> None:
-        """Send everyone away."""
+        """Remove all requests."""
         self._heap.clear()
         self._here.clear()
 
@@ -258,11 +262,11 @@ QUEUED = {PairState.WAITING, PairState.AGAIN}
 
 @dataclass(frozen=True, slots=True)
 class CompletionEstimate:
-    """What has to be done until a request has ended.
+    """The work until a request ends.
 
     Attributes:
-        running_s: predicted seconds of the steps under way that it waits for.
-        tokens: tokens that wait, of it and of those before it; 0 where all of it runs.
+        running_s: predicted seconds of the running steps that it waits for.
+        tokens: waiting tokens of it and of the requests before it; 0 if all of it runs.
         squares: their squared tokens.
     """
 
@@ -272,31 +276,33 @@ class CompletionEstimate:
 
 
 def next_completions(
-    entries: Iterable[QueuedRequest],
+    requests: Iterable[QueuedRequest],
     running: Sequence[tuple[PlannedStep, list[UniquePair]]],
     places: int,
     workers: int,
 ) -> list[CompletionEstimate]:
-    """The next ``places`` requests to end, or all where there are fewer, in the order of ending.
+    """Estimate the next requests to end, in the order of ending.
 
     Args:
-        entries: requests inside.
-        running: steps under way with their pairs, in the order in which they were formed.
-        places: how many.
+        requests: all requests of the batcher.
+        running: running steps with their pairs, oldest first.
+        places: maximum number of requests.
         workers: workers that run the steps.
     """
     ends, all_s = _ends(running, workers)
-    # From the end: what is given away last waits longest.
-    queued = {e.number: e for e in entries if any(map(_waits, reversed(e.units)))}
-    soon = [CompletionEstimate(seconds) for number, seconds in ends.items() if number not in queued]
+    # From the end: pairs are drawn from the front, so the last ones wait longest.
+    waiting = {q.number: q for q in requests if any(map(_waits, reversed(q.pairs)))}
+    soon = [
+        CompletionEstimate(seconds) for number, seconds in ends.items() if number not in waiting
+    ]
     soon = heapq.nsmallest(places, soon, key=lambda end: end.running_s)
     tokens, squares = 0, 0
     seen: set[UniquePair] = set()
-    for entry in heapq.nsmallest(places - len(soon), queued.values(), key=by_tag):
-        units = {unit for unit in entry.units if _waits(unit)} - seen
-        seen |= units
-        tokens += sum(unit.length for unit in units)
-        squares += sum(unit.length**2 for unit in units)
+    for queued in heapq.nsmallest(places - len(soon), waiting.values(), key=by_tag):
+        pairs = {pair for pair in queued.pairs if _waits(pair)} - seen
+        seen |= pairs
+        tokens += sum(pair.length for pair in pairs)
+        squares += sum(pair.length**2 for pair in pairs)
         soon.append(CompletionEstimate(all_s, tokens, squares))
     return soon
 
@@ -304,17 +310,17 @@ def next_completions(
 def _ends(
     running: Sequence[tuple[PlannedStep, list[UniquePair]]], workers: int
 ) -> tuple[dict[int, float], float]:
-    """When each request's last running pair is scored, and when a worker is free on average."""
+    """Seconds until each request's running pairs are scored, and until a worker is free."""
     free = [0.0] * workers
     ends: dict[int, float] = {}
-    for step, units in running:
+    for step, pairs in running:
         end = heapq.heappop(free) + step.predicted_s
         heapq.heappush(free, end)
-        for unit in units:
-            for entry, _ in unit.owners:
-                ends[entry.number] = max(end, ends.get(entry.number, 0.0))
+        for pair in pairs:
+            for queued, _ in pair.owners:
+                ends[queued.number] = max(end, ends.get(queued.number, 0.0))
     return ends, sum(free) / workers
 
 
-def _waits(unit: UniquePair) -> bool:
-    return unit.state in QUEUED
+def _waits(pair: UniquePair) -> bool:
+    return pair.state in QUEUED
