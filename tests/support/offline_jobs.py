@@ -51,8 +51,8 @@ def queries(count, documents=6, seed=0):
     chance = random.Random(seed)
     words = " ".join(SENTENCES).split()
 
-    def text(most):
-        return " ".join(chance.choice(words) for _ in range(chance.randint(1, most)))
+    def text(max_words):
+        return " ".join(chance.choice(words) for _ in range(chance.randint(1, max_words)))
 
     return [
         {
@@ -78,11 +78,10 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def make_job(model, source, output, budget=8, **more):
+def make_job(model, source, output, budget=8, threads=None, **more):
     """A job whose windows hold about twenty pairs."""
-    return OfflineJob(
-        str(source), str(output), model=str(model), options=Options(token_budget=budget), **more
-    )
+    options = Options(token_budget=budget, threads=threads)
+    return OfflineJob(str(source), str(output), model=str(model), options=options, **more)
 
 
 def run_job(job, listener=None):
