@@ -136,7 +136,7 @@ def test_the_page_of_a_search_has_the_curve_of_load(call, tmp_path):
     html = path.read_text("utf-8")
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)[1])
     assert figures["load"]["data"][0]["x"] == [40.0, 80.0]
-    assert "Rates that were tried" in html
+    assert "Tested rates" in html
 
 
 def test_the_real_charts_need_no_network():

@@ -180,7 +180,7 @@ def _content(result: LoadTestResult) -> dict[str, Any]:
     summary = None if result.run is None else result.run.summary
     return {
         "url": result.plan.target.url,
-        "verdict": headline(result),
+        "headline": headline(result),
         "doubts": result.doubts,
         "notes": result.notes,
         "tiles": [] if summary is None else _tiles(summary),
@@ -189,8 +189,8 @@ def _content(result: LoadTestResult) -> dict[str, Any]:
         "probes": [] if result.found is None else list(map(probe_row, _by_rate(result))),
         "latencies": [] if summary is None else _latencies(summary),
         "counts": [] if summary is None else list(summary.kinds.items()),
-        "complaints": {} if summary is None else summary.problems,
-        "facts": _settings_rows(result),
+        "problems": {} if summary is None else summary.problems,
+        "details": _settings_rows(result),
     }
 
 
@@ -232,7 +232,7 @@ def _settings_rows(result: LoadTestResult) -> list[tuple[str, str]]:
     rows = [
         ("dialect", content["dialect"]),
         ("mode", content["mode"]),
-        ("made", wording.when(content["created"])),
+        ("created", wording.when(content["created"])),
     ]
     rows += [(name.replace("_", " "), str(value)) for name, value in shown.items()]
     if result.run is not None:
