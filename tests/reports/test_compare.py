@@ -235,19 +235,19 @@ def headline(factor, results=SURE):
 
 def test_the_headline_names_the_faster_profile_the_ratio_and_its_certainty():
     for factor, first, last in ((0.5, "B", "A"), (2.0, "A", "B")):
-        said = headline(factor).replace("\u00a0", " ")
-        assert said.startswith(f"{first} is 2.00 times as fast as {last}: 50 pairs take ")
-        assert f" ms on {first} and " in said
-        assert "larger than the variation between runs (95 % confidence interval 1.9" in said
+        text = headline(factor).replace("\u00a0", " ")
+        assert text.startswith(f"{first} is 2.00 times as fast as {last}: 50 pairs take ")
+        assert f" ms on {first} and " in text
+        assert "larger than the variation between runs (95 % confidence interval 1.9" in text
     assert "A tie: 50 pairs take" in headline(1.02)
 
 
 def test_the_headline_says_when_the_difference_is_uncertain():
     assert "too few runs to compare" in headline(0.5, [entry(50, [0.4] * 5, batch_size=8)])
     unsteady = [0.2 + 0.05 * i for i in range(9)]
-    said = headline(0.9, [entry(50, unsteady, batch_size=8)])
-    assert "within the variation between runs" in said
-    assert "there may be none" in said
+    text = headline(0.9, [entry(50, unsteady, batch_size=8)])
+    assert "within the variation between runs" in text
+    assert "there may be none" in text
 
 
 def test_the_best_batch_sizes_are_compared_if_the_chosen_setting_has_no_point():

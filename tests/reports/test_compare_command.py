@@ -1,4 +1,4 @@
-"""`echelon report` as people use it: tables, JSON, pages, and what is said of broken files."""
+"""`echelon report` as people use it: tables, JSON, pages, and errors for broken files."""
 
 from __future__ import annotations
 
