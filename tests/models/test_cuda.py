@@ -244,7 +244,7 @@ def room():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_ladder_goes_on_when_the_card_is_full(demo_folder, room, precision):
+def test_the_oom_ladder_works_on_a_full_card(demo_folder, room, precision):
     pairs = [("how do I open a jar", f"{i} " + "turn the lid " * 150) for i in range(400)]
     with Reranker(demo_folder, device="cuda", precision=precision) as reranker:
         expected = reranker.score_pairs(pairs).logits

@@ -73,7 +73,7 @@ def test_the_words_alone_are_not_enough(kind):
     assert not device.is_out_of_memory(kind("CUDA out of memory"))
 
 
-def test_onednns_words_for_everything_count_while_memory_is_short(monkeypatch):
+def test_onednns_unclear_error_counts_while_memory_is_short(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -166,7 +166,7 @@ def new(monkeypatch):
 
 
 @pytest.mark.usefixtures("new")
-def test_a_new_processor_is_taken_for_an_old_one_where_told(monkeypatch):
+def test_the_switch_limits_a_new_processor_to_avx2(monkeypatch):
     assert device.candidate_precisions("cpu") == ["fp32", "bf16", "int8"]
     assert device.has_amx()
     assert device.multiplies_half("fp16")
@@ -225,7 +225,7 @@ def test_threads_are_set_for_the_process():
 
 
 @pytest.mark.parametrize("name", ["THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT"])
-def test_torch_is_told_to_be_a_good_neighbour_unless_the_user_was_before(monkeypatch, name):
+def test_torch_threads_yield_unless_the_user_set_them(monkeypatch, name):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setenv(name, "7")
     device.require_torch()
@@ -245,7 +245,7 @@ def test_without_torch_the_remedy_is_named():
 import sys
 sys.modules["torch"] = None
 from echelon import MissingDependency
-from echelon.score.load import open_scorer
+from echelon.models.registry import open_scorer
 from pathlib import Path
 try:
     open_scorer(Path("/nowhere"))

@@ -96,7 +96,7 @@ def test_bf16(generic):
 
 
 @pytest.mark.parametrize("family", GENERIC)
-def test_ranking_pays_for_padding_and_scores_alike(toy, family):
+def test_ranking_counts_padding_and_scores_the_same(toy, family):
     documents = [words(n, seed=n) for n in (3, 30, 8, 20, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EchelonWarning)

@@ -278,7 +278,8 @@ def fake_weights(shape, dtype):
         table(shape.vocabulary), table(shape.table_positions), table(shape.segments), norm()
     )
     head = Head(linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32))
-    return Weights(embeddings, (layer(last=False), layer(last=True)), head, 0)
+    layers = (layer(last=False), layer(last=True))
+    return Weights(embeddings, layers, head, shape.head_shape, 0)
 
 
 # When to capture, and what happens where it fails
@@ -311,7 +312,7 @@ def counted():
 SHAPES = [CaptureShape(64 * n, 16, 128) for n in range(1, 121)]
 
 
-def test_a_room_is_captured_when_it_comes_up_again():
+def test_a_shape_is_captured_when_it_occurs_again():
     forward, runs = counted()
     graphs = CudaGraphs(forward, taped())
     for _ in range(FIRST_PATIENCE - 1):
@@ -361,7 +362,7 @@ def memory_trouble(*, ended):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_without_memory_a_room_waits_longer_for_its_next_chance(caplog, ended):
+def test_after_a_memory_error_a_shape_is_captured_later(caplog, ended):
     record = Failing(memory_trouble(ended=ended))
     graphs = CudaGraphs(counted()[0], record)
     for _ in range(FIRST_PATIENCE):

@@ -12,7 +12,7 @@ from echelon.models import device
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
-    reason="only glibc is told what to keep",
+    reason="only glibc has these settings",
 )
 
 FAULTS = """
@@ -36,7 +36,7 @@ def resident():
 
 OPENED = """
 from pathlib import Path
-from echelon.score.load import open_scorer
+from echelon.models.registry import open_scorer
 scorer = open_scorer(Path(sys.argv[1]), device="cpu", precision="fp32", threads=1)
 """
 

@@ -90,10 +90,10 @@ def test_attention_survives_scores_far_apart():
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
 
-@pytest.mark.parametrize("way", ["fused", "products"])
+@pytest.mark.parametrize("method", ["fused", "products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
-    monkeypatch.setattr(attention_cpu, "method_for", lambda *_: way)
+def test_the_other_methods_compute_the_same(monkeypatch, method, dtype):
+    monkeypatch.setattr(attention_cpu, "method_for", lambda *_: method)
     rows, layout = heads([5, 5, 33, 1, 60, 60, 60], 16)
     rows = rows.to(dtype)
     exact = exact_attention(rows, layout)
@@ -103,7 +103,7 @@ def test_the_other_ways_compute_the_same(monkeypatch, way, dtype):
     assert (firsts - exact[layout.firsts]).abs().max() <= bound
 
 
-def test_the_way_is_the_measured_one(monkeypatch):
+def test_the_fastest_method_is_chosen(monkeypatch):
     seconds = {"fused": 1.0, "products": 0.5}
     monkeypatch.setattr(attention_cpu, "_probe", lambda *_: seconds)
     attention_cpu.fastest_method.cache_clear()
@@ -186,7 +186,7 @@ def test_activations(request, kernel, activation, width):
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
-def test_settling_and_quantising(request, kernel):
+def test_materializing_and_quantising(request, kernel):
     if not kernel:
         request.getfixturevalue("without_kernels")
     pending = product(96, 3, codes=True, residual=False)
@@ -200,7 +200,7 @@ def test_settling_and_quantising(request, kernel):
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
-def test_a_rows_codes_are_its_own(request, kernel):
+def test_a_rows_codes_do_not_depend_on_others(request, kernel):
     """However much larger the rows beside it are."""
     if not kernel:
         request.getfixturevalue("without_kernels")
@@ -242,7 +242,7 @@ def test_the_switch_leaves_the_kernels_out():
     assert done.stdout == f"None {SWITCH}=off leaves them out\n"
 
 
-def test_a_processor_taken_for_an_old_one_has_no_kernels():
+def test_a_processor_limited_to_avx2_has_no_kernels():
     code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
     done = run_python(code, ECHELON_CPU="avx2", **{SWITCH: ""})
     assert done.stdout == "None ECHELON_CPU=avx2 leaves them out\n", done.stderr

@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_graph_whatever_a_pair_is_padded_with(folder):
     assert np.abs(scores - alone).max() <= 1e-5
 
 
-def test_facts_name_the_graph(folder):
+def test_info_describes_the_graph(folder):
     scorer = open_scorer(folder, threads=1)
     assert isinstance(scorer, OnnxScorer)
     assert (scorer.info.padding, scorer.info.precision, scorer.info.threads) == (

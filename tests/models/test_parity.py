@@ -99,7 +99,7 @@ def test_any_composition(toy, family, lengths, seed):
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=20),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_company_does_not_move_a_score(toy, family, lengths, seed):
+def test_other_pairs_do_not_change_a_score(toy, family, lengths, seed):
     folder = toy(family)
     batch = batch_for(folder, family, lengths, seed)
     together = scorer_of(folder).score(batch)
@@ -157,7 +157,7 @@ def test_the_chosen_label_is_the_references_column(tmp_path, family):
 
 
 def test_the_reference_says_the_same_with_padding(toy):
-    """The references above are scored alone; so that nobody can doubt: padded, they agree."""
+    """The references above are scored without padding; with padding they agree."""
     folder = toy("bert")
     batch = random_batch([5, 40, 90, 17], vocabulary(folder), seed=5, types=True, lowest=5)
     real = np.arange(90) < batch.lengths[:, None]

@@ -66,8 +66,10 @@ def make_wheel(folder: Path, version: str, files: dict[str, bytes] = SOURCES) ->
 
 def tiny_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fixture's body: ECHELON_HOME, with the tiny files as the expected ones."""
-    facts = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in SOURCES.items()}
-    monkeypatch.setattr(demo, "_SOURCES", facts)
+    expected = {
+        name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in SOURCES.items()
+    }
+    monkeypatch.setattr(demo, "_SOURCES", expected)
     monkeypatch.setenv("ECHELON_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

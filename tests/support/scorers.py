@@ -1,4 +1,4 @@
-"""Scorers for child processes: what a pair's token ids ask for happens."""
+"""Scorers for child processes whose token ids trigger failures."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from echelon.models.fake import FakeScorer
 from echelon.types import TokenBatch
 
 KILL, STOP, HANG, RAISE, REFUSE, GROW, SAY, MARK, NAN, NAP = range(9001, 9011)
-"""Token ids, and what the scorer does when it meets them."""
+"""Token ids that trigger an action of :class:`Obedient`."""
 
 MEBIBYTE = 2**20
 
 
 class Obedient(FakeScorer):
-    """Does what the ids say, then scores as the fake does.
+    """Runs the actions of a step's ids, then scores as the fake does.
 
-    ``marks`` is a folder; ``MARK`` kills the process unless it did so before, which the folder
-    remembers beyond the process.
+    ``MARK`` kills the process once: a file in the folder ``marks`` records that it did.
     """
 
     def __init__(self, *args, marks: str | None = None, pace_s: float = 0.0, **settings) -> None:
@@ -37,8 +36,8 @@ class Obedient(FakeScorer):
 
     def score(self, batch: TokenBatch):
         ids = set(batch.ids.tolist())
-        for wish in sorted(ids & set(DEEDS)):
-            DEEDS[wish](self)
+        for number in sorted(ids & set(ACTIONS)):
+            ACTIONS[number](self)
         if self._pace_s:
             time.sleep(self._pace_s * len(batch.ids))
         logits = super().score(batch)
@@ -61,7 +60,7 @@ class Obedient(FakeScorer):
 
 
 class Worn(Obedient):
-    """Has room until a step did not fit, and then for forty tokens as long as it lives."""
+    """After the first step that does not fit it has memory for 40 tokens only."""
 
     def score(self, batch: TokenBatch):
         try:
@@ -72,9 +71,9 @@ class Worn(Obedient):
 
 
 def worn(folder: str, broken: tuple[int, ...] = (), *, precision: str):
-    """An opener of them, with room for 200 tokens; calls of the ``broken`` numbers fail.
+    """A factory of :class:`Worn` with memory for 200 tokens; calls of the ``broken`` numbers fail.
 
-    Each leaves a file with its number, in which is what oneDNN is told to keep.
+    Each call writes a file, named by its number, with oneDNN's cache setting.
     """
     number = len(list(Path(folder).iterdir()))
     Path(folder, str(number)).write_text(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ""))
@@ -84,7 +83,7 @@ def worn(folder: str, broken: tuple[int, ...] = (), *, precision: str):
 
 
 class Held(Obedient):
-    """Scores nothing while there is a file named ``hold``."""
+    """Waits while there is a file named ``hold``."""
 
     def __init__(self, folder: str, **settings) -> None:
         super().__init__(**settings)
@@ -104,7 +103,7 @@ def _refuse(scorer: Obedient) -> None:
     raise InvalidInput("precision", "is wrong", "Use another.")
 
 
-DEEDS = {
+ACTIONS = {
     KILL: lambda scorer: os.kill(os.getpid(), signal.SIGKILL),
     STOP: lambda scorer: os.kill(os.getpid(), signal.SIGSTOP),
     HANG: lambda scorer: threading.Event().wait(),
@@ -148,12 +147,12 @@ def gated(folder: str, *, precision: str, **settings):
 
 
 def dying(*, precision: str):
-    """An opener that never returns."""
+    """A factory that ends the process."""
     os._exit(3)
 
 
 def hanging(*, precision: str):
-    """An opener that never returns either."""
+    """A factory that never returns."""
     threading.Event().wait()
 
 
@@ -165,7 +164,7 @@ def batch_of(*pairs: list[int]) -> TokenBatch:
 
 
 class Weighty(Obedient):
-    """Holds `TOKEN_BYTES` a token while it scores; dies, or finds no room, beyond some tokens."""
+    """Holds `TOKEN_BYTES` a token while it scores; dies beyond a number of tokens."""
 
     TOKEN_BYTES = 64 * 1024
 

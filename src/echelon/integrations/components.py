@@ -20,14 +20,7 @@ Model = str | os.PathLike[str] | Reranker | AsyncReranker
 
 
 def opened(model: Model, options: Mapping[str, Any]) -> Reranker:
-    """The reranker to use.
-
-    Raises:
-        InvalidInput: options beside an open reranker, or wrong ones.
-        ModelError: the model does not exist, is damaged, or of an unsupported kind.
-        ProfileError: the profile cannot be read.
-        OutOfMemory: the weights do not fit.
-    """
+    """The reranker to use; options beside an open one are refused."""
     if not isinstance(model, Reranker | AsyncReranker):
         return Reranker(model, **options)
     check_no_options(options)
@@ -35,11 +28,7 @@ def opened(model: Model, options: Mapping[str, Any]) -> Reranker:
 
 
 def check_no_options(options: Mapping[str, Any]) -> None:
-    """Refuse options beside an open reranker.
-
-    Raises:
-        InvalidInput: names the first option.
-    """
+    """Raise :class:`InvalidInput` for options beside an open reranker."""
     for name in options:
         raise InvalidInput(
             name,
@@ -51,11 +40,7 @@ def check_no_options(options: Mapping[str, Any]) -> None:
 def ranked(
     reranker: Reranker, query: str, documents: Sequence[str], top_n: int | None
 ) -> Sequence[RankedDocument]:
-    """The best documents, best first; see :meth:`echelon.Reranker.rank` for the errors.
-
-    Warns:
-        EchelonWarning: documents were cut to ``max_length``.
-    """
+    """The best documents, best first; warns about documents that were cut to ``max_length``."""
     return _best(reranker.rank(query, documents), reranker.max_length, top_n)
 
 

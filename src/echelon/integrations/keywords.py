@@ -1,6 +1,6 @@
 """Check the arguments of the original libraries: renamed keywords, refused ones and their remedies.
 
-Pure: tables and checks, no model and no torch.
+Pure: tables and checks, no model and no torch. A check that fails raises ``InvalidInput``.
 """
 
 from __future__ import annotations
@@ -46,14 +46,7 @@ PAIR_DIMENSIONS = 2
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Accept older names of a function's keywords.
-
-    Args:
-        **names: older name → today's.
-
-    Raises:
-        InvalidInput: on a call that gives both names.
-    """
+    """Let callers use older names of a function's keywords, given as older=today's."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -71,31 +64,19 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def refuse(**values: Any) -> None:
-    """Refuse unsupported keywords that have a value; None, False and empty lists are accepted.
-
-    Raises:
-        InvalidInput: names the first one and the remedy.
-    """
+    """Refuse unsupported keywords with a value; None, False and empty lists are accepted."""
     for name, value in values.items():
         if value is not None and value is not False and value not in ([], ()):
             raise InvalidInput(name, f"{value!r} cannot be honoured", REFUSED[name])
 
 
 def take_refused(options: dict[str, Any]) -> None:
-    """Take the unsupported keywords out of ``options``.
-
-    Raises:
-        InvalidInput: as in :func:`refuse`.
-    """
+    """Take the unsupported keywords out of ``options``; refuse those with a value."""
     refuse(**{name: options.pop(name) for name in sorted(REFUSED.keys() & options.keys())})
 
 
 def take_idle(options: dict[str, Any], *names: str) -> None:
-    """Take keywords out of ``options`` that have no effect in the original either.
-
-    Warns:
-        EchelonWarning: names each one.
-    """
+    """Take keywords out of ``options`` that have no effect in the original; warn."""
     for name in names:
         if name in options:
             options.pop(name)
@@ -107,11 +88,7 @@ def take_idle(options: dict[str, Any], *names: str) -> None:
 
 
 def only(field: str, values: Mapping[str, Any] | None, *known: str, remedy: str) -> dict[str, Any]:
-    """The entries of a dictionary keyword, all of which must be known.
-
-    Raises:
-        InvalidInput: an entry that Echelon does not support.
-    """
+    """The entries of a dictionary keyword, all of which must be known."""
     given = dict(values or {})
     for name in given:
         if name not in known:
@@ -120,11 +97,7 @@ def only(field: str, values: Mapping[str, Any] | None, *known: str, remedy: str)
 
 
 def precision_of(field: str, dtype: object) -> Precision | None:
-    """Echelon's name of a torch dtype or of its name; None for None and ``auto``.
-
-    Raises:
-        InvalidInput: a dtype that Echelon does not compute in.
-    """
+    """Echelon's name of a torch dtype or of its name; None for None and ``auto``."""
     if dtype is None or dtype == "auto":
         return None
     name = str(dtype).removeprefix("torch.")
@@ -143,15 +116,9 @@ def device_option(device: object) -> str:
 
 
 def capped(field: str, value: object, limit: int, *, warn: bool = True) -> int:
-    """A length limit, reduced to the model's.
+    """A length limit, reduced to the model's with a warning.
 
     The originals accept a larger one and fail inside the model on the first long text.
-
-    Raises:
-        InvalidInput: not a positive whole number.
-
-    Warns:
-        EchelonWarning: it was reduced.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInput(field, f"{value!r} is not a positive whole number", "Give 1 or more.")
@@ -166,11 +133,7 @@ def capped(field: str, value: object, limit: int, *, warn: bool = True) -> int:
 
 
 def precision_argument(model_kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]) -> Any:
-    """The ``precision`` option from ``model_kwargs`` or ``options``; None if neither names it.
-
-    Raises:
-        InvalidInput: it is named twice or unknown, or another entry of ``model_kwargs``.
-    """
+    """The ``precision`` option from ``model_kwargs`` or ``options``; None if neither names it."""
     given = only(
         "model_kwargs",
         model_kwargs,
@@ -188,11 +151,7 @@ def precision_argument(model_kwargs: Mapping[str, Any] | None, options: Mapping[
 
 
 def length_argument(max_length: int | None, processor_kwargs: Mapping[str, Any] | None) -> Any:
-    """The length limit, by either of its names; None if neither is given.
-
-    Raises:
-        InvalidInput: ``processor_kwargs`` has another entry.
-    """
+    """The length limit, by either of its names; None if neither is given."""
     remedy = "Echelon uses the tokenizer as it was saved. Leave the entry out."
     given = only("processor_kwargs", processor_kwargs, "model_max_length", remedy=remedy)
     return given.get("model_max_length") if max_length is None else max_length
@@ -201,11 +160,7 @@ def length_argument(max_length: int | None, processor_kwargs: Mapping[str, Any] 
 def check_num_labels(
     num_labels: int | None, config_kwargs: Mapping[str, Any] | None, saved_labels: int
 ) -> None:
-    """Refuse another number of labels than the model was saved with.
-
-    Raises:
-        InvalidInput: another number, or another entry of ``config_kwargs``.
-    """
+    """Refuse another number of labels than the model was saved with."""
     remedy = "Echelon scores a model as it was saved. Leave the entry out."
     given = only("config_kwargs", config_kwargs, "num_labels", remedy=remedy)
     count = given.get("num_labels") if num_labels is None else num_labels
@@ -225,11 +180,7 @@ def is_single(inputs: object) -> bool:
 
 
 def as_pairs(inputs: Any, *, single: bool) -> list[Any]:
-    """Inputs as a list of pairs.
-
-    Raises:
-        InvalidInput: neither a pair nor a series of pairs.
-    """
+    """Inputs as a list of pairs."""
     if not _is_series(inputs):
         raise InvalidInput("inputs", f"is {type(inputs).__name__}", "Pass pairs of two texts.")
     listed = inputs.tolist() if isinstance(inputs, np.ndarray) else inputs
@@ -237,11 +188,7 @@ def as_pairs(inputs: Any, *, single: bool) -> list[Any]:
 
 
 def as_documents(documents: Any) -> list[Any]:
-    """Documents as a list.
-
-    Raises:
-        InvalidInput: a single text, or no series.
-    """
+    """Documents as a list."""
     if not _is_series(documents):
         problem = f"is {type(documents).__name__}, not a list"
         raise InvalidInput("documents", problem, "Pass a list of texts.")

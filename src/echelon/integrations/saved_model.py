@@ -19,34 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A model that is on this machine.
+    """A model that is on this machine."""
 
-    Attributes:
-        path: its folder.
-        model: its name for :class:`echelon.Reranker`.
-        revision: its commit; None where it has none.
-    """
-
-    path: Path
-    model: str
-    revision: str | None
+    path: Path  # its folder
+    model: str  # its name for :class:`echelon.Reranker`
+    revision: str | None  # its commit; None where it has none
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where and how to look for a model on the hub.
+    """Where and how to look for a model on the hub."""
 
-    Attributes:
-        revision: branch, tag or commit.
-        cache: the cache folder; None is the hub's own.
-        offline: never connect to the hub.
-        token: as ``huggingface_hub`` takes it.
-    """
-
-    revision: str | None = None
-    cache: str | os.PathLike[str] | None = None
-    offline: bool = False
-    token: str | bool | None = None
+    revision: str | None = None  # branch, tag or commit
+    cache: str | os.PathLike[str] | None = None  # the cache folder; None is the hub's own
+    offline: bool = False  # never connect to the hub
+    token: str | bool | None = None  # as ``huggingface_hub`` takes it
 
     @property
     def is_default(self) -> bool:
@@ -55,12 +42,7 @@ class Storage:
 
 
 def locate(model: object, storage: Storage, *, owner: str | None = None) -> Located:
-    """Find a model; fetch it if needed.
-
-    Args:
-        model: folder, hub name or ``demo``.
-        storage: where to look.
-        owner: put before a hub name that has no owner.
+    """Find a model, fetch it if needed; ``owner`` is put before a hub name that has none.
 
     Raises:
         InvalidInput: not a text or path.
@@ -114,23 +96,14 @@ def _snapshot(repo: str, storage: Storage) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class SavedSettings:
-    """Settings saved with a model.
+    """Settings saved with a model."""
 
-    Attributes:
-        labels: names of the head's outputs.
-        precision: what the weights are stored in; both originals compute in it by default.
-        max_length: the tokenizer's limit; None if it states none.
-        activations: dotted paths of activation functions, the preferred one first.
-        prompts: name → text put before queries.
-        default_prompt_name: the prompt to use when none is named.
-    """
-
-    labels: tuple[str, ...]
-    precision: Precision
-    max_length: int | None
-    activations: tuple[str, ...] = ()
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt_name: str | None = None
+    labels: tuple[str, ...]  # names of the head's outputs
+    precision: Precision  # what the weights are stored in; both originals compute in it by default
+    max_length: int | None  # the tokenizer's limit; None if it states none
+    activations: tuple[str, ...] = ()  # dotted paths of functions, the preferred one first
+    prompts: dict[str, str] = field(default_factory=dict)  # name → text put before queries
+    default_prompt_name: str | None = None  # the prompt to use when none is named
 
 
 def read_saved(folder: Path) -> SavedSettings:

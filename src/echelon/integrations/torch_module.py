@@ -94,11 +94,7 @@ class TorchModule(ABC):
         return self._move("cuda" if device is None else device_option(device))
 
     def to(self, device: object = None, dtype: object = None) -> Self:
-        """Move to a device, a dtype, or both; a dtype may come first, as in torch.
-
-        Raises:
-            InvalidInput: the device does not exist, or neither is named.
-        """
+        """Move to a device, a dtype, or both; a dtype may come first, as in torch."""
         if str(device).removeprefix("torch.") in PRECISIONS:
             device, dtype = None, device
         if device is None and dtype is None:
@@ -129,11 +125,7 @@ class TorchModule(ABC):
 
 
 def default_activation(saved: SavedSettings) -> Activation:
-    """The function a model was saved with, else sigmoid for one label and none for several.
-
-    Warns:
-        EchelonWarning: the saved function is not a torch module and is not run.
-    """
+    """The function a model was saved with, else sigmoid for one label and none for several."""
     import torch
 
     for path in saved.activations:
@@ -164,11 +156,7 @@ def _torch_function(path: str) -> Activation | None:
 
 
 def check_activation(function: object) -> None:
-    """Refuse an activation that cannot be called.
-
-    Raises:
-        InvalidInput: not callable.
-    """
+    """Raise :class:`InvalidInput` for an activation that cannot be called."""
     if not callable(function):
         raise InvalidInput(
             "activation_fn",

@@ -20,21 +20,13 @@ NATIVE_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Differences between the model families with a packed encoder.
+    """Differences between the model families with a packed encoder."""
 
-    Attributes:
-        prefix: beginning of the encoder's tensor names.
-        head: names of the head's dense layer and of its projection to the labels.
-        padding_id: the padding token, if ``config.json`` names none.
-        positions_after_padding: positions begin after the padding id, not at 0.
-        reads_segments: the reference model reads token types.
-    """
-
-    prefix: str
-    head: tuple[str, str]
-    padding_id: int
-    positions_after_padding: bool
-    reads_segments: bool
+    prefix: str  # beginning of the encoder's tensor names
+    head: tuple[str, str]  # names of the head's dense layer and of its projection to the labels
+    padding_id: int  # the padding token, if ``config.json`` names none
+    positions_after_padding: bool  # positions begin after the padding id, not at 0
+    reads_segments: bool  # the reference model reads token types
 
 
 BERT = Family("bert", ("bert.pooler.dense", "classifier"), 0, False, True)  # noqa: FBT003
@@ -46,35 +38,20 @@ NATIVE_FAMILIES = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "ca
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The shape of a native model.
+    """The shape of a native model."""
 
-    Attributes:
-        model_type: as in ``config.json``.
-        vocabulary: rows of the word table.
-        hidden: width of a row.
-        layers: transformer layers.
-        heads: attention heads.
-        intermediate: width inside the feed-forward.
-        table_positions: rows of the position table.
-        segments: rows of the segment table.
-        activation: name of the feed-forward's activation.
-        epsilon: of every LayerNorm.
-        padding_id: the padding token's id.
-        labels: names of the head's outputs.
-    """
-
-    model_type: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    table_positions: int
-    segments: int
-    activation: str
-    epsilon: float
-    padding_id: int
-    labels: tuple[str, ...]
+    model_type: str  # as in ``config.json``
+    vocabulary: int  # rows of the word table
+    hidden: int  # width of a row
+    layers: int  # transformer layers
+    heads: int  # attention heads
+    intermediate: int  # width inside the feed-forward
+    table_positions: int  # rows of the position table
+    segments: int  # rows of the segment table
+    activation: str  # name of the feed-forward's activation
+    epsilon: float  # of every LayerNorm
+    padding_id: int  # the padding token's id
+    labels: tuple[str, ...]  # names of the head's outputs
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.heads < 1 or self.hidden % self.heads:
@@ -123,17 +100,11 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Precision of the linear layers.
+    """Precision of the linear layers; int8 leaves those in bf16 that would change the ranking."""
 
-    Attributes:
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        keep_bf16: layers that stay in bf16 under int8, which would change the ranking there.
-        errors: if given, int8's relative error in each layer is measured beside bf16.
-    """
-
-    precision: str
-    keep_bf16: frozenset[str] = frozenset()
-    errors: dict[str, float] | None = None
+    precision: str  # ``fp32``, ``bf16``, ``fp16`` or ``int8``
+    keep_bf16: frozenset[str] = frozenset()  # layers that int8 leaves in bf16
+    errors: dict[str, float] | None = None  # if given, int8's error is measured
 
 
 def positions_after_padding(batch: TokenBatch, padding_id: int) -> IntArray:
@@ -194,11 +165,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the head's outputs; without names there are two, as in transformers.
-
-    Raises:
-        BadCheckpoint: the names are not numbered.
-    """
+    """Names of the head's outputs; without names there are two, as in transformers."""
     named = config.get("id2label")
     try:
         if isinstance(named, dict) and named:
@@ -212,11 +179,7 @@ def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:
-    """Index of the head's output that is the score.
-
-    Raises:
-        InvalidInput: several labels and none chosen, or an unknown one.
-    """
+    """Index of the head's output that is the score; it must be named if there are several."""
     listed = ", ".join(f"{i}={name}" for i, name in enumerate(labels))
     if label is None:
         if len(labels) == 1:
@@ -245,11 +208,7 @@ def require_head(folder: Path, config: dict[str, Any]) -> None:
 
 
 def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | None:
-    """The shape of a native model, or None for one that needs the generic scorer.
-
-    Raises:
-        BadCheckpoint: a value is missing or of the wrong type.
-    """
+    """The shape of a native model, or None for one that needs the generic scorer."""
     if not _is_native(config):
         return None
     try:

@@ -44,41 +44,27 @@ change would make scores differ in their last digits between processes."""
 
 @dataclass(frozen=True, slots=True)
 class AttentionRun:
-    """Consecutive pairs of one length.
+    """Consecutive pairs of one length."""
 
-    Attributes:
-        pair: index of the first pair.
-        row: first packed row.
-        count: pairs in the run.
-        length: tokens of each.
-    """
-
-    pair: int
-    row: int
-    count: int
-    length: int
+    pair: int  # index of the first pair
+    row: int  # first packed row
+    count: int  # pairs in the run
+    length: int  # tokens of each
 
     @property
     def probe(self) -> int:
         """Length of the pairs with which its method is chosen."""
-        return next(length for most, length in PROBES.items() if self.length <= most)
+        return next(length for limit, length in PROBES.items() if self.length <= limit)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """How packed rows divide into pairs.
+    """How packed rows divide into pairs."""
 
-    Attributes:
-        runs: the pairs as runs of one length.
-        probes: the probe lengths of all runs.
-        offsets: int32 [pairs + 1].
-        firsts: int64 [pairs], each pair's first row.
-    """
-
-    runs: tuple[AttentionRun, ...]
-    probes: frozenset[int]
-    offsets: Tensor
-    firsts: Tensor
+    runs: tuple[AttentionRun, ...]  # the pairs as runs of one length
+    probes: frozenset[int]  # the probe lengths of all runs
+    offsets: Tensor  # int32 [pairs + 1]
+    firsts: Tensor  # int64 [pairs], each pair's first row
 
     @classmethod
     def of(cls, offsets: IntArray) -> AttentionLayout:

@@ -46,10 +46,7 @@ class Checkpoint:
         return frozenset(self._files)
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Map the named tensors and check their shapes.
-
-        Args:
-            shapes: tensor name → the shape that ``config.json`` implies.
+        """Map tensors by name and check their shapes against those that ``config.json`` implies.
 
         Raises:
             BadCheckpoint: a tensor is missing, has another shape, or cannot be read.
@@ -169,12 +166,7 @@ _SPAN = re.compile(r"(?P<low>[0-9a-f]+)-(?P<high>[0-9a-f]+) \S+ \S+ (?P<device>\
 
 
 class MappedPages:
-    """The memory pages of one table.
-
-    Args:
-        start: address of its first byte.
-        length: bytes.
-    """
+    """The memory pages of one table, from its first byte's address and its length in bytes."""
 
     def __init__(self, start: int, length: int) -> None:
         self._start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # only whole pages

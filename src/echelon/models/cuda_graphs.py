@@ -42,25 +42,17 @@ take memory from each other for ever."""
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A captured pass.
+    """A captured pass."""
 
-    Attributes:
-        replay: runs it again on the current inputs.
-        output: where it leaves its result.
-        drop: frees its memory.
-    """
-
-    replay: Callable[[], None]
-    output: Tensor
-    drop: Callable[[], None]
+    replay: Callable[[], None]  # runs it again on the current inputs
+    output: Tensor  # where it leaves its result
+    drop: Callable[[], None]  # frees its memory
 
 
 class CudaGraphs:
     """Runs a forward pass, from a graph if there is one; for one thread at a time.
 
-    Args:
-        forward: computes the logits of the step in a shape's inputs.
-        record: captures work; :class:`CudaRecorder` unless a test replaces it.
+    ``forward`` computes the logits of the step in a shape's inputs; ``record`` captures work.
     """
 
     def __init__(self, forward: Callable[[CaptureShape], Tensor], record: Record) -> None:

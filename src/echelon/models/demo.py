@@ -275,12 +275,7 @@ def _move_into_place(new: Path, folder: Path, aside: Path) -> None:
 
 
 def write_manifest(folder: Path, recipe: str) -> None:
-    """Write a manifest of all files into a flat, finished folder.
-
-    Args:
-        folder: the finished folder.
-        recipe: version of the build; a folder with another version counts as damaged.
-    """
+    """Write a manifest of all files into a finished folder; ``recipe`` is the build's version."""
     files = {
         path.name: {
             "bytes": path.stat().st_size,

@@ -69,11 +69,7 @@ one (``make test-portable``). Torch and oneDNN have their own (``ATEN_CPU_CAPABI
 
 
 def held_to_avx2() -> bool:
-    """Whether :data:`CPU_SWITCH` limits Echelon to AVX2; read at every call.
-
-    Raises:
-        InvalidInput: the variable has another value.
-    """
+    """Whether :data:`CPU_SWITCH` limits Echelon to AVX2; read at every call."""
     value = os.environ.get(CPU_SWITCH, "")
     if value not in {"", "avx2"}:
         raise InvalidInput(
@@ -91,11 +87,7 @@ def has_torch() -> bool:
 
 
 def require_torch() -> None:
-    """Import torch, with its thread and memory settings.
-
-    Raises:
-        MissingDependency: torch is not installed.
-    """
+    """Import torch with its thread and memory settings, or name the extra that installs it."""
     # Read once, when torch loads its OpenMP library; a user's own choice stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -112,12 +104,7 @@ def require_torch() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for the ``device`` option.
-
-    Raises:
-        InvalidInput: CUDA is requested and not available.
-        MissingDependency: torch is not installed.
-    """
+    """The device for the ``device`` option; :class:`InvalidInput` if it does not exist."""
     require_torch()
     import torch
 
@@ -141,14 +128,12 @@ def choose_precision(precision: str, device: torch.device) -> str:
     """The precision for the ``precision`` option without a profile.
 
     ``auto`` is fp32 on CPU, and fp16 on CUDA (the most accurate of the fast ones, measured).
-
-    Raises:
-        InvalidInput: int8 where it would be slow or inexact.
+    int8 is refused where it would be slow or inexact.
     """
     if precision == "int8" and not (device.type == "cpu" and multiplies_int8()):
         raise InvalidInput(
             "precision",
-            f"int8 is not to be had on {device_name(device)}",
+            f"{device_name(device)} has no int8 instructions that Echelon uses",
             "It needs a CPU with VNNI or AMX. Use auto, fp32, bf16 or fp16.",
         )
     if precision != "auto":

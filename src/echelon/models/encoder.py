@@ -10,6 +10,7 @@ Weights are loaded layer by layer: mapped, converted and dropped before the next
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,7 @@ from echelon.models.layers import (
 from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from echelon.models.layers import Linear
     from echelon.types import FloatArray, IntArray
 
+    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
 
@@ -54,10 +56,7 @@ MIN_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Word, position and segment tables as on disk, and their norm.
-
-    On CPU the word table is a view of the checkpoint file: only rows in use are read into memory.
-    """
+    """Word, position and segment tables as on disk, and their norm; on CPU the words are mapped."""
 
     words: Tensor
     positions: Tensor
@@ -97,6 +96,7 @@ class Weights:
     embeddings: Embeddings
     layers: tuple[Layer, ...]
     head: Head
+    head_shape: tuple[int, int]  # attention heads, width of one
     loaded_bytes: int
 
 
@@ -135,11 +135,7 @@ class PackedScorer:
         self.info = native_info(architecture, weights, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.models.base.Scorer`.
-
-        Raises:
-            BadCheckpoint: a token id without an embedding.
-        """
+        """Score one step; see :class:`~echelon.models.base.Scorer`."""
         self._architecture.check_ids(batch.ids)
         step = with_filler(batch)
         return run_step(lambda: self._forward(step)[: len(batch)])
@@ -158,10 +154,13 @@ class PackedScorer:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         layout = AttentionLayout.of(batch.offsets)
         rows = Rows(self._embed(self._weights.embeddings, batch))
-        *layers, last = self._weights.layers
-        for layer in layers:
-            rows = self._layer(layer, rows, layout)
-        return self._weights.head(values_of(self._last_layer(last, rows, layout)))
+        return run_layers(
+            self._weights,
+            rows,
+            partial(attend, layout=layout),
+            lambda rows: rows[layout.firsts],
+            partial(attend_first, layout=layout),
+        )
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
         """[tokens, hidden]; summed in fp32 in every precision."""
@@ -181,24 +180,35 @@ class PackedScorer:
         on_device = torch.from_numpy(indices).to(self._device)
         return functional.embedding(on_device, table).float()
 
-    def _layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
-        query, key, value = split_heads(layer.qkv(rows), 3, self._architecture)
-        return finish(layer, attend(query, key, value, layout), rows)
 
-    def _last_layer(self, layer: Layer, rows: Rows, layout: AttentionLayout) -> Rows:
-        """Keys and values for all rows, everything else for each pair's first row."""
-        if layer.queries is None:
-            raise RuntimeError("This is a bug: the last layer was loaded like the others.")
-        firsts = rows[layout.firsts]
-        (query,) = split_heads(layer.queries(firsts), 1, self._architecture)
-        key, value = split_heads(layer.qkv(rows), 2, self._architecture)
-        return finish(layer, attend_first(query, key, value, layout), firsts)
+def run_layers(
+    weights: Weights,
+    rows: Rows,
+    attend_all: Attend,
+    take_firsts: Callable[[Rows], Rows],
+    attend_firsts: Attend,
+) -> Tensor:
+    """Logits [pairs] of embedded rows, with a device's attention for the step.
+
+    The last layer computes keys and values for all rows, the rest for each pair's first row.
+    """
+    *layers, last = weights.layers
+    for layer in layers:
+        query, key, value = split_heads(layer.qkv(rows), 3, weights.head_shape)
+        rows = finish(layer, attend_all(query, key, value), rows)
+    if last.queries is None:
+        raise RuntimeError("This is a bug: the last layer was loaded like the others.")
+    firsts = take_firsts(rows)
+    (query,) = split_heads(last.queries(firsts), 1, weights.head_shape)
+    key, value = split_heads(last.qkv(rows), 2, weights.head_shape)
+    firsts = finish(last, attend_firsts(query, key, value), firsts)
+    return weights.head(values_of(firsts))
 
 
-def split_heads(product: Product, parts: int, shape: Architecture) -> tuple[Tensor, ...]:
+def split_heads(product: Product, parts: int, head_shape: tuple[int, int]) -> tuple[Tensor, ...]:
     """[rows, parts × hidden] → ``parts`` of [rows, heads, size]."""
     values = materialize(product)
-    return values.view(len(values), parts, *shape.head_shape).unbind(1)
+    return values.view(len(values), parts, *head_shape).unbind(1)
 
 
 def finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
@@ -234,21 +244,7 @@ def load_weights(
     plan: LayerPlan,
     label: int,
 ) -> Weights:
-    """Load a native model; ``label`` is the index of the head's output that is the score.
-
-    Raises:
-        BadCheckpoint: the weights do not fit the configuration.
-    """
-    _refuse_more_layers(checkpoint, architecture)
-    with torch.inference_mode():
-        loader = _Loader(checkpoint, architecture, device, plan)
-        embeddings = loader.embeddings()
-        layers = tuple(loader.layer(i) for i in range(architecture.layers))
-        return Weights(embeddings, layers, loader.head(label), loader.loaded_bytes)
-
-
-def _refuse_more_layers(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Refuse weights with more layers than the configuration: they would score wrongly."""
+    """Load a native model; ``label`` is the index of the head's output that is the score."""
     surplus = f"{architecture.family.prefix}.encoder.layer.{architecture.layers}."
     if any(name.startswith(surplus) for name in checkpoint.names):
         raise BadCheckpoint(
@@ -256,6 +252,12 @@ def _refuse_more_layers(checkpoint: Checkpoint, architecture: Architecture) -> N
             f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
             "weights."
         )
+    with torch.inference_mode():
+        loader = _Loader(checkpoint, architecture, device, plan)
+        embeddings = loader.embeddings()
+        layers = tuple(loader.layer(i) for i in range(architecture.layers))
+        head = loader.head(label)
+    return Weights(embeddings, layers, head, architecture.head_shape, loader.loaded_bytes)
 
 
 class _Loader:
@@ -338,8 +340,7 @@ class _Loader:
         for part in ("weight", "bias"):
             tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
         # Always in fp32: a half-width logit has too few digits, so that different documents tie.
-        exact = (self._dense(tensors, name, dtype=torch.float32) for name in (dense, project))
-        return Head(*exact)
+        return Head(*(self._dense(tensors, name, dtype=torch.float32) for name in (dense, project)))
 
     def _linear(
         self, tensors: Tensors, *names: str, activation: str = "none", shift: float | None = None

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from echelon.models.cuda_graphs import CudaGraphs, CudaRecorder
 from echelon.models.device import DTYPES, release_memory, run_step
-from echelon.models.encoder import finish, native_info, split_heads
+from echelon.models.encoder import native_info, run_layers
 from echelon.models.layers import Rows, values_of
 from echelon.models.staging import LARGEST, CaptureShape, StepInputs, bucket_of, fill, read
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import Architecture
     from echelon.models.cuda_graphs import Record
-    from echelon.models.encoder import Embeddings, Layer, Weights
+    from echelon.models.encoder import Embeddings, Weights
     from echelon.types import FloatArray, TokenBatch
 
     Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", float], Tensor]
@@ -72,11 +72,7 @@ class CudaScorer:
         self.info = native_info(architecture, weights, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.models.base.Scorer`.
-
-        Raises:
-            BadCheckpoint: a token id without an embedding.
-        """
+        """Score one step; see :class:`~echelon.models.base.Scorer`."""
         self._architecture.check_ids(batch.ids)
         return run_step(lambda: self._step(batch).narrow(0, 0, len(batch)))
 
@@ -122,10 +118,15 @@ class CudaScorer:
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         rows = Rows(self._embed(self._weights.embeddings, inputs))
-        *layers, last = self._weights.layers
-        for layer in layers:
-            rows = self._layer(layer, rows, inputs)
-        return self._weights.head(values_of(self._last_layer(last, rows, inputs)))
+        all_rows = Spans(inputs.offsets, inputs.offsets, inputs.longest, inputs.longest)
+        firsts = Spans(inputs.singles, inputs.offsets, 1, inputs.longest)
+        return run_layers(
+            self._weights,
+            rows,
+            lambda query, key, value: self._attend(query, key, value, all_rows),
+            lambda rows: Rows(values_of(rows).index_select(0, inputs.firsts)),
+            lambda query, key, value: self._attend(query, key, value, firsts),
+        )
 
     def _embed(self, embeddings: Embeddings, inputs: StepInputs) -> Tensor:
         """[tokens, hidden]; summed in fp32 in every precision."""
@@ -136,21 +137,6 @@ class CudaScorer:
         else:
             rows += functional.embedding(inputs.segments, embeddings.segments)
         return embeddings.norm(rows).to(self._dtype)
-
-    def _layer(self, layer: Layer, rows: Rows, inputs: StepInputs) -> Rows:
-        query, key, value = split_heads(layer.qkv(rows), 3, self._architecture)
-        spans = Spans(inputs.offsets, inputs.offsets, inputs.longest, inputs.longest)
-        return finish(layer, self._attend(query, key, value, spans), rows)
-
-    def _last_layer(self, layer: Layer, rows: Rows, inputs: StepInputs) -> Rows:
-        """Keys and values for all rows, everything else for each pair's first row."""
-        if layer.queries is None:
-            raise RuntimeError("This is a bug: the last layer was loaded like the others.")
-        firsts = Rows(values_of(rows).index_select(0, inputs.firsts))
-        (query,) = split_heads(layer.queries(firsts), 1, self._architecture)
-        key, value = split_heads(layer.qkv(rows), 2, self._architecture)
-        spans = Spans(inputs.singles, inputs.offsets, 1, inputs.longest)
-        return finish(layer, self._attend(query, key, value, spans), firsts)
 
 
 FLASH_CAPABILITY = 8
@@ -169,19 +155,12 @@ NO_MASK = 0
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Which queries attend to which keys: both are cut into the same number of pairs.
+    """Which queries attend to which keys: both are cut into the same number of pairs."""
 
-    Attributes:
-        query_offsets: int32 [pairs + 1] on the device, first query row of each pair.
-        key_offsets: int32 [pairs + 1] on the device, first row of its keys and values.
-        max_queries: upper bound of a pair's queries; a higher one is slower, a lower one wrong.
-        max_keys: upper bound of a pair's keys.
-    """
-
-    query_offsets: Tensor
-    key_offsets: Tensor
-    max_queries: int
-    max_keys: int
+    query_offsets: Tensor  # int32 [pairs + 1] on the device, first query row of each pair
+    key_offsets: Tensor  # int32 [pairs + 1] on the device, first row of its keys and values
+    max_queries: int  # upper bound of a pair's queries; a higher one is slower, a lower one wrong
+    max_keys: int  # upper bound of a pair's keys
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, size: int) -> Attention:

@@ -46,11 +46,11 @@ class FakeScorer:
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Hash each pair's tokens; see :class:`~echelon.models.base.Scorer`."""
-        paid = step_cost(batch.lengths, self.info.padding) + self._stale_tokens
+        tokens = step_cost(batch.lengths, self.info.padding) + self._stale_tokens
         if self.info.precision != "fp32":
-            paid //= 2
-        if self._memory_tokens is not None and paid > self._memory_tokens:
-            raise DeviceOutOfMemory(f"{paid} tokens over {self._memory_tokens}")
+            tokens //= 2
+        if self._memory_tokens is not None and tokens > self._memory_tokens:
+            raise DeviceOutOfMemory(f"{tokens} tokens over {self._memory_tokens}")
         self.batches.append(batch)
         bounds = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
         hashes = [zlib.crc32(batch.ids[start:end].tobytes()) for start, end in bounds]

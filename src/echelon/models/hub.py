@@ -246,15 +246,12 @@ _REMEDY = "Give a folder, a hub name such as owner/name, or 'demo'."
 class ModelFolder:
     """A model on disk.
 
-    Attributes:
-        path: absolute path of its folder.
-        name: the hub's name, the folder's own name, or ``demo``.
-        revision: the hub's commit, a fingerprint of a local folder's config and weight files, or
-            the first digits of the demo model's sha256.
+    The revision is the hub's commit, a fingerprint of a local folder's config and weight files, or
+    the first digits of the demo model's sha256.
     """
 
-    path: Path
-    name: str
+    path: Path  # absolute
+    name: str  # the hub's name, the folder's own name, or ``demo``
     revision: str
 
 

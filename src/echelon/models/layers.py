@@ -52,17 +52,11 @@ the next, and the calls are few enough. Half and twice as many were slower."""
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of activations: as numbers, as eight-bit codes, or both.
+    """Rows of activations: as numbers, as eight-bit codes, or both."""
 
-    Attributes:
-        values: [rows, width]; None if only codes are needed.
-        codes: uint8 [rows, width], ``round(x / scale) + 128``, or from 0 on if shifted.
-        scales: float32 [rows].
-    """
-
-    values: Tensor | None
-    codes: Tensor | None = None
-    scales: Tensor | None = None
+    values: Tensor | None  # [rows, width]; None if only codes are needed
+    codes: Tensor | None = None  # uint8 [rows, width], ``round(x / scale) + 128``; +0 if shifted
+    scales: Tensor | None = None  # float32 [rows]
 
     def __getitem__(self, index: Tensor) -> Rows:
         """Some of the rows."""
@@ -72,19 +66,12 @@ class Rows:
 
 @dataclass(slots=True)
 class Product:
-    """Output of a linear layer; its true value is ``values * scales + bias + residual``.
+    """Output of a linear layer; its true value is ``values * scales + bias + residual``."""
 
-    Attributes:
-        values: [rows, out].
-        scales: float32 [rows], or None for 1.
-        bias: float32 [out], or None for 0.
-        residual: [rows, out], or None for 0.
-    """
-
-    values: Tensor
-    scales: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
+    values: Tensor  # [rows, out]
+    scales: Tensor | None = None  # float32 [rows], or None for 1
+    bias: Tensor | None = None  # float32 [out], or None for 0
+    residual: Tensor | None = None  # [rows, out], or None for 0
 
     def part(self, rows: slice) -> Product:
         """Some of the rows."""
@@ -248,15 +235,10 @@ TYPICAL_ROWS = 512
 
 
 class Linear(Protocol):
-    """A linear layer.
+    """A linear layer."""
 
-    Attributes:
-        quantized: it multiplies codes, and uses the rows' codes if they have any.
-        activated: it applies the activation itself.
-    """
-
-    quantized: bool
-    activated: bool
+    quantized: bool  # it multiplies codes, and uses the rows' codes if they have any
+    activated: bool  # it applies the activation itself
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """[rows, in] → [rows, out], the residual added or pending."""

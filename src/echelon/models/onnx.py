@@ -42,12 +42,6 @@ def find_graph(folder: Path) -> Path | None:
 class OnnxScorer:
     """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU.
 
-    Args:
-        graph: the ``.onnx`` file.
-        config: the folder's parsed ``config.json``.
-        threads: CPU threads of one forward pass.
-        label: index of the head's output that is the score.
-
     Raises:
         MissingDependency: onnxruntime is not installed.
         BadCheckpoint: the file cannot be read.
@@ -107,11 +101,7 @@ def graph_precision(graph: Path) -> str:
 
 
 def graph_config(folder: Path) -> dict[str, Any]:
-    """The folder's configuration, or one for a graph that was exported without it.
-
-    Raises:
-        BadCheckpoint: a file cannot be read.
-    """
+    """The folder's configuration, or one for a graph that was exported without it."""
     if (folder / "config.json").is_file():
         return read_config(folder)
     limit = UNBOUNDED_MAX_TOKENS

@@ -111,11 +111,7 @@ class Node(NamedTuple):
 
 
 def read_graph(data: bytes) -> tuple[dict[str, Array], list[Node]]:
-    """A model's stored tensors by name, and its operations in order.
-
-    Raises:
-        BadCheckpoint: the bytes are cut short, are not ONNX, or hold an unknown type.
-    """
+    """A model's stored tensors by name, and its operations in order."""
     try:
         graph = _message(_message(memoryview(data))[_GRAPH][-1])
         tensors = dict(_tensor(_message(item)) for item in graph.get(_INITIALIZER, ()))
@@ -132,9 +128,6 @@ def float_weights(data: bytes) -> dict[str, FloatArray]:
     A quantised tensor means ``(q - zero_point) * scale``, per tensor or per last axis. ONNX
     multiplies by [in, out] where a torch Linear keeps [out, in], and exports rename such tensors:
     they are transposed and named after the layer that multiplies by them.
-
-    Raises:
-        BadCheckpoint: the file is damaged, or a quantised tensor lacks its scale or zero point.
     """
     tensors, nodes = read_graph(data)
     layers = {node.inputs[1]: node for node in nodes if node.kind == "MatMulInteger"}

@@ -2,7 +2,7 @@
 
 A new model family touches at most three files: :mod:`echelon.models.architecture`, whose
 ``NATIVE_FAMILIES`` lists it with its tensor names and rules; a module with its forward pass, unless
-:mod:`echelon.models.encoder` runs it; and this one, where :func:`_open_native` opens it.
+:mod:`echelon.models.encoder` runs it; and this one, where :func:`_open_weights` opens it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from echelon.models.architecture import (
     read_config,
     require_head,
 )
+from echelon.models.checkpoint import Checkpoint
 from echelon.models.device import (
     candidate_precisions,
     choose_device,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from echelon.models.architecture import Architecture
     from echelon.models.base import Scorer
     from echelon.types import TokenBatch
 
@@ -93,12 +93,7 @@ def open_scorer(
 
 
 def require_model(folder: Path) -> None:
-    """Refuse a folder without any model.
-
-    Raises:
-        ModelNotFound: no ``config.json`` and no ONNX graph.
-        BadCheckpoint: a ``config.json`` that cannot be read.
-    """
+    """Raise :class:`ModelNotFound` for a folder without ``config.json`` and ONNX graph."""
     if find_graph(folder) is None:
         read_config(folder)
 
@@ -133,19 +128,14 @@ def may_choose_int8(folder: Path, device: str) -> bool:
 
 
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:
-    """Relative error of each linear layer's output in int8, largest first.
-
-    Args:
-        folder: a native model.
-        batches: steps on which the errors are measured.
-    """
-    architecture = native_architecture(folder, read_config(folder))
-    if architecture is None:
+    """Relative error of each linear layer in int8 on ``batches``, largest first."""
+    config = read_config(folder)
+    if native_architecture(folder, config) is None:
         raise RuntimeError("This is a bug: only native models have int8 layers.")
     errors: dict[str, float] = {}
-    plan = LayerPlan("bf16", errors=errors)
     device = choose_device("cpu")
-    scorer = _open_native(folder, architecture, device, plan, set_threads(None, device), 0)
+    plan = LayerPlan("bf16", errors=errors)
+    scorer = _open_weights(folder, config, device, plan, set_threads(None, device), 0)
     for batch in batches:
         scorer.score(batch)
     scorer.close()
@@ -161,34 +151,21 @@ def _open_weights(
     label: int,
 ) -> Scorer:
     architecture = native_architecture(folder, config)
-    if architecture is not None:
-        return _open_native(folder, architecture, device, plan, threads, label)
-    if plan.precision == "int8":
-        raise InvalidInput(
-            "precision",
-            f"int8 is not built for {config['model_type']} models",
-            "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
-        )
-    from echelon.models.transformers import GenericScorer
+    if architecture is None:
+        if plan.precision == "int8":
+            raise InvalidInput(
+                "precision",
+                f"int8 is not built for {config['model_type']} models",
+                "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
+            )
+        from echelon.models.transformers import GenericScorer
 
-    return GenericScorer(folder, config, device, plan.precision, threads, label)
-
-
-def _open_native(
-    folder: Path,
-    architecture: Architecture,
-    device: torch.device,
-    plan: LayerPlan,
-    threads: int,
-    label: int,
-) -> Scorer:
-    from echelon.models.checkpoint import Checkpoint
+        return GenericScorer(folder, config, device, plan.precision, threads, label)
     from echelon.models.encoder import PackedScorer, load_weights
+    from echelon.models.encoder_cuda import CudaScorer
 
     weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
     if device.type == "cuda":
-        from echelon.models.encoder_cuda import CudaScorer
-
         return CudaScorer(architecture, weights, device, plan.precision)
     return PackedScorer(architecture, weights, device, plan.precision, threads)
 

@@ -38,17 +38,11 @@ GROWTH = 4
 
 @dataclass(frozen=True, slots=True)
 class CaptureShape:
-    """Capacity of a block.
-
-    Attributes:
-        tokens: rows.
-        pairs: pairs.
-        longest: tokens of the longest pair.
-    """
+    """Capacity of a block."""
 
     tokens: int
     pairs: int
-    longest: int
+    longest: int  # tokens of the longest pair
 
     @classmethod
     def of(cls, batch: TokenBatch) -> CaptureShape:
@@ -81,25 +75,15 @@ LARGEST = CaptureShape(MAX_TOKENS, MAX_PAIRS, MAX_TOKENS)
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step on the device.
+    """A step on the device."""
 
-    Attributes:
-        ids: int32 [tokens].
-        positions: int32 [tokens].
-        segments: int32 [tokens], or None if the model does not read them.
-        offsets: int32 [pairs + 1], first row of each pair.
-        firsts: int32 [pairs], the same without the end.
-        singles: int32 [pairs + 1], offsets of one row a pair.
-        longest: upper bound of the longest pair's tokens.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    segments: Tensor | None
-    offsets: Tensor
-    firsts: Tensor
-    singles: Tensor
-    longest: int
+    ids: Tensor  # int32 [tokens]
+    positions: Tensor  # int32 [tokens]
+    segments: Tensor | None  # int32 [tokens], or None if the model does not read them
+    offsets: Tensor  # int32 [pairs + 1], first row of each pair
+    firsts: Tensor  # int32 [pairs], first row of each pair, for the last layer
+    singles: Tensor  # int32 [pairs + 1], offsets of one row a pair
+    longest: int  # upper bound of the longest pair's tokens
 
 
 def bucket_of(shape: CaptureShape) -> CaptureShape | None:
@@ -114,27 +98,21 @@ def bucket_of(shape: CaptureShape) -> CaptureShape | None:
     )
 
 
-def _grown(least: int, wanted: int) -> int:
-    """The first of ``smallest``, 4 · ``smallest``, 16 · ``smallest``, … that is enough."""
-    while least < wanted:
-        least *= GROWTH
-    return least
+def _grown(size: int, needed: int) -> int:
+    """The first of ``size``, 4 · ``size``, 16 · ``size``, … that is enough."""
+    while size < needed:
+        size *= GROWTH
+    return size
 
 
 def fill(
     block: IntArray, shape: CaptureShape, batch: TokenBatch, positions: IntArray, *, segments: bool
 ) -> None:
-    """Write a batch into a block.
+    """Write a batch into a block of int32, whose shape is at least the batch's.
 
     Surplus rows get id and position 0, which every model has. A surplus pair begins where the last
-    pair ends; its first row is row 0, because a row behind the last one may not exist.
-
-    Args:
-        block: int32 [shape.size].
-        shape: the block's capacity, at least the batch.
-        batch: ids, segment ids and offsets.
-        positions: int32 [tokens].
-        segments: whether the model reads segment ids; a batch without any means zeros.
+    pair ends; its first row is row 0, because a row behind the last one may not exist. ``segments``
+    is whether the model reads segment ids; a batch without any means zeros.
     """
     tokens, pairs = len(batch.ids), len(batch)
     parts = {name: block[where] for name, where in shape.sections(segments=segments).items()}

@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 class GenericScorer:
     """A :class:`~echelon.models.base.Scorer` around ``AutoModelForSequenceClassification``.
 
-    Args:
-        folder: model folder.
-        config: its parsed ``config.json``.
-        device: the device that computes.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        threads: CPU threads in use; 0 on other devices.
-        label: index of the head's output that is the score.
-
     Raises:
         UnsupportedModel: transformers does not know the architecture.
         BadCheckpoint: the weights do not fit it.

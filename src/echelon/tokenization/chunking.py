@@ -24,15 +24,10 @@ by a border is complete in one of the two, for 14 % more work."""
 
 @dataclass(frozen=True, slots=True)
 class ChunkMap:
-    """Maps chunks back to their documents.
+    """Maps chunks back to their documents."""
 
-    Attributes:
-        starts: int32 [documents], index of each document's first chunk.
-        cut: int32 [documents], tokens of query and document that no chunk holds.
-    """
-
-    starts: IntArray
-    cut: IntArray
+    starts: IntArray  # int32 [documents], index of each document's first chunk
+    cut: IntArray  # int32 [documents], tokens of query and document that no chunk holds
 
     def best(self, logits: FloatArray) -> FloatArray:
         """float32 [chunks] → float32 [documents]: each document's highest logit."""
@@ -46,15 +41,10 @@ class ChunkMap:
 
 
 def spans(length: int, window: int, max_chunks: int | None = None) -> list[tuple[int, int]]:
-    """Begin and end of each chunk of a document.
+    """Begin and end of each chunk of ``window`` tokens in a document of ``length`` tokens.
 
     The last chunk is as long as the others and ends where the document ends, unless ``max_chunks``
     is reached before.
-
-    Args:
-        length: tokens of the document.
-        window: tokens of a chunk, at least 1.
-        max_chunks: None for no limit.
     """
     if length <= window:
         return [(0, length)]

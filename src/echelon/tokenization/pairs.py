@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 class Template:
     """The special tokens around a pair: ``before query between document after``.
 
-    Attributes:
-        before: ids before the query, such as ``[CLS]``.
-        between: ids between query and document.
-        after: ids after the document.
-        types: segment ids of the five parts; None where the model has one segment only.
-        side: side from which tokens are removed: ``left`` or ``right``.
+    ``types`` are segment ids of the five parts, None if the model has one segment only; ``side`` is
+    the side from which tokens are removed.
     """
 
     before: tuple[int, ...]
@@ -51,25 +47,15 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPairs:
-    """Pairs as token ids, not yet joined so that they can be cut shorter later.
+    """Pairs as token ids, not yet joined so that they can be cut shorter later."""
 
-    Attributes:
-        template: special tokens of the model.
-        queries: int32 ids of each pair's query; pairs with the same query share the array.
-        documents: int32 ids of each pair's document.
-        kept: int32 [pairs, 2], query and document tokens that each pair keeps.
-        lengths: int32 [pairs], tokens of each pair with special tokens.
-        truncation: the mode they were cut in.
-        places: index of each pair in the caller's list, for messages.
-    """
-
-    template: Template
-    queries: Sequence[IntArray]
-    documents: Sequence[IntArray]
-    kept: IntArray
-    lengths: IntArray
-    truncation: Truncation
-    places: Sequence[int]
+    template: Template  # special tokens of the model
+    queries: Sequence[IntArray]  # int32 ids; pairs with the same query share the array
+    documents: Sequence[IntArray]  # int32 ids
+    kept: IntArray  # int32 [pairs, 2], query and document tokens that each pair keeps
+    lengths: IntArray  # int32 [pairs], tokens of each pair with special tokens
+    truncation: Truncation  # the mode they were cut in
+    places: Sequence[int]  # index of each pair in the caller's list, for messages
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -167,10 +153,7 @@ def gather(picks: Sequence[tuple[EncodedPairs, int]]) -> TokenBatch:
 class TruncationImpossible(ValueError):
     """A query fills the whole pair and the mode does not allow cutting it.
 
-    Attributes:
-        index: the pair's index in the caller's list.
-        query_tokens: tokens of its query.
-        room: tokens that query and document share.
+    ``index`` is the pair's in the caller's list; ``room`` what query and document share.
     """
 
     def __init__(self, index: int, query_tokens: int, room: int) -> None:
@@ -186,11 +169,7 @@ def encode_pairs(
     truncation: Truncation,
     places: Sequence[int] | None = None,
 ) -> EncodedPairs:
-    """Cut each pair to ``max_length``.
-
-    Raises:
-        TruncationImpossible: see :func:`truncate`.
-    """
+    """Cut each pair to ``max_length``; :class:`TruncationImpossible` as in :func:`truncate`."""
     none = np.zeros((len(documents), 2), dtype=np.int32)
     numbered = range(len(documents)) if places is None else places
     pairs = EncodedPairs(template, queries, documents, none, none[:, 0], truncation, numbered)

@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int ROWS = 6;    // query rows at a time
-constexpr int BLOCKS = 4;  // blocks of sixteen keys at a time: 24 accumulators and room to load
+constexpr int BLOCKS = 4;  // blocks of sixteen keys at a time: 24 accumulators, the other registers load
 
 struct Scratch {
     __m512i* keys;    // [blocks, size / 2]
@@ -132,11 +132,11 @@ INLINE void score_rows(const Task& task, const bf16* query, const Scratch& scrat
 // Softmax of one row without its division: writes bf16 weights, returns their sum. The scale comes
 // with log2(e) in it.
 INLINE float soften(const float* scores, bf16* to, int keys, int blocks, float scale) {
-    const __m512 least = _mm512_set1_ps(-3.0e38f);
+    const __m512 lowest = _mm512_set1_ps(-3.0e38f);
     const __mmask16 end = lanes(keys - 16 * (blocks - 1));
-    __m512 most = _mm512_mask_load_ps(least, end, scores + 16 * (blocks - 1));
-    for (int b = 0; b + 1 < blocks; ++b) most = _mm512_max_ps(most, _mm512_load_ps(scores + 16 * b));
-    const __m512 shift = _mm512_set1_ps(-scale * _mm512_reduce_max_ps(most));
+    __m512 top = _mm512_mask_load_ps(lowest, end, scores + 16 * (blocks - 1));
+    for (int b = 0; b + 1 < blocks; ++b) top = _mm512_max_ps(top, _mm512_load_ps(scores + 16 * b));
+    const __m512 shift = _mm512_set1_ps(-scale * _mm512_reduce_max_ps(top));
     const __m512 factor = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
     for (int b = 0; b < blocks; ++b) {

@@ -15,7 +15,7 @@ struct Pending {
     const float* bias;
 };
 
-INLINE __m512 settle(const bf16* product, const Pending& pending, __m512 scale, int64_t column, __mmask16 mask) {
+INLINE __m512 materialize(const bf16* product, const Pending& pending, __m512 scale, int64_t column, __mmask16 mask) {
     __m512 x = load_bf16(product + column, mask);
     if (pending.scales != nullptr) x = _mm512_mul_ps(x, scale);
     if (pending.bias != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, pending.bias + column));
@@ -27,16 +27,16 @@ INLINE __m512 row_scale(const Pending& pending, int64_t row) {
 }
 
 INLINE float largest(const float* values, int64_t width) {
-    __m512 most = _mm512_setzero_ps();
+    __m512 top = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += LANES)
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - c), values + c)));
-    return _mm512_reduce_max_ps(most);
+        top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - c), values + c)));
+    return _mm512_reduce_max_ps(top);
 }
 
-// codes = round((value + shift) / scale) + zero; returns the scale, by which `most` becomes `range`.
-INLINE float quantize(const float* values, int64_t width, float most, float range, float shift, int zero,
+// codes = round((value + shift) / scale) + zero; returns the scale, by which `top` becomes `range`.
+INLINE float quantize(const float* values, int64_t width, float top, float range, float shift, int zero,
                       uint8_t* codes) {
-    const float scale = most > 0.0f ? most / range : 1.0f;
+    const float scale = top > 0.0f ? top / range : 1.0f;
     const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     const __m512 origin = _mm512_set1_ps(shift / scale + zero);
     for (int64_t c = 0; c < width; c += LANES) {
@@ -53,7 +53,7 @@ TARGET void norm_row(const bf16* product, const bf16* residual, const Pending& p
     __m512 sum = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += LANES) {
         const __mmask16 mask = lanes(width - c);
-        const __m512 x = _mm512_add_ps(settle(product, pending, scale, c, mask), load_bf16(residual + c, mask));
+        const __m512 x = _mm512_add_ps(materialize(product, pending, scale, c, mask), load_bf16(residual + c, mask));
         _mm512_mask_storeu_ps(scratch + c, mask, x);
         sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, x));
     }
@@ -77,14 +77,14 @@ TARGET void norm_row(const bf16* product, const bf16* residual, const Pending& p
 
 template <int kind>
 TARGET float activate_row(const bf16* product, const Pending& pending, __m512 scale, int64_t width, float* scratch) {
-    __m512 most = _mm512_setzero_ps();
+    __m512 top = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += LANES) {
         const __mmask16 mask = lanes(width - c);
-        const __m512 y = activate<kind>(settle(product, pending, scale, c, mask));
+        const __m512 y = activate<kind>(materialize(product, pending, scale, c, mask));
         _mm512_mask_storeu_ps(scratch + c, mask, y);
-        most = _mm512_max_ps(most, _mm512_maskz_mov_ps(mask, y));
+        top = _mm512_max_ps(top, _mm512_maskz_mov_ps(mask, y));
     }
-    return _mm512_reduce_max_ps(most);
+    return _mm512_reduce_max_ps(top);
 }
 
 TARGET float activate_row(int kind, const bf16* product, const Pending& pending, __m512 scale, int64_t width,
@@ -127,8 +127,8 @@ EXPORT TARGET void echelon_quantize(const bf16* rows, int64_t count, int64_t wid
         for (int64_t r = 0; r < count; ++r) {
             const Pending none = {nullptr, nullptr};
             activate_row<NONE>(rows + r * width, none, _mm512_setzero_ps(), width, scratch.data());
-            const float most = largest(scratch.data(), width);
-            scales[r] = quantize(scratch.data(), width, most, 127.0f, 0.0f, 128, codes + r * width);
+            const float top = largest(scratch.data(), width);
+            scales[r] = quantize(scratch.data(), width, top, 127.0f, 0.0f, 128, codes + r * width);
         }
     }
 }
@@ -147,8 +147,8 @@ EXPORT TARGET void echelon_add_norm(const bf16* product, const float* scales, co
             norm_row(product + at, residual + at, pending, row_scale(pending, r), width, gamma, beta, epsilon,
                      scratch.data(), out + at);
             if (codes != nullptr) {
-                const float most = largest(scratch.data(), width);
-                code_scales[r] = quantize(scratch.data(), width, most, 127.0f, 0.0f, 128, codes + at);
+                const float top = largest(scratch.data(), width);
+                code_scales[r] = quantize(scratch.data(), width, top, 127.0f, 0.0f, 128, codes + at);
             }
         }
     }
@@ -166,9 +166,9 @@ EXPORT TARGET void echelon_activate(const bf16* product, const float* scales, co
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < count; ++r) {
             const int64_t at = r * width;
-            const float most = activate_row(kind, product + at, pending, row_scale(pending, r), width, scratch.data());
+            const float top = activate_row(kind, product + at, pending, row_scale(pending, r), width, scratch.data());
             if (codes != nullptr)
-                code_scales[r] = quantize(scratch.data(), width, most + shift, 255.0f, shift, 0, codes + at);
+                code_scales[r] = quantize(scratch.data(), width, top + shift, 255.0f, shift, 0, codes + at);
             else
                 store_row(scratch.data(), width, out + at);
         }

@@ -29,7 +29,7 @@ def test_a_cached_copy_serves_with_a_warning_when_the_hub_is_gone(server: StandI
         assert resolve(REPO) == first
 
 
-def test_a_cached_copy_serves_with_a_warning_when_the_hub_is_ill(server: StandIn) -> None:
+def test_a_cached_copy_serves_with_a_warning_when_the_hub_fails(server: StandIn) -> None:
     server.add(REPO, NEW, PLAIN)
     first = resolve(REPO)
     server.broken = True

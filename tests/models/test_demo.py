@@ -83,8 +83,8 @@ def _flip(folder: Path) -> None:
 
 
 def _other_recipe(folder: Path) -> None:
-    facts = json.loads((folder / demo._MANIFEST).read_text("utf-8"))
-    (folder / demo._MANIFEST).write_text(json.dumps(facts | {"recipe": "0"}), "utf-8")
+    manifest = json.loads((folder / demo._MANIFEST).read_text("utf-8"))
+    (folder / demo._MANIFEST).write_text(json.dumps(manifest | {"recipe": "0"}), "utf-8")
 
 
 def _replace_by_file(folder: Path) -> None:
