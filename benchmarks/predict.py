@@ -59,22 +59,22 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     encoder = PairEncoder(folder)
     scorer = open_scorer(folder, device=arguments.device, precision=arguments.precision)
     try:
-        facts = scorer.info
-        limits = LengthRange(min(LONGEST, facts.max_tokens), arguments.budget, facts.padding)
+        info = scorer.info
+        limits = LengthRange(min(LONGEST, info.max_tokens), arguments.budget, info.padding)
         steps = StepFactory(encoder, load_texts(None, language="en"), limits.longest)
 
         def run(shape: Lengths) -> None:
             scorer.score(steps.batch(shape))
 
         prior = scaled_prior(
-            run, limits, DEFAULT_COEFFICIENTS[facts.device.partition(":")[0]], monotonic
+            run, limits, DEFAULT_COEFFICIENTS[info.device.partition(":")[0]], monotonic
         )
         chosen = choose(limits, prior, arguments.seconds / 2 / (1 + MIN_ROUNDS))
         known = {*chosen.probes, *chosen.checks}
         others = [s for s in dict.fromkeys(limits.mixed(10 * UNSEEN, SEED)) if s not in known]
         unseen = set(others[: arguments.shapes])
         shapes = [*known, *unseen]
-        measured = measure(shapes, run, meter_of(facts.device), monotonic, arguments.seconds)
+        measured = measure(shapes, run, meter_of(info.device), monotonic, arguments.seconds)
     finally:
         scorer.close()
     by_lengths = {probe.lengths: probe for probe in measured}
@@ -87,9 +87,9 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
         raise TooNoisy(f"{name}: {' '.join(found.warnings)}")
     return {
         "model": name,
-        "precision": facts.precision,
-        "device": facts.device_name,
-        "threads": facts.threads,
+        "precision": info.precision,
+        "device": info.device_name,
+        "threads": info.threads,
         "fit": found.cost,
         "memory": found.memory,
         **compared([p for p in measured if p.lengths in unseen], CostFit.from_dict(found.cost)),

@@ -1,7 +1,7 @@
-"""The settings chosen for the four scenarios beside static batch sizes from 1 to 32.
+"""Compares the settings chosen for the four scenarios with static batch sizes from 1 to 32.
 
-Tunes once, then lets `echelon tune --scenario` choose and prove for each scenario. What was chosen
-and the static sizes then take turns: the same requests for all, in rounds whose order alternates.
+Tunes once, then runs `echelon tune --scenario` for each scenario. The chosen settings and the
+static sizes are then measured in turn with the same requests, in rounds whose order alternates.
 
     python benchmarks/scenarios.py                      # the demo model, about 25 minutes
     python benchmarks/scenarios.py --scenarios api      # one of them; the others' results are kept
@@ -32,8 +32,8 @@ from echelon.profile import Profile, library_versions, write_json, write_text
 from echelon.reports.summary import TITLES, scenario_summary
 from echelon.reports.wording import step
 from echelon.tuning.scenario_model import open_for_scenario
-from static_baselines import Contest, beside_static
-from static_words import in_words
+from static_baselines import Comparison, rank_among_static
+from static_ranking import in_words
 
 if TYPE_CHECKING:
     from echelon.tuning.goal import ScenarioGoal
@@ -46,18 +46,19 @@ LOADS: dict[str, dict[str, Any]] = {
     "edge": {"--documents": "1-10"},
     "concurrent": {"--slo-p99-ms": 1000, "--rate": 12, "--documents": "10", "--tokens": "20-60"},
 }
-"""What is asked of each scenario. By the demo model's fitted step times two cores bear 30 and 19
-such requests a second, and 19 and 11 one pair a step: static 1 is too slow for the second."""
+"""Flags of each scenario. By the demo model's fitted step times two cores hold 30 and 19 such
+requests per second, and 19 and 11 with one pair per step: static 1 is too slow for
+``concurrent``."""
 
 SHARES = {"api": 1.0, "concurrent": 1.0, "offline": 0.5, "edge": 0.5}
-"""Of the seconds of a run: where nobody waits in a queue, less is needed."""
+"""Shares of the seconds of a run: without a queue, less time is needed."""
 
 MISSED = 8
-"""Exit code of a goal missed in reality: a result too."""
+"""Exit code for a missed goal, which is also a result."""
 
 
 def tune(arguments: argparse.Namespace, folder: Path) -> Path:
-    """What the machine can do; the profile that all scenarios begin with."""
+    """Tune once: all scenarios start from this profile."""
     profile = folder / "profile.json"
     options = {"--profile": profile, "--report": folder / "report.html"}
     _echelon(arguments, options | {"--time-limit": arguments.time_limit})
@@ -65,7 +66,7 @@ def tune(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, Any]:
-    """One scenario's entry of the profile, with its standing and the command that gave it."""
+    """Measure one scenario: the profile's entry, its ranking, and the command."""
     profile = tuned.with_name(f"{name}.json")
     profile.write_bytes(tuned.read_bytes())
     seconds = SHARES[name] * arguments.seconds
@@ -80,10 +81,10 @@ def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, 
     found = Profile.load(profile)
     if found.scenario is None or found.scenario["measured"] is None:
         raise SystemExit(
-            f"{name}: nothing was proved. {found.scenario and found.scenario['notes']}"
+            f"{name}: nothing was validated. {found.scenario and found.scenario['notes']}"
         )
     try:
-        static = compared(found, ask(asked), arguments, profile.with_name("static.json"))
+        static = compared(found, goal_of(asked), arguments, profile.with_name("static.json"))
     except EchelonError as error:
         raise SystemExit(f"{name}: nothing was compared. {error}") from error
     entry = {k: v for k, v in found.scenario.items() if k not in {"tried", "rounds"}}
@@ -100,8 +101,8 @@ def measure(name: str, arguments: argparse.Namespace, tuned: Path) -> dict[str, 
     }
 
 
-def ask(asked: dict[str, Any]) -> ScenarioGoal:
-    """What the flags of a scenario ask for."""
+def goal_of(asked: dict[str, Any]) -> ScenarioGoal:
+    """The goal that the flags of a scenario give."""
     values = {flags[0]: None for flags, _ in SCENARIO_FLAGS} | asked
     values["--verify-s"] = float(asked["--verify-s"])
     found = scenario_goal({flag[2:].replace("-", "_"): value for flag, value in values.items()})
@@ -113,9 +114,9 @@ def ask(asked: dict[str, Any]) -> ScenarioGoal:
 def compared(
     found: Profile, asked: ScenarioGoal, arguments: argparse.Namespace, file: Path
 ) -> dict[str, Any]:
-    """Where a scenario's settings stand among static batch sizes."""
+    """Rank a scenario's settings among static batch sizes."""
     model = open_for_scenario(arguments.model, Options(), None, asked)
-    return beside_static(Contest.of(model, found, asked, file), arguments.rounds)
+    return rank_among_static(Comparison.of(model, found, asked, file), arguments.rounds)
 
 
 def _echelon(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -170,7 +171,7 @@ def page(content: dict[str, Any]) -> str:
 
 
 def merged(kept: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """New scenarios in place of old ones; others stay, if machine and model are the same."""
+    """Replace old scenarios; the others are kept if machine and model are the same."""
     same = all(kept.get(key) == content[key] for key in ("machine", "model"))
     found = (kept["scenarios"] if same else {}) | content["scenarios"]
     return content | {"scenarios": {name: found[name] for name in LOADS if name in found}}

@@ -1,7 +1,7 @@
-"""Static batch sizes beside the chosen settings: the same requests, in turns, round after round.
+"""Measures static batch sizes and the chosen settings with the same requests, in turn, in rounds.
 
-A static one is bounded in pairs and in nothing else, but for the tokens that were too many for
-memory. Everything else is as chosen: precision, length, threads, workers.
+A step of a static setting is limited by its number of pairs, and by tokens only where more of them
+did not fit in memory. Precision, length, threads and workers are those of the chosen settings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from echelon.tuning.validation import (
     validation_of_reranker,
 )
 from echelon.tuning.validation_targets import RerankRun, RerankTask, run
-from static_standing import Rival, standing
+from static_ranking import MeasuredSettings, ranking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,11 +45,11 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
-    """What the settings are compared under.
+class Comparison:
+    """What the settings are compared with.
 
     Attributes:
-        profile: with a scenario's settings, which were proved.
+        profile: with the validated settings of a scenario.
         context: what for, and how settings are run; its file is written for each run.
     """
 
@@ -57,8 +57,10 @@ class Contest:
     context: ValidationContext
 
     @classmethod
-    def of(cls, model: ScenarioModel, profile: Profile, goal: ScenarioGoal, file: Path) -> Contest:
-        """The contest of a profile's settings; ``file`` is written for each run."""
+    def of(
+        cls, model: ScenarioModel, profile: Profile, goal: ScenarioGoal, file: Path
+    ) -> Comparison:
+        """Compare a profile's settings; ``file`` is written for each run."""
         settings = replace(profile.settings, max_length=model.options.max_length)
         tokens = goal.tokens or lengths_of(replace(profile, settings=settings))
         if tokens is None:
@@ -82,22 +84,24 @@ class Contest:
             found["max_length"],
         )
 
-    def entered(self) -> list[tuple[Candidate, Rival]]:
-        """All that take part: the chosen settings, then the static ones."""
-        chosen, most = self.chosen(), largest_budget(self.profile)
-        static = [(replace(chosen, token_budget=most, max_pairs=n), Rival(n)) for n in SIZES]
-        return [(chosen, Rival(None)), *static]
+    def settings(self) -> list[tuple[Candidate, MeasuredSettings]]:
+        """All settings: the chosen ones, then the static ones."""
+        chosen, budget = self.chosen(), largest_budget(self.profile)
+        static = [
+            (replace(chosen, token_budget=budget, max_pairs=n), MeasuredSettings(n)) for n in SIZES
+        ]
+        return [(chosen, MeasuredSettings(None)), *static]
 
-    def requests(self, turn: ValidationContext) -> list[Arrival]:
+    def requests(self, context: ValidationContext) -> list[Arrival]:
         """Requests of a round: with a rate, new ones; otherwise as many as in the validation."""
-        load, goal = turn.load, turn.goal
+        load, goal = context.load, context.goal
         if goal.scenario in HURRIED:
             return load.requests(goal.verify_s, goal.seed)
         served = self._entry["measured"]["requests"]
         return list(islice(load.workload.requests(), served))
 
-    def settle(self, candidate: Candidate) -> None:
-        """Write the profile with the settings of a candidate, for the run to read."""
+    def write_profile(self, candidate: Candidate) -> None:
+        """Write the profile with the settings of a candidate."""
         settings = settings_of(candidate)
         replace(self.profile, settings=settings, scenario=None).save(self.context.profile)
 
@@ -108,13 +112,13 @@ class Contest:
         return self.profile.scenario
 
 
-def beside_static(contest: Contest, rounds: int) -> dict[str, Any]:
-    """Where the chosen settings stand among static batch sizes, see :func:`standing`."""
-    return standing(contest.context.goal, compete(contest, rounds))
+def rank_among_static(comparison: Comparison, rounds: int) -> dict[str, Any]:
+    """Rank the chosen settings among static batch sizes, see :func:`ranking`."""
+    return ranking(comparison.context.goal, measure_rounds(comparison, rounds))
 
 
-def compete(contest: Contest, rounds: int) -> list[Rival]:
-    """Run all of them in rounds, every other round in the opposite order.
+def measure_rounds(comparison: Comparison, rounds: int) -> list[MeasuredSettings]:
+    """Measure all settings in rounds, every second round in the opposite order.
 
     A static size that fails keeps its error and is left out of later rounds.
 
@@ -124,24 +128,24 @@ def compete(contest: Contest, rounds: int) -> list[Rival]:
     Raises:
         EchelonError: the chosen settings failed.
     """
-    entered = contest.entered()
+    settings = comparison.settings()
     for number in range(rounds):
-        goal = contest.context.goal
-        turn = replace(contest.context, goal=replace(goal, seed=goal.seed + number))
-        requests = contest.requests(turn)
-        for candidate, rival in entered[:: 1 if number % 2 == 0 else -1]:
-            if rival.failed is not None:
+        goal = comparison.context.goal
+        context = replace(comparison.context, goal=replace(goal, seed=goal.seed + number))
+        requests = comparison.requests(context)
+        for candidate, measured in settings[:: 1 if number % 2 == 0 else -1]:
+            if measured.failed is not None:
                 continue
-            contest.settle(candidate)
+            comparison.write_profile(candidate)
             try:
-                seen = validate_apart(turn, candidate, requests)
+                seen = validate_apart(context, candidate, requests)
             except EchelonError as error:
-                if rival.pairs is None:
+                if measured.pairs is None:
                     raise
-                rival.failed = str(error)
+                measured.failed = str(error)
             else:
-                rival.rounds.append(seen.metrics)
-    return [rival for _, rival in entered]
+                measured.rounds.append(seen.metrics)
+    return [measured for _, measured in settings]
 
 
 def validate_apart(
@@ -155,10 +159,10 @@ def validate_apart(
 
 
 def run_apart(task: RerankTask) -> RerankRun:
-    """Rerank in a new process, whose memory is nobody else's.
+    """Rerank in a new process, so that only its own memory is measured.
 
     Raises:
-        WorkerLost: it died.
+        WorkerLost: the process died.
         EchelonError: as the reranker raised it.
     """
     fresh = multiprocessing.get_context("spawn")  # a fork would have this one's memory
@@ -167,5 +171,5 @@ def run_apart(task: RerankTask) -> RerankRun:
             return pool.submit(run, task).result()
         except BrokenProcessPool as error:
             raise WorkerLost(
-                "The process that reranks died, perhaps for want of memory."
+                "The reranking process died, possibly because memory ran out."
             ) from error

@@ -66,16 +66,16 @@ RESULTS = Path(__file__).parent / "results"
 SCENARIO = "concurrent"
 LONGEST = 512
 SHARES = (0.3, 0.5, 0.7)
-"""Of the predicted capacity."""
+"""Shares of the predicted capacity."""
 
 SLACK = 4.0
-"""P99 may be so many requests alone."""
+"""The goal: P99 within this multiple of a single request."""
 
 PATIENCE_S = 30.0
 """The goal until a request alone was measured; no caller waits longer than four times this."""
 
 ALONE = 20
-"""Requests of the one caller, about; before them a tenth of the time warms up."""
+"""About this many requests of a single caller; a tenth of the time before them is warm-up."""
 
 BRACKET, SEARCHED = (0.05, 1.25), 10
 """Of the capacity, where the simulation's highest rate is looked for, and in how many steps. A
@@ -107,15 +107,15 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What is asked of which model, and for how long.
+    """A model, its goal and the length of a run.
 
     Attributes:
-        model: the model, looked at.
+        model: the model, opened once.
         goal: lengths and goal; its rate and seconds are replaced.
-        load: how requests are sent.
+        load: the requests and their texts.
         profile: the file that the server reads.
-        requests: of a run.
-        seconds: of a run at most.
+        requests: requests per run.
+        seconds: longest run.
     """
 
     model: ScenarioModel
@@ -126,7 +126,7 @@ class Bench:
     seconds: float
 
     def context(self, rate: float, seed: int = SEED) -> ValidationContext:
-        """One run."""
+        """The context of one run."""
         seconds = min(self.seconds, self.requests / rate)
         goal = replace(self.goal, rate=rate, verify_s=seconds, seed=seed)
         load = self.load.at(rate)
@@ -149,12 +149,12 @@ class Bench:
         """The highest rate whose requests meet the goal in the simulation."""
         search = Bisection(*(share * capacity for share in BRACKET))
         for _ in range(SEARCHED):
-            search.tell(held=self.predicted(forecast, search.rate)[1])
+            search.update(held=self.predicted(forecast, search.rate)[1])
         return search.found
 
 
-class Line:
-    """A server that runs, and who asks it."""
+class RunningServer:
+    """A running server, and the load generator that sends requests to it."""
 
     def __init__(
         self, bench: Bench, server: ServerProcess, tester: LoadTest, candidate: Candidate
@@ -217,7 +217,7 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
 
 
 def evaluate(options: argparse.Namespace, folder: Path) -> Row:
-    """Everything about one model."""
+    """Measure one model."""
     tokens = LognormalSize(options.tokens, 0.5, LONGEST)
     goal = ScenarioGoal(
         SCENARIO, PATIENCE_S, 1.0, documents=FixedSize(DOCUMENTS), tokens=tokens, seed=SEED
@@ -243,13 +243,13 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
     print("starting the server", flush=True)
     with ServerProcess(serve_arguments(context, candidate)) as server:
         async with opened(load_test_plan(context, server.url)) as tester:
-            caller = Line(bench, server, tester, candidate)
+            caller = RunningServer(bench, server, tester, candidate)
             one_s = candidate.cost.predict([int(bench.goal.tokens.mean)] * DOCUMENTS)
             alone_s = max(2.0, ALONE * one_s)
             await caller.run(1.0, OTHER_SEED, alone_s=alone_s / 10)
             first, alone = await caller.run(1.0, OTHER_SEED, alone_s=alone_s)
             bench = replace(bench, goal=replace(bench.goal, goal_s=SLACK * alone["p50_s"]))
-            line = Line(bench, server, tester, candidate)
+            line = RunningServer(bench, server, tester, candidate)
             limits = ScenarioLimits(
                 bench.goal.goal_s, overhead_s=first.overhead_s or 0.0, seed=SEED
             )
@@ -259,7 +259,7 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
             second, glance = await line.run(capacity / 2, OTHER_SEED)
             forecasts.append(corrected(forecasts[0], second))
             points = [await _point(line, bench, forecasts, s, capacity) for s in SHARES]
-            most = await _most(line, bench, forecasts, capacity, bisections)
+            highest = await _highest_rate(line, bench, forecasts, capacity, bisections)
     return {
         "alone": alone,
         "look": glance,
@@ -274,8 +274,8 @@ async def measure(bench: Bench, candidate: Candidate, bisections: int) -> Row:
             for one in forecasts
         },
         "points": points,
-        "most": most,
-        "verdict": {one.name: verdict(one.name, points, most) for one in forecasts},
+        "most": highest,
+        "verdict": {one.name: verdict(one.name, points, highest) for one in forecasts},
     }
 
 
@@ -288,7 +288,7 @@ def corrected(forecast: Forecast, validation: Validation) -> Forecast:
 
 
 async def _point(
-    line: Line, bench: Bench, forecasts: Sequence[Forecast], share: float, capacity: float
+    line: RunningServer, bench: Bench, forecasts: Sequence[Forecast], share: float, capacity: float
 ) -> Row:
     rate = share * capacity
     said = {one.name: bench.predicted(one, rate)[0] for one in forecasts}
@@ -302,8 +302,12 @@ async def _point(
     }
 
 
-async def _most(
-    line: Line, bench: Bench, forecasts: Sequence[Forecast], capacity: float, bisections: int
+async def _highest_rate(
+    line: RunningServer,
+    bench: Bench,
+    forecasts: Sequence[Forecast],
+    capacity: float,
+    bisections: int,
 ) -> Row:
     said = {one.name: bench.highest(one, capacity) for one in forecasts}
     around = said[forecasts[-1].name] or capacity
@@ -313,7 +317,7 @@ async def _most(
         rate = search.rate
         validation, row = await line.run(rate)
         probes.append({"rate_per_s": rate, **row})
-        search.tell(held=validation.held)
+        search.update(held=validation.held)
     curves = {
         one.name: curve_of(bench.load.workload, one.candidate, one.limits).max_rate
         for one in forecasts

@@ -1,4 +1,4 @@
-"""What benchmarks/sustain.py compares and writes: predictions beside measurements. Pure."""
+"""Compares predictions with measurements for benchmarks/sustain.py, and writes the page. Pure."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DOCUMENTS = 10
-"""Of a request."""
+"""Documents per request."""
 
 GOAL = 0.25
-"""Relative error that a prediction may have."""
+"""Largest relative error of a prediction."""
 
 Row = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Bisection:
-    """The highest rate that holds, between two rates that are taken for granted.
+    """Finds the highest rate that holds between two rates.
 
     Attributes:
-        low: the highest that held; at first where to look from.
-        high: the lowest that did not; at first where to look to.
-        held: whether any did.
-        broke: whether any did not.
+        low: the highest rate that held; at first the lower end of the search.
+        high: the lowest rate that did not hold; at first the upper end.
+        held: whether any rate held.
+        broke: whether any rate did not hold.
     """
 
     low: float
@@ -35,11 +35,11 @@ class Bisection:
 
     @property
     def rate(self) -> float:
-        """To be tried next."""
+        """The rate to measure next."""
         return (self.low + self.high) / 2
 
-    def tell(self, *, held: bool) -> None:
-        """Say whether :attr:`rate` held."""
+    def update(self, *, held: bool) -> None:
+        """Continue with whether :attr:`rate` held."""
         if held:
             self.low, self.held = self.rate, True
         else:
@@ -47,20 +47,20 @@ class Bisection:
 
     @property
     def found(self) -> float | None:
-        """The middle of what is left; None where the highest rate is not between the two."""
+        """The middle of the interval; None where the highest rate is outside the first one."""
         return self.rate if self.held and self.broke else None
 
 
-def off(said: float | None, came: float | None) -> float | None:
-    """By how much a prediction is off, relative to what was measured; None without one of them."""
-    return said / came - 1 if said is not None and came else None
+def off(predicted: float | None, measured: float | None) -> float | None:
+    """Relative error of a prediction; None where one of the two is missing."""
+    return predicted / measured - 1 if predicted is not None and measured else None
 
 
-def verdict(name: str, points: Sequence[Row], most: Row) -> Row:
+def verdict(name: str, points: Sequence[Row], highest: Row) -> Row:
     """The worst errors of a prediction, and whether both are within the goal."""
     errors = [point["off"][name] for point in points]
     p99 = None if None in errors else max(abs(error) for error in errors)
-    rate = None if most["off"][name] is None else abs(most["off"][name])
+    rate = None if highest["off"][name] is None else abs(highest["off"][name])
     return {
         "p99": p99,
         "rate": rate,
@@ -99,7 +99,7 @@ def page(models: Sequence[Row]) -> str:
 
 def _model(model: Row) -> list[str]:
     names = list(model["forecasts"])
-    machine, most = model["machine"], model["most"]
+    machine, highest = model["machine"], model["most"]
     versions = ", ".join(f"{name} {version}" for name, version in model["versions"].items())
     known = [
         f"{name}: {1000 * one['overhead_s']:.1f} ms overhead, pace {one['pace']:.2f}, "
@@ -136,16 +136,17 @@ def _model(model: Row) -> list[str]:
             lines.append(
                 f"| {load} | {point['measured']['requests']} | {label} | {_ms(came)} |{cells}"
             )
-    low, high = most["between"]
-    measured = "not found" if most["measured"] is None else f"{most['measured']:.3g}/s"
+    low, high = highest["between"]
+    measured = "not found" if highest["measured"] is None else f"{highest['measured']:.3g}/s"
     cells = "".join(
-        f" {_per_s(most['predicted'][name])} | {_signed(most['off'][name])} |" for name in names
+        f" {_per_s(highest['predicted'][name])} | {_signed(highest['off'][name])} |"
+        for name in names
     )
-    tried = f"{len(most['probes'])} runs | {low:.3g}–{high:.3g}/s"
+    tried = f"{len(highest['probes'])} runs | {low:.3g}–{high:.3g}/s"
     lines.append(f"| highest rate | {tried} | {measured} |{cells}")
-    cells = "".join(f" {_per_s(most['in_the_long_run'][name])} | |" for name in names)
+    cells = "".join(f" {_per_s(highest['in_the_long_run'][name])} | |" for name in names)
     lines.append(f"| highest rate, simulated for long | | | |{cells}")
-    rows = [*(point["measured"] for point in model["points"]), *most["probes"]]
+    rows = [*(point["measured"] for point in model["points"]), *highest["probes"]]
     doubts = dict.fromkeys(doubt for row in rows for doubt in row["doubts"])
     return lines + [line for doubt in doubts for line in ("", f"Note: {doubt}")]
 

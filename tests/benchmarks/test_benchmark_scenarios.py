@@ -18,17 +18,17 @@ from report_pages import scenario_profile
 
 import scenarios
 from echelon.errors import ModelNotFound
-from static_standing import Rival, standing
+from static_ranking import MeasuredSettings, ranking
 
 
 @pytest.fixture
-def contests():
+def comparisons():
     """Comparisons that were made: (scenario of the profile, what is asked, rounds)."""
     return []
 
 
 @pytest.fixture
-def commands(monkeypatch, contests):
+def commands(monkeypatch, comparisons):
     """Commands that were run; each leaves the profile that it would."""
     ran = []
 
@@ -46,12 +46,12 @@ def commands(monkeypatch, contests):
 
     def compared(found, asked, arguments, file):
         assert file.parent.is_dir()
-        contests.append((found.scenario["scenario"], asked, arguments.rounds))
-        rivals = [
-            Rival(None, [load_metrics()]),
-            Rival(1, [load_metrics(p50=0.09, p99=0.2, per_s=50.0)]),
+        comparisons.append((found.scenario["scenario"], asked, arguments.rounds))
+        measured = [
+            MeasuredSettings(None, [load_metrics()]),
+            MeasuredSettings(1, [load_metrics(p50=0.09, p99=0.2, per_s=50.0)]),
         ]
-        return standing(goal_of(asked.scenario), rivals)
+        return ranking(goal_of(asked.scenario), measured)
 
     monkeypatch.setattr(scenarios.subprocess, "run", pretend)
     monkeypatch.setattr(scenarios, "compared", compared)
@@ -80,34 +80,36 @@ def test_scenarios_are_merged_one_by_one(commands, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", scenarios.LOADS)
-def test_what_is_asked_can_be_asked(name, commands, contests, tmp_path, monkeypatch):
+def test_the_flags_of_each_scenario_are_accepted(
+    name, commands, comparisons, tmp_path, monkeypatch
+):
     found = run(monkeypatch, tmp_path, "--scenarios", name, "--rounds", "2")
-    told = shlex.split(found["scenarios"][name]["tune"])
-    assert told[:3] == ["echelon", "tune", "demo"]
+    words = shlex.split(found["scenarios"][name]["tune"])
+    assert words[:3] == ["echelon", "tune", "demo"]
     numeric = {"--slo-p99-ms": float, "--rate": float, "--verify-s": float}
-    pairs = zip(told[3::2], told[4::2], strict=True)
+    pairs = zip(words[3::2], words[4::2], strict=True)
     given = {flag: numeric.get(flag, str)(value) for flag, value in pairs}
     names = ("trace", "memory_limit", "allow", *scenarios.LOADS["api"], "verify_s")
     values = {one.removeprefix("--").replace("-", "_"): None for one in names}
     values |= {flag[2:].replace("-", "_"): value for flag, value in given.items()}
     asked = scenarios.scenario_goal(values)
-    assert contests == [(name, asked, 2)]
+    assert comparisons == [(name, asked, 2)]
     assert (asked.scenario, asked.verify_s > 0) == (name, True)
 
 
-def test_what_was_not_proved_is_not_compared(monkeypatch, tmp_path):
-    def unproved(command, *, check):
+def test_settings_without_validation_are_not_compared(monkeypatch, tmp_path):
+    def unvalidated(command, *, check):
         values = dict(pairwise(command))
         scenario_profile(held=None, measured=None).save(values["--profile"])
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(scenarios.subprocess, "run", unproved)
-    with pytest.raises(SystemExit, match="api: nothing was proved"):
+    monkeypatch.setattr(scenarios.subprocess, "run", unvalidated)
+    with pytest.raises(SystemExit, match="api: nothing was validated"):
         run(monkeypatch, tmp_path, "--scenarios", "api")
     assert not list(tmp_path.iterdir())
 
 
-def test_trouble_beside_is_told(commands, monkeypatch, tmp_path):
+def test_an_error_of_the_comparison_is_reported(commands, monkeypatch, tmp_path):
     def gone(*_):
         raise ModelNotFound("all is gone")
 

@@ -1,4 +1,4 @@
-"""Static batch sizes beside the chosen settings: what is compared, how it is run, what is said."""
+"""Static batch sizes beside the chosen settings: ranking, rounds and texts."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from echelon.tuning.advisor import recommend
 from echelon.tuning.recommendation import Validation
 from echelon.tuning.tuner import TuningPlan
 from echelon.tuning.validation_targets import RerankTask
-from static_baselines import SIZES, Contest, beside_static, compete, run_apart
-from static_standing import Rival, standing
-from static_words import in_words
+from static_baselines import SIZES, Comparison, measure_rounds, rank_among_static, run_apart
+from static_ranking import MeasuredSettings, in_words, ranking
 
 
 def among(name, chosen, *others, **changes):
-    """The standing of chosen rounds among others' rounds."""
-    found = [Rival(None, chosen), *(Rival(2**i, rounds) for i, rounds in enumerate(others))]
-    return standing(goal_of(name, **changes), found)
+    """The ranking of chosen rounds among others' rounds."""
+    found = [
+        MeasuredSettings(None, chosen),
+        *(MeasuredSettings(2**i, rounds) for i, rounds in enumerate(others)),
+    ]
+    return ranking(goal_of(name, **changes), found)
 
 
 def slow(*seconds):
     return [load_metrics(p99=one) for one in seconds]
 
 
-# What is compared.
+# Ranking.
 
 
 @pytest.mark.parametrize(
@@ -46,14 +48,14 @@ def slow(*seconds):
     [((0.11, 0.12), "best", None, 0.0), ((0.098, 0.0985), "within", 1, 0.0178),
      ((0.08, 0.08), "behind", 1, 0.25)],
 )  # fmt: skip
-def test_the_verdict_says_where_it_stands(theirs, verdict, best, behind):
+def test_the_verdict_is_best_within_or_behind(theirs, verdict, best, behind):
     found = among("api", slow(0.1, 0.1), slow(*theirs))
     assert (found["verdict"], found["best"], found["measure"]) == (verdict, best, "p99_s")
     assert found["behind"] == pytest.approx(behind, abs=1e-4)
     assert found["rounds"] == 2
 
 
-def test_it_is_compared_round_by_round():
+def test_settings_are_compared_round_by_round():
     # Medians over all rounds would call the static size better: 0.2 against 0.21.
     found = among("api", slow(0.1, 0.21, 0.3), slow(0.11, 0.2, 0.33))
     assert found["verdict"] == "best"
@@ -113,11 +115,13 @@ def test_what_may_not_be_had_or_failed_is_not_better():
                   memory_limit_bytes=500.0 * MIB)  # fmt: skip
     assert found["verdict"] == "best"
     assert "memory" in found["settings"][1]["reason"]
-    failed = standing(goal_of("edge"), [Rival(None, [load_metrics()]), Rival(1, [], "died")])
+    failed = ranking(
+        goal_of("edge"), [MeasuredSettings(None, [load_metrics()]), MeasuredSettings(1, [], "died")]
+    )
     assert failed["settings"][1] | {"reason": "died", "value": None} == failed["settings"][1]
 
 
-# How it is run.
+# Rounds.
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +155,14 @@ def seen(monkeypatch):
     return found
 
 
-def contest(model, known, asked, tmp_path):
+def comparison(model, known, asked, tmp_path):
     profile = recommend(model, known, asked, TuningPlan()).profile
-    return Contest.of(model, profile, asked, tmp_path / "static.json")
+    return Comparison.of(model, profile, asked, tmp_path / "static.json")
 
 
-def test_all_take_turns_on_the_same_requests(model, known, seen, tmp_path):
-    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
-    found = beside_static(made, 2)
+def test_all_settings_are_measured_in_turn_with_the_same_requests(model, known, seen, tmp_path):
+    made = comparison(model, known, goal_of("api", verify_s=2.0), tmp_path)
+    found = rank_among_static(made, 2)
     assert [one[0] for one in seen] == [None, *SIZES, 32, 16, 4, 2, 1, None]
     first, second = seen[:7], seen[7:]
     for turn in (first, second):
@@ -173,7 +177,7 @@ def test_all_take_turns_on_the_same_requests(model, known, seen, tmp_path):
 
 
 def test_the_chosen_settings_run_as_they_were_chosen(model, known, seen, tmp_path):
-    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
+    made = comparison(model, known, goal_of("api", verify_s=2.0), tmp_path)
     found, entry = made.chosen(), made.profile.scenario["chosen"]
     assert found.token_budget == entry["token_budget"]
     assert (found.workers, found.threads) == (entry["workers"], entry["threads"])
@@ -184,33 +188,33 @@ def test_the_chosen_settings_run_as_they_were_chosen(model, known, seen, tmp_pat
 
 def test_no_step_is_larger_than_memory_allows(model, known, seen, tmp_path):
     refused = replace(known, learned_token_budget=900)
-    compete(contest(model, refused, goal_of("api", verify_s=2.0), tmp_path), 1)
+    measure_rounds(comparison(model, refused, goal_of("api", verify_s=2.0), tmp_path), 1)
     assert {one[1].token_budget for one in seen if one[0]} == {900}
 
 
-def test_trouble_with_the_chosen_settings_is_an_error(model, known, seen, tmp_path, monkeypatch):
+def test_a_failure_of_the_chosen_settings_is_an_error(model, known, seen, tmp_path, monkeypatch):
     def gone(*_):
         raise ModelNotFound("all is gone")
 
     monkeypatch.setattr(static_baselines, "validate", gone)
-    made = contest(model, known, goal_of("api", verify_s=2.0), tmp_path)
+    made = comparison(model, known, goal_of("api", verify_s=2.0), tmp_path)
     with pytest.raises(ModelNotFound, match="all is gone"):
-        compete(made, 2)
+        measure_rounds(made, 2)
     assert seen == []
 
 
-def test_real_rerankers_stand_beside_each_other(model, known, monkeypatch, tmp_path):
+def test_real_rerankers_are_ranked(model, known, monkeypatch, tmp_path):
     monkeypatch.setattr(simulated_load, "REQUESTS", 60)
     monkeypatch.setattr(simulated_load, "FULL", 20)
     monkeypatch.setattr(static_baselines, "SIZES", (2,))
     asked = goal_of("offline", documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
-    made = contest(model, known, asked, tmp_path)
-    found = beside_static(made, 1)
+    made = comparison(model, known, asked, tmp_path)
+    found = rank_among_static(made, 1)
     rows = found["settings"]
     assert [one["bears"] for one in rows] == [True, True]
     assert all(one["median"]["memory_bytes"] > 50 * MIB for one in rows)
-    proved = made.profile.scenario["measured"]["requests"]
-    assert rows[0]["rounds"][0]["requests"] == rows[1]["rounds"][0]["requests"] == proved > 0
+    validated = made.profile.scenario["measured"]["requests"]
+    assert rows[0]["rounds"][0]["requests"] == rows[1]["rounds"][0]["requests"] == validated > 0
     shown = in_words(made.profile.scenario | {"static": found})
     assert [one["name"] for one in shown["rows"]][1] == "Static 2"
     assert "Documents/s" in shown["head"]
@@ -222,7 +226,7 @@ def test_a_reranker_apart_says_what_went_wrong(tmp_path):
         run_apart(task)
 
 
-# What is said.
+# Texts.
 
 
 def words_of(found):
@@ -241,7 +245,7 @@ def plain(text):
         (0.08, False, "25.0 % behind static 1 in P99."),
     ],
 )
-def test_it_is_said_honestly_where_it_stands(theirs, good, said):
+def test_the_sentence_says_how_far_behind_the_chosen_settings_are(theirs, good, said):
     shown = words_of(among("api", slow(0.1, 0.1), slow(theirs, theirs), slow(0.4, 0.4)))
     assert (plain(shown["verdict"]), shown["good"]) == (said, good)
     rows = shown["rows"]
@@ -258,7 +262,7 @@ def test_it_is_said_honestly_where_it_stands(theirs, good, said):
     assert "Medians of 2 rounds" in shown["note"]
 
 
-def test_a_far_better_one_and_an_unfit_one_have_words():
+def test_far_better_and_unfit_settings_have_texts():
     far = words_of(among("concurrent", [load_metrics(missed=100)], [load_metrics()]))
     assert far["verdict"] == "Far behind static 1 in goodput."
     assert far["rows"][1]["cells"][-1] == "far better"

@@ -104,7 +104,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(sustain, "ServerProcess", lambda _: contextlib.nullcontext(server))
     monkeypatch.setattr(sustain, "serve_arguments", lambda *_: [])
     monkeypatch.setattr(sustain, "opened", opened)
-    monkeypatch.setattr(sustain.Line, "run", run)
+    monkeypatch.setattr(sustain.RunningServer, "run", run)
     monkeypatch.setattr(simulated_load, "REQUESTS", 200)
 
 
