@@ -190,7 +190,7 @@ def test_a_connection_that_is_cut_is_an_error():
         async with connected(answer) as (server, client):
             outcome = await even(client, 0.05)
             await server.__aexit__()
-            return outcome, await client.ask(b"{}", 1)
+            return outcome, await client.send(b"{}", 1)
 
     outcome, gone = run(main())
     assert sum(r.kind == "error" for r in outcome.records) == 1
@@ -223,7 +223,7 @@ def test_what_this_machine_could_not_send_is_counted_apart():
     class Exhausted:
         target = target_of("http://h")
 
-        async def ask(self, body, documents):
+        async def send(self, body, documents):
             return Reply("error", 0, "no more connections", own_fault=True)
 
     summary = summarise(run(even(Exhausted(), 0.05)), ServiceLevel(1.0))
