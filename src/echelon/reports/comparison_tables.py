@@ -56,6 +56,13 @@ MEMORY_COEFFICIENTS = {
 }
 
 
+SPREAD = N_(
+    "±: the larger half of the median's confidence interval; n=…: the number of runs, if they "
+    "are too few for an interval. Ratios are B divided by A, with an interval if both have one; "
+    "ratios within {tie} of 1 are a tie."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """One table; ``marked`` are the indices of rows that differ, ``note`` explains it."""
@@ -78,131 +85,97 @@ def settings(found: Row) -> Grid:
     return _values("settings", tr("Chosen settings"), found["settings"])
 
 
+def _values(name: str, title: str, rows: list[Row]) -> Grid:
+    shown = [row for row in rows if row["a"] is not None or row["b"] is not None]
+    cells = []
+    for row in shown:
+        label = tr(NAMES.get(row["name"], row["name"].removeprefix("versions.")))
+        memory = row["name"] == "machine.memory_bytes"
+        cells.append([label, *_both(row, units.size if memory else _value)])
+    marked = {index for index, row in enumerate(shown) if row["differs"]}
+    return Grid(name, title, ("", "A", "B"), cells, marked, tr("≠ marks rows that differ."))
+
+
 def best(found: Row) -> Grid:
     """The best batch size for each number of pairs, and the chosen setting."""
-    rows = [_best(row, tr("best batch size")) for row in found["best"]]
-    rows += [_best(row, tr("chosen")) for row in found["chosen"]]
-    return Grid(
-        "best",
-        tr("Best batch size and chosen setting"),
-        (tr("Pairs"), tr("Step"), tr("Throughput B/A"), tr("Latency B/A"), "A", "B"),
-        rows,
-        note=tr(SPREAD, tie=units.percent(TIE)),
-    )
-
-
-SPREAD = N_(
-    "±: the larger half of the median's confidence interval; n=…: the number of runs, if they "
-    "are too few for an interval. Ratios are B divided by A, with an interval if both have one; "
-    "ratios within {tie} of 1 are a tie."
-)
+    columns = (tr("Pairs"), tr("Step"), tr("Throughput B/A"), tr("Latency B/A"), "A", "B")
+    kinds = ((tr("best batch size"), found["best"]), (tr("chosen"), found["chosen"]))
+    rows = []
+    for kind, numbers in kinds:
+        for row in numbers:
+            ratios = [factor(row["throughput"]), factor(row["latency"])]
+            rows.append([str(row["pairs"]), kind, *ratios, *_both(row, _point)])
+    note = tr(SPREAD, tie=units.percent(TIE))
+    return Grid("best", tr("Best batch size and chosen setting"), columns, rows, note=note)
 
 
 def precisions(found: Row) -> Grid:
     """Speed and agreement of each precision."""
-    return Grid(
-        "precisions",
-        tr("Precisions"),
-        (
-            tr("Precision"),
-            tr("Tokens/s of A"),
-            tr("Tokens/s of B"),
-            tr("Speed B/A"),
-            tr("Agreement of A"),
-            tr("Agreement of B"),
-        ),
-        [
-            [
-                row["precision"],
-                *(_cell(row[side], lambda p: units.number(p["tokens_per_s"])) for side in "ab"),
-                factor(row["speed"], timed=False),
-                *(_cell(row[side], _agreement) for side in "ab"),
-            ]
-            for row in found["precisions"]
-        ],
-        note=tr(
-            "Agreement with fp32: Kendall τ, overlap of the top 10, and whether the precision "
-            "passed. Each speed was timed once, so it has no interval."
-        ),
+    columns = (
+        tr("Precision"),
+        *(tr("Tokens/s of A"), tr("Tokens/s of B"), tr("Speed B/A")),
+        *(tr("Agreement of A"), tr("Agreement of B")),
     )
+    rows = [
+        [
+            row["precision"],
+            *_both(row, lambda precision: units.number(precision["tokens_per_s"])),
+            factor(row["speed"], timed=False),
+            *_both(row, _agreement),
+        ]
+        for row in found["precisions"]
+    ]
+    note = tr(
+        "Agreement with fp32: Kendall τ, overlap of the top 10, and whether the precision "
+        "passed. Each speed was timed once, so it has no interval."
+    )
+    return Grid("precisions", tr("Precisions"), columns, rows, note=note)
 
 
 def cost(found: Row) -> Grid:
     """Cost coefficients and predicted step times."""
-    models = found["cost"]
-    rows = _model_rows(models, COST_COEFFICIENTS, _short_time)
-    rows += [
-        [
-            _step(row),
-            _cell(row["a_s"], units.duration),
-            _cell(row["b_s"], units.duration),
-            factor(row["time"], timed=False),
-        ]
-        for row in models["steps"]
-    ]
-    return Grid(
-        "cost",
-        tr("Cost model"),
-        (tr("Time for"), "A", "B", "B/A"),
-        rows,
-        note=tr(
-            "Predicted by each profile's cost model, for pairs of equal length. The error is "
-            "that on shapes not used for the fit."
-        ),
+    rows = _coefficients(found["cost"], COST_COEFFICIENTS, _short_time)
+    for step in found["cost"]["steps"]:
+        times = [_cell(step[name], units.duration) for name in ("a_s", "b_s")]
+        rows.append([_step(step), *times, factor(step["time"], timed=False)])
+    note = tr(
+        "Predicted by each profile's cost model, for pairs of equal length. The error is "
+        "that on shapes not used for the fit."
     )
+    return Grid("cost", tr("Cost model"), (tr("Time for"), "A", "B", "B/A"), rows, note=note)
 
 
 def memory(found: Row) -> Grid:
     """Memory coefficients and predicted peaks."""
-    models = found["memory"]
-    rows = _model_rows(models, MEMORY_COEFFICIENTS, _bytes)
-    rows += [
-        [
-            _step(row),
-            _bytes(row["a_bytes"]),
-            _bytes(row["b_bytes"]),
-            factor(row["size"], timed=False),
-        ]
-        for row in models["steps"]
-    ]
-    return Grid(
-        "memory",
-        tr("Memory"),
-        (tr("Memory for"), "A", "B", "B/A"),
-        rows,
-        note=tr(
-            "Predicted by each profile's memory model, including the reranker: memory of the "
-            "process on CPU, of the GPU on CUDA."
-        ),
+    rows = _coefficients(found["memory"], MEMORY_COEFFICIENTS, _bytes)
+    for step in found["memory"]["steps"]:
+        sizes = [_cell(step[name], _bytes) for name in ("a_bytes", "b_bytes")]
+        rows.append([_step(step), *sizes, factor(step["size"], timed=False)])
+    note = tr(
+        "Predicted by each profile's memory model, including the reranker: memory of the "
+        "process on CPU, of the GPU on CUDA."
     )
+    return Grid("memory", tr("Memory"), (tr("Memory for"), "A", "B", "B/A"), rows, note=note)
 
 
 def points(found: Row) -> Grid:
     """All points of both profiles."""
-    return Grid(
-        "points",
-        tr("All points"),
-        (
-            tr("Pairs"),
-            tr("Step"),
-            tr("Throughput B/A"),
-            "A",
-            "B",
-            tr("Peak memory of A"),
-            tr("Peak memory of B"),
-        ),
-        [
-            [
-                str(row["pairs"]),
-                wording.step_of(row["a"] or row["b"]),
-                factor(row["throughput"]),
-                *(_cell(row[side], _number) for side in "ab"),
-                *(_cell(row[side], lambda n: units.size(n["peak_bytes"])) for side in "ab"),
-            ]
-            for row in found["points"]
-        ],
-        note=tr(SPREAD, tie=units.percent(TIE)),
+    columns = (
+        *(tr("Pairs"), tr("Step"), tr("Throughput B/A"), "A", "B"),
+        *(tr("Peak memory of A"), tr("Peak memory of B")),
     )
+    rows = [
+        [
+            str(row["pairs"]),
+            wording.step_of(row["a"] or row["b"]),
+            factor(row["throughput"]),
+            *_both(row, _numbers),
+            *_both(row, lambda number: units.size(number["peak_bytes"])),
+        ]
+        for row in found["points"]
+    ]
+    note = tr(SPREAD, tie=units.percent(TIE))
+    return Grid("points", tr("All points"), columns, rows, note=note)
 
 
 # Cells.
@@ -212,45 +185,20 @@ def _cell(value: Any, text: Callable[[Any], str]) -> str:
     return units.UNKNOWN if value is None else text(value)
 
 
-def _values(name: str, title: str, rows: list[Row]) -> Grid:
-    shown = [row for row in rows if row["a"] is not None or row["b"] is not None]
-    return Grid(
-        name,
-        title,
-        ("", "A", "B"),
-        [[_name(row["name"]), *(_value(row["name"], row[side]) for side in "ab")] for row in shown],
-        {index for index, row in enumerate(shown) if row["differs"]},
-        tr("≠ marks rows that differ."),
-    )
+def _both(row: Row, text: Callable[[Any], str]) -> list[str]:
+    """The cells of A and of B."""
+    return [_cell(row["a"], text), _cell(row["b"], text)]
 
 
-def _name(name: str) -> str:
-    return tr(NAMES.get(name, name.removeprefix("versions.")))
-
-
-def _value(name: str, value: Any) -> str:
-    if value is None:
-        return units.UNKNOWN
-    if name == "machine.memory_bytes":
-        return units.size(value)
+def _value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else translated(value)
 
 
-def _best(row: Row, how: str) -> list[str]:
-    return [
-        str(row["pairs"]),
-        how,
-        factor(row["throughput"]),
-        factor(row["latency"]),
-        *(_cell(row[side], _stepped) for side in "ab"),
-    ]
+def _point(number: Row) -> str:
+    return tr("{what}: {found}", what=wording.step_of(number), found=_numbers(number))
 
 
-def _stepped(number: Row) -> str:
-    return tr("{what}: {found}", what=wording.step_of(number), found=_number(number))
-
-
-def _number(number: Row) -> str:
+def _numbers(number: Row) -> str:
     """A point's latency and throughput, or its status."""
     if number["latency_s"] is None:
         return wording.missing(number["status"])
@@ -264,46 +212,36 @@ def _agreement(row: Row) -> str:
     return listed([f"τ {row['tau']:.4f}", units.percent(row["overlap"], 1), passed])
 
 
-def _model_rows(models: Row, names: dict[str, str], text: Callable[[Any], str]) -> list[list[str]]:
+def _coefficients(
+    models: Row, labels: dict[str, str], text: Callable[[Any], str]
+) -> list[list[str]]:
     """Both models' coefficients and errors; no rows where neither profile has a model."""
-    sides = [models["a"], models["b"]]
-    if not any(sides):
+    if not (models["a"] or models["b"]):
         return []
-    rows = [
-        [tr(title), *(_cell(side and side[name], text) for side in sides), units.UNKNOWN]
-        for name, title in names.items()
-    ]
     errors = {"error_median": N_("Error, median"), "error_p90": N_("Error, P90")}
-    return rows + [
-        [
-            tr(title),
-            *(_cell(side and side[name], units.percent) for side in sides),
-            units.UNKNOWN,
-        ]
-        for name, title in errors.items()
-    ]
+    rows = []
+    for name, label in (labels | errors).items():
+        values = {which: models[which] and models[which][name] for which in "ab"}
+        shown = _both(values, units.percent if name in errors else text)
+        rows.append([tr(label), *shown, units.UNKNOWN])
+    return rows
 
 
 def _step(row: Row) -> str:
-    return tr(
-        "{pairs} of {tokens} tokens each", pairs=wording.pairs(row["pairs"]), tokens=row["tokens"]
-    )
+    pairs = wording.pairs(row["pairs"])
+    return tr("{pairs} of {tokens} tokens each", pairs=pairs, tokens=row["tokens"])
 
 
 def _short_time(seconds: float) -> str:
-    if seconds and seconds < MICROSECOND:
-        return f"{units.number(seconds * 1e9)}{units.SPACE}ns"
-    small = seconds and seconds < MILLISECOND
-    return f"{units.number(seconds * 1e6)}{units.SPACE}µs" if small else units.duration(seconds)
+    """A time in ns or µs below 1 ms."""
+    for limit, factor_, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "µs")):
+        if 0 < seconds < limit:
+            return f"{units.number(seconds * factor_)}{units.SPACE}{unit}"
+    return units.duration(seconds)
 
 
-MICROSECOND, MILLISECOND = 1e-6, 1e-3
-
-
-def _bytes(count: float | None) -> str:
+def _bytes(count: float) -> str:
     """Bytes in the largest unit with a number of at least 1."""
-    if count is None:
-        return units.UNKNOWN
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{units.number(count / unit)}{units.SPACE}{name}"
