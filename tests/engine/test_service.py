@@ -26,7 +26,7 @@ from echelon.errors import (
 from echelon.scheduling.admission import AdmissionLimits
 
 
-def test_answers_are_the_scorers_own_whoever_else_asks():
+def test_answers_are_the_scorers_own_under_concurrency():
     listener = RecordingListener()
 
     async def main(made):
@@ -50,7 +50,7 @@ def test_answers_are_the_scorers_own_whoever_else_asks():
     assert states == ["starting", "up", "stopped"]
 
 
-def test_nothing_asked_is_nothing_done():
+def test_no_pairs_give_an_empty_answer():
     async def main(made):
         answer = await submit(made, [])
         assert answer.logits.shape == answer.truncated_tokens.shape == (0,)
@@ -69,7 +69,7 @@ def test_identical_pairs_in_flight_are_scored_once():
     assert sum(step.pairs for step in listener.of("StepFinished")) < 50
 
 
-def test_truncation_is_told():
+def test_truncation_is_reported():
     async def main(made):
         answer = await submit(made, [("query", "d" * 100), ("query", "d")])
         assert answer.truncated_tokens.tolist() == [100 + 5 + 3 - 60, 0]
@@ -112,7 +112,7 @@ def test_several_workers_share_one_queue():
 # Overload and deadlines.
 
 
-def test_a_full_house_refuses_whole_requests_and_keeps_its_word():
+def test_a_full_service_refuses_whole_requests_and_serves_the_others():
     listener = RecordingListener()
     bounds = AdmissionLimits(max_requests=4)
 
@@ -135,7 +135,7 @@ def test_a_full_house_refuses_whole_requests_and_keeps_its_word():
     }
 
 
-def test_a_deadline_that_cannot_be_met_burns_nothing():
+def test_a_deadline_that_cannot_be_met_costs_no_step():
     listener = RecordingListener()
 
     async def main(made):
@@ -165,7 +165,7 @@ def test_a_deadline_that_passes_in_the_queue_takes_the_request_out():
     assert [event.outcome for event in listener.of("RequestEnded")] == ["expired", "cancelled"]
 
 
-def test_a_caller_who_goes_takes_his_work_along():
+def test_a_cancelled_request_leaves_the_queue():
     listener = RecordingListener()
 
     async def main(made):
@@ -199,7 +199,7 @@ def test_one_document_overtakes_a_thousand():
     run(main, service(partial(Obedient, pace_s=0.0001), listener=listener, token_budget=300))
 
 
-# Its life.
+# Start and stop.
 
 
 def test_a_model_that_cannot_be_opened_says_so():
@@ -213,7 +213,7 @@ def test_a_model_that_cannot_be_opened_says_so():
     asyncio.run(main())
 
 
-def test_draining_answers_what_is_inside_and_takes_nothing_more():
+def test_draining_answers_admitted_requests_and_admits_no_more():
     async def main(made):
         inside = [asyncio.create_task(submit(made, texts(seed, 20))) for seed in range(10)]
         await asyncio.sleep(0)
@@ -229,7 +229,7 @@ def test_draining_answers_what_is_inside_and_takes_nothing_more():
     run(main, service(partial(Obedient, pace_s=0.00002)))
 
 
-def test_stopping_tells_whoever_still_waits():
+def test_stopping_fails_requests_that_still_wait():
     async def main(made):
         inside = asyncio.create_task(submit(made, coded(scorers.HANG)))
         await until(lambda: made.snapshot().load.running_s)
@@ -249,7 +249,7 @@ def test_stopping_tells_whoever_still_waits():
         time.sleep(0.01)
 
 
-def test_readiness_is_a_score_and_not_a_port():
+def test_ready_means_that_a_pair_was_scored():
     listener = RecordingListener()
 
     async def main(made):
@@ -266,7 +266,7 @@ def test_readiness_is_a_score_and_not_a_port():
     assert not asyncio.run(service().ready()).ready
 
 
-def test_a_listener_that_raises_harms_nobody(caplog):
+def test_a_listener_that_raises_fails_no_request(caplog):
     class Deaf(Listener):
         def step_finished(self, event):
             raise RuntimeError("no metrics today")
@@ -284,7 +284,7 @@ def test_a_listener_that_raises_harms_nobody(caplog):
 @pytest.mark.parametrize(
     "field", ["workers", "token_budget", "max_pairs", "max_length", "wedge_after_s"]
 )
-def test_settings_that_make_no_sense(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(InvalidInput) as caught:
         ServiceSettings(**{field: 0})
     assert caught.value.field == field

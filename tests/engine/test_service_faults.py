@@ -18,7 +18,7 @@ from echelon.errors import NonFiniteScore, OutOfMemory, ScoringFailed, WorkerLos
 # Memory trouble.
 
 
-def test_memory_trouble_makes_steps_smaller_and_is_told():
+def test_out_of_memory_makes_steps_smaller_and_is_reported():
     listener, learned = RecordingListener(), []
 
     async def main(made):
@@ -101,7 +101,7 @@ def test_a_worker_that_dies_in_a_step_is_given_it_once_more(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_pair_that_kills_workers_takes_no_stranger_with_it():
+def test_a_pair_that_kills_workers_fails_no_other_request():
     async def main(made):
         answers = await asyncio.gather(
             *(submit(made, texts(seed)) for seed in range(5)),
@@ -143,7 +143,7 @@ def test_an_idle_worker_that_dies_is_replaced_at_once():
 
 def test_a_worker_that_grows_is_replaced_between_steps():
     listener = RecordingListener()
-    limit = 250 * scorers.MEBIBYTE  # a new worker holds less than 100, and each wish adds 128
+    limit = 250 * scorers.MEBIBYTE  # a new worker holds less than 100, and each request adds 128
 
     async def main(made):
         for _ in range(4):
@@ -155,7 +155,7 @@ def test_a_worker_that_grows_is_replaced_between_steps():
     assert "died" not in states
 
 
-def test_a_memory_limit_that_nothing_fits_is_not_applied(caplog):
+def test_a_memory_limit_below_every_worker_is_not_applied(caplog):
     async def main(made):
         assert len((await submit(made, texts(1))).logits) == 5
 
@@ -178,7 +178,7 @@ def test_errors_of_the_scorer_are_of_that_request_only():
     run(main, service())
 
 
-def test_where_no_worker_can_be_brought_up_nobody_waits(tmp_path, monkeypatch):
+def test_requests_fail_at_once_where_no_worker_can_be_started(tmp_path, monkeypatch):
     impatient = partial(WorkerConfig, delays_s=(0.0,))
     monkeypatch.setattr("echelon.engine.service.WorkerConfig", impatient)
     listener = RecordingListener()

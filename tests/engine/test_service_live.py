@@ -21,17 +21,17 @@ from echelon.scheduling.drift import HOLD
 from echelon.scheduling.fit import Prior
 
 USUAL = Coefficients(2e-3, 5e-5, 4e-8)
-HALF = USUAL.priced([2 * price for price in USUAL.prices])
+HALF = USUAL.with_values([2 * price for price in USUAL.values])
 SLOW_ATTENTION = replace(USUAL, square_s=4 * USUAL.square_s)
 TUNED = Prior(USUAL, "none", "cpu", same=True)
 WITHIN = 50
 
 
 class Planned:
-    """A worker that scores at once and says that it took what its prices ask."""
+    """A worker that scores at once and reports the seconds of its coefficients."""
 
     def __init__(self, ended=None):
-        self.prices = USUAL
+        self.coefficients = USUAL
         self._scorer = FakeScorer()
         self._sent = deque()
 
@@ -46,7 +46,7 @@ class Planned:
 
     def receive(self, timeout_s):
         batch = self._sent.popleft()
-        seconds = self.prices.seconds(work_of(batch.lengths, "none"))
+        seconds = self.coefficients.seconds(work_of(batch.lengths, "none"))
         return StepResult(self._scorer.score(batch), seconds, 0)
 
     def release(self):
@@ -55,7 +55,7 @@ class Planned:
     kill = stop = release
 
 
-class Town:
+class RunningService:
     """A service with such a worker, its listener, and callers that come one after another."""
 
     def __init__(self, prior=TUNED, **settings):
@@ -93,40 +93,40 @@ class Town:
 
 def live(main, **settings):
     async def guarded():
-        town = Town(**settings)
-        async with asyncio.timeout(GUARD_S), town.service:
-            await main(town)
+        running = RunningService(**settings)
+        async with asyncio.timeout(GUARD_S), running.service:
+            await main(running)
 
     asyncio.run(guarded())
 
 
 @pytest.mark.parametrize("slow", [HALF, SLOW_ATTENTION], ids=["half", "attention"])
 def test_a_worker_at_half_its_speed_is_followed_within_fifty_steps_and_back(slow):
-    async def main(town):
-        assert max(await town.call(60)) < 0.01
-        for prices in (slow, USUAL):
-            town.worker.prices = prices
-            errors = await town.call(WITHIN + 30)
+    async def main(running):
+        assert max(await running.call(60)) < 0.01
+        for coefficients in (slow, USUAL):
+            running.worker.coefficients = coefficients
+            errors = await running.call(WITHIN + 30)
             assert max(errors[:3]) > 0.15
             assert max(errors[WITHIN:]) <= 0.15
 
     live(main)
 
 
-def test_admission_refuses_what_the_slow_worker_cannot_do_and_goodput_recovers():
+def test_admission_refuses_requests_that_the_slow_worker_cannot_serve_and_goodput_recovers():
     large = encoded(coded(*[2] * 300, 0, count=6)).lengths
-    usual, slow = (prices.seconds(work_of(large, "none")) for prices in (USUAL, HALF))
+    usual, slow = (each.seconds(work_of(large, "none")) for each in (USUAL, HALF))
 
-    async def main(town):
-        assert await town.goodput(1.5 * usual) == 10
-        town.worker.prices = HALF
-        await town.call(WITHIN)
-        assert await town.goodput(1.5 * usual) == 0
-        assert await town.goodput(1.2 * slow) == 10
-        town.worker.prices = USUAL
-        await town.call(WITHIN)
-        assert await town.goodput(1.5 * usual) == 10
-        assert {event.reason for event in town.listener.of("RequestRefused")} == {
+    async def main(running):
+        assert await running.goodput(1.5 * usual) == 10
+        running.worker.coefficients = HALF
+        await running.call(WITHIN)
+        assert await running.goodput(1.5 * usual) == 0
+        assert await running.goodput(1.2 * slow) == 10
+        running.worker.coefficients = USUAL
+        await running.call(WITHIN)
+        assert await running.goodput(1.5 * usual) == 10
+        assert {event.reason for event in running.listener.of("RequestRefused")} == {
             "deadline_impossible"
         }
 
@@ -134,15 +134,15 @@ def test_admission_refuses_what_the_slow_worker_cannot_do_and_goodput_recovers()
 
 
 def test_a_drift_is_in_the_snapshot_and_once_in_the_log_with_the_remedy(caplog):
-    async def main(town):
-        await town.call(20)
-        town.worker.prices = HALF
-        await town.call(3 * HOLD)
-        assert town.service.snapshot().drifted
-        assert town.service.snapshot().drift == pytest.approx(2, rel=0.02)
-        town.worker.prices = USUAL
-        await town.call(2 * HOLD)
-        assert not town.service.snapshot().drifted
+    async def main(running):
+        await running.call(20)
+        running.worker.coefficients = HALF
+        await running.call(3 * HOLD)
+        assert running.service.snapshot().drifted
+        assert running.service.snapshot().drift == pytest.approx(2, rel=0.02)
+        running.worker.coefficients = USUAL
+        await running.call(2 * HOLD)
+        assert not running.service.snapshot().drifted
 
     with caplog.at_level(logging.INFO, "echelon.engine.dispatcher"):
         live(main)
@@ -164,30 +164,32 @@ def test_a_drift_is_in_the_snapshot_and_once_in_the_log_with_the_remedy(caplog):
         (None, DEFAULT_COEFFICIENTS["cpu"], False),
     ],
 )
-def test_the_profiles_prices_hold_from_the_start_where_they_are_of_this_kind(prior, begins, normal):
-    async def main(town):
-        dispatch = town.service._dispatcher
+def test_the_profiles_coefficients_are_used_from_the_start_on_the_same_kind_of_machine(
+    prior, begins, normal
+):
+    async def main(running):
+        dispatch = running.service._dispatcher
         assert dispatch.cost.prior == begins
-        town.worker.prices = HALF
-        await town.call(2 * HOLD)
-        assert town.service.snapshot().drifted == normal
+        running.worker.coefficients = HALF
+        await running.call(2 * HOLD)
+        assert running.service.snapshot().drifted == normal
 
     live(main, prior=prior)
 
 
 def test_late_steps_and_missed_goals_lower_the_budget_and_quiet_ones_raise_it():
-    async def main(town):
+    async def main(running):
         full = coded(*[3] * 10, count=20)  # some 300 tokens: more than half of the budget
-        town.worker.prices = USUAL.priced([50 * price for price in USUAL.prices])
+        running.worker.coefficients = USUAL.with_values([50 * price for price in USUAL.values])
         for _ in range(4):
-            await submit(town.service, full)
-        assert town.service.snapshot().load.budget == 300
-        town.worker.prices = USUAL
+            await submit(running.service, full)
+        assert running.service.snapshot().load.budget == 300
+        running.worker.coefficients = USUAL
         for _ in range(200):
-            await submit(town.service, full)
-        moves = [(event.tokens, event.reason) for event in town.listener.of("BudgetMoved")]
+            await submit(running.service, full)
+        moves = [(event.tokens, event.reason) for event in running.listener.of("BudgetMoved")]
         assert moves[0] == (300, "goal")
         assert moves[-1] == (400, "recovered")
-        assert town.service.snapshot().load.budget == 400
+        assert running.service.snapshot().load.budget == 400
 
     live(main, token_budget=400, goal_s=0.5)

@@ -1,4 +1,4 @@
-"""More workers and fewer while the service runs: nobody inside notices."""
+"""Workers are added and removed while the service runs; no request notices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_workers_come_and_go_under_load():
     assert listener.states().count("stopped") == 3
 
 
-def test_a_worker_that_goes_finishes_what_it_has():
+def test_a_drained_worker_finishes_its_steps():
     listener = RecordingListener()
 
     async def main(made):
@@ -58,17 +58,17 @@ def test_a_worker_that_goes_finishes_what_it_has():
     assert not any(step.again for step in listener.of("StepFinished"))
 
 
-def test_a_worker_that_dies_while_it_goes_gives_back_what_it_has():
+def test_the_steps_of_a_worker_that_dies_while_draining_are_scored_by_others():
     listener = RecordingListener()
 
     async def main(made):
         load = asyncio.create_task(answered(made, range(40)))
         await until(lambda: {step.worker for step in listener.of("StepFinished")} == {0, 1})
-        keeper = made._supervisors[1]
-        os.kill(keeper._worker.pid, signal.SIGSTOP)
-        await until(lambda: keeper._sent)
+        supervisor = made._supervisors[1]
+        os.kill(supervisor._worker.pid, signal.SIGSTOP)
+        await until(lambda: supervisor._sent)
         made.resize(1)
-        os.kill(keeper._worker.pid, signal.SIGKILL)
+        os.kill(supervisor._worker.pid, signal.SIGKILL)
         await load
         assert made.snapshot().workers == 1
 
@@ -77,15 +77,15 @@ def test_a_worker_that_dies_while_it_goes_gives_back_what_it_has():
 
 def test_a_worker_that_cannot_be_added_leaves_the_others_alone(tmp_path):
     async def main(made):
-        (settled,) = made.resize(2)
-        assert isinstance(await settled, ModelNotFound)
+        (started,) = made.resize(2)
+        assert isinstance(await started, ModelNotFound)
         await until(lambda: made.snapshot().workers == 1)
         await answered(made, range(3))
 
     run(main, service(partial(opens_once, str(tmp_path))))
 
 
-def test_a_delay_brings_workers_and_rest_takes_them_away():
+def test_a_delay_adds_workers_and_idle_time_removes_them():
     listener = RecordingListener()
     scaling = AutoscalingLimits(1, 2, delay_s=0.01, up_s=0.01, down_s=0.5)
 
@@ -114,7 +114,7 @@ class Gone(ChildWorker):
         return super().receive(timeout_s)
 
 
-def test_a_machine_that_goes_is_no_fault_of_the_pairs():
+def test_a_lost_machine_is_not_blamed_on_the_pairs():
     """One pair may lose more machines than workers: its step is taken back, not tried again."""
     assert issubclass(WorkerGone, WorkerDied)
     listener = RecordingListener()

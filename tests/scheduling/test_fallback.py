@@ -1,4 +1,4 @@
-"""A service under pressure: low priority is read shorter, and that is told, counted and undone."""
+"""Load shedding in a service: low priority is read shorter, reported, counted, and ended."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def asked(made, hold, *each, pairs=LONG):
         return await asyncio.gather(*asking)
 
 
-def test_low_priority_is_cut_and_told_and_nobody_else(hold, caplog):
+def test_only_low_priority_is_cut_and_that_is_reported(hold, caplog):
     caplog.set_level(logging.INFO, "echelon")
     listener, clock = RecordingListener(), Clock()
 
@@ -144,17 +144,17 @@ def test_the_goal_is_the_latency_goal_or_else_the_longest_wait(goal_s):
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "asked_fields",
     [
         {"refuse_truncation": True},
         {"max_length": SHORT},
         {"max_length": SHORT - 9},
     ],
 )
-def test_who_asked_for_all_or_for_less_gets_that(hold, wanted):
+def test_requests_for_all_or_for_less_are_not_cut(hold, asked_fields):
     async def main(made):
-        expected = await submit(made, LONG, **wanted)
-        (answer,) = await asked(made, hold, {"priority": "low", **wanted})
+        expected = await submit(made, LONG, **asked_fields)
+        (answer,) = await asked(made, hold, {"priority": "low", **asked_fields})
         assert answer.fallback is None
         assert answer.logits.tolist() == expected.logits.tolist()
         assert answer.truncated_tokens.tolist() == expected.truncated_tokens.tolist()
@@ -162,7 +162,7 @@ def test_who_asked_for_all_or_for_less_gets_that(hold, wanted):
     run(main, made_for(hold))
 
 
-def test_falling_back_refuses_nobody_whose_query_must_stay_whole(hold):
+def test_load_shedding_refuses_no_request_whose_query_must_stay_whole(hold):
     pairs = [("q" * 40, "d" * 100), ("q", "d" * 100)]
 
     async def main(made):
@@ -175,9 +175,9 @@ def test_falling_back_refuses_nobody_whose_query_must_stay_whole(hold):
     run(main, made_for(hold, truncation="only_second"))
 
 
-@pytest.mark.parametrize("most", [None, 10])
-def test_of_documents_in_chunks_the_first_is_read(hold, most):
-    how = Chunking(max_tokens=most)
+@pytest.mark.parametrize("max_tokens", [None, 10])
+def test_of_documents_in_chunks_the_first_is_read(hold, max_tokens):
+    how = Chunking(max_tokens=max_tokens)
 
     async def main(made):
         first = replace(how, max_chunks=1)
@@ -185,9 +185,9 @@ def test_of_documents_in_chunks_the_first_is_read(hold, most):
         (answer,) = await asked(made, hold, {"priority": "low", "chunking": how})
         assert answer.fallback == SHORT
         assert answer.logits.tolist() == expected.logits.tolist()
-        assert answer.truncated_tokens.tolist() == [91 if most else LOST] * 3
+        assert answer.truncated_tokens.tolist() == [91 if max_tokens else LOST] * 3
         (answer,) = await asked(made, hold, {"priority": "normal", "chunking": how})
-        assert answer.truncated_tokens.tolist() == [91 if most else 0] * 3
+        assert answer.truncated_tokens.tolist() == [91 if max_tokens else 0] * 3
 
     run(main, made_for(hold))
 
@@ -204,7 +204,7 @@ def test_the_side_to_cut_at(hold):
 
 
 @pytest.mark.parametrize("asked_for", [3, 60, 512])
-def test_a_fallback_that_makes_no_sense_is_told_at_the_start(asked_for):
+def test_an_invalid_fallback_is_refused_at_the_start(asked_for):
     made = service(max_length=60, fallback_max_length=asked_for)
     with pytest.raises(InvalidInput, match=r"fallback_max_length: .* Use 4 to 59, or leave it out"):
         run(lambda _: None, made)
@@ -220,17 +220,17 @@ def test_priorities_are_names_or_numbers(protocol):
         return read(protocol, body, {}, 0.0)[0].priority
 
     names = {None: "normal", "low": "low", "Normal": "normal", "high": "high"}
-    for told, meant in (names | {0: "normal", 5: "low", -1: "high"}).items():
-        assert priority(told) == meant
+    for given, meant in (names | {0: "normal", 5: "low", -1: "high"}).items():
+        assert priority(given) == meant
     with pytest.raises(InvalidInput, match=r"priority: 'soon' is unknown\. Use low, normal or"):
         priority("soon")
 
 
-def test_every_protocol_takes_a_priority_and_tells_of_the_fallback(hold, caplog):
+def test_every_protocol_takes_a_priority_and_reports_the_fallback(hold, caplog):
     caplog.set_level(logging.INFO, "echelon")
 
-    async def main(client, house):
-        made = house.service
+    async def main(client, server):
+        made = server.service
         async with pressed(made, hold):
             posts = []
             for protocol in PROTOCOLS:
@@ -248,12 +248,12 @@ def test_every_protocol_takes_a_priority_and_tells_of_the_fallback(hold, caplog)
             caplog.clear()
             board = (await client.get("/dashboard/data")).json()
             assert board["now"]["fallback"] is True
-            assert metric(house, "echelon_fallback_on") == 1
+            assert metric(server, "echelon_fallback_on") == 1
             hold.unlink()
             answers = await asyncio.gather(*asking)
-        told = [answer.headers["X-Echelon-Fallback"] for answer in answers]
+        flags = [answer.headers["X-Echelon-Fallback"] for answer in answers]
         assert {answer.status_code for answer in answers} == {200}
-        assert told == ["", f"max_length={SHORT}", f"max_length={SHORT}", ""] * len(PROTOCOLS)
+        assert flags == ["", f"max_length={SHORT}", f"max_length={SHORT}", ""] * len(PROTOCOLS)
         for answer in answers:
             flag = answer.headers["X-Echelon-Fallback"]
             assert (answer.headers["X-Echelon-Truncated-Documents"] != "0") is bool(flag)
@@ -266,7 +266,7 @@ def test_every_protocol_takes_a_priority_and_tells_of_the_fallback(hold, caplog)
             f"read with max_length={SHORT}. Ask again later, or with normal priority."
         )
         assert "warnings" not in answers[0].json()["meta"]
-        assert metric(house, "echelon_fallback_requests_total") == 2 * len(PROTOCOLS)
+        assert metric(server, "echelon_fallback_requests_total") == 2 * len(PROTOCOLS)
         logged = [
             r.fields.get("fallback") for r in caplog.records if r.name == "echelon.server.routes"
         ]
@@ -276,8 +276,8 @@ def test_every_protocol_takes_a_priority_and_tells_of_the_fallback(hold, caplog)
     run_app(main, opener=partial(Held, str(hold.parent)), fallback_max_length=SHORT, goal_s=1e-6)
 
 
-def test_a_priority_that_is_none():
-    async def main(client, house):
+def test_an_unknown_priority_is_refused():
+    async def main(client, server):
         body = {"query": "q", "documents": ["d"]}
         headers = {"X-Request-Priority": "soon"}
         refused = await client.post("/v1/rerank", json=body, headers=headers)

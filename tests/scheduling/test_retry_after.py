@@ -41,19 +41,19 @@ class Simulation:
         """Whether there is something to score."""
         return self._batcher.load().requests > 0
 
-    def lengths(self, most: int) -> list[int]:
+    def lengths(self, max_pairs: int) -> list[int]:
         """Tokens of the pairs of some request."""
-        return [self.random.randint(20, 300) for _ in range(self.random.randint(1, most))]
+        return [self.random.randint(20, 300) for _ in range(self.random.randint(1, max_pairs))]
 
     def ask(self, lengths: list[int], timeout_s: float | None):
         """Come in; or why not."""
         squares = sum(length**2 for length in lengths)
         deadline = None if timeout_s is None else self.now + timeout_s
         asked = RequestCost(len(lengths), sum(lengths), squares, deadline)
-        house = SystemLoad(
+        load = SystemLoad(
             self._batcher.load(), self._cost, next_completions=self._batcher.next_completions
         )
-        refusal = refuse(asked, house, self._bounds, self.now)
+        refusal = refuse(asked, load, self._bounds, self.now)
         if refusal is None:
             self._requests += 1
             request = PairRequest(self._requests, tuple(lengths), None, deadline)
@@ -80,11 +80,11 @@ class Simulation:
 STEP_S = CostModel().predict([100] * (STEP_TOKENS // 100)) * SLOWER * 1.1
 
 
-def refused(bounds: AdmissionLimits, seed: int, most: int, timeout_s: float | None):
-    """The simulation at the moment when somebody is refused, who, and why."""
+def refused(bounds: AdmissionLimits, seed: int, max_pairs: int, timeout_s: float | None):
+    """The simulation at the moment when a request is refused, the request, and why."""
     made = Simulation(bounds, seed)
     while True:
-        lengths = made.lengths(most)
+        lengths = made.lengths(max_pairs)
         refusal = made.ask(lengths, timeout_s)
         if refusal is not None and isinstance(refusal.error, Overloaded):
             return made, lengths, refusal
@@ -92,7 +92,7 @@ def refused(bounds: AdmissionLimits, seed: int, most: int, timeout_s: float | No
             made.step()
 
 
-SITUATIONS = {
+CASES = {
     "requests_full": (AdmissionLimits(max_requests=20, max_wait_s=1e6), 40, None),
     "tokens_full": (
         AdmissionLimits(max_tokens=200_000, max_request_tokens=100_000, max_wait_s=1e6),
@@ -104,23 +104,23 @@ SITUATIONS = {
 }
 
 
-@pytest.mark.parametrize("reason", SITUATIONS)
+@pytest.mark.parametrize("reason", CASES)
 @pytest.mark.parametrize("seed", range(25))
-def test_whoever_comes_when_told_is_let_in(reason, seed):
+def test_a_request_is_admitted_at_the_promised_time(reason, seed):
     """Never too early by more than three steps and a third, nor too late by more than thrice."""
-    bounds, most, timeout_s = SITUATIONS[reason]
-    made, lengths, refusal = refused(bounds, seed, most, timeout_s)
+    bounds, max_pairs, timeout_s = CASES[reason]
+    made, lengths, refusal = refused(bounds, seed, max_pairs, timeout_s)
     assert refusal.reason == reason
-    told, since = int(retry_after(refusal.error.retry_after_s)), made.now
+    promised_s, since = int(retry_after(refusal.error.retry_after_s)), made.now
     while made.ask(lengths, timeout_s) is not None:
         made.step()
     waited = made.now - since
-    assert waited <= told * 4 / 3 + 3 * STEP_S
-    assert told <= 3 * waited + 1
+    assert waited <= promised_s * 4 / 3 + 3 * STEP_S
+    assert promised_s <= 3 * waited + 1
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whoever_is_let_in_with_a_deadline_meets_it(seed):
+def test_admitted_requests_meet_their_deadlines(seed):
     """More is asked for than can be scored; what is let in is in time, but for rare errors
     of prediction."""
     made = Simulation(AdmissionLimits(), seed)

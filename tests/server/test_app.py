@@ -33,7 +33,7 @@ def sigmoid(logit):
 
 
 def test_every_path_answers_every_protocols_example():
-    async def main(client, house):
+    async def main(client, server):
         for path, them in PATHS.items():
             for protocol in them:
                 response = await client.post(path, json=dict(protocol.example))
@@ -44,7 +44,7 @@ def test_every_path_answers_every_protocols_example():
 
 
 def test_order_scores_and_documents():
-    async def main(client, house):
+    async def main(client, server):
         response = await client.post("/v1/rerank", json={**ASKED, "return_documents": True})
         results = response.json()["results"]
         assert [result["index"] for result in results] == ORDER
@@ -67,17 +67,17 @@ def test_order_scores_and_documents():
     run_app(main)
 
 
-def test_what_happened_is_told_in_headers_and_body():
-    async def main(client, house):
+def test_headers_and_body_explain_the_answer():
+    async def main(client, server):
         long = {"query": "q", "documents": ["d" * 100, "e"], "explain": True}
         response = await client.post("/v1/rerank", json=long)
-        told = response.json()["echelon"]
-        assert response.headers["X-Echelon-Tokens"] == str(told["tokens"]) == "65"
+        explained = response.json()["echelon"]
+        assert response.headers["X-Echelon-Tokens"] == str(explained["tokens"]) == "65"
         assert response.headers["X-Echelon-Truncated-Documents"] == "1"
         assert response.headers["X-Echelon-Ladder"] == ""
         assert int(response.headers["X-Echelon-Batch-Size"]) >= 1
-        assert told["truncated_tokens"] == [100 + 1 + 3 - 60, 0]
-        assert told["total_ms"] >= told["queue_ms"] >= 0
+        assert explained["truncated_tokens"] == [100 + 1 + 3 - 60, 0]
+        assert explained["total_ms"] >= explained["queue_ms"] >= 0
         assert "1 of 2 documents were cut" in response.json()["meta"]["warnings"][0]
         chunked = await client.post("/v1/rerank", json={**long, "max_chunks_per_doc": 10})
         assert chunked.json()["echelon"]["truncated_documents"] == 0
@@ -95,12 +95,12 @@ def test_what_happened_is_told_in_headers_and_body():
     run_app(main, max_length=60)
 
 
-def test_memory_trouble_is_told():
-    async def main(client, house):
+def test_steps_of_the_oom_ladder_are_reported():
+    async def main(client, server):
         response = await client.post("/v1/rerank", json=ASKED)
         assert response.status_code == 200
         assert "drop_caches" in response.headers["X-Echelon-Ladder"]
-        assert metric(house, 'echelon_ladder_steps_total{rung="drop_caches"}') >= 1
+        assert metric(server, 'echelon_ladder_steps_total{rung="drop_caches"}') >= 1
 
     run_app(main, opener=partial(Obedient, memory_tokens=40), token_budget=2000)
 
@@ -109,7 +109,7 @@ def test_memory_trouble_is_told():
 
 
 def test_errors_are_in_the_protocol_of_the_route():
-    async def main(client, house):
+    async def main(client, server):
         for protocol in PROTOCOLS:
             path = protocol.own_paths[0]
             response = await client.post(path, content=b"{")
@@ -131,7 +131,7 @@ def test_errors_are_in_the_protocol_of_the_route():
 
 
 def test_unknown_paths_and_methods():
-    async def main(client, house):
+    async def main(client, server):
         missing = await client.post("/v3/rerank", json=ASKED)
         assert (missing.status_code, missing.json()["message"]) == (
             404,
@@ -145,7 +145,7 @@ def test_unknown_paths_and_methods():
 
 
 def test_what_the_scorer_says_of_a_document_names_it(caplog):
-    async def main(client, house):
+    async def main(client, server):
         caplog.set_level(logging.CRITICAL, "echelon")
         body = {"query": "q", "texts": ["d", chr(9009)]}
         response = await client.post("/rerank", json=body)
@@ -157,11 +157,11 @@ def test_what_the_scorer_says_of_a_document_names_it(caplog):
     run_app(main)
 
 
-def test_a_bug_is_an_answer_too(caplog, monkeypatch):
-    def broken(outcome):
+def test_a_bug_is_answered_with_500(caplog, monkeypatch):
+    def broken(options):
         raise KeyError("oops")
 
-    async def main(client, house):
+    async def main(client, server):
         caplog.set_level(logging.CRITICAL, "echelon")
         monkeypatch.setattr("echelon.server.routes.results_of", lambda *_: broken(_))
         response = await client.post("/v1/rerank", json=ASKED)
@@ -171,29 +171,29 @@ def test_a_bug_is_an_answer_too(caplog, monkeypatch):
     run_app(main)
 
 
-def test_a_full_house_says_when_to_come_again():
-    async def main(client, house):
+def test_a_full_server_says_when_to_try_again():
+    async def main(client, server):
         responses = await asyncio.gather(
             *(client.post("/v1/rerank", json={**ASKED, "query": f"{i}"}) for i in range(6))
         )
         refused = [response for response in responses if response.status_code == 429]
         assert len(refused) == 4
         assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
-        assert metric(house, 'echelon_refused_total{reason="requests_full"}') == 4
-        assert metric(house, 'echelon_http_requests_total{dialect="cohere_v1",status="429"}') == 4
+        assert metric(server, 'echelon_refused_total{reason="requests_full"}') == 4
+        assert metric(server, 'echelon_http_requests_total{dialect="cohere_v1",status="429"}') == 4
 
     run_app(main, bounds=AdmissionLimits(max_requests=2))
 
 
 @pytest.mark.parametrize("header", [False, True])
 def test_deadlines(header):
-    async def main(client, house):
+    async def main(client, server):
         body = {**ASKED, "documents": ["d" * 100] * 100}
         headers = {"X-Request-Timeout-Ms": "200"} if header else {}
         more = {} if header else {"timeout_ms": 200}
         response = await client.post("/v1/rerank", json={**body, **more}, headers=headers)
         assert response.status_code == 504
-        assert metric(house, 'echelon_deadline_requests_total{outcome="missed"}') == 1
+        assert metric(server, 'echelon_deadline_requests_total{outcome="missed"}') == 1
         for wrong in ("0", "-1", "nan", "inf", "soon"):
             refused = await client.post(
                 "/v1/rerank", json=ASKED, headers={"X-Request-Timeout-Ms": wrong}
@@ -202,23 +202,23 @@ def test_deadlines(header):
             assert refused.json()["message"].startswith("X-Request-Timeout-Ms: is no positive")
         patient = await client.post("/v1/rerank", json={**ASKED, "timeout_ms": 50_000})
         assert patient.status_code == 200
-        assert metric(house, 'echelon_deadline_requests_total{outcome="met"}') == 1
+        assert metric(server, 'echelon_deadline_requests_total{outcome="met"}') == 1
 
     run_app(main, opener=partial(Obedient, pace_s=0.0001))
 
 
-def test_a_client_that_goes_takes_its_work_along():
-    async def main(client, house):
+def test_a_client_that_disconnects_has_its_work_cancelled():
+    async def main(client, server):
         body = {**ASKED, "documents": [f"{i} " + "d" * 100 for i in range(1000)]}
-        await _until_it_goes(house, json.dumps(body).encode())
-        await until(lambda: not house.service.snapshot().load.pairs)
-        assert metric(house, 'echelon_requests_total{outcome="cancelled"}') == 1
+        await _disconnect_while_queued(server, json.dumps(body).encode())
+        await until(lambda: not server.service.snapshot().load.pairs)
+        assert metric(server, 'echelon_requests_total{outcome="cancelled"}') == 1
 
     run_app(main, opener=partial(Obedient, pace_s=0.0001))
 
 
-def test_an_answer_goes_out_before_it_is_counted_and_logged():
-    async def main(_, house):
+def test_an_answer_is_sent_before_it_is_counted_and_logged():
+    async def main(_, server):
         count = 'echelon_http_requests_total{dialect="cohere_v1",status="200"}'
         parts = [{"type": "http.request", "body": json.dumps(ASKED).encode(), "more_body": False}]
         counted = {}
@@ -227,16 +227,16 @@ def test_an_answer_goes_out_before_it_is_counted_and_logged():
             return parts.pop() if parts else await asyncio.Event().wait()
 
         async def send(message):
-            counted[message["type"]] = metric(house, count)
+            counted[message["type"]] = metric(server, count)
 
-        await make_app(house)(RANKING, receive, send)
+        await make_app(server)(RANKING, receive, send)
         assert counted == {"http.response.start": 0.0, "http.response.body": 0.0}
-        assert metric(house, count) == 1.0
+        assert metric(server, count) == 1.0
 
     run_app(main)
 
 
-def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing():
+def test_a_disconnect_at_the_moment_of_the_answer_cancels_nothing():
     async def submit(_):
         await asyncio.sleep(0)
         return "answer"
@@ -254,7 +254,7 @@ def test_a_client_that_goes_just_as_it_is_answered_cancels_nothing():
     asyncio.run(main())
 
 
-async def _until_it_goes(house, body: bytes) -> None:
+async def _disconnect_while_queued(server, body: bytes) -> None:
     """A request whose client hangs up once its work waits."""
     parts = [{"type": "http.request", "body": body, "more_body": False}]
     gone = asyncio.Event()
@@ -263,13 +263,13 @@ async def _until_it_goes(house, body: bytes) -> None:
     async def receive():
         if parts:
             return parts.pop()
-        await until(lambda: house.service.snapshot().load.pairs)
+        await until(lambda: server.service.snapshot().load.pairs)
         gone.set()
         return {"type": "http.disconnect"}
 
     async def send(message):
         sent.append(message)
 
-    await make_app(house)(RANKING, receive, send)
+    await make_app(server)(RANKING, receive, send)
     assert gone.is_set()
     assert sent[0]["status"] == 499

@@ -1,4 +1,4 @@
-"""Routes that do not rank: state, description, metrics; the start and the end."""
+"""Routes that do not rank: state, OpenAPI, metrics; start and stop of the application."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
 from echelon.server.responses import HEADERS
 
 
-def test_what_is_served():
-    async def main(client, house):
+def test_state_routes():
+    async def main(client, server):
         (model,) = (await client.get("/v1/models")).json()["data"]
         assert (model["id"], model["object"]) == ("the-model", "model")
         info = (await client.get("/info")).json()
@@ -32,7 +32,7 @@ def test_what_is_served():
         assert "reranker" in info["model_type"]
         assert (await client.get("/health")).json()["status"] == "ok"
         assert (await client.get("/ready")).json() == {"ready": True, "reason": ""}
-        await house.service.drain(0.01)
+        await server.service.drain(0.01)
         late = await client.get("/ready")
         assert (late.status_code, late.json()["ready"]) == (503, False)
         refused = await client.post("/v1/rerank", json=ASKED)
@@ -41,24 +41,24 @@ def test_what_is_served():
     run_app(main)
 
 
-def test_before_the_start_and_after_a_failed_one():
+def test_routes_before_the_start_and_after_a_failed_one():
     async def fails():
         raise ModelNotFound("no such folder. Name another.")
 
     async def main():
-        house = ServerContext(fails, "m", Metrics())
+        server = ServerContext(fails, "m", Metrics())
         with pytest.raises(ModelNotFound):
-            await house.open()
-        assert isinstance(house.failure, ModelNotFound)
+            await server.open()
+        assert isinstance(server.failure, ModelNotFound)
         with pytest.raises(ShuttingDown):
-            _ = house.service
-        transport = httpx.ASGITransport(make_app(house))
+            _ = server.service
+        transport = httpx.ASGITransport(make_app(server))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             assert (await client.get("/ready")).status_code == 503
             assert (await client.get("/v1/models")).status_code == 503
             assert (await client.post("/v1/rerank", json=ASKED)).status_code == 503
             assert (await client.get("/metrics")).status_code == 200
-        await house.close()
+        await server.close()
 
     asyncio.run(main())
 
@@ -71,7 +71,7 @@ def test_the_application_starts_and_stops_the_service():
             await made.start()
             return made
 
-        told = []
+        found = []
         app = make_app(ServerContext(launch, "m", Metrics()))
         news = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
@@ -79,74 +79,74 @@ def test_the_application_starts_and_stops_the_service():
             return news.pop(0)
 
         async def send(message):
-            told.append(message["type"])
+            found.append(message["type"])
             if message["type"] == "lifespan.startup.complete":
                 assert (await made.ready()).ready
 
         await app({"type": "lifespan"}, receive, send)
-        assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        assert found == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
         assert not (await made.ready()).ready
 
     asyncio.run(main())
 
 
-def test_a_failed_start_is_told_without_a_traceback():
+def test_a_failed_start_is_reported_without_a_traceback():
     async def fails():
         raise ModelNotFound("no such folder. Name another.")
 
     async def main():
-        told = []
+        found = []
 
         async def receive():
             return {"type": "lifespan.startup"}
 
         async def send(message):
-            told.append(message)
+            found.append(message)
 
         with pytest.raises(ModelNotFound):
             await make_app(ServerContext(fails, "m", Metrics()))(
                 {"type": "lifespan"}, receive, send
             )
-        assert told == [{"type": "lifespan.startup.failed"}]
+        assert found == [{"type": "lifespan.startup.failed"}]
 
     asyncio.run(main())
 
 
-def test_the_description_is_whole_and_needs_no_other_server():
+def test_the_openapi_description_is_complete_and_needs_no_other_server():
     description = describe()
     assert set(description["paths"]) == set(SHARED) | set(PLAIN)
     known = set(description["components"]["schemas"])
     used = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
     assert used <= known
     for path, them in SHARED.items():
-        told = description["paths"][path]["post"]
-        examples = told["requestBody"]["content"]["application/json"]["examples"]
+        found = description["paths"][path]["post"]
+        examples = found["requestBody"]["content"]["application/json"]["examples"]
         assert set(examples) == {protocol.name for protocol in them}
-        assert set(told["responses"]) == {"200", *map(str, ERRORS)}
+        assert set(found["responses"]) == {"200", *map(str, ERRORS)}
 
-    async def main(client, house):
+    async def main(client, server):
         page = (await client.get("/docs")).text
         sources = re.findall(r'(?:src|href)="([^"]+)"', page)
         assert len(sources) == 2
         for source in sources:
             assert source.startswith("/")
             assert (await client.get(source)).status_code == 200
-        told = (await client.get("/openapi.json")).json()
-        assert told["openapi"].startswith("3.0.")  # the page under /docs reads no other
-        assert '"null"' not in json.dumps(told)
-        assert '"nullable": true' in json.dumps(told)
-        assert told["info"]["title"] == "Echelon: the-model"
-        routes = {route.path for route in make_app(house).app.routes}
+        found = (await client.get("/openapi.json")).json()
+        assert found["openapi"].startswith("3.0.")  # the page under /docs reads no other
+        assert '"null"' not in json.dumps(found)
+        assert '"nullable": true' in json.dumps(found)
+        assert found["info"]["title"] == "Echelon: the-model"
+        routes = {route.path for route in make_app(server).app.routes}
         assert set(PATHS) | set(PLAIN) <= routes
 
     run_app(main)
 
 
-def test_the_path_that_a_proxy_puts_before_is_no_markup_in_the_docs():
+def test_the_path_prefix_of_a_proxy_is_escaped_in_the_docs():
     root = '/a"><script>alert(1)</script>'
 
-    async def main(client, house):
-        behind = httpx.ASGITransport(make_app(house), root_path=f"{root}/")
+    async def main(client, server):
+        behind = httpx.ASGITransport(make_app(server), root_path=f"{root}/")
         async with httpx.AsyncClient(transport=behind, base_url="http://test") as proxied:
             page = (await proxied.get("/docs")).text
         assert page.count("<script") == 2
@@ -161,23 +161,23 @@ def test_the_path_that_a_proxy_puts_before_is_no_markup_in_the_docs():
 
 
 def test_metrics_count_what_happens():
-    async def main(client, house):
+    async def main(client, server):
         for _ in range(3):
             await client.post("/v1/rerank", json=ASKED)
-        answered = metric(house, 'echelon_requests_total{outcome="answered"}')
-        assert answered == metric(house, 'echelon_request_seconds_count{phase="queue"}') == 3
-        assert metric(house, "echelon_documents_total") == 15
-        assert metric(house, "echelon_tokens_total") > 0
-        assert metric(house, "echelon_padding_tokens_total") == 0
-        assert metric(house, "echelon_workers_up") == 1
-        assert metric(house, "echelon_token_budget") == 2048
-        assert metric(house, "echelon_draining") == 0
-        assert metric(house, "echelon_step_seconds_count") == metric(
-            house, "echelon_step_actual_over_predicted_count"
+        answered = metric(server, 'echelon_requests_total{outcome="answered"}')
+        assert answered == metric(server, 'echelon_request_seconds_count{phase="queue"}') == 3
+        assert metric(server, "echelon_documents_total") == 15
+        assert metric(server, "echelon_tokens_total") > 0
+        assert metric(server, "echelon_padding_tokens_total") == 0
+        assert metric(server, "echelon_workers_up") == 1
+        assert metric(server, "echelon_token_budget") == 2048
+        assert metric(server, "echelon_draining") == 0
+        assert metric(server, "echelon_step_seconds_count") == metric(
+            server, "echelon_step_actual_over_predicted_count"
         )
         name = 'echelon_http_requests_total{dialect="cohere_v1",status="200"}'
-        assert metric(house, name) == 3
-        assert metric(house, 'echelon_worker_changes_total{state="up"}') == 1
+        assert metric(server, name) == 3
+        assert metric(server, 'echelon_worker_changes_total{state="up"}') == 1
 
     run_app(main)
 

@@ -376,8 +376,8 @@ def test_statuses_of_errors(name):
 def test_bodies_of_errors():
     words = "texts[1]: is wrong. Mend it."
     invalid, overloaded = ERRORS["invalid"], ERRORS["overloaded"]
-    told = {"id": "abc", "message": words, "detail": words}
-    assert written("cohere_v1", invalid)[1] == written("cohere_v2", invalid)[1] == told
+    body = {"id": "abc", "message": words, "detail": words}
+    assert written("cohere_v1", invalid)[1] == written("cohere_v2", invalid)[1] == body
     assert written("jina", invalid)[1] == written("voyage", invalid)[1] == {"detail": words}
     assert written("tei", invalid)[1] == {"error": words, "error_type": "Validation"}
     assert written("tei", overloaded)[1]["error_type"] == "Overloaded"
@@ -409,5 +409,5 @@ def test_bodies_of_errors():
 def test_tei_answers_400_to_no_texts():
     with pytest.raises(InvalidInput) as caught:
         read_as("tei", query="q", texts=[])
-    status, told = written("tei", caught.value)
-    assert (status, told["error_type"]) == (400, "Empty")
+    status, body = written("tei", caught.value)
+    assert (status, body["error_type"]) == (400, "Empty")

@@ -1,4 +1,4 @@
-"""Falling back: only as configured, only low priority, and not on and off with each burst."""
+"""Load shedding: only as configured, only low priority, and not on and off with each burst."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ priorities = st.sampled_from(sorted(WEIGHTS))
 
 def watched(shedding, seen):
     """(time, backlog, news, whether it is on) of each look; ``seen`` has the time between them."""
-    now, told = 0.0, []
+    now, looked = 0.0, []
     for backlog_s, later_s in seen:
         now += later_s
         news = shedding.update(backlog_s, now)
-        told.append((now, backlog_s, news, shedding.on))
-    return told
+        looked.append((now, backlog_s, news, shedding.on))
+    return looked
 
 
 @given(looks, priorities)
@@ -48,9 +48,9 @@ def test_only_low_priority_and_only_what_is_longer(seen, max_length, longest):
 @given(looks)
 def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lower(seen):
     before = False
-    told = watched(LoadShedding(64, GOAL_S), seen)
-    for place, (now, backlog_s, news, on) in enumerate(told):
-        quiet = all(b < OFF_S for at, b, _, _ in told[: place + 1] if at > now - QUIET_S)
+    looked = watched(LoadShedding(64, GOAL_S), seen)
+    for place, (now, backlog_s, news, on) in enumerate(looked):
+        quiet = all(b < OFF_S for at, b, _, _ in looked[: place + 1] if at > now - QUIET_S)
         if before:
             assert on is not quiet
         else:
@@ -82,7 +82,7 @@ def test_the_thresholds_themselves():
 
 
 @pytest.mark.parametrize("gap_s", [QUIET_S, 100 * QUIET_S])
-def test_nobody_looked_for_long_so_the_first_to_come_is_read_in_full(gap_s):
+def test_the_first_request_after_a_long_idle_time_is_read_in_full(gap_s):
     shedding = LoadShedding(64, GOAL_S)
     shedding.update(GOAL_S, 1000.0)
     assert shedding.fallback("low", 512) == 64

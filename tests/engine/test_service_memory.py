@@ -1,4 +1,4 @@
-"""A lone pair that finds no room: a fresh process is tried, once, before anybody is refused."""
+"""A single pair that does not fit in memory: a fresh process is tried once, then it fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def refused(made, words) -> None:
         await submit(made, LONG)
 
 
-def test_a_neighbour_of_what_cannot_fit_is_answered_by_a_fresh_process(tmp_path):
+def test_a_usual_pair_after_one_that_cannot_fit_is_scored_by_a_fresh_process(tmp_path):
     listener = RecordingListener()
 
     async def main(made):
@@ -52,7 +52,7 @@ def test_a_neighbour_of_what_cannot_fit_is_answered_by_a_fresh_process(tmp_path)
     ]  # fmt: skip
 
 
-def test_what_a_fresh_process_had_no_room_for_restarts_no_other(tmp_path):
+def test_a_pair_too_large_for_a_fresh_process_restarts_no_other(tmp_path):
     listener = RecordingListener()
 
     async def main(made):
@@ -67,7 +67,7 @@ def test_what_a_fresh_process_had_no_room_for_restarts_no_other(tmp_path):
     assert listener.states().count("renewed") == 2
 
 
-def test_a_refusal_tells_that_a_fresh_process_had_no_room(tmp_path):
+def test_the_error_says_that_a_fresh_process_was_tried(tmp_path):
     async def main(made):
         await submit(made, texts(1, 1))
         await refused(made, r"even alone in a fresh process \(304 tokens over 200\)")
@@ -112,7 +112,7 @@ def test_a_pair_survives_a_fresh_process_that_does_not_come_up(tmp_path, monkeyp
     ]  # fmt: skip
 
 
-def test_a_process_that_begins_after_memory_ran_out_keeps_little(tmp_path, monkeypatch):
+def test_a_process_started_after_out_of_memory_caches_little(tmp_path, monkeypatch):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     listener = RecordingListener()
 
@@ -125,5 +125,5 @@ def test_a_process_that_begins_after_memory_ran_out_keeps_little(tmp_path, monke
         await submit(made, USUAL)
 
     run(main, tired(tmp_path, listener))
-    told = [(tmp_path / str(number)).read_text() for number in range(3)]
-    assert told == ["", str(PRIMITIVES), str(PRIMITIVES)]
+    found = [(tmp_path / str(number)).read_text() for number in range(3)]
+    assert found == ["", str(PRIMITIVES), str(PRIMITIVES)]

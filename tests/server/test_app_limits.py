@@ -1,4 +1,4 @@
-"""What the server lets in: keys, bodies, origins, request ids, log lines."""
+"""Limits of the server: keys, bodies, origins; request ids and log lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_keys(tmp_path, monkeypatch):
     keys = read_keys(file)
     assert len(keys) == 3
 
-    async def main(client, house):
+    async def main(client, server):
         for path in ("/v1/models", "/info"):
             assert (await client.get(path)).status_code == 401
         for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
@@ -51,7 +51,7 @@ def test_keys(tmp_path, monkeypatch):
     run_app(main, limits=ServerLimits(keys=keys))
 
 
-def test_key_files_that_hold_nothing(tmp_path):
+def test_key_files_without_a_key(tmp_path):
     with pytest.raises(InvalidInput, match="--api-keys: cannot be read"):
         read_keys(tmp_path / "none")
     (tmp_path / "empty").write_text("# nothing\n", "utf-8")
@@ -61,7 +61,7 @@ def test_key_files_that_hold_nothing(tmp_path):
 
 
 def test_long_bodies():
-    async def main(client, house):
+    async def main(client, server):
         body = {**ASKED, "documents": ["d" * 2000]}
         announced = await client.post("/v1/rerank", json=body)
 
@@ -79,7 +79,7 @@ def test_long_bodies():
 
 
 def test_slow_bodies():
-    async def main(client, house):
+    async def main(client, server):
         async def parts():
             yield b"{"
             await asyncio.Event().wait()
@@ -94,11 +94,11 @@ def test_slow_bodies():
 def test_cors_is_off_unless_an_origin_is_named():
     origin = {"Origin": "https://shop.example"}
 
-    async def closed(client, house):
+    async def closed(client, server):
         response = await client.post("/v1/rerank", json=ASKED, headers=origin)
         assert "access-control-allow-origin" not in response.headers
 
-    async def opened(client, house):
+    async def opened(client, server):
         response = await client.post("/v1/rerank", json=ASKED, headers=origin)
         assert response.headers["access-control-allow-origin"] == "https://shop.example"
         other = await client.post("/v1/rerank", json=ASKED, headers={"Origin": "https://a.example"})
@@ -109,13 +109,13 @@ def test_cors_is_off_unless_an_origin_is_named():
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_s", "drain_s"])
-def test_rules_that_make_no_sense(name):
+def test_invalid_limits_are_refused(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
         ServerLimits(**{name: 0})
 
 
 def test_request_ids(caplog):
-    async def main(client, house):
+    async def main(client, server):
         with caplog.at_level(logging.INFO, "echelon.server.routes"):
             given = await client.post("/v1/rerank", json=ASKED, headers={"X-Request-Id": "abc-1"})
             assert given.headers["x-request-id"] == given.json()["id"] == "abc-1"

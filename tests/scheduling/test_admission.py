@@ -1,4 +1,4 @@
-"""Who comes in, and what the others are told."""
+"""Admission: which requests are admitted, and why others are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOUNDS = AdmissionLimits(
 )
 
 
-def house(*requests: int, workers: int = 1, **settings) -> SystemLoad:
+def load_of(*requests: int, workers: int = 1, **settings) -> SystemLoad:
     """Requests of one document each, with so many tokens, waiting for steps of 100."""
     batcher = Batcher(COST, 100)
     for number, tokens in enumerate(requests):
@@ -43,16 +43,16 @@ def ask(tokens: int, **settings) -> RequestCost:
 
 
 CASES = {
-    "deadline_passed": (ask(10, deadline=7.0), house(), DeadlinePassed, 504),
-    "too_many_documents": (ask(10, documents=101), house(), TooLarge, 413),
-    "too_many_tokens": (ask(8001), house(), TooLarge, 413),
-    "requests_full": (ask(10), house(10, 10, 10, 10), Overloaded, 429),
-    "tokens_full": (ask(6000), house(4001), Overloaded, 429),
-    "deadline_impossible": (ask(4000, deadline=10.0), house(), DeadlinePassed, 504),
-    "deadline_too_near": (ask(2000, deadline=10.0), house(3000), Overloaded, 429),
+    "deadline_passed": (ask(10, deadline=7.0), load_of(), DeadlinePassed, 504),
+    "too_many_documents": (ask(10, documents=101), load_of(), TooLarge, 413),
+    "too_many_tokens": (ask(8001), load_of(), TooLarge, 413),
+    "requests_full": (ask(10), load_of(10, 10, 10, 10), Overloaded, 429),
+    "tokens_full": (ask(6000), load_of(4001), Overloaded, 429),
+    "deadline_impossible": (ask(4000, deadline=10.0), load_of(), DeadlinePassed, 504),
+    "deadline_too_near": (ask(2000, deadline=10.0), load_of(3000), Overloaded, 429),
     "wait_too_long": (
         ask(6000),
-        house(2000, 2000, workers=0, tokenising_tokens=0),
+        load_of(2000, 2000, workers=0, tokenising_tokens=0),
         Overloaded,
         429,
     ),
@@ -76,13 +76,13 @@ def test_each_reason(reason):
     assert refusal.error.status == status
 
 
-def test_an_idle_house_takes_in_what_is_within_bounds():
-    assert refuse(ask(8000, documents=100), house(), BOUNDS, 0) is None
-    assert refuse(ask(50, deadline=0.06), house(), BOUNDS, 0) is None
+def test_an_idle_service_admits_requests_within_the_limits():
+    assert refuse(ask(8000, documents=100), load_of(), BOUNDS, 0) is None
+    assert refuse(ask(50, deadline=0.06), load_of(), BOUNDS, 0) is None
 
 
 def test_the_fields_and_limits_are_named():
-    refusal = refuse(ask(10, documents=101), house(), BOUNDS, 0)
+    refusal = refuse(ask(10, documents=101), load_of(), BOUNDS, 0)
     assert str(refusal.error) == (
         "documents: 101 are more than the 100 of one request. Send them in several requests."
     )
@@ -90,7 +90,7 @@ def test_the_fields_and_limits_are_named():
 
 
 def test_a_short_request_does_not_wait_for_the_backlog():
-    inside = house(4000, 4000)
+    inside = load_of(4000, 4000)
     assert inside.backlog_s == pytest.approx(8)
     assert inside.wait_s(ask(100)) == pytest.approx(0.2)
     assert inside.wait_s(ask(100, priority="high")) == pytest.approx(0.05)
@@ -99,16 +99,16 @@ def test_a_short_request_does_not_wait_for_the_backlog():
 
 
 def test_workers_share_the_work():
-    assert house(4000, workers=4).backlog_s == pytest.approx(1)
-    assert house(workers=4).own_s(ask(4000)) == pytest.approx(1)
-    assert house(workers=4).own_s(ask(50)) == pytest.approx(0.05)
-    assert house(4000, workers=0).backlog_s == pytest.approx(4)
+    assert load_of(4000, workers=4).backlog_s == pytest.approx(1)
+    assert load_of(workers=4).own_s(ask(4000)) == pytest.approx(1)
+    assert load_of(workers=4).own_s(ask(50)) == pytest.approx(0.05)
+    assert load_of(4000, workers=0).backlog_s == pytest.approx(4)
 
 
 def test_requests_still_being_tokenised_count():
-    assert refuse(ask(10), house(10, tokenising=3), BOUNDS, 0).reason == "requests_full"
+    assert refuse(ask(10), load_of(10, tokenising=3), BOUNDS, 0).reason == "requests_full"
     assert (
-        refuse(ask(10), house(10, tokenising=1, tokenising_tokens=9990), BOUNDS, 0).reason
+        refuse(ask(10), load_of(10, tokenising=1, tokenising_tokens=9990), BOUNDS, 0).reason
         == "tokens_full"
     )
 
@@ -119,9 +119,9 @@ def test_requests_still_being_tokenised_count():
     st.none() | st.floats(0.01, 20),
     st.integers(0, 3),
 )
-def test_who_comes_again_when_told_is_let_in(requests, tokens, deadline, workers):
+def test_a_request_is_admitted_after_retry_after(requests, tokens, deadline, workers):
     """The time in Retry-After is true: with that much work done, there is room."""
-    inside = house(*requests, workers=workers)
+    inside = load_of(*requests, workers=workers)
     asked = ask(tokens, deadline=deadline)
     refusal = refuse(asked, inside, BOUNDS, 0)
     if refusal is None or not isinstance(refusal.error, Overloaded):
@@ -147,7 +147,7 @@ def test_who_comes_again_when_told_is_let_in(requests, tokens, deadline, workers
         ({"max_tokens": 100}, "max_request_tokens"),
     ],
 )
-def test_bounds_that_make_no_sense(settings, field):
+def test_invalid_limits_are_refused(settings, field):
     with pytest.raises(InvalidInput) as caught:
         AdmissionLimits(**settings)
     assert caught.value.field == field
