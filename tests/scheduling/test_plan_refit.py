@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from echelon.scheduling.cost_model import (
     DEFAULT_COEFFICIENTS,
-    MOST_COLUMNS,
+    MAX_COLUMNS,
     WINDOW,
     Coefficients,
     CostModel,
@@ -74,7 +74,7 @@ def test_a_change_is_followed_within_fifty_steps_and_back(change, random, noise)
         errors = machine.run(model, WITHIN + 20)[WITHIN:]
         assert max(errors) <= 0.15
         assert np.median(errors) <= 0.07
-        assert min(model.coefficients.prices) >= 0
+        assert min(model.coefficients.values) >= 0
 
 
 @settings(max_examples=15)
@@ -93,7 +93,7 @@ def test_one_shape_alone_moves_every_price_alike():
     model = CostModel(TRUE)
     for _ in range(2 * WINDOW):
         model.observe([100] * 20, 3 * CostModel(TRUE).predict([100] * 20))
-    assert model.coefficients.prices == pytest.approx([3 * price for price in TRUE.prices])
+    assert model.coefficients.values == pytest.approx([3 * price for price in TRUE.values])
 
 
 @given(
@@ -108,7 +108,7 @@ def test_whatever_steps_take_prices_are_finite_and_not_negative(seen):
     model = CostModel(Coefficients(1e-3, 1e-5, 0.0, knee_tokens=100, beyond_s=1e-5))
     for lengths, seconds in seen:
         model.observe(lengths, seconds)
-        prices = np.array(model.coefficients.prices)
+        prices = np.array(model.coefficients.values)
         assert np.isfinite(prices).all()
         assert (prices >= 0).all()
         assert model.predict(lengths) > 0
@@ -116,7 +116,7 @@ def test_whatever_steps_take_prices_are_finite_and_not_negative(seen):
 
 @given(st.data())
 def test_the_least_squares_are_those_of_scipy(data):
-    columns, rows = data.draw(st.integers(1, MOST_COLUMNS)), data.draw(st.integers(1, 12))
+    columns, rows = data.draw(st.integers(1, MAX_COLUMNS)), data.draw(st.integers(1, 12))
     numbers = st.floats(-100, 100).map(lambda value: round(value, 3))
     sizes = st.lists(numbers, min_size=rows * columns, max_size=rows * columns)
     matrix = np.array(data.draw(sizes)).reshape(rows, columns)
@@ -129,4 +129,4 @@ def test_the_least_squares_are_those_of_scipy(data):
 
 def test_too_many_columns_are_a_bug():
     with pytest.raises(ValueError, match="bug"):
-        solve(np.ones((3, MOST_COLUMNS + 1)), np.ones(3))
+        solve(np.ones((3, MAX_COLUMNS + 1)), np.ones(3))

@@ -1,4 +1,4 @@
-"""The cost and memory models: planted prices are found, noise is refused, checks are honest."""
+"""Cost and memory models: planted coefficients are found, noise is refused, checks are honest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from echelon.scheduling.cost_model import (
     work_of,
 )
 from echelon.scheduling.fit import (
-    LEAST_PROBES,
-    MOST_P90,
+    MAX_P90,
+    MIN_PROBES,
     CostFit,
     MemoryFit,
     Probe,
@@ -48,47 +48,50 @@ KNEE = Coefficients(3e-3, 1e-7, 1e-9, knee_tokens=1000, beyond_s=6e-6)
 """A card that a thousand tokens fill."""
 
 planted = st.builds(Coefficients, st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-4), st.floats(0, 1e-7))
-paid = st.sampled_from(["none", "rectangular"])
+paddings = st.sampled_from(["none", "rectangular"])
 
 
-def probed(shapes, prices, kind, random=None, noise=0.0, memory=None):
-    """What a machine of these prices would show, each shape five times."""
+def probed(shapes, coefficients, kind, random=None, noise=0.0, memory=None):
+    """What a machine of these coefficients would show, each shape five times."""
 
     def probe(shape):
         work = work_of(shape, kind)
         times = [
-            prices.seconds(work) * np.exp(random.gauss(0, noise) if noise else 0) for _ in "12345"
+            coefficients.seconds(work) * np.exp(random.gauss(0, noise) if noise else 0)
+            for _ in "12345"
         ]
         return Probe(shape, tuple(times), memory and round(memory.peak_bytes(work)))
 
     return [probe(shape) for shape in shapes]
 
 
-def fit(prices, kind="none", seed=0, noise=0.0, limits=LIMITS):
+def fit(coefficients, kind="none", seed=0, noise=0.0, limits=LIMITS):
     limits = replace(limits, padding=kind)
     shapes, random = choose(limits, CPU, 100), Random(seed)
-    made = [probed(some, prices, kind, random, noise) for some in (shapes.probes, shapes.checks)]
+    made = [
+        probed(some, coefficients, kind, random, noise) for some in (shapes.probes, shapes.checks)
+    ]
     return fit_cost(*made, kind)
 
 
 @settings(max_examples=40)
-@given(planted, paid)
-def test_planted_prices_are_found(prices, kind):
-    found = fit(prices, kind)
-    assert found.coefficients.prices == pytest.approx(prices.prices, rel=1e-5, abs=1e-13)
+@given(planted, paddings)
+def test_planted_coefficients_are_found(coefficients, kind):
+    found = fit(coefficients, kind)
+    assert found.coefficients.values == pytest.approx(coefficients.values, rel=1e-5, abs=1e-13)
     assert found.error.p90 < 1e-5
     assert found.spread == 0
     assert found.padding == kind
 
 
 @settings(max_examples=40)
-@given(planted, paid, st.integers(0, 2**32), st.floats(0.005, 0.05))
-def test_noise_moves_predictions_by_less_than_itself(prices, kind, seed, noise):
-    found = fit(prices, kind, seed, noise)
-    assert min(found.coefficients.prices) >= 0
+@given(planted, paddings, st.integers(0, 2**32), st.floats(0.005, 0.05))
+def test_noise_moves_predictions_by_less_than_itself(coefficients, kind, seed, noise):
+    found = fit(coefficients, kind, seed, noise)
+    assert min(found.coefficients.values) >= 0
     unseen = LengthRange(512, 8192, kind).mixed(30, seed=99)
     works = [work_of(shape, kind) for shape in unseen]
-    errors = [abs(found.coefficients.seconds(w) / prices.seconds(w) - 1) for w in works]
+    errors = [abs(found.coefficients.seconds(w) / coefficients.seconds(w) - 1) for w in works]
     assert np.median(errors) <= noise
     assert max(errors) <= 3 * noise
 
@@ -125,11 +128,11 @@ def test_times_that_no_formula_explains_are_refused():
     sound = probed(shapes.checks[2:], CPU, "none")
     with pytest.raises(TooNoisy):  # the median is right, but the P90 is not
         fit_cost(probes, one_in_five + sound, "none")
-    assert MOST_P90 < 0.9
+    assert MAX_P90 < 0.9
 
 
-def test_too_few_shapes_prove_nothing():
-    probes = probed([(n,) for n in range(20, 20 + LEAST_PROBES)], CPU, "none")
+def test_too_few_shapes_are_refused():
+    probes = probed([(n,) for n in range(20, 20 + MIN_PROBES)], CPU, "none")
     fit_cost(probes, probes[:1], "none")
     for some, unseen in ((probes[1:], probes[:1]), (probes, [])):
         with pytest.raises(TooNoisy, match="too few"):
@@ -139,7 +142,7 @@ def test_too_few_shapes_prove_nothing():
 
 
 @settings(max_examples=30)
-@given(st.floats(1e7, 1e10), st.floats(0, 1e5), st.floats(0, 100), paid)
+@given(st.floats(1e7, 1e10), st.floats(0, 1e5), st.floats(0, 100), paddings)
 def test_planted_memory_is_found(fixed, token, square, kind):
     model = MemoryModel(fixed, token, square)
     shapes = choose(replace(LIMITS, padding=kind), CPU, 100)
@@ -209,7 +212,7 @@ def test_a_fit_survives_the_round_trip_and_damage_is_reported():
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 600), st.integers(16, 9000), paid, st.floats(1e-3, 50))
+@given(st.integers(1, 600), st.integers(16, 9000), paddings, st.floats(1e-3, 50))
 def test_shapes_keep_the_limits(longest, budget, kind, most_s):
     limits = LengthRange(longest, budget, kind)
     shapes = choose(limits, CPU, most_s)

@@ -1,37 +1,22 @@
-"""Least squares with coefficients that are not negative, for a handful of columns. Pure.
+"""Cost and memory models: what a step takes, from the lengths of its pairs alone. Pure.
 
-The solution is the plain least-squares solution on the columns that it leaves above zero, so for
-few columns all sets of columns are tried: exact, without iteration, and done after the first where
-nothing wants to be negative.
+Time: ``base + token · Σ n + square · Σ n² + beyond · max(0, Σ n − knee)``, with n the tokens of a
+pair. Linear layers cost by tokens and attention by their squares; a device that small steps leave
+idle costs by tokens only beyond its knee. A scorer with rectangular padding costs as if every pair
+were the longest. Memory at the peak: ``fixed + token · Σ n + square · Σ n²``, of the process on CPU
+and of the card on CUDA. :mod:`echelon.scheduling.fit` fits both to measurements.
 
-Prices of a step kept true while steps run: the last steps, weighed anew after each. Pure.
+While steps run, the coefficients are fitted anew to a window of the last steps, in three parts:
 
-Three looks at a window of steps, each correcting the one before:
+1. The *scale*, the median of actual over predicted of the newest steps, multiplies all of them. It
+   follows a machine that changes its speed within eight steps; outliers do not move it.
+2. Each coefficient, by non-negative least squares on the relative error of the window. Old steps
+   count less, and a step far off counts by its direction, not its distance (Huber, Robust
+   Statistics, 1981). A pull towards the scaled prior keeps what the steps do not show: the
+   coefficient of long texts does not drift while only short ones come.
+3. The *level*, the median once more, of what those coefficients leave over.
 
-1. The *scale*, the median of actual over predicted of the newest steps, moves all prices together.
-   It follows a machine that changes its speed within eight steps, and outliers do not move it.
-2. Each price by itself, by non-negative least squares on the relative error of the whole window.
-   Old steps count less and less; a step far off counts as much as its direction, not its distance
-   (Huber, Robust Statistics, 1981). A pull towards the scaled prior keeps what the steps say
-   nothing of: the price of long texts does not drift while only short ones come.
-3. The *level*, the median once more, of what those prices leave over.
-
-Nothing else is remembered, so that whatever went wrong is forgotten with the window.
-
-The cost model: how long a step takes, from the lengths of its pairs alone.
-
-Pure: it is told what steps took and answers what the next will take; it must not know texts,
-devices or the time of day. ``T = base + token · Σ n + square · Σ n² + beyond · max(0, Σ n − knee)``
-with n the tokens of a pair: the linear layers pay for tokens, attention for their squares, and a
-device that small steps leave idle pays for tokens only beyond its knee. A padded scorer pays for
-every pair as if it were the longest. :mod:`echelon.scheduling.fit` measures the prices,
-:mod:`echelon.scheduling.cost_model` keeps them true while steps run.
-
-The memory model: how much a step needs at its peak, from the lengths of its pairs alone. Pure.
-
-``fixed + token · Σ n + square · Σ n²``, as :mod:`echelon.scheduling.cost_model` counts. It holds
-for the
-process on CPU and for the card on CUDA.
+Nothing but the window is remembered, so any error is forgotten with it.
 """
 
 from __future__ import annotations
@@ -53,32 +38,34 @@ if TYPE_CHECKING:
 
     from echelon.types import IntArray, Padding
 
-if TYPE_CHECKING:
     Array = npt.NDArray[np.float64]
 
-MOST_COLUMNS = 6
-"""Sets of columns double with each: 63 are tried in a millisecond."""
+MAX_COLUMNS = 6
+"""The sets of columns double with each column: 63 sets take a millisecond."""
 
 NOTHING = 1e-9
-"""A coefficient below zero by this share of the largest, columns scaled alike, is rounding."""
+"""A coefficient below zero by this share of the largest is a rounding error."""
 
 CONDITION = 1e-12
-"""Columns that depend on one another to this share are one: the shortest solution is taken."""
+"""Relative singular value below which columns count as dependent (shortest solution)."""
 
 
 def solve(matrix: Array, target: Array) -> Array:
-    """The x ≥ 0 with the least ``‖matrix · x − target‖²``.
+    """Solve least squares for x ≥ 0, the smallest ``‖matrix · x − target‖²``.
+
+    It is plain least squares on the columns that stay above zero. With few columns all sets can be
+    tried: exact, without iteration, and done after the full set if nothing is negative.
 
     Args:
-        matrix: float64 [rows, columns], at most :data:`MOST_COLUMNS` columns.
+        matrix: float64 [rows, columns], at most :data:`MAX_COLUMNS` columns.
         target: float64 [rows].
 
     Returns:
         float64 [columns].
     """
     columns = matrix.shape[1]
-    if columns > MOST_COLUMNS:
-        raise ValueError(f"{columns} columns are more than {MOST_COLUMNS}. This is a bug.")
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{columns} columns are more than {MAX_COLUMNS}. This is a bug.")
     norms = np.sqrt(np.einsum("rc,rc->c", matrix, matrix))
     scale = np.where(norms > 0, norms, 1.0)
     scaled = matrix / scale
@@ -88,23 +75,23 @@ def solve(matrix: Array, target: Array) -> Array:
         found = _on(gram, wanted, chosen)
         if found is None:
             continue
-        gain = 2 * float(wanted @ found) - float(found @ gram @ found)  # what the error falls by
+        gain = 2 * float(wanted @ found) - float(found @ gram @ found)  # reduction of the error
         if gain > best_gain:
             best, best_gain = found, gain
         if len(chosen) == columns:
-            break  # nothing wants to be negative: no smaller set does better
+            break  # nothing is negative, so no smaller set is better
     return best / scale
 
 
-@lru_cache(maxsize=MOST_COLUMNS + 1)
+@lru_cache(maxsize=MAX_COLUMNS + 1)
 def _supports(columns: int) -> tuple[tuple[int, ...], ...]:
-    """All sets of columns, the whole one first."""
+    """All sets of columns, the full set first."""
     sizes = range(columns, 0, -1)
     return tuple(chosen for size in sizes for chosen in combinations(range(columns), size))
 
 
 def _on(gram: Array, wanted: Array, chosen: tuple[int, ...]) -> Array | None:
-    """Least squares on some columns; None where one of them comes out negative."""
+    """Least squares on some columns; None if one of them is negative."""
     index = np.array(chosen)
     part, *_ = np.linalg.lstsq(gram[np.ix_(index, index)], wanted[index], rcond=CONDITION)
     if part.min() < -NOTHING * max(1.0, float(np.abs(part).max())):
@@ -115,42 +102,37 @@ def _on(gram: Array, wanted: Array, chosen: tuple[int, ...]) -> Array | None:
 
 
 REMEMBERED_STEPS = 15
-"""Steps that the medians look at. The median of 15 follows a machine that changes its speed after
-8 steps and does not move for 7 outliers in a row."""
+"""Steps of the medians: the median of 15 follows a change of speed after 8 steps and ignores 7
+outliers in a row."""
 
 WINDOW = 48
-"""Steps that prices are fitted to: after 50 steps nothing is left of a machine that has changed."""
+"""Steps of the fit: after 50 steps nothing is left of the time before a change."""
 
 FORGETTING = 0.97
-"""A step's weight falls by this with each newer one: half after 23."""
+"""Factor on a step's weight for each newer step: half after 23."""
 
 MEMORY = FORGETTING ** np.arange(WINDOW - 1, -1, -1)
 
 TOLERANCE = 0.10
-"""Relative error above which a step counts less than its square: repeats of one step on a machine
-that does other work too differ by as much."""
+"""Relative error above which a step counts less than its square: repeats of a step on a machine
+with other work differ by this much."""
 
 PULL = 0.01
-"""Weight of the prior beside some thirty steps: a price that is a fiftieth of the time is half
-learned from a window, one that is a tenth nearly whole; about 1 % of a step is left over."""
+"""Weight of the prior beside some thirty steps. A coefficient that is 2 % of the time is half
+learned from a window, one of 10 % almost entirely; about 1 % of a step is left over."""
 
-LEAST_SHARE = 0.05
-"""A price of zero may come back: the pull takes it for this share of a typical step's time."""
+MIN_SHARE = 0.05
+"""A coefficient of zero may come back: the pull counts it as this share of a typical step."""
 
-LEAST_PRICE = 1e-3
-"""Of the prior at its level: a price never falls lower, or a step that pays it alone would be
-predicted to take no time."""
+MIN_VALUE = 1e-3
+"""Lowest share of the scaled prior, or a step of only this part would be predicted at no time."""
 
 ROUNDS = 4
-"""Weighings of the window; further ones change prices by less than a percent."""
+"""Rounds of weighting; further ones change coefficients by less than a percent."""
 
 
 class StepWindow:
-    """The last steps, and the prices that fit them.
-
-    Args:
-        prior: prices to start from and to come back to, seconds each.
-    """
+    """The last steps and the coefficients that fit them; ``prior`` is in seconds each."""
 
     def __init__(self, prior: Sequence[float]) -> None:
         self.scale = 1.0
@@ -159,69 +141,68 @@ class StepWindow:
         self._seconds = np.zeros(0)
 
     def learn(self, amounts: Sequence[float], seconds: float) -> Array:
-        """Take a step in, of which the prior predicts more than nothing.
+        """Add a step with a predicted and a measured time above zero.
 
         Args:
-            amounts: how much of each price it pays.
-            seconds: what it took, above zero.
+            amounts: the step's amount for each coefficient.
+            seconds: measured time.
 
         Returns:
-            float64, the prices from now on.
+            float64, the new coefficients.
         """
         self._amounts = matrix = np.vstack([self._amounts[1 - WINDOW :], amounts])
         self._seconds = took = np.append(self._seconds[1 - WINDOW :], seconds)
         self.scale = _level(matrix @ self._prior, took)
         anchor = self.scale * self._prior
-        prices = np.maximum(refit(anchor, matrix, took), LEAST_PRICE * anchor)
-        return prices * _level(matrix @ prices, took)
+        values = np.maximum(refit(anchor, matrix, took), MIN_VALUE * anchor)
+        return values * _level(matrix @ values, took)
 
 
 def refit(anchor: Array, matrix: Array, took: Array) -> Array:
-    """Prices that fit steps, and stay near the anchor where the steps do not tell.
+    """Fit coefficients to steps; what the steps do not show stays near the anchor.
 
     Args:
-        anchor: float64 [prices], none negative.
-        matrix: float64 [steps, prices], how much of each price a step pays, newest last.
-        took: float64 [steps], seconds.
+        anchor: float64 [coefficients], none negative.
+        matrix: float64 [steps, coefficients], amounts of each step, newest last.
+        took: float64 [steps], measured seconds.
     """
     used = (anchor > 0) | (matrix.max(axis=0) > 0)
     pull = np.sqrt(PULL) / _units(anchor, matrix)
     memory = MEMORY[-len(took) :]
-    prices = anchor
+    values = anchor
     for _ in range(ROUNDS):
-        said = matrix @ prices
-        size = np.maximum(said, took)  # of the two, so that no step counts for more than one
-        error = np.abs(took - said) / size
+        predicted = matrix @ values
+        size = np.maximum(predicted, took)  # the larger, so that no error exceeds 1
+        error = np.abs(took - predicted) / size
         trust = np.minimum(1.0, TOLERANCE / np.maximum(error, TOLERANCE))
         weight = np.sqrt(memory * trust) / size
         rows = np.vstack([matrix * weight[:, None], np.diag(pull)])
-        prices = solve(rows[:, used], np.concatenate([took * weight, pull * anchor]))
+        values = solve(rows[:, used], np.concatenate([took * weight, pull * anchor]))
         full = np.zeros(len(anchor))
-        full[used] = prices
-        prices = full
-    return prices
+        full[used] = values
+        values = full
+    return values
 
 
 def _units(anchor: Array, matrix: Array) -> Array:
-    """What each price is measured in for the pull: itself, or a share of a typical step."""
+    """Unit of each coefficient for the pull: itself, or a share of a typical step."""
     typical = matrix.mean(axis=0)
-    share = LEAST_SHARE * float(typical @ anchor)
-    least = np.divide(share, typical, out=np.full(len(anchor), np.inf), where=typical > 0)
-    found: Array = np.where(anchor > 0, anchor, least)
+    share = MIN_SHARE * float(typical @ anchor)
+    lowest = np.divide(share, typical, out=np.full(len(anchor), np.inf), where=typical > 0)
+    found: Array = np.where(anchor > 0, anchor, lowest)
     return found
 
 
-def _level(said: Array, took: Array) -> float:
-    """Actual over predicted of the newest steps: the median, by weight.
+def _level(predicted: Array, took: Array) -> float:
+    """Median of actual over predicted of the newest steps, weighted by predicted time.
 
-    Each counts with the time it was predicted to take, so that tiny steps, which are mostly
-    overhead, have little say about the price of a token.
+    Tiny steps, which are mostly overhead, then count little.
     """
-    said, took = said[-REMEMBERED_STEPS:], took[-REMEMBERED_STEPS:]
-    known = said > 0
+    predicted, took = predicted[-REMEMBERED_STEPS:], took[-REMEMBERED_STEPS:]
+    known = predicted > 0
     if not known.any():
         return 1.0
-    ratio, weight = took[known] / said[known], said[known]
+    ratio, weight = took[known] / predicted[known], predicted[known]
     order = np.argsort(ratio, kind="stable")
     reached = np.cumsum(weight[order])
     return float(ratio[order][np.searchsorted(reached, reached[-1] / 2)])
@@ -229,14 +210,14 @@ def _level(said: Array, took: Array) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """What a step costs; nothing is negative.
+    """Cost coefficients of a step; none is negative.
 
     Attributes:
         base_s: seconds of an empty step.
-        token_s: seconds a token.
-        square_s: seconds a squared token of one pair.
-        knee_tokens: tokens of a step from which on each costs ``beyond_s`` more.
-        beyond_s: see there; 0 where the device has no knee.
+        token_s: seconds for a token.
+        square_s: seconds for a squared token of one pair.
+        knee_tokens: tokens of a step beyond which each token costs ``beyond_s`` more.
+        beyond_s: see ``knee_tokens``; 0 if the device has no knee.
     """
 
     base_s: float
@@ -246,24 +227,24 @@ class Coefficients:
     beyond_s: float = 0.0
 
     @property
-    def prices(self) -> tuple[float, float, float, float]:
-        """Seconds for each number of :meth:`amounts`."""
+    def values(self) -> tuple[float, float, float, float]:
+        """Seconds for each of :meth:`amounts`."""
         return self.base_s, self.token_s, self.square_s, self.beyond_s
 
     def amounts(self, work: Work) -> tuple[int, int, int, int]:
-        """Steps, tokens, squares and tokens beyond the knee, the steps all alike."""
+        """Steps, tokens, squares, and tokens beyond the knee if all steps are alike."""
         knee = self.knee_tokens
         beyond = max(0, work.tokens - knee * work.steps) if knee else 0
         return work.steps, work.tokens, work.squares, beyond
 
     def seconds(self, work: Work) -> float:
         """Seconds that an amount of work takes on one worker."""
-        pairs = zip(self.prices, self.amounts(work), strict=True)
-        return sum(price * amount for price, amount in pairs)
+        pairs = zip(self.values, self.amounts(work), strict=True)
+        return sum(value * amount for value, amount in pairs)
 
-    def priced(self, prices: Iterable[float]) -> Coefficients:
-        """Other prices, the knee where it is."""
-        base, token, square, beyond = map(float, prices)
+    def with_values(self, values: Iterable[float]) -> Coefficients:
+        """Other coefficients with the same knee."""
+        base, token, square, beyond = map(float, values)
         return Coefficients(base, token, square, self.knee_tokens, beyond)
 
 
@@ -271,19 +252,19 @@ DEFAULT_COEFFICIENTS = {
     "cpu": Coefficients(4e-3, 7e-5, 3.5e-8),
     "cuda": Coefficients(3e-3, 5e-6, 2.5e-9),
 }
-"""Before anything was measured: MiniLM-L12 on two CPU cores (docs/LOG.md: about 140 pairs of 100
-tokens a second), and a guess for a GPU. Attention is a third of the time at 512 tokens. The first
-steps correct the level; only the proportions matter for long."""
+"""Coefficients before any measurement: MiniLM-L12 on two CPU cores (docs/LOG.md: about 140 pairs of
+100 tokens a second), and a guess for a GPU. Attention is a third of the time at 512 tokens. The
+first steps correct the level; only the proportions matter for long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An amount of work, as the model counts it.
+    """An amount of work.
 
     Attributes:
         steps: forward passes.
-        tokens: tokens paid for.
-        squares: sum over the pairs of their squared tokens.
+        tokens: tokens, padding included.
+        squares: sum of the squared tokens of the pairs.
     """
 
     steps: int
@@ -300,10 +281,10 @@ def work_of(lengths: Sequence[int] | IntArray, padding: Padding) -> Work:
 
 
 class CostModel:
-    """Predicts step times, and corrects itself by what steps really took.
+    """Predicts step times, and corrects itself by measured ones.
 
     Args:
-        prior: prices to begin with; see :data:`DEFAULT_COEFFICIENTS`.
+        prior: coefficients to begin with.
         padding: how the scorer pads.
     """
 
@@ -313,41 +294,41 @@ class CostModel:
         self.begin(prior, padding)
 
     def begin(self, prior: Coefficients, padding: Padding) -> None:
-        """Start from other prices, and forget all steps seen."""
+        """Start from other coefficients and forget all steps."""
         self.padding: Padding = padding
         self.prior = self.coefficients = prior
-        self._window = StepWindow(prior.prices)
+        self._window = StepWindow(prior.values)
 
     @property
     def scale(self) -> float:
-        """Seconds of the last steps over what the prior says of them, the median."""
+        """Median of measured over predicted seconds of the last steps, predicted by the prior."""
         return self._window.scale
 
     def predict(self, lengths: Sequence[int] | IntArray) -> float:
-        """Seconds that one step of pairs of these lengths will take."""
+        """Predicted seconds of a step of pairs of these lengths."""
         return self.seconds(work_of(lengths, self.padding))
 
     def seconds(self, work: Work) -> float:
-        """Seconds that an amount of work will take on one worker."""
+        """Predicted seconds of an amount of work on one worker."""
         return self.coefficients.seconds(work)
 
     def observe(self, lengths: Sequence[int] | IntArray, seconds: float) -> None:
-        """Learn from a step that took ``seconds``; a time of zero or less teaches nothing."""
+        """Learn from a measured step; a time of zero or less is ignored."""
         work = work_of(lengths, self.padding)
         if seconds <= 0 or not math.isfinite(seconds) or self.prior.seconds(work) <= 0:
             return
-        prices = self._window.learn(self.prior.amounts(work), seconds)
-        self.coefficients = self.prior.priced(prices)
+        values = self._window.learn(self.prior.amounts(work), seconds)
+        self.coefficients = self.prior.with_values(values)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """What a step needs; nothing is negative.
+    """Memory that a step needs; nothing is negative.
 
     Attributes:
-        fixed_bytes: bytes without any step: weights, libraries.
-        token_bytes: bytes a token.
-        square_bytes: bytes a squared token of one pair; 0 where they are not told from tokens.
+        fixed_bytes: bytes without a step: weights, libraries.
+        token_bytes: bytes for a token.
+        square_bytes: bytes for a squared token of one pair; 0 if included in ``token_bytes``.
     """
 
     fixed_bytes: float
@@ -360,24 +341,24 @@ class MemoryModel:
         return self.fixed_bytes + steps
 
     def of_length(self, length: float) -> MemoryModel:
-        """The same where all pairs have one length: their squares are tokens then."""
+        """The model for pairs of one length, without squares."""
         return MemoryModel(self.fixed_bytes, self.token_bytes + self.square_bytes * length)
 
     def shifted(self, more_bytes: float) -> MemoryModel:
-        """The same where so much more is held without any step; less where it is negative."""
+        """The model with more (or, if negative, less) memory without a step."""
         return replace(self, fixed_bytes=max(0.0, self.fixed_bytes + more_bytes))
 
     def bytes_of(self, tokens: int) -> float:
-        """Bytes at the peak of a step of so many tokens, squares left out; see `of_length`."""
+        """Bytes at the peak of a step of ``tokens``, without squares; see :meth:`of_length`."""
         return self.fixed_bytes + self.token_bytes * tokens
 
     def tokens_within(self, limit_bytes: float, length: int = 0) -> int:
-        """Most tokens of a step of pairs of one length under a limit; 0 leaves squares out.
+        """Maximum tokens of a step of pairs of one length under a limit; length 0 ignores squares.
 
         Returns:
-            0 where not even an empty step fits; NO_BUDGET where tokens cost nothing.
+            0 if not even an empty step fits; NO_BUDGET if tokens need no memory.
         """
-        room, each = limit_bytes - self.fixed_bytes, self.token_bytes + self.square_bytes * length
-        if room < 0:
+        free, each = limit_bytes - self.fixed_bytes, self.token_bytes + self.square_bytes * length
+        if free < 0:
             return 0
-        return int(room / each) if room < each * NO_BUDGET else NO_BUDGET
+        return int(free / each) if free < each * NO_BUDGET else NO_BUDGET

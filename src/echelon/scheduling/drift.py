@@ -1,7 +1,7 @@
-"""Whether a machine still is as fast as when it was measured. Pure.
+"""Drift: whether a machine is still as fast as when it was measured. Pure.
 
-Single slow steps, or a busy minute, are no drift: only steps in a row say so, and as many take it
-back. Between the two limits nothing changes, so that nobody is told the same again and again.
+Single slow steps or a busy minute are no drift: it takes many steps in a row, and as many end it.
+Two limits keep the state from flapping.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import math
 from typing import Literal
 
 FAR, NEAR = 1.25, 1.10
-"""Factors, either way, beyond which a machine has drifted and within which it has recovered: below
-the first, predictions of a fit are as wrong without any drift."""
+"""Factors, faster or slower, beyond which a machine has drifted and within which it has recovered.
+Below the first, predictions of a fit are as wrong without drift."""
 
 HOLD = 100
-"""Steps in a row that it takes: seconds to a minute of work."""
+"""Steps in a row that change the state: seconds to a minute of work."""
 
 SMOOTHING = 0.05
-"""Share of each newer step in the ratio that is shown: it is that of the last twenty steps."""
+"""Weight of the newest step in the shown ratio, which follows the last twenty steps."""
 
-News = Literal["drifted", "recovered"]
+Change = Literal["drifted", "recovered"]
 
 
 class Drift:
     """Watches the level of step times.
 
     Args:
-        level: what is normal; None is what the first HOLD steps come to.
+        level: the normal level; None takes the level after the first HOLD steps.
 
     Attributes:
-        ratio: step times over what is normal, smoothed; 1 until that is known.
-        drifted: whether it is told so.
+        ratio: smoothed step times over normal ones; 1 until the normal level is known.
+        drifted: whether the machine has drifted.
     """
 
     def __init__(self, level: float | None = None) -> None:
@@ -39,8 +39,8 @@ class Drift:
         self._normal = level
         self._seen = self._streak = 0
 
-    def see(self, level: float) -> News | None:
-        """A step has ended with the model at this level; the news, if that is some."""
+    def see(self, level: float) -> Change | None:
+        """Take the cost model's level after a step; returns the change of state, if any."""
         self._seen += 1
         if self._normal is None:
             if self._seen >= HOLD:

@@ -1,14 +1,14 @@
-"""The fair order: who would be answered first if the device were shared among all requests.
+"""The fair order: which request would end first if the device were shared by all. Pure.
 
-Pure: counts tokens; must not know time, texts or devices. A server that splits itself evenly
-among its requests is fair but slow: all of them end late. Serving them one after another *in the
-order in which that server would end them* is as fair and never later, and most end far earlier
-(Friedman and Henderson, Fairness and efficiency in web server protocols, SIGMETRICS 2003; with
-one packet a request it is weighted fair queueing, Demers, Keshav and Shenker 1989).
+A server that splits itself evenly among its requests is fair but slow: all of them end late.
+Serving them one after another in the order in which that server would end them is as fair, never
+later, and most end far earlier (Friedman and Henderson, Fairness and efficiency in web server
+protocols, SIGMETRICS 2003; with one packet a request it is weighted fair queueing, Demers, Keshav
+and Shenker 1989).
 
-So each request gets a tag: the virtual time at which the even server would have done its tokens.
-Virtual time is the service that every request alive has received there; it advances with the
-tokens that are really served, divided by the weight of all who share.
+The tag of a request is the virtual time at which the even server would have finished its tokens.
+Virtual time is the service that each request would have received there; it advances by the tokens
+that are really served, divided by the weight of all requests.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from echelon.types import Priority
 
 WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
-"""Shares, not walls: a request of ``high`` counts as a quarter of its size beside ``normal``. A
-wall would starve what is behind it; with shares every tag comes up in the end."""
+"""Shares: a request of priority ``high`` counts as a quarter of its size beside ``normal``. Strict
+priorities would starve the lower ones; with shares every request gets its turn."""
 
 
 class FairOrder:
@@ -35,15 +35,14 @@ class FairOrder:
 
     @property
     def weight(self) -> int:
-        """Weight of all who share the virtual server."""
+        """Sum of the weights of all requests."""
         return self._weight
 
     def join(self, member: int, tokens: float, weight: int) -> float:
-        """Let a request in.
+        """Add a request.
 
         Returns:
-            Its tag: the smaller, the earlier its turn. A tag never changes, and whoever comes
-            later cannot overtake by waiting.
+            Its tag: requests with smaller tags go first. A tag never changes.
         """
         tag = self._time + tokens / weight
         self._members[member] = tag, weight
@@ -52,12 +51,12 @@ class FairOrder:
         return tag
 
     def leave(self, member: int) -> None:
-        """Take a request out that was cancelled; others leave by themselves."""
+        """Remove a cancelled request; others are removed by :meth:`serve`."""
         _, weight = self._members.pop(member, (0.0, 0))
         self._weight -= weight
 
     def serve(self, tokens: float) -> None:
-        """Tokens were served: virtual time goes on, and requests end on the way."""
+        """Advance virtual time by served tokens; requests end on the way."""
         left = tokens
         while self._members:
             tag, member = self._ends[0]

@@ -1,8 +1,8 @@
-"""From probes to the cost model and the memory model, with what they are worth. Pure.
+"""Fits the cost model and the memory model to measured steps, and judges them. Pure.
 
-Non-negative least squares on the relative error of the medians, so that a step of a millisecond
-counts as much as one of a second. A model is judged on shapes that it has not seen; one that no
-shape confirms, or whose probes differ too much when repeated, is refused with the remedy.
+Non-negative least squares on the relative error of the medians, so that a step of 1 ms counts as
+much as one of 1 s. A model is judged on shapes that the fit has not seen. It is refused, with the
+remedy, if no unseen shape confirms it or if repeats differ too much.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ if TYPE_CHECKING:
     from echelon.scheduling.cost_model import Array
     from echelon.types import ModelInfo, Padding
 
-MOST_SPREAD = 0.10
-"""Median deviation of a probe's repeats from their median, relative to it, half of the probes
-having less: on a quiet machine it is 1 to 3 %."""
+MAX_SPREAD = 0.10
+"""Median over the probes of :attr:`Probe.spread`: 1 to 3 % on a quiet machine."""
 
-MOST_MEDIAN, MOST_P90 = 0.15, 0.40
-"""Errors on unseen shapes above which a model would mislead whoever plans with it."""
+MAX_MEDIAN, MAX_P90 = 0.15, 0.40
+"""Errors on unseen shapes above which plans made with the model would be wrong."""
 
-LEAST_PROBES = 6
-"""Fewer shapes than twice the prices without a knee prove nothing."""
+MIN_PROBES = 6
+"""Twice the number of coefficients without a knee; fewer shapes confirm nothing."""
 
-PRICES, PRICES_WITH_KNEE = 3, 7
-"""What a model pays for: base, token and square; with a knee its price and place, and as much again
-because it is the best of some thirty places."""
+PARAMETERS, PARAMETERS_WITH_KNEE = 3, 7
+"""Base, token and square; a knee adds its coefficient and its place, counted twice since it is the
+best of some thirty places."""
 
 SAME = 1e-6
-"""Mean squared relative error, (0.1 %)², below which two models are equally good."""
+"""Mean squared relative error, (0.1 %)², below which models are equally good."""
 
 STORED_PADDING: dict[Padding, str] = {"none": "ragged", "rectangular": "padded"}
 """Names of the padding in profiles and other JSON, which older versions wrote and can read."""
@@ -51,12 +50,12 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One shape of step, measured.
+    """A measured step.
 
     Attributes:
         lengths: tokens of each pair.
         seconds: time of each repeat.
-        peak_bytes: memory at its peak; None where it could not be read.
+        peak_bytes: peak memory; None if it could not be read.
     """
 
     lengths: tuple[int, ...]
@@ -70,18 +69,18 @@ class Probe:
 
     @property
     def spread(self) -> float:
-        """Median deviation of the repeats, relative; 0 for a single one."""
+        """Median relative deviation of the repeats from their median; 0 for one repeat."""
         return float(np.median(np.abs(np.array(self.seconds) / self.median_s - 1)))
 
 
 @dataclass(frozen=True, slots=True)
 class FitError:
-    """Absolute relative error on shapes that the fit has not seen.
+    """Absolute relative error on unseen shapes.
 
     Attributes:
-        median: half of them have less.
-        p90: nine in ten have less.
-        shapes: how many there were.
+        median: median over the shapes.
+        p90: 90th percentile over the shapes.
+        shapes: number of shapes.
     """
 
     median: float
@@ -90,7 +89,7 @@ class FitError:
 
     @classmethod
     def of(cls, predicted: Sequence[float], actual: Sequence[float]) -> FitError:
-        """Compare predictions with what came; at least one."""
+        """Compare at least one prediction with its measurement."""
         relative = np.abs(np.array(predicted) / np.array(actual) - 1)
         median, p90 = np.percentile(relative, [50, 90])
         return cls(float(median), float(p90), len(relative))
@@ -98,7 +97,7 @@ class FitError:
     @property
     def too_large(self) -> bool:
         """Whether a fit with this error is refused."""
-        return self.median > MOST_MEDIAN or self.p90 > MOST_P90
+        return self.median > MAX_MEDIAN or self.p90 > MAX_P90
 
     @property
     def words(self) -> str:
@@ -111,16 +110,16 @@ class FitError:
 
 @dataclass(frozen=True, slots=True)
 class CostFit:
-    """A cost model and what it is worth.
+    """A cost model and its errors.
 
     Attributes:
-        coefficients: the prices.
+        coefficients: cost coefficients.
         padding: how the scorer pads.
-        error: on unseen shapes.
-        spread: of repeats; see :data:`MOST_SPREAD`.
-        shapes: each probe for the report: ``pairs``, ``tokens``, ``squares``, ``seconds``,
+        error: error on unseen shapes.
+        spread: see :data:`MAX_SPREAD`.
+        shapes: each probe, for reports: ``pairs``, ``tokens``, ``squares``, ``seconds``,
             ``samples``, ``predicted_s``, ``peak_bytes``, ``unseen``.
-        measured: UTC time, ISO 8601; empty where nobody noted it.
+        measured: UTC time, ISO 8601; empty if unknown.
     """
 
     coefficients: Coefficients
@@ -149,7 +148,7 @@ class CostFit:
             stored = values.pop("paid")
             values["padding"] = next(p for p, name in STORED_PADDING.items() if name == stored)
             found = cls(**values)
-            sound = all(price >= 0 for price in found.coefficients.prices)
+            sound = min(found.coefficients.values) >= 0
         except (KeyError, StopIteration, TypeError, ValueError) as error:
             raise ProfileError(f"damaged cost model ({error}). {REMEDY}") from error
         if not sound:
@@ -159,7 +158,7 @@ class CostFit:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFit:
-    """A memory model and what it is worth; see :class:`CostFit`."""
+    """A memory model and its error on unseen shapes."""
 
     model: MemoryModel
     error: FitError
@@ -183,13 +182,13 @@ class MemoryFit:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Prices to begin serving with.
+    """Cost coefficients to start a service with.
 
     Attributes:
-        coefficients: the prices.
-        padding: how the scorer padded that they were measured with.
-        device: ``cpu`` or ``cuda:N``; prices of another kind are of no use.
-        same: measured as it will be served: precision, threads, workers. Only then does a
+        coefficients: cost coefficients.
+        padding: padding of the scorer that was measured.
+        device: its device, ``cpu`` or ``cuda:N``.
+        same: measured with the precision, threads and workers of the service. Only then does a
             difference mean that the machine has changed.
     """
 
@@ -198,21 +197,21 @@ class Prior:
     device: str
     same: bool
 
-    def serves(self, facts: ModelInfo) -> bool:
-        """Whether it is of use for a scorer."""
-        kinds = {name.partition(":")[0] for name in (self.device, facts.device)}
-        return self.padding == facts.padding and len(kinds) == 1
+    def serves(self, info: ModelInfo) -> bool:
+        """Whether it holds for a scorer: the same padding and kind of device."""
+        kinds = {name.partition(":")[0] for name in (self.device, info.device)}
+        return self.padding == info.padding and len(kinds) == 1
 
 
 def fit_cost(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Padding) -> CostFit:
     """Fit step times to probes and judge them on unseen ones.
 
     Raises:
-        TooNoisy: too few probes, repeats that differ too much, or shapes that are missed by far.
+        TooNoisy: too few probes, repeats that differ too much, or large errors.
     """
     _require(probes, unseen)
     spread = float(np.median([probe.spread for probe in (*probes, *unseen)]))
-    if spread > MOST_SPREAD:
+    if spread > MAX_SPREAD:
         raise TooNoisy(Message("fit.repeats_differ", {"spread": f"{spread:.0%}"}))
     coefficients = _best_knee(probes, padding)
 
@@ -234,7 +233,7 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Paddin
     """Fit peak memory to probes and judge it on unseen ones.
 
     Raises:
-        TooNoisy: too few probes with a peak, or peaks that are missed by far.
+        TooNoisy: too few probes with a peak, or large errors.
     """
     probes = [probe for probe in probes if probe.peak_bytes]
     unseen = [probe for probe in unseen if probe.peak_bytes]
@@ -255,7 +254,7 @@ def _amounts(work: Work) -> tuple[int, int, int]:
 
 
 def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
-    if len(probes) < LEAST_PROBES or not unseen:
+    if len(probes) < MIN_PROBES or not unseen:
         raise TooNoisy(
             Message("fit.too_few_probes", {"probes": len(probes), "checks": len(unseen)})
         )
@@ -276,15 +275,15 @@ def _shape(probe: Probe, padding: Padding, predicted_s: float, *, unseen: bool) 
 
 
 def _best_knee(probes: Sequence[Probe], padding: Padding) -> Coefficients:
-    """Without a knee, unless one explains enough more (Schwarz, Annals of Statistics 6, 1978)."""
+    """Coefficients by the Schwarz criterion: a knee must explain enough (Ann. Stat. 6, 1978)."""
     works = [work_of(probe.lengths, padding) for probe in probes]
     took = np.array([probe.median_s for probe in probes])
     plain, best = _fit_knee(0, works, took), math.inf
     chosen = plain
     score = _schwarz(len(took))
     for candidate in [plain, *(_fit_knee(knee, works, took) for knee in _knees(works))]:
-        prices = PRICES_WITH_KNEE if candidate.beyond_s > 0 else PRICES
-        found = score(np.array([candidate.seconds(work) for work in works]), took, prices)
+        parameters = PARAMETERS_WITH_KNEE if candidate.beyond_s > 0 else PARAMETERS
+        found = score(np.array([candidate.seconds(work) for work in works]), took, parameters)
         if found < best:
             chosen, best = candidate, found
     return chosen
@@ -293,20 +292,20 @@ def _best_knee(probes: Sequence[Probe], padding: Padding) -> Coefficients:
 def _fit_knee(knee: int, works: Sequence[Work], took: Array) -> Coefficients:
     empty = Coefficients(0.0, 0.0, 0.0, knee)
     matrix = np.array([empty.amounts(work) for work in works], dtype=np.float64)
-    return empty.priced(_relative(matrix, took))
+    return empty.with_values(_relative(matrix, took))
 
 
 def _knees(works: Sequence[Work]) -> list[int]:
-    """Where a knee could be: at the sizes measured and between, two sizes from either end."""
+    """Possible knees: at and between measured sizes, two sizes from either end."""
     sizes = sorted({work.tokens for work in works})
     between = [math.isqrt(a * b) for a, b in pairwise(sizes)]
     return sorted({*sizes[2:-2], *between[2:-2]})
 
 
 def _schwarz(count: int) -> Callable[[Array, Array, int], float]:
-    def score(predicted: Array, took: Array, prices: int) -> float:
+    def score(predicted: Array, took: Array, parameters: int) -> float:
         squared = float(np.square(predicted / took - 1).mean())
-        return count * math.log(squared + SAME) + prices * math.log(count)
+        return count * math.log(squared + SAME) + parameters * math.log(count)
 
     return score
 

@@ -1,11 +1,7 @@
-"""Packing: which pairs go through the model together.
+"""Packing: which pairs go through the model together. Pure: it knows lengths and budgets only.
 
-Knows lengths and budgets; must not know texts, devices or time.
-
-Which of the candidates make up a step.
-
-Pure: knows lengths and budgets. Candidates come in the order of their turn; the first always goes,
-whatever it costs, so that nobody waits for ever.
+:func:`pack` splits all pairs of a call into steps. :func:`choose` forms one step from candidates in
+the order of their turn; the first candidate always goes, so no pair waits without end.
 """
 
 from __future__ import annotations
@@ -27,21 +23,21 @@ Step = list[int]
 """Indices of the pairs of one forward pass."""
 
 DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
-"""Tokens a step before any tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
+"""Tokens of a step before tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
 
 FIRST_WINDOW, WINDOW = 2**17, 2**20
-"""Characters of a window of texts: dozens of steps, so that its last, short one costs little, and
-for the longest texts some megabytes of ids."""
+"""Characters of a window of texts: dozens of steps, so that the last, short one costs little, and a
+few megabytes of ids for the longest texts."""
 
 NO_BUDGET = 2**62
-"""A budget that never binds: pairs alone decide."""
+"""A token budget without effect: the number of pairs decides."""
 
 
 def step_budget(token_budget: int | None, batch_size: int | None, device: str) -> int:
-    """The token budget that the two knobs mean together.
+    """The token budget for two options.
 
-    ``batch_size`` alone is the classical knob: pairs decide and tokens do not. Neither is the
-    device's default.
+    With ``batch_size`` alone only the number of pairs counts. Without both it is the device's
+    default.
     """
     if token_budget is not None:
         return token_budget
@@ -49,10 +45,7 @@ def step_budget(token_budget: int | None, batch_size: int | None, device: str) -
 
 
 def step_cost(lengths: Sequence[int] | IntArray, padding: Padding) -> int:
-    """Tokens that a step of these lengths is paid for.
-
-    A ragged scorer pays for its tokens; a padded one for longest × pairs.
-    """
+    """Tokens of a step, padding included: longest × pairs with rectangular padding."""
     if len(lengths) == 0:
         return 0
     array = np.asarray(lengths)
@@ -68,16 +61,15 @@ def pack(
 ) -> list[Step]:
     """Split pairs into steps, longest first.
 
-    Longest first means that a step holds pairs of nearly one length, that the largest step comes
-    first (so memory runs out at the start or never), and that the order is the same for the same
-    lengths. Pairs of one length keep their input order.
+    A step then holds pairs of almost one length, the largest step comes first (memory runs out at
+    the start or never), and the same lengths give the same order. Pairs of one length keep their
+    input order.
 
     Args:
         lengths: tokens of each pair.
-        budget: most tokens a step may cost. A pair that alone costs more cannot be split: it
-            gets a step to itself.
+        budget: maximum tokens of a step; a larger pair gets a step to itself.
         padding: how the scorer pads.
-        max_pairs: most pairs a step may hold; None means no limit.
+        max_pairs: maximum pairs of a step; None means no limit.
 
     Returns:
         Steps that together hold every index exactly once.
@@ -102,10 +94,10 @@ def pack(
 
 
 def windows(sizes: Sequence[int]) -> list[list[int]]:
-    """Split many texts into windows to encode one after another, longest texts first.
+    """Split many texts into windows that are encoded one after another, longest texts first.
 
-    Encoding a window is hidden behind the scoring of the one before, but for the first, which is
-    short so that the device need not wait long. A call of everyday size is one window.
+    A window is encoded while the previous one is scored. The first is short, so that the device
+    does not wait long. A call of usual size is one window.
 
     Args:
         sizes: characters of each pair.
@@ -117,18 +109,18 @@ def windows(sizes: Sequence[int]) -> list[list[int]]:
         return [list(range(len(sizes)))]
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     parts: list[list[int]] = [[]]
-    room = FIRST_WINDOW
+    left = FIRST_WINDOW
     for index in order:
-        if parts[-1] and room < sizes[index]:
+        if parts[-1] and left < sizes[index]:
             parts.append([])
-            room = WINDOW
+            left = WINDOW
         parts[-1].append(index)
-        room -= sizes[index]
+        left -= sizes[index]
     return parts
 
 
 def _padded(array: npt.NDArray[np.int64], step: Step) -> int:
-    """Cost of the step with one pair more: its first pair is its longest."""
+    """Tokens of the step with one pair more; its first pair is its longest."""
     return int(array[step[0]]) * (len(step) + 1)
 
 
@@ -136,16 +128,16 @@ Choice = list[int]
 """Indices of the chosen candidates, in their order."""
 
 REACH: dict[Padding, float] = {"none": 1.25, "rectangular": 4.0}
-"""How many budgets' worth of candidates are looked at. A ragged step only wants its last gap
-filled; a padded one wants pairs of one length, and finds them among four steps' worth."""
+"""Tokens of the candidates, in budgets. Without padding only the last gap of a step must be filled;
+with padding pairs of one length are wanted, and four budgets hold enough of them."""
 
 MAX_FILL = 0.8
-"""A padded step takes no pair shorter than this share of its longest: it would pay more for the
-padding than the base cost of a step of its own is worth (an eighth to a quarter of a step)."""
+"""A step with padding takes no pair shorter than this share of its longest: the padding would cost
+more than the overhead of another step (an eighth to a quarter of a step)."""
 
 SPLIT_GAIN_S = 0.005
-"""What waits is shared among idle workers where a step then ends so much sooner: less is eaten up
-by handing another step over, which takes a millisecond or two between machines."""
+"""Waiting pairs are shared among idle workers if a step then ends this much sooner: sending another
+step takes 1 to 2 ms between machines."""
 
 
 def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: Padding) -> Choice:
@@ -153,25 +145,24 @@ def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: 
 
     Args:
         lengths: tokens of each candidate, in the order of their turn.
-        budget: most tokens the step may cost, unless its first pair alone costs more.
-        max_pairs: most pairs it may hold; None means no limit.
+        budget: maximum tokens of the step, unless its first pair alone is larger.
+        max_pairs: maximum pairs of the step; None means no limit.
         padding: how the scorer pads.
     """
-    most = len(lengths) if max_pairs is None else max_pairs
-    return CHOOSERS[padding](lengths, budget, most)
+    return CHOOSERS[padding](lengths, budget, len(lengths) if max_pairs is None else max_pairs)
 
 
 def share(
     pairs: int, tokens: int, idle: int, budget: int, seconds: Callable[[int, int], float]
 ) -> int:
-    """Budget of the next step: one idle worker's part, where what waits then ends sooner.
+    """Budget of the next step: one idle worker's part of the waiting pairs if they end sooner.
 
     Args:
-        pairs: pairs that wait.
+        pairs: number of waiting pairs.
         tokens: their tokens.
-        idle: workers that could take a step now.
-        budget: most tokens a step may cost.
-        seconds: predicts how long so many tokens, in so many pairs, take.
+        idle: workers without a step.
+        budget: maximum tokens of a step.
+        seconds: predicts the time of (tokens, pairs).
     """
     part, whole = -(-tokens // max(1, idle)), min(tokens, budget)
     if part >= whole:
@@ -180,11 +171,11 @@ def share(
     return part if gain_s >= SPLIT_GAIN_S else budget
 
 
-def _first_fit(lengths: Sequence[int], budget: int, most: int) -> Choice:
-    """In turn, whatever fits."""
+def _first_fit(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
+    """Candidates in turn, each that fits."""
     chosen, cost_tokens = [0], lengths[0]
     for index in range(1, len(lengths)):
-        if len(chosen) >= most:
+        if len(chosen) >= max_pairs:
             break
         if cost_tokens + lengths[index] <= budget:
             chosen.append(index)
@@ -192,11 +183,10 @@ def _first_fit(lengths: Sequence[int], budget: int, most: int) -> Choice:
     return chosen
 
 
-def _one_length(lengths: Sequence[int], budget: int, most: int) -> Choice:
-    """Neighbours in length around the first candidate: the run that gains most.
+def _one_length(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
+    """The best run of candidates of similar length that includes the first.
 
-    A run's gain is its tokens, at the price they have in a step filled to :data:`MAX_FILL`, less
-    what the step costs.
+    A run's gain is its tokens over :data:`MAX_FILL` minus its tokens with padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     falling = [-lengths[i] for i in order]
@@ -205,7 +195,9 @@ def _one_length(lengths: Sequence[int], budget: int, most: int) -> Choice:
     best, best_gain = (first, first + 1), float("-inf")
     for start in range(first, -1, -1):
         longest = -falling[start]
-        end = min(start + min(most, budget // longest), bisect_right(falling, -MAX_FILL * longest))
+        end = min(
+            start + min(max_pairs, budget // longest), bisect_right(falling, -MAX_FILL * longest)
+        )
         if end <= first and start < first:
             break  # longer pairs leave even less room
         end = max(end, start + 1)

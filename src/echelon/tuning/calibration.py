@@ -203,4 +203,4 @@ def scaled_prior(
         run(shape)
         times.append(clock() - began)
     scale = max(min(times), 1e-9) / prior.seconds(work_of(shape, limits.padding))
-    return prior.priced([scale * price for price in prior.prices])
+    return prior.with_values([scale * price for price in prior.values])

@@ -54,7 +54,7 @@ def fitted_models(profile: Profile) -> dict[str, FittedModels]:
 def paced(cost: CostModel, pace: float) -> CostModel:
     """The same cost model for a machine on which each step takes ``pace`` times as long."""
     prior = cost.coefficients
-    return CostModel(prior.priced(value * pace for value in prior.prices), cost.padding)
+    return CostModel(prior.with_values(value * pace for value in prior.values), cost.padding)
 
 
 def candidates(
@@ -65,11 +65,7 @@ def candidates(
 ) -> list[Candidate]:
     """All candidates, the profile's precision at full length first.
 
-    Args:
-        profile: what was measured.
-        goal: what may be changed.
-        fitted: models of precisions whose steps were measured; others are scaled by their speed.
-        lengths: shorter lengths and their accuracy.
+    A precision that is not in ``fitted`` gets the profile's models, scaled by its speed.
 
     Raises:
         InvalidInput: there is a limit on memory, and memory was not measured.
@@ -194,14 +190,9 @@ def check_max_lengths(
     requests: Sequence[Arrival],
     on_progress: Progress,
 ) -> list[MaxLengthCheck]:
-    """Measure the accuracy of each length that cuts any pair of the load.
+    """Measure the accuracy of each length that cuts any pair of the requests.
 
-    Args:
-        check: with the full length in its options.
-        precision: of the shorter lengths; the reference is fp32.
-        keep_bf16: layers that int8 leaves in bf16.
-        requests: the load.
-        on_progress: hears each stage.
+    The reference is fp32 at the full length, which is in the options of ``check``.
     """
     load = [length for request in requests for length in request.lengths]
     lengths = [length for length in LENGTHS if length < max(load, default=0)]

@@ -18,7 +18,7 @@ from echelon.models.base import DeviceOutOfMemory
 from echelon.profile import apply_profile, current_key
 from echelon.progress import no_progress
 from echelon.scheduling.cost_model import work_of
-from echelon.scheduling.fit import MOST_MEDIAN, CostFit, FitError
+from echelon.scheduling.fit import MAX_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tuning.calibration import StepFactory, models_of
 from echelon.tuning.machine import meter_of
@@ -102,15 +102,10 @@ def refresh(
     clock: Clock = monotonic,
     on_progress: Progress = no_progress,
 ) -> RefreshResult:
-    """Update a profile.
+    """Update the profile ``old``, at the sizes that it was measured at.
 
-    Args:
-        model: as for :func:`echelon.tuning.tuner.tune`.
-        options: the user's; the profile fills what they leave open.
-        plan: texts and times; the sizes are the profile's own.
-        old: the profile.
-        clock: seconds.
-        on_progress: hears each stage.
+    The arguments are those of :func:`echelon.tuning.tuner.tune`; the profile fills what the
+    options leave open.
     """
     plan = _sizes_of(old, plan)
     check, texts = find_model(model, apply_profile(options, old), plan)
@@ -181,7 +176,7 @@ def _out_of_date(opened: _OpenModel, old: Profile, plan: TuningPlan) -> tuple[st
         return f"it cannot be read ({damage})", False
     largest = max(plan.token_budgets, default=opened.steps.longest)
     error = opened.error(fit, largest, SPOT_SHARE * plan.time_limit_s)
-    if error.median > MOST_MEDIAN:
+    if error.median > MAX_MEDIAN:
         return f"steps no longer take as long as predicted ({error.words})", True
     return (f"it is {age} days old", False) if age > MAX_AGE_DAYS else ("", False)
 
