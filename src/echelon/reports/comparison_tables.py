@@ -43,7 +43,7 @@ NAMES = {
 """Labels of keys and settings; library versions are labelled by the library's name."""
 
 COST_COEFFICIENTS = {
-    "base_s": N_("Each step"),
+    "base_s": N_("Fixed time of a step"),
     "token_s": N_("Each token"),
     "square_s": N_("Each squared token"),
     "beyond_s": N_("Each token beyond the knee"),

@@ -133,7 +133,7 @@ def _headline(found: Entry, state: str) -> str:
 def _settings(chosen: Entry) -> list[tuple[str, str]]:
     threads, workers = chosen["threads"], chosen["workers"]
     rows = [
-        (tr("Step"), tokens(chosen["token_budget"])),
+        (tr("Maximum tokens per step"), tokens(chosen["token_budget"])),
         (
             tr("Maximum pairs per step"),
             tr("limited by the token budget only")
