@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.errors import InvalidInput
 from echelon.options import Options
 from echelon.progress import no_progress
 from echelon.server.settings import flag
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
     from echelon.progress import Progress
     from echelon.server.settings import Flag
-    from echelon.simulation.workload import ArrivalRecord
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -91,22 +88,6 @@ def progress_bar(title: str, *, shown: bool) -> Iterator[tuple[Progress, Callabl
         task = bar.add_task("", total=1.0)
 
         def on_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:
-            bar.update(task, description=stage, completed=(done or 0.0) / (total or 1.0))
+            bar.update(task, description=stage, completed=done / total if total else None)
 
         yield on_progress, bar.console.print
-
-
-def read_trace(path: str) -> Iterator[ArrivalRecord]:
-    """Read the requests of a trace in CSV.
-
-    Raises:
-        InvalidInput: the file cannot be read, or a value in it is wrong.
-    """
-    from echelon.simulation.trace import parse_trace
-
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as lines:
-            yield from parse_trace(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"{path} cannot be read ({error})"
-        raise InvalidInput("--trace", problem, "Give a CSV file in UTF-8.") from error

@@ -1,13 +1,13 @@
-"""The flags of a load and its service level, for plan, stress and tune --scenario."""
+"""Flags of a load and its service level, shared by plan, stress and tune --scenario."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import read_trace
 from echelon.errors import InvalidInput
 from echelon.server.settings import flag
 
@@ -39,9 +39,9 @@ def load_flag(name: str, more: str = "", *, prefix: str = "", **changes: Any) ->
 
     Args:
         name: as in the table of flags.
-        more: what its help says besides, such as a default.
+        more: words after its help, such as a default.
         prefix: words before its help.
-        changes: its default, or that it is required.
+        **changes: other settings of the flag, such as its default.
     """
     settings = _FLAGS[name] | changes
     return flag(name, **settings | {"help": f"{prefix}{settings['help']}{more}."})
@@ -101,6 +101,22 @@ def sizes_of_requests(
         None if documents is None else sizes_of(documents, "--documents"),
         None if tokens is None else sizes_of(tokens, "--tokens"),
     )
+
+
+def read_trace(path: str) -> Iterator[ArrivalRecord]:
+    """Read the requests of a trace in CSV.
+
+    Raises:
+        InvalidInput: the file cannot be read, or a value in it is wrong.
+    """
+    from echelon.simulation.trace import parse_trace
+
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as lines:
+            yield from parse_trace(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{path} cannot be read ({error})"
+        raise InvalidInput("--trace", problem, "Give a CSV file in UTF-8.") from error
 
 
 class TraceFile:
