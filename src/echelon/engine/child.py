@@ -1,8 +1,8 @@
-"""The scoring child: opens a scorer and scores what its parent sends, until the parent goes.
+"""The scoring child process: opens a scorer and scores the steps that its parent sends.
 
-Run as ``python -m echelon.engine.child DESCRIPTOR`` by :mod:`echelon.engine.worker`, never by hand.
-A thread of its own reads ahead, so that the next step is here when the running one ends; where it
-reads the end, the parent has gone, and the process ends at once, whatever it computes.
+:mod:`echelon.engine.worker` runs it as ``python -m echelon.engine.child DESCRIPTOR``. A thread
+reads ahead, so that the next step is here when the running one ends. When it reads the end, the
+parent has ended, and the process exits at once.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from echelon.types import TokenBatch
 
 PRIMITIVES = 64
-"""Products that oneDNN keeps ready in a process that begins after memory ran out, instead of 1024.
-It compiles code for every number of rows and cannot be made to give it back: that is what filled
-processes until a usual pair found no room. So few cost no time that could be told (docs/LOG.md)."""
+"""Primitives that oneDNN caches in a process started after memory ran out, instead of 1024. It
+compiles code for each number of rows and never frees it, which filled processes until a usual pair
+did not fit. No loss of speed was measured (docs/LOG.md)."""
 
 
 def main(descriptor: int) -> None:
-    """Live until told to stop."""
-    faulthandler.enable()  # a crash of native code leaves its stack in the parent's log
+    """Run until told to stop."""
+    faulthandler.enable()  # a native crash leaves its stack in the parent's log
     for number in (signal.SIGINT, signal.SIGTERM):
-        # They reach every process of a terminal or unit; the parent decides when this one ends.
+        # Sent to all processes of a terminal or unit; the parent ends this one.
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
     inbox: SimpleQueue[bytes] = SimpleQueue()
@@ -65,7 +65,7 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
         if sparing:
             spare_memory()
         scorer: Scorer = opener(precision=precision)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
+    except Exception as error:  # noqa: BLE001 - any error goes to the parent
         channel.send(fault_of(error))
         return None
     channel.send(("info", scorer.info, 0.0, resident_bytes()))
@@ -73,7 +73,7 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
 
 
 def spare_memory() -> None:
-    """Let this process, which has computed nothing yet, keep little beside the model."""
+    """Let this process keep little memory beside the model; call it before any computation."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
 
 
@@ -90,27 +90,27 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
 
 
 def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
-    """Score a step; whatever happens is told in words for :func:`echelon.engine.worker.unpack`."""
+    """Score a step; the reply is for :func:`echelon.engine.worker.unpack`."""
     began = time.perf_counter()
     try:
         logits = scorer.score(batch)
     except DeviceOutOfMemory as error:
-        scorer.release()  # now: a step that was sent ahead begins before the parent can ask for it
+        scorer.release()  # now: a step sent ahead begins before the parent can ask
         return "memory", str(error), time.perf_counter() - began, resident_bytes()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
+    except Exception as error:  # noqa: BLE001 - any error goes to the parent
         return fault_of(error)
     return "scores", logits, time.perf_counter() - began, resident_bytes()
 
 
 def fault_of(error: Exception) -> Reply:
-    """An error as it can travel: ours whole, others as words, their traceback in the log."""
+    """An error that can be pickled: ours as it is, others as text; the log has the traceback."""
     traceback.print_exception(error)
     words = f"{type(error).__name__}: {error}"
     return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds, mapped weights included."""
+    """Resident memory of this process, mapped weights included."""
     return int(_this_process().memory_info().rss)
 
 

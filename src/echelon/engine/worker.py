@@ -1,12 +1,8 @@
-"""Messages between a process and its scoring child: pickles over a socket, with time limits.
+"""A scorer in a child process, so that a crash, a hang or a leak ends only the child.
 
-``multiprocessing.Connection`` cannot give up on a write, and a stopped child does not read; a
-large step would then block its sender for ever.
-
-A scorer in a supervised child process: a crash, a hang or a leak ends the child, not us.
-
-Nothing here imports torch; the child does. Restarting is the caller's business
-(:mod:`echelon.engine.supervisor`): a worker that died can be started again.
+Messages are pickles over a socket with time limits: ``multiprocessing.Connection`` cannot give up a
+write, and a stopped child does not read. No torch is imported here, but in the child.
+:mod:`echelon.engine.supervisor` restarts workers.
 """
 
 from __future__ import annotations
@@ -32,11 +28,23 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.types import FloatArray, ModelInfo, TokenBatch
 
+logger = logging.getLogger(__name__)
+
 HEADER = struct.Struct("!Q")
+
+START_TIMEOUT_S = 600.0
+"""Opening a large model from a slow disk takes minutes; a child that needs longer hangs."""
+
+STOP_TIMEOUT_S = 5.0
+"""A child that does not end in this time is killed; it holds nothing that could be lost."""
+
+RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Pause before the first, second, … restart in a row without a good step: a single crash costs no
+wait, and a model that always crashes does not keep the machine busy."""
 
 
 class Channel:
-    """One end. Only one thread sends and only one receives at a time.
+    """One end of a connection. One thread may send while another receives.
 
     Args:
         end: a connected stream socket; the channel closes it.
@@ -49,15 +57,15 @@ class Channel:
         """Send a message.
 
         Raises:
-            TimeoutError: the other side did not read in time; the channel is of no more use.
-            OSError: the other side has gone.
+            TimeoutError: the other side did not read in time; the channel cannot be used again.
+            OSError: the other side has closed.
         """
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self._end.settimeout(timeout_s)
         self._end.sendall(HEADER.pack(len(data)) + data)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether there is something to read, or the end of it all, within a time."""
+        """Wait for a message or the end of the connection; returns whether one came in time."""
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
         return bool(poll.poll(max(0.0, timeout_s) * 1000))
@@ -66,8 +74,8 @@ class Channel:
         """The next message, still pickled; safe beside a thread that sends without a limit.
 
         Raises:
-            EOFError: the other side has gone.
-            TimeoutError: the rest of it did not come in time.
+            EOFError: the other side has closed.
+            TimeoutError: the rest of the message did not come in time.
         """
         self._end.settimeout(timeout_s)
         (size,) = HEADER.unpack(self._read(HEADER.size))
@@ -78,7 +86,7 @@ class Channel:
         return pickle.loads(self.receive_bytes(timeout_s))  # noqa: S301 - from our own child
 
     def close(self) -> None:
-        """Hang up; closing twice does nothing."""
+        """Close the connection; closing twice does nothing."""
         self._end.close()
 
     def _read(self, size: int) -> bytearray:
@@ -92,25 +100,12 @@ class Channel:
         return data
 
 
-logger = logging.getLogger(__name__)
-
-START_TIMEOUT_S = 600.0
-"""A large model from a slow disk takes minutes; longer than this is a hang."""
-
-STOP_TIMEOUT_S = 5.0
-"""A child that does not end by itself in this time is killed; nothing it holds can be lost."""
-
-RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Pause before the first, second, … restart in a row without a step that went well: a single crash
-costs no wait, and a model that cannot live does not burn the machine."""
-
-
 Reply = tuple[str, Any, float, int]
-"""What a scoring process answers: a kind, what goes with it, seconds, and the bytes it holds."""
+"""Answer of a scoring process: kind, content, seconds, and the bytes that the process holds."""
 
 
 class ScorerFactory(Protocol):
-    """Opens the scorer in the child; it is pickled, so it must be importable there."""
+    """Opens the scorer in the child; it is pickled, so the child must be able to import it."""
 
     def __call__(self, *, precision: str) -> Scorer:
         """Open the model in a precision."""
@@ -123,8 +118,8 @@ class StepResult:
 
     Attributes:
         logits: float32 [pairs].
-        seconds: time that the scorer took.
-        resident_bytes: memory that the worker holds now.
+        seconds: time of the scorer.
+        resident_bytes: memory that the worker holds.
     """
 
     logits: FloatArray
@@ -133,29 +128,29 @@ class StepResult:
 
 
 class Worker(Protocol):
-    """Where steps are scored: results come in the order of the steps sent.
+    """Scores steps; results come in the order of the steps sent.
 
     Attributes:
-        renewable: whether :meth:`start` begins a fresh process.
+        renewable: whether :meth:`start` starts a fresh process.
     """
 
     renewable: bool
 
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
-        """Open the scorer, closing one that is still open.
+        """Open the scorer; one that is still open is closed first.
 
         Args:
-            precision: what it computes in.
-            sparing: where a fresh process begins, it keeps little beside the model.
+            precision: precision of the scorer.
+            sparing: let a fresh process keep little memory beside the model.
         """
         ...
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
-        """Hand a step over; a second may be handed over while the first runs."""
+        """Send a step; a second one may be sent while the first runs."""
         ...
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether a result, or the end, comes within a time."""
+        """Wait for a result or the end; returns whether one came in time."""
         ...
 
     def receive(self, timeout_s: float) -> StepResult:
@@ -167,11 +162,11 @@ class Worker(Protocol):
         ...
 
     def kill(self) -> None:
-        """End it now; may be called from any thread."""
+        """End it now; from any thread."""
         ...
 
     def stop(self) -> None:
-        """End it after the steps that were sent, and soon."""
+        """End it soon, after the steps that were sent."""
         ...
 
 
@@ -179,10 +174,10 @@ class ChildWorker:
     """A scorer in a child process.
 
     Args:
-        opener: opens the scorer, in the child.
-        name: what the log calls it.
-        start_timeout_s: longest time that opening may take.
-        on_end: called from a thread of its own whenever a child has ended.
+        opener: opens the scorer in the child.
+        name: its name in the log.
+        start_timeout_s: maximum time of opening.
+        on_end: called from another thread each time a child has ended.
     """
 
     renewable = True
@@ -208,12 +203,12 @@ class ChildWorker:
         return None if self._process is None else self._process.pid
 
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
-        """Start a child and open the scorer in it; a child that still lives is killed first.
+        """Start a child and open the scorer in it; a running child is killed first.
 
         Raises:
             EchelonError: what opening raised.
-            WorkerDied: it ended meanwhile.
-            WorkerWedged: it took too long.
+            WorkerDied: the child ended.
+            WorkerWedged: opening took too long.
         """
         self._discard()
         self._killed = False
@@ -232,8 +227,8 @@ class ChildWorker:
         self.send((self._opener, precision, sparing), self._start_timeout_s)
         if not self.wait(self._start_timeout_s):
             raise self._wedged(f"did not open its model in {self._start_timeout_s:g} s")
-        facts: ModelInfo = self._reply(self._start_timeout_s)[0]
-        return facts
+        info: ModelInfo = self._reply(self._start_timeout_s)[0]
+        return info
 
     def score(self, batch: TokenBatch, timeout_s: float) -> StepResult:
         """Send a step and wait for its result; see :meth:`receive`."""
@@ -241,11 +236,11 @@ class ChildWorker:
         return self.receive(timeout_s)
 
     def send(self, batch: TokenBatch | tuple[ScorerFactory, str, bool], timeout_s: float) -> None:
-        """Hand a step over; a second may be handed over while the first runs.
+        """Send a step; a second one may be sent while the first runs.
 
         Raises:
             WorkerDied: the child has ended.
-            WorkerWedged: it does not read; it was killed.
+            WorkerWedged: the child does not read and was killed.
         """
         message = batch if isinstance(batch, tuple) else ("score", batch)
         try:
@@ -256,15 +251,15 @@ class ChildWorker:
             raise self._died() from None
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether a result, or the child's end, comes within a time."""
+        """Wait for a result or the child's end; returns whether one came in time."""
         return self._open_channel().wait(timeout_s)
 
     def receive(self, timeout_s: float) -> StepResult:
-        """The result of the earliest step that was sent.
+        """The result of the earliest step without one.
 
         Raises:
-            DeviceOutOfMemory: it did not fit; the worker lives on.
-            EchelonError: what the scorer raised; the worker lives on.
+            DeviceOutOfMemory: the step did not fit; the worker can be used again.
+            EchelonError: what the scorer raised; the worker can be used again.
             WorkerDied: the child has ended.
             WorkerWedged: no answer in time; the child was killed.
         """
@@ -278,17 +273,17 @@ class ChildWorker:
         try:
             self._open_channel().send(("release",), STOP_TIMEOUT_S)
         except OSError:
-            logger.debug("%s: gone before it could release memory", self.name)
+            logger.debug("%s ended before it could release memory", self.name)
 
     def kill(self) -> None:
-        """End the child now (SIGKILL, which ends a stopped one too); from any thread."""
+        """End the child now by SIGKILL, which ends a stopped process too; from any thread."""
         self._killed = True
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def stop(self) -> None:
-        """Let the child end after the steps that were sent; kill it where that takes long."""
+        """Let the child end after the steps that were sent; kill it if that takes too long."""
         if self._process is None or self._channel is None:
             return
         try:
@@ -300,19 +295,19 @@ class ChildWorker:
         self._discard()
 
     def _discard(self) -> None:
-        """Leave nothing behind of the child there was."""
+        """Kill the child and close its channel."""
         self.kill()
         if self._channel is not None:
             self._channel.close()
 
     def _relay(self, process: subprocess.Popen[bytes]) -> None:
-        """Everything the child prints goes to our log; then its end is told."""
+        """Copy what the child prints to the log, then report its end."""
         if process.stdout is None:
             raise AssertionError("the child's output is not piped. This is a bug.")
         with process.stdout as output:
             for line in output:
                 logger.warning("%s: %s", self.name, line.decode(errors="replace").rstrip())
-        process.wait()  # only now its socket is surely closed, and whoever is told sees the end
+        process.wait()  # now its socket is closed, so a reader sees the end
         if self._on_end is not None:
             self._on_end()
 
@@ -335,7 +330,7 @@ class ChildWorker:
         return WorkerWedged(f"{self.name} (process {self.pid}) {what} and was killed")
 
     def _died(self) -> WorkerDied:
-        """What is known of the end of the child."""
+        """The error for a child that has ended."""
         if self._process is None or self._killed:
             return WorkerDied(f"{self.name} was stopped")
         try:
@@ -348,7 +343,7 @@ class ChildWorker:
 
 
 def unpack(reply: Reply) -> tuple[Any, float, int]:
-    """What a reply holds, the seconds it took, and the bytes that its process holds.
+    """Content of a reply, its seconds, and the bytes that the process holds.
 
     Raises:
         DeviceOutOfMemory: the step did not fit.
@@ -359,7 +354,7 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
 
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
-    """A fresh interpreter: a fork would copy the locks of our threads."""
+    """Start a fresh interpreter: a fork would copy the locks of our threads."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [sys.executable, "-m", "echelon.engine.child", str(descriptor)],
