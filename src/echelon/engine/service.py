@@ -59,11 +59,12 @@ class Service:
 
     Args:
         encoder: the model's tokenizer.
-        make_worker: gives the worker of a number; it calls what it is given when a child ended.
+        make_worker: makes the worker of a number; the worker calls the function that it is given
+            when its process has ended.
         settings: how to run.
-        listener: hears what happens, from any thread.
+        listener: receives events, from any thread.
         clock: seconds; deadlines are times of this clock.
-        learned: called with each smaller token budget that memory taught.
+        learned: called with each token budget that memory allows.
         prior: what steps cost when the machine was tuned; None learns it from the first steps.
     """
 
@@ -184,7 +185,7 @@ class Service:
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
             TooLarge: more documents or tokens than one request may have.
-            Overloaded: refused; it says when to come again.
+            Overloaded: refused; it says when to try again.
             DeadlinePassed: the deadline passed, or cannot be met.
             ShuttingDown: the service admits no more requests.
             WorkerLost, OutOfMemory, NonFiniteScore, ScoringFailed: a pair cannot be scored.
@@ -360,4 +361,4 @@ def _no_pairs() -> Answer:
 def _not_started(failure: Exception) -> EchelonError:
     if isinstance(failure, EchelonError):
         return failure
-    return WorkerLost(f"The scoring process could not start: {failure}. The log has its words.")
+    return WorkerLost(f"The scoring process could not start: {failure}. The log has its output.")
