@@ -160,7 +160,7 @@ def test_a_result_that_cannot_be_written_is_still_shown(bert, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_control_c_keeps_what_was_measured_and_shows_no_traceback(bert, tmp_path):
+def test_control_c_keeps_measurements_and_shows_no_traceback(bert, tmp_path):
     profile = tmp_path / "p.json"
     partial = tmp_path / "p.json.partial.json"
     command = [sys.executable, "-m", "echelon", "tune", str(bert), "--time-limit", "300"]
@@ -208,7 +208,7 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_doctor_says_what_is_there_and_what_will_be_used(call):
+def test_doctor_shows_the_machine_and_what_is_used(call):
     code, out, _ = call("doctor", "--json")
     found = json.loads(out)
     assert code == 0
@@ -220,7 +220,7 @@ def test_doctor_says_what_is_there_and_what_will_be_used(call):
     assert found["machine"]["cpu"] in out
 
 
-def test_doctor_takes_the_processor_for_an_old_one_where_told(call, monkeypatch):
+def test_doctor_simulates_an_old_processor_on_request(call, monkeypatch):
     monkeypatch.setenv(CPU_SWITCH, "avx2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     kernels.missing.cache_clear()

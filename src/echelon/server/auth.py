@@ -31,13 +31,7 @@ because of rounding."""
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """A rate and a burst.
-
-    Attributes:
-        rate: documents a second.
-        burst: documents that may come at once after a pause.
-        words: the rate as it was written.
-    """
+    """Documents a second, and documents that may come at once after a pause."""
 
     rate: float
     burst: float
@@ -97,10 +91,7 @@ class TokenBucket:
 def limit_of(field: str, rate: str, burst: str | None = None) -> RateLimit:
     """Parse a limit such as ``50/s``, ``3000/min`` or ``100000/h``.
 
-    Args:
-        field: name of the setting, for errors.
-        rate: the rate.
-        burst: documents at once; None is the documents of one second, and at least one.
+    The burst is by default the documents of one second, and at least one.
 
     Raises:
         InvalidInput: it is no rate above zero, or the burst is less than one document.
@@ -134,13 +125,7 @@ _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key.
-
-    Attributes:
-        text: the key itself; never shown.
-        name: its name in logs and metrics.
-        limit: None is no limit.
-    """
+    """One key, which is never shown, and its name in logs and metrics."""
 
     text: str
     name: str
@@ -152,12 +137,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class ApiClient:
-    """The owner of one or more keys.
-
-    Attributes:
-        name: for logs and metrics.
-        bucket: the documents that its limit still allows; None is no limit.
-    """
+    """The owner of one or more keys; without a bucket it has no limit."""
 
     name: str
     bucket: TokenBucket | None = None
@@ -166,11 +146,8 @@ class ApiClient:
 class Keys:
     """The keys that a server accepts; without any, every client is accepted and all share a limit.
 
-    Keys of one name, such as an old and a new one, share a limit.
-
-    Args:
-        keys: the accepted keys.
-        common: limit of all clients together, for a server without keys.
+    Keys of one name, such as an old and a new one, share a limit. ``common`` is the limit of all
+    clients together, for a server without keys.
 
     Raises:
         InvalidInput: keys of one name have different limits.

@@ -63,12 +63,6 @@ class Connection(HttpToolsProtocol):
 
     The time for headers counts from the start of the connection, and for later requests from their
     first byte; further bytes do not extend it.
-
-    Args:
-        *args: uvicorn's.
-        limits: limits of the connection.
-        on_refused: called with the reason when the connection is refused.
-        **kwargs: uvicorn's.
     """
 
     def __init__(

@@ -52,17 +52,7 @@ class ServerLimits:
 
 
 class ServerContext:
-    """One server.
-
-    Args:
-        launch: starts the service.
-        model: the model's name in responses.
-        metrics: counters for Prometheus.
-        limits: what the server accepts.
-        revision: the model's revision, for ``/info``.
-        stats: the last ten minutes, for ``/dashboard``; it must also listen to the service.
-        traces: makes spans of requests; None makes none.
-    """
+    """One server: ``launch`` starts its service, to which ``metrics`` and ``stats`` must listen."""
 
     def __init__(  # noqa: PLR0913 - all that the routes share
         self,

@@ -40,14 +40,7 @@ STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
 def dashboard_data(
     view: StatsView, model: str, info: ModelInfo | None, state: ServiceSnapshot | None
 ) -> dict[str, Any]:
-    """All data of the dashboard.
-
-    Args:
-        view: statistics of the last ten minutes.
-        model: the model's name.
-        info: the scorer's; None before the start.
-        state: the service now; None before the start.
-    """
+    """All data of the dashboard; ``info`` and ``state`` are None before the service has started."""
     minute = max(1, round(MINUTE_S / view.slice_s))
     return {
         "model": model,

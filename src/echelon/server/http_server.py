@@ -114,10 +114,6 @@ class HttpServer(uvicorn.Server):
 
     uvicorn itself raises the signal again after the drain, so that the exit code reports a failure,
     and cuts the connections of requests that are late.
-
-    Args:
-        config: uvicorn's.
-        context: the server.
     """
 
     def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:

@@ -114,12 +114,7 @@ class SpanRecord:
     """A request that has ended.
 
     Attributes:
-        path: the route.
         headers: headers of the request; ``traceparent`` names the parent of its span.
-        request_id: the request's id.
-        protocol: name of its protocol.
-        status: the HTTP status.
-        seconds: duration of the request.
         documents: number of its documents; None if the body was not read.
         answer: the service's answer; None after an error.
         answered_s: seconds from its start to that answer.
@@ -139,11 +134,7 @@ class SpanRecord:
 
 
 class Traces:
-    """Makes spans.
-
-    Args:
-        provider: samples, batches and exports them.
-    """
+    """Makes spans; the provider samples, batches and exports them."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider

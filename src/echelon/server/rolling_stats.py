@@ -84,8 +84,6 @@ class ServerEvent:
         at: unix time.
         kind: ``ladder`` or ``worker``.
         name: the rung, or the worker's state.
-        worker: the worker's number.
-        words: details.
     """
 
     at: float
@@ -119,13 +117,7 @@ class StatsView:
 
 
 class RollingStats(Listener):
-    """Collects events of a service and its routes, and drops slices older than its window.
-
-    Args:
-        slice_s: seconds of a slice; the window holds :data:`SLICES`.
-        clock: seconds.
-        unix: unix time.
-    """
+    """Collects events of a service and its routes, and drops slices older than :data:`SLICES`."""
 
     def __init__(
         self,

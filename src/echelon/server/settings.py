@@ -230,14 +230,7 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
 
 
 def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
-    """The server that settings describe.
-
-    Args:
-        model: the model to serve.
-        options: of the model.
-        settings: of the server.
-        **more: as in :func:`echelon.engine.launch.launch`.
-    """
+    """The server that settings describe; ``more`` goes to :func:`echelon.engine.launch.launch`."""
     from functools import partial
 
     from echelon.engine.events import ListenerGroup

@@ -59,11 +59,7 @@ REFUSED_REQUESTS = 64
 
 
 class Ingress:
-    """One replica: a server whose workers are actors.
-
-    Args:
-        build: makes the server.
-    """
+    """One replica: a server whose workers are actors."""
 
     def __init__(self, build: Callable[[], ServerContext]) -> None:
         self._context = build()
@@ -99,12 +95,7 @@ def deploy(
 ) -> Application:
     """The application whose replicas are the servers that ``build`` makes.
 
-    Args:
-        build: makes a server; it runs in each replica.
-        ingresses: replicas.
-        max_requests: requests that a replica admits; Ray's own limit is above it.
-        drain_s: seconds that a replica has to answer admitted requests when it ends.
-        **more: other settings of the deployment.
+    Ray's own limit of requests is above ``max_requests``; ``more`` are settings of the deployment.
     """
     # With a CPU of its own it could take the place of a worker that it then waits for.
     more.setdefault("ray_actor_options", {"num_cpus": 0})
@@ -153,16 +144,7 @@ def values_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentPlan:
-    """The settings of a server on Ray; it is sent to the replicas, which call it.
-
-    Attributes:
-        model: the model to serve.
-        options: of the model.
-        settings: of the HTTP server.
-        resources: CPUs and GPUs of a worker.
-        scaling: limits of the number of workers, and when it changes.
-        ingresses: replicas.
-    """
+    """The settings of a server on Ray; it is sent to the replicas, which call it."""
 
     model: str
     options: Options
@@ -240,10 +222,6 @@ def _make_workers(
 
 def run_here(address: str, values: dict[str, Any]) -> None:
     """Serve on a cluster until SIGTERM or Ctrl-C; for ``echelon serve --ray``.
-
-    Args:
-        address: the cluster's, or :data:`echelon.server.settings.ANY_CLUSTER`.
-        values: all settings of ``echelon serve``.
 
     Raises:
         InvalidInput: a setting is wrong, or no cluster can be reached.

@@ -58,9 +58,6 @@ class RemoteScorerFactory:
     Attributes:
         model: hub id, a folder that every machine has, or ``"demo"``.
         revision: the hub's commit, so that all workers have the same; else None.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: CPU threads of the forward pass.
-        label: which output of a head with several labels to score.
         keep_bf16: layers that int8 leaves in bf16, as the precision check found.
     """
 
@@ -350,10 +347,6 @@ def loss_of(machine: str | None, error: BaseException) -> tuple[str, bool]:
     """Why an actor is lost, and whether its work may be the cause.
 
     Of a machine that has just been lost, Ray first says only that its actors cannot be reached.
-
-    Args:
-        machine: id of its machine; None before it was known.
-        error: the error of a call of it.
     """
     if isinstance(error, ActorUnavailableError):
         return "it could not be reached, nor on a second try", False

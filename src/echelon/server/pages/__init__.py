@@ -52,13 +52,7 @@ POLICIES = {
 
 @dataclass(frozen=True, slots=True)
 class PageContent:
-    """A file as it is sent.
-
-    Attributes:
-        content: its bytes.
-        tag: their ETag.
-        gzipped: whether they are compressed.
-    """
+    """A file as it is sent, with its ETag."""
 
     content: bytes
     tag: str
@@ -66,13 +60,7 @@ class PageContent:
 
 
 def page(name: str, root: str, *, keys: bool) -> Response:
-    """A page.
-
-    Args:
-        name: its file.
-        root: prefix of our paths behind a proxy.
-        keys: whether the server needs API keys.
-    """
+    """A page; ``root`` is the prefix of our paths behind a proxy."""
     filled = _template(name).substitute(
         root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=version("plotly")
     )
