@@ -283,7 +283,7 @@ def _repeated(bench: Bench, name: str, call: Callable[[], Any]) -> dict[str, Any
 
 
 def memory(bench: Bench) -> list[dict[str, Any]]:
-    """Peak bytes above the idle state, mixed lengths, without graphs (their pool is not counted)."""
+    """Peak bytes above the idle state, mixed lengths, without graphs and their pool."""
     if bench.device == "cpu":
         return []
     import torch
