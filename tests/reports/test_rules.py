@@ -76,10 +76,10 @@ def test_half_precision_is_judged_by_its_ranking():
 def test_load_is_reported_only_if_it_was_measured():
     points = sweep(10, {4: 1.0})
     assert found(*points)["concurrent"].state == found(*points)["watch"].state == "unknown"
-    proved = found(*points, scenario=scenario_entry())
-    assert proved["concurrent"].state == "holds"
-    assert "120" in proved["concurrent"].found
-    assert "2.40 times the median" in proved["watch"].found
+    validated = found(*points, scenario=scenario_entry())
+    assert validated["concurrent"].state == "holds"
+    assert "120" in validated["concurrent"].found
+    assert "2.40 times the median" in validated["watch"].found
     missed = found(*points, scenario=scenario_entry(held=False))
     assert missed["concurrent"].state == "costs"
     offline = scenario_entry(

@@ -48,8 +48,8 @@ def chosen(profile: Profile) -> Entry | None:
 
 def slowest(profile: Profile, against: Entry) -> Entry | None:
     """The slowest size for the same number of pairs; None where none is slower."""
-    rivals = [e for e in profile.points if measured(e) and e["pairs"] == against["pairs"]]
-    found = min(rivals, key=lambda e: e["pairs_per_s"], default=against)
+    same_pairs = [e for e in profile.points if measured(e) and e["pairs"] == against["pairs"]]
+    found = min(same_pairs, key=lambda e: e["pairs_per_s"], default=against)
     return found if found["pairs_per_s"] < against["pairs_per_s"] else None
 
 

@@ -47,8 +47,8 @@ def headline(profile: Profile) -> str:
         "latency": wording.latency(point),
         "rate": wording.rate(point["pairs_per_s"]),
     }
-    rival = slowest(profile, point)
-    if rival is None:
+    baseline = slowest(profile, point)
+    if baseline is None:
         return tr(
             "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}.", **found
         )
@@ -56,13 +56,13 @@ def headline(profile: Profile) -> str:
         "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}: {times} as "
         "fast as with the slowest size measured ({slowest}).",
         **found,
-        times=_times(point, rival),
-        slowest=wording.step_of(rival),
+        times=_times(point, baseline),
+        slowest=wording.step_of(baseline),
     )
 
 
-def _times(point: Entry, rival: Entry) -> str:
-    return tr("{count} times", count=f"{point['pairs_per_s'] / rival['pairs_per_s']:,.1f}")
+def _times(point: Entry, baseline: Entry) -> str:
+    return tr("{count} times", count=f"{point['pairs_per_s'] / baseline['pairs_per_s']:,.1f}")
 
 
 def tiles(profile: Profile) -> list[tuple[str, str, str]]:
@@ -78,12 +78,12 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
         (tr("Precision"), profile.settings.precision, _precision_note(profile)),
         (tr("Peak memory"), units.size(point["peak_bytes"]), memory_of(profile)),
     ]
-    rival = slowest(profile, point)
-    if rival is not None:
-        rate = wording.rate(rival["pairs_per_s"])
-        rate = tr("{value} ({certainty})", value=rate, certainty=wording.spread(rival))
-        note = listed([rate, wording.step_of(rival)])
-        found.insert(2, (tr("Speed-up over the slowest"), _times(point, rival), note))
+    baseline = slowest(profile, point)
+    if baseline is not None:
+        rate = wording.rate(baseline["pairs_per_s"])
+        rate = tr("{value} ({certainty})", value=rate, certainty=wording.spread(baseline))
+        note = listed([rate, wording.step_of(baseline)])
+        found.insert(2, (tr("Speed-up over the slowest"), _times(point, baseline), note))
     return found
 
 
