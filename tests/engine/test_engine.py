@@ -61,9 +61,9 @@ def test_every_pair_once_in_order_whatever_memory_does(
     assert report.cost_tokens == sum(step_cost(batch.lengths, cost) for batch in scorer.batches)
     assert 0 <= report.padding_share < 1
     for batch in scorer.batches:
-        paid = step_cost(batch.lengths, cost)
-        assert paid <= budget or len(batch) == 1
-        assert memory is None or paid <= memory
+        cost_tokens = step_cost(batch.lengths, cost)
+        assert cost_tokens <= budget or len(batch) == 1
+        assert memory is None or cost_tokens <= memory
         assert max_pairs is None or len(batch) <= max_pairs
 
 
@@ -171,10 +171,10 @@ def test_lower_precision_where_allowed():
 
 def test_a_model_that_cannot_be_reopened_leaves_a_closed_engine():
     def reopen(precision: str) -> PatientScorer:
-        raise OutOfMemory(f"no room in {precision}")
+        raise OutOfMemory(f"no memory for {precision}")
 
     engine = Engine(PatientScorer(100), StepLimits(150, allow=("precision",)), reopen=reopen)
-    with pytest.raises(OutOfMemory, match="no room in bf16"):
+    with pytest.raises(OutOfMemory, match="no memory for bf16"):
         engine.run(pairs_of([150]))
     with pytest.raises(InvalidInput, match="reranker: it is closed"):
         engine.run(pairs_of([20]))

@@ -11,7 +11,7 @@ from helpers import PatientScorer, pairs_of
 
 from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.engine import Engine, StepLimits
-from echelon.engine.events import NullListener
+from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
 from echelon.engine.shared_engine import LocalWorker, SharedEngine
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
@@ -99,7 +99,7 @@ class ServedPath(Path):
         self.worker = RenewableWorker(scorer, reopen)
         batcher = Batcher(CostModel(), budget)
         self.dispatcher = Dispatcher(
-            batcher, NullListener(), monotonic, allow, learned=self.learned.append
+            batcher, Listener(), monotonic, allow, learned=self.learned.append
         )
         self.dispatcher.set_up(self.worker._engine.info, budget, None, None)
         self.supervisor = WorkerSupervisor(

@@ -33,7 +33,7 @@ def worker():
     made.stop()
 
 
-def test_the_same_scores_and_facts_as_in_this_process(worker):
+def test_the_same_scores_and_info_as_in_this_process(worker):
     batch = batch_of([1, 2, 3], [4, 5])
     scored = worker.score(batch, GUARD_S)
     assert scored.logits.tolist() == FakeScorer().score(batch).tolist()
@@ -44,7 +44,7 @@ def test_the_same_scores_and_facts_as_in_this_process(worker):
     assert worker.start("bf16") == FakeScorer(precision="bf16").info
 
 
-def test_a_second_step_may_be_handed_over_while_the_first_runs(worker):
+def test_a_second_step_may_be_sent_while_the_first_runs(worker):
     batches = [batch_of([number, scorers.NAP]) for number in range(2)]
     for batch in batches:
         worker.send(batch, GUARD_S)
@@ -143,7 +143,7 @@ def test_a_stopped_child_has_gone_whatever_it_did():
         worker.stop()
 
 
-def test_signals_for_everybody_do_not_end_the_child(worker):
+def test_signals_to_all_processes_do_not_end_the_child(worker):
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     assert len(worker.score(batch_of([1]), GUARD_S).logits) == 1
@@ -153,7 +153,7 @@ PARENT = """
 import os, signal, sys
 from functools import partial
 import scorers
-from echelon.score.worker import ChildWorker
+from echelon.engine.worker import ChildWorker
 
 worker = ChildWorker(scorers.Obedient)
 worker.start()

@@ -36,8 +36,8 @@ def test_every_pair_goes_exactly_once(lengths, budget, cost, max_pairs):
 @given(lengths, budgets, costs, limits)
 def test_no_step_costs_more_than_the_budget_save_a_pair_alone(lengths, budget, cost, max_pairs):
     for step in pack(lengths, budget, padding=cost, max_pairs=max_pairs):
-        paid = step_cost([lengths[i] for i in step], cost)
-        assert paid <= budget or len(step) == 1
+        cost_tokens = step_cost([lengths[i] for i in step], cost)
+        assert cost_tokens <= budget or len(step) == 1
         assert max_pairs is None or len(step) <= max_pairs
 
 

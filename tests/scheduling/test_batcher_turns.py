@@ -136,8 +136,8 @@ def test_nobody_ends_later_than_if_the_device_were_shared_evenly(arrivals, budge
         pass
     even = even_server(came, [{"high": 16, "normal": 4, "low": 1}[p] for *_, p in arrivals])
     assert ends.keys() == even.keys()
-    # A step cannot be interrupted, and pairs cannot be split: whoever's turn it is leaves less than
-    # the longest pair of each step to others.
+    # A step cannot be interrupted, nor a pair split: the request in turn leaves other requests less
+    # than the longest pair of each step.
     longest = max((max(sizes) for _, sizes, _ in arrivals), default=1)
     lost = budget / (budget - longest + 1)
     assert all(ends[number] <= even[number] * lost + 2 * budget + 1e-3 for number in ends)

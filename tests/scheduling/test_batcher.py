@@ -100,7 +100,7 @@ class World(RuleBasedStateMachine):
             twice = set(keys) & set(self.keys(other))
             assert self.cut or not twice, "one pair in two steps at once"
         for number in {number for number, _ in places} | set(step.requests):
-            assert number not in self.ended, "scored for nobody"
+            assert number not in self.ended, "scored for no request"
             deadline = self.requests[number].deadline
             assert deadline is None or deadline > self.now, "scored past its deadline"
         assert {number for number, _ in places} <= set(step.requests)

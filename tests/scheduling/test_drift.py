@@ -1,4 +1,4 @@
-"""A machine that changes its speed for good is told once; one that is only busy is not."""
+"""A machine that changes its speed for good is reported once; one that is only busy is not."""
 
 from __future__ import annotations
 

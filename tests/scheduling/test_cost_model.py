@@ -90,8 +90,8 @@ def test_a_choice_holds_the_first_and_obeys_the_limits(sizes, budget, max_pairs,
 @given(lengths, st.integers(1, 3000))
 def test_a_ragged_choice_leaves_nothing_out_that_fits(sizes, budget):
     chosen = choose(sizes, budget, None, "none")
-    room = budget - sum(sizes[index] for index in chosen)
-    assert all(index in chosen or size > room for index, size in enumerate(sizes))
+    left = budget - sum(sizes[index] for index in chosen)
+    assert all(index in chosen or size > left for index, size in enumerate(sizes))
 
 
 def test_a_padded_choice_fills_the_step_with_the_firsts_kind():

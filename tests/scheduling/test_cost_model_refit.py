@@ -93,7 +93,7 @@ def test_one_shape_alone_moves_every_price_alike():
     model = CostModel(TRUE)
     for _ in range(2 * WINDOW):
         model.observe([100] * 20, 3 * CostModel(TRUE).predict([100] * 20))
-    assert model.coefficients.values == pytest.approx([3 * price for price in TRUE.values])
+    assert model.coefficients.values == pytest.approx([3 * value for value in TRUE.values])
 
 
 @given(

@@ -158,12 +158,12 @@ def test_padded_steps_hold_pairs_of_nearly_one_length():
     chance = np.random.default_rng(0)
     for number in range(100):
         made.submit(PairRequest(number, tuple(chance.integers(10, 400, 10).tolist())), 0)
-    tokens = paid = 0
+    tokens = cost_tokens = 0
     while step := made.next_step(0):
         tokens += step.tokens
-        paid += step.cost_tokens
+        cost_tokens += step.cost_tokens
         finish(made, step)
-    assert paid / tokens < 1.15
+    assert cost_tokens / tokens < 1.15
 
 
 def test_nobody_joins_a_pair_that_was_cut_nor_leaves_by_its_end():
