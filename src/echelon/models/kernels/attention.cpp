@@ -218,7 +218,7 @@ struct Memory {  // one thread's scratch, for the longest pair of the call
 //   query: [queries, heads * size] rows, query_stride apart; pair i owns query_offsets[i..i + 1]
 //   key, value: [tokens, heads * size] rows, stride apart; pair i owns offsets[i..i + 1]
 //   out: [queries, heads * size], dense
-// Returns 0; 1 where scratch memory could not be had, 2 for a head size that is not built.
+// Returns 0; 1 if scratch memory could not be allocated, 2 for a head size that is not built.
 extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets,
                                  const bf16* key, const bf16* value, int64_t stride,
                                  const int32_t* offsets, int pairs, int heads, int size, bf16* out,
