@@ -1,1 +1,1 @@
-"""A load test of any reranking server: what it takes, how long it takes, and when it breaks."""
+"""Load tests of any reranking server: `echelon stress`."""

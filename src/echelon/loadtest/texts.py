@@ -83,8 +83,8 @@ class TokenLengths:
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
         """The query, cut to half of the tokens of a pair."""
-        most = max(1, (length - self._spent(marks)) // 2)
-        return text if len(self._ends(text)) <= most else text[: self._ends(text)[most - 1]]
+        limit = max(1, (length - self._spent(marks)) // 2)
+        return text if len(self._ends(text)) <= limit else text[: self._ends(text)[limit - 1]]
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
         """See :class:`LengthPolicy`."""

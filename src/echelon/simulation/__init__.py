@@ -1,4 +1,1 @@
-"""Services and fleets on a virtual clock. Pure and deterministic: no torch, no wall clock.
-
-`echelon plan`: profile and goal in, machines out.
-"""
+"""Simulated servers and clusters on a virtual clock, and `echelon plan`. Pure, no wall clock."""

@@ -106,7 +106,7 @@ class Capacity:
         return Cluster(machines, self.settings, self.routing, self._packing)
 
     def rising_load(self, machines: int) -> RisingLoad:
-        """The largest simulated cluster of at most so many machines, under rising load."""
+        """The largest simulated cluster of at most ``machines``, under rising load."""
         simulated = CLUSTER_SIZES[bisect_right(CLUSTER_SIZES, machines) - 1]
         if simulated not in self._rising:
             self._rising[simulated] = RisingLoad(lambda load: self._run(simulated, load))
@@ -137,11 +137,11 @@ class Capacity:
         return machines if machines <= max_machines else None
 
     def at(self, rate: float, machines: int) -> SimulationResult | None:
-        """The result of so many machines at a rate; None where they miss the service level."""
+        """The result of a cluster at a rate; None where it misses the service level."""
         return self.rising_load(machines).at(rate / (machines * self.machine_rate))
 
     def max_rate(self, machines: int) -> float:
-        """Requests a second up to which so many machines hold the service level."""
+        """Requests a second up to which a cluster holds the service level."""
         return self.rising_load(machines).max_load * machines * self.machine_rate
 
     def _run(self, machines: int, load: float) -> SimulationResult:
@@ -190,7 +190,7 @@ def no_latency(tried: Sequence[Capacity]) -> InvalidInput:
 
 
 def _max_documents(capacity: Capacity) -> int:
-    """The most documents of a request with which the level holds at little load; 0 for none."""
+    """The largest number of documents with which the level holds at little load; 0 for none."""
     if capacity.workload.trace:
         return 0
 
@@ -229,7 +229,7 @@ TYPICAL = (
     *(0.72, 0.88, 0.96, 0.98, 0.92, 0.95, 1.00, 0.99),
     *(0.96, 0.90, 0.84, 0.80, 0.76, 0.68, 0.56, 0.44),
 )
-"""Rates of a day's hours over the largest, where most callers work by day: an assumption, not a
+"""Rates of a day's hours over the largest, where callers work by day: an assumption, not a
 measurement."""
 
 

@@ -70,18 +70,18 @@ def packing_of(tokens: SizeDistribution, truth: CostModel, budget: int) -> Packi
     if truth.padding == "none":
         return NO_PADDING
     random = np.random.default_rng(0)
-    most = math.ceil(REACH[truth.padding] * budget / np.mean(tokens.draw(random, SAMPLES)))
+    reach = math.ceil(REACH[truth.padding] * budget / np.mean(tokens.draw(random, SAMPLES)))
     found = [(1.0, 1.0)]
-    for waiting in (2**i for i in range(most.bit_length())):
+    for waiting in (2**i for i in range(reach.bit_length())):
         pairs = useful = paid = 0
         for _ in range(SAMPLES):
-            lengths = tokens.draw(random, min(most, waiting * 3 // 2))
+            lengths = tokens.draw(random, min(reach, waiting * 3 // 2))
             step = [lengths[index] for index in choose(lengths, budget, None, truth.padding)]
             pairs, useful = pairs + len(step), useful + sum(step)
             paid += step_cost(step, truth.padding)
         found.append((pairs / SAMPLES, paid / useful))
     pairs_of, padding_of = zip(*found, strict=True)
-    return Packing(pairs_of, padding_of, most)
+    return Packing(pairs_of, padding_of, reach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ class _ClusterRun:
         fill = self._fill if self._packing is NO_PADDING else self._scatter
         step = fill(replica, places)
         replica.took(step)
-        # Squares grow by the square of what lengths do; most pairs are padded by the mean.
+        # Padding multiplies lengths, so it multiplies squares by its square.
         work = Work(1, int(step.tokens * padding), int(step.squares * padding**2))
         step.seconds = self._truth.seconds(work)
         seconds = step.seconds * next(self._factors)

@@ -1,7 +1,7 @@
 """What simulations take from a profile: cost and memory model, noise, lengths. Pure.
 
 Cost coefficients are those that tuning fitted. A profile without them has measured points of one
-kind of texts, where tokens cannot be told from squared tokens: the share of the squares is then
+kind of texts, where tokens and squared tokens cannot be separated: the share of the squares is then
 that of :data:`echelon.scheduling.cost_model.DEFAULT_COEFFICIENTS`.
 """
 

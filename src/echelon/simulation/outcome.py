@@ -137,7 +137,7 @@ class Tally:
             self.late += now - at_s > self.level.latency_s
 
     def lost(self, requests: int) -> bool:
-        """Whether the level cannot hold any more over so many requests."""
+        """Whether the level is missed over ``requests`` requests, however the rest end."""
         return self.level.missed(requests, self.expired + self.refused.total(), self.late)
 
     def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
@@ -149,7 +149,7 @@ class Tally:
         self.busy_s += seconds
 
     def outcome(self, workers: int) -> SimulationResult:
-        """The result of a run with so many workers."""
+        """The result of the run."""
         latencies = np.frombuffer(self.latencies) if self.latencies else np.zeros(0)
         p50, p95, p99 = percentiles(latencies)
         return SimulationResult(

@@ -70,7 +70,7 @@ class ServiceLevel:
         return requests > 0 and not self.missed(requests, failed, late)
 
     def missed(self, requests: int, failed: int, late: int) -> bool:
-        """Whether so many failed and late requests miss the goal, however the others end."""
+        """Whether these failed and late requests miss the goal, however the others end."""
         # Divided, not multiplied: 0.01 × 2,900 need not be 29 in binary, 29 / 2,900 is 0.01.
         sent = max(1, requests)
         return failed / sent > self.max_failures or (failed + late) / sent > self.max_missed

@@ -189,7 +189,7 @@ def sizes_of(text: str, field: str) -> SizeDistribution:
 
 
 def max_tokens(sizes: SizeDistribution | None, trace: Iterable[ArrivalRecord] = ()) -> int:
-    """The most tokens that a pair may have; 0 where they are not known."""
+    """The largest number of tokens of a pair; 0 where it is not known."""
     recorded = max((one.tokens or 0 for one in trace), default=0)
     return max(recorded, 0 if sizes is None else sizes.maximum)
 
