@@ -29,15 +29,15 @@ MEDIUM = {
     "intermediate_size": 2048,
     "vocab_size": 500,
 }
-"""400 MB in fp32: so large that what libraries need to begin does not decide."""
+"""400 MB in fp32: large enough that the memory of libraries does not matter."""
 
 
 MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from echelon.score import checkpoint, generic, native
-from echelon.score.load import open_scorer
+from echelon.models import checkpoint, encoder, transformers
+from echelon.models.registry import open_scorer
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -56,7 +56,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from echelon import Reranker
-from echelon.score.mapped import MappedPages
+from echelon.models.checkpoint import MappedPages
 
 def address_space():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -83,8 +83,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from echelon import OutOfMemory
-from echelon.score import generic, native
-from echelon.score.load import open_scorer
+from echelon.models import encoder, transformers
+from echelon.models.registry import open_scorer
 
 torch.ones(64, 64) @ torch.ones(64, 64)
 lines = Path("/proc/self/status").read_text().splitlines()
@@ -167,8 +167,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from echelon.score.load import open_scorer
-from echelon.score.mapped import MappedPages
+from echelon.models.registry import open_scorer
+from echelon.models.checkpoint import MappedPages
 from echelon.types import TokenBatch
 
 def mapped():
