@@ -138,7 +138,6 @@ class Dispatcher:
         """Begin with a scorer.
 
         Args:
-            info: the model and the device.
             budget: maximum tokens of a step.
             prior: cost coefficients from tuning.
             goal_s: latency goal in seconds, for which steps are kept small.
@@ -209,11 +208,10 @@ class Dispatcher:
             self._lock.notify_all()
 
     def take(self, interrupted: Callable[[], bool] | None = None) -> PreparedStep | None:
-        """The next step; None if there is none.
+        """The next step; waits until ``interrupted`` or closed, or not at all without it.
 
-        Args:
-            interrupted: wait for a step until this is true or the dispatcher is closed; without
-                it, do not wait.
+        Returns:
+            None if there is no step.
         """
         with self._lock:
             self._idle += 1

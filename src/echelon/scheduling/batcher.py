@@ -145,10 +145,7 @@ class Batcher:
         return ended
 
     def put_back(self, number: int) -> None:
-        """Queue the pairs of a step again, before all others.
-
-        It never started, or it did not fit in memory.
-        """
+        """Queue the pairs of a step that did not start or fit again, before all others."""
         _, pairs = self._running.pop(number)
         self._put_again(pairs)
 
@@ -199,9 +196,8 @@ class Batcher:
 
     def next_completions(self, places: int, workers: int) -> list[CompletionEstimate]:
         """See :func:`echelon.scheduling.queue.next_completions`."""
-        return next_completions(
-            self._queued.values(), list(self._running.values()), places, workers
-        )
+        running = list(self._running.values())
+        return next_completions(self._queued.values(), running, places, workers)
 
     # Taking requests in.
 
