@@ -135,12 +135,9 @@ class Dispatcher:
     def set_up(
         self, info: ModelInfo, budget: int, prior: Prior | None, goal_s: float | None
     ) -> None:
-        """Begin with a scorer.
+        """Begin with a scorer and at most ``budget`` tokens for a step.
 
-        Args:
-            budget: maximum tokens of a step.
-            prior: cost coefficients from tuning.
-            goal_s: latency goal in seconds, for which steps are kept small.
+        ``prior`` is the tuned cost model; ``goal_s`` the latency goal that steps are kept small for.
         """
         default = DEFAULT_COEFFICIENTS[info.device.partition(":")[0]]
         known = prior is not None and prior.serves(info)
