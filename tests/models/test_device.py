@@ -103,7 +103,7 @@ def test_a_step_without_memory_leaves_the_scorer_usable(bert, monkeypatch, error
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(scorer, "_layer", fail)
+        patch.setattr("echelon.models.encoder.finish", fail)
         with pytest.raises(DeviceOutOfMemory) as caught:
             scorer.score(batch)
     # Neither cause nor context: their tracebacks would keep the failed step's tensors alive.
@@ -120,7 +120,7 @@ def test_a_real_fault_of_a_step_passes_through(bert, monkeypatch):
     def fail(*_):
         raise fault
 
-    monkeypatch.setattr(scorer, "_layer", fail)
+    monkeypatch.setattr("echelon.models.encoder.finish", fail)
     with pytest.raises(RuntimeError) as caught:
         scorer.score(random_batch([9], 300, 0))
     assert caught.value is fault
