@@ -95,7 +95,7 @@ def make_profile(results=RESULTS, **changes):
         precisions=PRECISIONS,
         points=[measured.as_dict() for measured in results],
         best=[measured.as_dict() for measured in best],
-        situations=[situation.as_dict() for situation in scenario_advice(results)],
+        situations=scenario_advice(results),
         warnings=["3 of 9 points are noisy. Close other programs."],
     )
     return replace(profile, **changes)

@@ -104,9 +104,9 @@ def test_a_recommendation_without_validation_says_so(model, known):
 def test_one_validation_is_enough_where_it_agrees(model, known, monkeypatch):
     seen = pretend_validations(monkeypatch, 1.1)
     found = recommend(model, known, api_goal(), TuningPlan()).profile
-    ((chosen, proved),) = seen
-    assert proved == found.settings
-    assert proved.token_budget == chosen.token_budget
+    ((chosen, validated),) = seen
+    assert validated == found.settings
+    assert validated.token_budget == chosen.token_budget
     assert found.scenario["agrees"]
     assert len(found.scenario["rounds"]) == 1
     assert found.key == known.key

@@ -135,7 +135,7 @@ def test_points_without_a_run_are_never_chosen():
     assert scenario_advice([unknown]) == []
 
 
-def test_each_situation_rests_on_its_own_points():
+def test_each_scenario_has_its_own_best_point():
     results = [
         measured(10, 0.5, batch=1, peak=100),
         measured(10, 0.4, batch=8, peak=500),
@@ -144,11 +144,11 @@ def test_each_situation_rests_on_its_own_points():
         measured(100, 2.5, tokens=512),
         measured(100, 2.4, tokens=8192),
     ]
-    advice = {s.name: s for s in scenario_advice(results)}
-    assert advice["api"].batch_size == 8
-    assert advice["api"].latency_s == 0.4
-    assert advice["offline"].token_budget == 8192
-    assert advice["offline"].pairs_per_s == pytest.approx(100 / 2.4)
-    assert advice["concurrent"].token_budget == 512
-    assert advice["edge"].batch_size == 8
-    assert advice["edge"].peak_bytes == 500
+    advice = {s["name"]: s for s in scenario_advice(results)}
+    assert advice["api"]["batch_size"] == 8
+    assert advice["api"]["latency_s"] == 0.4
+    assert advice["offline"]["token_budget"] == 8192
+    assert advice["offline"]["pairs_per_s"] == pytest.approx(100 / 2.4)
+    assert advice["concurrent"]["token_budget"] == 512
+    assert advice["edge"]["batch_size"] == 8
+    assert advice["edge"]["peak_bytes"] == 500

@@ -17,9 +17,9 @@ from echelon.tuning.calibration import ProbeResult, models_of, worker_peaks
 from echelon.tuning.machine import MemoryMeter
 from echelon.tuning.probes import LengthRange, choose
 
-PRICES = Coefficients(2e-3, 5e-5, 4e-8)
+COEFFICIENTS = Coefficients(2e-3, 5e-5, 4e-8)
 LIMITS = LengthRange(512, 2048, "none")
-ROOM = 1000
+MAX_TOKENS = 1000
 """Tokens beyond which a step does not fit, in the tests of what does not."""
 
 
@@ -36,9 +36,9 @@ class OneToken:
 @pytest.fixture(scope="module")
 def measured() -> ProbeResult:
     def probe(shape):
-        return Probe(shape, (PRICES.seconds(work_of(shape, "none")),) * 3, 123)
+        return Probe(shape, (COEFFICIENTS.seconds(work_of(shape, "none")),) * 3, 123)
 
-    shapes = choose(LIMITS, PRICES, 100)
+    shapes = choose(LIMITS, COEFFICIENTS, 100)
     probes, checks = [*map(probe, shapes.probes)], [*map(probe, shapes.checks)]
     return ProbeResult(probes, checks, LIMITS, OneToken(), FakeScorer().info)
 
@@ -57,12 +57,14 @@ def test_what_this_process_holds_does_not_count(measured):
 
 
 @pytest.mark.parametrize(
-    "opener", [partial(Weighty, ROOM), partial(Weighty, memory_tokens=ROOM)], ids=["dies", "full"]
+    "opener",
+    [partial(Weighty, MAX_TOKENS), partial(Weighty, memory_tokens=MAX_TOKENS)],
+    ids=["dies", "full"],
 )
 def test_larger_steps_are_not_tried_where_one_did_not_fit(measured, opener):
     probes = [*measured.probes, *measured.checks]
     peaks = worker_peaks(probes, measured.steps, opener, "fp32")
-    assert set(peaks) == {p.lengths for p in probes if sum(p.lengths) <= ROOM}
+    assert set(peaks) == {p.lengths for p in probes if sum(p.lengths) <= MAX_TOKENS}
     assert MemoryFit.from_dict(models_of(measured, opener).memory).model.token_bytes > 0
 
 
@@ -82,7 +84,7 @@ def test_a_worker_that_cannot_be_measured_costs_the_memory_model_alone(
     assert "--refresh" in warning
 
 
-def test_of_a_card_nothing_is_measured_again(measured):
+def test_gpu_memory_is_not_measured_again(measured):
     on_card = replace(measured.info, device="cuda:0")
     models = models_of(replace(measured, info=on_card), missing)
     assert models.warnings == []

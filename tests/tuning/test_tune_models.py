@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import predict
 
-PRICES = Coefficients(2e-3, 5e-5, 4e-8)
+COEFFICIENTS = Coefficients(2e-3, 5e-5, 4e-8)
 MEMORY = MemoryModel(5e8, 7e4, 3.0)
 LIMITS = LengthRange(512, 4096, "none")
 
@@ -32,9 +32,9 @@ def made(*, memory=True):
     def probe(shape):
         work = work_of(shape, "none")
         peak = round(MEMORY.peak_bytes(work)) if memory else None
-        return Probe(shape, (PRICES.seconds(work),) * 3, peak)
+        return Probe(shape, (COEFFICIENTS.seconds(work),) * 3, peak)
 
-    shapes = choose(LIMITS, PRICES, 100)
+    shapes = choose(LIMITS, COEFFICIENTS, 100)
     return fitted([*map(probe, shapes.probes)], [*map(probe, shapes.checks)], LIMITS)
 
 
@@ -76,7 +76,7 @@ def test_there_is_no_chart_without_a_model():
 def test_the_benchmark_compares_with_the_goal(factor, met):
     fit = CostFit.from_dict(made().cost)
     unseen = [
-        Probe(shape, (factor * PRICES.seconds(work_of(shape, "none")),))
+        Probe(shape, (factor * COEFFICIENTS.seconds(work_of(shape, "none")),))
         for shape in LIMITS.mixed(9, seed=3)
     ]
     row = predict.compared(unseen, fit)

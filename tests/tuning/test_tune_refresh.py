@@ -1,4 +1,4 @@
-"""``echelon tune --refresh``: what is stale is measured, what holds is kept, and both are said."""
+"""``echelon tune --refresh``: what is out of date is measured, the rest is kept and reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tuned(bert):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What is measured: ``sweep`` and ``calibrate`` are told apart."""
+    """The measurements that are made, ``sweep`` and ``calibrate``, in order."""
     heard = []
     for name in ("sweep", "calibrate"):
         real = getattr(tuner, name)

@@ -142,10 +142,7 @@ def scorer_factory(
 ) -> ScorerFactory:
     """A function that opens the model in a precision, in this process or another.
 
-    Args:
-        folder: the model's files.
-        options: device, threads and label.
-        keep_bf16: layers that int8 leaves in bf16.
+    int8 leaves the layers ``keep_bf16`` in bf16.
     """
     return partial(
         open_scorer,

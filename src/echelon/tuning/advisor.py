@@ -89,14 +89,9 @@ def recommend(
     plan: TuningPlan,
     on_progress: Progress = no_progress,
 ) -> ScenarioResult:
-    """Choose settings and validate them.
+    """Choose settings for a tuned model and validate them.
 
-    Args:
-        model: the model that was tuned.
-        profile: the result of tuning it.
-        goal: the scenario, and what must hold.
-        plan: of the tuning run, for measurements that are still needed.
-        on_progress: hears each stage.
+    The plan is that of the tuning run, for measurements that are still needed.
 
     Raises:
         InvalidInput: no setting reaches the goal; the error says what is possible instead.

@@ -198,14 +198,7 @@ def require_texts(
     trace: Sequence[ArrivalRecord],
     limit: int,
 ) -> None:
-    """Refuse lengths that are too short for texts.
-
-    Args:
-        topics: texts to send.
-        encoder: the model's tokenizer.
-        sizes: tokens of a pair; the lengths in a trace count instead.
-        trace: recorded requests.
-        limit: tokens of the longest possible pair.
+    """Refuse lengths that are too short for texts; lengths in a trace count instead of ``sizes``.
 
     Raises:
         InvalidInput: the marks that make each request unique are longer.

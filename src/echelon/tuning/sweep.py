@@ -201,16 +201,13 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     costs do not matter. The first runs of all points may exceed the limit, see FIRST_LOOK.
 
     Args:
-        points: what to measure.
+        points: what to measure; the results have the same order.
         run: runs a point once; raises :class:`DeviceOutOfMemory` where it does not fit.
         clock: seconds.
         limit_s: seconds to spend.
         known: results of an interrupted sweep to resume.
         save: called with all results after each run.
         on_progress: called before each run.
-
-    Returns:
-        One entry for each point, in the order of ``points``.
     """
     before = {measured.point: measured for measured in known}
     results = [before.get(point, MeasuredPoint(point)) for point in points]
@@ -266,35 +263,6 @@ def _share_done(results: list[MeasuredPoint], spent: float, limit_s: float) -> f
 # Choosing from the measured points.
 
 
-@dataclass(frozen=True, slots=True)
-class ScenarioAdvice:
-    """The best measured point for a scenario.
-
-    Attributes:
-        name: ``api``, ``offline``, ``edge`` or ``concurrent``.
-        documents: documents per request in this scenario.
-        pairs: pairs of the measured call.
-        batch_size: pairs per step; None where the token budget limits the step.
-        token_budget: tokens per step; None where the batch size limits the step.
-        latency_s: measured median of a call.
-        pairs_per_s: measured throughput.
-        peak_bytes: measured peak memory; None where it could not be read.
-    """
-
-    name: str
-    documents: str
-    pairs: int
-    batch_size: int | None
-    token_budget: int | None
-    latency_s: float
-    pairs_per_s: float
-    peak_bytes: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for the profile."""
-        return asdict(self)
-
-
 def best_of(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
     """The fastest of some points with the same number of pairs; ties go to the smallest step."""
     known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
@@ -326,8 +294,8 @@ def frugal(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
     return next(m for m in known if m.summary.median * ENOUGH <= fastest)
 
 
-def scenario_advice(results: Sequence[MeasuredPoint]) -> list[ScenarioAdvice]:
-    """The best measured point for each of the four scenarios.
+def scenario_advice(results: Sequence[MeasuredPoint]) -> list[dict[str, Any]]:
+    """The best measured point for each of the four scenarios: the profile's ``situations``.
 
     A realtime API needs the shortest call of few pairs, offline work the highest throughput of
     many pairs, an edge machine the smallest step with nearly the full speed, and a highly
@@ -345,21 +313,17 @@ def scenario_advice(results: Sequence[MeasuredPoint]) -> list[ScenarioAdvice]:
         ("edge", "1-5", frugal(few)),
         ("concurrent", "any", frugal(m for m in many if m.point.token_budget)),
     )
-    return [_advice(name, documents, m) for name, documents, m in advice if m is not None]
-
-
-def _advice(name: str, documents: str, measured: MeasuredPoint) -> ScenarioAdvice:
-    median = measured.summary.median
-    return ScenarioAdvice(
-        name=name,
-        documents=documents,
-        pairs=measured.point.pairs,
-        batch_size=measured.point.batch_size,
-        token_budget=measured.point.token_budget,
-        latency_s=median,
-        pairs_per_s=measured.point.pairs / median,
-        peak_bytes=measured.peak_bytes,
-    )
+    return [
+        {"name": name, "documents": documents}
+        | asdict(m.point)
+        | {
+            "latency_s": m.summary.median,
+            "pairs_per_s": m.point.pairs / m.summary.median,
+            "peak_bytes": m.peak_bytes,
+        }
+        for name, documents, m in advice
+        if m is not None
+    ]
 
 
 def sweep_warnings(results: Sequence[MeasuredPoint]) -> list[str]:

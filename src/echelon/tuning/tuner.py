@@ -370,7 +370,7 @@ def _profile_of(
         threads=run.threads,
         points=[measured.as_dict() for measured in run.points],
         best=[measured.as_dict() for measured in best_batches(run.points)],
-        situations=[advice.as_dict() for advice in scenario_advice(run.points)],
+        situations=scenario_advice(run.points),
         warnings=[*sweep_warnings(run.points), *models.warnings],
         cost=models.cost,
         memory=models.memory,

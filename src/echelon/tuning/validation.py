@@ -69,13 +69,9 @@ class ValidationContext:
 def validate(
     context: ValidationContext, chosen: Candidate, requests: Sequence[Arrival], seconds: float
 ) -> Validation:
-    """Run the setting under the requests.
+    """Run the chosen setting, which is in the context's profile, under the simulated requests.
 
-    Args:
-        context: goal, model and load.
-        chosen: the setting, as in the context's profile.
-        requests: the same that were simulated, in tokens.
-        seconds: predicted time: of all requests for ``offline``, per request for ``edge``.
+    ``seconds`` is the predicted time: of all requests for ``offline``, per request for ``edge``.
 
     Raises:
         ServerFailed: the server did not start.
@@ -105,15 +101,7 @@ def validation_of_server(
     run: LoadTestRun,
     scraped: tuple[Scraped, Scraped],
 ) -> Validation:
-    """Judge a load test of a served setting.
-
-    Args:
-        context: the goal.
-        chosen: the setting.
-        requests: what was sent, in tokens.
-        run: what callers measured.
-        scraped: the server's metrics before and after.
-    """
+    """Judge a load test, by what callers measured and the server's metrics before and after."""
     from echelon.loadtest.summary import latencies
 
     before, after = scraped
@@ -224,14 +212,10 @@ def _fits(goal: ScenarioGoal, memory: float | None) -> bool:
 
 
 def noise_of_ratios(counts: Mapping[float, float]) -> float | None:
-    """Standard deviation of the logarithm of actual over predicted step time.
+    """Standard deviation of log(actual / predicted) step time; None with fewer than two steps.
 
-    Args:
-        counts: by upper bound, the number of steps whose ratio is at most that bound, as in a
-            Prometheus histogram; each step is taken for the middle of its interval.
-
-    Returns:
-        None with fewer than two steps.
+    ``counts`` is a Prometheus histogram: by upper bound, the steps whose ratio is at most that
+    bound. Each step is taken for the middle of its interval.
     """
     bounds = sorted(counts)
     below = [0.0, *(counts[bound] for bound in bounds[:-1])]
@@ -253,14 +237,9 @@ def squares_per_token(requests: Sequence[Arrival], max_length: int | None) -> fl
 
 
 def pace_of(seconds: float, steps: float, tokens: float, squares: float, cost: CostModel) -> float:
-    """Measured time of steps over the predicted time; 1 where nothing was measured.
+    """Measured over predicted seconds of all steps; 1 where nothing was measured.
 
-    Args:
-        seconds: measured time of all steps.
-        steps: number of steps.
-        tokens: their tokens, padding included.
-        squares: squared tokens per token.
-        cost: predicts the time.
+    ``tokens`` includes padding, and ``squares`` is squared tokens per token.
     """
     expected = cost.seconds(Work(round(steps), round(tokens), round(tokens * squares)))
     if not (seconds > 0 and expected > 0):
