@@ -28,17 +28,7 @@ if TYPE_CHECKING:
     from echelon.server.protocols.base import ApiProtocol, ResponseOptions
     from echelon.types import RerankRequest
 
-PROTOCOLS: tuple[ApiProtocol, ...] = (
-    COHERE_V1,
-    COHERE_V2,
-    JINA,
-    TEI,
-    VLLM_RERANK,
-    VLLM_SCORE,
-    INFINITY,
-    VOYAGE,
-    NIM,
-)
+PROTOCOLS = (COHERE_V1, COHERE_V2, JINA, TEI, VLLM_RERANK, VLLM_SCORE, INFINITY, VOYAGE, NIM)
 
 SHARED: dict[str, tuple[ApiProtocol, ...]] = {
     "/v1/rerank": (VOYAGE, INFINITY, VLLM_RERANK, JINA, COHERE_V1),
@@ -63,11 +53,7 @@ _DECODERS = {protocol.name: msgspec.json.Decoder(protocol.body) for protocol in 
 
 
 def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
-    """Find the protocol of a body.
-
-    Raises:
-        Malformed: it is no JSON object.
-    """
+    """Find the protocol of a body; raises Malformed where it is no JSON object."""
     if len(candidates) == 1:
         return candidates[0]
     try:
@@ -103,17 +89,11 @@ def read(
     priority = priority_of(fields.priority)
     if priority is None:
         priority = priority_of(headers.get(PRIORITY_HEADER.lower()), PRIORITY_HEADER)
+    deadline = None if timeout_s is None else now + timeout_s
+    raw_scores = options.raw_scores or bool(fields.raw_scores)
     return (
-        replace(
-            request,
-            deadline=None if timeout_s is None else now + timeout_s,
-            priority=priority or "normal",
-        ),
-        replace(
-            options,
-            raw_scores=options.raw_scores or bool(fields.raw_scores),
-            explain=bool(fields.explain),
-        ),
+        replace(request, deadline=deadline, priority=priority or "normal"),
+        replace(options, raw_scores=raw_scores, explain=bool(fields.explain)),
     )
 
 

@@ -34,9 +34,8 @@ class CommonFields(msgspec.Struct, kw_only=True):
 
     Attributes:
         timeout_ms: milliseconds after which the answer is useless.
-        raw_scores: logits instead of their sigmoid.
         explain: the answer's body says what happened, under ``echelon``.
-        priority: low, normal or high; or a number of which lower is sooner and 0 is normal.
+        priority: a name, or a number of which lower is sooner and 0 is normal.
     """
 
     timeout_ms: float | None = None
@@ -51,10 +50,8 @@ class ResponseOptions:
 
     Attributes:
         documents: returned with the results, one for each pair; None returns none.
-        top_n: results at most; None gives all.
         ranked: best first; else in input order.
         raw_scores: logits instead of their sigmoid.
-        explain: say in the body what happened.
     """
 
     documents: Sequence[Any] | None = None
@@ -66,14 +63,7 @@ class ResponseOptions:
 
 @dataclass(frozen=True, slots=True)
 class RerankResult:
-    """The score of one document.
-
-    Attributes:
-        index: the document's position in the request.
-        score: sigmoid of the logit, or the logit where raw scores were asked for.
-        logit: the model's raw output.
-        document: the document, where it was asked for.
-    """
+    """One document; the score is the sigmoid of the logit, or with raw scores the logit."""
 
     index: int
     score: float
@@ -88,10 +78,7 @@ class RerankResponse:
     Attributes:
         request_id: hexadecimal.
         created: unix time, whole seconds.
-        model: the served model's name.
-        results: in the order of the response.
         tokens: tokens that the model saw.
-        with_documents: whether results hold documents.
         warnings: truncated documents, and actions of the OOM ladder.
     """
 
@@ -106,13 +93,7 @@ class RerankResponse:
 
 @dataclass(frozen=True, slots=True)
 class ErrorResponse:
-    """An error, before a protocol writes it.
-
-    Attributes:
-        error: what is wrong.
-        message: its text, with the protocol's name for documents.
-        request_id: hexadecimal.
-    """
+    """An error, before a protocol writes it; the message has the protocol's name for documents."""
 
     error: EchelonError
     message: str
@@ -123,6 +104,11 @@ class ErrorResponse:
         """The HTTP status that Echelon gives it; a protocol may use another."""
         return self.error.status
 
+    @property
+    def status_without_422(self) -> int:
+        """The status for APIs that answer 400 to every invalid request."""
+        return 400 if self.status == 422 else self.status  # noqa: PLR2004 - HTTP's own
+
 
 @dataclass(frozen=True, slots=True)
 class ApiProtocol:
@@ -132,11 +118,7 @@ class ApiProtocol:
         name: its name in paths, metrics and logs.
         title: its name in documentation.
         paths: where its clients send requests.
-        body: the fields of a request.
         claims: whether a body can be of this protocol only, on a path that several share.
-        read: turns a body into a request, and how its response should be.
-        write: turns a response into a body.
-        write_error: turns an error into a status and a body.
         noun: its name for documents, used in messages.
         example: a body.
     """
@@ -145,12 +127,12 @@ class ApiProtocol:
     title: str
     paths: tuple[str, ...]
     body: type[CommonFields]
-    claims: Callable[[Fields], bool]
     read: Callable[[Any], tuple[RerankRequest, ResponseOptions]]
     write: Callable[[RerankResponse], Body]
     write_error: Callable[[ErrorResponse], tuple[int, Body]]
-    noun: str
     example: Mapping[str, Any]
+    claims: Callable[[Fields], bool] = lambda _: False
+    noun: str = "documents"
 
     @property
     def own_paths(self) -> list[str]:
@@ -160,30 +142,18 @@ class ApiProtocol:
 
 def holds(*names: str) -> Callable[[Fields], bool]:
     """A claim on bodies that have one of these fields."""
-
-    def claims(fields: Fields) -> bool:
-        return any(name in fields for name in names)
-
-    return claims
+    return lambda fields: any(name in fields for name in names)
 
 
 def pairs_of(query: str, texts: Sequence[str], noun: str = "documents") -> list[Pair]:
-    """Pair one query with each document.
-
-    Raises:
-        InvalidInput: there is no document.
-    """
+    """Pair one query with each document."""
     if not texts:
         raise InvalidInput(noun, "is empty", "Send at least one text.")
     return [(query, text) for text in texts]
 
 
 def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = ()) -> str:
-    """Return a document's text: itself, its ``text``, or the named fields, each on a line.
-
-    Raises:
-        InvalidInput: it has none.
-    """
+    """Return a document's text: itself, its ``text``, or the named fields, each on a line."""
     if isinstance(document, str):
         return document
     if fields:
@@ -204,42 +174,26 @@ def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = 
 
 
 def side_of(word: str | None, field: str) -> Side | None:
-    """Read the end from which tokens are removed.
-
-    Raises:
-        InvalidInput: neither left nor right.
-    """
-    if word is None:
-        return None
-    match word.lower():
-        case "left" | "right" as side:
+    """Read the end from which tokens are removed."""
+    match word and word.lower():
+        case None | "left" | "right" as side:
             return side
     raise InvalidInput(field, f"{word!r} is unknown", "Use left or right.")
 
 
 def limit_of(top_n: int | None, field: str = "top_n") -> int | None:
-    """Read the number of results at most; 0 and None give all.
-
-    Raises:
-        InvalidInput: negative.
-    """
+    """Read the number of results at most; 0 and None give all."""
     if top_n is not None and top_n < 0:
         raise InvalidInput(field, f"{top_n} is negative", "Give 1 or more, or leave it out.")
     return top_n or None
 
 
 def priority_of(value: int | str | None, field: str = "priority") -> Priority | None:
-    """Read a priority, given by name or by a number of which lower is sooner and 0 is normal.
-
-    Raises:
-        InvalidInput: an unknown name.
-    """
-    if value is None:
-        return None
+    """Read a priority, given by name or by a number of which lower is sooner and 0 is normal."""
     if isinstance(value, int):
         return "low" if value > 0 else "high" if value < 0 else "normal"
-    match value.lower():
-        case "low" | "normal" | "high" as priority:
+    match value and value.lower():
+        case None | "low" | "normal" | "high" as priority:
             return priority
     raise InvalidInput(field, f"{value!r} is unknown", "Use low, normal or high.")
 
@@ -251,10 +205,8 @@ def usage_of(response: RerankResponse) -> dict[str, int]:
 
 def relevance_results(response: RerankResponse) -> list[dict[str, Any]]:
     """Results with ``index`` and ``relevance_score``, and documents where they were asked for."""
-    results = []
-    for one in response.results:
-        result: dict[str, Any] = {"index": one.index, "relevance_score": one.score}
-        if response.with_documents:
-            result["document"] = one.document
-        results.append(result)
-    return results
+    return [
+        {"index": one.index, "relevance_score": one.score}
+        | ({"document": one.document} if response.with_documents else {})
+        for one in response.results
+    ]

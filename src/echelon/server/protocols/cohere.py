@@ -7,26 +7,13 @@ those that clients of Jina, infinity and vLLM read there: ``model``, ``object``,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    limit_of,
-    pairs_of,
-    relevance_results,
-    text_of,
-    usage_of,
-)
+from echelon.server.protocols import base
 from echelon.types import Chunking, RerankRequest
 
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, Fields, RerankResponse
 
-
-class CohereV1(CommonFields, kw_only=True):
+class CohereV1(base.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -39,7 +26,7 @@ class CohereV1(CommonFields, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-class CohereV2(CommonFields, kw_only=True):
+class CohereV2(base.CommonFields, kw_only=True):
     """Body of ``/v2/rerank``."""
 
     query: str
@@ -49,48 +36,43 @@ class CohereV2(CommonFields, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-def _read_v1(body: CohereV1) -> tuple[RerankRequest, ResponseOptions]:
+def _read_v1(body: CohereV1) -> tuple[RerankRequest, base.ResponseOptions]:
     fields = body.rank_fields or ()
-    texts = [text_of(document, i, fields) for i, document in enumerate(body.documents)]
-    documents = [_as_object(d) for d in body.documents] if body.return_documents else None
-    chunking = _chunking(body.max_tokens_per_doc, body.max_chunks_per_doc)
-    request = RerankRequest(pairs_of(body.query, texts), chunking=chunking)
-    return request, ResponseOptions(documents, limit_of(body.top_n))
+    texts = [base.text_of(document, i, fields) for i, document in enumerate(body.documents)]
+    objects = [{"text": d} if isinstance(d, str) else d for d in body.documents]
+    tokens, chunks = body.max_tokens_per_doc, body.max_chunks_per_doc
+    chunking = None if tokens is None and chunks is None else Chunking(tokens, chunks)
+    request = RerankRequest(base.pairs_of(body.query, texts), chunking=chunking)
+    documents = objects if body.return_documents else None
+    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
 
 
-def _read_v2(body: CohereV2) -> tuple[RerankRequest, ResponseOptions]:
-    texts = [text_of(document, i) for i, document in enumerate(body.documents)]
-    chunking = _chunking(body.max_tokens_per_doc, None)
-    request = RerankRequest(pairs_of(body.query, texts), chunking=chunking)
-    return request, ResponseOptions(top_n=limit_of(body.top_n))
+def _read_v2(body: CohereV2) -> tuple[RerankRequest, base.ResponseOptions]:
+    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
+    tokens = body.max_tokens_per_doc
+    chunking = None if tokens is None else Chunking(tokens)
+    request = RerankRequest(base.pairs_of(body.query, texts), chunking=chunking)
+    return request, base.ResponseOptions(top_n=base.limit_of(body.top_n))
 
 
-def _chunking(tokens: int | None, chunks: int | None) -> Chunking | None:
-    return None if tokens is None and chunks is None else Chunking(tokens, chunks)
-
-
-def _as_object(document: str | dict[str, Any]) -> dict[str, Any]:
-    return {"text": document} if isinstance(document, str) else document
-
-
-def _write_v1(response: RerankResponse) -> Body:
+def _write_v1(response: base.RerankResponse) -> base.Body:
     return {
         "id": response.request_id,
         "object": "rerank",
         "created": response.created,
         "model": response.model,
-        "results": relevance_results(response),
-        "usage": usage_of(response),
+        "results": base.relevance_results(response),
+        "usage": base.usage_of(response),
         "meta": _meta("1", response),
     }
 
 
-def _write_v2(response: RerankResponse) -> Body:
+def _write_v2(response: base.RerankResponse) -> base.Body:
     results = [{"index": one.index, "relevance_score": one.score} for one in response.results]
     return {"id": response.request_id, "results": results, "meta": _meta("2", response)}
 
 
-def _meta(version: str, response: RerankResponse) -> dict[str, Any]:
+def _meta(version: str, response: base.RerankResponse) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "api_version": {"version": version},
         "billed_units": {"search_units": 1},
@@ -101,13 +83,9 @@ def _meta(version: str, response: RerankResponse) -> dict[str, Any]:
     return meta
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     message = response.message
     return response.status, {"id": response.request_id, "message": message, "detail": message}
-
-
-def _never(_: Fields) -> bool:
-    return False
 
 
 _EXAMPLE = {
@@ -117,28 +95,24 @@ _EXAMPLE = {
     "top_n": 1,
 }
 
-COHERE_V1 = ApiProtocol(
+COHERE_V1 = base.ApiProtocol(
     name="cohere_v1",
     title="Cohere v1",
     paths=("/v1/rerank",),
     body=CohereV1,
-    claims=_never,
     read=_read_v1,
     write=_write_v1,
     write_error=_write_error,
-    noun="documents",
     example={**_EXAMPLE, "return_documents": True},
 )
 
-COHERE_V2 = ApiProtocol(
+COHERE_V2 = base.ApiProtocol(
     name="cohere_v2",
     title="Cohere v2",
     paths=("/v2/rerank",),
     body=CohereV2,
-    claims=_never,
     read=_read_v2,
     write=_write_v2,
     write_error=_write_error,
-    noun="documents",
     example={**_EXAMPLE, "max_tokens_per_doc": 4096},
 )

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    holds,
-    limit_of,
-    pairs_of,
-    usage_of,
-)
+from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, RerankResponse
 
-
-class InfinityRequest(CommonFields, kw_only=True):
+class InfinityRequest(base.CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -30,13 +16,13 @@ class InfinityRequest(CommonFields, kw_only=True):
     return_documents: bool | None = None
 
 
-def _read(body: InfinityRequest) -> tuple[RerankRequest, ResponseOptions]:
+def _read(body: InfinityRequest) -> tuple[RerankRequest, base.ResponseOptions]:
     documents = body.documents if body.return_documents else None
-    request = RerankRequest(pairs_of(body.query, body.documents))
-    return request, ResponseOptions(documents, limit_of(body.top_n))
+    request = RerankRequest(base.pairs_of(body.query, body.documents))
+    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
 
 
-def _write(response: RerankResponse) -> Body:
+def _write(response: base.RerankResponse) -> base.Body:
     results = [
         {"relevance_score": one.score, "index": one.index, "document": one.document}
         for one in response.results
@@ -45,7 +31,7 @@ def _write(response: RerankResponse) -> Body:
         "object": "rerank",
         "results": results,
         "model": response.model,
-        "usage": usage_of(response),
+        "usage": base.usage_of(response),
         "id": f"infinity-{response.request_id}",
         "created": response.created,
     }
@@ -58,7 +44,7 @@ _DETAIL_LIST = 422
 """The status for which it is a list; infinity's client parses every entry."""
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     message, status = response.message, response.status
     if status == _DETAIL_LIST:
         field = message.partition(": ")[0]
@@ -69,16 +55,15 @@ def _write_error(response: ErrorResponse) -> tuple[int, Body]:
     return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-INFINITY = ApiProtocol(
+INFINITY = base.ApiProtocol(
     name="infinity",
     title="infinity",
     paths=("/rerank",),
     body=InfinityRequest,
-    claims=holds("raw_scores"),
+    claims=base.holds("raw_scores"),
     read=_read,
     write=_write,
     write_error=_write_error,
-    noun="documents",
     example={
         "model": "default/not-specified",
         "query": "how do I reset my router?",

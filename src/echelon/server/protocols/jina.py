@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    limit_of,
-    pairs_of,
-    relevance_results,
-    text_of,
-    usage_of,
-)
+from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, Fields, RerankResponse
 
-
-class JinaRequest(CommonFields, kw_only=True):
+class JinaRequest(base.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -31,31 +18,31 @@ class JinaRequest(CommonFields, kw_only=True):
     return_documents: bool | None = None
 
 
-def _claims(fields: Fields) -> bool:
+def _claims(fields: base.Fields) -> bool:
     return bytes(fields.get("model", b"")).startswith(b'"jina')
 
 
-def _read(body: JinaRequest) -> tuple[RerankRequest, ResponseOptions]:
-    texts = [text_of(document, i) for i, document in enumerate(body.documents)]
+def _read(body: JinaRequest) -> tuple[RerankRequest, base.ResponseOptions]:
+    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
     documents = None if body.return_documents is False else [{"text": text} for text in texts]
-    request = RerankRequest(pairs_of(body.query, texts))
-    return request, ResponseOptions(documents, limit_of(body.top_n))
+    request = RerankRequest(base.pairs_of(body.query, texts))
+    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
 
 
-def _write(response: RerankResponse) -> Body:
+def _write(response: base.RerankResponse) -> base.Body:
     return {
         "model": response.model,
         "object": "list",
-        "usage": usage_of(response),
-        "results": relevance_results(response),
+        "usage": base.usage_of(response),
+        "results": base.relevance_results(response),
     }
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     return response.status, {"detail": response.message}
 
 
-JINA = ApiProtocol(
+JINA = base.ApiProtocol(
     name="jina",
     title="Jina",
     paths=("/v1/rerank",),
@@ -64,7 +51,6 @@ JINA = ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
-    noun="documents",
     example={
         "model": "jina-reranker-v2-base-multilingual",
         "query": "how do I reset my router?",

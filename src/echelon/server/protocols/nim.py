@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 
 from echelon.errors import InvalidInput
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    holds,
-    limit_of,
-    pairs_of,
-    usage_of,
-)
+from echelon.server.protocols import base
 from echelon.types import RerankRequest
-
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, RerankResponse
 
 
 class NimText(msgspec.Struct):
@@ -29,7 +15,7 @@ class NimText(msgspec.Struct):
     text: str
 
 
-class NimRequest(CommonFields, kw_only=True):
+class NimRequest(base.CommonFields, kw_only=True):
     """Body of ``/v1/ranking``."""
 
     query: NimText
@@ -39,23 +25,23 @@ class NimRequest(CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: NimRequest) -> tuple[RerankRequest, ResponseOptions]:
+def _read(body: NimRequest) -> tuple[RerankRequest, base.ResponseOptions]:
     truncate = body.truncate or "NONE"
     if truncate not in {"NONE", "END"}:
         raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
-    pairs = pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
+    pairs = base.pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
     request = RerankRequest(pairs, refuse_truncation=truncate == "NONE")
-    return request, ResponseOptions(top_n=limit_of(body.top_n), raw_scores=True)
+    return request, base.ResponseOptions(top_n=base.limit_of(body.top_n), raw_scores=True)
 
 
-def _write(response: RerankResponse) -> Body:
+def _write(response: base.RerankResponse) -> base.Body:
     return {
         "rankings": [{"index": one.index, "logit": one.logit} for one in response.results],
-        "usage": usage_of(response),
+        "usage": base.usage_of(response),
     }
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     caller = response.status < 500  # noqa: PLR2004 - HTTP's own
     return response.status, {
         "object": "error",
@@ -65,12 +51,12 @@ def _write_error(response: ErrorResponse) -> tuple[int, Body]:
     }
 
 
-NIM = ApiProtocol(
+NIM = base.ApiProtocol(
     name="nim",
     title="NVIDIA NIM",
     paths=("/v1/ranking",),
     body=NimRequest,
-    claims=holds("passages"),
+    claims=base.holds("passages"),
     read=_read,
     write=_write,
     write_error=_write_error,

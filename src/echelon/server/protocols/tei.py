@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from echelon.errors import InvalidInput
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    holds,
-    limit_of,
-    pairs_of,
-    side_of,
-)
+from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, RerankResponse
 
-
-class TeiRequest(CommonFields, kw_only=True):
+class TeiRequest(base.CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -34,35 +22,26 @@ class TeiRequest(CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: TeiRequest) -> tuple[RerankRequest, ResponseOptions]:
+def _read(body: TeiRequest) -> tuple[RerankRequest, base.ResponseOptions]:
     request = RerankRequest(
-        pairs_of(body.query, body.texts, "texts"),
+        base.pairs_of(body.query, body.texts, "texts"),
         refuse_truncation=body.truncate is False,
-        side=side_of(body.truncation_direction, "truncation_direction"),
+        side=base.side_of(body.truncation_direction, "truncation_direction"),
     )
-    return request, ResponseOptions(body.texts if body.return_text else None, limit_of(body.top_n))
+    documents = body.texts if body.return_text else None
+    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
 
 
-def _write(response: RerankResponse) -> Body:
-    results = []
-    for one in response.results:
-        result: dict[str, Any] = {"index": one.index, "score": one.score}
-        if response.with_documents:
-            result["text"] = one.document
-        results.append(result)
-    return results
+def _write(response: base.RerankResponse) -> base.Body:
+    return [
+        {"index": one.index, "score": one.score}
+        | ({"text": one.document} if response.with_documents else {})
+        for one in response.results
+    ]
 
 
-_KINDS = {
-    400: "Validation",
-    401: "Unauthorized",
-    413: "Validation",
-    422: "Validation",
-    424: "Backend",
-    429: "Overloaded",
-    503: "Unhealthy",
-    504: "Overloaded",
-}
+_KINDS = dict.fromkeys((400, 413, 422), "Validation") | dict.fromkeys((429, 504), "Overloaded")
+_KINDS |= {401: "Unauthorized", 503: "Unhealthy"}
 """``error_type`` of each status. TEI itself knows no deadlines; a client that handles
 ``Overloaded`` does the right thing when one has passed."""
 
@@ -70,7 +49,7 @@ _BACKEND = {500, 507}
 """Statuses for which TEI answers 424: the model failed, not the caller."""
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     error = response.error
     if isinstance(error, InvalidInput) and (error.field, error.problem) == ("texts", "is empty"):
         return 400, {"error": response.message, "error_type": "Empty"}
@@ -98,12 +77,12 @@ class TeiInfo(msgspec.Struct):
     docker_label: str | None
 
 
-TEI = ApiProtocol(
+TEI = base.ApiProtocol(
     name="tei",
     title="text-embeddings-inference",
     paths=("/rerank",),
     body=TeiRequest,
-    claims=holds("texts"),
+    claims=base.holds("texts"),
     read=_read,
     write=_write,
     write_error=_write_error,

@@ -9,28 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    holds,
-    limit_of,
-    pairs_of,
-    side_of,
-    text_of,
-    usage_of,
-)
+from echelon.server.protocols import base
 from echelon.types import Chunking, RerankRequest
 
 if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, RerankResponse
     from echelon.types import Pair
 
 Texts = str | list[str | dict[str, Any]]
 
 
-class Common(CommonFields, kw_only=True):
+class Common(base.CommonFields, kw_only=True):
     """Fields of both requests."""
 
     model: str | None = None
@@ -66,33 +54,34 @@ class VllmScore(Common, kw_only=True):
     items: Texts | None = None
 
 
-def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, ResponseOptions]:
-    texts = [text_of(document, i) for i, document in enumerate(body.documents)]
+def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, base.ResponseOptions]:
+    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
     tokens = body.max_tokens_per_doc
     request = RerankRequest(
-        pairs_of(body.query, texts),
+        base.pairs_of(body.query, texts),
         max_length=_max_length(body),
         max_query_tokens=_positive("max_tokens_per_query", body.max_tokens_per_query),
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
-        side=side_of(body.truncation_side, "truncation_side"),
+        side=base.side_of(body.truncation_side, "truncation_side"),
     )
-    return request, ResponseOptions(texts, limit_of(body.top_n), raw_scores=_raw_scores(body))
+    top_n = base.limit_of(body.top_n)
+    return request, base.ResponseOptions(texts, top_n, raw_scores=_raw_scores(body))
 
 
-def _read_score(body: VllmScore) -> tuple[RerankRequest, ResponseOptions]:
+def _read_score(body: VllmScore) -> tuple[RerankRequest, base.ResponseOptions]:
     name, first = _one_of(body, ("text_1", "queries", "data_1"))
     noun, second = _one_of(body, ("text_2", "documents", "data_2", "items"))
     request = RerankRequest(
         _joined(name, first, noun, second),
         max_length=_max_length(body),
-        side=side_of(body.truncation_side, "truncation_side"),
+        side=base.side_of(body.truncation_side, "truncation_side"),
     )
-    return request, ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
+    return request, base.ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
 
 
 def _joined(name: str, first: list[str], noun: str, second: list[str]) -> list[Pair]:
     if len(first) == 1:
-        return pairs_of(first[0], second, noun)
+        return base.pairs_of(first[0], second, noun)
     if len(first) != len(second):
         raise InvalidInput(
             name,
@@ -110,7 +99,7 @@ def _one_of(body: VllmScore, names: tuple[str, ...]) -> tuple[str, list[str]]:
         if isinstance(value, str):
             return name, [value]
         if value is not None:
-            return name, [text_of(text, i) for i, text in enumerate(value)]
+            return name, [base.text_of(text, i) for i, text in enumerate(value)]
     raise InvalidInput(names[0], "is missing", f"Send one of {', '.join(names)}.")
 
 
@@ -132,7 +121,7 @@ def _positive(name: str, value: int | None) -> int | None:
     return value
 
 
-def _write_rerank(response: RerankResponse) -> Body:
+def _write_rerank(response: base.RerankResponse) -> base.Body:
     results = [
         {
             "index": one.index,
@@ -144,12 +133,12 @@ def _write_rerank(response: RerankResponse) -> Body:
     return {
         "id": f"rerank-{response.request_id}",
         "model": response.model,
-        "usage": usage_of(response),
+        "usage": base.usage_of(response),
         "results": results,
     }
 
 
-def _write_score(response: RerankResponse) -> Body:
+def _write_score(response: base.RerankResponse) -> base.Body:
     data = [{"index": one.index, "object": "score", "score": one.score} for one in response.results]
     return {
         "id": f"score-{response.request_id}",
@@ -157,7 +146,7 @@ def _write_score(response: RerankResponse) -> Body:
         "created": response.created,
         "model": response.model,
         "data": data,
-        "usage": usage_of(response),
+        "usage": base.usage_of(response),
     }
 
 
@@ -170,8 +159,8 @@ _KINDS = {
 }
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
-    status = 400 if response.status == 422 else response.status  # noqa: PLR2004 - HTTP's own
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+    status = response.status_without_422
     error = {
         "message": response.message,
         "type": _KINDS.get(status, "InternalServerError"),
@@ -181,22 +170,19 @@ def _write_error(response: ErrorResponse) -> tuple[int, Body]:
     return status, {"error": error}
 
 
-_CLAIMS = {*Common.__struct_fields__, "max_tokens_per_query"} - {
-    *CommonFields.__struct_fields__,
-    "model",
-}
+_SHARED = {*base.CommonFields.__struct_fields__, "model"}
+_CLAIMS = {*Common.__struct_fields__, "max_tokens_per_query"} - _SHARED
 """Fields that only vLLM's clients send."""
 
-VLLM_RERANK = ApiProtocol(
+VLLM_RERANK = base.ApiProtocol(
     name="vllm",
     title="vLLM rerank",
     paths=("/rerank", "/v1/rerank", "/v2/rerank"),
     body=VllmRerank,
-    claims=holds(*_CLAIMS),
+    claims=base.holds(*_CLAIMS),
     read=_read_rerank,
     write=_write_rerank,
     write_error=_write_error,
-    noun="documents",
     example={
         "model": "BAAI/bge-reranker-v2-m3",
         "query": "how do I reset my router?",
@@ -206,12 +192,12 @@ VLLM_RERANK = ApiProtocol(
     },
 )
 
-VLLM_SCORE = ApiProtocol(
+VLLM_SCORE = base.ApiProtocol(
     name="vllm_score",
     title="vLLM score",
     paths=("/score", "/v1/score"),
     body=VllmScore,
-    claims=holds("text_1", "queries", "data_1"),
+    claims=base.holds("text_1", "queries", "data_1"),
     read=_read_score,
     write=_write_score,
     write_error=_write_error,

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from echelon.server.protocols.base import (
-    ApiProtocol,
-    CommonFields,
-    ErrorResponse,
-    ResponseOptions,
-    holds,
-    limit_of,
-    pairs_of,
-    relevance_results,
-)
+from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
-if TYPE_CHECKING:
-    from echelon.server.protocols.base import Body, RerankResponse
 
-
-class VoyageRequest(CommonFields, kw_only=True):
+class VoyageRequest(base.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -31,37 +17,35 @@ class VoyageRequest(CommonFields, kw_only=True):
     truncation: bool | None = None
 
 
-def _read(body: VoyageRequest) -> tuple[RerankRequest, ResponseOptions]:
-    pairs = pairs_of(body.query, body.documents)
+def _read(body: VoyageRequest) -> tuple[RerankRequest, base.ResponseOptions]:
+    pairs = base.pairs_of(body.query, body.documents)
     documents = body.documents if body.return_documents else None
     request = RerankRequest(pairs, refuse_truncation=body.truncation is False)
-    return request, ResponseOptions(documents, limit_of(body.top_k, "top_k"))
+    return request, base.ResponseOptions(documents, base.limit_of(body.top_k, "top_k"))
 
 
-def _write(response: RerankResponse) -> Body:
+def _write(response: base.RerankResponse) -> base.Body:
     return {
         "object": "list",
-        "data": relevance_results(response),
+        "data": base.relevance_results(response),
         "model": response.model,
         "usage": {"total_tokens": response.tokens},
     }
 
 
-def _write_error(response: ErrorResponse) -> tuple[int, Body]:
-    status = 400 if response.status == 422 else response.status  # noqa: PLR2004 - HTTP's own
-    return status, {"detail": response.message}
+def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+    return response.status_without_422, {"detail": response.message}
 
 
-VOYAGE = ApiProtocol(
+VOYAGE = base.ApiProtocol(
     name="voyage",
     title="Voyage",
     paths=("/v1/rerank",),
     body=VoyageRequest,
-    claims=holds("top_k", "truncation"),
+    claims=base.holds("top_k", "truncation"),
     read=_read,
     write=_write,
     write_error=_write_error,
-    noun="documents",
     example={
         "model": "rerank-2.5",
         "query": "how do I reset my router?",
