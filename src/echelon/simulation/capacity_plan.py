@@ -15,15 +15,18 @@ from echelon.simulation.cluster_traffic import ROUTINGS
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.simulation.infeasible import memory_too_small, pairs_too_long
 from echelon.simulation.server_simulation import SimulationSettings
-from echelon.simulation.workload import ReplayedArrivals, ScaledSize, Workload, max_tokens
+from echelon.simulation.workload import ReplayedArrivals, Workload, max_tokens
 
 if TYPE_CHECKING:
+    from numpy.random import Generator
+
     from echelon.profile import Profile
     from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import Routing
     from echelon.simulation.outcome import SimulationResult
     from echelon.simulation.service_level import ServiceLevel
+    from echelon.simulation.workload import SizeDistribution
 
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""
@@ -312,6 +315,23 @@ def _changed(capacity: Capacity, goal: CapacityGoal, rate: float) -> dict[str, A
         "p99_s": _p99(capacity.at(rate, machines)),
         "price_per_hour": _price(machines, rate, goal)["price_per_hour"],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledSize:
+    """Numbers of another distribution times a factor, at least 1."""
+
+    sizes: SizeDistribution
+    factor: float
+
+    @property
+    def maximum(self) -> int:
+        """The largest number, scaled."""
+        return max(1, round(self.sizes.maximum * self.factor))
+
+    def draw(self, random: Generator, count: int) -> list[int]:
+        """Draw numbers and scale them."""
+        return [max(1, round(number * self.factor)) for number in self.sizes.draw(random, count)]
 
 
 def _scaled(workload: Workload, factor: float) -> Workload:

@@ -128,7 +128,9 @@ class LognormalSize:
         """Draw numbers from 1 to ``maximum``."""
         # The mean of a lognormal is exp(mu + sigma² / 2).
         mu = math.log(self.mean) - self.sigma**2 / 2
-        return _whole(np.minimum(random.lognormal(mu, self.sigma, count), self.maximum))
+        drawn = np.rint(random.lognormal(mu, self.sigma, count))
+        numbers: list[int] = np.clip(drawn, 1, self.maximum).astype(np.int64).tolist()
+        return numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,28 +152,6 @@ class ObservedSize:
     def draw(self, random: Generator, count: int) -> list[int]:
         """Draw observed numbers with replacement."""
         return [int(self.values[index]) for index in random.integers(len(self.values), size=count)]
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledSize:
-    """Numbers of another distribution times a factor, at least 1."""
-
-    sizes: SizeDistribution
-    factor: float
-
-    @property
-    def maximum(self) -> int:
-        """The largest number, scaled."""
-        return max(1, round(self.sizes.maximum * self.factor))
-
-    def draw(self, random: Generator, count: int) -> list[int]:
-        """Draw numbers and scale them."""
-        return _whole(np.array(self.sizes.draw(random, count)) * self.factor)
-
-
-def _whole(numbers: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
-    whole: list[int] = np.maximum(1, np.rint(numbers)).astype(np.int64).tolist()
-    return whole
 
 
 def sizes_of(text: str, field: str) -> SizeDistribution:
