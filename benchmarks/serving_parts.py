@@ -66,12 +66,12 @@ class Bench:
     rounds: int
 
     def workload(self, arrivals: Arrivals, documents: int = DOCUMENTS, seed: int = 0) -> Workload:
-        """Requests of so many documents, their lengths log-normal as web passages' are."""
+        """Requests of a number of documents with log-normal lengths, as web passages have."""
         lengths = LognormalSize(self.tokens, 0.5, 512)
         return Workload(arrivals, FixedSize(documents), lengths, seed)
 
     def requests(self, count: int, seed: int) -> list[tuple[str, list[str]]]:
-        """Texts of so many requests, different in each round."""
+        """Texts of a number of requests, different in each round."""
         material = TextSource(self.topics, seed=seed)
         arrivals = self.workload(ConstantArrivals(1.0), seed=seed).requests()
         return [material.request(arrival) for arrival in islice(arrivals, count)]

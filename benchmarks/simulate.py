@@ -1,10 +1,9 @@
 """How long the simulators take: an hour at 2,000 requests a second, and a day over 1,000 replicas.
 
 The hour is simulated request by request; the day in windows of each quarter of an hour, see
-`echelon.simulation.capacity`. Both on as many replicas of two CPU cores as the traffic takes at
-about
-80 % load: requests of 1 to 19 documents of about 110 tokens. The exact simulator of one service
-is timed beside them.
+`echelon.simulation.capacity`. Both on as many replicas of two CPU cores as the traffic needs at
+about 80 % load: requests of 1 to 19 documents of about 110 tokens. The exact simulation of one
+server is timed beside them.
 
     python benchmarks/simulate.py
 
@@ -49,7 +48,7 @@ def machine_rate() -> float:
 
 
 def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
-    """So many seconds at a rate, request by request."""
+    """Some seconds at a rate, request by request."""
     replicas = math.ceil(rate / (LOAD * machine_rate()))
     traffic = blocks(replace(WORKLOAD, arrivals=PoissonArrivals(rate)), seconds)
     cluster = Cluster(replicas, SETTINGS, routing)
@@ -58,7 +57,7 @@ def hour(rate: float, seconds: float, routing: str) -> dict[str, Any]:
 
 
 def day(replicas: int) -> dict[str, Any]:
-    """A day over so many replicas."""
+    """A day over a number of replicas."""
     peak = LOAD * replicas * machine_rate()
     rates = rates_of(TYPICAL, peak)
     found = simulate_day(WORKLOAD, rates, TRUTH, Cluster(replicas, SETTINGS), LEVEL).as_dict()
