@@ -45,8 +45,9 @@ from services import service as local_service
 from echelon.errors import ModelNotFound, Overloaded, ShuttingDown, WorkerLost
 from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
 from echelon.integrations.ray.serve import NAME, Ingress
-from echelon.offline.rows import Row, RowWindow
+from echelon.offline.readers import Row
 from echelon.offline.run import run as run_file
+from echelon.offline.scoring import RowWindow
 from echelon.options import Options
 from echelon.reranker import Reranker
 from echelon.scheduling.autoscaling import AutoscalingLimits

@@ -27,11 +27,10 @@ from offline_jobs import (
 from pyarrow import parquet
 
 from echelon.errors import InvalidInput
-from echelon.offline import streams
 from echelon.offline.progress import EtaEstimate
 from echelon.offline.readers import Columns, JsonLinesReader
-from echelon.offline.rows import ResumePoint
 from echelon.offline.scoring import windows
+from echelon.offline.streams import Lines, ResumePoint
 from echelon.offline.writers import shortest
 from echelon.reranker import Reranker, sigmoid
 
@@ -264,7 +263,7 @@ def test_the_rest_takes_as_long_as_what_was_done():
 def test_lines_put_back_do_not_count(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntwo\n")
-    with closing(streams.Lines(str(path), "INPUT")) as lines:
+    with closing(Lines(str(path), "INPUT")) as lines:
         next(lines)
         first = lines.resume_point()
         next(lines)

@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import StorageError
-from echelon.offline.readers import TOO_LONG, parse_json
-from echelon.offline.rows import (
-    ROW_BYTES,
+from echelon.offline.readers import (
     ROW_DOCUMENTS,
+    TOO_LONG,
     BadRow,
     BadValue,
-    ResumePoint,
     Row,
     check_unicode,
     id_of,
+    parse_json,
     text_of,
 )
-from echelon.offline.streams import Lines, digest_of, suffix_of, unreadable
+from echelon.offline.streams import ROW_BYTES, Lines, digest_of, suffix_of, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from echelon.offline.readers import Entry
+    from echelon.offline.streams import ResumePoint
     from echelon.progress import Progress
 
 TABLES = """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.device import candidate_precisions
-from echelon.offline.rows import Row
+from echelon.offline.readers import Row
 from echelon.offline.scoring import WindowScorer, windows
 from echelon.offline.streams import STANDARD, Lines
 from echelon.offline.writers import ranked
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from echelon.offline.job import OfflineJob
-    from echelon.offline.readers import Entry, Reader
-    from echelon.offline.rows import Id
+    from echelon.offline.readers import Entry, Id, Reader
     from echelon.offline.writers import RankedRow
     from echelon.options import Precision
     from echelon.progress import Progress

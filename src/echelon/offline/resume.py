@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import InvalidInput, StorageError
-from echelon.offline.rows import ResumePoint
 from echelon.offline.scoring import Steps
-from echelon.offline.streams import STANDARD, sync_to_disk
+from echelon.offline.streams import STANDARD, ResumePoint, sync_to_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

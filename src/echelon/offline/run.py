@@ -17,8 +17,8 @@ from echelon.engine.launch import with_profile
 from echelon.errors import InvalidInput
 from echelon.offline.collection import RunFile
 from echelon.offline.ir_metrics import Judge, means
+from echelon.offline.readers import BadRow, BadValue, Row
 from echelon.offline.resume import JobState, JobStore, RowCounts
-from echelon.offline.rows import BadRow, BadValue, Row
 from echelon.offline.scoring import ScoredWindow, WindowScorer, windows
 from echelon.offline.streams import STANDARD
 from echelon.offline.writers import ranked
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from echelon.offline.job import OfflineJob
     from echelon.offline.readers import Entry, Reader
-    from echelon.offline.rows import RowWindow
-    from echelon.offline.scoring import Steps
+    from echelon.offline.scoring import RowWindow, Steps
     from echelon.offline.writers import Writer
     from echelon.options import Options
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self, cast
 import numpy as np
 
 from echelon.errors import EchelonError, InvalidInput
-from echelon.offline.rows import BadRow, Row, RowWindow
+from echelon.offline.readers import BadRow, Row
 from echelon.reranker import Reranker
 from echelon.types import RunReport
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from echelon.offline.readers import Entry, Reader
+    from echelon.offline.streams import ResumePoint
     from echelon.options import Options, Precision
     from echelon.reranker import Call
     from echelon.tokenization.pairs import EncodedPairs
@@ -40,6 +41,23 @@ CHARACTERS_PER_TOKEN = 4
 """True of English; in other languages a window holds up to four times as many steps."""
 
 _PAIR = re.compile(r"pairs\[(\d+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class RowWindow:
+    """Rows that are scored together.
+
+    Attributes:
+        end: the place behind its last row.
+        tokens: estimated tokens of each pair, row after row.
+        share: share of the input read so far, 0 to 1; None where it is not known.
+    """
+
+    rows: tuple[Row, ...]
+    bad: tuple[BadRow, ...]
+    end: ResumePoint
+    tokens: tuple[int, ...]
+    share: float | None = None
 
 
 def estimated_tokens(query: str, document: str, max_length: int) -> int:

@@ -8,11 +8,11 @@ import io
 import os
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from echelon.errors import InvalidInput
-from echelon.offline.rows import ROW_BYTES, ResumePoint
 from echelon.options import require_packages
 
 if TYPE_CHECKING:
@@ -24,9 +24,27 @@ STANDARD = "-"
 INPUT = "INPUT"
 """The name of the input file in messages."""
 
+ROW_BYTES = 64 * 2**20
+"""Longest row. A row must be in memory to be ranked, so this bounds the memory."""
+
 CHUNK = 2**20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A place between two rows, and the digest of what comes before it.
+
+    Attributes:
+        position: decompressed bytes read; in Parquet rows.
+        line: lines read.
+        digest: SHA-256 over what was read.
+    """
+
+    position: int
+    line: int
+    digest: str
 
 
 def compression_of(path: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from echelon.offline.rows import BadValue, Id, Row
+from echelon.offline.readers import BadValue, Id, Row
 from echelon.offline.streams import sync_to_disk
 from echelon.options import require_packages
 from echelon.reranker import sigmoid

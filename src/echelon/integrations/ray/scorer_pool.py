@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from echelon.engine.worker import Reply
-    from echelon.offline.rows import BadRow, RowWindow
-    from echelon.offline.scoring import Steps
+    from echelon.offline.readers import BadRow
+    from echelon.offline.scoring import RowWindow, Steps
     from echelon.options import Options
     from echelon.types import FloatArray, IntArray, RunReport
 
