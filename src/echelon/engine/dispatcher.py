@@ -137,7 +137,7 @@ class Dispatcher:
     ) -> None:
         """Begin with a scorer and at most ``budget`` tokens for a step.
 
-        ``prior`` is the tuned cost model; ``goal_s`` the latency goal that steps are kept small for.
+        ``prior`` is the tuned cost model, and ``goal_s`` a latency goal that keeps steps small.
         """
         default = DEFAULT_COEFFICIENTS[info.device.partition(":")[0]]
         known = prior is not None and prior.serves(info)
