@@ -18,9 +18,9 @@ from echelon.engine.state import ServiceSnapshot
 from echelon.server.app import make_app
 from echelon.server.auth import ApiKey, Keys
 from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
 from echelon.server.pages import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
-from echelon.server.rolling_stats import RollingStats
 
 PAGES = ("/", "/dashboard")
 SECRET = {"Authorization": "Bearer sesame"}

@@ -25,9 +25,9 @@ from echelon.engine.events import ListenerGroup
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.dashboard import SLICE_S, RollingStats
 from echelon.server.http_server import HttpServer
 from echelon.server.metrics import Metrics
-from echelon.server.rolling_stats import SLICE_S, RollingStats
 
 KEY = "a-key-for-tests"
 QUERY = "rain at the kitchen window"

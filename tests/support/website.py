@@ -16,8 +16,8 @@ from services import GUARD_S, service
 from echelon.engine.events import ListenerGroup
 from echelon.server.app import make_app
 from echelon.server.context import ServerContext
+from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
-from echelon.server.rolling_stats import RollingStats
 
 FLAGS = (
     "--no-sandbox",

@@ -22,7 +22,7 @@ from echelon import __version__
 from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
 from echelon.server import pages
-from echelon.server.dashboard_data import dashboard_data
+from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
 from echelon.server.observability import ID_HEADER, id_of, request_id
 from echelon.server.openapi import describe

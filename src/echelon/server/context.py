@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from echelon.errors import InvalidInput, ShuttingDown
 from echelon.server.auth import Keys
 from echelon.server.connection import ConnectionLimits
-from echelon.server.rolling_stats import RollingStats
+from echelon.server.dashboard import RollingStats
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

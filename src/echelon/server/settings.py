@@ -239,9 +239,9 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
     from echelon.server.auth import read_keys
     from echelon.server.connection import ConnectionLimits
     from echelon.server.context import ServerContext, ServerLimits
+    from echelon.server.dashboard import RollingStats
     from echelon.server.metrics import Metrics
     from echelon.server.observability import open_traces
-    from echelon.server.rolling_stats import RollingStats
 
     limits = ServerLimits(
         keys=read_keys(settings["api_keys"], settings["rate_limit"]),

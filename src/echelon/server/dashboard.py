@@ -1,4 +1,4 @@
-"""Statistics of a server's last ten minutes, in slices of two seconds.
+"""The dashboard's data: a server's last ten minutes, in slices of two seconds.
 
 Memory is bounded: 300 slices of about 8 KiB. Latencies are counted in bins that grow by 2 %, so a
 percentile is within 1 % of a measured latency.
@@ -10,11 +10,12 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echelon import __version__
 from echelon.engine.events import Listener
 from echelon.types import monotonic
 
@@ -29,13 +30,18 @@ if TYPE_CHECKING:
         WorkerChanged,
     )
     from echelon.engine.state import ServiceSnapshot
-    from echelon.types import Clock, IntArray
+    from echelon.types import Clock, IntArray, ModelInfo
+
+    Row = dict[str, float | None]
 
 SLICES = 300
 """Complete slices that are kept."""
 
 SLICE_S = 2.0
 """The interval at which the dashboard loads data; 300 slices are ten minutes."""
+
+MINUTE_S = 60.0
+RANKS = (50, 95, 99)
 
 FLOOR_S, GROWTH, BINS = 1e-4, 1.02, 900
 """Latency bins: the first ends at 0.1 ms, the last at an hour and a half."""
@@ -46,6 +52,18 @@ POWERS = 17
 MAX_STEPS = 200
 MAX_EVENTS = 50
 """Single steps and events that are kept for the dashboard."""
+
+STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
+    "waiting_pairs": lambda state: state.load.pairs,
+    "waiting_tokens": lambda state: state.load.tokens,
+    "requests_inside": lambda state: state.requests,
+    "backlog_s": lambda state: round(state.backlog_s, 4),
+    "oldest_s": lambda state: round(state.oldest_s, 4),
+    "token_budget": lambda state: state.load.budget,
+    "workers_up": lambda state: state.workers_up,
+    "slowdown": lambda state: round(state.drift, 4),
+}
+"""Values of a snapshot of the service."""
 
 
 @dataclass(slots=True)
@@ -78,13 +96,7 @@ class TimeSlice:
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """An event that the dashboard lists.
-
-    Attributes:
-        at: unix time.
-        kind: ``ladder`` or ``worker``.
-        name: the rung, or the worker's state.
-    """
+    """A rung of the OOM ladder or a worker's change of state, at a unix time."""
 
     at: float
     kind: str
@@ -103,7 +115,6 @@ class StatsView:
         number: the current slice, which is not in ``slices``.
         slices: complete slices with events, oldest first.
         steps: (predicted, actual) seconds of the last steps.
-        events: the last events.
         workers: each worker's last change.
     """
 
@@ -138,13 +149,7 @@ class RollingStats(Listener):
     # Called by the routes.
 
     def answered(self, status: int, seconds: float, documents: int) -> None:
-        """Count a response.
-
-        Args:
-            status: HTTP status.
-            seconds: from the headers to the response.
-            documents: scored documents; 0 for an error.
-        """
+        """Count a response, its seconds since the headers, and its scored documents."""
         with self._lock:
             now = self._now()
             now.counts["http", str(status)] += 1
@@ -257,6 +262,11 @@ def percentiles(bins: IntArray, *ranks: float) -> list[float | None]:
     return [_middle(int(place)) for place in np.searchsorted(reached, places)]
 
 
+def _middle(place: int) -> float:
+    """The latency that is within 1 % of every latency of a bin."""
+    return FLOOR_S if place == 0 else FLOOR_S * GROWTH**place * 2 / (1 + GROWTH)
+
+
 def sum_of(slices: Iterable[TimeSlice]) -> TimeSlice:
     """Add slices up, without a number and a state."""
     total = TimeSlice(-1)
@@ -276,6 +286,97 @@ def power_of(size: int) -> int:
     return min(POWERS - 1, max(0, size - 1).bit_length())
 
 
-def _middle(place: int) -> float:
-    """The latency that is within 1 % of every latency of a bin."""
-    return FLOOR_S if place == 0 else FLOOR_S * GROWTH**place * 2 / (1 + GROWTH)
+def dashboard_data(
+    view: StatsView, model: str, info: ModelInfo | None, state: ServiceSnapshot | None
+) -> dict[str, Any]:
+    """The JSON of the dashboard; ``info`` and ``state`` are None before the service has started.
+
+    Columns have a value for each complete slice, null where nothing was measured. The current slice
+    is left out: half of a slice would look like half the traffic.
+    """
+    flags = ("draining", "drifted", "fallback")
+    return {
+        "model": model,
+        "version": __version__,
+        "scorer": info and {n: getattr(info, n) for n in ("family", "device", "precision")},
+        "since": view.since,
+        "at": view.since + view.number * view.slice_s,
+        "slice_s": view.slice_s,
+        "now": state and {**_state(state), **{name: getattr(state, name) for name in flags}},
+        "workers": [
+            {**asdict(worker), "resident_bytes": _memory(state, worker.worker)}
+            for worker in view.workers
+        ],
+        "minute": _total(view, max(1, round(MINUTE_S / view.slice_s))),
+        "window": _total(view, SLICES),
+        "columns": _columns(view),
+        "steps": {
+            "powers": [2**power for power in range(POWERS)],
+            "recent": [[round(p, 6), round(a, 6)] for p, a in view.steps],
+        },
+        "events": [asdict(event) for event in reversed(view.events)],
+    }
+
+
+def _total(view: StatsView, slices: int) -> dict[str, Any]:
+    """The sum of the last slices."""
+    first = max(0, view.number - slices)
+    total = sum_of(past for past in view.slices if past.number >= first)
+    seconds = (view.number - first) * view.slice_s
+    counts: dict[str, dict[str, int]] = {}
+    for (kind, name), count in sorted(total.counts.items()):
+        counts.setdefault(kind, {})[name] = count
+    return {
+        "seconds": seconds,
+        **(_rates(total, seconds) if seconds else dict.fromkeys(_rates(total, 1.0))),
+        "counts": counts,
+        "step_pairs": total.pairs,
+        "step_tokens": total.tokens,
+    }
+
+
+def _columns(view: StatsView) -> dict[str, Any]:
+    by_number = {past.number: past for past in view.slices}
+    numbers = range(max(0, view.number - SLICES), view.number)
+    slices = [by_number.get(number) or TimeSlice(number) for number in numbers]
+    rows = [_row(past, view.slice_s) for past in slices]
+    return {
+        **{name: [row[name] for row in rows] for name in _row(TimeSlice(0), 1.0)},
+        "ends_at": [view.since + (number + 1) * view.slice_s for number in numbers],
+        "resident_bytes": [
+            [_memory(past.state, worker.worker) for past in slices] for worker in view.workers
+        ],
+    }
+
+
+def _row(past: TimeSlice, seconds: float) -> Row:
+    return {**_rates(past, seconds), **_state(past.state)}
+
+
+def _rates(past: TimeSlice, seconds: float) -> Row:
+    """Rates, percentiles, and actual over predicted step time."""
+    sums, counts = past.sums, past.counts
+    requests = sum(count for (kind, _), count in counts.items() if kind == "http")
+    found: list[float | None] = [None] * len(RANKS)
+    if past.latencies is not None:
+        found = percentiles(past.latencies, *RANKS)
+    predicted = sums.get("predicted", 0.0)
+    return {
+        "requests_per_s": round(requests / seconds, 3),
+        "errors_per_s": round((requests - counts["http", "200"]) / seconds, 3),
+        "documents_per_s": round(sums.get("documents", 0.0) / seconds, 3),
+        "tokens_per_s": round(sums.get("tokens", 0.0) / seconds, 1),
+        **{f"p{rank}_s": s and round(s, 6) for rank, s in zip(RANKS, found, strict=True)},
+        "drift": round(sums["actual"] / predicted, 4) if predicted > 0 else None,
+    }
+
+
+def _state(state: ServiceSnapshot | None) -> Row:
+    return {name: None if state is None else read(state) for name, read in STATE.items()}
+
+
+def _memory(state: ServiceSnapshot | None, worker: int) -> int | None:
+    """Resident bytes of a worker; None before its first step."""
+    if state is None or worker >= len(state.resident_bytes):
+        return None
+    return state.resident_bytes[worker] or None

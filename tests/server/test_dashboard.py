@@ -1,4 +1,4 @@
-"""The last ten minutes of a server: percentiles, rates, forgetting, bounds."""
+"""The data of the dashboard: percentiles, rates, and bounds on slices, steps and events."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from echelon.engine.events import (
 )
 from echelon.engine.state import ServiceSnapshot
 from echelon.scheduling.queue import QueueLoad
-from echelon.server.dashboard_data import STATE, dashboard_data
-from echelon.server.rolling_stats import (
+from echelon.server.dashboard import (
     BINS,
     FLOOR_S,
     MAX_EVENTS,
     MAX_STEPS,
     POWERS,
     SLICES,
+    STATE,
     RollingStats,
     bin_of,
+    dashboard_data,
     percentiles,
     power_of,
 )
