@@ -5,7 +5,7 @@ Four scenarios, each with its own measure:
 - ``api``: the lowest P99 at the rate asked for, with the fewest workers that hold the goal.
 - ``concurrent``: the highest rate that holds the goal, with the fewest workers that hold it at the
   rate asked for.
-- ``offline``: the most documents a second when all are there at once.
+- ``offline``: the highest number of documents a second when all are there at once.
 - ``edge``: the least memory with nearly the shortest latency.
 
 A candidate is judged by its own cost and memory models and is never chosen where they say that it
