@@ -172,7 +172,7 @@ def test_shorter_texts_are_faster_and_must_still_agree():
         ([candidate(agreement=0.5)], ScenarioLimits(1.0, 1.0), "--allow", "0.500"),
         ([candidate(512)], ScenarioLimits(1.0, 1.0, 500 * MIB), "--memory-limit", "0.538 GiB"),
         ([candidate()], ScenarioLimits(0.5, 900.0), "--rate", "more machines"),
-        ([candidate()], ScenarioLimits(0.01, 1.0), "--slo-p99-ms", "and more"),
+        ([candidate()], ScenarioLimits(0.01, 1.0), "--slo-p99-ms", "or more"),
     ],
 )
 def test_what_cannot_be_had_says_what_can(models, given_limits, field, possible):

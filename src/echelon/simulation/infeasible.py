@@ -26,7 +26,7 @@ def latency_too_short(problem: str, p99_s: float, remedy: str | None = None) -> 
         return InvalidInput(
             "--slo-p99-ms", problem, Message("scenario.goal_possible", {"least": least})
         )
-    return InvalidInput("--slo-p99-ms", problem, f"Possible are {least} and more, {remedy}.")
+    return InvalidInput("--slo-p99-ms", problem, f"Possible are {least} or more, {remedy}.")
 
 
 def rate_too_high(rate: float, possible: float, latency_s: float | None) -> InvalidInput:
