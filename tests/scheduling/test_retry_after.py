@@ -15,7 +15,7 @@ from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoa
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel
 from echelon.scheduling.queue import PairRequest
-from echelon.server.responses import retry_after
+from echelon.server.routes import retry_after
 
 SLOWER = 3.0
 STEP_TOKENS = 2048

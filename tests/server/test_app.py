@@ -18,7 +18,7 @@ from echelon.scheduling.admission import AdmissionLimits
 from echelon.server import routes
 from echelon.server.app import make_app
 from echelon.server.protocols import PATHS, PROTOCOLS
-from echelon.server.responses import HEADERS
+from echelon.server.routes import HEADERS
 
 LOGITS = [float(logit) for logit in scores([("q", document) for document in DOCUMENTS])]
 ORDER = sorted(range(5), key=lambda i: -LOGITS[i])

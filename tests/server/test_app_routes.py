@@ -19,7 +19,7 @@ from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from echelon.server.openapi import ERRORS, PLAIN, describe
 from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
-from echelon.server.responses import HEADERS
+from echelon.server.routes import HEADERS
 
 
 def test_state_routes():

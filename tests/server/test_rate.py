@@ -13,7 +13,7 @@ from echelon.errors import InvalidInput, RateLimited
 from echelon.server.auth import Keys, RateLimit, TokenBucket, limit_of, read_keys
 from echelon.server.context import ServerLimits
 from echelon.server.protocols import PROTOCOLS
-from echelon.server.responses import retry_after
+from echelon.server.routes import retry_after
 
 limits = st.builds(RateLimit, st.floats(0.01, 1000), st.integers(1, 500).map(float))
 comings = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 2000)), min_size=1, max_size=60)

@@ -10,7 +10,7 @@ from echelon import __version__
 from echelon.scheduling.fair_queue import WEIGHTS
 from echelon.server.protocols import PROTOCOLS, SHARED
 from echelon.server.protocols.tei import TeiInfo
-from echelon.server.responses import HEADERS
+from echelon.server.routes import HEADERS
 
 if TYPE_CHECKING:
     from echelon.server.protocols.base import ApiProtocol

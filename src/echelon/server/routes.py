@@ -1,14 +1,21 @@
-"""The routes that rank: read the body, submit it to the service, write response or error."""
+"""The routes that rank: read the body, submit it to the service, write response or error.
+
+Results are sorted by logit; the sigmoid is applied to the scores that are shown, in float64, so
+that scores near 1 never tie.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import re
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -25,17 +32,8 @@ from echelon.errors import (
 )
 from echelon.server.observability import SpanRecord, request_id
 from echelon.server.protocols import choose, read
-from echelon.server.protocols.base import ErrorResponse, RerankResponse
+from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
 from echelon.server.protocols.tei import TEI
-from echelon.server.responses import (
-    explanation,
-    headers_of,
-    results_of,
-    retry_after,
-    tei_headers,
-    warnings_of,
-    with_noun,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -49,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PLACE = re.compile(r"pairs\[(\d+)\](\.document|\.query)?")
+
 CLIENT_GONE = 499
 """Status in metrics and logs of a request whose client went away; it is never sent."""
 
@@ -58,21 +58,15 @@ class RequestContext:
     """One HTTP request while it is handled.
 
     Attributes:
-        server: the server.
-        http: the request.
         protocol: the body's; until the body is read, the last of its path.
-        began: the service's time when it came; None where the service has not started.
         client: owner of its key; None until that is known.
-        request: what it asks; None until the body is read.
-        answer: the service's answer, where there is one.
-        answered_s: seconds from its begin to that answer.
-        log_fields: what the log says of it.
+        request: None until the body is read.
+        answered_s: seconds from its begin to the answer.
     """
 
     server: ServerContext
     http: Request
     protocol: ApiProtocol
-    began: float | None = None
     client: ApiClient | None = None
     request: RerankRequest | None = None
     answer: Answer | None = None
@@ -114,7 +108,7 @@ async def _respond(context: RequestContext, candidates: tuple[ApiProtocol, ...])
 async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
     server, http = context.server, context.http
     clock = server.service.clock
-    began = context.began = clock()
+    began = clock()
     _authenticate(context, began)
     body = await read_body(http, server.limits)
     protocol = context.protocol = choose(candidates, body)
@@ -122,28 +116,32 @@ async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) 
     context.request = request
     answer = context.answer = await _within_limit(context, request)
     context.answered_s = clock() - began
-    explained = explanation(answer)
+    explained = _explanation(answer)
     context.log_fields["documents"] = len(request.pairs)
     for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms"):
         context.log_fields[name] = explained[name]
     if answer.fallback is not None:
         context.log_fields["fallback"] = explained["fallback"]
-    content = protocol.write(_response(server, options, answer))
+    response = RerankResponse(
+        request_id=request_id.get(),
+        created=int(time.time()),
+        model=server.model,
+        results=results_of(answer, options),
+        tokens=answer.tokens,
+        with_documents=options.documents is not None,
+        warnings=_warnings_of(answer),
+    )
+    content = protocol.write(response)
     if options.explain and isinstance(content, dict):
         content["echelon"] = explained
     headers = headers_of(answer)
     if protocol is TEI:
-        headers |= tei_headers(answer, request)
+        headers |= _tei_headers(answer, request)
     return as_json(content, 200, headers)
 
 
 def _authenticate(context: RequestContext, now: float) -> None:
-    """Find the key's owner; one that has used up its limit is refused before its body is read.
-
-    Raises:
-        Unauthorised: no key, or a wrong one.
-        RateLimited: not even one document would be admitted.
-    """
+    """Find the key's owner; one that has used up its limit is refused before its body is read."""
     keys = context.server.limits.keys
     client = context.client = keys.authenticate(context.http.headers)
     if len(keys):
@@ -153,11 +151,7 @@ def _authenticate(context: RequestContext, now: float) -> None:
 
 
 async def _within_limit(context: RequestContext, request: RerankRequest) -> Answer:
-    """Submit a request within its key's limit; one that the service refuses does not count.
-
-    Raises:
-        RateLimited: the key has used up its limit.
-    """
+    """Submit a request within its key's limit; one that the service refuses does not count."""
     bucket = context.client.bucket if context.client else None
     if bucket is None:
         return await _until_disconnect(context, request)
@@ -175,9 +169,6 @@ async def _until_disconnect(context: RequestContext, request: RerankRequest) -> 
 
     The service is awaited in this task, not in one of its own: that would cost an answer more
     turns of the event loop.
-
-    Raises:
-        ClientDisconnect: the client went away.
     """
     submitting = asyncio.current_task()
     if submitting is None:
@@ -209,21 +200,13 @@ async def _disconnect(http: Request) -> None:
         pass
 
 
-def _response(server: ServerContext, options: ResponseOptions, answer: Answer) -> RerankResponse:
-    return RerankResponse(
-        request_id=request_id.get(),
-        created=int(time.time()),
-        model=server.model,
-        results=results_of(answer, options),
-        tokens=answer.tokens,
-        with_documents=options.documents is not None,
-        warnings=warnings_of(answer),
-    )
-
-
 def error_response(error: EchelonError, protocol: ApiProtocol) -> Response:
     """The one place where an error becomes a response."""
-    message = with_noun(str(error), protocol.noun)
+
+    def renamed(place: re.Match[str]) -> str:  # pairs[3].document is texts[3] for TEI
+        return "query" if place[2] == ".query" else f"{protocol.noun}[{place[1]}]"
+
+    message = _PLACE.sub(renamed, str(error))
     status, body = protocol.write_error(ErrorResponse(error, message, request_id.get()))
     headers = {}
     if isinstance(error, Overloaded):
@@ -231,10 +214,108 @@ def error_response(error: EchelonError, protocol: ApiProtocol) -> Response:
     return as_json(body, status, headers)
 
 
+def retry_after(seconds: float) -> str:
+    """``Retry-After`` in whole seconds, rounded up, at least one."""
+    return str(max(1, math.ceil(seconds)))
+
+
 def as_json(content: Body, status: int, headers: Mapping[str, str] | None = None) -> Response:
     """A response of JSON."""
     encoded = b"" if content is None else msgspec.json.encode(content)
     return Response(encoded, status, dict(headers or {}), media_type="application/json")
+
+
+HEADERS = {
+    "X-Echelon-Queue-Ms": "milliseconds in the queue",
+    "X-Echelon-Tokenise-Ms": "milliseconds of tokenising",
+    "X-Echelon-Compute-Ms": "milliseconds of the steps that held its pairs",
+    "X-Echelon-Total-Ms": "milliseconds from its arrival at the service to the answer",
+    "X-Echelon-Tokens": "tokens that the model saw",
+    "X-Echelon-Truncated-Documents": "documents that lost tokens",
+    "X-Echelon-Batch-Size": "pairs of the largest step that held pairs of it",
+    "X-Echelon-Ladder": "memory-ladder steps that it went through, separated by commas",
+    "X-Echelon-Fallback": "max_length=N where the queue was so long that pairs were cut to N "
+    "tokens, as configured for low priority; else empty",
+}
+"""Headers of every response with results, and their meaning."""
+
+
+def headers_of(answer: Answer) -> dict[str, str]:
+    """The headers of :data:`HEADERS`."""
+    values: tuple[object, ...] = (
+        *_milliseconds(answer).values(),
+        answer.tokens,
+        int(np.count_nonzero(answer.truncated_tokens)),
+        max(answer.batch_sizes, default=0),
+        ",".join(step.rung for step in answer.ladder),
+        "" if answer.fallback is None else f"max_length={answer.fallback}",
+    )
+    return {name: str(value) for name, value in zip(HEADERS, values, strict=True)}
+
+
+def _tei_headers(answer: Answer, request: RerankRequest) -> dict[str, str]:
+    """Headers that TEI's clients read: whole milliseconds, characters, tokens."""
+    times = answer.timings
+    characters = len(request.pairs[0][0]) + sum(len(document) for _, document in request.pairs)
+    return {
+        "x-compute-type": "echelon",
+        "x-compute-characters": str(characters),
+        "x-compute-tokens": str(answer.tokens),
+        "x-compute-time": str(round(times.total_s * 1000)),
+        "x-total-time": str(round(times.total_s * 1000)),
+        "x-tokenization-time": str(round(times.tokenise_s * 1000)),
+        "x-queue-time": str(round(times.queue_s * 1000)),
+        "x-inference-time": str(round(times.compute_s * 1000)),
+    }
+
+
+def _explanation(answer: Answer) -> dict[str, Any]:
+    """Where a request's time went and what happened to it, for the body."""
+    return _milliseconds(answer) | {
+        "tokens": answer.tokens,
+        "cost_tokens": answer.cost_tokens,
+        "truncated_documents": int(np.count_nonzero(answer.truncated_tokens)),
+        "truncated_tokens": answer.truncated_tokens.tolist(),
+        "batch_sizes": list(answer.batch_sizes),
+        "ladder": [{"rung": s.rung, "detail": s.detail, "remedy": s.remedy} for s in answer.ladder],
+        "fallback": None if answer.fallback is None else {"max_length": answer.fallback},
+    }
+
+
+def _milliseconds(answer: Answer) -> dict[str, Any]:
+    names = ("queue", "tokenise", "compute", "total")
+    return {f"{name}_ms": round(getattr(answer.timings, f"{name}_s") * 1000, 3) for name in names}
+
+
+def results_of(answer: Answer, options: ResponseOptions) -> list[RerankResult]:
+    """Results: best first unless input order was asked for, at most ``top_n``."""
+    logits = answer.logits.astype(np.float64)
+    order = np.argsort(-logits, kind="stable") if options.ranked else np.arange(len(logits))
+    order = order[: options.top_n]
+    kept = logits[order]
+    shown = kept if options.raw_scores else np.exp(-np.logaddexp(0.0, -kept))
+    rows = zip(order.tolist(), shown.tolist(), kept.tolist(), strict=True)
+    documents = options.documents
+    if documents is None:
+        return [RerankResult(index, score, logit) for index, score, logit in rows]
+    return [RerankResult(index, score, logit, documents[index]) for index, score, logit in rows]
+
+
+def _warnings_of(answer: Answer) -> tuple[str, ...]:
+    """Warnings for the caller: truncated documents, actions of the OOM ladder, load shedding."""
+    remedy = (
+        "Ask for max_tokens_per_doc to have them read in chunks, or serve with a larger max_length."
+        if answer.fallback is None
+        else "The queue was long, so this request of low priority was read with "
+        f"max_length={answer.fallback}. Ask again later, or with normal priority."
+    )
+    cut = int(np.count_nonzero(answer.truncated_tokens))
+    warnings = []
+    if cut:
+        warnings.append(f"{cut} of {len(answer.logits)} documents were cut. {remedy}")
+    elif answer.fallback is not None:
+        warnings.append(remedy)
+    return (*warnings, *(f"{step.detail}. {step.remedy}" for step in answer.ladder))
 
 
 async def _record(context: RequestContext, status: int, seconds: float) -> None:
@@ -277,29 +358,26 @@ async def read_body(request: Request, limits: ServerLimits) -> bytes:
     Raises:
         TooLarge: it is longer than allowed; what comes after that is not read.
         SlowClient: it did not come in time.
-        starlette.requests.ClientDisconnect: the client went away.
+        ClientDisconnect: the client went away.
     """
+    too_large = TooLarge(
+        "body",
+        f"is longer than {limits.max_body_bytes} bytes",
+        "Send fewer documents at a time, or start the server with a larger --max-body-mb.",
+    )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limits.max_body_bytes:
-        raise _too_large(limits)
+        raise too_large
     chunks, size = [], 0
     try:
         async with asyncio.timeout(limits.body_timeout_s):
             async for part in request.stream():
                 size += len(part)
                 if size > limits.max_body_bytes:
-                    raise _too_large(limits)
+                    raise too_large
                 chunks.append(part)
     except TimeoutError:
         raise SlowClient(
             f"The body did not come within {limits.body_timeout_s:g} s. Send it faster."
         ) from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _too_large(limits: ServerLimits) -> TooLarge:
-    return TooLarge(
-        "body",
-        f"is longer than {limits.max_body_bytes} bytes",
-        "Send fewer documents at a time, or start the server with a larger --max-body-mb.",
-    )
