@@ -14,10 +14,9 @@ from served import ASKED, metric, run_app
 from services import service
 
 from echelon.errors import ModelNotFound, ShuttingDown
-from echelon.server.app import make_app
+from echelon.server.app import ERRORS, PLAIN, describe, make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
-from echelon.server.openapi import ERRORS, PLAIN, describe
 from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
 from echelon.server.routes import HEADERS
 

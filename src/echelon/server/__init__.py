@@ -1,1 +1,1 @@
-"""The wire: HTTP in the dialects that clients already speak, metrics and logs."""
+"""The HTTP server: the APIs that reranking clients already use, with metrics, logs and pages."""

@@ -1,11 +1,10 @@
-"""The ASGI application: routes, request ids, CORS, errors, and start and stop of the service."""
+"""The ASGI application: routes, request ids, CORS, errors, and the OpenAPI description."""
 
 from __future__ import annotations
 
 import time
 from contextlib import asynccontextmanager
 from functools import partial
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,22 +13,21 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import Response
+from starlette.routing import Route
 
 from echelon import __version__
 from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
+from echelon.scheduling.fair_queue import WEIGHTS
 from echelon.server import pages
 from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
 from echelon.server.observability import ID_HEADER, id_of, request_id
-from echelon.server.openapi import describe
-from echelon.server.protocols import PATHS
+from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
 from echelon.server.protocols.cohere import COHERE_V1
 from echelon.server.protocols.tei import TEI, TeiInfo
-from echelon.server.routes import as_json, endpoint, error_response
+from echelon.server.routes import HEADERS, as_json, endpoint, error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -38,8 +36,44 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from echelon.server.context import ServerContext
+    from echelon.server.protocols.base import ApiProtocol
 
     Handler = Callable[[ServerContext, Request], Awaitable[Response]]
+
+
+ERRORS = {
+    400: "The body is no JSON object; vLLM's and Voyage's APIs use 400 for 422 too.",
+    401: "No API key, or a wrong one.",
+    408: "The headers or the body did not arrive in time.",
+    413: "More documents, tokens or bytes than a request may have; the field is named.",
+    422: "A field is missing or wrong; it is named, with the remedy.",
+    429: "The queue is full, or would make the request late, or the key's limit is used up. "
+    "Retry-After says when to try again.",
+    431: "The headers are too long.",
+    500: "The model failed; TEI's API uses 424.",
+    503: "Not started, shutting down, no worker stays alive, or too many connections.",
+    504: "The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met.",
+    507: "A document does not fit in memory, even alone.",
+}
+"""Statuses of errors, and their causes."""
+
+PLAIN = {
+    "/v1/models": "The served model, as OpenAI's clients list it.",
+    "/models": "The same.",
+    "/info": "The served model and the limits, as TEI's clients read them.",
+    "/health": "200 while the process runs.",
+    "/ready": "200 if a pair was scored lately; else 503 with the reason.",
+    "/metrics": "Metrics for Prometheus.",
+    "/dashboard/data": "The last ten minutes of this server, for the dashboard.",
+    "/openapi.json": "This description.",
+    "/docs": "This description, to read and try.",
+    "/": "The playground: a page to try the model.",
+    "/dashboard": "The dashboard: a page that shows the last ten minutes.",
+}
+"""GET routes."""
+
+OPENAPI_VERSION = "3.0.3"
+"""The newest version that the page /docs reads: Swagger UI 4 refuses 3.1."""
 
 
 def make_app(server: ServerContext) -> RequestIdMiddleware:
@@ -61,7 +95,7 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
         Route(path, partial(handler, server), name=path) for path, handler in _HANDLERS.items()
     ]
     app = Starlette(
-        routes=[*ranking, *others, Route("/pages/{name}", pages.file), _docs_assets()],
+        routes=[*ranking, *others, Route("/pages/{name}", pages.file), pages.docs_assets()],
         middleware=_middleware(server.limits.origins),
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
         lifespan=lifespan,
@@ -180,8 +214,7 @@ async def _openapi(server: ServerContext, _: Request) -> Response:
 
 
 async def _docs(_: ServerContext, request: Request) -> Response:
-    root = escape(request.scope.get("root_path", "").rstrip("/"))
-    return HTMLResponse(_DOCS_PAGE.replace("ROOT", root))
+    return pages.docs(request.scope.get("root_path", ""))
 
 
 _HANDLERS: dict[str, Handler] = {
@@ -197,33 +230,6 @@ _HANDLERS: dict[str, Handler] = {
     "/openapi.json": _openapi,
     "/docs": _docs,
 }
-
-
-def _docs_assets() -> Mount:
-    """Swagger UI's files from its package: nothing is loaded from other servers."""
-    from swagger_ui_bundle import swagger_ui_path
-
-    return Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
-
-
-_DOCS_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Echelon: API</title>
-<link rel="stylesheet" href="ROOT/docs/assets/swagger-ui.css">
-</head>
-<body>
-<div id="api" data-url="ROOT/openapi.json"></div>
-<script src="ROOT/docs/assets/swagger-ui-bundle.js"></script>
-<script>
-const {url} = document.getElementById("api").dataset;
-SwaggerUIBundle({url, dom_id: "#api", validatorUrl: null});
-</script>
-</body>
-</html>
-"""
 
 
 class RequestIdMiddleware:
@@ -265,3 +271,89 @@ def _without_traceback(send: Send) -> Send:
         await send(message)
 
     return send_without
+
+
+def describe(title: str = "Echelon") -> dict[str, Any]:
+    """The OpenAPI description, made from the table of protocols, so that the two always agree."""
+    types = [protocol.body for protocol in PROTOCOLS]
+    schemas, parts = msgspec.json.schema_components(
+        [*types, TeiInfo], ref_template="#/components/schemas/{name}"
+    )
+    bodies = {d.name: schema for d, schema in zip(PROTOCOLS, schemas, strict=False)}
+    paths: dict[str, Any] = {
+        path: {"post": _ranking(path, protocols, bodies)} for path, protocols in SHARED.items()
+    }
+    paths |= {path: {"get": _plain(words)} for path, words in PLAIN.items()}
+    info = paths["/info"]["get"]["responses"]["200"]
+    info["content"] = {"application/json": {"schema": schemas[-1]}}
+    words = (
+        "Reranking in the APIs that clients already use. Each API also has paths under its own "
+        "name, such as /jina/v1/rerank, for bodies that do not show which API they are written for."
+    )
+    description: dict[str, Any] = {
+        "openapi": OPENAPI_VERSION,
+        "info": {"title": title, "version": __version__, "description": words},
+        "paths": paths,
+        "components": {
+            "schemas": parts,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+    return {key: _without_null(value) for key, value in description.items()}
+
+
+def _without_null(part: Any) -> Any:
+    """Schemas in the form of OpenAPI 3.0, where null is no type but a property of one."""
+    if isinstance(part, list):
+        return [_without_null(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _without_null(value) for key, value in part.items()}
+    kinds = part.get("anyOf", ())
+    rest = [kind for kind in kinds if kind != {"type": "null"}]
+    if len(rest) == len(kinds):
+        return part
+    others = {key: value for key, value in part.items() if key != "anyOf"}
+    one = len(rest) == 1 and "$ref" not in rest[0]  # words beside a $ref would be ignored
+    return {**(rest[0] if one else {"anyOf": rest}), **others, "nullable": True}
+
+
+def _ranking(
+    path: str, protocols: tuple[ApiProtocol, ...], bodies: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    in_order = protocols[::-1]
+    schemas = [bodies[protocol.name] for protocol in in_order]
+    headers = {
+        name: {"description": words, "schema": {"type": "string"}}
+        for name, words in HEADERS.items()
+    }
+    examples = {d.name: {"summary": d.title, "value": dict(d.example)} for d in in_order}
+    return {
+        "summary": ", ".join(d.title for d in in_order),
+        "operationId": path.strip("/").replace("/", "_"),
+        "parameters": [
+            {
+                "name": "X-Request-Timeout-Ms",
+                "in": "header",
+                "description": "Milliseconds until the response is useless; as timeout_ms.",
+                "schema": {"type": "number"},
+            },
+            {
+                "name": "X-Request-Priority",
+                "in": "header",
+                "description": "Share of the device; as priority.",
+                "schema": {"type": "string", "enum": list(WEIGHTS)},
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"anyOf": schemas}, "examples": examples}},
+        },
+        "responses": {"200": {"description": "The results.", "headers": headers}}
+        | {str(status): {"description": words} for status, words in ERRORS.items()},
+    }
+
+
+def _plain(words: str) -> dict[str, Any]:
+    return {"summary": words, "responses": {"200": {"description": words}}}

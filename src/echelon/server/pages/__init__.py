@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from echelon.errors import NoSuchRoute
 
@@ -71,6 +73,18 @@ def page(name: str, root: str, *, keys: bool) -> Response:
         "X-Content-Type-Options": "nosniff",
     }
     return HTMLResponse(filled, headers=headers)
+
+
+def docs(root: str) -> Response:
+    """The page that describes the API, by Swagger UI."""
+    return HTMLResponse(_template("docs.html").substitute(root=escape(root.rstrip("/"))))
+
+
+def docs_assets() -> Mount:
+    """Swagger UI's files from its package: nothing is loaded from other servers."""
+    from swagger_ui_bundle import swagger_ui_path
+
+    return Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
 
 
 async def file(request: Request) -> Response:
