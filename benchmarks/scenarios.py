@@ -29,8 +29,7 @@ from echelon.errors import EchelonError
 from echelon.models.device import cpu_name, usable_cpus
 from echelon.options import Options
 from echelon.profile import Profile, library_versions, write_json, write_text
-from echelon.reports.summary import TITLES, scenario_summary
-from echelon.reports.wording import step
+from echelon.reports.wording import TITLES, scenario_summary, step
 from echelon.tuning.scenario_model import open_for_scenario
 from static_baselines import Comparison, rank_among_static
 from static_ranking import in_words

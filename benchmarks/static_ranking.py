@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages.units import SPACE, UNKNOWN, percent
-from echelon.reports.summary import value
-from echelon.reports.wording import step
+from echelon.reports.wording import step, value
 from echelon.simulation.service_level import ServiceLevel
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.scenario import NEARLY

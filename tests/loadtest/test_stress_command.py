@@ -16,7 +16,7 @@ from aiohttp import web
 from helpers import run_command
 from stand_in_reranker import good, in_a_thread
 
-from echelon.reports import html
+from echelon import reports
 
 SHORT = ("--rate", "100", "--duration-s", "0.4", "--warmup-s", "0.1")
 EASY = ("--slo-p99-ms", "9000")
@@ -26,10 +26,10 @@ DOCS = Path(__file__).parents[2] / "docs/STRESS.md"
 @pytest.fixture
 def call(capsys, monkeypatch):
     """``echelon stress`` in this process: (exit code, output, error output)."""
-    monkeypatch.setattr(html, "_plotly_js", lambda: "/* plotly */")
+    monkeypatch.setattr(reports, "_plotly_js", lambda: "/* plotly */")
     # Server and generator share this process and a busy machine, which is not what is tested.
-    monkeypatch.setattr("echelon.loadtest.driver.BUSY_SHARE", 100.0)
-    monkeypatch.setattr("echelon.loadtest.driver.LATE_S", 100.0)
+    monkeypatch.setattr("echelon.loadtest.summary.BUSY_SHARE", 100.0)
+    monkeypatch.setattr("echelon.loadtest.summary.LATE_S", 100.0)
 
     return partial(run_command, capsys, monkeypatch, "stress")
 
@@ -140,7 +140,7 @@ def test_the_page_of_a_search_has_the_curve_of_load(call, tmp_path):
 
 
 def test_the_real_charts_need_no_network():
-    assert len(html._plotly_js()) > 1e6
+    assert len(reports._plotly_js()) > 1e6
 
 
 def test_ctrl_c_prints_what_was_measured(call):

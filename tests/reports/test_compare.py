@@ -10,9 +10,8 @@ from profile_pairs import compared, profile_of, ratios
 from report_pages import RESULTS, entry, steady
 
 from echelon.profile import TunedSettings
-from echelon.reports import comparison_tables
-from echelon.reports.ratio import KnownValue, Ratio
-from echelon.reports.statistics import TIE
+from echelon.reports import comparison_page
+from echelon.reports.statistics import TIE, KnownValue, Ratio
 from echelon.scheduling.packing import NO_BUDGET
 
 factors = st.floats(0.05, 20)
@@ -217,9 +216,9 @@ def test_profiles_without_models_have_none():
     bare = replace(profile_of(), cost=None, memory=None, precisions=[])
     found = compared(bare, bare)
     assert (
-        comparison_tables.cost(found).rows
-        == comparison_tables.memory(found).rows
-        == comparison_tables.precisions(found).rows
+        comparison_page.cost(found).rows
+        == comparison_page.memory(found).rows
+        == comparison_page.precisions(found).rows
         == []
     )
 
@@ -268,7 +267,7 @@ def test_a_budget_without_end_is_no_number():
 
 def test_what_differs_is_marked():
     found = compared(profile_of(), profile_of(key={"versions": {"torch": "9", "numpy": "2"}}))
-    grid = comparison_tables.keys(found)
+    grid = comparison_page.keys(found)
     marked = {grid.rows[index][0]: grid.rows[index][1:] for index in grid.marked}
     assert marked == {"torch": ["2.13.0", "9"], "numpy": ["–", "2"]}
 
@@ -287,12 +286,12 @@ def test_warnings_and_learned_budgets_name_their_profile():
 def test_every_cell_of_a_table_has_a_column():
     found = compared(profile_of(), profile_of(0.5))
     for make in (
-        comparison_tables.keys,
-        comparison_tables.settings,
-        comparison_tables.best,
-        comparison_tables.precisions,
-        comparison_tables.cost,
+        comparison_page.keys,
+        comparison_page.settings,
+        comparison_page.best,
+        comparison_page.precisions,
+        comparison_page.cost,
     ):
         assert {len(row) for row in make(found).rows} == {len(make(found).columns)}
-    for make in (comparison_tables.memory, comparison_tables.points):
+    for make in (comparison_page.memory, comparison_page.points):
         assert {len(row) for row in make(found).rows} == {len(make(found).columns)}

@@ -9,7 +9,7 @@ from report_pages import RESULTS, entry, leave_plotly_out, make_profile, number_
 
 from echelon.messages import units
 from echelon.reports import plots, wording
-from echelon.reports.scenario_charts import agreement_charts
+from echelon.reports.model_charts import agreement_charts
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 

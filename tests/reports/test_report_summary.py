@@ -15,7 +15,8 @@ from report_pages import (
 )
 
 from echelon.profile import Profile
-from echelon.reports.summary import command, deviation, print_scenario, scenario_summary
+from echelon.reports.tables import print_scenario
+from echelon.reports.wording import command, deviation, scenario_summary
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 

@@ -211,7 +211,7 @@ class Page(HTMLParser):
 def leave_plotly_out(request, monkeypatch):
     """A fixture's body: leave the megabytes of plotly.js out where they are not what is tested."""
     if "real_plotly" not in request.fixturenames:
-        monkeypatch.setattr("echelon.reports.html._plotly_js", lambda: "/* plotly */")
+        monkeypatch.setattr("echelon.reports._plotly_js", lambda: "/* plotly */")
 
 
 def read(profile):

@@ -12,7 +12,7 @@ from tuned_models import MIB, api_goal, known_as, pretend_validations, toy
 
 from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.profile import Profile
-from echelon.reports.summary import print_scenario
+from echelon.reports.tables import print_scenario
 from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor, simulated_load
 from echelon.tuning.advisor import recommend
@@ -28,8 +28,8 @@ SLOW_S = 600.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
-    monkeypatch.setattr(simulated_load, "FULL", 20)
+    monkeypatch.setattr("echelon.tuning.scenario.REQUESTS", 60)
+    monkeypatch.setattr("echelon.tuning.scenario.FULL", 20)
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from itertools import islice
 import pytest
 from report_pages import CURVE, leave_plotly_out, read, scenario_profile
 
-from echelon.reports.scenario_charts import curve_chart
+from echelon.reports.model_charts import curve_chart
 from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
 from echelon.tuning import simulated_load
 from echelon.tuning.goal import ScenarioLimits
-from echelon.tuning.simulated_load import SHARES, Candidate, SimulatedService, curve_of
+from echelon.tuning.scenario import SHARES, Candidate, SimulatedService, curve_of
 
 light = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -24,8 +24,8 @@ COST = CostModel(Coefficients(4e-3, 7e-5, 3.5e-8))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(simulated_load, "REQUESTS", 300)
-    monkeypatch.setattr(simulated_load, "FULL", 60)
+    monkeypatch.setattr("echelon.tuning.scenario.REQUESTS", 300)
+    monkeypatch.setattr("echelon.tuning.scenario.FULL", 60)
 
 
 def test_the_highest_rate_holds_and_a_little_more_does_not():

@@ -64,7 +64,7 @@ def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, l
     if as_json:
         print_json(found)
     elif not quiet:
-        from echelon.reports.comparison_tables import print_comparison
+        from echelon.reports.tables import print_comparison
 
         print_comparison(found)
     if output is not None:

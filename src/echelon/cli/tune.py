@@ -183,8 +183,7 @@ def _refreshed(
 
 
 def _print(profile: Profile) -> None:
-    from echelon.reports.summary import print_scenario
-    from echelon.reports.tables import print_profile
+    from echelon.reports.tables import print_profile, print_scenario
 
     print_profile(profile)
     print_scenario(profile)

@@ -10,16 +10,15 @@ from echelon.loadtest.result import headline, name_of, over_time, probe_row
 from echelon.loadtest.summary import latencies, percentiles
 from echelon.messages import units
 from echelon.profile import write_text
-from echelon.reports import wording
-from echelon.reports.html import fill
+from echelon.reports import fill, wording
 from echelon.reports.plots import COLOURS, LINES, Chart
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from echelon.loadtest.driver import DriveResult
-    from echelon.loadtest.records import Column
+    from echelon.loadtest.summary import DriveResult
+    from echelon.loadtest.summary import Column
     from echelon.loadtest.result import LoadTestResult
     from echelon.loadtest.run import RateProbe
     from echelon.loadtest.summary import LoadSummary

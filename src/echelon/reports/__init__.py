@@ -1,1 +1,45 @@
-"""Reports of profiles: one profile, or two side by side."""
+"""Reports of profiles, alone or two side by side, as HTML pages that need no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from echelon.messages import tag, tr
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
+    """Render a page in the current language.
+
+    Args:
+        package: package that holds the template.
+        name: the template's file; it may extend ``report.html.j2`` of this package.
+        content: the template's variables; ``plotly_js``, ``tr`` and ``lang`` are added.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda base: _read("echelon.reports", base)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(tr=tr, lang=tag())
+    template = environment.from_string(_read(package, name))
+    page = template.render(content, plotly_js=_plotly_js())
+    # File names and servers' messages may hold lone surrogates, which UTF-8 cannot hold.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read(package: str, name: str) -> str:
+    return (files(package) / name).read_text(encoding="utf-8")
+
+
+def _plotly_js() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())

@@ -1,18 +1,19 @@
-"""Two profiles side by side as plain data; docs/REPORT.md describes it."""
+"""Two profiles side by side as plain data, which docs/REPORT.md describes, and as sentences."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from echelon.messages import N_
-from echelon.reports.ratio import KnownValue, Ratio, headline, notes
+from echelon.messages import N_, tr, translated, units
+from echelon.reports import wording
+from echelon.reports.statistics import CONFIDENCE, TIE, KnownValue, Ratio
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import STORED_PADDING
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from echelon.reports.profile_view import Number, ProfileView
     from echelon.scheduling.fit import CostFit, MemoryFit
@@ -25,22 +26,21 @@ SCHEMA = 1
 STEPS = ((1, 128), (8, 128), (32, 128), (8, 512))
 """Pairs, and tokens of each pair, of the steps whose predictions are compared."""
 
+KEY = ("model", "revision", "device", "device_name", "precision")
+
 MACHINE = ("cpu", "usable_cpus", "memory_bytes", "system", "python")
 """Compared parts of the machine's description; the device names the GPU."""
 
-LENGTHS = ("mean", "max")
-
 
 def compare(a: ProfileView, b: ProfileView) -> Row:
-    """Compare two profiles.
+    """Compare two profiles; the result is plain data.
 
     A ratio is B divided by A. Times of different models or texts have no ratios: they would not
     show which machine is faster.
-
-    Returns:
-        Plain data.
     """
-    obstacles = _obstacles(a, b)
+    obstacles = [] if _same_model(a, b) else [N_("the models differ")]
+    if not _same_texts(a, b):
+        obstacles.append(N_("the scored texts differ"))
     times = not obstacles
     found = {
         "schema": SCHEMA,
@@ -48,8 +48,8 @@ def compare(a: ProfileView, b: ProfileView) -> Row:
         "a": _about(a),
         "b": _about(b),
         "comparable": {"times": times, "model": _same_model(a, b), "obstacles": obstacles},
-        "keys": _keys(a, b),
-        "settings": _settings(a, b),
+        "keys": _values(_key_values(a), _key_values(b)),
+        "settings": _values(_setting_values(a), _setting_values(b)),
         "chosen": _numbers(a.chosen(), b.chosen(), times=times),
         "best": _numbers(a.best, b.best, times=times),
         "points": _numbers(a.points, b.points, times=times),
@@ -86,13 +86,6 @@ def _texts(view: ProfileView) -> tuple[Any, Any, Any]:
     return data.get("name"), data.get("pairs"), settings.max_length
 
 
-def _obstacles(a: ProfileView, b: ProfileView) -> list[str]:
-    found = [] if _same_model(a, b) else [N_("the models differ")]
-    if not _same_texts(a, b):
-        found.append(N_("the scored texts differ"))
-    return found
-
-
 def _about(view: ProfileView) -> Row:
     profile = view.profile
     return {
@@ -104,26 +97,21 @@ def _about(view: ProfileView) -> Row:
     }
 
 
-def _keys(a: ProfileView, b: ProfileView) -> list[Row]:
-    one, other = _key_values(a), _key_values(b)
-    return [_values(name, one.get(name), other.get(name)) for name in {**one, **other}]
+def _values(a: Row, b: Row) -> list[Row]:
+    rows = [{"name": name, "a": a.get(name), "b": b.get(name)} for name in {**a, **b}]
+    return [row | {"differs": row["a"] != row["b"]} for row in rows]
 
 
 def _key_values(view: ProfileView) -> Row:
     profile, key = view.profile, view.profile.key
-    found = {
-        n: getattr(key, n) for n in ("model", "revision", "device", "device_name", "precision")
-    }
-    found |= {f"versions.{name}": version for name, version in key.versions.items()}
-    found |= {f"machine.{name}": profile.machine.get(name) for name in MACHINE}
-    found |= {f"data.{name}": profile.data.get(name) for name in ("name", "pairs")}
     lengths = profile.data.get("tokens") or {}
-    return found | {f"data.tokens.{name}": lengths.get(name) for name in LENGTHS}
-
-
-def _settings(a: ProfileView, b: ProfileView) -> list[Row]:
-    one, other = _setting_values(a), _setting_values(b)
-    return [_values(name, one[name], other[name]) for name in one]
+    return {
+        **{name: getattr(key, name) for name in KEY},
+        **{f"versions.{name}": version for name, version in key.versions.items()},
+        **{f"machine.{name}": profile.machine.get(name) for name in MACHINE},
+        **{f"data.{name}": profile.data.get(name) for name in ("name", "pairs")},
+        **{f"data.tokens.{name}": lengths.get(name) for name in ("mean", "max")},
+    }
 
 
 def _setting_values(view: ProfileView) -> Row:
@@ -131,30 +119,6 @@ def _setting_values(view: ProfileView) -> Row:
     if found["token_budget"] == NO_BUDGET:
         found["token_budget"] = None
     return found | {"learned_token_budget": view.profile.learned_token_budget}
-
-
-def _values(name: str, a: Any, b: Any) -> Row:
-    return {"name": name, "a": a, "b": b, "differs": a != b}
-
-
-# Ratios.
-
-
-def _ratio(a: KnownValue | None, b: KnownValue | None) -> Ratio | None:
-    return None if a is None or b is None else Ratio.of(a, b)
-
-
-def _plain(ratio: Ratio | None) -> Row | None:
-    return None if ratio is None else ratio.as_dict()
-
-
-def _known(value: float | None) -> KnownValue | None:
-    return KnownValue(value) if value else None
-
-
-def _plain_ratio(a: float | None, b: float | None) -> Row | None:
-    """The ratio of two numbers without intervals; None unless both are above 0."""
-    return _plain(_ratio(_known(a), _known(b)))
 
 
 def _numbers(a: Mapping[Any, Number], b: Mapping[Any, Number], *, times: bool) -> list[Row]:
@@ -170,22 +134,25 @@ def _order(row: Row) -> tuple[int, bool, int, int]:
 
 
 def _number(a: Number | None, b: Number | None, *, times: bool) -> Row:
-    latency = _ratio(a.latency, b.latency) if times and a and b else None
     either = a or b
-    return {
-        "pairs": either.pairs if either else 0,
-        "a": None if a is None else a.as_dict(),
-        "b": None if b is None else b.as_dict(),
-        "latency": _plain(latency),
-        "throughput": _plain(None if latency is None else latency.inverse),
-    }
+    found: Row = {"pairs": either.pairs if either else 0}
+    found |= {"a": a and asdict(a), "b": b and asdict(b), "latency": None, "throughput": None}
+    if times and a and b and a.latency and b.latency:
+        latency = Ratio.of(a.latency, b.latency)
+        found |= {"latency": latency.as_dict(), "throughput": latency.inverse.as_dict()}
+    return found
+
+
+def _ratio(a: float | None, b: float | None) -> Row | None:
+    """The ratio of two numbers without intervals; None unless both are above 0."""
+    return Ratio.of(KnownValue(a), KnownValue(b)).as_dict() if a and b else None
 
 
 def _precisions(a: ProfileView, b: ProfileView, *, times: bool) -> list[Row]:
     rows = []
     for name in {**a.precisions, **b.precisions}:
         one, other = a.precisions.get(name), b.precisions.get(name)
-        speed = _plain_ratio(one["tokens_per_s"], other["tokens_per_s"]) if one and other else None
+        speed = _ratio(one["tokens_per_s"], other["tokens_per_s"]) if one and other else None
         rows.append({"precision": name, "a": one, "b": other, "speed": speed if times else None})
     return rows
 
@@ -194,52 +161,165 @@ def _precisions(a: ProfileView, b: ProfileView, *, times: bool) -> list[Row]:
 
 
 def _cost(a: ProfileView, b: ProfileView) -> Row:
-    costs = [_cost_values(view.cost) for view in (a, b)]
-    rows = [_step(a, b, pairs, tokens) for pairs, tokens in STEPS]
-    return {"a": costs[0], "b": costs[1], "steps": rows if a.cost or b.cost else []}
+    def seconds(view: ProfileView, lengths: list[int]) -> float | None:
+        fit = view.cost
+        return None if fit is None else fit.coefficients.seconds(work_of(lengths, fit.padding))
+
+    rows = _steps(a, b, "s", "time", seconds, ratios=_same_model(a, b))
+    costs = {"a": _cost_values(a.cost), "b": _cost_values(b.cost)}
+    return costs | {"steps": rows if a.cost or b.cost else []}
 
 
 def _cost_values(fit: CostFit | None) -> Row | None:
     if fit is None:
         return None
-    error = {"error_median": fit.error.median, "error_p90": fit.error.p90}
-    worth = {"paid": STORED_PADDING[fit.padding]} | error | {"spread": fit.spread}
-    return asdict(fit.coefficients) | worth
-
-
-def _step(a: ProfileView, b: ProfileView, pairs: int, tokens: int) -> Row:
-    one, other = (_seconds(view.cost, pairs, tokens) for view in (a, b))
-    ratio = _plain_ratio(one, other) if _same_model(a, b) else None
-    return {"pairs": pairs, "tokens": tokens, "a_s": one, "b_s": other, "time": ratio}
-
-
-def _seconds(fit: CostFit | None, pairs: int, tokens: int) -> float | None:
-    if fit is None:
-        return None
-    return float(fit.coefficients.seconds(work_of([tokens] * pairs, fit.padding)))
+    padding = {"paid": STORED_PADDING[fit.padding]}
+    return asdict(fit.coefficients) | padding | _errors(fit) | {"spread": fit.spread}
 
 
 def _memory(a: ProfileView, b: ProfileView) -> Row:
     """Memory of processes or of GPUs; one is not compared with the other."""
-    ratios = _same_model(a, b) and a.kind == b.kind
-    rows = []
-    for pairs, tokens in STEPS:
-        one, other = (_peak(view.memory, pairs, tokens) for view in (a, b))
-        ratio = _plain_ratio(one, other) if ratios else None
-        step = {"pairs": pairs, "tokens": tokens}
-        rows.append(step | {"a_bytes": one, "b_bytes": other, "size": ratio})
-    found = {"a": _memory_values(a.memory), "b": _memory_values(b.memory)}
+
+    def peak(view: ProfileView, lengths: list[int]) -> float | None:
+        fit = view.memory
+        return None if fit is None else fit.model.peak_bytes(work_of(lengths, "none"))
+
+    same = _same_model(a, b) and a.kind == b.kind
+    rows = _steps(a, b, "bytes", "size", peak, ratios=same)
+    models = {"a": a.memory, "b": b.memory}
+    found = {name: fit and asdict(fit.model) | _errors(fit) for name, fit in models.items()}
     return found | {"of": [a.kind, b.kind], "steps": rows if a.memory or b.memory else []}
 
 
-def _memory_values(fit: MemoryFit | None) -> Row | None:
-    if fit is None:
-        return None
-    error = {"error_median": fit.error.median, "error_p90": fit.error.p90}
-    return asdict(fit.model) | error
+def _errors(fit: CostFit | MemoryFit) -> Row:
+    return {"error_median": fit.error.median, "error_p90": fit.error.p90}
 
 
-def _peak(fit: MemoryFit | None, pairs: int, tokens: int) -> float | None:
-    if fit is None:
-        return None
-    return float(fit.model.peak_bytes(work_of([tokens] * pairs, "none")))
+def _steps(
+    a: ProfileView,
+    b: ProfileView,
+    unit: str,
+    quantity: str,
+    predict: Callable[[ProfileView, list[int]], float | None],
+    *,
+    ratios: bool,
+) -> list[Row]:
+    """Both predictions for each of STEPS, and the ratio under the quantity's name."""
+    rows = []
+    for pairs, tokens in STEPS:
+        one, other = (predict(view, [tokens] * pairs) for view in (a, b))
+        ratio = _ratio(one, other) if ratios else None
+        values = {f"a_{unit}": one, f"b_{unit}": other, quantity: ratio}
+        rows.append({"pairs": pairs, "tokens": tokens} | values)
+    return rows
+
+
+# Sentences.
+
+
+def headline(found: Row) -> str:
+    """Which profile is faster, by how much, and whether that exceeds the variation."""
+    best = tr("each with its best batch size")
+    if not found["comparable"]["times"]:
+        why = tr(" and ").join(map(tr, found["comparable"]["obstacles"]))
+        return tr(
+            "Speed cannot be compared: {why}. Both profiles are shown side by side, without "
+            "speed ratios.",
+            why=why,
+        )
+    for rows, how in ((found["chosen"], tr("each with its chosen setting")), (found["best"], best)):
+        shared = [row for row in rows if row["latency"]]
+        if shared:
+            return _faster(shared[-1], how)
+    return tr(
+        "Speed cannot be compared: no number of pairs was measured on both. Run echelon tune "
+        "with the same --pairs on both."
+    )
+
+
+def _faster(row: Row, how: str) -> str:
+    """One sentence on the fastest call of each, one on the certainty of the difference."""
+    a, b = (units.duration(row[side]["latency_s"]) for side in "ab")
+    ratio, what = row["throughput"], wording.pairs(row["pairs"])
+    if ratio["judgement"] == "tie":
+        return tr(
+            "A tie: {pairs} take {a} on A and {b} on B, {how}; medians within {tie} are a tie.",
+            pairs=what,
+            a=a,
+            b=b,
+            how=how,
+            tie=units.percent(TIE),
+        )
+    first, quick, last, slow = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
+    if ratio["value"] < 1:
+        ratio = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse.as_dict()
+    faster = tr(
+        "{first} is {times} times as fast as {last}: {pairs} take {quick} on {first} and {slow} "
+        "on {last}, {how}.",
+        first=first,
+        last=last,
+        times=units.number(ratio["value"]),
+        pairs=what,
+        quick=quick,
+        slow=slow,
+        how=how,
+    )
+    return f"{faster} {_certainty(ratio)}"
+
+
+def _certainty(ratio: Row) -> str:
+    if ratio["judgement"] == "unknown":
+        return tr("There are too few runs to compare this with the variation between runs.")
+    low, high = units.number(ratio["low"]), units.number(ratio["high"])
+    ends = {"confidence": units.percent(CONFIDENCE), "low": low, "high": high}
+    if ratio["judgement"] == "beyond":
+        return tr(
+            "The difference is larger than the variation between runs ({confidence} confidence "
+            "interval {low} to {high}).",
+            **ends,
+        )
+    return tr(
+        "The difference is within the variation between runs ({confidence} confidence interval "
+        "{low} to {high}), so there may be none.",
+        **ends,
+    )
+
+
+def notes(found: Row) -> list[str]:
+    """What to know before using the comparison."""
+    keys = {row["name"]: row for row in found["keys"]}
+    shown = []
+    if found["comparable"]["model"]:
+        if keys["model"]["differs"]:
+            shown.append(tr("The model names differ, but the files are the same: it is one model."))
+        elif keys["revision"]["differs"]:
+            shown.append(tr("The two profiles have different revisions of the model."))
+    if keys["precision"]["differs"]:
+        shown.append(
+            tr(
+                "The chosen precisions differ, which explains part of a difference in speed; "
+                "the table of precisions compares each precision with itself."
+            )
+        )
+    if len(set(found["memory"]["of"])) > 1:
+        shown.append(tr("The memory of a process is not compared with the memory of a GPU."))
+    for name in "ab":
+        shown += _profile_notes(name.upper(), found[name])
+    return shown
+
+
+def _profile_notes(name: str, profile: Mapping[str, Any]) -> list[str]:
+    shown = [
+        tr("{what}: {found}", what=name, found=translated(text)) for text in profile["warnings"]
+    ]
+    learned = profile["learned_token_budget"]
+    if learned is not None:
+        shown.append(
+            tr(
+                "{side}: memory ran out after tuning, so a step now has at most {tokens} "
+                "tokens; the times shown were measured before.",
+                side=name,
+                tokens=f"{learned:,}",
+            )
+        )
+    return shown

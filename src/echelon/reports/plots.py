@@ -17,7 +17,7 @@ from echelon.reports.profile_view import knees
 from echelon.reports.statistics import CONFIDENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from echelon.profile import Profile
     from echelon.reports.wording import Entry
@@ -77,16 +77,7 @@ AXES = {
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """The quantity on a chart's vertical axis.
-
-    Attributes:
-        name: for the chart's id.
-        title: of the chart.
-        value: of an entry; None where it was not measured.
-        bounds: ends of the value's interval; None where there is none.
-        unit: title of the axis.
-        axis: plotly's settings of the axis.
-    """
+    """The quantity on a chart's vertical axis; None for a value not measured or not bounded."""
 
     name: str
     title: str
@@ -151,10 +142,6 @@ def _throughput_bounds(entry: Entry) -> tuple[float, float] | None:
     return None if bounds is None else (entry["pairs"] / bounds[1], entry["pairs"] / bounds[0])
 
 
-def _gibibytes(entry: Entry) -> float | None:
-    return None if entry["peak_bytes"] is None else entry["peak_bytes"] / units.GIB
-
-
 THROUGHPUT = Quantity(
     "throughput",
     N_("Throughput"),
@@ -174,25 +161,18 @@ LATENCY = Quantity(
 MEMORY = Quantity(
     "memory",
     N_("Peak memory"),
-    _gibibytes,
+    lambda entry: entry["peak_bytes"] and entry["peak_bytes"] / units.GIB,
     lambda _: None,
     "GiB",
     {"rangemode": "tozero"},
 )
 
-CHARTS = (
-    (THROUGHPUT, "batch_size"),
-    (LATENCY, "batch_size"),
-    (THROUGHPUT, "token_budget"),
-    (LATENCY, "token_budget"),
-    (MEMORY, "batch_size"),
-    (MEMORY, "token_budget"),
-)
-
 
 def charts(profile: Profile) -> list[Chart]:
     """All charts that the profile has points for."""
-    drawn = (_chart(profile, quantity, unit) for quantity, unit in CHARTS)
+    shown = [(quantity, unit) for unit in UNITS for quantity in (THROUGHPUT, LATENCY)]
+    shown += [(MEMORY, unit) for unit in UNITS]
+    drawn = (_chart(profile, quantity, unit) for quantity, unit in shown)
     return [chart for chart in drawn if chart is not None]
 
 
@@ -202,21 +182,21 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     if not known:
         return None
     gaps = [e for e in entries if e["status"] in HOLLOW]
-    pen = Pen(quantity, unit, _looks(entries))
+    counts = sorted({entry["pairs"] for entry in entries})
+    looks = {
+        count: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
+        for i, count in enumerate(counts)
+    }
+    pen = Pen(quantity, unit, looks)
     traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
     traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
     if quantity is not MEMORY:
         traces.append(pen.stars(knees(known, unit)))
     traces += pen.gaps(gaps)
-    return Chart(
-        name=f"{quantity.name}-{unit}",
-        title=title_of(quantity, unit),
-        note=_note(quantity, known),
-        figure={
-            "data": [trace for trace in traces if trace is not None],
-            "layout": layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps),
-        },
-    )
+    axes = layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps)
+    figure = {"data": [trace for trace in traces if trace is not None], "layout": axes}
+    name, title = f"{quantity.name}-{unit}", title_of(quantity, unit)
+    return Chart(name, title, _note(quantity, known), figure)
 
 
 def title_of(quantity: Quantity, unit: str) -> str:
@@ -235,59 +215,39 @@ def _note(quantity: Quantity, known: Sequence[Entry]) -> str:
     if quantity is MEMORY:
         return tr("Peak during a call, including the model.")
     bars = sum(quantity.bounds(entry) is not None for entry in known)
-    interval = units.percent(CONFIDENCE)
+    values = {"interval": units.percent(CONFIDENCE), "bars": bars, "all": len(known)}
     if bars == 0:
         return tr(
             "No point has enough runs for an error bar ({interval} confidence interval of the "
             "median).",
-            interval=interval,
+            **values,
         )
     if bars == len(known):
-        return tr("Error bars: {interval} confidence interval of the median.", interval=interval)
+        return tr("Error bars: {interval} confidence interval of the median.", **values)
     return tr(
         "Error bars: {interval} confidence interval of the median, for points with enough runs "
         "({bars} of {all}).",
-        interval=interval,
-        bars=bars,
-        all=len(known),
+        **values,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Colour and symbol of a line."""
-
-    colour: str
-    symbol: str
-
-
-def _looks(entries: Iterable[Entry]) -> dict[int, Look]:
-    """Colour and symbol for each number of pairs."""
-    counts = sorted({entry["pairs"] for entry in entries})
-    return {
-        count: Look(COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
-        for i, count in enumerate(counts)
-    }
-
-
-@dataclass(frozen=True, slots=True)
 class Pen:
-    """Draws the traces of one chart."""
+    """Draws the traces of one chart; ``looks`` are each line's colour and symbol, by pairs."""
 
     quantity: Quantity
     unit: str
-    looks: dict[int, Look]
+    looks: dict[int, tuple[str, str]]
 
     def line(self, entries: Sequence[Entry]) -> Trace | None:
         """The measured points of one number of pairs."""
         if not entries:
             return None
-        look = self.looks[entries[0]["pairs"]]
-        found = self._trace(
-            "lines+markers", "measured", entries, wording.pairs(entries[0]["pairs"])
-        )
-        found["line"] = {"color": look.colour, "width": 2}
-        found["marker"] = {"color": look.colour, "symbol": look.symbol, "size": 8}
+        pairs = entries[0]["pairs"]
+        colour, symbol = self.looks[pairs]
+        found = self._trace("lines+markers", "measured", entries, wording.pairs(pairs))
+        found["line"] = {"color": colour, "width": 2}
+        found["marker"] = {"color": colour, "symbol": symbol, "size": 8}
         bars = self._bars(entries, found["y"])
         return found if bars is None else found | {"error_y": bars}
 
@@ -319,7 +279,7 @@ class Pen:
     ) -> Trace | None:
         if not entries:
             return None
-        colours = [self.looks[entry["pairs"]].colour for entry in entries]
+        colours = [self.looks[entry["pairs"]][0] for entry in entries]
         return self._trace("markers", meta, entries, name) | {"marker": marker | {"color": colours}}
 
     def _trace(self, mode: str, meta: str, entries: Sequence[Entry], name: str) -> Trace:
@@ -351,23 +311,21 @@ def _hover(entry: Entry) -> str:
 
 
 def layout(unit: str, entries: Sequence[Entry], foot: str) -> dict[str, Any]:
-    """The layout without vertical axes; ``foot`` is the one that the sizes stand under."""
-    across = {"type": "log", "title": {"text": tr(AXES[unit])}, "anchor": foot}
-    return {**PAPER, "xaxis": {**across, **_ticks(unit, entries), **LINES}}
-
-
-def _ticks(unit: str, entries: Iterable[Entry]) -> dict[str, Any]:
-    """A label at each size, or at every second, third … where there are many."""
+    """The layout without vertical axes; the sizes are labelled below the axis ``foot``."""
     sizes = sorted({entry[unit] for entry in entries})
-    sizes = sizes[:: -(-len(sizes) // MAX_TICKS)]
-    return {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
+    sizes = sizes[:: -(-len(sizes) // MAX_TICKS)]  # with many sizes, every second, third …
+    ticks = {"tickvals": sizes, "ticktext": [f"{size:,}" for size in sizes]}
+    across = {"type": "log", "title": {"text": tr(AXES[unit])}, "anchor": foot}
+    return {**PAPER, "xaxis": {**across, **ticks, **LINES}}
 
 
 def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -> dict[str, Any]:
     """The vertical axis; below it a shaded strip for sizes not measured, if there are any."""
     axis = {**quantity.axis, "title": {"text": tr(quantity.unit)}, **LINES}
     if quantity is LATENCY:
-        axis |= _latency_ticks([entry["latency_s"]["median"] for entry in known])
+        medians = [entry["latency_s"]["median"] for entry in known]
+        low, high = min(medians), max(medians)
+        axis |= log_ticks(low, high, time_tick) if high >= WIDE * low else {}
     if not gaps:
         return {"yaxis": axis}
     strip = min(MAX_STRIP, STRIP_ROW * len({entry["pairs"] for entry in gaps}))
@@ -377,9 +335,3 @@ def upright(quantity: Quantity, known: Sequence[Entry], gaps: Sequence[Entry]) -
         "yaxis2": {"domain": [0, strip], "range": [0, 1], "visible": False, "fixedrange": True},
         "shapes": [shade | {"y1": strip, "line": {"width": 0}, "fillcolor": SHADE}],
     }
-
-
-def _latency_ticks(medians: Sequence[float]) -> dict[str, Any]:
-    """Logarithmic where the latencies are far apart, with round labels."""
-    low, high = min(medians), max(medians)
-    return {} if high < WIDE * low else log_ticks(low, high, time_tick)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports import wording
-from echelon.reports.ratio import KnownValue
-from echelon.reports.statistics import ENOUGH, TIE
+from echelon.reports.statistics import ENOUGH, TIE, KnownValue
 from echelon.reports.wording import measured
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import CostFit, MemoryFit

@@ -8,14 +8,13 @@ precision loses no accuracy, watch P99 and memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from echelon.messages import N_, listed, tr, units
 from echelon.reports import wording
 from echelon.reports.model_charts import limit_of
 from echelon.reports.profile_view import chosen, fastest, slower
 from echelon.reports.statistics import TIE
-from echelon.reports.summary import SERVED, agreement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,15 +35,7 @@ HALF = ("bf16", "fp16")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule, what was measured on this machine, and the result.
-
-    Attributes:
-        name: the same in all languages.
-        rule: its text.
-        found: the measurement as text.
-        state: ``holds``, ``costs`` or ``unknown``.
-        result: the state as text.
-    """
+    """A rule, what was measured on this machine, and the result; ``name`` is not translated."""
 
     name: str
     rule: str
@@ -90,14 +81,11 @@ def _sizes(entries: Sequence[Entry], range_: tuple[int, int], remedy: str) -> Fi
         rate=wording.rate(best["pairs_per_s"]),
     )
     each = listed(_cost(entry, best) for entry in inside)
-    state, result = _judged(max(slower(entry, best) for entry in inside))
-    return f"{found} {tr('Sizes of the rule: {each}.', each=each)}", state, result
-
-
-def _judged(cost: float) -> tuple[State, str]:
+    found = f"{found} {tr('Sizes of the rule: {each}.', each=each)}"
+    cost = max(slower(entry, best) for entry in inside)
     if cost <= TIE:
-        return "holds", tr("holds")
-    return "costs", tr("up to {share} slower here", share=units.percent(cost))
+        return found, "holds", tr("holds")
+    return found, "costs", tr("up to {share} slower here", share=units.percent(cost))
 
 
 def _cost(entry: Entry, best: Entry) -> str:
@@ -150,18 +138,16 @@ def _within(entries: Sequence[Entry], range_: tuple[int, int]) -> list[Entry]:
 
 
 def _concurrent(profile: Profile) -> Finding:
-    scenario = profile.scenario
-    if scenario is None or scenario["scenario"] not in SERVED or scenario["measured"] is None:
-        return _unknown(
-            tr("A sweep measures without load. Run echelon tune --scenario concurrent.")
-        )
-    measured = scenario["measured"]
-    p99 = measured["p99_s"]
+    scenario = profile.scenario or {}
+    measured = scenario.get("measured")
+    if measured is None or scenario["scenario"] not in wording.SERVED:
+        remedy = tr("A sweep measures without load. Run echelon tune --scenario concurrent.")
+        return _unknown(remedy)
     found = tr(
         "Under load, the server with adaptive batching answered {rate} requests/s with a P99 of "
         "{p99}.",
         rate=units.number(measured["requests_per_s"]),
-        p99=units.UNKNOWN if p99 is None else units.duration(p99),
+        p99=wording.value("p99_s", measured["p99_s"]),
     )
     if scenario["held"]:
         return found, "holds", tr("holds: the goal is met")
@@ -206,13 +192,17 @@ def _half(profile: Profile) -> Finding:
     rows = [row for row in profile.precisions if row["precision"] in HALF]
     if not rows:
         return _unknown(tr("Give --precision auto: it compares all precisions with fp32."))
-    parts = [tr("{what}: {found}", what=row["precision"], found=agreement(row)) for row in rows]
-    found = " ".join(tr("{sentence}.", sentence=part) for part in parts)
+    found = " ".join(map(_ranking, rows))
     failed = [row["precision"] for row in rows if not row["passed"]]
     if failed:
         result = tr("does not hold for {precisions} here", precisions=listed(failed))
         return found, "costs", result
     return found, "holds", tr("holds within the limits on rank agreement")
+
+
+def _ranking(row: dict[str, Any]) -> str:
+    found = tr("{what}: {found}", what=row["precision"], found=wording.agreement(row))
+    return tr("{sentence}.", sentence=found)
 
 
 def _watch(profile: Profile) -> Finding:

@@ -1,10 +1,10 @@
-"""Statistics of repeated measurements: medians, percentiles, intervals and ties."""
+"""Statistics of repeated measurements: medians, percentiles, intervals, ratios and ties."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,18 +19,15 @@ ENOUGH = 0.95
 
 CONFIDENCE = 0.95
 
+ROUNDING = 1e-9
+"""Makes values that differ by exactly TIE a tie in both directions."""
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of repeated timings.
+    """Statistics of repeated timings, in the samples' unit.
 
-    Attributes:
-        samples: their number.
-        median: in the samples' unit, like all below.
-        low: lower end of the median's 95 % interval; None with fewer than six samples.
-        high: upper end.
-        p95: 95th percentile (of so few samples, close to the slowest).
-        p99: 99th percentile.
+    ``low`` and ``high`` are the ends of the median's 95 % interval; None with fewer than 6 samples.
     """
 
     samples: int
@@ -71,3 +68,56 @@ def median_interval(count: int, confidence: float = CONFIDENCE) -> tuple[int, in
             break
         rank = k
     return None if rank < 0 else (rank, count - 1 - rank)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownValue:
+    """A measured number above 0, with the ends of its interval or None."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """B divided by A, with the ends of its interval; None unless both numbers have one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, a: KnownValue, b: KnownValue) -> Ratio:
+        """Divide b by a.
+
+        The interval takes, on the logarithmic scale, the distances of both numbers to their own
+        ends as independent, so their squares add up (Zou and Donner, Construction of confidence
+        limits about effect measures, Statistics in Medicine 27, 2008).
+        """
+        value = b.value / a.value
+        if a.low is None or a.high is None or b.low is None or b.high is None:
+            return cls(value)
+        down = math.hypot(math.log(b.value / b.low), math.log(a.high / a.value))
+        up = math.hypot(math.log(b.high / b.value), math.log(a.value / a.low))
+        return cls(value, value * math.exp(-down), value * math.exp(up))
+
+    @property
+    def inverse(self) -> Ratio:
+        """A divided by B; the ratio of rates where this is the ratio of times."""
+        if self.low is None or self.high is None:
+            return Ratio(1 / self.value)
+        return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
+
+    @property
+    def judgement(self) -> Literal["tie", "beyond", "within", "unknown"]:
+        """``tie`` within TIE, else ``beyond`` or ``within`` the variation; or ``unknown``."""
+        if max(self.value, 1 / self.value) <= 1 + TIE + ROUNDING:
+            return "tie"
+        if self.low is None or self.high is None:
+            return "unknown"
+        return "within" if self.low <= 1 <= self.high else "beyond"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"judgement": self.judgement}

@@ -1,4 +1,4 @@
-"""Tables of the command line: rankings, profiles, findings and plans."""
+"""Tables on the terminal: rankings, profiles, comparisons, findings of `doctor`, and plans."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from echelon.messages import units
-from echelon.messages.units import UNKNOWN, duration, number, percent
+from echelon.messages.units import UNKNOWN, duration, number, percent, size
 from echelon.reports import wording
-from echelon.reports.summary import TITLES
+from echelon.reports.comparison_page import GRIDS, Grid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from echelon.profile import Profile
     from echelon.types import Ranking
+
+Row = dict[str, Any]
+
+STYLES = {"held": "green", "missed": "bold red", "unvalidated": "yellow"}
+"""Styles of the headline of a scenario, by its state."""
+
+ROUTINGS = {
+    "tokens": "worker with the fewest outstanding tokens",
+    "requests": "worker with the fewest outstanding requests",
+    "random": "random worker",
+    "two": "the better of two random workers",
+}
 
 
 def print_ranking(ranking: Ranking) -> None:
@@ -38,6 +49,21 @@ def print_ranking(ranking: Ranking) -> None:
     Console().print(table)
 
 
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+    """A table whose first column is text and the others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _print_notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(Text(f"Note: {note}", style="yellow"))
+
+
 def print_profile(profile: Profile) -> None:
     """Print precisions, best batch sizes and the recommended settings."""
     console = Console()
@@ -50,61 +76,96 @@ def print_profile(profile: Profile) -> None:
     best = wording.step(chosen.batch_size, chosen.token_budget)
     threads = f", threads {chosen.threads}" if chosen.threads else ""
     console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}{threads}")
-    for warning in profile.warnings:
-        console.print(Text(f"Note: {warning}", style="yellow"))
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
+    _print_notes(console, profile.warnings)
 
 
 def _precision_table(profile: Profile) -> Table:
-    table = _table(
-        "Precisions compared with fp32",
-        "Precision",
-        "Tokens/s",
-        "Kendall τ",
-        "Top-10 overlap",
-        "Passed",
-    )
-    for row in profile.precisions:
-        table.add_row(
+    columns = ("Precision", "Tokens/s", "Kendall τ", "Top-10 overlap", "Passed")
+    rows = [
+        (
             wording.precision(row),
-            units.number(row["tokens_per_s"]),
+            number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",
             "yes" if row["passed"] else "no",
         )
-    return table
+        for row in profile.precisions
+    ]
+    return _table("Precisions compared with fp32", columns, rows)
 
 
 def _best_table(profile: Profile) -> Table:
-    table = _table("Best batch size", "Pairs", "Best batch size", "Latency", "Pairs/s")
-    for entry in profile.best:
-        table.add_row(
+    rows = [
+        (
             str(entry["pairs"]),
             str(entry["batch_size"]),
-            f"{units.duration(entry['latency_s']['median'])} {wording.spread(entry)}",
-            units.number(entry["pairs_per_s"]),
+            f"{duration(entry['latency_s']['median'])} {wording.spread(entry)}",
+            number(entry["pairs_per_s"]),
         )
-    return table
+        for entry in profile.best
+    ]
+    return _table("Best batch size", ("Pairs", "Best batch size", "Latency", "Pairs/s"), rows)
 
 
 def _scenario_table(profile: Profile) -> Table:
-    table = _table(
-        "Recommended settings", "Scenario", "Documents", "Step", "Pairs/s", "Peak memory"
-    )
-    for entry in profile.situations:
-        table.add_row(
-            TITLES[entry["name"]],
+    columns = ("Scenario", "Documents", "Step", "Pairs/s", "Peak memory")
+    rows = [
+        (
+            wording.TITLES[entry["name"]],
             entry["documents"],
             wording.step_of(entry),
-            units.number(entry["pairs_per_s"]),
-            units.size(entry["peak_bytes"]),
+            number(entry["pairs_per_s"]),
+            size(entry["peak_bytes"]),
         )
+        for entry in profile.situations
+    ]
+    return _table("Recommended settings", columns, rows)
+
+
+def print_scenario(profile: Profile) -> None:
+    """Print the settings, the predicted and measured metrics, and the notes."""
+    shown = wording.scenario_summary(profile)
+    if shown is None:
+        return
+    console = Console()
+    console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
+    for label, value in (*shown["settings"], ("Ranking accuracy", shown["accuracy"])):
+        console.print(Text(f"  {label:24} {value}"))
+    table = Table(header_style="bold")
+    table.add_column("")
+    for column in ("Predicted", "Measured", "Difference"):
+        table.add_column(column, justify="right")
+    for row in shown["rows"]:
+        table.add_row(*row)
+    console.print(table)
+    console.print(Text(shown["headline"], style=STYLES[shown["state"]]))
+    _print_notes(console, shown["notes"])
+
+
+def print_comparison(found: Row) -> None:
+    """Print the headline, the tables and the notes."""
+    console = Console()
+    for name in "ab":
+        side = found[name]
+        about = f"{name.upper()}: {side['file']}: {side['key']['model']} on "
+        console.print(Text(f"{about}{side['key']['device_name']}"))
+    console.print(Text(f"\n{found['verdict']}\n", style="bold"))
+    for make in GRIDS:
+        grid = make(found)
+        if grid.rows:
+            console.print(_grid_table(grid))
+    _print_notes(console, found["notes"])
+
+
+def _grid_table(grid: Grid) -> Table:
+    table = Table(title=grid.title, title_justify="left", title_style="bold", header_style="bold")
+    for column in grid.columns:
+        table.add_column(column, overflow="fold")
+    for index, row in enumerate(grid.rows):
+        mark = "≠ " if index in grid.marked else ""
+        # Text, not markup: a file's or model's name may hold square brackets.
+        cells = [Text(mark + row[0]), *map(Text, row[1:])]
+        table.add_row(*cells, style="cyan" if mark else None)
     return table
 
 
@@ -126,18 +187,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
     if isinstance(value, int) and value > 2**24:
-        return units.size(value)
+        return size(value)
     return "not installed" if value is None else str(value)
-
-
-Row = dict[str, Any]
-
-ROUTINGS = {
-    "tokens": "worker with the fewest outstanding tokens",
-    "requests": "worker with the fewest outstanding requests",
-    "random": "random worker",
-    "two": "the better of two random workers",
-}
 
 
 def print_plan(plan: Row) -> None:
@@ -172,8 +223,7 @@ def print_plan(plan: Row) -> None:
     console.print(_routings(plan["routings"]))
     if plan["day"] is not None:
         _print_day(console, plan["day"])
-    for note in plan["notes"]:
-        console.print(Text(f"Note: {note}", style="yellow"))
+    _print_notes(console, plan["notes"])
 
 
 def _count(machines: int | None) -> str:
@@ -185,47 +235,44 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
-    table = _table(
-        "By token budget (–: the goal cannot be met)",
-        "Tokens per step",
-        "Machines",
-        "P99",
-        "Highest rate of a machine",
-    )
-    for row in rows:
-        table.add_row(
+    title = "By token budget (–: the goal cannot be met)"
+    columns = ("Tokens per step", "Machines", "P99", "Highest rate of a machine")
+    cells = [
+        (
             f"{row['token_budget']:,}",
             _count(row["machines"]),
             _seconds(row["p99_s"]),
             f"{number(row['machine_rate'])}/s",
         )
-    return table
+        for row in rows
+    ]
+    return _table(title, columns, cells)
 
 
 def _sensitivity(plan: Row, *, priced: bool) -> Table:
     columns = ["If the workload differs", "Machines", "P99", *(["Price/h"] if priced else [])]
-    table = _table("Sensitivity", *columns)
     named = [(f"rate {number(row['rate'])}/s", row) for row in plan["rates"]]
     named += [(f"texts × {row['lengths']:g}", row) for row in plan["lengths"]]
+    rows = []
     for name, row in named:
         price = row["price_per_hour"]
         cells = [UNKNOWN if price is None else number(price)] if priced else []
-        table.add_row(name, _count(row["machines"]), _seconds(row["p99_s"]), *cells)
-    return table
+        rows.append([name, _count(row["machines"]), _seconds(row["p99_s"]), *cells])
+    return _table("Sensitivity", columns, rows)
 
 
 def _routings(rows: Iterable[Row]) -> Table:
-    table = _table(
-        "The same machines by routing", "Routing", "Meets the goal", "P99", "Highest rate"
-    )
-    for row in rows:
-        table.add_row(
+    columns = ("Routing", "Meets the goal", "P99", "Highest rate")
+    cells = [
+        (
             ROUTINGS[row["routing"]],
             "yes" if row["meets"] else "no",
             _seconds(row["p99_s"]),
             f"{number(row['bears_rate'])}/s",
         )
-    return table
+        for row in rows
+    ]
+    return _table("The same machines by routing", columns, cells)
 
 
 def _print_day(console: Console, day: Row) -> None:
@@ -237,9 +284,5 @@ def _print_day(console: Console, day: Row) -> None:
         f"{percent(day['missed'], 2)} miss the goal, mean load {percent(day['utilisation'])}."
     )
     if day["overfull_s"]:
-        console.print(
-            Text(
-                f"In {number(day['overfull_s'] / 3600)} hours the queue keeps growing.",
-                style="yellow",
-            )
-        )
+        hours = number(day["overfull_s"] / 3600)
+        console.print(Text(f"In {hours} hours the queue keeps growing.", style="yellow"))

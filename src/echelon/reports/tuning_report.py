@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 from echelon.engine.precision_check import MAX_NDCG_LOSS, MIN_OVERLAP, MIN_TAU
 from echelon.messages import N_, in_language, listed, tr, translated, units
 from echelon.profile import write_text
-from echelon.reports import summary, wording
-from echelon.reports.html import fill
-from echelon.reports.model_charts import memory_charts, model_charts
+from echelon.reports import fill, wording
+from echelon.reports.model_charts import (
+    agreement_charts,
+    curve_chart,
+    memory_charts,
+    model_charts,
+)
 from echelon.reports.plots import charts
 from echelon.reports.profile_view import chosen, find, slowest
 from echelon.reports.rules_of_thumb import rules_of_thumb
-from echelon.reports.scenario_charts import agreement_charts, curve_chart
 from echelon.reports.statistics import CONFIDENCE, ENOUGH, TIE
-from echelon.reports.summary import max_length
 
 if TYPE_CHECKING:
     import os
@@ -301,8 +303,8 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     figures = [*drawn, *([] if curve is None else [curve])]
     return {
         "model": profile.key.model,
-        "summary": summary.scenario_summary(profile),
-        "command": summary.command(profile, profile_path),
+        "summary": wording.scenario_summary(profile),
+        "command": wording.command(profile, profile_path),
         "headline": headline(profile),
         "tiles": tiles(profile),
         "scenarios": [scenario_row(profile, name, profile_path) for name in SCENARIOS],
@@ -342,7 +344,7 @@ def _details(profile: Profile) -> dict[str, list[tuple[str, str]]]:
             (tr("Device"), listed([key.device, key.device_name])),
             (tr("Precision"), key.precision),
             (tr("Threads"), str(profile.settings.threads or units.UNKNOWN)),
-            (tr("Maximum length of a pair"), max_length(profile.settings.max_length)),
+            (tr("Maximum length of a pair"), wording.max_length(profile.settings.max_length)),
             (tr("Library versions"), listed(f"{name} {v}" for name, v in key.versions.items())),
             (tr("Created"), wording.when(profile.created)),
         ],

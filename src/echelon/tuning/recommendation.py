@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from echelon.messages import Message
 from echelon.messages.units import duration, size
 from echelon.profile import TunedSettings
-from echelon.reports.summary import METRICS, value
+from echelon.reports.wording import METRICS, value
 from echelon.tuning.candidates import paced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from echelon.profile import Profile
-    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.service_level import SimulationResult
     from echelon.tuning.candidates import MaxLengthCheck
     from echelon.tuning.goal import Scenario, ScenarioGoal, ScenarioLimits
     from echelon.tuning.scenario import Recommendation, TriedCandidate
-    from echelon.tuning.simulated_load import Candidate
+    from echelon.tuning.scenario import Candidate
 
 SCHEMA = 1
 """Version of the entry's layout, see docs/TUNE.md."""
