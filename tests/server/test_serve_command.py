@@ -21,7 +21,8 @@ from onnx_graphs import write_graph
 from served import KEY, MODEL, QUERY, Live
 
 from echelon import Reranker
-from echelon.server.settings import is_loopback, name_of
+from echelon.server.context import name_of
+from echelon.server.settings import is_loopback
 
 GUARD_S = 60.0
 NO_RETRY = {"max_retries": 0}

@@ -16,7 +16,6 @@ from echelon.server.settings import (
     SETTINGS,
     is_loopback,
     name_of_flag,
-    server_of,
     split,
 )
 
@@ -45,6 +44,7 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
         run_here(ray, {"model": model, **values})
         return
     require_packages("echelon serve", "serve", PACKAGES)
+    from echelon.server.context import server_of
     from echelon.server.http_server import Address, run
     from echelon.server.observability import set_up
 

@@ -36,16 +36,20 @@ LINGER_S = 2.0
 the client closes first. Closed at once, the client's system would drop the unread response."""
 
 
+def check_positive(limits: object, *names: str) -> None:
+    """Refuse limits that are not above zero."""
+    for name in names:
+        value = getattr(limits, name)
+        if not value > 0:
+            raise InvalidInput(name, f"{value} is not positive", "Give more.")
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Limits of connections.
+    """Limits of connections; the first line counts as part of the headers.
 
-    Attributes:
-        max_connections: open connections. The usual 512 admitted requests have one each, and half
-            as many may be idle; together they stay below the 1,024 files that a process may
-            usually open.
-        header_timeout_s: seconds in which the headers of a request must arrive.
-        max_header_bytes: longest headers, the first line included.
+    The usual 512 admitted requests have a connection each, and half as many may be idle; together
+    they stay below the 1,024 files that a process may usually open.
     """
 
     max_connections: int = 768
@@ -53,9 +57,7 @@ class ConnectionLimits:
     max_header_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:
-        for name in ("max_connections", "header_timeout_s", "max_header_bytes"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give more.")
+        check_positive(self, "max_connections", "header_timeout_s", "max_header_bytes")
 
 
 class Connection(HttpToolsProtocol):

@@ -1,4 +1,4 @@
-"""State that the routes share: the running service, limits, metrics and the model's name."""
+"""State that the routes share: the running service, limits, metrics, and the model's name."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput, ShuttingDown
-from echelon.server.auth import Keys
-from echelon.server.connection import ConnectionLimits
+from echelon.engine.events import ListenerGroup
+from echelon.engine.launch import launch
+from echelon.errors import ShuttingDown
+from echelon.scheduling.admission import AdmissionLimits
+from echelon.server.auth import Keys, read_keys
+from echelon.server.connection import ConnectionLimits, check_positive
 from echelon.server.dashboard import RollingStats
+from echelon.server.metrics import Metrics
+from echelon.server.observability import open_traces
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from echelon.engine.service import Service
+    from echelon.options import Options
     from echelon.server.connection import Reason
-    from echelon.server.metrics import Metrics
     from echelon.server.observability import Traces
 
 logger = logging.getLogger(__name__)
@@ -27,15 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What the server accepts, and how long its shutdown takes.
+    """Limits of the server and the duration of its shutdown.
 
     Attributes:
-        keys: API keys that are accepted.
         max_body_bytes: longest body; 10,000 documents of 500 tokens are 20 to 30 MB.
         body_timeout_s: seconds in which a body must arrive, so that slow clients hold no memory.
         drain_s: seconds that the shutdown waits for admitted requests.
         origins: web origins whose pages may read responses (CORS).
-        connection: limits of a connection.
     """
 
     keys: Keys = field(default_factory=Keys)
@@ -46,9 +51,7 @@ class ServerLimits:
     connection: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "body_timeout_s", "drain_s"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give more.")
+        check_positive(self, "max_body_bytes", "body_timeout_s", "drain_s")
 
 
 class ServerContext:
@@ -138,3 +141,43 @@ class ServerContext:
             except Exception:
                 logger.exception("A snapshot of the service failed. This is a bug.")
             await asyncio.sleep(self.stats.slice_s / 2)
+
+
+def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
+    """The server that settings describe; ``more`` goes to :func:`echelon.engine.launch.launch`."""
+    limits = ServerLimits(
+        keys=read_keys(settings["api_keys"], settings["rate_limit"]),
+        max_body_bytes=int(settings["max_body_mb"] * 2**20),
+        body_timeout_s=settings["body_timeout_s"],
+        drain_s=settings["drain_s"],
+        origins=settings["cors"],
+        connection=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
+    )
+    metrics, stats = Metrics(), RollingStats()
+    memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
+    start = partial(
+        launch,
+        model,
+        workers=settings["workers"],
+        bounds=AdmissionLimits(
+            max_requests=settings["max_requests"],
+            max_documents=settings["max_documents"],
+            max_wait_s=settings["max_wait_s"],
+        ),
+        memory_limit_bytes=None if memory_mb is None else memory_mb * 2**20,
+        wedge_after_s=settings["wedge_after_s"],
+        goal_s=None if goal_ms is None else goal_ms / 1000,
+        fallback_max_length=settings["fallback_max_length"],
+        listener=ListenerGroup(metrics, stats),
+        **more,
+        **asdict(options),
+    )
+    name = settings["served_name"] or name_of(model)
+    traces = open_traces(settings["otel"])
+    return ServerContext(start, name, metrics, limits, options.revision, stats=stats, traces=traces)
+
+
+def name_of(model: str) -> str:
+    """The model's name in responses: a folder's own name, or the name that was given."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model

@@ -1,4 +1,4 @@
-"""The settings of ``echelon serve``: flags, environment, TOML file, and the server they describe.
+"""The settings of ``echelon serve``: flags, environment and TOML file.
 
 A flag overrides the environment (``ECHELON_SERVE_PORT`` for ``--port``), which overrides the file,
 which overrides the default. Ray Serve's application takes the same settings as its arguments.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ from echelon.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from echelon.server.context import ServerContext
 
 PREFIX = "ECHELON_SERVE"
 """Prefix of the environment variables."""
@@ -227,58 +224,6 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     values = dict(values)
     server = {name: values.pop(name) for name in map(name_of_flag, SERVER_FLAGS)}
     return server, Options.of(**values, progress=False)
-
-
-def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
-    """The server that settings describe; ``more`` goes to :func:`echelon.engine.launch.launch`."""
-    from functools import partial
-
-    from echelon.engine.events import ListenerGroup
-    from echelon.engine.launch import launch
-    from echelon.scheduling.admission import AdmissionLimits
-    from echelon.server.auth import read_keys
-    from echelon.server.connection import ConnectionLimits
-    from echelon.server.context import ServerContext, ServerLimits
-    from echelon.server.dashboard import RollingStats
-    from echelon.server.metrics import Metrics
-    from echelon.server.observability import open_traces
-
-    limits = ServerLimits(
-        keys=read_keys(settings["api_keys"], settings["rate_limit"]),
-        max_body_bytes=int(settings["max_body_mb"] * 2**20),
-        body_timeout_s=settings["body_timeout_s"],
-        drain_s=settings["drain_s"],
-        origins=settings["cors"],
-        connection=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
-    )
-    metrics, stats = Metrics(), RollingStats()
-    memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
-    start = partial(
-        launch,
-        model,
-        workers=settings["workers"],
-        bounds=AdmissionLimits(
-            max_requests=settings["max_requests"],
-            max_documents=settings["max_documents"],
-            max_wait_s=settings["max_wait_s"],
-        ),
-        memory_limit_bytes=None if memory_mb is None else memory_mb * 2**20,
-        wedge_after_s=settings["wedge_after_s"],
-        goal_s=None if goal_ms is None else goal_ms / 1000,
-        fallback_max_length=settings["fallback_max_length"],
-        listener=ListenerGroup(metrics, stats),
-        **more,
-        **asdict(options),
-    )
-    name = settings["served_name"] or name_of(model)
-    traces = open_traces(settings["otel"])
-    return ServerContext(start, name, metrics, limits, options.revision, stats=stats, traces=traces)
-
-
-def name_of(model: str) -> str:
-    """The model's name in responses: a folder's own name, or the name that was given."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
 
 
 def is_loopback(host: str) -> bool:

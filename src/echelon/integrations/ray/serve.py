@@ -24,6 +24,7 @@ from echelon.options import require_packages
 from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server import settings as server_settings
 from echelon.server.app import make_app
+from echelon.server.context import server_of
 from echelon.server.http_server import GRACE_S, KEEP_ALIVE_S
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class DeploymentPlan:
 
     def __call__(self) -> ServerContext:
         """The server of a replica."""
-        return server_settings.server_of(
+        return server_of(
             self.model,
             self.options,
             self.settings,
