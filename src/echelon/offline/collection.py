@@ -1,7 +1,7 @@
-"""TREC runs to rows: run files, and the texts of topics and collection on disk by id.
+"""TREC runs to rows: run files, and the texts of topics and collection by id.
 
 The texts are in an SQLite index beside the output, so memory stays constant. The index is made
-once, and again when the topics or the collection change.
+again when the topics or the collection change.
 """
 
 from __future__ import annotations
@@ -49,13 +49,7 @@ LINES_PER_REPORT = 1000
 
 
 def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
-    """Size, time and SHA-256 of the topics and the collection, given their paths.
-
-    A file whose size and time are those in the index of an earlier run is not read again.
-
-    Raises:
-        InvalidInput: a file cannot be read.
-    """
+    """Size, time and SHA-256 of files; one whose size and time are indexed is not read."""
     known = _indexed(index)
     found = {}
     for name, path in files.items():
@@ -73,37 +67,23 @@ def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
 
 
 def _indexed(index: Path) -> dict[str, Any]:
-    """The fingerprints of the files that the index was made of; empty if there is no index."""
+    """The fingerprints of the indexed files; empty if there is no index."""
     if not index.is_file():
         return {}
     try:
         with closing(sqlite3.connect(index)) as base:
             (content,) = base.execute("select content from fingerprints").fetchone()
-            found: dict[str, Any] = json.loads(content)
-            return found
+        found: dict[str, Any] = json.loads(content)
     except (sqlite3.Error, TypeError, ValueError):
         return {}
+    return found
 
 
 class Collection:
-    """Texts of topics and documents by id.
-
-    Args:
-        files: ``topics`` and ``collection`` to their paths.
-        prints: their :func:`fingerprints`.
-        index: where the index is, or will be.
-
-    Raises:
-        InvalidInput: a file cannot be read.
-        StorageError: the index cannot be written.
-    """
+    """Texts of topics and documents by id; the index is made if it is not that of the files."""
 
     def __init__(
-        self,
-        files: dict[str, str],
-        prints: dict[str, Any],
-        index: Path,
-        on_progress: Progress,
+        self, files: dict[str, str], prints: dict[str, Any], index: Path, on_progress: Progress
     ) -> None:
         self._index = index
         digests = [entry["sha256"] for entry in prints.values()]
@@ -114,12 +94,8 @@ class Collection:
 
     def topic(self, name: str, line: int) -> tuple[str | None, int]:
         """A query's text, or None, and the first line of the run that names the query."""
-        row = self._base.execute(
-            "select text, first_line from topics where id = ?", (name,)
-        ).fetchone()
-        if row is None:
-            return None, line
-        text, first = row
+        find = "select text, first_line from topics where id = ?"
+        text, first = self._base.execute(find, (name,)).fetchone() or (None, line)
         if first is None or first > line:
             with _storage_errors(self._index):
                 self._base.execute("update topics set first_line = ? where id = ?", (line, name))
@@ -133,8 +109,8 @@ class Collection:
 
     def problems(self) -> Iterator[BadRow]:
         """Lines of the two files that cannot be used."""
-        for file, line, reason in self._base.execute("select file, line, reason from problems"):
-            yield BadRow(line, reason, file)
+        found = self._base.execute("select line, reason, file from problems")
+        return (BadRow(*row) for row in found)
 
     def commit(self) -> None:
         """Write the first lines of queries to disk."""
@@ -192,8 +168,8 @@ def _fill(base: sqlite3.Connection, name: str, lines: Lines, on_progress: Progre
             bad = (lines.path, lines.number, problem)
             base.execute("insert into problems values (?, ?, ?)", bad)
         if lines.number % LINES_PER_REPORT == 0:
-            known = lines.share is not None
-            on_progress(f"Indexing {name}", lines.share or 0.0, 1.0 if known else 0.0)
+            share = lines.share
+            on_progress(f"Indexing {name}", share or 0.0, 0.0 if share is None else 1.0)
 
 
 def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
@@ -223,9 +199,9 @@ FIELDS = 6
 
 
 class RunFile(Lines):
-    """The queries of a run file; the lines of a query must stand together.
+    """The queries of a run file, whose documents keep the order of their lines.
 
-    Documents keep the order of their lines. A query that occurs a second time is refused, because
+    The lines of a query must stand together: a query that occurs a second time is refused, because
     its documents cannot be ranked together with the first ones.
     """
 

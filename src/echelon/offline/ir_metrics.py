@@ -1,7 +1,7 @@
 """IR metrics on the user's judgements, with ``ir_measures``, also for each precision.
 
-Metrics are averaged over the judged queries in the input. Each query is measured when it is scored,
-so only sums are kept.
+Metrics are averaged over the judged queries. Each query is measured when it is scored, so only sums
+are kept.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ Sums = dict[str, Any]
 
 
 class Judge:
-    """Measures rankings against judgements.
-
-    Args:
-        path: TREC qrels; held in memory.
+    """Measures rankings against judgements: TREC qrels, held in memory.
 
     Raises:
         InvalidInput: the file cannot be read, or a line is wrong.
@@ -57,9 +54,6 @@ class Judge:
         self._grades = read_qrels(path)
         self._parse = ir_measures.parse_measure
         self._evaluator = ir_measures.evaluator
-
-    def __len__(self) -> int:
-        return len(self._grades)
 
     def judges(self, query: Id) -> bool:
         """Whether a query has a relevant document."""
@@ -94,11 +88,7 @@ def means(sums: Sums, order: str) -> dict[str, float]:
 
 
 def read_qrels(path: str) -> dict[str, dict[str, int]]:
-    """Read judgements: query to document to grade.
-
-    Raises:
-        InvalidInput: the file cannot be read, or a line is wrong.
-    """
+    """Read judgements: query to document to grade."""
     grades: dict[str, dict[str, int]] = defaultdict(dict)
     with closing(Lines(path, "--qrels")) as lines:
         for line in lines.filled():
@@ -129,11 +119,7 @@ class PrecisionComparison:
 
 
 def check_comparable(job: OfflineJob) -> None:
-    """Refuse a comparison without judgements, or of an input that can be read only once.
-
-    Raises:
-        InvalidInput: it is one.
-    """
+    """Refuse a comparison without judgements, or of an input that can be read only once."""
     if job.qrels is None:
         raise InvalidInput("--compare", "needs judgements", "Give --qrels FILE.")
     if job.input == STANDARD:
@@ -141,30 +127,21 @@ def check_comparable(job: OfflineJob) -> None:
 
 
 def compare_precisions(job: OfflineJob, on_progress: Progress) -> list[PrecisionComparison]:
-    """Score the judged queries in each precision of the device, fp32 first.
-
-    Args:
-        job: its input is read once for each precision.
-        on_progress: reports the precision that is being measured.
-    """
+    """Score the judged queries in each precision of the device, fp32 first."""
     check_comparable(job)
     judge = Judge(str(job.qrels))
     found: list[PrecisionComparison] = []
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index"
-        names = _candidates(job.options.device)
+        try:
+            names = candidate_precisions(job.options.device)
+        except ImportError:  # no torch: ONNX graphs compute in what they were saved in
+            names = ["fp32"]
         for name in names:
             on_progress(name, len(found), len(names))
             options = replace(job.options, precision=cast("Precision", name))
             found.append(_measured(replace(job, options=options), judge, index))
     return found
-
-
-def _candidates(device: str) -> list[str]:
-    try:
-        return candidate_precisions(device)
-    except ImportError:  # no torch: ONNX graphs compute in what they were saved in
-        return ["fp32"]
 
 
 def _measured(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison:

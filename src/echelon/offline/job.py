@@ -34,21 +34,14 @@ PAIRS = ("csv", "tsv", "parquet")
 
 @dataclass(frozen=True, slots=True)
 class OfflineJob:
-    """One file to rerank; the names are those of the flags of ``echelon batch``.
+    """One file to rerank; the fields are the flags of ``echelon batch``.
 
     Attributes:
         input: path, or ``-`` for standard input.
         output: path, or ``-`` for standard output.
-        input_format: None takes the format from the suffix.
-        output_format: None takes the format from the suffix.
-        topics: file with the queries of a run.
-        collection: file with the documents of a run.
+        input_format: None takes it from the suffix, as for the output.
         errors: file for bad rows; None is beside the output.
         top_n: results kept of a query; None keeps all.
-        run_tag: name in the last column of a TREC run.
-        qrels: file with judgements, or None.
-        strict: stop at the first bad row.
-        restart: remove what earlier runs left.
     """
 
     input: str
@@ -78,19 +71,20 @@ class OfflineJob:
         if self.reads == "trec":
             for option in ("topics", "collection"):
                 if getattr(self, option) is None:
-                    raise InvalidInput(
-                        f"--{option}", "is missing, and a run has no texts", "Name its file."
-                    )
+                    problem = "is missing, and a run has no texts"
+                    raise InvalidInput(f"--{option}", problem, "Name its file.")
         elif self.topics or self.collection:
-            raise InvalidInput(
-                "--topics", f"is for TREC runs, the input is {self.reads}", "Leave it out."
-            )
+            problem = f"is for TREC runs, the input is {self.reads}"
+            raise InvalidInput("--topics", problem, "Leave it out.")
         if self.reads in PAIRS:
             self._check_pairs()
         if len(self.run_tag.split()) != 1:
             raise InvalidInput("--run-tag", f"{self.run_tag!r} is not one word", "Give one word.")
         self._check_files()
-        self._check_input()
+        if self.input != STANDARD:
+            Lines(self.input).close()
+            if self.reads in PAIRS:
+                self.reader(Path(), {}).close()
 
     def _check_pairs(self) -> None:
         one_each = "the input is pairs, each of which stands alone"
@@ -100,13 +94,6 @@ class OfflineJob:
             raise InvalidInput("--top-n", one_each, "Leave it out.")
         if self.qrels is not None:
             raise InvalidInput("--qrels", one_each, "Give queries with documents, or a run.")
-
-    def _check_input(self) -> None:
-        """Open the input once, unless it is standard input; a table must have its columns."""
-        if self.input != STANDARD:
-            Lines(self.input).close()
-            if self.reads in PAIRS:
-                self.reader(Path(), {}).close()
 
     def _check_files(self) -> None:
         if self.output == STANDARD:
@@ -144,20 +131,15 @@ class OfflineJob:
     def reader(
         self, index: Path, prints: dict[str, Any], on_progress: Progress = no_progress
     ) -> Reader:
-        """Open the input.
-
-        Args:
-            index: where the index of a collection is, or will be.
-            prints: what :meth:`fingerprints` returned.
-            on_progress: reports the indexing of a collection.
-        """
-        if self.reads == "trec":
-            texts = Collection(self._text_files(), prints, index, on_progress)
-            return RunFile(self.input, texts)
-        if self.reads == "parquet":
-            return ParquetReader(self.input, self.columns)
-        if self.reads == "jsonl":
-            return JsonLinesReader(self.input)
+        """Open the input; ``index`` is where the index of a collection is, or will be."""
+        match self.reads:
+            case "trec":
+                texts = Collection(self._text_files(), prints, index, on_progress)
+                return RunFile(self.input, texts)
+            case "parquet":
+                return ParquetReader(self.input, self.columns)
+            case "jsonl":
+                return JsonLinesReader(self.input)
         return TableReader(self.input, self.columns, tabs=self.reads == "tsv")
 
     def plain_reader(self) -> Lines | ParquetReader:
@@ -212,10 +194,8 @@ def _format(option: str, path: str, suffixes: dict[str, str]) -> str:
     suffix = suffix_of(path)
     if suffix not in suffixes:
         which = "--input-format" if option == INPUT else "--output-format"
-        known = ", ".join(suffixes)
-        raise InvalidInput(
-            option, f"the suffix of {path!r} names no format", f"Use {known}, or give {which}."
-        )
+        remedy = f"Use {', '.join(suffixes)}, or give {which}."
+        raise InvalidInput(option, f"the suffix of {path!r} names no format", remedy)
     return suffixes[suffix]
 
 

@@ -26,10 +26,7 @@ class EtaEstimate:
 
     The rest of the file is assumed to be like the part that was read. The cost model predicts the
     time of that work, and is corrected by the last windows, so the estimate stays right after the
-    machine becomes slower and after a resume.
-
-    Args:
-        share: share of the input that earlier runs had done, 0 to 1.
+    machine becomes slower and after a resume. ``share`` of the input (0 to 1) was done before.
     """
 
     def __init__(self, share: float = 0.0) -> None:
@@ -128,18 +125,15 @@ class ProgressDisplay:
         done = self.pairs + self._since_window
         seconds = monotonic() - self._loaded
         left = self._eta.left_s()
-        rest = "" if left is None else f", {span(self._left(left))} left"
+        if left is not None:
+            left = max(0.0, left - (monotonic() - self._window_began))
+        rest = "" if left is None else f", {span(left)} left"
         return f"{self._done + done:,} pairs, {done / max(seconds, 1e-9):,.0f} pairs/s{rest}"
-
-    def _left(self, at_window: float) -> float:
-        return max(0.0, at_window - (monotonic() - self._window_began))
 
     def _show(self, stage: str, share: float | None, text: str) -> None:
         if self._bar is not None:
-            total = None if share is None else 1.0
-            self._bar.update(
-                self._task, description=stage, total=total, completed=share or 0.0, text=text
-            )
+            known = {"total": None if share is None else 1.0, "completed": share or 0.0}
+            self._bar.update(self._task, description=stage, text=text, **known)
 
 
 def _bar() -> Any:
@@ -183,10 +177,8 @@ def print_summary(summary: JobSummary, output: str, display: ProgressDisplay) ->
         cut = number(counts.cut, "pair")
         click.echo(f"Cut to {summary.max_length} tokens: {cut}.", err=True)
     if counts.memory:
-        click.echo(
-            f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that.",
-            err=True,
-        )
+        line = f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that."
+        click.echo(line, err=True)
 
 
 def print_quality(summary: JobSummary) -> None:

@@ -1,4 +1,4 @@
-"""Readers: JSONL, CSV, TSV and Parquet to rows, one at a time."""
+"""Readers: JSONL, CSV, TSV and Parquet to rows, one at a time, and the checks of a row's fields."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class Row:
 
     Attributes:
         line: line at which it begins in its file, from 1; in Parquet the number of the row.
-        id: the query's id.
         document_ids: one for each document; None if a document has none.
     """
 
@@ -56,7 +55,7 @@ class BadRow:
     """A row, or a part of one, that cannot be scored, with the reason.
 
     Attributes:
-        file: the file that holds it, if that is not the input but a run's topics or collection.
+        file: the file that holds it, if that is a run's topics or collection.
     """
 
     line: int
@@ -73,7 +72,7 @@ class BadValue(Exception):
 
 
 def text_of(field: str, value: Any) -> str:
-    """Return a field that must be encodable text."""
+    """Return a field that must be encodable text, or raise :class:`BadValue`."""
     if value is None:
         raise BadValue(f"{field} is missing")
     if not isinstance(value, str):
@@ -147,7 +146,7 @@ class Reader(Protocol):
         """Go to a place that an earlier run reached.
 
         Raises:
-            InvalidInput: what comes before it has changed since then.
+            InvalidInput: the part before it has changed since then.
         """
         ...
 
@@ -171,17 +170,11 @@ class Columns:
     document_id: str | None = None
 
     def check(self, found: Sequence[str]) -> None:
-        """Refuse a file that lacks one of them, or has it twice.
-
-        Raises:
-            InvalidInput: with the names that are there.
-        """
+        """Refuse a file that lacks one of the columns, or has it twice."""
         for option, name in self.named():
             if name not in found:
-                have = ", ".join(found) or "none"
-                raise InvalidInput(
-                    option, f"there is no column {name!r}", f"The file's columns are: {have}."
-                )
+                remedy = f"The file's columns are: {', '.join(found) or 'none'}."
+                raise InvalidInput(option, f"there is no column {name!r}", remedy)
             if list(found).count(name) > 1:
                 raise InvalidInput(option, f"the column {name!r} is there twice", "Rename one.")
 
@@ -192,11 +185,7 @@ class Columns:
         return [(option, name) for option, name in pairs if name is not None]
 
     def row(self, line: int, value: dict[str, Any]) -> Row:
-        """A row out of its columns' values.
-
-        Raises:
-            BadValue: one of them is no text.
-        """
+        """A row out of its columns' values."""
         query, document = (text_of(name, value[name]) for name in (self.query, self.document))
         ids = [
             None if name is None or value[name] is None else text_of(name, value[name])
@@ -218,19 +207,14 @@ class JsonLinesReader(Lines):
 
 
 def parse_json(line: bytes | None) -> Any:
-    """Parse a line of JSON; None is a line that was too long.
-
-    Raises:
-        BadValue: with the reason.
-    """
+    """Parse a line of JSON; None is a line that was too long."""
     if line is None:
         raise BadValue(TOO_LONG)
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise BadValue(
-            f"the line is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start})"
-        ) from None
+        at = error.start
+        raise BadValue(f"the line is not UTF-8 (byte 0x{line[at]:02x} at {at})") from None
     except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else error
         raise BadValue(f"the line is not JSON ({reason})") from None
@@ -241,9 +225,6 @@ class TableReader(Lines):
 
     CSV may quote fields, also over several lines. In TSV a quote is a character like any other,
     as in the collections of the field.
-
-    Raises:
-        InvalidInput: a column is not there, or the file is empty.
     """
 
     def __init__(self, path: str, columns: Columns, *, tabs: bool) -> None:
@@ -255,8 +236,12 @@ class TableReader(Lines):
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         self._rows = csv.reader(map(_as_text, self), **how)
         try:
-            self._names = self._header()
+            self._names = next(self._rows)
             columns.check(self._names)
+        except (StopIteration, csv.Error, BadValue):
+            self.close()
+            problem = "its first line holds no names of columns"
+            raise InvalidInput(INPUT, problem, "Add a line of names.") from None
         except InvalidInput:
             self.close()
             raise
@@ -274,14 +259,6 @@ class TableReader(Lines):
             except (csv.Error, BadValue) as error:
                 yield (BadRow(line, str(error)),)
 
-    def _header(self) -> list[str]:
-        try:
-            return next(self._rows)
-        except (StopIteration, csv.Error, BadValue):
-            raise InvalidInput(
-                INPUT, "its first line holds no names of columns", "Add a line of names."
-            ) from None
-
     def _row(self, line: int, fields: list[str]) -> Row:
         if len(fields) != len(self._names):
             raise BadValue(f"the row has {len(fields)} fields, the header {len(self._names)}")
@@ -296,18 +273,12 @@ def _as_text(line: bytes | None) -> str:
 
 
 class ParquetReader:
-    """Pairs in Parquet; the largest row group of the file must fit in memory.
-
-    Raises:
-        InvalidInput: it is no Parquet file, or a column is missing or no text.
-        MissingDependency: pyarrow is not installed.
-    """
+    """Pairs in Parquet; the largest row group of the file must fit in memory."""
 
     def __init__(self, path: str, columns: Columns) -> None:
         if path == STANDARD:
-            raise InvalidInput(
-                INPUT, "Parquet cannot be read from standard input", "Name a file, or pipe JSONL."
-            )
+            problem = "Parquet cannot be read from standard input"
+            raise InvalidInput(INPUT, problem, "Name a file, or pipe JSONL.")
         require_packages("Parquet", "files", ["pyarrow"])
         import pyarrow as pa
         from pyarrow import parquet
@@ -383,18 +354,14 @@ class ParquetReader:
 
 
 def _check_schema(schema: Any, columns: Columns) -> None:
+    from pyarrow import types
+
     columns.check(schema.names)
     for option, name in columns.named():
         kind = schema.field(name).type
-        if not _is_text(kind):
+        inner = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(inner) or types.is_large_string(inner)):
             raise InvalidInput(option, f"the column {name!r} is {kind}", "Name one of text.")
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    inner = kind.value_type if types.is_dictionary(kind) else kind
-    return bool(types.is_string(inner) or types.is_large_string(inner))
 
 
 def _as_bytes(array: Any) -> list[bytes | None]:

@@ -2,7 +2,7 @@
 
 ``OUTPUT.part`` holds the blocks, ``OUTPUT.errors.jsonl`` the bad rows, ``OUTPUT.job.json`` the
 state. A window counts once the state names it: its block is on disk before the state is, and the
-state is replaced in one move. If a run is killed, the next one cuts off what does not count.
+state is replaced in one move. If a run is killed, the next one cuts off the rest.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ class JobState:
     Attributes:
         identity: input, model and options of the job; flat names to plain values.
         resume_point: the place behind the last row that counts; None at the input's start.
-        output_bytes: length of the blocks that count.
-        errors_bytes: length of the bad rows that count.
+        output_bytes: length of the blocks that count; ``errors_bytes`` is that of the bad rows.
         quality: sums of the metrics, see :mod:`echelon.offline.ir_metrics`.
     """
 
@@ -72,11 +71,7 @@ class JobState:
 
     @classmethod
     def load(cls, path: Path) -> JobState | None:
-        """Read the state that a run left; None if there is none.
-
-        Raises:
-            InvalidInput: this version cannot read the file.
-        """
+        """Read the state that a run left; None if there is none."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -91,9 +86,8 @@ class JobState:
             content["counts"] = RowCounts(**content["counts"])
             return cls(**content)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidInput(
-                "-o", f"{path} is no job of this version of Echelon ({error})", RESTART
-            ) from error
+            problem = f"{path} is no job of this version of Echelon ({error})"
+            raise InvalidInput("-o", problem, RESTART) from error
 
     def as_json(self) -> str:
         """The content of the state's file, in which the resume point is called ``mark``."""
@@ -102,11 +96,7 @@ class JobState:
         return json.dumps({VERSION: content}, ensure_ascii=False, indent=1) + "\n"
 
     def check(self, identity: dict[str, Any]) -> None:
-        """Refuse to resume another job.
-
-        Raises:
-            InvalidInput: with every difference.
-        """
+        """Refuse to resume another job; the error has every difference."""
         names = sorted(self.identity.keys() | identity.keys())
         differences = [
             f"{name} was {self.identity.get(name)!r}, is {identity.get(name)!r}"
@@ -118,10 +108,9 @@ class JobState:
 
 
 class JobStore:
-    """The files beside one output.
+    """The files beside one output; ``-`` is standard output, which cannot be resumed.
 
     Args:
-        output: the output's path; ``-`` is standard output, which cannot be resumed.
         errors: file for bad rows; None is beside the output, or standard error.
         resumable: whether to keep a state, which needs an input that can be read again.
 
@@ -134,20 +123,15 @@ class JobStore:
         self._standard = output == STANDARD
         self.output = Path(output)
         self.state_path = self._beside("job.json")
-        self.index_path = (
-            Path(tempfile.gettempdir(), f"echelon-{os.getpid()}.index")
-            if self._standard
-            else self._beside("index")
-        )
+        self.index_path = self._beside("index")
+        if self._standard:
+            self.index_path = Path(tempfile.gettempdir(), f"echelon-{os.getpid()}.index")
         self._finished = False
         self._part_path = self._beside("part")
         self._resumable = resumable and not self._standard
         self._named_errors = errors
-        self.errors_path = (
-            None
-            if errors is None and self._standard
-            else Path(errors or self._beside("errors.jsonl"))
-        )
+        beside = None if self._standard else self._beside("errors.jsonl")
+        self.errors_path = beside if errors is None else Path(errors)
         self._part: IO[bytes] | None = None
         self._errors: IO[bytes] | None = None
         if not self._standard:
@@ -163,35 +147,21 @@ class JobStore:
                     path.unlink(missing_ok=True)
 
     def load(self) -> JobState | None:
-        """Read the state of an earlier run.
-
-        Raises:
-            InvalidInput: the output is there without a state, so another program made it.
-        """
+        """Read the state of an earlier run; refuse an output that another program made."""
         if self._standard:
             return None
         state = JobState.load(self.state_path) if self._resumable else None
         if state is None:
-            self._refuse_to_replace("-o", self.output)
-            if self._named_errors is not None:
-                self._refuse_to_replace("--errors", Path(self._named_errors))
+            for option, path in (("-o", self.output), ("--errors", self._named_errors)):
+                if path is not None and Path(path).exists():
+                    remedy = "Name another file, or replace it with --restart."
+                    raise InvalidInput(option, f"{path} exists", remedy)
         elif state.complete and not self.output.exists():
             raise InvalidInput("-o", f"{self.output} was finished and is gone", RESTART)
         return state
 
-    @staticmethod
-    def _refuse_to_replace(option: str, path: Path) -> None:
-        if path.exists():
-            raise InvalidInput(
-                option, f"{path} exists", "Name another file, or replace it with --restart."
-            )
-
     def truncate_to(self, state: JobState) -> None:
-        """Cut off blocks and bad rows that do not count.
-
-        Raises:
-            InvalidInput: a file is shorter than what counts.
-        """
+        """Cut off blocks and bad rows that do not count; refuse a file that is too short."""
         if self._standard:
             return
         paths = [] if self._moved(state) else [(self._part_path, state.output_bytes)]
@@ -209,7 +179,7 @@ class JobStore:
         """Write a block and bad rows to disk, then the state that makes them count.
 
         Raises:
-            StorageError: the disk is full; what counted before still counts.
+            StorageError: the disk is full; the windows before still count.
         """
         with self._storage_errors(self._part_path):
             if self._part is not None:
@@ -237,8 +207,7 @@ class JobStore:
     def finish(self, state: JobState, writer: Writer) -> None:
         """Turn the blocks into the output.
 
-        If the process is killed between the two moves, the next run finds that all blocks count
-        and finishes again.
+        If the process is killed between the two moves, the next run finds that all blocks count.
         """
         state.complete = True
         if not self._standard:
@@ -250,10 +219,8 @@ class JobStore:
         self._finished = True
 
     def _moved(self, state: JobState) -> bool:
-        """Whether a run was killed after it had moved the blocks and before it said so.
-
-        There is no other way to an output beside an unfinished state.
-        """
+        """Whether a run was killed after it had moved the blocks and before it said so."""
+        # There is no other way to an output beside an unfinished state.
         empty = not self._part_path.exists() or self._part_path.stat().st_size == 0
         return empty and state.output_bytes > 0 and self.output.exists()
 
@@ -324,6 +291,5 @@ def _lock(file: IO[bytes], path: Path) -> None:
         mine = False
     if not mine:
         file.close()
-        raise InvalidInput(
-            "-o", f"another process is writing {path}", "Wait for it, or name another file."
-        )
+        problem = f"another process is writing {path}"
+        raise InvalidInput("-o", problem, "Wait for it, or name another file.")

@@ -1,7 +1,7 @@
 """Run a job: check, open, read windows, score, write, finish.
 
-A window counts when its records, its bad rows and its sums are on disk;
-see :mod:`echelon.offline.resume`.
+A window counts when its records, its bad rows and its sums are on disk, see
+:mod:`echelon.offline.resume`.
 """
 
 from __future__ import annotations
@@ -79,19 +79,15 @@ class JobSummary:
     already: bool = False
 
 
-class Scores(Protocol):
+class _Scorer(Protocol):
     """Scores windows in their order; see :class:`echelon.offline.scoring.WindowScorer`."""
 
     @property
-    def steps(self) -> Steps:
-        """The steps as they are now."""
-        ...
+    def steps(self) -> Steps: ...
 
     def score(
         self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
-    ) -> Generator[ScoredWindow, None, None]:
-        """Score windows."""
-        ...
+    ) -> Generator[ScoredWindow, None, None]: ...
 
     def __enter__(self) -> Self: ...
 
@@ -101,22 +97,15 @@ class Scores(Protocol):
 def run(
     job: OfflineJob,
     listener: JobListener,
-    open_scorer: Callable[[str, Options, Steps | None], Scores] = WindowScorer,
+    open_scorer: Callable[[str, Options, Steps | None], _Scorer] = WindowScorer,
 ) -> JobSummary:
     """Rerank a file; if an earlier run of the same job stopped, resume it.
-
-    Args:
-        job: the input, the output and how to score.
-        listener: receives the progress.
-        open_scorer: opens a model, given its name, its options and the steps of an earlier run.
 
     Raises:
         InvalidInput: an option is wrong, a file cannot be read or is not that of the earlier run,
             or, in a strict job, a row is bad.
-        ModelError: as :class:`echelon.Reranker`.
         OutOfMemory: a pair does not fit alone.
-        StorageError: the output cannot be written; what was finished is kept.
-        MissingDependency: an optional package is missing.
+        StorageError: the output cannot be written; the finished windows are kept.
     """
     job.check()
     writer = job.writer()
@@ -148,8 +137,6 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A job under way."""
-
     job: OfflineJob
     state: JobState
     store: JobStore
@@ -173,7 +160,7 @@ class _Run:
             self.state.counts.bad += len(bad)
             self.store.append(self.state, b"", _problems(bad))
 
-    def score(self, scorer: Scores) -> None:
+    def score(self, scorer: _Scorer) -> None:
         """Score the rest of the input, a window at a time."""
         state, steps = self.state, scorer.steps
         rows = _writable(self.reader, self.writer)
@@ -225,12 +212,12 @@ def _count(counts: RowCounts, scored: ScoredWindow) -> None:
 
 
 def _problems(bad: Sequence[BadRow]) -> bytes:
-    lines = []
+    text = ""
     for row in bad:
         file = {"file": row.file} if row.file else {}
         record = {**file, "line": row.line, "reason": row.reason}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return "".join(lines).encode("utf-8", "backslashreplace")
+        text += json.dumps(record, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _finished(job: OfflineJob, state: JobState, store: JobStore) -> JobSummary:

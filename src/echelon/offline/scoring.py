@@ -68,62 +68,31 @@ def estimated_tokens(query: str, document: str, max_length: int) -> int:
 def windows(
     entries: Iterable[Entry], reader: Reader, full: int, max_length: int
 ) -> Iterator[RowWindow]:
-    """Cut rows into windows.
+    """Cut a reader's rows into windows that end after ``full`` estimated tokens."""
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    tokens: list[int] = []
+    total = characters = 0
 
-    Args:
-        entries: the reader's rows, checked or filtered one by one.
-        reader: where the rows come from; says how far it is.
-        full: estimated tokens after which a window ends.
-        max_length: tokens a pair may have.
-    """
-    window = _OpenWindow(full, max_length)
+    def closed() -> RowWindow:
+        point = reader.resume_point()
+        return RowWindow(tuple(rows), tuple(bad), point, tuple(tokens), reader.share)
+
     for entry in entries:
-        for item in entry:
-            window.add(item)
-        if window.full:
-            yield window.closed(reader)
-            window = _OpenWindow(full, max_length)
-    if window.items:
-        yield window.closed(reader)
-
-
-class _OpenWindow:
-    """A window that takes rows."""
-
-    def __init__(self, full: int, max_length: int) -> None:
-        self._limit, self._max_length = full, max_length
-        self._rows: list[Row] = []
-        self._bad: list[BadRow] = []
-        self._tokens: list[int] = []
-        self._total_tokens = self._characters = 0
-
-    @property
-    def items(self) -> int:
-        return len(self._rows) + len(self._bad)
-
-    @property
-    def full(self) -> bool:
-        return (
-            self._total_tokens >= self._limit
-            or self._characters >= MAX_CHARACTERS
-            or max(self.items, len(self._tokens)) >= MAX_PAIRS
-        )
-
-    def add(self, item: Row | BadRow) -> None:
-        if isinstance(item, BadRow):
-            self._bad.append(item)
-            return
-        self._rows.append(item)
-        for document in item.documents:
-            tokens = estimated_tokens(item.query, document, self._max_length)
-            self._tokens.append(tokens)
-            self._total_tokens += tokens
-            self._characters += len(document)
-        self._characters += len(item.query)
-
-    def closed(self, reader: Reader) -> RowWindow:
-        rows, bad = tuple(self._rows), tuple(self._bad)
-        return RowWindow(rows, bad, reader.resume_point(), tuple(self._tokens), reader.share)
+        bad += [item for item in entry if isinstance(item, BadRow)]
+        for row in entry:
+            if isinstance(row, Row):
+                rows.append(row)
+                found = [estimated_tokens(row.query, text, max_length) for text in row.documents]
+                tokens += found
+                total += sum(found)
+                characters += len(row.query) + sum(map(len, row.documents))
+        many = max(len(rows) + len(bad), len(tokens)) >= MAX_PAIRS
+        if many or total >= full or characters >= MAX_CHARACTERS:
+            yield closed()
+            rows, bad, tokens, total, characters = [], [], [], 0, 0
+    if rows or bad:
+        yield closed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +101,6 @@ class Steps:
 
     Attributes:
         window: estimated tokens of a window.
-        device: the processor's or card's name.
-        precision: precision when the job began.
-        kernels: whether the compiled kernels are used.
         lowered: the lower precision that the OOM ladder chose since; empty if it did not.
     """
 
@@ -202,11 +168,9 @@ class WindowScorer:
     def score(
         self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]:
-        """Score windows in their order.
+        """Score windows in their order; two are taken before the first comes out.
 
-        Args:
-            windows: two are taken before the first comes out.
-            on_step: called after each step with the number of distinct pairs it scored.
+        ``on_step`` is called after each step with the number of distinct pairs it scored.
 
         Raises:
             OutOfMemory: a pair does not fit in memory alone; the message names its line.

@@ -34,12 +34,12 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """A place between two rows, and the digest of what comes before it.
+    """A place between two rows, and the digest of the part before it.
 
     Attributes:
         position: decompressed bytes read; in Parquet rows.
         line: lines read.
-        digest: SHA-256 over what was read.
+        digest: SHA-256 over the part that was read.
     """
 
     position: int
@@ -61,12 +61,8 @@ def suffix_of(path: str) -> str:
 class Lines:
     """The lines of a file as bytes, decompressed; position and digest are kept as lines are taken.
 
-    A line may be put back once: then it counts as not yet read.
-
-    Args:
-        path: the file; ``-`` is standard input.
-        option: the option that named it, for messages.
-        limit: longest line in bytes; None comes out in place of a longer one.
+    A line may be put back once: then it counts as not yet read. None comes out in place of a line
+    longer than ``limit`` bytes.
 
     Raises:
         InvalidInput: it cannot be opened; later: it is damaged or cut off.
@@ -134,11 +130,7 @@ class Lines:
         return ResumePoint(self._position, self.number, self._hash.hexdigest())
 
     def skip_to(self, point: ResumePoint) -> None:
-        """Read on to a place that an earlier run reached.
-
-        Raises:
-            InvalidInput: the bytes before it are not those that the earlier run read.
-        """
+        """Read on to a place that an earlier run reached; refuse a file that differs before it."""
         while self._position < point.position:
             chunk = self._read(self._stream.read, min(CHUNK, point.position - self._position))
             if not chunk:
@@ -198,11 +190,8 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
 
 def changed(option: str, path: str) -> InvalidInput:
     """The error for a file that is no longer the one an earlier run read."""
-    return InvalidInput(
-        option,
-        f"{path} is not the file that was read before",
-        "Put it back, or begin anew with --restart.",
-    )
+    problem = f"{path} is not the file that was read before"
+    return InvalidInput(option, problem, "Put it back, or begin anew with --restart.")
 
 
 def unreadable(option: str, path: str, error: Exception) -> InvalidInput:
@@ -212,11 +201,7 @@ def unreadable(option: str, path: str, error: Exception) -> InvalidInput:
 
 
 def digest_of(option: str, path: str) -> str:
-    """SHA-256 of a whole file.
-
-    Raises:
-        InvalidInput: it cannot be read.
-    """
+    """SHA-256 of a whole file."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """Writers: the scores of a window to a block of JSONL, of a TREC run or of Parquet.
 
-A block is complete by itself (a gzip member, a zstd frame, an Arrow stream). A file is its blocks
-one after another, so it can be cut between any two of them. Parquet has its index at its end, so it
-is assembled from Arrow blocks when all are there.
+A block is complete by itself (a gzip member, a zstd frame, an Arrow stream), so the file of blocks
+can be cut between any two of them. Parquet has its index at its end, so it is assembled from Arrow
+blocks when all are there.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ class Writer(Protocol):
     """Turns scores into bytes."""
 
     def check(self, row: Row) -> None:
-        """Refuse a row that this format cannot hold.
-
-        Raises:
-            BadValue: with the reason.
-        """
+        """Raise :class:`BadValue` for a row that this format cannot hold."""
         ...
 
     def block(self, scored: ScoredWindow) -> bytes:
@@ -48,11 +44,7 @@ class Writer(Protocol):
 
 
 class RankedRow:
-    """A row whose documents are sorted by logit.
-
-    Attributes:
-        order: positions of its documents, best first; equal logits keep the file's order.
-    """
+    """A row with ``order``: positions of its documents, best first; equal logits keep theirs."""
 
     def __init__(self, row: Row, logits: FloatArray, cut: IntArray, top_n: int | None) -> None:
         self.row, self.logits, self.cut = row, logits, cut
@@ -88,15 +80,7 @@ def shortest(logit: np.float32) -> float:
 
 
 class _BlockWriter:
-    """A writer whose file of blocks is the output already.
-
-    Args:
-        compression: None, ``gzip`` or ``zstd``.
-        top_n: results kept of a row; None keeps all.
-
-    Raises:
-        MissingDependency: zstd without pyarrow.
-    """
+    """A writer whose file of blocks is the output already; ``top_n`` results are kept of a row."""
 
     def __init__(self, compression: str | None, top_n: int | None) -> None:
         if compression == "zstd":
@@ -205,9 +189,9 @@ class ParquetWriter:
 
         columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         for ranking in ranked(scored, self._top_n):
-            for name, values in _cells(ranking).items():
-                if name in columns:
-                    columns[name] += values
+            cells = _cells(ranking)
+            for name in columns:
+                columns[name] += cells[name]
         batch = pa.record_batch(list(columns.values()), schema=self._schema)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self._schema) as stream:
