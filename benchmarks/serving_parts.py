@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from echelon import Reranker
     from echelon.data import Topic
-    from echelon.loadtest.driver import DriveResult
+    from echelon.loadtest.summary import DriveResult
     from echelon.simulation.workload import Arrivals
     from serving_servers import Server
 

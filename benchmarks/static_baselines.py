@@ -19,15 +19,17 @@ from echelon.simulation.fitted_models import cost_of, lengths_of
 from echelon.tuning.candidates import largest_budget
 from echelon.tuning.goal import HURRIED
 from echelon.tuning.recommendation import settings_of
+from echelon.tuning.scenario import Candidate
 from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of
-from echelon.tuning.simulated_load import Candidate
 from echelon.tuning.validation import (
+    RerankRun,
+    RerankTask,
     ValidationContext,
     rerank_task,
+    run,
     validate,
     validation_of_reranker,
 )
-from echelon.tuning.validation_targets import RerankRun, RerankTask, run
 from static_ranking import MeasuredSettings, ranking
 
 if TYPE_CHECKING:

@@ -40,16 +40,16 @@ from echelon.tuning.calibration import models_of
 from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
 from echelon.tuning.machine import describe_machine
 from echelon.tuning.recommendation import correct
+from echelon.tuning.scenario import Candidate, SimulatedService, curve_of, predict
 from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, open_for_scenario
-from echelon.tuning.simulated_load import Candidate, SimulatedService, curve_of, predict
 from echelon.tuning.tuner import PROBE_SHARE, TuningPlan, probe
 from echelon.tuning.validation import (
+    ServerProcess,
     ValidationContext,
     load_test_plan,
     serve_arguments,
     validation_of_server,
 )
-from echelon.tuning.validation_targets import ServerProcess
 from echelon.types import monotonic
 from sustain_page import DOCUMENTS, Bisection, Row, merged, off, page, share_of, verdict
 

@@ -18,11 +18,11 @@ from echelon.errors import ModelNotFound
 from echelon.profile import Profile
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.workload import FixedSize, UniformSize
-from echelon.tuning import advisor, simulated_load
+from echelon.tuning import advisor
 from echelon.tuning.advisor import recommend
 from echelon.tuning.recommendation import Validation
 from echelon.tuning.tuner import TuningPlan
-from echelon.tuning.validation_targets import RerankTask
+from echelon.tuning.validation import RerankTask
 from static_baselines import SIZES, Comparison, measure_rounds, rank_among_static, run_apart
 from static_ranking import MeasuredSettings, in_words, ranking
 
@@ -137,8 +137,8 @@ def known(model):
 @pytest.fixture
 def seen(monkeypatch):
     """What was run, in order: (static size, settings, requests, seed); static 8 always fails."""
-    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
-    monkeypatch.setattr(simulated_load, "FULL", 20)
+    monkeypatch.setattr("echelon.tuning.scenario.REQUESTS", 60)
+    monkeypatch.setattr("echelon.tuning.scenario.FULL", 20)
     found = []
 
     def pretended(context, chosen, requests, _):
@@ -204,8 +204,8 @@ def test_a_failure_of_the_chosen_settings_is_an_error(model, known, seen, tmp_pa
 
 
 def test_real_rerankers_are_ranked(model, known, monkeypatch, tmp_path):
-    monkeypatch.setattr(simulated_load, "REQUESTS", 60)
-    monkeypatch.setattr(simulated_load, "FULL", 20)
+    monkeypatch.setattr("echelon.tuning.scenario.REQUESTS", 60)
+    monkeypatch.setattr("echelon.tuning.scenario.FULL", 20)
     monkeypatch.setattr(static_baselines, "SIZES", (2,))
     asked = goal_of("offline", documents=FixedSize(4), tokens=UniformSize(50, 90), verify_s=0.1)
     made = comparison(model, known, asked, tmp_path)

@@ -23,12 +23,11 @@ import sustain
 from echelon.data import load_texts
 from echelon.loadtest.texts import WordLengths
 from echelon.simulation.workload import FixedSize, LognormalSize
-from echelon.tuning import simulated_load
 from echelon.tuning.candidates import paced
 from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
 from echelon.tuning.recommendation import LoadMetrics, Validation
+from echelon.tuning.scenario import Candidate, predict
 from echelon.tuning.scenario_model import WorkloadTexts
-from echelon.tuning.simulated_load import Candidate, predict
 from echelon.tuning.validation import load_test_plan
 from sustain_page import GOAL, Bisection, merged, off, page, verdict
 
@@ -105,7 +104,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(sustain, "serve_arguments", lambda *_: [])
     monkeypatch.setattr(sustain, "opened", opened)
     monkeypatch.setattr(sustain.RunningServer, "run", run)
-    monkeypatch.setattr(simulated_load, "REQUESTS", 200)
+    monkeypatch.setattr("echelon.tuning.scenario.REQUESTS", 200)
 
 
 def test_a_machine_that_is_slower_under_load_is_detected(bench, machine):

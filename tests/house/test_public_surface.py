@@ -47,10 +47,10 @@ QUICKER = {
     "echelon.simulation.cluster_traffic.BLOCK": 512,
     "echelon.simulation.capacity.WARM_S": 0.3,
     "echelon.simulation.capacity.WINDOW_S": 1.0,
-    "echelon.tuning.simulated_load.REQUESTS": 60,
-    "echelon.tuning.simulated_load.FULL": 20,
-    "echelon.loadtest.driver.BUSY_SHARE": 100.0,
-    "echelon.loadtest.driver.LATE_S": 100.0,
+    "echelon.tuning.scenario.REQUESTS": 60,
+    "echelon.tuning.scenario.FULL": 20,
+    "echelon.loadtest.summary.BUSY_SHARE": 100.0,
+    "echelon.loadtest.summary.LATE_S": 100.0,
 }
 """Smaller simulations and looser limits; the forms of the results do not depend on them."""
 

@@ -11,8 +11,7 @@ from stand_in_reranker import TOPICS, connected, good, run, target_of
 
 from echelon.loadtest.client import Reply
 from echelon.loadtest.driver import Driver, closed_loop, open_loop
-from echelon.loadtest.records import RequestRecord, RequestRecords
-from echelon.loadtest.summary import summarise
+from echelon.loadtest.summary import RequestRecord, RequestRecords, summarise
 from echelon.loadtest.texts import TextSource
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (

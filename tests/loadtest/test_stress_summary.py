@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.loadtest.client import _failed
-from echelon.loadtest.driver import DriveResult, GeneratorHealth, doubts
-from echelon.loadtest.records import KINDS, RequestRecord, RequestRecords
 from echelon.loadtest.result import MAX_ROWS, over_time
-from echelon.loadtest.summary import summarise
+from echelon.loadtest.summary import (
+    KINDS,
+    DriveResult,
+    GeneratorHealth,
+    RequestRecord,
+    RequestRecords,
+    doubts,
+    summarise,
+)
 from echelon.simulation.service_level import ServiceLevel
 
 

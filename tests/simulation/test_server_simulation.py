@@ -11,9 +11,8 @@ from simulations import SIMPLE, cpu, requests, traces
 
 from echelon.errors import InvalidInput
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.simulation.outcome import Tally, percentiles
 from echelon.simulation.server_simulation import SimulationSettings, simulate
-from echelon.simulation.service_level import ServiceLevel
+from echelon.simulation.service_level import ServiceLevel, Tally, percentiles
 from echelon.simulation.workload import Arrival
 
 

@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.loadtest.driver import DriveResult
-from echelon.loadtest.records import RequestRecord, RequestRecords
-from echelon.loadtest.summary import summarise
-from echelon.simulation.outcome import Tally
-from echelon.simulation.service_level import ServiceLevel
+from echelon.loadtest.summary import DriveResult, RequestRecord, RequestRecords, summarise
+from echelon.simulation.service_level import ServiceLevel, Tally
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.validation import validation_of_reranker
 

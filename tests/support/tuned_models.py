@@ -7,9 +7,10 @@ from dataclasses import replace
 from echelon.options import Options
 from echelon.profile import Profile, ProfileKey, TunedSettings, current_key
 from echelon.scheduling.cost_model import Coefficients
-from echelon.tuning import advisor, simulated_load
+from echelon.tuning import advisor
 from echelon.tuning.goal import ScenarioGoal, ScenarioLimits
 from echelon.tuning.recommendation import LoadMetrics, Validation
+from echelon.tuning.scenario import predict
 from echelon.tuning.scenario_model import open_for_scenario
 
 MIB = 2**20
@@ -79,9 +80,7 @@ def pretend_validations(monkeypatch, *factors, held=True):
     def pretended(context, chosen, requests, seconds):
         factor = left.pop(0)
         seen.append((chosen, Profile.load(context.profile).settings))
-        outcome, largest = simulated_load.predict(
-            "api", requests, chosen, ScenarioLimits(goal_s=0.5)
-        )
+        outcome, largest = predict("api", requests, chosen, ScenarioLimits(goal_s=0.5))
         said = advisor.LoadMetrics.of("api", outcome, chosen, largest)
         scaled = {f"p{n}_s": getattr(said, f"p{n}_s") * factor for n in (50, 95, 99)}
         return Validation(replace(said, **scaled, missed=0 if held else 9), factor, 0.0, held)

@@ -12,7 +12,6 @@ from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
-from echelon.tuning import simulated_load
 from echelon.tuning.goal import ScenarioLimits
 from echelon.tuning.scenario import SHARES, Candidate, SimulatedService, curve_of
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from echelon.errors import InvalidInput
 from echelon.scheduling.cost_model import Coefficients, CostModel, MemoryModel
 from echelon.simulation.workload import PoissonArrivals, UniformSize, Workload
-from echelon.tuning import simulated_load as module
+from echelon.tuning import scenario as module
 from echelon.tuning.goal import SCENARIOS, ScenarioLimits
-from echelon.tuning.scenario import solve
-from echelon.tuning.simulated_load import Candidate
+from echelon.tuning.scenario import Candidate, solve
 
 WORKLOAD = Workload(PoissonArrivals(1.0), UniformSize(1, 10), UniformSize(20, 200))
 MIB = 2**20

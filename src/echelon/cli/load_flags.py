@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from echelon.errors import InvalidInput
 from echelon.server.settings import flag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from echelon.server.settings import Flag
     from echelon.simulation.service_level import ServiceLevel
@@ -109,8 +110,6 @@ def read_trace(path: str) -> Iterator[ArrivalRecord]:
     Raises:
         InvalidInput: the file cannot be read, or a value in it is wrong.
     """
-    from echelon.simulation.trace import parse_trace
-
     try:
         with Path(path).open(encoding="utf-8", newline="") as lines:
             yield from parse_trace(lines)
@@ -129,6 +128,74 @@ class TraceFile:
 
     def __iter__(self) -> Iterator[ArrivalRecord]:
         return read_trace(self._path)
+
+
+MAX_DIGITS = 10
+"""A longer number in a trace is not a count."""
+
+TRACE_FORM = (
+    "A trace is CSV with a header: timestamp,documents or timestamp,documents,tokens; seconds that "
+    "never go down, documents of the request, tokens of each of its pairs."
+)
+
+
+def parse_trace(lines: Iterable[str]) -> Iterator[ArrivalRecord]:
+    """Read a trace line by line, as :data:`TRACE_FORM` says; unknown columns are ignored.
+
+    Raises:
+        InvalidInput: a value is wrong, with its line and column; or there is no request.
+    """
+    from echelon.simulation.workload import ArrivalRecord
+
+    reader = csv.reader(lines, strict=True)
+    try:
+        columns = _columns(next(reader, []))
+        last = -math.inf
+        for row in reader:
+            if row:
+                record = ArrivalRecord(*_cells(row, columns, reader.line_num))
+                if record.at_s < last:
+                    raise _wrong(reader.line_num, "timestamp", f"{record.at_s} is before {last}")
+                last = record.at_s
+                yield record
+    except csv.Error as error:
+        raise InvalidInput("trace", f"line {reader.line_num}: {error}", TRACE_FORM) from error
+    if last == -math.inf:
+        raise InvalidInput("trace", "there is no request in it", TRACE_FORM)
+
+
+def _columns(header: list[str]) -> dict[str, int]:
+    names = [name.strip().removeprefix("\ufeff").lower() for name in header]
+    for name in ("timestamp", "documents"):
+        if name not in names:
+            raise InvalidInput("trace", f"line 1 names no column {name!r}", TRACE_FORM)
+    for name in ("timestamp", "documents", "tokens"):
+        if names.count(name) > 1:
+            raise InvalidInput("trace", f"line 1 names {name!r} twice", TRACE_FORM)
+    return {name: index for index, name in enumerate(names)}
+
+
+def _cells(row: list[str], columns: dict[str, int], line: int) -> tuple[float, int, int | None]:
+    cells = {name: row[index].strip() for name, index in columns.items() if index < len(row)}
+    try:
+        at_s = float(cells.get("timestamp", ""))
+    except ValueError:
+        at_s = math.nan
+    if not math.isfinite(at_s):
+        raise _wrong(line, "timestamp", f"{cells.get('timestamp', '')!r} is no number of seconds")
+    documents = _count(cells, "documents", line)
+    return at_s, documents, _count(cells, "tokens", line) if "tokens" in columns else None
+
+
+def _count(cells: dict[str, str], name: str, line: int) -> int:
+    text = cells.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < MAX_DIGITS and int(text) > 0):
+        raise _wrong(line, name, f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _wrong(line: int, column: str, problem: str) -> InvalidInput:
+    return InvalidInput("trace", f"line {line}, column {column}: {problem}", TRACE_FORM)
 
 
 def _above_zero(name: str, value: float, remedy: str) -> None:

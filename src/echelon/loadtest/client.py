@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
-    from echelon.loadtest.records import Kind
+    from echelon.loadtest.summary import Kind
 
 Fields = dict[str, Any]
 
@@ -182,7 +182,7 @@ class Target:
 
 
 class Reply(NamedTuple):
-    """The outcome of one request, see :class:`echelon.loadtest.records.RequestRecord`.
+    """The outcome of one request, see :class:`echelon.loadtest.summary.RequestRecord`.
 
     Attributes:
         kind: the kind of outcome.

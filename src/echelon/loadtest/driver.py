@@ -16,13 +16,17 @@ import asyncio
 import contextlib
 import time
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.loadtest.records import RequestRecord, RequestRecords
-from echelon.messages import Message
+from echelon.loadtest.summary import (
+    DriveResult,
+    GeneratorHealth,
+    RequestRecord,
+    RequestRecords,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -33,28 +37,6 @@ if TYPE_CHECKING:
 
 BEAT_S = 0.02
 """Seconds between two samples of the event loop."""
-
-LATE_S, LATE_SHARE = 0.01, 0.1
-"""Lateness at P99 that spoils a measurement: more than 10 ms, and more than a tenth of the P99
-latency or of the goal. Timers of event loops are exact to a millisecond."""
-
-BUSY_SHARE = 0.9
-"""Share of one CPU above which a generator of one thread may be saturated."""
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratorHealth:
-    """The generator's own state while it measured.
-
-    Attributes:
-        loop_lag_s: P99 of how late the event loop woke.
-        cpu_share: CPU seconds a second; 1 is one CPU in full use.
-        own_faults: requests that this machine could not send.
-    """
-
-    loop_lag_s: float = 0.0
-    cpu_share: float = 0.0
-    own_faults: int = 0
 
 
 class HealthMonitor:
@@ -97,53 +79,8 @@ class HealthMonitor:
             self._lags.append(max(0.0, loop.time() - due))
 
 
-def doubts(health: GeneratorHealth, send_lag_s: float, latency_s: float) -> list[str]:
-    """Reasons not to trust a measurement, each with its remedy.
-
-    Args:
-        health: the generator's state.
-        send_lag_s: P99 of how late requests were sent.
-        latency_s: P99 of the latency, or the goal where that is longer. Lateness is a part of the
-            latency, so it never makes a goal hold that would not.
-    """
-    found: list[str] = []
-    bearable_s = max(LATE_S, LATE_SHARE * latency_s)
-    if send_lag_s > bearable_s:
-        found.append(Message("loadtest.sent_late", {"ms": f"{1000 * send_lag_s:.0f}"}))
-    if health.loop_lag_s > bearable_s:
-        found.append(Message("loadtest.read_late", {"ms": f"{1000 * health.loop_lag_s:.0f}"}))
-    if health.cpu_share > BUSY_SHARE:
-        found.append(Message("loadtest.generator_busy", {"share": f"{100 * health.cpu_share:.0f}"}))
-    if health.own_faults:
-        found.append(Message("loadtest.no_connections", {"faults": health.own_faults}))
-    return found
-
-
 MAX_PROBLEMS = 20
 """Kinds of problems that are counted apart."""
-
-
-@dataclass(frozen=True, slots=True)
-class DriveResult:
-    """The records of a run.
-
-    Attributes:
-        records: what became of each request, the warm-up's included.
-        warmup_s: requests due before this do not count.
-        ended_s: until when requests were due.
-        health: the generator's state.
-        problems: for each kind of problem after the warm-up, how often and the first message.
-        unfinished: requests that were cancelled because the run was stopped.
-        interrupted: whether the run was stopped.
-    """
-
-    records: RequestRecords
-    warmup_s: float
-    ended_s: float
-    health: GeneratorHealth = GeneratorHealth()
-    problems: dict[str, tuple[int, str]] = field(default_factory=dict)
-    unfinished: int = 0
-    interrupted: bool = False
 
 
 async def open_loop(

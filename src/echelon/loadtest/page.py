@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from echelon.loadtest.summary import DriveResult
-    from echelon.loadtest.summary import Column
     from echelon.loadtest.result import LoadTestResult
     from echelon.loadtest.run import RateProbe
-    from echelon.loadtest.summary import LoadSummary
+    from echelon.loadtest.summary import Column, DriveResult, LoadSummary
 
 if TYPE_CHECKING:
     Trace = dict[str, Any]

@@ -14,14 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon import __version__
-from echelon.loadtest.records import ANSWERED
+from echelon.loadtest.summary import ANSWERED
 from echelon.messages import units
 from echelon.simulation.workload import ConstantArrivals
 
 if TYPE_CHECKING:
-    from echelon.loadtest.driver import DriveResult
     from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateProbe
-    from echelon.loadtest.summary import LoadSummary
+    from echelon.loadtest.summary import DriveResult, LoadSummary
 
 SCHEMA = 1
 

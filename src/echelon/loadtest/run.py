@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from echelon.data import Topic
     from echelon.loadtest.client import Target
-    from echelon.loadtest.driver import DriveResult
-    from echelon.loadtest.records import RequestRecord
+    from echelon.loadtest.summary import DriveResult, RequestRecord
     from echelon.loadtest.texts import LengthPolicy
     from echelon.progress import Progress
     from echelon.simulation.rate_search import RateSearch

@@ -1,21 +1,27 @@
-"""The numbers of a run. Pure."""
+"""The records of a run and their numbers. Pure.
+
+Records are columns: a request takes 31 bytes, a million 31 MB.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-from echelon.loadtest.driver import GeneratorHealth, doubts
-from echelon.loadtest.records import ANSWERED, KINDS
 from echelon.messages import Message
 
 if TYPE_CHECKING:
-    from echelon.loadtest.driver import DriveResult
-    from echelon.loadtest.records import Column, Kind
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
     from echelon.simulation.service_level import ServiceLevel
+
+    Column = npt.NDArray[np.float64]
 
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0)
 
@@ -27,6 +33,155 @@ LONGEST_US = 3_600_000_000
 
 FEW = 100
 """Answers below which P99 is the slowest answer and no more."""
+
+LATE_S, LATE_SHARE = 0.01, 0.1
+"""Lateness at P99 that spoils a measurement: more than 10 ms, and more than a tenth of the P99
+latency or of the goal. Timers of event loops are exact to a millisecond."""
+
+BUSY_SHARE = 0.9
+"""Share of one CPU above which a generator of one thread may be saturated."""
+
+Kind = Literal["answered", "refused", "timeout", "error", "wrong"]
+"""``refused`` is 429 or 503; ``wrong`` is an answer without a score for every document."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ANSWERED = KINDS.index("answered")
+
+
+class RequestRecord(NamedTuple):
+    """One request; times in seconds from the start of the run.
+
+    Attributes:
+        scheduled: when it should have been sent.
+        sent: when it was.
+        ended: when its answer, or its failure, was there.
+        kind: its outcome.
+        status: HTTP status; 0 where there was none.
+        documents: documents that it asked for.
+    """
+
+    scheduled: float
+    sent: float
+    ended: float
+    kind: Kind
+    status: int
+    documents: int
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from when the request was due to its end."""
+        return self.ended - self.scheduled
+
+
+class RequestRecords:
+    """Records in the order in which requests ended."""
+
+    def __init__(self) -> None:
+        self._times = tuple(array("d") for _ in range(3))
+        self._kinds = array("b")
+        self._status = array("h")
+        self._documents = array("i")
+
+    def add(self, record: RequestRecord) -> None:
+        """Add a record."""
+        for column, value in zip(self._times, record[:3], strict=True):
+            column.append(value)
+        self._kinds.append(KINDS.index(record.kind))
+        self._status.append(record.status)
+        self._documents.append(record.documents)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        columns = (*self._times, self._kinds, self._status, self._documents)
+        for scheduled, sent, ended, kind, status, documents in zip(*columns, strict=True):
+            yield RequestRecord(scheduled, sent, ended, KINDS[kind], status, documents)
+
+    @property
+    def scheduled(self) -> Column:
+        """float64 [requests], seconds."""
+        return np.array(self._times[0])
+
+    @property
+    def sent(self) -> Column:
+        """float64 [requests], seconds."""
+        return np.array(self._times[1])
+
+    @property
+    def ended(self) -> Column:
+        """float64 [requests], seconds."""
+        return np.array(self._times[2])
+
+    @property
+    def kinds(self) -> npt.NDArray[np.int8]:
+        """int8 [requests], places in :data:`KINDS`."""
+        return np.array(self._kinds, dtype=np.int8)
+
+    @property
+    def documents(self) -> npt.NDArray[np.int32]:
+        """int32 [requests]."""
+        return np.array(self._documents, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorHealth:
+    """The generator's own state while it measured.
+
+    Attributes:
+        loop_lag_s: P99 of how late the event loop woke.
+        cpu_share: CPU seconds a second; 1 is one CPU in full use.
+        own_faults: requests that this machine could not send.
+    """
+
+    loop_lag_s: float = 0.0
+    cpu_share: float = 0.0
+    own_faults: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DriveResult:
+    """The records of a run.
+
+    Attributes:
+        records: what became of each request, the warm-up's included.
+        warmup_s: requests due before this do not count.
+        ended_s: until when requests were due.
+        health: the generator's state.
+        problems: for each kind of problem after the warm-up, how often and the first message.
+        unfinished: requests that were cancelled because the run was stopped.
+        interrupted: whether the run was stopped.
+    """
+
+    records: RequestRecords
+    warmup_s: float
+    ended_s: float
+    health: GeneratorHealth = GeneratorHealth()
+    problems: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unfinished: int = 0
+    interrupted: bool = False
+
+
+def doubts(health: GeneratorHealth, send_lag_s: float, latency_s: float) -> list[str]:
+    """Reasons not to trust a measurement, each with its remedy.
+
+    Args:
+        health: the generator's state.
+        send_lag_s: P99 of how late requests were sent.
+        latency_s: P99 of the latency, or the goal where that is longer. Lateness is a part of the
+            latency, so it never makes a goal hold that would not.
+    """
+    found: list[str] = []
+    bearable_s = max(LATE_S, LATE_SHARE * latency_s)
+    if send_lag_s > bearable_s:
+        found.append(Message("loadtest.sent_late", {"ms": f"{1000 * send_lag_s:.0f}"}))
+    if health.loop_lag_s > bearable_s:
+        found.append(Message("loadtest.read_late", {"ms": f"{1000 * health.loop_lag_s:.0f}"}))
+    if health.cpu_share > BUSY_SHARE:
+        found.append(Message("loadtest.generator_busy", {"share": f"{100 * health.cpu_share:.0f}"}))
+    if health.own_faults:
+        found.append(Message("loadtest.no_connections", {"faults": health.own_faults}))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,8 @@ from echelon.simulation.cluster_simulation import (
     tally_cluster,
 )
 from echelon.simulation.cluster_traffic import blocks
-from echelon.simulation.infeasible import latency_too_short
-from echelon.simulation.outcome import Tally, percentiles
 from echelon.simulation.rate_search import LOADS, RateSearch, RisingLoad, highest
-from echelon.simulation.service_level import ServiceLevel
+from echelon.simulation.service_level import ServiceLevel, Tally, latency_too_short, percentiles
 from echelon.simulation.workload import FixedSize, ObservedSize, PoissonArrivals
 
 if TYPE_CHECKING:
@@ -43,8 +41,8 @@ if TYPE_CHECKING:
     from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import RequestBlock, Routing
-    from echelon.simulation.outcome import SimulationResult
     from echelon.simulation.server_simulation import SimulationSettings
+    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import SizeDistribution, Workload
 
 CLUSTER_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

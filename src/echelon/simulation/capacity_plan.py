@@ -13,8 +13,8 @@ from echelon.scheduling.fit import STORED_PADDING
 from echelon.simulation.capacity import Capacity, no_latency, rates_of, simulate_day
 from echelon.simulation.cluster_traffic import ROUTINGS
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
-from echelon.simulation.infeasible import memory_too_small, pairs_too_long
 from echelon.simulation.server_simulation import SimulationSettings
+from echelon.simulation.service_level import memory_too_small, pairs_too_long
 from echelon.simulation.workload import ReplayedArrivals, Workload, max_tokens
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import Routing
-    from echelon.simulation.outcome import SimulationResult
-    from echelon.simulation.service_level import ServiceLevel
+    from echelon.simulation.service_level import ServiceLevel, SimulationResult
     from echelon.simulation.workload import SizeDistribution
 
 SCHEMA = 1

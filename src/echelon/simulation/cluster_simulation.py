@@ -19,20 +19,18 @@ import numpy as np
 from echelon.errors import InvalidInput
 from echelon.scheduling.admission import RequestCost, SystemLoad, refuse
 from echelon.scheduling.cost_model import Work
-from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
 from echelon.scheduling.packing import REACH, choose, step_cost
-from echelon.scheduling.queue import LEAD_S, QueueLoad
+from echelon.scheduling.queue import LEAD_S, WEIGHTS, FairOrder, QueueLoad
 from echelon.simulation.cluster_traffic import Router, uniform_draws
-from echelon.simulation.outcome import Tally
-from echelon.simulation.service_level import ServiceLevel
+from echelon.simulation.service_level import ServiceLevel, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.cluster_traffic import RequestBlock, Routing
-    from echelon.simulation.outcome import SimulationResult
     from echelon.simulation.server_simulation import SimulationSettings
+    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import SizeDistribution
 
 NORMAL = WEIGHTS["normal"]

@@ -16,7 +16,7 @@ from echelon.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.service_level import SimulationResult
 
 PRECISION = 0.05
 """Load tests of a minute do not tell rates apart that are closer, as a share."""

@@ -23,15 +23,14 @@ from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoa
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.queue import LEAD_S, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
-from echelon.simulation.outcome import Tally
-from echelon.simulation.service_level import ServiceLevel
+from echelon.simulation.service_level import ServiceLevel, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from echelon.scheduling.cost_model import CostModel
     from echelon.scheduling.queue import PlannedStep
-    from echelon.simulation.outcome import SimulationResult
+    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import Arrival
 
 BLOCK = 1024

@@ -255,7 +255,7 @@ class ReplayedArrivals:
     """A recorded trace at its own times or faster; the first request comes at 0.
 
     Attributes:
-        trace: records, see :func:`echelon.simulation.trace.parse_trace`; read once for each stream.
+        trace: records; read once for each stream.
         speed: how many times faster than recorded.
         recorded_rate: requests a second of the record; None where it is read as a stream.
     """

@@ -35,9 +35,8 @@ from echelon.tuning.recommendation import (
     scenario_entry,
     settings_of,
 )
-from echelon.tuning.scenario import solve
+from echelon.tuning.scenario import curve_of, predict, solve
 from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, require_texts
-from echelon.tuning.simulated_load import curve_of, predict
 from echelon.tuning.tuner import probe
 from echelon.tuning.validation import ValidationContext, validate
 from echelon.types import monotonic
@@ -50,9 +49,8 @@ if TYPE_CHECKING:
     from echelon.progress import Progress
     from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
-    from echelon.tuning.scenario import Recommendation
+    from echelon.tuning.scenario import Candidate, Recommendation
     from echelon.tuning.scenario_model import ScenarioModel
-    from echelon.tuning.simulated_load import Candidate
     from echelon.tuning.tuner import TuningPlan
 
 OVERHEAD_S = 0.002

@@ -14,7 +14,7 @@ from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.capacity_plan import BUDGETS
 from echelon.simulation.fitted_models import cost_of, memory_of
-from echelon.tuning.simulated_load import Candidate
+from echelon.tuning.scenario import Candidate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

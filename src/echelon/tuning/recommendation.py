@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from echelon.simulation.service_level import SimulationResult
     from echelon.tuning.candidates import MaxLengthCheck
     from echelon.tuning.goal import Scenario, ScenarioGoal, ScenarioLimits
-    from echelon.tuning.scenario import Recommendation, TriedCandidate
-    from echelon.tuning.scenario import Candidate
+    from echelon.tuning.scenario import Candidate, Recommendation, TriedCandidate
 
 SCHEMA = 1
 """Version of the entry's layout, see docs/TUNE.md."""

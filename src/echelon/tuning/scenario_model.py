@@ -22,7 +22,7 @@ from echelon.loadtest.texts import TextSource, TokenLengths
 from echelon.messages.units import duration, size
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
-from echelon.simulation.infeasible import latency_too_short, memory_too_small, pairs_too_long
+from echelon.simulation.service_level import latency_too_short, memory_too_small, pairs_too_long
 from echelon.simulation.workload import Arrival, ObservedSize, max_tokens
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
