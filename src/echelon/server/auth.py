@@ -55,11 +55,7 @@ class TokenBucket:
         self._then = -math.inf
 
     def take(self, documents: int, now: float) -> None:
-        """Admit a request.
-
-        Raises:
-            RateLimited: the bucket holds too little; the error says when it will hold enough.
-        """
+        """Admit a request, or raise as :meth:`check` does."""
         self.check(documents, now)
         self._left -= documents
 
@@ -67,25 +63,20 @@ class TokenBucket:
         """Check that a request would be admitted.
 
         Raises:
-            RateLimited: it would not.
+            RateLimited: the bucket holds too little; the error says when it will hold enough.
         """
-        self._fill(now)
-        missing = min(documents, self.limit.burst) - self._left
-        if missing > ROUNDING:
-            raise RateLimited(
-                f"The key's limit of {self.limit} documents is used up",
-                missing / self.limit.rate,
-            )
-
-    def give_back(self, documents: int) -> None:
-        """Return the documents of a request that the service refused."""
-        self._left = min(self.limit.burst, self._left + documents)
-
-    def _fill(self, now: float) -> None:
         if now > self._then:
             new = (now - self._then) * self.limit.rate
             self._left = min(self.limit.burst, self._left + new)
             self._then = now
+        missing = min(documents, self.limit.burst) - self._left
+        if missing > ROUNDING:
+            problem = f"The key's limit of {self.limit} documents is used up"
+            raise RateLimited(problem, missing / self.limit.rate)
+
+    def give_back(self, documents: int) -> None:
+        """Return the documents of a request that the service refused."""
+        self._left = min(self.limit.burst, self._left + documents)
 
 
 def limit_of(field: str, rate: str, burst: str | None = None) -> RateLimit:
@@ -159,11 +150,9 @@ class Keys:
         for key in keys:
             client = by_name.setdefault(key.name, _client(key.name, key.limit))
             if key.limit != (client.bucket and client.bucket.limit):
-                raise InvalidInput(
-                    "--api-keys",
-                    f"keys with the name {key.name} have different limits",
-                    "Keys of one name share a limit: write the same, or another name.",
-                )
+                problem = f"keys with the name {key.name} have different limits"
+                remedy = "Keys of one name share a limit: write the same, or another name."
+                raise InvalidInput("--api-keys", problem, remedy)
             self._clients.setdefault(_digest(key.text), client)
         self._anonymous = _client(ANONYMOUS, common)
 
@@ -198,10 +187,7 @@ def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> K
 
     A line is ``KEY``, then in any order ``name=web-shop``, ``rate=50/s``, ``burst=200``. A key
     without a name is named after its place: ``line-3`` of the file, ``env-1`` of the environment.
-
-    Args:
-        path: the file; None reads the environment only.
-        rate: the limit of keys that have none of their own.
+    ``rate`` is the limit of keys that have none of their own.
 
     Raises:
         InvalidInput: the file cannot be read, holds no key, or a line is wrong; no error shows a
@@ -231,29 +217,20 @@ def _key(words: list[str], where: str, name: str, common: RateLimit | None) -> A
     for word in words[1:]:
         field, _, value = word.partition("=")
         if field not in {"name", "rate", "burst"} or not value or field in given:
-            raise InvalidInput(
-                "--api-keys",
-                f"{where}: the words after the key are not understood",
-                "Write KEY name=NAME rate=50/s burst=200, each at most once.",
-            )
+            problem = f"{where}: the words after the key are not understood"
+            remedy = "Write KEY name=NAME rate=50/s burst=200, each at most once."
+            raise InvalidInput("--api-keys", problem, remedy)
         given[field] = value
     name = given.get("name", name)
     if not _NAME.fullmatch(name):
-        raise InvalidInput(
-            "--api-keys",
-            f"{where}: the name is not allowed",
-            "Use letters, digits, dots and dashes.",
-        )
-    return ApiKey(words[0], name, _limit(given, f"--api-keys: {where}", common))
-
-
-def _limit(given: dict[str, str], field: str, common: RateLimit | None) -> RateLimit | None:
-    rate, burst = given.get("rate"), given.get("burst")
-    if burst is not None and rate in {None, UNLIMITED}:
+        problem = f"{where}: the name is not allowed"
+        raise InvalidInput("--api-keys", problem, "Use letters, digits, dots and dashes.")
+    field, rate, burst = f"--api-keys: {where}", given.get("rate"), given.get("burst")
+    if rate not in {None, UNLIMITED}:
+        return ApiKey(words[0], name, limit_of(field, rate, burst))
+    if burst is not None:
         raise InvalidInput(field, "a burst without a rate limits nothing", "Write rate=50/s too.")
-    if rate is None:
-        return common
-    return None if rate == UNLIMITED else limit_of(field, rate, burst)
+    return ApiKey(words[0], name, common if rate is None else None)
 
 
 def _client(name: str, limit: RateLimit | None) -> ApiClient:

@@ -89,9 +89,8 @@ class Connection(HttpToolsProtocol):
         """Accept the connection, or refuse it where there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._refuse(
-                "too_many", "This server has reached its maximum of connections. Try later."
-            )
+            words = "This server has reached its maximum of connections. Try later."
+            self._refuse("too_many", words)
         else:
             self._start_header_timer()
 

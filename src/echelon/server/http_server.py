@@ -41,14 +41,7 @@ GRACE_S = 5
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen.
-
-    Attributes:
-        host: an address or a name.
-        port: 0 takes a free one.
-        certificate: PEM file with the chain; None serves plain HTTP.
-        key: PEM file with its private key.
-    """
+    """Where to listen (port 0 takes a free one), and PEM files of a certificate and its key."""
 
     host: str
     port: int
@@ -87,7 +80,11 @@ class Address:
             return
         for flag, path in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
             if path is not None:
-                _check_readable(flag, path)
+                try:
+                    Path(path).read_bytes()
+                except OSError as error:
+                    problem = f"{path} cannot be used ({error.strerror})"
+                    raise InvalidInput(flag, problem, "Name a file in PEM.") from None
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -98,15 +95,12 @@ class Address:
         """Name the wrong file, as far as OpenSSL reports it."""
         cert, key = self.certificate, self.key or self.certificate
         if error.reason == "KEY_VALUES_MISMATCH":
-            return InvalidInput(
-                "--tls-key", f"{key} is not the key of {cert}", "Give the one it was made with."
-            )
+            problem = f"{key} is not the key of {cert}"
+            return InvalidInput("--tls-key", problem, "Give the one it was made with.")
         words = error.reason or "no certificate or key in PEM, or the key is encrypted"
-        return InvalidInput(
-            "--tls-cert",
-            f"{cert} with {key} cannot be used ({words})",
-            "Give PEM files of a certificate and its key, without a password.",
-        )
+        problem = f"{cert} with {key} cannot be used ({words})"
+        remedy = "Give PEM files of a certificate and its key, without a password."
+        return InvalidInput("--tls-cert", problem, remedy)
 
 
 class HttpServer(uvicorn.Server):
@@ -157,27 +151,13 @@ class HttpServer(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _check_readable(flag: str, path: str) -> None:
-    try:
-        Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidInput(
-            flag, f"{path} cannot be used ({error.strerror})", "Name a file in PEM."
-        ) from None
-
-
 def _no_password() -> str:
     """Password of an encrypted key; without this function OpenSSL would ask on the terminal."""
     return ""
 
 
 def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        context: the server.
-        address: where to listen.
-        exposed: whether other machines can reach it; then a warning is logged.
+    """Serve until SIGTERM or Ctrl-C; log a warning if the address is exposed to other machines.
 
     Raises:
         InvalidInput: the address or the certificate cannot be used.
@@ -234,11 +214,9 @@ def raise_file_limit(connections: int) -> None:
     if resource.RLIM_INFINITY in (soft, hard) or needed <= soft:
         return
     if needed > hard:
-        raise InvalidInput(
-            "--max-connections",
-            f"{connections} connections need {needed} open files, the limit is {hard}",
-            "Lower it, or raise the limit (ulimit -n).",
-        )
+        problem = f"{connections} connections need {needed} open files, the limit is {hard}"
+        remedy = "Lower it, or raise the limit (ulimit -n)."
+        raise InvalidInput("--max-connections", problem, remedy)
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 

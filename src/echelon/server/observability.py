@@ -73,9 +73,7 @@ class JsonFormatter(logging.Formatter):
 def set_up(style: str, level: str) -> None:
     """Send the logs of Echelon, the HTTP server and the exporter of traces to standard error.
 
-    Args:
-        style: ``json`` or ``text``.
-        level: the lowest level that is written, such as ``info``.
+    ``style`` is ``json`` or ``text``; ``level`` is the lowest level that is written.
     """
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -114,10 +112,9 @@ class SpanRecord:
     """A request that has ended.
 
     Attributes:
-        headers: headers of the request; ``traceparent`` names the parent of its span.
+        headers: ``traceparent`` names the parent of its span.
         documents: number of its documents; None if the body was not read.
-        answer: the service's answer; None after an error.
-        answered_s: seconds from its start to that answer.
+        answered_s: seconds from its start to the service's answer.
         key: name of its API key.
     """
 
@@ -189,10 +186,7 @@ class Traces:
 
 
 def open_traces(enabled: bool | None) -> Traces | None:  # noqa: FBT001 - a flag that may be unset
-    """Traces, or None where they are off.
-
-    Args:
-        enabled: on or off; None leaves it to the environment.
+    """Traces, or None where they are off; ``enabled=None`` leaves it to the environment.
 
     Raises:
         MissingDependency: traces are turned on, and the packages are not installed.
