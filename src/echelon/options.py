@@ -70,11 +70,7 @@ def _revision(name: str, value: object) -> object:
 
 
 def check_count(name: str, value: object) -> object:
-    """Refuse what is not a positive whole number or None.
-
-    Raises:
-        InvalidInput: it is something else.
-    """
+    """Refuse what is not a positive whole number or None."""
     if value is None:
         return value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -88,7 +84,7 @@ def _option(
     *,
     per_call: bool = False,
 ) -> Any:
-    """An option: its default, its check, and whether one call may set it for itself."""
+    """An option: its default, its check, and whether one call may set it."""
     return field(default=default, metadata={"check": check, "per_call": per_call})
 
 
@@ -168,12 +164,9 @@ class Options:
         allowed = {option.name for option in fields(self) if option.metadata["per_call"]}
         fixed = sorted(set(values) - allowed)
         if fixed:
-            raise InvalidInput(
-                fixed[0],
-                "cannot be set for one call",
-                f"One call may set: {', '.join(sorted(allowed))}. "
-                "Give the others to Reranker(...).",
-            )
+            known = ", ".join(sorted(allowed))
+            remedy = f"One call may set: {known}. Give the others to Reranker(...)."
+            raise InvalidInput(fixed[0], "cannot be set for one call", remedy)
         return replace(self, **values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -183,42 +176,20 @@ class Options:
 
 
 def check_max_length(asked: int | None, limit: int, specials: int) -> int:
-    """The ``max_length`` to use: the model's own limit unless the user asked for less.
-
-    Args:
-        asked: the option's value.
-        limit: longest pair the model takes, special tokens included.
-        specials: special tokens added to every pair.
-
-    Raises:
-        InvalidInput: more than the model takes, or no room beside the special tokens.
-    """
+    """The ``max_length`` to use: the model's ``limit`` unless the user asked for less."""
     if asked is None:
         return limit
     if asked > limit:
-        raise InvalidInput(
-            "max_length", f"{asked} is beyond the model's {limit} tokens", f"Use at most {limit}."
-        )
+        problem = f"{asked} is beyond the model's {limit} tokens"
+        raise InvalidInput("max_length", problem, f"Use at most {limit}.")
     if asked <= specials:
-        raise InvalidInput(
-            "max_length",
-            f"{asked} leaves no room beside {specials} special tokens",
-            f"Use at least {specials + 1}.",
-        )
+        problem = f"{asked} leaves no room beside {specials} special tokens"
+        raise InvalidInput("max_length", problem, f"Use at least {specials + 1}.")
     return asked
 
 
 def check_fallback(asked: int | None, longest: int, specials: int) -> None:
-    """Refuse a fallback length that would change nothing, or leave no text.
-
-    Args:
-        asked: tokens a pair may have while the queue is long; None never falls back.
-        longest: tokens a pair may have otherwise.
-        specials: special tokens added to every pair.
-
-    Raises:
-        InvalidInput: not below ``longest``, or no room beside the special tokens.
-    """
+    """Refuse a length, used while the queue is long, that changes nothing or leaves no text."""
     if asked is not None and not specials < asked < longest:
         raise InvalidInput(
             "fallback_max_length",
@@ -229,11 +200,7 @@ def check_fallback(asked: int | None, longest: int, specials: int) -> None:
 
 
 def check_text(name: str, text: object) -> None:
-    """Refuse what is not encodable text.
-
-    Raises:
-        InvalidInput: not a string, or one with lone surrogates.
-    """
+    """Refuse what is not encodable text."""
     if not isinstance(text, str):
         raise InvalidInput(name, f"is {type(text).__name__}, not a string", "Pass text.")
     try:
@@ -247,41 +214,26 @@ def check_text(name: str, text: object) -> None:
 
 
 def check_rank(query: object, documents: object, top_n: object) -> None:
-    """Refuse a query, documents or ``top_n`` that cannot be ranked.
-
-    Raises:
-        InvalidInput: not a text, not a sequence of texts, or not a positive number.
-    """
+    """Refuse a query, documents or ``top_n`` that cannot be ranked."""
     check_text("query", query)
     if isinstance(documents, str | bytes) or not isinstance(documents, Sequence):
-        raise InvalidInput(
-            "documents", f"is {type(documents).__name__}, not a list", "Pass a list of strings."
-        )
+        problem = f"is {type(documents).__name__}, not a list"
+        raise InvalidInput("documents", problem, "Pass a list of strings.")
     for index, document in enumerate(documents):
         check_text(f"documents[{index}]", document)
     check_count("top_n", top_n)
 
 
 def check_pairs(pairs: object, first: int = 0) -> list[Pair]:
-    """Refuse anything but (query, document) texts.
-
-    Args:
-        pairs: what should be pairs.
-        first: number of the first one in messages, if they are a part of the caller's.
-
-    Raises:
-        InvalidInput: names the pair and what is wrong with it.
-    """
+    """Refuse anything but (query, document) texts; messages count pairs from ``first``."""
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
-        raise InvalidInput(
-            "pairs", f"is {type(pairs).__name__}", "Pass a list of (query, document) tuples."
-        )
+        problem = f"is {type(pairs).__name__}"
+        raise InvalidInput("pairs", problem, "Pass a list of (query, document) tuples.")
     checked: list[Pair] = []
     for index, pair in enumerate(pairs, first):
         if not isinstance(pair, tuple | list) or len(pair) != 2:  # noqa: PLR2004 - a pair
-            raise InvalidInput(
-                f"pairs[{index}]", "is not a (query, document) tuple", "Pass two strings."
-            )
+            problem = "is not a (query, document) tuple"
+            raise InvalidInput(f"pairs[{index}]", problem, "Pass two strings.")
         check_text(f"pairs[{index}].query", pair[0])
         check_text(f"pairs[{index}].document", pair[1])
         checked.append((pair[0], pair[1]))
@@ -297,12 +249,9 @@ def require_packages(who: str, extra: str, packages: Iterable[str], other: str =
 
     Args:
         who: the command or option that needs them.
-        extra: what to install.
+        extra: the extra to install.
         packages: names to import.
         other: another remedy, in words.
-
-    Raises:
-        MissingDependency: names those that are missing.
     """
     missing = [
         DISTRIBUTIONS.get(name, name) for name in packages if importlib.util.find_spec(name) is None

@@ -1,8 +1,8 @@
 """The profile: the JSON file that tuning writes and everything else reads.
 
-It holds measurements and settings, and is valid for the machine, model and library versions in its
-key. Where one of them has changed the profile is still used, with a warning that names the change.
-A file of another schema version is refused.
+It is valid for the machine, model and library versions in its key. Where one of them has changed
+the profile is still used, with a warning that names the change. A file of another schema version is
+refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,11 @@ TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """What a profile is valid for.
+    """The model, device and libraries that a profile is valid for.
 
     Attributes:
-        model: the name that the user gave.
         revision: hub commit, or a fingerprint of a local folder.
-        device: ``cpu`` or ``cuda:N``.
-        device_name: name of the processor or the GPU.
-        precision: of the forward pass.
+        device: ``cpu`` or ``cuda:N``; ``device_name`` is that of the processor or the GPU.
         versions: versions of the libraries that affect speed and scores.
     """
 
@@ -70,17 +67,12 @@ class Profile:
     """Everything that a tuning run found.
 
     Attributes:
-        key: what it is valid for.
-        settings: what was chosen.
         created: UTC time, ISO 8601.
-        machine: processor, memory, GPUs and system.
         data: name and token lengths of the texts that were scored.
         precisions: speed of each precision, and its agreement with fp32.
         threads: speed with each number of threads.
-        points: every measured point of the sweep.
-        best: the best point for each number of pairs.
+        points: every measured point of the sweep; ``best`` is the best for each number of pairs.
         situations: the best point for each of the four scenarios.
-        warnings: what makes the results uncertain.
         learned_token_budget: smaller budget that was learned from running out of memory.
         cost: a :class:`echelon.scheduling.fit.CostFit`: how long a step takes; None where it could
             not be fitted, or the profile is older.
@@ -147,11 +139,7 @@ class Profile:
         return list(row.get("keep_bf16", []))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile completely or not at all.
-
-        Raises:
-            StorageError: the disk is full or the folder cannot be written.
-        """
+        """Write the profile completely or not at all, or raise :class:`StorageError`."""
         write_json(Path(path), self.as_dict())
 
 
@@ -225,11 +213,7 @@ def remember_budget(path: str | os.PathLike[str] | None, budget: int | None) -> 
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ProfileError: the file is missing or not JSON.
-    """
+    """Read a JSON file, or raise :class:`ProfileError`."""
     try:
         return restored(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -241,16 +225,16 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all: a temporary file is written, then renamed.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
+    """Write a JSON file as :func:`write_text` does."""
     write_text(path, json.dumps(stored(content), ensure_ascii=False, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all; see :func:`write_json`."""
+    """Write a text file completely or not at all: a temporary file is written, then renamed.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(

@@ -14,13 +14,7 @@ class Progress(Protocol):
     """Receives how far long work is."""
 
     def __call__(self, stage: str, done: float = 0.0, total: float = 0.0) -> object:
-        """Take a report.
-
-        Args:
-            stage: the work that is being done now.
-            done: units that are done.
-            total: units in all; 0 if that is not known.
-        """
+        """Take a report: units done of a total, which is 0 if that is not known."""
         ...
 
 
@@ -31,11 +25,7 @@ def no_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:
 
 @contextmanager
 def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error, if ``shown`` and standard error is a terminal.
-
-    Yields:
-        A function to call with the units just finished.
-    """
+    """Yield a function that moves a bar on standard error, if ``shown`` on a terminal, by units."""
     if not (shown and sys.stderr.isatty()):
         yield lambda _: None
         return
@@ -51,11 +41,7 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
 
 @contextmanager
 def status(title: str, *, shown: bool) -> Iterator[Progress]:
-    """Show the current stage on standard error, if ``shown`` and standard error is a terminal.
-
-    Yields:
-        The callback to report to.
-    """
+    """Yield a callback that shows the stage on standard error, if ``shown`` on a terminal."""
     if not (shown and sys.stderr.isatty()):
         yield no_progress
         return

@@ -56,8 +56,7 @@ class Reranker:
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self.options, profile = with_profile(Options.of(**options))
         prepared = prepare(model, self.options, profile)
-        self.model = prepared.folder
-        self._encoder = prepared.encoder
+        self.model, self._encoder = prepared.folder, prepared.encoder
         opener = prepared.opener()
         scorer = opener(precision=self.options.precision)
         prepared.check_profile(scorer.info)
@@ -144,12 +143,9 @@ class Reranker:
         portions: Iterable[tuple[list[int], EncodedPairs]],
         scored: Callable[[int], None] | None = None,
     ) -> ScoredPairs:
-        """Score the pairs of a call; see :meth:`score_pairs`.
+        """Score the pairs of a call, given each of its windows with its encoded pairs.
 
-        Args:
-            call: from :meth:`begin`.
-            portions: each window of the call with its encoded pairs.
-            scored: called after each step with the number of distinct pairs it finished.
+        ``scored`` is called after each step with the number of distinct pairs it finished.
         """
         limits = _step_limits(call.options, self.facts)
         for window, encoded in portions:
@@ -283,18 +279,13 @@ class Call:
     Attributes:
         distinct: number of distinct pairs.
         windows: positions of the distinct pairs that are tokenized together, longest texts first.
-
-    Raises:
-        InvalidInput: a pair is not two strings.
     """
 
     def __init__(
         self, pairs: Iterable[Pair], encoder: PairEncoder, options: Options, max_length: int
     ) -> None:
         self._pairs, self._places, self._back = _fold(check_pairs(pairs))
-        self._encoder = encoder
-        self.options = options
-        self._max_length = max_length
+        self.options, self._encoder, self._max_length = options, encoder, max_length
         self.distinct = len(self._pairs)
         self.windows = windows([len(query) + len(document) for query, document in self._pairs])
         self._logits = np.empty(self.distinct, dtype=np.float32)
@@ -302,11 +293,7 @@ class Call:
         self._reports: list[RunReport] = []
 
     def encode(self, window: Sequence[int]) -> EncodedPairs:
-        """Tokenize a window.
-
-        Raises:
-            InvalidInput: a query leaves no room for its document.
-        """
+        """Tokenize a window; refuse a query that leaves no room for its document."""
         return self._encoder.encode(
             [self._pairs[i] for i in window],
             self._max_length,
@@ -317,13 +304,12 @@ class Call:
 
     def encoded_ahead(self) -> Iterator[tuple[list[int], EncodedPairs]]:
         """The windows, each tokenized while the previous one is scored."""
-        first, *others = self.windows
-        ready = self.encode(first)
-        if not others:
-            yield first, ready
+        ready = self.encode(self.windows[0])
+        if len(self.windows) == 1:
+            yield self.windows[0], ready
             return
         with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
-            for window, following in pairwise([first, *others, []]):
+            for window, following in pairwise([*self.windows, []]):
                 coming = thread.submit(self.encode, following)
                 yield window, ready
                 ready = coming.result()

@@ -41,23 +41,16 @@ Padding = Literal["none", "rectangular"]
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How long documents are split into chunks.
-
-    Attributes:
-        max_tokens: tokens read of a document; None reads all.
-        max_chunks: chunks scored of a document; None scores all.
-    """
+    """How long documents are split: tokens read and chunks scored of each; None is all."""
 
     max_tokens: int | None = None
     max_chunks: int | None = None
 
     def __post_init__(self) -> None:
-        for field_name, value in (
-            ("max_tokens_per_doc", self.max_tokens),
-            ("max_chunks_per_doc", self.max_chunks),
-        ):
+        limits = {"max_tokens_per_doc": self.max_tokens, "max_chunks_per_doc": self.max_chunks}
+        for name, value in limits.items():
             if value is not None and value < 1:
-                raise InvalidInput(field_name, f"{value} is not positive", "Give 1 or more.")
+                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +60,7 @@ class RerankRequest:
     Attributes:
         pairs: (query, document) texts.
         deadline: time of the service's clock after which the answer is useless.
-        priority: share of the device.
         max_length: tokens of a pair.
-        truncation: which text of a pair that is too long loses tokens.
         max_query_tokens: tokens kept of a query.
         chunking: split longer documents into chunks; a document's score is its best chunk's.
         refuse_truncation: refuse pairs that would lose tokens.
@@ -116,7 +107,7 @@ class LadderStep:
     """One action of the OOM ladder.
 
     Attributes:
-        rung: the rung's name, as in :mod:`echelon.scheduling.oom_policy`.
+        rung: as in :mod:`echelon.scheduling.oom_policy`.
         detail: what changed, in words with units.
         remedy: how the user can avoid it next time.
     """
@@ -183,7 +174,6 @@ class RankedDocument:
         index: its position in the caller's list.
         score: sigmoid of the logit, 0 to 1.
         logit: the model's raw output; the ranking is sorted by it.
-        document: its text.
         truncated_tokens: tokens it lost to ``max_length``; 0 means it was read whole.
     """
 
@@ -196,13 +186,7 @@ class RankedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Documents of one query, best first.
-
-    Attributes:
-        query: the query.
-        results: ranked documents, at most ``top_n``; equal logits keep their input order.
-        report: how it was computed.
-    """
+    """Documents of one query, at most ``top_n``, best first; equal logits keep input order."""
 
     query: str
     results: tuple[RankedDocument, ...]
@@ -235,9 +219,7 @@ class Answer:
         truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
         tokens: tokens of all its pairs, or chunks, as the model saw them.
         cost_tokens: its share of the tokens that its steps computed, padding included.
-        timings: times of the request.
         batch_sizes: pairs of each step that held pairs of it, other requests' included.
-        ladder: actions of the OOM ladder in its steps.
         fallback: tokens to which its pairs were cut because the queue was long, or None.
     """
 
