@@ -28,10 +28,10 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
-from echelon.engine.state import ServiceSettings
 from echelon.integrations.ray.worker import RayWorker, WorkerResources
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.tokenization.pairs import EncodedPairs, Template, encode_pairs
 from echelon.tuning.machine import describe_machine

@@ -67,6 +67,13 @@ class InvalidInput(EchelonError, ValueError):
         return f"{self.field}: {self.problem}. {self.remedy}"
 
 
+def check_positive(remedy: str = "Give 1 or more.", **values: float | None) -> None:
+    """Raise InvalidInput, named by the keyword, for a value that is not above zero; None passes."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise InvalidInput(name, f"{value} is not positive", remedy)
+
+
 class TooLarge(InvalidInput):
     """A request has more documents or tokens than one request may have."""
 

@@ -12,8 +12,7 @@ import scorers
 from scorers import Obedient
 from services import GUARD_S, RecordingListener, coded, run, scores, service, submit, texts, until
 
-from echelon.engine.events import Listener, RequestEnded
-from echelon.engine.state import ServiceSettings
+from echelon.engine.events import Listener, RequestEnded, ServiceSettings
 from echelon.errors import (
     DeadlinePassed,
     InvalidInput,

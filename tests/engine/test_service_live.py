@@ -11,13 +11,12 @@ from random import Random
 import pytest
 from services import GUARD_S, LetterEncoder, RecordingListener, coded, encoded, submit
 
+from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
-from echelon.engine.state import ServiceSettings
 from echelon.engine.worker import StepResult
 from echelon.errors import DeadlinePassed
-from echelon.models.fake import FakeScorer
-from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
-from echelon.scheduling.drift import HOLD
+from echelon.models.base import FakeScorer
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, HOLD, Coefficients, work_of
 from echelon.scheduling.fit import Prior
 
 USUAL = Coefficients(2e-3, 5e-5, 4e-8)

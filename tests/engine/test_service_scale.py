@@ -10,8 +10,8 @@ from functools import partial
 from scorers import Obedient, opens_once
 from services import LetterEncoder, RecordingListener, run, scores, service, submit, texts, until
 
+from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
-from echelon.engine.state import ServiceSettings
 from echelon.engine.worker import ChildWorker
 from echelon.errors import ModelNotFound
 from echelon.models.base import WorkerDied, WorkerGone

@@ -15,11 +15,10 @@ from served import metric, run_app
 from services import LetterEncoder, RecordingListener, run, scores, service, submit, texts, until
 
 from echelon.engine.admission_pipeline import AdmissionPipeline
-from echelon.engine.state import ServiceSettings
+from echelon.engine.events import ServiceSettings
 from echelon.errors import InvalidInput
-from echelon.models.fake import FakeScorer
-from echelon.scheduling.admission import AdmissionLimits
-from echelon.scheduling.load_shedding import QUIET_S
+from echelon.models.base import FakeScorer
+from echelon.scheduling.admission import QUIET_S, AdmissionLimits
 from echelon.server.protocols import PROTOCOLS, read
 from echelon.types import Chunking, monotonic
 

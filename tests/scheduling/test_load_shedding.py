@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.scheduling.fair_queue import WEIGHTS
-from echelon.scheduling.load_shedding import OFF_SHARE, ON_SHARE, QUIET_S, LoadShedding
+from echelon.scheduling.admission import OFF_SHARE, ON_SHARE, QUIET_S, LoadShedding
+from echelon.scheduling.queue import WEIGHTS
 
 GOAL_S = 8.0
 ON_S, OFF_S = ON_SHARE * GOAL_S, OFF_SHARE * GOAL_S

@@ -16,10 +16,10 @@ from echelon.engine.events import (
     ListenerGroup,
     RequestEnded,
     RequestRefused,
+    ServiceSnapshot,
     StepFinished,
     WorkerChanged,
 )
-from echelon.engine.state import ServiceSnapshot
 from echelon.scheduling.queue import QueueLoad
 from echelon.server.dashboard import (
     BINS,

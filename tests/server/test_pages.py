@@ -14,7 +14,7 @@ import pytest
 from served import ASKED, run_app
 from services import until
 
-from echelon.engine.state import ServiceSnapshot
+from echelon.engine.events import ServiceSnapshot
 from echelon.server.app import make_app
 from echelon.server.auth import ApiKey, Keys
 from echelon.server.context import ServerContext, ServerLimits

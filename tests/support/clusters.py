@@ -19,8 +19,8 @@ from ray.cluster_utils import Cluster
 from services import LetterEncoder, scores, until
 from services import run as run_guarded
 
+from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
-from echelon.engine.state import ServiceSettings
 from echelon.integrations.ray.scorer_pool import ScorerActor
 from echelon.integrations.ray.serve import NAME, deploy
 from echelon.integrations.ray.worker import RayWorker, WorkerResources

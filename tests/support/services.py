@@ -8,11 +8,10 @@ import numpy as np
 from helpers import TEMPLATE
 from scorers import Obedient
 
-from echelon.engine.events import Listener
+from echelon.engine.events import Listener, ServiceSettings
 from echelon.engine.service import Service
-from echelon.engine.state import ServiceSettings
 from echelon.engine.worker import ChildWorker
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.tokenization.pairs import encode_pairs
 from echelon.types import RerankRequest, monotonic
 

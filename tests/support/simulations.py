@@ -12,18 +12,17 @@ from hypothesis import strategies as st
 
 from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import Listener
+from echelon.engine.events import Listener, ServiceSettings
 from echelon.engine.inflight import InflightRequest
-from echelon.engine.state import ServiceSettings
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError
-from echelon.models.fake import FakeScorer
-from echelon.scheduling.admission import RequestCost
+from echelon.models.base import FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel
 from echelon.simulation.workload import Arrival
 from echelon.tokenization.pairs import encode_pairs
+from echelon.types import RerankRequest
 
 SPECIALS = TEMPLATE.specials
 SIMPLE = CostModel(Coefficients(0.010, 0.001, 0.0))
@@ -150,7 +149,8 @@ def serve(trace, settings, cost="none"):
         deadline = None if settings.deadline_s is None else arrival.at_s + settings.deadline_s
         tokens, squares = sum(arrival.lengths), sum(length**2 for length in arrival.lengths)
         try:
-            admission._judge(RequestCost(arrival.documents, tokens, squares, deadline))
+            asked = RerankRequest([], deadline=deadline)
+            admission._judge(asked, arrival.documents, tokens, squares)
         except EchelonError:
             ends[arrival.at_s] = "refused", None
             return

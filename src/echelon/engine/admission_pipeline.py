@@ -17,8 +17,13 @@ import numpy as np
 from echelon.engine.events import RequestRefused
 from echelon.errors import InvalidInput, Overloaded
 from echelon.options import check_pairs
-from echelon.scheduling.admission import RequestCost, SystemLoad, TokenEstimate, refuse
-from echelon.scheduling.load_shedding import LoadShedding
+from echelon.scheduling.admission import (
+    LoadShedding,
+    RequestCost,
+    SystemLoad,
+    TokenEstimate,
+    refuse,
+)
 from echelon.tokenization.chunking import chunk, cut_at
 from echelon.tokenization.pairs import TruncationImpossible, join
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.engine.dispatcher import Dispatcher
-    from echelon.engine.state import ServiceSettings
+    from echelon.engine.events import ServiceSettings
     from echelon.tokenization.chunking import ChunkMap
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
@@ -45,21 +50,10 @@ UNBOUNDED_TOKENS = 2**20
 """Tokens of a document that is read whole, for the estimate: more than one request may have, so
 that its characters alone decide."""
 
+_SHEDDING = "%.2f s of work are queued, and the goal is %g s: requests of low priority are read "
 _SHEDDING_MESSAGES = {
-    "on": (
-        logging.WARNING,
-        (
-            "%.2f s of work are queued, and the goal is %g s: requests of low priority are read "
-            "with max_length=%d until the queue is short again."
-        ),
-    ),
-    "off": (
-        logging.INFO,
-        (
-            "%.2f s of work are queued, and the goal is %g s: requests of low priority are read "
-            "in full again, no longer with max_length=%d."
-        ),
-    ),
+    "on": (logging.WARNING, f"{_SHEDDING}with max_length=%d until the queue is short again."),
+    "off": (logging.INFO, f"{_SHEDDING}in full again, no longer with max_length=%d."),
 }
 
 
@@ -68,7 +62,6 @@ class AdmittedRequest:
     """A request that was admitted.
 
     Attributes:
-        pairs: token ids to score.
         chunk_map: where pairs are chunks, the way back to the documents.
         fallback: tokens to which pairs were cut because the queue is long; None: they were not.
     """
@@ -79,14 +72,7 @@ class AdmittedRequest:
 
 
 class AdmissionPipeline:
-    """Admits requests to a service.
-
-    Args:
-        encoder: the model's tokenizer.
-        settings: the service's limits, and defaults of the fields that a request leaves open.
-        dispatcher: knows the queue.
-        workers_up: counts the workers that are up.
-    """
+    """Admits requests to a service; ``workers_up`` counts the workers that are up."""
 
     def __init__(
         self,
@@ -129,10 +115,6 @@ class AdmissionPipeline:
     async def admit(self, request: RerankRequest, max_length: int) -> AdmittedRequest:
         """Admit and encode a request; the caller must queue its pairs before it next awaits.
 
-        Args:
-            request: the request.
-            max_length: tokens of a pair: the request's, or the service's own.
-
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
             EchelonError: the request is refused.
@@ -149,11 +131,7 @@ class AdmissionPipeline:
             admitted = await self._in_full(pairs, request, max_length)
         lengths = admitted.pairs.lengths
         squares = int(np.square(lengths, dtype=np.int64).sum())
-        self._judge(
-            RequestCost(
-                len(lengths), int(lengths.sum()), squares, request.deadline, request.priority
-            )
-        )
+        self._judge(request, len(lengths), int(lengths.sum()), squares)
         return admitted
 
     def close(self) -> None:
@@ -164,10 +142,11 @@ class AdmissionPipeline:
         self, request: RerankRequest, max_length: int, fallback: int | None
     ) -> EncodedPairs:
         count, characters = len(request.pairs), _characters(request.pairs)
-        longest = fallback or _max_document_tokens(max_length, request.chunking)
-        tokens = self._estimate.tokens(characters, count, longest)
-        squares = tokens * min(tokens // count, max_length)
-        self._judge(RequestCost(count, tokens, squares, request.deadline, request.priority))
+        longest = max_length  # of a document, in all its chunks
+        if request.chunking is not None:
+            longest = max(max_length, request.chunking.max_tokens or UNBOUNDED_TOKENS)
+        tokens = self._estimate.tokens(characters, count, fallback or longest)
+        self._judge(request, count, tokens, squares=tokens * min(tokens // count, max_length))
         loop = asyncio.get_running_loop()
         self._tokenising += 1
         self._tokenising_tokens += tokens
@@ -232,21 +211,15 @@ class AdmissionPipeline:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, chunk, pairs, max_length, chunking)
 
-    def _judge(self, cost: RequestCost) -> None:
+    def _judge(self, request: RerankRequest, documents: int, tokens: int, squares: int) -> None:
+        cost = RequestCost(documents, tokens, squares, request.deadline, request.priority)
         refusal = refuse(cost, self.load(), self._settings.bounds, self._dispatcher.clock())
         if refusal is None:
             return
         error = refusal.error
         retry = error.retry_after_s if isinstance(error, Overloaded) else None
-        self._dispatcher.listener.refused(RequestRefused(refusal.reason, cost.documents, retry))
+        self._dispatcher.listener.refused(RequestRefused(refusal.reason, documents, retry))
         raise error
-
-
-def _max_document_tokens(max_length: int, chunking: Chunking | None) -> int:
-    """Tokens of a document at most, in all its chunks."""
-    if chunking is None:
-        return max_length
-    return max(max_length, chunking.max_tokens or UNBOUNDED_TOKENS)
 
 
 def _cut_at(pairs: EncodedPairs, side: Side | None) -> tuple[EncodedPairs, ChunkMap | None]:

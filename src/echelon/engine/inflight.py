@@ -30,13 +30,10 @@ class InflightRequest:
     """A request that is queued or being scored; the dispatcher changes it under its lock.
 
     Attributes:
-        number: its number, never used twice.
-        pairs: token ids to score.
+        number: never used twice.
         done: called once, from any thread, with the answer or the error.
         arrived: when the caller came.
-        tokenise_s: seconds of tokenising.
         deadline: when the answer is due; None means never.
-        priority: its share of the device.
         chunk_map: where its pairs are chunks, the way back to the documents.
         fallback: tokens to which its pairs were cut because the queue was long.
         joined: when it joined the queue.
@@ -44,7 +41,6 @@ class InflightRequest:
         compute_s: seconds of its steps.
         cost_tokens: its share of their tokens, padding included.
         batch_sizes: their pairs, other requests' included.
-        ladder: actions of the OOM ladder that they went through.
     """
 
     number: int
@@ -72,7 +68,9 @@ class InflightRequest:
     def scored(self, step: PlannedStep, seconds: float, now: float) -> None:
         """Count a step with pairs of it, which took ``seconds``."""
         self.compute_s += seconds
-        self.cost_tokens += step.cost_tokens * self._share(step)
+        pairs = zip(step.places, step.lengths, strict=True)  # each counts for its first request
+        own = sum(length for (owner, _), length in pairs if owner == self.number)
+        self.cost_tokens += step.cost_tokens * (own / step.tokens)
         self.batch_sizes.append(len(step.places))
         if self.started is None:
             self.started = now - seconds
@@ -115,11 +113,6 @@ class InflightRequest:
             total_s=times.total_s,
             fallback=self.fallback,
         )
-
-    def _share(self, step: PlannedStep) -> float:
-        """Its share of a step, by tokens; a pair of several requests counts for the first."""
-        pairs = zip(step.places, step.lengths, strict=True)
-        return sum(length for (owner, _), length in pairs if owner == self.number) / step.tokens
 
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.service import Service
-from echelon.engine.state import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.worker import ChildWorker
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
@@ -37,10 +37,7 @@ class PreparedModel:
     """A model that is ready to be opened.
 
     Attributes:
-        folder: its files.
         options: the caller's, completed by the profile.
-        encoder: its tokenizer.
-        profile: the profile; None where none was given.
         keep_bf16: layers that int8 leaves in bf16.
     """
 
@@ -51,18 +48,10 @@ class PreparedModel:
     keep_bf16: list[str]
 
     def opener(self, device: str | None = None, threads: int | None = None) -> ScorerFactory:
-        """A function that opens the scorer, in this process or another.
-
-        Args:
-            device: replaces that of the options.
-            threads: replaces that of the options.
-        """
-        options = replace(
-            self.options,
-            device=device or self.options.device,
-            threads=threads or self.options.threads,
-        )
-        return scorer_factory(self.folder, options, self.keep_bf16)
+        """A function that opens the scorer, in this process or another, with these options."""
+        own = self.options
+        own = replace(own, device=device or own.device, threads=threads or own.threads)
+        return scorer_factory(self.folder, own, self.keep_bf16)
 
     def check_profile(self, info: ModelInfo) -> None:
         """Warn where the profile was measured on something else."""
@@ -76,11 +65,7 @@ class PreparedModel:
 
 
 def with_profile(asked: Options) -> tuple[Options, Profile | None]:
-    """Complete options that were left open from the profile.
-
-    Raises:
-        ProfileError: the profile cannot be read.
-    """
+    """Complete options that were left open from the profile; raises ProfileError."""
     if asked.profile is None:
         return asked, None
     profile = Profile.load(asked.profile)
@@ -150,8 +135,14 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         OutOfMemory: the weights do not fit.
     """
     chosen, profile = with_profile(Options.of(**options))
-    settings = replace(
-        settings_of(chosen),
+    settings = ServiceSettings(
+        precision=chosen.precision,
+        token_budget=chosen.token_budget,
+        max_pairs=chosen.batch_size,
+        max_length=chosen.max_length,
+        truncation=chosen.truncation,
+        max_query_tokens=chosen.max_query_tokens,
+        allow=chosen.allow,
         workers=workers,
         bounds=bounds or AdmissionLimits(),
         memory_limit_bytes=memory_limit_bytes,
@@ -161,11 +152,10 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         scaling=scaling,
     )
     prepared = await asyncio.to_thread(prepare, model, chosen, profile)
+    make_worker = partial(_make_worker, prepared, workers)
     service = Service(
         prepared.encoder,
-        worker_factory(prepared, model)
-        if worker_factory
-        else partial(_make_worker, prepared, workers),
+        worker_factory(prepared, model) if worker_factory else make_worker,
         settings,
         listener=listener,
         learned=prepared.learned,
@@ -174,19 +164,6 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     await service.start()
     prepared.check_profile(service.info)
     return service
-
-
-def settings_of(options: Options) -> ServiceSettings:
-    """The settings of a service that are also options of a library call."""
-    return ServiceSettings(
-        precision=options.precision,
-        token_budget=options.token_budget,
-        max_pairs=options.batch_size,
-        max_length=options.max_length,
-        truncation=options.truncation,
-        max_query_tokens=options.max_query_tokens,
-        allow=options.allow,
-    )
 
 
 def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior | None:
@@ -200,20 +177,16 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
     fit = CostFit.from_dict(profile.cost)
     key, device = profile.key, profile.key.device
     alone = workers == 1 or device != "cpu"  # on a CPU several workers share the cores
-    same = alone and (options.precision, options.threads) == (
-        key.precision,
-        profile.settings.threads,
-    )
+    tuned = (key.precision, profile.settings.threads)
+    same = alone and (options.precision, options.threads) == tuned
     return Prior(fit.coefficients, fit.padding, device, same)
 
 
 def _make_worker(
     prepared: PreparedModel, workers: int, number: int, ended: Callable[[], None]
 ) -> ChildWorker:
-    options = prepared.options
-    opener = prepared.opener(
-        device_of(options.device, number, workers), threads_of(options.threads, workers)
-    )
+    device = device_of(prepared.options.device, number, workers)
+    opener = prepared.opener(device, threads_of(prepared.options.threads, workers))
     return ChildWorker(opener, f"worker {number}", on_end=ended)
 
 

@@ -18,9 +18,15 @@ import numpy as np
 
 from echelon.engine.admission_pipeline import AdmissionPipeline
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.events import Listener, ListenerGroup, RequestRefused
+from echelon.engine.events import (
+    Listener,
+    ListenerGroup,
+    Readiness,
+    RequestRefused,
+    ServiceSettings,
+    ServiceSnapshot,
+)
 from echelon.engine.inflight import EXPIRED, InflightRequest, resolve
-from echelon.engine.state import Readiness, ServiceSettings, ServiceSnapshot
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.options import check_fallback, check_max_length
@@ -116,10 +122,15 @@ class Service:
             EchelonError: why the model cannot be opened.
         """
         started = self.resize(self.settings.workers)
-        failures = [failure for failure in await asyncio.gather(*started) if failure is not None]
-        if failures:
+        for failure in await asyncio.gather(*started):
+            if failure is None:
+                continue
             await self.stop()
-            raise _not_started(failures[0])
+            if isinstance(failure, EchelonError):
+                raise failure
+            raise WorkerLost(
+                f"The scoring process could not start: {failure}. The log has its output."
+            )
         self._draining = False
         if self.settings.scaling is not None:
             self._autoscaling = asyncio.create_task(self._autoscale(self.settings.scaling))
@@ -127,8 +138,7 @@ class Service:
     def resize(self, workers: int) -> list[asyncio.Future[Exception | None]]:
         """Start or drain workers until there are ``workers``; drained ones finish their steps.
 
-        Returns:
-            For each new worker a future: None once it is up, or why it cannot be brought up.
+        Returns for each new worker a future: None once it is up, or why it cannot be brought up.
         """
         loop = asyncio.get_running_loop()
         alive = [supervisor for supervisor in self._supervisors if supervisor.is_alive()]
@@ -146,11 +156,7 @@ class Service:
         return [future for _, future in started]
 
     async def drain(self, timeout_s: float) -> bool:
-        """Admit no more requests, and wait for those that are admitted.
-
-        Returns:
-            Whether all of them were answered in time; :meth:`stop` fails the others.
-        """
+        """Admit no more requests; whether the admitted ones were answered in ``timeout_s``."""
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -197,7 +203,8 @@ class Service:
         if (error := self._dispatcher.unavailable) is not None:
             raise error
         if not request.pairs:
-            return _no_pairs()
+            empty = np.zeros(0, dtype=np.int32)
+            return Answer(empty.astype(np.float32), empty, 0, 0, Timings())
         max_length = self.longest(request.max_length)
         timeout_s = None if request.deadline is None else request.deadline - arrived
         self._requests += 1
@@ -214,21 +221,13 @@ class Service:
 
     @property
     def info(self) -> ModelInfo:
-        """What the scorer is.
-
-        Raises:
-            ShuttingDown: the service has not started.
-        """
+        """The scorer's model, device and limits; raises ShuttingDown before the start."""
         if self._info is None:
             raise ShuttingDown("The service has not started. Await start() first.")
         return self._info
 
     def longest(self, asked: int | None = None) -> int:
-        """Tokens a pair may have, special tokens included.
-
-        Raises:
-            InvalidInput: more than the model takes, or no room beside the special tokens.
-        """
+        """Tokens a pair may have, special tokens included; raises InvalidInput."""
         asked = self.settings.max_length if asked is None else asked
         return check_max_length(asked, self.info.max_tokens, self._encoder.template.specials)
 
@@ -282,21 +281,23 @@ class Service:
         started: asyncio.Future[Exception | None],
         loop: asyncio.AbstractEventLoop,
     ) -> WorkerSupervisor:
+        settings = self.settings
+        config = WorkerConfig(
+            precision=settings.precision,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            wedge_after_s=settings.wedge_after_s,
+        )
         return WorkerSupervisor(
             number,
             self._make_worker(number, self._dispatcher.wake),
             self._dispatcher,
-            WorkerConfig(
-                precision=self.settings.precision,
-                memory_limit_bytes=self.settings.memory_limit_bytes,
-                wedge_after_s=self.settings.wedge_after_s,
-            ),
+            config,
             opened=self._opened,
             started=partial(resolve, loop, started),
         )
 
     def _opened(self, info: ModelInfo) -> list[TokenBatch]:
-        """Note what the scorer is; return warm-up steps. Called from supervisors' threads."""
+        """Keep the scorer's info; return warm-up steps. Called from supervisors' threads."""
         budget = step_budget(self.settings.token_budget, self.settings.max_pairs, info.device)
         if self._info is None:
             self._dispatcher.set_up(info, budget, self._prior, self.settings.goal_s)
@@ -351,14 +352,3 @@ class Service:
         if isinstance(answer, EchelonError):
             raise answer
         return answer
-
-
-def _no_pairs() -> Answer:
-    empty = np.zeros(0, dtype=np.int32)
-    return Answer(empty.astype(np.float32), empty, 0, 0, Timings())
-
-
-def _not_started(failure: Exception) -> EchelonError:
-    if isinstance(failure, EchelonError):
-        return failure
-    return WorkerLost(f"The scoring process could not start: {failure}. The log has its output.")

@@ -13,8 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from echelon.engine.events import LadderTaken, WorkerChanged
-from echelon.engine.state import WEDGE_AFTER_S
+from echelon.engine.events import WEDGE_AFTER_S, LadderTaken, WorkerChanged
 from echelon.engine.worker import RESTART_DELAYS_S
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
@@ -48,7 +47,7 @@ class WorkerConfig:
     Attributes:
         precision: precision of its scorer.
         memory_limit_bytes: a worker that holds more is replaced between steps; None means never.
-        wedge_after_s: see :data:`echelon.engine.state.WEDGE_AFTER_S`.
+        wedge_after_s: see :data:`echelon.engine.events.WEDGE_AFTER_S`.
         delays_s: see :data:`echelon.engine.worker.RESTART_DELAYS_S`.
     """
 

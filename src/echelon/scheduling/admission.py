@@ -1,8 +1,8 @@
-"""Admission: a request is admitted whole or refused at once. Pure.
+"""Admission: a request is admitted whole or refused at once; load shedding. Pure.
 
-The rules are the table :data:`RULES`; the first that applies gives the reason. A request is judged
-twice by the same table: with estimated tokens, so that an overloaded server tokenises nothing in
-vain, and with its true tokens before it is queued.
+The first rule of :data:`RULES` that applies gives the reason. A request is judged twice: with
+estimated tokens, so that an overloaded server tokenises nothing in vain, and with its true tokens
+before it is queued. Load shedding reads pairs of low priority shorter while the queue is long.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from echelon.errors import DeadlinePassed, InvalidInput, Overloaded, TooLarge
+from echelon.errors import DeadlinePassed, InvalidInput, Overloaded, TooLarge, check_positive
 from echelon.scheduling.cost_model import Work
-from echelon.scheduling.fair_queue import WEIGHTS
+from echelon.scheduling.queue import WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,13 +45,9 @@ class AdmissionLimits:
     max_request_tokens: int = 4 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "max_tokens", "max_documents", "max_request_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(
-                    name, f"{getattr(self, name)} is not positive", "Give 1 or more."
-                )
-        if not self.max_wait_s > 0:
-            raise InvalidInput("max_wait_s", f"{self.max_wait_s} is not positive", "Give seconds.")
+        check_positive("Give seconds.", max_wait_s=self.max_wait_s)
+        counts = ("max_requests", "max_tokens", "max_documents", "max_request_tokens")
+        check_positive(**{name: getattr(self, name) for name in counts})
         if self.max_request_tokens > self.max_tokens:
             raise InvalidInput(
                 "max_request_tokens",
@@ -66,11 +62,8 @@ class RequestCost:
     """The size of a request, and how urgent it is.
 
     Attributes:
-        documents: number of its pairs.
-        tokens: sum of their tokens.
-        squares: sum of their squared tokens.
+        squares: sum of its pairs' squared tokens.
         deadline: when the answer is due; None means never.
-        priority: its share of the device.
     """
 
     documents: int
@@ -85,8 +78,6 @@ class SystemLoad:
     """The requests that are admitted already.
 
     Attributes:
-        queue: queued and running pairs.
-        cost: predicts step times.
         workers: workers that are up.
         tokenising: requests that are being tokenised.
         tokenising_tokens: their estimated tokens.
@@ -170,12 +161,7 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a request is refused.
-
-    Attributes:
-        reason: the rule's name.
-        error: the error for the caller.
-    """
+    """The name of the rule that refuses a request, and the error for its caller."""
 
     reason: Reason
     error: EchelonError
@@ -198,32 +184,24 @@ def _too_many_documents(case: _Case) -> EchelonError | None:
     documents, limit = case.cost.documents, case.limits.max_documents
     if documents <= limit:
         return None
-    return TooLarge(
-        "documents",
-        f"{documents} are more than the {limit} of one request",
-        "Send them in several requests.",
-    )
+    problem = f"{documents} are more than the {limit} of one request"
+    return TooLarge("documents", problem, "Send them in several requests.")
 
 
 def _too_many_tokens(case: _Case) -> EchelonError | None:
     tokens, limit = case.cost.tokens, case.limits.max_request_tokens
     if tokens <= limit:
         return None
-    return TooLarge(
-        "documents",
-        f"their {tokens} tokens are more than the {limit} of one request",
-        "Send fewer or shorter documents.",
-    )
+    problem = f"their {tokens} tokens are more than the {limit} of one request"
+    return TooLarge("documents", problem, "Send fewer or shorter documents.")
 
 
 def _requests_full(case: _Case) -> EchelonError | None:
     excess = case.load.requests - case.limits.max_requests + 1
     if excess <= 0:
         return None
-    return Overloaded(
-        f"the limit of {case.limits.max_requests} requests at once is reached",
-        case.load.free_s(excess),
-    )
+    problem = f"the limit of {case.limits.max_requests} requests at once is reached"
+    return Overloaded(problem, case.load.free_s(excess))
 
 
 def _tokens_full(case: _Case) -> EchelonError | None:
@@ -231,10 +209,8 @@ def _tokens_full(case: _Case) -> EchelonError | None:
     excess = queued + tokens - limit
     if excess <= 0:
         return None
-    return Overloaded(
-        f"{queued} tokens are queued, and {tokens} more would exceed the limit of {limit}",
-        case.load.backlog_s * excess / max(1, queued),
-    )
+    problem = f"{queued} tokens are queued, and {tokens} more would exceed the limit of {limit}"
+    return Overloaded(problem, case.load.backlog_s * excess / max(1, queued))
 
 
 def _deadline_impossible(case: _Case) -> EchelonError | None:
@@ -265,10 +241,8 @@ def _wait_too_long(case: _Case) -> EchelonError | None:
     wait_s, limit_s = case.load.wait_s(case.cost), case.limits.max_wait_s
     if wait_s <= limit_s:
         return None
-    return Overloaded(
-        f"The request would wait {wait_s:.1f} s, longer than the limit of {limit_s:g} s",
-        wait_s - limit_s,
-    )
+    problem = f"The request would wait {wait_s:.1f} s, longer than the limit of {limit_s:g} s"
+    return Overloaded(problem, wait_s - limit_s)
 
 
 RULES: dict[Reason, Callable[[_Case], EchelonError | None]] = {
@@ -291,8 +265,7 @@ def refuse(
     """The first reason to refuse a request; None admits it."""
     case = _Case(cost, load, limits, now)
     for reason, rule in RULES.items():
-        error = rule(case)
-        if error is not None:
+        if (error := rule(case)) is not None:
             return Refusal(reason, error)
     return None
 
@@ -314,3 +287,49 @@ class TokenEstimate:
         """Learn from one request: a tenth of the difference, so that an odd text counts little."""
         if characters > 0:
             self.ratio += 0.1 * (min(tokens / characters, 1.0) - self.ratio)
+
+
+ON_SHARE, OFF_SHARE = 0.5, 0.25
+"""Shares of the goal: above the first it begins, below the second it may end. It has to begin by
+half of the goal, since requests that are already queued stay as they are."""
+
+QUIET_S = 10.0
+"""Seconds below the lower threshold before it ends: bursts come again, and two callers within a
+second should not be read differently."""
+
+
+class LoadShedding:
+    """Decides whether pairs of low priority are read shorter.
+
+    Two thresholds and a quiet time keep it from going on and off with each burst.
+
+    Args:
+        max_length: tokens that such a pair may then have; None never sheds load.
+        goal_s: seconds that the queue should not exceed.
+    """
+
+    def __init__(self, max_length: int | None, goal_s: float) -> None:
+        self.max_length = max_length
+        self.goal_s = goal_s
+        self.on = False
+        self._last_busy = 0.0
+
+    def update(self, backlog_s: float, now: float) -> Literal["on", "off"] | None:
+        """Decide anew, and return what changed, if anything did; ``now`` never goes back."""
+        if self.max_length is None:
+            return None
+        if backlog_s >= OFF_SHARE * self.goal_s:
+            self._last_busy = now
+        if not self.on and backlog_s > ON_SHARE * self.goal_s:
+            self.on = True
+            return "on"
+        if self.on and now - self._last_busy >= QUIET_S:
+            self.on = False
+            return "off"
+        return None
+
+    def fallback(self, priority: Priority, max_length: int) -> int | None:
+        """Tokens to which pairs of at most ``max_length`` are cut; None leaves them as they are."""
+        if not self.on or priority != "low" or self.max_length is None:
+            return None
+        return self.max_length if self.max_length < max_length else None

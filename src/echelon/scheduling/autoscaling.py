@@ -12,11 +12,10 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 
 MAX_UTILIZATION = 0.7
-"""Utilization of the remaining workers after scaling down by one, at most: above it, waiting grows
-quickly."""
+"""Maximum utilization of the workers left after scaling down: above it, waiting grows quickly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,6 @@ class AutoscalingLimits:
     """How many workers there may be, and when their number changes.
 
     Attributes:
-        min_workers: workers at least.
-        max_workers: workers at most.
         delay_s: predicted seconds of waiting above which workers are added.
         up_s: seconds that the delay must have been too long: a new worker has to load the model, so
             a burst that is worked off sooner needs none.
@@ -39,17 +36,11 @@ class AutoscalingLimits:
     down_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.min_workers < 1:
-            raise InvalidInput("workers", f"{self.min_workers} is not positive", "Give 1 or more.")
+        check_positive(workers=self.min_workers)
         if self.max_workers < self.min_workers:
-            raise InvalidInput(
-                "max_workers",
-                f"{self.max_workers} is less than workers={self.min_workers}",
-                "Give as many or more.",
-            )
-        for name in ("delay_s", "up_s", "down_s"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput(name, f"{getattr(self, name)} is not positive", "Give seconds.")
+            problem = f"{self.max_workers} is less than workers={self.min_workers}"
+            raise InvalidInput("max_workers", problem, "Give as many or more.")
+        check_positive("Give seconds.", delay_s=self.delay_s, up_s=self.up_s, down_s=self.down_s)
 
 
 class Autoscaler:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
         LadderTaken,
         RequestEnded,
         RequestRefused,
+        ServiceSnapshot,
         StepFinished,
         WorkerChanged,
     )
-    from echelon.engine.state import ServiceSnapshot
     from echelon.types import Clock, IntArray, ModelInfo
 
     Row = dict[str, float | None]

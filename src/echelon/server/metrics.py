@@ -21,11 +21,11 @@ if TYPE_CHECKING:
         LadderTaken,
         RequestEnded,
         RequestRefused,
+        ServiceSnapshot,
         StepFinished,
         WorkerChanged,
     )
     from echelon.engine.service import Service
-    from echelon.engine.state import ServiceSnapshot
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 """From the overhead of a request to the longest wait of a request."""
