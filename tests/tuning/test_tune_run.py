@@ -14,7 +14,7 @@ from echelon import profile as profiles
 from echelon.engine import precision_check
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.messages import stored
-from echelon.models.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory, FakeScorer
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile
 from echelon.tuning import tuner
@@ -33,8 +33,15 @@ def tune(model, options, plan):
 
 @pytest.fixture(scope="module")
 def tuned(bert):
-    """One quick tuning run."""
+    """One quick tuning run of a real model."""
     return tune(bert, SHORT, QUICK)
+
+
+@pytest.fixture
+def offered(bert, monkeypatch):
+    """The toy BERT's folder; its model is a fake one in fp32 and bf16."""
+    offer(monkeypatch, "fp32", "bf16")
+    return bert
 
 
 def test_a_run_measures_every_point_and_chooses_among_them(tuned, bert):
@@ -75,8 +82,7 @@ def test_auto_precision_is_compared_with_fp32_and_the_fastest_that_passes_is_tak
     assert found.settings.precision == max(passed, key=passed.get)
 
 
-def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
-    offer(monkeypatch, "fp32", "bf16")
+def test_a_precision_that_ranks_differently_is_not_chosen(offered, monkeypatch):
     real = precision_check.agreement
 
     def spoiled(reference, candidate, grades):
@@ -84,30 +90,28 @@ def test_a_precision_that_ranks_differently_is_not_chosen(bert, monkeypatch):
         return verdict if candidate is reference else replace(verdict, tau=0.5)
 
     monkeypatch.setattr(precision_check, "agreement", spoiled)
-    found = tune(bert, SHORT, QUICK)
+    found = tune(offered, SHORT, QUICK)
     assert [row["passed"] for row in found.precisions] == [True, False]
     assert found.settings.precision == found.key.precision == "fp32"
 
 
-def test_an_asked_precision_is_taken_without_comparison(bert):
-    found = tune(bert, replace(SHORT, precision="fp32"), QUICK)
+def test_an_asked_precision_is_taken_without_comparison(offered):
+    found = tune(offered, replace(SHORT, precision="fp32"), QUICK)
     assert found.precisions == []
     assert found.settings.precision == "fp32"
 
 
-def test_out_of_memory_is_recorded_and_larger_steps_are_skipped(bert, monkeypatch):
-    from echelon.models.encoder import PackedScorer
-
-    real = PackedScorer.score
+def test_out_of_memory_is_recorded_and_larger_steps_are_skipped(offered, monkeypatch):
+    real = FakeScorer.score
 
     def small(self, batch):
         if len(batch) >= 2:
             raise DeviceOutOfMemory("pretend memory is full")
         return real(self, batch)
 
-    monkeypatch.setattr(PackedScorer, "score", small)
+    monkeypatch.setattr(FakeScorer, "score", small)
     plan = replace(QUICK, batch_sizes=(1, 2, 4), token_budgets=())
-    found = tune(bert, replace(SHORT, precision="fp32"), plan)
+    found = tune(offered, replace(SHORT, precision="fp32"), plan)
     status = {(p["pairs"], p["batch_size"]): p["status"] for p in found.points}
     assert status == {
         (4, 1): "ok",
@@ -121,8 +125,7 @@ def test_out_of_memory_is_recorded_and_larger_steps_are_skipped(bert, monkeypatc
     assert any("out of memory" in warning for warning in found.warnings)
 
 
-def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
-    offer(monkeypatch, "fp32", "bf16")
+def test_an_interrupted_run_is_kept_and_resumed(offered, tmp_path, monkeypatch):
     partial = tmp_path / "p.partial.json"
     plan = replace(QUICK, partial=partial)
     trials = []
@@ -136,42 +139,42 @@ def test_an_interrupted_run_is_kept_and_resumed(bert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tuner._TimedRun, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
-        tune(bert, SHORT, plan)
+        tune(offered, SHORT, plan)
     kept = json.loads(partial.read_text())
     assert sum(len(p.get("seconds", [])) for p in kept["points"]) == 14
     monkeypatch.setattr(tuner, "_compare_precisions", lambda *_: pytest.fail("measured again"))
-    found = tune(bert, SHORT, plan)
+    found = tune(offered, SHORT, plan)
     for before, after in zip(kept["points"], found.points, strict=True):
         seconds = before.get("seconds", [])
         assert after["seconds"][: len(seconds)] == seconds
 
 
 @pytest.mark.parametrize("damage", ["{", '{"question": 1}', "[]", ""])
-def test_a_damaged_or_foreign_partial_file_is_measured_over(bert, tmp_path, damage):
+def test_a_damaged_or_foreign_partial_file_is_measured_over(offered, tmp_path, damage):
     partial = tmp_path / "p.partial.json"
     partial.write_text(damage)
-    found = tune(bert, replace(SHORT, precision="fp32"), replace(QUICK, partial=partial))
+    found = tune(offered, replace(SHORT, precision="fp32"), replace(QUICK, partial=partial))
     assert all(p["status"] == "ok" for p in found.points)
 
 
-def test_other_options_do_not_resume_a_run(bert, tmp_path):
+def test_other_options_do_not_resume_a_run(offered, tmp_path):
     partial = tmp_path / "p.partial.json"
     options = replace(SHORT, precision="fp32")
-    tune(bert, options, replace(QUICK, partial=partial))
+    tune(offered, options, replace(QUICK, partial=partial))
     before = json.loads(partial.read_text())
-    tune(bert, replace(options, max_length=50), replace(QUICK, partial=partial))
+    tune(offered, replace(options, max_length=50), replace(QUICK, partial=partial))
     after = json.loads(partial.read_text())
     assert before["points"][0]["tokens"] != after["points"][0]["tokens"]
 
 
-def test_a_full_disk_costs_the_safety_net_and_not_the_run(bert, tmp_path, monkeypatch):
+def test_a_full_disk_costs_the_safety_net_and_not_the_run(offered, tmp_path, monkeypatch):
     def full(path, content):
         raise StorageError(f"{path}: cannot be written (No space left on device).")
 
     monkeypatch.setattr(tuner, "write_json", full)
     plan = replace(QUICK, partial=tmp_path / "p.json")
     with pytest.warns(EchelonWarning, match="No space left") as warned:
-        found = tune(bert, replace(SHORT, precision="fp32"), plan)
+        found = tune(offered, replace(SHORT, precision="fp32"), plan)
     assert len(warned) == 1
     assert found.points
 
