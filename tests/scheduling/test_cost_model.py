@@ -1,4 +1,4 @@
-"""Step times predicted, and learned from steps."""
+"""Step times are predicted and learned; a lasting change of speed is reported once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.scheduling.cost_model import REMEMBERED_STEPS, Coefficients, CostModel, Work
+from echelon.scheduling.cost_model import (
+    FAR,
+    HOLD,
+    NEAR,
+    REMEMBERED_STEPS,
+    Coefficients,
+    CostModel,
+    Drift,
+    Work,
+)
 from echelon.scheduling.packing import MAX_FILL, choose, step_cost
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=30)
-PRICES = Coefficients(2.0, 0.1, 0.01)
+levels = st.floats(0.01, 100)
+COEFFICIENTS = Coefficients(2.0, 0.1, 0.01)
 
 
 def test_ragged_steps_pay_for_tokens_and_padded_ones_for_the_longest():
-    assert CostModel(PRICES).predict([10, 20]) == pytest.approx(2 + 0.1 * 30 + 0.01 * 500)
-    padded = CostModel(PRICES, "rectangular").predict([10, 20])
+    assert CostModel(COEFFICIENTS).predict([10, 20]) == pytest.approx(2 + 0.1 * 30 + 0.01 * 500)
+    padded = CostModel(COEFFICIENTS, "rectangular").predict([10, 20])
     assert padded == pytest.approx(2 + 0.1 * 40 + 0.01 * 800)
-    assert CostModel(PRICES).predict([]) == 2
-    assert CostModel(PRICES).seconds(Work(3, 100, 0)) == pytest.approx(16)
+    assert CostModel(COEFFICIENTS).predict([]) == 2
+    assert CostModel(COEFFICIENTS).seconds(Work(3, 100, 0)) == pytest.approx(16)
 
 
 def test_tokens_beyond_the_knee_cost_more_in_one_step_and_in_many():
@@ -39,8 +49,8 @@ def test_after_one_step_the_level_is_right(sizes, factor):
 
 
 def test_a_machine_that_changes_its_speed_is_followed_and_outliers_are_not():
-    model = CostModel(PRICES)
-    plain = CostModel(PRICES).predict([20] * 10)
+    model = CostModel(COEFFICIENTS)
+    plain = CostModel(COEFFICIENTS).predict([20] * 10)
     for _ in range(50):
         model.observe([20] * 10, plain)
     for _ in range(REMEMBERED_STEPS // 2):
@@ -99,3 +109,46 @@ def test_a_padded_choice_fills_the_step_with_the_firsts_kind():
     assert choose([10, 500], 2048, None, "rectangular") == [0]
     assert choose([100] * 9, 400, None, "rectangular") == [0, 1, 2, 3]
     assert choose([90, 100, 100, 100], 400, None, "rectangular") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("factor", [FAR * 1.01, 1 / FAR / 1.01, 2.0, 0.1])
+def test_a_lasting_change_is_reported_once_and_its_end_once(factor):
+    drift = Drift(1.0)
+    changes = [drift.see(factor) for _ in range(5 * HOLD)]
+    assert changes.index("drifted") == HOLD - 1
+    assert changes.count(None) == len(changes) - 1
+    assert drift.drifted
+    assert drift.ratio == pytest.approx(factor, rel=1e-3)
+    changes = [drift.see(1.0) for _ in range(5 * HOLD)]
+    assert changes.index("recovered") == HOLD - 1
+    assert changes.count(None) == len(changes) - 1
+    assert drift.ratio == pytest.approx(1, rel=1e-3)
+
+
+def test_a_busy_minute_is_no_drift_and_between_the_limits_nothing_changes():
+    drift = Drift(1.0)
+    assert all(drift.see(3.0 if i % HOLD else 1.0) is None for i in range(1, 10 * HOLD))
+    for _ in range(HOLD):
+        drift.see(2.0)
+    assert drift.drifted
+    assert all(drift.see((FAR + NEAR) / 2) is None for _ in range(3 * HOLD))
+    assert drift.drifted
+
+
+@given(levels)
+def test_without_a_profile_the_first_steps_are_what_is_normal(level):
+    drift = Drift()
+    assert all(drift.see(level) is None for _ in range(3 * HOLD))
+    assert drift.ratio == pytest.approx(1)
+    assert [drift.see(2 * level) for _ in range(HOLD)][-1] == "drifted"
+
+
+@given(st.lists(levels, max_size=400))
+def test_changes_alternate_and_are_rare(seen):
+    drift = Drift(1.0)
+    changes = [found for level in seen if (found := drift.see(level))]
+    assert changes == ["drifted", "recovered"] * (len(changes) // 2) + ["drifted"] * (
+        len(changes) % 2
+    )
+    assert len(changes) <= len(seen) / HOLD
+    assert drift.ratio > 0

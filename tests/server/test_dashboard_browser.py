@@ -10,7 +10,7 @@ import pytest
 from services import GUARD_S
 from website import Site, chromium, fits, visit
 
-from echelon.scheduling.drift import Drift
+from echelon.scheduling.cost_model import Drift
 from echelon.server.auth import ApiKey, Keys
 from echelon.server.context import ServerLimits
 

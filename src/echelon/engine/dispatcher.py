@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from echelon.engine.events import BudgetMoved, StepFinished
 from echelon.engine.inflight import EXPIRED, does_not_fit, error_of, lost, query_too_long
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
-from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS
-from echelon.scheduling.drift import Drift
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Drift
 from echelon.scheduling.oom_policy import OomPolicy, StepFailure
 from echelon.scheduling.queue import Completed, PairRequest
 from echelon.scheduling.token_budget import TokenBudget
@@ -54,7 +53,7 @@ DRIFT_MESSAGES = {
         "Steps take %.2f times as long as when the machine was measured: as before.",
     ),
 }
-"""Log messages for :mod:`echelon.scheduling.drift`."""
+"""Log messages for :class:`echelon.scheduling.cost_model.Drift`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Pure and deterministic: time is an argument, and the same calls give the same st
 their reasons in docs/decisions/0007-batcher.md:
 
 1. Work-conserving: while pairs wait, :meth:`Batcher.next_step` gives a step; there is no timer.
-2. Requests take turns in the fair order of :mod:`echelon.scheduling.fair_queue`. The first one is
+2. Requests take turns in the fair order of :mod:`echelon.scheduling.queue`. The first one is
    in every step, so a short request behind a long one is in the very next step.
 3. Requests whose deadline is in danger may have half of a step, earliest deadline first.
 4. A pair that several requests want is scored once.
@@ -23,11 +23,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from echelon.scheduling.cost_model import Work
-from echelon.scheduling.fair_queue import WEIGHTS, FairOrder
 from echelon.scheduling.packing import REACH, choose, share, step_cost
 from echelon.scheduling.queue import (
+    QUEUED,
+    WEIGHTS,
     Completed,
     FailedRequest,
+    FairOrder,
     PairState,
     PlannedStep,
     QueuedRequest,
@@ -87,8 +89,8 @@ class Batcher:
     def submit(self, request: PairRequest, now: float) -> None:
         """Queue a request; it ends exactly once.
 
-        It ends as a value of :meth:`finish`, :meth:`retry`, :meth:`fail` or :meth:`expire`, or by
-        :meth:`cancel`.
+        :meth:`finish`, :meth:`retry`, :meth:`fail` or :meth:`expire` return it, or
+        :meth:`cancel` ends it.
         """
         if not request.lengths or request.number in self._queued:
             raise ValueError(f"request {request.number} is empty or twice here. This is a bug.")
@@ -113,11 +115,7 @@ class Batcher:
         return self._start(pairs) if pairs else None
 
     def finish(self, number: int, logits: FloatArray | Sequence[float]) -> list[Ended]:
-        """Take the scores of a step.
-
-        Returns:
-            The requests that have all their scores now, and those with a pair without a score.
-        """
+        """Take the scores of a step; returns the requests that end: completed or failed."""
         _, pairs = self._running.pop(number)
         ended: list[Ended] = []
         for pair, logit in zip(pairs, map(float, logits), strict=True):
@@ -130,8 +128,7 @@ class Batcher:
     def retry(self, number: int, fault: Fault = "worker_lost") -> list[Ended]:
         """Queue the pairs of a failed step again, the pairs of each request in a step of their own.
 
-        Returns:
-            The requests whose pairs had their last attempt.
+        Returns the requests whose pairs had their last attempt.
         """
         _, pairs = self._running.pop(number)
         ended: list[Ended] = []
@@ -157,8 +154,7 @@ class Batcher:
     def shorten(self, number: int, length: int) -> tuple[Place, ...]:
         """Queue the only pair of a step again, cut to ``length`` tokens.
 
-        Returns:
-            The places that wait for it. Later requests get a pair of their own: theirs is not cut.
+        Returns the places that wait for it. Later requests get a pair of their own, not cut.
         """
         _, (pair,) = self._running.pop(number)
         self._forget(pair)
@@ -366,18 +362,14 @@ class Batcher:
         self._order.leave(queued.request.number)
         for pair in queued.pairs:
             pair.owners = [owner for owner in pair.owners if owner[0] is not queued]
-            if not pair.owners and pair.state in {PairState.WAITING, PairState.AGAIN}:
+            if not pair.owners and pair.state in QUEUED:
                 pair.state = PairState.GONE
                 self._count(pair, -1)
                 self._forget(pair)
         if not self._queued:
-            self._rest()
-
-    def _rest(self) -> None:
-        """Reset the queues when no request is left."""
-        self._order = FairOrder()  # virtual time from zero stays exact
-        for queue in (self._fair, self._urgent, self._again, self._start_by, self._deadlines):
-            queue.clear()
+            self._order = FairOrder()  # virtual time from zero stays exact
+            for queue in (self._fair, self._urgent, self._again, self._start_by, self._deadlines):
+                queue.clear()
 
     def _drop_expired(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

@@ -16,7 +16,8 @@ While steps run, the coefficients are fitted anew to a window of the last steps,
    coefficient of long texts does not drift while only short ones come.
 3. The *level*, the median once more, of what those coefficients leave over.
 
-Nothing but the window is remembered, so any error is forgotten with it.
+Nothing but the window is remembered, so any error is forgotten with it. :class:`Drift` watches
+whether the scale stays where it was when the machine was measured.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -51,17 +52,10 @@ CONDITION = 1e-12
 
 
 def solve(matrix: Array, target: Array) -> Array:
-    """Solve least squares for x ≥ 0, the smallest ``‖matrix · x − target‖²``.
+    """Solve least squares for x ≥ 0, the smallest ``‖matrix · x − target‖²``: float64 [columns].
 
     It is plain least squares on the columns that stay above zero. With few columns all sets can be
     tried: exact, without iteration, and done after the full set if nothing is negative.
-
-    Args:
-        matrix: float64 [rows, columns], at most :data:`MAX_COLUMNS` columns.
-        target: float64 [rows].
-
-    Returns:
-        float64 [columns].
     """
     columns = matrix.shape[1]
     if columns > MAX_COLUMNS:
@@ -141,14 +135,9 @@ class StepWindow:
         self._seconds = np.zeros(0)
 
     def learn(self, amounts: Sequence[float], seconds: float) -> Array:
-        """Add a step with a predicted and a measured time above zero.
+        """Add a step, with its amount for each coefficient; returns the new coefficients.
 
-        Args:
-            amounts: the step's amount for each coefficient.
-            seconds: measured time.
-
-        Returns:
-            float64, the new coefficients.
+        Its predicted and its measured time are above zero.
         """
         self._amounts = matrix = np.vstack([self._amounts[1 - WINDOW :], amounts])
         self._seconds = took = np.append(self._seconds[1 - WINDOW :], seconds)
@@ -210,21 +199,13 @@ def _level(predicted: Array, took: Array) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Cost coefficients of a step; none is negative.
+    """Cost coefficients of a step; none is negative."""
 
-    Attributes:
-        base_s: seconds of an empty step.
-        token_s: seconds for a token.
-        square_s: seconds for a squared token of one pair.
-        knee_tokens: tokens of a step beyond which each token costs ``beyond_s`` more.
-        beyond_s: see ``knee_tokens``; 0 if the device has no knee.
-    """
-
-    base_s: float
+    base_s: float  # seconds of an empty step
     token_s: float
-    square_s: float
-    knee_tokens: int = 0
-    beyond_s: float = 0.0
+    square_s: float  # seconds for a squared token of one pair
+    knee_tokens: int = 0  # tokens of a step beyond which each token costs ``beyond_s`` more
+    beyond_s: float = 0.0  # 0 if the device has no knee
 
     @property
     def values(self) -> tuple[float, float, float, float]:
@@ -259,17 +240,11 @@ first steps correct the level; only the proportions matter for long."""
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An amount of work.
-
-    Attributes:
-        steps: forward passes.
-        tokens: tokens, padding included.
-        squares: sum of the squared tokens of the pairs.
-    """
+    """An amount of work."""
 
     steps: int
-    tokens: int
-    squares: int
+    tokens: int  # padding included
+    squares: int  # sum of the squared tokens of the pairs
 
 
 def work_of(lengths: Sequence[int] | IntArray, padding: Padding) -> Work:
@@ -281,12 +256,7 @@ def work_of(lengths: Sequence[int] | IntArray, padding: Padding) -> Work:
 
 
 class CostModel:
-    """Predicts step times, and corrects itself by measured ones.
-
-    Args:
-        prior: coefficients to begin with.
-        padding: how the scorer pads.
-    """
+    """Predicts step times, beginning with ``prior``, and corrects itself by measured ones."""
 
     def __init__(
         self, prior: Coefficients = DEFAULT_COEFFICIENTS["cpu"], padding: Padding = "none"
@@ -321,19 +291,59 @@ class CostModel:
         self.coefficients = self.prior.with_values(values)
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryModel:
-    """Memory that a step needs; nothing is negative.
+FAR, NEAR = 1.25, 1.10
+"""Factors, faster or slower, beyond which a machine has drifted and within which it has recovered.
+Below the first, predictions of a fit are as wrong without drift; two limits prevent flapping."""
+
+HOLD = 100
+"""Steps in a row that change the state: seconds to a minute of work. Single slow steps or a busy
+minute are no drift."""
+
+SMOOTHING = 0.05
+"""Weight of the newest step in the shown ratio, which follows the last twenty steps."""
+
+
+class Drift:
+    """Watches whether a machine is still as fast as when it was measured.
+
+    Args:
+        level: the normal level of step times; None takes the level after the first HOLD steps.
 
     Attributes:
-        fixed_bytes: bytes without a step: weights, libraries.
-        token_bytes: bytes for a token.
-        square_bytes: bytes for a squared token of one pair; 0 if included in ``token_bytes``.
+        ratio: smoothed step times over normal ones; 1 until the normal level is known.
+        drifted: whether the machine has drifted.
     """
 
-    fixed_bytes: float
+    def __init__(self, level: float | None = None) -> None:
+        self.ratio = 1.0
+        self.drifted = False
+        self._normal = level
+        self._seen = self._streak = 0
+
+    def see(self, level: float) -> Literal["drifted", "recovered"] | None:
+        """Take the cost model's level after a step; returns the change of state, if any."""
+        self._seen += 1
+        if self._normal is None:
+            if self._seen >= HOLD:
+                self._normal = level
+            return None
+        off = math.log(level / self._normal)
+        self.ratio = math.exp((1 - SMOOTHING) * math.log(self.ratio) + SMOOTHING * off)
+        turned = abs(off) <= math.log(NEAR) if self.drifted else abs(off) > math.log(FAR)
+        self._streak = self._streak + 1 if turned else 0
+        if self._streak < HOLD:
+            return None
+        self._streak, self.drifted = 0, not self.drifted
+        return "drifted" if self.drifted else "recovered"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Memory that a step needs; nothing is negative."""
+
+    fixed_bytes: float  # without a step: weights, libraries
     token_bytes: float
-    square_bytes: float = 0.0
+    square_bytes: float = 0.0  # for a squared token of one pair; 0 if included in ``token_bytes``
 
     def peak_bytes(self, work: Work) -> float:
         """Bytes at the peak of one step."""

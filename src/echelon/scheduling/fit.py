@@ -1,8 +1,8 @@
 """Fits the cost model and the memory model to measured steps, and judges them. Pure.
 
-Non-negative least squares on the relative error of the medians, so that a step of 1 ms counts as
-much as one of 1 s. A model is judged on shapes that the fit has not seen. It is refused, with the
-remedy, if no unseen shape confirms it or if repeats differ too much.
+The fit minimizes the relative error of the medians, so that a step of 1 ms counts as much as one of
+1 s. A model is refused, with the remedy, if shapes that the fit has not seen do not confirm it, or
+if repeats differ too much.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from echelon.messages import Message
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from echelon.scheduling.cost_model import Array
     from echelon.types import ModelInfo, Padding
@@ -50,17 +50,11 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A measured step.
+    """A measured step."""
 
-    Attributes:
-        lengths: tokens of each pair.
-        seconds: time of each repeat.
-        peak_bytes: peak memory; None if it could not be read.
-    """
-
-    lengths: tuple[int, ...]
-    seconds: tuple[float, ...]
-    peak_bytes: int | None = None
+    lengths: tuple[int, ...]  # tokens of each pair
+    seconds: tuple[float, ...]  # time of each repeat
+    peak_bytes: int | None = None  # None if it could not be read
 
     @property
     def median_s(self) -> float:
@@ -75,13 +69,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class FitError:
-    """Absolute relative error on unseen shapes.
-
-    Attributes:
-        median: median over the shapes.
-        p90: 90th percentile over the shapes.
-        shapes: number of shapes.
-    """
+    """Absolute relative error over a number of unseen shapes."""
 
     median: float
     p90: float
@@ -110,24 +98,14 @@ class FitError:
 
 @dataclass(frozen=True, slots=True)
 class CostFit:
-    """A cost model and its errors.
-
-    Attributes:
-        coefficients: cost coefficients.
-        padding: how the scorer pads.
-        error: error on unseen shapes.
-        spread: see :data:`MAX_SPREAD`.
-        shapes: each probe, for reports: ``pairs``, ``tokens``, ``squares``, ``seconds``,
-            ``samples``, ``predicted_s``, ``peak_bytes``, ``unseen``.
-        measured: UTC time, ISO 8601; empty if unknown.
-    """
+    """A cost model and its errors; ``shapes`` are the rows of :func:`_shape` for reports."""
 
     coefficients: Coefficients
     padding: Padding
     error: FitError
-    spread: float
+    spread: float  # see :data:`MAX_SPREAD`
     shapes: list[dict[str, Any]] = field(default_factory=list)
-    measured: str = ""
+    measured: str = ""  # UTC time, ISO 8601; empty if unknown
 
     def as_dict(self) -> dict[str, Any]:
         """The profile's entry."""
@@ -136,11 +114,7 @@ class CostFit:
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> CostFit:
-        """Restore it from the profile's entry.
-
-        Raises:
-            ProfileError: the entry is damaged.
-        """
+        """Restore it from the profile's entry; a damaged one raises ProfileError."""
         try:
             values = dict(known)
             values["coefficients"] = Coefficients(**values["coefficients"])
@@ -169,11 +143,7 @@ class MemoryFit:
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> MemoryFit:
-        """Restore it from the profile's entry.
-
-        Raises:
-            ProfileError: the entry is damaged.
-        """
+        """Restore it from the profile's entry; a damaged one raises ProfileError."""
         try:
             return cls(MemoryModel(**known["model"]), FitError(**known["error"]))
         except (KeyError, TypeError) as error:
@@ -182,19 +152,15 @@ class MemoryFit:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """Cost coefficients to start a service with.
+    """Cost coefficients to start a service with, from a scorer of a padding and a device.
 
-    Attributes:
-        coefficients: cost coefficients.
-        padding: padding of the scorer that was measured.
-        device: its device, ``cpu`` or ``cuda:N``.
-        same: measured with the precision, threads and workers of the service. Only then does a
-            difference mean that the machine has changed.
+    ``same``: measured with the precision, threads and workers of the service. Only then does a
+    difference mean that the machine has changed.
     """
 
     coefficients: Coefficients
     padding: Padding
-    device: str
+    device: str  # ``cpu`` or ``cuda:N``
     same: bool
 
     def serves(self, info: ModelInfo) -> bool:
@@ -239,18 +205,14 @@ def fit_memory(probes: Sequence[Probe], unseen: Sequence[Probe], padding: Paddin
     unseen = [probe for probe in unseen if probe.peak_bytes]
     _require(probes, unseen)
     peaks = np.array([probe.peak_bytes for probe in probes], dtype=np.float64)
-    rows = [_amounts(work_of(probe.lengths, padding)) for probe in probes]
-    fixed, token, square = _relative(np.array(rows, dtype=np.float64), peaks)
-    model = MemoryModel(float(fixed), float(token), float(square))
+    works = [work_of(probe.lengths, padding) for probe in probes]
+    rows = np.array([(w.steps, w.tokens, w.squares) for w in works], dtype=np.float64)
+    model = MemoryModel(*map(float, _relative(rows, peaks)))
     predicted = [model.peak_bytes(work_of(probe.lengths, padding)) for probe in unseen]
     error = FitError.of(predicted, [float(probe.peak_bytes or 0) for probe in unseen])
     if error.too_large:
         raise TooNoisy(Message("fit.memory_off", {"error": error.words}))
     return MemoryFit(model, error)
-
-
-def _amounts(work: Work) -> tuple[int, int, int]:
-    return work.steps, work.tokens, work.squares
 
 
 def _require(probes: Sequence[Probe], unseen: Sequence[Probe]) -> None:
@@ -278,15 +240,14 @@ def _best_knee(probes: Sequence[Probe], padding: Padding) -> Coefficients:
     """Coefficients by the Schwarz criterion: a knee must explain enough (Ann. Stat. 6, 1978)."""
     works = [work_of(probe.lengths, padding) for probe in probes]
     took = np.array([probe.median_s for probe in probes])
-    plain, best = _fit_knee(0, works, took), math.inf
-    chosen = plain
-    score = _schwarz(len(took))
-    for candidate in [plain, *(_fit_knee(knee, works, took) for knee in _knees(works))]:
+
+    def score(candidate: Coefficients) -> float:
+        predicted = np.array([candidate.seconds(work) for work in works])
+        squared = float(np.square(predicted / took - 1).mean())
         parameters = PARAMETERS_WITH_KNEE if candidate.beyond_s > 0 else PARAMETERS
-        found = score(np.array([candidate.seconds(work) for work in works]), took, parameters)
-        if found < best:
-            chosen, best = candidate, found
-    return chosen
+        return len(took) * math.log(squared + SAME) + parameters * math.log(len(took))
+
+    return min((_fit_knee(knee, works, took) for knee in [0, *_knees(works)]), key=score)
 
 
 def _fit_knee(knee: int, works: Sequence[Work], took: Array) -> Coefficients:
@@ -300,14 +261,6 @@ def _knees(works: Sequence[Work]) -> list[int]:
     sizes = sorted({work.tokens for work in works})
     between = [math.isqrt(a * b) for a, b in pairwise(sizes)]
     return sorted({*sizes[2:-2], *between[2:-2]})
-
-
-def _schwarz(count: int) -> Callable[[Array, Array, int], float]:
-    def score(predicted: Array, took: Array, parameters: int) -> float:
-        squared = float(np.square(predicted / took - 1).mean())
-        return count * math.log(squared + SAME) + parameters * math.log(count)
-
-    return score
 
 
 def _relative(matrix: Array, target: Array) -> Array:

@@ -1,7 +1,6 @@
 """The out-of-memory policy: what to try when a step does not fit, least harm first. Pure.
 
-:data:`RUNGS` is the ladder, and the first rung that applies is taken. :class:`OomPolicy` remembers
-what the rungs depend on. Library calls, async calls and services use it by the same rules, see
+:data:`RUNGS` is the ladder; library calls, async calls and services climb it by the same rules, see
 docs/decisions/0011-one-oom-policy.md.
 """
 
@@ -37,46 +36,27 @@ Rung = Literal[
 
 @dataclass(frozen=True, slots=True)
 class StepFailure:
-    """A step that did not fit.
-
-    Attributes:
-        pairs: number of its pairs.
-        cost_tokens: its tokens, padding included.
-        longest: tokens of its longest pair.
-        precision: the scorer's precision.
-        allow: what the user allows to be given up.
-        caches_dropped: dropping caches again would not help.
-        fresh_may_help: a fresh process can be started and may have room for the step.
-    """
+    """A step that did not fit."""
 
     pairs: int
-    cost_tokens: int
-    longest: int
+    cost_tokens: int  # padding included
+    longest: int  # tokens of its longest pair
     precision: str
-    allow: tuple[Allowance, ...] = ()
-    caches_dropped: bool = False
-    fresh_may_help: bool = False
+    allow: tuple[Allowance, ...] = ()  # what the user allows to be given up
+    caches_dropped: bool = False  # dropping caches again would not help
+    fresh_may_help: bool = False  # a fresh process can be started and may have room for the step
 
 
 @dataclass(frozen=True, slots=True)
 class OomAction:
-    """What to try next.
-
-    Attributes:
-        rung: name of the rung.
-        detail: what changes, with the numbers.
-        remedy: what the user can do to prevent it.
-        budget: new token budget (``halve_budget``, ``one_pair``).
-        precision: precision to reopen the model in (``lower_precision``).
-        max_length: new limit in tokens for the pairs still to score (``shorten``).
-    """
+    """What to try next."""
 
     rung: Rung
-    detail: str
-    remedy: str
-    budget: int | None = None
-    precision: str | None = None
-    max_length: int | None = None
+    detail: str  # what changes, with the numbers
+    remedy: str  # what the user can do to prevent it
+    budget: int | None = None  # new token budget (``halve_budget``, ``one_pair``)
+    precision: str | None = None  # precision to reopen the model in (``lower_precision``)
+    max_length: int | None = None  # new limit in tokens for the pairs left (``shorten``)
 
 
 def _drop_caches(failure: StepFailure) -> OomAction | None:
@@ -201,9 +181,7 @@ class OomPolicy:
         self._usual = budget.max_tokens if usual is None else usual
         self._report = learned
         self._learned: int | None = None
-        self._dropped: set[int] = (
-            set()
-        )  # processes without a fitting step since caches were dropped
+        self._dropped: set[int] = set()  # processes without a step that fitted since then
         self._tried: dict[Hashable, set[Rung]] = {}  # by request
         self._refused = math.inf  # tokens of the shortest pair that a fresh process had no room for
         self._lock = threading.Lock()
@@ -218,15 +196,7 @@ class OomPolicy:
         predicted_s: float = math.inf,
         actual_s: float = 0.0,
     ) -> Reason | None:
-        """Take note of a step that fitted.
-
-        Args:
-            requests: the requests that had pairs in it.
-            cost_tokens: its tokens, padding included.
-            longest: tokens of its longest pair.
-            worker: number of the process that scored it.
-            predicted_s: predicted time; without one no step is late.
-            actual_s: measured time.
+        """Take note of a step that fitted, with pairs of ``requests``; ``longest`` is in tokens.
 
         Returns:
             Why the token budget has changed; None if it has not.
@@ -258,8 +228,8 @@ class OomPolicy:
             failure: the step.
             requests: the requests that had pairs in it.
             worker: number of the process that ran it.
-            fresh: it was the first step of its process.
-            renewable: the process can be replaced by a fresh one.
+            fresh: whether it was the first step of its process.
+            renewable: whether the process can be replaced by a fresh one.
         """
         with self._lock:
             tried = [self._tried.setdefault(request, set()) for request in requests]

@@ -15,8 +15,6 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy.typing as npt
-
     from echelon.types import IntArray, Padding
 
 Step = list[int]
@@ -34,11 +32,7 @@ NO_BUDGET = 2**62
 
 
 def step_budget(token_budget: int | None, batch_size: int | None, device: str) -> int:
-    """The token budget for two options.
-
-    With ``batch_size`` alone only the number of pairs counts. Without both it is the device's
-    default.
-    """
+    """The token budget: without effect if only ``batch_size`` is set; else the device's default."""
     if token_budget is not None:
         return token_budget
     return NO_BUDGET if batch_size is not None else DEFAULT_BUDGETS[device.partition(":")[0]]
@@ -81,7 +75,10 @@ def pack(
     cost_tokens = 0
     for index in order.tolist():
         length = int(array[index])
-        larger = cost_tokens + length if padding == "none" or not step else _padded(array, step)
+        if padding == "none" or not step:
+            larger = cost_tokens + length
+        else:  # the first pair of a step is its longest
+            larger = int(array[step[0]]) * (len(step) + 1)
         full = max_pairs is not None and len(step) >= max_pairs
         if step and (full or larger > budget):
             steps.append(step)
@@ -97,13 +94,8 @@ def windows(sizes: Sequence[int]) -> list[list[int]]:
     """Split many texts into windows that are encoded one after another, longest texts first.
 
     A window is encoded while the previous one is scored. The first is short, so that the device
-    does not wait long. A call of usual size is one window.
-
-    Args:
-        sizes: characters of each pair.
-
-    Returns:
-        At least one list of indices; together they hold every index once.
+    does not wait long. A call of usual size is one window. ``sizes`` are the characters of each
+    pair. Returns at least one list of indices; together they hold every index once.
     """
     if sum(sizes) <= FIRST_WINDOW:
         return [list(range(len(sizes)))]
@@ -119,14 +111,6 @@ def windows(sizes: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def _padded(array: npt.NDArray[np.int64], step: Step) -> int:
-    """Tokens of the step with one pair more; its first pair is its longest."""
-    return int(array[step[0]]) * (len(step) + 1)
-
-
-Choice = list[int]
-"""Indices of the chosen candidates, in their order."""
-
 REACH: dict[Padding, float] = {"none": 1.25, "rectangular": 4.0}
 """Tokens of the candidates, in budgets. Without padding only the last gap of a step must be filled;
 with padding pairs of one length are wanted, and four budgets hold enough of them."""
@@ -140,8 +124,8 @@ SPLIT_GAIN_S = 0.005
 step takes 1 to 2 ms between machines."""
 
 
-def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: Padding) -> Choice:
-    """Choose candidates for one step.
+def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: Padding) -> Step:
+    """Choose candidates for one step; returns their indices in their order.
 
     Args:
         lengths: tokens of each candidate, in the order of their turn.
@@ -149,7 +133,10 @@ def choose(lengths: Sequence[int], budget: int, max_pairs: int | None, padding: 
         max_pairs: maximum pairs of the step; None means no limit.
         padding: how the scorer pads.
     """
-    return CHOOSERS[padding](lengths, budget, len(lengths) if max_pairs is None else max_pairs)
+    if max_pairs is None:
+        max_pairs = len(lengths)
+    chooser = _first_fit if padding == "none" else _one_length
+    return chooser(lengths, budget, max_pairs)
 
 
 def share(
@@ -157,12 +144,7 @@ def share(
 ) -> int:
     """Budget of the next step: one idle worker's part of the waiting pairs if they end sooner.
 
-    Args:
-        pairs: number of waiting pairs.
-        tokens: their tokens.
-        idle: workers without a step.
-        budget: maximum tokens of a step.
-        seconds: predicts the time of (tokens, pairs).
+    ``seconds`` predicts the time of (tokens, pairs); ``idle`` workers have no step.
     """
     part, whole = -(-tokens // max(1, idle)), min(tokens, budget)
     if part >= whole:
@@ -171,7 +153,7 @@ def share(
     return part if gain_s >= SPLIT_GAIN_S else budget
 
 
-def _first_fit(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
+def _first_fit(lengths: Sequence[int], budget: int, max_pairs: int) -> Step:
     """Candidates in turn, each that fits."""
     chosen, cost_tokens = [0], lengths[0]
     for index in range(1, len(lengths)):
@@ -183,7 +165,7 @@ def _first_fit(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
     return chosen
 
 
-def _one_length(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
+def _one_length(lengths: Sequence[int], budget: int, max_pairs: int) -> Step:
     """The best run of candidates of similar length that includes the first.
 
     A run's gain is its tokens over :data:`MAX_FILL` minus its tokens with padding.
@@ -205,9 +187,3 @@ def _one_length(lengths: Sequence[int], budget: int, max_pairs: int) -> Choice:
         if gain > best_gain:
             best, best_gain = (start, end), gain
     return sorted(order[slice(*best)])
-
-
-CHOOSERS: dict[Padding, Callable[[Sequence[int], int, int], Choice]] = {
-    "none": _first_fit,
-    "rectangular": _one_length,
-}

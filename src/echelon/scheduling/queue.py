@@ -1,9 +1,14 @@
-"""The batcher's records: requests, their pairs and steps, and which requests should end next.
+"""The batcher's queue: requests, their pairs and steps, the fair order, and which end next.
 
-Pure. A :class:`UniquePair` is scored once for all requests that want it, its owners. Requests end
-in the fair order (:mod:`echelon.scheduling.fair_queue`), so the next to end is one whose pairs all
-run, or the first in that order. A running step counts whole, since the batcher does not know when
-it began, and deadlines are ignored: both can only let requests end earlier.
+Pure. A :class:`UniquePair` is scored once for all requests that want it, its owners.
+
+A server that splits itself evenly among its requests is fair but slow: all of them end late.
+Serving them one after another in the order in which that server would end them is as fair, never
+later, and most end far earlier (Friedman and Henderson, Fairness and efficiency in web server
+protocols, SIGMETRICS 2003; with one packet a request it is weighted fair queueing, Demers, Keshav
+and Shenker 1989). The tag of a request is the virtual time at which the even server would have
+finished its tokens. Virtual time is the service that each request would have received there; it
+advances by the tokens that are really served, divided by the weight of all requests.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Literal
 
@@ -27,52 +32,39 @@ LEAD_S = 0.005
 1 ms, and Python's threads take turns every 5 ms. Earlier would leave out short requests that still
 come."""
 
+WEIGHTS: dict[Priority, int] = {"high": 16, "normal": 4, "low": 1}
+"""Shares: a request of priority ``high`` counts as a quarter of its size beside ``normal``. Strict
+priorities would starve the lower ones; with shares every request gets its turn."""
+
 Place = tuple[int, int]
 """(number of a request, index of a pair in it)."""
+
+Fault = Literal["worker_lost", "not_finite", "out_of_memory", "scorer"]
 
 
 @dataclass(frozen=True, slots=True)
 class PairRequest:
-    """The pairs of one request.
+    """The pairs of one request."""
 
-    Attributes:
-        number: its number, never used twice.
-        lengths: tokens of each pair, at least one pair.
-        keys: identity of each pair; equal keys share one score. None: all pairs differ.
-        deadline: the time after which the answer is useless; None means never.
-        priority: its share of the device.
-    """
-
-    number: int
-    lengths: tuple[int, ...]
-    keys: tuple[Hashable, ...] | None = None
-    deadline: float | None = None
-    priority: Priority = "normal"
+    number: int  # never used twice
+    lengths: tuple[int, ...]  # tokens of each pair, at least one pair
+    keys: tuple[Hashable, ...] | None = None  # equal keys share one score; None: all differ
+    deadline: float | None = None  # time after which the answer is useless; None means never
+    priority: Priority = "normal"  # its share of the device
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """Pairs that go through the model together.
+    """Pairs that go through the model together."""
 
-    Attributes:
-        number: counts up from 1.
-        places: for each pair, a request that wants it and its index there.
-        lengths: tokens of each pair.
-        requests: every request that waits for a pair of the step, ascending.
-        tokens: useful tokens.
-        cost_tokens: tokens, padding included.
-        predicted_s: predicted seconds.
-        again: its pairs were in an earlier step that failed.
-    """
-
-    number: int
-    places: tuple[Place, ...]
-    lengths: tuple[int, ...]
-    requests: tuple[int, ...]
-    tokens: int
-    cost_tokens: int
+    number: int  # counts up from 1
+    places: tuple[Place, ...]  # for each pair, a request that wants it and its index there
+    lengths: tuple[int, ...]  # tokens of each pair
+    requests: tuple[int, ...]  # every request that waits for a pair of the step, ascending
+    tokens: int  # without padding
+    cost_tokens: int  # with padding
     predicted_s: float
-    again: bool
+    again: bool  # its pairs were in an earlier step that failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +75,14 @@ class Completed:
     logits: FloatArray
 
 
-Fault = Literal["worker_lost", "not_finite", "out_of_memory", "scorer"]
-
-
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A request that cannot be answered.
-
-    Attributes:
-        request: its number.
-        index: the pair that failed.
-        fault: why.
-        logit: what the model gave, for ``not_finite``.
-    """
+    """A request that cannot be answered."""
 
     request: int
-    index: int
+    index: int  # the pair that failed
     fault: Fault
-    logit: float | None = None
+    logit: float | None = None  # what the model gave, for ``not_finite``
 
 
 Ended = Completed | FailedRequest
@@ -108,27 +90,16 @@ Ended = Completed | FailedRequest
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """The work of the batcher.
+    """The work of the batcher."""
 
-    Attributes:
-        requests: requests that wait or run.
-        pairs: distinct pairs that wait.
-        tokens: their tokens.
-        squares: their squared tokens.
-        weight: sum of the weights of the requests that share the device.
-        running_s: predicted seconds of all running steps.
-        budget: maximum tokens of a step.
-        oldest: arrival time of the oldest request; None without requests.
-    """
-
-    requests: int
-    pairs: int
-    tokens: int
-    squares: int
-    weight: int
-    running_s: float
-    budget: int
-    oldest: float | None
+    requests: int  # that wait or run
+    pairs: int  # distinct pairs that wait
+    tokens: int  # of these pairs
+    squares: int  # sum of their squared tokens
+    weight: int  # sum of the weights of the requests that share the device
+    running_s: float  # predicted seconds of all running steps
+    budget: int  # maximum tokens of a step
+    oldest: float | None  # arrival time of the oldest request; None without requests
 
 
 class PairState(Enum):
@@ -140,18 +111,19 @@ class PairState(Enum):
     GONE = auto()
 
 
+QUEUED = {PairState.WAITING, PairState.AGAIN}
+
+
+@dataclass(slots=True, eq=False)
 class UniquePair:
     """A distinct pair; its owners are (request, index) of the places that want its score."""
 
-    __slots__ = ("attempts", "counted", "key", "length", "owners", "state")
-
-    def __init__(self, key: Hashable, length: int) -> None:
-        self.key = key
-        self.length = length
-        self.state = PairState.WAITING
-        self.owners: list[tuple[QueuedRequest, int]] = []
-        self.attempts = 0
-        self.counted = False
+    key: Hashable
+    length: int
+    state: PairState = PairState.WAITING
+    owners: list[tuple[QueuedRequest, int]] = field(default_factory=list)
+    attempts: int = 0
+    counted: bool = False
 
     @property
     def first_owner(self) -> int:
@@ -162,20 +134,9 @@ class UniquePair:
 class QueuedRequest:
     """A request in the queue and its state."""
 
-    __slots__ = (
-        "arrived",
-        "ended",
-        "left",
-        "logits",
-        "pairs",
-        "request",
-        "tag",
-        "urgent",
-        "waiting",
-    )
-
     def __init__(self, request: PairRequest, arrived: float) -> None:
         self.request = request
+        self.number = request.number
         self.arrived = arrived
         self.tag = 0.0
         self.pairs: list[UniquePair] = []
@@ -185,20 +146,9 @@ class QueuedRequest:
         self.urgent = False
         self.ended = False
 
-    @property
-    def number(self) -> int:
-        """The request's number."""
-        return self.request.number
-
 
 Turn = tuple[float, ...]
 """A sort key; its last number is the request's number."""
-
-
-def by_tag(queued: QueuedRequest) -> Turn:
-    """Sort key of the fair order: by tag, then deadline, then arrival."""
-    deadline = queued.request.deadline
-    return queued.tag, math.inf if deadline is None else deadline, queued.number
 
 
 def by_deadline(queued: QueuedRequest) -> Turn:
@@ -207,11 +157,57 @@ def by_deadline(queued: QueuedRequest) -> Turn:
     return math.inf if deadline is None else deadline, queued.number
 
 
-class RequestQueue:
-    """Requests in the order of a sort key, from which waiting pairs are drawn.
+def by_tag(queued: QueuedRequest) -> Turn:
+    """Sort key of the fair order: by tag, then deadline, then arrival."""
+    return queued.tag, *by_deadline(queued)
 
-    Args:
-        turn: the sort key; it must not change while a request is in the queue.
+
+class FairOrder:
+    """The virtual server that is shared evenly; ``weight`` is that of all requests."""
+
+    def __init__(self) -> None:
+        self.weight = 0
+        self._time = 0.0
+        self._members: dict[int, tuple[float, int]] = {}
+        self._ends: list[tuple[float, int]] = []
+
+    def join(self, member: int, tokens: float, weight: int) -> float:
+        """Add a request.
+
+        Returns:
+            Its tag: requests with smaller tags go first. A tag never changes.
+        """
+        tag = self._time + tokens / weight
+        self._members[member] = tag, weight
+        self.weight += weight
+        heapq.heappush(self._ends, (tag, member))
+        return tag
+
+    def leave(self, member: int) -> None:
+        """Remove a cancelled request; others are removed by :meth:`serve`."""
+        _, weight = self._members.pop(member, (0.0, 0))
+        self.weight -= weight
+
+    def serve(self, tokens: float) -> None:
+        """Advance virtual time by served tokens; requests end on the way."""
+        left = tokens
+        while self._members:
+            tag, member = self._ends[0]
+            if member in self._members:
+                needed = max(0.0, tag - self._time) * self.weight
+                if needed > left:
+                    self._time += left / self.weight
+                    return
+                left -= needed
+                self._time = max(self._time, tag)
+                self.leave(member)
+            heapq.heappop(self._ends)
+
+
+class RequestQueue:
+    """Requests in the order of ``turn``, from which waiting pairs are drawn.
+
+    The sort key of a request must not change while it is in the queue.
     """
 
     def __init__(self, turn: Callable[[QueuedRequest], Turn]) -> None:
@@ -230,13 +226,8 @@ class RequestQueue:
     ) -> int:
         """Append pairs with their requests to ``drawn``; a pair of two requests may come twice.
 
-        Args:
-            drawn: pairs drawn so far.
-            tokens: stop after this many more tokens.
-            max_drawn: stop when ``drawn`` has this length.
-
-        Returns:
-            Tokens drawn.
+        It stops after ``tokens`` more tokens, or when ``drawn`` has the length ``max_drawn``.
+        Returns the tokens drawn.
         """
         got = 0
         while self._heap and got < tokens and len(drawn) < max_drawn:
@@ -257,22 +248,13 @@ class RequestQueue:
         self._here.clear()
 
 
-QUEUED = {PairState.WAITING, PairState.AGAIN}
-
-
 @dataclass(frozen=True, slots=True)
 class CompletionEstimate:
-    """The work until a request ends.
+    """The work until a request ends."""
 
-    Attributes:
-        running_s: predicted seconds of the running steps that it waits for.
-        tokens: waiting tokens of it and of the requests before it; 0 if all of it runs.
-        squares: their squared tokens.
-    """
-
-    running_s: float
-    tokens: int = 0
-    squares: int = 0
+    running_s: float  # predicted seconds of the running steps that it waits for
+    tokens: int = 0  # waiting tokens of it and of the requests before it; 0 if all of it runs
+    squares: int = 0  # sum of their squared tokens
 
 
 def next_completions(
@@ -281,7 +263,11 @@ def next_completions(
     places: int,
     workers: int,
 ) -> list[CompletionEstimate]:
-    """Estimate the next requests to end, in the order of ending.
+    """Estimate the next requests to end, at most ``places``, in the order of ending.
+
+    The next is one whose pairs all run, or the first in the fair order. A running step counts
+    whole, since the batcher does not know when it began, and deadlines are ignored: both can only
+    let requests end earlier.
 
     Args:
         requests: all requests of the batcher.
@@ -291,7 +277,7 @@ def next_completions(
     """
     ends, all_s = _ends(running, workers)
     # From the end: pairs are drawn from the front, so the last ones wait longest.
-    waiting = {q.number: q for q in requests if any(map(_waits, reversed(q.pairs)))}
+    waiting = {q.number: q for q in requests if any(p.state in QUEUED for p in reversed(q.pairs))}
     soon = [
         CompletionEstimate(seconds) for number, seconds in ends.items() if number not in waiting
     ]
@@ -299,7 +285,7 @@ def next_completions(
     tokens, squares = 0, 0
     seen: set[UniquePair] = set()
     for queued in heapq.nsmallest(places - len(soon), waiting.values(), key=by_tag):
-        pairs = {pair for pair in queued.pairs if _waits(pair)} - seen
+        pairs = {pair for pair in queued.pairs if pair.state in QUEUED} - seen
         seen |= pairs
         tokens += sum(pair.length for pair in pairs)
         squares += sum(pair.length**2 for pair in pairs)
@@ -320,7 +306,3 @@ def _ends(
             for queued, _ in pair.owners:
                 ends[queued.number] = max(end, ends.get(queued.number, 0.0))
     return ends, sum(free) / workers
-
-
-def _waits(pair: UniquePair) -> bool:
-    return pair.state in QUEUED

@@ -36,15 +36,7 @@ Reason = Literal["memory", "late", "goal", "recovered"]
 
 
 class TokenBudget:
-    """How many tokens a step may cost.
-
-    Args:
-        max_tokens: the budget is never larger.
-        goal_s: latency goal in seconds; None for no goal.
-
-    Attributes:
-        tokens: the budget now.
-    """
+    """``tokens`` that a step may cost now, at most ``max_tokens``; ``goal_s`` is a latency goal."""
 
     def __init__(self, max_tokens: int, goal_s: float | None = None) -> None:
         self.max_tokens = self.tokens = max_tokens
@@ -64,11 +56,7 @@ class TokenBudget:
         return True
 
     def ended(self, cost_tokens: int, predicted_s: float, actual_s: float) -> Reason | None:
-        """Take note of a step that fitted.
-
-        Returns:
-            Why the budget has changed; None if it has not.
-        """
+        """Take note of a step that fitted; returns why the budget has changed, if it has."""
         self._good_steps += 1
         if 2 * cost_tokens > self.tokens:  # a smaller budget would have made it smaller
             why = self._why_late(predicted_s, actual_s)

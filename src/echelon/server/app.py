@@ -19,7 +19,7 @@ from starlette.routing import Route
 from echelon import __version__
 from echelon.engine.admission_pipeline import TOKENISERS
 from echelon.errors import EchelonError, NoSuchRoute
-from echelon.scheduling.fair_queue import WEIGHTS
+from echelon.scheduling.queue import WEIGHTS
 from echelon.server import pages
 from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
