@@ -32,7 +32,7 @@ import psutil
 from echelon.data import load_texts
 from echelon.engine import precision_check
 from echelon.engine.engine import Engine, StepLimits
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.models.hub import resolve
 from echelon.models.registry import open_scorer
 from echelon.offline.job import OfflineJob

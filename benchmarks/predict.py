@@ -32,9 +32,16 @@ from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.scheduling.fit import CostFit, FitError
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.calibration import StepFactory, fitted, scaled_prior
+from echelon.tuning.calibration import (
+    MIN_ROUNDS,
+    LengthRange,
+    StepFactory,
+    choose,
+    fitted,
+    measure,
+    scaled_prior,
+)
 from echelon.tuning.machine import meter_of
-from echelon.tuning.probes import MIN_ROUNDS, LengthRange, choose, measure
 from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon.scheduling.fit import Probe
-    from echelon.tuning.probes import Lengths
+    from echelon.tuning.calibration import Lengths
 
 RESULTS = Path(__file__).parent / "results"
 UNSEEN, SEED = 30, 2026

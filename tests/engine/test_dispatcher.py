@@ -8,7 +8,7 @@ from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
 from echelon.engine.worker import StepResult
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 

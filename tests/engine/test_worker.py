@@ -18,8 +18,7 @@ from scorers import Obedient, batch_of
 
 from echelon.engine.worker import ChildWorker
 from echelon.errors import InvalidInput, ModelNotFound, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
-from echelon.models.fake import FakeScorer
+from echelon.models.base import DeviceOutOfMemory, FakeScorer, WorkerDied, WorkerWedged
 
 GUARD_S = 60.0
 """No test waits so long unless something hangs."""

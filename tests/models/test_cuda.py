@@ -13,10 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.models.cuda_graphs import FIRST_PATIENCE
+from echelon.models.cuda_graphs import FIRST_PATIENCE, MAX_TOKENS
 from echelon.models.encoder_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.registry import open_scorer
-from echelon.models.staging import MAX_TOKENS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here (or torch was built without CUDA)"

@@ -21,20 +21,23 @@ from echelon.errors import BadCheckpoint
 from echelon.models import cuda_graphs as graphs_module
 from echelon.models import encoder_cuda
 from echelon.models.architecture import native_architecture, read_config
-from echelon.models.cuda_graphs import BACKOFF, FIRST_PATIENCE, CudaGraphs, Recording
-from echelon.models.encoder import Embeddings, Head, Layer, Weights
-from echelon.models.encoder_cuda import CudaScorer, Spans, attention_with, choose_kernel
-from echelon.models.layers import DenseLinear, FeedForward, Norm
-from echelon.models.registry import open_scorer
-from echelon.models.staging import (
+from echelon.models.cuda_graphs import (
+    BACKOFF,
+    FIRST_PATIENCE,
     LARGEST,
     MAX_PAIRS,
     MAX_TOKENS,
     CaptureShape,
+    CudaGraphs,
+    Recording,
     bucket_of,
     fill,
     read,
 )
+from echelon.models.encoder import Embeddings, Head, Layer, Weights
+from echelon.models.encoder_cuda import CudaScorer, Spans, attention_with, choose_kernel
+from echelon.models.layers import DenseLinear, FeedForward, Norm
+from echelon.models.registry import open_scorer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

@@ -257,7 +257,7 @@ def test_a_budget_that_the_oom_ladder_lowered_is_kept(fake, source, tmp_path):
 
 def test_a_pair_that_does_not_fit_is_named_by_its_line(fake, source, tmp_path, monkeypatch):
     from echelon.engine import precision_check
-    from echelon.models.fake import FakeScorer
+    from echelon.models.base import FakeScorer
 
     monkeypatch.setattr(
         precision_check, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130)

@@ -19,7 +19,7 @@ import pytest
 import scorers
 
 from echelon.engine import precision_check
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.tokenization.pairs import Template, encode_pairs
 from echelon.types import TokenBatch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers import SENTENCES
 
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.offline.job import OfflineJob
 from echelon.offline.run import run
 from echelon.options import Options

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from echelon.errors import InvalidInput, ModelNotFound
-from echelon.models.base import DeviceOutOfMemory
-from echelon.models.fake import FakeScorer
+from echelon.models.base import DeviceOutOfMemory, FakeScorer
 from echelon.types import TokenBatch
 
 KILL, STOP, HANG, RAISE, REFUSE, GROW, SAY, MARK, NAN, NAP = range(9001, 9011)

@@ -14,12 +14,11 @@ from echelon.errors import GoalMissed, InvalidInput, ModelNotFound
 from echelon.profile import Profile
 from echelon.reports.tables import print_scenario
 from echelon.simulation.workload import FixedSize, UniformSize
-from echelon.tuning import advisor, simulated_load
+from echelon.tuning import advisor
 from echelon.tuning.advisor import recommend
 from echelon.tuning.goal import ScenarioGoal
 from echelon.tuning.tuner import TuningPlan
-from echelon.tuning.validation import validate
-from echelon.tuning.validation_targets import RerankTask, run
+from echelon.tuning.validation import RerankTask, run, validate
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
 SLOW_S = 600.0

@@ -37,14 +37,16 @@ from echelon.tuning.recommendation import (
     correct,
     deviations,
 )
+from echelon.tuning.scenario import Candidate, cut, predict
 from echelon.tuning.scenario_model import (
     WorkloadTexts,
     length_policy_of,
     open_for_scenario,
     require_texts,
 )
-from echelon.tuning.simulated_load import Candidate, cut, predict
 from echelon.tuning.validation import (
+    ServerFailed,
+    ServerProcess,
     ValidationContext,
     load_test_plan,
     noise_of_ratios,
@@ -52,7 +54,6 @@ from echelon.tuning.validation import (
     serve_arguments,
     squares_per_token,
 )
-from echelon.tuning.validation_targets import ServerFailed, ServerProcess
 
 
 def point(budget, status="ok"):

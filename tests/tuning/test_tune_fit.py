@@ -30,14 +30,14 @@ from echelon.scheduling.fit import (
     fit_memory,
 )
 from echelon.scheduling.packing import NO_BUDGET, step_cost
-from echelon.tuning.calibration import fitted
-from echelon.tuning.probes import (
+from echelon.tuning.calibration import (
     CHECKS,
     MIN_ROUNDS,
     PROBES,
     ROUNDS,
     LengthRange,
     choose,
+    fitted,
     measure,
     most_informative,
 )

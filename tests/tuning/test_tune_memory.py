@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from scorers import HANG, MEBIBYTE, REFUSE, Weighty, batch_of, missing
 
-from echelon.models.fake import FakeScorer
+from echelon.models.base import FakeScorer
 from echelon.scheduling.cost_model import Coefficients, work_of
 from echelon.scheduling.fit import MemoryFit, Probe
 from echelon.tuning import calibration
-from echelon.tuning.calibration import ProbeResult, models_of, worker_peaks
+from echelon.tuning.calibration import LengthRange, ProbeResult, choose, models_of, worker_peaks
 from echelon.tuning.machine import MemoryMeter
-from echelon.tuning.probes import LengthRange, choose
 
 COEFFICIENTS = Coefficients(2e-3, 5e-5, 4e-8)
 LIMITS = LengthRange(512, 2048, "none")

@@ -14,8 +14,7 @@ from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports.model_charts import model_charts
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
 from echelon.scheduling.fit import CostFit, Probe
-from echelon.tuning.calibration import fitted
-from echelon.tuning.probes import LengthRange, choose
+from echelon.tuning.calibration import LengthRange, choose, fitted
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -8,6 +8,8 @@ from itertools import count
 
 import pytest
 from click.testing import CliRunner
+from helpers import offer
+from tuned_models import known_as, toy
 
 from echelon import cli
 from echelon.models.base import DeviceOutOfMemory
@@ -28,9 +30,19 @@ def clock():
     return count(step=0.001).__next__
 
 
+@pytest.fixture
+def offered(bert, monkeypatch):
+    """The toy BERT's folder; its model is a fake one."""
+    offer(monkeypatch, "fp32")
+    return bert
+
+
 @pytest.fixture(scope="module")
 def tuned(bert):
-    return tuner.tune(bert, SHORT, QUICK, clock=clock())
+    """A profile of the fake model."""
+    with pytest.MonkeyPatch.context() as patch:
+        offer(patch, "fp32")
+        return tuner.tune(bert, SHORT, QUICK, clock=clock())
 
 
 @pytest.fixture
@@ -48,8 +60,8 @@ def calls(monkeypatch):
     return heard
 
 
-def run(bert, old):
-    return refresh.refresh(bert, SHORT, QUICK, old, clock=clock())
+def run(model, old):
+    return refresh.refresh(model, SHORT, QUICK, old, clock=clock())
 
 
 def with_coefficients(profile, factor, **changes):
@@ -60,8 +72,8 @@ def with_coefficients(profile, factor, **changes):
     return replace(profile, cost=cost)
 
 
-def test_a_fresh_profile_is_kept_whole(tuned, bert, calls):
-    fresh = run(bert, tuned)
+def test_a_fresh_profile_is_kept_whole(tuned, offered, calls):
+    fresh = run(offered, tuned)
     assert fresh.profile == tuned
     assert fresh.measured == []
     assert len(fresh.kept) == 2
@@ -79,9 +91,9 @@ def test_a_fresh_profile_is_kept_whole(tuned, bert, calls):
         ),
     ],
 )
-def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, bert, calls, old, why):
+def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, offered, calls, old, why):
     stale = replace(old(tuned), warnings=["a note", "noisy: `echelon tune --refresh`"])
-    fresh = run(bert, stale)
+    fresh = run(offered, stale)
     assert calls == ["calibrate"]
     assert why in fresh.measured[0]
     assert CostFit.from_dict(fresh.profile.cost).coefficients.base_s == pytest.approx(1e-3)
@@ -90,18 +102,18 @@ def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, bert, ca
     assert any("sweep" in line for line in fresh.kept)
 
 
-def test_on_a_machine_of_another_speed_all_times_are_measured_and_no_ranking(tuned, bert, calls):
+def test_on_a_machine_of_another_speed_all_times_are_measured_and_no_ranking(tuned, offered, calls):
     known = [{"precision": "fp32", "tokens_per_s": 1.0, "passed": True}]
-    fresh = run(bert, replace(with_coefficients(tuned, 2.0), precisions=known))
+    fresh = run(offered, replace(with_coefficients(tuned, 2.0), precisions=known))
     assert calls == ["sweep", "calibrate"]
     assert "no longer take as long" in fresh.measured[0]
     assert fresh.profile.precisions == known
     assert CostFit.from_dict(fresh.profile.cost).coefficients.base_s == pytest.approx(1e-3)
 
 
-def test_another_device_or_version_means_everything(tuned, bert, calls):
+def test_another_device_or_version_means_everything(tuned, offered, calls):
     key = replace(tuned.key, versions={"torch": "1.0"})
-    fresh = run(bert, replace(tuned, key=key, learned_token_budget=70))
+    fresh = run(offered, replace(tuned, key=key, learned_token_budget=70))
     assert calls == ["sweep", "calibrate"]
     assert "versions was" in fresh.measured[0]
     assert fresh.kept == []
@@ -109,7 +121,7 @@ def test_another_device_or_version_means_everything(tuned, bert, calls):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, bert, fits, monkeypatch):
+def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, offered, fits, monkeypatch):
     if not fits:
 
         def full(self, tokens):
@@ -117,7 +129,7 @@ def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, bert, fits
             return False
 
         monkeypatch.setattr(refresh._OpenModel, "fits", full)
-    fresh = run(bert, replace(tuned, learned_token_budget=50))
+    fresh = run(offered, replace(tuned, learned_token_budget=50))
     assert fresh.profile.learned_token_budget == (None if fits else 50)
     assert ("50" in " ".join(fresh.measured)) == fits
     assert ("50" in " ".join(fresh.kept)) == (not fits)
@@ -140,7 +152,7 @@ def test_what_does_not_fit_does_not_fit():
 
 def test_the_command_says_what_it_did_and_writes_the_profile(tuned, bert, tmp_path, monkeypatch):
     path, report = tmp_path / "p.json", tmp_path / "r.html"
-    replace(tuned, cost=None).save(path)
+    replace(tuned, key=known_as(toy(bert)).key, cost=None).save(path)
     asked = ["tune", str(bert), "--refresh", "--profile", str(path), "--report", str(report)]
     real = refresh.refresh
     monkeypatch.setattr(refresh, "refresh", lambda *a, **k: real(*a, clock=clock(), **k))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound, StorageError
-from echelon.models.onnx_weights import float_weights
+from echelon.models.onnx import float_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

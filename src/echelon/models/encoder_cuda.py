@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.nn import functional
 
-from echelon.models.cuda_graphs import CudaGraphs, CudaRecorder
+from echelon.models.cuda_graphs import (
+    LARGEST,
+    CaptureShape,
+    CudaGraphs,
+    CudaRecorder,
+    StepInputs,
+    bucket_of,
+    fill,
+    read,
+)
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.encoder import native_info, run_layers
 from echelon.models.layers import Rows, values_of
-from echelon.models.staging import LARGEST, CaptureShape, StepInputs, bucket_of, fill, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable

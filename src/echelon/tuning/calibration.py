@@ -1,5 +1,10 @@
 """Fits a cost model and a memory model to a model on its device: choose probes, measure, fit.
 
+Probes are steps whose shapes are chosen before anything is measured. With rough cost coefficients
+each shape is a row of the least-squares problem, and the next shape of a size is the one that
+increases the determinant of the information matrix most (Fedorov, Theory of Optimal Experiments,
+1972). A third of the probes have pairs of mixed lengths, and so have all steps that check the fit.
+
 Times are measured on an open scorer. Memory on CPU is measured in a worker process such as
 ``echelon serve`` uses, because the tuning process still holds memory of the precisions that it
 opened before.
@@ -8,9 +13,13 @@ opened before.
 from __future__ import annotations
 
 import logging
+import math
+import random
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonError, TooNoisy
@@ -18,24 +27,233 @@ from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory, WorkerDied
 from echelon.progress import no_progress
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
-from echelon.scheduling.fit import fit_cost, fit_memory
+from echelon.scheduling.fit import Probe, fit_cost, fit_memory
+from echelon.scheduling.packing import step_cost
 from echelon.tokenization.pairs import gather
 from echelon.tuning.machine import MemoryMeter, meter_of
-from echelon.tuning.probes import MIN_ROUNDS, choose, measure, smallest_first
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from echelon.data import Texts
     from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
     from echelon.progress import Progress
     from echelon.scheduling.cost_model import Coefficients
-    from echelon.scheduling.fit import Probe
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tuning.probes import LengthRange, Lengths
-    from echelon.types import Clock, ModelInfo, TokenBatch
+    from echelon.tuning.machine import Meter
+    from echelon.types import Clock, ModelInfo, Padding, TokenBatch
+
+
+Lengths = tuple[int, ...]
+"""The shape of a step: tokens of each pair."""
+
+PROBES, CHECKS = 24, 10
+"""Shapes to fit, and to check."""
+
+MIXED = 8
+"""Probes of mixed lengths: they average what the formula leaves out."""
+
+ROUNDS = 9
+"""Repeats after which medians gain little."""
+
+MIN_ROUNDS = 3
+"""Fewer repeats say nothing about the certainty of a median; the time is planned for these."""
+
+QUIET = 0.01
+"""Where repeats differ by less than this share, more of them are not needed."""
+
+SHORTEST = 16
+"""Tokens of the shortest pair: special tokens and some words of query and document."""
+
+FULL_SHARE = 0.25
+"""Part of a round's time that the single slowest shape may take."""
+
+MAX_PER_SIZE = 2
+"""Shapes of about one size, after one of every size: the optimum alone would be a few extreme
+shapes, and would not show where a device differs from the formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class LengthRange:
+    """Limits of the shapes of steps.
+
+    Attributes:
+        longest: tokens of the longest pair.
+        budget: tokens of the largest step.
+        padding: how the scorer pads.
+    """
+
+    longest: int
+    budget: int
+    padding: Padding
+
+    def uniform(self) -> list[Lengths]:
+        """Steps of one length: lengths and sizes a factor of two apart."""
+        lengths = _powers(min(SHORTEST, self.longest), self.longest)
+        sizes = _powers(lengths[0], max(self.budget, self.longest))
+        found = {(length,) * max(1, size // length) for length in lengths for size in sizes}
+        fits = [s for s in found if len(s) == 1 or step_cost(s, self.padding) <= self.budget]
+        return sorted(fits, key=lambda s: (sum(s), len(s)))
+
+    def mixed(self, count: int, seed: int) -> list[Lengths]:
+        """Steps of mixed lengths and any size, as in real requests."""
+        rng = random.Random(seed)  # noqa: S311 - shapes, not secrets
+        return [self._mixed(rng) for _ in range(count)]
+
+    def _mixed(self, rng: random.Random) -> Lengths:
+        shortest = min(SHORTEST, self.longest)
+        around = _between(rng, shortest, self.longest)
+        size = _between(rng, around, max(around, self.budget))
+        shape: list[int] = []
+        while True:
+            length = round(around * rng.lognormvariate(0, 0.4))
+            shape.append(min(max(length, shortest), self.longest))
+            if len(shape) > 1 and step_cost(shape, self.padding) > size:
+                return tuple(shape[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeShapes:
+    """Shapes to fit, and shapes to check the fit with."""
+
+    probes: list[Lengths]
+    checks: list[Lengths]
+
+
+def choose(limits: LengthRange, prior: Coefficients, max_s: float) -> ProbeShapes:
+    """Choose the most informative shapes; by the prior, one run of all takes ``max_s`` seconds."""
+
+    def seconds(shape: Lengths) -> float:
+        return prior.seconds(work_of(shape, limits.padding))
+
+    mixed = _affordable(limits.mixed(10 * MIXED, seed=1), seconds, MIXED, max_s / 4)
+    others = [shape for shape in limits.mixed(10 * CHECKS, seed=2) if shape not in mixed]
+    checks = _affordable(others, seconds, CHECKS, max_s / 4)
+    uniform = [shape for shape in limits.uniform() if shape not in mixed and shape not in checks]
+    chosen = most_informative(uniform, prior, limits.padding, max_s / 2, PROBES - len(mixed))
+    return ProbeShapes(chosen + mixed, checks)
+
+
+def most_informative(
+    shapes: Sequence[Lengths], prior: Coefficients, padding: Padding, max_s: float, count: int
+) -> list[Lengths]:
+    """At most ``count`` shapes in ``max_s`` seconds that determine the coefficients best."""
+    if not shapes:
+        return []
+    works = [work_of(shape, padding) for shape in shapes]
+    seconds = np.array([prior.seconds(work) for work in works])
+    middle = int(np.exp(np.mean(np.log([work.tokens for work in works]))))
+    rows = np.array([replace(prior, knee_tokens=middle).amounts(work) for work in works])
+    rows = rows / seconds[:, None]
+    rows /= np.maximum(rows.max(axis=0), np.finfo(float).tiny)
+    known = 1e-6 * np.eye(rows.shape[1])
+    sizes = np.array([work.tokens.bit_length() for work in works])
+    left = seconds <= FULL_SHARE * max_s
+    chosen: list[int] = []
+    for size in [*range(sizes.max() + 1)] * MAX_PER_SIZE:
+        open_ = left & (sizes == size) & (seconds <= max_s - seconds[chosen].sum())
+        if not open_.any() or len(chosen) == count:
+            continue
+        gains = np.einsum("sr,rc,sc->s", rows, np.linalg.inv(known), rows)
+        best = int(np.where(open_, gains, -1.0).argmax())
+        chosen.append(best)
+        known += np.outer(rows[best], rows[best])
+        left[best] = False
+    return [shapes[index] for index in chosen]
+
+
+def _affordable(
+    shapes: Sequence[Lengths], seconds: Callable[[Lengths], float], count: int, max_s: float
+) -> list[Lengths]:
+    """The first ``count`` different shapes that together take no more than ``max_s`` seconds."""
+    taken: list[Lengths] = []
+    for shape in dict.fromkeys(shapes):
+        if len(taken) < count and seconds(shape) <= max_s:
+            taken.append(shape)
+            max_s -= seconds(shape)
+    return taken
+
+
+def measure(
+    shapes: Sequence[Lengths],
+    run: Callable[[Lengths], None],
+    meter: Meter,
+    clock: Clock,
+    limit_s: float,
+    on_progress: Progress = no_progress,
+) -> list[Probe]:
+    """Measure shapes in turn, round after round, until the time is up.
+
+    The first round goes from the smallest to the largest step, so that memory which the allocator
+    keeps is not counted for the next step. It is also the warm-up: its times count only where
+    there are no others.
+
+    Args:
+        shapes: what to measure.
+        run: scores a step of a shape; raises :class:`DeviceOutOfMemory` where it does not fit.
+        meter: reads peak memory.
+        clock: seconds.
+        limit_s: no round starts that would end later, except the first.
+        on_progress: called before each round.
+
+    Returns:
+        The shapes that fit in memory, smallest first.
+    """
+    started = clock()
+    first: dict[Lengths, tuple[float, int | None]] = {}
+    for shape in smallest_first(shapes):
+        meter.reset()
+        try:
+            seconds = _timed(run, shape, clock)
+        except DeviceOutOfMemory:
+            break  # larger steps would not fit either
+        first[shape] = seconds, meter.peak_bytes()
+    times: dict[Lengths, list[float]] = {shape: [] for shape in first}
+    while not _enough(times):
+        spent = clock() - started
+        on_progress("measuring probes for the cost model", min(spent, limit_s), limit_s)
+        rounds = 1 + min(map(len, times.values()))
+        if spent + spent / rounds > limit_s:
+            break
+        for shape, seen in times.items():
+            seen.append(_timed(run, shape, clock))
+    return [
+        Probe(shape, tuple(times[shape] or [seconds]), peak)
+        for shape, (seconds, peak) in first.items()
+    ]
+
+
+def smallest_first(shapes: Iterable[Lengths]) -> list[Lengths]:
+    """Sort shapes by tokens, then by squared tokens."""
+    return sorted(shapes, key=lambda shape: (sum(shape), sum(n * n for n in shape)))
+
+
+def _enough(times: dict[Lengths, list[float]]) -> bool:
+    rounds = min(map(len, times.values()), default=ROUNDS)
+    if rounds < MIN_ROUNDS:
+        return False
+    spreads = [Probe(shape, tuple(seen)).spread for shape, seen in times.items()]
+    return rounds >= ROUNDS or float(np.median(spreads)) < QUIET
+
+
+def _timed(run: Callable[[Lengths], None], shape: Lengths, clock: Clock) -> float:
+    began = clock()
+    run(shape)
+    return clock() - began
+
+
+def _powers(smallest: int, largest: int) -> list[int]:
+    """From ``smallest`` up by factors of two, and ``largest``."""
+    steps = range(max(0, (largest // smallest).bit_length()))
+    return sorted({*(min(largest, smallest << step) for step in steps), largest})
+
+
+def _between(rng: random.Random, smallest: int, largest: int) -> int:
+    """A log-uniform size: 8 to 16 is as likely as 256 to 512."""
+    return round(math.exp(rng.uniform(math.log(smallest), math.log(largest))))
+
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,8 @@ from echelon.progress import no_progress
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import MAX_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.calibration import StepFactory, models_of
+from echelon.tuning.calibration import LengthRange, StepFactory, measure, models_of
 from echelon.tuning.machine import meter_of
-from echelon.tuning.probes import LengthRange, measure
 from echelon.tuning.tuner import find_model, probe, tune
 from echelon.types import monotonic
 

@@ -32,9 +32,8 @@ from echelon.profile import (
 from echelon.progress import no_progress
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.calibration import ProbeResult, StepFactory, calibrate, models_of
+from echelon.tuning.calibration import LengthRange, ProbeResult, StepFactory, calibrate, models_of
 from echelon.tuning.machine import describe_machine, meter_of
-from echelon.tuning.probes import LengthRange
 from echelon.tuning.sweep import (
     MeasuredPoint,
     SweepPoint,
