@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echelon.cli.load_flags import parse_trace
+from echelon.cli.flags import parse_trace
 from echelon.errors import InvalidInput
 from echelon.simulation.workload import (
     ArrivalRecord,

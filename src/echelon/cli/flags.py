@@ -1,23 +1,31 @@
-"""Flags, output and exit codes that several commands share. Imports click and nothing heavier."""
+"""Flags, output and exit codes that several commands share. Imports click and nothing heavier.
+
+Plan, stress and tune --scenario share the flags of a load; a trace is read a line at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
+import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.options import Options
+from echelon.errors import InvalidInput
 from echelon.progress import no_progress
 from echelon.server.settings import flag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from echelon.progress import Progress
     from echelon.server.settings import Flag
+    from echelon.simulation.service_level import ServiceLevel
+    from echelon.simulation.workload import ArrivalRecord, SizeDistribution, Workload
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
@@ -42,15 +50,6 @@ def with_flags(*flags: Flag) -> Callable[[Any], Any]:
         return command
 
     return decorate
-
-
-def options_of(values: dict[str, Any], *, quiet: bool) -> Options:
-    """The options that flags give.
-
-    Raises:
-        InvalidInput: a value is wrong.
-    """
-    return Options.of(**values, progress=not quiet)
 
 
 def print_json(content: Any) -> None:
@@ -91,3 +90,176 @@ def progress_bar(title: str, *, shown: bool) -> Iterator[tuple[Progress, Callabl
             bar.update(task, description=stage, completed=done / total if total else None)
 
         yield on_progress, bar.console.print
+
+
+_LOAD_FLAGS: dict[str, dict[str, Any]] = {
+    "--slo-p99-ms": {"type": float, "help": "P99 latency goal"},
+    "--rate": {"type": float, "help": "Requests a second"},
+    "--arrivals": {
+        "type": click.Choice(["poisson", "constant"]),
+        "default": "poisson",
+        "show_default": True,
+        "help": "Random arrivals, as callers come, or equal intervals",
+    },
+    "--trace": {"help": "CSV of requests: timestamp,documents[,tokens]"},
+    "--documents": {"help": "Documents of a request: N or LOW-HIGH"},
+    "--tokens": {"help": "Tokens of a pair: N or LOW-HIGH"},
+    "--seed": {"type": int, "default": 0, "help": "Seed of the requests"},
+}
+
+
+def load_flag(name: str, more: str = "", *, prefix: str = "", **changes: Any) -> Flag:
+    """A flag of the load, with words after (``more``) and before (``prefix``) its help."""
+    settings = _LOAD_FLAGS[name] | changes
+    return flag(name, **settings | {"help": f"{prefix}{settings['help']}{more}."})
+
+
+def level_of(values: dict[str, Any]) -> ServiceLevel | None:
+    """The service level that the flags ask for; None where they give no latency."""
+    from echelon.simulation.service_level import ServiceLevel
+
+    goal_ms = values["slo_p99_ms"]
+    if goal_ms is None:
+        return None
+    _above_zero("--slo-p99-ms", goal_ms, "Give milliseconds, such as 200.")
+    return ServiceLevel(goal_ms / 1000)
+
+
+def workload_of(values: dict[str, Any], *, streamed: bool = False) -> Workload:
+    """The workload that the flags ask for; ``streamed`` reads a trace anew each time.
+
+    Raises:
+        InvalidInput: a value is wrong, or there is neither a rate nor a trace.
+    """
+    from echelon.simulation.workload import ReplayedArrivals, Workload, arrivals_of
+
+    rate, path = values["rate"], values["trace"]
+    if rate is not None:
+        _above_zero("--rate", rate, "Give requests a second, such as 5.")
+    if rate is None and path is None:
+        raise InvalidInput("--rate", "is not given", "Give requests a second, or --trace FILE.")
+    if streamed and path is not None:
+        arrivals: Any = ReplayedArrivals(TraceFile(path))
+    else:
+        arrivals = arrivals_of(rate, trace_of(values), even=values.get("arrivals") == "constant")
+    documents, tokens = sizes_of_requests(values)
+    if documents is None:
+        raise InvalidInput("--documents", "is not given", "Give one such as 10 or 5-50.")
+    return Workload(arrivals, documents, tokens, values["seed"])
+
+
+def trace_of(values: dict[str, Any]) -> tuple[ArrivalRecord, ...]:
+    """The recorded requests of ``--trace``; none without it."""
+    return () if values["trace"] is None else tuple(read_trace(values["trace"]))
+
+
+def sizes_of_requests(
+    values: dict[str, Any],
+) -> tuple[SizeDistribution | None, SizeDistribution | None]:
+    """Documents of a request and tokens of a pair; None where the flag is not given."""
+    from echelon.simulation.workload import sizes_of
+
+    documents, tokens = values["documents"], values["tokens"]
+    return (
+        None if documents is None else sizes_of(documents, "--documents"),
+        None if tokens is None else sizes_of(tokens, "--tokens"),
+    )
+
+
+def read_trace(path: str) -> Iterator[ArrivalRecord]:
+    """Read the requests of a trace in CSV.
+
+    Raises:
+        InvalidInput: the file cannot be read, or a value in it is wrong.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as lines:
+            yield from parse_trace(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{path} cannot be read ({error})"
+        raise InvalidInput("--trace", problem, "Give a CSV file in UTF-8.") from error
+
+
+class TraceFile:
+    """The requests of a trace file, read anew each time; checked once at the start."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[ArrivalRecord]:
+        return read_trace(self._path)
+
+
+MAX_DIGITS = 10
+"""A longer number in a trace is not a count."""
+
+TRACE_FORM = (
+    "A trace is CSV with a header: timestamp,documents or timestamp,documents,tokens; seconds that "
+    "never go down, documents of the request, tokens of each of its pairs."
+)
+
+
+def parse_trace(lines: Iterable[str]) -> Iterator[ArrivalRecord]:
+    """Read a trace line by line, as :data:`TRACE_FORM` says; unknown columns are ignored.
+
+    Raises:
+        InvalidInput: a value is wrong, with its line and column; or there is no request.
+    """
+    from echelon.simulation.workload import ArrivalRecord
+
+    reader = csv.reader(lines, strict=True)
+    try:
+        columns = _columns(next(reader, []))
+        last = -math.inf
+        for row in reader:
+            if row:
+                record = ArrivalRecord(*_cells(row, columns, reader.line_num))
+                if record.at_s < last:
+                    raise _wrong(reader.line_num, "timestamp", f"{record.at_s} is before {last}")
+                last = record.at_s
+                yield record
+    except csv.Error as error:
+        raise InvalidInput("trace", f"line {reader.line_num}: {error}", TRACE_FORM) from error
+    if last == -math.inf:
+        raise InvalidInput("trace", "there is no request in it", TRACE_FORM)
+
+
+def _columns(header: list[str]) -> dict[str, int]:
+    names = [name.strip().removeprefix("\ufeff").lower() for name in header]
+    for name in ("timestamp", "documents"):
+        if name not in names:
+            raise InvalidInput("trace", f"line 1 names no column {name!r}", TRACE_FORM)
+    for name in ("timestamp", "documents", "tokens"):
+        if names.count(name) > 1:
+            raise InvalidInput("trace", f"line 1 names {name!r} twice", TRACE_FORM)
+    return {name: index for index, name in enumerate(names)}
+
+
+def _cells(row: list[str], columns: dict[str, int], line: int) -> tuple[float, int, int | None]:
+    cells = {name: row[index].strip() for name, index in columns.items() if index < len(row)}
+    try:
+        at_s = float(cells.get("timestamp", ""))
+    except ValueError:
+        at_s = math.nan
+    if not math.isfinite(at_s):
+        raise _wrong(line, "timestamp", f"{cells.get('timestamp', '')!r} is no number of seconds")
+    documents = _count(cells, "documents", line)
+    return at_s, documents, _count(cells, "tokens", line) if "tokens" in columns else None
+
+
+def _count(cells: dict[str, str], name: str, line: int) -> int:
+    text = cells.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < MAX_DIGITS and int(text) > 0):
+        raise _wrong(line, name, f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _wrong(line: int, column: str, problem: str) -> InvalidInput:
+    return InvalidInput("trace", f"line {line}, column {column}: {problem}", TRACE_FORM)
+
+
+def _above_zero(name: str, value: float, remedy: str) -> None:
+    if not 0 < value < math.inf:
+        raise InvalidInput(name, f"{value:g} is not above 0", remedy)

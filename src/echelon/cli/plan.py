@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import print_json, with_flags
-from echelon.cli.load_flags import level_of, load_flag, workload_of
+from echelon.cli.flags import (
+    level_of,
+    load_flag,
+    print_json,
+    with_flags,
+    workload_of,
+)
 from echelon.errors import InvalidInput
 from echelon.progress import status
 from echelon.server.settings import flag

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import JSON_FLAG, options_of, print_json, with_flags
+from echelon.cli.flags import JSON_FLAG, print_json, with_flags
 from echelon.errors import InvalidInput
-from echelon.options import check_count
+from echelon.options import Options, check_count
 from echelon.server.settings import MODEL_FLAGS, STEP_FLAGS, flag
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def rank(  # noqa: PLR0913 - one argument each option
     """
     check_count("top_n", top_n)
     texts = _read_documents(documents, file)
-    options = options_of(values, quiet=quiet)
+    options = Options.of(**values, progress=not quiet)
 
     from echelon.reranker import Reranker
 

@@ -12,12 +12,14 @@ import click
 from echelon.cli.flags import (
     INTERRUPTED,
     JSON_FLAG,
+    level_of,
+    load_flag,
     print_json,
     print_line,
     progress_bar,
     with_flags,
+    workload_of,
 )
-from echelon.cli.load_flags import level_of, load_flag, workload_of
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.options import require_packages
 from echelon.server.settings import Flag, flag

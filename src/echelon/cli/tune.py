@@ -12,21 +12,22 @@ from echelon.cli.flags import (
     INTERRUPTED,
     JSON_FLAG,
     LANG_FLAG,
-    options_of,
+    level_of,
+    load_flag,
     print_json,
     print_line,
     progress_bar,
+    sizes_of_requests,
+    trace_of,
     with_flags,
 )
-from echelon.cli.load_flags import level_of, load_flag, sizes_of_requests, trace_of
 from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
-from echelon.options import require_packages
+from echelon.options import Options, require_packages
 from echelon.server.settings import MODEL_FLAGS, Flag, flag, name_of_flag
 from echelon.server.settings import PACKAGES as SERVER_PACKAGES
 
 if TYPE_CHECKING:
-    from echelon.options import Options
     from echelon.profile import Profile
     from echelon.progress import Progress
     from echelon.tuning.goal import ScenarioGoal
@@ -103,7 +104,7 @@ def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) ->
     refresh = target if values.pop("refresh") else None
     partial = target.with_name(f"{target.name}.partial.json")
     plan = _plan(values, partial)
-    options = options_of(values, quiet=quiet)
+    options = Options.of(**values, progress=not quiet)
     try:
         with progress_bar("Tuning", shown=not (quiet or as_json)) as (on_progress, _):
             found, missed = _tuned(model, options, plan, goal, refresh, on_progress)
