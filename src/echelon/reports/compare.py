@@ -219,7 +219,6 @@ def _steps(
 
 def headline(found: Row) -> str:
     """Which profile is faster, by how much, and whether that exceeds the variation."""
-    best = tr("each with its best batch size")
     if not found["comparable"]["times"]:
         why = tr(" and ").join(map(tr, found["comparable"]["obstacles"]))
         return tr(
@@ -227,10 +226,14 @@ def headline(found: Row) -> str:
             "speed ratios.",
             why=why,
         )
-    for rows, how in ((found["chosen"], tr("each with its chosen setting")), (found["best"], best)):
-        shared = [row for row in rows if row["latency"]]
+    how = {
+        "chosen": N_("each with its chosen setting"),
+        "best": N_("each with its best batch size"),
+    }
+    for name, sentence in how.items():
+        shared = [row for row in found[name] if row["latency"]]
         if shared:
-            return _faster(shared[-1], how)
+            return _faster(shared[-1], tr(sentence))
     return tr(
         "Speed cannot be compared: no number of pairs was measured on both. Run echelon tune "
         "with the same --pairs on both."
@@ -240,29 +243,23 @@ def headline(found: Row) -> str:
 def _faster(row: Row, how: str) -> str:
     """One sentence on the fastest call of each, one on the certainty of the difference."""
     a, b = (units.duration(row[side]["latency_s"]) for side in "ab")
-    ratio, what = row["throughput"], wording.pairs(row["pairs"])
+    ratio, values = row["throughput"], {"pairs": wording.pairs(row["pairs"]), "how": how}
     if ratio["judgement"] == "tie":
+        values |= {"a": a, "b": b, "tie": units.percent(TIE)}
         return tr(
             "A tie: {pairs} take {a} on A and {b} on B, {how}; medians within {tie} are a tie.",
-            pairs=what,
-            a=a,
-            b=b,
-            how=how,
-            tie=units.percent(TIE),
+            **values,
         )
-    first, quick, last, slow = ("B", b, "A", a) if ratio["value"] > 1 else ("A", a, "B", b)
-    if ratio["value"] < 1:
+    if ratio["value"] > 1:
+        values |= {"first": "B", "quick": b, "last": "A", "slow": a}
+    else:
+        values |= {"first": "A", "quick": a, "last": "B", "slow": b}
         ratio = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse.as_dict()
     faster = tr(
         "{first} is {times} times as fast as {last}: {pairs} take {quick} on {first} and {slow} "
         "on {last}, {how}.",
-        first=first,
-        last=last,
         times=units.number(ratio["value"]),
-        pairs=what,
-        quick=quick,
-        slow=slow,
-        how=how,
+        **values,
     )
     return f"{faster} {_certainty(ratio)}"
 
@@ -295,31 +292,22 @@ def notes(found: Row) -> list[str]:
         elif keys["revision"]["differs"]:
             shown.append(tr("The two profiles have different revisions of the model."))
     if keys["precision"]["differs"]:
-        shown.append(
-            tr(
-                "The chosen precisions differ, which explains part of a difference in speed; "
-                "the table of precisions compares each precision with itself."
-            )
+        note = N_(
+            "The chosen precisions differ, which explains part of a difference in speed; "
+            "the table of precisions compares each precision with itself."
         )
+        shown.append(tr(note))
     if len(set(found["memory"]["of"])) > 1:
         shown.append(tr("The memory of a process is not compared with the memory of a GPU."))
-    for name in "ab":
-        shown += _profile_notes(name.upper(), found[name])
-    return shown
-
-
-def _profile_notes(name: str, profile: Mapping[str, Any]) -> list[str]:
-    shown = [
-        tr("{what}: {found}", what=name, found=translated(text)) for text in profile["warnings"]
-    ]
-    learned = profile["learned_token_budget"]
-    if learned is not None:
-        shown.append(
-            tr(
+    for name, profile in (("A", found["a"]), ("B", found["b"])):
+        warnings = map(translated, profile["warnings"])
+        shown += [tr("{what}: {found}", what=name, found=text) for text in warnings]
+        if profile["learned_token_budget"] is not None:
+            note = tr(
                 "{side}: memory ran out after tuning, so a step now has at most {tokens} "
                 "tokens; the times shown were measured before.",
                 side=name,
-                tokens=f"{learned:,}",
+                tokens=f"{profile['learned_token_budget']:,}",
             )
-        )
+            shown.append(note)
     return shown

@@ -101,11 +101,8 @@ def _figure(
     line = straight(tr("predicted = measured"), "diagonal", ends, ends, "dot", COLOURS[5])
     groups = [_points([r for r in rows if r[0]["unseen"] == u], *UNSEEN[u], text) for u in UNSEEN]
     across = {**axis, "title": {"text": tr("Measured")}}
-    return panel(
-        [line, *(group for group in groups if group["x"])],
-        across,
-        {**axis, "title": {"text": tr("Predicted")}},
-    )
+    upright = {**axis, "title": {"text": tr("Predicted")}}
+    return panel([line, *(group for group in groups if group["x"])], across, upright)
 
 
 def _points(
@@ -124,9 +121,9 @@ def _points(
         )
         for shape, measured, predicted in rows
     ]
-    found = trace("markers", tr(name), "predicted", [r[1] for r in rows], [r[2] for r in rows])
+    x, y = [row[1] for row in rows], [row[2] for row in rows]
     marker = {"color": colour, "symbol": symbol, "size": 8}
-    return found | {"text": texts, "hoverinfo": "text", "marker": marker}
+    return trace("markers", tr(name), "predicted", x, y, text=texts, marker=marker)
 
 
 def _shape(shape: Shape) -> str:
@@ -180,18 +177,15 @@ def _line(fit: MemoryFit, low: int, high: int, length: int) -> Trace:
     tokens = [low * (high / low) ** (i / (LINE_POINTS - 1)) for i in range(LINE_POINTS)]
     works = [Work(1, round(count), round(count * length)) for count in tokens]
     gib = [fit.model.peak_bytes(work) / units.GIB for work in works]
-    found = trace("lines", tr("predicted"), "predicted", [work.tokens for work in works], gib)
-    return found | {"line": {"color": COLOURS[1], "width": 2}}
+    sizes, line = [work.tokens for work in works], {"color": COLOURS[1], "width": 2}
+    return trace("lines", tr("predicted"), "predicted", sizes, gib, line=line)
 
 
 def _peaks(shapes: list[Shape]) -> Trace:
-    gib = [shape["peak_bytes"] / units.GIB for shape in shapes]
-    found = trace("markers", tr("measured"), "measured", [s["tokens"] for s in shapes], gib)
-    return found | {
-        "text": [f"{_shape(shape)}<br>{units.size(shape['peak_bytes'])}" for shape in shapes],
-        "hoverinfo": "text",
-        "marker": {"color": COLOURS[0], "symbol": "circle", "size": 8},
-    }
+    sizes, gib = [s["tokens"] for s in shapes], [s["peak_bytes"] / units.GIB for s in shapes]
+    texts = [f"{_shape(shape)}<br>{units.size(shape['peak_bytes'])}" for shape in shapes]
+    marker = {"color": COLOURS[0], "symbol": "circle", "size": 8}
+    return trace("markers", tr("measured"), "measured", sizes, gib, text=texts, marker=marker)
 
 
 def _memory_axis(low: float, high: float) -> dict[str, Any]:
@@ -209,11 +203,8 @@ def _note(fit: MemoryFit, limit: tuple[float, str] | None, length: int) -> str:
     parts.append(tr("Dashed line: {whose}, {size}.", whose=limit[1], size=shown))
     tokens = fit.model.tokens_within(limit[0], length)
     if tokens < NO_BUDGET:
-        reached = tr(
-            "The model predicts that steps of {tokens} tokens reach it.",
-            tokens=units.number(tokens),
-        )
-        parts.append(reached)
+        shown = units.number(tokens)
+        parts.append(tr("The model predicts that steps of {tokens} tokens reach it.", tokens=shown))
     return " ".join(parts)
 
 
@@ -260,12 +251,9 @@ def _curve_note(curve: dict[str, Any], goal_s: float) -> str:
 def _percentile(points: Sequence[dict[str, Any]], name: str) -> Trace:
     label, colour = PERCENTILES[name]
     rates, seconds = [point["rate"] for point in points], [point[name] for point in points]
-    return trace("lines+markers", label, name, rates, seconds) | {
-        "text": [_hover(point, label, name) if point[name] else "" for point in points],
-        "hoverinfo": "text",
-        "line": {"color": colour, "width": 2},
-        "marker": {"color": colour, "size": 4},
-    }
+    texts = [_hover(point, label, name) if point[name] else "" for point in points]
+    style = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 4}}
+    return trace("lines+markers", label, name, rates, seconds, text=texts, **style)
 
 
 def _hover(point: dict[str, Any], label: str, name: str) -> str:
@@ -285,10 +273,9 @@ def _measured(rate: float, measured: dict[str, Any]) -> Trace:
         tr("measured: {label} {latency}", label=label, latency=units.duration(seconds))
         for (label, _), seconds in known.items()
     ]
-    colours = [colour for _, colour in known]
-    found = trace("markers", tr("measured"), "measured", [rate] * len(known), list(known.values()))
-    marker = {"color": colours, "symbol": "diamond", "size": 11}
-    return found | {"text": texts, "hoverinfo": "text", "marker": marker}
+    marker = {"color": [colour for _, colour in known], "symbol": "diamond", "size": 11}
+    rates, seconds = [rate] * len(known), list(known.values())
+    return trace("markers", tr("measured"), "measured", rates, seconds, text=texts, marker=marker)
 
 
 def agreement_charts(profile: Profile) -> list[Chart]:
@@ -298,17 +285,15 @@ def agreement_charts(profile: Profile) -> list[Chart]:
         return []
     names = [row["precision"] for row in rows]
     texts = [f"{escape(str(row['precision']))}<br>{wording.agreement(row)}" for row in rows]
-    needed = straight(
-        tr("required to pass"), "needed", names, [MIN_TAU] * len(names), "dash", COLOURS[5]
-    )
-    traces = [needed]
+    needed = [MIN_TAU] * len(names)
+    traces = [straight(tr("required to pass"), "needed", names, needed, "dash", COLOURS[5])]
     for key, name, colour, symbol in (
         ("tau", tr("Kendall τ"), COLOURS[0], "circle"),
         ("overlap", tr("Top-10 overlap"), COLOURS[1], "square-open"),
     ):
         marker = {"color": colour, "symbol": symbol, "size": 11, "line": {"width": 2}}
-        found = trace("markers", name, key, names, [row[key] for row in rows])
-        traces.append(found | {"text": texts, "hoverinfo": "text", "marker": marker})
+        heights = [row[key] for row in rows]
+        traces.append(trace("markers", name, key, names, heights, text=texts, marker=marker))
     low = min(MIN_TAU, *(row[key] for row in rows for key in ("tau", "overlap")))
     upright = {"range": [low - MARGIN, 1 + MARGIN], "title": {"text": tr("Agreement with fp32")}}
     note = tr("1 means the same ranking as fp32. A precision below the dashed line is not used.")

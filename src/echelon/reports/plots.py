@@ -97,16 +97,15 @@ class Chart:
     figure: dict[str, Any]
 
 
-def trace(mode: str, name: str, meta: str, x: list[Any], y: list[Any]) -> Trace:
-    """A trace without hover text; ``meta`` names its kind for the page and the tests."""
-    shown = {"type": "scatter", "mode": mode, "name": name, "meta": meta}
-    return shown | {"x": x, "y": y, "hoverinfo": "skip"}
+def trace(mode: str, name: str, meta: str, x: list[Any], y: list[Any], **style: Any) -> Trace:
+    """A trace with the hover texts ``text``, if any; ``meta`` names its kind for the page."""
+    shown = {"type": "scatter", "mode": mode, "name": name, "meta": meta, "x": x, "y": y}
+    return {**shown, "hoverinfo": "text" if "text" in style else "skip", **style}
 
 
 def straight(name: str, meta: str, x: list[Any], y: list[float], dash: str, colour: str) -> Trace:
     """A line between given points: a goal, a limit or the diagonal."""
-    line = {"color": colour, "dash": dash, "width": 2}
-    return trace("lines", name, meta, x, y) | {"line": line}
+    return trace("lines", name, meta, x, y, line={"color": colour, "dash": dash, "width": 2})
 
 
 def panel(traces: list[Trace], across: dict[str, Any], upright: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +285,7 @@ class Pen:
         sizes = [entry[self.unit] for entry in entries]
         values = [self.quantity.value(e) if wording.measured(e) else None for e in entries]
         texts = [_hover(entry) for entry in entries]
-        return trace(mode, name, meta, sizes, values) | {"text": texts, "hoverinfo": "text"}
+        return trace(mode, name, meta, sizes, values, text=texts)
 
     def _bars(self, entries: Sequence[Entry], values: Sequence[float]) -> dict[str, Any] | None:
         """Error bars; None where no point has an interval, null for a single one without."""

@@ -1,9 +1,9 @@
-"""The parts of a profile that reports show: entries of its sweep, and a checked view to compare."""
+"""Entries of a profile's sweep that reports show, and a profile checked for a comparison."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import ProfileError
@@ -20,21 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from echelon.reports.wording import Entry
-    from echelon.scheduling.fit import FitError
 
 
 def find(
     profile: Profile, batch_size: int | None, token_budget: int | None, pairs: int | None = None
 ) -> Entry | None:
     """The measured entry of a step size; of several, the one with the most pairs."""
-    wanted = (batch_size, token_budget)
-    found = [
-        e
-        for e in profile.points
-        if measured(e)
-        and (e["batch_size"], e["token_budget"]) == wanted
-        and pairs in {None, e["pairs"]}
-    ]
+    size = (batch_size, token_budget)
+    known = [e for e in profile.points if measured(e) and pairs in {None, e["pairs"]}]
+    found = [e for e in known if (e["batch_size"], e["token_budget"]) == size]
     return max(found, key=lambda e: e["pairs"], default=None)
 
 
@@ -75,15 +69,10 @@ def slower(entry: Entry, best: Entry) -> float:
 
 
 def _smallest(entries: Iterable[Entry], within: float) -> Entry | None:
-    known = sorted((e for e in entries if measured(e)), key=_size)
-    if not known:
-        return None
-    shortest = min(e["latency_s"]["median"] for e in known)
-    return next(e for e in known if e["latency_s"]["median"] <= within * shortest)
-
-
-def _size(entry: Entry) -> int:
-    return int(entry["batch_size"] or entry["token_budget"] or 0)
+    known = [e for e in entries if measured(e)]
+    shortest = min((e["latency_s"]["median"] for e in known), default=0.0)
+    found = [e for e in known if e["latency_s"]["median"] <= within * shortest]
+    return min(found, key=lambda e: e["batch_size"] or e["token_budget"] or 0, default=None)
 
 
 Place = tuple[int, int | None, int | None]
@@ -95,14 +84,9 @@ DAMAGED = (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, Val
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A point, measured or not.
+    """A point of the sweep; what follows the status is None where it was not measured.
 
-    Attributes:
-        status: ``ok``, or why it was not measured; then all below are None.
-        latency_s: median of a call, with the ends of its interval; None with too few runs.
-        samples: number of runs.
-        tokens: of a call without padding; the same for the same texts.
-        peak_bytes: None where it could not be read.
+    ``tokens`` are those of a call without padding: they are equal for the same texts.
     """
 
     pairs: int
@@ -120,24 +104,26 @@ class Number:
     @classmethod
     def of(cls, entry: Entry) -> Number:
         """Read and check a profile's entry."""
-        size = (
-            _count(entry["pairs"]),
-            _size_of(entry["batch_size"]),
-            _size_of(entry["token_budget"]),
-        )
+        pairs, status = _count(entry["pairs"]), str(entry["status"])
+        batch_size, budget = _size(entry["batch_size"]), _size(entry["token_budget"])
         if not wording.measured(entry):
-            return cls(*size, str(entry["status"]))
-        latency, samples = entry["latency_s"], _count(entry["samples"])
+            return cls(pairs, batch_size, budget, status)
+        latency = entry["latency_s"]
         ends = (latency["low"], latency["high"])
         low, high = (None, None) if None in ends else map(_positive, ends)
-        median, peak = _positive(latency["median"]), _size_of(entry["peak_bytes"])
-        tokens, rate = _count(entry["tokens"]), _positive(entry["pairs_per_s"])
-        return cls(*size, str(entry["status"]), median, low, high, samples, tokens, rate, peak)
-
-    @property
-    def place(self) -> Place:
-        """Its place in the sweep."""
-        return self.pairs, self.batch_size, self.token_budget
+        return cls(
+            pairs,
+            batch_size,
+            budget,
+            status,
+            latency_s=_positive(latency["median"]),
+            low_s=low,
+            high_s=high,
+            samples=_count(entry["samples"]),
+            tokens=_count(entry["tokens"]),
+            pairs_per_s=_positive(entry["pairs_per_s"]),
+            peak_bytes=_size(entry["peak_bytes"]),
+        )
 
     @property
     def latency(self) -> KnownValue | None:
@@ -146,20 +132,12 @@ class Number:
             return None
         return KnownValue(self.latency_s, self.low_s, self.high_s)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class ProfileView:
-    """A profile in the form that is compared, checked so that comparing cannot fail.
+    """A profile and its file, checked so that comparing cannot fail.
 
-    Attributes:
-        file: the profile's name for people.
-        points: all points of the sweep, by place.
-        best: the best batch size for each number of pairs.
-        precisions: by name.
+    ``best`` holds the best batch size for each number of pairs.
     """
 
     file: str
@@ -187,9 +165,27 @@ class ProfileView:
             ProfileError: it is damaged.
         """
         try:
-            return _view(profile, file)
+            return cls._checked(profile, file)
         except (ProfileError, *DAMAGED) as error:
             raise damaged(file, error) from error
+
+    @classmethod
+    def _checked(cls, profile: Profile, file: str) -> ProfileView:
+        points = [Number.of(entry) for entry in profile.points]
+        best = [Number.of(entry) for entry in profile.best]
+        _check_plain(profile)
+        cost = None if profile.cost is None else CostFit.from_dict(profile.cost)
+        memory = None if profile.memory is None else MemoryFit.from_dict(profile.memory)
+        _check_models(cost, memory)
+        return cls(
+            file=file,
+            profile=profile,
+            points={(n.pairs, n.batch_size, n.token_budget): n for n in points},
+            best={n.pairs: n for n in best if n.latency_s is not None},
+            precisions={row["precision"]: _precision(row) for row in profile.precisions},
+            cost=cost,
+            memory=memory,
+        )
 
     @property
     def kind(self) -> str:
@@ -215,50 +211,31 @@ def damaged(file: str, error: Exception) -> ProfileError:
     return ProfileError(f"{file}: damaged profile ({reason.rstrip('.')}). {TUNE_AGAIN}")
 
 
-def _view(profile: Profile, file: str) -> ProfileView:
-    points = [Number.of(entry) for entry in profile.points]
-    best = [Number.of(entry) for entry in profile.best]
-    _check_plain(profile)
-    cost = None if profile.cost is None else CostFit.from_dict(profile.cost)
-    memory = None if profile.memory is None else MemoryFit.from_dict(profile.memory)
-    _check_models(cost, memory)
-    return ProfileView(
-        file=file,
-        profile=profile,
-        points={number.place: number for number in points},
-        best={number.pairs: number for number in best if number.latency_s is not None},
-        precisions={row["precision"]: _precision(row) for row in profile.precisions},
-        cost=cost,
-        memory=memory,
-    )
-
-
 def _check_plain(profile: Profile) -> None:
     """Check the types of the parts that are shown as they are."""
-    kinds = {"key.versions": dict, "machine": dict, "data": dict, "warnings": list}
-    for name, kind in kinds.items():
-        found = profile.key.versions if name == "key.versions" else getattr(profile, name)
+    for name, found, kind in (
+        ("key.versions", profile.key.versions, dict),
+        ("machine", profile.machine, dict),
+        ("data", profile.data, dict),
+        ("warnings", profile.warnings, list),
+    ):
         if not isinstance(found, kind):
             raise TypeError(f"{name} is {type(found).__name__}, not {kind.__name__}")
     wording.machine(profile.machine)
     wording.data(profile.data)
-    _size_of(profile.settings.token_budget)
-    _size_of(profile.settings.batch_size)
+    _size(profile.settings.token_budget)
+    _size(profile.settings.batch_size)
 
 
 def _check_models(cost: CostFit | None, memory: MemoryFit | None) -> None:
     work = work_of([1, 512], "none")
     if cost is not None:
         _positive(cost.coefficients.seconds(work))
-        _errors(cost.error)
     if memory is not None:
         _positive(memory.model.peak_bytes(work))
-        _errors(memory.error)
-
-
-def _errors(error: FitError) -> None:
-    if not all(math.isfinite(value) for value in (error.median, error.p90, error.shapes)):
-        raise ValueError(f"{error} is not finite")
+    for error in (fit.error for fit in (cost, memory) if fit is not None):
+        if not all(math.isfinite(value) for value in (error.median, error.p90, error.shapes)):
+            raise ValueError(f"{error} is not finite")
 
 
 def _precision(row: dict[str, Any]) -> dict[str, Any]:
@@ -286,5 +263,5 @@ def _count(value: Any) -> int:
     return value
 
 
-def _size_of(value: Any) -> int | None:
+def _size(value: Any) -> int | None:
     return None if value is None else _count(value)

@@ -7,6 +7,7 @@ precision loses no accuracy, watch P99 and memory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,24 +54,28 @@ def rules_of_thumb(profile: Profile) -> list[Rule]:
 
 
 def _api(profile: Profile) -> Finding:
-    return _sizes(_few(profile), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8."))
+    return _sizes(
+        _largest_calls(profile, high=FEW), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8.")
+    )
 
 
 def _offline(profile: Profile) -> Finding:
-    return _sizes(_many(profile), (16, 32), tr("Give --pairs 100 --batch-sizes 16,32."))
+    remedy = tr("Give --pairs 100 --batch-sizes 16,32.")
+    return _sizes(_largest_calls(profile, low=MANY), (16, 32), remedy)
 
 
 def _edge(profile: Profile) -> Finding:
-    found, state, result = _sizes(_few(profile), (1, 4), tr("Give --pairs 10 --batch-sizes 1,4."))
+    entries = _largest_calls(profile, high=FEW)
+    found, state, result = _sizes(entries, (1, 4), tr("Give --pairs 10 --batch-sizes 1,4."))
     if state != "unknown":
-        memory = listed(_memory(entry) for entry in _within(_few(profile), (1, 4)))
+        memory = listed(_memory(entry) for entry in _batches(entries, 1, 4))
         found = f"{found} {tr('Peak memory: {sizes}.', sizes=memory)}"
     return found, state, result
 
 
 def _sizes(entries: Sequence[Entry], range_: tuple[int, int], remedy: str) -> Finding:
     """How much slower each batch size of a rule is than the best of all sizes."""
-    best, inside = fastest(entries), _within(entries, range_)
+    best, inside = fastest(entries), _batches(entries, *range_)
     if best is None or not inside:
         return _unknown(remedy)
     found = tr(
@@ -107,31 +112,17 @@ def _unknown(remedy: str) -> Finding:
     return remedy, "unknown", tr("not measured")
 
 
-def _few(profile: Profile) -> list[Entry]:
-    """The entries with the most pairs per call, up to FEW."""
-    return _of(profile, max((n for n in _counts(profile) if n <= FEW), default=0))
+def _largest_calls(profile: Profile, low: int = 0, high: float = math.inf) -> list[Entry]:
+    """The measured entries with the most pairs per call between two limits."""
+    known = [e for e in profile.points if wording.measured(e) and low <= e["pairs"] <= high]
+    pairs = max((entry["pairs"] for entry in known), default=0)
+    return [entry for entry in known if entry["pairs"] == pairs]
 
 
-def _many(profile: Profile) -> list[Entry]:
-    """The entries with the most pairs per call, if at least MANY."""
-    return _of(profile, max((n for n in _counts(profile) if n >= MANY), default=0))
-
-
-def _counts(profile: Profile) -> set[int]:
-    return {entry["pairs"] for entry in profile.points if wording.measured(entry)}
-
-
-def _of(profile: Profile, pairs: int) -> list[Entry]:
-    return [e for e in profile.points if wording.measured(e) and e["pairs"] == pairs]
-
-
-def _batches(entries: Sequence[Entry]) -> list[Entry]:
-    found = [entry for entry in entries if entry["batch_size"]]
+def _batches(entries: Sequence[Entry], low: int = 1, high: float = math.inf) -> list[Entry]:
+    """The entries with a batch size between two limits, in its order."""
+    found = [e for e in entries if e["batch_size"] and low <= e["batch_size"] <= high]
     return sorted(found, key=lambda entry: int(entry["batch_size"]))
-
-
-def _within(entries: Sequence[Entry], range_: tuple[int, int]) -> list[Entry]:
-    return [e for e in _batches(entries) if range_[0] <= e["batch_size"] <= range_[1]]
 
 
 # Other rules.
@@ -155,13 +146,12 @@ def _concurrent(profile: Profile) -> Finding:
 
 
 def _larger(profile: Profile) -> Finding:
-    pairs = max(_counts(profile), default=0)
-    batches = _batches(_of(profile, pairs))
+    batches = _batches(_largest_calls(profile))
     best = fastest(batches)
     if best is None or len(batches) == 1:
         return _unknown(tr("Give --batch-sizes 1,2,4,8,16,32."))
     largest = batches[-1]
-    count, step = wording.pairs(pairs), wording.step_of(best)
+    count, step = wording.pairs(largest["pairs"]), wording.step_of(best)
     rate = wording.rate(best["pairs_per_s"])
     if largest is best:
         found = tr(
@@ -210,16 +200,11 @@ def _watch(profile: Profile) -> Finding:
     p50, p99 = measured.get("p50_s"), measured.get("p99_s")
     parts = _peak(profile)
     if p50 and p99:
-        times = units.number(p99 / p50)
-        shown = units.duration(p99)
-        parts.append(
-            tr("Under load, P99 is {p99}, {times} times the median.", p99=shown, times=times)
-        )
+        shown = {"p99": units.duration(p99), "times": units.number(p99 / p50)}
+        parts.append(tr("Under load, P99 is {p99}, {times} times the median.", **shown))
         return " ".join(parts), "holds", tr("measured under load")
-    parts.append(
-        tr("P99 is measured under load: run echelon tune --scenario api, or echelon stress.")
-    )
-    return " ".join(parts), "unknown", tr("P99 is not measured")
+    remedy = tr("P99 is measured under load: run echelon tune --scenario api, or echelon stress.")
+    return " ".join([*parts, remedy]), "unknown", tr("P99 is not measured")
 
 
 def _peak(profile: Profile) -> list[str]:

@@ -82,8 +82,8 @@ def tiles(profile: Profile) -> list[tuple[str, str, str]]:
     ]
     baseline = slowest(profile, point)
     if baseline is not None:
-        rate = wording.rate(baseline["pairs_per_s"])
-        rate = tr("{value} ({certainty})", value=rate, certainty=wording.spread(baseline))
+        rate, spread = wording.rate(baseline["pairs_per_s"]), wording.spread(baseline)
+        rate = tr("{value} ({certainty})", value=rate, certainty=spread)
         note = listed([rate, wording.step_of(baseline)])
         found.insert(2, (tr("Speed-up over the slowest"), _times(point, baseline), note))
     return found
@@ -101,37 +101,32 @@ def _precision_note(profile: Profile) -> str:
 
 def memory_of(profile: Profile) -> str:
     """Which memory was measured."""
-    if profile.key.device == "cpu":
-        return tr(
-            "memory of the tuning process, including what it still held from other precisions "
-            "and sizes"
-        )
-    return tr("GPU memory, including the model")
+    if profile.key.device != "cpu":
+        return tr("GPU memory, including the model")
+    return tr(
+        "memory of the tuning process, including what it still held from other precisions and sizes"
+    )
 
 
 NO_POINT = N_("No point was measured. Raise --time-limit.")
 
 SCENARIOS = {
     "api": (
-        N_("Realtime API"),
         N_("1–10 documents"),
         N_("The shortest time for {pairs} pairs; among sizes within {tie} of it, the smallest."),
         NO_POINT,
     ),
     "offline": (
-        N_("Offline reranking"),
         N_("50–200 documents"),
         N_("The most pairs per second, measured with {pairs} pairs."),
         NO_POINT,
     ),
     "edge": (
-        N_("Small edge device"),
         N_("1–5 documents"),
         N_("The smallest step that reaches {enough} of the best speed: it needs the least memory."),
         NO_POINT,
     ),
     "concurrent": (
-        N_("High concurrency"),
         N_("requests of any size"),
         N_(
             "The smallest token budget that reaches {enough} of the best speed. Requests differ "
@@ -140,13 +135,13 @@ SCENARIOS = {
         N_("No token budget was measured. Give --token-budgets."),
     ),
 }
-"""Per scenario: title, size of requests, reason of its setting, and the remedy without one."""
+"""Per scenario: size of requests, reason of its setting, and the remedy without one."""
 
 
 def scenario_row(profile: Profile, name: str, profile_path: str) -> dict[str, str]:
     """Advice for a scenario; ``why`` is the remedy where there is none."""
-    title, documents, why, remedy = SCENARIOS[name]
-    row = {"title": tr(title), "documents": tr(documents)}
+    documents, why, remedy = SCENARIOS[name]
+    row = {"title": tr(wording.TITLES[name]), "documents": tr(documents)}
     advice = next((s for s in profile.situations if s["name"] == name), None)
     if advice is None:
         return row | {"setting": "", "why": tr(remedy)}
@@ -167,14 +162,15 @@ def best_rows(profile: Profile) -> list[list[str]]:
     """The best batch size for each number of pairs, measured or not."""
     best = {entry["pairs"]: entry for entry in profile.best}
     counts = sorted({*best, *(e["pairs"] for e in profile.points if e["batch_size"])})
-    return [_best_row(count, best.get(count)) for count in counts]
-
-
-def _best_row(count: int, entry: Entry | None) -> list[str]:
-    if entry is None:
-        return [str(count), tr("not measured"), units.UNKNOWN, units.UNKNOWN]
-    rate = units.number(entry["pairs_per_s"])
-    return [str(count), str(entry["batch_size"]), wording.latency(entry), rate]
+    rows = []
+    for count in counts:
+        cells = [tr("not measured"), units.UNKNOWN, units.UNKNOWN]
+        if count in best:
+            entry = best[count]
+            rate = units.number(entry["pairs_per_s"])
+            cells = [str(entry["batch_size"]), wording.latency(entry), rate]
+        rows.append([str(count), *cells])
+    return rows
 
 
 def precision_rows(profile: Profile) -> list[dict[str, Any]]:
@@ -188,17 +184,13 @@ def precision_rows(profile: Profile) -> list[dict[str, Any]]:
             "tau": f"{row['tau']:.4f}",
             "overlap": units.percent(row["overlap"], 1),
             "delta": units.number(row["max_delta"]),
-            "loss": units.UNKNOWN if row["ndcg_loss"] is None else _signed(row["ndcg_loss"]),
+            "loss": wording.loss(row["ndcg_loss"]),
             "queries": row["queries"],
             "passed": row["passed"],
             "chosen": row["precision"] == profile.settings.precision,
         }
         for row in profile.precisions
     ]
-
-
-def _signed(loss: float) -> str:
-    return f"{loss:.4f}".replace("-", "−")
 
 
 def agreement_needed() -> str:
@@ -215,29 +207,28 @@ def warnings(profile: Profile) -> list[str]:
     """The profile's warnings, and one if tuning's token budget no longer fits."""
     found = [translated(warning) for warning in profile.warnings]
     learned = profile.learned_token_budget
-    if learned is None:
-        return found
-    note = tr(
-        "Memory ran out after tuning, so a step now has at most {tokens} tokens. To get the "
-        "measured speed back, free memory and run `echelon tune` again.",
-        tokens=f"{learned:,}",
-    )
-    return [*found, note]
+    if learned is not None:
+        note = tr(
+            "Memory ran out after tuning, so a step now has at most {tokens} tokens. To get the "
+            "measured speed back, free memory and run `echelon tune` again.",
+            tokens=f"{learned:,}",
+        )
+        found.append(note)
+    return found
 
 
 def point_row(entry: Entry) -> dict[str, Any]:
     """A row of the table of all numbers; ``reason`` says why there are none."""
-    row = {
+    return {
         "pairs": entry["pairs"],
         "step": wording.step_of(entry).removesuffix(" per step"),
         "status": wording.missing(entry["status"]),
         "reason": translated(entry["reason"]) if entry["reason"] else tr("not measured"),
+        "numbers": _numbers(entry) if wording.measured(entry) else [],
     }
-    return row | {"numbers": _numbers(entry) if wording.measured(entry) else []}
 
 
 def _numbers(entry: Entry) -> list[str]:
-    """The columns after the step."""
     return [
         units.duration(entry["latency_s"]["median"]),
         wording.interval(entry),
@@ -266,13 +257,7 @@ def write_report(
     profile_path: str | os.PathLike[str] = PROFILE_NAME,
     lang: str = "en",
 ) -> None:
-    """Write the report, whole or not at all.
-
-    Args:
-        profile: what tuning found.
-        path: the HTML file.
-        profile_path: the profile's file, which the commands on the page name.
-        lang: language of the page, ``en`` or ``zh``.
+    """Write the report, whole or not at all; its commands name the profile's file.
 
     Raises:
         InvalidInput: there is no such language.
@@ -286,21 +271,16 @@ def render(
 ) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
     with in_language(lang):
-        return fill(
-            "echelon.reports", "templates/report.html.j2", _content(profile, str(profile_path))
-        )
+        content = _content(profile, str(profile_path))
+        return fill("echelon.reports", "templates/report.html.j2", content)
 
 
 def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     """The template's variables."""
-    drawn = [
-        *charts(profile),
-        *memory_charts(profile),
-        *model_charts(profile),
-        *agreement_charts(profile),
-    ]
+    drawn = charts(profile) + memory_charts(profile)
+    drawn += model_charts(profile) + agreement_charts(profile)
     curve = curve_chart(profile)
-    figures = [*drawn, *([] if curve is None else [curve])]
+    figures = [*drawn, curve] if curve else drawn
     return {
         "model": profile.key.model,
         "summary": wording.scenario_summary(profile),
@@ -319,7 +299,11 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "gaps": not all(wording.measured(entry) for entry in profile.points),
         "points": [point_row(entry) for entry in profile.points],
         "details": _details(profile),
-        "python": _snippet(profile, profile_path),
+        "python": (
+            "from echelon import Reranker\n\n"
+            f"with {wording.python(profile.key.model, profile_path)} as reranker:\n"
+            '    ranking = reranker.rank("query", documents)'
+        ),
         "shell": wording.shell(profile.key.model, profile_path),
         "repeat": _repeat(profile),
         "tie": units.percent(TIE),
@@ -349,14 +333,6 @@ def _details(profile: Profile) -> dict[str, list[tuple[str, str]]]:
             (tr("Created"), wording.when(profile.created)),
         ],
     }
-
-
-def _snippet(profile: Profile, profile_path: str) -> str:
-    return (
-        "from echelon import Reranker\n\n"
-        f"with {wording.python(profile.key.model, profile_path)} as reranker:\n"
-        '    ranking = reranker.rank("query", documents)'
-    )
 
 
 def _repeat(profile: Profile) -> str:

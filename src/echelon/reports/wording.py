@@ -81,9 +81,8 @@ def precision(row: dict[str, Any]) -> str:
     layers, name = len(row.get("keep_bf16", ())), str(row["precision"])
     if layers == 1:
         return tr("{precision}, 1 layer in bf16", precision=name)
-    return (
-        tr("{precision}, {count} layers in bf16", precision=name, count=layers) if layers else name
-    )
+    several = tr("{precision}, {count} layers in bf16", precision=name, count=layers)
+    return several if layers else name
 
 
 def spread(entry: Entry) -> str:
@@ -92,10 +91,9 @@ def spread(entry: Entry) -> str:
     if latency["low"] is None or latency["high"] is None:
         return f"n={entry['samples']}"
     half = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
-    percent = math.ceil(1000 * half / latency["median"]) / 10  # up: never surer than measured
-    places = 0 if percent >= WHOLE_PERCENT else 1
-    percent = math.ceil(percent) if percent >= WHOLE_PERCENT else percent
-    return f"±{percent:.{places}f}{SPACE}%"
+    share = math.ceil(1000 * half / latency["median"]) / 10  # up: never surer than measured
+    shown = f"{math.ceil(share)}" if share >= WHOLE_PERCENT else f"{share:.1f}"
+    return f"±{shown}{SPACE}%"
 
 
 def interval(entry: Entry) -> str:
@@ -130,10 +128,10 @@ def point(entry: Entry) -> str:
     what = listed([pairs(entry["pairs"]), step_of(entry)])
     if measured(entry):
         found = listed([latency(entry), rate(entry["pairs_per_s"]), size(entry["peak_bytes"])])
-        return tr("{what}: {found}", what=what, found=found)
-    found = status = missing(entry["status"])
-    if entry["reason"]:
-        found = tr("{what}: {found}", what=status, found=translated(entry["reason"]))
+    else:
+        found = missing(entry["status"])
+        if entry["reason"]:
+            found = tr("{what}: {found}", what=found, found=translated(entry["reason"]))
     return tr("{what}: {found}", what=what, found=found)
 
 
@@ -193,12 +191,9 @@ def python(model: str, profile_path: str, entry: Entry | None = None) -> str:
     """Python code that loads a model with its profile; an entry sets the step size."""
     option = _step_option(entry)
     more = f", {option[0]}={option[1]}" if option else ""
-    return f"Reranker({_quoted(model)}, profile={_quoted(profile_path)}{more})"
-
-
-def _quoted(text: str) -> str:
-    """A Python string in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
+    # JSON is also Python's string in double quotes.
+    quoted = [json.dumps(text, ensure_ascii=False) for text in (model, profile_path)]
+    return f"Reranker({quoted[0]}, profile={quoted[1]}{more})"
 
 
 def shell(model: str, profile_path: str, entry: Entry | None = None) -> str:
@@ -223,10 +218,8 @@ def _step_option(entry: Entry | None) -> tuple[str, int] | None:
 def scenario_summary(profile: Profile) -> Entry | None:
     """The recommendation as text; None where the profile has no scenario.
 
-    Returns:
-        ``title``, ``asked``, ``state`` (``held``, ``missed`` or ``unvalidated``), ``headline``,
-        ``settings`` (label and value), ``accuracy``, ``rows`` (metric, predicted, measured,
-        deviation) and ``notes``.
+    ``settings`` holds labels and values, ``rows`` a metric, its predicted and measured value and
+    their deviation.
     """
     found = profile.scenario
     if found is None:
@@ -251,8 +244,7 @@ def command(profile: Profile, profile_path: str) -> str:
         return shell(profile.key.model, profile_path)
     workers = found["chosen"]["workers"]
     more = [] if workers == 1 else ["--device", "cuda", "--workers", str(workers)]
-    parts = ["echelon", "serve", profile.key.model, "--profile", profile_path, *more]
-    return shlex.join(parts)
+    return shlex.join(["echelon", "serve", profile.key.model, "--profile", profile_path, *more])
 
 
 def value(name: str, amount: float | None) -> str:
@@ -283,11 +275,8 @@ def _asked(asked: Entry) -> str:
     if asked["memory_limit_bytes"] is not None:
         parts.append(tr("at most {limit}", limit=size(round(asked["memory_limit_bytes"]))))
     documents = asked["documents"].replace("-", "–")
-    parts.append(
-        tr("1 document per request")
-        if documents == "1"
-        else tr("{documents} documents per request", documents=documents)
-    )
+    several = tr("{documents} documents per request", documents=documents)
+    parts.append(tr("1 document per request") if documents == "1" else several)
     if asked["tokens"] is not None:
         parts.append(tr("{tokens} tokens per pair", tokens=asked["tokens"].replace("-", "–")))
     return listed(parts)
@@ -297,13 +286,10 @@ def _headline(found: Entry, state: str) -> str:
     seconds = number(found["asked"]["verify_s"])
     if state == "unvalidated":
         return tr("Predicted only; nothing was validated under load.")
+    how = N_("measured with the real reranker on such requests for about {seconds} s")
     if found["scenario"] in SERVED:
-        how = tr("measured with the real server under this load for {seconds} s", seconds=seconds)
-    else:
-        how = tr(
-            "measured with the real reranker on such requests for about {seconds} s",
-            seconds=seconds,
-        )
+        how = N_("measured with the real server under this load for {seconds} s")
+    how = tr(how, seconds=seconds)
     if state == "missed":
         return tr("The measurement misses the goal: {how}.", how=how)
     if found["asked"]["slo_p99_s"] is None and found["asked"]["memory_limit_bytes"] is None:
@@ -312,22 +298,19 @@ def _headline(found: Entry, state: str) -> str:
 
 
 def _settings(chosen: Entry) -> list[tuple[str, str]]:
-    threads, workers = chosen["threads"], chosen["workers"]
+    pairs = chosen["batch_size"]
     rows = [
         (tr("Maximum tokens per step"), tokens(chosen["token_budget"])),
         (
             tr("Maximum pairs per step"),
-            tr("limited by the token budget only")
-            if chosen["batch_size"] is None
-            else chosen["batch_size"],
+            tr("limited by the token budget only") if pairs is None else pairs,
         ),
         (tr("Precision"), chosen["precision"]),
         (tr("Maximum length of a pair"), max_length(chosen["max_length"])),
-        (tr("Workers"), str(workers)),
+        (tr("Workers"), str(chosen["workers"])),
     ]
-    if threads is not None:
-        rows.append((tr("Threads"), str(threads)))
-    return rows
+    threads = chosen["threads"]
+    return rows if threads is None else [*rows, (tr("Threads"), str(threads))]
 
 
 def max_length(count: int | None) -> str:
@@ -342,9 +325,13 @@ def agreement(row: Entry | None) -> str:
     overlap = percent(row["overlap"], 1)
     parts = [f"τ {row['tau']:.4f}", tr("top-10 overlap {share}", share=overlap)]
     if row["ndcg_loss"] is not None:
-        loss = f"{row['ndcg_loss']:.4f}".replace("-", "−")
-        parts.append(tr("nDCG@10 loss {loss}", loss=loss))
+        parts.append(tr("nDCG@10 loss {loss}", loss=loss(row["ndcg_loss"])))
     return listed(parts)
+
+
+def loss(ndcg_loss: float | None) -> str:
+    """A loss of nDCG@10; a dash where it is not known."""
+    return UNKNOWN if ndcg_loss is None else f"{ndcg_loss:.4f}".replace("-", "−")
 
 
 def _rows(predicted: Entry, measured: Entry | None) -> list[list[str]]:
