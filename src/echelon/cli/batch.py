@@ -19,7 +19,7 @@ FILE_FLAGS: tuple[Flag, ...] = (
     flag(
         "--output", "-o", required=True, help="JSONL, Parquet or TREC run; '-' is standard output."
     ),
-    flag("--model", default="demo", show_default=True, help="Hub id, folder or 'demo'."),
+    flag("--model", default="demo", help="Hub id, folder or 'demo'."),
     flag(
         "--input-format",
         type=click.Choice(["jsonl", "csv", "tsv", "parquet", "trec"]),
@@ -32,14 +32,12 @@ FILE_FLAGS: tuple[Flag, ...] = (
     ),
     flag("--topics", help="Queries of a TREC run: TSV, or JSONL with id and query."),
     flag("--collection", help="Documents of a TREC run: TSV, or JSONL with id and text."),
-    flag("--query-column", default="query", show_default=True, help="Column of the queries."),
-    flag(
-        "--document-column", default="document", show_default=True, help="Column of the documents."
-    ),
+    flag("--query-column", default="query", help="Column of the queries."),
+    flag("--document-column", default="document", help="Column of the documents."),
     flag("--query-id-column", help="Column to copy as query_id."),
     flag("--document-id-column", help="Column to copy as document_id."),
     flag("--top-n", type=int, help="Results to keep of each query [all]."),
-    flag("--run-tag", default="echelon", show_default=True, help="Name in a TREC run."),
+    flag("--run-tag", default="echelon", help="Name in a TREC run."),
     flag("--errors", help="File for bad rows [OUTPUT.errors.jsonl]."),
     flag("--strict", is_flag=True, help="Stop at the first bad row."),
     flag("--restart", is_flag=True, help="Begin anew instead of resuming."),
@@ -59,12 +57,7 @@ WORKER_FLAGS: tuple[Flag, ...] = (
         type=float,
         help="CPUs of a worker on Ray [--threads, or all of this machine; 1 beside a GPU].",
     ),
-    flag(
-        "--worker-gpus",
-        default=0.0,
-        show_default=True,
-        help="GPUs of a worker on Ray; 0.5 lets two share one.",
-    ),
+    flag("--worker-gpus", default=0.0, help="GPUs of a worker on Ray; 0.5 lets two share one."),
 )
 
 

@@ -31,11 +31,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
 LANG_FLAG = flag(
-    "--lang",
-    type=click.Choice(["en", "zh"]),
-    default="en",
-    show_default=True,
-    help="Language of the page.",
+    "--lang", type=click.Choice(["en", "zh"]), default="en", help="Language of the page."
 )
 
 JSON_FLAG = flag("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -98,7 +94,6 @@ _LOAD_FLAGS: dict[str, dict[str, Any]] = {
     "--arrivals": {
         "type": click.Choice(["poisson", "constant"]),
         "default": "poisson",
-        "show_default": True,
         "help": "Random arrivals, as callers come, or equal intervals",
     },
     "--trace": {"help": "CSV of requests: timestamp,documents[,tokens]"},

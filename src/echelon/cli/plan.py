@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import (
-    level_of,
-    load_flag,
-    print_json,
-    with_flags,
-    workload_of,
-)
+from echelon.cli.flags import level_of, load_flag, print_json, with_flags, workload_of
 from echelon.errors import InvalidInput
 from echelon.progress import status
 from echelon.server.settings import flag
@@ -26,33 +20,27 @@ if TYPE_CHECKING:
     load_flag("--slo-p99-ms", required=True),
     load_flag("--rate", " [the trace's own]"),
     flag("--profile", required=True, help="Profile written by `echelon tune`."),
-    load_flag("--documents", default="10", show_default=True),
+    load_flag("--documents", default="10"),
     load_flag("--tokens", " [as in the profile's texts]"),
     load_flag("--trace"),
     flag(
         "--routing",
         type=click.Choice(["tokens", "requests", "random", "two"]),
         default="tokens",
-        show_default=True,
         help="Which machine gets a request.",
     ),
-    flag("--workers", default=1, show_default=True, help="Workers of a machine, e.g. GPUs."),
+    flag("--workers", default=1, help="Workers of a machine, e.g. GPUs."),
     flag("--max-length", type=int, help="Maximum tokens of a pair [the profile's]."),
     flag("--memory-limit", type=float, metavar="MIB", help="Memory of a worker, in MiB."),
-    flag("--overhead-ms", default=2.0, show_default=True, help="HTTP and network per request."),
-    flag(
-        "--headroom-percent",
-        default=20.0,
-        show_default=True,
-        help="Reserve: how much the rate may rise.",
-    ),
+    flag("--overhead-ms", default=2.0, help="HTTP and network per request."),
+    flag("--headroom-percent", default=20.0, help="Reserve: how much the rate may rise."),
     flag("--price-per-hour", type=float, help="Price of a machine."),
     flag(
         "--day",
         metavar="F,F,…",
         help="Plan a day too: relative rates, of which --rate is the largest; or 'typical'.",
     ),
-    load_flag("--seed", show_default=True),
+    load_flag("--seed"),
     flag("--json", "as_json", is_flag=True, help="Print JSON (docs/PLAN.md)."),
     flag("--quiet", is_flag=True, help="No progress."),
 )

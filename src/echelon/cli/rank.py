@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("query")
 @click.argument("documents", nargs=-1)
 @with_flags(
-    flag("--model", default="demo", show_default=True, help="Hub id, folder or 'demo'."),
+    flag("--model", default="demo", help="Hub id, folder or 'demo'."),
     flag("--file", help="Documents, one a line; '-' is standard input."),
     flag("--top-n", type=int, help="Results to show [all]."),
     JSON_FLAG,

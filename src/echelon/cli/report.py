@@ -8,6 +8,7 @@ import click
 
 from echelon.cli.flags import LANG_FLAG, print_json, print_line, with_flags
 from echelon.errors import InvalidInput, ProfileError
+from echelon.server.settings import flag
 
 
 @click.group()
@@ -17,11 +18,11 @@ def report() -> None:
 
 @report.command()
 @click.argument("profile")
-@click.option(
-    "--output", "-o", default="echelon-report.html", show_default=True, help="Page to write."
+@with_flags(
+    flag("--output", "-o", default="echelon-report.html", help="Page to write."),
+    flag("--quiet", is_flag=True, help="Print nothing."),
+    LANG_FLAG,
 )
-@click.option("--quiet", is_flag=True, help="Print nothing.")
-@with_flags(LANG_FLAG)
 def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
     """Write the report of PROFILE again, as one HTML page."""
     _check_output(output, profile)
@@ -40,10 +41,12 @@ def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
 @report.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--output", "-o", help="HTML page to write [none].")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/REPORT.md).")
-@click.option("--quiet", is_flag=True, help="No tables.")
-@with_flags(LANG_FLAG)
+@with_flags(
+    flag("--output", "-o", help="HTML page to write [none]."),
+    flag("--json", "as_json", is_flag=True, help="Print JSON (docs/REPORT.md)."),
+    flag("--quiet", is_flag=True, help="No tables."),
+    LANG_FLAG,
+)
 def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, lang: str) -> None:
     """Compare the profiles A and B.
 

@@ -48,26 +48,20 @@ LOAD_FLAGS: tuple[Flag, ...] = (
     flag("--max-rate", type=float, help="Highest rate that --find-max tries [no limit]."),
     load_flag("--slo-p99-ms"),
     flag("--duration-s", type=float, help="Seconds to measure [30; a trace: to its end]."),
-    flag(
-        "--warmup-s",
-        type=float,
-        default=5.0,
-        show_default=True,
-        help="Seconds of load before the measurement.",
-    ),
+    flag("--warmup-s", type=float, default=5.0, help="Seconds of load before the measurement."),
 )
 
 REQUEST_FLAGS: tuple[Flag, ...] = (
-    flag("--dialect", default="cohere", show_default=True, help="API that the server speaks."),
+    flag("--dialect", default="cohere", help="API that the server speaks."),
     flag("--path", help="Path of the route [the dialect's]."),
     flag("--model", help="Model name in requests [usual for the dialect]."),
-    load_flag("--documents", default="10", show_default=True),
+    load_flag("--documents", default="10"),
     load_flag("--tokens", ", approximately [texts as they are]"),
     flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
     flag("--same-texts", is_flag=True, help="Do not make the texts of each request unique."),
-    load_flag("--seed"),
+    load_flag("--seed", show_default=False),
     flag("--header", multiple=True, help=f"'Name: value' to send; see also {KEY}."),
-    flag("--timeout-ms", type=float, default=10_000.0, show_default=True, help="Longest wait."),
+    flag("--timeout-ms", type=float, default=10_000.0, help="Longest wait."),
     flag("--max-connections", type=int, help="Maximum open connections [as many as needed]."),
 )
 
@@ -109,10 +103,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
         raise GoalMissed(headline(result))
 
 
-_ALONE = (
-    ("trace", ("rate", "clients", "find_max")),
-    ("clients", ("rate", "find_max")),
-)
+_ALONE = (("trace", ("rate", "clients", "find_max")), ("clients", ("rate", "find_max")))
 """Options that cannot be given together."""
 
 

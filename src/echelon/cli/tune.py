@@ -46,7 +46,7 @@ def sizes(value: str) -> tuple[int, ...]:
 
 
 def _sizes_flag(name: str, default: str, words: str) -> Flag:
-    return flag(name, type=sizes, metavar="N,N", default=default, show_default=True, help=words)
+    return flag(name, type=sizes, metavar="N,N", default=default, help=words)
 
 
 TUNE_FLAGS: tuple[Flag, ...] = (
@@ -54,10 +54,10 @@ TUNE_FLAGS: tuple[Flag, ...] = (
     _sizes_flag("--batch-sizes", "1,2,4,8,16,32", "Pairs of a step."),
     _sizes_flag("--token-budgets", "256,512,1024,2048,4096,8192", "Tokens of a step."),
     flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
-    flag("--time-limit", default=100.0, show_default=True, help="Seconds for the sweep."),
-    flag("--profile", default="echelon-profile.json", show_default=True, help="Profile to write."),
+    flag("--time-limit", default=100.0, help="Seconds for the sweep."),
+    flag("--profile", default="echelon-profile.json", help="Profile to write."),
     flag("--refresh", is_flag=True, help="Update --profile: measure only what is out of date."),
-    flag("--report", default="echelon-report.html", show_default=True, help="Report to write."),
+    flag("--report", default="echelon-report.html", help="Report to write."),
     JSON_FLAG,
     flag("--quiet", is_flag=True, help="No progress and no table."),
 )
@@ -72,9 +72,7 @@ SCENARIO_FLAGS: tuple[Flag, ...] = (
     load_flag("--rate", prefix="Scenario: "),
     load_flag("--trace", prefix="Scenario: "),
     load_flag(
-        "--documents",
-        " [api, edge 1-10; offline 50-200; concurrent 10]",
-        prefix="Scenario: ",
+        "--documents", " [api, edge 1-10; offline 50-200; concurrent 10]", prefix="Scenario: "
     ),
     load_flag("--tokens", " [as in the texts]", prefix="Scenario: "),
     flag(

@@ -37,8 +37,8 @@ Flag = tuple[tuple[str, ...], dict[str, Any]]
 
 
 def flag(*names: str, **settings: Any) -> Flag:
-    """Describe a flag; see :func:`click.option`."""
-    return names, settings
+    """Describe a flag, whose help shows its default; see :func:`click.option`."""
+    return names, {"show_default": settings.get("default") is not None, **settings}
 
 
 def name_of_flag(described: Flag) -> str:
@@ -47,12 +47,13 @@ def name_of_flag(described: Flag) -> str:
 
 
 MODEL_FLAGS: tuple[Flag, ...] = (
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-    flag("--precision", default="auto", help="auto, fp32, bf16 or fp16."),
+    flag("--device", default="auto", show_default=False, help="auto, cpu, cuda or cuda:N."),
+    flag("--precision", default="auto", show_default=False, help="auto, fp32, bf16 or fp16."),
     flag("--max-length", type=int, help="Maximum tokens of a pair [the model's limit]."),
     flag(
         "--truncation",
         default="longest_first",
+        show_default=False,
         help="Which text loses tokens: longest_first or only_second (the document).",
     ),
     flag("--threads", type=int, help="CPU threads [all the process may use]."),
@@ -134,10 +135,6 @@ RAY_FLAG: Flag = flag(
 """``--ray [ADDRESS]``: it stands last on a command line, or takes its address after ``=``."""
 
 
-def _shown(flags: Iterable[Flag]) -> tuple[Flag, ...]:
-    return tuple((names, {"show_default": True, **settings}) for names, settings in flags)
-
-
 def _read_file(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
     """The callback of ``--config``: the file's values become defaults."""
     if path is not None:
@@ -153,11 +150,11 @@ SETTINGS: tuple[Flag, ...] = (
         callback=_read_file,
         help="TOML file with a table [serve] of these settings.",
     ),
-    *_shown(SERVER_FLAGS),
+    *SERVER_FLAGS,
     *MODEL_FLAGS,
     *STEP_FLAGS,
     RAY_FLAG,
-    *_shown(CLUSTER_FLAGS),
+    *CLUSTER_FLAGS,
 )
 """All flags of ``echelon serve``."""
 
