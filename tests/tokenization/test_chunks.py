@@ -15,8 +15,7 @@ from services import scores, service, submit
 
 from echelon.errors import InvalidInput, TooLarge
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.tokenization.chunking import chunk, cut_at, spans
-from echelon.tokenization.pairs import TruncationImpossible
+from echelon.tokenization.pairs import TruncationImpossible, chunk, cut_at, spans
 from echelon.types import Chunking
 
 

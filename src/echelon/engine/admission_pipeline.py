@@ -24,16 +24,14 @@ from echelon.scheduling.admission import (
     TokenEstimate,
     refuse,
 )
-from echelon.tokenization.chunking import chunk, cut_at
-from echelon.tokenization.pairs import TruncationImpossible, join
+from echelon.tokenization.pairs import TruncationImpossible, chunk, cut_at, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.engine.dispatcher import Dispatcher
     from echelon.engine.events import ServiceSettings
-    from echelon.tokenization.chunking import ChunkMap
-    from echelon.tokenization.pairs import EncodedPairs
+    from echelon.tokenization.pairs import ChunkMap, EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import Chunking, Pair, RerankRequest, Side
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from echelon.engine.events import Outcome
     from echelon.errors import EchelonError
     from echelon.scheduling.queue import FailedRequest, PlannedStep
-    from echelon.tokenization.chunking import ChunkMap
-    from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible
+    from echelon.tokenization.pairs import ChunkMap, EncodedPairs, TruncationImpossible
     from echelon.types import FloatArray, IntArray, Priority
 
 

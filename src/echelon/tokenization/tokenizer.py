@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding, Tokenizer
 
-    from echelon.types import IntArray, Pair, Side, Truncation
+    from echelon.types import Pair, Side, Truncation
 
 PROBES = ("a", "1", "的", "x y")
 """Texts tried in turn to find the special tokens; the first that gives tokens is enough."""
@@ -55,9 +55,9 @@ class PairEncoder:
 
         Args:
             pairs: (query, document) texts.
-            max_length: tokens a pair may have, special tokens included.
+            max_length: maximum tokens of a pair, special tokens included.
             truncation: which text is cut when a pair is longer.
-            max_query_tokens: tokens kept of a query; None keeps all.
+            max_query_tokens: maximum tokens of a query; None keeps all.
             places: index of each pair in the caller's list, for messages; None counts from 0.
 
         Raises:
@@ -65,34 +65,27 @@ class PairEncoder:
         """
         distinct = list(dict.fromkeys(query for query, _ in pairs))
         texts = [*distinct, *(document for _, document in pairs)]
-        ids = self._encode_texts(texts)
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         by_text = {text: i[:max_query_tokens] for text, i in zip(distinct, ids, strict=False)}
         queries = [by_text[query] for query, _ in pairs]
         documents = ids[len(distinct) :]
         try:
             return encode_pairs(self.template, queries, documents, max_length, truncation, places)
         except TruncationImpossible as error:
-            raise _query_too_long(error, max_length) from None
+            raise InvalidInput(
+                f"pairs[{error.index}].query",
+                f"its {error.query_tokens} tokens leave no room for the document in "
+                f"max_length={max_length} (room for {error.room} besides special tokens)",
+                "Shorten the query, raise max_length, or use truncation='longest_first'.",
+            ) from None
 
     def ends(self, text: str) -> list[int]:
         """End of each token of a text, in characters from the beginning."""
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return [end for _, end in offsets]
-
-    def _encode_texts(self, texts: Sequence[str]) -> list[IntArray]:
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
-            texts, add_special_tokens=False
-        )
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-
-def _query_too_long(error: TruncationImpossible, max_length: int) -> InvalidInput:
-    return InvalidInput(
-        f"pairs[{error.index}].query",
-        f"its {error.query_tokens} tokens leave no room for the document in "
-        f"max_length={max_length} (room for {error.room} besides special tokens)",
-        "Shorten the query, raise max_length, or use truncation='longest_first'.",
-    )
 
 
 def _load(folder: Path) -> Tokenizer:
