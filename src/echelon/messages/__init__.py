@@ -41,11 +41,7 @@ class PoTranslations(gettext.NullTranslations):
 
 
 def read_po(content: str) -> dict[str, str]:
-    """Read a catalogue of ``msgid`` and ``msgstr``; neither contexts nor plural forms.
-
-    Raises:
-        ValueError: a line is neither of them, nor a quoted string, nor a comment.
-    """
+    """Read a catalogue of ``msgid`` and ``msgstr``; a ValueError names any other line."""
     texts: dict[str, str] = {}
     msgid, field = "", ""
     for number, line in enumerate(content.splitlines(), 1):
@@ -78,11 +74,7 @@ def catalogue(language: str) -> PoTranslations:
 class Message(str):
     """A message that a profile stores by id and values; as a string, it is its English text.
 
-    Being a string, it can be printed, logged, raised and written as JSON wherever text can.
-
-    Args:
-        id: of its text in the catalogues.
-        values: for the text's placeholders; a value may be another message.
+    It can be printed, logged, raised and written as JSON. A value may be another message.
     """
 
     __slots__ = ("id", "values")
@@ -139,9 +131,8 @@ def in_language(language: str) -> Iterator[None]:
         InvalidInput: there is no such language.
     """
     if language not in LANGUAGES:
-        raise InvalidInput(
-            "--lang", f"{language!r} is not a language of pages", f"Give {' or '.join(LANGUAGES)}."
-        )
+        reason = f"{language!r} is not a language of pages"
+        raise InvalidInput("--lang", reason, f"Give {' or '.join(LANGUAGES)}.")
     token = _language.set(language)
     try:
         yield
@@ -155,12 +146,7 @@ def tag() -> str:
 
 
 def tr(message: str, /, **values: object) -> str:
-    """A sentence of a page, or a message id, in the page's language.
-
-    Args:
-        message: the English sentence with its values as ``{name}``, or an id.
-        values: for the placeholders, already formatted.
-    """
+    """A sentence of a page, or a message id, in the page's language; ``values`` are text."""
     text = catalogue(_language.get()).gettext(message)
     return text.format(**values) if values else text
 

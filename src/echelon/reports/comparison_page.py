@@ -321,15 +321,12 @@ def _lines(
 ) -> Iterable[dict[str, Any]]:
     """One line for each number of pairs; the profile sets its colour, the number its symbol."""
     looks = {n: (COLOURS[index], SYMBOLS[i % len(SYMBOLS)]) for i, n in enumerate(counts)}
-    pen = Pen(THROUGHPUT, unit, looks)
     name = "AB"[index]
-    for count in counts:
-        trace = pen.line([entry for entry in entries if entry["pairs"] == count])
-        if trace is not None:
-            trace["name"] = tr("{side}, {line}", side=name, line=trace["name"])
-            trace["text"] = [f"{name}: {text}" for text in trace["text"]]
-            trace["line"]["dash"] = DASHES[index]
-            yield trace
+    for trace in Pen(THROUGHPUT, unit, looks).lines(entries):
+        trace["name"] = tr("{side}, {line}", side=name, line=trace["name"])
+        trace["text"] = [f"{name}: {text}" for text in trace["text"]]
+        trace["line"]["dash"] = DASHES[index]
+        yield trace
 
 
 def write_page(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "penta
 
 HOLLOW = {"out_of_memory": "x-open", "skipped": "circle-open", "not_reached": "diamond-open"}
 """Symbol at the bottom of the chart for a size that was not measured, by its status."""
+
+RING = {"symbol": "circle-open", "size": 19, "line": {"width": 2.5}}
+"""Around each point that tuning chose."""
+
+STAR = {"symbol": "star", "size": 15}
+"""On the knee of each line."""
 
 HOVER_WIDTH = 40
 """Characters per line that a phone shows beside a point."""
@@ -182,18 +189,15 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
         return None
     gaps = [e for e in entries if e["status"] in HOLLOW]
     counts = sorted({entry["pairs"] for entry in entries})
-    looks = {
-        count: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)])
-        for i, count in enumerate(counts)
-    }
+    looks = dict(zip(counts, zip(cycle(COLOURS), cycle(SYMBOLS), strict=False), strict=False))
     pen = Pen(quantity, unit, looks)
-    traces = [pen.line([e for e in known if e["pairs"] == count]) for count in pen.looks]
-    traces.append(pen.rings([e for e in known if _is_best(profile, e, unit)]))
+    chosen = [e for e in known if _is_best(profile, e, unit)]
+    traces = [*pen.lines(known), *pen.marks("best", chosen, tr("best"), RING)]
     if quantity is not MEMORY:
-        traces.append(pen.stars(knees(known, unit)))
+        traces += pen.marks("knee", knees(known, unit), tr("knee"), STAR)
     traces += pen.gaps(gaps)
     axes = layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps)
-    figure = {"data": [trace for trace in traces if trace is not None], "layout": axes}
+    figure = {"data": traces, "layout": axes}
     name, title = f"{quantity.name}-{unit}", title_of(quantity, unit)
     return Chart(name, title, _note(quantity, known), figure)
 
@@ -238,26 +242,27 @@ class Pen:
     unit: str
     looks: dict[int, tuple[str, str]]
 
-    def line(self, entries: Sequence[Entry]) -> Trace | None:
-        """The measured points of one number of pairs."""
-        if not entries:
-            return None
-        pairs = entries[0]["pairs"]
-        colour, symbol = self.looks[pairs]
-        found = self._trace("lines+markers", "measured", entries, wording.pairs(pairs))
-        found["line"] = {"color": colour, "width": 2}
-        found["marker"] = {"color": colour, "symbol": symbol, "size": 8}
-        bars = self._bars(entries, found["y"])
-        return found if bars is None else found | {"error_y": bars}
+    def lines(self, entries: Sequence[Entry]) -> list[Trace]:
+        """A line through the measured points of each number of pairs."""
+        traces = []
+        for pairs, (colour, symbol) in self.looks.items():
+            points = [entry for entry in entries if entry["pairs"] == pairs]
+            if points:
+                found = self._trace("lines+markers", "measured", points, wording.pairs(pairs))
+                found["line"] = {"color": colour, "width": 2}
+                found["marker"] = {"color": colour, "symbol": symbol, "size": 8}
+                traces.append(found | self._bars(points))
+        return traces
 
-    def rings(self, entries: Sequence[Entry]) -> Trace | None:
-        """A ring around each point that tuning chose."""
-        marker = {"symbol": "circle-open", "size": 19, "line": {"width": 2.5}}
-        return self._marks("best", entries, tr("best"), marker)
-
-    def stars(self, entries: Sequence[Entry]) -> Trace | None:
-        """A star on each line's knee."""
-        return self._marks("knee", entries, tr("knee"), {"symbol": "star", "size": 15})
+    def marks(
+        self, meta: str, entries: Sequence[Entry], name: str, marker: dict[str, Any]
+    ) -> list[Trace]:
+        """Symbols in the colours of their lines; no trace without entries."""
+        colours = [self.looks[entry["pairs"]][0] for entry in entries]
+        found = self._trace("markers", meta, entries, name) | {
+            "marker": marker | {"color": colours}
+        }
+        return [found] if entries else []
 
     def gaps(self, entries: Sequence[Entry]) -> list[Trace]:
         """Hollow symbols in a separate strip for sizes not measured, one row per line."""
@@ -265,42 +270,33 @@ class Pen:
         heights = {count: (row + 0.5) / len(rows) for row, count in enumerate(rows)}
         traces = []
         for status, symbol in HOLLOW.items():
-            of_status = [entry for entry in entries if entry["status"] == status]
+            missing = [entry for entry in entries if entry["status"] == status]
+            strip = {"y": [heights[entry["pairs"]] for entry in missing], "yaxis": "y2"}
             marker = {"symbol": symbol, "size": 9, "line": {"width": 2}}
-            found = self._marks("missing", of_status, wording.missing(status), marker)
-            if found is not None:
-                heights_of_status = [heights[entry["pairs"]] for entry in of_status]
-                traces.append(found | {"y": heights_of_status, "yaxis": "y2"})
+            drawn = self.marks("missing", missing, wording.missing(status), marker)
+            traces += [found | strip for found in drawn]
         return traces
-
-    def _marks(
-        self, meta: str, entries: Sequence[Entry], name: str, marker: dict[str, Any]
-    ) -> Trace | None:
-        if not entries:
-            return None
-        colours = [self.looks[entry["pairs"]][0] for entry in entries]
-        return self._trace("markers", meta, entries, name) | {"marker": marker | {"color": colours}}
 
     def _trace(self, mode: str, meta: str, entries: Sequence[Entry], name: str) -> Trace:
         sizes = [entry[self.unit] for entry in entries]
         values = [self.quantity.value(e) if wording.measured(e) else None for e in entries]
-        texts = [_hover(entry) for entry in entries]
-        return trace(mode, name, meta, sizes, values, text=texts)
+        return trace(mode, name, meta, sizes, values, text=[_hover(entry) for entry in entries])
 
-    def _bars(self, entries: Sequence[Entry], values: Sequence[float]) -> dict[str, Any] | None:
-        """Error bars; None where no point has an interval, null for a single one without."""
-        bounds = [self.quantity.bounds(entry) for entry in entries]
-        if not any(bounds):
-            return None
-        pairs = list(zip(values, bounds, strict=True))
-        return {
+    def _bars(self, entries: Sequence[Entry]) -> Trace:
+        """Error bars where a point has an interval; null for a point without one."""
+        ends = [self.quantity.bounds(entry) for entry in entries]
+        if not any(ends):
+            return {}
+        pairs = [(self.quantity.value(e) or 0.0, end) for e, end in zip(entries, ends, strict=True)]
+        bars = {
             "type": "data",
             "symmetric": False,
-            "array": [None if ends is None else ends[1] - value for value, ends in pairs],
-            "arrayminus": [None if ends is None else value - ends[0] for value, ends in pairs],
+            "array": [None if end is None else end[1] - value for value, end in pairs],
+            "arrayminus": [None if end is None else value - end[0] for value, end in pairs],
             "thickness": 1.5,
             "width": 4,
         }
+        return {"error_y": bars}
 
 
 def _hover(entry: Entry) -> str:

@@ -37,9 +37,8 @@ def print_ranking(ranking: Ranking) -> None:
         Console().print("No documents, so nothing to rank.")
         return
     table = Table(box=None, header_style="bold")
-    table.add_column("#", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("logit", justify="right")
+    for column in ("#", "score", "logit"):
+        table.add_column(column, justify="right")
     table.add_column("document", overflow="fold")
     for place, result in enumerate(ranking.results, 1):
         cut = f"  (cut by {result.truncated_tokens} tokens)" if result.truncated_tokens else ""
@@ -131,13 +130,7 @@ def print_scenario(profile: Profile) -> None:
     console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
     for label, value in (*shown["settings"], ("Ranking accuracy", shown["accuracy"])):
         console.print(Text(f"  {label:24} {value}"))
-    table = Table(header_style="bold")
-    table.add_column("")
-    for column in ("Predicted", "Measured", "Difference"):
-        table.add_column(column, justify="right")
-    for row in shown["rows"]:
-        table.add_row(*row)
-    console.print(table)
+    console.print(_table("", ("", "Predicted", "Measured", "Difference"), shown["rows"]))
     console.print(Text(shown["headline"], style=STYLES[shown["state"]]))
     _print_notes(console, shown["notes"])
 
