@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import check_positive
@@ -240,30 +241,9 @@ class ListenerGroup(Listener):
 
     def __init__(self, *listeners: Listener) -> None:
         self._listeners = listeners
-
-    def step_finished(self, event: StepFinished) -> None:
-        """A step was scored."""
-        self._pass_on("step_finished", event)
-
-    def request_ended(self, event: RequestEnded) -> None:
-        """A request ended."""
-        self._pass_on("request_ended", event)
-
-    def refused(self, event: RequestRefused) -> None:
-        """A request was refused."""
-        self._pass_on("refused", event)
-
-    def ladder_taken(self, event: LadderTaken) -> None:
-        """The OOM ladder took a step."""
-        self._pass_on("ladder_taken", event)
-
-    def worker_changed(self, event: WorkerChanged) -> None:
-        """A worker came up or went down."""
-        self._pass_on("worker_changed", event)
-
-    def budget_moved(self, event: BudgetMoved) -> None:
-        """The token budget has changed."""
-        self._pass_on("budget_moved", event)
+        for method in vars(Listener):
+            if not method.startswith("_"):
+                setattr(self, method, partial(self._pass_on, method))
 
     def _pass_on(self, method: str, event: object) -> None:
         for listener in self._listeners:

@@ -44,6 +44,13 @@ class CommonFields(msgspec.Struct, kw_only=True):
     priority: int | str | None = None
 
 
+EXAMPLE = {
+    "query": "how do I reset my router?",
+    "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
+}
+"""Fields of most protocols' examples."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResponseOptions:
     """How a request wants its response; scoring does not depend on it.

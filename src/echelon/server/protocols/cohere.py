@@ -88,12 +88,7 @@ def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     return response.status, {"id": response.request_id, "message": message, "detail": message}
 
 
-_EXAMPLE = {
-    "model": "rerank-v3.5",
-    "query": "how do I reset my router?",
-    "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
-    "top_n": 1,
-}
+_EXAMPLE = {"model": "rerank-v3.5", **base.EXAMPLE, "top_n": 1}
 
 COHERE_V1 = base.ApiProtocol(
     name="cohere_v1",

@@ -66,8 +66,7 @@ INFINITY = base.ApiProtocol(
     write_error=_write_error,
     example={
         "model": "default/not-specified",
-        "query": "how do I reset my router?",
-        "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
+        **base.EXAMPLE,
         "return_documents": True,
         "raw_scores": False,
     },

@@ -53,7 +53,7 @@ JINA = base.ApiProtocol(
     write_error=_write_error,
     example={
         "model": "jina-reranker-v2-base-multilingual",
-        "query": "how do I reset my router?",
+        "query": base.EXAMPLE["query"],
         "documents": ["Hold the button for ten seconds.", {"text": "Bananas are yellow."}],
         "top_n": 1,
     },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.server.protocols import base
 from echelon.types import Chunking, RerankRequest
 
@@ -56,11 +56,12 @@ class VllmScore(Common, kw_only=True):
 
 def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, base.ResponseOptions]:
     texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
+    check_positive(max_tokens_per_query=body.max_tokens_per_query)
     tokens = body.max_tokens_per_doc
     request = RerankRequest(
         base.pairs_of(body.query, texts),
         max_length=_max_length(body),
-        max_query_tokens=_positive("max_tokens_per_query", body.max_tokens_per_query),
+        max_query_tokens=body.max_tokens_per_query,
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
         side=base.side_of(body.truncation_side, "truncation_side"),
     )
@@ -111,14 +112,9 @@ def _raw_scores(body: Common) -> bool:
 
 
 def _max_length(body: Common) -> int | None:
-    tokens = body.truncate_prompt_tokens
-    return None if tokens == -1 else _positive("truncate_prompt_tokens", tokens)
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
-    return value
+    tokens = None if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    check_positive(truncate_prompt_tokens=tokens)
+    return tokens
 
 
 def _write_rerank(response: base.RerankResponse) -> base.Body:
@@ -185,8 +181,7 @@ VLLM_RERANK = base.ApiProtocol(
     write_error=_write_error,
     example={
         "model": "BAAI/bge-reranker-v2-m3",
-        "query": "how do I reset my router?",
-        "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
+        **base.EXAMPLE,
         "top_n": 1,
         "truncate_prompt_tokens": -1,
     },

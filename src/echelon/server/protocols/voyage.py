@@ -46,10 +46,5 @@ VOYAGE = base.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
-    example={
-        "model": "rerank-2.5",
-        "query": "how do I reset my router?",
-        "documents": ["Hold the button for ten seconds.", "Bananas are yellow."],
-        "top_k": 1,
-    },
+    example={"model": "rerank-2.5", **base.EXAMPLE, "top_k": 1},
 )
