@@ -131,11 +131,7 @@ def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -
 
 
 def job_of(values: dict[str, Any]) -> OfflineJob:
-    """The job that flags describe.
-
-    Raises:
-        InvalidInput: a value is wrong.
-    """
+    """The job that flags describe."""
     from echelon.offline.job import OfflineJob
     from echelon.offline.readers import Columns
 

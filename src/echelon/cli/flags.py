@@ -60,11 +60,7 @@ def print_line(line: object) -> None:
 
 @contextlib.contextmanager
 def progress_bar(title: str, *, shown: bool) -> Iterator[tuple[Progress, Callable[[str], object]]]:
-    """A bar of the work done, on a terminal.
-
-    Yields:
-        The function that takes progress, and one that prints a line above the bar.
-    """
+    """A bar on a terminal: yield the function that takes progress, and one that prints above it."""
     if not (shown and sys.stderr.isatty()):
         yield no_progress, (print_line if shown else lambda _: None)
         return
@@ -121,11 +117,7 @@ def level_of(values: dict[str, Any]) -> ServiceLevel | None:
 
 
 def workload_of(values: dict[str, Any], *, streamed: bool = False) -> Workload:
-    """The workload that the flags ask for; ``streamed`` reads a trace anew each time.
-
-    Raises:
-        InvalidInput: a value is wrong, or there is neither a rate nor a trace.
-    """
+    """The workload that the flags ask for; ``streamed`` reads a trace anew each time."""
     from echelon.simulation.workload import ReplayedArrivals, Workload, arrivals_of
 
     rate, path = values["rate"], values["trace"]
@@ -162,11 +154,7 @@ def sizes_of_requests(
 
 
 def read_trace(path: str) -> Iterator[ArrivalRecord]:
-    """Read the requests of a trace in CSV.
-
-    Raises:
-        InvalidInput: the file cannot be read, or a value in it is wrong.
-    """
+    """Read the requests of a trace in CSV."""
     try:
         with Path(path).open(encoding="utf-8", newline="") as lines:
             yield from parse_trace(lines)
@@ -197,11 +185,7 @@ TRACE_FORM = (
 
 
 def parse_trace(lines: Iterable[str]) -> Iterator[ArrivalRecord]:
-    """Read a trace line by line, as :data:`TRACE_FORM` says; unknown columns are ignored.
-
-    Raises:
-        InvalidInput: a value is wrong, with its line and column; or there is no request.
-    """
+    """Read a trace line by line, as :data:`TRACE_FORM` says; unknown columns are ignored."""
     from echelon.simulation.workload import ArrivalRecord
 
     reader = csv.reader(lines, strict=True)

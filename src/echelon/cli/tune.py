@@ -199,11 +199,7 @@ def _require_packages(goal: ScenarioGoal) -> None:
 
 
 def scenario_goal(values: dict[str, Any]) -> ScenarioGoal | None:
-    """Take the flags of a scenario out of ``values``; None where no scenario is given.
-
-    Raises:
-        InvalidInput: a value is wrong, or is given without ``--scenario``.
-    """
+    """Take the flags of a scenario out of ``values``; None where no scenario is given."""
     given = {name: values.pop(name) for name in map(name_of_flag, SCENARIO_FLAGS)}
     if given["scenario"] is None:
         for name, value in given.items():

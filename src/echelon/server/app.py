@@ -94,42 +94,31 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
     others = [
         Route(path, partial(handler, server), name=path) for path, handler in _HANDLERS.items()
     ]
+    # Pages of other origins may read responses only where --cors names them.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(server.limits.origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )
     app = Starlette(
         routes=[*ranking, *others, Route("/pages/{name}", pages.file), pages.docs_assets()],
-        middleware=_middleware(server.limits.origins),
+        middleware=[cors] if server.limits.origins else [],
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
         lifespan=lifespan,
     )
     return RequestIdMiddleware(app)
 
 
-def _middleware(origins: tuple[str, ...]) -> list[Middleware]:
-    """CORS: pages of other origins may read responses only where ``--cors`` names them."""
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
-    ]
-
-
 # Errors outside of the routes that rank have the form of Cohere's API, which most clients read.
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    if not isinstance(error, EchelonError):
-        raise error
+async def _failed(_: Request, error: Any) -> Response:
     return error_response(error, COHERE_V1)
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
+async def _not_found(request: Request, error: Any) -> Response:
     path = request.url.path
     error_404 = NoSuchRoute(f"There is no {request.method} {path}. See /docs.")
     response = error_response(error_404, TEI if path == "/" else COHERE_V1)
@@ -158,7 +147,7 @@ async def _dashboard_data(server: ServerContext, request: Request) -> Response:
 
 async def _models(server: ServerContext, request: Request) -> Response:
     server.limits.keys.authenticate(request.headers)
-    model: dict[str, Any] = {
+    model = {
         "id": server.model,
         "object": "model",
         "created": server.created,
@@ -240,20 +229,16 @@ class RequestIdMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one scope; see ASGI."""
-        if scope["type"] == "http":
-            await self._request(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self.app(scope, receive, _without_traceback(send))
-
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         current = id_of(Headers(scope=scope))
         token = request_id.set(current)
         header = (ID_HEADER.encode(), current.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers: list[Any] = message["headers"]
-                message["headers"] = [*headers, header]
+                message["headers"] = [*message["headers"], header]
             await send(message)
 
         try:

@@ -83,9 +83,6 @@ def limit_of(field: str, rate: str, burst: str | None = None) -> RateLimit:
     """Parse a limit such as ``50/s``, ``3000/min`` or ``100000/h``.
 
     The burst is by default the documents of one second, and at least one.
-
-    Raises:
-        InvalidInput: it is no rate above zero, or the burst is less than one document.
     """
     found = _RATE.fullmatch(rate)
     if found is None or not float(found[1]) > 0:
@@ -139,9 +136,6 @@ class Keys:
 
     Keys of one name, such as an old and a new one, share a limit. ``common`` is the limit of all
     clients together, for a server without keys.
-
-    Raises:
-        InvalidInput: keys of one name have different limits.
     """
 
     def __init__(self, keys: Iterable[ApiKey] = (), common: RateLimit | None = None) -> None:
@@ -187,11 +181,7 @@ def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> K
 
     A line is ``KEY``, then in any order ``name=web-shop``, ``rate=50/s``, ``burst=200``. A key
     without a name is named after its place: ``line-3`` of the file, ``env-1`` of the environment.
-    ``rate`` is the limit of keys that have none of their own.
-
-    Raises:
-        InvalidInput: the file cannot be read, holds no key, or a line is wrong; no error shows a
-            key.
+    ``rate`` is the limit of keys that have none of their own. No error shows a key.
     """
     common = None if rate is None else limit_of("--rate-limit", rate)
     texts = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]

@@ -75,9 +75,7 @@ class TimeSlice:
         counts: events by (kind, name), such as ``("http", "200")``.
         sums: documents, tokens, and predicted and actual seconds of steps.
         latencies: responses by bin of their seconds; None without responses.
-        pairs: steps by power of two of their pairs.
-        tokens: steps by power of two of their tokens, padding included.
-        state: the last snapshot of the service.
+        pairs: steps by power of two of their pairs; ``tokens`` likewise, padding included.
     """
 
     number: int
@@ -111,7 +109,6 @@ class StatsView:
 
     Attributes:
         since: unix time of the server's start.
-        slice_s: seconds of a slice.
         number: the current slice, which is not in ``slices``.
         slices: complete slices with events, oldest first.
         steps: (predicted, actual) seconds of the last steps.

@@ -49,11 +49,7 @@ class Address:
     key: str | None = None
 
     def bind(self) -> socket.socket:
-        """Bind a socket that does not listen: until the model is loaded, connections are refused.
-
-        Raises:
-            InvalidInput: the address cannot be used.
-        """
+        """Bind a socket that does not listen: connections are refused until the model is loaded."""
         bound = None
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
@@ -69,11 +65,7 @@ class Address:
         return bound
 
     def check_certificate(self) -> None:
-        """Check the certificate before the model is loaded.
-
-        Raises:
-            InvalidInput: a file is missing, or certificate and key do not match.
-        """
+        """Check the certificate and its key before the model is loaded."""
         if self.certificate is None:
             if self.key is not None:
                 raise InvalidInput("--tls-key", "has no certificate", "Give --tls-cert too.")
@@ -200,11 +192,7 @@ def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
 
 
 def raise_file_limit(connections: int) -> None:
-    """Raise this process's limit of open files to what its connections need.
-
-    Raises:
-        InvalidInput: the system does not allow it.
-    """
+    """Raise this process's limit of open files to what its connections need, if it is allowed."""
     try:
         import resource
     except ImportError:  # Windows, where sockets are no files

@@ -38,10 +38,7 @@ TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests_total": ("HTTP requests answered.", ("dialect", "status")),
-    "deadline_requests_total": (
-        "Requests with a deadline, by whether it was met.",
-        ("outcome",),
-    ),
+    "deadline_requests_total": ("Requests with a deadline, by whether it was met.", ("outcome",)),
     "key_documents_total": ("Documents of answered requests, by name of the API key.", ("key",)),
     "rate_limited_total": ("Requests over the rate limit of a key, by its name.", ("key",)),
     "connections_refused_total": ("Connections closed before their first request.", ("reason",)),
@@ -98,10 +95,7 @@ STATE: dict[str, tuple[str, Callable[[ServiceSnapshot], float]]] = {
     ),
     "oldest_seconds": ("Age of the oldest request in the queue.", lambda now: now.oldest_s),
     "workers_up": ("Workers that are up.", lambda now: now.workers_up),
-    "cost_scale": (
-        "Step time over the prediction of the first cost model.",
-        lambda now: now.scale,
-    ),
+    "cost_scale": ("Step time over the prediction of the first cost model.", lambda now: now.scale),
     "cost_drift_ratio": (
         "Step time over the normal step time of this machine.",
         lambda now: now.drift,

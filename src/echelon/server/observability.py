@@ -186,11 +186,7 @@ class Traces:
 
 
 def open_traces(enabled: bool | None) -> Traces | None:  # noqa: FBT001 - a flag that may be unset
-    """Traces, or None where they are off; ``enabled=None`` leaves it to the environment.
-
-    Raises:
-        MissingDependency: traces are turned on, and the packages are not installed.
-    """
+    """Traces, or None where they are off; ``enabled=None`` leaves it to the environment."""
     if not (enabled_by() if enabled is None else enabled):
         return None
     try:

@@ -33,7 +33,6 @@ ANY_CLUSTER = "auto"
 """``--ray`` without an address: the cluster that Ray finds, else a new one on this machine."""
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
-"""Names of a flag, and its settings for :func:`click.option`."""
 
 
 def flag(*names: str, **settings: Any) -> Flag:
@@ -163,11 +162,7 @@ NAMES = tuple(map(name_of_flag, SETTINGS[1:]))
 
 
 def load(path: str) -> dict[str, Any]:
-    """Read the settings of a TOML file.
-
-    Raises:
-        InvalidInput: the file cannot be read, or has an unknown setting.
-    """
+    """Read the settings of a TOML file; refuse one that has an unknown setting."""
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -182,11 +177,7 @@ def load(path: str) -> dict[str, Any]:
 
 
 def check_names(values: Iterable[str], known: Iterable[str], field: str, where: str = "") -> None:
-    """Refuse unknown settings.
-
-    Raises:
-        InvalidInput: names the nearest setting there is.
-    """
+    """Refuse unknown settings; the error names the nearest known one."""
     known = list(known)
     for name in values:
         if name not in known:
@@ -196,11 +187,7 @@ def check_names(values: Iterable[str], known: Iterable[str], field: str, where: 
 
 
 def complete(given: dict[str, Any]) -> dict[str, Any]:
-    """All settings: the environment's, those given, the file's, and the defaults.
-
-    Raises:
-        InvalidInput: a value is wrong.
-    """
+    """All settings: the environment's, those given, the file's, and the defaults."""
     parser = click.Command(
         "serve", params=[click.Option(names, **settings) for names, settings in SETTINGS]
     )
@@ -213,11 +200,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-    """Divide settings into those of the server and the options of the model, which shows no bars.
-
-    Raises:
-        InvalidInput: an option is wrong.
-    """
+    """Divide settings into those of the server and the options of the model, without its bars."""
     values = dict(values)
     server = {name: values.pop(name) for name in map(name_of_flag, SERVER_FLAGS)}
     return server, Options.of(**values, progress=False)

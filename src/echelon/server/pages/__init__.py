@@ -88,11 +88,7 @@ def docs_assets() -> Mount:
 
 
 async def file(request: Request) -> Response:
-    """The route of a file, which is compressed at its first request.
-
-    Raises:
-        NoSuchRoute: there is no such file.
-    """
+    """The route of a file, which is compressed at its first request."""
     name = request.path_params["name"]
     if name not in FILES and name != PLOTLY:
         raise NoSuchRoute(f"There is no {request.method} {request.url.path}. See /docs.")
