@@ -87,7 +87,12 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
     plan, data = _plan(url, values)
     shown = not quiet and not as_json
     result = _tested(plan, data, values, shown=shown)
-    _show(result, as_json=as_json, shown=shown)
+    if as_json:
+        print_json(result.as_dict())
+    elif shown:
+        from echelon.loadtest.result import print_result
+
+        print_result(result)
     if html is not None:
         from echelon.loadtest.page import write_page
 
@@ -225,12 +230,3 @@ async def _run(
         if search is None:
             return await test.measure(), None
         return None, await test.find_max(search, lambda probe: print_above(probe_line(probe)))
-
-
-def _show(result: LoadTestResult, *, as_json: bool, shown: bool) -> None:
-    if as_json:
-        print_json(result.as_dict())
-    elif shown:
-        from echelon.loadtest.result import print_result
-
-        print_result(result)

@@ -112,11 +112,14 @@ def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) ->
             "run the same command again to resume."
         )
         sys.exit(INTERRUPTED)
+    from echelon.reports.tables import print_profile, print_scenario
+    from echelon.reports.tuning_report import write_report
+
     if as_json:
         print_json(found.as_dict())
     elif not quiet:
-        _print(found)
-    from echelon.reports.tuning_report import write_report
+        print_profile(found)
+        print_scenario(found)
 
     found.save(target)
     write_report(found, report, profile_path=str(target), lang=lang)
@@ -147,7 +150,10 @@ def _tuned(
     if goal is not None:
         from echelon.tuning.scenario_model import open_for_scenario
 
-        _require_packages(goal)
+        if goal.scenario in {"api", "concurrent"} and goal.verify_s:
+            command = f"The validation of --scenario {goal.scenario}"
+            packages = [*SERVER_PACKAGES, *STRESS_PACKAGES]
+            require_packages(command, "serve,stress", packages, ", or give --verify-s 0.")
         scenario = open_for_scenario(model, options, plan.data, goal)
     if refresh is not None:
         profile = _refreshed(model, options, plan, refresh, on_progress)
@@ -181,34 +187,15 @@ def _refreshed(
     return fresh.profile
 
 
-def _print(profile: Profile) -> None:
-    from echelon.reports.tables import print_profile, print_scenario
-
-    print_profile(profile)
-    print_scenario(profile)
-
-
-def _require_packages(goal: ScenarioGoal) -> None:
-    if goal.scenario in {"api", "concurrent"} and goal.verify_s:
-        require_packages(
-            f"The validation of --scenario {goal.scenario}",
-            "serve,stress",
-            [*SERVER_PACKAGES, *STRESS_PACKAGES],
-            ", or give --verify-s 0.",
-        )
-
-
 def scenario_goal(values: dict[str, Any]) -> ScenarioGoal | None:
     """Take the flags of a scenario out of ``values``; None where no scenario is given."""
     given = {name: values.pop(name) for name in map(name_of_flag, SCENARIO_FLAGS)}
     if given["scenario"] is None:
         for name, value in given.items():
             if value is not None:
-                raise InvalidInput(
-                    f"--{name.replace('_', '-')}",
-                    "is for --scenario, which is not given",
-                    "Give --scenario api, offline, edge or concurrent.",
-                )
+                remedy = "Give --scenario api, offline, edge or concurrent."
+                problem = "is for --scenario, which is not given"
+                raise InvalidInput(f"--{name.replace('_', '-')}", problem, remedy)
         return None
     from echelon.tuning.goal import ScenarioGoal
 
