@@ -70,7 +70,7 @@ class Dispatcher:
     Args:
         batcher: chooses the steps.
         listener: gets events of requests, steps and the token budget.
-        clock: seconds.
+        clock: the time in seconds.
         allow: what may be given up when a pair alone does not fit.
         policy: out-of-memory policy of the device; None makes one.
         learned: see :class:`echelon.scheduling.oom_policy.OomPolicy`.
@@ -160,8 +160,9 @@ class Dispatcher:
         """Accept no more requests and fail those that wait."""
         with self._lock:
             self._closed = True
-            error = ShuttingDown("The service stopped before the request was done. Try another.")
-            self._fail_all(error)
+            self._fail_all(
+                ShuttingDown("The service stopped before the request was done. Try another.")
+            )
             self._lock.notify_all()
 
     # For supervisors of workers.
@@ -204,11 +205,7 @@ class Dispatcher:
             self._lock.notify_all()
 
     def take(self, interrupted: Callable[[], bool] | None = None) -> PreparedStep | None:
-        """The next step; waits until ``interrupted`` or closed, or not at all without it.
-
-        Returns:
-            None if there is no step.
-        """
+        """The next step; waits until ``interrupted`` or closed, or not at all without it."""
         with self._lock:
             self._idle += 1
             try:
@@ -311,9 +308,7 @@ class Dispatcher:
         """Decide what to do about a step that did not fit, and queue its pairs again.
 
         For ``fresh_worker`` they stay with the supervisor, which scores them in a fresh process.
-
-        Returns:
-            The action, and the token budget from now on.
+        Returns the action, and the token budget from now on.
         """
         pairs, longest = len(step.places), max(step.lengths)
         failure = StepFailure(pairs, step.cost_tokens, longest, info.precision, self._allow)

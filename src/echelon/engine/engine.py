@@ -35,31 +35,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """Limits of a step.
+    """Limits of a step."""
 
-    Attributes:
-        budget: maximum tokens, padding included.
-        max_pairs: maximum pairs; None means no limit.
-        allow: what may be given up when a pair alone does not fit.
-    """
-
-    budget: int
-    max_pairs: int | None = None
-    allow: tuple[Allowance, ...] = ()
+    budget: int  # maximum tokens, padding included
+    max_pairs: int | None = None  # None means no limit
+    allow: tuple[Allowance, ...] = ()  # what may be given up when a pair alone does not fit
 
 
 @dataclass(frozen=True, slots=True)
 class EngineResult:
-    """Result of one run, in the order of its pairs.
+    """Result of one run, in the order of its pairs."""
 
-    Attributes:
-        logits: float32 [pairs].
-        truncated_tokens: int32 [pairs], including what was cut for lack of memory.
-        report: counts of the run.
-    """
-
-    logits: FloatArray
-    truncated_tokens: IntArray
+    logits: FloatArray  # float32 [pairs]
+    truncated_tokens: IntArray  # int32 [pairs], including what was cut for lack of memory
     report: RunReport
 
 
@@ -133,10 +121,7 @@ class Engine:
         return run.result()
 
     def step(self, batch: TokenBatch) -> FloatArray:
-        """Score one step that the caller planned, between the steps of :meth:`run`.
-
-        Returns:
-            float32 [pairs], raw logits.
+        """Score one step that the caller planned: float32 [pairs], raw logits.
 
         Raises:
             InvalidInput: the engine is closed.
@@ -166,11 +151,8 @@ class Engine:
         """Close the scorer after the running step; closing twice does nothing."""
         with self._device:
             if self._open:
-                self._close_scorer()
-
-    def _close_scorer(self) -> None:
-        self._open = False
-        self._scorer.close()
+                self._open = False
+                self._scorer.close()
 
     def _require_open(self) -> None:
         if not self._open:
@@ -196,7 +178,7 @@ class Engine:
             return len(step)
         precision, allow = self.info.precision, self.allowed(run.limits.allow)
         failure = StepFailure(len(step), cost_tokens, longest, precision, allow)
-        self._recover(run, step, failure, reason)
+        self._recover(run, step, failure, reason)  # not in the handler: the error holds tensors
         return 0
 
     def _recover(self, run: _CallState, step: Step, failure: StepFailure, reason: str) -> None:
@@ -217,7 +199,8 @@ class Engine:
 
     def _switch(self, precision: str) -> None:
         if self._reopen is not None:
-            self._close_scorer()
+            self._open = False
+            self._scorer.close()
             self._scorer = self._reopen(precision)
             self._open = True
 

@@ -56,12 +56,7 @@ class LocalWorker:
         return bool(self._steps)
 
     def receive(self, timeout_s: float) -> StepResult:
-        """Score the next step in this thread.
-
-        Raises:
-            DeviceOutOfMemory: it did not fit.
-            EchelonError: what the scorer raised; of another error it is the cause.
-        """
+        """Score the next step in this thread; an unknown error is the cause of ScoringFailed."""
         del timeout_s
         batch, began = self._steps.popleft(), monotonic()
         try:
@@ -84,22 +79,13 @@ class LocalWorker:
 
 
 class SharedEngine:
-    """Scores the pairs of many calls at once.
-
-    Args:
-        engine: scores the steps; it stays open.
-        limits: limits of a step.
-    """
+    """Scores the pairs of many calls at once; ``engine`` scores the steps and stays open."""
 
     def __init__(self, engine: Engine, limits: StepLimits) -> None:
         info = engine.info
         batcher = Batcher(CostModel(padding=info.padding), limits.budget, limits.max_pairs)
         self._dispatcher = Dispatcher(
-            batcher,
-            Listener(),
-            monotonic,
-            engine.allowed(limits.allow),
-            policy=engine.policy,
+            batcher, Listener(), monotonic, engine.allowed(limits.allow), policy=engine.policy
         )
         self._numbers = itertools.count(1)
         self._supervisor = WorkerSupervisor(

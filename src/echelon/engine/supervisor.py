@@ -42,33 +42,24 @@ what keeps a model from opening, such as a deleted file, seldom changes soon."""
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """How a worker is run.
-
-    Attributes:
-        precision: precision of its scorer.
-        memory_limit_bytes: a worker that holds more is replaced between steps; None means never.
-        wedge_after_s: see :data:`echelon.engine.events.WEDGE_AFTER_S`.
-        delays_s: see :data:`echelon.engine.worker.RESTART_DELAYS_S`.
-    """
+    """How a worker is run."""
 
     precision: str = "auto"
-    memory_limit_bytes: int | None = None
+    memory_limit_bytes: int | None = None  # a worker that holds more is replaced between steps
     wedge_after_s: float = WEDGE_AFTER_S
     delays_s: Sequence[float] = RESTART_DELAYS_S
 
 
 class WorkerSupervisor(threading.Thread):
-    """Starts one worker, keeps it busy and replaces it.
+    """Starts one worker, keeps it busy with the dispatcher's steps, and replaces it.
 
     Args:
         number: the worker's number, from 0.
         worker: where steps are scored.
         dispatcher: where steps come from.
         config: how the worker is run.
-        opened: called whenever the scorer was opened; returns the warm-up steps, which also teach
-            the cost model.
-        started: called once: with None when the worker is up for the first time, or with the
-            reason why it cannot start.
+        opened: called each time the scorer was opened; returns warm-up steps for the cost model.
+        started: called once, with None when the worker is up or with the reason why it cannot be.
     """
 
     def __init__(
@@ -200,14 +191,11 @@ class WorkerSupervisor(threading.Thread):
         """Note the loss of the worker and of its steps, the first of which may be the cause."""
         self._failures += 1
         self._failed_starts += not self.up
-        self.up = False
-        self.trouble = why
+        self.up, self.trouble = False, why
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
-        if blamed:
-            self._dispatcher.lost(self._take_back())
-        else:
-            self._dispatcher.put_back(self._take_back())
+        give_back = self._dispatcher.lost if blamed else self._dispatcher.put_back
+        give_back(self._take_back())
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._dispatcher.report_health(self.number, why)
 
@@ -221,8 +209,7 @@ class WorkerSupervisor(threading.Thread):
         """Replace a worker that holds too much memory, between steps."""
         why = f"it held {self.resident_bytes} bytes, more than {self._memory_limit}"
         logger.warning("Worker %d is replaced: %s", self.number, why)
-        self.up = False
-        self.trouble = why
+        self.up, self.trouble = False, why
         self._worker.stop()
         self._change("recycled", why)
 
@@ -320,8 +307,7 @@ class WorkerSupervisor(threading.Thread):
     def _renew(self, prepared: PreparedStep, why: str) -> None:
         """Score a step in a fresh process; a step that was sent ahead goes back."""
         self._dispatcher.put_back(self._take_back())
-        self.up = False
-        self.trouble = why
+        self.up, self.trouble = False, why
         self._change("renewed", why)
         try:
             self._open()

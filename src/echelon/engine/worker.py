@@ -44,11 +44,7 @@ wait, and a model that always crashes does not keep the machine busy."""
 
 
 class Channel:
-    """One end of a connection. One thread may send while another receives.
-
-    Args:
-        end: a connected stream socket; the channel closes it.
-    """
+    """One end of a connected stream socket. One thread may send while another receives."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
@@ -109,75 +105,51 @@ class ScorerFactory(Protocol):
 
     def __call__(self, *, precision: str) -> Scorer:
         """Open the model in a precision."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step's result.
+    """A step's result."""
 
-    Attributes:
-        logits: float32 [pairs].
-        seconds: time of the scorer.
-        resident_bytes: memory that the worker holds.
-    """
-
-    logits: FloatArray
-    seconds: float
-    resident_bytes: int
+    logits: FloatArray  # float32 [pairs]
+    seconds: float  # time of the scorer
+    resident_bytes: int  # memory that the worker holds
 
 
 class Worker(Protocol):
-    """Scores steps; results come in the order of the steps sent.
+    """Scores steps; results come in the order of the steps sent."""
 
-    Attributes:
-        renewable: whether :meth:`start` starts a fresh process.
-    """
-
-    renewable: bool
+    renewable: bool  # whether :meth:`start` starts a fresh process
 
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the scorer; one that is still open is closed first.
 
-        Args:
-            precision: precision of the scorer.
-            sparing: let a fresh process keep little memory beside the model.
+        ``sparing`` lets a fresh process keep little memory beside the model.
         """
-        ...
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
         """Send a step; a second one may be sent while the first runs."""
-        ...
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a result or the end; returns whether one came in time."""
-        ...
 
     def receive(self, timeout_s: float) -> StepResult:
         """The next result."""
-        ...
 
     def release(self) -> None:
         """Give cached memory back after the steps that were sent."""
-        ...
 
     def kill(self) -> None:
         """End it now; from any thread."""
-        ...
 
     def stop(self) -> None:
         """End it soon, after the steps that were sent."""
-        ...
 
 
 class ChildWorker:
-    """A scorer in a child process.
+    """A scorer that ``opener`` opens in a child process.
 
-    Args:
-        opener: opens the scorer in the child.
-        name: its name in the log.
-        start_timeout_s: maximum time of opening.
-        on_end: called from another thread each time a child has ended.
+    ``on_end`` is called from another thread each time a child has ended.
     """
 
     renewable = True
@@ -350,7 +322,15 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
         EchelonError: what the scorer raised.
     """
     kind, what, seconds, resident = reply
-    return FAULTS[kind](what) if kind in FAULTS else (what, seconds, resident)
+    if kind == "memory":
+        raise DeviceOutOfMemory(what)
+    if kind == "fault" and isinstance(what, EchelonError):
+        raise what
+    if kind == "fault":
+        raise ScoringFailed(
+            f"The model raised an error ({what}). Its traceback is in the log; please report it."
+        )
+    return what, seconds, resident
 
 
 def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
@@ -364,18 +344,3 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": path},
     )
-
-
-def _raise_memory(words: str) -> Any:
-    raise DeviceOutOfMemory(words)
-
-
-def _raise_fault(fault: EchelonError | str) -> Any:
-    if isinstance(fault, EchelonError):
-        raise fault
-    raise ScoringFailed(
-        f"The model raised an error ({fault}). Its traceback is in the log; please report it."
-    )
-
-
-FAULTS: dict[str, Callable[[Any], Any]] = {"memory": _raise_memory, "fault": _raise_fault}
