@@ -1,7 +1,7 @@
 """The HTTP client of a load test, and the requests and answers of each dialect.
 
 Dialects are written from the client's side, without the server's code: they work with the original
-servers too, and a mistake of ours is not made twice. No other module knows the HTTP client.
+servers too, and a mistake of ours is not made twice. Only this module knows the HTTP client.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -20,12 +21,12 @@ import aiohttp
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
+    from collections.abc import Mapping
 
     from echelon.loadtest.summary import Kind
 
 Fields = dict[str, Any]
+Writer = Callable[[str, Sequence[str]], Fields]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,7 @@ class ClientProtocol:
 
     Attributes:
         name: as ``--dialect`` takes it.
-        path: the route that its clients use.
-        model: the model that they usually name; None leaves it out.
+        model: the model that clients usually name; None leaves it out.
         write: the body's fields for a query and its documents, without the model.
         results: the answer's field with the results; None: the answer is the list itself.
         score: a result's field with the score.
@@ -44,7 +44,7 @@ class ClientProtocol:
     name: str
     path: str
     model: str | None
-    write: Callable[[str, Sequence[str]], Fields]
+    write: Writer
     results: str | None
     score: str
 
@@ -68,45 +68,18 @@ class ClientProtocol:
             return f"the answer has no {where}"
         if len(rows) != documents:
             return f"{len(rows)} results for {documents} documents"
-        if {_index(row) for row in rows} != set(range(documents)):
+        indices = [row.get("index") for row in rows]
+        if any(type(i) is not int for i in indices) or set(indices) != set(range(documents)):
             return "the results' indices are not those of the documents"
-        if not all(_is_score(row.get(self.score)) for row in rows):
+        scores = [row.get(self.score) for row in rows]
+        if not all(type(score) in {int, float} and math.isfinite(score) for score in scores):
             return f"a result's {self.score!r} is not a finite number"
         return None
 
 
-def _index(row: Fields) -> int | None:
-    index = row.get("index")
-    return index if type(index) is int else None
-
-
-def _is_score(value: Any) -> bool:
-    return type(value) in {int, float} and math.isfinite(value)
-
-
-def _cohere(query: str, documents: Sequence[str]) -> Fields:
-    return {"query": query, "documents": list(documents)}
-
-
-def _cohere_v1(query: str, documents: Sequence[str]) -> Fields:
-    return {"query": query, "documents": list(documents), "return_documents": False}
-
-
-def _infinity(query: str, documents: Sequence[str]) -> Fields:
-    return _cohere_v1(query, documents) | {"raw_scores": False}
-
-
-def _voyage(query: str, documents: Sequence[str]) -> Fields:
-    return _cohere_v1(query, documents) | {"truncation": True}
-
-
-def _tei(query: str, documents: Sequence[str]) -> Fields:
-    more = {"truncate": True, "raw_scores": False, "return_text": False}
-    return {"query": query, "texts": list(documents), **more}
-
-
-def _vllm_score(query: str, documents: Sequence[str]) -> Fields:
-    return {"text_1": query, "text_2": list(documents)}
+def _fields(query: str = "query", documents: str = "documents", **fixed: Any) -> Writer:
+    """Fields for a query and its documents under these names, and fixed ones."""
+    return lambda text, texts: {query: text, documents: list(texts), **fixed}
 
 
 def _nim(query: str, documents: Sequence[str]) -> Fields:
@@ -114,19 +87,26 @@ def _nim(query: str, documents: Sequence[str]) -> Fields:
     return {"query": {"text": query}, "passages": passages, "truncate": "END"}
 
 
+_COHERE = _fields()
+_COHERE_V1 = _fields(return_documents=False)
+_INFINITY = _fields(return_documents=False, raw_scores=False)
+_VOYAGE = _fields(return_documents=False, truncation=True)
+_TEI = _fields(documents="texts", truncate=True, raw_scores=False, return_text=False)
+_VLLM_SCORE = _fields("text_1", "text_2")
+
 _SCORE = "relevance_score"
 
 _ALL = (
-    ClientProtocol("cohere", "/v2/rerank", "rerank-v3.5", _cohere, "results", _SCORE),
-    ClientProtocol("cohere-v1", "/v1/rerank", "rerank-v3.5", _cohere_v1, "results", _SCORE),
+    ClientProtocol("cohere", "/v2/rerank", "rerank-v3.5", _COHERE, "results", _SCORE),
+    ClientProtocol("cohere-v1", "/v1/rerank", "rerank-v3.5", _COHERE_V1, "results", _SCORE),
     ClientProtocol(
-        "jina", "/v1/rerank", "jina-reranker-v2-base-multilingual", _cohere_v1, "results", _SCORE
+        "jina", "/v1/rerank", "jina-reranker-v2-base-multilingual", _COHERE_V1, "results", _SCORE
     ),
-    ClientProtocol("tei", "/rerank", None, _tei, None, "score"),
-    ClientProtocol("vllm", "/rerank", None, _cohere, "results", _SCORE),
-    ClientProtocol("vllm-score", "/score", None, _vllm_score, "data", "score"),
-    ClientProtocol("infinity", "/rerank", "default/not-specified", _infinity, "results", _SCORE),
-    ClientProtocol("voyage", "/v1/rerank", "rerank-2.5", _voyage, "data", _SCORE),
+    ClientProtocol("tei", "/rerank", None, _TEI, None, "score"),
+    ClientProtocol("vllm", "/rerank", None, _COHERE, "results", _SCORE),
+    ClientProtocol("vllm-score", "/score", None, _VLLM_SCORE, "data", "score"),
+    ClientProtocol("infinity", "/rerank", "default/not-specified", _INFINITY, "results", _SCORE),
+    ClientProtocol("voyage", "/v1/rerank", "rerank-2.5", _VOYAGE, "data", _SCORE),
     ClientProtocol(
         "nim", "/v1/ranking", "nvidia/llama-3.2-nv-rerankqa-1b-v2", _nim, "rankings", "logit"
     ),
@@ -136,11 +116,7 @@ CLIENT_PROTOCOLS: dict[str, ClientProtocol] = {protocol.name: protocol for proto
 
 
 def protocol_of(name: str) -> ClientProtocol:
-    """A dialect by its name.
-
-    Raises:
-        InvalidInput: there is none of that name.
-    """
+    """A dialect by its name; :class:`InvalidInput` where there is none of that name."""
     if name not in CLIENT_PROTOCOLS:
         raise InvalidInput(
             "--dialect", f"{name!r} is unknown", f"Use one of {', '.join(CLIENT_PROTOCOLS)}."
@@ -165,12 +141,10 @@ class Target:
     """The server under test.
 
     Attributes:
-        url: the route.
-        protocol: the dialect spoken there.
+        url: address of the route.
         model: the model's name in requests; None is the dialect's usual name.
-        headers: sent with each request.
         timeout_s: seconds after which a request has failed.
-        max_connections: open connections; 0 means as many as there are requests.
+        max_connections: maximum open connections; 0 means one for each request.
     """
 
     url: str
@@ -182,10 +156,9 @@ class Target:
 
 
 class Reply(NamedTuple):
-    """The outcome of one request, see :class:`echelon.loadtest.summary.RequestRecord`.
+    """The outcome of one request.
 
     Attributes:
-        kind: the kind of outcome.
         status: HTTP status; 0 where there was none.
         detail: the problem, for people.
         own_fault: whether this machine could not send it.
@@ -240,17 +213,12 @@ class Client:
         )
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._session is not None:
             await self._session.close()
 
     async def send(self, body: bytes, documents: int) -> Reply:
-        """Send one request and check its answer; never raises for what a server may do."""
+        """Send one request and check its answer; never raises for anything that a server does."""
         if self._session is None:
             raise RuntimeError("the client is not open. This is a bug.")
         try:
@@ -339,7 +307,7 @@ async def wait_until_idle(
 ) -> None:
     """Send one request at a time until an answer comes in time: the server's queue is empty.
 
-    It stops after :data:`MAX_IDLE_PROBES` requests: the next run shows what is wrong.
+    It stops after :data:`MAX_IDLE_PROBES` requests: the next run shows the problem.
     """
     loop = asyncio.get_running_loop()
     for _ in range(MAX_IDLE_PROBES):

@@ -1,10 +1,10 @@
-"""Sends a workload to a server, records what becomes of each request, and watches itself.
+"""Sends a workload to a server, records the outcome of each request, and measures itself.
 
-In an *open loop* requests are sent when they are due, whatever became of those before: callers do
-not know of each other. Latency counts from the time a request was due. A loop that waits for a slow
-answer before it sends the next, or that counts from when it sent, leaves out just those requests
-that would have waited ("coordinated omission"). In a *closed loop* a number of clients send one
-request after another; it measures the highest throughput, not how long callers wait.
+In an *open loop* requests are sent when they are due, whether or not earlier ones are answered:
+callers do not know of each other. Latency counts from the time a request was due. A loop that waits
+for a slow answer before it sends the next, or that counts from when it sent, leaves out the
+requests that would have waited ("coordinated omission"). In a *closed loop* a number of clients
+send one request after another; it measures the highest throughput, not how long callers wait.
 
 A generator that is too slow sends late and reads late, and the server is blamed for it. So it
 measures how late requests were sent, how late its event loop woke, and how much CPU it used.
@@ -86,27 +86,14 @@ MAX_PROBLEMS = 20
 async def open_loop(
     driver: Driver, requests: Iterable[Arrival], ends_s: float | None
 ) -> DriveResult:
-    """Send each request when it is due, and wait for all answers.
-
-    Args:
-        driver: a new one.
-        requests: in order of time, a finite number.
-        ends_s: until when they are due; None: until the last.
-    """
+    """Send each request when it is due, up to ``ends_s`` or the last, and wait for all answers."""
     return await driver.run(driver.send(requests, ends_s), ends_s)
 
 
 async def closed_loop(
     driver: Driver, requests: Iterator[Arrival], clients: int, ends_s: float
 ) -> DriveResult:
-    """Let clients send one request after another, whatever the requests' times.
-
-    Args:
-        driver: a new one.
-        requests: without an end.
-        clients: number of clients.
-        ends_s: when they stop.
-    """
+    """Let clients send one request after another until ``ends_s``, whatever the requests' times."""
 
     async def all_clients() -> None:
         await asyncio.gather(*(driver.keep_sending(requests, ends_s) for _ in range(clients)))
@@ -118,8 +105,6 @@ class Driver:
     """One run against one server.
 
     Args:
-        client: open connections.
-        texts: texts of the requests.
         warmup_s: seconds at the start that do not count.
         stop: set it to end the run; what was measured is kept.
         on_record: called with each record.
@@ -238,7 +223,7 @@ class Driver:
             await asyncio.wait(self._in_flight)
 
     async def _unless_stopped(self, work: Coroutine[None, None, None]) -> bool:
-        """Run it until it ends or the run is stopped; whether the run was stopped."""
+        """Run ``work`` until it ends or the run is stopped; return whether it was stopped."""
         working = self._loop.create_task(work)
         stopping = self._loop.create_task(self._stop.wait())
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -249,7 +234,6 @@ class Driver:
         return self._stop.is_set()
 
     async def _cancel_rest(self) -> None:
-        """Cancel the requests still in flight."""
         left = list(self._in_flight)
         for task in left:
             task.cancel()

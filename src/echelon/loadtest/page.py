@@ -11,7 +11,7 @@ from echelon.loadtest.summary import latencies, percentiles
 from echelon.messages import units
 from echelon.profile import write_text
 from echelon.reports import fill, wording
-from echelon.reports.plots import COLOURS, LINES, Chart
+from echelon.reports.plots import COLOURS, LINES, PAPER, SHADE, Chart
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from echelon.loadtest.run import RateProbe
     from echelon.loadtest.summary import Column, DriveResult, LoadSummary
 
-if TYPE_CHECKING:
     Trace = dict[str, Any]
 
 BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
@@ -63,15 +62,15 @@ def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
         trace["text"] = [_hover_text(probe) for probe in ordered]
         trace["hoverinfo"] = "text"
     across = {"title": {"text": "Requests/s"}, "rangemode": "tozero", **LINES}
-    layout = _layout(across, dict(LATENCY_AXIS), goal_s)
+    layout = _layout(across, goal_s)
     note = "A cross marks a rate that did not hold. The dashed line is the goal."
     return Chart("load", "Latency against load", note, {"data": traces, "layout": layout})
 
 
 def _hover_text(probe: RateProbe) -> str:
     summary = probe.run.summary
-    high = summary.p99_s
-    p99 = "nothing answered" if high is None else f"P99 {1000 * high:.0f} ms"
+    p99_s = summary.p99_s
+    p99 = "nothing answered" if p99_s is None else f"P99 {1000 * p99_s:.0f} ms"
     return f"{probe.rate:.3g}/s: {p99}<br>{100 * summary.failure_share:.2f} % failed"
 
 
@@ -96,7 +95,7 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
         ],
         **LINES,
     }
-    layout = _layout(across, dict(LATENCY_AXIS), goal_s) | {"showlegend": False}
+    layout = _layout(across, goal_s) | {"showlegend": False}
     note = f"Of {answered:,} answered requests, from when each was due."
     return Chart("spectrum", "Latency by percentile", note, {"data": [trace], "layout": layout})
 
@@ -110,7 +109,7 @@ def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
         values = [None if row[key] is None else row[key] / 1000 for row in rows]
         traces.append(_line(name, times, values, colour))
     across = {"title": {"text": "Seconds since the start"}, "rangemode": "tozero", **LINES}
-    layout = _layout(across, dict(LATENCY_AXIS), goal_s)
+    layout = _layout(across, goal_s)
     if any(row["failed"] for row in rows):
         failed = _line("failed", times, [row["failed"] for row in rows], PURPLE)
         traces.append(failed | {"type": "bar", "yaxis": "y2", "marker": {"color": PURPLE}})
@@ -120,42 +119,25 @@ def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
         layout["yaxis2"] = axis | LINES
     shade = {"type": "rect", "xref": "x", "x0": 0, "x1": outcome.warmup_s}
     shade |= {"yref": "paper", "y0": 0, "y1": 1, "line": {"width": 0}}
-    layout["shapes"].append(shade | {"fillcolor": "rgba(128, 128, 128, 0.12)"})
+    layout["shapes"].append(shade | {"fillcolor": SHADE})
     note = "By when requests were due. The shaded warm-up does not count."
     return Chart("time", "Latency over time", note, {"data": traces, "layout": layout})
 
 
 def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str) -> Trace:
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "name": name,
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": colour, "width": 2},
-        "marker": {"size": 5},
-    }
+    line, marker = {"color": colour, "width": 2}, {"size": 5}
+    shown = {"type": "scatter", "mode": "lines+markers", "name": name, "line": line}
+    return {**shown, "marker": marker, "x": list(x), "y": list(y)}
 
 
-def _layout(
-    across: dict[str, Any], upright: dict[str, Any], goal_s: float | None
-) -> dict[str, Any]:
+def _layout(across: dict[str, Any], goal_s: float | None) -> dict[str, Any]:
     shapes = []
     if goal_s is not None:
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal_s, "y1": goal_s}
         shapes.append(line | {"line": {"color": GREEN, "width": 2, "dash": "dash"}})
-    return {
-        "autosize": True,
-        "paper_bgcolor": "rgba(0, 0, 0, 0)",
-        "plot_bgcolor": "rgba(0, 0, 0, 0)",
-        "dragmode": False,
-        "hovermode": "closest",
-        "margin": {"l": 60, "r": 12, "t": 8, "b": 44},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": across,
-        "yaxis": upright,
-        "shapes": shapes,
-    }
+    margin = PAPER["margin"] | {"l": 60}
+    upright = dict(LATENCY_AXIS)
+    return {**PAPER, "margin": margin, "xaxis": across, "yaxis": upright, "shapes": shapes}
 
 
 def write_page(result: LoadTestResult, path: str | os.PathLike[str]) -> None:
@@ -169,13 +151,10 @@ def write_page(result: LoadTestResult, path: str | os.PathLike[str]) -> None:
 
 def render(result: LoadTestResult) -> str:
     """The page as HTML."""
-    return fill("echelon.loadtest", "page.html.j2", _content(result))
-
-
-def _content(result: LoadTestResult) -> dict[str, Any]:
-    drawn = charts(result)
+    drawn, found = charts(result), result.found
     summary = None if result.run is None else result.run.summary
-    return {
+    probes = () if found is None else sorted(found.probes, key=lambda probe: probe.rate)
+    content = {
         "url": result.plan.target.url,
         "headline": headline(result),
         "doubts": result.doubts,
@@ -183,35 +162,26 @@ def _content(result: LoadTestResult) -> dict[str, Any]:
         "tiles": [] if summary is None else _tiles(summary),
         "charts": drawn,
         "figures": {chart.name: chart.figure for chart in drawn},
-        "probes": [] if result.found is None else list(map(probe_row, _by_rate(result))),
+        "probes": [probe_row(probe) for probe in probes],
         "latencies": [] if summary is None else _latencies(summary),
         "counts": [] if summary is None else list(summary.kinds.items()),
         "problems": {} if summary is None else summary.problems,
-        "details": _settings_rows(result),
+        "settings": _settings_rows(result),
     }
-
-
-def _by_rate(result: LoadTestResult) -> list[Any]:
-    probes = () if result.found is None else result.found.probes
-    return sorted(probes, key=lambda probe: probe.rate)
+    return fill("echelon.loadtest", "page.html.j2", content)
 
 
 def _tiles(summary: LoadSummary) -> list[tuple[str, str, str]]:
+    """Label, value and note of each tile."""
     p99 = units.UNKNOWN if summary.p99_s is None else units.duration(summary.p99_s)
-    promised = "" if summary.goal is None else f"goal {units.duration(summary.goal.latency_s)}"
+    goal = "" if summary.goal is None else f"goal {units.duration(summary.goal.latency_s)}"
+    offered = f"{units.number(summary.offered_per_s)}/s offered"
+    failed = f"{summary.failures:,} of {summary.requests:,}"
     tiles = [
-        ("P99", p99, promised),
-        (
-            "Answered",
-            f"{units.number(summary.answered_per_s)}/s",
-            f"{units.number(summary.offered_per_s)}/s offered",
-        ),
+        ("P99", p99, goal),
+        ("Answered", f"{units.number(summary.answered_per_s)}/s", offered),
         ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
-        (
-            "Failed",
-            units.percent(summary.failure_share, 2),
-            f"{summary.failures:,} of {summary.requests:,}",
-        ),
+        ("Failed", units.percent(summary.failure_share, 2), failed),
     ]
     if summary.goodput_per_s is not None:
         good = f"{units.number(summary.goodput_per_s)}/s"
@@ -225,13 +195,10 @@ def _latencies(summary: LoadSummary) -> list[tuple[str, str]]:
 
 def _settings_rows(result: LoadTestResult) -> list[tuple[str, str]]:
     content = result.as_dict()
-    shown = {name: value for name, value in content["settings"].items() if value is not None}
-    rows = [
-        ("dialect", content["dialect"]),
-        ("mode", content["mode"]),
-        ("created", wording.when(content["created"])),
-    ]
-    rows += [(name.replace("_", " "), str(value)) for name, value in shown.items()]
+    rows = [("dialect", content["dialect"]), ("mode", content["mode"])]
+    rows.append(("created", wording.when(content["created"])))
+    given = {name: value for name, value in content["settings"].items() if value is not None}
+    rows += [(name.replace("_", " "), str(value)) for name, value in given.items()]
     if result.run is not None:
         summary = result.run.summary
         rows.append(("sent late (P99)", units.duration(summary.send_lag_s)))

@@ -30,15 +30,10 @@ MAX_ROWS = 120
 
 @dataclass(frozen=True, slots=True)
 class LoadTestResult:
-    """A finished test.
+    """A finished test; ``created`` is when it ended, ISO 8601 in UTC.
 
-    Attributes:
-        plan: what was tested.
-        data: the name of its texts.
-        created: when it ended, ISO 8601 in UTC.
-        run: the run; of a search that of the best probe, or the last where none held; None where
-            there was none.
-        found: the end of a search; None for a single run.
+    ``run`` of a search is that of the best probe, or the last where none held; None where there was
+    none.
     """
 
     plan: LoadTestPlan
@@ -88,7 +83,7 @@ class LoadTestResult:
 
     @property
     def notes(self) -> list[str]:
-        """What else to know."""
+        """Warnings that do not question the numbers."""
         return [] if self.run is None else self.run.summary.notes
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,11 +110,11 @@ class LoadTestResult:
                     "rate": probe.rate,
                     "held": probe.held,
                     "trusted": probe.run.summary.trusted,
-                    "result": summary_dict(probe.run.summary),
+                    "result": _numbers(probe.run.summary),
                 }
                 for probe in (() if found is None else found.probes)
             ],
-            "result": None if self.run is None else summary_dict(self.run.summary),
+            "result": None if self.run is None else _numbers(self.run.summary),
             "over_time": [] if self.run is None else over_time(self.run.outcome),
         }
 
@@ -151,13 +146,11 @@ def _settings(plan: LoadTestPlan, data: str) -> dict[str, Any]:
     }
 
 
-def summary_dict(summary: LoadSummary) -> dict[str, Any]:
-    """A summary's numbers."""
-    kinds: dict[str, int] = {str(name): count for name, count in summary.kinds.items()}
+def _numbers(summary: LoadSummary) -> dict[str, Any]:
     return {
         "window_s": summary.window_s,
         "requests": summary.requests,
-        **kinds,
+        **{str(kind): count for kind, count in summary.kinds.items()},
         "unfinished": summary.unfinished,
         "failure_share": summary.failure_share,
         "offered_per_s": summary.offered_per_s,
@@ -197,17 +190,10 @@ def over_time(outcome: DriveResult) -> list[dict[str, Any]]:
     for place in np.unique(places).tolist():
         here = places == place
         good = latency_ms[here & answered]
-        quantiles = np.percentile(good, [50, 99]).tolist() if len(good) else [None, None]
-        rows.append(
-            {
-                "at_s": place * width_s,
-                "width_s": width_s,
-                "answered": len(good),
-                "failed": int(here.sum()) - len(good),
-                "p50_ms": quantiles[0],
-                "p99_ms": quantiles[1],
-            }
-        )
+        p50_ms, p99_ms = np.percentile(good, [50, 99]).tolist() if len(good) else (None, None)
+        row = {"at_s": place * width_s, "width_s": width_s}
+        row |= {"answered": len(good), "failed": int(here.sum()) - len(good)}
+        rows.append(row | {"p50_ms": p50_ms, "p99_ms": p99_ms})
     return rows
 
 
@@ -235,9 +221,9 @@ def print_result(result: LoadTestResult) -> None:
 def headline(result: LoadTestResult) -> str:
     """The result in one sentence."""
     goal, found = result.plan.goal, result.found
-    promised = "" if goal is None else f"P99 at most {units.duration(goal.latency_s)}"
+    limit = "" if goal is None else f"P99 at most {units.duration(goal.latency_s)}"
     if found is not None:
-        return _search_headline(result, promised)
+        return _search_headline(found, limit)
     summary = None if result.run is None else result.run.summary
     if summary is None or summary.p99_s is None:
         if result.interrupted:
@@ -254,7 +240,7 @@ def headline(result: LoadTestResult) -> str:
     late = ""
     if not summary.held and summary.p99_s <= goal.latency_s:
         late = f", {units.percent(1 - summary.within / summary.requests, 2)} late or failed"
-    return f"{how} at {load}: {p99}, {failed}{late}; promised was {promised}."
+    return f"{how} at {load}: {p99}, {failed}{late}; the goal is {limit}."
 
 
 LIMITS = {
@@ -265,18 +251,16 @@ LIMITS = {
 }
 
 
-def _search_headline(result: LoadTestResult, promised: str) -> str:
-    found = result.found
-    if found is None or found.best is None:
-        tried = min((p.rate for p in found.probes), default=None) if found else None
-        if tried is None:
-            return "No rate was tried."
-        return f"No rate held {promised}, not even {units.number(tried)} requests/s."
+def _search_headline(found: FoundRate, limit: str) -> str:
+    if not found.probes:
+        return "No rate was tried."
+    if found.best is None:
+        tried = min(probe.rate for probe in found.probes)
+        return f"No rate held {limit}, not even {units.number(tried)} requests/s."
     best = found.best.run.summary
     return (
-        f"{units.number(found.rate)} requests/s held {promised}: P99 "
-        f"{units.duration(best.p99_s or 0.0)}, {units.number(best.documents_per_s)} "
-        "documents/s."
+        f"{units.number(found.rate)} requests/s held {limit}: P99 "
+        f"{units.duration(best.p99_s or 0.0)}, {units.number(best.documents_per_s)} documents/s."
         f"{LIMITS[found.limit]}"
     )
 
@@ -285,12 +269,6 @@ def probe_line(probe: RateProbe) -> str:
     """A probe in one line, printed during the search."""
     rate, _, p99, _, failed, state = probe_row(probe)
     return f"{rate:>10}  P99 {p99:>9}  failed {failed:>8}  {state}"
-
-
-def _state(probe: RateProbe) -> str:
-    if probe.held:
-        return "held"
-    return "broke" if not probe.run.summary.held else "generator too slow"
 
 
 def _table(*columns: str) -> Table:
@@ -311,47 +289,45 @@ def _probes_table(probes: tuple[RateProbe, ...]) -> Table:
 def probe_row(probe: RateProbe) -> list[str]:
     """Rate, P50, P99, answered a second, share that failed, and whether it held."""
     summary = probe.run.summary
-    middle, high = (summary.latency_s.get(p) for p in (50.0, 99.0))
     return [
         f"{units.number(probe.rate)}/s",
-        units.UNKNOWN if middle is None else units.duration(middle),
-        units.UNKNOWN if high is None else units.duration(high),
+        *(_duration(summary.latency_s.get(p)) for p in (50.0, 99.0)),
         units.number(summary.answered_per_s),
         units.percent(summary.failure_share, 2),
-        _state(probe),
+        "held" if probe.held else "generator too slow" if summary.held else "broke",
     ]
+
+
+def _duration(seconds: float | None) -> str:
+    return units.UNKNOWN if seconds is None else units.duration(seconds)
 
 
 def _latency_table(summary: LoadSummary) -> Table:
     table = _table("Latency", *(name_of(p).replace("p", "P") for p in SHOWN))
-    found = [summary.latency_s.get(p) for p in SHOWN]
-    cells = [units.UNKNOWN if s is None else units.duration(s) for s in found]
-    table.add_row("from when due", *cells)
+    table.add_row("from when due", *(_duration(summary.latency_s.get(p)) for p in SHOWN))
     return table
 
 
 def _counts_table(summary: LoadSummary) -> Table:
-    goodput = summary.goodput_per_s
-    rows = (
+    kinds, goodput = summary.kinds, summary.goodput_per_s
+    rows = [
         ("Offered", f"{units.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
-        (
-            "Answered",
-            f"{units.number(summary.answered_per_s)}/s",
-            f"{summary.kinds['answered']:,}",
-        ),
-        ("Goodput", units.UNKNOWN if goodput is None else f"{units.number(goodput)}/s", ""),
+        ("Answered", f"{units.number(summary.answered_per_s)}/s", f"{kinds['answered']:,}"),
+    ]
+    if goodput is not None:
+        rows.append(("Goodput", f"{units.number(goodput)}/s", ""))
+    rows += [
         ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
-        ("Refused (429, 503)", "", f"{summary.kinds['refused']:,}"),
-        ("Timed out", "", f"{summary.kinds['timeout']:,}"),
-        ("Errors", "", f"{summary.kinds['error']:,}"),
-        ("Wrong answers", "", f"{summary.kinds['wrong']:,}"),
+        ("Refused (429, 503)", "", f"{kinds['refused']:,}"),
+        ("Timed out", "", f"{kinds['timeout']:,}"),
+        ("Errors", "", f"{kinds['error']:,}"),
+        ("Wrong answers", "", f"{kinds['wrong']:,}"),
         ("Sent late (P99)", units.duration(summary.send_lag_s), ""),
         ("Generator's CPU", units.percent(summary.health.cpu_share), ""),
-    )
+    ]
+    if summary.unfinished:
+        rows.append(("Unfinished when stopped", "", f"{summary.unfinished:,}"))
     table = _table("", "Rate", "Count")
     for row in rows:
-        if not (row[0] == "Goodput" and goodput is None):
-            table.add_row(*row)
-    if summary.unfinished:
-        table.add_row("Unfinished when stopped", "", f"{summary.unfinished:,}")
+        table.add_row(*row)
     return table

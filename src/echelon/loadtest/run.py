@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from echelon.simulation.rate_search import RateSearch
     from echelon.simulation.service_level import ServiceLevel
 
+Limit = Literal["server", "generator", "bounded", "interrupted"]
+
 TICK_S = 0.25
 """Seconds between two reports of progress."""
 
@@ -36,14 +39,11 @@ class LoadTestPlan:
     """What to test and how.
 
     Attributes:
-        target: the server.
-        topics: texts to send.
         workload: the requests; without ``tokens`` texts are sent whole. A trace is replayed once.
-        clients: clients of a closed loop, which ignores the arrivals; None is an open loop.
-        warmup_s: seconds before requests count.
-        duration_s: seconds in which they count; None, with a trace only: to its end.
-        goal: the service level that was promised.
-        marked: make each request's texts its own; otherwise servers may fold identical pairs.
+        clients: number of clients of a closed loop; None is the open loop.
+        warmup_s: seconds at the start that do not count.
+        duration_s: seconds that count; None, with a trace only: to its end.
+        marked: make the texts of each request unique; servers may score identical pairs only once.
         length_policy: cuts texts to length; None cuts by words.
     """
 
@@ -93,13 +93,7 @@ class LoadTestRun:
 
 @dataclass(frozen=True, slots=True)
 class RateProbe:
-    """One rate of a search.
-
-    Attributes:
-        rate: requests a second.
-        run: the run at that rate.
-        held: whether the goal held, and the generator kept up.
-    """
+    """One rate of a search; ``held`` where the goal held and the generator kept up."""
 
     rate: float
     run: LoadTestRun
@@ -114,11 +108,10 @@ class FoundRate:
         rate: the highest rate that held; 0 where none did.
         limit: why no higher one: the ``server`` missed its goal, the ``generator`` could not keep
             up, the search was ``bounded`` by ``--max-rate``, or ``interrupted``.
-        probes: all probes in order.
     """
 
     rate: float
-    limit: Literal["server", "generator", "bounded", "interrupted"]
+    limit: Limit
     probes: tuple[RateProbe, ...]
 
     @property
@@ -137,20 +130,16 @@ class LoadTest:
         self._client = client
         self._stop = stop
         self._on_progress = on_progress
-        self._texts = TextSource(
-            plan.topics,
-            seed=plan.workload.seed,
-            marked=plan.marked,
-            length_policy=plan.length_policy,
-        )
+        seed, policy = plan.workload.seed, plan.length_policy
+        self._texts = TextSource(plan.topics, seed=seed, marked=plan.marked, length_policy=policy)
 
     async def measure(self, plan: LoadTestPlan | None = None) -> LoadTestRun:
         """Run the plan, or another one for the same target."""
         plan = plan or self.plan
-        counts = {"answered": 0, "failed": 0}
+        counts: Counter[bool] = Counter()  # failed requests are False
 
         def count(record: RequestRecord) -> None:
-            counts["answered" if record.kind == "answered" else "failed"] += 1
+            counts[record.kind == "answered"] += 1
 
         driver = Driver(
             self._client, self._texts, warmup_s=plan.warmup_s, stop=self._stop, on_record=count
@@ -167,13 +156,10 @@ class LoadTest:
     async def find_max(
         self, search: RateSearch, on_probe: Callable[[RateProbe], object]
     ) -> FoundRate:
-        """Probe rate after rate, and wait in between until the server is idle.
-
-        Args:
-            search: where to begin, and its bounds.
-            on_probe: called with each probe.
-        """
+        """Probe rate after rate, and wait in between until the server is idle."""
         probes: list[RateProbe] = []
+        goal = self.plan.goal
+        within_s = self.plan.target.timeout_s if goal is None else goal.latency_s
         while not search.over and not self._stop.is_set():
             rate = search.rate
             run = await self.measure(replace(self.plan, workload=self.plan.workload.at(rate)))
@@ -184,18 +170,14 @@ class LoadTest:
             on_probe(probe)
             search.tell(held=probe.held)
             if not search.over:
-                await self._wait_until_idle()
+                self._on_progress("waiting until the server is idle")
+                request = self._one()
+                await wait_until_idle(self._client, *request, within_s=within_s, stop=self._stop)
         return FoundRate(search.held, _limit(search, probes), tuple(probes))
 
     async def check_target(self) -> None:
         """Send one request; see :func:`echelon.loadtest.client.check_target`."""
         await check_target(self._client, *self._one())
-
-    async def _wait_until_idle(self) -> None:
-        goal = self.plan.goal
-        within_s = self.plan.target.timeout_s if goal is None else goal.latency_s
-        self._on_progress("waiting until the server is idle")
-        await wait_until_idle(self._client, *self._one(), within_s=within_s, stop=self._stop)
 
     def _one(self) -> tuple[bytes, int]:
         arrival = next(_endless(replace(self.plan.workload, seed=0)).requests())
@@ -204,7 +186,7 @@ class LoadTest:
         return target.protocol.body(query, documents, target.model), len(documents)
 
     @contextlib.asynccontextmanager
-    async def _reporting(self, plan: LoadTestPlan, counts: dict[str, int]) -> AsyncIterator[None]:
+    async def _reporting(self, plan: LoadTestPlan, counts: Counter[bool]) -> AsyncIterator[None]:
         """Report progress for as long as the context is open."""
         loop = asyncio.get_running_loop()
         began, whole_s, rate = loop.time(), plan.ends_s or 0.0, plan.workload.rate
@@ -212,7 +194,7 @@ class LoadTest:
 
         async def report() -> None:
             while True:
-                stage = f"{prefix}{counts['answered']:,} ok, {counts['failed']:,} failed"
+                stage = f"{prefix}{counts[True]:,} ok, {counts[False]:,} failed"
                 self._on_progress(stage, min(whole_s, loop.time() - began), whole_s)
                 await asyncio.sleep(TICK_S)
 
@@ -224,13 +206,11 @@ class LoadTest:
 
 
 def _endless(workload: Workload) -> Workload:
-    """The same requests without their times: those of a closed loop come when it is ready."""
+    """The same requests without their times, for a closed loop."""
     return replace(workload, arrivals=ConstantArrivals(1.0))
 
 
-def _limit(
-    search: RateSearch, probes: Sequence[RateProbe]
-) -> Literal["server", "generator", "bounded", "interrupted"]:
+def _limit(search: RateSearch, probes: Sequence[RateProbe]) -> Limit:
     if not search.over:
         return "interrupted"
     broken = [p for p in probes if p.rate == search.broke]
@@ -248,10 +228,7 @@ async def opened(
 ) -> AsyncIterator[LoadTest]:
     """Connect to a plan's target and check it.
 
-    Args:
-        plan: what to test.
-        stop: set it to end a run; what was measured is kept.
-        on_progress: called with the requests so far and the seconds that have passed.
+    Set ``stop`` to end a run; what was measured is kept.
 
     Raises:
         InvalidInput: the server cannot be reached or does not speak the dialect.

@@ -53,11 +53,8 @@ class RequestRecord(NamedTuple):
 
     Attributes:
         scheduled: when it should have been sent.
-        sent: when it was.
         ended: when its answer, or its failure, was there.
-        kind: its outcome.
         status: HTTP status; 0 where there was none.
-        documents: documents that it asked for.
     """
 
     scheduled: float
@@ -141,16 +138,13 @@ class GeneratorHealth:
 
 @dataclass(frozen=True, slots=True)
 class DriveResult:
-    """The records of a run.
+    """The records of a run, the warm-up's included.
 
     Attributes:
-        records: what became of each request, the warm-up's included.
         warmup_s: requests due before this do not count.
         ended_s: until when requests were due.
-        health: the generator's state.
-        problems: for each kind of problem after the warm-up, how often and the first message.
+        problems: for each kind of problem after the warm-up, its count and first message.
         unfinished: requests that were cancelled because the run was stopped.
-        interrupted: whether the run was stopped.
     """
 
     records: RequestRecords
@@ -165,11 +159,8 @@ class DriveResult:
 def doubts(health: GeneratorHealth, send_lag_s: float, latency_s: float) -> list[str]:
     """Reasons not to trust a measurement, each with its remedy.
 
-    Args:
-        health: the generator's state.
-        send_lag_s: P99 of how late requests were sent.
-        latency_s: P99 of the latency, or the goal where that is longer. Lateness is a part of the
-            latency, so it never makes a goal hold that would not.
+    ``latency_s`` is the P99 of the latency, or the goal where that is longer: lateness is a part of
+    the latency, so it never makes a goal hold that would not.
     """
     found: list[str] = []
     bearable_s = max(LATE_S, LATE_SHARE * latency_s)
@@ -191,20 +182,13 @@ class LoadSummary:
     Attributes:
         window_s: seconds in which requests were due.
         requests: requests due in it that ended.
-        kinds: how many of each kind.
         offered_per_s: requests due a second.
         answered_per_s: answers that came within the window, a second.
-        documents_per_s: their documents.
-        latency_s: percentile to seconds, of the answered, from when they were due; empty: none was.
-        mean_s: mean of the same.
+        latency_s: percentile to seconds, of the answered, from when they were due; may be empty.
         send_lag_s: P99 of how late requests were sent.
-        goal: the service level that was promised, if any.
-        within: requests answered within the goal's latency; without a goal, all that were answered.
-        goodput_per_s: requests answered within the goal, a second; None without a goal.
-        health: the generator's state.
-        problems: for each kind of problem, how often and the first message.
+        within: requests answered within the goal's latency; without a goal, all answered requests.
+        problems: for each kind of problem, its count and first message.
         unfinished: requests that were cancelled because the run was stopped.
-        interrupted: whether the run was stopped before its end.
         histogram: HdrHistogram of the latencies in microseconds, V2, base64.
     """
 
@@ -262,7 +246,7 @@ class LoadSummary:
 
     @property
     def notes(self) -> list[str]:
-        """What else to know."""
+        """Warnings that do not question the numbers."""
         answered = self.kinds["answered"]
         if 0 < answered < FEW:
             return [Message("loadtest.few_answers", {"answered": answered})]
@@ -315,9 +299,9 @@ def _per_s(count: float, window_s: float) -> float:
 
 
 def histogram_of(latency_s: Column) -> HdrHistogram:
-    """A histogram in microseconds of latencies in seconds, to be added to other generators'.
+    """A histogram in microseconds, which can be added to those of other generators.
 
-    What is longer than an hour counts as an hour.
+    Latencies above an hour count as an hour.
     """
     histogram = HdrHistogram(1, LONGEST_US, DIGITS)
     microseconds = np.clip(np.rint(latency_s * 1e6), 1, LONGEST_US).astype(np.int64)

@@ -36,21 +36,14 @@ CACHED_TEXTS = 4096
 
 
 class LengthPolicy(Protocol):
-    """Cuts texts so that pairs have the lengths asked for."""
+    """Cuts texts so that pairs have the wanted lengths; ``marks`` stand before the texts."""
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
         """Cut a query so that a pair of ``length`` tokens has room for a document."""
         ...
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
-        """Cut or repeat a document so that its pair has ``length`` tokens; never empty.
-
-        Args:
-            text: the document.
-            length: tokens of the pair.
-            query: the query of the pair.
-            marks: the marks before query and document.
-        """
+        """Cut or repeat a document so that its pair has ``length`` tokens; never empty."""
         ...
 
 
@@ -72,9 +65,8 @@ class WordLengths:
 class TokenLengths:
     """Cuts by the model's own tokens.
 
-    Args:
-        ends: gives where each token of a text ends, in characters.
-        specials: special tokens of a pair.
+    ``ends`` gives where each token of a text ends, in characters; ``specials`` is the number of
+    special tokens of a pair.
     """
 
     def __init__(self, ends: Callable[[str], Sequence[int]], specials: int) -> None:
@@ -84,12 +76,12 @@ class TokenLengths:
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
         """The query, cut to half of the tokens of a pair."""
         limit = max(1, (length - self._spent(marks)) // 2)
-        return text if len(self._ends(text)) <= limit else text[: self._ends(text)[limit - 1]]
+        ends = self._ends(text)
+        return text if len(ends) <= limit else text[: ends[limit - 1]]
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:
         """See :class:`LengthPolicy`."""
-        if not self._ends(text):
-            text = "word"
+        text = text if self._ends(text) else "word"
         ends = self._ends(text)
         whole, rest = divmod(max(1, length - self._spent((query, *marks))), len(ends))
         return (f"{text} " * whole + text[: ends[rest - 1] if rest else 0]).rstrip()
@@ -103,7 +95,6 @@ class TextSource:
 
     Args:
         topics: texts to draw from; at least one document in all.
-        seed: of the order of queries.
         marked: make the texts of each request unique.
         salt: part of this run's marks; None draws one.
         length_policy: cuts texts to length; None cuts by words.
@@ -154,5 +145,5 @@ def of_words(text: str, words: int) -> str:
     """A text cut or repeated to a number of words."""
     pieces = _PIECES.findall(text) or ["word "]
     whole, rest = divmod(words, len(pieces))
-    again = "".join(pieces) if pieces[-1][-1].isspace() else "".join(pieces) + " "
+    again = "".join(pieces) + ("" if pieces[-1][-1].isspace() else " ")
     return (again * whole + "".join(pieces[:rest])).rstrip()
