@@ -25,57 +25,12 @@ from echelon.scheduling.fit import FitError
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
-NAMES = {
-    "A",
-    "B",
-    "B/A",
-    "Echelon",
-    "Python",
-    "GPU",
-    "CPU",
-    "CUDA",
-    "API",
-    "P50",
-    "P90",
-    "P95",
-    "P99",
-    "nDCG",
-    "Kendall",
-    "logit",
-    "Max",
-    "token",
-    "fp32",
-    "bf16",
-    "fp16",
-    "int8",
-    "GiB",
-    "MiB",
-    "KiB",
-    "ms",
-    "ns",
-    "µs",
-    "cpu",
-    "echelon",
-    "tune",
-    "refresh",
-    "time",
-    "limit",
-    "batch",
-    "sizes",
-    "pairs",
-    "budgets",
-    "JavaScript",
-    "UTC",
-    "en",
-    "scenario",
-    "concurrent",
-    "api",
-    "stress",
-    "precision",
-    "auto",
-    "n",
-    "s",
-}
+KEPT = (
+    "A B B/A Echelon Python GPU CPU CUDA API P50 P90 P95 P99 nDCG Kendall logit Max token fp32 "
+    "bf16 fp16 int8 GiB MiB KiB ms ns µs cpu echelon tune refresh time limit batch sizes pairs "
+    "budgets JavaScript UTC en scenario concurrent api stress precision auto n s "
+)
+NAMES = set(KEPT.split())
 """Names, units and flags that have no other word in Chinese."""
 
 SHOWN = {"text", "name", "title", "ticktext"}
@@ -250,12 +205,7 @@ def rich(factor=1.0, **changes):
         *(m for m in RESULTS if m.status == "ok"),
         entry(1, steady(0.02), batch_size=1),
         entry(50, status="out_of_memory", reason="显存", batch_size=16),
-        entry(
-            50,
-            status="skipped",
-            batch_size=32,
-            reason=Message("sweep.smaller_out_of_memory", {"size": 16}),
-        ),
+        entry(50, status="skipped", reason=SKIPPED, batch_size=32),
         entry(50, status="not_reached", token_budget=2048),
     ]
     base = profile_of(factor, results=results)
@@ -270,19 +220,15 @@ def rich(factor=1.0, **changes):
         machine=base.machine
         | {"cpu": "机", "system": "系", "machine": "", "matrix_features": []}
         | {"gpus": [{"name": "卡", "memory_bytes": 2**34, "capability": "9.0"}]},
-        warnings=[
-            Message("sweep.noisy_points", {"noisy": 3, "all": 9}),
-        ],
+        warnings=[Message("sweep.noisy_points", {"noisy": 3, "all": 9})],
         learned_token_budget=512,
         scenario=scenario_entry(notes=[OFF, Message("scenario.trust_measured")]),
     )
     return replace(made, **changes)
 
 
-UNREACHED = CURVE | {"most_rate": None}
-
-
 BARE = {"points": [], "best": [], "situations": [], "precisions": [], "cost": None}
+OFFLINE = scenario_entry(scenario="offline", held=None, measured=None, accuracy=None, notes=[])
 CHOSEN = replace(rich().settings, token_budget=777)
 
 
@@ -296,11 +242,7 @@ CHOSEN = replace(rich().settings, token_budget=777)
         {"scenario": None},
         {"scenario": scenario_entry(held=False, notes=[]), "settings": CHOSEN},
         {"scenario": None, "settings": CHOSEN},
-        {
-            "scenario": scenario_entry(
-                scenario="offline", held=None, measured=None, accuracy=None, notes=[]
-            )
-        },
+        {"scenario": OFFLINE},
         BARE | {"scenario": None, "warnings": [], "learned_token_budget": None},
     ],
 )
