@@ -20,15 +20,13 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from echelon.engine.worker import Channel
+from echelon.engine.worker import Channel, Reply
 from echelon.errors import EchelonError
-from echelon.models.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory, Scorer
 
 if TYPE_CHECKING:
     import psutil
 
-    from echelon.engine.worker import Reply
-    from echelon.models.base import Scorer
     from echelon.types import TokenBatch
 
 PRIMITIVES = 64

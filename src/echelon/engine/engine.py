@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory
-from echelon.models.base import DeviceOutOfMemory
+from echelon.models.base import DeviceOutOfMemory, Scorer
 from echelon.scheduling.oom_policy import OomPolicy, StepFailure
 from echelon.scheduling.packing import NO_BUDGET, Step, pack, step_cost
 from echelon.scheduling.token_budget import TokenBudget
-from echelon.tokenization.pairs import TruncationImpossible
-from echelon.types import LadderStep, RunReport
+from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible
+from echelon.types import FloatArray, IntArray, LadderStep, ModelInfo, RunReport, TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.models.base import Scorer
     from echelon.options import Allowance
-    from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import FloatArray, IntArray, ModelInfo, TokenBatch
 
 logger = logging.getLogger(__name__)
 

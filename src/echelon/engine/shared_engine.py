@@ -21,12 +21,11 @@ from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
-from echelon.types import monotonic
+from echelon.types import Answer, ModelInfo, TokenBatch, monotonic
 
 if TYPE_CHECKING:
     from echelon.engine.engine import Engine, StepLimits
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.types import Answer, ModelInfo, TokenBatch
 
 
 class LocalWorker:

@@ -13,21 +13,17 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from echelon.engine.events import WEDGE_AFTER_S, LadderTaken, WorkerChanged
-from echelon.engine.worker import RESTART_DELAYS_S
+from echelon.engine.events import WEDGE_AFTER_S, LadderTaken, WorkerChanged, WorkerState
+from echelon.engine.worker import RESTART_DELAYS_S, Worker
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerGone, WorkerWedged
-from echelon.scheduling.queue import LEAD_S
-from echelon.types import LadderStep
+from echelon.scheduling.queue import LEAD_S, PlannedStep
+from echelon.types import LadderStep, ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from echelon.engine.dispatcher import Dispatcher, PreparedStep
-    from echelon.engine.events import WorkerState
-    from echelon.engine.worker import Worker
-    from echelon.scheduling.queue import PlannedStep
-    from echelon.types import ModelInfo, TokenBatch
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, WorkerDied, WorkerWedged
+from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, WorkerWedged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from echelon.models.base import Scorer
     from echelon.types import FloatArray, ModelInfo, TokenBatch
 
 logger = logging.getLogger(__name__)

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.types import TokenBatch
+from echelon.types import Chunking, FloatArray, IntArray, Side, TokenBatch, Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from echelon.types import Chunking, FloatArray, IntArray, Side, Truncation
 
 OVERLAP_SHARE = 8
 """Neighbouring chunks share 1/8 of their tokens, one or two sentences at 512 tokens: an answer cut
