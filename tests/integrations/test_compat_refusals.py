@@ -162,7 +162,7 @@ def test_a_hub_model_is_asked_for_once(bert: Path, monkeypatch: pytest.MonkeyPat
         asked.append((name, revision))
         return ModelFolder(bert, name, "c0ffee")
 
-    monkeypatch.setattr("echelon.integrations.saved_model.resolve", resolve)
+    monkeypatch.setattr("echelon.integrations.originals.resolve", resolve)
     monkeypatch.setattr("echelon.engine.launch.resolve", resolve)
     model = CrossEncoder("toy", revision="main", device="cpu")
 

@@ -30,11 +30,8 @@ def opened(model: Model, options: Mapping[str, Any]) -> Reranker:
 def check_no_options(options: Mapping[str, Any]) -> None:
     """Raise :class:`InvalidInput` for options beside an open reranker."""
     for name in options:
-        raise InvalidInput(
-            name,
-            "cannot be set on a reranker that is open",
-            "Give it to Reranker(...), or pass the model's name here.",
-        )
+        remedy = "Give it to Reranker(...), or pass the model's name here."
+        raise InvalidInput(name, "cannot be set on a reranker that is open", remedy)
 
 
 def ranked(

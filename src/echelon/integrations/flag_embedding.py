@@ -7,8 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.integrations.keywords import capped, device_option, refuse, take_refused
-from echelon.integrations.saved_model import Storage, locate, read_saved
+from echelon.integrations import originals
 from echelon.models.device import choose_device, require_torch
 from echelon.options import Options, check_pairs
 from echelon.reranker import Reranker, sigmoid
@@ -34,25 +33,15 @@ OTHER_NAMES = {
 class FlagReranker:
     """Scores pairs of texts, with the interface of FlagEmbedding 1.4.
 
-    A query is cut to ``query_max_length``, then the passage so that the pair fits. ``batch_size``,
-    ``query_max_length``, ``max_length`` and ``normalize`` may be set at any time.
-
-    Args:
-        model_name_or_path: folder, hub name or ``demo``.
-        use_fp16: compute in fp16 on a GPU; no effect on the CPU, as in the original.
-        query_instruction_for_rerank: put before queries.
-        query_instruction_format: how, with ``{}`` for the instruction and ``{}`` for the query.
-        passage_instruction_for_rerank: put before passages.
-        passage_instruction_format: how.
-        trust_remote_code: must be false.
-        cache_dir: where hub models are kept; None is the hub's own cache.
-        devices: one device: ``cpu``, ``cuda``, ``cuda:N``, its number, or a list of one; None
-            takes the first GPU if there is.
-        batch_size: pairs a step; None lets Echelon choose. Scores do not depend on it.
-        query_max_length: tokens kept of a query; None is three quarters of ``max_length``.
-        max_length: tokens a pair may have, special tokens included.
-        normalize: return sigmoids instead of logits.
-        **options: other options of :class:`echelon.options.Options`, such as ``profile``.
+    The model is a folder, a hub name or ``demo``. An instruction is put before queries or passages
+    by its format, with ``{}`` for the instruction and ``{}`` for the text. A query is cut to
+    ``query_max_length`` tokens (None is three quarters of ``max_length``), then the passage so that
+    the pair fits. ``use_fp16`` has no effect on the CPU, as in the original. ``trust_remote_code``
+    must be false. ``devices`` is one device: ``cpu``, ``cuda``, ``cuda:N``, its number, or a list
+    of one; None takes the first GPU if there is. ``batch_size`` is pairs a step; None lets Echelon
+    choose, and scores do not depend on it. Both lengths, ``batch_size`` and ``normalize`` (sigmoids
+    instead of logits) may be set at any time. Other keywords are options of
+    :class:`echelon.options.Options`.
 
     Raises:
         InvalidInput: a keyword is unknown, wrong or not supported, or the model has several labels
@@ -81,8 +70,8 @@ class FlagReranker:
         normalize: bool = False,
         **options: Any,
     ) -> None:
-        refuse(trust_remote_code=trust_remote_code)
-        take_refused(options)
+        originals.refuse(trust_remote_code=trust_remote_code)
+        originals.take_refused(options)
         _refuse_other_names(options)
         options["device"] = _one_device(devices)
         revision = Options.of(**options).revision
@@ -92,17 +81,15 @@ class FlagReranker:
         self.passage_instruction_format = passage_instruction_format
         _check_format("query_instruction_format", query_instruction_format)
         _check_format("passage_instruction_format", passage_instruction_format)
-        self.batch_size = batch_size
-        self.query_max_length = query_max_length
-        self.max_length = max_length
-        self.normalize = normalize
-        located = locate(model_name_or_path, Storage(revision, cache_dir))
-        saved = read_saved(located.path)
+        self.batch_size, self.normalize = batch_size, normalize
+        self.query_max_length, self.max_length = query_max_length, max_length
+        located = originals.locate(model_name_or_path, originals.Storage(revision, cache_dir))
+        saved = originals.read_saved(located.path)
         if "precision" not in options:
             options["precision"] = _precision(use_fp16=use_fp16, options=options) or saved.precision
         self._reranker = Reranker(located.model, **{**options, "revision": located.revision})
         if max_length != DEFAULT_MAX_LENGTH:
-            capped("max_length", max_length, self._reranker.facts.max_tokens)
+            originals.capped("max_length", max_length, self._reranker.facts.max_tokens)
 
     @property
     def use_fp16(self) -> bool:
@@ -124,37 +111,31 @@ class FlagReranker:
         normalize: bool | None = None,
         **options: Any,
     ) -> list[float]:
-        """Score pairs.
+        """Score (query, passage) texts, or one such pair.
 
-        Args:
-            sentence_pairs: (query, passage) texts, or one such pair.
-            batch_size: as in the constructor, for this call; so are the next three.
-            query_max_length: tokens kept of a query.
-            max_length: tokens a pair may have.
-            normalize: return sigmoids.
-            **options: options of one call, see :meth:`echelon.Reranker.score_pairs`.
+        ``batch_size``, ``query_max_length``, ``max_length`` and ``normalize`` replace the
+        constructor's for this call. Other keywords are options of one call, see
+        :meth:`echelon.Reranker.score_pairs`.
 
         Returns:
             Scores in input order; for one pair a list of one.
 
         Raises:
-            InvalidInput: no pairs, a pair is not two texts, a query leaves no room, or a
-                keyword is wrong.
+            InvalidInput: no pairs, a pair is not two texts, a query leaves no room, or a keyword is
+                wrong.
             OutOfMemory: a pair alone does not fit in memory.
         """
         _refuse_other_names(options)
         pairs = [self._instructed(pair) for pair in check_pairs(_as_pairs(sentence_pairs))]
         asked = self.max_length if max_length is None else max_length
         limit = self._reranker.facts.max_tokens
-        logits = self._logits(
-            pairs,
-            {
-                "batch_size": self.batch_size if batch_size is None else batch_size,
-                "max_query_tokens": self._query_tokens(query_max_length, asked),
-                "max_length": capped("max_length", asked, limit, warn=max_length is not None),
-                **options,
-            },
-        )
+        overrides = {
+            "batch_size": self.batch_size if batch_size is None else batch_size,
+            "max_query_tokens": self._query_tokens(query_max_length, asked),
+            "max_length": originals.capped("max_length", asked, limit, warn=max_length is not None),
+            **options,
+        }
+        logits = self._logits(pairs, overrides)
         normalized = self.normalize if normalize is None else normalize
         return [float(score) for score in (sigmoid(logits) if normalized else logits)]
 
@@ -202,21 +183,18 @@ def _check_format(field: str, form: str) -> None:
     try:
         form.format("", "")
     except (IndexError, KeyError, ValueError) as error:
-        raise InvalidInput(
-            field, f"{form!r} cannot be filled in ({error!r})", "Use {} for each of the two texts."
-        ) from None
+        problem = f"{form!r} cannot be filled in ({error!r})"
+        raise InvalidInput(field, problem, "Use {} for each of the two texts.") from None
 
 
 def _one_device(devices: Any) -> str:
     if isinstance(devices, list | tuple):
         if len(devices) != 1:
-            raise InvalidInput(
-                "devices",
-                f"names {len(devices)} devices, and one process uses one",
-                "Name one; start a process for each and share the pairs out between them.",
-            )
+            problem = f"names {len(devices)} devices, and one process uses one"
+            remedy = "Name one; start a process for each and share the pairs out between them."
+            raise InvalidInput("devices", problem, remedy)
         devices = devices[0]
-    return device_option(devices)
+    return originals.device_option(devices)
 
 
 def _precision(*, use_fp16: bool, options: dict[str, Any]) -> str | None:

@@ -82,17 +82,10 @@ class EchelonRanker:
         self._reranker = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The component as plain data.
-
-        Raises:
-            InvalidInput: the model is an open reranker, which cannot be written down.
-        """
+        """The component as plain data; an open reranker as its model is refused."""
         if isinstance(self.model, Reranker | AsyncReranker):
-            raise InvalidInput(
-                "model",
-                "is an open reranker, which cannot be saved",
-                "Pass the model's name and the options to a component that is to be saved.",
-            )
+            remedy = "Pass the model's name and the options to a component that is to be saved."
+            raise InvalidInput("model", "is an open reranker, which cannot be saved", remedy)
         plain = Options.of(**self.options).as_dict()
         data: dict[str, Any] = default_to_dict(
             self,
@@ -155,9 +148,8 @@ class EchelonRanker:
 
     def _text(self, document: Document, place: int) -> str:
         if document.content is None:
-            raise InvalidInput(
-                f"documents[{place}]", "has no content", "Rank documents that hold text."
-            )
+            remedy = "Rank documents that hold text."
+            raise InvalidInput(f"documents[{place}]", "has no content", remedy)
         fields = [document.meta.get(name) for name in self.meta_fields_to_embed]
         return self.embedding_separator.join([*(str(f) for f in fields if f), document.content])
 

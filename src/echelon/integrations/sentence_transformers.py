@@ -9,21 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import EchelonWarning, InvalidInput
-from echelon.integrations.keywords import (
-    as_documents,
-    as_pairs,
-    capped,
-    check_num_labels,
-    device_option,
-    is_single,
-    length_argument,
-    precision_argument,
-    refuse,
-    renamed,
-    take_idle,
-    take_refused,
-)
-from echelon.integrations.saved_model import Storage, locate, read_saved
+from echelon.integrations import originals
 from echelon.integrations.torch_module import (
     TorchModule,
     activate,
@@ -47,30 +33,20 @@ OWNER = "cross-encoder"
 """Put before a hub name that has no owner."""
 
 
+RESULT_KEYWORDS = ("apply_softmax", "convert_to_numpy", "convert_to_tensor")
+
+
 class CrossEncoder(TorchModule):
     """Scores pairs of texts and ranks documents, with the interface of sentence-transformers 6.
 
-    Args:
-        model_name_or_path: folder, hub name (``cross-encoder/`` is put before a bare one) or
-            ``demo``.
-        num_labels: outputs of the head; must be the model's own.
-        max_length: tokens a pair may have; None is the model's limit.
-        activation_fn: applied to the logits, a tensor [pairs, 1]; None is the saved function, else
-            sigmoid.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or a ``torch.device``; None takes a GPU if there is.
-        revision: hub branch, tag or commit.
-        trust_remote_code: must be false.
-        local_files_only: never connect to the hub.
-        cache_folder: where hub models are kept; None is the hub's own cache.
-        token: for the hub.
-        model_kwargs: ``dtype`` or ``torch_dtype``; None computes in the dtype of the weights, as
-            the original does.
-        processor_kwargs: ``model_max_length``.
-        config_kwargs: ``num_labels``.
-        backend: must be ``torch``.
-        prompts: name → text put before queries.
-        default_prompt_name: the prompt of calls that name none.
-        **options: other options of :class:`echelon.options.Options`, such as ``profile``.
+    The model is a folder, ``demo``, or a hub name; ``cross-encoder/`` is put before a bare one. The
+    arguments are the original's, with these limits: ``num_labels`` must be the model's own,
+    ``trust_remote_code`` false, ``backend`` ``torch``, and ``device`` one device. ``model_kwargs``
+    may hold ``dtype`` or ``torch_dtype``, ``processor_kwargs`` ``model_max_length``,
+    ``config_kwargs`` ``num_labels``. Without a dtype the model computes in that of its weights, as
+    the original does. ``activation_fn`` is applied to the logits, a tensor [pairs, 1]; None is the
+    saved function, else sigmoid. Other keywords are options of :class:`echelon.options.Options`,
+    such as ``profile``.
 
     Raises:
         InvalidInput: a keyword is unknown, wrong or not supported, or the model has several labels
@@ -79,7 +55,7 @@ class CrossEncoder(TorchModule):
         OutOfMemory: the weights do not fit.
     """
 
-    @renamed(
+    @originals.renamed(
         model_name="model_name_or_path",
         automodel_args="model_kwargs",
         tokenizer_args="processor_kwargs",
@@ -109,27 +85,28 @@ class CrossEncoder(TorchModule):
         default_prompt_name: str | None = None,
         **options: Any,
     ) -> None:
-        refuse(trust_remote_code=trust_remote_code, backend=None if backend == "torch" else backend)
-        take_refused(options)
-        options["device"] = device_option(device)
-        precision = precision_argument(model_kwargs, options)
+        other = None if backend == "torch" else backend
+        originals.refuse(trust_remote_code=trust_remote_code, backend=other)
+        originals.take_refused(options)
+        options["device"] = originals.device_option(device)
+        precision = originals.precision_argument(model_kwargs, options)
         Options.of(**options, revision=revision)
-        storage = Storage(revision, cache_folder, local_files_only, token)
-        self._located = locate(model_name_or_path, storage, owner=OWNER)
-        self._saved = read_saved(self._located.path)
-        check_num_labels(num_labels, config_kwargs, len(self._saved.labels))
+        storage = originals.Storage(revision, cache_folder, local_files_only, token)
+        self._located = originals.locate(model_name_or_path, storage, owner=OWNER)
+        self._saved = originals.read_saved(self._located.path)
+        originals.check_num_labels(num_labels, config_kwargs, len(self._saved.labels))
         if options.get("profile") is None:
             precision = precision or self._saved.precision
         self._options = {**options, "precision": precision or "auto"}
         self._options["revision"] = self._located.revision
         self._reranker = Reranker(self._located.model, **self._options)
-        self.max_length = length_argument(max_length, processor_kwargs)
+        self.max_length = originals.length_argument(max_length, processor_kwargs)
         self.activation_fn = activation_fn
         self.prompts = {**self._saved.prompts, **(prompts or {})}
         self.default_prompt_name = default_prompt_name or self._saved.default_prompt_name
         self._prompt(None, self.default_prompt_name)
 
-    @renamed(sentences="inputs", activation_fct="activation_fn")
+    @originals.renamed(sentences="inputs", activation_fct="activation_fn")
     def predict(
         self,
         inputs: Sequence[Sequence[str]] | Sequence[str],
@@ -146,44 +123,36 @@ class CrossEncoder(TorchModule):
         chunk_size: int | None = None,
         **options: Any,
     ) -> Any:
-        """Score pairs.
+        """Score pairs of texts, or one pair.
 
-        Args:
-            inputs: pairs of texts, or one pair.
-            prompt_name: name of a prompt to put before queries.
-            prompt: text to put before queries.
-            batch_size: pairs a step; None lets Echelon choose. Scores do not depend on it.
-            show_progress_bar: show a progress bar.
-            activation_fn: instead of the model's, for this call.
-            apply_softmax: no effect on models with one label, as in the original.
-            convert_to_numpy: return a float32 array [pairs], else a list of tensors.
-            convert_to_tensor: return one tensor [pairs]; overrides ``convert_to_numpy``.
-            device: move the model there first.
-            pool: not supported.
-            chunk_size: not supported.
-            **options: options of one call, see :meth:`echelon.Reranker.score_pairs`.
+        ``batch_size`` is pairs a step; None lets Echelon choose, and scores do not depend on it.
+        ``apply_softmax`` has no effect on models with one label, as in the original. ``device``
+        moves the model there first. ``pool`` and ``chunk_size`` are not supported. Other keywords
+        are options of one call, see :meth:`echelon.Reranker.score_pairs`.
 
         Returns:
-            Scores in input order; for a single pair its score.
+            float32 array [pairs] in input order; with ``convert_to_tensor`` a tensor [pairs],
+            without ``convert_to_numpy`` a list of tensors; for a single pair its score.
 
         Raises:
             InvalidInput: a pair is not two texts, or a keyword is wrong.
             OutOfMemory: a pair alone does not fit in memory.
         """
-        refuse(pool=pool, chunk_size=chunk_size)
-        take_idle(options, "num_workers")
-        take_refused(options)
+        originals.refuse(pool=pool, chunk_size=chunk_size)
+        originals.take_idle(options, "num_workers")
+        originals.take_refused(options)
         function = self.activation_fn if activation_fn is None else activation_fn
         check_activation(function)
         self._move_to(device)
-        single = is_single(inputs)
-        pairs = self._prompted(as_pairs(inputs, single=single), self._prompt(prompt, prompt_name))
+        single = originals.is_single(inputs)
+        listed = originals.as_pairs(inputs, single=single)
+        pairs = self._prompted(listed, self._prompt(prompt, prompt_name))
         logits = self._logits(pairs, batch_size, show_progress_bar, options)
         scores = activate(logits, function, self.device, softmax=bool(apply_softmax))
         result = converted(scores, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
         return result[0] if single else result
 
-    @renamed(activation_fct="activation_fn")
+    @originals.renamed(activation_fct="activation_fn")
     def rank(
         self,
         query: str,
@@ -203,19 +172,15 @@ class CrossEncoder(TorchModule):
         """Sort documents by their score against a query.
 
         ``top_k`` limits the results, ``return_documents`` adds each document's text; the other
-        arguments are those of :meth:`predict`.
+        arguments, and the errors, are those of :meth:`predict`.
 
         Returns:
             Dictionaries with ``corpus_id``, ``score`` and ``text`` if requested, best first; equal
             scores keep their input order.
-
-        Raises:
-            InvalidInput: as in :meth:`predict`.
-            OutOfMemory: a pair alone does not fit in memory.
         """
-        take_idle(options, "num_workers", "apply_softmax", "convert_to_numpy", "convert_to_tensor")
+        originals.take_idle(options, "num_workers", *RESULT_KEYWORDS)
         check_text("query", query)
-        texts = as_documents(documents)
+        texts = originals.as_documents(documents)
         scores = self.predict(
             [(query, text) for text in texts],
             prompt_name=prompt_name,
@@ -263,7 +228,7 @@ class CrossEncoder(TorchModule):
         self._max_length = (
             min(self._reranker.max_length, self._saved.max_length or self._reranker.max_length)
             if tokens is None
-            else capped("max_length", tokens, self._info.max_tokens)
+            else originals.capped("max_length", tokens, self._info.max_tokens)
         )
 
     max_seq_length = max_length
@@ -305,7 +270,7 @@ class CrossEncoder(TorchModule):
 
     def _move_to(self, device: str | int | torch.device | None) -> None:
         if isinstance(device, list | tuple):
-            refuse(pool=device)
+            originals.refuse(pool=device)
         if device is not None:
             self.to(device)
 

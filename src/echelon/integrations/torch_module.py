@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 
 from echelon.errors import EchelonWarning, InvalidInput
-from echelon.integrations.keywords import PRECISIONS, device_option, precision_of
+from echelon.integrations.originals import PRECISIONS, device_option, precision_of
 from echelon.models.device import DTYPES
 
 if TYPE_CHECKING:
@@ -21,24 +21,18 @@ if TYPE_CHECKING:
 
     import torch
 
-    from echelon.integrations.saved_model import SavedSettings
+    from echelon.integrations.originals import SavedSettings
     from echelon.types import FloatArray, ModelInfo
 
     Activation = Callable[[torch.Tensor], torch.Tensor]
 
 TRAINING = "Echelon scores, it does not train or save. Use sentence_transformers for that."
 POOLS = "One process uses one device. Start a process for each device and share the pairs out."
+TRAINING_METHODS = ("fit", "old_fit", "train", "evaluate")
+SAVING_METHODS = ("save", "save_pretrained", "save_to_hub", "push_to_hub")
 REMEDIES = {
-    "fit": TRAINING,
-    "old_fit": TRAINING,
-    "train": TRAINING,
-    "evaluate": TRAINING,
-    "save": TRAINING,
-    "save_pretrained": TRAINING,
-    "save_to_hub": TRAINING,
-    "push_to_hub": TRAINING,
-    "start_multi_process_pool": POOLS,
-    "stop_multi_process_pool": POOLS,
+    **dict.fromkeys((*TRAINING_METHODS, *SAVING_METHODS), TRAINING),
+    **dict.fromkeys(("start_multi_process_pool", "stop_multi_process_pool"), POOLS),
     "compile": "Echelon's engine is not compiled. Leave the call out.",
 }
 """Methods of the originals that Echelon does not have → what to do instead."""
@@ -158,11 +152,8 @@ def _torch_function(path: str) -> Activation | None:
 def check_activation(function: object) -> None:
     """Raise :class:`InvalidInput` for an activation that cannot be called."""
     if not callable(function):
-        raise InvalidInput(
-            "activation_fn",
-            f"{function!r} is not callable",
-            "Pass a function of a tensor, such as torch.nn.Sigmoid().",
-        )
+        remedy = "Pass a function of a tensor, such as torch.nn.Sigmoid()."
+        raise InvalidInput("activation_fn", f"{function!r} is not callable", remedy)
 
 
 def activate(
@@ -170,13 +161,8 @@ def activate(
 ) -> torch.Tensor:
     """Apply an activation function once to all logits, as a tensor [pairs, 1].
 
-    ``softmax`` normalizes over the last axis if the function returns several values a pair.
-
-    Returns:
-        Tensor [pairs], or [pairs, values].
-
-    Raises:
-        InvalidInput: the function did not return a row for each pair.
+    ``softmax`` normalizes over the last axis if the function returns several values a pair. The
+    result is a tensor [pairs], or [pairs, values].
     """
     import torch
 
@@ -187,11 +173,9 @@ def activate(
         if not isinstance(scores, torch.Tensor) or scores.shape[:1] != (len(logits),):
             is_tensor = isinstance(scores, torch.Tensor)
             kind = f"tensor of shape {tuple(scores.shape)}" if is_tensor else type(scores).__name__
-            raise InvalidInput(
-                "activation_fn",
-                f"gave a {kind} for a tensor of {len(logits)} x 1",
-                "Return a tensor with one row for each pair.",
-            )
+            problem = f"gave a {kind} for a tensor of {len(logits)} x 1"
+            remedy = "Return a tensor with one row for each pair."
+            raise InvalidInput("activation_fn", problem, remedy)
         if scores.ndim > 1:
             scores = scores.squeeze(-1)
         return torch.softmax(scores, dim=1) if softmax and scores.ndim > 1 else scores
