@@ -20,12 +20,13 @@ from echelon.scheduling.oom_policy import OomPolicy, StepFailure
 from echelon.scheduling.packing import NO_BUDGET, Step, pack, step_cost
 from echelon.scheduling.token_budget import TokenBudget
 from echelon.tokenization.pairs import EncodedPairs, TruncationImpossible
-from echelon.types import FloatArray, IntArray, LadderStep, ModelInfo, RunReport, TokenBatch
+from echelon.types import LadderStep, ModelInfo, RunReport, TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.options import Allowance
+    from echelon.types import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

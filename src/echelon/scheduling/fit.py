@@ -16,11 +16,12 @@ import numpy as np
 
 from echelon.errors import ProfileError, TooNoisy
 from echelon.messages import Message
-from echelon.scheduling.cost_model import Array, Coefficients, MemoryModel, Work, solve, work_of
+from echelon.scheduling.cost_model import Coefficients, MemoryModel, Work, solve, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from echelon.scheduling.cost_model import Array
     from echelon.types import ModelInfo, Padding
 
 MAX_SPREAD = 0.10

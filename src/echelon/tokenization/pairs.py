@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.types import Chunking, FloatArray, IntArray, Side, TokenBatch, Truncation
+from echelon.types import Chunking, Side, TokenBatch, Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from echelon.types import FloatArray, IntArray
 
 
 OVERLAP_SHARE = 8
