@@ -12,12 +12,9 @@ if TYPE_CHECKING:
 
 
 def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
-    """Render a page in the current language.
+    """Render the template ``name`` of a package as a page in the current language.
 
-    Args:
-        package: package that holds the template.
-        name: the template's file; it may extend ``report.html.j2`` of this package.
-        content: the template's variables; ``plotly_js``, ``tr`` and ``lang`` are added.
+    It may extend a template of this package; ``plotly_js``, ``tr`` and ``lang`` are added.
     """
     import jinja2
 

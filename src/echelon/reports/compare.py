@@ -15,7 +15,7 @@ from echelon.scheduling.packing import NO_BUDGET
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from echelon.reports.profile_view import Number, ProfileView
+    from echelon.reports.profile_view import ProfileView
     from echelon.scheduling.fit import CostFit, MemoryFit
 
 Row = dict[str, Any]
@@ -121,7 +121,7 @@ def _setting_values(view: ProfileView) -> Row:
     return found | {"learned_token_budget": view.profile.learned_token_budget}
 
 
-def _numbers(a: Mapping[Any, Number], b: Mapping[Any, Number], *, times: bool) -> list[Row]:
+def _numbers(a: Mapping[Any, Row], b: Mapping[Any, Row], *, times: bool) -> list[Row]:
     places = sorted({**a, **b}, key=repr)
     return sorted((_number(a.get(p), b.get(p), times=times) for p in places), key=_order)
 
@@ -133,12 +133,12 @@ def _order(row: Row) -> tuple[int, bool, int, int]:
     return row["pairs"], not batch_size, batch_size, budget
 
 
-def _number(a: Number | None, b: Number | None, *, times: bool) -> Row:
-    either = a or b
-    found: Row = {"pairs": either.pairs if either else 0}
-    found |= {"a": a and asdict(a), "b": b and asdict(b), "latency": None, "throughput": None}
-    if times and a and b and a.latency and b.latency:
-        latency = Ratio.of(a.latency, b.latency)
+def _number(a: Row | None, b: Row | None, *, times: bool) -> Row:
+    pairs = (a or b or {}).get("pairs", 0)
+    found: Row = {"pairs": pairs, "a": a, "b": b, "latency": None, "throughput": None}
+    if times and a and b and a["latency_s"] and b["latency_s"]:
+        one, other = (KnownValue(n["latency_s"], n["low_s"], n["high_s"]) for n in (a, b))
+        latency = Ratio.of(one, other)
         found |= {"latency": latency.as_dict(), "throughput": latency.inverse.as_dict()}
     return found
 

@@ -166,10 +166,13 @@ def memory_charts(profile: Profile) -> list[Chart]:
         ends = [limit[0] / units.GIB] * 2
         traces.append(straight(limit[1], "limit", [low, high], ends, "dash", COLOURS[4]))
     heights = [height for one in traces for height in one["y"]]
+    upright: dict[str, Any] = {"rangemode": "tozero"}
+    if max(heights) >= WIDE * min(heights):
+        upright = log_ticks(min(heights), max(heights), lambda tick: f"{tick:g}")
+    upright["title"] = {"text": "GiB"}
     across = log_ticks(low, high, lambda tick: f"{tick:,.0f}")
     across["title"] = {"text": tr("Tokens per step")}
-    title = tr("Peak memory by tokens per step")
-    figure = panel(traces, across, _memory_axis(min(heights), max(heights)))
+    title, figure = tr("Peak memory by tokens per step"), panel(traces, across, upright)
     return [Chart("memory-tokens", title, _note(fit, limit, length), figure)]
 
 
@@ -186,13 +189,6 @@ def _peaks(shapes: list[Shape]) -> Trace:
     texts = [f"{_shape(shape)}<br>{units.size(shape['peak_bytes'])}" for shape in shapes]
     marker = {"color": COLOURS[0], "symbol": "circle", "size": 8}
     return trace("markers", tr("measured"), "measured", sizes, gib, text=texts, marker=marker)
-
-
-def _memory_axis(low: float, high: float) -> dict[str, Any]:
-    title = {"text": "GiB"}
-    if high < WIDE * low:
-        return {"title": title, "rangemode": "tozero"}
-    return {**log_ticks(low, high, lambda tick: f"{tick:g}"), "title": title}
 
 
 def _note(fit: MemoryFit, limit: tuple[float, str] | None, length: int) -> str:
@@ -213,9 +209,9 @@ def _note(fit: MemoryFit, limit: tuple[float, str] | None, length: int) -> str:
 
 def curve_chart(profile: Profile) -> Chart | None:
     """Predicted latency at rising rates; None where the profile has none."""
-    found = profile.scenario
-    curve = None if found is None else found.get("curve")
-    if found is None or curve is None:
+    found = profile.scenario or {}
+    curve = found.get("curve")
+    if curve is None:
         return None
     goal_s, points = found["asked"]["slo_p99_s"], curve["points"]
     known = [point[name] for point in points for name in PERCENTILES if point[name]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports import wording
-from echelon.reports.statistics import ENOUGH, TIE, KnownValue
+from echelon.reports.statistics import ENOUGH, TIE
 from echelon.reports.wording import measured
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import CostFit, MemoryFit
@@ -75,62 +75,13 @@ def _smallest(entries: Iterable[Entry], within: float) -> Entry | None:
     return min(found, key=lambda e: e["batch_size"] or e["token_budget"] or 0, default=None)
 
 
+Row = dict[str, Any]
+
 Place = tuple[int, int | None, int | None]
 """Pairs, batch size and token budget of a point."""
 
 DAMAGED = (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError)
 """Errors raised by reading a profile with sound JSON and damaged content."""
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A point of the sweep; what follows the status is None where it was not measured.
-
-    ``tokens`` are those of a call without padding: they are equal for the same texts.
-    """
-
-    pairs: int
-    batch_size: int | None
-    token_budget: int | None
-    status: str
-    latency_s: float | None = None
-    low_s: float | None = None
-    high_s: float | None = None
-    samples: int | None = None
-    tokens: int | None = None
-    pairs_per_s: float | None = None
-    peak_bytes: int | None = None
-
-    @classmethod
-    def of(cls, entry: Entry) -> Number:
-        """Read and check a profile's entry."""
-        pairs, status = _count(entry["pairs"]), str(entry["status"])
-        batch_size, budget = _size(entry["batch_size"]), _size(entry["token_budget"])
-        if not wording.measured(entry):
-            return cls(pairs, batch_size, budget, status)
-        latency = entry["latency_s"]
-        ends = (latency["low"], latency["high"])
-        low, high = (None, None) if None in ends else map(_positive, ends)
-        return cls(
-            pairs,
-            batch_size,
-            budget,
-            status,
-            latency_s=_positive(latency["median"]),
-            low_s=low,
-            high_s=high,
-            samples=_count(entry["samples"]),
-            tokens=_count(entry["tokens"]),
-            pairs_per_s=_positive(entry["pairs_per_s"]),
-            peak_bytes=_size(entry["peak_bytes"]),
-        )
-
-    @property
-    def latency(self) -> KnownValue | None:
-        """The median with its interval; None where it was not measured."""
-        if self.latency_s is None:
-            return None
-        return KnownValue(self.latency_s, self.low_s, self.high_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +93,9 @@ class ProfileView:
 
     file: str
     profile: Profile
-    points: dict[Place, Number]
-    best: dict[int, Number]
-    precisions: dict[str, dict[str, Any]]
+    points: dict[Place, Row]
+    best: dict[int, Row]
+    precisions: dict[str, Row]
     cost: CostFit | None
     memory: MemoryFit | None
 
@@ -171,8 +122,7 @@ class ProfileView:
 
     @classmethod
     def _checked(cls, profile: Profile, file: str) -> ProfileView:
-        points = [Number.of(entry) for entry in profile.points]
-        best = [Number.of(entry) for entry in profile.best]
+        points, best = (list(map(_number, rows)) for rows in (profile.points, profile.best))
         _check_plain(profile)
         cost = None if profile.cost is None else CostFit.from_dict(profile.cost)
         memory = None if profile.memory is None else MemoryFit.from_dict(profile.memory)
@@ -180,8 +130,8 @@ class ProfileView:
         return cls(
             file=file,
             profile=profile,
-            points={(n.pairs, n.batch_size, n.token_budget): n for n in points},
-            best={n.pairs: n for n in best if n.latency_s is not None},
+            points={(n["pairs"], n["batch_size"], n["token_budget"]): n for n in points},
+            best={n["pairs"]: n for n in best if n["latency_s"] is not None},
             precisions={row["precision"]: _precision(row) for row in profile.precisions},
             cost=cost,
             memory=memory,
@@ -194,21 +144,46 @@ class ProfileView:
 
     def tokens(self) -> dict[int, int]:
         """Tokens of a call without padding, by number of pairs."""
-        return {n.pairs: n.tokens for n in self.points.values() if n.tokens is not None}
+        found = self.points.values()
+        return {n["pairs"]: n["tokens"] for n in found if n["tokens"] is not None}
 
-    def chosen(self) -> dict[int, Number]:
+    def chosen(self) -> dict[int, Row]:
         """The measured points of the chosen setting, by number of pairs."""
         settings = self.profile.settings
         # A profile limits steps by one of the two; the other is infinite or absent.
         size = (settings.batch_size, None if settings.batch_size else settings.token_budget)
-        found = (n for n in self.points.values() if n.latency_s is not None)
-        return {n.pairs: n for n in found if (n.batch_size, n.token_budget) == size}
+        found = {n["pairs"]: n for place, n in self.points.items() if place[1:] == size}
+        return {pairs: n for pairs, n in found.items() if n["latency_s"] is not None}
 
 
 def damaged(file: str, error: Exception) -> ProfileError:
     """The error for a profile whose content cannot be used."""
     reason = str(error) if isinstance(error, ProfileError) else f"{type(error).__name__}: {error}"
     return ProfileError(f"{file}: damaged profile ({reason.rstrip('.')}). {TUNE_AGAIN}")
+
+
+def _number(entry: Entry) -> Row:
+    """A checked point of the sweep; the values of a point that was not measured are None.
+
+    ``tokens`` are those of a call without padding: they are equal for the same texts.
+    """
+    known = wording.measured(entry)
+    latency = entry["latency_s"] if known else {}
+    ends = (latency.get("low"), latency.get("high"))
+    low, high = (None, None) if None in ends else map(_positive, ends)
+    return {
+        "pairs": _count(entry["pairs"]),
+        "batch_size": _size(entry["batch_size"]),
+        "token_budget": _size(entry["token_budget"]),
+        "status": str(entry["status"]),
+        "latency_s": _positive(latency["median"]) if known else None,
+        "low_s": low,
+        "high_s": high,
+        "samples": _count(entry["samples"]) if known else None,
+        "tokens": _count(entry["tokens"]) if known else None,
+        "pairs_per_s": _positive(entry["pairs_per_s"]) if known else None,
+        "peak_bytes": _size(entry["peak_bytes"]) if known else None,
+    }
 
 
 def _check_plain(profile: Profile) -> None:
@@ -238,7 +213,7 @@ def _check_models(cost: CostFit | None, memory: MemoryFit | None) -> None:
             raise ValueError(f"{error} is not finite")
 
 
-def _precision(row: dict[str, Any]) -> dict[str, Any]:
+def _precision(row: Row) -> Row:
     loss = row["ndcg_loss"]
     return {
         "name": wording.precision(row),

@@ -80,12 +80,8 @@ class KnownValue:
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """B divided by A, with the ends of its interval; None unless both numbers have one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
+class Ratio(KnownValue):
+    """B divided by A; it has an interval if both numbers have one."""
 
     @classmethod
     def of(cls, a: KnownValue, b: KnownValue) -> Ratio:

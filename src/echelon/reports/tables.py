@@ -13,7 +13,7 @@ from echelon.reports import wording
 from echelon.reports.comparison_page import GRIDS, Grid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from echelon.profile import Profile
     from echelon.types import Ranking
@@ -219,12 +219,8 @@ def print_plan(plan: Row) -> None:
     _print_notes(console, plan["notes"])
 
 
-def _count(machines: int | None) -> str:
-    return UNKNOWN if machines is None else f"{machines:,}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return UNKNOWN if seconds is None else duration(seconds)
+def _known(value: float | None, text: Callable[[float], str] = duration) -> str:
+    return UNKNOWN if value is None else text(value)
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
@@ -233,8 +229,8 @@ def _budgets(rows: Iterable[Row]) -> Table:
     cells = [
         (
             f"{row['token_budget']:,}",
-            _count(row["machines"]),
-            _seconds(row["p99_s"]),
+            _known(row["machines"], "{:,}".format),
+            _known(row["p99_s"]),
             f"{number(row['machine_rate'])}/s",
         )
         for row in rows
@@ -248,9 +244,8 @@ def _sensitivity(plan: Row, *, priced: bool) -> Table:
     named += [(f"texts × {row['lengths']:g}", row) for row in plan["lengths"]]
     rows = []
     for name, row in named:
-        price = row["price_per_hour"]
-        cells = [UNKNOWN if price is None else number(price)] if priced else []
-        rows.append([name, _count(row["machines"]), _seconds(row["p99_s"]), *cells])
+        cells = [_known(row["price_per_hour"], number)] if priced else []
+        rows.append([name, _known(row["machines"], "{:,}".format), _known(row["p99_s"]), *cells])
     return _table("Sensitivity", columns, rows)
 
 
@@ -260,7 +255,7 @@ def _routings(rows: Iterable[Row]) -> Table:
         (
             ROUTINGS[row["routing"]],
             "yes" if row["meets"] else "no",
-            _seconds(row["p99_s"]),
+            _known(row["p99_s"]),
             f"{number(row['bears_rate'])}/s",
         )
         for row in rows
@@ -272,8 +267,8 @@ def _print_day(console: Console, day: Row) -> None:
     console.print(Text("A day", style="bold"))
     console.print(
         f"{day['requests']:,} requests ({day['simulated']:,} simulated): "
-        f"P50 {_seconds(day['p50_s'])}, P95 {_seconds(day['p95_s'])}, "
-        f"P99 {_seconds(day['p99_s'])}; "
+        f"P50 {_known(day['p50_s'])}, P95 {_known(day['p95_s'])}, "
+        f"P99 {_known(day['p99_s'])}; "
         f"{percent(day['missed'], 2)} miss the goal, mean load {percent(day['utilisation'])}."
     )
     if day["overfull_s"]:
