@@ -150,12 +150,14 @@ def current_key(model: str, revision: str, info: ModelInfo) -> ProfileKey:
     )
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that affect speed and scores."""
+def library_versions(
+    packages: tuple[str, ...] = ("echelon-rerank", "torch", "tokenizers"),
+) -> dict[str, str]:
+    """Versions of the installed ones of some packages: by default those that affect a profile."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("echelon-rerank", "torch", "tokenizers"):
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

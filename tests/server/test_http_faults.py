@@ -130,7 +130,7 @@ def test_workers_out_of_memory_take_smaller_steps():
 
 
 def test_workers_that_grow_are_replaced():
-    limit = 250 * MEBIBYTE  # a new worker holds less than 100, and each wish adds 128
+    limit = 250 * MEBIBYTE  # a new worker holds less than 100, and each request adds 128
 
     async def main(server):
         async with streaming(server) as stream:

@@ -25,23 +25,15 @@ def doctor(*, as_json: bool) -> None:
 
 
 def _examine() -> dict[str, Any]:
+    from echelon.profile import library_versions
     from echelon.tuning.machine import describe_machine
 
     machine = describe_machine()
-    software = {package: _version(package) for package in PACKAGES}
+    software = dict.fromkeys(PACKAGES) | library_versions(PACKAGES)
     found: dict[str, Any] = {"machine": machine, "software": software, "will_use": {}}
     if software["torch"] is None:
         return found | {"advice": [_missing("torch")]}
     return found | {"will_use": _will_use(), "advice": _advice(machine, software)}
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _will_use() -> dict[str, Any]:

@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.errors import InvalidInput
-from echelon.progress import no_progress
-from echelon.server.settings import flag
+from echelon.progress import Progress, no_progress
+from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from echelon.progress import Progress
-    from echelon.server.settings import Flag
     from echelon.simulation.service_level import ServiceLevel
     from echelon.simulation.workload import ArrivalRecord, SizeDistribution, Workload
 

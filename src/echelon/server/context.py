@@ -16,18 +16,16 @@ from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.auth import Keys, read_keys
-from echelon.server.connection import ConnectionLimits, check_positive
+from echelon.server.connection import ConnectionLimits, Reason, check_positive
 from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
-from echelon.server.observability import open_traces
+from echelon.server.observability import Traces, open_traces
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from echelon.engine.service import Service
     from echelon.options import Options
-    from echelon.server.connection import Reason
-    from echelon.server.observability import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -78,50 +76,41 @@ class ServerContext:
         self.failure: Exception | None = None
         self.cut_short = False
         self._launch = launch
-        self._service: Service | None = None
+        self.running: Service | None = None
         self._sampling: asyncio.Task[None] | None = None
 
     @property
     def service(self) -> Service:
-        """The running service.
-
-        Raises:
-            ShuttingDown: it has not started.
-        """
-        if self._service is None:
+        """The running service; raises ShuttingDown before its start."""
+        if self.running is None:
             raise ShuttingDown("The service has not started. Try again soon.")
-        return self._service
-
-    @property
-    def running(self) -> Service | None:
-        """The service; None before it has started."""
-        return self._service
+        return self.running
 
     def connection_refused(self, reason: Reason) -> None:
         """Count a connection that was closed before its first request."""
-        self.metrics.connection_refused(reason)
-        self.stats.connection_refused(reason)
+        self.metrics.count("connections_refused_total", reason)
+        self.stats.count("connection", reason)
 
     def rate_limited(self, key: str) -> None:
         """Count a request over the limit of a key."""
-        self.metrics.rate_limited(key)
-        self.stats.rate_limited()
+        self.metrics.count("rate_limited_total", key)
+        self.stats.count("limited", "requests")
 
     async def open(self) -> None:
         """Start the service; an error is kept in ``failure`` for the caller of the server."""
         try:
-            self._service = await self._launch()
+            self.running = await self._launch()
         except Exception as error:
             self.failure = error
             raise
-        self.metrics.watch(self._service)
-        self._sampling = asyncio.create_task(self._sample(self._service))
+        self.metrics.watch(self.running)
+        self._sampling = asyncio.create_task(self._sample(self.running))
 
     async def end_now(self) -> None:
         """Stop the service: requests that are still in it get an error."""
-        if self._service is not None:
-            self.cut_short = self._service.snapshot().requests > 0
-            await self._service.stop()
+        if self.running is not None:
+            self.cut_short = self.running.snapshot().requests > 0
+            await self.running.stop()
 
     async def close(self) -> None:
         """Answer admitted requests, then stop the service."""
@@ -129,9 +118,9 @@ class ServerContext:
             self._sampling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sampling
-        if self._service is not None:
-            await self._service.drain(self.limits.drain_s)
-            await self._service.stop()
+        if self.running is not None:
+            await self.running.drain(self.limits.drain_s)
+            await self.running.stop()
 
     async def _sample(self, service: Service) -> None:
         """Take a snapshot twice a slice, so that no slice is without one."""

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon import __version__
-from echelon.engine.events import Listener
-from echelon.types import monotonic
+from echelon.engine.events import (
+    LadderTaken,
+    Listener,
+    RequestEnded,
+    RequestRefused,
+    ServiceSnapshot,
+    StepFinished,
+    WorkerChanged,
+)
+from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.engine.events import (
-        LadderTaken,
-        RequestEnded,
-        RequestRefused,
-        ServiceSnapshot,
-        StepFinished,
-        WorkerChanged,
-    )
-    from echelon.types import Clock, IntArray, ModelInfo
+    from echelon.types import IntArray
 
     Row = dict[str, float | None]
 
@@ -156,15 +156,10 @@ class RollingStats(Listener):
                     now.latencies = np.zeros(BINS, dtype=np.int32)
                 now.latencies[bin_of(seconds)] += 1
 
-    def connection_refused(self, reason: str) -> None:
-        """Count a connection that was closed before its first request."""
+    def count(self, kind: str, name: str) -> None:
+        """Count an event of a kind."""
         with self._lock:
-            self._now().counts["connection", reason] += 1
-
-    def rate_limited(self) -> None:
-        """Count a request over the limit of its key."""
-        with self._lock:
-            self._now().counts["limited", "requests"] += 1
+            self._now().counts[kind, name] += 1
 
     def sampled(self, state: ServiceSnapshot) -> None:
         """Keep a snapshot of the service."""
@@ -196,8 +191,7 @@ class RollingStats(Listener):
 
     def refused(self, event: RequestRefused) -> None:
         """Count a refused request."""
-        with self._lock:
-            self._now().counts["refused", event.reason] += 1
+        self.count("refused", event.reason)
 
     def ladder_taken(self, event: LadderTaken) -> None:
         """List a step of the OOM ladder."""

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
-from echelon.engine.events import Listener, Outcome, WorkerState
+from echelon.engine.events import (
+    BudgetMoved,
+    LadderTaken,
+    Listener,
+    Outcome,
+    RequestEnded,
+    RequestRefused,
+    ServiceSnapshot,
+    StepFinished,
+    WorkerChanged,
+    WorkerState,
+)
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
@@ -16,15 +27,6 @@ from echelon.server.connection import Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence, Sized
 
-    from echelon.engine.events import (
-        BudgetMoved,
-        LadderTaken,
-        RequestEnded,
-        RequestRefused,
-        ServiceSnapshot,
-        StepFinished,
-        WorkerChanged,
-    )
     from echelon.engine.service import Service
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -142,7 +144,7 @@ class Metrics(Listener):
         self._state = {name: Gauge(name, text, **new) for name, (text, _) in STATE.items()}
         for name, values in VALUES.items():
             for value in values:
-                self._count(name, value, by=0)
+                self.count(name, value, by=0)
 
     def watch(self, service: Service) -> None:
         """Set the service whose state each scrape reads."""
@@ -170,72 +172,57 @@ class Metrics(Listener):
 
     def answered(self, protocol: str, status: int, seconds: float) -> None:
         """Count a response."""
-        self._count("http_requests_total", protocol, str(status))
+        self.count("http_requests_total", protocol, str(status))
         self._observe("http_request_seconds", seconds, protocol)
 
-    def deadline_ended(self, *, met: bool) -> None:
-        """Count a request with a deadline, by whether it was answered in time."""
-        self._count("deadline_requests_total", "met" if met else "missed")
-
-    def documents_scored(self, key: str, documents: int) -> None:
-        """Count the scored documents of a key."""
-        self._count("key_documents_total", key, by=documents)
-
-    def rate_limited(self, key: str) -> None:
-        """Count a request over the limit of a key."""
-        self._count("rate_limited_total", key)
-
-    def connection_refused(self, reason: Reason) -> None:
-        """Count a connection that was closed before its first request."""
-        self._count("connections_refused_total", reason)
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter of :data:`COUNTERS`, with the values of its labels."""
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
 
     # Called by the service, from any thread.
 
     def step_finished(self, event: StepFinished) -> None:
         """Count a step."""
         self._observe("step_seconds", event.actual_s)
-        self._count("step_predicted_seconds_total", by=event.predicted_s)
-        self._count("step_actual_seconds_total", by=event.actual_s)
+        self.count("step_predicted_seconds_total", by=event.predicted_s)
+        self.count("step_actual_seconds_total", by=event.actual_s)
         if event.predicted_s > 0:
             self._observe("step_actual_over_predicted", event.actual_s / event.predicted_s)
         self._observe("step_pairs", event.pairs)
         self._observe("step_tokens", event.cost_tokens)
-        self._count("tokens_total", by=event.tokens)
-        self._count("padding_tokens_total", by=event.cost_tokens - event.tokens)
+        self.count("tokens_total", by=event.tokens)
+        self.count("padding_tokens_total", by=event.cost_tokens - event.tokens)
         if event.again:
-            self._count("steps_again_total")
+            self.count("steps_again_total")
 
     def request_ended(self, event: RequestEnded) -> None:
         """Count an admitted request that has ended."""
-        self._count("requests_total", event.outcome)
-        self._count("truncated_documents_total", by=event.truncated_documents)
-        self._count("truncated_tokens_total", by=event.truncated_tokens)
+        self.count("requests_total", event.outcome)
+        self.count("truncated_documents_total", by=event.truncated_documents)
+        self.count("truncated_tokens_total", by=event.truncated_tokens)
         if event.fallback is not None:
-            self._count("fallback_requests_total")
+            self.count("fallback_requests_total")
         for phase in ("tokenise", "queue", "compute", "total"):
             self._observe("request_seconds", getattr(event, f"{phase}_s"), phase)
         if event.outcome == "answered":
-            self._count("documents_total", by=event.documents)
+            self.count("documents_total", by=event.documents)
 
     def refused(self, event: RequestRefused) -> None:
         """Count a refused request."""
-        self._count("refused_total", event.reason)
+        self.count("refused_total", event.reason)
 
     def ladder_taken(self, event: LadderTaken) -> None:
         """Count a step of the OOM ladder."""
-        self._count("ladder_steps_total", event.step.rung)
+        self.count("ladder_steps_total", event.step.rung)
 
     def worker_changed(self, event: WorkerChanged) -> None:
         """Count a worker's change of state."""
-        self._count("worker_changes_total", event.state)
+        self.count("worker_changes_total", event.state)
 
     def budget_moved(self, event: BudgetMoved) -> None:
         """Count a change of the token budget."""
-        self._count("token_budget_moves_total", event.reason)
-
-    def _count(self, name: str, *labels: str, by: float = 1) -> None:
-        counter = self._counters[name]
-        (counter.labels(*labels) if labels else counter).inc(by)
+        self.count("token_budget_moves_total", event.reason)
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
         histogram = self._histograms[name]

@@ -160,8 +160,18 @@ class Traces:
         if request.status >= SERVER_ERROR:
             span.set_status(Status(StatusCode.ERROR))
         if request.answer is not None and span.is_recording():
+            # Spans of the phases, one after another up to the answer.
             answered = begin + round(request.answered_s * _NS)
-            self._phases(request.answer, answered, set_span_in_context(span))
+            times, context = request.answer.timings, set_span_in_context(span)
+            since = answered - round(times.total_s * _NS)
+            tokenised = since + round(times.tokenise_s * _NS)
+            started = min(answered, tokenised + round(times.queue_s * _NS))
+            for name, first, last in (
+                ("tokenise", since, tokenised),
+                ("queue", tokenised, started),
+                ("compute", started, answered),
+            ):
+                self._tracer.start_span(name, context=context, start_time=first).end(last)
         span.end(end)
         return format_trace_id(span.get_span_context().trace_id)
 
@@ -170,19 +180,6 @@ class Traces:
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
         ending.join(FLUSH_S)
-
-    def _phases(self, answer: Answer, end: int, context: Any) -> None:
-        """Spans of the phases, one after another up to the answer."""
-        times = answer.timings
-        since = end - round(times.total_s * _NS)
-        tokenised = since + round(times.tokenise_s * _NS)
-        started = min(end, tokenised + round(times.queue_s * _NS))
-        for name, first, last in (
-            ("tokenise", since, tokenised),
-            ("queue", tokenised, started),
-            ("compute", started, end),
-        ):
-            self._tracer.start_span(name, context=context, start_time=first).end(last)
 
 
 def open_traces(enabled: bool | None) -> Traces | None:  # noqa: FBT001 - a flag that may be unset
@@ -231,11 +228,9 @@ def _attributes(request: SpanRecord) -> dict[str, Any]:
         "http.response.status_code": request.status,
         "echelon.request_id": request.request_id,
         "echelon.dialect": request.protocol,
+        "echelon.key": request.key,
+        "echelon.documents": request.documents,
     }
-    if request.key is not None:
-        found["echelon.key"] = request.key
-    if request.documents is not None:
-        found["echelon.documents"] = request.documents
     if (answer := request.answer) is not None:
         found |= {
             "echelon.tokens": answer.tokens,
@@ -243,7 +238,6 @@ def _attributes(request: SpanRecord) -> dict[str, Any]:
             "echelon.steps": len(answer.batch_sizes),
             "echelon.compute_s": answer.timings.compute_s,
             "echelon.ladder": tuple(step.rung for step in answer.ladder),
+            "echelon.fallback_max_length": answer.fallback,
         }
-        if answer.fallback is not None:
-            found["echelon.fallback_max_length"] = answer.fallback
-    return found
+    return {name: value for name, value in found.items() if value is not None}

@@ -325,9 +325,11 @@ async def _record(context: RequestContext, status: int, seconds: float) -> None:
     server.metrics.answered(context.protocol.name, status, seconds)
     server.stats.answered(status, seconds, context.log_fields.get("documents", 0))
     if context.answer is not None and context.client is not None:
-        server.metrics.documents_scored(context.client.name, len(context.answer.logits))
+        documents = len(context.answer.logits)
+        server.metrics.count("key_documents_total", context.client.name, by=documents)
     if request is not None and request.deadline is not None:
-        server.metrics.deadline_ended(met=status == 200)  # noqa: PLR2004 - HTTP's own
+        met = "met" if status == 200 else "missed"  # noqa: PLR2004 - HTTP's own
+        server.metrics.count("deadline_requests_total", met)
     if server.traces is not None:
         span = SpanRecord(
             path=path,
