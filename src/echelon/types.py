@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from echelon.errors import InvalidInput
+from echelon.errors import check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -47,10 +47,7 @@ class Chunking:
     max_chunks: int | None = None
 
     def __post_init__(self) -> None:
-        limits = {"max_tokens_per_doc": self.max_tokens, "max_chunks_per_doc": self.max_chunks}
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        check_positive(max_tokens_per_doc=self.max_tokens, max_chunks_per_doc=self.max_chunks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,7 @@ FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One query with its documents.
-
-    Attributes:
-        query: the query.
-        documents: its candidates.
-        grades: relevance of each, from 0 (none) upwards; None without judgements.
-    """
+    """One query with its documents, and grades from 0 (none) up if there are judgements."""
 
     query: str
     documents: tuple[str, ...]
@@ -52,8 +46,7 @@ class Texts:
     def sample(self, count: int) -> list[Pair]:
         """Take ``count`` pairs with the same mix of lengths as the whole set.
 
-        The pairs are sorted by length and taken at even distances. A set smaller than ``count`` is
-        repeated.
+        The pairs are sorted by length and taken at even distances. A smaller set is repeated.
         """
         ordered = sorted(self.pairs, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         if count > len(ordered):
@@ -63,11 +56,7 @@ class Texts:
 
 
 def load_texts(path: str | os.PathLike[str] | None = None, language: str | None = None) -> Texts:
-    """Read the user's file, or the built-in set.
-
-    Args:
-        path: JSONL file; None is the built-in set.
-        language: ``en`` or ``zh`` part of the built-in set; None is both.
+    """Read the user's JSONL file, or the built-in set, of which ``language`` is ``en`` or ``zh``.
 
     Raises:
         InvalidInput: the file cannot be read, or a line is wrong; the error names the line.
@@ -85,9 +74,8 @@ def _read(path: Path) -> list[Topic]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(
-            "data", f"{path} cannot be read ({error})", "Give a UTF-8 file."
-        ) from error
+        problem = f"{path} cannot be read ({error})"
+        raise InvalidInput("data", problem, "Give a UTF-8 file.") from error
     topics = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -124,11 +112,10 @@ def _grouped(topics: list[Topic]) -> tuple[Topic, ...]:
     queries: dict[str, list[Topic]] = {}
     for topic in topics:
         queries.setdefault(topic.query, []).append(topic)
-    return tuple(_joined(query, parts) for query, parts in queries.items())
-
-
-def _joined(query: str, parts: list[Topic]) -> Topic:
-    documents = tuple(document for part in parts for document in part.documents)
-    judged = all(part.grades is not None for part in parts)
-    grades = tuple(grade for part in parts for grade in part.grades or ())
-    return Topic(query, documents, grades if judged else None)
+    merged = []
+    for query, parts in queries.items():
+        documents = tuple(document for part in parts for document in part.documents)
+        grades = tuple(grade for part in parts for grade in part.grades or ())
+        judged = all(part.grades is not None for part in parts)
+        merged.append(Topic(query, documents, grades if judged else None))
+    return tuple(merged)
