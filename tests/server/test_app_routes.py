@@ -14,7 +14,7 @@ from served import ASKED, metric, run_app
 from services import service
 
 from echelon.errors import ModelNotFound, ShuttingDown
-from echelon.server.app import ERRORS, PLAIN, describe, make_app
+from echelon.server.app import ERRORS, STATE_ROUTES, describe, make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
 from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
@@ -113,7 +113,7 @@ def test_a_failed_start_is_reported_without_a_traceback():
 
 def test_the_openapi_description_is_complete_and_needs_no_other_server():
     description = describe()
-    assert set(description["paths"]) == set(SHARED) | set(PLAIN)
+    assert set(description["paths"]) == set(SHARED) | set(STATE_ROUTES)
     known = set(description["components"]["schemas"])
     used = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
     assert used <= known
@@ -136,7 +136,7 @@ def test_the_openapi_description_is_complete_and_needs_no_other_server():
         assert '"nullable": true' in json.dumps(found)
         assert found["info"]["title"] == "Echelon: the-model"
         routes = {route.path for route in make_app(server).app.routes}
-        assert set(PATHS) | set(PLAIN) <= routes
+        assert set(PATHS) | set(STATE_ROUTES) <= routes
 
     run_app(main)
 
@@ -189,7 +189,7 @@ def test_serving_page_names_every_metric_header_path_and_status():
     }
     listed = set(re.findall(r"^\| `(echelon_\w+)`", page, re.MULTILINE))
     assert listed == metrics
-    for name in (*HEADERS, *SHARED, *PLAIN, *(d.title for d in PROTOCOLS)):
+    for name in (*HEADERS, *SHARED, *STATE_ROUTES, *(d.title for d in PROTOCOLS)):
         assert name in page, name
     statuses = set(re.findall(r"^\| (\d{3}) \|", page, re.MULTILINE))
     assert statuses == set(map(str, ERRORS))

@@ -57,21 +57,6 @@ ERRORS = {
 }
 """Statuses of errors, and their causes."""
 
-PLAIN = {
-    "/v1/models": "The served model, as OpenAI's clients list it.",
-    "/models": "The same.",
-    "/info": "The served model and the limits, as TEI's clients read them.",
-    "/health": "200 while the process runs.",
-    "/ready": "200 if a pair was scored lately; else 503 with the reason.",
-    "/metrics": "Metrics for Prometheus.",
-    "/dashboard/data": "The last ten minutes of this server, for the dashboard.",
-    "/openapi.json": "This description.",
-    "/docs": "This description, to read and try.",
-    "/": "The playground: a page to try the model.",
-    "/dashboard": "The dashboard: a page that shows the last ten minutes.",
-}
-"""GET routes."""
-
 OPENAPI_VERSION = "3.0.3"
 """The newest version that the page /docs reads: Swagger UI 4 refuses 3.1."""
 
@@ -92,7 +77,8 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
         for path, protocols in PATHS.items()
     ]
     others = [
-        Route(path, partial(handler, server), name=path) for path, handler in _HANDLERS.items()
+        Route(path, partial(handler, server), name=path)
+        for path, (handler, _) in STATE_ROUTES.items()
     ]
     # Pages of other origins may read responses only where --cors names them.
     cors = Middleware(
@@ -206,19 +192,23 @@ async def _docs(_: ServerContext, request: Request) -> Response:
     return pages.docs(request.scope.get("root_path", ""))
 
 
-_HANDLERS: dict[str, Handler] = {
-    "/": partial(_page, "playground.html"),
-    "/dashboard": partial(_page, "dashboard.html"),
-    "/dashboard/data": _dashboard_data,
-    "/v1/models": _models,
-    "/models": _models,
-    "/info": _info,
-    "/health": _health,
-    "/ready": _ready,
-    "/metrics": _metrics,
-    "/openapi.json": _openapi,
-    "/docs": _docs,
+STATE_ROUTES: dict[str, tuple[Handler, str]] = {
+    "/v1/models": (_models, "The served model, as OpenAI's clients list it."),
+    "/models": (_models, "The same."),
+    "/info": (_info, "The served model and the limits, as TEI's clients read them."),
+    "/health": (_health, "200 while the process runs."),
+    "/ready": (_ready, "200 if a pair was scored lately; else 503 with the reason."),
+    "/metrics": (_metrics, "Metrics for Prometheus."),
+    "/dashboard/data": (_dashboard_data, "The last ten minutes of this server, for the dashboard."),
+    "/openapi.json": (_openapi, "This description."),
+    "/docs": (_docs, "This description, to read and try."),
+    "/": (partial(_page, "playground.html"), "The playground: a page to try the model."),
+    "/dashboard": (
+        partial(_page, "dashboard.html"),
+        "The dashboard: a page that shows the last ten minutes.",
+    ),
 }
+"""GET routes, with their handlers and descriptions."""
 
 
 class RequestIdMiddleware:
@@ -268,16 +258,18 @@ def describe(title: str = "Echelon") -> dict[str, Any]:
     paths: dict[str, Any] = {
         path: {"post": _ranking(path, protocols, bodies)} for path, protocols in SHARED.items()
     }
-    paths |= {path: {"get": _plain(words)} for path, words in PLAIN.items()}
+    for path, (_, words) in STATE_ROUTES.items():
+        answer = {"summary": words, "responses": {"200": {"description": words}}}
+        paths[path] = {"get": answer}
     info = paths["/info"]["get"]["responses"]["200"]
     info["content"] = {"application/json": {"schema": schemas[-1]}}
-    words = (
+    about = (
         "Reranking in the APIs that clients already use. Each API also has paths under its own "
         "name, such as /jina/v1/rerank, for bodies that do not show which API they are written for."
     )
     description: dict[str, Any] = {
         "openapi": OPENAPI_VERSION,
-        "info": {"title": title, "version": __version__, "description": words},
+        "info": {"title": title, "version": __version__, "description": about},
         "paths": paths,
         "components": {
             "schemas": parts,
@@ -338,7 +330,3 @@ def _ranking(
         "responses": {"200": {"description": "The results.", "headers": headers}}
         | {str(status): {"description": words} for status, words in ERRORS.items()},
     }
-
-
-def _plain(words: str) -> dict[str, Any]:
-    return {"summary": words, "responses": {"200": {"description": words}}}
