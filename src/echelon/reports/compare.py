@@ -78,12 +78,9 @@ def _same_texts(a: ProfileView, b: ProfileView) -> bool:
     shared = one.keys() & other.keys()
     if shared:
         return all(one[pairs] == other[pairs] for pairs in shared)
-    return _texts(a) == _texts(b)
-
-
-def _texts(view: ProfileView) -> tuple[Any, Any, Any]:
-    data, settings = view.profile.data, view.profile.settings
-    return data.get("name"), data.get("pairs"), settings.max_length
+    texts = [(p.data.get("name"), p.data.get("pairs")) for p in (a.profile, b.profile)]
+    lengths = [view.profile.settings.max_length for view in (a, b)]
+    return texts[0] == texts[1] and lengths[0] == lengths[1]
 
 
 def _about(view: ProfileView) -> Row:

@@ -367,15 +367,11 @@ def _content(a: ProfileView, b: ProfileView, found: Row) -> Row:
 
 def _about(name: str, side: Row) -> Row:
     key = side["key"]
+    device = {"name": key["device_name"], "device": key["device"], "precision": key["precision"]}
     return {
         "name": name.upper(),
         "file": side["file"],
         "model": str(key["model"]),
-        "device": tr(
-            "{name} ({device}), {precision}",
-            name=key["device_name"],
-            device=key["device"],
-            precision=key["precision"],
-        ),
+        "device": tr("{name} ({device}), {precision}", **device),
         "created": wording.when(str(side["created"])),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from echelon.messages import N_, listed, tr, units
 from echelon.reports import wording
@@ -54,9 +54,8 @@ def rules_of_thumb(profile: Profile) -> list[Rule]:
 
 
 def _api(profile: Profile) -> Finding:
-    return _sizes(
-        _largest_calls(profile, high=FEW), (4, 8), tr("Give --pairs 10 --batch-sizes 4,8.")
-    )
+    remedy = tr("Give --pairs 10 --batch-sizes 4,8.")
+    return _sizes(_largest_calls(profile, high=FEW), (4, 8), remedy)
 
 
 def _offline(profile: Profile) -> Finding:
@@ -151,26 +150,16 @@ def _larger(profile: Profile) -> Finding:
     if best is None or len(batches) == 1:
         return _unknown(tr("Give --batch-sizes 1,2,4,8,16,32."))
     largest = batches[-1]
-    count, step = wording.pairs(largest["pairs"]), wording.step_of(best)
-    rate = wording.rate(best["pairs_per_s"])
+    values = {"pairs": wording.pairs(largest["pairs"]), "step": wording.step_of(largest)}
+    values["rate"] = wording.rate(largest["pairs_per_s"])
     if largest is best:
-        found = tr(
-            "{pairs}: the largest size measured, {step}, is best, {rate}.",
-            pairs=count,
-            step=step,
-            rate=rate,
-        )
+        found = tr("{pairs}: the largest size measured, {step}, is best, {rate}.", **values)
         return found, "holds", tr("holds up to the largest size measured")
-    found = tr(
-        "{pairs}: {rate} with {step}, {best_rate} with the best, {best}.",
-        pairs=count,
-        rate=wording.rate(largest["pairs_per_s"]),
-        step=wording.step_of(largest),
-        best_rate=rate,
-        best=step,
-    )
+    values |= {"best": wording.step_of(best), "best_rate": wording.rate(best["pairs_per_s"])}
+    found = tr("{pairs}: {rate} with {step}, {best_rate} with the best, {best}.", **values)
     cost = slower(largest, best)
     if cost <= TIE:
+        step = values["best"]
         result = tr("holds only up to {step}; larger sizes are not faster", step=step)
     else:
         share = units.percent(cost)
@@ -182,17 +171,13 @@ def _half(profile: Profile) -> Finding:
     rows = [row for row in profile.precisions if row["precision"] in HALF]
     if not rows:
         return _unknown(tr("Give --precision auto: it compares all precisions with fp32."))
-    found = " ".join(map(_ranking, rows))
+    parts = [tr("{what}: {found}", what=r["precision"], found=wording.agreement(r)) for r in rows]
+    found = " ".join(tr("{sentence}.", sentence=part) for part in parts)
     failed = [row["precision"] for row in rows if not row["passed"]]
     if failed:
         result = tr("does not hold for {precisions} here", precisions=listed(failed))
         return found, "costs", result
     return found, "holds", tr("holds within the limits on rank agreement")
-
-
-def _ranking(row: dict[str, Any]) -> str:
-    found = tr("{what}: {found}", what=row["precision"], found=wording.agreement(row))
-    return tr("{sentence}.", sentence=found)
 
 
 def _watch(profile: Profile) -> Finding:
@@ -212,15 +197,9 @@ def _peak(profile: Profile) -> list[str]:
     point, limit = chosen(profile), limit_of(profile)
     if point is None or point["peak_bytes"] is None or limit is None:
         return []
-    return [
-        tr(
-            "A step of the chosen size needs {size}, {share} of {limit} ({whose}).",
-            size=units.size(point["peak_bytes"]),
-            share=units.percent(point["peak_bytes"] / limit[0], 1),
-            limit=units.size(round(limit[0])),
-            whose=limit[1],
-        )
-    ]
+    shown = {"size": units.size(point["peak_bytes"]), "limit": units.size(round(limit[0]))}
+    shown |= {"share": units.percent(point["peak_bytes"] / limit[0], 1), "whose": limit[1]}
+    return [tr("A step of the chosen size needs {size}, {share} of {limit} ({whose}).", **shown)]
 
 
 RULES: dict[str, tuple[str, Callable[[Profile], Finding]]] = {

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def headline(profile: Profile) -> str:
     """One sentence with the chosen setting and its speed."""
     point = chosen(profile)
-    if point is None and profile.scenario is not None:
-        return tr(
-            "The step size was chosen by simulation for this scenario; the sweep below measured "
-            "other sizes."
-        )
     if point is None:
+        if profile.scenario is not None:
+            return tr(
+                "The step size was chosen by simulation for this scenario; the sweep below "
+                "measured other sizes."
+            )
         return tr(
             "The chosen setting was not measured, so its speed is not known. Run echelon tune "
             "again with a higher --time-limit."
@@ -193,16 +193,6 @@ def precision_rows(profile: Profile) -> list[dict[str, Any]]:
     ]
 
 
-def agreement_needed() -> str:
-    """The limits that a precision must keep to pass."""
-    return tr(
-        "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
-        tau=MIN_TAU,
-        overlap=units.percent(MIN_OVERLAP),
-        loss=MAX_NDCG_LOSS,
-    )
-
-
 def warnings(profile: Profile) -> list[str]:
     """The profile's warnings, and one if tuning's token budget no longer fits."""
     found = [translated(warning) for warning in profile.warnings]
@@ -279,6 +269,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
     """The template's variables."""
     drawn = charts(profile) + memory_charts(profile)
     drawn += model_charts(profile) + agreement_charts(profile)
+    needed = {"tau": MIN_TAU, "overlap": units.percent(MIN_OVERLAP), "loss": MAX_NDCG_LOSS}
     curve = curve_chart(profile)
     figures = [*drawn, curve] if curve else drawn
     return {
@@ -294,7 +285,10 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "curve": curve,
         "figures": {chart.name: chart.figure for chart in figures},
         "precisions": precision_rows(profile),
-        "needed": agreement_needed(),
+        "needed": tr(
+            "τ at least {tau}, top-10 overlap at least {overlap}, nDCG@10 loss at most {loss}",
+            **needed,
+        ),
         "warnings": warnings(profile),
         "gaps": not all(wording.measured(entry) for entry in profile.points),
         "points": [point_row(entry) for entry in profile.points],
