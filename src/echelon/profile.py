@@ -30,20 +30,14 @@ TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """The model, device and libraries that a profile is valid for.
-
-    Attributes:
-        revision: hub commit, or a fingerprint of a local folder.
-        device: ``cpu`` or ``cuda:N``; ``device_name`` is that of the processor or the GPU.
-        versions: versions of the libraries that affect speed and scores.
-    """
+    """The model, device and libraries that a profile is valid for."""
 
     model: str
-    revision: str
-    device: str
+    revision: str  # hub commit, or a fingerprint of a local folder
+    device: str  # ``cpu`` or ``cuda:N``; ``device_name`` is that of the processor or the GPU
     device_name: str
     precision: str
-    versions: dict[str, str]
+    versions: dict[str, str]  # versions of the libraries that affect speed and scores
 
     def differences(self, now: ProfileKey) -> list[str]:
         """Describe each value that has changed; empty where the profile is valid."""
@@ -64,37 +58,32 @@ class TunedSettings:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Everything that a tuning run found.
-
-    Attributes:
-        created: UTC time, ISO 8601.
-        data: name and token lengths of the texts that were scored.
-        precisions: speed of each precision, and its agreement with fp32.
-        threads: speed with each number of threads.
-        points: every measured point of the sweep; ``best`` is the best for each number of pairs.
-        situations: the best point for each of the four scenarios.
-        learned_token_budget: smaller budget that was learned from running out of memory.
-        cost: a :class:`echelon.scheduling.fit.CostFit`: how long a step takes; None where it could
-            not be fitted, or the profile is older.
-        memory: a :class:`echelon.scheduling.fit.MemoryFit`: how much memory a step needs.
-        scenario: what the settings were chosen for and how they were validated, see docs/TUNE.md;
-            None where no scenario was given.
-    """
+    """Everything that a tuning run found."""
 
     key: ProfileKey
     settings: TunedSettings
-    created: str
+    created: str  # UTC time, ISO 8601
     machine: dict[str, Any] = field(default_factory=dict)
+    # name and token lengths of the texts that were scored
     data: dict[str, Any] = field(default_factory=dict)
+    # speed of each precision, and its agreement with fp32
     precisions: list[dict[str, Any]] = field(default_factory=list)
-    threads: list[dict[str, Any]] = field(default_factory=list)
+    threads: list[dict[str, Any]] = field(default_factory=list)  # speed with each number of threads
+    # every measured point of the sweep; ``best`` is the best for each number of pairs
     points: list[dict[str, Any]] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)
+    # the best point for each of the four scenarios
     situations: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    # smaller budget that was learned from running out of memory
     learned_token_budget: int | None = None
+    # a :class:`echelon.scheduling.fit.CostFit`: how long a step takes; None where it could not be
+    # fitted, or the profile is older
     cost: dict[str, Any] | None = None
+    # a :class:`echelon.scheduling.fit.MemoryFit`: how much memory a step needs
     memory: dict[str, Any] | None = None
+    # what the settings were chosen for and how they were validated, see docs/TUNE.md; None where
+    # no scenario was given
     scenario: dict[str, Any] | None = None
 
     @classmethod

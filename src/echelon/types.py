@@ -52,42 +52,28 @@ class Chunking:
 
 @dataclass(frozen=True, slots=True)
 class RerankRequest:
-    """Pairs to score, and what their caller asks for. None leaves a value to the service.
+    """Pairs to score, and what their caller asks for. None leaves a value to the service."""
 
-    Attributes:
-        pairs: (query, document) texts.
-        deadline: time of the service's clock after which the answer is useless.
-        max_length: tokens of a pair.
-        max_query_tokens: tokens kept of a query.
-        chunking: split longer documents into chunks; a document's score is its best chunk's.
-        refuse_truncation: refuse pairs that would lose tokens.
-        side: side from which tokens are removed; None is the model's own.
-    """
-
-    pairs: Sequence[Pair]
-    deadline: float | None = None
+    pairs: Sequence[Pair]  # (query, document) texts
+    deadline: float | None = None  # time of the service's clock after which the answer is useless
     priority: Priority = "normal"
-    max_length: int | None = None
+    max_length: int | None = None  # tokens of a pair
     truncation: Truncation | None = None
-    max_query_tokens: int | None = None
+    max_query_tokens: int | None = None  # tokens kept of a query
+    # split longer documents into chunks; a document's score is its best chunk's
     chunking: Chunking | None = None
-    refuse_truncation: bool = False
-    side: Side | None = None
+    refuse_truncation: bool = False  # refuse pairs that would lose tokens
+    side: Side | None = None  # side from which tokens are removed; None is the model's own
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """One step's input: flat token ids and where each pair begins.
+    """One step's input: flat token ids and where each pair begins."""
 
-    Attributes:
-        ids: int32 [tokens], the pairs' token ids one after another.
-        type_ids: int32 [tokens] segment ids, or None where the model has none to tell apart.
-        offsets: int32 [pairs + 1]; pair i is ``ids[offsets[i]:offsets[i + 1]]``.
-    """
-
-    ids: IntArray
+    ids: IntArray  # int32 [tokens], the pairs' token ids one after another
+    # int32 [tokens] segment ids, or None where the model has none to tell apart
     type_ids: IntArray | None
-    offsets: IntArray
+    offsets: IntArray  # int32 [pairs + 1]; pair i is ``ids[offsets[i]:offsets[i + 1]]``
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -101,17 +87,11 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class LadderStep:
-    """One action of the OOM ladder.
+    """One action of the OOM ladder."""
 
-    Attributes:
-        rung: as in :mod:`echelon.scheduling.oom_policy`.
-        detail: what changed, in words with units.
-        remedy: how the user can avoid it next time.
-    """
-
-    rung: str
-    detail: str
-    remedy: str
+    rung: str  # as in :mod:`echelon.scheduling.oom_policy`
+    detail: str  # what changed, in words with units
+    remedy: str  # how the user can avoid it next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,64 +172,40 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Times of a served request, in seconds.
+    """Times of a served request, in seconds."""
 
-    Attributes:
-        tokenise_s: tokenizing, including the wait for a thread.
-        queue_s: from joining the queue to the start of the first step with a pair of it.
-        compute_s: steps that held its pairs, also those shared with other requests.
-        total_s: from arrival to answer.
-    """
-
-    tokenise_s: float = 0.0
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-    total_s: float = 0.0
+    tokenise_s: float = 0.0  # tokenizing, including the wait for a thread
+    queue_s: float = 0.0  # from joining the queue to the start of the first step with a pair of it
+    compute_s: float = 0.0  # steps that held its pairs, also those shared with other requests
+    total_s: float = 0.0  # from arrival to answer
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A served request.
+    """A served request."""
 
-    Attributes:
-        logits: float32 [pairs], raw logits in input order; of a document in chunks, the best.
-        truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
-        tokens: tokens of all its pairs, or chunks, as the model saw them.
-        cost_tokens: its share of the tokens that its steps computed, padding included.
-        batch_sizes: pairs of each step that held pairs of it, other requests' included.
-        fallback: tokens to which its pairs were cut because the queue was long, or None.
-    """
-
+    # float32 [pairs], raw logits in input order; of a document in chunks, the best
     logits: FloatArray
-    truncated_tokens: IntArray
-    tokens: int
-    cost_tokens: int
+    truncated_tokens: IntArray  # int32 [pairs], tokens each pair lost to ``max_length``
+    tokens: int  # tokens of all its pairs, or chunks, as the model saw them
+    cost_tokens: int  # its share of the tokens that its steps computed, padding included
     timings: Timings
+    # pairs of each step that held pairs of it, other requests' included
     batch_sizes: tuple[int, ...] = ()
     ladder: tuple[LadderStep, ...] = ()
+    # tokens to which its pairs were cut because the queue was long, or None
     fallback: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A scorer's model, device and limits.
+    """A scorer's model, device and limits."""
 
-    Attributes:
-        family: architecture, such as ``xlm-roberta``.
-        device: ``cpu`` or ``cuda:N``.
-        device_name: the processor's or card's own name.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        max_tokens: longest pair the model's positions allow, special tokens included.
-        padding: with ``rectangular`` a step costs its longest pair × its pairs.
-        weights_bytes: memory of the loaded weights, memory-mapped tables left out.
-        threads: CPU threads a forward pass uses; 0 on other devices.
-    """
-
-    family: str
-    device: str
-    device_name: str
-    precision: str
-    max_tokens: int
-    padding: Padding
-    weights_bytes: int
-    threads: int
+    family: str  # architecture, such as ``xlm-roberta``
+    device: str  # ``cpu`` or ``cuda:N``
+    device_name: str  # the processor's or card's own name
+    precision: str  # ``fp32``, ``bf16``, ``fp16`` or ``int8``
+    max_tokens: int  # longest pair the model's positions allow, special tokens included
+    padding: Padding  # with ``rectangular`` a step costs its longest pair × its pairs
+    weights_bytes: int  # memory of the loaded weights, memory-mapped tables left out
+    threads: int  # CPU threads a forward pass uses; 0 on other devices

@@ -104,18 +104,12 @@ def read_qrels(path: str) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class PrecisionComparison:
-    """One precision on the judged queries.
-
-    Attributes:
-        quality: metrics; empty if the precision was refused.
-        pairs_per_s: pairs per second, tokenizing included.
-        refused: why it cannot be used; empty if it can.
-    """
+    """One precision on the judged queries."""
 
     precision: str
-    quality: dict[str, float]
-    pairs_per_s: float = 0.0
-    refused: str = ""
+    quality: dict[str, float]  # metrics; empty if the precision was refused
+    pairs_per_s: float = 0.0  # pairs per second, tokenizing included
+    refused: str = ""  # why it cannot be used; empty if it can
 
 
 def check_comparable(job: OfflineJob) -> None:

@@ -34,27 +34,19 @@ PAIRS = ("csv", "tsv", "parquet")
 
 @dataclass(frozen=True, slots=True)
 class OfflineJob:
-    """One file to rerank; the fields are the flags of ``echelon batch``.
+    """One file to rerank; the fields are the flags of ``echelon batch``."""
 
-    Attributes:
-        input: path, or ``-`` for standard input.
-        output: path, or ``-`` for standard output.
-        input_format: None takes it from the suffix, as for the output.
-        errors: file for bad rows; None is beside the output.
-        top_n: results kept of a query; None keeps all.
-    """
-
-    input: str
-    output: str
+    input: str  # path, or ``-`` for standard input
+    output: str  # path, or ``-`` for standard output
     model: str = "demo"
     options: Options = field(default_factory=Options)
-    input_format: str | None = None
+    input_format: str | None = None  # None takes it from the suffix, as for the output
     output_format: str | None = None
     columns: Columns = field(default_factory=Columns)
     topics: str | None = None
     collection: str | None = None
-    errors: str | None = None
-    top_n: int | None = None
+    errors: str | None = None  # file for bad rows; None is beside the output
+    top_n: int | None = None  # results kept of a query; None keeps all
     run_tag: str = "echelon"
     qrels: str | None = None
     strict: bool = False

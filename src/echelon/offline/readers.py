@@ -36,31 +36,22 @@ Id = str | int | None
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One query with its documents.
+    """One query with its documents."""
 
-    Attributes:
-        line: line at which it begins in its file, from 1; in Parquet the number of the row.
-        document_ids: one for each document; None if a document has none.
-    """
-
-    line: int
+    line: int  # line at which it begins in its file, from 1; in Parquet the number of the row
     id: Id
     query: str
     documents: tuple[str, ...]
-    document_ids: tuple[Id, ...]
+    document_ids: tuple[Id, ...]  # one for each document; None if a document has none
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row, or a part of one, that cannot be scored, with the reason.
-
-    Attributes:
-        file: the file that holds it, if that is a run's topics or collection.
-    """
+    """A row, or a part of one, that cannot be scored, with the reason."""
 
     line: int
     reason: str
-    file: str = ""
+    file: str = ""  # the file that holds it, if that is a run's topics or collection
 
 
 Entry = tuple[Row | BadRow, ...]

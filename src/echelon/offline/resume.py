@@ -33,39 +33,29 @@ RESTART = "Restore it, or begin anew with --restart."
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts over all runs of a job.
-
-    Attributes:
-        bad: bad rows, or bad parts of rows.
-        cut: pairs that were cut to ``max_length``.
-        memory: actions of the OOM ladder.
-    """
+    """Counts over all runs of a job."""
 
     rows: int = 0
     pairs: int = 0
-    bad: int = 0
-    cut: int = 0
+    bad: int = 0  # bad rows, or bad parts of rows
+    cut: int = 0  # pairs that were cut to ``max_length``
     tokens: int = 0
-    memory: int = 0
+    memory: int = 0  # actions of the OOM ladder
 
 
 @dataclass(slots=True)
 class JobState:
-    """How far a job is.
+    """How far a job is."""
 
-    Attributes:
-        identity: input, model and options of the job; flat names to plain values.
-        resume_point: the place behind the last row that counts; None at the input's start.
-        output_bytes: length of the blocks that count; ``errors_bytes`` is that of the bad rows.
-        quality: sums of the metrics, see :mod:`echelon.offline.ir_metrics`.
-    """
-
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # input, model and options of the job; flat names to plain values
     steps: Steps | None = None
+    # the place behind the last row that counts; None at the input's start
     resume_point: ResumePoint | None = None
+    # length of the blocks that count; ``errors_bytes`` is that of the bad rows
     output_bytes: int = 0
     errors_bytes: int = 0
     counts: RowCounts = field(default_factory=RowCounts)
+    # sums of the metrics, see :mod:`echelon.offline.ir_metrics`
     quality: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
 

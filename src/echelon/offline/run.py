@@ -59,24 +59,16 @@ class JobListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """The result of a job.
+    """The result of a job."""
 
-    Attributes:
-        counts: counts over all its runs.
-        resumed: pairs that earlier runs had done.
-        queries: judged queries in the input; 0 without judgements.
-        quality: metrics ``before`` and ``after`` reranking.
-        errors: file with the bad rows; None is standard error.
-        already: whether an earlier run had finished the output.
-    """
-
-    counts: RowCounts
-    resumed: int
+    counts: RowCounts  # counts over all its runs
+    resumed: int  # pairs that earlier runs had done
     max_length: int
-    queries: int = 0
+    queries: int = 0  # judged queries in the input; 0 without judgements
+    # metrics ``before`` and ``after`` reranking
     quality: dict[str, dict[str, float]] = field(default_factory=dict)
-    errors: str | None = None
-    already: bool = False
+    errors: str | None = None  # file with the bad rows; None is standard error
+    already: bool = False  # whether an earlier run had finished the output
 
 
 class _Scorer(Protocol):

@@ -45,19 +45,13 @@ _PAIR = re.compile(r"pairs\[(\d+)\]")
 
 @dataclass(frozen=True, slots=True)
 class RowWindow:
-    """Rows that are scored together.
-
-    Attributes:
-        end: the place behind its last row.
-        tokens: estimated tokens of each pair, row after row.
-        share: share of the input read so far, 0 to 1; None where it is not known.
-    """
+    """Rows that are scored together."""
 
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
-    end: ResumePoint
-    tokens: tuple[int, ...]
-    share: float | None = None
+    end: ResumePoint  # the place behind its last row
+    tokens: tuple[int, ...]  # estimated tokens of each pair, row after row
+    share: float | None = None  # share of the input read so far, 0 to 1; None where it is not known
 
 
 def estimated_tokens(query: str, document: str, max_length: int) -> int:
@@ -97,38 +91,27 @@ def windows(
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Everything that decides the steps, and so the last bits of a score; saved with the job.
-
-    Attributes:
-        window: estimated tokens of a window.
-        lowered: the lower precision that the OOM ladder chose since; empty if it did not.
-    """
+    """Everything that decides the steps, and so the last bits of a score; saved with the job."""
 
     token_budget: int
     batch_size: int | None
     max_length: int
-    window: int
+    window: int  # estimated tokens of a window
     device: str
     threads: int
     precision: str
     kernels: bool
-    lowered: str = ""
+    lowered: str = ""  # the lower precision that the OOM ladder chose since; empty if it did not
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredWindow:
-    """A window with its scores.
-
-    Attributes:
-        bad: the window's bad rows, including those found while scoring.
-        logits: float32 [pairs], row after row.
-        truncated_tokens: int32 [pairs].
-    """
+    """A window with its scores."""
 
     rows: tuple[Row, ...]
-    bad: tuple[BadRow, ...]
-    logits: FloatArray
-    truncated_tokens: IntArray
+    bad: tuple[BadRow, ...]  # the window's bad rows, including those found while scoring
+    logits: FloatArray  # float32 [pairs], row after row
+    truncated_tokens: IntArray  # int32 [pairs]
     report: RunReport
     window: RowWindow
 

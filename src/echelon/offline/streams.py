@@ -34,17 +34,11 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """A place between two rows, and the digest of the part before it.
+    """A place between two rows, and the digest of the part before it."""
 
-    Attributes:
-        position: decompressed bytes read; in Parquet rows.
-        line: lines read.
-        digest: SHA-256 over the part that was read.
-    """
-
-    position: int
-    line: int
-    digest: str
+    position: int  # decompressed bytes read; in Parquet rows
+    line: int  # lines read
+    digest: str  # SHA-256 over the part that was read
 
 
 def compression_of(path: str) -> str | None:
