@@ -29,7 +29,7 @@ COUNTS = ["max_length", "max_query_tokens", "token_budget", "batch_size", "threa
 # Options
 
 
-def test_the_names_are_a_promise():
+def test_the_names_of_options_are_pinned():
     assert [field.name for field in fields(Options)] == [
         "device",
         "precision",
@@ -187,7 +187,7 @@ def test_the_users_own_options_win(bert, fresh):
 
 
 @pytest.mark.parametrize(("learned", "budget"), [(None, 333), (50, 50), (9999, 333)])
-def test_what_memory_taught_only_lowers(bert, fresh, learned, budget):
+def test_a_learned_budget_only_lowers_the_profiles_budget(bert, fresh, learned, budget):
     content = json.loads(fresh.read_text())
     profile = Profile.from_dict({**content, "learned_token_budget": learned}, fresh)
     assert apply_profile(Options(), profile).token_budget == budget

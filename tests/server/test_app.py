@@ -144,7 +144,7 @@ def test_unknown_paths_and_methods():
     run_app(main)
 
 
-def test_what_the_scorer_says_of_a_document_names_it(caplog):
+def test_an_error_of_the_scorer_names_the_document(caplog):
     async def main(client, server):
         caplog.set_level(logging.CRITICAL, "echelon")
         body = {"query": "q", "texts": ["d", chr(9009)]}

@@ -142,7 +142,7 @@ def test_recorded_requests_get_errors_of_their_kind(live, full, name):
     assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_infinitys_client_finds_what_it_takes_apart(live, expected):
+def test_infinitys_client_finds_the_fields_that_it_parses(live, expected):
     found = send(live.url, "infinity_client", return_documents=True, raw_scores=True).json()
     assert found["object"] == "rerank"
     assert found["usage"].keys() == {"prompt_tokens", "total_tokens"}

@@ -84,7 +84,7 @@ def drip(client, stop) -> None:
             client.sendall(b"a")
 
 
-def test_a_byte_at_a_time_is_no_way_to_stay(live):
+def test_headers_sent_a_byte_at_a_time_are_refused(live):
     before = live.metric('echelon_connections_refused_total{reason="slow_headers"}')
     stop = threading.Event()
     with client_of(live) as client:

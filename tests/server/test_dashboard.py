@@ -224,7 +224,7 @@ def test_events_are_counted_by_kind_and_listed():
     assert [(worker["worker"], worker["name"]) for worker in found["workers"]] == [(0, "starting")]
 
 
-def test_the_state_at_each_look_and_now():
+def test_the_state_of_each_slice_and_now():
     time = Time()
     stats = stats_of(time)
     for worker in (0, 1):

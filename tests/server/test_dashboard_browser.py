@@ -126,7 +126,7 @@ def test_it_asks_for_a_key_before_it_asks_for_data(browser):
             assert page.url == address
 
 
-def test_a_late_no_to_an_earlier_key_does_not_hide_the_data(browser):
+def test_a_late_401_for_an_earlier_key_does_not_hide_the_data(browser):
     held = []
 
     def hold(route):

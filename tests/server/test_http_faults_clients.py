@@ -115,7 +115,7 @@ def test_requests_that_are_cut_in_half(live, part):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_at_the_end_everything_accepted_is_answered(workers):
+def test_a_shutdown_answers_all_accepted_requests(workers):
     async def main(server):
         async with asyncio.timeout(GUARD_S):
             stream = Stream(server, clients=12)
@@ -136,7 +136,7 @@ def test_at_the_end_everything_accepted_is_answered(workers):
         assert server.lines[-1]["message"] == "Ended; all requests were answered."
 
 
-def test_a_worker_that_dies_during_the_end():
+def test_a_worker_that_dies_during_the_shutdown():
     async def main(server):
         async with asyncio.timeout(GUARD_S):
             stream = Stream(server, clients=12)

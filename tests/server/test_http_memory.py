@@ -88,7 +88,7 @@ def refused(response) -> None:
     assert message.startswith("documents[0] of 8192 tokens does not fit in the memory of cpu")
 
 
-def test_every_request_is_answered_rightly_or_honestly(wide):
+def test_every_request_gets_correct_scores_or_a_clear_error(wide):
     with Reranker(wide, device="cpu", threads=2) as reranker:
         expected = {
             seed: reranker.score([["rain", text] for text in documents(seed)])

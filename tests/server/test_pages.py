@@ -55,7 +55,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_a_page_runs_nothing_but_files_that_are_here(path):
+def test_a_page_runs_only_files_of_this_server(path):
     async def main(client, server):
         response = await client.get(path)
         assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -111,7 +111,7 @@ def test_the_path_that_a_proxy_puts_before_is_in_every_address():
     run_app(main)
 
 
-def test_posting_to_the_root_and_asking_for_nothing_is_answered_as_before():
+def test_other_methods_and_unknown_paths_get_404_or_405():
     async def main(client, server):
         posted = await client.post("/", json=ASKED)
         assert (posted.status_code, posted.json()["error_type"]) == (404, "Backend")
@@ -149,7 +149,7 @@ def test_files_are_compressed_tagged_and_not_sent_twice():
     run_app(main)
 
 
-def test_plotly_comes_out_of_its_own_package_compressed_and_for_good():
+def test_plotly_is_served_from_its_package_compressed_and_cached():
     async def main(client, server):
         request = client.build_request("GET", f"/pages/{PLOTLY}")
         request.headers["Accept-Encoding"] = "gzip"

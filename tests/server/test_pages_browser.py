@@ -98,7 +98,7 @@ def test_the_example_ranks(browser, site):
 
 
 @pytest.mark.parametrize("language", ["curl", "requests", "Cohere"])
-def test_what_is_copied_runs_and_answers_the_same(browser, locked, language):
+def test_copied_snippets_run_and_get_the_same_answer(browser, locked, language):
     settings = {"permissions": ["clipboard-read", "clipboard-write"]}
     with visit(browser, locked.url, **settings) as page:
         page.locator("#key").fill("sesame")

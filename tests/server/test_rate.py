@@ -60,7 +60,7 @@ def test_a_request_is_admitted_after_its_retry_after_and_not_before(limit, comin
 
 
 @given(limits, st.integers(1, 2000))
-def test_no_request_is_too_large_to_ever_come_in(limit, documents):
+def test_a_request_larger_than_the_burst_is_admitted(limit, documents):
     bucket = TokenBucket(limit)
     assert let_in(bucket, documents, 0.0) is None
     owed = documents - limit.burst + min(documents, limit.burst)
@@ -102,7 +102,7 @@ def test_rates_as_they_are_written(words, rate, burst):
 @pytest.mark.parametrize(
     "words", [("50",), ("0/s",), ("-1/s",), ("x/s",), ("5/d",), ("5/s", "0"), ("5/s", "x")]
 )
-def test_rates_that_are_none(words):
+def test_texts_that_are_no_rate(words):
     with pytest.raises(InvalidInput, match="--rate-limit"):
         limit_of("--rate-limit", *words)
 
@@ -211,7 +211,7 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
     run_app(main, limits=ServerLimits(keys=keys))
 
 
-def test_without_keys_everybody_shares_the_limit():
+def test_without_keys_all_clients_share_the_limit():
     keys = Keys(common=limit_of("--rate-limit", "1/h", "5"))
 
     async def main(client, server):

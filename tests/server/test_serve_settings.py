@@ -49,7 +49,7 @@ def test_the_file_may_be_named_by_the_environment(file):
     assert config_of(ECHELON_SERVE_CONFIG=str(file))["port"] == {"value": 9000, "origin": "file"}
 
 
-def test_the_table_for_people():
+def test_config_as_a_table():
     output = CliRunner().invoke(config, ["--port", "9002"]).output
     assert any(line.split() == ["port", "flag", "9002"] for line in output.splitlines())
     assert any(line.split() == ["host", "default", "127.0.0.1"] for line in output.splitlines())
