@@ -20,7 +20,7 @@ from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, HOLD, Coefficien
 from echelon.scheduling.fit import Prior
 
 USUAL = Coefficients(2e-3, 5e-5, 4e-8)
-HALF = USUAL.with_values([2 * price for price in USUAL.values])
+HALF = USUAL.with_values([2 * value for value in USUAL.values])
 SLOW_ATTENTION = replace(USUAL, square_s=4 * USUAL.square_s)
 TUNED = Prior(USUAL, "none", "cpu", same=True)
 WITHIN = 50
@@ -179,7 +179,7 @@ def test_the_profiles_coefficients_are_used_from_the_start_on_the_same_kind_of_m
 def test_late_steps_and_missed_goals_lower_the_budget_and_quiet_ones_raise_it():
     async def main(running):
         full = coded(*[3] * 10, count=20)  # some 300 tokens: more than half of the budget
-        running.worker.coefficients = USUAL.with_values([50 * price for price in USUAL.values])
+        running.worker.coefficients = USUAL.with_values([50 * value for value in USUAL.values])
         for _ in range(4):
             await submit(running.service, full)
         assert running.service.snapshot().load.budget == 300

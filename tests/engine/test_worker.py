@@ -101,11 +101,11 @@ def test_a_killed_child_is_noticed_and_can_be_started_again(worker):
     assert len(worker.score(batch_of([1]), GUARD_S).logits) == 1
 
 
-@pytest.mark.parametrize("wish", [scorers.STOP, scorers.HANG])
-def test_a_wedged_child_is_killed(worker, wish):
+@pytest.mark.parametrize("command", [scorers.STOP, scorers.HANG])
+def test_a_wedged_child_is_killed(worker, command):
     pid = worker.pid
     with pytest.raises(WorkerWedged, match=r"gave no answer for 0\.2 s and was killed"):
-        worker.score(batch_of([wish]), 0.2)
+        worker.score(batch_of([command]), 0.2)
     assert gone(pid)
 
 
@@ -132,11 +132,11 @@ def test_errors_while_opening():
 
 
 def test_a_stopped_child_has_gone_whatever_it_did():
-    for wish in (1, scorers.HANG):
+    for command in (1, scorers.HANG):
         worker = ChildWorker(Obedient)
         worker.start()
-        worker.send(batch_of([wish]), GUARD_S)
-        worker.kill() if wish == scorers.HANG else worker.stop()
+        worker.send(batch_of([command]), GUARD_S)
+        worker.kill() if command == scorers.HANG else worker.stop()
         assert gone(worker.pid)
         worker.stop()
         worker.stop()
@@ -162,10 +162,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("wish", [1, scorers.HANG])
-def test_the_child_dies_with_its_parent_and_the_parent_needs_no_torch(wish):
+@pytest.mark.parametrize("command", [1, scorers.HANG])
+def test_the_child_dies_with_its_parent_and_the_parent_needs_no_torch(command):
     ran = subprocess.run(
-        [sys.executable, "-c", PARENT, str(wish)],
+        [sys.executable, "-c", PARENT, str(command)],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

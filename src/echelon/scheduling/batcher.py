@@ -137,7 +137,7 @@ class Batcher:
             if pair.attempts >= ATTEMPTS:
                 ended += self._fail(pair, fault)
         left = [pair for pair in pairs if pair.attempts < ATTEMPTS]
-        for _, group in groupby(left, key=lambda pair: pair.first_owner):
+        for _, group in groupby(left, lambda p: p.owners[0][0].number if p.owners else None):
             self._put_again(group)
         return ended
 

@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 6
 """The sets of columns double with each column: 63 sets take a millisecond."""
 
-NOTHING = 1e-9
-"""A coefficient below zero by this share of the largest is a rounding error."""
-
 CONDITION = 1e-12
 """Relative singular value below which columns count as dependent (shortest solution)."""
 
@@ -62,16 +59,17 @@ def solve(matrix: Array, target: Array) -> Array:
         raise ValueError(f"{columns} columns are more than {MAX_COLUMNS}. This is a bug.")
     norms = np.sqrt(np.einsum("rc,rc->c", matrix, matrix))
     scale = np.where(norms > 0, norms, 1.0)
-    scaled = matrix / scale
-    gram, wanted = scaled.T @ scaled, scaled.T @ target
-    best, best_gain = np.zeros(columns), 0.0
+    q, r = np.linalg.qr(matrix / scale)  # not the normal equations: they square the condition
+    wanted = q.T @ target
+    best, best_error = np.zeros(columns), float(wanted @ wanted)
     for chosen in _supports(columns):
-        found = _on(gram, wanted, chosen)
+        found = _on(r, wanted, chosen)
         if found is None:
             continue
-        gain = 2 * float(wanted @ found) - float(found @ gram @ found)  # reduction of the error
-        if gain > best_gain:
-            best, best_gain = found, gain
+        missed = r @ found - wanted
+        error = float(missed @ missed)
+        if error < best_error:
+            best, best_error = found, error
         if len(chosen) == columns:
             break  # nothing is negative, so no smaller set is better
     return best / scale
@@ -84,20 +82,20 @@ def _supports(columns: int) -> tuple[tuple[int, ...], ...]:
     return tuple(chosen for size in sizes for chosen in combinations(range(columns), size))
 
 
-def _on(gram: Array, wanted: Array, chosen: tuple[int, ...]) -> Array | None:
+def _on(r: Array, wanted: Array, chosen: tuple[int, ...]) -> Array | None:
     """Least squares on some columns; None if one of them is negative."""
     index = np.array(chosen)
-    part, *_ = np.linalg.lstsq(gram[np.ix_(index, index)], wanted[index], rcond=CONDITION)
-    if part.min() < -NOTHING * max(1.0, float(np.abs(part).max())):
+    part, *_ = np.linalg.lstsq(r[:, index], wanted, rcond=CONDITION)
+    if part.min() < 0:
         return None
-    full = np.zeros(len(wanted))
-    full[index] = np.maximum(part, 0.0)
+    full = np.zeros(r.shape[1])
+    full[index] = part
     return full
 
 
 REMEMBERED_STEPS = 15
-"""Steps of the medians: the median of 15 follows a change of speed after 8 steps and ignores 7
-outliers in a row."""
+"""Steps of the medians: the median of 15 follows a change of speed after about 8 steps, and ignores
+outliers while they are less than half of the predicted time."""
 
 WINDOW = 48
 """Steps of the fit: after 50 steps nothing is left of the time before a change."""
@@ -125,35 +123,10 @@ ROUNDS = 4
 """Rounds of weighting; further ones change coefficients by less than a percent."""
 
 
-class StepWindow:
-    """The last steps and the coefficients that fit them; ``prior`` is in seconds each."""
-
-    def __init__(self, prior: Sequence[float]) -> None:
-        self.scale = 1.0
-        self._prior = np.array(prior, dtype=np.float64)
-        self._amounts = np.zeros((0, len(prior)))
-        self._seconds = np.zeros(0)
-
-    def learn(self, amounts: Sequence[float], seconds: float) -> Array:
-        """Add a step, with its amount for each coefficient; returns the new coefficients.
-
-        Its predicted and its measured time are above zero.
-        """
-        self._amounts = matrix = np.vstack([self._amounts[1 - WINDOW :], amounts])
-        self._seconds = took = np.append(self._seconds[1 - WINDOW :], seconds)
-        self.scale = _level(matrix @ self._prior, took)
-        anchor = self.scale * self._prior
-        values = np.maximum(refit(anchor, matrix, took), MIN_VALUE * anchor)
-        return values * _level(matrix @ values, took)
-
-
 def refit(anchor: Array, matrix: Array, took: Array) -> Array:
-    """Fit coefficients to steps; what the steps do not show stays near the anchor.
+    """Fit coefficients to steps, newest last; what the steps do not show stays near the anchor.
 
-    Args:
-        anchor: float64 [coefficients], none negative.
-        matrix: float64 [steps, coefficients], amounts of each step, newest last.
-        took: float64 [steps], measured seconds.
+    ``matrix`` is float64 [steps, coefficients], the amounts of each step.
     """
     used = (anchor > 0) | (matrix.max(axis=0) > 0)
     pull = np.sqrt(PULL) / _units(anchor, matrix)
@@ -166,10 +139,9 @@ def refit(anchor: Array, matrix: Array, took: Array) -> Array:
         trust = np.minimum(1.0, TOLERANCE / np.maximum(error, TOLERANCE))
         weight = np.sqrt(memory * trust) / size
         rows = np.vstack([matrix * weight[:, None], np.diag(pull)])
-        values = solve(rows[:, used], np.concatenate([took * weight, pull * anchor]))
-        full = np.zeros(len(anchor))
-        full[used] = values
-        values = full
+        solved = solve(rows[:, used], np.concatenate([took * weight, pull * anchor]))
+        values = np.zeros(len(anchor))
+        values[used] = solved
     return values
 
 
@@ -267,12 +239,9 @@ class CostModel:
         """Start from other coefficients and forget all steps."""
         self.padding: Padding = padding
         self.prior = self.coefficients = prior
-        self._window = StepWindow(prior.values)
-
-    @property
-    def scale(self) -> float:
-        """Median of measured over predicted seconds of the last steps, predicted by the prior."""
-        return self._window.scale
+        self.scale = 1.0  # median of measured over predicted by the prior, of the last steps
+        self._amounts = np.zeros((0, len(prior.values)))
+        self._seconds = np.zeros(0)
 
     def predict(self, lengths: Sequence[int] | IntArray) -> float:
         """Predicted seconds of a step of pairs of these lengths."""
@@ -287,8 +256,13 @@ class CostModel:
         work = work_of(lengths, self.padding)
         if seconds <= 0 or not math.isfinite(seconds) or self.prior.seconds(work) <= 0:
             return
-        values = self._window.learn(self.prior.amounts(work), seconds)
-        self.coefficients = self.prior.with_values(values)
+        prior, amounts = np.array(self.prior.values, dtype=np.float64), self.prior.amounts(work)
+        self._amounts = matrix = np.vstack([self._amounts[1 - WINDOW :], amounts])
+        self._seconds = took = np.append(self._seconds[1 - WINDOW :], seconds)
+        self.scale = _level(matrix @ prior, took)
+        anchor = self.scale * prior
+        values = np.maximum(refit(anchor, matrix, took), MIN_VALUE * anchor)
+        self.coefficients = self.prior.with_values(values * _level(matrix @ values, took))
 
 
 FAR, NEAR = 1.25, 1.10

@@ -125,11 +125,6 @@ class UniquePair:
     attempts: int = 0
     counted: bool = False
 
-    @property
-    def first_owner(self) -> int:
-        """Number of the first request that still wants it; -1 without one."""
-        return self.owners[0][0].number if self.owners else -1
-
 
 class QueuedRequest:
     """A request in the queue and its state."""

@@ -139,14 +139,13 @@ def _truncation_side(folder: Path) -> Side:
 def _template(tokenizer: Tokenizer, side: Side) -> Template:
     for probe in PROBES:
         encoding = tokenizer.encode(probe, probe)
-        owners = encoding.sequence_ids
-        if 0 in owners and 1 in owners:
-            return _template_of(encoding, owners, side)
+        if {0, 1} <= set(encoding.sequence_ids):
+            return _template_of(encoding, side)
     raise UnsupportedModel("The tokenizer gives no tokens for plain text. Use another model.")
 
 
-def _template_of(encoding: Encoding, owners: list[int | None], side: Side) -> Template:
-    ids, types = encoding.ids, encoding.type_ids
+def _template_of(encoding: Encoding, side: Side) -> Template:
+    ids, types, owners = encoding.ids, encoding.type_ids, encoding.sequence_ids
     first, last = owners.index(0), len(owners) - 1 - owners[::-1].index(0)
     second, end = owners.index(1), len(owners) - owners[::-1].index(1)
     if last > second:
