@@ -186,12 +186,8 @@ def test_help_loads_nothing_heavy():
         "heavy = {'torch', 'numpy', 'rich', 'plotly', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        check=True,
-        timeout=60,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
 # The page.
@@ -227,7 +223,7 @@ def test_nothing_of_the_tuning_report_is_left_in_it():
     assert "What to use where" not in read.text
 
 
-def test_hostile_names_are_shown_and_not_obeyed():
+def test_html_in_names_is_escaped():
     plain = Page(html_of(profile_of(), profile_of()))
     odd = profile_of(
         key={"model": HOSTILE, "device_name": HOSTILE, "versions": {HOSTILE: HOSTILE}},
@@ -256,12 +252,12 @@ def test_chromium_draws_it_on_phone_and_desktop(tmp_path, real_plotly, screen, s
     with chromium() as browser:
         size = dict(zip(("width", "height"), screen, strict=True))
         tab = browser.new_page(viewport=size, color_scheme=scheme)
-        asked, complaints = [], []
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("console", lambda message: complaints.append(message.text))
+        urls, errors = [], []
+        tab.on("request", lambda request: urls.append(request.url))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text))
         tab.goto(path.as_uri())
         tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.locator(".plot .scatterlayer .trace").count() == 6
-        assert (complaints, asked) == ([], [path.as_uri()])
+        assert (errors, urls) == ([], [path.as_uri()])

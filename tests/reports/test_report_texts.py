@@ -191,9 +191,8 @@ def test_a_simulated_setting_needs_no_measured_point():
 
 
 def test_the_command_to_measure_again_has_the_requested_length():
-    shorter = replace(
-        scenario_profile(), settings=replace(scenario_profile().settings, max_length=256)
-    )
+    profile = scenario_profile()
+    shorter = replace(profile, settings=replace(profile.settings, max_length=256))
     assert "--max-length" not in read(shorter).text
 
 
@@ -296,9 +295,8 @@ def test_load_is_reported_only_if_it_was_measured():
     assert "2.40 times the median" in validated["watch"].found
     missed = rules(*points, scenario=scenario_entry(held=False))
     assert missed["concurrent"].state == "costs"
-    offline = scenario_entry(
-        scenario="offline", measured=PREDICTED | {"p50_s": None, "p99_s": None}
-    )
+    unmeasured = PREDICTED | {"p50_s": None, "p99_s": None}
+    offline = scenario_entry(scenario="offline", measured=unmeasured)
     assert rules(*points, scenario=offline)["watch"].state == "unknown"
 
 
