@@ -38,20 +38,20 @@ def load_of(*requests: int, workers: int = 1, **settings) -> SystemLoad:
     return SystemLoad(batcher.load(), COST, workers, **settings)
 
 
-def ask(tokens: int, **settings) -> RequestCost:
+def cost_of(tokens: int, **settings) -> RequestCost:
     return RequestCost(settings.pop("documents", 1), tokens, tokens * tokens, **settings)
 
 
 CASES = {
-    "deadline_passed": (ask(10, deadline=7.0), load_of(), DeadlinePassed, 504),
-    "too_many_documents": (ask(10, documents=101), load_of(), TooLarge, 413),
-    "too_many_tokens": (ask(8001), load_of(), TooLarge, 413),
-    "requests_full": (ask(10), load_of(10, 10, 10, 10), Overloaded, 429),
-    "tokens_full": (ask(6000), load_of(4001), Overloaded, 429),
-    "deadline_impossible": (ask(4000, deadline=10.0), load_of(), DeadlinePassed, 504),
-    "deadline_too_near": (ask(2000, deadline=10.0), load_of(3000), Overloaded, 429),
+    "deadline_passed": (cost_of(10, deadline=7.0), load_of(), DeadlinePassed, 504),
+    "too_many_documents": (cost_of(10, documents=101), load_of(), TooLarge, 413),
+    "too_many_tokens": (cost_of(8001), load_of(), TooLarge, 413),
+    "requests_full": (cost_of(10), load_of(10, 10, 10, 10), Overloaded, 429),
+    "tokens_full": (cost_of(6000), load_of(4001), Overloaded, 429),
+    "deadline_impossible": (cost_of(4000, deadline=10.0), load_of(), DeadlinePassed, 504),
+    "deadline_too_near": (cost_of(2000, deadline=10.0), load_of(3000), Overloaded, 429),
     "wait_too_long": (
-        ask(6000),
+        cost_of(6000),
         load_of(2000, 2000, workers=0, tokenising_tokens=0),
         Overloaded,
         429,
@@ -77,12 +77,12 @@ def test_each_reason(reason):
 
 
 def test_an_idle_service_admits_requests_within_the_limits():
-    assert refuse(ask(8000, documents=100), load_of(), BOUNDS, 0) is None
-    assert refuse(ask(50, deadline=0.06), load_of(), BOUNDS, 0) is None
+    assert refuse(cost_of(8000, documents=100), load_of(), BOUNDS, 0) is None
+    assert refuse(cost_of(50, deadline=0.06), load_of(), BOUNDS, 0) is None
 
 
 def test_the_fields_and_limits_are_named():
-    refusal = refuse(ask(10, documents=101), load_of(), BOUNDS, 0)
+    refusal = refuse(cost_of(10, documents=101), load_of(), BOUNDS, 0)
     assert str(refusal.error) == (
         "documents: 101 are more than the 100 of one request. Send them in several requests."
     )
@@ -92,23 +92,23 @@ def test_the_fields_and_limits_are_named():
 def test_a_short_request_does_not_wait_for_the_backlog():
     inside = load_of(4000, 4000)
     assert inside.backlog_s == pytest.approx(8)
-    assert inside.wait_s(ask(100)) == pytest.approx(0.2)
-    assert inside.wait_s(ask(100, priority="high")) == pytest.approx(0.05)
-    assert inside.wait_s(ask(5000)) == pytest.approx(8)
-    assert refuse(ask(100, deadline=0.5), inside, BOUNDS, 0) is None
+    assert inside.wait_s(cost_of(100)) == pytest.approx(0.2)
+    assert inside.wait_s(cost_of(100, priority="high")) == pytest.approx(0.05)
+    assert inside.wait_s(cost_of(5000)) == pytest.approx(8)
+    assert refuse(cost_of(100, deadline=0.5), inside, BOUNDS, 0) is None
 
 
 def test_workers_share_the_work():
     assert load_of(4000, workers=4).backlog_s == pytest.approx(1)
-    assert load_of(workers=4).own_s(ask(4000)) == pytest.approx(1)
-    assert load_of(workers=4).own_s(ask(50)) == pytest.approx(0.05)
+    assert load_of(workers=4).own_s(cost_of(4000)) == pytest.approx(1)
+    assert load_of(workers=4).own_s(cost_of(50)) == pytest.approx(0.05)
     assert load_of(4000, workers=0).backlog_s == pytest.approx(4)
 
 
 def test_requests_still_being_tokenised_count():
-    assert refuse(ask(10), load_of(10, tokenising=3), BOUNDS, 0).reason == "requests_full"
+    assert refuse(cost_of(10), load_of(10, tokenising=3), BOUNDS, 0).reason == "requests_full"
     assert (
-        refuse(ask(10), load_of(10, tokenising=1, tokenising_tokens=9990), BOUNDS, 0).reason
+        refuse(cost_of(10), load_of(10, tokenising=1, tokenising_tokens=9990), BOUNDS, 0).reason
         == "tokens_full"
     )
 
@@ -122,7 +122,7 @@ def test_requests_still_being_tokenised_count():
 def test_a_request_is_admitted_after_retry_after(requests, tokens, deadline, workers):
     """The time in Retry-After is true: with that much work done, there is room."""
     inside = load_of(*requests, workers=workers)
-    asked = ask(tokens, deadline=deadline)
+    asked = cost_of(tokens, deadline=deadline)
     refusal = refuse(asked, inside, BOUNDS, 0)
     if refusal is None or not isinstance(refusal.error, Overloaded):
         return

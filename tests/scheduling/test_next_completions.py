@@ -26,7 +26,7 @@ def batcher(*requests, budget=BUDGET, **settings) -> Batcher:
     return made
 
 
-def house(made: Batcher, workers=1, **settings) -> SystemLoad:
+def load_of(made: Batcher, workers=1, **settings) -> SystemLoad:
     return SystemLoad(
         made.load(), made.cost, workers, next_completions=made.next_completions, **settings
     )
@@ -68,21 +68,21 @@ def test_a_pair_that_several_wait_for_is_scored_once():
 
 def test_nobody_inside_is_nobody_to_end():
     assert batcher().next_completions(3, 2) == []
-    assert house(batcher(), tokenising=4, tokenising_tokens=800).free_s(1) == pytest.approx(0.2)
+    assert load_of(batcher(), tokenising=4, tokenising_tokens=800).free_s(1) == pytest.approx(0.2)
 
 
 def test_several_workers_share_what_waits():
     made = batcher([10] * 100)
-    assert house(made).free_s(1) == pytest.approx(1.0)
-    assert house(made, workers=4).free_s(1) == pytest.approx(0.25)
-    assert house(made, workers=0).free_s(1) == pytest.approx(1.0)
+    assert load_of(made).free_s(1) == pytest.approx(1.0)
+    assert load_of(made, workers=4).free_s(1) == pytest.approx(0.25)
+    assert load_of(made, workers=0).free_s(1) == pytest.approx(1.0)
 
 
 def test_who_is_refused_at_a_full_house_hears_when_the_small_request_ends():
     """And not the mean: a hundred times as long, for the sake of one that is large."""
     made = batcher([10], [50] * 4000)
     refusal = refuse(
-        RequestCost(1, 10, 100), house(made), AdmissionLimits(max_requests=2, max_wait_s=1e6), 0
+        RequestCost(1, 10, 100), load_of(made), AdmissionLimits(max_requests=2, max_wait_s=1e6), 0
     )
     assert refusal.reason == "requests_full"
     assert isinstance(refusal.error, Overloaded)
@@ -113,18 +113,18 @@ def test_places_are_free_when_they_were_said_to_be(requests, steps, data):
         return
     places = data.draw(st.integers(1, inside))
     under_way = made.next_step(0)  # it begins now
-    said, now, left = house(made).free_s(places), 0.0, places
+    predicted, now, left = load_of(made).free_s(places), 0.0, places
     while left > 0:
         now += under_way.predicted_s
         left -= len(finish(made, under_way))
         under_way = made.next_step(now)
-    assert said - STEP_S <= now <= 1.25 * said + STEP_S
+    assert predicted - STEP_S <= now <= 1.25 * predicted + STEP_S
 
 
 @given(st.lists(asked, min_size=1, max_size=10), st.integers(1, 3))
 def test_all_places_together_are_the_backlog(requests, workers):
     made = batcher(*(lengths for lengths, _ in requests))
-    found = house(made, workers)
+    found = load_of(made, workers)
     ends = [found.free_s(places) for places in range(1, len(requests) + 1)]
     assert ends == sorted(ends)
     assert ends[-1] == pytest.approx(found.backlog_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -72,9 +73,9 @@ def test_bodies_tell_their_protocol(path, fields, name):
 
 def test_every_protocol_has_a_path_of_its_own_and_an_example_that_leads_to_it():
     for protocol in PROTOCOLS:
-        alone = [path for path, them in PATHS.items() if them == (protocol,)]
+        alone = [path for path, protocols in PATHS.items() if protocols == (protocol,)]
         assert alone
-        shared = [path for path, them in SHARED.items() if protocol in them]
+        shared = [path for path, protocols in SHARED.items() if protocol in protocols]
         assert shared
         text = body(**protocol.example)
         assert choose(SHARED[shared[0]], text) is protocol
@@ -127,9 +128,8 @@ def test_documents_come_back_as_each_protocol_has_them():
 
 def test_cohere_ranks_named_fields():
     documents = [{"title": "t", "text": "b", "n": 3}, "plain"]
-    request = read_as(
-        "cohere_v1", query="q", documents=documents, rank_fields=["title", "n", "none"]
-    )
+    fields = ["title", "n", "none"]
+    request = read_as("cohere_v1", query="q", documents=documents, rank_fields=fields)
     assert [document for _, document in request.pairs] == ["title: t\nn: 3", "plain"]
     with pytest.raises(InvalidInput, match=r"documents\[0\]: has none of the rank_fields"):
         read_as("cohere_v1", query="q", documents=documents, rank_fields=["none"])
@@ -170,11 +170,8 @@ def test_headers_give_what_the_body_leaves_open():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
 def test_null_means_left_out(protocol):
-    base = {
-        name: value
-        for name, value in protocol.example.items()
-        if name in {"query", "documents", "texts", "passages", "text_1", "text_2"}
-    }
+    needed = {"query", "documents", "texts", "passages", "text_1", "text_2"}
+    base = {name: value for name, value in protocol.example.items() if name in needed}
     optional = [field.name for field in msgspec.structs.fields(protocol.body)]
     nulls = dict.fromkeys(name for name in optional if name not in base)
     assert parsed(protocol, body(**base, **nulls)) == parsed(protocol, body(**base))
@@ -187,7 +184,7 @@ def test_top_n(given, kept):
     assert options_as("voyage", query="q", documents=["a"], top_k=given).top_n == kept
 
 
-# What is wrong with bodies.
+# Wrong bodies.
 
 
 @pytest.mark.parametrize(
@@ -214,7 +211,7 @@ def test_top_n(given, kept):
         ("vllm_score", {"text_1": "q", "text_2": []}, "text_2: is empty"),
     ],
 )
-def test_what_is_wrong_is_named(name, fields, words):
+def test_the_wrong_field_is_named(name, fields, words):
     with pytest.raises(InvalidInput) as caught:
         read_as(name, **fields)
     assert words in str(caught.value)
@@ -222,21 +219,21 @@ def test_what_is_wrong_is_named(name, fields, words):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b'{"query": "\\ud800"}'])
-def test_what_is_no_json(text):
+def test_a_body_that_is_no_json(text):
     for path in ("/v1/rerank", "/score"):
         with pytest.raises(Malformed, match="body: is no JSON object") as caught:
             parsed(choose(PATHS[path], text), text)
         assert caught.value.status == 400
 
 
-def test_what_is_no_text():
+def test_a_body_that_is_no_text():
     for text in (b'{"query": "\xff", "documents": []}', b'{"query": "q", "documents": ["\xff"]}'):
         with pytest.raises(Malformed, match="body: is no JSON object"):
             parsed(choose(PATHS["/v1/rerank"], text), text)
 
 
 @pytest.mark.parametrize("text", [b"[]", b"3", b"null"])
-def test_what_is_no_object(text):
+def test_a_body_that_is_no_object(text):
     for path in ("/v1/rerank", "/score"):
         with pytest.raises(InvalidInput, match="body: "):
             parsed(choose(PATHS[path], text), text)
@@ -251,9 +248,7 @@ RESPONSE = RerankResponse(
     results=[RerankResult(1, 0.75, 1.5), RerankResult(0, 0.25, -1.5)],
     tokens=12,
 )
-LONG = RerankResponse(
-    "abc", 1700000000, "m", [RerankResult(0, 0.5, 0.0, "a")], 12, with_documents=True
-)
+LONG = replace(RESPONSE, results=[RerankResult(0, 0.5, 0.0, "a")], with_documents=True)
 RESULTS = [{"index": 1, "relevance_score": 0.75}, {"index": 0, "relevance_score": 0.25}]
 USAGE = {"prompt_tokens": 12, "total_tokens": 12}
 
@@ -321,14 +316,9 @@ def test_answers_with_documents():
     assert BY_NAME["infinity"].write(LONG)["results"] == [result]
     assert BY_NAME["tei"].write(LONG) == [{"index": 0, "score": 0.5, "text": "a"}]
     assert BY_NAME["cohere_v2"].write(LONG)["results"] == [{"index": 0, "relevance_score": 0.5}]
-    assert BY_NAME["vllm"].write(LONG) == {
-        "id": "rerank-abc",
-        "model": "m",
-        "usage": USAGE,
-        "results": [
-            {"index": 0, "document": {"text": "a", "multi_modal": None}, "relevance_score": 0.5}
-        ],
-    }
+    result |= {"document": {"text": "a", "multi_modal": None}}
+    answer = {"id": "rerank-abc", "model": "m", "usage": USAGE, "results": [result]}
+    assert BY_NAME["vllm"].write(LONG) == answer
 
 
 def test_warnings_are_where_cohere_has_them():
@@ -390,14 +380,8 @@ def test_bodies_of_errors():
         "detail": [{"loc": ["body", "texts[1]"], "msg": words, "type": "value_error"}]
     }
     assert written("infinity", ERRORS["unauthorised"])[1] == {"detail": "An API key is needed."}
-    assert written("infinity", overloaded)[1] == {
-        "error": {
-            "message": "full. Try again in 2.5 s.",
-            "type": "Overloaded",
-            "param": None,
-            "code": 429,
-        }
-    }
+    error = {"message": "full. Try again in 2.5 s.", "type": "Overloaded"}
+    assert written("infinity", overloaded)[1] == {"error": {**error, "param": None, "code": 429}}
     assert written("nim", invalid)[1] == {
         "object": "error",
         "message": words,

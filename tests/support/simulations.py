@@ -49,7 +49,7 @@ def traces(draw):
 
 
 class VirtualWorker:
-    """A worker whose clock only runs while its keeper waits for it; then requests come, too."""
+    """A worker whose clock only runs while its supervisor waits for it; then requests come, too."""
 
     def __init__(self, truth, factors, scorer):
         self.now = 0.0
@@ -137,10 +137,10 @@ def serve(trace, settings, cost="none"):
     dispatch.set_up(scorer.info, settings.token_budget, None, settings.goal_s)
     limits = ServiceSettings(bounds=settings.bounds)
     admission = AdmissionPipeline(None, limits, dispatch, lambda: 1)
-    keeper = WorkerSupervisor(
+    supervisor = WorkerSupervisor(
         0, worker, dispatch, WorkerConfig(), opened=lambda facts: [], started=lambda error: None
     )
-    worker.end = keeper.stop
+    worker.end = supervisor.stop
     ends: dict = {}
     count = itertools.count()
     numbers = itertools.count(1)
@@ -154,12 +154,12 @@ def serve(trace, settings, cost="none"):
         except EchelonError:
             ends[arrival.at_s] = "refused", None
             return
-        job = InflightRequest(
+        inflight = InflightRequest(
             next(numbers), encoded(arrival), done(arrival.at_s), worker.now, deadline=deadline
         )
-        dispatch.submit(job)
+        dispatch.submit(inflight)
         if deadline is not None:
-            happening(deadline, 0, lambda: dispatch.cancel(job.number) or expire(arrival.at_s))
+            happening(deadline, 0, lambda: dispatch.cancel(inflight.number) or expire(arrival.at_s))
 
     def done(at_s):
         def tell(answer):
@@ -176,7 +176,7 @@ def serve(trace, settings, cost="none"):
 
     for arrival in trace:
         happening(arrival.at_s, 1, lambda arrival=arrival: arrive(arrival))
-    keeper.run()
+    supervisor.run()
     admission.close()
     return steps, ends
 
