@@ -36,6 +36,9 @@ from echelon.tuning.recommendation import (
     agree,
     correct,
     deviations,
+    noise_of_ratios,
+    pace_of,
+    squares_per_token,
 )
 from echelon.tuning.scenario import Candidate, cut, predict
 from echelon.tuning.scenario_model import (
@@ -49,10 +52,7 @@ from echelon.tuning.validation import (
     ServerProcess,
     ValidationContext,
     load_test_plan,
-    noise_of_ratios,
-    pace_of,
     serve_arguments,
-    squares_per_token,
 )
 
 

@@ -13,22 +13,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.data import load_texts
+from echelon.data import Texts, Topic, load_texts
 from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.models.demo import home
 from echelon.models.device import cpu_name
 from echelon.models.kernels import kernels
 from echelon.models.registry import layer_errors, may_choose_int8, open_scorer
-from echelon.options import check_max_length
-from echelon.profile import ProfileKey, library_versions, read_json, write_json
-from echelon.progress import no_progress
+from echelon.options import Options, check_max_length
+from echelon.profile import Profile, ProfileKey, library_versions, read_json, write_json
+from echelon.progress import Progress, no_progress
 from echelon.scheduling.packing import pack, step_budget
 from echelon.types import monotonic
 
@@ -36,13 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from echelon.data import Texts, Topic
     from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
-    from echelon.options import Options
-    from echelon.profile import Profile
-    from echelon.progress import Progress
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray, ModelInfo
@@ -61,25 +58,17 @@ BF16_SHARES = (16, 8, 4)
 """Where int8 alone does not pass, one layer in 16, 8 or 4 stays in bf16, the most sensitive first.
 With more than a quarter of them little would be left of the speed of int8."""
 
-STORE = "precision_checks"
-"""Folder of stored results, beside the downloaded models."""
+STORE = "precision_checks"  # folder of stored results, beside the downloaded models
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How well the scores of a precision agree with those of fp32: means over queries.
+    """How well the scores of a precision agree with those of fp32: means over queries."""
 
-    Attributes:
-        tau: Kendall's tau-b within queries.
-        overlap: share of the top ten that both have.
-        max_delta: largest difference of a logit.
-        ndcg_loss: nDCG@10 of fp32 minus that of the precision; None without judgements.
-    """
-
-    tau: float
-    overlap: float
-    max_delta: float
-    ndcg_loss: float | None
+    tau: float  # Kendall's tau-b within queries
+    overlap: float  # share of the top ten that both have
+    max_delta: float  # largest difference of a logit
+    ndcg_loss: float | None  # nDCG@10 of fp32 minus that of the precision; None without judgements
 
     @property
     def passed(self) -> bool:
@@ -140,10 +129,7 @@ def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
 def scorer_factory(
     folder: ModelFolder, options: Options, keep_bf16: Sequence[str] = ()
 ) -> ScorerFactory:
-    """A function that opens the model in a precision, in this process or another.
-
-    int8 leaves the layers ``keep_bf16`` in bf16.
-    """
+    """A function that opens the model in a precision, in this process or another."""
     return partial(
         open_scorer,
         folder.path,
@@ -196,24 +182,20 @@ class PrecisionCheck:
         self, precision: str, keep_bf16: Sequence[str] = ()
     ) -> tuple[list[FloatArray], float]:
         """Score all topics twice: their logits, and tokens per second of the second pass."""
-        scorer = self.open(precision, keep_bf16)
-        try:
+        with closing(self.open(precision, keep_bf16)) as scorer:
             encoded = self.encode(scorer.info)
             engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.info.device)))
             engine.run(encoded)
             started = monotonic()
             outcome = engine.run(encoded)
             seconds = monotonic() - started
-        finally:
-            scorer.close()
         bounds = np.cumsum([len(topic.documents) for topic in self.topics])[:-1]
         return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
 
     def sensitive_layers(self) -> list[str]:
         """Linear layers by the error that int8 causes in them, the largest error first."""
-        scorer = self.open("bf16")
-        info = scorer.info
-        scorer.close()
+        with closing(self.open("bf16")) as scorer:
+            info = scorer.info
         encoded = self.encode(info)
         steps = pack(encoded.lengths, step_budget(None, None, info.device))
         return list(layer_errors(self.folder.path, map(encoded.batch, steps)))
@@ -312,11 +294,7 @@ def check_precision(
 
 
 def require_passed(row: dict[str, Any]) -> None:
-    """Refuse a precision that did not pass.
-
-    Raises:
-        InvalidInput: with what was measured and what is required.
-    """
+    """Raise :class:`InvalidInput` for a precision that did not pass: measured and required."""
     if row["passed"]:
         return
     raise InvalidInput(

@@ -128,12 +128,7 @@ def positions_from_zero(batch: TokenBatch) -> IntArray:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's ``config.json``.
-
-    Raises:
-        ModelNotFound: no such file.
-        BadCheckpoint: not a JSON object with a ``model_type``.
-    """
+    """Read a model folder's ``config.json``."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFound(

@@ -192,10 +192,6 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return mixed.view(count, length, heads, size).transpose(1, 2)
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(query, key, value)
-
-
 def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[count, heads, rows, size] through two batched products around a softmax."""
     count, heads, _, size = query.shape
@@ -206,7 +202,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 METHODS: dict[Method, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "kernel": _by_kernel,
-    "fused": _fused,
+    "fused": functional.scaled_dot_product_attention,
     "products": _products,
 }
 """Each for one dense block: query, key and value [count, heads, rows, size]."""

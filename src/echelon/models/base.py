@@ -41,7 +41,6 @@ class Scorer(Protocol):
     @property
     def info(self) -> ModelInfo:
         """Device, precision and limits; constant while the scorer is open."""
-        ...
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step.
@@ -52,15 +51,12 @@ class Scorer(Protocol):
         Raises:
             DeviceOutOfMemory: the step did not fit; a smaller one may.
         """
-        ...
 
     def release(self) -> None:
         """Free cached memory of the device."""
-        ...
 
     def close(self) -> None:
         """Free the weights; the scorer cannot be used again."""
-        ...
 
 
 UNBOUNDED_MAX_TOKENS = 8192
@@ -83,14 +79,11 @@ def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
 
 
 class FakeScorer:
-    """Deterministic logits in [-10, 10] from token ids.
+    """A scorer without weights, for tests, dry runs and simulations.
 
-    Args:
-        memory_tokens: larger steps raise :class:`DeviceOutOfMemory`; None is no limit.
-        stale_tokens: memory that caches hold until :meth:`release`.
-        max_tokens: longest pair.
-        padding: ``none`` or ``rectangular``.
-        precision: reported precision; bf16 and fp16 need half the memory of fp32.
+    Its logits, in [-10, 10], are a hash of the pair's tokens alone. Steps of more than
+    ``memory_tokens`` run out of memory; bf16 and fp16 need half the memory of fp32. Caches hold
+    ``stale_tokens`` until :meth:`release`.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ import ctypes
 import json
 import mmap
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from echelon.errors import BadCheckpoint, ModelNotFound
 from echelon.models.device import is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import torch
 
@@ -29,12 +30,7 @@ AGAIN = "Download the model again."
 
 
 class Checkpoint:
-    """Named tensors of a model folder.
-
-    Raises:
-        ModelNotFound: the folder has no weights.
-        BadCheckpoint: the weights cannot be read.
-    """
+    """Named tensors of a model folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,11 +42,7 @@ class Checkpoint:
         return frozenset(self._files)
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Map tensors by name and check their shapes against those that ``config.json`` implies.
-
-        Raises:
-            BadCheckpoint: a tensor is missing, has another shape, or cannot be read.
-        """
+        """Map tensors by name and check their shapes against those that ``config.json`` implies."""
         tensors: dict[str, torch.Tensor] = {}
         for file in {self._file(name) for name in shapes}:
             wanted = [name for name in shapes if self._files[name] == file]
@@ -103,27 +95,29 @@ def _shards(index: Path) -> dict[str, Path]:
 def _names(file: Path, suffix: str) -> list[str]:
     if suffix == "bin":
         return list(_unpickle(file))
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f"{file}: damaged or cut short ({error}). {AGAIN}") from error
+    with _opened(file) as tensors:
+        return list(tensors.keys())
 
 
 def _map(file: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    if file.suffix == ".bin":
-        tensors = _unpickle(file)
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise BadCheckpoint(f"{file}: {missing[0]} of the index is missing. {AGAIN}")
-        return {name: tensors[name] for name in names}
+    if file.suffix != ".bin":
+        with _opened(file) as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    tensors = _unpickle(file)
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise BadCheckpoint(f"{file}: {missing[0]} of the index is missing. {AGAIN}")
+    return {name: tensors[name] for name in names}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
+            yield opened
     except (SafetensorError, OSError) as error:
         raise BadCheckpoint(f"{file}: damaged or cut short ({error}). {AGAIN}") from error
 
@@ -152,8 +146,7 @@ def _is_zip(file: Path) -> bool:
         return opened.read(2) == b"PK"
 
 
-MIN_BYTES = 128 * 2**20
-"""Smaller tables stay in memory: giving them back would save little."""
+MIN_BYTES = 128 * 2**20  # smaller tables stay in memory: giving them back would save little
 
 ROWS = 1024
 """Rows looked up before pages are given back: these hold 64 MiB at most, and giving them back takes

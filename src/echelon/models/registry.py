@@ -52,15 +52,10 @@ def open_scorer(
     label: str | int | None = None,
     keep_bf16: Iterable[str] = (),
 ) -> Scorer:
-    """Load the model in ``folder``.
+    """Load the model in ``folder``; the options are those of :class:`echelon.Reranker`.
 
-    Args:
-        folder: ``config.json`` and weights.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-        threads: CPU threads; None uses all that the process may use.
-        label: the output to score, if the head has several.
-        keep_bf16: linear layers that stay in bf16 under int8, as :func:`layer_errors` names them.
+    ``keep_bf16`` are linear layers that stay in bf16 under int8, as :func:`layer_errors` names
+    them.
 
     Raises:
         ModelError: the model does not exist, is damaged, or of an unsupported kind.

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 class GenericScorer:
-    """A :class:`~echelon.models.base.Scorer` around ``AutoModelForSequenceClassification``.
-
-    Raises:
-        UnsupportedModel: transformers does not know the architecture.
-        BadCheckpoint: the weights do not fit it.
-    """
+    """A :class:`~echelon.models.base.Scorer` around ``AutoModelForSequenceClassification``."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.messages import Message
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (
@@ -24,7 +24,7 @@ from echelon.tuning.candidates import (
     check_max_lengths,
     fitted_models,
 )
-from echelon.tuning.goal import HURRIED, ScenarioLimits
+from echelon.tuning.goal import HURRIED, ScenarioGoal, ScenarioLimits
 from echelon.tuning.recommendation import (
     LoadMetrics,
     ValidationRound,
@@ -35,9 +35,14 @@ from echelon.tuning.recommendation import (
     scenario_entry,
     settings_of,
 )
-from echelon.tuning.scenario import curve_of, predict, solve
-from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, require_texts
-from echelon.tuning.tuner import probe
+from echelon.tuning.scenario import Candidate, Recommendation, curve_of, predict, solve
+from echelon.tuning.scenario_model import (
+    ScenarioModel,
+    WorkloadTexts,
+    length_policy_of,
+    require_texts,
+)
+from echelon.tuning.tuner import TuningPlan, probe
 from echelon.tuning.validation import ValidationContext, validate
 from echelon.types import monotonic
 
@@ -46,38 +51,22 @@ if TYPE_CHECKING:
 
     from echelon.engine.precision_check import PrecisionCheck
     from echelon.profile import Profile
-    from echelon.progress import Progress
     from echelon.simulation.workload import Arrival
-    from echelon.tuning.goal import ScenarioGoal
-    from echelon.tuning.scenario import Candidate, Recommendation
-    from echelon.tuning.scenario_model import ScenarioModel
-    from echelon.tuning.tuner import TuningPlan
 
 OVERHEAD_S = 0.002
 """Seconds for HTTP and tokenizing per request until they are measured, as in `echelon plan`."""
 
-PREDICTED_S = 20.0
-"""Seconds of requests that are predicted where there is no validation."""
-
-LOOK_AHEAD = 200
-"""Documents whose lengths show how many pairs a shorter max_length would cut."""
-
-MAX_ROUNDS = 2
-"""Validations: the first, and one after a correction."""
+PREDICTED_S = 20.0  # seconds of requests that are predicted where there is no validation
+LOOK_AHEAD = 200  # documents whose lengths show how many pairs a shorter max_length would cut
+MAX_ROUNDS = 2  # validations: the first, and one after a correction
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioResult:
-    """A recommendation.
+    """A recommendation."""
 
-    Attributes:
-        profile: with the settings, and the entry ``scenario``.
-        missed: the error where the validation missed the goal; None where it held, or where
-            nothing was validated.
-    """
-
-    profile: Profile
-    missed: GoalMissed | None
+    profile: Profile  # with the settings, and the entry ``scenario``
+    missed: GoalMissed | None  # None where the goal held, or where nothing was validated
 
 
 def recommend(
@@ -140,13 +129,9 @@ class _ScenarioRun:
     def _max_lengths(self, load: WorkloadTexts) -> list[MaxLengthCheck]:
         if "max_length" not in self.goal.allow:
             return []
-        return check_max_lengths(
-            self._check,
-            self.profile.key.precision,
-            self.profile.keep_bf16,
-            load.first(float(LOOK_AHEAD)),
-            self.on_progress,
-        )
+        precision, requests = self.profile.key.precision, load.first(float(LOOK_AHEAD))
+        keep_bf16 = self.profile.keep_bf16
+        return check_max_lengths(self._check, precision, keep_bf16, requests, self.on_progress)
 
     @property
     def _check(self) -> PrecisionCheck:
@@ -189,12 +174,11 @@ class _ScenarioRun:
         with closing(factory(precision=precision)) as scorer:
             probed = probe(check, scorer, self.plan, texts, monotonic, self.on_progress)
         models = models_of(probed, factory)
-        note = Message(
-            "scenario.other_precision", {"swept": self.profile.key.precision, "taken": precision}
-        )
+        key = self.profile.key
+        note = Message("scenario.other_precision", {"swept": key.precision, "taken": precision})
         measured = replace(
             self.profile,
-            key=replace(self.profile.key, precision=precision),
+            key=replace(key, precision=precision),
             cost=models.cost,
             memory=models.memory,
             warnings=[*self.profile.warnings, *models.warnings, note],

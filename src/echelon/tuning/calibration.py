@@ -17,58 +17,41 @@ import math
 import random
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echelon.engine.worker import ChildWorker
+from echelon.engine.worker import ChildWorker, ScorerFactory
 from echelon.errors import EchelonError, TooNoisy
 from echelon.messages import Message
-from echelon.models.base import DeviceOutOfMemory, WorkerDied
-from echelon.progress import no_progress
-from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
+from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied
+from echelon.progress import Progress, no_progress
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
 from echelon.scheduling.fit import Probe, fit_cost, fit_memory
 from echelon.scheduling.packing import step_cost
-from echelon.tokenization.pairs import gather
-from echelon.tuning.machine import MemoryMeter, meter_of
+from echelon.tokenization.pairs import EncodedPairs, gather
+from echelon.tuning.machine import MemoryMeter, Meter, meter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.data import Texts
-    from echelon.engine.worker import ScorerFactory
-    from echelon.models.base import Scorer
-    from echelon.progress import Progress
-    from echelon.scheduling.cost_model import Coefficients
-    from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.tuning.machine import Meter
     from echelon.types import Clock, ModelInfo, Padding, TokenBatch
 
 
-Lengths = tuple[int, ...]
-"""The shape of a step: tokens of each pair."""
+Lengths = tuple[int, ...]  # the shape of a step: tokens of each pair
 
-PROBES, CHECKS = 24, 10
-"""Shapes to fit, and to check."""
-
-MIXED = 8
-"""Probes of mixed lengths: they average what the formula leaves out."""
-
-ROUNDS = 9
-"""Repeats after which medians gain little."""
+PROBES, CHECKS = 24, 10  # shapes to fit, and to check
+MIXED = 8  # probes of mixed lengths: they average what the formula leaves out
+ROUNDS = 9  # repeats after which medians gain little
 
 MIN_ROUNDS = 3
 """Fewer repeats say nothing about the certainty of a median; the time is planned for these."""
 
-QUIET = 0.01
-"""Where repeats differ by less than this share, more of them are not needed."""
-
-SHORTEST = 16
-"""Tokens of the shortest pair: special tokens and some words of query and document."""
-
-FULL_SHARE = 0.25
-"""Part of a round's time that the single slowest shape may take."""
+QUIET = 0.01  # where repeats differ by less than this share, more of them are not needed
+SHORTEST = 16  # tokens of the shortest pair: special tokens and some words of query and document
+FULL_SHARE = 0.25  # part of a round's time that the single slowest shape may take
 
 MAX_PER_SIZE = 2
 """Shapes of about one size, after one of every size: the optimum alone would be a few extreme
@@ -77,16 +60,10 @@ shapes, and would not show where a device differs from the formula."""
 
 @dataclass(frozen=True, slots=True)
 class LengthRange:
-    """Limits of the shapes of steps.
+    """Limits of the shapes of steps."""
 
-    Attributes:
-        longest: tokens of the longest pair.
-        budget: tokens of the largest step.
-        padding: how the scorer pads.
-    """
-
-    longest: int
-    budget: int
+    longest: int  # tokens of the longest pair
+    budget: int  # tokens of the largest step
     padding: Padding
 
     def uniform(self) -> list[Lengths]:
@@ -114,8 +91,7 @@ class LengthRange:
                 return tuple(shape[:-1])
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeShapes:
+class ProbeShapes(NamedTuple):
     """Shapes to fit, and shapes to check the fit with."""
 
     probes: list[Lengths]
@@ -188,15 +164,7 @@ def measure(
 
     The first round goes from the smallest to the largest step, so that memory which the allocator
     keeps is not counted for the next step. It is also the warm-up: its times count only where
-    there are no others.
-
-    Args:
-        shapes: what to measure.
-        run: scores a step of a shape; raises :class:`DeviceOutOfMemory` where it does not fit.
-        meter: reads peak memory.
-        clock: seconds.
-        limit_s: no round starts that would end later, except the first.
-        on_progress: called before each round.
+    there are no others. After it no round starts that would end later than ``limit_s``.
 
     Returns:
         The shapes that fit in memory, smallest first.
@@ -260,8 +228,7 @@ logger = logging.getLogger(__name__)
 PRIOR_STEPS = 3
 """Steps after the first that measure roughly how fast the machine is, to plan the probes."""
 
-STEP_TIMEOUT_S = 600.0
-"""A probe takes seconds; a worker without an answer for this long hangs."""
+STEP_TIMEOUT_S = 600.0  # a probe takes seconds; a worker without an answer for this long hangs
 
 
 class StepFactory:
@@ -290,33 +257,19 @@ class StepFactory:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The fitted models, as the profile stores them; None where the fit was refused.
-
-    Attributes:
-        cost: see :class:`echelon.scheduling.fit.CostFit`.
-        memory: see :class:`echelon.scheduling.fit.MemoryFit`.
-        warnings: why a fit was refused, and the remedy.
-    """
+    """The fitted models, as the profile stores them; None where the fit was refused."""
 
     cost: dict[str, Any] | None
     memory: dict[str, Any] | None
-    warnings: list[str]
+    warnings: list[str]  # why a fit was refused, and the remedy
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Probes that were measured on an open scorer.
+    """Probes that were measured on an open scorer."""
 
-    Attributes:
-        probes: the models are fitted to these.
-        checks: the models are judged by these.
-        limits: the largest step and pair that were possible.
-        steps: made the steps.
-        info: the model and the device.
-    """
-
-    probes: list[Probe]
-    checks: list[Probe]
+    probes: list[Probe]  # the models are fitted to these
+    checks: list[Probe]  # the models are judged by these
     limits: LengthRange
     steps: StepFactory
     info: ModelInfo
@@ -337,10 +290,8 @@ def calibrate(
 
     device = scorer.info.device
     prior = scaled_prior(run, limits, DEFAULT_COEFFICIENTS[device.partition(":")[0]], clock)
-    shapes = choose(limits, prior, limit_s / (1 + MIN_ROUNDS))
-    wanted = shapes.probes + shapes.checks
-    measured = measure(wanted, run, meter_of(device), clock, limit_s, on_progress)
-    checks = set(shapes.checks)
+    shapes, checks = choose(limits, prior, limit_s / (1 + MIN_ROUNDS))
+    measured = measure(shapes + checks, run, meter_of(device), clock, limit_s, on_progress)
     probes = [probe for probe in measured if probe.lengths not in checks]
     unseen = [probe for probe in measured if probe.lengths in checks]
     return ProbeResult(probes, unseen, limits, steps, scorer.info)
@@ -367,13 +318,7 @@ def models_of(probed: ProbeResult, factory: ScorerFactory) -> Calibration:
 def worker_peaks(
     probes: list[Probe], steps: StepFactory, factory: ScorerFactory, precision: str
 ) -> dict[Lengths, int]:
-    """Measure the peak memory of a worker in each step that fits, in bytes.
-
-    Raises:
-        EchelonError: the worker could not open the model, or score a step.
-        DeviceOutOfMemory: the smallest step did not fit.
-        WorkerDied: the worker ended before it scored a step.
-    """
+    """Measure the peak memory of a worker in each step that fits, in bytes."""
     worker = ChildWorker(factory, "worker that probes memory")
     worker.start(precision)
     peaks: dict[Lengths, int] = {}
@@ -415,10 +360,6 @@ def scaled_prior(
     """Scale default coefficients to this machine, by the fastest of some steps of one long pair."""
     shape = (limits.longest,)
     run(shape)
-    times = []
-    for _ in range(PRIOR_STEPS):
-        began = clock()
-        run(shape)
-        times.append(clock() - began)
-    scale = max(min(times), 1e-9) / prior.seconds(work_of(shape, limits.padding))
+    fastest = min(_timed(run, shape, clock) for _ in range(PRIOR_STEPS))
+    scale = max(fastest, 1e-9) / prior.seconds(work_of(shape, limits.padding))
     return prior.with_values([scale * price for price in prior.values])

@@ -5,12 +5,13 @@ Accuracy is measured on the texts of the precision check, never assumed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import agreement
+from echelon.engine.precision_check import PrecisionCheck, agreement
 from echelon.errors import InvalidInput
-from echelon.scheduling.cost_model import CostModel
+from echelon.scheduling.cost_model import CostModel, MemoryModel
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.capacity_plan import BUDGETS
 from echelon.simulation.fitted_models import cost_of, memory_of
@@ -19,15 +20,12 @@ from echelon.tuning.scenario import Candidate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.engine.precision_check import PrecisionCheck
     from echelon.profile import Profile
     from echelon.progress import Progress
-    from echelon.scheduling.cost_model import MemoryModel
     from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import ScenarioGoal
 
-LENGTHS = (256, 128)
-"""Values of ``max_length`` that are tried."""
+LENGTHS = (256, 128)  # values of `max_length` that are tried
 
 MAX_EXTRA_CUT = 0.1
 """A length may cut this share of pairs more in the load than in the texts of the precision check:
@@ -43,11 +41,7 @@ class FittedModels:
 
 
 def fitted_models(profile: Profile) -> dict[str, FittedModels]:
-    """The models of the profile's precision, by its name.
-
-    Raises:
-        ProfileError: the profile contains too little.
-    """
+    """The models of the profile's precision, by its name."""
     return {profile.key.precision: FittedModels(cost_of(profile), memory_of(profile))}
 
 
@@ -86,11 +80,8 @@ def candidates(
         memory=fitted[own].memory,
     )
     kinds = [base]
-    kinds += [
-        replace(base, max_length=one.max_length, agreement=one.tau)
-        for one in lengths
-        if one.reason is None
-    ]
+    usable = [one for one in lengths if one.reason is None]
+    kinds += [replace(base, max_length=one.max_length, agreement=one.tau) for one in usable]
     if "precision" in goal.allow:
         others = [r for r in profile.precisions if r["passed"] and r["precision"] != own]
         kinds += [_other(base, other, profile, fitted) for other in others]
@@ -154,33 +145,17 @@ def worker_counts(profile: Profile) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class MaxLengthCheck:
-    """A shorter length and its accuracy.
+    """A shorter length and its agreement with fp32 at full length."""
 
-    Attributes:
-        max_length: tokens of the longest pair.
-        precision: the precision that was measured.
-        tau: Kendall's tau-b with fp32 at full length.
-        overlap: share of the top ten that both have.
-        ndcg_loss: loss of nDCG@10; None without judgements.
-        cut: share of the texts' pairs that are cut.
-        load_cut: share of the load's pairs that are cut.
-        passed: whether it ranks as fp32 at full length does.
-        reason: why it cannot be chosen; None where it can.
-    """
-
-    max_length: int
+    max_length: int  # tokens
     precision: str
     tau: float
     overlap: float
-    ndcg_loss: float | None
-    cut: float
-    load_cut: float
+    ndcg_loss: float | None  # None without judgements
+    cut: float  # share of the texts' pairs that are cut
+    load_cut: float  # share of the load's pairs that are cut
     passed: bool
-    reason: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for the profile."""
-        return asdict(self)
+    reason: str | None  # why it cannot be chosen; None where it can
 
 
 def check_max_lengths(
@@ -207,28 +182,16 @@ def check_max_lengths(
         logits, _ = cut.score(precision, keep_bf16)
         seen = agreement(reference, logits, [topic.grades for topic in check.topics])
         text_cut, load_cut = (sum(n > limit for n in some) / len(some) for some in (texts, load))
-        found.append(
-            MaxLengthCheck(
-                limit,
-                precision,
-                seen.tau,
-                seen.overlap,
-                seen.ndcg_loss,
-                text_cut,
-                load_cut,
-                seen.passed,
-                _reason(limit, text_cut, load_cut, passed=seen.passed),
-            )
-        )
+        reason = _reason(limit, text_cut, load_cut, passed=seen.passed)
+        ranks = (seen.tau, seen.overlap, seen.ndcg_loss)
+        shares = (text_cut, load_cut)
+        found.append(MaxLengthCheck(limit, precision, *ranks, *shares, seen.passed, reason))
     return found
 
 
 def _lengths(check: PrecisionCheck, precision: str, keep_bf16: Sequence[str]) -> list[int]:
-    scorer = check.open(precision, keep_bf16)
-    try:
+    with closing(check.open(precision, keep_bf16)) as scorer:
         return [int(length) for length in check.encode(scorer.info).lengths]
-    finally:
-        scorer.close()
 
 
 def _reason(limit: int, text_cut: float, load_cut: float, *, passed: bool) -> str | None:

@@ -58,11 +58,9 @@ class Meter(Protocol):
 
     def reset(self) -> None:
         """Start a new measurement."""
-        ...
 
     def peak_bytes(self) -> int:
         """Peak memory since the last reset, in bytes."""
-        ...
 
 
 class MemoryMeter:

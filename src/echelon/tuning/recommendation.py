@@ -5,29 +5,28 @@ docs/TUNE.md describes the entry.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages import Message
 from echelon.messages.units import duration, size
-from echelon.profile import TunedSettings
+from echelon.profile import Profile, TunedSettings
 from echelon.reports.wording import METRICS, value
-from echelon.tuning.candidates import paced
+from echelon.scheduling.cost_model import CostModel, Work
+from echelon.tuning.candidates import MaxLengthCheck, paced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from echelon.profile import Profile
     from echelon.simulation.service_level import SimulationResult
-    from echelon.tuning.candidates import MaxLengthCheck
+    from echelon.simulation.workload import Arrival
     from echelon.tuning.goal import Scenario, ScenarioGoal, ScenarioLimits
     from echelon.tuning.scenario import Candidate, Recommendation, TriedCandidate
 
-SCHEMA = 1
-"""Version of the entry's layout, see docs/TUNE.md."""
-
-TOLERANCE = 0.25
-"""Relative difference up to which a measurement agrees with its prediction."""
+SCHEMA = 1  # version of the entry's layout, see docs/TUNE.md
+TOLERANCE = 0.25  # relative difference up to which a measurement agrees with its prediction
 
 COMPARED = {
     "api": ("p50_s", "p99_s"),
@@ -37,30 +36,27 @@ COMPARED = {
 }
 """Metrics of each scenario that must agree."""
 
+PACE_RANGE = (0.1, 10.0)  # a measured pace outside this range is an error of the measurement
+
+EDGE = 1.5
+"""Ratios beyond the outermost bounds of a histogram are taken to be within this factor of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadMetrics:
     """Metrics of a setting under load, predicted or measured.
 
-    Attributes:
-        p50_s: median latency; None where nothing was answered, and for ``offline``.
-        p95_s: 95th percentile.
-        p99_s: 99th percentile.
-        requests_per_s: requests answered per second.
-        documents_per_s: their documents per second.
-        memory_bytes: memory of all workers at the largest step; None where it is not known.
-        requests: all requests.
-        missed: requests that were refused, failed, or were answered later than the goal.
+    Latencies are None where nothing was answered, and for ``offline``.
     """
 
     p50_s: float | None
     p95_s: float | None
     p99_s: float | None
-    requests_per_s: float
+    requests_per_s: float  # answered
     documents_per_s: float
-    memory_bytes: float | None
+    memory_bytes: float | None  # of all workers at the largest step; None where it is not known
     requests: int
-    missed: int
+    missed: int  # requests that were refused, failed, or were answered later than the goal
 
     @classmethod
     def of(
@@ -84,50 +80,28 @@ class LoadMetrics:
             outcome.requests - outcome.within,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for the profile."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """A setting, measured under load.
-
-    Attributes:
-        metrics: what was measured.
-        pace: time of the steps, relative to the cost model.
-        overhead_s: seconds of a request besides the queue and its steps; None without a server.
-        held: whether the goal and the memory limit held.
-        doubts: why the metrics may be misleading.
-        noise: of step times, see :class:`echelon.simulation.server_simulation.SimulationSettings`;
-            None without a server.
-    """
+    """A setting, measured under load; overhead and noise are None without a server."""
 
     metrics: LoadMetrics
-    pace: float
-    overhead_s: float | None
-    held: bool
-    doubts: tuple[str, ...] = ()
-    noise: float | None = None
+    pace: float  # time of the steps, relative to the cost model
+    overhead_s: float | None  # of a request besides the queue and its steps
+    held: bool  # whether the goal and the memory limit held
+    doubts: tuple[str, ...] = ()  # why the metrics may be misleading
+    noise: float | None = None  # of step times, as in SimulationSettings
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationRound:
-    """A recommendation and its validation.
-
-    Attributes:
-        recommendation: what was chosen by simulation.
-        predicted: metrics of the requests that the validation sends.
-        limits: goal, overhead and noise of the simulation.
-        validation: what was measured; None where nothing was.
-        deviations: relative differences of the measured from the predicted metrics.
-    """
+    """A recommendation and its validation."""
 
     recommendation: Recommendation
-    predicted: LoadMetrics
-    limits: ScenarioLimits
+    predicted: LoadMetrics  # of the requests that the validation sends
+    limits: ScenarioLimits  # goal, overhead and noise of the simulation
     validation: Validation | None = None
-    deviations: dict[str, float] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)  # relative to the predicted metrics
 
     @property
     def chosen(self) -> Candidate:
@@ -144,16 +118,16 @@ class ValidationRound:
         seen = self.validation
         return {
             "chosen": _setting(self.chosen),
-            "predicted": self.predicted.as_dict(),
+            "predicted": asdict(self.predicted),
             "overhead_s": self.limits.overhead_s,
             "noise": self.limits.noise,
-            "measured": None if seen is None else seen.metrics.as_dict(),
-            "held": None if seen is None else seen.held,
-            "agrees": None if seen is None else agree(self.deviations),
+            "measured": seen and asdict(seen.metrics),
+            "held": seen and seen.held,
+            "agrees": seen and agree(self.deviations),
             "off": self.deviations,
-            "pace": None if seen is None else seen.pace,
-            "measured_overhead_s": None if seen is None else seen.overhead_s,
-            "measured_noise": None if seen is None else seen.noise,
+            "pace": seen and seen.pace,
+            "measured_overhead_s": seen and seen.overhead_s,
+            "measured_noise": seen and seen.noise,
         }
 
 
@@ -208,6 +182,47 @@ def correct(
     return corrected, limits
 
 
+def noise_of_ratios(counts: Mapping[float, float]) -> float | None:
+    """Standard deviation of log(actual / predicted) step time; None with fewer than two steps.
+
+    ``counts`` is a Prometheus histogram: by upper bound, the steps whose ratio is at most that
+    bound. Each step is taken for the middle of its interval.
+    """
+    bounds = sorted(counts)
+    below = [0.0, *(counts[bound] for bound in bounds[:-1])]
+    steps = [counts[bound] - less for bound, less in zip(bounds, below, strict=True)]
+    if sum(steps) < 2:  # noqa: PLR2004 - a deviation needs two
+        return None
+    edges = [bounds[0] / EDGE, *bounds[:-1], bounds[-2] * EDGE]
+    middles = [math.log(low * high) / 2 for low, high in itertools.pairwise(edges)]
+    mean = sum(n * at for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    spread = sum(n * (at - mean) ** 2 for n, at in zip(steps, middles, strict=True)) / sum(steps)
+    return math.sqrt(spread)
+
+
+def squares_per_token(requests: Sequence[Arrival], max_length: int | None) -> float:
+    """Sum of squared pair lengths over the sum of lengths, with pairs cut to ``max_length``."""
+    lengths = [length for one in requests for length in one.lengths]
+    lengths = [n if max_length is None else min(n, max_length) for n in lengths]
+    return sum(n * n for n in lengths) / max(1, sum(lengths))
+
+
+def pace_of(seconds: float, steps: float, tokens: float, squares: float, cost: CostModel) -> float:
+    """Measured over predicted seconds of all steps; 1 where nothing was measured.
+
+    ``tokens`` includes padding, and ``squares`` is squared tokens per token.
+    """
+    expected = cost.seconds(Work(round(steps), round(tokens), round(tokens * squares)))
+    if not (seconds > 0 and expected > 0):
+        return 1.0
+    return limited_pace(seconds / expected)
+
+
+def limited_pace(ratio: float) -> float:
+    """A ratio of measured and predicted time, within PACE_RANGE."""
+    return min(max(ratio, PACE_RANGE[0]), PACE_RANGE[1])
+
+
 # The profile's entry.
 
 
@@ -242,7 +257,7 @@ def scenario_entry(
         "agrees": shown["agrees"],
         "rounds": [one.as_dict() for one in rounds],
         "tried": [_tried(one) for one in recommendation.tried],
-        "lengths": [one.as_dict() for one in lengths],
+        "lengths": [asdict(one) for one in lengths],
         "notes": [*_notes(goal, rounds), *doubts, *notes],
     }
 
@@ -289,7 +304,7 @@ def _tried(one: TriedCandidate) -> dict[str, Any]:
         "reason": one.reason,
         "documents_per_s": one.documents_per_s,
         "bears_rate": one.max_rate,
-        "predicted": None if predicted is None else predicted.as_dict(),
+        "predicted": predicted and predicted.as_dict(),
     }
 
 

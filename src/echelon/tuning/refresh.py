@@ -14,29 +14,30 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from echelon.errors import ProfileError
-from echelon.models.base import DeviceOutOfMemory
-from echelon.profile import apply_profile, current_key
-from echelon.progress import no_progress
+from echelon.models.base import DeviceOutOfMemory, Scorer
+from echelon.profile import Profile, apply_profile, current_key
+from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import MAX_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.calibration import LengthRange, StepFactory, measure, models_of
+from echelon.tuning.calibration import (
+    Calibration,
+    LengthRange,
+    ProbeResult,
+    StepFactory,
+    measure,
+    models_of,
+)
 from echelon.tuning.machine import meter_of
-from echelon.tuning.tuner import find_model, probe, tune
-from echelon.types import monotonic
+from echelon.tuning.tuner import TuningPlan, find_model, probe, tune
+from echelon.types import Clock, monotonic
 
 if TYPE_CHECKING:
     import os
 
     from echelon.data import Texts
     from echelon.engine.precision_check import PrecisionCheck
-    from echelon.models.base import Scorer
     from echelon.options import Options
-    from echelon.profile import Profile
-    from echelon.progress import Progress
-    from echelon.tuning.calibration import Calibration, ProbeResult
-    from echelon.tuning.tuner import TuningPlan
-    from echelon.types import Clock
 
 MAX_AGE_DAYS = 30
 """Days after which a cost model is measured again, even if the spot checks agree: they are few."""
@@ -47,17 +48,11 @@ SPOTS, SPOT_SHARE = 6, 0.1
 
 @dataclass(frozen=True, slots=True)
 class RefreshResult:
-    """An updated profile.
-
-    Attributes:
-        profile: the new one.
-        measured: what was measured again, and why.
-        kept: what was not measured again, and why.
-    """
+    """An updated profile."""
 
     profile: Profile
-    measured: list[str]
-    kept: list[str]
+    measured: list[str]  # what was measured again, and why
+    kept: list[str]  # what was not measured again, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +129,7 @@ def _renew(
 ) -> tuple[RefreshResult, bool, ProbeResult | None]:
     """Check a profile whose key is still right.
 
-    Returns:
-        What was done; whether all times must be measured again; and probes for models that the
-        profile does not contain yet.
+    Returns what was done, whether all times must be measured again, and probes for new models.
     """
     measured, kept = [], ["ranking agreement and threads: model, device and versions are the same"]
     profile, budget, probed = old, old.learned_token_budget, None

@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from echelon.data import load_texts
+from echelon.data import Texts, Topic, load_texts
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
-from echelon.loadtest.texts import TextSource, TokenLengths
+from echelon.loadtest.texts import LengthPolicy, TextSource, TokenLengths
 from echelon.messages.units import duration, size
 from echelon.models.hub import resolve
 from echelon.models.registry import require_model
 from echelon.simulation.service_level import latency_too_short, memory_too_small, pairs_too_long
-from echelon.simulation.workload import Arrival, ObservedSize, max_tokens
+from echelon.simulation.workload import (
+    Arrival,
+    ArrivalRecord,
+    ObservedSize,
+    SizeDistribution,
+    Workload,
+    max_tokens,
+)
 from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
 from echelon.types import monotonic
@@ -32,42 +39,28 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
-    from echelon.data import Texts, Topic
-    from echelon.loadtest.texts import LengthPolicy
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
-    from echelon.simulation.workload import ArrivalRecord, SizeDistribution, Workload
     from echelon.tuning.goal import ScenarioGoal
 
-TIMED_STEPS = 3
-"""Steps of one pair, of which the fastest counts."""
+TIMED_STEPS = 3  # steps of one pair, of which the fastest counts
 
 MARGIN = 4.0
 """Another precision or number of threads may be faster than the first steps by this factor."""
 
-SAMPLE, DOCUMENTS = 20, 10
-"""Requests, and documents of each, whose lengths are checked beforehand."""
-
-CLOSE = 0.1
-"""Texts have the requested length where their mean is within this relative difference."""
+SAMPLE, DOCUMENTS = 20, 10  # requests, and documents of each, whose lengths are checked beforehand
+CLOSE = 0.1  # texts have the requested length where their mean is within this relative difference
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioModel:
-    """The model that a recommendation is for.
+    """The model that a recommendation is for."""
 
-    Attributes:
-        name: the name that the user gave.
-        check: folder, options and tokenizer, with the texts of the precision check.
-        texts: all texts.
-        longest: tokens of the longest possible pair.
-    """
-
-    name: str | os.PathLike[str]
+    name: str | os.PathLike[str]  # as the user gave it
     check: PrecisionCheck
-    texts: Texts
-    longest: int
+    texts: Texts  # all texts; the check has some of them
+    longest: int  # tokens of the longest possible pair
 
     @property
     def options(self) -> Options:
@@ -91,7 +84,6 @@ def open_for_scenario(
     Raises:
         InvalidInput: lengths beyond the model, memory below its weights, or a goal below the time
             of one pair; the error says what is possible instead.
-        ModelError: the model is not there, damaged, or of an unsupported kind.
     """
     folder = resolve(name, revision=options.revision, progress=options.progress)
     require_model(folder.path)
@@ -150,17 +142,11 @@ def _check_goal(scorer: Scorer, goal: ScenarioGoal, model: ScenarioModel) -> Non
 
 @dataclass(frozen=True, slots=True)
 class WorkloadTexts:
-    """Requests in tokens, and the texts to send them with.
-
-    Attributes:
-        workload: the requests in tokens.
-        topics: texts to send.
-        length_policy: cuts the texts to length.
-    """
+    """Requests in tokens, and the texts to send them with."""
 
     workload: Workload
     topics: Sequence[Topic]
-    length_policy: LengthPolicy
+    length_policy: LengthPolicy  # cuts the texts to length
 
     def at(self, rate: float) -> WorkloadTexts:
         """The same at another rate, in requests per second."""
@@ -198,10 +184,9 @@ def require_texts(
     trace: Sequence[ArrivalRecord],
     limit: int,
 ) -> None:
-    """Refuse lengths that are too short for texts; lengths in a trace count instead of ``sizes``.
+    """Refuse lengths below those of the marks that make each request unique.
 
-    Raises:
-        InvalidInput: the marks that make each request unique are longer.
+    Lengths in a trace count instead of ``sizes``.
     """
     recorded = [one.tokens for one in islice(trace, SAMPLE * DOCUMENTS) if one.tokens]
     wanted = (ObservedSize(recorded) if recorded else sizes).draw(

@@ -13,22 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.reports.statistics import ENOUGH, TIE, Statistics, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from echelon.progress import Progress
     from echelon.types import Clock
 
 Status = Literal["ok", "out_of_memory", "skipped", "not_reached"]
 
-TIGHT = 0.03
-"""A point is known well enough when the interval of its median is within ±3 %."""
-
-MAX_SAMPLES = 60
-"""Runs after which a point that is still not tight is left as it is."""
+TIGHT = 0.03  # a point is known well enough when the interval of its median is within ±3 %
+MAX_SAMPLES = 60  # runs after which a point that is still not tight is left as it is
 
 SLOW_S = 2.0
 """A first run that takes this long needs no warm-up: start-up costs are some milliseconds."""
@@ -43,17 +39,11 @@ NOISY = 0.10
 
 @dataclass(frozen=True, slots=True, order=True)
 class SweepPoint:
-    """One setting to measure.
+    """One setting to measure."""
 
-    Attributes:
-        pairs: pairs of one call.
-        batch_size: pairs a step; None leaves it to the token budget.
-        token_budget: tokens a step; None leaves it to the batch size.
-    """
-
-    pairs: int
-    batch_size: int | None = None
-    token_budget: int | None = None
+    pairs: int  # of one call
+    batch_size: int | None = None  # pairs a step; None leaves it to the token budget
+    token_budget: int | None = None  # tokens a step; None leaves it to the batch size
 
     @property
     def size(self) -> int:
@@ -68,28 +58,19 @@ class SweepPoint:
     @property
     def label(self) -> str:
         """Words for a progress line."""
-        if self.batch_size:
-            return Message("sweep.point_pairs", {"pairs": self.pairs, "size": self.size})
-        return Message("sweep.point_tokens", {"pairs": self.pairs, "size": self.size})
+        values = {"pairs": self.pairs, "size": self.size}
+        return Message("sweep.point_pairs" if self.batch_size else "sweep.point_tokens", values)
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRun:
-    """One timed run of a point.
+    """One timed run of a point."""
 
-    Attributes:
-        seconds: from texts in hand to scores in hand.
-        tokens: tokens without padding.
-        cost_tokens: tokens with padding.
-        steps: forward passes.
-        peak_bytes: peak memory of process or device; None where it cannot be read.
-    """
-
-    seconds: float
-    tokens: int
-    cost_tokens: int
-    steps: int
-    peak_bytes: int | None
+    seconds: float  # from texts to scores
+    tokens: int  # without padding
+    cost_tokens: int  # with padding
+    steps: int  # forward passes
+    peak_bytes: int | None  # of process or device; None where it cannot be read
 
 
 @dataclass(slots=True)
@@ -129,28 +110,13 @@ class MeasuredPoint:
 
     def as_dict(self) -> dict[str, Any]:
         """The profile's entry for this point; times in seconds, rates a second."""
-        known: dict[str, Any] = {
-            "pairs": self.point.pairs,
-            "batch_size": self.point.batch_size,
-            "token_budget": self.point.token_budget,
-            "status": self.status,
-            "reason": self.reason,
-        }
-        if self.seconds:
-            known |= self._metrics()
-        return known
-
-    def _metrics(self) -> dict[str, Any]:
-        summary = self.summary
-        return {
+        known = asdict(self.point) | {"status": self.status, "reason": self.reason}
+        if not self.seconds:
+            return known
+        summary, latencies = self.summary, ("median", "low", "high", "p95", "p99")
+        return known | {
             "samples": summary.samples,
-            "latency_s": {
-                "median": summary.median,
-                "low": summary.low,
-                "high": summary.high,
-                "p95": summary.p95,
-                "p99": summary.p99,
-            },
+            "latency_s": {name: getattr(summary, name) for name in latencies},
             "seconds": self.seconds,
             "pairs_per_s": self.point.pairs / summary.median,
             "tokens_per_s": self.tokens / summary.median,
@@ -263,14 +229,14 @@ def _share_done(results: list[MeasuredPoint], spent: float, limit_s: float) -> f
 # Choosing from the measured points.
 
 
-def best_of(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
-    """The fastest of some points with the same number of pairs; ties go to the smallest step."""
+def best_of(points: Iterable[MeasuredPoint], slower: float = 1 + TIE) -> MeasuredPoint | None:
+    """The smallest step that takes at most ``slower`` times as long as the fastest one.
+
+    The points have the same number of pairs; the default breaks ties.
+    """
     known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
-    if not known:
-        return None
-    fastest = min(known, key=lambda m: m.summary.median)
-    longest = fastest.summary.median * (1 + TIE)
-    return next(m for m in known if m.summary.median <= longest)
+    fastest = min((m.summary.median for m in known), default=0.0)
+    return next((m for m in known if m.summary.median <= fastest * slower), None)
 
 
 def best_batches(results: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
@@ -287,11 +253,7 @@ def best_budget(results: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
 
 def frugal(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
     """The smallest step that keeps ENOUGH of the best throughput."""
-    known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
-    if not known:
-        return None
-    fastest = min(m.summary.median for m in known)
-    return next(m for m in known if m.summary.median * ENOUGH <= fastest)
+    return best_of(points, 1 / ENOUGH)
 
 
 def scenario_advice(results: Sequence[MeasuredPoint]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.data import load_texts
+from echelon.data import Texts, load_texts
 from echelon.engine.precision_check import PrecisionCheck, compare_precisions, require_passed
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.device import usable_cpus
@@ -29,10 +29,17 @@ from echelon.profile import (
     read_json,
     write_json,
 )
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.calibration import LengthRange, ProbeResult, StepFactory, calibrate, models_of
+from echelon.tuning.calibration import (
+    Calibration,
+    LengthRange,
+    ProbeResult,
+    StepFactory,
+    calibrate,
+    models_of,
+)
 from echelon.tuning.machine import describe_machine, meter_of
 from echelon.tuning.sweep import (
     MeasuredPoint,
@@ -45,19 +52,15 @@ from echelon.tuning.sweep import (
     sweep,
     sweep_warnings,
 )
-from echelon.types import monotonic
+from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
     from pathlib import Path
 
-    from echelon.data import Texts
     from echelon.models.base import Scorer
     from echelon.options import Options
-    from echelon.progress import Progress
-    from echelon.tuning.calibration import Calibration
-    from echelon.types import Clock, ModelInfo
 
 PAIRS = (10, 50, 100)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -69,23 +72,14 @@ PROBE_SHARE = 0.4
 
 @dataclass(frozen=True, slots=True)
 class TuningPlan:
-    """What to measure, and for how long.
+    """What to measure, and for how long."""
 
-    Attributes:
-        pairs: numbers of pairs per call.
-        batch_sizes: pairs per step.
-        token_budgets: tokens per step, measured at the largest number of pairs.
-        data: the user's JSONL; None is the built-in set.
-        time_limit_s: seconds for the sweep; the probes take PROBE_SHARE of it in addition.
-        partial: file that stores results while the run lasts; None stores none.
-    """
-
-    pairs: tuple[int, ...] = PAIRS
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
-    token_budgets: tuple[int, ...] = TOKEN_BUDGETS
-    data: str | os.PathLike[str] | None = None
-    time_limit_s: float = 100.0
-    partial: Path | None = None
+    pairs: tuple[int, ...] = PAIRS  # numbers of pairs per call
+    batch_sizes: tuple[int, ...] = BATCH_SIZES  # pairs per step
+    token_budgets: tuple[int, ...] = TOKEN_BUDGETS  # per step, measured at the most pairs
+    data: str | os.PathLike[str] | None = None  # the user's JSONL; None is the built-in set
+    time_limit_s: float = 100.0  # of the sweep; the probes take PROBE_SHARE of it in addition
+    partial: Path | None = None  # stores results while the run lasts; None stores none
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_sizes", "token_budgets"):
@@ -189,11 +183,7 @@ def _compare_precisions(check: PrecisionCheck, on_progress: Progress) -> list[di
 def _with_fastest_precision(
     check: PrecisionCheck, rows: list[dict[str, Any]]
 ) -> tuple[PrecisionCheck, list[str]]:
-    """Choose the fastest precision that passed, and the layers that it leaves in bf16.
-
-    Raises:
-        InvalidInput: int8 was asked for and did not pass.
-    """
+    """Choose the fastest precision that passed, and the layers that it leaves in bf16."""
     asked = check.options.precision
     if asked == "int8" and rows:
         require_passed(rows[-1])
@@ -243,12 +233,7 @@ class _TimedRun:
     """Runs a point once, from texts to scores: identical pairs are scored again, not folded."""
 
     def __init__(
-        self,
-        check: PrecisionCheck,
-        scorer: Scorer,
-        texts: Texts,
-        plan: TuningPlan,
-        clock: Clock,
+        self, check: PrecisionCheck, scorer: Scorer, texts: Texts, plan: TuningPlan, clock: Clock
     ) -> None:
         self._encode = partial(
             check.encoder.encode,
@@ -283,13 +268,8 @@ class _TimedRun:
     def data(self) -> dict[str, Any]:
         """The profile's entry of the texts, with the token lengths of the largest sample."""
         lengths = self._encode(self._samples[max(self._samples)]).lengths
-        p50, p90 = np.percentile(lengths, [50, 90])
-        tokens = {
-            "mean": float(lengths.mean()),
-            "p50": float(p50),
-            "p90": float(p90),
-            "max": int(lengths.max()),
-        }
+        p50, p90 = np.percentile(lengths, [50, 90]).tolist()
+        tokens = {"mean": float(lengths.mean()), "p50": p50, "p90": p90, "max": int(lengths.max())}
         return {"name": self._texts.name, "pairs": len(self._texts.pairs), "tokens": tokens}
 
 
@@ -353,11 +333,7 @@ class SavedRun:
 
 
 def _profile_of(
-    run: SavedRun,
-    check: PrecisionCheck,
-    info: ModelInfo,
-    models: Calibration,
-    data: dict[str, Any],
+    run: SavedRun, check: PrecisionCheck, info: ModelInfo, models: Calibration, data: dict[str, Any]
 ) -> Profile:
     return Profile(
         key=current_key(check.folder.name, check.folder.revision, info),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,30 +14,31 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import EchelonError
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.reranker import Reranker
-from echelon.scheduling.cost_model import Work
 from echelon.simulation.service_level import percentiles
-from echelon.tuning.goal import HURRIED
+from echelon.tuning.goal import HURRIED, ScenarioGoal
 from echelon.tuning.machine import meter_of
-from echelon.tuning.recommendation import LoadMetrics, Validation
+from echelon.tuning.recommendation import (
+    LoadMetrics,
+    Validation,
+    limited_pace,
+    noise_of_ratios,
+    pace_of,
+    squares_per_token,
+)
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from echelon.loadtest.run import LoadTestPlan, LoadTestRun
-    from echelon.progress import Progress
-    from echelon.scheduling.cost_model import CostModel
     from echelon.simulation.workload import Arrival
-    from echelon.tuning.goal import ScenarioGoal
     from echelon.tuning.scenario import Candidate
     from echelon.tuning.scenario_model import ScenarioModel, WorkloadTexts
 
     Scraped = dict[str, float]
-
-    from types import TracebackType
 
 
 ENV_PREFIXES = ("ECHELON_SERVE_", "ECHELON_API_KEY", "OTEL_")
@@ -48,8 +47,7 @@ ENV_PREFIXES = ("ECHELON_SERVE_", "ECHELON_API_KEY", "OTEL_")
 STOP_TIMEOUT_S = 20.0
 """Time to answer open requests and to stop the workers; then the process is killed."""
 
-MAX_LINES = 20
-"""Last lines of the log that an error message shows."""
+MAX_LINES = 20  # last lines of the log that an error message shows
 
 SCRAPE_TIMEOUT_S = 10.0
 
@@ -59,14 +57,7 @@ class ServerFailed(EchelonError):
 
 
 class ServerProcess:
-    """A server on a free port of the loopback interface, as a context manager.
-
-    Args:
-        arguments: of ``echelon serve``, the model first.
-
-    Raises:
-        ServerFailed: the server did not start; the end of its log is in the message.
-    """
+    """`echelon serve` with these arguments on a free port of the loopback interface."""
 
     def __init__(self, arguments: list[str]) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIXES)}
@@ -97,12 +88,7 @@ class ServerProcess:
         self._reader.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
     def metrics(self) -> dict[str, float]:
@@ -150,44 +136,28 @@ def _url_in(line: str) -> str | None:
     return url if isinstance(url, str) else None
 
 
-Texts = list[tuple[str, list[str]]]
-"""Query and documents of each request."""
+Texts = list[tuple[str, list[str]]]  # query and documents of each request
 
 
 @dataclass(frozen=True, slots=True)
 class RerankTask:
-    """What to rerank, and how.
-
-    Attributes:
-        model: the name that the user gave.
-        keywords: of :class:`echelon.Reranker`.
-        warm: requests that do not count.
-        texts: requests that count.
-        at_once: whether all requests are one call; otherwise one call follows another.
-        within_s: seconds after which no further call is started; None makes all calls.
-    """
+    """What to rerank, and how."""
 
     model: str | os.PathLike[str]
-    keywords: dict[str, Any]
-    warm: Texts
-    texts: Texts
-    at_once: bool
-    within_s: float | None = None
+    keywords: dict[str, Any]  # of Reranker
+    warm: Texts  # requests that do not count
+    texts: Texts  # requests that count
+    at_once: bool  # whether all requests are one call; otherwise one call follows another
+    within_s: float | None = None  # after it no further call is started; None makes all calls
 
 
 @dataclass(frozen=True, slots=True)
 class RerankRun:
-    """A finished task.
+    """A finished task."""
 
-    Attributes:
-        waits: seconds of each call; empty where all requests were one call.
-        whole_s: seconds of all calls.
-        peak_bytes: peak memory, warm-up and libraries included.
-    """
-
-    waits: list[float]
-    whole_s: float
-    peak_bytes: int
+    waits: list[float]  # seconds of each call; empty where all requests were one call
+    whole_s: float  # seconds of all calls
+    peak_bytes: int  # warm-up and libraries included
 
 
 def run(task: RerankTask, on_progress: Progress = no_progress) -> RerankRun:
@@ -199,16 +169,12 @@ def run(task: RerankTask, on_progress: Progress = no_progress) -> RerankRun:
         meter = meter_of(reranker.facts.device)
         meter.reset()
         if task.at_once:
-            return RerankRun([], _all_at_once(reranker, task.texts), meter.peak_bytes())
+            pairs = [(query, document) for query, texts in task.texts for document in texts]
+            began = monotonic()
+            reranker.score_pairs(pairs)
+            return RerankRun([], monotonic() - began, meter.peak_bytes())
         waits = _one_after_another(reranker, task, on_progress)
         return RerankRun(waits, sum(waits), meter.peak_bytes())
-
-
-def _all_at_once(reranker: Reranker, texts: Texts) -> float:
-    pairs = [(query, document) for query, documents in texts for document in documents]
-    began = monotonic()
-    reranker.score_pairs(pairs)
-    return monotonic() - began
 
 
 def _one_after_another(reranker: Reranker, task: RerankTask, on_progress: Progress) -> list[float]:
@@ -228,41 +194,27 @@ def _one_after_another(reranker: Reranker, task: RerankTask, on_progress: Progre
     return waits
 
 
-MAX_WARM_S = 2.0
-"""Longest warm-up, in seconds."""
-
-WARM_SEED = 1
-"""Added to the seed for warm-up requests, so that they differ from those that count."""
-
-TIMEOUT_S = 30.0
-"""A request without an answer after this time has failed."""
-
-PACE_RANGE = (0.1, 10.0)
-"""A measured pace outside this range is an error of the measurement."""
-
-EDGE = 1.5
-"""Ratios beyond the outermost bounds of a histogram are taken to be within this factor of them."""
+MAX_WARM_S = 2.0  # longest warm-up, in seconds
+WARM_SEED = 1  # added to the seed for warm-up requests, so that they differ from those that count
+TIMEOUT_S = 30.0  # a request without an answer after this time has failed
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationContext:
-    """What a validation needs.
-
-    Attributes:
-        goal: what must hold.
-        model: the model that is validated.
-        load: the requests, and their texts.
-        profile: file with the settings to validate.
-        on_gpu: whether steps run on a GPU, whose memory a server does not report.
-        on_progress: hears each stage.
-    """
+    """What a validation needs."""
 
     goal: ScenarioGoal
     model: ScenarioModel
     load: WorkloadTexts
-    profile: Path
-    on_gpu: bool
+    profile: Path  # with the settings to validate
+    on_gpu: bool  # whether steps run on a GPU, whose memory a server does not report
     on_progress: Progress
+
+    def options(self) -> dict[str, Any]:
+        """The profile and the options that are not in it, as a server and a reranker take them."""
+        options = self.model.options
+        names = ("device", "truncation", "revision", "label")
+        return {"profile": self.profile} | {name: getattr(options, name) for name in names}
 
 
 def validate(
@@ -275,22 +227,16 @@ def validate(
     Raises:
         ServerFailed: the server did not start.
     """
-    if context.goal.scenario in HURRIED:
-        return _serve(context, chosen, requests)
-    ran = run(rerank_task(context, requests), context.on_progress)
-    return validation_of_reranker(context, requests, ran, seconds)
+    if context.goal.scenario not in HURRIED:
+        ran = run(rerank_task(context, requests), context.on_progress)
+        return validation_of_reranker(context, requests, ran, seconds)
+    context.on_progress("starting the server")
+    with ServerProcess(serve_arguments(context, chosen)) as server:
+        test, before, after = asyncio.run(_send(context, server))
+    return validation_of_server(context, chosen, requests, test, (before, after))
 
 
 # A server under load.
-
-
-def _serve(
-    context: ValidationContext, chosen: Candidate, requests: Sequence[Arrival]
-) -> Validation:
-    context.on_progress("starting the server")
-    with ServerProcess(serve_arguments(context, chosen)) as server:
-        run, before, after = asyncio.run(_send(context, server))
-    return validation_of_server(context, chosen, requests, run, (before, after))
 
 
 def validation_of_server(
@@ -309,10 +255,11 @@ def validation_of_server(
     gauges = [v for k, v in after.items() if k.startswith("echelon_worker_resident_bytes{")]
     memory = float(sum(gauges)) if gauges and not context.on_gpu else None
     answered, within = summary.kinds["answered"], level.within(latencies(run.outcome))
+    p50, p95, p99 = (summary.latency_s.get(percentile) for percentile in (50.0, 95.0, 99.0))
     metrics = LoadMetrics(
-        summary.latency_s.get(50.0),
-        summary.latency_s.get(95.0),
-        summary.latency_s.get(99.0),
+        p50,
+        p95,
+        p99,
         summary.answered_per_s,
         summary.documents_per_s,
         memory,
@@ -338,16 +285,10 @@ def validation_of_server(
 
 def serve_arguments(context: ValidationContext, chosen: Candidate) -> list[str]:
     """Arguments of ``echelon serve`` that are not in the profile, the model first."""
-    options = context.model.options
-    values: dict[str, Any] = {
-        "--profile": context.profile,
-        "--workers": chosen.workers,
-        "--device": "cuda" if chosen.workers > 1 else options.device,
-        "--truncation": options.truncation,
-        "--revision": options.revision,
-        "--label": options.label,
-    }
-    given = [(name, str(value)) for name, value in values.items() if value is not None]
+    values = context.options() | {"workers": chosen.workers}
+    if chosen.workers > 1:
+        values["device"] = "cuda"
+    given = [(f"--{name}", str(value)) for name, value in values.items() if value is not None]
     return [str(context.model.name), *(word for pair in given for word in pair)]
 
 
@@ -410,47 +351,6 @@ def _fits(goal: ScenarioGoal, memory: float | None) -> bool:
     return limit is None or memory is None or memory <= limit
 
 
-def noise_of_ratios(counts: Mapping[float, float]) -> float | None:
-    """Standard deviation of log(actual / predicted) step time; None with fewer than two steps.
-
-    ``counts`` is a Prometheus histogram: by upper bound, the steps whose ratio is at most that
-    bound. Each step is taken for the middle of its interval.
-    """
-    bounds = sorted(counts)
-    below = [0.0, *(counts[bound] for bound in bounds[:-1])]
-    steps = [counts[bound] - less for bound, less in zip(bounds, below, strict=True)]
-    if sum(steps) < 2:  # noqa: PLR2004 - a deviation needs two
-        return None
-    edges = [bounds[0] / EDGE, *bounds[:-1], bounds[-2] * EDGE]
-    middles = [math.log(low * high) / 2 for low, high in itertools.pairwise(edges)]
-    mean = sum(n * at for n, at in zip(steps, middles, strict=True)) / sum(steps)
-    spread = sum(n * (at - mean) ** 2 for n, at in zip(steps, middles, strict=True)) / sum(steps)
-    return math.sqrt(spread)
-
-
-def squares_per_token(requests: Sequence[Arrival], max_length: int | None) -> float:
-    """Sum of squared pair lengths over the sum of lengths, with pairs cut to ``max_length``."""
-    lengths = [length for one in requests for length in one.lengths]
-    lengths = [n if max_length is None else min(n, max_length) for n in lengths]
-    return sum(n * n for n in lengths) / max(1, sum(lengths))
-
-
-def pace_of(seconds: float, steps: float, tokens: float, squares: float, cost: CostModel) -> float:
-    """Measured over predicted seconds of all steps; 1 where nothing was measured.
-
-    ``tokens`` includes padding, and ``squares`` is squared tokens per token.
-    """
-    expected = cost.seconds(Work(round(steps), round(tokens), round(tokens * squares)))
-    if not (seconds > 0 and expected > 0):
-        return 1.0
-    return limited_pace(seconds / expected)
-
-
-def limited_pace(ratio: float) -> float:
-    """A ratio of measured and predicted time, within PACE_RANGE."""
-    return min(max(ratio, PACE_RANGE[0]), PACE_RANGE[1])
-
-
 # A reranker in this process.
 
 
@@ -473,17 +373,10 @@ def validation_of_reranker(
 
 def rerank_task(context: ValidationContext, requests: Sequence[Arrival]) -> RerankTask:
     """The requests as a reranker gets them, with the context's profile."""
-    goal, options = context.goal, context.model.options
-    keywords: dict[str, Any] = {
-        "profile": context.profile,
-        "device": options.device,
-        "truncation": options.truncation,
-        "revision": options.revision,
-        "label": options.label,
-    }
+    goal = context.goal
     return RerankTask(
         context.model.name,
-        keywords,
+        context.options(),
         warm=context.load.texts(requests[:2], goal.seed + WARM_SEED),
         texts=context.load.texts(requests, goal.seed),
         at_once=goal.scenario == "offline",
