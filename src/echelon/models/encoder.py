@@ -22,6 +22,7 @@ from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
 from echelon.models.layers import (
+    ACTIVATIONS,
     FeedForward,
     Int8Linear,
     Linear,
