@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,17 @@ def toy(
 def bert(toy: Callable[[str], Path]) -> Path:
     """The toy BERT, for tests that need any model."""
     return toy("bert")
+
+
+@pytest.fixture(scope="session")
+def light(tmp_path_factory: pytest.TempPathFactory, tokenizers: dict[str, Path]) -> Path:
+    """A model that a process opens in less than a second, since it needs no torch."""
+    from onnx_graphs import write_graph
+
+    folder = tmp_path_factory.mktemp("light") / "light"
+    shutil.copytree(tokenizers["bert"], folder)
+    write_graph(folder / "model.onnx")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -81,12 +81,12 @@ def test_rank_as_json_has_the_exact_numbers(demo_folder, call):
     assert results[0]["logit"] == pytest.approx(expected.results[0].logit, abs=1e-4)
 
 
-def test_rank_reads_files_and_standard_input(bert, tmp_path):
+def test_rank_reads_files_and_standard_input(light, tmp_path):
     file = tmp_path / "documents.txt"
     file.write_text("one\n\nzwei\n三\n", "utf-8")
-    from_file = run("rank", "q", "--file", file, "--json", "--model", bert)
-    from_pipe = run("rank", "q", "--json", "--model", bert, input=file.read_text("utf-8"))
-    dash = run("rank", "q", "--file", "-", "--json", "--model", bert, input="one\nzwei\n三\n")
+    from_file = run("rank", "q", "--file", file, "--json", "--model", light)
+    from_pipe = run("rank", "q", "--json", "--model", light, input=file.read_text("utf-8"))
+    dash = run("rank", "q", "--file", "-", "--json", "--model", light, input="one\nzwei\n三\n")
     assert from_file.stdout == from_pipe.stdout == dash.stdout
     assert sorted(r["document"] for r in json.loads(from_file.stdout)["results"]) == [
         "one",
@@ -96,8 +96,8 @@ def test_rank_reads_files_and_standard_input(bert, tmp_path):
     assert from_file.stderr == ""
 
 
-def test_no_documents_give_an_empty_ranking(bert):
-    done = run("rank", "q", "--json", "--model", bert, input="")
+def test_no_documents_give_an_empty_ranking(light):
+    done = run("rank", "q", "--json", "--model", light, input="")
     assert done.returncode == 0
     assert json.loads(done.stdout)["results"] == []
 
@@ -141,19 +141,19 @@ def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path, cal
     assert (code, err) == (0, "")
 
 
-def test_tune_as_json_prints_the_profile_and_nothing_else(bert, tmp_path):
+def test_tune_as_json_prints_the_profile_and_nothing_else(light, tmp_path):
     paths = ["--profile", tmp_path / "p.json", "--report", tmp_path / "r.html"]
-    done = run("tune", bert, *QUICK, *paths, "--precision", "fp32", "--json")
+    done = run("tune", light, *QUICK, *paths, "--precision", "fp32", "--json")
     assert done.stderr == ""
     saved = Profile.load(tmp_path / "p.json").as_dict()
     assert json.loads(done.stdout) == json.loads(json.dumps(saved))
-    quiet = run("tune", bert, *QUICK, *paths, "--precision", "fp32", "--quiet")
+    quiet = run("tune", light, *QUICK, *paths, "--precision", "fp32", "--quiet")
     assert (quiet.stdout, quiet.stderr, quiet.returncode) == ("", "", 0)
 
 
-def test_a_result_that_cannot_be_written_is_still_shown(bert, tmp_path):
+def test_a_result_that_cannot_be_written_is_still_shown(light, tmp_path):
     paths = ["--profile", tmp_path / "no" / "p.json", "--report", tmp_path / "r.html"]
-    done = run("tune", bert, *QUICK, *paths, "--precision", "fp32")
+    done = run("tune", light, *QUICK, *paths, "--precision", "fp32")
     assert done.returncode == errors.StorageError.exit_code
     assert "Best batch" in done.stdout
     assert "p.json" in done.stderr
@@ -177,8 +177,8 @@ def test_control_c_keeps_measurements_and_shows_no_traceback(bert, tmp_path):
     assert not profile.exists()
 
 
-def test_a_reader_that_goes_away_is_no_error(bert):
-    script = f"{sys.executable} -m echelon rank q a b c --model {bert} --json | head -c 1"
+def test_a_reader_that_goes_away_is_no_error(light):
+    script = f"{sys.executable} -m echelon rank q a b c --model {light} --json | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, check=False
     )

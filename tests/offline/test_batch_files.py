@@ -17,13 +17,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from offline_jobs import (
-    make_job,
-    queries,
-    read_lines,
-    run_job,
-    write_lines,
-)
+from offline_jobs import make_job, queries, read_lines, run_job, write_lines
 from pyarrow import parquet
 
 from echelon.errors import InvalidInput
@@ -273,9 +267,9 @@ def test_lines_put_back_do_not_count(tmp_path):
         assert lines.resume_point() == ResumePoint(8, 2, hashlib.sha256(b"one\ntwo\n").hexdigest())
 
 
-def test_standard_input_and_output(bert):
+def test_standard_input_and_output(light):
     text = "".join(json.dumps(record) + "\n" for record in queries(5)) + "{}\n"
-    command = [sys.executable, "-m", "echelon", "batch", "-", "-o", "-", "--model", str(bert)]
+    command = [sys.executable, "-m", "echelon", "batch", "-", "-o", "-", "--model", str(light)]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 9
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [

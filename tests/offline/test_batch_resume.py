@@ -7,10 +7,10 @@ import gzip
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,6 @@ from offline_jobs import (
     run_job,
     write_lines,
 )
-from onnx_graphs import write_graph
 from pyarrow import parquet
 
 from echelon.errors import InvalidInput, OutOfMemory, StorageError
@@ -136,10 +135,7 @@ def interrupted(fake, source, output, **more):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [
-        ({"budget": 9}, "token_budget was 8, is 9"),
-        ({"top_n": 2}, "top_n was None, is 2"),
-    ],
+    [({"budget": 9}, "token_budget was 8, is 9"), ({"top_n": 2}, "top_n was None, is 2")],
 )
 def test_another_option_is_refused_with_the_remedy(fake, source, tmp_path, change, named):
     output = tmp_path / "out.jsonl"
@@ -215,7 +211,7 @@ def test_two_at_once_are_refused(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = make_job(fake, source, output)
     with (
-        resume.JobStore(str(output), None, resumable=True),
+        closing(resume.JobStore(str(output), None, resumable=True)),
         pytest.raises(InvalidInput, match="another process is writing"),
     ):
         run_job(job)
@@ -272,24 +268,15 @@ def started(model, source, output):
     return subprocess.Popen(command)
 
 
-@pytest.fixture
-def model(tokenizers, tmp_path):
-    """A model that a process opens in less than a second, since it needs no torch."""
-    folder = tmp_path / "model"
-    shutil.copytree(tokenizers["bert"], folder)
-    write_graph(folder / "model.onnx")
-    return folder
-
-
-def test_sigkill_at_random_instants_changes_no_byte(model, tmp_path):
+def test_sigkill_at_random_instants_changes_no_byte(light, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", queries(450, documents=30))
     whole, output = tmp_path / "whole.parquet", tmp_path / "out.parquet"
-    run_job(make_job(model, source, whole, budget=96, threads=1))
+    run_job(make_job(light, source, whole, budget=96, threads=1))
     chance = random.Random(os.urandom(8))
     kills = 0
     while kills < 3:
         seen = progress(output)
-        process = started(model, source, output)
+        process = started(light, source, output)
         while process.poll() is None and progress(output) == seen:
             wait_a_little(process, 0.01)
         wait_a_little(process, chance.uniform(0, 0.1))
@@ -299,7 +286,7 @@ def test_sigkill_at_random_instants_changes_no_byte(model, tmp_path):
         assert process.wait(GUARD_S) == -signal.SIGKILL
         kills += 1
     assert kills >= 2
-    process = started(model, source, output)
+    process = started(light, source, output)
     assert process.wait(GUARD_S) == 0
     assert output.read_bytes() == whole.read_bytes()
     assert leftovers(tmp_path) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import httpx
 import psutil
 import pytest
 from helpers import SENTENCES
-from onnx_graphs import write_graph
 from served import KEY, MODEL, QUERY, Live
 
 from echelon import Reranker
@@ -134,25 +132,23 @@ def test_junk_affects_no_other_request(live, junk):
     assert alive(live)
 
 
-def test_the_parent_knows_no_torch(live):
+def test_the_parent_process_does_not_import_torch(live):
     maps = Path(f"/proc/{live.process.pid}/maps")
     if not maps.exists():
         pytest.skip("no /proc here")
     assert "libtorch" not in maps.read_text()
 
 
-def test_an_onnx_folder_is_served_where_torch_is_not_installed(tokenizers, tmp_path):
-    shutil.copytree(tokenizers["bert"], tmp_path / "m")
-    write_graph(tmp_path / "m" / "model.onnx")
+def test_an_onnx_folder_is_served_where_torch_is_not_installed(light, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n", "utf-8"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with Live(tmp_path / "m", PYTHONPATH=path) as server:
+    with Live(light, PYTHONPATH=path) as server:
         asked = {"query": QUERY, "texts": list(SENTENCES), "raw_scores": True}
         results = httpx.post(f"{server.url}/rerank", json=asked).json()
         assert server.end(signal.SIGINT) == 0
-    with Reranker(tmp_path / "m") as reranker:
+    with Reranker(light) as reranker:
         expected = reranker.rank(QUERY, SENTENCES).results
     assert [r["index"] for r in results] == [r.index for r in expected]
     assert [r["score"] for r in results] == pytest.approx([r.logit for r in expected], abs=1e-5)
@@ -161,8 +157,8 @@ def test_an_onnx_folder_is_served_where_torch_is_not_installed(tokenizers, tmp_p
 # A full server, and its end.
 
 
-def test_a_full_server_and_a_graceful_end(bert, speak):
-    with Live(bert, *MODEL, "--max-requests", 1, "--served-name", "ours") as server:
+def test_a_full_server_and_a_graceful_end(light, speak):
+    with Live(light, *MODEL, "--max-requests", 1, "--served-name", "ours") as server:
         (worker,) = psutil.Process(server.process.pid).children()
         client = speak(cohere.ClientV2, server)
         worker.send_signal(signal.SIGSTOP)
@@ -187,8 +183,8 @@ def test_a_full_server_and_a_graceful_end(bert, speak):
         assert "all requests were answered" in server.lines[-1]["message"]
 
 
-def test_requests_left_after_the_drain_get_an_error(bert):
-    with Live(bert, *MODEL, "--drain-s", 0.2) as server:
+def test_requests_left_after_the_drain_get_an_error(light):
+    with Live(light, *MODEL, "--drain-s", 0.2) as server:
         (worker,) = psutil.Process(server.process.pid).children()
         worker.send_signal(signal.SIGSTOP)
         with ThreadPoolExecutor(1) as thread:
@@ -237,7 +233,7 @@ def test_a_broken_profile_has_its_own_code(tmp_path):
     assert ended.stderr.splitlines()[-1].startswith("echelon: ")
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path):
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         ended = run(tmp_path, "--port", other.getsockname()[1])
     assert ended.returncode == 2
@@ -249,7 +245,7 @@ def test_other_machines_are_warned_of(tmp_path):
     assert "other machines may reach this server, and no API key is needed" in ended.stderr
 
 
-def test_what_is_a_loopback():
+def test_loopback_addresses():
     assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
 
