@@ -79,14 +79,14 @@ def test_json_is_alone_on_standard_output_and_every_field_is_documented(call):
             server.url, "--find-max", "--rate", "40", "--max-rate", "80", "--duration-s", "0.3",
             "--warmup-s", "0", *EASY, "--json", "--documents", "2-4", "--tokens", "30",
         )  # fmt: skip
-    told = json.loads(out)
-    assert (code, err, told["schema"]) == (0, "", 1)
-    assert [probe["rate"] for probe in told["probes"]] == [40.0, 80.0]
-    assert (told["max_rate"], told["limit"], told["held"]) == (80.0, "bounded", True)
-    assert told["settings"]["documents"] == "2-4"
-    assert told["result"]["answered"] == told["result"]["requests"] > 0
+    printed = json.loads(out)
+    assert (code, err, printed["schema"]) == (0, "", 1)
+    assert [probe["rate"] for probe in printed["probes"]] == [40.0, 80.0]
+    assert (printed["max_rate"], printed["limit"], printed["held"]) == (80.0, "bounded", True)
+    assert printed["settings"]["documents"] == "2-4"
+    assert printed["result"]["answered"] == printed["result"]["requests"] > 0
     documented = set(re.findall(r"`([\w.]+)`", DOCS.read_text("utf-8")))
-    assert keys_of(told) <= documented
+    assert keys_of(printed) <= documented
     assert {2, 3, 4} >= {len(body["documents"]) for body in server.bodies}
 
 
@@ -101,7 +101,7 @@ def test_a_search_where_nothing_holds_ends_with_8(call, monkeypatch):
     assert "No rate held P99 at most" in err
 
 
-def test_the_page_shows_the_numbers_and_obeys_nobody(call, tmp_path):
+def test_the_page_shows_the_numbers_and_runs_no_script_of_the_server(call, tmp_path):
     hostile = "<script>alert(1)</script>"
     path = tmp_path / "page.html"
 
@@ -188,7 +188,7 @@ def test_ones_own_texts_are_sent(call, tmp_path):
 
 WRONG = {
     "no scheme": (("localhost:1",), "does not begin with http:// or https://"),
-    "nobody there": (("http://127.0.0.1:1",), "cannot be reached: .*Start the server"),
+    "no server": (("http://127.0.0.1:1",), "cannot be reached: .*Start the server"),
     "no such host": (("http://no-such-host.invalid",), "host name is not known"),
     "rate": (("http://h", "--rate", "0"), "--rate: 0.0 is not above 0"),
     "clients": (("http://h", "--clients", "0"), "--clients: 0 is not positive"),
@@ -208,15 +208,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told_before_anything_is_sent(call, name):
-    arguments, told = WRONG[name]
+def test_a_wrong_option_is_refused_before_anything_is_sent(call, name):
+    arguments, words = WRONG[name]
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
-    assert re.search(told, err), err
+    assert re.search(words, err), err
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "words"),
     [
         (lambda: web.Response(status=401), "ECHELON_API_KEY"),
         (lambda: web.Response(status=404), "--dialect and --path"),
@@ -226,11 +226,11 @@ def test_what_is_wrong_is_told_before_anything_is_sent(call, name):
         (list, "does not answer as cohere does: the answer has no list 'results'"),
     ],
 )
-def test_a_server_that_cannot_be_tested_is_told_at_once(call, answer, told):
+def test_a_server_that_cannot_be_tested_is_named_at_once(call, answer, words):
     with in_a_thread(lambda _number, _body: answer()) as server:
         code, _, err = call(server.url)
     assert code == 2
-    assert told in err
+    assert words in err
     assert len(server.bodies) == 1
 
 

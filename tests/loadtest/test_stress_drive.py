@@ -196,7 +196,7 @@ def test_a_connection_that_is_cut_is_an_error():
     assert (gone.kind, gone.status) == ("error", 0)
 
 
-def test_told_to_stop_it_keeps_what_it_has_and_leaves_the_rest():
+def test_a_stopped_run_keeps_its_records_and_cancels_the_rest():
     stop = asyncio.Event()
 
     async def answer(number, body):
@@ -231,12 +231,12 @@ def test_what_this_machine_could_not_send_is_counted_apart():
 
 
 def test_a_mistake_of_our_own_is_not_a_servers():
-    def told(_):
+    def stop_once(_):
         raise ZeroDivisionError
 
     async def main():
         async with connected() as (_, client):
-            await even(client, 100.0, on_record=told)
+            await even(client, 100.0, on_record=stop_once)
 
     with pytest.raises(ZeroDivisionError):
         run(main())

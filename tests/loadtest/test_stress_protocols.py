@@ -46,7 +46,7 @@ async def real_server():
     server = uvicorn.Server(config)
     # Its own signal handlers belong to a process, not to a test.
     serving = asyncio.create_task(server._serve())
-    while not server.started:  # noqa: ASYNC110 - it tells nobody
+    while not server.started:  # noqa: ASYNC110 - it has no event
         await asyncio.sleep(0.005)
     try:
         port = server.servers[0].sockets[0].getsockname()[1]
@@ -68,9 +68,9 @@ def test_echelon_answers_every_protocol_and_knows_it_by_its_body():
                 assert summary.failures == 0, (name, summary.problems)
             return metrics.text().decode()
 
-    told = run(main())
+    metrics = run(main())
     for dialect in SPOKEN.values():
-        assert f'dialect="{dialect}",status="200"' in told
+        assert f'dialect="{dialect}",status="200"' in metrics
 
 
 def test_every_protocol_of_the_server_is_spoken():
@@ -78,7 +78,7 @@ def test_every_protocol_of_the_server_is_spoken():
 
 
 @pytest.mark.parametrize("name", CLIENT_PROTOCOLS)
-def test_bodies_are_told_apart_on_the_paths_that_are_shared(name):
+def test_bodies_differ_on_shared_paths(name):
     protocol = CLIENT_PROTOCOLS[name]
     body = protocol.body("how?", ["a", "b"])
     assert choose(PATHS[protocol.path], body).name == SPOKEN[name]
@@ -111,7 +111,7 @@ def test_an_answer_must_score_every_document_once_with_a_number(name):
     assert protocol.check(b"<html>", 3) == "the answer is not JSON"
 
 
-def test_an_unknown_protocol_is_told_the_known_ones():
+def test_the_error_for_an_unknown_protocol_names_the_known_ones():
     with pytest.raises(InvalidInput, match="cohere, cohere-v1, jina"):
         protocol_of("klingon")
 

@@ -70,7 +70,7 @@ def test_counts_and_rates_are_those_of_the_records(kept, warmup_s, goal_s):
 
 
 @given(st.lists(records(), min_size=1, max_size=60))
-def test_a_percentile_is_the_least_latency_within_which_so_many_were_answered(kept):
+def test_a_percentile_is_the_shortest_latency_that_covers_its_share(kept):
     summary = summarise(outcome_of(kept))
     latencies = sorted(r.latency_s for r in kept if r.kind == "answered")
     for percentile, seconds in summary.latency_s.items():
@@ -147,7 +147,7 @@ FINE = GeneratorHealth(loop_lag_s=0.001, cpu_share=0.3)
         ),
     ],
 )
-def test_what_spoils_a_measurement_is_told(health, lag_s, latency_s, words):
+def test_doubts_name_what_spoils_a_measurement(health, lag_s, latency_s, words):
     found = doubts(health, lag_s, latency_s)
     assert len(found) == len(words)
     assert all(word in doubt for word, doubt in zip(words, found, strict=True))
@@ -159,7 +159,7 @@ def test_a_goal_makes_lateness_bearable_that_is_small_beside_it():
     assert summarise(outcome_of(late), ServiceLevel(0.3)).trusted
 
 
-def test_what_this_machine_lacks_is_not_the_servers_fault():
+def test_a_lack_of_connections_here_is_not_the_servers_fault():
     key = type("Key", (), {"host": "h", "port": 1, "ssl": True})()
     for number in (errno.EMFILE, errno.EADDRNOTAVAIL):
         reply = _failed(aiohttp.ClientConnectorError(key, OSError(number, "none left")))

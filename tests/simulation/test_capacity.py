@@ -35,7 +35,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "FULL", 200)
 
 
-def test_a_machine_does_at_most_what_its_prices_say():
+def test_a_machine_is_no_faster_than_its_cost_model():
     workload = Workload(PoissonArrivals(1.0), FixedSize(2), FixedSize(50))
     made = Capacity(workload, SIMPLE, SimulationSettings(1000, request_s=0.5), ServiceLevel(1.0))
     # Twenty pairs a step: 1.01 s for ten requests.
@@ -60,7 +60,7 @@ def test_more_rate_never_takes_fewer_machines(data):
             assert made.at(rate, count - 1) is None
 
 
-def test_more_machines_than_are_of_use_are_not_looked_for():
+def test_the_search_ends_at_the_maximum_of_machines():
     made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(0.8))
     needed = made.machines(30.0)
     assert made.machines(30.0, needed) == needed
@@ -119,7 +119,7 @@ def test_lengths_must_be_known():
         Capacity(replace(WORKLOAD, tokens=None), cpu(), SimulationSettings(1), ServiceLevel(1.0))
 
 
-def test_nothing_is_refused_while_it_is_asked_what_a_machine_does_at_most():
+def test_the_highest_throughput_is_measured_without_refusals():
     made = Capacity(WORKLOAD, cpu(), SimulationSettings(1024), ServiceLevel(1.0))
     assert math.isfinite(made.machine_rate)
     assert made.machine_rate * 0.95 * 10 > 60

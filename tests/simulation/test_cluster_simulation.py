@@ -84,7 +84,7 @@ def test_a_document_longer_than_the_budget_goes_alone():
     assert (outcome.steps, outcome.step_pairs) == (2, 1.0)
 
 
-def test_at_most_so_many_pairs_a_step():
+def test_a_step_holds_at_most_max_pairs():
     outcome = simulate_cluster(
         [block((0.0, 10, 1))], SIMPLE, Cluster(1, SimulationSettings(100, max_pairs=4))
     )
@@ -161,7 +161,7 @@ def test_random_routing_reaches_all_and_a_seed_repeats_it():
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_fleet_names_what_is_wrong():
+def test_a_cluster_names_what_is_wrong():
     with pytest.raises(InvalidInput, match="replicas"):
         Cluster(0, SimulationSettings(1))
     with pytest.raises(InvalidInput, match="deadline"):
@@ -195,7 +195,7 @@ def test_blocks_are_the_workload():
     assert all(q >= n * n - 1e-6 for p in parts for n, q in zip(p.lengths, p.squares, strict=True))
 
 
-def test_a_trace_says_what_it_says_and_leaves_the_rest_to_the_workload():
+def test_a_trace_leaves_to_the_workload_what_it_does_not_record():
     records = [ArrivalRecord(5.0, 3, 20), ArrivalRecord(6.0, 2), ArrivalRecord(9.0)]
     workload = Workload(ReplayedArrivals(records), FixedSize(7), ObservedSize([50]))
     (part,) = blocks(workload)

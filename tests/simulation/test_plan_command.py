@@ -1,4 +1,4 @@
-"""`echelon plan`: prices out of a profile, the answer, and what is said of impossible goals."""
+"""`echelon plan`: cost coefficients of a profile, the answer, and errors for impossible goals."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def profile(points=None, *, base=0.004, token=7e-5, **changes):
     return made
 
 
-# Prices.
+# Cost coefficients.
 
 
 @given(st.floats(0, 0.05), st.floats(1e-6, 1e-3))
-def test_prices_are_found_again(base, token):
+def test_cost_coefficients_are_found_again(base, token):
     found = cost_of(profile(base=base, token=token)).coefficients
     assert found.base_s == pytest.approx(base, rel=1e-6, abs=1e-7)
     assert found.token_s == pytest.approx(token, rel=1e-3, abs=1e-8)
     assert found.square_s == pytest.approx(token * SHARE, rel=1e-3, abs=1e-11)
 
 
-def test_prices_that_tuning_fitted_are_taken():
+def test_coefficients_that_tuning_fitted_are_used():
     fitted = CostFit(
         Coefficients(0.002, 3e-5, 4e-9, 512, 1e-5), "rectangular", FitError(0.02, 0.05, 9), 0.01
     )
@@ -79,7 +79,7 @@ def test_prices_that_tuning_fitted_are_taken():
         cost_of(profile(cost={"coefficients": {}}))
 
 
-def test_no_price_is_negative():
+def test_no_coefficient_is_negative():
     falling = [point(steps, 5000, 1.0 / steps) for steps in (1, 2, 4)]
     assert cost_of(profile(falling)).coefficients.base_s == 0
     found = cost_of(profile([point(2, 100, 0.2), point(2, 900, 0.1)])).coefficients
@@ -87,7 +87,7 @@ def test_no_price_is_negative():
     assert 0.05 <= found.base_s <= 0.1
 
 
-def test_padding_that_was_paid_makes_a_padded_model():
+def test_measured_padding_makes_a_padded_model():
     assert cost_of(profile()).padding == "none"
     points = [point(2, 100, 0.1, cost_tokens=150), point(3, 100, 0.2)]
     assert cost_of(profile(points)).padding == "rectangular"
@@ -275,21 +275,21 @@ def test_a_hundred_thousand_documents_a_second(plan):
         ((*ASKED, "--trace", "/dev/null"), "trace", "header"),
     ],
 )
-def test_nonsense_is_told_what_is_possible(plan, arguments, field, words):
+def test_an_impossible_option_is_refused_with_what_is_possible(plan, arguments, field, words):
     code, out, err = plan(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"echelon: {field}:")
     assert words in err
 
 
-def test_what_is_possible_is_possible(plan):
+def test_the_possible_goal_of_an_error_holds(plan):
     _, _, err = plan("--rate", 5, "--slo-p99-ms", 60)
     (possible,) = re.findall(r"Possible are ([\d.]+)\s+ms", err)
     assert plan("--rate", 5, "--slo-p99-ms", possible)[0] == 0
     assert plan("--rate", 5, "--slo-p99-ms", 60, "--documents", 6)[0] == 0
 
 
-def test_profiles_that_do_not_tell(plan):
+def test_a_profile_without_the_needed_data_is_refused(plan):
     code, _, err = plan(*ASKED, made=profile(data={}))
     assert (code, "--tokens" in err) == (2, True)
     code, _, err = plan(*ASKED, made=profile([]))

@@ -186,7 +186,7 @@ def test_a_trace_is_read_as_it_is_needed():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
         ("", "line 1 names no column 'timestamp'"),
         ("0.5,3\n1,4", "line 1 names no column 'timestamp'"),
@@ -205,10 +205,10 @@ def test_a_trace_is_read_as_it_is_needed():
         ('timestamp,documents\n0,"2', "line 2: unexpected end of data"),
     ],
 )
-def test_a_wrong_trace_is_told_where(text, told):
+def test_a_wrong_trace_names_line_and_column(text, words):
     with pytest.raises(InvalidInput) as raised:
         list(parse_trace(text.splitlines(keepends=True)))
-    assert str(raised.value).startswith(f"trace: {told}")
+    assert str(raised.value).startswith(f"trace: {words}")
     assert "A trace is CSV with a header" in str(raised.value)
 
 

@@ -34,7 +34,7 @@ def test_a_step_is_formed_just_before_the_running_one_ends():
     assert (outcome.steps, outcome.step_pairs, outcome.step_tokens) == (3, 1.0, 20.0)
 
 
-def test_what_waits_when_a_step_ends_without_a_next_is_taken_at_once():
+def test_an_idle_worker_takes_a_request_at_once():
     steps, outcome = steps_of(requests((0.0, 30), (0.036, 20), (0.2, 20)), SimulationSettings(100))
     assert steps == [(0.0, (30,)), (0.04, (20,)), (0.2, (20,))]
     assert outcome.utilisation == pytest.approx(0.1 / 0.23)
@@ -152,6 +152,6 @@ def test_percentiles_are_latencies_that_occurred():
     assert percentiles([3.0]) == (3.0, 3.0, 3.0)
 
 
-def test_nothing_came_nothing_was_missed():
+def test_without_requests_none_was_missed():
     outcome = Tally().outcome(1)
     assert (outcome.missed, outcome.throughput, outcome.goodput) == (0.0, 0.0, 0.0)

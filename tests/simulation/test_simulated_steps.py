@@ -30,10 +30,10 @@ def check(trace, server, cost="none"):
     served, ends, simulated, outcome = both(trace, server, cost)
     assert [step[1:] for step in simulated] == [step[1:] for step in served]
     assert np.allclose([step[0] for step in simulated], [step[0] for step in served])
-    told = [end for end, _ in ends.values()]
+    kinds = [end for end, _ in ends.values()]
     assert len(ends) == len(trace) == outcome.requests
-    assert outcome.expired == told.count("expired")
-    assert sum(outcome.refused.values()) == told.count("refused")
+    assert outcome.expired == kinds.count("expired")
+    assert sum(outcome.refused.values()) == kinds.count("refused")
     waits = [end - came for came, (end, _) in ends.items() if not isinstance(end, str)]
     assert outcome.answered == len(waits)
     if waits:

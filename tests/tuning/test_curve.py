@@ -58,7 +58,7 @@ def test_a_run_that_is_lost_ends_early_and_says_the_same():
     level, mild = ServiceLevel(0.3), ServiceLevel(1e3)
     whole = simulate(requests, COST, setting, level=level)
     early = simulate(
-        requests, COST, setting, level=level, expected=300, told=lambda *step: seen.append(step)
+        requests, COST, setting, level=level, expected=300, on_step=lambda *step: seen.append(step)
     )
     assert whole.missed > 0.01
     assert early.missed > 0.01

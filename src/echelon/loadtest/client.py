@@ -230,17 +230,16 @@ class Client:
             return Reply("timeout", 0, f"no answer within {self.target.timeout_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
             return _failed(error)
-        if status in REFUSED:
-            return Reply("refused", status, _words(status, answer))
         if status != 200:  # noqa: PLR2004 - HTTP's own
-            return Reply("error", status, _words(status, answer))
+            kind: Kind = "refused" if status in REFUSED else "error"
+            return Reply(kind, status, _detail(status, answer))
         wrong = self.target.protocol.check(answer, documents)
         return Reply("answered", status) if wrong is None else Reply("wrong", status, wrong)
 
 
-def _words(status: int, answer: bytes) -> str:
-    said = " ".join(answer.decode("utf-8", "replace").split())
-    return f"status {status}: {said[:MAX_CHARACTERS]}" if said else f"status {status}"
+def _detail(status: int, answer: bytes) -> str:
+    message = " ".join(answer.decode("utf-8", "replace").split())
+    return f"status {status}: {message[:MAX_CHARACTERS]}" if message else f"status {status}"
 
 
 def _failed(error: aiohttp.ClientError | OSError) -> Reply:

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.loadtest.result import headline, name_of, over_time, probe_row
-from echelon.loadtest.summary import latencies, percentiles
+from echelon.loadtest.result import LoadTestResult, headline, name_of, over_time, probe_row
+from echelon.loadtest.summary import DriveResult, LoadSummary, latencies, percentiles
 from echelon.messages import units
 from echelon.profile import write_text
 from echelon.reports import fill, wording
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from echelon.loadtest.result import LoadTestResult
     from echelon.loadtest.run import RateProbe
-    from echelon.loadtest.summary import Column, DriveResult, LoadSummary
+    from echelon.loadtest.summary import Column
 
     Trace = dict[str, Any]
 

@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon import __version__
-from echelon.loadtest.summary import ANSWERED
+from echelon.loadtest.summary import ANSWERED, DriveResult, LoadSummary
 from echelon.messages import units
 from echelon.simulation.workload import ConstantArrivals
 
 if TYPE_CHECKING:
     from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateProbe
-    from echelon.loadtest.summary import DriveResult, LoadSummary
 
 SCHEMA = 1
 
@@ -105,18 +104,16 @@ class LoadTestResult:
             "notes": self.notes,
             "max_rate": None if found is None else found.rate,
             "limit": None if found is None else found.limit,
-            "probes": [
-                {
-                    "rate": probe.rate,
-                    "held": probe.held,
-                    "trusted": probe.run.summary.trusted,
-                    "result": _numbers(probe.run.summary),
-                }
-                for probe in (() if found is None else found.probes)
-            ],
+            "probes": [] if found is None else [_probe(probe) for probe in found.probes],
             "result": None if self.run is None else _numbers(self.run.summary),
             "over_time": [] if self.run is None else over_time(self.run.outcome),
         }
+
+
+def _probe(probe: RateProbe) -> dict[str, Any]:
+    summary = probe.run.summary
+    held, trusted = probe.held, summary.trusted
+    return {"rate": probe.rate, "held": held, "trusted": trusted, "result": _numbers(summary)}
 
 
 def _goal(plan: LoadTestPlan) -> dict[str, float] | None:

@@ -10,21 +10,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import InvalidInput
-from echelon.loadtest.client import Client, check_target, wait_until_idle
+from echelon.loadtest.client import Client, Target, check_target, wait_until_idle
 from echelon.loadtest.driver import Driver, closed_loop, open_loop
-from echelon.loadtest.summary import LoadSummary, summarise
-from echelon.loadtest.texts import TextSource
-from echelon.progress import no_progress
+from echelon.loadtest.summary import DriveResult, LoadSummary, RequestRecord, summarise
+from echelon.loadtest.texts import LengthPolicy, TextSource
+from echelon.progress import Progress, no_progress
 from echelon.simulation.workload import ConstantArrivals, ReplayedArrivals, Workload
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from echelon.data import Topic
-    from echelon.loadtest.client import Target
-    from echelon.loadtest.summary import DriveResult, RequestRecord
-    from echelon.loadtest.texts import LengthPolicy
-    from echelon.progress import Progress
     from echelon.simulation.rate_search import RateSearch
     from echelon.simulation.service_level import ServiceLevel
 
@@ -171,15 +167,12 @@ class LoadTest:
             search.tell(held=probe.held)
             if not search.over:
                 self._on_progress("waiting until the server is idle")
-                request = self._one()
+                request = self.one_request()
                 await wait_until_idle(self._client, *request, within_s=within_s, stop=self._stop)
         return FoundRate(search.held, _limit(search, probes), tuple(probes))
 
-    async def check_target(self) -> None:
-        """Send one request; see :func:`echelon.loadtest.client.check_target`."""
-        await check_target(self._client, *self._one())
-
-    def _one(self) -> tuple[bytes, int]:
+    def one_request(self) -> tuple[bytes, int]:
+        """The body of a request like those of the plan, and the number of its documents."""
         arrival = next(_endless(replace(self.plan.workload, seed=0)).requests())
         target = self.plan.target
         query, documents = self._texts.request(arrival)
@@ -235,5 +228,5 @@ async def opened(
     """
     async with Client(plan.target) as client:
         test = LoadTest(plan, client, stop or asyncio.Event(), on_progress)
-        await test.check_target()
+        await check_target(client, *test.one_request())
         yield test

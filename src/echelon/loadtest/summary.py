@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from hdrh.histogram import HdrHistogram
@@ -74,51 +74,45 @@ class RequestRecords:
     """Records in the order in which requests ended."""
 
     def __init__(self) -> None:
-        self._times = tuple(array("d") for _ in range(3))
-        self._kinds = array("b")
-        self._status = array("h")
-        self._documents = array("i")
+        self._columns: tuple[array[Any], ...] = tuple(array(code) for code in "dddbhi")
 
     def add(self, record: RequestRecord) -> None:
         """Add a record."""
-        for column, value in zip(self._times, record[:3], strict=True):
+        values = (*record[:3], KINDS.index(record.kind), record.status, record.documents)
+        for column, value in zip(self._columns, values, strict=True):
             column.append(value)
-        self._kinds.append(KINDS.index(record.kind))
-        self._status.append(record.status)
-        self._documents.append(record.documents)
 
     def __len__(self) -> int:
-        return len(self._kinds)
+        return len(self._columns[0])
 
     def __iter__(self) -> Iterator[RequestRecord]:
-        columns = (*self._times, self._kinds, self._status, self._documents)
-        for scheduled, sent, ended, kind, status, documents in zip(*columns, strict=True):
-            yield RequestRecord(scheduled, sent, ended, KINDS[kind], status, documents)
+        for scheduled, sent, ended, kind, *rest in zip(*self._columns, strict=True):
+            yield RequestRecord(scheduled, sent, ended, KINDS[kind], *rest)
 
     @property
     def scheduled(self) -> Column:
         """float64 [requests], seconds."""
-        return np.array(self._times[0])
+        return np.array(self._columns[0])
 
     @property
     def sent(self) -> Column:
         """float64 [requests], seconds."""
-        return np.array(self._times[1])
+        return np.array(self._columns[1])
 
     @property
     def ended(self) -> Column:
         """float64 [requests], seconds."""
-        return np.array(self._times[2])
+        return np.array(self._columns[2])
 
     @property
     def kinds(self) -> npt.NDArray[np.int8]:
         """int8 [requests], places in :data:`KINDS`."""
-        return np.array(self._kinds, dtype=np.int8)
+        return np.array(self._columns[3])
 
     @property
     def documents(self) -> npt.NDArray[np.int32]:
         """int32 [requests]."""
-        return np.array(self._documents, dtype=np.int32)
+        return np.array(self._columns[5])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +223,7 @@ class LoadSummary:
     def held(self) -> bool:
         """Whether the goal held; without one, whether anything was answered."""
         answered = self.kinds["answered"]
-        if self.goal is None:
-            return answered > 0
-        return self.goal.held(self.requests, answered, self.within)
+        return self.goal.held(self.requests, answered, self.within) if self.goal else answered > 0
 
     @property
     def doubts(self) -> list[str]:
@@ -248,9 +240,8 @@ class LoadSummary:
     def notes(self) -> list[str]:
         """Warnings that do not question the numbers."""
         answered = self.kinds["answered"]
-        if 0 < answered < FEW:
-            return [Message("loadtest.few_answers", {"answered": answered})]
-        return []
+        few = Message("loadtest.few_answers", {"answered": answered})
+        return [few] if 0 < answered < FEW else []
 
 
 def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSummary:

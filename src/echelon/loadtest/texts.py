@@ -39,7 +39,7 @@ class LengthPolicy(Protocol):
     """Cuts texts so that pairs have the wanted lengths; ``marks`` stand before the texts."""
 
     def query(self, text: str, length: int, marks: tuple[str, str]) -> str:
-        """Cut a query so that a pair of ``length`` tokens has room for a document."""
+        """Cut a query so that a pair of ``length`` tokens holds a document too."""
         ...
 
     def cut(self, text: str, length: int, query: str, marks: tuple[str, str]) -> str:

@@ -4,8 +4,8 @@ A few sizes of cluster are simulated under rising load. A cluster between two of
 as good as the smaller one, and one beyond the largest as good as that: sharing among more machines
 only helps. So the number of machines never goes down when the rate goes up.
 
-A day is a window of each quarter of an hour, simulated request by request. A queue forgets within
-seconds while the rate changes over hours, so a window tells of its whole quarter, and windows of
+For a day, a window of each quarter of an hour is simulated request by request. A queue forgets
+within seconds while the rate changes over hours, so a window stands for its quarter, and windows of
 equal length are a fair sample of the day. This holds only while the cluster keeps up: a quarter
 whose queue grows throughout is marked, and its results are lower bounds.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from echelon.errors import InvalidInput
 from echelon.messages.units import duration
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.simulation.cluster_simulation import (
     Cluster,
@@ -30,20 +30,28 @@ from echelon.simulation.cluster_simulation import (
     simulate_cluster,
     tally_cluster,
 )
-from echelon.simulation.cluster_traffic import blocks
+from echelon.simulation.cluster_traffic import RequestBlock, Routing, blocks
 from echelon.simulation.rate_search import LOADS, RateSearch, RisingLoad, highest
-from echelon.simulation.service_level import ServiceLevel, Tally, latency_too_short, percentiles
-from echelon.simulation.workload import FixedSize, ObservedSize, PoissonArrivals
+from echelon.simulation.service_level import (
+    ServiceLevel,
+    SimulationResult,
+    Tally,
+    latency_too_short,
+    percentiles,
+)
+from echelon.simulation.workload import (
+    FixedSize,
+    ObservedSize,
+    PoissonArrivals,
+    SizeDistribution,
+    Workload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
-    from echelon.simulation.cluster_traffic import RequestBlock, Routing
     from echelon.simulation.server_simulation import SimulationSettings
-    from echelon.simulation.service_level import SimulationResult
-    from echelon.simulation.workload import SizeDistribution, Workload
 
 CLUSTER_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Machines of the clusters that are simulated."""
@@ -61,35 +69,28 @@ UNLIMITED = AdmissionLimits(2**31, 2**62, math.inf, 2**31, 2**62)
 """Admission limits that refuse nothing."""
 
 
+@dataclass(eq=False)
 class Capacity:
     """What machines with the same settings can do.
 
-    Args:
-        workload: requests whose rate is varied; of a long trace the busiest part is simulated.
+    Attributes:
+        workload: its rate is varied; of a long trace the busiest part is simulated.
         truth: how long steps take on one worker.
-        settings: how a machine runs.
-        level: the service level that must hold.
-        routing: which machine gets a request.
 
     Raises:
         InvalidInput: the lengths of pairs are not known.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        truth: CostModel,
-        settings: SimulationSettings,
-        level: ServiceLevel,
-        routing: Routing = "tokens",
-    ) -> None:
-        self.workload = workload.busiest(REQUESTS)
-        self.truth = truth
-        self.settings = settings
-        self.level = level
-        self.routing: Routing = routing
+    workload: Workload
+    truth: CostModel
+    settings: SimulationSettings
+    level: ServiceLevel
+    routing: Routing = "tokens"
+
+    def __post_init__(self) -> None:
+        self.workload = self.workload.busiest(REQUESTS)
         self._rising: dict[int, RisingLoad] = {}
-        self._packing = packing_of(_lengths(self.workload), truth, settings.token_budget)
+        self._packing = packing_of(_lengths(self.workload), self.truth, self.settings.token_budget)
 
     @cached_property
     def machine_rate(self) -> float:
@@ -151,7 +152,6 @@ class Capacity:
 
 
 def _lengths(workload: Workload) -> SizeDistribution:
-    """Lengths of pairs, to learn how full steps are."""
     recorded = [one.tokens for one in workload.trace if one.tokens]
     if recorded:
         return ObservedSize(recorded)
@@ -194,10 +194,7 @@ def _max_documents(capacity: Capacity) -> int:
 
     def holds(documents: float) -> bool:
         workload = replace(capacity.workload, documents=FixedSize(int(documents)))
-        fewer = Capacity(
-            workload, capacity.truth, capacity.settings, capacity.level, capacity.routing
-        )
-        return fewer.largest.calm.held
+        return replace(capacity, workload=workload).largest.calm.held
 
     search = RateSearch(2, max_rate=2**14, min_rate=1, precision=1e-9, whole=True)
     return int(highest(holds, search))
@@ -233,13 +230,9 @@ measurement."""
 
 @dataclass(frozen=True, slots=True)
 class DayPart:
-    """A quarter of an hour.
+    """A quarter of an hour that starts ``start_s`` seconds after midnight.
 
-    Attributes:
-        start_s: seconds from midnight.
-        rate: requests a second.
-        overfull: whether the cluster did not keep up.
-        outcome: the result of its window.
+    ``rate`` is in requests a second, and ``overfull`` says that the cluster did not keep up.
     """
 
     start_s: float
@@ -254,15 +247,12 @@ class DayResult:
 
     Attributes:
         requests: requests of the day.
-        simulated: of these, how many were simulated and counted.
-        p50_s: median latency; NaN where nothing was answered, as the next ones.
-        p95_s: 95th percentile.
-        p99_s: 99th percentile.
+        simulated: the number of them that were simulated and counted.
+        p50_s: NaN where nothing was answered, as the next ones.
         missed: share that was not answered within the service level's latency.
         refused: share that was refused.
         utilisation: mean share of the time that workers ran.
         overfull_s: seconds of the day in which the cluster did not keep up.
-        parts: its quarters.
     """
 
     requests: int
@@ -278,15 +268,7 @@ class DayResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; None where there is no latency."""
-        parts = [
-            {
-                "start_s": part.start_s,
-                "rate": part.rate,
-                "overfull": part.overfull,
-                "outcome": part.outcome.as_dict(),
-            }
-            for part in self.parts
-        ]
+        parts = [asdict(part) | {"outcome": part.outcome.as_dict()} for part in self.parts]
         content = asdict(self) | {"parts": parts}
         return {k: None if v != v else v for k, v in content.items()}  # noqa: PLR0124 - NaN
 
@@ -319,15 +301,10 @@ def simulate_day(
 ) -> DayResult:
     """Simulate a day of a cluster.
 
-    Args:
-        workload: documents and lengths of requests, which come independently of each other.
-        rates: requests a second in each quarter, see :func:`rates_of`.
-        truth: how long steps take.
-        cluster: the machines.
-        level: what counts as answered in time.
-        on_progress: called with the quarters that are done.
+    ``rates`` are the requests a second in each quarter of an hour, see :func:`rates_of`. Requests
+    have the workload's documents and lengths and come independently of each other.
     """
-    workers = cluster.replicas * cluster.settings.workers
+    workers, part_s = cluster.replicas * cluster.settings.workers, DAY_S / len(rates)
     parts: list[DayPart] = []
     latencies: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     for number, rate in enumerate(rates):
@@ -339,26 +316,22 @@ def simulate_day(
         tally_cluster(blocks(window, WARM_S + WINDOW_S), truth, cluster, tally)
         outcome = tally.outcome(workers)
         overfull = outcome.utilisation > OVERFULL
-        parts.append(DayPart(number * DAY_S / len(rates), rate, overfull, outcome))
+        parts.append(DayPart(number * part_s, rate, overfull, outcome))
         latencies.append(np.array(tally.latencies))
-    return _day(parts, np.concatenate([np.zeros(0), *latencies]), len(rates))
-
-
-def _day(parts: list[DayPart], latencies: np.ndarray[Any, Any], count: int) -> DayResult:
-    p50, p95, p99 = percentiles(latencies)
+    p50, p95, p99 = percentiles(np.concatenate([np.zeros(0), *latencies]))
     outcomes = [part.outcome for part in parts]
     simulated = sum(outcome.requests for outcome in outcomes)
     within = sum(outcome.within for outcome in outcomes)
     refused = sum(sum(outcome.refused.values()) for outcome in outcomes)
     return DayResult(
-        requests=round(sum(part.rate for part in parts) * DAY_S / count),
+        requests=round(sum(part.rate for part in parts) * part_s),
         simulated=simulated,
         p50_s=p50,
         p95_s=p95,
         p99_s=p99,
         missed=(simulated - within) / max(1, simulated),
         refused=refused / max(1, simulated),
-        utilisation=sum(outcome.utilisation for outcome in outcomes) / count,
-        overfull_s=sum(part.overfull for part in parts) * DAY_S / count,
+        utilisation=sum(outcome.utilisation for outcome in outcomes) / len(rates),
+        overfull_s=sum(part.overfull for part in parts) * part_s,
         parts=tuple(parts),
     )

@@ -6,26 +6,27 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.messages.units import size
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.scheduling.fit import STORED_PADDING
 from echelon.simulation.capacity import Capacity, no_latency, rates_of, simulate_day
-from echelon.simulation.cluster_traffic import ROUTINGS
+from echelon.simulation.cluster_traffic import ROUTINGS, Routing
 from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
 from echelon.simulation.server_simulation import SimulationSettings
-from echelon.simulation.service_level import memory_too_small, pairs_too_long
-from echelon.simulation.workload import ReplayedArrivals, Workload, max_tokens
+from echelon.simulation.service_level import (
+    ServiceLevel,
+    SimulationResult,
+    memory_too_small,
+    pairs_too_long,
+)
+from echelon.simulation.workload import ReplayedArrivals, SizeDistribution, Workload, max_tokens
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
     from echelon.profile import Profile
-    from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel
-    from echelon.simulation.cluster_traffic import Routing
-    from echelon.simulation.service_level import ServiceLevel, SimulationResult
-    from echelon.simulation.workload import SizeDistribution
 
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""
@@ -49,15 +50,13 @@ LENGTHS = (0.75, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class CapacityGoal:
-    """What is asked of a cluster.
+    """The load of a cluster and what must hold.
 
     Attributes:
-        level: the service level that must hold.
         workload: the requests, at their rate; without ``tokens`` their lengths are like those of
             the texts that the profile was measured with.
-        routing: which machine gets a request.
         workers: workers of a machine, each as fast as the profile's.
-        max_length: tokens a pair may have; None takes the profile's own.
+        max_length: maximum tokens of a pair; None takes the profile's own.
         memory_limit_bytes: memory of a worker.
         overhead_s: seconds of a request beside the queue and its steps.
         headroom: share of the rate by which it may rise while the level still holds.
@@ -77,9 +76,9 @@ class CapacityGoal:
     day: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name, value in (("--workers", self.workers), ("--max-length", self.max_length)):
-            if value is not None and value < 1:
-                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
+        check_positive(
+            "Give 1 or more.", **{"--workers": self.workers, "--max-length": self.max_length}
+        )
         for name, amount in (
             ("--memory-limit", self.memory_limit_bytes),
             ("--price-per-hour", self.price_per_hour),
@@ -87,12 +86,12 @@ class CapacityGoal:
             if amount is not None and not 0 < amount < math.inf:
                 problem = f"{amount:g} is not above 0"
                 raise InvalidInput(name, problem, "Give a number above 0, or leave it out.")
-        if not 0 <= self.overhead_s < math.inf:
-            problem = f"{1000 * self.overhead_s:g} is below 0"
-            raise InvalidInput("--overhead-ms", problem, "Give 0 or more.")
-        if not 0 <= self.headroom < math.inf:
-            problem = f"{100 * self.headroom:g} is below 0"
-            raise InvalidInput("--headroom-percent", problem, "Give 0 or more.")
+        for name, amount in (
+            ("--overhead-ms", 1000 * self.overhead_s),
+            ("--headroom-percent", 100 * self.headroom),
+        ):
+            if not 0 <= amount < math.inf:
+                raise InvalidInput(name, f"{amount:g} is below 0", "Give 0 or more.")
         if self.overhead_s >= self.level.latency_s:
             problem = (
                 f"{1000 * self.level.latency_s:g} ms are no more than the "
@@ -121,19 +120,11 @@ class PlanChoice:
     capacity: Capacity
     machines: int
 
-    @property
-    def budget(self) -> int:
-        """Its token budget."""
-        return self.capacity.settings.token_budget
-
 
 def make_plan(
     profile: Profile, goal: CapacityGoal, on_progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Plan a cluster.
-
-    Returns:
-        Plain data; docs/PLAN.md describes it.
+    """Plan a cluster: plain data, described in docs/PLAN.md.
 
     Raises:
         InvalidInput: no number of machines reaches the goal; it says what is possible instead.
@@ -168,8 +159,10 @@ def make_plan(
         "model": _model(profile, truth),
         "answer": _answer(best, goal),
         "budgets": [_tried(capacity, machines, goal.rate) for capacity, machines in tried],
-        "rates": [_at_rate(best, goal, goal.rate * factor) for factor in RATES],
-        "lengths": [_at_lengths(best, goal, factor) for factor in LENGTHS],
+        "rates": [
+            _changed(best.capacity, goal, goal.rate * f) | {"rate": goal.rate * f} for f in RATES
+        ],
+        "lengths": [_changed(_scaled(best.capacity, f), goal) | {"lengths": f} for f in LENGTHS],
         "routings": [_routed(best, goal.rate, routing) for routing in ROUTINGS],
         "day": _day(best, goal, on_progress) if goal.day else None,
         "notes": _notes(profile, goal, workload),
@@ -193,9 +186,8 @@ def _workload(profile: Profile, goal: CapacityGoal) -> Workload:
     tokens = workload.tokens or lengths_of(profile)
     recorded = bool(workload.trace) and all(one.tokens for one in workload.trace)
     if tokens is None and not recorded:
-        raise InvalidInput(
-            "--tokens", "the profile does not say how long texts are", "Give tokens of a pair."
-        )
+        problem = "the profile does not say how long texts are"
+        raise InvalidInput("--tokens", problem, "Give tokens of a pair.")
     limit = goal.max_length or profile.settings.max_length
     asked = max_tokens(workload.tokens, workload.trace)
     if limit is not None and asked > limit:
@@ -213,11 +205,8 @@ def _budgets(profile: Profile, goal: CapacityGoal) -> list[int]:
     if limit is None:
         return budgets
     if memory is None:
-        raise InvalidInput(
-            "--memory-limit",
-            "the profile holds no measured memory",
-            "Leave it out, or run `echelon tune` on the machine that it is about.",
-        )
+        remedy = "Leave it out, or run `echelon tune` on the machine that it is about."
+        raise InvalidInput("--memory-limit", "the profile holds no measured memory", remedy)
     max_budget = memory.tokens_within(limit)
     left = [budget for budget in budgets if budget <= max_budget]
     if not left:
@@ -264,7 +253,7 @@ def _answer(best: PlanChoice, goal: CapacityGoal) -> dict[str, Any]:
     return {
         "machines": machines,
         "workers": machines * goal.workers,
-        "token_budget": best.budget,
+        "token_budget": capacity.settings.token_budget,
         "load": rate / (machines * capacity.machine_rate),
         "bears_rate": max_rate,
         "headroom": max_rate / rate - 1,
@@ -293,19 +282,9 @@ def _tried(capacity: Capacity, machines: int | None, rate: float) -> dict[str, A
     }
 
 
-def _at_rate(best: PlanChoice, goal: CapacityGoal, rate: float) -> dict[str, Any]:
-    return _changed(best.capacity, goal, rate) | {"rate": rate}
-
-
-def _at_lengths(best: PlanChoice, goal: CapacityGoal, factor: float) -> dict[str, Any]:
-    old = best.capacity
-    capacity = Capacity(
-        _scaled(old.workload, factor), old.truth, old.settings, old.level, old.routing
-    )
-    return _changed(capacity, goal, goal.rate) | {"lengths": factor}
-
-
-def _changed(capacity: Capacity, goal: CapacityGoal, rate: float) -> dict[str, Any]:
+def _changed(capacity: Capacity, goal: CapacityGoal, rate: float | None = None) -> dict[str, Any]:
+    """The answer for another rate or other machines."""
+    rate = goal.rate if rate is None else rate
     machines = capacity.machines(rate * (1 + goal.headroom))
     if machines is None:
         return {"machines": None, "p99_s": None, "price_per_hour": None}
@@ -333,8 +312,9 @@ class ScaledSize:
         return [max(1, round(number * self.factor)) for number in self.sizes.draw(random, count)]
 
 
-def _scaled(workload: Workload, factor: float) -> Workload:
-    """The workload with longer or shorter pairs."""
+def _scaled(capacity: Capacity, factor: float) -> Capacity:
+    """The same machines with longer or shorter pairs."""
+    workload = capacity.workload
     if workload.tokens is not None:
         workload = replace(workload, tokens=ScaledSize(workload.tokens, factor))
     if isinstance(workload.arrivals, ReplayedArrivals):
@@ -343,16 +323,14 @@ def _scaled(workload: Workload, factor: float) -> Workload:
             for one in workload.trace
         ]
         workload = replace(workload, arrivals=replace(workload.arrivals, trace=trace))
-    return workload
+    return replace(capacity, workload=workload)
 
 
-def _routed(best: PlanChoice, rate: float, routing: Any) -> dict[str, Any]:
+def _routed(best: PlanChoice, rate: float, routing: Routing) -> dict[str, Any]:
     """The same machines, routed otherwise, at the simulated load that the answer rests on."""
     capacity = best.capacity
     if routing != capacity.routing:
-        capacity = Capacity(
-            capacity.workload, capacity.truth, capacity.settings, capacity.level, routing
-        )
+        capacity = replace(capacity, routing=routing)
     outcome = capacity.at(rate, best.machines)
     return {
         "routing": routing,
@@ -364,19 +342,12 @@ def _routed(best: PlanChoice, rate: float, routing: Any) -> dict[str, Any]:
 
 def _day(best: PlanChoice, goal: CapacityGoal, on_progress: Progress) -> dict[str, Any]:
     capacity = best.capacity
-    day = simulate_day(
-        capacity.workload,
-        rates_of(goal.day, goal.rate),
-        capacity.truth,
-        capacity.cluster(best.machines),
-        goal.level,
-        on_progress,
-    )
+    cluster, rates = capacity.cluster(best.machines), rates_of(goal.day, goal.rate)
+    day = simulate_day(capacity.workload, rates, capacity.truth, cluster, goal.level, on_progress)
     return day.as_dict()
 
 
 def _notes(profile: Profile, goal: CapacityGoal, workload: Workload) -> list[str]:
-    """What to know before trusting the answer."""
     notes, trace = list(profile.warnings), goal.workload.trace
     measured = profile.data.get("tokens", {}).get("max")
     asked = max_tokens(workload.tokens, trace)
@@ -386,10 +357,8 @@ def _notes(profile: Profile, goal: CapacityGoal, workload: Workload) -> list[str
             f"{measured}: beyond, times are extrapolated. Tune with such texts (--data)."
         )
     if trace and len(trace) < FEW_REQUESTS:
-        notes.append(
-            f"The trace has {len(trace)} requests: too few for a P99. Record at least "
-            f"{FEW_REQUESTS}."
-        )
+        few = f"The trace has {len(trace)} requests: too few for a P99."
+        notes.append(f"{few} Record at least {FEW_REQUESTS}.")
     if trace and goal.day:
         notes.append("The day has independent callers, not the trace.")
     return notes

@@ -16,21 +16,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.scheduling.admission import RequestCost, SystemLoad, refuse
-from echelon.scheduling.cost_model import Work
+from echelon.scheduling.cost_model import CostModel, Work
 from echelon.scheduling.packing import REACH, choose, step_cost
 from echelon.scheduling.queue import LEAD_S, WEIGHTS, FairOrder, QueueLoad
-from echelon.simulation.cluster_traffic import Router, uniform_draws
-from echelon.simulation.service_level import ServiceLevel, Tally
+from echelon.simulation.cluster_traffic import RequestBlock, Router, Routing, uniform_draws
+from echelon.simulation.service_level import ServiceLevel, SimulationResult, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from echelon.scheduling.cost_model import CostModel
-    from echelon.simulation.cluster_traffic import RequestBlock, Routing
     from echelon.simulation.server_simulation import SimulationSettings
-    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import SizeDistribution
 
 NORMAL = WEIGHTS["normal"]
@@ -71,27 +68,20 @@ def packing_of(tokens: SizeDistribution, truth: CostModel, budget: int) -> Packi
     reach = math.ceil(REACH[truth.padding] * budget / np.mean(tokens.draw(random, SAMPLES)))
     found = [(1.0, 1.0)]
     for waiting in (2**i for i in range(reach.bit_length())):
-        pairs = useful = paid = 0
+        pairs = useful = computed = 0
         for _ in range(SAMPLES):
             lengths = tokens.draw(random, min(reach, waiting * 3 // 2))
             step = [lengths[index] for index in choose(lengths, budget, None, truth.padding)]
             pairs, useful = pairs + len(step), useful + sum(step)
-            paid += step_cost(step, truth.padding)
-        found.append((pairs / SAMPLES, paid / useful))
+            computed += step_cost(step, truth.padding)
+        found.append((pairs / SAMPLES, computed / useful))
     pairs_of, padding_of = zip(*found, strict=True)
     return Packing(pairs_of, padding_of, reach)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Replicas of one service.
-
-    Attributes:
-        replicas: how many.
-        settings: how each runs.
-        routing: which replica gets a request.
-        packing: size and padding of steps, see :func:`packing_of`.
-    """
+    """Replicas of one service, with the same settings; ``packing`` is of :func:`packing_of`."""
 
     replicas: int
     settings: SimulationSettings
@@ -99,8 +89,7 @@ class Cluster:
     packing: Packing = NO_PADDING
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise InvalidInput("replicas", f"{self.replicas} is not positive", "Give 1 or more.")
+        check_positive(replicas=self.replicas)
         if self.settings.deadline_s is not None:
             raise InvalidInput("deadline_s", "a cluster has none", "Simulate one server.")
 
@@ -115,12 +104,8 @@ def simulate_cluster(
 ) -> SimulationResult:
     """Serve requests by a cluster.
 
-    Args:
-        traffic: see :func:`echelon.simulation.cluster_traffic.blocks`.
-        truth: how long steps take, without the settings' noise.
-        cluster: the replicas.
-        level: what counts as answered in time.
-        warm_s: requests that come before are served and not counted.
+    ``truth`` gives the time of steps without the settings' noise. Requests that come before
+    ``warm_s`` are served and not counted.
     """
     tally = tally_cluster(traffic, truth, cluster, Tally(level, warm_s))
     return tally.outcome(cluster.replicas * cluster.settings.workers)
@@ -130,24 +115,15 @@ def tally_cluster(
     traffic: Iterable[RequestBlock], truth: CostModel, cluster: Cluster, tally: Tally
 ) -> Tally:
     """Serve requests by a cluster, and count in ``tally``; see :func:`simulate_cluster`."""
-    run = _ClusterRun(truth, cluster, tally)
-    for block in traffic:
-        run.through(block)
-    run.end()
+    _ClusterRun(truth, cluster, tally).serve(traffic)
     return tally
 
 
 class _Replica:
     """One server: requests in the fair order, and workers.
 
-    Attributes:
-        queue: heap of [tag, number, documents left, mean tokens, mean squares, arrival, documents].
-        order: the fair order.
-        idle: workers without a step.
-        requests: requests inside.
-        documents: documents that wait.
-        tokens: their tokens.
-        squares: their squared tokens.
+    An entry of ``queue`` is [tag, number, documents left, mean tokens, mean squares, arrival,
+    documents]. ``documents``, ``tokens`` and ``squares`` are those that wait.
     """
 
     __slots__ = ("documents", "idle", "order", "queue", "requests", "squares", "tokens")
@@ -206,25 +182,22 @@ class _ClusterRun:
         self._factors = settings.factors()
         self._draws = uniform_draws(settings.seed)
         self._ends = [0.0] * (cluster.replicas * settings.workers)
-        self._held: list[_Step | None] = [None] * (cluster.replicas * settings.workers)
+        self._running: list[_Step | None] = [None] * (cluster.replicas * settings.workers)
         self._events: list[tuple[float, int]] = []
         self._numbers = 0
         self._safe_tokens = _safe_tokens(truth, settings)
 
-    def through(self, block: RequestBlock) -> None:
-        """Serve a block of requests."""
+    def serve(self, traffic: Iterable[RequestBlock]) -> None:
+        """Serve all requests, and finish those that are admitted."""
         events = self._events
-        for at_s, documents, length, square in zip(
-            block.at_s, block.documents, block.lengths, block.squares, strict=True
-        ):
-            while events and events[0][0] <= at_s:
-                self._turn(*heapq.heappop(events))
-            self._arrive(at_s, documents, length, square)
-
-    def end(self) -> None:
-        """Finish the admitted requests."""
-        while self._events:
-            self._turn(*heapq.heappop(self._events))
+        for block in traffic:
+            columns = (block.at_s, block.documents, block.lengths, block.squares)
+            for request in zip(*columns, strict=True):
+                while events and events[0][0] <= request[0]:
+                    self._turn(*heapq.heappop(events))
+                self._arrive(*request)
+        while events:
+            self._turn(*heapq.heappop(events))
 
     # Requests.
 
@@ -248,10 +221,10 @@ class _ClusterRun:
             self._turn(now, number * self._workers + replica.idle.pop())
 
     def _admits(
-        self, replica: _Replica, number: int, asked: tuple[int, float, float], now: float
+        self, replica: _Replica, number: int, amounts: tuple[int, float, float], now: float
     ) -> bool:
         """Apply the real admission rules, but only where one of them might refuse."""
-        documents, tokens, squares = asked
+        documents, tokens, squares = amounts
         bounds = self._settings.bounds
         if (
             replica.requests < bounds.max_requests
@@ -259,22 +232,22 @@ class _ClusterRun:
             and documents <= bounds.max_documents
         ):
             return True
-        ask = RequestCost(documents, int(tokens * self._padding), int(squares * self._padding))
-        refusal = refuse(ask, self._load(replica, number), bounds, now)
+        cost = RequestCost(documents, int(tokens * self._padding), int(squares * self._padding))
+        refusal = refuse(cost, self._load(replica, number), bounds, now)
         if refusal is not None:
             self.tally.refuse(now, refusal.reason)
         return refusal is None
 
     def _load(self, replica: _Replica, number: int) -> SystemLoad:
         first = number * self._workers
-        held = self._held[first : first + self._workers]
+        steps = self._running[first : first + self._workers]
         load = QueueLoad(
             requests=replica.requests,
             pairs=0,
             tokens=int(replica.tokens * self._padding),
             squares=int(replica.squares * self._padding),
             weight=replica.order.weight,
-            running_s=sum(step.seconds for step in held if step is not None),
+            running_s=sum(step.seconds for step in steps if step is not None),
             budget=self._settings.token_budget,
             oldest=None,
         )
@@ -286,11 +259,11 @@ class _ClusterRun:
         """Account for a worker's step that has ended or soon will, and give it the next."""
         number, own = divmod(worker, self._workers)
         replica = self._replicas[number]
-        held = self._held[worker]
-        if held is not None:
-            self._held[worker] = None
-            replica.requests -= len(held.ended)
-            self._router.add(number, -held.tokens, -len(held.ended))
+        step = self._running[worker]
+        if step is not None:
+            self._running[worker] = None
+            replica.requests -= len(step.ended)
+            self._router.add(number, -step.tokens, -len(step.ended))
         if replica.queue:
             self._start(now, worker, replica)
         elif self._ends[worker] > now:
@@ -300,9 +273,8 @@ class _ClusterRun:
 
     def _start(self, now: float, worker: int, replica: _Replica) -> None:
         pairs, padding = self._packing.step(replica.documents)
-        places = min(self._pairs, pairs)
         fill = self._fill if self._packing is NO_PADDING else self._scatter
-        step = fill(replica, places)
+        step = fill(replica, min(self._pairs, pairs))
         replica.took(step)
         # Padding multiplies lengths, so it multiplies squares by its square.
         work = Work(1, int(step.tokens * padding), int(step.squares * padding**2))
@@ -310,7 +282,7 @@ class _ClusterRun:
         seconds = step.seconds * next(self._factors)
         began = max(now, self._ends[worker])
         end = self._ends[worker] = began + seconds
-        self._held[worker] = step
+        self._running[worker] = step
         ready = max(began, min(end, began + step.seconds - LEAD_S))
         heapq.heappush(self._events, (ready, worker))
         self.tally.ran(step.documents, step.tokens, seconds, end)
@@ -322,15 +294,15 @@ class _ClusterRun:
     def _fill(self, replica: _Replica, places: float) -> _Step:
         """A step of whole documents in the fair order, as long as they fit; the first always."""
         step, queue = _Step(), replica.queue
-        room = float(self._settings.token_budget)
+        tokens_left = float(self._settings.token_budget)
         while queue:
             request = queue[0]
-            fit = min(room // request[3], places)
+            fit = min(tokens_left // request[3], places)
             if fit < 1 and step.documents:
                 break
             taken = min(max(1, fit), request[2])
             step.take(request, taken)
-            room -= taken * request[3]
+            tokens_left -= taken * request[3]
             places -= taken
             if request[2] > 0:
                 break
@@ -362,5 +334,5 @@ def _safe_tokens(truth: CostModel, settings: SimulationSettings) -> float:
     what they may.
     """
     budget, bounds = settings.token_budget, settings.bounds
-    price = truth.seconds(Work(1, budget, budget * budget)) / budget
-    return min(bounds.max_wait_s / price / 2, bounds.max_tokens, bounds.max_request_tokens)
+    token_s = truth.seconds(Work(1, budget, budget * budget)) / budget
+    return min(bounds.max_wait_s / token_s / 2, bounds.max_tokens, bounds.max_request_tokens)

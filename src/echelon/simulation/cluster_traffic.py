@@ -1,4 +1,4 @@
-"""Requests of a cluster in blocks of numbers, and the replica that each gets. Pure and seeded.
+"""Requests of a cluster as blocks of numbers, and the replica that gets each. Pure and seeded.
 
 Blocks follow the distributions of :meth:`echelon.simulation.workload.Workload.requests`, but hold
 the mean length of each request instead of all: 100 times faster, with other random numbers.
@@ -35,16 +35,7 @@ Loads = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Router:
-    """Routes requests among replicas.
-
-    Args:
-        routing: the rule.
-        replicas: number of replicas.
-        seed: of random choices.
-
-    Attributes:
-        loads: outstanding tokens or requests of each replica, as the routing counts.
-    """
+    """Routes requests among replicas; ``loads`` are their outstanding tokens or requests."""
 
     def __init__(self, routing: Routing, replicas: int, seed: int) -> None:
         choosers: dict[Routing, Callable[[], int]] = {
@@ -94,14 +85,7 @@ BLOCK = 2048
 
 @dataclass(frozen=True, slots=True)
 class RequestBlock:
-    """Requests in order of time, one list for each property.
-
-    Attributes:
-        at_s: when they come.
-        documents: their documents.
-        lengths: mean tokens of their pairs.
-        squares: mean squared tokens of their pairs.
-    """
+    """Requests in order of time, as columns; lengths and squares are means of a request's pairs."""
 
     at_s: list[float]
     documents: list[int]
@@ -110,8 +94,8 @@ class RequestBlock:
 
     def first(self, count: int) -> RequestBlock:
         """The first requests of the block."""
-        lists = (self.at_s, self.documents, self.lengths, self.squares)
-        return RequestBlock(*(values[:count] for values in lists))  # type: ignore[arg-type] # as they were
+        at_s, documents = self.at_s[:count], self.documents[:count]
+        return RequestBlock(at_s, documents, self.lengths[:count], self.squares[:count])
 
 
 def blocks(workload: Workload, duration_s: float = math.inf) -> Iterator[RequestBlock]:
@@ -124,12 +108,10 @@ def blocks(workload: Workload, duration_s: float = math.inf) -> Iterator[Request
     when, many, long = (np.random.default_rng(seed) for seed in seeds)
     arrivals = workload.arrivals.records(when)
     while records := list(islice(arrivals, BLOCK)):
-        late = records[-1].at_s >= duration_s
-        if late:
-            records = [one for one in records if one.at_s < duration_s]
-        if records:
-            yield _block(workload, records, many, long)
-        if late:
+        within = [one for one in records if one.at_s < duration_s]
+        if within:
+            yield _block(workload, within, many, long)
+        if len(within) < len(records):
             return
 
 
@@ -144,8 +126,9 @@ def _block(
         squares = lengths**2
     else:
         lengths, squares = _means(workload, documents, long)
-        lengths = np.array([t or mean for t, mean in zip(tokens, lengths.tolist(), strict=True)])
-        squares = np.array([t * t if t else q for t, q in zip(tokens, squares, strict=True)])
+        given = np.array([one or 0 for one in tokens], dtype=float)
+        lengths = np.where(given, given, lengths)
+        squares = np.where(given, given**2, squares)
     at_s = [one.at_s for one in records]
     return RequestBlock(at_s, documents, lengths.tolist(), squares.tolist())
 
@@ -155,11 +138,8 @@ def _means(
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
     """Mean tokens and mean squared tokens of the pairs of each request."""
     if workload.tokens is None:
-        raise InvalidInput("tokens", "the lengths of pairs are not records", "Give them.")
+        raise InvalidInput("tokens", "the lengths of pairs are not known", "Give them.")
     counts = np.array(documents)
     tokens = np.array(workload.tokens.draw(random, int(counts.sum())), dtype=float)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    return (
-        np.add.reduceat(tokens, starts) / counts,
-        np.add.reduceat(tokens * tokens, starts) / counts,
-    )
+    return tuple(np.add.reduceat(values, starts) / counts for values in (tokens, tokens**2))

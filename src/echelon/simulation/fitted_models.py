@@ -1,4 +1,4 @@
-"""What simulations take from a profile: cost and memory model, noise, lengths. Pure.
+"""Cost model, memory model, noise and lengths of a profile, for simulations. Pure.
 
 Cost coefficients are those that tuning fitted. A profile without them has measured points of one
 kind of texts, where tokens and squared tokens cannot be separated: the share of the squares is then
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import ProfileError
-from echelon.profile import TUNE_AGAIN
+from echelon.profile import TUNE_AGAIN, Profile
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, CostModel, MemoryModel
 from echelon.scheduling.fit import CostFit, MemoryFit
 from echelon.simulation.workload import LognormalSize
 
 if TYPE_CHECKING:
-    from echelon.profile import Profile
     from echelon.types import Padding
 
 Point = dict[str, Any]
@@ -40,19 +39,14 @@ def cost_of(profile: Profile) -> CostModel:
     if profile.cost is not None:
         fit = CostFit.from_dict(profile.cost)
         return CostModel(fit.coefficients, fit.padding)
-    return _of_points(profile)
-
-
-def _of_points(profile: Profile) -> CostModel:
     points = _measured(profile)
-    default = DEFAULT_COEFFICIENTS[profile.key.device.partition(":")[0]]
-    share = default.square_s / default.token_s
-    lengths = profile.data.get("tokens", {})
-    per_token = 1 + share * _square_over_mean(lengths)
-    rows = np.array([[p["steps"], p["cost_tokens"] * per_token] for p in points], dtype=float)
-    seconds = np.array([p["latency_s"]["median"] for p in points])
     if len(points) < MIN_POINTS:
         raise ProfileError(f"{len(points)} measured points are too few to plan with. {TUNE_AGAIN}")
+    default = DEFAULT_COEFFICIENTS[profile.key.device.partition(":")[0]]
+    share = default.square_s / default.token_s
+    per_token = 1 + share * _square_over_mean(profile.data.get("tokens", {}))
+    rows = np.array([[p["steps"], p["cost_tokens"] * per_token] for p in points], dtype=float)
+    seconds = np.array([p["latency_s"]["median"] for p in points])
     base, token = _nonnegative(rows / seconds[:, None])
     padded = any(p["cost_tokens"] > p["tokens"] for p in points)
     padding: Padding = "rectangular" if padded else "none"
@@ -73,9 +67,7 @@ def memory_of(profile: Profile) -> MemoryModel | None:
         return None
     tokens = np.array([p["cost_tokens"] / p["steps"] for p in points])
     peaks = np.array([p["peak_bytes"] for p in points], dtype=float)
-    slope = 0.0
-    if np.ptp(tokens) > 0:
-        slope = max(0.0, float(np.polyfit(tokens, peaks, 1)[0]))
+    slope = max(0.0, float(np.polyfit(tokens, peaks, 1)[0])) if np.ptp(tokens) > 0 else 0.0
     return MemoryModel(float((peaks - slope * tokens).max()), slope)
 
 
@@ -111,8 +103,5 @@ def _nonnegative(rows: np.ndarray[Any, Any]) -> tuple[float, float]:
     if (both >= 0).all():
         return float(both[0]), float(both[1])
     alone = [float(column.sum() / (column @ column)) for column in rows.T]
-    misses = [
-        float(((column * coefficient - 1) ** 2).sum())
-        for column, coefficient in zip(rows.T, alone, strict=True)
-    ]
-    return (alone[0], 0.0) if misses[0] < misses[1] else (0.0, alone[1])
+    first, second = (((rows.T[i] * alone[i] - 1) ** 2).sum() for i in (0, 1))
+    return (alone[0], 0.0) if first < second else (0.0, alone[1])

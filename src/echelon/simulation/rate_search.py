@@ -1,7 +1,7 @@
 """The search for the highest rate that holds. Pure.
 
 :class:`RateSearch` names a rate, learns whether it held, and names the next. It knows neither
-servers nor simulations, so a load test, a simulation and a count of documents all use it.
+servers nor simulations: load tests, simulations and a count of documents use it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ PRECISION = 0.05
 
 @dataclass(slots=True)
 class RateSearch:
-    """What is known of the highest rate that holds.
+    """A search for the highest rate that holds, requests a second.
 
-    The rate is doubled until it does not hold, then the two ends close in at their geometric
+    The rate is doubled until it does not hold; then the two ends close in at their geometric
     middle. With ``steps`` only those are tried, from below, up to the first that does not hold.
 
     Attributes:
-        rate: the rate to try next, a second.
-        max_rate: the highest rate to try.
-        min_rate: the lowest rate to try.
+        rate: the rate to try next.
         precision: distance of the two ends at which the search is over, as a share.
         whole: try whole numbers only.
         steps: rising rates; empty to choose freely.
@@ -74,7 +72,7 @@ class RateSearch:
         return self.broke <= apart
 
     def tell(self, *, held: bool) -> None:
-        """Say whether :attr:`rate` held; it is another afterwards, unless the search is over."""
+        """Say whether :attr:`rate` held; it changes, unless the search is over."""
         if held:
             self.held = self.rate
         else:
@@ -106,48 +104,44 @@ rises steeply. Above the last, a service that holds its goal today misses it on 
 """
 
 
+@dataclass(eq=False)
 class RisingLoad:
-    """Simulations of a service under rising load.
+    """Simulations of a service under rising load, as shares of its highest throughput.
 
     The answer for a load is that of the next simulated load at or above it, and only if the goal
-    held there and at all loads below. So more load never turns a no into a yes, chance or not.
-
-    Args:
-        run: simulates a load, a share of the highest throughput.
-        loads: rising.
+    held there and at all loads below. So a higher load never turns a no into a yes by chance.
     """
 
-    def __init__(
-        self, run: Callable[[float], SimulationResult], loads: Sequence[float] = LOADS
-    ) -> None:
-        self._run = run
-        self._loads = loads
-        self._search = RateSearch.of_steps(loads)
+    run: Callable[[float], SimulationResult]
+    loads: Sequence[float] = LOADS
+
+    def __post_init__(self) -> None:
+        self._search = RateSearch.of_steps(self.loads)
         self._results: dict[float, SimulationResult] = {}
 
     def at(self, load: float) -> SimulationResult | None:
         """The result at the next simulated load; None where the goal is missed there or below."""
-        place = bisect_left(self._loads, load)
-        if place == len(self._loads):
+        place = bisect_left(self.loads, load)
+        if place == len(self.loads):
             return None
-        step = self._loads[place]
+        step = self.loads[place]
         self._climb(step)
         return self._results[step] if self._search.held >= step else None
 
     @property
     def max_load(self) -> float:
         """The highest load at which the goal holds; 0 where it holds at none."""
-        self._climb(self._loads[-1])
+        self._climb(self.loads[-1])
         return self._search.held
 
     @property
     def calm(self) -> SimulationResult:
         """The result at the lowest load, whether or not the goal holds there."""
-        self._climb(self._loads[0])
-        return self._results[self._loads[0]]
+        self._climb(self.loads[0])
+        return self._results[self.loads[0]]
 
     def _climb(self, load: float) -> None:
         """Simulate up to a load, or to the first that misses the goal."""
         while not self._search.over and self._search.held < load:
-            result = self._results[self._search.rate] = self._run(self._search.rate)
+            result = self._results[self._search.rate] = self.run(self._search.rate)
             self._search.tell(held=result.held)

@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.scheduling.admission import AdmissionLimits, RequestCost, SystemLoad, refuse
 from echelon.scheduling.batcher import Batcher
-from echelon.scheduling.queue import LEAD_S, PairRequest
+from echelon.scheduling.queue import LEAD_S, PairRequest, PlannedStep
 from echelon.scheduling.token_budget import TokenBudget
-from echelon.simulation.service_level import ServiceLevel, Tally
+from echelon.simulation.service_level import ServiceLevel, SimulationResult, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from echelon.scheduling.cost_model import CostModel
-    from echelon.scheduling.queue import PlannedStep
-    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import Arrival
 
 BLOCK = 1024
@@ -44,7 +42,6 @@ class SimulationSettings:
     Attributes:
         token_budget: tokens a step may cost.
         max_pairs: pairs a step may hold.
-        workers: workers that share the queue.
         bounds: limits of admission.
         deadline_s: seconds after which a request expires; None means never.
         goal_s: latency goal for which steps are kept small, as ``echelon serve --slo-p99-ms`` does.
@@ -68,14 +65,10 @@ class SimulationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_pairs", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(name, f"{value} is not positive", "Give 1 or more.")
-        for name in ("deadline_s", "goal_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidInput(name, f"{value} is not positive", "Give seconds.")
+        check_positive(
+            token_budget=self.token_budget, max_pairs=self.max_pairs, workers=self.workers
+        )
+        check_positive("Give seconds.", deadline_s=self.deadline_s, goal_s=self.goal_s)
         for name in ("request_s", "document_s", "noise"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise InvalidInput(name, f"{getattr(self, name)} is below 0", "Give 0 or more.")
@@ -129,12 +122,12 @@ def simulate(  # noqa: PLR0913 - few callers give more than three
         settings: how the server runs.
         level: what counts as answered in time.
         warm_s: requests that come before are served and not counted.
-        expected: number of requests; where given, the run ends as soon as the level cannot hold
-            any more, so the result says that it was missed, but not by how much.
+        expected: number of requests; where given, the run ends as soon as the level cannot hold any
+            more: the result says that it was missed, but not by how much.
         on_step: called with the time and each step that is formed.
     """
     run = _ServerRun(truth, settings, Tally(level, warm_s), on_step)
-    run.through(requests, expected)
+    run.serve(requests, expected)
     return run.tally.outcome(settings.workers)
 
 
@@ -156,7 +149,6 @@ class _ServerRun:
         self._budget = TokenBudget(settings.token_budget, settings.goal_s)
         self._factors = settings.factors()
         self._sent: list[deque[PlannedStep]] = [deque() for _ in range(settings.workers)]
-        self._ends = [0.0] * settings.workers
         self._seconds: dict[int, float] = {}
         self._took: list[tuple[tuple[int, ...], float]] = []
         self._admitted: dict[int, SimulatedRequest] = {}
@@ -167,8 +159,8 @@ class _ServerRun:
         self._events: list[tuple[float, SimulationEvent, int, int]] = []
         self._count = 0
 
-    def through(self, requests: Iterable[Arrival], expected: int | None = None) -> None:
-        """Serve all requests, or end early, see :func:`simulate`."""
+    def serve(self, requests: Iterable[Arrival], expected: int | None = None) -> None:
+        """Serve all requests, or end early; see :func:`simulate`."""
         last = 0.0
         for arrival in requests:
             if arrival.at_s < last:
@@ -224,7 +216,7 @@ class _ServerRun:
     def _join(self, now: float, number: int) -> None:
         request = self._tokenizing.pop(number, None)
         if request is None:
-            return  # its deadline arrive first
+            return  # its deadline came first
         self._tokenizing_tokens -= request.cost.tokens
         if not self._admits(request, now):
             return
@@ -291,7 +283,6 @@ class _ServerRun:
         step = self._sent[worker][0]
         seconds = self._truth.predict(step.lengths) * next(self._factors)
         self._seconds[worker] = seconds
-        self._ends[worker] = now + seconds
         self._later(now + seconds, SimulationEvent.END, worker)
         self._later(now + max(0.0, step.predicted_s - LEAD_S), SimulationEvent.FORM, step.number)
 

@@ -31,7 +31,7 @@ MAX_FAILURES = 0.001
 
 @dataclass(frozen=True, slots=True)
 class ServiceLevel:
-    """What callers were promised.
+    """How fast requests must be answered, and how many may fail.
 
     Attributes:
         latency_s: seconds within which a request must be answered; infinite where only failures
@@ -66,13 +66,7 @@ class ServiceLevel:
         return int((np.asarray(latencies) <= self.latency_s).sum())
 
     def held(self, requests: int, answered: int, within: int) -> bool:
-        """Whether the goal held; without requests it did not.
-
-        Args:
-            requests: requests that were sent.
-            answered: of these, how many got an answer that is right.
-            within: of these, how many within ``latency_s``.
-        """
+        """Whether the goal held for these counts of requests; without requests it did not."""
         failed, late = requests - answered, answered - within
         return requests > 0 and not self.missed(requests, failed, late)
 
@@ -85,26 +79,14 @@ class ServiceLevel:
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """A simulated run, without the requests of its warm-up.
+    """A simulated run: counts and latencies without the warm-up's requests.
 
     Attributes:
-        requests: requests that arrived.
-        documents: their documents.
-        answered: answered requests.
         refused: refused requests, by the reason's name.
-        expired: requests whose deadline passed.
         within: requests answered within the service level's latency.
         duration_s: from the end of the warm-up to the last arrival or end of a step.
-        p50_s: median latency of the answered; NaN where there is none, as the next four.
-        p95_s: their 95th percentile.
-        p99_s: their 99th percentile.
-        mean_s: their mean.
-        longest_s: their maximum.
-        utilisation: share of the time that workers ran, over the whole run.
-        steps: steps of the whole run.
-        step_pairs: mean pairs of a step.
-        step_tokens: mean tokens of a step.
-        level: the service level that requests were counted by.
+        p50_s: of the answered requests; NaN where there is none, as the next four.
+        utilisation: share of the time that workers ran, over the whole run, as are the steps.
     """
 
     requests: int
@@ -147,23 +129,15 @@ class SimulationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; None where there is no latency."""
-        content = asdict(self) | {
-            "missed": self.missed,
-            "throughput": self.throughput,
-            "goodput": self.goodput,
-        }
+        content = asdict(self)
         del content["level"]
+        content |= {name: getattr(self, name) for name in ("missed", "throughput", "goodput")}
         return {k: None if v != v else v for k, v in content.items()}  # noqa: PLR0124 - NaN
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts while a simulation runs.
-
-    Attributes:
-        level: what counts as answered in time.
-        warm_s: seconds of the warm-up, whose requests are not counted.
-    """
+    """Counts while a simulation runs; requests that came before ``warm_s`` are not counted."""
 
     level: ServiceLevel = ServiceLevel()
     warm_s: float = 0.0
@@ -192,7 +166,7 @@ class Tally:
             self.refused[reason] += 1
 
     def expire(self, at_s: float) -> None:
-        """Count the missed deadline of the request that came at ``at_s``."""
+        """Count the expiry of the request that came at ``at_s``."""
         if at_s >= self.warm_s:
             self.expired += 1
 
@@ -204,7 +178,7 @@ class Tally:
             self.late += now - at_s > self.level.latency_s
 
     def lost(self, requests: int) -> bool:
-        """Whether the level is missed over ``requests`` requests, however the rest end."""
+        """Whether ``requests`` requests already miss the level, however the rest end."""
         return self.level.missed(requests, self.expired + self.refused.total(), self.late)
 
     def ran(self, pairs: float, tokens: float, seconds: float, end_s: float) -> None:
@@ -244,8 +218,8 @@ def percentiles(latencies: Sequence[float] | np.ndarray[Any, Any]) -> tuple[floa
     """P50, P95 and P99, each a latency that occurred; NaN where there is none."""
     if not len(latencies):
         return math.nan, math.nan, math.nan
-    found = np.percentile(latencies, [50, 95, 99], method="inverted_cdf")
-    return float(found[0]), float(found[1]), float(found[2])
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99], method="inverted_cdf").tolist()
+    return p50, p95, p99
 
 
 # Errors for goals that cannot be reached: the flag, the limit, and what is possible instead.
@@ -255,19 +229,16 @@ LATENCY_MARGIN = 1.25
 
 
 def latency_too_short(problem: str, p99_s: float, remedy: str | None = None) -> InvalidInput:
-    """No setting answers within the latency of the service level.
+    """No setting answers within the latency of the service level; the shortest P99 was ``p99_s``.
 
-    Args:
-        problem: what was tried and how it missed.
-        p99_s: the shortest P99 that was found.
-        remedy: what is possible besides a longer latency; None names fewer and shorter documents.
+    ``remedy`` says what is possible besides a longer latency; None names fewer and shorter
+    documents.
     """
     least = duration(LATENCY_MARGIN * p99_s)
+    possible = f"Possible are {least} or more, {remedy}."
     if remedy is None:
-        return InvalidInput(
-            "--slo-p99-ms", problem, Message("scenario.goal_possible", {"least": least})
-        )
-    return InvalidInput("--slo-p99-ms", problem, f"Possible are {least} or more, {remedy}.")
+        possible = Message("scenario.goal_possible", {"least": least})
+    return InvalidInput("--slo-p99-ms", problem, possible)
 
 
 def rate_too_high(rate: float, possible: float, latency_s: float | None) -> InvalidInput:
@@ -285,16 +256,9 @@ def within(latency_s: float | None) -> str:
 
 
 def memory_too_small(problem: str, needed_bytes: float) -> InvalidInput:
-    """No setting fits into the memory.
-
-    Args:
-        problem: what does not fit.
-        needed_bytes: the memory that the smallest setting needs.
-    """
-    least = size(needed_bytes)
-    return InvalidInput(
-        "--memory-limit", problem, Message("scenario.memory_possible", {"least": least})
-    )
+    """No setting fits into the memory; the smallest setting needs ``needed_bytes``."""
+    possible = Message("scenario.memory_possible", {"least": size(needed_bytes)})
+    return InvalidInput("--memory-limit", problem, possible)
 
 
 def pairs_too_long(asked: int, limit: int) -> InvalidInput:

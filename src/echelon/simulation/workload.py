@@ -1,9 +1,8 @@
 """A workload: when requests come, with how many documents, and how long their pairs are. Pure.
 
-Seeded: the same workload gives the same requests. It knows no texts, clocks or files: a load
-generator sends these requests, a simulation counts them. Everything is a stream, so a day of
-traffic needs no memory. Times, documents and lengths have a random generator each, so that two
-workloads that differ in their documents have the same arrivals.
+The same seed gives the same requests. A load generator sends them, a simulation counts them. All
+are streams, so a day of traffic needs no memory. Times, documents and lengths have a random
+generator each: workloads that differ only in their documents have the same arrivals.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from itertools import count
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,12 +28,9 @@ BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a workload.
+    """A request that comes ``at_s`` seconds from the start.
 
-    Attributes:
-        at_s: when it comes, in seconds from the start.
-        documents: its documents, at least one.
-        lengths: tokens of each of its pairs; empty where the workload leaves them open.
+    ``lengths`` are the tokens of each of its pairs; empty where the workload leaves them open.
     """
 
     at_s: float
@@ -61,7 +58,7 @@ class FixedSize:
     value: int
 
     def __post_init__(self) -> None:
-        _at_least_one("value", self.value)
+        check_positive(value=self.value)
 
     @property
     def maximum(self) -> int:
@@ -85,7 +82,7 @@ class UniformSize:
     high: int
 
     def __post_init__(self) -> None:
-        _at_least_one("low", self.low)
+        check_positive(low=self.low)
         if self.high < self.low:
             raise InvalidInput("high", f"{self.high} is below {self.low}", "Give the larger last.")
 
@@ -108,8 +105,8 @@ class LognormalSize:
     """Numbers whose logarithms are normal, as lengths of texts roughly are.
 
     Attributes:
-        mean: their mean before rounding and limits.
-        sigma: standard deviation of their logarithms; 0 gives the mean each time.
+        mean: mean before rounding and limits.
+        sigma: standard deviation of the logarithms; 0 gives the mean each time.
         maximum: larger numbers are set to it, as a model cuts texts that are too long.
     """
 
@@ -122,7 +119,7 @@ class LognormalSize:
             raise InvalidInput("mean", f"{self.mean} is not 1 or more", "Give a finite number.")
         if not 0 <= self.sigma < math.inf:
             raise InvalidInput("sigma", f"{self.sigma} is not 0 or more", "Give a finite number.")
-        _at_least_one("maximum", self.maximum)
+        check_positive(maximum=self.maximum)
 
     def draw(self, random: Generator, count: int) -> list[int]:
         """Draw numbers from 1 to ``maximum``."""
@@ -142,7 +139,7 @@ class ObservedSize:
     def __post_init__(self) -> None:
         if not len(self.values):
             raise InvalidInput("values", "there are none", "Give at least one number.")
-        _at_least_one("values", min(self.values))
+        check_positive(values=min(self.values))
 
     @property
     def maximum(self) -> int:
@@ -155,11 +152,7 @@ class ObservedSize:
 
 
 def sizes_of(text: str, field: str) -> SizeDistribution:
-    """Parse sizes as people write them: ``10`` or ``5-50``.
-
-    Raises:
-        InvalidInput: it is neither; ``field`` names the option.
-    """
+    """Parse sizes such as ``10`` or ``5-50``; an InvalidInput names the option ``field``."""
     low, dash, high = text.strip().partition("-")
     try:
         return UniformSize(int(low), int(high)) if dash else FixedSize(int(low))
@@ -176,12 +169,10 @@ def max_tokens(sizes: SizeDistribution | None, trace: Iterable[ArrivalRecord] = 
 
 @dataclass(frozen=True, slots=True)
 class ArrivalRecord:
-    """What arrivals say of a request: its time, and in a trace its documents and lengths.
+    """A request that comes ``at_s`` seconds from the start.
 
-    Attributes:
-        at_s: when it comes, in seconds from the start.
-        documents: its documents; None leaves them to the workload.
-        tokens: tokens of each of its pairs; None leaves them to the workload.
+    A trace also gives its documents and the tokens of each of its pairs; None leaves them to the
+    workload.
     """
 
     at_s: float
@@ -207,17 +198,19 @@ class Arrivals(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PoissonArrivals:
-    """Independent callers: ``rate`` a second on average, in bursts."""
-
+class _RateArrivals:
     rate: float
 
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
 
-    def at(self, rate: float) -> PoissonArrivals:
+    def at(self, rate: float) -> Self:
         """Arrivals at another rate."""
-        return PoissonArrivals(rate)
+        return replace(self, rate=rate)
+
+
+class PoissonArrivals(_RateArrivals):
+    """Independent callers: ``rate`` a second on average, in bursts."""
 
     def records(self, random: Generator) -> Iterator[ArrivalRecord]:
         """Exponential gaps, without an end."""
@@ -228,26 +221,14 @@ class PoissonArrivals:
                 yield ArrivalRecord(now)
 
 
-@dataclass(frozen=True, slots=True)
-class ConstantArrivals:
+class ConstantArrivals(_RateArrivals):
     """``rate`` a second at even distances, the first at once."""
-
-    rate: float
-
-    def __post_init__(self) -> None:
-        _positive("rate", self.rate)
-
-    def at(self, rate: float) -> ConstantArrivals:
-        """Arrivals at another rate."""
-        return ConstantArrivals(rate)
 
     def records(self, random: Generator) -> Iterator[ArrivalRecord]:
         """Even gaps, without an end."""
         del random
-        number = 0
-        while True:
+        for number in count():
             yield ArrivalRecord(number / self.rate)
-            number += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +236,7 @@ class ReplayedArrivals:
     """A recorded trace at its own times or faster; the first request comes at 0.
 
     Attributes:
-        trace: records; read once for each stream.
-        speed: how many times faster than recorded.
+        trace: read once for each stream.
         recorded_rate: requests a second of the record; None where it is read as a stream.
     """
 
@@ -306,10 +286,7 @@ def arrivals_of(
 ) -> Arrivals:
     """Arrivals at a rate, or those of a trace, at its own rate or another.
 
-    Args:
-        rate: requests a second; None takes the trace's own, and 1 without a trace.
-        trace: recorded requests.
-        even: at even distances instead of independently of each other.
+    Without a rate and a trace it is one request a second; ``even`` gives equal intervals.
     """
     if trace:
         replayed = ReplayedArrivals.of(trace)
@@ -319,13 +296,9 @@ def arrivals_of(
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Arrivals, and the size of requests where the arrivals do not say it.
+    """Arrivals, and the size of requests where the arrivals do not give it.
 
-    Attributes:
-        arrivals: when requests come.
-        documents: documents of a request.
-        tokens: tokens of a pair; None leaves lengths open.
-        seed: the same seed gives the same requests.
+    ``tokens`` None leaves the lengths of pairs open. The same seed gives the same requests.
     """
 
     arrivals: Arrivals
@@ -378,11 +351,6 @@ class Workload:
         if record.tokens is not None:
             return (record.tokens,) * documents
         return () if self.tokens is None else tuple(self.tokens.draw(random, documents))
-
-
-def _at_least_one(field: str, value: int) -> None:
-    if value < 1:
-        raise InvalidInput(field, f"{value} is not positive", "Give 1 or more.")
 
 
 def _positive(field: str, value: float) -> None:

@@ -1,18 +1,22 @@
-"""What a scenario asks for, and the limits that its settings must hold. Pure."""
+"""The goal of a scenario, and the limits that its settings must hold. Pure."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from echelon.errors import InvalidInput
 from echelon.simulation.capacity import REQUESTS
 from echelon.simulation.service_level import ServiceLevel
-from echelon.simulation.workload import FixedSize, UniformSize, Workload, arrivals_of
-
-if TYPE_CHECKING:
-    from echelon.simulation.workload import ArrivalRecord, SizeDistribution
+from echelon.simulation.workload import (
+    ArrivalRecord,
+    FixedSize,
+    SizeDistribution,
+    UniformSize,
+    Workload,
+    arrivals_of,
+)
 
 Scenario = Literal["api", "offline", "edge", "concurrent"]
 
@@ -45,16 +49,13 @@ class ScenarioGoal:
     """A scenario and what must hold.
 
     Attributes:
-        scenario: the scenario.
-        goal_s: latency of the service level; None where any will do.
+        goal_s: latency of the service level; None accepts any latency.
         rate: requests a second; None takes the trace's own.
-        trace: recorded requests.
         documents: documents of a request; None takes :data:`DOCUMENTS`.
         tokens: tokens of a pair; None takes lengths like those of the texts.
         memory_limit_bytes: memory of all workers.
         allow: what may change besides the size of a step.
         verify_s: seconds of the validation; 0 leaves it out.
-        seed: of everything random.
     """
 
     scenario: Scenario
@@ -100,15 +101,10 @@ class ScenarioGoal:
         if name == "offline" and self.goal_s is not None:
             problem = "offline has none: single answers are not waited for"
             raise InvalidInput("--slo-p99-ms", problem, "Leave it out, or choose another scenario.")
-
-        self._check_validation()
-
-    def _check_validation(self) -> None:
-        if self.rate is None or not 0 < self.verify_s * self.rate < MIN_REQUESTS:
-            return
-        problem = f"{self.verify_s * self.rate:g} requests come in {self.verify_s:g} s, too few"
-        remedy = f"Give {math.ceil(MIN_REQUESTS / self.rate)} or more, or 0 for no validation."
-        raise InvalidInput("--verify-s", problem, remedy)
+        if self.rate is not None and 0 < self.verify_s * self.rate < MIN_REQUESTS:
+            problem = f"{self.verify_s * self.rate:g} requests come in {self.verify_s:g} s, too few"
+            remedy = f"Give {math.ceil(MIN_REQUESTS / self.rate)} or more, or 0 for no validation."
+            raise InvalidInput("--verify-s", problem, remedy)
 
     @property
     def level(self) -> ServiceLevel:
@@ -121,11 +117,7 @@ class ScenarioGoal:
         return DOCUMENTS[self.scenario] if self.documents is None else self.documents
 
     def traffic(self, tokens: SizeDistribution) -> Workload:
-        """The requests, with pairs of these lengths where the trace does not give them.
-
-        Raises:
-            InvalidInput: the trace has no rate.
-        """
+        """The requests, with pairs of these lengths where the trace does not give them."""
         arrivals = arrivals_of(self.rate, self.trace)
         return Workload(arrivals, self.sizes, tokens, self.seed).busiest(REQUESTS)
 
@@ -159,7 +151,6 @@ class ScenarioLimits:
         agreement: lowest rank agreement.
         overhead_s: seconds of a request beside the queue and its steps.
         noise: of step times, see :class:`echelon.simulation.server_simulation.SimulationSettings`.
-        seed: of everything random.
     """
 
     goal_s: float | None = None
@@ -172,9 +163,7 @@ class ScenarioLimits:
 
     def __post_init__(self) -> None:
         for name in ("goal_s", "rate", "memory_bytes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InvalidInput(name, f"{value} is not above 0", "Give a number above 0.")
+            _above_zero(name, getattr(self, name), "Give a number above 0.")
 
     @property
     def level(self) -> ServiceLevel:

@@ -23,28 +23,26 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import InvalidInput
 from echelon.messages import Message
 from echelon.messages.units import duration, number, size
-from echelon.progress import no_progress
+from echelon.progress import Progress, no_progress
 from echelon.simulation.capacity import UNLIMITED
 from echelon.simulation.rate_search import RateSearch, RisingLoad, highest
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import (
+    SimulationResult,
     latency_too_short,
     memory_too_small,
     ranking_differs,
     rate_too_high,
     within,
 )
-from echelon.tuning.goal import SCENARIOS
+from echelon.tuning.goal import SCENARIOS, Scenario, ScenarioLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from echelon.progress import Progress
     from echelon.scheduling.cost_model import CostModel, MemoryModel
     from echelon.scheduling.queue import PlannedStep
-    from echelon.simulation.service_level import SimulationResult
     from echelon.simulation.workload import Arrival, Workload
-    from echelon.tuning.goal import Scenario, ScenarioLimits
 
 LOADS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Loads that are simulated, as shares of a candidate's highest throughput."""
@@ -73,12 +71,10 @@ class Candidate:
 
     Attributes:
         token_budget: tokens a step may cost.
-        cost: how long steps of one of its workers take, the others running.
+        cost: how long steps of one of its workers take, while the others run.
         max_pairs: pairs a step may hold.
-        workers: workers that share the queue.
-        threads: CPU threads of each; None on a GPU.
-        precision: of the forward pass.
-        max_length: tokens a pair may have; None cuts none.
+        threads: CPU threads of each worker; None on a GPU.
+        max_length: maximum tokens of a pair; None cuts none.
         agreement: rank agreement with fp32 at full length.
         memory: of one worker; None where it is not known.
     """
@@ -104,13 +100,8 @@ class Candidate:
 class SimulatedService:
     """A simulation of a candidate.
 
-    Step times are those of the cost model, so the batcher would learn nothing but noise, and two
-    thirds of a simulation would go into that: it does not learn here.
-
-    Args:
-        workload: the requests, at any rate.
-        candidate: the settings.
-        limits: service level, overhead and noise.
+    The batcher does not learn here: step times are those of the cost model, so it would learn only
+    noise, and that would take two thirds of a simulation.
     """
 
     def __init__(self, workload: Workload, candidate: Candidate, limits: ScenarioLimits) -> None:
@@ -126,12 +117,7 @@ class SimulatedService:
         return simulate(requests, self._candidate.cost, settings)
 
     def at(self, rate: float, *, whole: bool = True) -> SimulationResult:
-        """The result at a rate.
-
-        Args:
-            rate: requests a second.
-            whole: go on where the goal is missed for certain.
-        """
+        """The result at a rate; without ``whole`` it ends where the goal is missed for certain."""
         return simulate(
             self._requests(rate, REQUESTS),
             self._candidate.cost,
@@ -149,7 +135,7 @@ class SimulatedService:
 def predict(
     scenario: Scenario, requests: Iterable[Arrival], candidate: Candidate, limits: ScenarioLimits
 ) -> tuple[SimulationResult, int]:
-    """The result of given requests, such as a validation sends, and the largest step.
+    """Simulate the requests of a validation; return the result and the tokens of the largest step.
 
     For ``offline`` they are all there at once; for ``edge`` each comes long after the answer to the
     one before; for the others they come at their times.
@@ -174,11 +160,8 @@ def predict(
 def cut(requests: Iterable[Arrival], max_length: int | None) -> Iterator[Arrival]:
     """Requests whose pairs are cut to ``max_length`` tokens."""
     for request in requests:
-        if max_length is None:
-            yield request
-        else:
-            lengths = tuple(min(length, max_length) for length in request.lengths)
-            yield replace(request, lengths=lengths)
+        lengths = tuple(min(length, max_length or length) for length in request.lengths)
+        yield replace(request, lengths=lengths)
 
 
 def _settings(candidate: Candidate, limits: ScenarioLimits) -> SimulationSettings:
@@ -197,14 +180,13 @@ class TriedCandidate:
     """A candidate and how it was judged.
 
     Attributes:
-        candidate: the candidate.
         reason: why it cannot be chosen; None where it can.
-        documents_per_s: documents a second when all are there at once; None if not simulated.
+        documents_per_s: with all documents there at once; None if not simulated.
         max_rate: requests a second up to which the goal holds; None where it was not searched: for
             ``api`` where the goal holds.
         calm: the result at the lowest load; None if not simulated.
-        predicted: the result at the next simulated load at or above the rate asked for; the calm
-            one without a rate, and for ``offline`` all at once; None where the goal is missed.
+        predicted: the result at the next simulated load at or above the wanted rate; the calm one
+            without a rate, and for ``offline`` all at once; None where the goal is missed.
     """
 
     candidate: Candidate
@@ -217,15 +199,7 @@ class TriedCandidate:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The settings for a scenario.
-
-    Attributes:
-        scenario: the scenario.
-        chosen: the candidate, with its prediction.
-        measure: name of the measure that was compared.
-        value: its value for the chosen candidate.
-        tried: all candidates, as given.
-    """
+    """The settings for a scenario; ``measure`` is the name of the measure that was compared."""
 
     scenario: Scenario
     chosen: TriedCandidate
@@ -241,14 +215,7 @@ def solve(
     limits: ScenarioLimits,
     on_progress: Progress = no_progress,
 ) -> Recommendation:
-    """Choose the best candidate for a scenario.
-
-    Args:
-        scenario: the scenario.
-        workload: the requests; the lengths of their pairs must be known.
-        candidates: the settings to choose from.
-        limits: what must hold.
-        on_progress: called with the number of candidates that are judged.
+    """Choose the best candidate for a scenario; the lengths of the workload's pairs must be known.
 
     Raises:
         InvalidInput: no candidate holds the limits; it says what is possible instead.
@@ -262,7 +229,8 @@ def solve(
     if not able:
         raise _infeasible(tried, limits)
     fastest = min(_calm_s(one) for one in tried if one.calm is not None)
-    peers = able if scenario == "offline" else _fewest_workers(able)
+    fewest = min(one.candidate.workers for one in able)
+    peers = [one for one in able if scenario == "offline" or one.candidate.workers == fewest]
     chosen = min(peers, key=lambda one: _order(scenario, one, peers, fastest))
     measure, value = _measure(scenario, chosen)
     return Recommendation(scenario, chosen, measure, value, tuple(tried))
@@ -270,9 +238,8 @@ def solve(
 
 def _check(scenario: Scenario, candidates: Sequence[Candidate], limits: ScenarioLimits) -> None:
     if scenario not in SCENARIOS:
-        raise InvalidInput(
-            "--scenario", f"{scenario!r} is unknown", f"One of {', '.join(SCENARIOS)}."
-        )
+        problem = f"{scenario!r} is unknown"
+        raise InvalidInput("--scenario", problem, f"One of {', '.join(SCENARIOS)}.")
     if not candidates:
         raise InvalidInput("candidates", "there are none", "Give at least one.")
     if scenario in {"api", "concurrent"}:
@@ -319,11 +286,6 @@ def _try(
 # Choosing.
 
 
-def _fewest_workers(able: Sequence[TriedCandidate]) -> list[TriedCandidate]:
-    fewest = min(one.candidate.workers for one in able)
-    return [one for one in able if one.candidate.workers == fewest]
-
-
 def _order(
     scenario: Scenario, one: TriedCandidate, peers: Sequence[TriedCandidate], fastest: float
 ) -> tuple[float, ...]:
@@ -361,14 +323,13 @@ def _measure(scenario: Scenario, chosen: TriedCandidate) -> tuple[str, float]:
 
 
 def _infeasible(tried: Sequence[TriedCandidate], limits: ScenarioLimits) -> InvalidInput:
-    """Why none of the candidates can be chosen, and what is possible."""
+    """Say why none of the candidates can be chosen, and what is possible."""
     simulated = [one for one in tried if one.calm is not None]
     if simulated:
         return _too_much_load(simulated, limits)
     agreeing = [one for one in tried if one.candidate.agreement >= limits.agreement]
     if not agreeing:
-        best = max(one.candidate.agreement for one in tried)
-        return ranking_differs(best, limits.agreement)
+        return ranking_differs(max(one.candidate.agreement for one in tried), limits.agreement)
     values = {"there": size(limits.memory_bytes or 0), "count": len(agreeing)}
     needed = min(one.candidate.bytes for one in agreeing)
     return memory_too_small(Message("scenario.memory_too_small", values), needed)
@@ -398,9 +359,8 @@ class LoadCurve:
 
     Attributes:
         requests: requests of each simulation, its warm-up included.
-        max_rate: the highest rate that holds the service level, requests a second; None where
-            none does.
-        points: rising rates and their results.
+        max_rate: the highest rate that holds the service level, requests a second; None where none
+            does.
     """
 
     requests: int
@@ -408,11 +368,7 @@ class LoadCurve:
     points: tuple[tuple[float, SimulationResult], ...]
 
     def as_dict(self, rate: float) -> dict[str, Any]:
-        """The profile's entry.
-
-        Args:
-            rate: the rate that was asked for.
-        """
+        """The profile's entry; ``rate`` is the wanted one."""
         return {
             "rate": rate,
             "most_rate": self.max_rate,
@@ -437,5 +393,5 @@ def curve_of(workload: Workload, candidate: Candidate, limits: ScenarioLimits) -
 def _point(rate: float, outcome: SimulationResult) -> dict[str, Any]:
     known = outcome.as_dict()
     shown = {name: known[name] for name in ("p50_s", "p95_s", "p99_s", "goodput")}
-    refused = sum(outcome.refused.values())
-    return {"rate": rate} | shown | {"refused": refused / max(1, outcome.requests)}
+    refused = sum(outcome.refused.values()) / max(1, outcome.requests)
+    return {"rate": rate, **shown, "refused": refused}
