@@ -71,15 +71,7 @@ class EchelonRerank(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Return the best nodes, best first, and report to LlamaIndex's observers.
-
-        Raises:
-            InvalidInput: there is no query, or it leaves no room.
-            OutOfMemory: a node alone does not fit in memory.
-
-        Warns:
-            EchelonWarning: nodes were cut to ``max_length``.
-        """
+        """Return the best nodes, best first, and report to LlamaIndex's observers."""
         with self._observed(nodes, query_bundle) as (query, best):
             results = ranked(self._reranker, query, _texts(nodes), self.top_n)
             best.extend(_scored(nodes, results))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sqlite3
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from echelon.offline.readers import (
     parse_json,
     text_of,
 )
-from echelon.offline.streams import ROW_BYTES, Lines, digest_of, suffix_of, unreadable
+from echelon.offline.streams import ROW_BYTES, Lines, digest_of, suffix_of, sync_to_disk, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,8 +148,7 @@ def _build(
                 _fill(base, name, lines, on_progress)
         base.execute("insert into fingerprints values (?)", (json.dumps(prints),))
         base.commit()
-    with building.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_to_disk(building)
     building.replace(index)
 
 

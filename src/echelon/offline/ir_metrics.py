@@ -146,7 +146,7 @@ def _measured(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison
         scorer = WindowScorer(job.model, job.options)
     except (InvalidInput, UnsupportedModel) as error:
         return PrecisionComparison(name, {}, refused=str(error))
-    with scorer, closing(job.reader(index, job.fingerprints(index))) as reader:
+    with closing(scorer), closing(job.reader(index, job.fingerprints(index))) as reader:
         steps = scorer.steps
         ahead = windows(_judged(reader, judge), reader, steps.window, steps.max_length)
         started = monotonic()

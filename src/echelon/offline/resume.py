@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, StorageError
 from echelon.offline.scoring import Steps
@@ -252,12 +252,6 @@ class JobStore:
                 f"{path}: cannot be written ({error.strerror or error}).{kept} "
                 "Free disk space or choose another file."
             ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _write(file: IO[bytes], data: bytes) -> None:

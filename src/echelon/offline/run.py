@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -81,9 +81,7 @@ class _Scorer(Protocol):
         self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]: ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
+    def close(self) -> None: ...
 
 
 def run(
@@ -102,7 +100,7 @@ def run(
     job.check()
     writer = job.writer()
     judge = None if job.qrels is None else Judge(job.qrels)
-    with JobStore(job.output, job.errors, resumable=job.input != STANDARD) as store:
+    with closing(JobStore(job.output, job.errors, resumable=job.input != STANDARD)) as store:
         if job.restart:
             store.restart()
         prints = job.fingerprints(store.index_path)
@@ -119,7 +117,7 @@ def run(
         with closing(job.reader(store.index_path, prints, listener.indexing)) as reader:
             current = _Run(job, state, store, reader, writer, judge, listener)
             current.resume()
-            with open_scorer(job.model, job.options, state.steps) as scorer:
+            with closing(open_scorer(job.model, job.options, state.steps)) as scorer:
                 state.steps = scorer.steps
                 listener.loaded()
                 current.score(scorer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -194,12 +194,6 @@ class WindowScorer:
         self.reranker.close()
         self._encode.shutdown(cancel_futures=True)
         self._score.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _encoded(self, window: RowWindow) -> _EncodedWindow:
         """Encode a window; queries that leave no room for a document become bad rows."""

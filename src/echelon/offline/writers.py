@@ -31,8 +31,8 @@ class Writer(Protocol):
     """Turns scores into bytes."""
 
     def check(self, row: Row) -> None:
-        """Raise :class:`BadValue` for a row that this format cannot hold."""
-        ...
+        """Raise :class:`BadValue` for a row that this format cannot hold; here it holds all."""
+        del row
 
     def block(self, scored: ScoredWindow) -> bytes:
         """Write a window's records."""
@@ -79,7 +79,7 @@ def shortest(logit: np.float32) -> float:
     return float(str(logit))
 
 
-class _BlockWriter:
+class _BlockWriter(Writer):
     """A writer whose file of blocks is the output already; ``top_n`` results are kept of a row."""
 
     def __init__(self, compression: str | None, top_n: int | None) -> None:
@@ -87,17 +87,12 @@ class _BlockWriter:
             require_packages("zstd", "files", ["pyarrow"])
         self._compression, self._top_n = compression, top_n
 
-    def check(self, row: Row) -> None:
-        """See :class:`Writer`; every row can be written."""
-
     def block(self, scored: ScoredWindow) -> bytes:
-        """See :class:`Writer`."""
         lines = self._lines(ranked(scored, self._top_n))
         data = "".join(f"{line}\n" for line in lines).encode()
         return _compressed(data, self._compression) if data else b""
 
     def assemble(self, part: Path, output: Path) -> None:
-        """See :class:`Writer`."""
         if part.stat().st_size == 0:
             part.write_bytes(_compressed(b"", self._compression))
         part.replace(output)
@@ -159,7 +154,7 @@ def _check_name(field: str, name: Id) -> None:
         raise BadValue(f"{field} {name!r} has a space in it, or nothing, which a TREC run forbids")
 
 
-class ParquetWriter:
+class ParquetWriter(Writer):
     """Parquet: one row for each result, in rank order; with ``pairs`` one for each pair."""
 
     def __init__(self, top_n: int | None, *, pairs: bool) -> None:
@@ -179,9 +174,6 @@ class ParquetWriter:
                 ("truncated_tokens", pa.int32()),
             ]
         )
-
-    def check(self, row: Row) -> None:
-        """See :class:`Writer`; Parquet takes every row."""
 
     def block(self, scored: ScoredWindow) -> bytes:
         """See :class:`Writer`."""
