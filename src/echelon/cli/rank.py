@@ -71,10 +71,8 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
             "documents", "none were given", "Add them after the query, or use --file FILE."
         )
     try:
-        if file in {None, "-"}:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        else:
-            text = Path(str(file)).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if file in {None, "-"} else Path(str(file)).read_bytes()
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput("--file", f"cannot be read ({error})", "Give a UTF-8 file.") from error
     return [line for line in text.splitlines() if line.strip()]

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon import __version__
-from echelon.engine.events import (
-    LadderTaken,
-    Listener,
-    RequestEnded,
-    RequestRefused,
-    ServiceSnapshot,
-    StepFinished,
-    WorkerChanged,
-)
+from echelon.engine import events
 from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
@@ -53,7 +45,7 @@ MAX_STEPS = 200
 MAX_EVENTS = 50
 """Single steps and events that are kept for the dashboard."""
 
-STATE: dict[str, Callable[[ServiceSnapshot], float]] = {
+STATE: dict[str, Callable[[events.ServiceSnapshot], float]] = {
     "waiting_pairs": lambda state: state.load.pairs,
     "waiting_tokens": lambda state: state.load.tokens,
     "requests_inside": lambda state: state.requests,
@@ -84,7 +76,7 @@ class TimeSlice:
     latencies: IntArray | None = None
     pairs: list[int] = field(default_factory=lambda: [0] * POWERS)
     tokens: list[int] = field(default_factory=lambda: [0] * POWERS)
-    state: ServiceSnapshot | None = None
+    state: events.ServiceSnapshot | None = None
 
     def add(self, **amounts: float) -> None:
         """Add to the sums."""
@@ -124,7 +116,7 @@ class StatsView:
     workers: Sequence[ServerEvent]
 
 
-class RollingStats(Listener):
+class RollingStats(events.Listener):
     """Collects events of a service and its routes, and drops slices older than :data:`SLICES`."""
 
     def __init__(
@@ -161,14 +153,14 @@ class RollingStats(Listener):
         with self._lock:
             self._now().counts[kind, name] += 1
 
-    def sampled(self, state: ServiceSnapshot) -> None:
+    def sampled(self, state: events.ServiceSnapshot) -> None:
         """Keep a snapshot of the service."""
         with self._lock:
             self._now().state = state
 
     # Called by the service, from any thread.
 
-    def step_finished(self, event: StepFinished) -> None:
+    def step_finished(self, event: events.StepFinished) -> None:
         """Count a step."""
         with self._lock:
             now = self._now()
@@ -179,7 +171,7 @@ class RollingStats(Listener):
             if event.again:
                 now.counts["step", "again"] += 1
 
-    def request_ended(self, event: RequestEnded) -> None:
+    def request_ended(self, event: events.RequestEnded) -> None:
         """Count an admitted request that has ended."""
         with self._lock:
             now = self._now()
@@ -189,17 +181,17 @@ class RollingStats(Listener):
             if event.fallback is not None:
                 now.counts["fallback", "requests"] += 1
 
-    def refused(self, event: RequestRefused) -> None:
+    def refused(self, event: events.RequestRefused) -> None:
         """Count a refused request."""
         self.count("refused", event.reason)
 
-    def ladder_taken(self, event: LadderTaken) -> None:
+    def ladder_taken(self, event: events.LadderTaken) -> None:
         """List a step of the OOM ladder."""
         words = f"{event.step.detail}. {event.step.remedy}"
         with self._lock:
             self._add_event("ladder", event.step.rung, event.worker, words)
 
-    def worker_changed(self, event: WorkerChanged) -> None:
+    def worker_changed(self, event: events.WorkerChanged) -> None:
         """List a worker's change of state."""
         with self._lock:
             found = self._add_event("worker", event.state, event.worker, event.detail)
@@ -278,7 +270,7 @@ def power_of(size: int) -> int:
 
 
 def dashboard_data(
-    view: StatsView, model: str, info: ModelInfo | None, state: ServiceSnapshot | None
+    view: StatsView, model: str, info: ModelInfo | None, state: events.ServiceSnapshot | None
 ) -> dict[str, Any]:
     """The JSON of the dashboard; ``info`` and ``state`` are None before the service has started.
 
@@ -362,11 +354,11 @@ def _rates(past: TimeSlice, seconds: float) -> Row:
     }
 
 
-def _state(state: ServiceSnapshot | None) -> Row:
+def _state(state: events.ServiceSnapshot | None) -> Row:
     return {name: None if state is None else read(state) for name, read in STATE.items()}
 
 
-def _memory(state: ServiceSnapshot | None, worker: int) -> int | None:
+def _memory(state: events.ServiceSnapshot | None, worker: int) -> int | None:
     """Resident bytes of a worker; None before its first step."""
     if state is None or worker >= len(state.resident_bytes):
         return None

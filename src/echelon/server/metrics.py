@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from echelon import __version__
-from echelon.engine.events import (
-    BudgetMoved,
-    LadderTaken,
-    Listener,
-    Outcome,
-    RequestEnded,
-    RequestRefused,
-    ServiceSnapshot,
-    StepFinished,
-    WorkerChanged,
-    WorkerState,
-)
+from echelon.engine import events
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
 from echelon.server.connection import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence, Sized
+    from collections.abc import Iterable, Sequence, Sized
 
     from echelon.engine.service import Service
 
@@ -83,41 +73,29 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Gauges: help text and labels."""
 
-STATE: dict[str, tuple[str, Callable[[ServiceSnapshot], float]]] = {
-    "token_budget": ("Current token budget of a step.", lambda now: now.load.budget),
-    "requests_inside": (
-        "Requests in the server, those in tokenization included.",
-        lambda now: now.requests,
-    ),
-    "waiting_pairs": ("Distinct pairs in the queue.", lambda now: now.load.pairs),
-    "waiting_tokens": ("Tokens of the distinct pairs in the queue.", lambda now: now.load.tokens),
-    "backlog_seconds": (
-        "Predicted seconds to score all pairs in the queue.",
-        lambda now: now.backlog_s,
-    ),
-    "oldest_seconds": ("Age of the oldest request in the queue.", lambda now: now.oldest_s),
-    "workers_up": ("Workers that are up.", lambda now: now.workers_up),
-    "cost_scale": ("Step time over the prediction of the first cost model.", lambda now: now.scale),
-    "cost_drift_ratio": (
-        "Step time over the normal step time of this machine.",
-        lambda now: now.drift,
-    ),
-    "cost_drifted": ("1 while echelon_cost_drift_ratio is far from 1.", lambda now: now.drifted),
-    "fallback_on": (
-        "1 while low-priority requests get a reduced max_length.",
-        lambda now: now.fallback,
-    ),
-    "draining": ("1 while the server shuts down.", lambda now: now.draining),
+STATE: dict[str, tuple[str, str]] = {
+    "token_budget": ("Current token budget of a step.", "load.budget"),
+    "requests_inside": ("Requests in the server, those in tokenization included.", "requests"),
+    "waiting_pairs": ("Distinct pairs in the queue.", "load.pairs"),
+    "waiting_tokens": ("Tokens of the distinct pairs in the queue.", "load.tokens"),
+    "backlog_seconds": ("Predicted seconds to score all pairs in the queue.", "backlog_s"),
+    "oldest_seconds": ("Age of the oldest request in the queue.", "oldest_s"),
+    "workers_up": ("Workers that are up.", "workers_up"),
+    "cost_scale": ("Step time over the prediction of the first cost model.", "scale"),
+    "cost_drift_ratio": ("Step time over the normal step time of this machine.", "drift"),
+    "cost_drifted": ("1 while echelon_cost_drift_ratio is far from 1.", "drifted"),
+    "fallback_on": ("1 while low-priority requests get a reduced max_length.", "fallback"),
+    "draining": ("1 while the server shuts down.", "draining"),
 }
-"""Gauges that each scrape reads from a snapshot of the service."""
+"""Gauges that each scrape reads from a snapshot of the service: help text and attribute."""
 
 VALUES: dict[str, Iterable[str]] = {
     "deadline_requests_total": ("met", "missed"),
-    "requests_total": get_args(Outcome),
+    "requests_total": get_args(events.Outcome),
     "refused_total": (*RULES, "shutting_down"),
     "connections_refused_total": get_args(Reason),
     "ladder_steps_total": [rung.__name__.removeprefix("_") for rung in RUNGS],
-    "worker_changes_total": get_args(WorkerState),
+    "worker_changes_total": get_args(events.WorkerState),
     "token_budget_moves_total": get_args(MoveReason),
 }
 """Known labels. Their counters begin at zero: Prometheus sees no increase in a series whose first
@@ -126,7 +104,7 @@ value is one."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metrics(Listener):
+class Metrics(events.Listener):
     """Counts the events of a service and of its routes."""
 
     def __init__(self) -> None:
@@ -162,8 +140,8 @@ class Metrics(Listener):
         """Write all metrics in Prometheus' text format."""
         if self._service is not None:
             now = self._service.snapshot()
-            for name, (_, read) in STATE.items():
-                self._state[name].set(read(now))
+            for name, (_, attribute) in STATE.items():
+                self._state[name].set(attrgetter(attribute)(now))
             for number, size in enumerate(now.resident_bytes):
                 self._gauges["worker_resident_bytes"].labels(str(number)).set(size)
         return generate_latest(self.registry)
@@ -182,7 +160,7 @@ class Metrics(Listener):
 
     # Called by the service, from any thread.
 
-    def step_finished(self, event: StepFinished) -> None:
+    def step_finished(self, event: events.StepFinished) -> None:
         """Count a step."""
         self._observe("step_seconds", event.actual_s)
         self.count("step_predicted_seconds_total", by=event.predicted_s)
@@ -196,7 +174,7 @@ class Metrics(Listener):
         if event.again:
             self.count("steps_again_total")
 
-    def request_ended(self, event: RequestEnded) -> None:
+    def request_ended(self, event: events.RequestEnded) -> None:
         """Count an admitted request that has ended."""
         self.count("requests_total", event.outcome)
         self.count("truncated_documents_total", by=event.truncated_documents)
@@ -208,19 +186,19 @@ class Metrics(Listener):
         if event.outcome == "answered":
             self.count("documents_total", by=event.documents)
 
-    def refused(self, event: RequestRefused) -> None:
+    def refused(self, event: events.RequestRefused) -> None:
         """Count a refused request."""
         self.count("refused_total", event.reason)
 
-    def ladder_taken(self, event: LadderTaken) -> None:
+    def ladder_taken(self, event: events.LadderTaken) -> None:
         """Count a step of the OOM ladder."""
         self.count("ladder_steps_total", event.step.rung)
 
-    def worker_changed(self, event: WorkerChanged) -> None:
+    def worker_changed(self, event: events.WorkerChanged) -> None:
         """Count a worker's change of state."""
         self.count("worker_changes_total", event.state)
 
-    def budget_moved(self, event: BudgetMoved) -> None:
+    def budget_moved(self, event: events.BudgetMoved) -> None:
         """Count a change of the token budget."""
         self.count("token_budget_moves_total", event.reason)
 
