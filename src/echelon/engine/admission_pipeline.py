@@ -57,15 +57,11 @@ _SHEDDING_MESSAGES = {
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
-    """A request that was admitted.
-
-    Attributes:
-        chunk_map: where pairs are chunks, the way back to the documents.
-        fallback: tokens to which pairs were cut because the queue is long; None: they were not.
-    """
+    """A request that was admitted."""
 
     pairs: EncodedPairs
-    chunk_map: ChunkMap | None = None
+    chunk_map: ChunkMap | None = None  # where pairs are chunks, the way back to the documents
+    # tokens to which pairs were cut because the queue is long; None: they were not
     fallback: int | None = None
 
 

@@ -30,34 +30,24 @@ machine may swap."""
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """How a service runs; unset values are the model's or the device's own.
+    """How a service runs; unset values are the model's or the device's own."""
 
-    Attributes:
-        workers: scorers that share the queue.
-        scaling: limits of autoscaling; None keeps the number of workers.
-        token_budget: tokens that a step may cost.
-        max_pairs: pairs that a step may hold.
-        max_length: tokens of a pair unless a request says otherwise.
-        allow: what may be given up when one pair alone does not fit in memory.
-        memory_limit_bytes: a worker that holds more is replaced between steps.
-        wedge_after_s: see :data:`WEDGE_AFTER_S`.
-        goal_s: latency goal; steps are kept below half of it.
-        fallback_max_length: tokens of a pair of low priority while the queue is long.
-    """
-
-    workers: int = 1
+    workers: int = 1  # scorers that share the queue
+    # limits of autoscaling; None keeps the number of workers
     scaling: AutoscalingLimits | None = None
     precision: str = "auto"
-    token_budget: int | None = None
-    max_pairs: int | None = None
-    max_length: int | None = None
+    token_budget: int | None = None  # tokens that a step may cost
+    max_pairs: int | None = None  # pairs that a step may hold
+    max_length: int | None = None  # tokens of a pair unless a request says otherwise
     truncation: Truncation = "longest_first"
     max_query_tokens: int | None = None
+    # what may be given up when one pair alone does not fit in memory
     allow: tuple[Allowance, ...] = ()
     bounds: AdmissionLimits = field(default_factory=AdmissionLimits)
-    memory_limit_bytes: int | None = None
+    memory_limit_bytes: int | None = None  # a worker that holds more is replaced between steps
     wedge_after_s: float = WEDGE_AFTER_S
-    goal_s: float | None = None
+    goal_s: float | None = None  # latency goal; steps are kept below half of it
+    # tokens of a pair of low priority while the queue is long
     fallback_max_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -74,36 +64,21 @@ class ServiceSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServiceSnapshot:
-    """A service at one moment.
+    """A service at one moment."""
 
-    Attributes:
-        load: queued and running pairs.
-        requests: admitted requests, those being tokenised included.
-        backlog_s: predicted seconds until all of them are scored.
-        oldest_s: seconds that the oldest request has been queued; 0 where there is none.
-        workers: all workers, those that start included.
-        busy_s: seconds that workers have scored since the service started, summed.
-        resident_bytes: memory of each worker.
-        scale: measured step time over what the cost model began with.
-        draining: whether no more requests are admitted.
-        drift: step time over what is normal for this machine.
-        drifted: whether that has been far from 1 for long.
-        fallback: whether load is shed.
-    """
-
-    load: QueueLoad
-    requests: int
-    backlog_s: float
-    oldest_s: float
+    load: QueueLoad  # queued and running pairs
+    requests: int  # admitted requests, those being tokenised included
+    backlog_s: float  # predicted seconds until all of them are scored
+    oldest_s: float  # seconds that the oldest request has been queued; 0 where there is none
     workers_up: int
-    workers: int
-    busy_s: float
-    resident_bytes: tuple[int, ...]
-    scale: float
-    draining: bool
-    drift: float = 1.0
-    drifted: bool = False
-    fallback: bool = False
+    workers: int  # all workers, those that start included
+    busy_s: float  # seconds that workers have scored since the service started, summed
+    resident_bytes: tuple[int, ...]  # memory of each worker
+    scale: float  # measured step time over what the cost model began with
+    draining: bool  # whether no more requests are admitted
+    drift: float = 1.0  # step time over what is normal for this machine
+    drifted: bool = False  # whether that has been far from 1 for long
+    fallback: bool = False  # whether load is shed
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,27 +91,17 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """A step was scored.
+    """A step was scored."""
 
-    Attributes:
-        worker: number of the worker, from 0.
-        predicted_s: seconds that the cost model expected.
-        requests: requests that waited for its pairs.
-        tokens: useful tokens.
-        cost_tokens: tokens computed, padding included.
-        resident_bytes: memory of the worker's process.
-        again: its pairs were in an earlier step that failed.
-    """
-
-    worker: int
-    predicted_s: float
+    worker: int  # number of the worker, from 0
+    predicted_s: float  # seconds that the cost model expected
     actual_s: float
     pairs: int
-    requests: int
-    tokens: int
-    cost_tokens: int
-    resident_bytes: int
-    again: bool
+    requests: int  # requests that waited for its pairs
+    tokens: int  # useful tokens
+    cost_tokens: int  # tokens computed, padding included
+    resident_bytes: int  # memory of the worker's process
+    again: bool  # its pairs were in an earlier step that failed
 
 
 Outcome = Literal["answered", "failed", "expired", "cancelled"]
@@ -144,43 +109,28 @@ Outcome = Literal["answered", "failed", "expired", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
-    """An admitted request has ended.
-
-    Attributes:
-        tokens: its documents' tokens as the model saw them, chunks' overlaps included.
-        truncated_documents: documents that lost tokens.
-        truncated_tokens: tokens that they lost.
-        queue_s: seconds from joining the queue to the first of its steps.
-        tokenise_s: seconds of tokenising, waiting for a thread included.
-        compute_s: seconds of the steps that held its pairs.
-        total_s: seconds from its arrival to its end.
-        fallback: tokens to which its pairs were cut because the queue was long, if they were.
-    """
+    """An admitted request has ended."""
 
     outcome: Outcome
     documents: int
-    tokens: int
-    truncated_documents: int
-    truncated_tokens: int
-    queue_s: float
-    tokenise_s: float
-    compute_s: float
-    total_s: float
+    tokens: int  # its documents' tokens as the model saw them, chunks' overlaps included
+    truncated_documents: int  # documents that lost tokens
+    truncated_tokens: int  # tokens that they lost
+    queue_s: float  # seconds from joining the queue to the first of its steps
+    tokenise_s: float  # seconds of tokenising, waiting for a thread included
+    compute_s: float  # seconds of the steps that held its pairs
+    total_s: float  # seconds from its arrival to its end
+    # tokens to which its pairs were cut because the queue was long, if they were
     fallback: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
-    """A request was refused.
+    """A request was refused."""
 
-    Attributes:
-        reason: a rule of :data:`echelon.scheduling.admission.RULES`, or ``shutting_down``.
-        retry_after_s: seconds after which to try again; None where that does not help.
-    """
-
-    reason: str
+    reason: str  # a rule of :data:`echelon.scheduling.admission.RULES`, or ``shutting_down``
     documents: int
-    retry_after_s: float | None
+    retry_after_s: float | None  # seconds after which to try again; None where that does not help
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,36 +26,23 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class InflightRequest:
-    """A request that is queued or being scored; the dispatcher changes it under its lock.
+    """A request that is queued or being scored; the dispatcher changes it under its lock."""
 
-    Attributes:
-        number: never used twice.
-        done: called once, from any thread, with the answer or the error.
-        arrived: when the caller came.
-        deadline: when the answer is due; None means never.
-        chunk_map: where its pairs are chunks, the way back to the documents.
-        fallback: tokens to which its pairs were cut because the queue was long.
-        joined: when it joined the queue.
-        started: when the first of its steps began.
-        compute_s: seconds of its steps.
-        cost_tokens: its share of their tokens, padding included.
-        batch_sizes: their pairs, other requests' included.
-    """
-
-    number: int
+    number: int  # never used twice
     pairs: EncodedPairs
+    # called once, from any thread, with the answer or the error
     done: Callable[[Answer | EchelonError], None]
-    arrived: float
+    arrived: float  # when the caller came
     tokenise_s: float = 0.0
-    deadline: float | None = None
+    deadline: float | None = None  # when the answer is due; None means never
     priority: Priority = "normal"
-    chunk_map: ChunkMap | None = None
-    fallback: int | None = None
-    joined: float = 0.0
-    started: float | None = None
-    compute_s: float = 0.0
-    cost_tokens: float = 0.0
-    batch_sizes: list[int] = field(default_factory=list)
+    chunk_map: ChunkMap | None = None  # where its pairs are chunks, the way back to the documents
+    fallback: int | None = None  # tokens to which its pairs were cut because the queue was long
+    joined: float = 0.0  # when it joined the queue
+    started: float | None = None  # when the first of its steps began
+    compute_s: float = 0.0  # seconds of its steps
+    cost_tokens: float = 0.0  # its share of their tokens, padding included
+    batch_sizes: list[int] = field(default_factory=list)  # their pairs, other requests' included
     ladder: list[LadderStep] = field(default_factory=list)
 
     @property

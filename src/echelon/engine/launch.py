@@ -34,18 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """A model that is ready to be opened.
-
-    Attributes:
-        options: the caller's, completed by the profile.
-        keep_bf16: layers that int8 leaves in bf16.
-    """
+    """A model that is ready to be opened."""
 
     folder: ModelFolder
-    options: Options
+    options: Options  # the caller's, completed by the profile
     encoder: PairEncoder
     profile: Profile | None
-    keep_bf16: list[str]
+    keep_bf16: list[str]  # layers that int8 leaves in bf16
 
     def opener(self, device: str | None = None, threads: int | None = None) -> ScorerFactory:
         """A function that opens the scorer, in this process or another, with these options."""

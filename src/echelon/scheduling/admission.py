@@ -25,24 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """How much may be admitted.
+    """How much may be admitted."""
 
-    Attributes:
-        max_requests: requests at once. Each holds a connection, its texts and its token ids, about
-            a megabyte: 512 hold half a gigabyte.
-        max_tokens: queued tokens. Their ids take 4 bytes each and a pair some 500 bytes of records:
-            8 million tokens are about 100 MB.
-        max_wait_s: predicted seconds that a request may wait before its first step; 30 s is the
-            timeout of most HTTP clients.
-        max_documents: documents of one request; Cohere's API allows as many.
-        max_request_tokens: tokens of one request: 8,192 documents of 512.
-    """
-
+    # requests at once. Each holds a connection, its texts and its token ids, about a megabyte: 512
+    # hold half a gigabyte
     max_requests: int = 512
+    # queued tokens. Their ids take 4 bytes each and a pair some 500 bytes of records: 8 million
+    # tokens are about 100 MB
     max_tokens: int = 8 * 2**20
+    # predicted seconds that a request may wait before its first step; 30 s is the timeout of most
+    # HTTP clients
     max_wait_s: float = 30.0
-    max_documents: int = 10_000
-    max_request_tokens: int = 4 * 2**20
+    max_documents: int = 10_000  # documents of one request; Cohere's API allows as many
+    max_request_tokens: int = 4 * 2**20  # tokens of one request: 8,192 documents of 512
 
     def __post_init__(self) -> None:
         check_positive("Give seconds.", max_wait_s=self.max_wait_s)
@@ -59,37 +54,26 @@ class AdmissionLimits:
 
 @dataclass(frozen=True, slots=True)
 class RequestCost:
-    """The size of a request, and how urgent it is.
-
-    Attributes:
-        squares: sum of its pairs' squared tokens.
-        deadline: when the answer is due; None means never.
-    """
+    """The size of a request, and how urgent it is."""
 
     documents: int
     tokens: int
-    squares: int
-    deadline: float | None = None
+    squares: int  # sum of its pairs' squared tokens
+    deadline: float | None = None  # when the answer is due; None means never
     priority: Priority = "normal"
 
 
 @dataclass(frozen=True, slots=True)
 class SystemLoad:
-    """The requests that are admitted already.
-
-    Attributes:
-        workers: workers that are up.
-        tokenising: requests that are being tokenised.
-        tokenising_tokens: their estimated tokens.
-        next_completions: see :meth:`echelon.scheduling.batcher.Batcher.next_completions`; called
-            only if the limit of requests is reached.
-    """
+    """The requests that are admitted already."""
 
     queue: QueueLoad
     cost: CostModel
-    workers: int = 1
-    tokenising: int = 0
-    tokenising_tokens: int = 0
+    workers: int = 1  # workers that are up
+    tokenising: int = 0  # requests that are being tokenised
+    tokenising_tokens: int = 0  # their estimated tokens
+    # see :meth:`echelon.scheduling.batcher.Batcher.next_completions`; called only if the limit of
+    # requests is reached
     next_completions: Callable[[int, int], Sequence[CompletionEstimate]] = lambda *_: ()
 
     @property

@@ -20,20 +20,15 @@ MAX_UTILIZATION = 0.7
 
 @dataclass(frozen=True, slots=True)
 class AutoscalingLimits:
-    """How many workers there may be, and when their number changes.
-
-    Attributes:
-        delay_s: predicted seconds of waiting above which workers are added.
-        up_s: seconds that the delay must have been too long: a new worker has to load the model, so
-            a burst that is worked off sooner needs none.
-        down_s: seconds for which one worker fewer must have been enough.
-    """
+    """How many workers there may be, and when their number changes."""
 
     min_workers: int = 1
     max_workers: int = 1
-    delay_s: float = 2.0
+    delay_s: float = 2.0  # predicted seconds of waiting above which workers are added
+    # seconds that the delay must have been too long: a new worker has to load the model, so a burst
+    # that is worked off sooner needs none
     up_s: float = 3.0
-    down_s: float = 120.0
+    down_s: float = 120.0  # seconds for which one worker fewer must have been enough
 
     def __post_init__(self) -> None:
         check_positive(workers=self.min_workers)

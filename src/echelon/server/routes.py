@@ -55,22 +55,15 @@ CLIENT_GONE = 499
 
 @dataclass(slots=True)
 class RequestContext:
-    """One HTTP request while it is handled.
-
-    Attributes:
-        protocol: the body's; until the body is read, the last of its path.
-        client: owner of its key; None until that is known.
-        request: None until the body is read.
-        answered_s: seconds from its begin to the answer.
-    """
+    """One HTTP request while it is handled."""
 
     server: ServerContext
     http: Request
-    protocol: ApiProtocol
-    client: ApiClient | None = None
-    request: RerankRequest | None = None
+    protocol: ApiProtocol  # the body's; until the body is read, the last of its path
+    client: ApiClient | None = None  # owner of its key; None until that is known
+    request: RerankRequest | None = None  # None until the body is read
     answer: Answer | None = None
-    answered_s: float = 0.0
+    answered_s: float = 0.0  # seconds from its begin to the answer
     log_fields: dict[str, Any] = field(default_factory=dict)
 
 

@@ -31,16 +31,12 @@ class CommonFields(msgspec.Struct, kw_only=True):
 
     Here and in the protocols every optional field may be null, which means the same as leaving it
     out: many clients send all that they know.
-
-    Attributes:
-        timeout_ms: milliseconds after which the answer is useless.
-        explain: the answer's body says what happened, under ``echelon``.
-        priority: a name, or a number of which lower is sooner and 0 is normal.
     """
 
-    timeout_ms: float | None = None
+    timeout_ms: float | None = None  # milliseconds after which the answer is useless
     raw_scores: bool | None = None
-    explain: bool | None = None
+    explain: bool | None = None  # the answer's body says what happened, under ``echelon``
+    # a name, or a number of which lower is sooner and 0 is normal
     priority: int | str | None = None
 
 
@@ -53,18 +49,13 @@ EXAMPLE = {
 
 @dataclass(frozen=True, slots=True)
 class ResponseOptions:
-    """How a request wants its response; scoring does not depend on it.
+    """How a request wants its response; scoring does not depend on it."""
 
-    Attributes:
-        documents: returned with the results, one for each pair; None returns none.
-        ranked: best first; else in input order.
-        raw_scores: logits instead of their sigmoid.
-    """
-
+    # returned with the results, one for each pair; None returns none
     documents: Sequence[Any] | None = None
     top_n: int | None = None
-    ranked: bool = True
-    raw_scores: bool = False
+    ranked: bool = True  # best first; else in input order
+    raw_scores: bool = False  # logits instead of their sigmoid
     explain: bool = False
 
 
@@ -80,22 +71,15 @@ class RerankResult:
 
 @dataclass(frozen=True, slots=True)
 class RerankResponse:
-    """The response to a request, before a protocol writes it.
+    """The response to a request, before a protocol writes it."""
 
-    Attributes:
-        request_id: hexadecimal.
-        created: unix time, whole seconds.
-        tokens: tokens that the model saw.
-        warnings: truncated documents, and actions of the OOM ladder.
-    """
-
-    request_id: str
-    created: int
+    request_id: str  # hexadecimal
+    created: int  # unix time, whole seconds
     model: str
     results: Sequence[RerankResult]
-    tokens: int
+    tokens: int  # tokens that the model saw
     with_documents: bool = False
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # truncated documents, and actions of the OOM ladder
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,27 +103,19 @@ class ErrorResponse:
 
 @dataclass(frozen=True, slots=True)
 class ApiProtocol:
-    """One API's shapes.
+    """One API's shapes."""
 
-    Attributes:
-        name: its name in paths, metrics and logs.
-        title: its name in documentation.
-        paths: where its clients send requests.
-        claims: whether a body can be of this protocol only, on a path that several share.
-        noun: its name for documents, used in messages.
-        example: a body.
-    """
-
-    name: str
-    title: str
-    paths: tuple[str, ...]
+    name: str  # its name in paths, metrics and logs
+    title: str  # its name in documentation
+    paths: tuple[str, ...]  # where its clients send requests
     body: type[CommonFields]
     read: Callable[[Any], tuple[RerankRequest, ResponseOptions]]
     write: Callable[[RerankResponse], Body]
     write_error: Callable[[ErrorResponse], tuple[int, Body]]
-    example: Mapping[str, Any]
+    example: Mapping[str, Any]  # a body
+    # whether a body can be of this protocol only, on a path that several share
     claims: Callable[[Fields], bool] = lambda _: False
-    noun: str = "documents"
+    noun: str = "documents"  # its name for documents, used in messages
 
     @property
     def own_paths(self) -> list[str]:
