@@ -102,7 +102,7 @@ class Dispatcher:
         self._policy = policy or OomPolicy(TokenBudget(batcher.budget), learned=learned)
         self._requests: dict[int, InflightRequest] = {}
         self._lock = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._workers = workers
         self._idle = 0
         self._troubles: dict[int, str] = {}
@@ -116,7 +116,7 @@ class Dispatcher:
             request.number, lengths, request.pairs.keys(), request.deadline, request.priority
         )
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise ShuttingDown("The service has stopped. Ask another server.")
             request.joined = self.clock()
             self._requests[request.number] = request
@@ -159,7 +159,7 @@ class Dispatcher:
     def close(self) -> None:
         """Accept no more requests and fail those that wait."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             self._fail_all(
                 ShuttingDown("The service stopped before the request was done. Try another.")
             )
@@ -194,11 +194,6 @@ class Dispatcher:
             "Ask another server; this one keeps trying, and its log has the cause."
         )
 
-    @property
-    def closed(self) -> bool:
-        """Whether it accepts no more requests."""
-        return self._closed
-
     def wake(self) -> None:
         """Make threads that wait in :meth:`take` check their condition again."""
         with self._lock:
@@ -210,7 +205,7 @@ class Dispatcher:
             self._idle += 1
             try:
                 while (step := self._next()) is None:
-                    if interrupted is None or self._closed or interrupted():
+                    if interrupted is None or self.closed or interrupted():
                         return None
                     self._lock.wait()
             finally:
@@ -340,7 +335,7 @@ class Dispatcher:
     def _next(self) -> PlannedStep | None:
         now = self.clock()
         self._follow_budget()  # a call beside the shared steps may have changed it
-        step = None if self._closed else self._batcher.next_step(now, self._idle)
+        step = None if self.closed else self._batcher.next_step(now, self._idle)
         for number in self._batcher.expire(now):
             self._fail(number, DeadlinePassed(EXPIRED), "expired")
         return step

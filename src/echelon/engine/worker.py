@@ -49,12 +49,7 @@ class Channel:
         self._end = end
 
     def send(self, message: object, timeout_s: float | None = None) -> None:
-        """Send a message.
-
-        Raises:
-            TimeoutError: the other side did not read in time; the channel cannot be used again.
-            OSError: the other side has closed.
-        """
+        """Send a message; after a TimeoutError the channel cannot be used again."""
         data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         self._end.settimeout(timeout_s)
         self._end.sendall(HEADER.pack(len(data)) + data)
@@ -66,11 +61,9 @@ class Channel:
         return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
     def receive_bytes(self, timeout_s: float | None = None) -> bytes:
-        """The next message, still pickled; safe beside a thread that sends without a limit.
+        """The next message, still pickled; raises EOFError when the other side has closed.
 
-        Raises:
-            EOFError: the other side has closed.
-            TimeoutError: the rest of the message did not come in time.
+        It is safe beside a thread that sends, if neither has a time limit.
         """
         self._end.settimeout(timeout_s)
         (size,) = HEADER.unpack(self._read(HEADER.size))
@@ -176,10 +169,7 @@ class ChildWorker:
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
         """Start a child and open the scorer in it; a running child is killed first.
 
-        Raises:
-            EchelonError: what opening raised.
-            WorkerDied: the child ended.
-            WorkerWedged: opening took too long.
+        Raises what opening raised, and WorkerDied or WorkerWedged as :meth:`receive`.
         """
         self._discard()
         self._killed = False
@@ -207,12 +197,7 @@ class ChildWorker:
         return self.receive(timeout_s)
 
     def send(self, batch: TokenBatch | tuple[ScorerFactory, str, bool], timeout_s: float) -> None:
-        """Send a step; a second one may be sent while the first runs.
-
-        Raises:
-            WorkerDied: the child has ended.
-            WorkerWedged: the child does not read and was killed.
-        """
+        """Send a step; a child that does not read is killed, and WorkerWedged is raised."""
         message = batch if isinstance(batch, tuple) else ("score", batch)
         try:
             self._open_channel().send(message, timeout_s)
@@ -314,12 +299,7 @@ class ChildWorker:
 
 
 def unpack(reply: Reply) -> tuple[Any, float, int]:
-    """Content of a reply, its seconds, and the bytes that the process holds.
-
-    Raises:
-        DeviceOutOfMemory: the step did not fit.
-        EchelonError: what the scorer raised.
-    """
+    """Content of a reply, its seconds, and the process's bytes; raises the child's error."""
     kind, what, seconds, resident = reply
     if kind == "memory":
         raise DeviceOutOfMemory(what)

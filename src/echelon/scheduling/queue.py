@@ -262,13 +262,7 @@ def next_completions(
 
     The next is one whose pairs all run, or the first in the fair order. A running step counts
     whole, since the batcher does not know when it began, and deadlines are ignored: both can only
-    let requests end earlier.
-
-    Args:
-        requests: all requests of the batcher.
-        running: running steps with their pairs, oldest first.
-        places: maximum number of requests.
-        workers: workers that run the steps.
+    let requests end earlier. ``running`` are the running steps with their pairs, oldest first.
     """
     ends, all_s = _ends(running, workers)
     # From the end: pairs are drawn from the front, so the last ones wait longest.
