@@ -316,9 +316,6 @@ def _summary(row: dict[str, Any]) -> str:
     )
 
 
-# Results of earlier checks.
-
-
 def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:
     if profile is None or replace(profile.key, precision="int8").differences(key):
         return None

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from echelon.types import IntArray, TokenBatch
 
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENS = 2048
 """Largest bucket. To launch the kernels of 24 layers takes a host some 3 ms, in which a large card
 computes some 2,000 tokens of that model: above that, filler would cost more than a graph saves."""
@@ -46,6 +48,18 @@ COARSE_TOKENS = 128
 
 FINE_UP_TO = 1024
 GROWTH = 4
+
+MAX_GRAPHS = 96
+"""Graphs kept at once; each holds some 300 launches of a 24-layer model. They share one memory
+pool."""
+
+FIRST_PATIENCE = 2
+"""Uses of a shape before it is captured: capturing costs about three passes, and a shape that
+occurs once, such as the end of a long run, is not worth it."""
+
+BACKOFF = 8
+"""Factor by which patience grows each time memory runs out, so that graphs and large steps do not
+take memory from each other for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,21 +168,6 @@ def read(block: Tensor, shape: CaptureShape, *, segments: bool) -> StepInputs:
         parts["singles"],
         shape.longest,
     )
-
-
-logger = logging.getLogger(__name__)
-
-MAX_GRAPHS = 96
-"""Graphs kept at once; each holds some 300 launches of a 24-layer model. They share one memory
-pool."""
-
-FIRST_PATIENCE = 2
-"""Uses of a shape before it is captured: capturing costs about three passes, and a shape that
-occurs once, such as the end of a long run, is not worth it."""
-
-BACKOFF = 8
-"""Factor by which patience grows each time memory runs out, so that graphs and large steps do not
-take memory from each other for ever."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,6 @@ from echelon.types import monotonic
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from echelon.engine.precision_check import PrecisionCheck
     from echelon.profile import Profile
     from echelon.simulation.workload import Arrival
 
@@ -115,8 +114,6 @@ class _ScenarioRun:
             missed = GoalMissed(missed_message(self.goal, best))
         return ScenarioResult(replace(self._with_settings(best.chosen), scenario=entry), missed)
 
-    # The workload.
-
     def _workload(self) -> WorkloadTexts:
         tokens = self.goal.tokens or lengths_of(self.profile)
         if tokens is None:
@@ -131,13 +128,8 @@ class _ScenarioRun:
             return []
         precision, requests = self.profile.key.precision, load.first(float(LOOK_AHEAD))
         keep_bf16 = self.profile.keep_bf16
-        return check_max_lengths(self._check, precision, keep_bf16, requests, self.on_progress)
-
-    @property
-    def _check(self) -> PrecisionCheck:
-        return self.model.tuned(self.profile)
-
-    # The choice.
+        check = self.model.tuned(self.profile)
+        return check_max_lengths(check, precision, keep_bf16, requests, self.on_progress)
 
     def _choose(
         self, load: WorkloadTexts, lengths: Sequence[MaxLengthCheck]
@@ -169,7 +161,7 @@ class _ScenarioRun:
     def _probe(self, precision: str, guess: Candidate) -> FittedModels:
         """Measure steps in a precision; where they are too noisy, the guess is kept."""
         row = self.profile.precision_row(precision) or {}
-        check, texts = self._check, self.model.texts
+        check, texts = self.model.tuned(self.profile), self.model.texts
         factory = check.factory(row.get("keep_bf16", []))
         with closing(factory(precision=precision)) as scorer:
             probed = probe(check, scorer, self.plan, texts, monotonic, self.on_progress)
@@ -196,8 +188,6 @@ class _ScenarioRun:
             return None
         self.on_progress("simulating rising load")
         return curve_of(load.workload, best.chosen, best.limits).as_dict(load.workload.rate or 1.0)
-
-    # The validation.
 
     def _validate(
         self,

@@ -40,7 +40,12 @@ if TYPE_CHECKING:
     from echelon.types import Clock, ModelInfo, Padding, TokenBatch
 
 
+logger = logging.getLogger(__name__)
+
 Lengths = tuple[int, ...]  # the shape of a step: tokens of each pair
+
+PRIOR_STEPS = 3  # steps after the first that measure roughly how fast the machine is
+STEP_TIMEOUT_S = 600.0  # a probe takes seconds; a worker without an answer for this long hangs
 
 PROBES, CHECKS = 24, 10  # shapes to fit, and to check
 MIXED = 8  # probes of mixed lengths: they average what the formula leaves out
@@ -221,14 +226,6 @@ def _powers(smallest: int, largest: int) -> list[int]:
 def _between(rng: random.Random, smallest: int, largest: int) -> int:
     """A log-uniform size: 8 to 16 is as likely as 256 to 512."""
     return round(math.exp(rng.uniform(math.log(smallest), math.log(largest))))
-
-
-logger = logging.getLogger(__name__)
-
-PRIOR_STEPS = 3
-"""Steps after the first that measure roughly how fast the machine is, to plan the probes."""
-
-STEP_TIMEOUT_S = 600.0  # a probe takes seconds; a worker without an answer for this long hangs
 
 
 class StepFactory:

@@ -140,9 +140,6 @@ def worker_counts(profile: Profile) -> list[int]:
     return list(range(1, gpus + 1)) if several else [1]
 
 
-# A shorter max_length.
-
-
 @dataclass(frozen=True, slots=True)
 class MaxLengthCheck:
     """A shorter length and its agreement with fp32 at full length."""

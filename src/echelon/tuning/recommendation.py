@@ -131,9 +131,6 @@ class ValidationRound:
         }
 
 
-# Predicted beside measured.
-
-
 def deviations(
     scenario: Scenario, predicted: LoadMetrics, measured: LoadMetrics
 ) -> dict[str, float]:
@@ -221,9 +218,6 @@ def pace_of(seconds: float, steps: float, tokens: float, squares: float, cost: C
 def limited_pace(ratio: float) -> float:
     """A ratio of measured and predicted time, within PACE_RANGE."""
     return min(max(ratio, PACE_RANGE[0]), PACE_RANGE[1])
-
-
-# The profile's entry.
 
 
 def settings_of(chosen: Candidate) -> TunedSettings:
@@ -324,9 +318,7 @@ def _accuracy(
 
 
 def _notes(goal: ScenarioGoal, rounds: Sequence[ValidationRound]) -> list[str]:
-    notes: list[str] = []
-    if not goal.verify_s:
-        notes.append(Message("scenario.not_validated"))
+    notes: list[str] = [] if goal.verify_s else [Message("scenario.not_validated")]
     for place, one in enumerate(rounds, 1):
         if one.validation is None or agree(one.deviations):
             continue

@@ -21,7 +21,6 @@ from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import MAX_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.tuning.calibration import (
-    Calibration,
     LengthRange,
     ProbeResult,
     StepFactory,
@@ -115,8 +114,10 @@ def refresh(
         found = tune(model, options, plan, clock=clock, on_progress=on_progress)
         return RefreshResult(found, [f"everything: {'; '.join(different)}"], [])
     if probed is not None:
-        models = models_of(probed, check.factory(old.keep_bf16))
-        fresh = replace(fresh, profile=_with_models(fresh.profile, models))
+        models, profile = models_of(probed, check.factory(old.keep_bf16)), fresh.profile
+        notes = [note for note in profile.warnings if "--refresh" not in note] + models.warnings
+        profile = replace(profile, cost=models.cost, memory=models.memory, warnings=notes)
+        fresh = replace(fresh, profile=profile)
     if not drifted:
         return fresh
     found = tune(model, options, plan, clock=clock, on_progress=on_progress, known=old)
@@ -150,11 +151,6 @@ def _renew(
         else:
             kept.append(f"the token budget {budget}: steps of {full} tokens still do not fit")
     return RefreshResult(profile, measured, kept), drifted, probed
-
-
-def _with_models(profile: Profile, models: Calibration) -> Profile:
-    warnings = [w for w in profile.warnings if "--refresh" not in w] + models.warnings
-    return replace(profile, cost=models.cost, memory=models.memory, warnings=warnings)
 
 
 def _out_of_date(opened: _OpenModel, old: Profile, plan: TuningPlan) -> tuple[str, bool]:

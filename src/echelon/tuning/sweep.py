@@ -164,16 +164,8 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     """Measure points in turn until each is tight or the time is up.
 
     The first run of a point is a warm-up that is not counted, unless it is so slow that start-up
-    costs do not matter. The first runs of all points may exceed the limit, see FIRST_LOOK.
-
-    Args:
-        points: what to measure; the results have the same order.
-        run: runs a point once; raises :class:`DeviceOutOfMemory` where it does not fit.
-        clock: seconds.
-        limit_s: seconds to spend.
-        known: results of an interrupted sweep to resume.
-        save: called with all results after each run.
-        on_progress: called before each run.
+    costs do not matter. The first runs of all points may exceed the limit, see FIRST_LOOK. A sweep
+    resumes from ``known`` results; ``save`` gets all results after each run.
     """
     before = {measured.point: measured for measured in known}
     results = [before.get(point, MeasuredPoint(point)) for point in points]

@@ -166,9 +166,6 @@ def probe(
     )
 
 
-# Precision and threads.
-
-
 def _compare_precisions(check: PrecisionCheck, on_progress: Progress) -> list[dict[str, Any]]:
     """Compare the precisions there are; an empty list where there is no choice."""
     candidates = precisions_to_compare(check.folder.path, check.options.device)

@@ -50,6 +50,9 @@ STOP_TIMEOUT_S = 20.0
 MAX_LINES = 20  # last lines of the log that an error message shows
 
 SCRAPE_TIMEOUT_S = 10.0
+MAX_WARM_S = 2.0  # longest warm-up, in seconds
+WARM_SEED = 1  # added to the seed for warm-up requests, so that they differ from those that count
+TIMEOUT_S = 30.0  # a request without an answer after this time has failed
 
 
 class ServerFailed(EchelonError):
@@ -192,11 +195,6 @@ def _one_after_another(reranker: Reranker, task: RerankTask, on_progress: Progre
         if share >= 1:
             break
     return waits
-
-
-MAX_WARM_S = 2.0  # longest warm-up, in seconds
-WARM_SEED = 1  # added to the seed for warm-up requests, so that they differ from those that count
-TIMEOUT_S = 30.0  # a request without an answer after this time has failed
 
 
 @dataclass(frozen=True, slots=True)
