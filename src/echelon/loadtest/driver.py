@@ -21,12 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.loadtest.summary import (
-    DriveResult,
-    GeneratorHealth,
-    RequestRecord,
-    RequestRecords,
-)
+from echelon.loadtest.summary import DriveResult, GeneratorHealth, RequestRecord, RequestRecords
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator

@@ -214,10 +214,7 @@ def _limit(search: RateSearch, probes: Sequence[RateProbe]) -> Limit:
 
 @contextlib.asynccontextmanager
 async def opened(
-    plan: LoadTestPlan,
-    *,
-    stop: asyncio.Event | None = None,
-    on_progress: Progress = no_progress,
+    plan: LoadTestPlan, *, stop: asyncio.Event | None = None, on_progress: Progress = no_progress
 ) -> AsyncIterator[LoadTest]:
     """Connect to a plan's target and check it.
 

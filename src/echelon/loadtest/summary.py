@@ -201,7 +201,6 @@ class LoadSummary:
     health: GeneratorHealth
     problems: dict[str, tuple[int, str]]
     unfinished: int
-    interrupted: bool
     histogram: str
 
     @property
@@ -271,7 +270,6 @@ def summarise(outcome: DriveResult, goal: ServiceLevel | None = None) -> LoadSum
         health=outcome.health,
         problems=outcome.problems,
         unfinished=outcome.unfinished,
-        interrupted=outcome.interrupted,
         histogram=histogram_of(good).encode().decode("ascii"),
     )
 

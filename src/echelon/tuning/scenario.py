@@ -2,9 +2,9 @@
 
 Four scenarios, each with its own measure:
 
-- ``api``: the lowest P99 at the rate asked for, with the fewest workers that hold the goal.
+- ``api``: the lowest P99 at the given rate, with the fewest workers that hold the goal.
 - ``concurrent``: the highest rate that holds the goal, with the fewest workers that hold it at the
-  rate asked for.
+  given rate.
 - ``offline``: the highest number of documents a second when all are there at once.
 - ``edge``: the least memory with nearly the shortest latency.
 
@@ -355,12 +355,9 @@ PRECISION = 0.02
 
 @dataclass(frozen=True, slots=True)
 class LoadCurve:
-    """A candidate at rising rates.
+    """A candidate at rising rates; ``max_rate`` is the highest that holds the service level.
 
-    Attributes:
-        requests: requests of each simulation, its warm-up included.
-        max_rate: the highest rate that holds the service level, requests a second; None where none
-            does.
+    ``requests`` are those of each simulation, its warm-up included.
     """
 
     requests: int
