@@ -79,7 +79,8 @@ class Address:
                     raise InvalidInput(flag, problem, "Name a file in PEM.") from None
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+            # Without a password OpenSSL would ask for that of an encrypted key on the terminal.
+            context.load_cert_chain(self.certificate, self.key, password="")
         except ssl.SSLError as error:
             raise self._unusable(error) from None
 
@@ -143,11 +144,6 @@ class HttpServer(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _no_password() -> str:
-    """Password of an encrypted key; without this function OpenSSL would ask on the terminal."""
-    return ""
-
-
 def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
     """Serve until SIGTERM or Ctrl-C; log a warning if the address is exposed to other machines.
 
@@ -192,7 +188,7 @@ def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
 
 
 def raise_file_limit(connections: int) -> None:
-    """Raise this process's limit of open files to what its connections need, if it is allowed."""
+    """Raise the limit of open files to what connections need, or raise InvalidInput."""
     try:
         import resource
     except ImportError:  # Windows, where sockets are no files
