@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from echelon.engine.engine import Engine, StepLimits, closed
+from echelon.engine.engine import Engine, SharedEngine, StepLimits, closed
 from echelon.engine.launch import prepare, with_profile
 from echelon.errors import EchelonWarning
 from echelon.options import Options, check_max_length, check_pairs, check_rank
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from echelon.engine.shared_engine import SharedEngine
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import FloatArray, IntArray, ModelInfo, Pair
@@ -155,8 +154,6 @@ class Reranker:
 
     def together(self) -> SharedEngine:
         """A way to score calls of several tasks in shared steps; close it before the model."""
-        from echelon.engine.shared_engine import SharedEngine
-
         return SharedEngine(self._engine, _step_limits(self.options, self.facts))
 
     def close(self) -> None:
@@ -274,12 +271,7 @@ class AsyncReranker:
 
 
 class Call:
-    """The pairs of one call: checked, identical ones folded, in windows, and back in order.
-
-    Attributes:
-        distinct: number of distinct pairs.
-        windows: positions of the distinct pairs that are tokenized together, longest texts first.
-    """
+    """The pairs of one call: checked, identical ones folded, in windows, and back in order."""
 
     def __init__(
         self, pairs: Iterable[Pair], encoder: PairEncoder, options: Options, max_length: int
@@ -287,6 +279,7 @@ class Call:
         self._pairs, self._places, self._back = _fold(check_pairs(pairs))
         self.options, self._encoder, self._max_length = options, encoder, max_length
         self.distinct = len(self._pairs)
+        # Positions of the distinct pairs that are tokenized together, longest texts first.
         self.windows = windows([len(query) + len(document) for query, document in self._pairs])
         self._logits = np.empty(self.distinct, dtype=np.float32)
         self._truncated = np.empty(self.distinct, dtype=np.int32)

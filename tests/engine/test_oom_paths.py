@@ -10,10 +10,9 @@ import pytest
 from helpers import PatientScorer, pairs_of
 
 from echelon.engine.dispatcher import Dispatcher
-from echelon.engine.engine import Engine, StepLimits
+from echelon.engine.engine import Engine, LocalWorker, SharedEngine, StepLimits
 from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
-from echelon.engine.shared_engine import LocalWorker, SharedEngine
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.errors import EchelonError, OutOfMemory
 from echelon.models.base import DeviceOutOfMemory
