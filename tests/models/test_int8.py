@@ -17,7 +17,7 @@ from echelon.engine import precision_check
 from echelon.engine.launch import launch
 from echelon.models.device import choose_precision, multiplies_int8
 from echelon.models.hub import resolve
-from echelon.models.layers import SHIFTS, Int8Linear, Product, Rows, activate, materialize
+from echelon.models.layers import ACTIVATIONS, Int8Linear, Product, Rows, activate, materialize
 from echelon.models.registry import layer_errors, open_scorer
 from echelon.options import Options
 from echelon.tokenization.tokenizer import PairEncoder
@@ -43,7 +43,7 @@ def own_home(request, tmp_path, monkeypatch):
 
 
 @needs_int8
-@pytest.mark.parametrize("shift", [None, SHIFTS["gelu"]])
+@pytest.mark.parametrize("shift", [None, ACTIVATIONS["gelu"].shift])
 def test_a_layer_is_near_the_exact_one(shift):
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 64), torch.randn(96)
@@ -157,9 +157,32 @@ def check_of(folder) -> precision_check.PrecisionCheck:
     )
 
 
+PAIRS = [("where is the key", "under the mat"), ("where is the key", "bread")]
+
+
+@pytest.fixture(scope="module")
+def checked(demo_folder, tmp_path_factory):
+    """The demo model was opened in int8: what was compared, the scores, and what was stored."""
+    home, compared = tmp_path_factory.mktemp("home"), []
+    real = precision_check.compare_precisions
+
+    def compare(*arguments):
+        compared.append(real(*arguments))
+        return compared[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision_check, "home", lambda: home)
+        patch.setattr(precision_check, "compare_precisions", compare)
+        with Reranker(demo_folder, device="cpu", precision="int8", threads=1) as first:
+            assert first.facts.precision == "int8"
+            scores = first.score(PAIRS)
+    (rows,) = compared
+    return rows, scores, home
+
+
 @needs_int8
-def test_int8_of_the_demo_model_passes_the_check(demo_folder):
-    rows = precision_check.compare_precisions(check_of(demo_folder), ["fp32", "int8"])
+def test_int8_of_the_demo_model_passes_the_check(checked):
+    rows, _, _ = checked
     assert [row["precision"] for row in rows] == ["fp32", "int8"]
     exact, int8 = rows
     assert exact["max_delta"] == 0
@@ -170,21 +193,19 @@ def test_int8_of_the_demo_model_passes_the_check(demo_folder):
 
 
 @needs_int8
-def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, own_home, monkeypatch):
-    pairs = [("where is the key", "under the mat"), ("where is the key", "bread")]
-    with Reranker(demo_folder, device="cpu", precision="int8") as first:
-        assert first.facts.precision == "int8"
-        scores = first.score(pairs)
-    (kept,) = (own_home / "precision_checks").iterdir()
+def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, checked, monkeypatch):
+    _, scores, home = checked
+    (kept,) = (home / "precision_checks").iterdir()
     content = json.loads(kept.read_text())
     assert content["int8"]["passed"]
     assert content["key"]["precision"] == "int8"
 
+    monkeypatch.setattr(precision_check, "home", lambda: home)
     monkeypatch.setattr(
         precision_check, "compare_precisions", lambda *_: pytest.fail("measured again")
     )
-    with Reranker(demo_folder, device="cpu", precision="int8") as second:
-        np.testing.assert_array_equal(second.score(pairs), scores)
+    with Reranker(demo_folder, device="cpu", precision="int8", threads=1) as second:
+        np.testing.assert_array_equal(second.score(PAIRS), scores)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}, "int8": {}}', '{"int8": 3}'])

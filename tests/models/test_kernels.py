@@ -17,13 +17,23 @@ from hypothesis import strategies as st
 from echelon.models import attention_cpu, layers
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.kernels import SWITCH, missing
-from echelon.models.layers import SHIFTS, Norm, Product, activate, add_norm, materialize, quantize
+from echelon.models.layers import (
+    ACTIVATIONS,
+    Norm,
+    Product,
+    activate,
+    add_norm,
+    materialize,
+    quantize,
+)
 
 needs_kernels = pytest.mark.skipif(
     missing() is not None, reason=f"needs the kernels, and so AVX-512 BF16: {missing()}"
 )
 
 pytestmark = pytest.mark.device
+
+NAMED = [name for name in ACTIVATIONS if name != "none"]
 
 BF16_STEP = 2**-8
 """Half of the distance between neighbours, relative to the larger: what rounding may lose."""
@@ -170,15 +180,15 @@ def test_norm_with_residual(request, kernel, codes, width):
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
-@pytest.mark.parametrize("activation", [*SHIFTS])
+@pytest.mark.parametrize("activation", NAMED)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_activations(request, kernel, activation, width):
     if not kernel:
         request.getfixturevalue("without_kernels")
     pending = product(width, 2, codes=True, residual=False)
-    exact = layers.ACTIVATIONS[activation](true_value(pending))
+    exact = ACTIVATIONS[activation].function(true_value(pending))
     assert_rows(activate(pending, activation), exact, None)
-    shift = SHIFTS[activation]
+    shift = ACTIVATIONS[activation].shift
     rows = activate(pending, activation, shift)
     assert rows.values is None
     assert exact.min() >= -shift
@@ -209,7 +219,7 @@ def test_a_rows_codes_do_not_depend_on_others(request, kernel):
     wide, norm = Product(rows, torch.ones(70), torch.zeros(48)), norm_of(48)
     makers = {
         "quantize": lambda part: quantize(part.values),
-        "activate": lambda part: activate(part, "gelu", SHIFTS["gelu"]),
+        "activate": lambda part: activate(part, "gelu", ACTIVATIONS["gelu"].shift),
         "add_norm": lambda part: add_norm(part, norm, quantized=True),
     }
     for name, make in makers.items():
@@ -224,8 +234,8 @@ def test_a_rows_codes_do_not_depend_on_others(request, kernel):
 @needs_kernels
 def test_far_values_of_the_activations():
     edges = torch.tensor([[-3e4, -200.0, -9.0, -4.3, 0.0, 4.3, 9.0, 200.0, 3e4]]).bfloat16()
-    for activation in SHIFTS:
-        exact = layers.ACTIVATIONS[activation](edges.double())
+    for activation in NAMED:
+        exact = ACTIVATIONS[activation].function(edges.double())
         found = activate(Product(edges, torch.ones(1), torch.zeros(9)), activation).values
         assert ((found - exact).abs() <= BF16_STEP * exact.abs() + 1e-3).all(), activation
 

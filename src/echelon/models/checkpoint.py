@@ -128,7 +128,9 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
 
     try:
         # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        with file.open("rb") as opened:
+            is_zip = opened.read(2) == b"PK"
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle raises any kind of error
         if is_out_of_memory(error):
             raise
@@ -139,11 +141,6 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{file}: holds no named tensors. {AGAIN}")
     return content
-
-
-def _is_zip(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(2) == b"PK"
 
 
 MIN_BYTES = 128 * 2**20  # smaller tables stay in memory: giving them back would save little

@@ -74,7 +74,10 @@ class CudaScorer:
         self._segments = architecture.reads_segments
         size = LARGEST.size(segments=self._segments)
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
-        self._graphs = CudaGraphs(self._forward_fixed, record or CudaRecorder(device))
+        self._graphs = CudaGraphs(
+            lambda shape: self._forward(read(self._fixed, shape, segments=self._segments)),
+            record or CudaRecorder(device),
+        )
         self.use_graphs = True
         self.info = native_info(architecture, weights, device, precision, threads=0)
 
@@ -115,10 +118,6 @@ class CudaScorer:
         positions = self._architecture.positions(batch)
         fill(block.numpy(), shape, batch, positions, segments=self._segments)
         return block
-
-    def _forward_fixed(self, shape: CaptureShape) -> Tensor:
-        """Logits [shape.pairs] of the step in the inputs that graphs read."""
-        return self._forward(read(self._fixed, shape, segments=self._segments))
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         """Logits [pairs]. No operation here may wait for the device, or capture fails."""

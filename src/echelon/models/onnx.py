@@ -259,18 +259,14 @@ def float_weights(data: bytes) -> dict[str, FloatArray]:
     weights: dict[str, FloatArray] = {}
     for name, tensor in tensors.items():
         base = name.removesuffix("_quantized")
-        if name in layers:
-            weights[_weight_of(layers[name])] = _contiguous(_dequantised(base, tensors).T)
+        if name in layers:  # /bert/pooler/dense/Gemm_MatMul_quant → bert.pooler.dense.weight
+            layer = layers[name].name.rpartition("/")[0].strip("/").replace("/", ".")
+            weights[f"{layer}.weight"] = _contiguous(_dequantised(base, tensors).T)
         elif base != name:
             weights[base] = _contiguous(_dequantised(base, tensors))
         elif tensor.dtype == np.float32 and not name.endswith("_scale"):
             weights[name] = _contiguous(tensor)
     return weights
-
-
-def _weight_of(node: Node) -> str:
-    """``/bert/pooler/dense/Gemm_MatMul_quant`` → ``bert.pooler.dense.weight``."""
-    return node.name.rpartition("/")[0].strip("/").replace("/", ".") + ".weight"
 
 
 def _contiguous(array: Array) -> FloatArray:

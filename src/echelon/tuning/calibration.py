@@ -359,4 +359,4 @@ def scaled_prior(
     run(shape)
     fastest = min(_timed(run, shape, clock) for _ in range(PRIOR_STEPS))
     scale = max(fastest, 1e-9) / prior.seconds(work_of(shape, limits.padding))
-    return prior.with_values([scale * price for price in prior.values])
+    return prior.with_values([scale * value for value in prior.values])

@@ -7,7 +7,6 @@ memory, and the next request starts sooner.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,7 +174,9 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
             spent = clock() - started
             if spent >= limit_s * (1 if measured.seconds else FIRST_LOOK):
                 continue
-            share = _share_done(results, spent, limit_s)
+            # Share of the points finished or of the time used: the larger of the two.
+            finished = sum(m.done for m in results) / len(results)
+            share = min(1.0, max(finished, spent / limit_s))
             on_progress(f"measuring {measured.point.label}", share, 1.0)
             _measure(measured, results, run)
             save(results)
@@ -210,12 +211,6 @@ def _out_of_memory(measured: MeasuredPoint, results: list[MeasuredPoint], reason
             size = measured.point.size
             larger.reason = Message("sweep.smaller_out_of_memory", {"size": size})
             larger.seconds.clear()
-
-
-def _share_done(results: list[MeasuredPoint], spent: float, limit_s: float) -> float:
-    """Share of the points finished or of the time used: the larger of the two."""
-    finished = sum(measured.done for measured in results) / len(results)
-    return min(1.0, max(finished, spent / limit_s if math.isfinite(limit_s) else 0.0))
 
 
 # Choosing from the measured points.

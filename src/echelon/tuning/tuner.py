@@ -117,7 +117,9 @@ def tune(
     run.precisions = run.precisions or _compare_precisions(check, on_progress)
     check, keep_bf16 = _with_fastest_precision(check, run.precisions)
     run.threads = run.threads or _compare_threads(check, keep_bf16, on_progress)
-    check = _with_fastest_threads(check, run.threads)
+    if run.threads:
+        fastest = max(run.threads, key=lambda row: row["tokens_per_s"])
+        check = replace(check, options=replace(check.options, threads=fastest["threads"]))
     with closing(check.open(check.options.precision, keep_bf16)) as scorer:
         info, timed = scorer.info, _TimedRun(check, scorer, texts, plan, clock)
         run.points = sweep(
@@ -217,13 +219,6 @@ def _compare_threads(
 def thread_counts(usable: int) -> list[int]:
     """Thread counts to compare: all usable CPUs, a half and a quarter of them."""
     return sorted({max(1, usable // part) for part in (1, 2, 4)}, reverse=True)
-
-
-def _with_fastest_threads(check: PrecisionCheck, rows: list[dict[str, Any]]) -> PrecisionCheck:
-    if not rows:
-        return check
-    fastest = max(rows, key=lambda row: row["tokens_per_s"])
-    return replace(check, options=replace(check.options, threads=fastest["threads"]))
 
 
 class _TimedRun:
