@@ -64,11 +64,8 @@ class Service:
     """Scores pairs for many callers at once.
 
     Args:
-        encoder: the model's tokenizer.
         make_worker: makes the worker of a number; the worker calls the function that it is given
             when its process has ended.
-        settings: how to run.
-        listener: receives events, from any thread.
         clock: seconds; deadlines are times of this clock.
         learned: called with each token budget that memory allows.
         prior: what steps cost when the machine was tuned; None learns it from the first steps.
@@ -92,17 +89,12 @@ class Service:
         self._prior = prior
         self._listener = ListenerGroup(listener or Listener())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
+        allow, workers = self.settings.allow, self.settings.workers
         self._dispatcher = Dispatcher(
-            batcher,
-            self._listener,
-            clock,
-            self.settings.allow,
-            learned=learned,
-            workers=self.settings.workers,
+            batcher, self._listener, clock, allow, learned=learned, workers=workers
         )
-        self._admission = AdmissionPipeline(
-            encoder, self.settings, self._dispatcher, self._workers_up
-        )
+        admission = AdmissionPipeline(encoder, self.settings, self._dispatcher, self._workers_up)
+        self._admission = admission
         self._info: ModelInfo | None = None
         self._supervisors: list[WorkerSupervisor] = []
         self._numbers = itertools.count(1)
@@ -116,11 +108,7 @@ class Service:
     # Start and stop.
 
     async def start(self) -> None:
-        """Open the model in every worker and warm it up.
-
-        Raises:
-            EchelonError: why the model cannot be opened.
-        """
+        """Open the model in every worker and warm it up; raises why it cannot be opened."""
         started = self.resize(self.settings.workers)
         for failure in await asyncio.gather(*started):
             if failure is None:
@@ -276,24 +264,17 @@ class Service:
     # Workers.
 
     def _supervisor(
-        self,
-        number: int,
-        started: asyncio.Future[Exception | None],
-        loop: asyncio.AbstractEventLoop,
+        self, number: int, up: asyncio.Future[Exception | None], loop: asyncio.AbstractEventLoop
     ) -> WorkerSupervisor:
-        settings = self.settings
-        config = WorkerConfig(
-            precision=settings.precision,
-            memory_limit_bytes=settings.memory_limit_bytes,
-            wedge_after_s=settings.wedge_after_s,
-        )
+        own = self.settings
+        config = WorkerConfig(own.precision, own.memory_limit_bytes, own.wedge_after_s)
         return WorkerSupervisor(
             number,
             self._make_worker(number, self._dispatcher.wake),
             self._dispatcher,
             config,
             opened=self._opened,
-            started=partial(resolve, loop, started),
+            started=partial(resolve, loop, up),
         )
 
     def _opened(self, info: ModelInfo) -> list[TokenBatch]:
@@ -323,9 +304,8 @@ class Service:
             work_s = now.backlog_s * max(1, now.workers_up)
             wanted = autoscaler.decide(self.clock(), now.workers, work_s, now.busy_s)
             if wanted != now.workers:
-                logger.info(
-                    "Workers: %d instead of %d; %.1f s of work", wanted, now.workers, work_s
-                )
+                message = "Workers: %d instead of %d; %.1f s of work"
+                logger.info(message, wanted, now.workers, work_s)
                 self.resize(wanted)
 
     async def _score(self, request: RerankRequest, max_length: int, arrived: float) -> Answer:
