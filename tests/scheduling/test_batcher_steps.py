@@ -166,7 +166,7 @@ def test_padded_steps_hold_pairs_of_nearly_one_length():
     assert cost_tokens / tokens < 1.15
 
 
-def test_nobody_joins_a_pair_that_was_cut_nor_leaves_by_its_end():
+def test_no_request_joins_a_pair_that_was_cut_or_ends_with_it():
     made = batcher()
     made.submit(PairRequest(1, (80,), ("a",)), 0)
     assert made.shorten(made.next_step(0).number, 40) == ((1, 0),)

@@ -115,7 +115,7 @@ def even_server(arrivals, weights):
     ),
     st.integers(60, 150),
 )
-def test_nobody_ends_later_than_if_the_device_were_shared_evenly(arrivals, budget):
+def test_no_request_ends_later_than_if_the_device_were_shared_evenly(arrivals, budget):
     made, served = batcher(budget), 0
     came, ends = [], {}
 

@@ -19,19 +19,19 @@ priorities = st.sampled_from(sorted(WEIGHTS))
 
 
 def watched(shedding, seen):
-    """(time, backlog, news, whether it is on) of each look; ``seen`` has the time between them."""
+    """(time, backlog, change, whether it is on) of each look; ``seen`` has the pauses."""
     now, looked = 0.0, []
     for backlog_s, later_s in seen:
         now += later_s
-        news = shedding.update(backlog_s, now)
-        looked.append((now, backlog_s, news, shedding.on))
+        change = shedding.update(backlog_s, now)
+        looked.append((now, backlog_s, change, shedding.on))
     return looked
 
 
 @given(looks, priorities)
 def test_never_without_configuration(seen, priority):
     shedding = LoadShedding(None, GOAL_S)
-    assert not any(news or on for _, _, news, on in watched(shedding, seen))
+    assert not any(change or on for _, _, change, on in watched(shedding, seen))
     assert shedding.fallback(priority, 512) is None
 
 
@@ -49,13 +49,13 @@ def test_only_low_priority_and_only_what_is_longer(seen, max_length, longest):
 def test_on_only_above_the_upper_threshold_and_off_only_after_quiet_below_the_lower(seen):
     before = False
     looked = watched(LoadShedding(64, GOAL_S), seen)
-    for place, (now, backlog_s, news, on) in enumerate(looked):
+    for place, (now, backlog_s, change, on) in enumerate(looked):
         quiet = all(b < OFF_S for at, b, _, _ in looked[: place + 1] if at > now - QUIET_S)
         if before:
             assert on is not quiet
         else:
             assert on is (backlog_s > ON_S)
-        assert news == {(False, True): "on", (True, False): "off"}.get((before, on))
+        assert change == {(False, True): "on", (True, False): "off"}.get((before, on))
         before = on
 
 
@@ -66,7 +66,7 @@ def test_the_same_looks_give_the_same_answer(seen):
 
 @given(looks)
 def test_it_switches_at_most_twice_in_a_time_of_quiet(seen):
-    ends = [now for now, _, news, _ in watched(LoadShedding(64, GOAL_S), seen) if news == "off"]
+    ends = [now for now, _, change, _ in watched(LoadShedding(64, GOAL_S), seen) if change == "off"]
     assert all(b - a >= QUIET_S for a, b in pairwise(ends))
 
 

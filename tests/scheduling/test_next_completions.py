@@ -32,7 +32,7 @@ def load_of(made: Batcher, workers=1, **settings) -> SystemLoad:
     )
 
 
-def test_the_smaller_request_ends_first_whoever_came_first():
+def test_the_smaller_request_ends_first_in_either_order_of_arrival():
     made = batcher([10] * 90, [10, 10])
     assert made.next_completions(2, 1) == [
         CompletionEstimate(0.0, 20, 200),
@@ -66,7 +66,7 @@ def test_a_pair_that_several_wait_for_is_scored_once():
     assert made.next_completions(3, 1) == [CompletionEstimate(0.0, 40, 400)] * 3
 
 
-def test_nobody_inside_is_nobody_to_end():
+def test_without_requests_no_request_ends():
     assert batcher().next_completions(3, 2) == []
     assert load_of(batcher(), tokenising=4, tokenising_tokens=800).free_s(1) == pytest.approx(0.2)
 

@@ -52,10 +52,10 @@ def test_lateness_stops_at_an_eighth_and_it_comes_all_the_way_back():
     budget = TokenBudget(MOST)
     late(budget, 100)
     assert budget.tokens == MOST // MIN_SHARE
-    heard = well(budget, 40 * QUIET)
+    changes = well(budget, 40 * QUIET)
     assert budget.tokens == MOST
-    assert heard[: QUIET - 1] == [None] * (QUIET - 1)
-    assert heard[QUIET - 1] == "recovered"
+    assert changes[: QUIET - 1] == [None] * (QUIET - 1)
+    assert changes[QUIET - 1] == "recovered"
 
 
 def test_memory_lowers_it_at_once_and_each_time_for_longer():
@@ -63,8 +63,8 @@ def test_memory_lowers_it_at_once_and_each_time_for_longer():
     for _ in range(MAX_DOUBLINGS + 3):
         assert budget.out_of_memory(budget.tokens // 2)
         before = budget.tokens
-        heard = well(budget, 2 * (MEMORY_QUIET << MAX_DOUBLINGS))
-        waits.append(heard.index("recovered") + 1)
+        changes = well(budget, 2 * (MEMORY_QUIET << MAX_DOUBLINGS))
+        waits.append(changes.index("recovered") + 1)
         assert before < budget.tokens <= MOST
     assert waits[:3] == [MEMORY_QUIET, 2 * MEMORY_QUIET, 4 * MEMORY_QUIET]
     assert waits[-1] == waits[-2] == MEMORY_QUIET << MAX_DOUBLINGS
@@ -89,8 +89,8 @@ def test_under_a_goal_steps_come_to_lie_below_its_share_and_stay(token_s, goal_s
     run(20 * LATE_OF[1])
     fits = token_s * budget.tokens <= GOAL_SHARE * goal_s
     assert fits or budget.tokens == MOST // MIN_SHARE
-    heard = run(30 * QUIET)
-    assert set(heard) <= {None, "recovered"}
+    changes = run(30 * QUIET)
+    assert set(changes) <= {None, "recovered"}
     grown = budget.tokens + max(1, budget.tokens // 8)
     assert budget.tokens == MOST or token_s * grown > GOAL_SHARE * goal_s
 
