@@ -140,11 +140,7 @@ class Options:
 
     @classmethod
     def of(cls, **values: Any) -> Options:
-        """Build options from keywords.
-
-        Raises:
-            InvalidInput: an unknown keyword (with the nearest known one) or a bad value.
-        """
+        """Build options from keywords; an error names the nearest known keyword."""
         known = [option.name for option in fields(cls)]
         for name in values:
             if name not in known:
@@ -154,11 +150,7 @@ class Options:
         return cls(**values)
 
     def overridden(self, values: dict[str, Any]) -> Options:
-        """These options with others for one call.
-
-        Raises:
-            InvalidInput: an option is unknown, wrong, or cannot be set for one call.
-        """
+        """These options with others for one call; those of the model cannot be set."""
         if not values:
             return self
         allowed = {option.name for option in fields(self) if option.metadata["per_call"]}

@@ -88,11 +88,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Read a profile.
-
-        Raises:
-            ProfileError: the file is missing, no profile, or of another version.
-        """
+        """Read a profile, or raise :class:`ProfileError`."""
         return cls.from_dict(read_json(Path(path)), Path(path))
 
     @classmethod
@@ -221,11 +217,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all: a temporary file is written, then renamed.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
+    """Write a temporary file, then rename it: completely or not at all (:class:`StorageError`)."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(

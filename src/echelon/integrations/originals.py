@@ -226,12 +226,7 @@ class Storage:
 
 
 def locate(model: object, storage: Storage, *, owner: str | None = None) -> Located:
-    """Find a model, fetch it if needed; ``owner`` is put before a hub name that has none.
-
-    Raises:
-        ModelNotFound: no such model, no access or no connection.
-        UnsupportedModel: no weights that Echelon can read.
-    """
+    """Find a model, fetch it if needed; ``owner`` is put before a hub name that has none."""
     if not isinstance(model, str | os.PathLike):
         raise InvalidInput("model_name_or_path", f"is {model!r}", "Give a folder or a hub name.")
     name = os.fspath(model)
@@ -290,11 +285,7 @@ class SavedSettings:
 
 
 def read_saved(folder: Path) -> SavedSettings:
-    """Read the settings in a model folder.
-
-    Raises:
-        UnsupportedModel: modules besides the transformer, which Echelon would not run.
-    """
+    """Read the settings in a model folder; modules besides the transformer are refused."""
     config = read_config(folder)
     settings = _sentence_transformers_settings(folder)
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")

@@ -252,11 +252,8 @@ class RunFile(Lines):
         if text is None:
             return group.refused(first, f"the query {query!r} is not among the topics")
         if before != first:
-            return group.refused(
-                first,
-                f"the query {query!r} began at line {before} and has ended; "
-                f"put its lines together, {ROW_DOCUMENTS:,} at most",
-            )
+            reason = f"the query {query!r} began at line {before} and has ended; put its lines"
+            return group.refused(first, f"{reason} together, {ROW_DOCUMENTS:,} at most")
         return group.row(first, query, text)
 
 

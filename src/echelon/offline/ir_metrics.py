@@ -40,12 +40,7 @@ Sums = dict[str, Any]
 
 
 class Judge:
-    """Measures rankings against judgements: TREC qrels, held in memory.
-
-    Raises:
-        InvalidInput: the file cannot be read, or a line is wrong.
-        MissingDependency: ir_measures is not installed.
-    """
+    """Measures rankings against judgements: TREC qrels, held in memory."""
 
     def __init__(self, path: str) -> None:
         require_packages("--qrels", "files", ["ir_measures"])

@@ -53,11 +53,7 @@ class OfflineJob:
     restart: bool = False
 
     def check(self) -> None:
-        """Refuse options that cannot work together, and files that are not there.
-
-        Raises:
-            InvalidInput: names the option.
-        """
+        """Refuse options that cannot work together, and files that are not there."""
         if self.input == STANDARD and sys.stdin.isatty():
             raise InvalidInput(INPUT, "standard input is a terminal", "Pipe a file in or name one.")
         if self.reads == "trec":

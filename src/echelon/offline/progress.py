@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -55,6 +56,8 @@ class EtaEstimate:
 
 MINUTE_S, HOUR_S = 60, 3600
 
+_say = partial(click.echo, err=True)
+
 
 class ProgressDisplay:
     """Shows a bar, unless ``quiet``; a :class:`~echelon.offline.run.JobListener`."""
@@ -96,7 +99,7 @@ class ProgressDisplay:
         self._done, self._share = counts.pairs, share
         self._eta = EtaEstimate(share or 0.0)
         if not self._quiet:
-            click.echo(f"Resuming after {counts.pairs:,} pairs of an earlier run.", err=True)
+            _say(f"Resuming after {counts.pairs:,} pairs of an earlier run.")
 
     def loaded(self) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
@@ -168,23 +171,21 @@ def print_summary(summary: JobSummary, output: str, display: ProgressDisplay) ->
     """Print the result of a job in a few lines."""
     counts = summary.counts
     if summary.already:
-        click.echo(f"{output} was finished before; --restart makes it again.", err=True)
+        _say(f"{output} was finished before; --restart makes it again.")
     rate = "" if not display.pairs else f" in {span(display.seconds)}"
     before = f", {summary.resumed:,} of them by earlier runs" if summary.resumed and rate else ""
     done = f"{number(counts.pairs, 'pair')} of {number(counts.rows, 'row')}"
-    click.echo(f"{done}{rate}{before}.", err=True)
+    _say(f"{done}{rate}{before}.")
     if counts.cut:
-        cut = number(counts.cut, "pair")
-        click.echo(f"Cut to {summary.max_length} tokens: {cut}.", err=True)
+        _say(f"Cut to {summary.max_length} tokens: {number(counts.cut, 'pair')}.")
     if counts.memory:
-        line = f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that."
-        click.echo(line, err=True)
+        _say(f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that.")
 
 
 def print_quality(summary: JobSummary) -> None:
     """Print metrics before and after reranking."""
     if not summary.queries:
-        click.echo("No query of the input has a relevant document in --qrels.", err=True)
+        _say("No query of the input has a relevant document in --qrels.")
         return
     before, after = summary.quality["before"], summary.quality["after"]
     rows = [[name, before[name], after[name], after[name] - before[name]] for name in MEASURES]
@@ -196,7 +197,7 @@ def print_comparison(found: Sequence[PrecisionComparison]) -> None:
     """Print the metrics of each precision, and its difference from fp32."""
     base = found[0].quality
     if not any(one.quality for one in found):
-        click.echo("No query of the input has a relevant document in --qrels.", err=True)
+        _say("No query of the input has a relevant document in --qrels.")
         return
     rows: list[list[Any]] = []
     for one in found:
@@ -208,7 +209,7 @@ def print_comparison(found: Sequence[PrecisionComparison]) -> None:
     _print("Precisions on your judgements", columns, rows, signed=(len(MEASURES) + 1,))
     for one in found:
         if one.refused:
-            click.echo(f"{one.precision} was refused: {one.refused}", err=True)
+            _say(f"{one.precision} was refused: {one.refused}")
 
 
 def _print(title: str, columns: list[str], rows: list[list[Any]], signed: tuple[int, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import InvalidInput
@@ -134,11 +134,7 @@ class Reader(Protocol):
         ...
 
     def skip_to(self, point: ResumePoint) -> None:
-        """Go to a place that an earlier run reached.
-
-        Raises:
-            InvalidInput: the part before it has changed since then.
-        """
+        """Go to a place that an earlier run reached; refuse a file that differs before it."""
         ...
 
     @property
@@ -171,9 +167,8 @@ class Columns:
 
     def named(self) -> list[tuple[str, str]]:
         """(option, column) of the columns that are read."""
-        options = ("query", "document", "query_id", "document_id")
-        pairs = [(f"--{name.replace('_', '-')}-column", getattr(self, name)) for name in options]
-        return [(option, name) for option, name in pairs if name is not None]
+        given = {name: column for name, column in asdict(self).items() if column is not None}
+        return [(f"--{name.replace('_', '-')}-column", column) for name, column in given.items()]
 
     def row(self, line: int, value: dict[str, Any]) -> Row:
         """A row out of its columns' values."""

@@ -100,13 +100,9 @@ class JobState:
 class JobStore:
     """The files beside one output; ``-`` is standard output, which cannot be resumed.
 
-    Args:
-        errors: file for bad rows; None is beside the output, or standard error.
-        resumable: whether to keep a state, which needs an input that can be read again.
-
-    Raises:
-        InvalidInput: another process is writing the same output.
-        StorageError: its folder cannot be written.
+    ``errors`` is the file for bad rows; None is beside the output, or standard error. A resumable
+    job keeps a state, and needs an input that can be read again. Only one process may write an
+    output.
     """
 
     def __init__(self, output: str, errors: str | None, *, resumable: bool) -> None:
@@ -166,11 +162,7 @@ class JobStore:
                     os.truncate(path, length)
 
     def append(self, state: JobState, block: bytes, problems: bytes) -> None:
-        """Write a block and bad rows to disk, then the state that makes them count.
-
-        Raises:
-            StorageError: the disk is full; the windows before still count.
-        """
+        """Write a block and bad rows to disk, then the state that makes them count."""
         with self._storage_errors(self._part_path):
             if self._part is not None:
                 _write(self._part, block)
@@ -195,10 +187,7 @@ class JobStore:
             sync_to_disk(self.output.parent)
 
     def finish(self, state: JobState, writer: Writer) -> None:
-        """Turn the blocks into the output.
-
-        If the process is killed between the two moves, the next run finds that all blocks count.
-        """
+        """Turn the blocks into the output; a killed run does it again if all blocks count."""
         state.complete = True
         if not self._standard:
             with self._storage_errors(self.output):

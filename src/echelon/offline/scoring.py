@@ -130,11 +130,8 @@ class _EncodedWindow:
 class WindowScorer:
     """Opens a model and scores windows with it.
 
-    Args:
-        steps: the steps of an earlier run of the job, which are kept; None decides them now.
-
-    Raises:
-        InvalidInput: this machine or setup would not give the scores of the earlier run.
+    The ``steps`` of an earlier run of the job are kept, and refused if this machine would not give
+    the same scores; None decides them now.
     """
 
     def __init__(self, model: str, options: Options, steps: Steps | None = None) -> None:
@@ -153,11 +150,8 @@ class WindowScorer:
     ) -> Generator[ScoredWindow, None, None]:
         """Score windows in their order; two are taken before the first comes out.
 
-        ``on_step`` is called after each step with the number of distinct pairs it scored.
-
-        Raises:
-            OutOfMemory: a pair does not fit in memory alone; the message names its line.
-            NonFiniteScore: the model gave NaN or infinity for a pair; the message names its line.
+        ``on_step`` is called after each step with the number of distinct pairs it scored. An error
+        names the line of its pair.
         """
         try:
             waiting = None
@@ -216,12 +210,8 @@ class WindowScorer:
                 found = _PAIR.search(error.field)
                 if found is None:
                     raise
-                query = pairs[int(found[1])][0]
-                bad += [
-                    BadRow(row.line, f"query: {error.problem}")
-                    for row in rows
-                    if row.query == query
-                ]
+                query, reason = pairs[int(found[1])][0], f"query: {error.problem}"
+                bad += [BadRow(row.line, reason) for row in rows if row.query == query]
                 rows = tuple(row for row in rows if row.query != query)
         return _EncodedWindow(rows, bad, None, [], window)
 
@@ -270,11 +260,9 @@ def _check_same(before: Steps, now: Steps) -> None:
         if getattr(before, name) != getattr(now, name)
     ]
     if differences:
-        raise InvalidInput(
-            "-o",
-            f"the job began under other conditions: {'; '.join(differences)}",
-            "Scores could differ in their last digits. Restore them, or begin anew with --restart.",
-        )
+        problem = f"the job began under other conditions: {'; '.join(differences)}"
+        remedy = "Restore them, or begin anew with --restart."
+        raise InvalidInput("-o", problem, f"Scores could differ in their last digits. {remedy}")
 
 
 def _with_lines(error: EchelonError, rows: tuple[Row, ...]) -> EchelonError:

@@ -56,11 +56,7 @@ class Lines:
     """The lines of a file as bytes, decompressed; position and digest are kept as lines are taken.
 
     A line may be put back once: then it counts as not yet read. None comes out in place of a line
-    longer than ``limit`` bytes.
-
-    Raises:
-        InvalidInput: it cannot be opened; later: it is damaged or cut off.
-        MissingDependency: it is zstd, and pyarrow is not installed.
+    longer than ``limit`` bytes. A file that is damaged or cut off raises :class:`InvalidInput`.
     """
 
     def __init__(self, path: str, option: str = INPUT, limit: int = ROW_BYTES) -> None:
