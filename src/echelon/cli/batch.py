@@ -123,8 +123,8 @@ def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -
         print_quality(summary)
     if compare is not None:
         with status("Comparing precisions", shown=not quiet) as on_progress:
-            trials = compare_precisions(job, on_progress)
-        print_comparison(trials)
+            qualities = compare_precisions(job, on_progress)
+        print_comparison(qualities)
     if summary.counts.bad:
         where = "" if summary.errors is None else f": {summary.errors}"
         raise BadRows(f"{number(summary.counts.bad, 'row')} could not be scored{where}")
