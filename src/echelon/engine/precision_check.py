@@ -26,7 +26,7 @@ from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.models.demo import home
 from echelon.models.device import cpu_name
 from echelon.models.kernels import kernels
-from echelon.models.registry import layer_errors, may_choose_int8, open_scorer
+from echelon.models.registry import layer_errors, open_scorer, precisions_to_compare
 from echelon.options import Options, check_max_length
 from echelon.profile import Profile, ProfileKey, library_versions, read_json, write_json
 from echelon.progress import Progress, no_progress
@@ -277,8 +277,10 @@ def check_precision(
     Raises:
         InvalidInput: int8 does not rank as fp32 does.
     """
-    if options.precision != "int8" or not may_choose_int8(folder.path, options.device):
+    if options.precision != "int8":
         return []
+    if "int8" not in precisions_to_compare(folder.path, options.device)[1:]:
+        return []  # an ONNX graph has one precision
     key = ProfileKey(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
     row = _from_profile(profile, key) or _stored(key)
     if row is None:

@@ -117,11 +117,6 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
     return candidates
 
 
-def may_choose_int8(folder: Path, device: str) -> bool:
-    """Whether a model can run in int8 as well as in fp32; an ONNX graph has one precision."""
-    return "int8" in precisions_to_compare(folder, device)[1:]
-
-
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:
     """Relative error of each linear layer in int8 on ``batches``, largest first."""
     config = read_config(folder)

@@ -101,7 +101,7 @@ def refresh(
     options leave open.
     """
     plan = _sizes_of(old, plan)
-    check, texts = find_model(model, apply_profile(options, old), plan)
+    check, texts = find_model(model, apply_profile(options, old), plan.data)
     on_progress("checking what is out of date")
     with closing(check.open(old.key.precision, old.keep_bf16)) as scorer:
         now = current_key(check.folder.name, check.folder.revision, scorer.info)

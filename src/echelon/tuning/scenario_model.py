@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from echelon.data import Texts, Topic, load_texts
-from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.loadtest.texts import LengthPolicy, TextSource, TokenLengths
 from echelon.messages.units import duration, size
-from echelon.models.hub import resolve
-from echelon.models.registry import require_model
 from echelon.simulation.service_level import latency_too_short, memory_too_small, pairs_too_long
 from echelon.simulation.workload import (
     Arrival,
@@ -31,17 +27,20 @@ from echelon.simulation.workload import (
     Workload,
     max_tokens,
 )
-from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.machine import meter_of
+from echelon.tuning.tuner import find_model
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
+    from echelon.data import Texts, Topic
+    from echelon.engine.precision_check import PrecisionCheck
     from echelon.models.base import Scorer
     from echelon.options import Options
     from echelon.profile import Profile
+    from echelon.tokenization.tokenizer import PairEncoder
     from echelon.tuning.goal import ScenarioGoal
 
 TIMED_STEPS = 3  # steps of one pair, of which the fastest counts
@@ -85,10 +84,7 @@ def open_for_scenario(
         InvalidInput: lengths beyond the model, memory below its weights, or a goal below the time
             of one pair; the error says what is possible instead.
     """
-    folder = resolve(name, revision=options.revision, progress=options.progress)
-    require_model(folder.path)
-    texts = load_texts(data, language="en" if folder.name == "demo" else None)
-    check = PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts)
+    check, texts = find_model(name, options, data)
     before = psutil.Process().memory_info().rss
     with closing(check.open(options.precision)) as scorer:
         limit = check.max_length(scorer.info)

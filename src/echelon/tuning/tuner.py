@@ -20,7 +20,7 @@ from echelon.engine.precision_check import PrecisionCheck, compare_precisions, r
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
-from echelon.models.registry import precisions_to_compare, runs_on_cpu
+from echelon.models.registry import precisions_to_compare, require_model, runs_on_cpu
 from echelon.profile import (
     Profile,
     TunedSettings,
@@ -112,7 +112,7 @@ def tune(
         ModelError: the model is not there, damaged, or of an unsupported kind.
         OutOfMemory: the weights, or a single pair, do not fit.
     """
-    check, texts = find_model(model, options, plan)
+    check, texts = find_model(model, options, plan.data)
     run = SavedRun.of(check, plan, texts, known)
     run.precisions = run.precisions or _compare_precisions(check, on_progress)
     check, keep_bf16 = _with_fastest_precision(check, run.precisions)
@@ -138,11 +138,12 @@ def tune(
 
 
 def find_model(
-    model: str | os.PathLike[str], options: Options, plan: TuningPlan
+    model: str | os.PathLike[str], options: Options, data: str | os.PathLike[str] | None
 ) -> tuple[PrecisionCheck, Texts]:
     """Find a model and read its tokenizer and the texts to measure with."""
     folder = resolve(model, revision=options.revision, progress=options.progress)
-    texts = load_texts(plan.data, language="en" if folder.name == "demo" else None)
+    require_model(folder.path)
+    texts = load_texts(data, language="en" if folder.name == "demo" else None)
     return PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts), texts
 
 
