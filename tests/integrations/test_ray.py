@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -363,8 +364,9 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
 def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
     monkeypatch.setattr("echelon.integrations.ray.scorer_pool._ACTOR", ray.remote(Lethal))
     window = RowWindow((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
+    request = PoolRequest(workers=1, cpus=2)
     with (
-        RayScorerPool(str(bert), Options(), None, PoolRequest(workers=1, cpus=2)) as machines,
+        closing(RayScorerPool(str(bert), Options(), None, request)) as machines,
         pytest.raises(WorkerLost, match="3 workers ended in turn from line 7"),
     ):
         list(machines.score([window]))
@@ -378,20 +380,7 @@ def test_a_model_that_is_not_there_ends_a_job_at_once(made, tmp_path):
 def test_the_command_reranks_a_file_on_a_cluster(made, bert, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", queries(3))
     arguments = ["--model", str(bert), "--worker-cpus", "2", "--quiet", f"--ray={made.address}"]
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "echelon",
-            "batch",
-            source,
-            "-o",
-            tmp_path / "out.jsonl",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "echelon", "batch", source, "-o", tmp_path / "out.jsonl"]
+    ran = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert [row["id"] for row in read_lines(tmp_path / "out.jsonl")] == ["q0", "q1", "q2"]

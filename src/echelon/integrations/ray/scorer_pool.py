@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
-from echelon.errors import EchelonError, InvalidInput, WorkerLost
+from echelon.errors import EchelonError, WorkerLost, check_positive
 from echelon.integrations.ray.worker import CALL_RETRIES, WorkerResources, loss_of, place_of
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
@@ -44,34 +44,19 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class PoolRequest:
-    """Number and size of a job's workers.
+    """Number and size of a job's workers."""
 
-    Attributes:
-        workers: number of workers; None is as many as the cluster has room for.
-        cpus: CPUs of each; None is the threads of the forward pass.
-        gpus: GPUs of each.
-    """
-
-    workers: int | None = None
-    cpus: float | None = None
-    gpus: float = 0.0
+    workers: int | None = None  # number of workers; None is as many as the cluster has room for
+    cpus: float | None = None  # CPUs of each; None is the threads of the forward pass
+    gpus: float = 0.0  # GPUs of each
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise InvalidInput("--workers", f"{self.workers} is not positive", "Give 1 or more.")
+        check_positive("Give 1 or more.", **{"--workers": self.workers})
 
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """Scores of a window without its texts, which the caller has.
-
-    Attributes:
-        rows: positions of the scored rows in the window.
-        bad: the window's bad rows, including those found by scoring.
-        logits: float32 [pairs], row after row.
-        truncated_tokens: int32 [pairs].
-        report: times and counts of the run.
-    """
+    """Scores of a window without its texts; ``rows`` are places of the scored rows in it."""
 
     rows: tuple[int, ...]
     bad: tuple[BadRow, ...]
@@ -128,13 +113,13 @@ _ACTOR = ray.remote(
 )(ScorerActor)
 
 
+@dataclass(eq=False)
 class _PoolWorker:
     """A worker and its windows, oldest first."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-        self.machine: str | None = None
-        self.windows: list[int] = []
+    actor: Any
+    machine: str | None = None
+    windows: list[int] = field(default_factory=list)
 
     @property
     def free(self) -> bool:
@@ -144,16 +129,8 @@ class _PoolWorker:
 class RayScorerPool:
     """A :class:`echelon.offline.scoring.WindowScorer` over the workers of a Ray cluster.
 
-    Args:
-        model: as there; a folder must be on every machine.
-        options: as there.
-        steps: settings of an earlier run of the job; None takes those of the first worker.
-        request: number and size of the workers.
-
-    Raises:
-        InvalidInput: the machines differ from the one on which the job began.
-        ModelError: the model cannot be opened.
-        WorkerLost: no worker came up.
+    A model that is a folder must be on every machine. Without ``steps``, those of the first worker
+    are taken. Raises :class:`WorkerLost` if no worker comes up.
     """
 
     def __init__(
@@ -162,9 +139,8 @@ class RayScorerPool:
         request = request or PoolRequest()
         chosen, _ = with_profile(options)
         threads = chosen.threads or usable_cpus()
-        self._resources = WorkerResources(
-            request.cpus or (1.0 if request.gpus else threads), request.gpus
-        )
+        cpus = request.cpus or (1.0 if request.gpus else threads)
+        self._resources = WorkerResources(cpus, request.gpus)
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
         self._options = replace(chosen, profile=None, threads=threads, revision=revision)
         self._steps = steps
@@ -190,15 +166,10 @@ class RayScorerPool:
     def score(
         self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
     ) -> Generator[ScoredWindow, None, None]:
-        """Score windows, in their order.
+        """Score windows, in their order; they are read ahead so that every worker has two.
 
-        Args:
-            windows: read ahead so that every worker has two.
-            on_step: not called; a window is reported when it is done.
-
-        Raises:
-            WorkerLost: a window ended its worker three times.
-            EchelonError: as :meth:`echelon.offline.scoring.WindowScorer.score`.
+        ``on_step`` is not called; a window is reported when it is done. A window that ends its
+        worker three times raises :class:`WorkerLost`.
         """
         del on_step
         source, turn = enumerate(windows), 0
@@ -218,12 +189,6 @@ class RayScorerPool:
             ray.kill(worker.actor)
         self._workers.clear()
         self._pending.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _fill(self, source: Iterator[tuple[int, RowWindow]]) -> bool:
         """Take windows until all workers have enough; False when none is left to return."""
@@ -299,35 +264,26 @@ class RayScorerPool:
         suspect = worker.windows[0] if worker.windows else number
         self._lost[suspect] += blame
         if self._lost[suspect] >= ATTEMPTS:
-            at = (
-                "as they started"
-                if suspect is None
-                else f"from line {_line(self._windows[suspect])}"
-            )
+            rows = () if suspect is None else self._windows[suspect].rows
+            line = f"from line {rows[0].line if rows else 0}"
+            at = "as they started" if suspect is None else line
             raise WorkerLost(f"{ATTEMPTS} workers ended in turn {at} ({why}). See Ray's logs.")
         self._start_worker()
 
     def _start_worker(self) -> None:
-        worker = _PoolWorker(
-            _ACTOR.options(num_cpus=self._resources.cpus, num_gpus=self._resources.gpus).remote()
-        )
+        needs = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
+        worker = _PoolWorker(_ACTOR.options(**needs).remote())
         self._workers.append(worker)
         ref = worker.actor.open.remote(self._model, self._options, self._steps)
         self._pending[ref] = worker, None
 
 
-def _line(window: RowWindow) -> int:
-    return window.rows[0].line if window.rows else 0
-
-
 def _free_workers(resources: WorkerResources) -> int:
     """Workers for which the cluster has room now, at least one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = {"CPU": resources.cpus, "GPU": resources.gpus}
     fits = [
-        min(
-            int(node.get("CPU", 0) // resources.cpus),
-            int(node.get("GPU", 0) // resources.gpus) if resources.gpus else int(1e9),
-        )
+        min(int(node.get(kind, 0) // need) for kind, need in needs.items() if need)
         for node in nodes
     ]
     return max(1, sum(fits))

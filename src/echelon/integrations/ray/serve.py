@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from echelon.errors import InvalidInput, ShuttingDown
+from echelon.errors import InvalidInput, ShuttingDown, check_positive
 from echelon.integrations.ray.worker import RayWorker, WorkerResources, connect, factory_of
 from echelon.options import require_packages
 from echelon.scheduling.autoscaling import AutoscalingLimits
@@ -44,14 +44,10 @@ NAME = "echelon"
 """Name of the application and of the deployment."""
 
 SET_ELSEWHERE = {
-    "host": "http_options of Ray Serve",
-    "port": "http_options of Ray Serve",
+    **dict.fromkeys(("host", "port"), "http_options of Ray Serve"),
+    **dict.fromkeys(("log_format", "log_level"), "logging_config of Ray Serve"),
+    **dict.fromkeys(("max_connections", "tls_cert", "tls_key"), "a proxy in front of Ray Serve"),
     "header_timeout_s": "the environment of Ray Serve's proxies",
-    "max_connections": "a proxy in front of Ray Serve",
-    "log_format": "logging_config of Ray Serve",
-    "log_level": "logging_config of Ray Serve",
-    "tls_cert": "a proxy in front of Ray Serve",
-    "tls_key": "a proxy in front of Ray Serve",
 }
 """Settings of ``echelon serve`` that Ray has its own place for, and that place."""
 
@@ -70,13 +66,10 @@ class Ingress:
         return make_app(self._context)
 
     async def check_health(self) -> None:
-        """Check that a pair was scored lately.
+        """Check that a pair was scored lately; raise :class:`ShuttingDown` if none was.
 
         A replica without workers is healthy: its requests wait until workers are back. A new
         replica would have no workers either, and the waiting requests would be lost.
-
-        Raises:
-            ShuttingDown: it has workers, and none of them scores.
         """
         service = self._context.service
         if service.snapshot().workers_up == 0:
@@ -115,11 +108,7 @@ def deploy(
 def app(settings: dict[str, Any]) -> Application:
     """The application of a model, for ``serve run`` and ``serve deploy``.
 
-    Args:
-        settings: ``model``, and settings of `echelon serve` under the names of its flags.
-
-    Raises:
-        InvalidInput: a setting is unknown or wrong.
+    ``settings`` are ``model``, and settings of `echelon serve` under the names of its flags.
     """
     for name in settings:
         if name in SET_ELSEWHERE:
@@ -128,11 +117,7 @@ def app(settings: dict[str, Any]) -> Application:
 
 
 def values_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """All settings of ``echelon serve``: those given, the environment's and the defaults.
-
-    Raises:
-        InvalidInput: a setting is unknown, has a wrong value, or is missing.
-    """
+    """All settings of ``echelon serve``: those given, the environment's and the defaults."""
     known = ["model", *(name for name in server_settings.NAMES if name != "ray")]
     server_settings.check_names(settings, known, "args")
     if "model" not in settings:
@@ -166,35 +151,25 @@ class DeploymentPlan:
 
 
 def plan_of(values: dict[str, Any]) -> DeploymentPlan:
-    """The deployment that the settings of ``echelon serve`` describe.
-
-    Raises:
-        InvalidInput: a value is wrong, or not possible on Ray.
-    """
+    """The deployment that the settings of ``echelon serve`` describe."""
     values = dict(values)
     model = values.pop("model")
-    own = {
-        name: values.pop(name)
-        for name in map(server_settings.name_of_flag, server_settings.CLUSTER_FLAGS)
-    }
+    flags = map(server_settings.name_of_flag, server_settings.CLUSTER_FLAGS)
+    own = {name: values.pop(name) for name in flags}
     settings, options = server_settings.split(values)
     for name in ("tls_cert", "tls_key"):
         if settings[name] is not None:
             flag = f"--{name.replace('_', '-')}"
             raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
-    if own["ingresses"] < 1:
-        raise InvalidInput("ingresses", f"{own['ingresses']} is not positive", "Give 1 or more.")
-    workers, max_workers = settings["workers"], own["max_workers"]
+    check_positive(ingresses=own["ingresses"])
+    workers = settings["workers"]
+    max_workers = workers if own["max_workers"] is None else own["max_workers"]
     return DeploymentPlan(
         model=model,
         options=options,
         settings=settings,
         resources=WorkerResources(own["worker_cpus"], own["worker_gpus"]),
-        scaling=AutoscalingLimits(
-            workers,
-            workers if max_workers is None else max_workers,
-            delay_s=own["max_delay_s"],
-        ),
+        scaling=AutoscalingLimits(workers, max_workers, delay_s=own["max_delay_s"]),
         ingresses=own["ingresses"],
     )
 
@@ -202,12 +177,8 @@ def plan_of(values: dict[str, Any]) -> DeploymentPlan:
 def application_of(plan: DeploymentPlan) -> Application:
     """The application of a plan."""
     require_packages("echelon serve", "serve", server_settings.PACKAGES)
-    return deploy(
-        plan,
-        ingresses=plan.ingresses,
-        max_requests=plan.settings["max_requests"],
-        drain_s=plan.settings["drain_s"],
-    )
+    limits = {name: plan.settings[name] for name in ("max_requests", "drain_s")}
+    return deploy(plan, ingresses=plan.ingresses, **limits)
 
 
 def _make_workers(
@@ -222,11 +193,7 @@ def _make_workers(
 
 
 def run_here(address: str, values: dict[str, Any]) -> None:
-    """Serve on a cluster until SIGTERM or Ctrl-C; for ``echelon serve --ray``.
-
-    Raises:
-        InvalidInput: a setting is wrong, or no cluster can be reached.
-    """
+    """Serve on a cluster until SIGTERM or Ctrl-C; for ``echelon serve --ray``."""
     plan = plan_of(values)
     application = application_of(plan)
     connect(address)

@@ -1,8 +1,7 @@
 """A worker on a Ray cluster: an actor that opens the model on its machine and scores steps.
 
-To a service it is what a child process is: steps are sent, scores come back, and if the actor or
-its machine is lost, the service gives the steps to another worker. Ray restarts nothing here;
-:mod:`echelon.engine.supervisor` does.
+To a service it is what a child process is. If the actor or its machine is lost, the service gives
+the steps to another worker; Ray restarts nothing here, :mod:`echelon.engine.supervisor` does.
 
 A Ray call can fail in two ways (Ray's page "Actor fault tolerance"): the actor died, or it is
 unavailable, which may pass, and the call may have run or not. Every call here can be repeated
@@ -24,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
 from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
 from echelon.models.registry import open_scorer
@@ -53,27 +52,17 @@ STOP_CHECK_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class RemoteScorerFactory:
-    """Opens a model on the machine of the actor, and fetches it if it is not there yet.
+    """Opens a model on the machine of the actor, and fetches it if it is not there yet."""
 
-    Attributes:
-        model: hub id, a folder that every machine has, or ``"demo"``.
-        revision: the hub's commit, so that all workers have the same; else None.
-        keep_bf16: layers that int8 leaves in bf16, as the precision check found.
-    """
-
-    model: str
-    revision: str | None
+    model: str  # hub id, a folder that every machine has, or ``"demo"``
+    revision: str | None  # the hub's commit, so that all workers have the same; else None
     device: str
     threads: int
     label: str | int | None
-    keep_bf16: tuple[str, ...]
+    keep_bf16: tuple[str, ...]  # layers that int8 leaves in bf16, as the precision check found
 
     def __call__(self, *, precision: str) -> Scorer:
-        """Open the model in a precision.
-
-        Raises:
-            ModelError: it is missing, damaged, or of an unsupported kind.
-        """
+        """Open the model in a precision, or raise :class:`ModelError`."""
         return open_scorer(
             resolve(self.model, revision=self.revision).path,
             device=self.device,
@@ -111,25 +100,16 @@ def factory_of(
 
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
-    """The part of a machine that one worker uses.
-
-    Attributes:
-        cpus: CPUs, as Ray counts them.
-        gpus: GPUs; a fraction lets workers share one.
-    """
+    """CPUs, as Ray counts them, and GPUs of one worker; a fraction lets workers share a GPU."""
 
     cpus: float = 1.0
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.cpus > 0:
-            raise InvalidInput("worker_cpus", f"{self.cpus} is not positive", "Give 1 or more.")
+        check_positive(worker_cpus=self.cpus)
         if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
-            raise InvalidInput(
-                "worker_gpus",
-                f"{self.gpus} is not possible",
-                "Give 0, a fraction of 1, or a number.",
-            )
+            remedy = "Give 0, a fraction of 1, or a number."
+            raise InvalidInput("worker_gpus", f"{self.gpus} is not possible", remedy)
 
 
 class RemoteScorer:
@@ -172,15 +152,9 @@ class RemoteScorer:
 class RayWorker:
     """A scorer in an actor; see :class:`echelon.engine.worker.Worker`.
 
-    Args:
-        factory: opens the scorer on the actor's machine.
-        resources: CPUs and GPUs that it needs.
-        name: its name in the log.
-        start_timeout_s: seconds until there is a free machine and the model is open.
-        on_end: called, from any thread, when an actor has ended.
-
-    Attributes:
-        pid: the actor's process id on its machine; None before it was up.
+    ``start_timeout_s`` is the time until there is a free machine and the model is open. ``on_end``
+    is called, from any thread, when an actor has ended. ``pid`` is the actor's process id on its
+    machine; None before it was up.
     """
 
     renewable = True
@@ -206,13 +180,7 @@ class RayWorker:
         self._killed = False
 
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
-        """Start an actor and open the scorer in it; a running one is killed first.
-
-        Raises:
-            EchelonError: opening raised it.
-            WorkerDied: it ended meanwhile.
-            WorkerWedged: no machine had room for it, or it took too long.
-        """
+        """Start an actor and open the scorer in it; a running one is killed first."""
         self.kill()
         self._killed = False
         self._sent.clear()
@@ -236,17 +204,15 @@ class RayWorker:
             if self._killed:  # Ray does not report an actor killed before it was placed
                 raise WorkerDied(f"{self.name} was stopped")
             if monotonic() >= end:
-                raise self._wedged(f"is not up after {self._start_timeout_s:g} s; {self._needs}")
-        (info, self._machine, self.pid), _, _ = unpack(self._reply())
-        found: ModelInfo = info
+                needs = f"{self._resources.cpus:g} CPUs and {self._resources.gpus:g} GPUs"
+                late = f"is not up after {self._start_timeout_s:g} s"
+                raise self._wedged(f"{late}; it needs a machine with {needs}")
+        found: ModelInfo
+        (found, self._machine, self.pid), _, _ = unpack(self._reply())
         return found
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
-        """Send a step; a second may be sent while the first runs.
-
-        Raises:
-            WorkerDied: Ray has no memory for it.
-        """
+        """Send a step; a second may be sent while the first runs."""
         del timeout_s  # Ray does not block here
         parts = batch.ids, batch.type_ids, batch.offsets
         try:
@@ -256,11 +222,8 @@ class RayWorker:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a result or the actor's end; False after the timeout."""
-        future = self._sent[0] if self._sent else self._life
-        if future is None:
-            raise WorkerDied(f"{self.name} was never started. This is a bug.")
         try:
-            future.exception(max(0.0, timeout_s))
+            self._first().exception(max(0.0, timeout_s))
         except TimeoutError:
             return False
         except CancelledError:
@@ -270,12 +233,8 @@ class RayWorker:
     def receive(self, timeout_s: float) -> StepResult:
         """The result of the earliest step that was sent.
 
-        Raises:
-            DeviceOutOfMemory: it did not fit; the worker keeps running.
-            EchelonError: the scorer raised it; the worker keeps running.
-            WorkerGone: the machine is lost, or cannot be reached.
-            WorkerDied: the actor has ended.
-            WorkerWedged: no answer in time; the actor was killed.
+        Raises :class:`WorkerGone` if the machine is lost or cannot be reached, the errors of the
+        scorer, and those of :meth:`echelon.engine.worker.Worker.receive`.
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
@@ -297,24 +256,26 @@ class RayWorker:
             self.wait(STOP_TIMEOUT_S)
         self.kill()
 
-    @property
-    def _needs(self) -> str:
-        cpus, gpus = self._resources.cpus, self._resources.gpus
-        return f"it needs a machine with {cpus:g} CPUs and {gpus:g} GPUs"
+    def _first(self) -> Future[Any]:
+        """The future of the earliest step that was sent, else that of the actor's life."""
+        future = self._sent[0] if self._sent else self._life
+        if future is None:
+            raise WorkerDied(f"{self.name} was never started. This is a bug.")
+        return future
 
     def _reply(self) -> Reply:
         """The result of the first future.
 
-        Without one the actor is killed: the cause, such as a lost object, would fail the steps
-        behind it too.
+        Without one the actor is killed: the cause, such as a lost object, would fail later steps.
         """
-        future = self._sent.popleft() if self._sent else self._life
-        if future is None:
-            raise WorkerDied(f"{self.name} was never started. This is a bug.")
+        future = self._first()
+        if self._sent:
+            self._sent.popleft()
         try:
-            return future.result()
+            reply: Reply = future.result()
         except (RayError, CancelledError) as error:
             raise self._died(error) from None
+        return reply
 
     def _ended(self, _: Future[Any]) -> None:
         if self._on_end is not None:
@@ -358,11 +319,7 @@ def loss_of(machine: str | None, error: BaseException) -> tuple[str, bool]:
 
 
 def connect(address: str) -> None:
-    """Connect to a cluster.
-
-    Raises:
-        InvalidInput: no cluster can be reached.
-    """
+    """Connect to a cluster; raise :class:`InvalidInput` if none can be reached."""
     try:
         ray.init(None if address == ANY_CLUSTER else address, log_to_driver=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
