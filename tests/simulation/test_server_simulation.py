@@ -93,7 +93,7 @@ def test_requests_of_the_warm_up_are_served_and_not_counted():
 
 
 def test_noise_makes_steps_vary_not_longer():
-    trace = [Arrival(float(i), 1, (100,)) for i in range(3000)]
+    trace = [Arrival(float(i), 1, (100,)) for i in range(1000)]
     calm = simulate(trace, SIMPLE, SimulationSettings(200))
     noisy = simulate(trace, SIMPLE, SimulationSettings(200, noise=0.3))
     assert calm.longest_s == pytest.approx(0.11)

@@ -21,6 +21,7 @@ from echelon.tuning.tuner import TuningPlan
 from echelon.tuning.validation import RerankTask, run, validate
 
 QUICK = ("--pairs=4", "--batch-sizes=2", "--token-budgets=256,512", "--time-limit=1")
+CPU = ("--precision", "fp32", "--device", "cpu", "--threads", 1)
 SLOW_S = 600.0
 """A goal that no machine misses, however busy."""
 
@@ -51,8 +52,7 @@ def known(model):
 def test_the_real_server_validates_what_the_command_chose(bert, tmp_path, call):
     paths = ("--profile", tmp_path / "p.json", "--report", tmp_path / "r.html")
     asked = ("--scenario", "api", "--slo-p99-ms", 1000 * SLOW_S, "--rate", 20, "--documents", "1-3")
-    more = ("--precision", "fp32", "--device", "cpu", "--threads", 1, "--verify-s", 1)
-    code, out, err = call("tune", bert, *QUICK, *paths, *asked, *more)
+    code, out, err = call("tune", bert, *QUICK, *paths, *asked, *CPU, "--verify-s", 1)
     assert code == 0, err
     for words in ("Realtime API: 20.0 requests/s", "Predicted", "Measured", "P99", "Validated"):
         assert words in out
@@ -204,7 +204,7 @@ def test_wrong_options_end_before_anything_is_measured(options, said, call, tmp_
 def test_an_impossible_goal_still_leaves_the_profile(bert, tmp_path, call):
     paths = ("--profile", tmp_path / "p.json", "--report", tmp_path / "r.html")
     asked = ("--scenario", "api", "--slo-p99-ms", 500, "--rate", 1e6, "--verify-s", 0)
-    code, _, err = call("tune", bert, *QUICK, *paths, *asked, "--precision", "fp32", "--quiet")
+    code, _, err = call("tune", bert, *QUICK, *paths, *asked, *CPU, "--quiet")
     assert code == 2
     assert "Possible are" in err
     assert Profile.load(tmp_path / "p.json").scenario is None
