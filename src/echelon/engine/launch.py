@@ -89,6 +89,9 @@ def prepare(
     return PreparedModel(folder, options, encoder, profile, kept)
 
 
+_SHARED = ("precision", "token_budget", "max_length", "truncation", "max_query_tokens", "allow")
+"""Options of a library call that are also settings of a service, under the same name."""
+
 if TYPE_CHECKING:
     MakeWorker = Callable[[int, Callable[[], None]], Worker]
     WorkerFactory = Callable[[PreparedModel, str | os.PathLike[str]], MakeWorker]
@@ -131,13 +134,8 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     """
     chosen, profile = with_profile(Options.of(**options))
     settings = ServiceSettings(
-        precision=chosen.precision,
-        token_budget=chosen.token_budget,
+        **{name: getattr(chosen, name) for name in _SHARED},
         max_pairs=chosen.batch_size,
-        max_length=chosen.max_length,
-        truncation=chosen.truncation,
-        max_query_tokens=chosen.max_query_tokens,
-        allow=chosen.allow,
         workers=workers,
         bounds=bounds or AdmissionLimits(),
         memory_limit_bytes=memory_limit_bytes,

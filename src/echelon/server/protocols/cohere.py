@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from echelon.server.protocols import base
+import echelon.server.protocols.base as api
 from echelon.types import Chunking, RerankRequest
 
 
-class CohereV1(base.CommonFields, kw_only=True):
+class CohereV1(api.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -26,7 +26,7 @@ class CohereV1(base.CommonFields, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-class CohereV2(base.CommonFields, kw_only=True):
+class CohereV2(api.CommonFields, kw_only=True):
     """Body of ``/v2/rerank``."""
 
     query: str
@@ -36,43 +36,43 @@ class CohereV2(base.CommonFields, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-def _read_v1(body: CohereV1) -> tuple[RerankRequest, base.ResponseOptions]:
+def _read_v1(body: CohereV1) -> tuple[RerankRequest, api.ResponseOptions]:
     fields = body.rank_fields or ()
-    texts = [base.text_of(document, i, fields) for i, document in enumerate(body.documents)]
+    texts = [api.text_of(document, i, fields) for i, document in enumerate(body.documents)]
     objects = [{"text": d} if isinstance(d, str) else d for d in body.documents]
     tokens, chunks = body.max_tokens_per_doc, body.max_chunks_per_doc
     chunking = None if tokens is None and chunks is None else Chunking(tokens, chunks)
-    request = RerankRequest(base.pairs_of(body.query, texts), chunking=chunking)
+    request = RerankRequest(api.pairs_of(body.query, texts), chunking=chunking)
     documents = objects if body.return_documents else None
-    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
+    return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _read_v2(body: CohereV2) -> tuple[RerankRequest, base.ResponseOptions]:
-    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
+def _read_v2(body: CohereV2) -> tuple[RerankRequest, api.ResponseOptions]:
+    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
     tokens = body.max_tokens_per_doc
     chunking = None if tokens is None else Chunking(tokens)
-    request = RerankRequest(base.pairs_of(body.query, texts), chunking=chunking)
-    return request, base.ResponseOptions(top_n=base.limit_of(body.top_n))
+    request = RerankRequest(api.pairs_of(body.query, texts), chunking=chunking)
+    return request, api.ResponseOptions(top_n=api.limit_of(body.top_n))
 
 
-def _write_v1(response: base.RerankResponse) -> base.Body:
+def _write_v1(response: api.RerankResponse) -> api.Body:
     return {
         "id": response.request_id,
         "object": "rerank",
         "created": response.created,
         "model": response.model,
-        "results": base.relevance_results(response),
-        "usage": base.usage_of(response),
+        "results": api.relevance_results(response),
+        "usage": api.usage_of(response),
         "meta": _meta("1", response),
     }
 
 
-def _write_v2(response: base.RerankResponse) -> base.Body:
+def _write_v2(response: api.RerankResponse) -> api.Body:
     results = [{"index": one.index, "relevance_score": one.score} for one in response.results]
     return {"id": response.request_id, "results": results, "meta": _meta("2", response)}
 
 
-def _meta(version: str, response: base.RerankResponse) -> dict[str, Any]:
+def _meta(version: str, response: api.RerankResponse) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "api_version": {"version": version},
         "billed_units": {"search_units": 1},
@@ -83,14 +83,14 @@ def _meta(version: str, response: base.RerankResponse) -> dict[str, Any]:
     return meta
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     message = response.message
     return response.status, {"id": response.request_id, "message": message, "detail": message}
 
 
-_EXAMPLE = {"model": "rerank-v3.5", **base.EXAMPLE, "top_n": 1}
+_EXAMPLE = {"model": "rerank-v3.5", **api.EXAMPLE, "top_n": 1}
 
-COHERE_V1 = base.ApiProtocol(
+COHERE_V1 = api.ApiProtocol(
     name="cohere_v1",
     title="Cohere v1",
     paths=("/v1/rerank",),
@@ -101,7 +101,7 @@ COHERE_V1 = base.ApiProtocol(
     example={**_EXAMPLE, "return_documents": True},
 )
 
-COHERE_V2 = base.ApiProtocol(
+COHERE_V2 = api.ApiProtocol(
     name="cohere_v2",
     title="Cohere v2",
     paths=("/v2/rerank",),

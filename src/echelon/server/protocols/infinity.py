@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from echelon.server.protocols import base
+import echelon.server.protocols.base as api
 from echelon.types import RerankRequest
 
 
-class InfinityRequest(base.CommonFields, kw_only=True):
+class InfinityRequest(api.CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -16,13 +16,13 @@ class InfinityRequest(base.CommonFields, kw_only=True):
     return_documents: bool | None = None
 
 
-def _read(body: InfinityRequest) -> tuple[RerankRequest, base.ResponseOptions]:
+def _read(body: InfinityRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     documents = body.documents if body.return_documents else None
-    request = RerankRequest(base.pairs_of(body.query, body.documents))
-    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
+    request = RerankRequest(api.pairs_of(body.query, body.documents))
+    return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: base.RerankResponse) -> base.Body:
+def _write(response: api.RerankResponse) -> api.Body:
     results = [
         {"relevance_score": one.score, "index": one.index, "document": one.document}
         for one in response.results
@@ -31,7 +31,7 @@ def _write(response: base.RerankResponse) -> base.Body:
         "object": "rerank",
         "results": results,
         "model": response.model,
-        "usage": base.usage_of(response),
+        "usage": api.usage_of(response),
         "id": f"infinity-{response.request_id}",
         "created": response.created,
     }
@@ -44,7 +44,7 @@ _DETAIL_LIST = 422
 """The status for which it is a list; infinity's client parses every entry."""
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     message, status = response.message, response.status
     if status == _DETAIL_LIST:
         field = message.partition(": ")[0]
@@ -55,18 +55,18 @@ def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-INFINITY = base.ApiProtocol(
+INFINITY = api.ApiProtocol(
     name="infinity",
     title="infinity",
     paths=("/rerank",),
     body=InfinityRequest,
-    claims=base.holds("raw_scores"),
+    claims=api.holds("raw_scores"),
     read=_read,
     write=_write,
     write_error=_write_error,
     example={
         "model": "default/not-specified",
-        **base.EXAMPLE,
+        **api.EXAMPLE,
         "return_documents": True,
         "raw_scores": False,
     },

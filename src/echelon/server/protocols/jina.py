@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from echelon.server.protocols import base
+import echelon.server.protocols.base as api
 from echelon.types import RerankRequest
 
 
-class JinaRequest(base.CommonFields, kw_only=True):
+class JinaRequest(api.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -18,31 +18,31 @@ class JinaRequest(base.CommonFields, kw_only=True):
     return_documents: bool | None = None
 
 
-def _claims(fields: base.Fields) -> bool:
+def _claims(fields: api.Fields) -> bool:
     return bytes(fields.get("model", b"")).startswith(b'"jina')
 
 
-def _read(body: JinaRequest) -> tuple[RerankRequest, base.ResponseOptions]:
-    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
+def _read(body: JinaRequest) -> tuple[RerankRequest, api.ResponseOptions]:
+    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
     documents = None if body.return_documents is False else [{"text": text} for text in texts]
-    request = RerankRequest(base.pairs_of(body.query, texts))
-    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
+    request = RerankRequest(api.pairs_of(body.query, texts))
+    return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: base.RerankResponse) -> base.Body:
+def _write(response: api.RerankResponse) -> api.Body:
     return {
         "model": response.model,
         "object": "list",
-        "usage": base.usage_of(response),
-        "results": base.relevance_results(response),
+        "usage": api.usage_of(response),
+        "results": api.relevance_results(response),
     }
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     return response.status, {"detail": response.message}
 
 
-JINA = base.ApiProtocol(
+JINA = api.ApiProtocol(
     name="jina",
     title="Jina",
     paths=("/v1/rerank",),
@@ -53,7 +53,7 @@ JINA = base.ApiProtocol(
     write_error=_write_error,
     example={
         "model": "jina-reranker-v2-base-multilingual",
-        "query": base.EXAMPLE["query"],
+        "query": api.EXAMPLE["query"],
         "documents": ["Hold the button for ten seconds.", {"text": "Bananas are yellow."}],
         "top_n": 1,
     },

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+import echelon.server.protocols.base as api
 from echelon.errors import InvalidInput
-from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
 
@@ -15,7 +15,7 @@ class NimText(msgspec.Struct):
     text: str
 
 
-class NimRequest(base.CommonFields, kw_only=True):
+class NimRequest(api.CommonFields, kw_only=True):
     """Body of ``/v1/ranking``."""
 
     query: NimText
@@ -25,23 +25,23 @@ class NimRequest(base.CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: NimRequest) -> tuple[RerankRequest, base.ResponseOptions]:
+def _read(body: NimRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     truncate = body.truncate or "NONE"
     if truncate not in {"NONE", "END"}:
         raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
-    pairs = base.pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
+    pairs = api.pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
     request = RerankRequest(pairs, refuse_truncation=truncate == "NONE")
-    return request, base.ResponseOptions(top_n=base.limit_of(body.top_n), raw_scores=True)
+    return request, api.ResponseOptions(top_n=api.limit_of(body.top_n), raw_scores=True)
 
 
-def _write(response: base.RerankResponse) -> base.Body:
+def _write(response: api.RerankResponse) -> api.Body:
     return {
         "rankings": [{"index": one.index, "logit": one.logit} for one in response.results],
-        "usage": base.usage_of(response),
+        "usage": api.usage_of(response),
     }
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     caller = response.status < 500  # noqa: PLR2004 - HTTP's own
     return response.status, {
         "object": "error",
@@ -51,12 +51,12 @@ def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     }
 
 
-NIM = base.ApiProtocol(
+NIM = api.ApiProtocol(
     name="nim",
     title="NVIDIA NIM",
     paths=("/v1/ranking",),
     body=NimRequest,
-    claims=base.holds("passages"),
+    claims=api.holds("passages"),
     read=_read,
     write=_write,
     write_error=_write_error,

@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 
+import echelon.server.protocols.base as api
 from echelon.errors import InvalidInput
-from echelon.server.protocols import base
 from echelon.types import RerankRequest
 
 
-class TeiRequest(base.CommonFields, kw_only=True):
+class TeiRequest(api.CommonFields, kw_only=True):
     """Body of ``/rerank``."""
 
     query: str
@@ -22,17 +22,17 @@ class TeiRequest(base.CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: TeiRequest) -> tuple[RerankRequest, base.ResponseOptions]:
+def _read(body: TeiRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     request = RerankRequest(
-        base.pairs_of(body.query, body.texts, "texts"),
+        api.pairs_of(body.query, body.texts, "texts"),
         refuse_truncation=body.truncate is False,
-        side=base.side_of(body.truncation_direction, "truncation_direction"),
+        side=api.side_of(body.truncation_direction, "truncation_direction"),
     )
     documents = body.texts if body.return_text else None
-    return request, base.ResponseOptions(documents, base.limit_of(body.top_n))
+    return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: base.RerankResponse) -> base.Body:
+def _write(response: api.RerankResponse) -> api.Body:
     return [
         {"index": one.index, "score": one.score}
         | ({"text": one.document} if response.with_documents else {})
@@ -49,7 +49,7 @@ _BACKEND = {500, 507}
 """Statuses for which TEI answers 424: the model failed, not the caller."""
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     error = response.error
     if isinstance(error, InvalidInput) and (error.field, error.problem) == ("texts", "is empty"):
         return 400, {"error": response.message, "error_type": "Empty"}
@@ -77,12 +77,12 @@ class TeiInfo(msgspec.Struct):
     docker_label: str | None
 
 
-TEI = base.ApiProtocol(
+TEI = api.ApiProtocol(
     name="tei",
     title="text-embeddings-inference",
     paths=("/rerank",),
     body=TeiRequest,
-    claims=base.holds("texts"),
+    claims=api.holds("texts"),
     read=_read,
     write=_write,
     write_error=_write_error,

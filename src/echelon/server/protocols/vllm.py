@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import echelon.server.protocols.base as api
 from echelon.errors import InvalidInput, check_positive
-from echelon.server.protocols import base
 from echelon.types import Chunking, RerankRequest
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Texts = str | list[str | dict[str, Any]]
 
 
-class Common(base.CommonFields, kw_only=True):
+class Common(api.CommonFields, kw_only=True):
     """Fields of both requests."""
 
     model: str | None = None
@@ -54,35 +54,35 @@ class VllmScore(Common, kw_only=True):
     items: Texts | None = None
 
 
-def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, base.ResponseOptions]:
-    texts = [base.text_of(document, i) for i, document in enumerate(body.documents)]
+def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, api.ResponseOptions]:
+    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
     check_positive(max_tokens_per_query=body.max_tokens_per_query)
     tokens = body.max_tokens_per_doc
     request = RerankRequest(
-        base.pairs_of(body.query, texts),
+        api.pairs_of(body.query, texts),
         max_length=_max_length(body),
         max_query_tokens=body.max_tokens_per_query,
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
-        side=base.side_of(body.truncation_side, "truncation_side"),
+        side=api.side_of(body.truncation_side, "truncation_side"),
     )
-    top_n = base.limit_of(body.top_n)
-    return request, base.ResponseOptions(texts, top_n, raw_scores=_raw_scores(body))
+    top_n = api.limit_of(body.top_n)
+    return request, api.ResponseOptions(texts, top_n, raw_scores=_raw_scores(body))
 
 
-def _read_score(body: VllmScore) -> tuple[RerankRequest, base.ResponseOptions]:
+def _read_score(body: VllmScore) -> tuple[RerankRequest, api.ResponseOptions]:
     name, first = _one_of(body, ("text_1", "queries", "data_1"))
     noun, second = _one_of(body, ("text_2", "documents", "data_2", "items"))
     request = RerankRequest(
         _joined(name, first, noun, second),
         max_length=_max_length(body),
-        side=base.side_of(body.truncation_side, "truncation_side"),
+        side=api.side_of(body.truncation_side, "truncation_side"),
     )
-    return request, base.ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
+    return request, api.ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
 
 
 def _joined(name: str, first: list[str], noun: str, second: list[str]) -> list[Pair]:
     if len(first) == 1:
-        return base.pairs_of(first[0], second, noun)
+        return api.pairs_of(first[0], second, noun)
     if len(first) != len(second):
         raise InvalidInput(
             name,
@@ -100,7 +100,7 @@ def _one_of(body: VllmScore, names: tuple[str, ...]) -> tuple[str, list[str]]:
         if isinstance(value, str):
             return name, [value]
         if value is not None:
-            return name, [base.text_of(text, i) for i, text in enumerate(value)]
+            return name, [api.text_of(text, i) for i, text in enumerate(value)]
     raise InvalidInput(names[0], "is missing", f"Send one of {', '.join(names)}.")
 
 
@@ -117,7 +117,7 @@ def _max_length(body: Common) -> int | None:
     return tokens
 
 
-def _write_rerank(response: base.RerankResponse) -> base.Body:
+def _write_rerank(response: api.RerankResponse) -> api.Body:
     results = [
         {
             "index": one.index,
@@ -129,12 +129,12 @@ def _write_rerank(response: base.RerankResponse) -> base.Body:
     return {
         "id": f"rerank-{response.request_id}",
         "model": response.model,
-        "usage": base.usage_of(response),
+        "usage": api.usage_of(response),
         "results": results,
     }
 
 
-def _write_score(response: base.RerankResponse) -> base.Body:
+def _write_score(response: api.RerankResponse) -> api.Body:
     data = [{"index": one.index, "object": "score", "score": one.score} for one in response.results]
     return {
         "id": f"score-{response.request_id}",
@@ -142,7 +142,7 @@ def _write_score(response: base.RerankResponse) -> base.Body:
         "created": response.created,
         "model": response.model,
         "data": data,
-        "usage": base.usage_of(response),
+        "usage": api.usage_of(response),
     }
 
 
@@ -155,7 +155,7 @@ _KINDS = {
 }
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     status = response.status_without_422
     error = {
         "message": response.message,
@@ -166,33 +166,33 @@ def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
     return status, {"error": error}
 
 
-_SHARED = {*base.CommonFields.__struct_fields__, "model"}
+_SHARED = {*api.CommonFields.__struct_fields__, "model"}
 _CLAIMS = {*Common.__struct_fields__, "max_tokens_per_query"} - _SHARED
 """Fields that only vLLM's clients send."""
 
-VLLM_RERANK = base.ApiProtocol(
+VLLM_RERANK = api.ApiProtocol(
     name="vllm",
     title="vLLM rerank",
     paths=("/rerank", "/v1/rerank", "/v2/rerank"),
     body=VllmRerank,
-    claims=base.holds(*_CLAIMS),
+    claims=api.holds(*_CLAIMS),
     read=_read_rerank,
     write=_write_rerank,
     write_error=_write_error,
     example={
         "model": "BAAI/bge-reranker-v2-m3",
-        **base.EXAMPLE,
+        **api.EXAMPLE,
         "top_n": 1,
         "truncate_prompt_tokens": -1,
     },
 )
 
-VLLM_SCORE = base.ApiProtocol(
+VLLM_SCORE = api.ApiProtocol(
     name="vllm_score",
     title="vLLM score",
     paths=("/score", "/v1/score"),
     body=VllmScore,
-    claims=base.holds("text_1", "queries", "data_1"),
+    claims=api.holds("text_1", "queries", "data_1"),
     read=_read_score,
     write=_write_score,
     write_error=_write_error,

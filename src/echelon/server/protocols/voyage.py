@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from echelon.server.protocols import base
+import echelon.server.protocols.base as api
 from echelon.types import RerankRequest
 
 
-class VoyageRequest(base.CommonFields, kw_only=True):
+class VoyageRequest(api.CommonFields, kw_only=True):
     """Body of ``/v1/rerank``."""
 
     query: str
@@ -17,34 +17,34 @@ class VoyageRequest(base.CommonFields, kw_only=True):
     truncation: bool | None = None
 
 
-def _read(body: VoyageRequest) -> tuple[RerankRequest, base.ResponseOptions]:
-    pairs = base.pairs_of(body.query, body.documents)
+def _read(body: VoyageRequest) -> tuple[RerankRequest, api.ResponseOptions]:
+    pairs = api.pairs_of(body.query, body.documents)
     documents = body.documents if body.return_documents else None
     request = RerankRequest(pairs, refuse_truncation=body.truncation is False)
-    return request, base.ResponseOptions(documents, base.limit_of(body.top_k, "top_k"))
+    return request, api.ResponseOptions(documents, api.limit_of(body.top_k, "top_k"))
 
 
-def _write(response: base.RerankResponse) -> base.Body:
+def _write(response: api.RerankResponse) -> api.Body:
     return {
         "object": "list",
-        "data": base.relevance_results(response),
+        "data": api.relevance_results(response),
         "model": response.model,
         "usage": {"total_tokens": response.tokens},
     }
 
 
-def _write_error(response: base.ErrorResponse) -> tuple[int, base.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
     return response.status_without_422, {"detail": response.message}
 
 
-VOYAGE = base.ApiProtocol(
+VOYAGE = api.ApiProtocol(
     name="voyage",
     title="Voyage",
     paths=("/v1/rerank",),
     body=VoyageRequest,
-    claims=base.holds("top_k", "truncation"),
+    claims=api.holds("top_k", "truncation"),
     read=_read,
     write=_write,
     write_error=_write_error,
-    example={"model": "rerank-2.5", **base.EXAMPLE, "top_k": 1},
+    example={"model": "rerank-2.5", **api.EXAMPLE, "top_k": 1},
 )
