@@ -67,14 +67,8 @@ class PreparedStep:
 class Dispatcher:
     """The batcher behind a lock; requests call it from any thread, and so do supervisors.
 
-    Args:
-        batcher: chooses the steps.
-        listener: gets events of requests, steps and the token budget.
-        clock: the time in seconds.
-        allow: what may be given up when a pair alone does not fit.
-        policy: out-of-memory policy of the device; None makes one.
-        learned: see :class:`echelon.scheduling.oom_policy.OomPolicy`.
-        workers: number of workers.
+    ``allow`` is what may be given up when a pair alone does not fit. ``policy`` is the device's, or
+    a new one by default; ``learned`` is that of :class:`echelon.scheduling.oom_policy.OomPolicy`.
     """
 
     def __init__(  # noqa: PLR0913 - each is a distinct collaborator

@@ -60,16 +60,10 @@ class EngineResult:
 
 
 class Engine:
-    """Runs encoded pairs through a scorer.
+    """Runs encoded pairs through a scorer, which it owns.
 
-    Args:
-        scorer: the model; the engine closes it.
-        limits: limits of a step.
-        reopen: opens the same model in another precision, if memory runs out.
-        learned: see :class:`echelon.scheduling.oom_policy.OomPolicy`.
-
-    Attributes:
-        policy: what memory has taught; calls that share steps use it too.
+    ``reopen`` opens the same model in another precision, if memory runs out; ``learned`` is that of
+    :class:`echelon.scheduling.oom_policy.OomPolicy`. Calls that share steps use ``policy`` too.
     """
 
     def __init__(

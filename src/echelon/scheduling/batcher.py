@@ -87,11 +87,7 @@ class Batcher:
         self._waiting = [0, 0, 0]
 
     def submit(self, request: PairRequest, now: float) -> None:
-        """Queue a request; it ends exactly once.
-
-        :meth:`finish`, :meth:`retry`, :meth:`fail` or :meth:`expire` return it, or
-        :meth:`cancel` ends it.
-        """
+        """Queue a request; it ends once: by cancel or as a value of finish, retry, fail, expire."""
         if not request.lengths or request.number in self._queued:
             raise ValueError(f"request {request.number} is empty or twice here. This is a bug.")
         queued = QueuedRequest(request, now)
