@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import echelon.integrations.originals as originals  # noqa: PLR0402 - the package imports this
 from echelon.errors import InvalidInput
-from echelon.integrations import originals
 from echelon.models.device import choose_device, require_torch
 from echelon.options import Options, check_pairs
 from echelon.reranker import Reranker, sigmoid

@@ -8,8 +8,8 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import echelon.integrations.originals as originals  # noqa: PLR0402 - the package imports this
 from echelon.errors import EchelonWarning, InvalidInput
-from echelon.integrations import originals
 from echelon.integrations.torch_module import (
     TorchModule,
     activate,
