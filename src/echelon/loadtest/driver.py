@@ -55,23 +55,25 @@ class HealthMonitor:
         lag_s = float(np.percentile(self._lags, 99)) if self._lags else 0.0
         return GeneratorHealth(lag_s, cpu_s / wall_s if wall_s > 0 else 0.0, self.own_faults)
 
-    @contextlib.asynccontextmanager
-    async def looking(self) -> AsyncIterator[None]:
-        """Sample the event loop for as long as the context is open."""
-        task = asyncio.create_task(self._look())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-    async def _look(self) -> None:
+    async def sample(self) -> None:
+        """Sample the event loop until it is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + BEAT_S
             await asyncio.sleep(BEAT_S)
             self._lags.append(max(0.0, loop.time() - due))
+
+
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run ``work`` for as long as the context is open."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 MAX_PROBLEMS = 20
@@ -134,7 +136,7 @@ class Driver:
         self._started = self._loop.time()
         self._monitor.begin()
         begin = self._loop.call_later(self._warmup_s, self._monitor.begin)
-        async with self._monitor.looking():
+        async with background(self._monitor.sample()):
             interrupted = await self._unless_stopped(sending)
             health = self._monitor.health()
             ended_s = self._now() if interrupted else self._due if ends_s is None else ends_s

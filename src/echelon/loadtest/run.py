@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.loadtest.client import Client, Target, check_target, wait_until_idle
-from echelon.loadtest.driver import Driver, closed_loop, open_loop
+from echelon.loadtest.driver import Driver, background, closed_loop, open_loop
 from echelon.loadtest.summary import DriveResult, LoadSummary, RequestRecord, summarise
 from echelon.loadtest.texts import LengthPolicy, TextSource
 from echelon.progress import Progress, no_progress
@@ -60,8 +60,7 @@ class LoadTestPlan:
             raise InvalidInput("--duration-s", "is missing", "Give seconds.")
         if self.duration_s is not None and not 0 < self.duration_s < math.inf:
             raise InvalidInput("--duration-s", f"{self.duration_s} is not above 0", "Give seconds.")
-        if self.clients is not None and self.clients < 1:
-            raise InvalidInput("--clients", f"{self.clients} is not positive", "Give 1 or more.")
+        check_positive("Give 1 or more.", **{"--clients": self.clients})
 
     @property
     def mode(self) -> Literal["open", "closed"]:
@@ -140,7 +139,7 @@ class LoadTest:
         driver = Driver(
             self._client, self._texts, warmup_s=plan.warmup_s, stop=self._stop, on_record=count
         )
-        async with self._reporting(plan, counts):
+        async with background(self._report(plan, counts)):
             if plan.clients is None:
                 requests = plan.workload.requests(plan.ends_s or math.inf)
                 outcome = await open_loop(driver, requests, plan.ends_s)
@@ -178,24 +177,15 @@ class LoadTest:
         query, documents = self._texts.request(arrival)
         return target.protocol.body(query, documents, target.model), len(documents)
 
-    @contextlib.asynccontextmanager
-    async def _reporting(self, plan: LoadTestPlan, counts: Counter[bool]) -> AsyncIterator[None]:
-        """Report progress for as long as the context is open."""
+    async def _report(self, plan: LoadTestPlan, counts: Counter[bool]) -> None:
+        """Report progress until it is cancelled."""
         loop = asyncio.get_running_loop()
         began, whole_s, rate = loop.time(), plan.ends_s or 0.0, plan.workload.rate
         prefix = f"{rate:.3g}/s, " if plan.mode == "open" and rate and not plan.replays else ""
-
-        async def report() -> None:
-            while True:
-                stage = f"{prefix}{counts[True]:,} ok, {counts[False]:,} failed"
-                self._on_progress(stage, min(whole_s, loop.time() - began), whole_s)
-                await asyncio.sleep(TICK_S)
-
-        task = asyncio.create_task(report())
-        try:
-            yield
-        finally:
-            task.cancel()
+        while True:
+            stage = f"{prefix}{counts[True]:,} ok, {counts[False]:,} failed"
+            self._on_progress(stage, min(whole_s, loop.time() - began), whole_s)
+            await asyncio.sleep(TICK_S)
 
 
 def _endless(workload: Workload) -> Workload:

@@ -276,9 +276,8 @@ class DayResult:
 def rates_of(shape: Sequence[float], peak: float) -> list[float]:
     """Requests a second in each quarter of an hour, by straight lines between given rates.
 
-    Args:
-        shape: relative rates at equal distances over a day, the first at midnight.
-        peak: requests a second where the shape is largest.
+    ``shape`` holds relative rates at equal distances over a day, the first at midnight; where it is
+    largest the rate is ``peak``.
 
     Raises:
         InvalidInput: the shape is empty, negative or zero throughout.

@@ -38,12 +38,11 @@ SAMPLES = 200
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Size and padding of steps that pad pairs to the longest, by how many documents wait.
+    """Size and padding of steps that pad pairs to the longest, by the number of waiting documents.
 
-    Attributes:
-        pairs: mean pairs of a step; entry i is for ``2**(i - 1)`` waiting documents or more.
-        padding: tokens computed over useful tokens, likewise.
-        reach: documents from the front of the queue among which a step is chosen.
+    Entry i of ``pairs``, the mean pairs of a step, and of ``padding``, tokens computed over useful
+    tokens, is for ``2**(i - 1)`` waiting documents or more. A step is chosen among the first
+    ``reach`` documents of the queue.
     """
 
     pairs: tuple[float, ...]
