@@ -17,7 +17,7 @@ from echelon.models.registry import require_model
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
-from echelon.scheduling.admission import AdmissionLimits
+from echelon.scheduling.admission import AdmissionLimits, AutoscalingLimits
 from echelon.scheduling.fit import CostFit, Prior
 from echelon.tokenization.tokenizer import PairEncoder
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from echelon.engine.events import Listener
     from echelon.engine.worker import ScorerFactory, Worker
     from echelon.models.hub import ModelFolder
-    from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.types import ModelInfo
 
 
