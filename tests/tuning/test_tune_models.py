@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+import scorers
 from helpers import ROOT
 
 from echelon.profile import Profile, ProfileKey, TunedSettings
@@ -94,6 +95,7 @@ def test_the_benchmark_compares_with_the_goal(factor, met):
 
 def test_the_benchmark_measures_a_model(bert, monkeypatch):
     monkeypatch.setattr(predict, "monotonic", count(step=0.001).__next__)
+    monkeypatch.setattr(predict, "open_scorer", scorers.anywhere)
     asked = argparse.Namespace(device="cpu", precision="fp32", budget=256, shapes=30, seconds=20.0)
     found = predict.evaluate("toy", bert, asked)
     assert len(found["unseen"]) == 30
