@@ -15,7 +15,6 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: float = 0.0, total: float = 0.0) -> object:
         """Take a report: units done of a total, which is 0 if that is not known."""
-        ...
 
 
 def no_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:

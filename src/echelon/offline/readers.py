@@ -127,24 +127,19 @@ class Reader(Protocol):
 
     def rows(self) -> Iterator[Entry]:
         """The rows that were not read yet."""
-        ...
 
     def resume_point(self) -> ResumePoint:
         """The place behind the row that was read last."""
-        ...
 
     def skip_to(self, point: ResumePoint) -> None:
         """Go to a place that an earlier run reached; refuse a file that differs before it."""
-        ...
 
     @property
     def share(self) -> float | None:
         """Share of the file read so far, 0 to 1; None where it is not known."""
-        ...
 
     def close(self) -> None:
         """Close the file."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

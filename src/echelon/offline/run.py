@@ -38,23 +38,18 @@ class JobListener(Protocol):
 
     def indexing(self, stage: str, done: float = 0.0, total: float = 0.0) -> None:
         """A collection is being indexed; an :class:`echelon.progress.Progress`."""
-        ...
 
     def resumed(self, counts: RowCounts, share: float | None) -> None:
         """An earlier run had done ``counts``, which is this share of the input."""
-        ...
 
     def loaded(self) -> None:
         """The model is loaded."""
-        ...
 
     def step(self, pairs: int) -> None:
         """A step of this many pairs was scored; called from another thread."""
-        ...
 
     def window(self, scored: ScoredWindow) -> None:
         """A window is on disk."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

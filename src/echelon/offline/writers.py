@@ -36,11 +36,9 @@ class Writer(Protocol):
 
     def block(self, scored: ScoredWindow) -> bytes:
         """Write a window's records."""
-        ...
 
     def assemble(self, part: Path, output: Path) -> None:
         """Turn the file of blocks into the output."""
-        ...
 
 
 class RankedRow:
