@@ -15,7 +15,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -149,30 +149,19 @@ class RemoteScorer:
         threading.Event().wait()
 
 
+@dataclass(eq=False)
 class RayWorker:
-    """A scorer in an actor; see :class:`echelon.engine.worker.Worker`.
+    """A scorer in an actor; see :class:`echelon.engine.worker.Worker`."""
 
-    ``start_timeout_s`` is the time until there is a free machine and the model is open. ``on_end``
-    is called, from any thread, when an actor has ended. ``pid`` is the actor's process id on its
-    machine; None before it was up.
-    """
-
+    factory: ScorerFactory
+    resources: WorkerResources
+    name: str = "worker"
+    start_timeout_s: float = START_TIMEOUT_S  # until a machine is free and the model is open
+    on_end: Callable[[], None] | None = None  # called, from any thread, when an actor has ended
+    pid: int | None = field(default=None, init=False)  # on its machine; None before it was up
     renewable = True
 
-    def __init__(
-        self,
-        factory: ScorerFactory,
-        resources: WorkerResources | None = None,
-        name: str = "worker",
-        start_timeout_s: float = START_TIMEOUT_S,
-        on_end: Callable[[], None] | None = None,
-    ) -> None:
-        self.name = name
-        self.pid: int | None = None
-        self._factory = factory
-        self._resources = resources or WorkerResources()
-        self._start_timeout_s = start_timeout_s
-        self._on_end = on_end
+    def __post_init__(self) -> None:
         self._actor: Any = None
         self._machine: str | None = None
         self._life: Future[Any] | None = None
@@ -185,12 +174,11 @@ class RayWorker:
         self._killed = False
         self._sent.clear()
         self._machine = None
-        self._actor = _ACTOR.options(
-            num_cpus=self._resources.cpus, num_gpus=self._resources.gpus
-        ).remote()
+        needs = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
+        self._actor = _ACTOR.options(**needs).remote()
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
-        opening = self._actor.open.remote(self._factory, precision, sparing=sparing)
+        opening = self._actor.open.remote(self.factory, precision, sparing=sparing)
         self._sent.append(opening.future())
         try:
             return self._await_open()
@@ -199,13 +187,13 @@ class RayWorker:
             raise
 
     def _await_open(self) -> ModelInfo:
-        end = monotonic() + self._start_timeout_s
+        end = monotonic() + self.start_timeout_s
         while not self.wait(STOP_CHECK_S):
             if self._killed:  # Ray does not report an actor killed before it was placed
                 raise WorkerDied(f"{self.name} was stopped")
             if monotonic() >= end:
-                needs = f"{self._resources.cpus:g} CPUs and {self._resources.gpus:g} GPUs"
-                late = f"is not up after {self._start_timeout_s:g} s"
+                needs = f"{self.resources.cpus:g} CPUs and {self.resources.gpus:g} GPUs"
+                late = f"is not up after {self.start_timeout_s:g} s"
                 raise self._wedged(f"{late}; it needs a machine with {needs}")
         found: ModelInfo
         (found, self._machine, self.pid), _, _ = unpack(self._reply())
@@ -278,8 +266,8 @@ class RayWorker:
         return reply
 
     def _ended(self, _: Future[Any]) -> None:
-        if self._on_end is not None:
-            self._on_end()
+        if self.on_end is not None:
+            self.on_end()
 
     def _wedged(self, what: str) -> WorkerWedged:
         self.kill()
