@@ -36,7 +36,7 @@ did not fit. No loss of speed was measured (docs/LOG.md)."""
 
 
 def main(descriptor: int) -> None:
-    """Run until told to stop."""
+    """Serve the parent until it ends this process."""
     faulthandler.enable()  # a native crash leaves its stack in the parent's log
     for number in (signal.SIGINT, signal.SIGTERM):
         # Sent to all processes of a terminal or unit; the parent ends this one.
