@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits another process' address space, which is Linux's"
 )
 
-LONG = WIDE | {"max_position_embeddings": 8200}
-"""A step's largest tensor has 64 KiB a token: 10,000 tokens take 640 MiB, a pair of 8,192 512."""
+LONG = WIDE | {"max_position_embeddings": 8200, "hidden_size": 16}
+"""A step's largest tensor has 64 KiB a token: 10,000 tokens take 640 MiB, a pair of 8,192 512.
+With few hidden values it is quickly computed."""
 
 SPARE_BYTES = 300 * 2**20
 """Address space that the worker may still have. With much less, native code crashes where it
