@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages.units import SPACE, UNKNOWN, percent
@@ -98,7 +98,7 @@ def ranking(goal: ScenarioGoal, measured: Sequence[MeasuredSettings]) -> Row:
 def _row(goal: ScenarioGoal, settings: MeasuredSettings) -> Row:
     """The row of some settings before they are compared."""
     limit = goal.memory_limit_bytes
-    rounds = [one.as_dict() | {"goodput_per_s": _goodput(goal, one)} for one in settings.rounds]
+    rounds = [asdict(one) | {"goodput_per_s": _goodput(goal, one)} for one in settings.rounds]
     names = () if not rounds or settings.failed else rounds[0]
     median = {name: _median([one[name] for one in rounds]) for name in names}
     asked, missed = (sum(one[name] for one in rounds) for name in ("requests", "missed"))
