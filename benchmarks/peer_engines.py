@@ -60,7 +60,7 @@ class Echelon:
         from echelon import Reranker
 
         # Random weights would not pass int8's gate; how scores agree is measured here anyway.
-        with mock.patch("echelon.engine.launch.pass_gate", return_value=[]):
+        with mock.patch("echelon.engine.launch.check_precision", return_value=[]):
             self._reranker = Reranker(folder, precision=precision, max_length=MAX_LENGTH)
         self._option = "token_budget" if unit == "tokens" else "batch_size"
 
