@@ -6,7 +6,7 @@ A *part* is one interleaved run of some engines over one workload of one model:
     engines: {name: {precision, ours, size, unit, options, max_delta, tau, memory, failure, …}}
     turns: [{group, round, seconds: {name: s}}]
 
-Ratios come from turns in which both engines ran, so that a machine that drifts fools nobody.
+Ratios come from turns in which both engines ran, so a machine that drifts affects both alike.
 """
 
 from __future__ import annotations

@@ -364,7 +364,7 @@ def _make_graph(step: str, model: Path) -> None:
 
 
 def _command(command: list[Any], log: Path, purpose: str) -> None:
-    """Run to the end; a failure is told in one line."""
+    """Run to the end; print a failure in one line."""
     with log.open("wb") as sink:
         done = subprocess.run(command, stdout=sink, stderr=sink, check=False, env=ENVIRONMENT)
     if done.returncode:

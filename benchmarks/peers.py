@@ -57,7 +57,7 @@ PROCESS_BYTES = 0.7e9
 """What a process takes beside the weights."""
 
 MEMORY_SHARE = 0.6
-"""Of the memory now free that engines may take together, unless told."""
+"""Of the memory now free that engines may take together, by default."""
 
 
 class Bench:

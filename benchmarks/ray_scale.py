@@ -47,7 +47,7 @@ BASE_S, TOKEN_S = 3e-3, 2e-5
 
 BUDGET, LENGTH = 4096, 60
 SIZES, SHARES = (10, 100, 1000), (0.8, 0.17, 0.03)
-"""Documents of a request, and how many requests have so many."""
+"""Documents of a request, and the number of requests of that size."""
 
 TEMPLATE = Template((1,), (2, 2), (2,), None)
 MACHINE = WorkerResources(cpus=2)
@@ -100,7 +100,7 @@ def service(workers: int) -> Service:
 
 @serve.deployment(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0})
 class Replica:
-    """A service of so many workers behind Ray Serve."""
+    """A service with a number of workers behind Ray Serve."""
 
     def __init__(self, workers: int) -> None:
         self._service = service(workers)
@@ -201,7 +201,7 @@ def cluster(machines: int) -> Iterator[None]:
 
 
 def say(words: str) -> None:
-    """Tell whoever waits how it goes."""
+    """Print the progress."""
     print(words, file=sys.stderr, flush=True)
 
 
@@ -212,15 +212,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.6, help="of two workers, in routing")
     parser.add_argument("--out", type=Path)
-    told = parser.parse_args()
+    options = parser.parse_args()
     rates: dict[int, list[float]] = {1: [], 2: []}
     ways: dict[str, list[dict[str, float]]] = {"ray": [], "tokens": []}
     with cluster(2):
-        for turn in range(told.rounds):
+        for turn in range(options.rounds):
             for workers, seen in rates.items():
-                seen.append(round(asyncio.run(rate(workers, told.seconds)), 1))
+                seen.append(round(asyncio.run(rate(workers, options.seconds)), 1))
                 say(f"round {turn + 1}, workers {workers}: {seen[-1]} pairs/s")
-            trace = arrivals(told.seconds, told.load, turn)
+            trace = arrivals(options.seconds, options.load, turn)
             for way, found in ways.items():
                 found.append(routed(way, trace))
                 say(f"round {turn + 1}, routing by {way}: P99 {found[-1]['all: p99 ms']} ms")
@@ -240,9 +240,9 @@ def main() -> None:
     }
     text = json.dumps(results, indent=2)
     print(text)
-    if told.out is not None:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        told.out.write_text(text + "\n", encoding="utf-8")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

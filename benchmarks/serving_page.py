@@ -76,8 +76,8 @@ def _f(found: Numbers) -> list[tuple[str, str, str]]:
     if "around_steps" in found:  # older results do not have it
         around = found["around_steps"]
         each = f"{around['served_ms']:.2f} less {around['direct_ms']:.2f}"
-        told = f"{around['overhead_ms']:.2f} ms ({each})"
-        rows.append(("f: the same without the forward passes of either: mean", "< 3 ms", told))
+        shown = f"{around['overhead_ms']:.2f} ms ({each})"
+        rows.append(("f: the same without the forward passes of either: mean", "< 3 ms", shown))
     return rows
 
 

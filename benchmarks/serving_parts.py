@@ -39,7 +39,7 @@ DOCUMENTS = 10
 CLIENTS = 16
 PAUSE_S = 0.05
 """Part f: threads that multiplied matrices look out for more for some milliseconds, and would take
-the cores from whoever is timed next."""
+the cores from the engine timed next."""
 
 GOAL_S = 1.0
 """Part e: an answer later than this is of no use."""

@@ -1,4 +1,4 @@
-"""A reranking server that does as it is told, and the test of it, in one event loop."""
+"""A reranking server with scripted answers, and a test of it, in one event loop."""
 
 from __future__ import annotations
 
