@@ -82,7 +82,7 @@ class Message(str):
     id: str
     values: Mapping[str, Any]
 
-    def __new__(cls, id: str, values: Mapping[str, Any] | None = None) -> Self:  # noqa: A002
+    def __new__(cls, id: str, values: Mapping[str, Any] | None = None) -> Self:  # noqa: A002  # the field of a catalogue
         """Look up the English text and fill it in."""
         values = dict(values or {})
         found = super().__new__(cls, _filled(catalogue("en"), id, values))

@@ -29,8 +29,20 @@ class Family:
     reads_segments: bool  # the reference model reads token types
 
 
-BERT = Family("bert", ("bert.pooler.dense", "classifier"), 0, False, True)  # noqa: FBT003
-ROBERTA = Family("roberta", ("classifier.dense", "classifier.out_proj"), 1, True, False)  # noqa: FBT003
+BERT = Family(
+    "bert",
+    ("bert.pooler.dense", "classifier"),
+    padding_id=0,
+    positions_after_padding=False,
+    reads_segments=True,
+)
+ROBERTA = Family(
+    "roberta",
+    ("classifier.dense", "classifier.out_proj"),
+    padding_id=1,
+    positions_after_padding=True,
+    reads_segments=False,
+)
 
 NATIVE_FAMILIES = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA}
 """``model_type`` of ``config.json`` → family."""
