@@ -7,7 +7,7 @@ from echelon import Reranker
 QUERY = "How do I restart a frozen laptop?"
 DOCUMENTS = [
     "Laptop sleeves come in three sizes and keep out dust and rain.",
-    "Hold the power button for ten seconds until the laptop turns off, then press it again.",
+    "To restart a frozen laptop, hold its power button for ten seconds, then press it again.",
     "Frozen berries keep for a year if the freezer stays below minus eighteen degrees.",
     "If one program stops answering, close it first: a restart loses unsaved work.",
 ]
