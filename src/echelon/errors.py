@@ -44,6 +44,9 @@ class EchelonError(Exception):
     exit_code: ClassVar[int] = 1
     """Exit code of the command line."""
 
+    limit: str | None = None
+    """The limit of the server that was exceeded, if it is one (:mod:`echelon.server.limits`)."""
+
 
 class InvalidInput(EchelonError, ValueError):
     """The caller's value is wrong.

@@ -32,7 +32,7 @@ ERRORS = "echelon.errors"
 COMMANDS = "echelon.cli:cli"
 METRICS = "echelon.server.metrics:Metrics"
 APPLICATION = "echelon.server.app:make_app"
-RULES = "echelon.server.context:ServerLimits"
+ACCESS = "echelon.server.auth:Access"
 KEYS = "echelon.server.auth:Keys"
 KEY = "echelon.server.auth:ApiKey"
 TRACES = "echelon.server.observability:Traces"
@@ -308,7 +308,7 @@ def test_routes_answers_and_errors():
                 found["errors"][name][kind] = surface.answer(await post(json=example))
         context.service.submit = submit
 
-    run_app(main, limits=there(RULES)(keys=there(KEYS)([there(KEY)("the-key", "shop")])))
+    run_app(main, access=there(ACCESS)(keys=there(KEYS)([there(KEY)("the-key", "shop")])))
     spans = exporter.get_finished_spans()
     provider.shutdown()
     found["spans"] = {

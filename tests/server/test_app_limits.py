@@ -11,8 +11,8 @@ import pytest
 from served import ASKED, run_app
 
 from echelon.errors import InvalidInput
-from echelon.server.auth import Keys, read_keys
-from echelon.server.context import ServerLimits
+from echelon.server.auth import Access, Keys, read_keys
+from echelon.server.limits import ServerLimits
 from echelon.server.observability import JsonFormatter, request_id
 from echelon.server.protocols import PROTOCOLS
 
@@ -48,7 +48,7 @@ def test_keys(tmp_path, monkeypatch):
         assert response.status_code == 401
         assert "first-key2" not in response.text
 
-    run_app(main, limits=ServerLimits(keys=keys))
+    run_app(main, access=Access(keys))
 
 
 def test_key_files_without_a_key(tmp_path):
@@ -75,7 +75,7 @@ def test_long_bodies():
             assert response.json()["message"].startswith("body: is longer than 1000 bytes")
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
 
-    run_app(main, limits=ServerLimits(max_body_bytes=1000))
+    run_app(main, limits=ServerLimits(max_body_mb=1000 / 2**20))
 
 
 def test_slow_bodies():
@@ -105,10 +105,10 @@ def test_cors_is_off_unless_an_origin_is_named():
         assert "access-control-allow-origin" not in other.headers
 
     run_app(closed)
-    run_app(opened, limits=ServerLimits(origins=("https://shop.example",)))
+    run_app(opened, access=Access(origins=("https://shop.example",)))
 
 
-@pytest.mark.parametrize("name", ["max_body_bytes", "body_timeout_s", "drain_s"])
+@pytest.mark.parametrize("name", ["max_body_mb", "body_timeout_s", "drain_s"])
 def test_invalid_limits_are_refused(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
         ServerLimits(**{name: 0})

@@ -15,8 +15,9 @@ from served import ASKED, LiveFake
 from services import GUARD_S
 
 from echelon.errors import InvalidInput
-from echelon.server.connection import LINGER_S, ConnectionLimits
+from echelon.server.connection import LINGER_S
 from echelon.server.http_server import OTHER_FILES, raise_file_limit
+from echelon.server.limits import ServerLimits
 
 BODY = json.dumps(ASKED).encode()
 HEAD = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(BODY)}\r\n".encode()
@@ -25,9 +26,9 @@ WHOLE = HEAD + b"\r\n" + BODY
 
 @pytest.fixture(scope="module")
 def live():
-    connection = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_bytes": 2000}
-    limits, scorer = {"max_body_bytes": 20_000}, {"pace_s": 0.0001}
-    with LiveFake(connection=connection, limits=limits, scorer=scorer) as server:
+    connection = {"header_timeout_s": 0.3, "max_connections": 8, "max_header_kb": 2000 / 2**10}
+    limits, scorer = {"max_body_mb": 20_000 / 2**20, **connection}, {"pace_s": 0.0001}
+    with LiveFake(limits=limits, scorer=scorer) as server:
         yield server
 
 
@@ -226,10 +227,10 @@ def test_the_number_of_connections_is_limited(live):
     assert live.metric('echelon_connections_refused_total{reason="too_many"}') >= 1
 
 
-@pytest.mark.parametrize("name", ["max_connections", "header_timeout_s", "max_header_bytes"])
+@pytest.mark.parametrize("name", ["max_connections", "header_timeout_s", "max_header_kb"])
 def test_limits_that_make_no_sense(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
-        ConnectionLimits(**{name: 0})
+        ServerLimits(**{name: 0})
 
 
 def test_files_for_the_connections(monkeypatch):

@@ -11,8 +11,7 @@ from services import GUARD_S
 from website import Site, chromium, fits, visit
 
 from echelon.scheduling.cost_model import Drift
-from echelon.server.auth import ApiKey, Keys
-from echelon.server.context import ServerLimits
+from echelon.server.auth import Access, ApiKey, Keys
 
 COLOURS = """[getComputedStyle(document.body).backgroundColor,
 document.getElementById('documents')._fullLayout.font.color]"""
@@ -112,7 +111,7 @@ def test_it_outlives_the_server_and_says_so(browser):
 
 
 def test_it_asks_for_a_key_before_it_asks_for_data(browser):
-    with Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site:
+    with Site(access=Access(Keys([ApiKey("sesame", "tests")]))) as site:
         address = f"{site.url}/dashboard"
         with visit(browser, address, tolerated="401") as page:
             page.get_by_text("This server needs an API key.").wait_for()
@@ -136,7 +135,7 @@ def test_a_late_401_for_an_earlier_key_does_not_hide_the_data(browser):
             route.continue_()
 
     with (
-        Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as site,
+        Site(access=Access(Keys([ApiKey("sesame", "tests")]))) as site,
         visit(browser, f"{site.url}/dashboard", tolerated="401") as page,
     ):
         page.route("**/dashboard/data", hold)

@@ -19,8 +19,8 @@ BODY = json.dumps(asked(0)).encode()
 
 @pytest.fixture(scope="module")
 def live():
-    connection, limits = {"header_timeout_s": 0.5}, {"body_timeout_s": 0.5}
-    with LiveFake(scorer=PACE, connection=connection, limits=limits) as server:
+    limits = {"header_timeout_s": 0.5, "body_timeout_s": 0.5}
+    with LiveFake(scorer=PACE, limits=limits) as server:
         yield server
         assert server.end(signal.SIGTERM) == 0
 

@@ -16,8 +16,8 @@ from services import until
 
 from echelon.engine.events import ServiceSnapshot
 from echelon.server.app import make_app
-from echelon.server.auth import ApiKey, Keys
-from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.auth import Access, ApiKey, Keys
+from echelon.server.context import ServerContext
 from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
 from echelon.server.pages import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
@@ -94,7 +94,7 @@ def test_pages_need_no_key_and_data_needs_one():
         assert allowed.status_code == 200
         assert allowed.headers["Cache-Control"] == "no-store"
 
-    run_app(main, limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")])))
+    run_app(main, access=Access(Keys([ApiKey("sesame", "tests")])))
 
 
 def test_the_path_that_a_proxy_puts_before_is_in_every_address():

@@ -11,8 +11,7 @@ import httpx
 import pytest
 from website import Site, chromium, fits, visit
 
-from echelon.server.auth import ApiKey, Keys
-from echelon.server.context import ServerLimits
+from echelon.server.auth import Access, ApiKey, Keys
 
 ASKED = {
     "query": 'what\'s "it" & $HOME `x` \\n?',
@@ -35,7 +34,7 @@ def site(browser):  # not started where there is no browser
 
 @pytest.fixture(scope="module")
 def locked(browser):
-    with Site(limits=ServerLimits(keys=Keys([ApiKey("sesame", "tests")]))) as served:
+    with Site(access=Access(Keys([ApiKey("sesame", "tests")]))) as served:
         yield served
 
 

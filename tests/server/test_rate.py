@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from served import ASKED, metric, run_app
 
 from echelon.errors import InvalidInput, RateLimited
-from echelon.server.auth import Keys, RateLimit, TokenBucket, limit_of, read_keys
-from echelon.server.context import ServerLimits
+from echelon.server.auth import Access, Keys, RateLimit, TokenBucket, limit_of, read_keys
 from echelon.server.protocols import PROTOCOLS
 from echelon.server.routes import retry_after
 
@@ -188,7 +187,7 @@ def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
         assert metric(server, 'echelon_key_documents_total{key="fast"}') >= 2 * len(PROTOCOLS)
         assert "aaa" not in server.metrics.text().decode()
 
-    run_app(main, limits=ServerLimits(keys=keys))
+    run_app(main, access=Access(keys))
 
 
 def test_what_the_service_refuses_costs_nothing(tmp_path):
@@ -208,7 +207,7 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
         unread = await client.post("/v1/rerank", content=b"{", headers=headers)
         assert unread.status_code == 429  # before the body is looked at
 
-    run_app(main, limits=ServerLimits(keys=keys))
+    run_app(main, access=Access(keys))
 
 
 def test_without_keys_all_clients_share_the_limit():
@@ -220,4 +219,4 @@ def test_without_keys_all_clients_share_the_limit():
         assert metric(server, 'echelon_rate_limited_total{key="anybody"}') == 1
         assert server.stats._slices[-1].counts["limited", "requests"] == 1
 
-    run_app(main, limits=ServerLimits(keys=keys))
+    run_app(main, access=Access(keys))

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from echelon.cli.serve import config, serve
 from echelon.errors import InvalidInput
 from echelon.server.auth import ANONYMOUS, RateLimit
-from echelon.server.connection import ConnectionLimits
 
 
 def config_of(*arguments, **environment) -> dict:
@@ -103,14 +102,14 @@ def served(servers, *arguments, **environment):
 def test_settings_reach_the_server(servers, tmp_path):
     flags = ("--max-connections", 5, "--header-timeout-s", 2.5, "--rate-limit", "900/min")
     server = served(servers, *flags, ECHELON_SERVE_WEDGE_AFTER_S="7.5")
-    assert server.limits.connection == ConnectionLimits(5, 2.5)
-    assert server.limits.keys.authenticate({}).name == ANONYMOUS
-    assert server.limits.keys.authenticate({}).bucket.limit == RateLimit(15, 15)
+    assert (server.limits.max_connections, server.limits.header_timeout_s) == (5, 2.5)
+    assert server.access.keys.authenticate({}).name == ANONYMOUS
+    assert server.access.keys.authenticate({}).bucket.limit == RateLimit(15, 15)
     assert server._launch.keywords["wedge_after_s"] == 7.5
     assert server.traces is None
     assert server._launch.keywords["fallback_max_length"] is None
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
-    keys = served(servers, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").limits.keys
+    keys = served(servers, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").access.keys
     assert keys.authenticate({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
 
 

@@ -24,8 +24,7 @@ from served import ASKED, LiveFake, run_app
 
 from echelon.errors import MissingDependency
 from echelon.server import observability
-from echelon.server.auth import ApiKey, Keys
-from echelon.server.context import ServerLimits
+from echelon.server.auth import Access, ApiKey, Keys
 from echelon.server.observability import ENDPOINTS, SpanRecord, Traces, enabled_by, open_traces
 from echelon.types import Answer, Timings
 
@@ -88,7 +87,7 @@ def test_a_request_is_a_span_with_its_phases_below(seen, caplog):
 
     keys = Keys([ApiKey("the-key", "shop")])
     opener = partial(Obedient, pace_s=0.0005)
-    run_app(main, limits=ServerLimits(keys=keys), max_length=60, opener=opener)
+    run_app(main, access=Access(keys), max_length=60, opener=opener)
 
 
 def check_phases(root, spans, response) -> None:

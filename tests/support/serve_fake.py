@@ -2,7 +2,7 @@
 
 ``python tests/support/serve_fake.py SETTINGS`` with JSON: arguments of :class:`scorers.Obedient`
 under ``scorer``, the folder of :func:`scorers.gated` under ``gate``, and arguments of the service,
-the limits, the connections and the address.
+the limits and the address.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from scorers import Obedient, gated
 from services import service
 
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.server.auth import read_keys
-from echelon.server.connection import ConnectionLimits
-from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.auth import Access, read_keys
+from echelon.server.context import ServerContext
 from echelon.server.http_server import Address, run
+from echelon.server.limits import ServerLimits
 from echelon.server.metrics import Metrics
 from echelon.server.observability import open_traces, set_up
 
@@ -41,12 +41,9 @@ def main(settings: dict) -> None:
         return made
 
     keys = read_keys(settings.get("keys"), settings.get("rate"))
-    limits = ServerLimits(
-        keys=keys,
-        connection=ConnectionLimits(**settings.get("connection", {})),
-        **settings.get("limits", {}),
-    )
-    server = ServerContext(launch, "fake", metrics, limits, traces=open_traces(None))
+    limits, access = ServerLimits(**settings.get("limits", {})), Access(keys)
+    traces = open_traces(None)
+    server = ServerContext(launch, "fake", metrics, limits, access=access, traces=traces)
     address = Address("127.0.0.1", 0, **settings.get("address", {}))
     run(server, address, exposed=False)
 

@@ -24,9 +24,10 @@ from services import GUARD_S, service
 from echelon.engine.events import ListenerGroup
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.app import make_app
-from echelon.server.context import ServerContext, ServerLimits
+from echelon.server.context import ServerContext
 from echelon.server.dashboard import SLICE_S, RollingStats
 from echelon.server.http_server import HttpServer
+from echelon.server.limits import ServerLimits
 from echelon.server.metrics import Metrics
 
 KEY = "a-key-for-tests"
@@ -37,7 +38,7 @@ ASKED = {"query": "q", "documents": DOCUMENTS}
 
 
 @contextlib.asynccontextmanager
-async def app_of(made=None, limits=None, slice_s=SLICE_S, stats=None, **settings):
+async def app_of(made=None, limits=None, access=None, slice_s=SLICE_S, stats=None, **settings):
     """A client of an application in this process, and its context."""
     metrics, stats = Metrics(), stats or RollingStats(slice_s)
     made = made or service(listener=ListenerGroup(metrics, stats), **settings)
@@ -46,7 +47,7 @@ async def app_of(made=None, limits=None, slice_s=SLICE_S, stats=None, **settings
         await made.start()
         return made
 
-    context = ServerContext(launch, "the-model", metrics, limits, stats=stats)
+    context = ServerContext(launch, "the-model", metrics, limits, access=access, stats=stats)
     await context.open()
     transport = httpx.ASGITransport(make_app(context))
     try:

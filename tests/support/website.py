@@ -40,9 +40,9 @@ class Site:
         context: the server's context; None before the start.
     """
 
-    def __init__(self, port=0, limits=None, root="", **settings):
+    def __init__(self, port=0, access=None, root="", **settings):
         self.context = None
-        self._limits, self._root, self._settings = limits, root, settings
+        self._access, self._root, self._settings = access, root, settings
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -74,7 +74,7 @@ class Site:
             await made.start()
             return made
 
-        self.context = ServerContext(launch, "the-model", metrics, self._limits, stats=stats)
+        self.context = ServerContext(launch, "the-model", metrics, access=self._access, stats=stats)
         app = make_app(self.context)
         config = uvicorn.Config(app, log_config=None, lifespan="on", root_path=self._root)
         self._server = uvicorn.Server(config)

@@ -83,14 +83,14 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
     # Pages of other origins may read responses only where --cors names them.
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=list(server.limits.origins),
+        allow_origins=list(server.access.origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["*"],
     )
     app = Starlette(
         routes=[*ranking, *others, Route("/pages/{name}", pages.file), pages.docs_assets()],
-        middleware=[cors] if server.limits.origins else [],
+        middleware=[cors] if server.access.origins else [],
         exception_handlers={EchelonError: _failed, HTTPException: _not_found},
         lifespan=lifespan,
     )
@@ -120,11 +120,11 @@ async def _not_found(request: Request, error: Any) -> Response:
 
 async def _page(name: str, server: ServerContext, request: Request) -> Response:
     root = request.scope.get("root_path", "")
-    return pages.page(name, root, keys=len(server.limits.keys) > 0)
+    return pages.page(name, root, keys=len(server.access.keys) > 0)
 
 
 async def _dashboard_data(server: ServerContext, request: Request) -> Response:
-    server.limits.keys.authenticate(request.headers)
+    server.access.keys.authenticate(request.headers)
     service = server.running
     info, state = (service.info, service.snapshot()) if service else (None, None)
     data = dashboard_data(server.stats.view(), server.model, info, state)
@@ -132,7 +132,7 @@ async def _dashboard_data(server: ServerContext, request: Request) -> Response:
 
 
 async def _models(server: ServerContext, request: Request) -> Response:
-    server.limits.keys.authenticate(request.headers)
+    server.access.keys.authenticate(request.headers)
     model = {
         "id": server.model,
         "object": "model",
@@ -144,7 +144,7 @@ async def _models(server: ServerContext, request: Request) -> Response:
 
 
 async def _info(server: ServerContext, request: Request) -> Response:
-    server.limits.keys.authenticate(request.headers)
+    server.access.keys.authenticate(request.headers)
     service = server.service
     bounds = service.settings.bounds
     info = TeiInfo(

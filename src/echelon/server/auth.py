@@ -176,6 +176,14 @@ class Keys:
         return matches[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may send requests: owners of API keys, and pages of web origins (CORS)."""
+
+    keys: Keys = field(default_factory=Keys)
+    origins: tuple[str, ...] = ()
+
+
 def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> Keys:
     """Read keys from the environment and from a file, one a line (``#`` begins a comment).
 

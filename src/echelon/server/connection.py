@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from echelon.errors import InvalidInput
-
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
+
+    from echelon.server.limits import ServerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -36,30 +35,6 @@ LINGER_S = 2.0
 the client closes first. Closed at once, the client's system would drop the unread response."""
 
 
-def check_positive(limits: object, *names: str) -> None:
-    """Refuse limits that are not above zero."""
-    for name in names:
-        value = getattr(limits, name)
-        if not value > 0:
-            raise InvalidInput(name, f"{value} is not positive", "Give more.")
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Limits of connections; the first line counts as part of the headers.
-
-    The usual 512 admitted requests have a connection each, and half as many may be idle; together
-    they stay below the 1,024 files that a process may usually open.
-    """
-
-    max_connections: int = 768
-    header_timeout_s: float = 10.0
-    max_header_bytes: int = 64 * 2**10
-
-    def __post_init__(self) -> None:
-        check_positive(self, "max_connections", "header_timeout_s", "max_header_bytes")
-
-
 class Connection(HttpToolsProtocol):
     """uvicorn's connection with limits.
 
@@ -70,7 +45,7 @@ class Connection(HttpToolsProtocol):
     def __init__(
         self,
         *args: Any,
-        limits: ConnectionLimits,
+        limits: ServerLimits,
         on_refused: Callable[[Reason], None],
         **kwargs: Any,
     ) -> None:

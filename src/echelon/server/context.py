@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ from echelon.engine.events import ListenerGroup
 from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
 from echelon.scheduling.admission import AdmissionLimits
-from echelon.server.auth import Keys, read_keys
-from echelon.server.connection import ConnectionLimits, Reason, check_positive
+from echelon.server.auth import Access, read_keys
 from echelon.server.dashboard import RollingStats
+from echelon.server.limits import ServerLimits
 from echelon.server.metrics import Metrics
 from echelon.server.observability import Traces, open_traces
 
@@ -26,30 +26,9 @@ if TYPE_CHECKING:
 
     from echelon.engine.service import Service
     from echelon.options import Options
+    from echelon.server.connection import Reason
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
-    """Limits of the server and the duration of its shutdown.
-
-    Attributes:
-        max_body_bytes: longest body; 10,000 documents of 500 tokens are 20 to 30 MB.
-        body_timeout_s: seconds in which a body must arrive, so that slow clients hold no memory.
-        drain_s: seconds that the shutdown waits for admitted requests.
-        origins: web origins whose pages may read responses (CORS).
-    """
-
-    keys: Keys = field(default_factory=Keys)
-    max_body_bytes: int = 32 * 2**20
-    body_timeout_s: float = 30.0
-    drain_s: float = 30.0
-    origins: tuple[str, ...] = ()
-    connection: ConnectionLimits = field(default_factory=ConnectionLimits)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "max_body_bytes", "body_timeout_s", "drain_s")
 
 
 class ServerContext:
@@ -63,6 +42,7 @@ class ServerContext:
         limits: ServerLimits | None = None,
         revision: str | None = None,
         *,
+        access: Access | None = None,
         stats: RollingStats | None = None,
         traces: Traces | None = None,
     ) -> None:
@@ -70,6 +50,7 @@ class ServerContext:
         self.revision = revision
         self.metrics = metrics
         self.limits = limits or ServerLimits()
+        self.access = access or Access()
         self.stats = stats or RollingStats()
         self.traces = traces
         self.created = int(time.time())
@@ -134,14 +115,8 @@ class ServerContext:
 
 def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
     """The server that settings describe; ``more`` goes to :func:`echelon.engine.launch.launch`."""
-    limits = ServerLimits(
-        keys=read_keys(settings["api_keys"], settings["rate_limit"]),
-        max_body_bytes=int(settings["max_body_mb"] * 2**20),
-        body_timeout_s=settings["body_timeout_s"],
-        drain_s=settings["drain_s"],
-        origins=settings["cors"],
-        connection=ConnectionLimits(settings["max_connections"], settings["header_timeout_s"]),
-    )
+    keys = read_keys(settings["api_keys"], settings["rate_limit"])
+    access, limits = Access(keys, settings["cors"]), ServerLimits.of(settings)
     metrics, stats = Metrics(), RollingStats()
     memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
     start = partial(
@@ -150,7 +125,7 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         workers=settings["workers"],
         bounds=AdmissionLimits(
             max_requests=settings["max_requests"],
-            max_documents=settings["max_documents"],
+            max_documents=limits.max_documents,
             max_wait_s=settings["max_wait_s"],
         ),
         memory_limit_bytes=None if memory_mb is None else memory_mb * 2**20,
@@ -163,7 +138,16 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
     )
     name = settings["served_name"] or name_of(model)
     traces = open_traces(settings["otel"])
-    return ServerContext(start, name, metrics, limits, options.revision, stats=stats, traces=traces)
+    return ServerContext(
+        start,
+        name,
+        metrics,
+        limits,
+        options.revision,
+        access=access,
+        stats=stats,
+        traces=traces,
+    )
 
 
 def name_of(model: str) -> str:

@@ -155,11 +155,11 @@ def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
     bound = address.bind()
     if exposed:
         logger.warning("%s", _warning(context, address))
-    raise_file_limit(context.limits.connection.max_connections)
+    raise_file_limit(context.limits.max_connections)
     config = uvicorn.Config(
         make_app(context),
         http=partial(  # type: ignore[arg-type]  # uvicorn only calls it
-            Connection, limits=context.limits.connection, on_refused=context.connection_refused
+            Connection, limits=context.limits, on_refused=context.connection_refused
         ),
         lifespan="on",
         log_config=None,
@@ -206,7 +206,7 @@ def raise_file_limit(connections: int) -> None:
 
 def _warning(context: ServerContext, address: Address) -> str:
     words = f"Listening on {address.host}: other machines may reach this server"
-    if not len(context.limits.keys):
+    if not len(context.access.keys):
         words += ", and no API key is needed (--api-keys)"
     if address.certificate is None:
         words += "; connections are not encrypted (--tls-cert)"

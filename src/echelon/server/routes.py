@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from echelon.server.auth import ApiClient
-    from echelon.server.context import ServerContext, ServerLimits
+    from echelon.server.context import ServerContext
+    from echelon.server.limits import ServerLimits
     from echelon.server.protocols.base import ApiProtocol, Body, ResponseOptions
     from echelon.types import Answer, RerankRequest
 
@@ -135,7 +136,7 @@ async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) 
 
 def _authenticate(context: RequestContext, now: float) -> None:
     """Find the key's owner; one that has used up its limit is refused before its body is read."""
-    keys = context.server.limits.keys
+    keys = context.server.access.keys
     client = context.client = keys.authenticate(context.http.headers)
     if len(keys):
         context.log_fields["key"] = client.name

@@ -16,6 +16,7 @@ import click
 
 from echelon.errors import InvalidInput
 from echelon.options import Options
+from echelon.server.limits import described, flag_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,13 +82,11 @@ SERVER_FLAGS: tuple[Flag, ...] = (
     flag("--api-keys", help="File with API keys, one a line; ECHELON_API_KEYS adds more."),
     flag("--rate-limit", help="Documents per key and time, such as 50/s or 900/min [no limit]."),
     flag("--cors", multiple=True, help="Web origin that may read responses [none]."),
-    flag("--max-body-mb", default=32.0, help="Maximum size of a body, in MiB."),
-    flag("--body-timeout-s", default=30.0, help="Seconds in which a body must arrive."),
-    flag("--header-timeout-s", default=10.0, help="Seconds in which headers must arrive."),
-    flag("--max-connections", default=768, help="Maximum open connections, idle ones included."),
-    flag("--drain-s", default=30.0, help="Seconds to answer accepted requests at shutdown."),
+    *(
+        flag(flag_of(name), default=default, help=bounds)
+        for name, default, bounds, _ in described()
+    ),
     flag("--max-requests", default=512, help="Maximum requests in the server at once."),
-    flag("--max-documents", default=10_000, help="Maximum documents of a request."),
     flag("--max-wait-s", default=30.0, help="Maximum predicted wait of a request, in seconds."),
     flag("--slo-p99-ms", type=float, help="Latency goal: a step takes at most half of it [none]."),
     flag(
