@@ -47,6 +47,9 @@ class EchelonError(Exception):
     limit: str | None = None
     """The limit of the server that was exceeded, if it is one (:mod:`echelon.server.limits`)."""
 
+    tokenised: bool = False
+    """Whether texts of the request were tokenised before the error: a rate limit charges them."""
+
 
 class InvalidInput(EchelonError, ValueError):
     """The caller's value is wrong.
