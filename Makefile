@@ -6,6 +6,8 @@ SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelo
 PYTHON ?= python3
 MODEL ?= demo
 TESTS ?=
+# Two processes share the files of tests; a test in a file after another finds what it opened.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 # What torch, oneDNN and Echelon then take the processor for.
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
@@ -21,10 +23,10 @@ demo: $(VENV)/.installed ## install, fetch the demo model, tune it (about two mi
 	@$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.installed-test ## install with the test extras and run the tests (a part: TESTS="...")
-	$(BIN)/python -m pytest --durations=10 $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-portable: $(VENV)/.installed-test ## the same as on a processor with AVX2 and nothing newer
-	$(OLD_CPU) $(BIN)/python -m pytest --durations=10 $(TESTS)
+	$(OLD_CPU) $(PYTEST) $(TESTS)
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .

@@ -31,6 +31,17 @@ hypothesis.settings.register_profile("echelon", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("echelon")
 
 
+LONG_FILES = ("test_ray.py", "test_plan_command.py", "test_http_faults.py", "test_tune_run.py")
+"""Files that take a minute or more. They come first: begun last, they would keep one process busy
+while the other has nothing left."""
+
+
+@pytest.hookimpl(trylast=True)  # after the shuffle
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with a trained tokenizer each: bert, roberta, xlm-roberta."""
