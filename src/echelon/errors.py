@@ -4,7 +4,9 @@
     EchelonError                      500       1
     ├── InvalidInput (a ValueError)   422       2
     │   ├── TooLarge                  413       2
-    │   └── Malformed                 400       2
+    │   ├── Malformed                 400       2
+    │   ├── UnsupportedMediaType      415       2
+    │   └── Misdirected               421       2
     ├── ModelError                    503       3
     │   ├── ModelNotFound             503       3
     │   ├── BadCheckpoint             503       3
@@ -21,6 +23,7 @@
     ├── ShuttingDown                  503       1
     ├── Unauthorised                  401       1
     ├── NoSuchRoute                   404       1
+    ├── MethodNotAllowed              405       1
     ├── SlowClient                    408       1
     ├── StorageError                  507       6
     ├── BadRows                       422       9
@@ -87,9 +90,21 @@ class TooLarge(InvalidInput):
 
 
 class Malformed(InvalidInput):
-    """A request's body is not a JSON object."""
+    """A request's body is not a JSON object, or its headers contradict HTTP."""
 
     status = 400
+
+
+class UnsupportedMediaType(InvalidInput):
+    """A request's body is not announced as JSON."""
+
+    status = 415
+
+
+class Misdirected(InvalidInput):
+    """A request is for a host name that is not this server's."""
+
+    status = 421
 
 
 class ModelError(EchelonError):
@@ -184,9 +199,15 @@ class Unauthorised(EchelonError):
 
 
 class NoSuchRoute(EchelonError):
-    """There is no such path, or not for this method."""
+    """There is no such path."""
 
     status = 404
+
+
+class MethodNotAllowed(EchelonError):
+    """The path has other methods."""
+
+    status = 405
 
 
 class SlowClient(EchelonError):

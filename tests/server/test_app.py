@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from scorers import Obedient
-from served import ASKED, DOCUMENTS, metric, run_app
+from served import ASKED, DOCUMENTS, JSON, metric, run_app
 from services import ids, scores, until
 
 from echelon.scheduling.admission import AdmissionLimits
@@ -23,8 +23,9 @@ from echelon.server.routes import HEADERS
 LOGITS = [float(logit) for logit in scores([("q", document) for document in DOCUMENTS])]
 ORDER = sorted(range(5), key=lambda i: -LOGITS[i])
 
-RANKING = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": []}
-RANKING |= {"query_string": b"", "server": ("test", 80), "scheme": "http"}
+HEADED = [(b"host", b"test"), (b"content-type", b"application/json")]
+RANKING = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": HEADED}
+RANKING |= {"query_string": b"", "server": ("test", 80), "scheme": "http", "http_version": "1.1"}
 """A request as the application gets it from an ASGI server."""
 
 
@@ -112,7 +113,7 @@ def test_errors_are_in_the_protocol_of_the_route():
     async def main(client, server):
         for protocol in PROTOCOLS:
             path = protocol.own_paths[0]
-            response = await client.post(path, content=b"{")
+            response = await client.post(path, content=b"{", headers=JSON)
             assert response.status_code == 400
             status, body = 400, response.json()
             expected = {"cohere_v1": "message", "cohere_v2": "message", "nim": "message"}

@@ -8,7 +8,7 @@ import logging
 import re
 
 import pytest
-from served import ASKED, run_app
+from served import ASKED, JSON, run_app
 
 from echelon.errors import InvalidInput
 from echelon.server.auth import Access, Keys, read_keys
@@ -69,7 +69,7 @@ def test_long_bodies():
             for _ in range(20):
                 yield b" " * 100
 
-        streamed = await client.post("/v1/rerank", content=parts())
+        streamed = await client.post("/v1/rerank", content=parts(), headers=JSON)
         for response in (announced, streamed):
             assert response.status_code == 413
             assert response.json()["message"].startswith("body: is longer than 1000 bytes")
@@ -84,7 +84,7 @@ def test_slow_bodies():
             yield b"{"
             await asyncio.Event().wait()
 
-        response = await client.post("/v1/rerank", content=parts())
+        response = await client.post("/v1/rerank", content=parts(), headers=JSON)
         assert response.status_code == 408
         assert "did not come within 0.05 s" in response.json()["message"]
 

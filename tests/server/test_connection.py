@@ -20,7 +20,8 @@ from echelon.server.http_server import OTHER_FILES, raise_file_limit
 from echelon.server.limits import ServerLimits
 
 BODY = json.dumps(ASKED).encode()
-HEAD = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(BODY)}\r\n".encode()
+START = "POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = f"{START}Content-Length: {len(BODY)}\r\n".encode()
 WHOLE = HEAD + b"\r\n" + BODY
 
 
@@ -145,7 +146,7 @@ def test_pipelined_requests_are_answered_in_turn(live):
 
 def test_slow_headers_of_the_next_request_do_not_lose_the_answer_before(live):
     body = json.dumps({"query": "q", "documents": [f"{i} " + "d" * 90 for i in range(100)]})
-    head = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"{START}Content-Length: {len(body)}\r\n\r\n"
     with client_of(live) as client:  # a second of work, three times as long as headers may take
         client.sendall(f"{head}{body}".encode())
         client.sendall(HEAD)
@@ -182,9 +183,8 @@ def test_headers_of_the_largest_size_come_in(live):
 
 
 def test_a_refused_body_cannot_hold_the_connection(live):
-    head = b"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 99999\r\n\r\n"
     with client_of(live) as client:
-        client.sendall(head + b"{")
+        client.sendall(f"{START}Content-Length: 99999\r\n\r\n{{".encode())
         reply = answer(client)
     assert status(reply) == 413
     assert b"longer than 20000 bytes" in reply

@@ -26,7 +26,8 @@ def live():
 
 
 def head(length: int) -> bytes:
-    return f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n".encode()
+    lines = ("Host: a", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join([f"POST {PATH} HTTP/1.1", *lines, "", ""]).encode()
 
 
 def connect(server):

@@ -22,7 +22,7 @@ from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
 from echelon.server.pages import FILES, FOLDER, PLOTLY, POLICIES, takes_gzip
 
-PAGES = ("/", "/dashboard")
+PAGES = ("/", "/dashboard", "/docs")
 SECRET = {"Authorization": "Bearer sesame"}
 PLAIN = {"Accept-Encoding": "identity"}
 
@@ -114,7 +114,8 @@ def test_the_path_that_a_proxy_puts_before_is_in_every_address():
 def test_other_methods_and_unknown_paths_get_404_or_405():
     async def main(client, server):
         posted = await client.post("/", json=ASKED)
-        assert (posted.status_code, posted.json()["error_type"]) == (404, "Backend")
+        assert (posted.status_code, posted.json()["error_type"]) == (405, "Validation")
+        assert posted.headers["Allow"] == "GET, HEAD"
         lost = await client.get("/nothing")
         assert lost.status_code == 404
         assert "/nothing" in lost.json()["message"]
@@ -198,7 +199,7 @@ def test_clients_that_accept_gzip(accepted, takes):
 
 def test_a_server_that_starts_does_not_import_plotly():
     code = "import sys, echelon.server.app; from echelon.server import pages\n"
-    code += "pages._plotly(); print(*sys.modules)"
+    code += "pages._source(pages.PLOTLY); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "echelon.server.app" in done.stdout.split()
     assert "plotly" not in done.stdout.split()
@@ -206,7 +207,7 @@ def test_a_server_that_starts_does_not_import_plotly():
 
 def test_the_pages_need_no_other_server_and_stay_readable():
     sources = [path for path in FOLDER.iterdir() if path.suffix in {".html", ".css", ".js", ".svg"}]
-    assert {path.name for path in sources} == FILES | set(POLICIES) | {"docs.html"}
+    assert {path.name for path in sources} == FILES | set(POLICIES)
     for path in sources:
         source = path.read_text(encoding="utf-8")
         assert len(source.splitlines()) < 400, path.name

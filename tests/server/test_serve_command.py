@@ -16,11 +16,11 @@ import httpx
 import psutil
 import pytest
 from helpers import SENTENCES
-from served import KEY, MODEL, QUERY, Live
+from served import JSON, KEY, MODEL, QUERY, Live
 
 from echelon import Reranker
 from echelon.server.context import name_of
-from echelon.server.settings import is_loopback
+from echelon.server.http_checks import is_loopback
 
 GUARD_S = 60.0
 NO_RETRY = {"max_retries": 0}
@@ -82,15 +82,16 @@ def test_coheres_client_raises_its_own_errors(live, speak, kind):
 
 def post(body: bytes, length: int | None = None) -> bytes:
     size = len(body) if length is None else length
-    head = f"POST /v1/rerank HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
-    return f"{head}Content-Length: {size}\r\n\r\n".encode() + body
+    head = f"POST /v1/rerank HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    return head.encode() + body
 
 
 BODY = b'{"query": "q", "documents": ["a", "b"]}'
 
 
 def alive(live) -> bool:
-    headers = {"Authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}", **JSON}
     return httpx.post(f"{live.url}/v1/rerank", content=BODY, headers=headers).status_code == 200
 
 
@@ -189,7 +190,7 @@ def test_requests_left_after_the_drain_get_an_error(light):
         worker.send_signal(signal.SIGSTOP)
         with ThreadPoolExecutor(1) as thread:
             inside = thread.submit(
-                httpx.post, f"{server.url}/v1/rerank", content=BODY, timeout=GUARD_S
+                httpx.post, f"{server.url}/v1/rerank", content=BODY, headers=JSON, timeout=GUARD_S
             )
             until(lambda: "echelon_requests_inside 1.0" in metrics(server))
             assert server.end(signal.SIGTERM) == 0

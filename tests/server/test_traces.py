@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from scorers import RAISE, Obedient
-from served import ASKED, LiveFake, run_app
+from served import ASKED, JSON, LiveFake, run_app
 
 from echelon.errors import MissingDependency
 from echelon.server import observability
@@ -111,7 +111,7 @@ def test_errors_are_in_the_span(seen, caplog):
     async def main(client, server):
         server.traces = traces
         caplog.set_level("CRITICAL", "echelon")
-        await client.post("/v1/rerank", content=b"{")
+        await client.post("/v1/rerank", content=b"{", headers=JSON)
         (span,) = spans_of(exporter).values()
         assert span.attributes["http.response.status_code"] == 400
         assert span.status.status_code is StatusCode.UNSET  # the caller's fault

@@ -35,6 +35,7 @@ QUERY = "rain at the kitchen window"
 MODEL = ("--device", "cpu", "--threads", 1)
 DOCUMENTS = [f"document {i}" for i in range(5)]
 ASKED = {"query": "q", "documents": DOCUMENTS}
+JSON = {"Content-Type": "application/json"}
 
 
 @contextlib.asynccontextmanager

@@ -9,12 +9,12 @@ from click.core import ParameterSource
 
 from echelon.cli.flags import JSON_FLAG, print_json, with_flags
 from echelon.options import require_packages
+from echelon.server.http_checks import is_loopback
 from echelon.server.settings import (
     CLUSTER_FLAGS,
     PACKAGES,
     PREFIX,
     SETTINGS,
-    is_loopback,
     name_of_flag,
     split,
 )

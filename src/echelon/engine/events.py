@@ -82,7 +82,7 @@ class ServiceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether the service can answer requests, and if not, why."""
+    """Whether the service can answer requests; if not, the state, a colon, and what led to it."""
 
     ready: bool
     reason: str = ""

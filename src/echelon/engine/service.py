@@ -237,7 +237,7 @@ class Service:
         try:
             await asyncio.shield(self._canary)
         except EchelonError as error:
-            return Readiness(ready=False, reason=str(error))
+            return Readiness(ready=False, reason=f"the canary was not scored: {error}")
         return Readiness(ready=True)
 
     def snapshot(self) -> ServiceSnapshot:

@@ -1,9 +1,11 @@
-"""The ASGI application: routes, request ids, CORS, errors, and the OpenAPI description."""
+"""The ASGI application: routes, request ids, hosts, CORS, errors, and headers of every response."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 import time
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +20,23 @@ from starlette.routing import Route
 
 from echelon import __version__
 from echelon.engine.admission_pipeline import TOKENISERS
-from echelon.errors import EchelonError, NoSuchRoute
-from echelon.scheduling.queue import WEIGHTS
+from echelon.engine.events import Readiness
+from echelon.errors import (
+    EchelonError,
+    MethodNotAllowed,
+    NoSuchRoute,
+    ScoringFailed,
+    Unauthorised,
+)
 from echelon.server import pages
 from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
 from echelon.server.observability import ID_HEADER, id_of, request_id
-from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
+from echelon.server.openapi import describe
+from echelon.server.protocols import PATHS
 from echelon.server.protocols.cohere import COHERE_V1
 from echelon.server.protocols.tei import TEI, TeiInfo
-from echelon.server.routes import HEADERS, as_json, endpoint, error_response
+from echelon.server.routes import as_json, endpoint, error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,31 +49,23 @@ if TYPE_CHECKING:
 
     Handler = Callable[[ServerContext, Request], Awaitable[Response]]
 
+logger = logging.getLogger(__name__)
 
-ERRORS = {
-    400: "The body is no JSON object; vLLM's and Voyage's APIs use 400 for 422 too.",
-    401: "No API key, or a wrong one.",
-    408: "The headers or the body did not arrive in time.",
-    413: "More documents, tokens or bytes than a request may have; the field is named.",
-    422: "A field is missing or wrong; it is named, with the remedy.",
-    429: "The queue is full, or would make the request late, or the key's limit is used up. "
-    "Retry-After says when to try again.",
-    431: "The headers are too long.",
-    500: "The model failed; TEI's API uses 424.",
-    503: "Not started, shutting down, no worker stays alive, or too many connections.",
-    504: "The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met.",
-    507: "A document does not fit in memory, even alone.",
+HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"x-frame-options": b"DENY",
+    b"referrer-policy": b"no-referrer",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+    b"cache-control": b"no-store",
 }
-"""Statuses of errors, and their causes."""
-
-OPENAPI_VERSION = "3.0.3"
-"""The newest version that the page /docs reads: Swagger UI 4 refuses 3.1."""
+"""Headers of every response that does not set them itself: a browser neither guesses its type, nor
+shows it in a frame, nor loads anything for it, nor keeps it."""
 
 
-def make_app(server: ServerContext) -> RequestIdMiddleware:
+def make_app(server: ServerContext) -> HttpMiddleware:
     """The application of one server."""
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await server.open()
         try:
@@ -73,13 +74,14 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
             await server.close()
 
     ranking = [
-        Route(path, endpoint(server, protocols), methods=["POST"], name=path)
+        ExactRoute(path, endpoint(server, protocols), methods=["POST"], name=path)
         for path, protocols in PATHS.items()
     ]
     others = [
-        Route(path, partial(handler, server), name=path)
-        for path, (handler, _) in STATE_ROUTES.items()
+        ExactRoute(path, partial(handler, server), name=path)
+        for path, handler in STATE_ROUTES.items()
     ]
+    files = [ExactRoute(f"{folder}/{{name}}", pages.file) for folder in pages.FOLDERS]
     # Pages of other origins may read responses only where --cors names them.
     cors = Middleware(
         CORSMiddleware,
@@ -89,12 +91,21 @@ def make_app(server: ServerContext) -> RequestIdMiddleware:
         expose_headers=["*"],
     )
     app = Starlette(
-        routes=[*ranking, *others, Route("/pages/{name}", pages.file), pages.docs_assets()],
+        routes=[*ranking, *others, *files],
         middleware=[cors] if server.access.origins else [],
-        exception_handlers={EchelonError: _failed, HTTPException: _not_found},
+        exception_handlers={EchelonError: _failed, HTTPException: _unrouted, Exception: _crashed},
         lifespan=lifespan,
     )
-    return RequestIdMiddleware(app)
+    app.router.redirect_slashes = False  # the address would be made from the Host header
+    return HttpMiddleware(app, server)
+
+
+class ExactRoute(Route):
+    """A route that matches its path only, and not also the path with a line feed after it."""
+
+    def __init__(self, path: str, handler: Callable[..., Any], **settings: Any) -> None:
+        super().__init__(path, handler, **settings)
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
 
 
 # Errors outside of the routes that rank have the form of Cohere's API, which most clients read.
@@ -104,15 +115,27 @@ async def _failed(_: Request, error: Any) -> Response:
     return error_response(error, COHERE_V1)
 
 
-async def _not_found(request: Request, error: Any) -> Response:
-    path = request.url.path
-    error_404 = NoSuchRoute(f"There is no {request.method} {path}. See /docs.")
-    response = error_response(error_404, TEI if path == "/" else COHERE_V1)
-    if path == "/":  # always 404: the playground is no route of the API
-        return response
-    response.status_code = error.status_code
-    response.headers.update(error.headers or {})
+async def _unrouted(request: Request, _: Any) -> Response:
+    """The response where Starlette found no route, or only one for other methods."""
+    path, route = request.scope["path"], request.scope.get("route")
+    if route is None:
+        error_404 = NoSuchRoute(f"There is no {request.method} {path}. See /docs.")
+        return error_response(error_404, COHERE_V1)
+    allowed = ", ".join(sorted(route.methods))
+    error = MethodNotAllowed(f"{request.method} is not possible on {path}. Use {allowed}.")
+    response = error_response(error, _protocol_of(route.path))
+    response.headers["Allow"] = allowed
     return response
+
+
+async def _crashed(_: Request, error: Exception) -> Response:
+    words = f"{type(error).__name__}. This is a bug; the log has more."
+    return error_response(ScoringFailed(words), COHERE_V1)
+
+
+def _protocol_of(path: str) -> ApiProtocol:
+    """The protocol of errors on a path. TEI's clients send requests to / too."""
+    return TEI if path == "/" else PATHS.get(path, (COHERE_V1,))[-1]
 
 
 # Routes that do not rank.
@@ -127,8 +150,7 @@ async def _dashboard_data(server: ServerContext, request: Request) -> Response:
     server.access.keys.authenticate(request.headers)
     service = server.running
     info, state = (service.info, service.snapshot()) if service else (None, None)
-    data = dashboard_data(server.stats.view(), server.model, info, state)
-    return as_json(data, 200, {"Cache-Control": "no-store"})
+    return as_json(dashboard_data(server.stats.view(), server.model, info, state), 200)
 
 
 async def _models(server: ServerContext, request: Request) -> Response:
@@ -171,13 +193,18 @@ async def _health(server: ServerContext, _: Request) -> Response:
     return as_json({"status": "ok", "unix": time.time(), "model": server.model}, 200)
 
 
-async def _ready(server: ServerContext, _: Request) -> Response:
+async def _ready(server: ServerContext, request: Request) -> Response:
+    """Whether the service is ready; the reason why not is for owners of keys only."""
     service = server.running
-    if service is None:
-        return as_json({"ready": False, "reason": "not started"}, 503)
-    found = await service.ready()
-    status = 200 if found.ready else 503
-    return as_json({"ready": found.ready, "reason": found.reason}, status)
+    found = await service.ready() if service else Readiness(ready=False, reason="not started")
+    if not found.ready:
+        logger.warning("Not ready: %s", found.reason)
+    content: dict[str, Any] = {"ready": found.ready}
+    with contextlib.suppress(Unauthorised):
+        server.access.keys.authenticate(request.headers)
+        # What follows may name files of this machine; it is for the log.
+        content["reason"] = found.reason.partition(":")[0]
+    return as_json(content, 200 if found.ready else 503)
 
 
 async def _metrics(server: ServerContext, _: Request) -> Response:
@@ -185,37 +212,32 @@ async def _metrics(server: ServerContext, _: Request) -> Response:
 
 
 async def _openapi(server: ServerContext, _: Request) -> Response:
-    return as_json(describe(f"Echelon: {server.model}"), 200)
+    title, keys = f"Echelon: {server.model}", len(server.access.keys) > 0
+    return as_json(describe(title, keys=keys), 200)
 
 
-async def _docs(_: ServerContext, request: Request) -> Response:
-    return pages.docs(request.scope.get("root_path", ""))
-
-
-STATE_ROUTES: dict[str, tuple[Handler, str]] = {
-    "/v1/models": (_models, "The served model, as OpenAI's clients list it."),
-    "/models": (_models, "The same."),
-    "/info": (_info, "The served model and the limits, as TEI's clients read them."),
-    "/health": (_health, "200 while the process runs."),
-    "/ready": (_ready, "200 if a pair was scored lately; else 503 with the reason."),
-    "/metrics": (_metrics, "Metrics for Prometheus."),
-    "/dashboard/data": (_dashboard_data, "The last ten minutes of this server, for the dashboard."),
-    "/openapi.json": (_openapi, "This description."),
-    "/docs": (_docs, "This description, to read and try."),
-    "/": (partial(_page, "playground.html"), "The playground: a page to try the model."),
-    "/dashboard": (
-        partial(_page, "dashboard.html"),
-        "The dashboard: a page that shows the last ten minutes.",
-    ),
+STATE_ROUTES: dict[str, Handler] = {
+    "/v1/models": _models,
+    "/models": _models,
+    "/info": _info,
+    "/health": _health,
+    "/ready": _ready,
+    "/metrics": _metrics,
+    "/dashboard/data": _dashboard_data,
+    "/openapi.json": _openapi,
+    "/docs": partial(_page, "docs.html"),
+    "/": partial(_page, "playground.html"),
+    "/dashboard": partial(_page, "dashboard.html"),
 }
-"""GET routes, with their handlers and descriptions."""
+"""GET routes and their handlers; :mod:`echelon.server.openapi` describes them."""
 
 
-class RequestIdMiddleware:
-    """Gives each request an id, which its response carries too."""
+class HttpMiddleware:
+    """Gives each request an id, which its response carries too, and checks its host."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: Starlette, server: ServerContext) -> None:
         self.app = app
+        self._hosts = server.access.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one scope; see ASGI."""
@@ -224,17 +246,32 @@ class RequestIdMiddleware:
             return
         current = id_of(Headers(scope=scope))
         token = request_id.set(current)
-        header = (ID_HEADER.encode(), current.encode())
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], header]
-            await send(message)
-
         try:
-            await self.app(scope, receive, send_with_id)
+            await self._checked(scope)(scope, receive, _with_headers(send, current))
         finally:
             request_id.reset(token)
+
+    def _checked(self, scope: Scope) -> ASGIApp:
+        """The application, or the refusal of a request that is for another host."""
+        try:
+            self._hosts.check(scope["headers"], scope["http_version"])
+        except EchelonError as error:
+            return error_response(error, _protocol_of(scope["path"]))
+        return self.app
+
+
+def _with_headers(send: Send, current: str) -> Send:
+    """Add the id of the request, and :data:`HEADERS` where the response does not set them."""
+    header = (ID_HEADER.encode(), current.encode())
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            given = dict(message["headers"])
+            added = [pair for pair in HEADERS.items() if pair[0] not in given]
+            message["headers"] = [*message["headers"], header, *added]
+        await send(message)
+
+    return send_with_headers
 
 
 def _without_traceback(send: Send) -> Send:
@@ -246,87 +283,3 @@ def _without_traceback(send: Send) -> Send:
         await send(message)
 
     return send_without
-
-
-def describe(title: str = "Echelon") -> dict[str, Any]:
-    """The OpenAPI description, made from the table of protocols, so that the two always agree."""
-    types = [protocol.body for protocol in PROTOCOLS]
-    schemas, parts = msgspec.json.schema_components(
-        [*types, TeiInfo], ref_template="#/components/schemas/{name}"
-    )
-    bodies = {d.name: schema for d, schema in zip(PROTOCOLS, schemas, strict=False)}
-    paths: dict[str, Any] = {
-        path: {"post": _ranking(path, protocols, bodies)} for path, protocols in SHARED.items()
-    }
-    for path, (_, words) in STATE_ROUTES.items():
-        answer = {"summary": words, "responses": {"200": {"description": words}}}
-        paths[path] = {"get": answer}
-    info = paths["/info"]["get"]["responses"]["200"]
-    info["content"] = {"application/json": {"schema": schemas[-1]}}
-    about = (
-        "Reranking in the APIs that clients already use. Each API also has paths under its own "
-        "name, such as /jina/v1/rerank, for bodies that do not show which API they are written for."
-    )
-    description: dict[str, Any] = {
-        "openapi": OPENAPI_VERSION,
-        "info": {"title": title, "version": __version__, "description": about},
-        "paths": paths,
-        "components": {
-            "schemas": parts,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{}, {"key": []}],
-    }
-    return {key: _without_null(value) for key, value in description.items()}
-
-
-def _without_null(part: Any) -> Any:
-    """Schemas in the form of OpenAPI 3.0, where null is no type but a property of one."""
-    if isinstance(part, list):
-        return [_without_null(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    part = {key: _without_null(value) for key, value in part.items()}
-    kinds = part.get("anyOf", ())
-    rest = [kind for kind in kinds if kind != {"type": "null"}]
-    if len(rest) == len(kinds):
-        return part
-    others = {key: value for key, value in part.items() if key != "anyOf"}
-    one = len(rest) == 1 and "$ref" not in rest[0]  # words beside a $ref would be ignored
-    return {**(rest[0] if one else {"anyOf": rest}), **others, "nullable": True}
-
-
-def _ranking(
-    path: str, protocols: tuple[ApiProtocol, ...], bodies: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    in_order = protocols[::-1]
-    schemas = [bodies[protocol.name] for protocol in in_order]
-    headers = {
-        name: {"description": words, "schema": {"type": "string"}}
-        for name, words in HEADERS.items()
-    }
-    examples = {d.name: {"summary": d.title, "value": dict(d.example)} for d in in_order}
-    return {
-        "summary": ", ".join(d.title for d in in_order),
-        "operationId": path.strip("/").replace("/", "_"),
-        "parameters": [
-            {
-                "name": "X-Request-Timeout-Ms",
-                "in": "header",
-                "description": "Milliseconds until the response is useless; as timeout_ms.",
-                "schema": {"type": "number"},
-            },
-            {
-                "name": "X-Request-Priority",
-                "in": "header",
-                "description": "Share of the device; as priority.",
-                "schema": {"type": "string", "enum": list(WEIGHTS)},
-            },
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"anyOf": schemas}, "examples": examples}},
-        },
-        "responses": {"200": {"description": "The results.", "headers": headers}}
-        | {str(status): {"description": words} for status, words in ERRORS.items()},
-    }

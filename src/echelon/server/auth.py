@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echelon.errors import InvalidInput, RateLimited, Unauthorised
+from echelon.server.http_checks import Hosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -178,10 +179,11 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may send requests: owners of API keys, and pages of web origins (CORS)."""
+    """Who may send requests: owners of API keys, pages of web origins (CORS), for which hosts."""
 
     keys: Keys = field(default_factory=Keys)
     origins: tuple[str, ...] = ()
+    hosts: Hosts = field(default_factory=Hosts)
 
 
 def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> Keys:

@@ -17,6 +17,7 @@ from echelon.errors import ShuttingDown
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.auth import Access, read_keys
 from echelon.server.dashboard import RollingStats
+from echelon.server.http_checks import Hosts
 from echelon.server.limits import ServerLimits
 from echelon.server.metrics import Metrics
 from echelon.server.observability import Traces, open_traces
@@ -116,7 +117,8 @@ class ServerContext:
 def server_of(model: str, options: Options, settings: dict[str, Any], **more: Any) -> ServerContext:
     """The server that settings describe; ``more`` goes to :func:`echelon.engine.launch.launch`."""
     keys = read_keys(settings["api_keys"], settings["rate_limit"])
-    access, limits = Access(keys, settings["cors"]), ServerLimits.of(settings)
+    hosts = Hosts.of(settings["host"], settings["allowed_hosts"])
+    access, limits = Access(keys, settings["cors"], hosts), ServerLimits.of(settings)
     metrics, stats = Metrics(), RollingStats()
     memory_mb, goal_ms = settings["memory_limit_mb"], settings["slo_p99_ms"]
     start = partial(

@@ -30,6 +30,7 @@ from echelon.errors import (
     SlowClient,
     TooLarge,
 )
+from echelon.server.http_checks import check_json
 from echelon.server.observability import SpanRecord, request_id
 from echelon.server.protocols import choose, read
 from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
@@ -104,6 +105,7 @@ async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) 
     clock = server.service.clock
     began = clock()
     _authenticate(context, began)
+    check_json(http.headers)
     body = await read_body(http, server.limits)
     protocol = context.protocol = choose(candidates, body)
     request, options = read(protocol, body, http.headers, began)

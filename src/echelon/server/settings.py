@@ -7,7 +7,6 @@ which overrides the default. Ray Serve's application takes the same settings as 
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +81,12 @@ SERVER_FLAGS: tuple[Flag, ...] = (
     flag("--api-keys", help="File with API keys, one a line; ECHELON_API_KEYS adds more."),
     flag("--rate-limit", help="Documents per key and time, such as 50/s or 900/min [no limit]."),
     flag("--cors", multiple=True, help="Web origin that may read responses [none]."),
+    flag(
+        "--allowed-hosts",
+        multiple=True,
+        help="Host name of requests: *.example.org, or * for all [loopback names, or all with "
+        "--host].",
+    ),
     *(
         flag(flag_of(name), default=default, help=bounds)
         for name, default, bounds, _ in described()
@@ -203,11 +208,3 @@ def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     values = dict(values)
     server = {name: values.pop(name) for name in map(name_of_flag, SERVER_FLAGS)}
     return server, Options.of(**values, progress=False)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from echelon.engine.launch import MakeWorker, PreparedModel
     from echelon.options import Options
-    from echelon.server.app import RequestIdMiddleware
+    from echelon.server.app import HttpMiddleware
     from echelon.server.context import ServerContext
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ SET_ELSEWHERE = {
 }
 """Settings of ``echelon serve`` that Ray has its own place for, and that place."""
 
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - where Ray's proxies listen is set elsewhere
+"""Address of an application: its proxies may be reached from anywhere, under any name."""
+
 REFUSED_REQUESTS = 64
 """Requests that a replica takes in addition, to refuse them itself with the reason."""
 
@@ -61,7 +64,7 @@ class Ingress:
     def __init__(self, build: Callable[[], ServerContext]) -> None:
         self._context = build()
 
-    def __serve_build_asgi_app__(self) -> RequestIdMiddleware:
+    def __serve_build_asgi_app__(self) -> HttpMiddleware:
         """The application."""
         return make_app(self._context)
 
@@ -76,7 +79,7 @@ class Ingress:
             return
         found = await service.ready()
         if not found.ready:
-            raise ShuttingDown(f"The canary was not scored: {found.reason}")
+            raise ShuttingDown(f"The replica is not ready: {found.reason}")
 
 
 def deploy(
@@ -125,6 +128,7 @@ def values_of(settings: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in settings.items() if name != "model"}
     values = server_settings.complete(given)
     del values["ray"]
+    values["host"] = ANY_ADDRESS
     return {"model": str(settings["model"]), **values}
 
 

@@ -1,4 +1,4 @@
-"""The playground and the dashboard: files of this folder, and plotly's script from its package.
+"""The playground, the dashboard and /docs: files of this folder, of plotly and of Swagger UI.
 
 The pages need no build step and load nothing from other servers. They hold no data, so they need no
 API key; they send one with their requests for data.
@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
 
 from echelon.errors import NoSuchRoute
 
@@ -30,12 +28,16 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 FOLDER = Path(__file__).parent
+FOLDERS = ("/pages", "/docs/assets")
+"""Paths under which files are served."""
 
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = frozenset(path.name for path in FOLDER.iterdir() if path.suffix in KINDS)
 """Files of this folder that are served as they are."""
 
 PLOTLY = "plotly.js"
+SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
+"""The files of Swagger UI that /docs needs. Its own page is not served: it loads a foreign file."""
 
 MIN_GZIP_BYTES = 1024
 """Smaller files are not compressed."""
@@ -46,8 +48,9 @@ _POLICY = (
 )
 POLICIES = {
     "playground.html": _POLICY.format(style="'self'"),
-    # plotly.js draws with style attributes; these cannot run scripts.
+    # plotly.js and Swagger UI draw with style attributes; these cannot run scripts.
     "dashboard.html": _POLICY.format(style="'self' 'unsafe-inline'"),
+    "docs.html": _POLICY.format(style="'self' 'unsafe-inline'"),
 }
 """Content security policy of each page: it may only load from this server."""
 
@@ -66,37 +69,19 @@ def page(name: str, root: str, *, keys: bool) -> Response:
     filled = _template(name).substitute(
         root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=version("plotly")
     )
-    headers = {
-        "Content-Security-Policy": POLICIES[name],
-        "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
+    headers = {"Content-Security-Policy": POLICIES[name], "Cache-Control": "no-cache"}
     return HTMLResponse(filled, headers=headers)
-
-
-def docs(root: str) -> Response:
-    """The page that describes the API, by Swagger UI."""
-    return HTMLResponse(_template("docs.html").substitute(root=escape(root.rstrip("/"))))
-
-
-def docs_assets() -> Mount:
-    """Swagger UI's files from its package: nothing is loaded from other servers."""
-    from swagger_ui_bundle import swagger_ui_path
-
-    return Mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
 
 
 async def file(request: Request) -> Response:
     """The route of a file, which is compressed at its first request."""
     name = request.path_params["name"]
-    if name not in FILES and name != PLOTLY:
-        raise NoSuchRoute(f"There is no {request.method} {request.url.path}. See /docs.")
+    if name not in FILES and name != PLOTLY and name not in SWAGGER:
+        raise NoSuchRoute(f"There is no {request.method} {request.scope['path']}. See /docs.")
     body = await run_in_threadpool(body_of, name, gzipped=takes_gzip(request.headers))
     headers = {
         "ETag": body.tag,
         "Vary": "Accept-Encoding",
-        "X-Content-Type-Options": "nosniff",
         # The address of plotly.js holds its version; the other files change with ours.
         "Cache-Control": "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache",
     }
@@ -111,7 +96,7 @@ async def file(request: Request) -> Response:
 @cache
 def body_of(name: str, *, gzipped: bool) -> PageContent:
     """Read and compress a file, once."""
-    content = (_plotly() if name == PLOTLY else FOLDER / name).read_bytes()
+    content = _source(name).read_bytes()
     gzipped = gzipped and len(content) >= MIN_GZIP_BYTES
     if gzipped:
         content = gzip.compress(content, mtime=0)
@@ -127,12 +112,20 @@ def takes_gzip(headers: Mapping[str, str]) -> bool:
     return False
 
 
-def _plotly() -> Path:
-    """Find the script without importing plotly, which takes a second."""
-    spec = find_spec("plotly")
+def _source(name: str) -> Path:
+    if name == PLOTLY:
+        return _folder_of("plotly") / "package_data/plotly.min.js"
+    if name in SWAGGER:
+        return next(_folder_of("swagger_ui_bundle").glob(f"vendor/*/{name}"))
+    return FOLDER / name
+
+
+def _folder_of(package: str) -> Path:
+    """Find a package without importing it, which takes a second for plotly."""
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise NoSuchRoute("plotly is not installed, so there are no charts. Install plotly.")
-    return Path(spec.submodule_search_locations[0], "package_data", "plotly.min.js")
+        raise NoSuchRoute(f"{package} is not installed. Install it.")
+    return Path(spec.submodule_search_locations[0])
 
 
 @cache

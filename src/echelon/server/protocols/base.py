@@ -6,15 +6,16 @@ services or models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import msgspec
 
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from echelon.errors import EchelonError
     from echelon.types import Pair, Priority, RerankRequest, Side
@@ -22,8 +23,54 @@ if TYPE_CHECKING:
 Fields = dict[str, msgspec.Raw]
 """A request's body, its values still unread."""
 
-Body = dict[str, Any] | list[Any] | None
+Body = Mapping[str, object] | Sequence[Any] | None
 """What becomes JSON; None is an empty body."""
+
+
+# Parts of bodies that several protocols write. Types of bodies are also their OpenAPI schemas.
+
+
+class Usage(TypedDict):
+    """Token counts, as several APIs spell them."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RelevanceResult(TypedDict):
+    """One document's score."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[str | dict[str, Any]]
+
+
+class Explanation(TypedDict):
+    """What happened to a request (``explain``); the headers of answers say the same."""
+
+    queue_ms: float
+    tokenise_ms: float
+    compute_ms: float
+    total_ms: float
+    tokens: int
+    cost_tokens: int
+    truncated_documents: int
+    truncated_tokens: list[int]
+    batch_sizes: list[int]
+    ladder: list[dict[str, str]]
+    fallback: dict[str, int] | None
+
+
+class Explained(TypedDict):
+    """Fields of every response that is an object."""
+
+    echelon: NotRequired[Explanation]
+
+
+class DetailError(TypedDict):
+    """An error in the form of FastAPI's."""
+
+    detail: str
 
 
 class CommonFields(msgspec.Struct, kw_only=True):
@@ -112,6 +159,8 @@ class ApiProtocol:
     read: Callable[[Any], tuple[RerankRequest, ResponseOptions]]
     write: Callable[[RerankResponse], Body]
     write_error: Callable[[ErrorResponse], tuple[int, Body]]
+    response: Any  # the type of what ``write`` returns
+    errors: tuple[Any, ...]  # the types of bodies that ``write_error`` returns
     example: Mapping[str, Any]  # a body
     # whether a body can be of this protocol only, on a path that several share
     claims: Callable[[Fields], bool] = lambda _: False
@@ -181,15 +230,17 @@ def priority_of(value: int | str | None, field: str = "priority") -> Priority | 
     raise InvalidInput(field, f"{value!r} is unknown", "Use low, normal or high.")
 
 
-def usage_of(response: RerankResponse) -> dict[str, int]:
-    """Token counts, as several APIs spell them."""
+def usage_of(response: RerankResponse) -> Usage:
+    """Token counts of a response."""
     return {"prompt_tokens": response.tokens, "total_tokens": response.tokens}
 
 
-def relevance_results(response: RerankResponse) -> list[dict[str, Any]]:
+def relevance_results(response: RerankResponse) -> list[RelevanceResult]:
     """Results with ``index`` and ``relevance_score``, and documents where they were asked for."""
-    return [
-        {"index": one.index, "relevance_score": one.score}
-        | ({"document": one.document} if response.with_documents else {})
-        for one in response.results
+    results: list[RelevanceResult] = [
+        {"index": one.index, "relevance_score": one.score} for one in response.results
     ]
+    if response.with_documents:
+        for result, one in zip(results, response.results, strict=True):
+            result["document"] = one.document
+    return results

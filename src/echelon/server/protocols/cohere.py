@@ -7,7 +7,7 @@ those that clients of Jina, infinity and vLLM read there: ``model``, ``object``,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import echelon.server.protocols.base as api
 from echelon.types import Chunking, RerankRequest
@@ -55,7 +55,44 @@ def _read_v2(body: CohereV2) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(top_n=api.limit_of(body.top_n))
 
 
-def _write_v1(response: api.RerankResponse) -> api.Body:
+class CohereMeta(TypedDict):
+    """What a response of both versions says about itself."""
+
+    api_version: dict[str, str]
+    billed_units: dict[str, int]
+    tokens: dict[str, int]
+    warnings: NotRequired[list[str]]
+
+
+class CohereV1Response(api.Explained):
+    """Response of ``/v1/rerank``."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    results: list[api.RelevanceResult]
+    usage: api.Usage
+    meta: CohereMeta
+
+
+class CohereV2Response(api.Explained):
+    """Response of ``/v2/rerank``."""
+
+    id: str
+    results: list[api.RelevanceResult]
+    meta: CohereMeta
+
+
+class CohereError(TypedDict):
+    """An error."""
+
+    id: str
+    message: str
+    detail: str
+
+
+def _write_v1(response: api.RerankResponse) -> CohereV1Response:
     return {
         "id": response.request_id,
         "object": "rerank",
@@ -67,13 +104,15 @@ def _write_v1(response: api.RerankResponse) -> api.Body:
     }
 
 
-def _write_v2(response: api.RerankResponse) -> api.Body:
-    results = [{"index": one.index, "relevance_score": one.score} for one in response.results]
+def _write_v2(response: api.RerankResponse) -> CohereV2Response:
+    results: list[api.RelevanceResult] = [
+        {"index": one.index, "relevance_score": one.score} for one in response.results
+    ]
     return {"id": response.request_id, "results": results, "meta": _meta("2", response)}
 
 
-def _meta(version: str, response: api.RerankResponse) -> dict[str, Any]:
-    meta: dict[str, Any] = {
+def _meta(version: str, response: api.RerankResponse) -> CohereMeta:
+    meta: CohereMeta = {
         "api_version": {"version": version},
         "billed_units": {"search_units": 1},
         "tokens": {"input_tokens": response.tokens, "output_tokens": 0},
@@ -83,7 +122,7 @@ def _meta(version: str, response: api.RerankResponse) -> dict[str, Any]:
     return meta
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, CohereError]:
     message = response.message
     return response.status, {"id": response.request_id, "message": message, "detail": message}
 
@@ -98,6 +137,8 @@ COHERE_V1 = api.ApiProtocol(
     read=_read_v1,
     write=_write_v1,
     write_error=_write_error,
+    response=CohereV1Response,
+    errors=(CohereError,),
     example={**_EXAMPLE, "return_documents": True},
 )
 
@@ -109,5 +150,7 @@ COHERE_V2 = api.ApiProtocol(
     read=_read_v2,
     write=_write_v2,
     write_error=_write_error,
+    response=CohereV2Response,
+    errors=(CohereError,),
     example={**_EXAMPLE, "max_tokens_per_doc": 4096},
 )

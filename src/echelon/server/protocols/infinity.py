@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import echelon.server.protocols.base as api
 from echelon.types import RerankRequest
 
@@ -22,8 +24,48 @@ def _read(body: InfinityRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: api.RerankResponse) -> api.Body:
-    results = [
+class InfinityResult(TypedDict):
+    """One document's score."""
+
+    relevance_score: float
+    index: int
+    document: str | None
+
+
+class InfinityResponse(api.Explained):
+    """Response of ``/rerank``."""
+
+    object: str
+    results: list[InfinityResult]
+    model: str
+    usage: api.Usage
+    id: str
+    created: int
+
+
+class InfinityDetails(TypedDict):
+    """An error about fields; each entry has the field (``loc``), ``msg`` and ``type``."""
+
+    detail: list[dict[str, str | list[str]]]
+
+
+class InfinityErrorInfo(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: None
+    code: int
+
+
+class InfinityError(TypedDict):
+    """An error that no field caused."""
+
+    error: InfinityErrorInfo
+
+
+def _write(response: api.RerankResponse) -> InfinityResponse:
+    results: list[InfinityResult] = [
         {"relevance_score": one.score, "index": one.index, "document": one.document}
         for one in response.results
     ]
@@ -37,14 +79,16 @@ def _write(response: api.RerankResponse) -> api.Body:
     }
 
 
-_DETAIL = {400, 401, 413}
+_DETAIL = {400, 401, 405, 413, 415, 421}
 """Statuses for which infinity's framework writes ``detail`` as a text."""
 
 _DETAIL_LIST = 422
 """The status for which it is a list; infinity's client parses every entry."""
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(
+    response: api.ErrorResponse,
+) -> tuple[int, api.DetailError | InfinityDetails | InfinityError]:
     message, status = response.message, response.status
     if status == _DETAIL_LIST:
         field = message.partition(": ")[0]
@@ -64,6 +108,8 @@ INFINITY = api.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
+    response=InfinityResponse,
+    errors=(api.DetailError, InfinityDetails, InfinityError),
     example={
         "model": "default/not-specified",
         **api.EXAMPLE,

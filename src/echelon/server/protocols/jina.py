@@ -29,7 +29,16 @@ def _read(body: JinaRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: api.RerankResponse) -> api.Body:
+class JinaResponse(api.Explained):
+    """Response of ``/v1/rerank``."""
+
+    model: str
+    object: str
+    usage: api.Usage
+    results: list[api.RelevanceResult]
+
+
+def _write(response: api.RerankResponse) -> JinaResponse:
     return {
         "model": response.model,
         "object": "list",
@@ -38,7 +47,7 @@ def _write(response: api.RerankResponse) -> api.Body:
     }
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.DetailError]:
     return response.status, {"detail": response.message}
 
 
@@ -51,6 +60,8 @@ JINA = api.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
+    response=JinaResponse,
+    errors=(api.DetailError,),
     example={
         "model": "jina-reranker-v2-base-multilingual",
         "query": api.EXAMPLE["query"],

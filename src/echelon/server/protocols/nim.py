@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypedDict
+
 import msgspec
 
 import echelon.server.protocols.base as api
@@ -34,14 +36,37 @@ def _read(body: NimRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(top_n=api.limit_of(body.top_n), raw_scores=True)
 
 
-def _write(response: api.RerankResponse) -> api.Body:
+class NimRanking(TypedDict):
+    """One passage's logit."""
+
+    index: int
+    logit: float
+
+
+class NimResponse(api.Explained):
+    """Response of ``/v1/ranking``."""
+
+    rankings: list[NimRanking]
+    usage: api.Usage
+
+
+class NimError(TypedDict):
+    """An error."""
+
+    object: str
+    message: str
+    detail: dict[str, Any]
+    type: str
+
+
+def _write(response: api.RerankResponse) -> NimResponse:
     return {
         "rankings": [{"index": one.index, "logit": one.logit} for one in response.results],
         "usage": api.usage_of(response),
     }
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, NimError]:
     caller = response.status < 500  # noqa: PLR2004 - HTTP's own
     return response.status, {
         "object": "error",
@@ -60,6 +85,8 @@ NIM = api.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
+    response=NimResponse,
+    errors=(NimError,),
     noun="passages",
     example={
         "model": "nvidia/llama-3.2-nv-rerankqa-1b-v2",

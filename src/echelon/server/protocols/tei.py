@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -32,16 +32,35 @@ def _read(body: TeiRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _write(response: api.RerankResponse) -> api.Body:
+class TeiRank(TypedDict):
+    """One result; a response is a list of them."""
+
+    index: int
+    score: float
+    text: NotRequired[str]
+
+
+class TeiError(TypedDict):
+    """An error."""
+
+    error: str
+    error_type: str
+
+
+def _write(response: api.RerankResponse) -> list[TeiRank]:
+    if not response.with_documents:
+        return [{"index": one.index, "score": one.score} for one in response.results]
     return [
-        {"index": one.index, "score": one.score}
-        | ({"text": one.document} if response.with_documents else {})
-        for one in response.results
+        {"index": one.index, "score": one.score, "text": one.document} for one in response.results
     ]
 
 
-_KINDS = dict.fromkeys((400, 413, 422), "Validation") | dict.fromkeys((429, 504), "Overloaded")
-_KINDS |= {401: "Unauthorized", 503: "Unhealthy"}
+_KINDS = {
+    **dict.fromkeys((400, 405, 413, 415, 421, 422), "Validation"),
+    401: "Unauthorized",
+    **dict.fromkeys((429, 504), "Overloaded"),
+    503: "Unhealthy",
+}
 """``error_type`` of each status. TEI itself knows no deadlines; a client that handles
 ``Overloaded`` does the right thing when one has passed."""
 
@@ -49,7 +68,7 @@ _BACKEND = {500, 507}
 """Statuses for which TEI answers 424: the model failed, not the caller."""
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, TeiError]:
     error = response.error
     if isinstance(error, InvalidInput) and (error.field, error.problem) == ("texts", "is empty"):
         return 400, {"error": response.message, "error_type": "Empty"}
@@ -86,6 +105,8 @@ TEI = api.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
+    response=list[TeiRank],
+    errors=(TeiError,),
     noun="texts",
     example={
         "query": "how do I reset my router?",

@@ -6,7 +6,7 @@ ignored: they would change what the scores mean.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import echelon.server.protocols.base as api
 from echelon.errors import InvalidInput, check_positive
@@ -117,8 +117,59 @@ def _max_length(body: Common) -> int | None:
     return tokens
 
 
-def _write_rerank(response: api.RerankResponse) -> api.Body:
-    results = [
+class VllmResult(TypedDict):
+    """One document's score."""
+
+    index: int
+    document: dict[str, str | None]
+    relevance_score: float
+
+
+class VllmRerankResponse(api.Explained):
+    """Response of ``/rerank``."""
+
+    id: str
+    model: str
+    usage: api.Usage
+    results: list[VllmResult]
+
+
+class VllmScoreData(TypedDict):
+    """One pair's score."""
+
+    index: int
+    object: str
+    score: float
+
+
+class VllmScoreResponse(api.Explained):
+    """Response of ``/score``."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[VllmScoreData]
+    usage: api.Usage
+
+
+class VllmErrorInfo(TypedDict):
+    """What is wrong, and with which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmError(TypedDict):
+    """An error."""
+
+    error: VllmErrorInfo
+
+
+def _write_rerank(response: api.RerankResponse) -> VllmRerankResponse:
+    results: list[VllmResult] = [
         {
             "index": one.index,
             "document": {"text": one.document, "multi_modal": None},
@@ -134,8 +185,10 @@ def _write_rerank(response: api.RerankResponse) -> api.Body:
     }
 
 
-def _write_score(response: api.RerankResponse) -> api.Body:
-    data = [{"index": one.index, "object": "score", "score": one.score} for one in response.results]
+def _write_score(response: api.RerankResponse) -> VllmScoreResponse:
+    data: list[VllmScoreData] = [
+        {"index": one.index, "object": "score", "score": one.score} for one in response.results
+    ]
     return {
         "id": f"score-{response.request_id}",
         "object": "list",
@@ -149,15 +202,15 @@ def _write_score(response: api.RerankResponse) -> api.Body:
 _KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",
-    413: "BadRequestError",
+    **dict.fromkeys((405, 408, 413, 415, 421), "BadRequestError"),
     429: "RateLimitError",
     503: "ServiceUnavailableError",
 }
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, VllmError]:
     status = response.status_without_422
-    error = {
+    error: VllmErrorInfo = {
         "message": response.message,
         "type": _KINDS.get(status, "InternalServerError"),
         "param": getattr(response.error, "field", None),
@@ -179,6 +232,8 @@ VLLM_RERANK = api.ApiProtocol(
     read=_read_rerank,
     write=_write_rerank,
     write_error=_write_error,
+    response=VllmRerankResponse,
+    errors=(VllmError,),
     example={
         "model": "BAAI/bge-reranker-v2-m3",
         **api.EXAMPLE,
@@ -196,6 +251,8 @@ VLLM_SCORE = api.ApiProtocol(
     read=_read_score,
     write=_write_score,
     write_error=_write_error,
+    response=VllmScoreResponse,
+    errors=(VllmError,),
     noun="text_2",
     example={
         "model": "BAAI/bge-reranker-v2-m3",

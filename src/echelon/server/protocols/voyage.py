@@ -24,7 +24,16 @@ def _read(body: VoyageRequest) -> tuple[RerankRequest, api.ResponseOptions]:
     return request, api.ResponseOptions(documents, api.limit_of(body.top_k, "top_k"))
 
 
-def _write(response: api.RerankResponse) -> api.Body:
+class VoyageResponse(api.Explained):
+    """Response of ``/v1/rerank``."""
+
+    object: str
+    data: list[api.RelevanceResult]
+    model: str
+    usage: dict[str, int]
+
+
+def _write(response: api.RerankResponse) -> VoyageResponse:
     return {
         "object": "list",
         "data": api.relevance_results(response),
@@ -33,7 +42,7 @@ def _write(response: api.RerankResponse) -> api.Body:
     }
 
 
-def _write_error(response: api.ErrorResponse) -> tuple[int, api.Body]:
+def _write_error(response: api.ErrorResponse) -> tuple[int, api.DetailError]:
     return response.status_without_422, {"detail": response.message}
 
 
@@ -46,5 +55,7 @@ VOYAGE = api.ApiProtocol(
     read=_read,
     write=_write,
     write_error=_write_error,
+    response=VoyageResponse,
+    errors=(api.DetailError,),
     example={"model": "rerank-2.5", **api.EXAMPLE, "top_k": 1},
 )
