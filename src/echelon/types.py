@@ -86,6 +86,14 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIds:
+    """The ids that a tokenizer gives, for a comparison with its model."""
+
+    largest: int
+    special: dict[str, int]  # of ``pad``, ``cls`` and ``sep``, as far as its settings name them
+
+
+@dataclass(frozen=True, slots=True)
 class LadderStep:
     """One action of the OOM ladder."""
 

@@ -150,8 +150,7 @@ def test_labels_by_name_and_by_number(three_labels):
 
 def test_a_tokenizer_whose_ids_exceed_the_vocabulary(tmp_path, tokenizers):
     folder = make_toy(tmp_path, "bert", tokenizers["bert"], vocab_size=60)
-    reranker = Reranker(folder, device="cpu", threads=1)
-    error = refusal(BadCheckpoint, lambda: reranker.score([("rain", "at the kitchen window")]))
+    error = refusal(BadCheckpoint, lambda: Reranker(folder))
     assert "embeddings for 60 tokens: they do not belong together" in str(error)
 
 

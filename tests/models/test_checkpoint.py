@@ -243,8 +243,8 @@ def test_an_index_that_names_a_missing_tensor(copied):
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"hidden_size": "wide"}, "value missing or wrong"),
-        ({"vocab_size": None}, "value missing or wrong"),
+        ({"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
+        ({"vocab_size": None}, "vocab_size: it is missing"),
         ({"id2label": {"first": "x"}}, "id2label"),
     ],
 )

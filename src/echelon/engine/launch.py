@@ -13,7 +13,7 @@ from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
-from echelon.models.registry import require_model
+from echelon.models.registry import check_tokenizer, require_model
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
@@ -66,6 +66,14 @@ def with_profile(asked: Options) -> tuple[Options, Profile | None]:
     return apply_profile(asked, profile), profile
 
 
+def open_encoder(folder: ModelFolder) -> PairEncoder:
+    """Read a model's tokenizer and compare it with the model, or raise :class:`ModelError`."""
+    require_model(folder.path)  # first, so that a folder without a model is named
+    encoder = PairEncoder(folder.path)
+    check_tokenizer(folder.path, encoder.ids)
+    return encoder
+
+
 def prepare(
     model: str | os.PathLike[str], options: Options, profile: Profile | None
 ) -> PreparedModel:
@@ -81,8 +89,7 @@ def prepare(
         ModelError: the model is missing, damaged, or not supported.
     """
     folder = resolve(model, revision=options.revision, progress=options.progress)
-    require_model(folder.path)  # first, so that a folder without a model is named
-    encoder = PairEncoder(folder.path)
+    encoder = open_encoder(folder)
     with status("Comparing int8 with fp32", shown=options.progress) as on_progress:
         kept = check_precision(folder, options, encoder, profile, on_progress)
     return PreparedModel(folder, options, encoder, profile, kept)

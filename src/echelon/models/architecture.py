@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echelon.errors import BadCheckpoint, InvalidInput, ModelNotFound, UnsupportedModel
+from echelon.files import (
+    MAX_BYTES,
+    MAX_ID,
+    MAX_SHOWN,
+    OBJECT,
+    SWITCH,
+    TEXT,
+    Field,
+    list_of,
+    number,
+    read_object,
+    shown,
+    whole,
+)
+from echelon.types import TokenIds
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from echelon.types import IntArray, TokenBatch
+
+OWN_CONFIG = "Use the model's own config.json."
+WITH_TOKENIZER = "Download the model again, with its tokenizer."
+
+MAX_LABELS = 10_000
+MAX_LISTED = 20
+"""Labels that a message names."""
+
+_ID = whole(0, MAX_ID)
+_NO_HUB_CODE = Field(
+    "the name of a computation in transformers; code of a hub repository is never run",
+    lambda value: isinstance(value, str) and "/" not in value,
+)
+CONFIG = {
+    "model_type": TEXT,
+    "architectures": list_of(str, "texts"),
+    "num_labels": whole(1, MAX_LABELS),
+    "id2label": OBJECT,
+    "vocab_size": whole(1, MAX_ID),
+    "hidden_size": whole(1, 2**16),
+    "num_hidden_layers": whole(1, 2**10),
+    "num_attention_heads": whole(1, 2**12),
+    "intermediate_size": whole(1, 2**20),
+    "max_position_embeddings": whole(1, MAX_ID),
+    "type_vocab_size": whole(0, 2**16),
+    "hidden_act": TEXT,
+    "layer_norm_eps": number(0, 1),
+    "position_embedding_type": TEXT,
+    "is_decoder": SWITCH,
+    "pad_token_id": _ID,
+    "cls_token_id": _ID,
+    "sep_token_id": _ID,
+    "attn_implementation": _NO_HUB_CODE,
+    "_attn_implementation": _NO_HUB_CODE,
+}
+"""What the fields of ``config.json`` that are used may hold. Sizes are far above any model's; what
+they say is compared with the weights before anything of that size is made."""
+
+TOKENIZER_CONFIG = {"model_max_length": number(1)}
 
 NATIVE_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
@@ -66,10 +120,16 @@ class Architecture:
     labels: tuple[str, ...]  # names of the head's outputs
 
     def __post_init__(self) -> None:
-        if self.layers < 1 or self.heads < 1 or self.hidden % self.heads:
+        if self.hidden % self.heads:
             raise ValueError(
-                f"num_hidden_layers={self.layers}, num_attention_heads={self.heads} and "
-                f"hidden_size={self.hidden} do not go together"
+                f"hidden_size: {self.hidden} is not a multiple of num_attention_heads={self.heads}"
+            )
+        if self.segments < 1:
+            raise ValueError("type_vocab_size: 0, and BERT models have at least one")
+        if self.padding_id >= self.vocabulary or self.max_tokens < 1:
+            raise ValueError(
+                f"pad_token_id: {self.padding_id} is beyond vocab_size={self.vocabulary} or "
+                f"max_position_embeddings={self.table_positions}"
             )
 
     @property
@@ -94,14 +154,8 @@ class Architecture:
         return self.table_positions - first
 
     def check_ids(self, ids: IntArray) -> None:
-        """Raise :class:`BadCheckpoint` for a token id without an embedding."""
-        largest = int(ids.max(initial=0))
-        if largest >= self.vocabulary:
-            raise BadCheckpoint(
-                f"The tokenizer gave id {largest}, the model has embeddings for "
-                f"{self.vocabulary} tokens: they do not belong together. "
-                "Download the model again, with its tokenizer."
-            )
+        """See :func:`check_ids`."""
+        check_ids(ids, self.vocabulary)
 
     def positions(self, batch: TokenBatch) -> IntArray:
         """Position ids of a batch, int32 [tokens]."""
@@ -140,7 +194,7 @@ def positions_from_zero(batch: TokenBatch) -> IntArray:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's ``config.json``."""
+    """Read a model folder's ``config.json``; its fields hold what :data:`CONFIG` says."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelNotFound(
@@ -148,9 +202,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Give a folder written by save_pretrained, or a hub id such as "
             "BAAI/bge-reranker-v2-m3."
         )
-    config = read_object(path)
-    if not isinstance(config.get("model_type"), str):
-        raise BadCheckpoint(f"{path}: no model_type in it. Use the model's own config.json.")
+    config = read_settings(path, CONFIG)
+    if config.get("model_type") is None:
+        raise BadCheckpoint(f"{path}: no model_type in it. {OWN_CONFIG}")
     return config
 
 
@@ -160,41 +214,54 @@ def has_weights(folder: Path) -> bool:
     return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; raise :class:`BadCheckpoint` if that fails."""
+def read_settings(
+    path: Path, fields: Mapping[str, Field], max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """Read a JSON object of a model folder; raise :class:`BadCheckpoint` if that fails."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, fields, max_bytes)
     except (ValueError, OSError) as error:
-        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{path}: not a JSON object. Download the model again.")
-    return content
+        raise BadCheckpoint(f"{path}: {error}. Download the model again.") from error
 
 
-def labels_of(config: dict[str, Any]) -> tuple[str, ...]:
+def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the head's outputs; without names there are two, as in transformers."""
-    named = config.get("id2label")
-    try:
-        if isinstance(named, dict) and named:
-            return tuple(str(named[key]) for key in sorted(named, key=int))
-        return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels", 2))))
-    except (TypeError, ValueError) as error:
+    count, named = config.get("num_labels"), config.get("id2label")
+    if not named:
+        return tuple(f"LABEL_{i}" for i in range(count or 2))
+    labels = [named.get(str(i)) for i in range(min(len(named), MAX_LABELS))]
+    if len(named) > MAX_LABELS or not all(isinstance(label, str | int) for label in labels):
         raise BadCheckpoint(
-            f"config.json: id2label or num_labels is wrong ({error}). "
-            "Use the model's own config.json."
-        ) from error
+            f"config.json: id2label: {shown(named)} does not name the labels 0 to "
+            f"{len(named) - 1}. {OWN_CONFIG}"
+        )
+    if count not in {None, len(labels)}:
+        raise BadCheckpoint(
+            f"config.json: num_labels: {count}, but id2label names {len(labels)}. {OWN_CONFIG}"
+        )
+    return tuple(map(str, labels))
+
+
+def names_labels(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration says how many outputs the head has."""
+    return bool(config.get("num_labels") or config.get("id2label"))
 
 
 def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:
     """Index of the head's output that is the score; it must be named if there are several."""
-    listed = ", ".join(f"{i}={name}" for i, name in enumerate(labels))
+    listed = ", ".join(
+        name if name == str(i) else f"{i}={_printable(name)}"
+        for i, name in enumerate(labels[:MAX_LISTED])
+    )
+    listed += ", …" if len(labels) > MAX_LISTED else ""
     if label is None:
         if len(labels) == 1:
             return 0
         raise InvalidInput(
             "label",
             f"the model's head has {len(labels)} labels ({listed}) and none was chosen",
-            f"Pick the one that means relevant, such as label={labels[-1]!r}.",
+            f"Pick the one that means relevant, such as label={_printable(labels[-1])!r}; on the "
+            "command line it is --label.",
         )
     if isinstance(label, str) and label in labels:
         return labels.index(label)
@@ -202,6 +269,40 @@ def choose_label(labels: tuple[str, ...], label: str | int | None) -> int:
     if 0 <= index < len(labels):
         return index
     raise InvalidInput("label", f"{label!r} is not one of the head's", f"Labels: {listed}.")
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name[:MAX_SHOWN])
+
+
+def check_ids(ids: IntArray, vocabulary: int) -> None:
+    """Raise :class:`BadCheckpoint` for a token id without an embedding."""
+    check_tokens({}, TokenIds(int(ids.max(initial=0)), {}), vocabulary)
+
+
+def check_tokens(config: Mapping[str, Any], tokens: TokenIds, vocabulary: int | None) -> None:
+    """Compare a tokenizer with its model.
+
+    Args:
+        config: the model's, as :func:`read_config` gives it.
+        tokens: the ids that the tokenizer gives.
+        vocabulary: rows of the model's embeddings; None where they are unknown.
+
+    Raises:
+        BadCheckpoint: a token has no embedding, or padding, start and separator are other tokens.
+    """
+    if vocabulary is not None and tokens.largest >= vocabulary:
+        raise BadCheckpoint(
+            f"The tokenizer gave id {tokens.largest}, the model has embeddings for "
+            f"{vocabulary} tokens: they do not belong together. {WITH_TOKENIZER}"
+        )
+    for name, id_ in tokens.special.items():
+        said = config.get(f"{name}_token_id")
+        if said not in {None, id_}:
+            raise BadCheckpoint(
+                f"config.json: {name}_token_id: {said}, but the tokenizer's {name}_token has id "
+                f"{id_}: they do not belong together. {WITH_TOKENIZER}"
+            )
 
 
 def require_head(folder: Path, config: dict[str, Any]) -> None:
@@ -218,26 +319,27 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
     """The shape of a native model, or None for one that needs the generic scorer."""
     if not _is_native(config):
         return None
+    given = {name: value for name, value in config.items() if value is not None}
     try:
         return Architecture(
-            model_type=config["model_type"],
-            vocabulary=int(config["vocab_size"]),
-            hidden=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=int(config["num_attention_heads"]),
-            intermediate=int(config["intermediate_size"]),
-            table_positions=int(config["max_position_embeddings"]),
-            segments=int(config.get("type_vocab_size", 2)),
-            activation=str(config.get("hidden_act", "gelu")),
-            epsilon=float(config.get("layer_norm_eps", 1e-12)),
+            model_type=given["model_type"],
+            vocabulary=given["vocab_size"],
+            hidden=given["hidden_size"],
+            layers=given["num_hidden_layers"],
+            heads=given["num_attention_heads"],
+            intermediate=given["intermediate_size"],
+            table_positions=given["max_position_embeddings"],
+            segments=given.get("type_vocab_size", 2),
+            activation=given.get("hidden_act", "gelu"),
+            epsilon=float(given.get("layer_norm_eps", 1e-12)),
             padding_id=padding_id(config),
             labels=labels_of(config),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{folder / 'config.json'}: value missing or wrong ({error!r}). "
-            "Use the model's own config.json."
-        ) from error
+    except KeyError as error:
+        problem = f"{error.args[0]}: it is missing"
+    except ValueError as error:
+        problem = str(error)
+    raise BadCheckpoint(f"{folder / 'config.json'}: {problem}. {OWN_CONFIG}")
 
 
 def _is_native(config: dict[str, Any]) -> bool:
@@ -252,4 +354,4 @@ def _is_native(config: dict[str, Any]) -> bool:
 def padding_id(config: dict[str, Any]) -> int:
     """The padding token of a native family's configuration."""
     given = config.get("pad_token_id")
-    return NATIVE_FAMILIES[config["model_type"]].padding_id if given is None else int(given)
+    return NATIVE_FAMILIES[config["model_type"]].padding_id if given is None else given

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from echelon.errors import UnsupportedModel
 from echelon.scheduling.packing import step_cost
-from echelon.types import ModelInfo
+from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy.typing as npt
 
-    from echelon.types import FloatArray, Padding, TokenBatch
+    from echelon.types import FloatArray, Padding
 
 
 class DeviceOutOfMemory(Exception):
@@ -63,6 +66,45 @@ UNBOUNDED_MAX_TOKENS = 8192
 """Length limit of models whose configuration names no number of positions."""
 
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Names of a model's inputs, as exporters and transformers call them."""
+
+
+def probe_step() -> TokenBatch:
+    """A step of two short pairs, which shows how many outputs a model gives for a pair."""
+    return TokenBatch(np.zeros(3, np.int32), None, np.array([0, 2, 3], np.int32))
+
+
+def outputs_a_pair(model: object, step: TokenBatch, logits: object) -> int:
+    """How many outputs a model gives for each pair of a step.
+
+    Raises:
+        UnsupportedModel: the outputs are not numbers for each pair, such as those of a model
+            without classification head.
+    """
+    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", "")
+    if not shape or len(shape) > 2 or shape[0] != len(step) or "float" not in str(dtype):  # noqa: PLR2004
+        raise UnsupportedModel(
+            f"{model}: for {len(step)} pairs it gives {dtype or type(logits).__name__} of shape "
+            f"{list(shape or ())}, not outputs for each pair. Use a cross-encoder with a "
+            "classification head."
+        )
+    return int(shape[1]) if len(shape) > 1 else 1
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error of a library, without end; the type's name where it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names for a message: the first ones in order."""
+    ordered = sorted(names)
+    shown = ", ".join(name[:80] for name in ordered[:most])
+    return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown or "none"
+
+
 def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
     """Pad on the right to the longest pair, as the reference tokenizers do.
 
@@ -75,7 +117,7 @@ def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
     types = np.zeros(real.shape, dtype=np.int64)
     if batch.type_ids is not None:
         types[real] = batch.type_ids
-    return {"input_ids": ids, "attention_mask": real.astype(np.int64), "token_type_ids": types}
+    return dict(zip(INPUTS, (ids, real.astype(np.int64), types), strict=True))
 
 
 class FakeScorer:

@@ -11,7 +11,6 @@ process's memory; pages given back stay in the file cache.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import re
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import BadCheckpoint, ModelNotFound
+from echelon.files import MAX_LIST_BYTES, OBJECT, read_object, shown
+from echelon.models.base import first_line
 from echelon.models.device import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 AGAIN = "Download the model again."
+
+_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 class Checkpoint:
@@ -40,6 +43,11 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
         return frozenset(self._files)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.stat().st_size for file in {*self._files.values()})
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """Map tensors by name and check their shapes against those that ``config.json`` implies."""
@@ -82,14 +90,27 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
 def _shards(index: Path) -> dict[str, Path]:
     try:
-        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        files = {name: index.parent / file for name, file in content["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        content = read_object(index, {"weight_map": OBJECT}, MAX_LIST_BYTES)
+        names = content["weight_map"] or {}
+        shards = {file: _shard(index.parent, file) for file in {*names.values()}}
+    except (ValueError, OSError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{index}: not a readable shard index ({error}). {AGAIN}") from error
-    for file in sorted(set(files.values())):
+    for file in sorted(shards.values()):
         if not file.is_file():
             raise BadCheckpoint(f"{index.parent}: shard {file.name} is missing. {AGAIN}")
-    return files
+    return {name: shards[file] for name, file in names.items()}
+
+
+def _shard(folder: Path, name: object) -> Path:
+    """A shard's path; ``ValueError`` for one outside of its model's folder."""
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"weight_map: {shown(name)} is not the name of a file in this folder")
+    path, target, home = folder / name, (folder / name).resolve(), folder.resolve()
+    # The hub's cache holds files by their hash, for a repository or for all, and links to them.
+    stores = home.parents[1:3] if home.parent.name == "snapshots" else ()
+    if target.parent != home and not any(target.is_relative_to(s / "blobs") for s in stores):
+        raise ValueError(f"weight_map: {shown(name)} is a link to a file outside of this folder")
+    return path
 
 
 def _names(file: Path, suffix: str) -> list[str]:
@@ -119,7 +140,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise BadCheckpoint(f"{file}: damaged or cut short ({error}). {AGAIN}") from error
+        raise BadCheckpoint(
+            f"{file}: damaged or cut short ({first_line(error)}). {AGAIN}"
+        ) from error
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
@@ -134,9 +157,8 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged pickle raises any kind of error
         if is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadCheckpoint(
-            f"{file}: not a readable weights-only checkpoint ({reason}). {AGAIN}"
+            f"{file}: not a readable weights-only checkpoint ({first_line(error)}). {AGAIN}"
         ) from error
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{file}: holds no named tensors. {AGAIN}")

@@ -15,8 +15,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from echelon.errors import BadCheckpoint, MissingDependency, UnsupportedModel
-from echelon.models.architecture import NATIVE_FAMILIES, padding_id, read_config, read_object
-from echelon.models.base import UNBOUNDED_MAX_TOKENS, DeviceOutOfMemory, pad
+from echelon.files import MAX_LIST_BYTES
+from echelon.models.architecture import (
+    NATIVE_FAMILIES,
+    TOKENIZER_CONFIG,
+    choose_label,
+    labels_of,
+    names_labels,
+    padding_id,
+    read_config,
+    read_settings,
+)
+from echelon.models.base import (
+    INPUTS,
+    UNBOUNDED_MAX_TOKENS,
+    DeviceOutOfMemory,
+    first_line,
+    listed,
+    outputs_a_pair,
+    pad,
+    probe_step,
+)
 from echelon.models.device import cpu_name, give_back
 from echelon.types import ModelInfo
 
@@ -50,24 +69,34 @@ def find_graph(folder: Path) -> Path | None:
 
 
 class OnnxScorer:
-    """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU."""
+    """A :class:`~echelon.models.base.Scorer` that runs an ONNX graph on CPU.
 
-    def __init__(self, graph: Path, config: dict[str, Any], threads: int, label: int) -> None:
+    Args:
+        graph: the file.
+        config: the folder's configuration, see :func:`graph_config`.
+        threads: of a forward pass.
+        label: the output that is the score, by name or number; None if there is one only.
+
+    Raises:
+        InvalidInput: the graph has several outputs a pair, and ``label`` names none of them.
+        ModelError: the graph is damaged, has other inputs or outputs than a classifier of pairs, or
+            is not the one that its configuration describes.
+    """
+
+    def __init__(
+        self, graph: Path, config: dict[str, Any], threads: int, label: str | int | None
+    ) -> None:
         self._session: Any = _open(graph, threads)
-        self._inputs = {node.name for node in self._session.get_inputs()}
-        if "input_ids" not in self._inputs:
-            raise UnsupportedModel(
-                f"{graph}: no input called input_ids (there are {', '.join(sorted(self._inputs))})."
-                " Export the cross-encoder as a sequence classifier."
-            )
-        self._label = label
-        self._padding_id = int(config.get("pad_token_id") or 0)
+        self._kinds = _input_kinds(graph, self._session.get_inputs())
+        self._output = _output_name(graph, [node.name for node in self._session.get_outputs()])
+        self._padding_id = config.get("pad_token_id") or 0
+        self._label = choose_label(_labels(graph, config, self._probe(graph)), label)
         self.info = ModelInfo(
             family=config["model_type"],
             device="cpu",
             device_name=cpu_name(),
             precision=graph_precision(graph),
-            max_tokens=_max_tokens(config),
+            max_tokens=_max_tokens(graph, config),
             padding="rectangular",
             weights_bytes=graph.stat().st_size,
             threads=threads,
@@ -76,13 +105,13 @@ class OnnxScorer:
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
         try:
-            (logits, *_) = self._session.run(None, self._feed(batch))
+            (logits,) = self._session.run([self._output], self._feed(batch))
         except Exception as error:  # the runtime's own errors share no class but this
             if not MEMORY_ERRORS.search(str(error)):
                 raise
             raise DeviceOutOfMemory(str(error)) from None
-        scores: FloatArray = np.asarray(logits, dtype=np.float32)[:, self._label]
-        return scores
+        scores = np.asarray(logits, dtype=np.float32).reshape(len(batch), -1)
+        return scores[:, self._label]
 
     def release(self) -> None:
         """Return freed memory to the system; the session has no cache, its arena is off."""
@@ -94,8 +123,60 @@ class OnnxScorer:
         give_back()
 
     def _feed(self, batch: TokenBatch) -> dict[str, Any]:
-        padded = pad(batch, self._padding_id).items()
-        return {name: array for name, array in padded if name in self._inputs}
+        padded = pad(batch, self._padding_id)
+        return {name: padded[name].astype(kind) for name, kind in self._kinds.items()}
+
+    def _probe(self, graph: Path) -> int:
+        """Outputs a pair, from a step of two pairs that are as short as they can be."""
+        step = probe_step()
+        try:
+            (logits,) = self._session.run([self._output], self._feed(step))
+        except Exception as error:  # the runtime's own errors share no class but this
+            raise BadCheckpoint(
+                f"{graph}: it cannot score a pair ({first_line(error)}). {EXPORT}"
+            ) from error
+        return outputs_a_pair(graph, step, logits)
+
+
+EXPORT = "Export the cross-encoder as a sequence classifier, with axes of any length."
+
+
+def _input_kinds(graph: Path, nodes: Iterable[Any]) -> dict[str, str]:
+    """Inputs by name, each with its integer type."""
+    kinds = {"tensor(int64)": "int64", "tensor(int32)": "int32"}
+    found = {node.name: f"{node.name} {node.type}" for node in nodes}
+    unknown = found.keys() - INPUTS
+    if unknown or not {"input_ids", "attention_mask"} <= found.keys():
+        raise UnsupportedModel(
+            f"{graph}: its inputs are {listed(found)}; those of a cross-encoder are "
+            f"{', '.join(INPUTS)}, of which the last may be missing. {EXPORT}"
+        )
+    if wrong := [words for name, words in found.items() if words[len(name) + 1 :] not in kinds]:
+        raise UnsupportedModel(f"{graph}: {listed(wrong)} is not of whole numbers. {EXPORT}")
+    return {node.name: kinds[node.type] for node in nodes}
+
+
+def _output_name(graph: Path, names: list[str]) -> str:
+    if "logits" in names:
+        return "logits"
+    if len(names) != 1:
+        raise UnsupportedModel(
+            f"{graph}: its outputs are {listed(names)}, and none is called logits. {EXPORT}"
+        )
+    return names[0]
+
+
+def _labels(graph: Path, config: dict[str, Any], outputs: int) -> tuple[str, ...]:
+    """Names of the outputs; numbers where the configuration does not say how many there are."""
+    if not names_labels(config):
+        return tuple(map(str, range(outputs)))
+    labels = labels_of(config)
+    if len(labels) != outputs:
+        raise BadCheckpoint(
+            f"{graph}: it gives {outputs} outputs a pair, and config.json names {len(labels)} "
+            "labels. Use the config.json that came with this graph."
+        )
+    return labels
 
 
 def graph_precision(graph: Path) -> str:
@@ -111,12 +192,21 @@ def graph_config(folder: Path) -> dict[str, Any]:
     limit = UNBOUNDED_MAX_TOKENS
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        limit = min(limit, int(read_object(settings).get("model_max_length") or limit))
-    return {"model_type": "onnx", "num_labels": 1, "max_position_embeddings": limit}
+        named = read_settings(settings, TOKENIZER_CONFIG, MAX_LIST_BYTES).get("model_max_length")
+        limit = int(min(limit, named or limit))
+    return {"model_type": "onnx", "model_max_length": limit}
 
 
-def _max_tokens(config: dict[str, Any]) -> int:
-    positions = int(config.get("max_position_embeddings") or UNBOUNDED_MAX_TOKENS)
+def _max_tokens(graph: Path, config: dict[str, Any]) -> int:
+    """Longest pair: what the configuration says, which the table of positions must hold."""
+    said, rows = config.get("max_position_embeddings"), table_rows(graph)[1]
+    if said is not None and rows is not None and said > rows:
+        raise BadCheckpoint(
+            f"{graph}: its table of positions has {rows} rows, and config.json says "
+            f"max_position_embeddings: {said}. Use the config.json that came with this graph."
+        )
+    limit = config.get("model_max_length") or UNBOUNDED_MAX_TOKENS
+    positions: int = said or min(limit, rows or limit)
     family = NATIVE_FAMILIES.get(config["model_type"])
     if family is None or not family.positions_after_padding:
         return positions
@@ -140,7 +230,7 @@ def _open(graph: Path, threads: int) -> Any:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own errors share no class but this
         raise BadCheckpoint(
-            f"{graph}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}). "
+            f"{graph}: ONNX Runtime cannot load it ({first_line(error)}). "
             "Export or download it again."
         ) from error
 
@@ -245,6 +335,41 @@ def read_graph(data: bytes) -> tuple[dict[str, Array], list[Node]]:
         raise BadCheckpoint(_DAMAGED.format(f"field {error} is missing")) from error
     except (ValueError, OverflowError) as error:
         raise BadCheckpoint(_DAMAGED.format(error)) from error
+
+
+def table_rows(graph: Path) -> tuple[int | None, int | None]:
+    """Rows of a graph's table of words and of its table of positions; None where not found.
+
+    Words are what ``input_ids`` select rows of, positions are found by their usual name. Exporters
+    may also fuse both into one operation.
+    """
+    with graph.open("rb") as file:
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        model = _message(_message(content)[_GRAPH][-1])
+        tables = dict(_rows(_message(item)) for item in model.get(_INITIALIZER, ()))
+        nodes = [_node(_message(item)) for item in model.get(_NODE, ())]
+    except (KeyError, ValueError, OverflowError):
+        return None, None  # written in another way than the usual one; the runtime reads it
+    words = [n.inputs[0] for n in nodes if n.kind == "Gather" and n.inputs[1:2] == ("input_ids",)]
+    positions = [name for name in tables if "position_embeddings" in name]
+    for node in nodes:
+        if node.kind == "EmbedLayerNormalization":
+            words, positions = [node.inputs[2]], [node.inputs[3]]
+    rows, places = (
+        next((tables[name] for name in names if tables.get(name)), None)
+        for names in (words, positions)
+    )
+    return rows, places
+
+
+def _rows(message: Message) -> tuple[str, int | None]:
+    """Name of a tensor, and its rows if it is a table."""
+    name = text(message.get(_NAME, [_EMPTY])[-1])
+    match tuple(integers(message.get(_DIMS, ()))):
+        case rows, _:
+            return name, rows
+    return name, None
 
 
 def float_weights(data: bytes) -> dict[str, FloatArray]:

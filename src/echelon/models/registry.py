@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import InvalidInput, OutOfMemory
 from echelon.models.architecture import (
     LayerPlan,
+    check_tokens,
     choose_label,
     has_weights,
     labels_of,
@@ -31,7 +32,13 @@ from echelon.models.device import (
     set_threads,
     usable_cpus,
 )
-from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
+from echelon.models.onnx import (
+    OnnxScorer,
+    find_graph,
+    graph_config,
+    graph_precision,
+    table_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     import torch
 
     from echelon.models.base import Scorer
-    from echelon.types import TokenBatch
+    from echelon.types import TokenBatch, TokenIds
 
 
 def open_scorer(
@@ -91,6 +98,14 @@ def require_model(folder: Path) -> None:
     """Raise :class:`ModelNotFound` for a folder without ``config.json`` and ONNX graph."""
     if find_graph(folder) is None:
         read_config(folder)
+
+
+def check_tokenizer(folder: Path, tokens: TokenIds) -> None:
+    """Raise :class:`BadCheckpoint` for a tokenizer that does not belong to the folder's model."""
+    graph = graph_to_use(folder)
+    config = read_config(folder) if graph is None else graph_config(folder)
+    rows = None if graph is None else table_rows(graph)[0]
+    check_tokens(config, tokens, rows or config.get("vocab_size"))
 
 
 def graph_to_use(folder: Path) -> Path | None:
@@ -175,7 +190,5 @@ def _open_graph(
         raise InvalidInput(
             "precision", f"{graph.name} computes in {own}, not {precision}", f"Use {own} or auto."
         )
-    config = graph_config(folder)
-    chosen_label = choose_label(labels_of(config), label)
     keep_freed()
-    return OnnxScorer(graph, config, threads or usable_cpus(), chosen_label)
+    return OnnxScorer(graph, graph_config(folder), threads or usable_cpus(), label)

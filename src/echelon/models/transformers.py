@@ -8,8 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from echelon.errors import BadCheckpoint, EchelonWarning, MissingDependency, UnsupportedModel
-from echelon.models.base import UNBOUNDED_MAX_TOKENS, pad
+from echelon.errors import (
+    BadCheckpoint,
+    EchelonError,
+    EchelonWarning,
+    MissingDependency,
+    UnsupportedModel,
+)
+from echelon.files import check_fields
+from echelon.models.architecture import CONFIG, OWN_CONFIG, check_ids, labels_of
+from echelon.models.base import (
+    UNBOUNDED_MAX_TOKENS,
+    first_line,
+    listed,
+    outputs_a_pair,
+    pad,
+    probe_step,
+)
+from echelon.models.checkpoint import AGAIN, Checkpoint
 from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
 from echelon.types import ModelInfo
 
@@ -17,6 +33,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.types import FloatArray, TokenBatch
+
+
+MAX_WEIGHTS_A_BYTE = 2
+"""Quantized files hold two weights in a byte, usual ones a weight in two bytes or four."""
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "pad_token_id",
+)
 
 
 class GenericScorer:
@@ -35,8 +65,10 @@ class GenericScorer:
         self._model: Any = model
         self._device = device
         self._label = label
-        self._padding_id = int(config.get("pad_token_id") or 0)
+        self._padding_id = config.get("pad_token_id") or 0
+        self._vocabulary = model.get_input_embeddings().num_embeddings
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._check_outputs(folder, len(labels_of(config)))
         self.info = ModelInfo(
             family=config["model_type"],
             device=str(device),
@@ -56,7 +88,8 @@ class GenericScorer:
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
-        return run_step(lambda: self._model(**self._inputs(batch)).logits[:, self._label])
+        check_ids(batch.ids, self._vocabulary)
+        return run_step(lambda: self._logits(batch)[:, self._label])
 
     def release(self) -> None:
         """Free cached memory of the device."""
@@ -66,6 +99,29 @@ class GenericScorer:
         """Free the weights."""
         self._model = None
         self.release()
+
+    def _logits(self, batch: TokenBatch) -> torch.Tensor:
+        logits: torch.Tensor = self._model(**self._inputs(batch)).logits
+        return logits
+
+    def _check_outputs(self, folder: Path, labels: int) -> None:
+        """Compare what the model gives for a pair with what its configuration says."""
+        step = probe_step()
+        try:
+            with torch.inference_mode():
+                logits = self._logits(step)
+        except Exception as error:  # a model of another kind raises any kind of error
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModel(
+                f"{folder}: it cannot score a pair ({first_line(error)}). Use a cross-encoder."
+            ) from error
+        outputs = outputs_a_pair(folder, step, logits)
+        if outputs != labels:
+            raise BadCheckpoint(
+                f"{folder}: the model gives {outputs} outputs a pair, and config.json names "
+                f"{labels} labels. {OWN_CONFIG}"
+            )
 
     def _inputs(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         padded = pad(batch, self._padding_id)
@@ -92,6 +148,7 @@ def _load(folder: Path, precision: str) -> Any:
             "Install it with: pip install 'echelon-rerank[torch]'"
         ) from error
     try:
+        _check_size(folder)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             dtype=getattr(torch, DTYPES[precision]),
@@ -99,20 +156,44 @@ def _load(folder: Path, precision: str) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(
-            f"{folder}: transformers cannot load it as a sequence classifier ({error}). "
-            "Use a cross-encoder that AutoModelForSequenceClassification knows; "
-            "remote code is never run."
-        ) from error
     except (OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise BadCheckpoint(f"{folder}: the weights cannot be loaded ({error}).") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise BadCheckpoint(
-            f"{folder}: the weights lack {missing}, so scores would be random. "
-            "Use a checkpoint that was trained with its classification head."
+            f"{folder}: the weights cannot be loaded ({first_line(error)}). {AGAIN}"
+        ) from error
+    except EchelonError:
+        raise
+    except Exception as error:  # what config.json says may fail anywhere in transformers
+        raise UnsupportedModel(
+            f"{folder}: transformers cannot load it as a sequence classifier "
+            f"({first_line(error)}). Use a cross-encoder that AutoModelForSequenceClassification "
+            "knows; remote code is never run."
+        ) from error
+    if info["missing_keys"]:
+        raise BadCheckpoint(
+            f"{folder}: the weights lack {listed(info['missing_keys'], 3)}, so scores would be "
+            "random. Use a checkpoint that was trained with its classification head."
         )
     return model
+
+
+def _check_size(folder: Path) -> None:
+    """Check the files of weights, and that ``config.json`` describes a model of their size.
+
+    transformers makes every weight that the files lack, so this is asked before it makes any.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # By the names that all families share, since a family may use others in the file.
+    check_fields({name: getattr(config, name, None) for name in SIZES}, CONFIG)
+    with torch.device("meta"):  # shapes alone
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    held = Checkpoint(folder).size_bytes
+    if described > MAX_WEIGHTS_A_BYTE * held:
+        raise BadCheckpoint(
+            f"{folder}: config.json describes a model of {described:,} weights, and its files hold "
+            f"{held:,} bytes. Use the config.json that came with these weights."
+        )

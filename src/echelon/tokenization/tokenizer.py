@@ -6,13 +6,14 @@ changing it while another thread uses it raises "Already borrowed".
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.files import MAX_ID, MAX_LIST_BYTES, read_object
 from echelon.tokenization.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
+from echelon.types import TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,10 @@ class PairEncoder:
         self._tokenizer = _load(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.template = _template(self._tokenizer, _truncation_side(folder))
+        settings = _settings(folder)
+        self.ids = _ids(self._tokenizer, settings)
+        side: Side = "left" if settings.get("truncation_side") == "left" else "right"
+        self.template = _template(self._tokenizer, side)
 
     def encode(
         self,
@@ -113,7 +117,9 @@ def _convert(folder: Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         backend: Tokenizer = tokenizer.backend_tokenizer
     except Exception as error:
         raise BadCheckpoint(
@@ -123,17 +129,32 @@ def _convert(folder: Path) -> Tokenizer:
     return backend
 
 
-def _truncation_side(folder: Path) -> Side:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return "right"
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return "left" if settings.get("truncation_side") == "left" else "right"
-    except (ValueError, AttributeError) as error:
+def _settings(folder: Path) -> dict[str, Any]:
+    """The tokenizer's settings; in older folders another file holds the special tokens."""
+    settings: dict[str, Any] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        try:
+            settings |= read_object(path, max_bytes=MAX_LIST_BYTES) if path.is_file() else {}
+        except (ValueError, OSError) as error:
+            raise BadCheckpoint(f"{path}: {error}. Download the model again.") from error
+    return settings
+
+
+def _ids(tokenizer: Tokenizer, settings: dict[str, Any]) -> TokenIds:
+    """Its largest id, and those of the special tokens that the settings name."""
+    if type(tokenizer.model).__name__ == "Unigram":  # ids are places in its list
+        largest = tokenizer.get_vocab_size(with_added_tokens=False) - 1
+    else:
+        largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    largest = max(largest, 0, *tokenizer.get_added_tokens_decoder())
+    if largest > MAX_ID:
         raise BadCheckpoint(
-            f"{path}: not a JSON object ({error}). Download the model again."
-        ) from error
+            f"The tokenizer has a token of id {largest}, beyond {MAX_ID}. Download the model again."
+        )
+    named = {name: settings.get(f"{name}_token") for name in ("pad", "cls", "sep")}
+    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
+    ids = {name: tokenizer.token_to_id(t) for name, t in texts.items() if isinstance(t, str)}
+    return TokenIds(largest, {name: id_ for name, id_ in ids.items() if id_ is not None})
 
 
 def _template(tokenizer: Tokenizer, side: Side) -> Template:

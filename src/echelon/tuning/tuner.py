@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import Texts, load_texts
+from echelon.engine.launch import open_encoder
 from echelon.engine.precision_check import PrecisionCheck, compare_precisions, require_passed
 from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
-from echelon.models.registry import precisions_to_compare, require_model, runs_on_cpu
+from echelon.models.registry import precisions_to_compare, runs_on_cpu
 from echelon.profile import (
     Profile,
     TunedSettings,
@@ -31,7 +32,6 @@ from echelon.profile import (
 )
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
-from echelon.tokenization.tokenizer import PairEncoder
 from echelon.tuning.calibration import (
     Calibration,
     LengthRange,
@@ -142,9 +142,9 @@ def find_model(
 ) -> tuple[PrecisionCheck, Texts]:
     """Find a model and read its tokenizer and the texts to measure with."""
     folder = resolve(model, revision=options.revision, progress=options.progress)
-    require_model(folder.path)
+    encoder = open_encoder(folder)
     texts = load_texts(data, language="en" if folder.name == "demo" else None)
-    return PrecisionCheck.of(folder, options, PairEncoder(folder.path), texts), texts
+    return PrecisionCheck.of(folder, options, encoder, texts), texts
 
 
 def probe(
