@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/models/kernels/*.cpp src/echelon/models/kernels/*.h)
 PYTHON ?= python3
+AUDIT := .venv-audit
+SBOM ?= echelon-sbom.json
 MODEL ?= demo
 TESTS ?=
 # Two processes share the files of tests; a test in a file after another finds what it opened.
@@ -12,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check docs bench clean
+.PHONY: help demo test test-portable check docs bench lock-hashes sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,15 +37,26 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/house/test_docs.py
 
-docs: $(VENV)/.installed-test ## write the tree of files into docs/ARCHITECTURE.md
+docs: $(VENV)/.installed-test ## write the tree of files and the table of limits into docs/
 	$(BIN)/python scripts/tree.py
+	$(BIN)/python scripts/limits.py
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'
 	$(BIN)/python benchmarks/peers.py $(BENCH)
 
+lock-hashes: $(VENV)/bin/python ## write requirements.hashes.lock: the pins with the hashes of their files
+	$(BIN)/python scripts/lock.py
+
+sbom: $(VENV)/.installed $(AUDIT)/.installed ## write what is installed as CycloneDX JSON (SBOM=echelon-sbom.json)
+	@$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o $(SBOM) $(VENV)
+
+audit: $(AUDIT)/.installed ## ask the index of vulnerabilities about every pin (needs the network)
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.hashes.lock || { \
+	  echo "make: a pin is vulnerable, or the index of vulnerabilities did not answer for all of them (see above)."; exit 1; }
+
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name it: make PYTHON=..."; exit 1; }
@@ -57,3 +70,10 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
 	@touch $@ $(VENV)/.installed
+
+# Apart, so that the tools are not among what they list.
+$(AUDIT)/.installed: $(VENV)/bin/python pyproject.toml requirements.hashes.lock
+	$(BIN)/python -m venv $(AUDIT)
+	$(BIN)/python scripts/lock.py --select audit > $(AUDIT)/requirements.txt
+	$(AUDIT)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r $(AUDIT)/requirements.txt
+	@touch $@
