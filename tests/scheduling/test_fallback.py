@@ -19,7 +19,9 @@ from echelon.engine.events import ServiceSettings
 from echelon.errors import InvalidInput
 from echelon.models.base import FakeScorer
 from echelon.scheduling.admission import QUIET_S, AdmissionLimits
+from echelon.server.limits import ServerLimits
 from echelon.server.protocols import PROTOCOLS, read
+from echelon.server.protocols.base import RequestTexts
 from echelon.types import Chunking, monotonic
 
 SHORT = 30
@@ -216,7 +218,8 @@ def test_an_invalid_fallback_is_refused_at_the_start(asked_for):
 def test_priorities_are_names_or_numbers(protocol):
     def priority(value):
         body = json.dumps({**protocol.example, "priority": value}).encode()
-        return read(protocol, body, {}, 0.0)[0].priority
+        texts = RequestTexts(ServerLimits(), lambda _: None)
+        return read(protocol, body, {}, 0.0, texts)[0].priority
 
     names = {None: "normal", "low": "low", "Normal": "normal", "high": "high"}
     for given, meant in (names | {0: "normal", 5: "low", -1: "high"}).items():

@@ -8,13 +8,21 @@ import logging
 import re
 
 import pytest
-from served import ASKED, JSON, run_app
+from served import ASKED, JSON, metric, run_app
 
 from echelon.errors import InvalidInput
 from echelon.server.auth import Access, Keys, read_keys
-from echelon.server.limits import ServerLimits
+from echelon.server.limits import NAMES, ServerLimits
 from echelon.server.observability import JsonFormatter, request_id
 from echelon.server.protocols import PROTOCOLS
+
+
+def refusals(server) -> dict[str, float]:
+    """What each limit of a server refused."""
+    counted = (
+        (name, metric(server, f'echelon_limit_refusals_total{{limit="{name}"}}')) for name in NAMES
+    )
+    return {name: count for name, count in counted if count}
 
 
 def test_keys(tmp_path, monkeypatch):
@@ -70,9 +78,11 @@ def test_long_bodies():
                 yield b" " * 100
 
         streamed = await client.post("/v1/rerank", content=parts(), headers=JSON)
-        for response in (announced, streamed):
+        for response, size in ((announced, "2_030 bytes"), (streamed, "1_100 bytes or more")):
             assert response.status_code == 413
-            assert response.json()["message"].startswith("body: is longer than 1000 bytes")
+            words = f"body: {size} are more than max_body_mb=0.000953674."
+            assert response.json()["message"].startswith(words)
+        assert refusals(server) == {"max_body_mb": 2}
         assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
 
     run_app(main, limits=ServerLimits(max_body_mb=1000 / 2**20))
@@ -86,7 +96,8 @@ def test_slow_bodies():
 
         response = await client.post("/v1/rerank", content=parts(), headers=JSON)
         assert response.status_code == 408
-        assert "did not come within 0.05 s" in response.json()["message"]
+        assert "did not come within body_timeout_s=0.05" in response.json()["message"]
+        assert refusals(server) == {"body_timeout_s": 1}
 
     run_app(main, limits=ServerLimits(body_timeout_s=0.05))
 

@@ -19,8 +19,14 @@ from echelon.errors import (
     Unauthorised,
     WorkerLost,
 )
+from echelon.server.limits import ServerLimits
 from echelon.server.protocols import PATHS, PROTOCOLS, SHARED, choose, read
-from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
+from echelon.server.protocols.base import (
+    ErrorResponse,
+    RequestTexts,
+    RerankResponse,
+    RerankResult,
+)
 from echelon.types import Chunking
 
 BY_NAME = {protocol.name: protocol for protocol in PROTOCOLS}
@@ -31,8 +37,9 @@ def body(**fields) -> bytes:
     return json.dumps(fields).encode()
 
 
-def parsed(protocol, text, headers=None):
-    return read(protocol, text, headers or {}, 0.0)
+def parsed(protocol, text, headers=None, now=0.0, use_memory=lambda _: None, **limits):
+    texts = RequestTexts(ServerLimits(**limits), use_memory)
+    return read(protocol, text, headers or {}, now, texts)
 
 
 def read_as(name, **fields):
@@ -158,13 +165,13 @@ def test_fields_find_their_meaning():
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
 def test_every_protocol_has_the_common_fields(protocol):
     text = body(**protocol.example, timeout_ms=50, explain=True, priority="low")
-    request, options = read(protocol, text, {"x-request-timeout-ms": "70"}, 10.0)
+    request, options = parsed(protocol, text, {"x-request-timeout-ms": "70"}, 10.0)
     assert (request.deadline, request.priority, options.explain) == (10.05, "low", True)
 
 
 def test_headers_give_what_the_body_leaves_open():
     headers = {"x-request-timeout-ms": "70", "x-request-priority": "HIGH"}
-    request, _ = read(BY_NAME["tei"], body(query="q", texts=["a"]), headers, 10.0)
+    request, _ = parsed(BY_NAME["tei"], body(query="q", texts=["a"]), headers, 10.0)
     assert (request.deadline, request.priority) == (10.07, "high")
 
 

@@ -36,7 +36,7 @@ from echelon.server.openapi import describe
 from echelon.server.protocols import PATHS
 from echelon.server.protocols.cohere import COHERE_V1
 from echelon.server.protocols.tei import TEI, TeiInfo
-from echelon.server.routes import as_json, endpoint, error_response
+from echelon.server.routes import RankRoute, as_json, error_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,7 +74,7 @@ def make_app(server: ServerContext) -> HttpMiddleware:
             await server.close()
 
     ranking = [
-        ExactRoute(path, endpoint(server, protocols), methods=["POST"], name=path)
+        ExactRoute(path, RankRoute(server, protocols), methods=["POST"], name=path)
         for path, protocols in PATHS.items()
     ]
     others = [

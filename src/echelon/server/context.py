@@ -16,6 +16,8 @@ from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.auth import Access, read_keys
+from echelon.server.body import BodyMemory, ParserThread
+from echelon.server.connection import EXCEEDED
 from echelon.server.dashboard import RollingStats
 from echelon.server.http_checks import Hosts
 from echelon.server.limits import ServerLimits
@@ -51,6 +53,8 @@ class ServerContext:
         self.revision = revision
         self.metrics = metrics
         self.limits = limits or ServerLimits()
+        self.memory = BodyMemory(self.limits)
+        self.parser = ParserThread()
         self.access = access or Access()
         self.stats = stats or RollingStats()
         self.traces = traces
@@ -69,9 +73,15 @@ class ServerContext:
         return self.running
 
     def connection_refused(self, reason: Reason) -> None:
-        """Count a connection that was closed before its first request."""
+        """Count a connection that the server ends, and the limit that it exceeded."""
         self.metrics.count("connections_refused_total", reason)
         self.stats.count("connection", reason)
+        if reason in EXCEEDED:
+            self.limit_exceeded(EXCEEDED[reason])
+
+    def limit_exceeded(self, limit: str, by: int = 1) -> None:
+        """Count what a limit of the server refused; ``limit`` is a name of ServerLimits."""
+        self.metrics.count("limit_refusals_total", limit, by=by)
 
     def rate_limited(self, key: str) -> None:
         """Count a request over the limit of a key."""
@@ -101,8 +111,10 @@ class ServerContext:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sampling
         if self.running is not None:
-            await self.running.drain(self.limits.drain_s)
+            if not await self.running.drain(self.limits.drain_s):
+                self.limit_exceeded("drain_s", self.running.snapshot().requests)
             await self.running.stop()
+        self.parser.close()
 
     async def _sample(self, service: Service) -> None:
         """Take a snapshot twice a slice, so that no slice is without one."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput, TooLarge, check_positive
+from echelon.errors import InvalidInput, Overloaded, SlowClient, TooLarge, check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+DEEPEST = 256
+"""Largest ``max_json_depth``: the decoder recurses, and Python allows 1,000 calls in all."""
 
 
 def _limit(default: float, bounds: str, reason: str) -> Any:
@@ -105,6 +109,9 @@ class ServerLimits:
 
     def __post_init__(self) -> None:
         check_positive(**{one.name: getattr(self, one.name) for one in fields(self)})
+        if self.max_json_depth > DEEPEST:
+            problem = f"{self.max_json_depth} is more than Python can read"
+            raise InvalidInput("max_json_depth", problem, f"Give {DEEPEST} or less.")
         if self.max_body_mb > self.max_bodies_mb:
             raise InvalidInput(
                 "max_body_mb",
@@ -139,14 +146,28 @@ class ServerLimits:
         Args:
             limit: name of the limit.
             where: the part, such as ``documents``.
-            value: what it has, with its unit, such as ``10,001 documents``.
+            value: what it has, with its unit, such as ``10_001 documents``.
         """
-        most = getattr(self, limit)
-        problem = f"{value} are more than {limit}={most:,g}".replace(",", "_")
         remedy = f"Send less at a time, or start the server with a larger {flag_of(limit)}."
-        error = TooLarge(where, problem, remedy)
+        error = TooLarge(where, f"{value} are more than {self._shown(limit)}", remedy)
         error.limit = limit
         return error
+
+    def full(self, limit: str, what: str, retry_after_s: float) -> Overloaded:
+        """The error for a request that finds used up what all requests share, such as memory."""
+        error = Overloaded(f"The {what} ({self._shown(limit)}) is used up", retry_after_s)
+        error.limit = limit
+        return error
+
+    def too_slow(self, limit: str, what: str) -> SlowClient:
+        """The error for a part of a request, such as ``The body``, that did not come in time."""
+        error = SlowClient(f"{what} did not come within {self._shown(limit)}. Send it faster.")
+        error.limit = limit
+        return error
+
+    def _shown(self, limit: str) -> str:
+        value = getattr(self, limit)
+        return f"{limit}={value:_}" if isinstance(value, int) else f"{limit}={value:g}"
 
 
 def flag_of(limit: str) -> str:

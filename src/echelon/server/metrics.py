@@ -13,6 +13,7 @@ from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
 from echelon.server.connection import Reason
+from echelon.server.limits import NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence, Sized
@@ -34,6 +35,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "key_documents_total": ("Documents of answered requests, by name of the API key.", ("key",)),
     "rate_limited_total": ("Requests over the rate limit of a key, by its name.", ("key",)),
     "connections_refused_total": ("Connections closed before their first request.", ("reason",)),
+    "limit_refusals_total": ("Requests and connections beyond a limit.", ("limit",)),
     "requests_total": ("Admitted requests, by outcome.", ("outcome",)),
     "refused_total": ("Refused requests, by reason.", ("reason",)),
     "documents_total": ("Documents of answered requests (goodput).", ()),
@@ -94,6 +96,7 @@ VALUES: dict[str, Iterable[str]] = {
     "requests_total": get_args(events.Outcome),
     "refused_total": (*RULES, "shutting_down"),
     "connections_refused_total": get_args(Reason),
+    "limit_refusals_total": NAMES,
     "ladder_steps_total": [rung.__name__.removeprefix("_") for rung in RUNGS],
     "worker_changes_total": get_args(events.WorkerState),
     "token_budget_moves_total": get_args(MoveReason),

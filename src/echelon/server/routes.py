@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from starlette.background import BackgroundTask
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from echelon.errors import (
@@ -27,23 +26,27 @@ from echelon.errors import (
     RateLimited,
     ScoringFailed,
     ShuttingDown,
-    SlowClient,
-    TooLarge,
 )
+from echelon.server.body import SMALL_BYTES
 from echelon.server.http_checks import check_json
 from echelon.server.observability import SpanRecord, request_id
 from echelon.server.protocols import choose, read
-from echelon.server.protocols.base import ErrorResponse, RerankResponse, RerankResult
+from echelon.server.protocols.base import (
+    ErrorResponse,
+    RequestTexts,
+    RerankResponse,
+    RerankResult,
+)
 from echelon.server.protocols.tei import TEI
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
-    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
     from echelon.server.auth import ApiClient
+    from echelon.server.body import MemoryShare
     from echelon.server.context import ServerContext
-    from echelon.server.limits import ServerLimits
     from echelon.server.protocols.base import ApiProtocol, Body, ResponseOptions
     from echelon.types import Answer, RerankRequest
 
@@ -55,34 +58,44 @@ CLIENT_GONE = 499
 """Status in metrics and logs of a request whose client went away; it is never sent."""
 
 
+MAX_MESSAGE = 2000
+"""Characters of an error's message."""
+
+
 @dataclass(slots=True)
 class RequestContext:
     """One HTTP request while it is handled."""
 
     server: ServerContext
     http: Request
+    memory: MemoryShare
     protocol: ApiProtocol  # the body's; until the body is read, the last of its path
     client: ApiClient | None = None  # owner of its key; None until that is known
-    request: RerankRequest | None = None  # None until the body is read
+    documents: int | None = None  # None until the body is read
+    deadline: float | None = None
     answer: Answer | None = None
     answered_s: float = 0.0  # seconds from its begin to the answer
     log_fields: dict[str, Any] = field(default_factory=dict)
 
 
-def endpoint(
-    server: ServerContext, candidates: tuple[ApiProtocol, ...]
-) -> Callable[[Request], Awaitable[Response]]:
-    """The route of one path."""
+@dataclass(frozen=True)
+class RankRoute:
+    """The route of one path, an ASGI application; each body is of one of the protocols."""
 
-    async def rank(http: Request) -> Response:
+    server: ServerContext
+    candidates: tuple[ApiProtocol, ...]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; see ASGI."""
         began = time.perf_counter()
-        context = RequestContext(server, http, candidates[-1])
-        response = await _respond(context, candidates)
-        seconds = time.perf_counter() - began
-        response.background = BackgroundTask(_record, context, response.status_code, seconds)
-        return response
-
-    return rank
+        # The memory is freed when the response was sent, or the client has gone.
+        with self.server.memory.share() as memory:
+            http = Request(scope, receive)
+            context = RequestContext(self.server, http, memory, self.candidates[-1])
+            response = await _respond(context, self.candidates)
+            seconds = time.perf_counter() - began
+            await response(scope, receive, send)
+        await _record(context, response.status_code, seconds)
 
 
 async def _respond(context: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
@@ -93,6 +106,8 @@ async def _respond(context: RequestContext, candidates: tuple[ApiProtocol, ...])
     except EchelonError as error:
         if isinstance(error, RateLimited) and context.client is not None:
             context.server.rate_limited(context.client.name)
+        if error.limit is not None:
+            context.server.limit_exceeded(error.limit)
         return error_response(error, context.protocol)
     except Exception as error:
         logger.exception("A request met an unexpected error. This is a bug.")
@@ -101,19 +116,17 @@ async def _respond(context: RequestContext, candidates: tuple[ApiProtocol, ...])
 
 
 async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) -> Response:
-    server, http = context.server, context.http
+    server = context.server
     clock = server.service.clock
     began = clock()
     _authenticate(context, began)
-    check_json(http.headers)
-    body = await read_body(http, server.limits)
-    protocol = context.protocol = choose(candidates, body)
-    request, options = read(protocol, body, http.headers, began)
-    context.request = request
+    check_json(context.http.headers)
+    request, options = await _read(context, candidates, began)
+    context.documents, context.deadline = len(request.pairs), request.deadline
     answer = context.answer = await _within_limit(context, request)
     context.answered_s = clock() - began
     explained = _explanation(answer)
-    context.log_fields["documents"] = len(request.pairs)
+    context.log_fields["documents"] = context.documents
     for name in ("tokens", "queue_ms", "tokenise_ms", "compute_ms"):
         context.log_fields[name] = explained[name]
     if answer.fallback is not None:
@@ -127,13 +140,31 @@ async def _answer(context: RequestContext, candidates: tuple[ApiProtocol, ...]) 
         with_documents=options.documents is not None,
         warnings=_warnings_of(answer),
     )
-    content = protocol.write(response)
+    content = context.protocol.write(response)
     if options.explain and isinstance(content, dict):
         content["echelon"] = explained
     headers = headers_of(answer)
-    if protocol is TEI:
+    if context.protocol is TEI:
         headers |= _tei_headers(answer, request)
-    return as_json(content, 200, headers)
+    encoded = as_json(content, 200, headers)
+    size, held = len(encoded.body), context.memory.bytes
+    # It takes the place of the texts. A short one is never refused, its work is done.
+    context.memory.resize(size if size > SMALL_BYTES else min(size, held))
+    return encoded
+
+
+async def _read(
+    context: RequestContext, candidates: tuple[ApiProtocol, ...], began: float
+) -> tuple[RerankRequest, ResponseOptions]:
+    server, http, memory = context.server, context.http, context.memory
+    body = await memory.read(http, server.limits)
+
+    def parse() -> tuple[RerankRequest, ResponseOptions]:
+        context.protocol = choose(candidates, body)
+        texts = RequestTexts(server.limits, memory.resize)
+        return read(context.protocol, body, http.headers, began, texts)
+
+    return await server.parser.run(body, server.limits, parse)
 
 
 def _authenticate(context: RequestContext, now: float) -> None:
@@ -147,7 +178,7 @@ def _authenticate(context: RequestContext, now: float) -> None:
 
 
 async def _within_limit(context: RequestContext, request: RerankRequest) -> Answer:
-    """Submit a request within its key's limit; one that the service refuses does not count."""
+    """Submit a request within its key's limit; one that is refused unread does not count."""
     bucket = context.client.bucket if context.client else None
     if bucket is None:
         return await _until_disconnect(context, request)
@@ -155,8 +186,9 @@ async def _within_limit(context: RequestContext, request: RerankRequest) -> Answ
     bucket.take(documents, context.server.service.clock())
     try:
         return await _until_disconnect(context, request)
-    except (InvalidInput, Overloaded, ShuttingDown):
-        bucket.give_back(documents)
+    except (InvalidInput, Overloaded, ShuttingDown) as error:
+        if not error.tokenised:
+            bucket.give_back(documents)
         raise
 
 
@@ -203,6 +235,8 @@ def error_response(error: EchelonError, protocol: ApiProtocol) -> Response:
         return "query" if place[2] == ".query" else f"{protocol.noun}[{place[1]}]"
 
     message = _PLACE.sub(renamed, str(error))
+    if len(message) > MAX_MESSAGE:  # it quotes what the client sent
+        message = f"{message[:MAX_MESSAGE]}…"
     status, body = protocol.write_error(ErrorResponse(error, message, request_id.get()))
     headers = {}
     if isinstance(error, Overloaded):
@@ -317,13 +351,13 @@ def _warnings_of(answer: Answer) -> tuple[str, ...]:
 async def _record(context: RequestContext, status: int, seconds: float) -> None:
     """Write metrics, traces and the log, after the response is sent."""
     await asyncio.sleep(0)  # the response leaves at the end of the loop's turn
-    server, request, path = context.server, context.request, context.http.scope["path"]
+    server, path = context.server, context.http.scope["path"]
     server.metrics.answered(context.protocol.name, status, seconds)
     server.stats.answered(status, seconds, context.log_fields.get("documents", 0))
     if context.answer is not None and context.client is not None:
         documents = len(context.answer.logits)
         server.metrics.count("key_documents_total", context.client.name, by=documents)
-    if request is not None and request.deadline is not None:
+    if context.deadline is not None:
         met = "met" if status == 200 else "missed"  # noqa: PLR2004 - HTTP's own
         server.metrics.count("deadline_requests_total", met)
     if server.traces is not None:
@@ -334,7 +368,7 @@ async def _record(context: RequestContext, status: int, seconds: float) -> None:
             protocol=context.protocol.name,
             status=status,
             seconds=seconds,
-            documents=None if request is None else len(request.pairs),
+            documents=context.documents,
             answer=context.answer,
             answered_s=context.answered_s,
             key=context.log_fields.get("key"),
@@ -348,34 +382,3 @@ async def _record(context: RequestContext, status: int, seconds: float) -> None:
         **context.log_fields,
     }
     logger.info("%s %s", path, status, extra={"fields": fields})
-
-
-async def read_body(request: Request, limits: ServerLimits) -> bytes:
-    """The whole body.
-
-    Raises:
-        TooLarge: it is longer than allowed; what comes after that is not read.
-        SlowClient: it did not come in time.
-        ClientDisconnect: the client went away.
-    """
-    too_large = TooLarge(
-        "body",
-        f"is longer than {limits.max_body_bytes} bytes",
-        "Send fewer documents at a time, or start the server with a larger --max-body-mb.",
-    )
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limits.max_body_bytes:
-        raise too_large
-    chunks, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > limits.max_body_bytes:
-                    raise too_large
-                chunks.append(part)
-    except TimeoutError:
-        raise SlowClient(
-            f"The body did not come within {limits.body_timeout_s:g} s. Send it faster."
-        ) from None
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

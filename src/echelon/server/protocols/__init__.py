@@ -25,7 +25,7 @@ from echelon.server.protocols.voyage import VOYAGE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from echelon.server.protocols.base import ApiProtocol, ResponseOptions
+    from echelon.server.protocols.base import ApiProtocol, RequestTexts, ResponseOptions
     from echelon.types import RerankRequest
 
 PROTOCOLS = (COHERE_V1, COHERE_V2, JINA, TEI, VLLM_RERANK, VLLM_SCORE, INFINITY, VOYAGE, NIM)
@@ -52,7 +52,7 @@ _FIELDS = msgspec.json.Decoder(Fields)
 _DECODERS = {protocol.name: msgspec.json.Decoder(protocol.body) for protocol in PROTOCOLS}
 
 
-def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
+def choose(candidates: tuple[ApiProtocol, ...], body: bytes | bytearray) -> ApiProtocol:
     """Find the protocol of a body; raises Malformed where it is no JSON object."""
     if len(candidates) == 1:
         return candidates[0]
@@ -64,7 +64,11 @@ def choose(candidates: tuple[ApiProtocol, ...], body: bytes) -> ApiProtocol:
 
 
 def read(
-    protocol: ApiProtocol, body: bytes, headers: Mapping[str, str], now: float
+    protocol: ApiProtocol,
+    body: bytes | bytearray,
+    headers: Mapping[str, str],
+    now: float,
+    texts: RequestTexts,
 ) -> tuple[RerankRequest, ResponseOptions]:
     """Read a request; its time limit and priority may be in the body or in headers.
 
@@ -73,10 +77,12 @@ def read(
         body: JSON.
         headers: by their names in lower case.
         now: time from which the time limit counts.
+        texts: makes and counts its texts.
 
     Raises:
         Malformed: the body is no JSON object.
         InvalidInput: a field is missing or wrong.
+        TooLarge, Overloaded: its texts exceed a limit.
     """
     try:
         fields: Any = _DECODERS[protocol.name].decode(body)
@@ -84,7 +90,8 @@ def read(
         raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _malformed(error) from None
-    request, options = protocol.read(fields)
+    texts.decoded(fields)
+    request, options = protocol.read(fields, texts)
     timeout_s = _timeout_of(fields.timeout_ms, headers)
     priority = priority_of(fields.priority)
     if priority is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import msgspec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.errors import EchelonError
+    from echelon.server.limits import ServerLimits
     from echelon.types import Pair, Priority, RerankRequest, Side
 
 Fields = dict[str, msgspec.Raw]
@@ -156,7 +158,7 @@ class ApiProtocol:
     title: str  # its name in documentation
     paths: tuple[str, ...]  # where its clients send requests
     body: type[CommonFields]
-    read: Callable[[Any], tuple[RerankRequest, ResponseOptions]]
+    read: Callable[[Any, RequestTexts], tuple[RerankRequest, ResponseOptions]]
     write: Callable[[RerankResponse], Body]
     write_error: Callable[[ErrorResponse], tuple[int, Body]]
     response: Any  # the type of what ``write`` returns
@@ -177,32 +179,126 @@ def holds(*names: str) -> Callable[[Fields], bool]:
     return lambda fields: any(name in fields for name in names)
 
 
-def pairs_of(query: str, texts: Sequence[str], noun: str = "documents") -> list[Pair]:
-    """Pair one query with each document."""
-    if not texts:
-        raise InvalidInput(noun, "is empty", "Send at least one text.")
-    return [(query, text) for text in texts]
+PAIR_BYTES = 64
+"""Memory of a pair besides its texts: a tuple, and its place in a list."""
 
 
-def text_of(document: str | dict[str, Any], index: int, fields: Sequence[str] = ()) -> str:
-    """Return a document's text: itself, its ``text``, or the named fields, each on a line."""
-    if isinstance(document, str):
-        return document
-    if fields:
-        lines = [f"{name}: {document[name]}" for name in fields if name in document]
-        if lines:
-            return "\n".join(lines)
-        raise InvalidInput(
-            f"documents[{index}]",
-            f"has none of the rank_fields {', '.join(fields)}",
-            "Name fields that it has.",
-        )
-    text = document.get("text")
-    if not isinstance(text, str):
-        raise InvalidInput(
-            f"documents[{index}]", "has no 'text' that is a string", "Send a string or {text: …}."
-        )
-    return text
+class RequestTexts:
+    """Makes the pairs of one request of its texts, which it counts before it makes more of them.
+
+    Args:
+        limits: of documents, characters and ``rank_fields``.
+        use_memory: told the bytes that all texts take, whenever they become more; raises where
+            there is no room for them.
+    """
+
+    def __init__(self, limits: ServerLimits, use_memory: Callable[[int], None]) -> None:
+        self._limits = limits
+        self._use_memory = use_memory
+        self._characters = 0
+        self._bytes = 0
+
+    def decoded(self, body: object) -> None:
+        """Count the memory of a decoded body."""
+        self._use(memory_of(body))
+
+    def pairs(
+        self,
+        query: str,
+        documents: Sequence[str | dict[str, Any]],
+        noun: str = "documents",
+        fields: Sequence[str] = (),
+    ) -> list[Pair]:
+        """Pair one query with each document; see :meth:`of`.
+
+        Raises:
+            InvalidInput: there is no document.
+        """
+        self._count("query", len(query))
+        if not documents:
+            raise InvalidInput(noun, "is empty", "Send at least one text.")
+        return [(query, text) for text in self.of(documents, noun, fields)]
+
+    def of(
+        self,
+        documents: Sequence[str | dict[str, Any]],
+        noun: str = "documents",
+        fields: Sequence[str] = (),
+    ) -> list[str]:
+        """The texts of documents: each itself, its ``text``, or its named fields, one a line.
+
+        Raises:
+            TooLarge: there are too many documents, characters or fields.
+            InvalidInput: a document has none of the fields, or a field is named twice.
+        """
+        count = len(documents)
+        if count > self._limits.max_documents:
+            raise self._limits.exceeded("max_documents", noun, f"{count:_} {noun}")
+        if fields:
+            self._check_fields(fields)
+        self._use(count * PAIR_BYTES)
+        self._count(noun, sum(len(one) for one in documents if isinstance(one, str)))
+        return [
+            one if isinstance(one, str) else self._text_of(one, noun, index, fields)
+            for index, one in enumerate(documents)
+        ]
+
+    def _text_of(
+        self, document: dict[str, Any], noun: str, index: int, fields: Sequence[str]
+    ) -> str:
+        if not fields:
+            text = document.get("text")
+            if isinstance(text, str):
+                self._count(noun, len(text))
+                return text
+            problem, remedy = "has no 'text' that is a string", "Send a string or {text: …}."
+            raise InvalidInput(f"{noun}[{index}]", problem, remedy)
+        lines = []
+        for name in fields:
+            if name in document:
+                value = str(document[name])
+                self._count(noun, len(name) + len(value) + 3)  # with ": " and the end of the line
+                self._use(getsizeof(value))
+                lines.append(f"{name}: {value}")
+        if not lines:
+            problem = f"has none of the rank_fields {', '.join(fields)}"
+            raise InvalidInput(f"{noun}[{index}]", problem, "Name fields that it has.")
+        return "\n".join(lines)
+
+    def _check_fields(self, fields: Sequence[str]) -> None:
+        if len(fields) > self._limits.max_rank_fields:
+            raise self._limits.exceeded("max_rank_fields", "rank_fields", f"{len(fields):_} names")
+        seen = set()
+        for name in fields:
+            if name in seen:
+                raise InvalidInput("rank_fields", f"{name!r} is twice in it", "Name a field once.")
+            seen.add(name)
+
+    def _count(self, noun: str, characters: int) -> None:
+        self._characters += characters
+        if self._characters > self._limits.max_characters:
+            value = f"{self._characters:_} characters or more"
+            raise self._limits.exceeded("max_characters", noun, value)
+
+    def _use(self, size: int) -> None:
+        self._bytes += size
+        self._use_memory(self._bytes)
+
+
+def memory_of(value: object) -> int:
+    """Bytes of memory that a decoded value and all in it take."""
+    total, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        total += getsizeof(one)
+        if isinstance(one, dict):
+            rest += one
+            rest += one.values()
+        elif isinstance(one, list):
+            rest += one
+        elif isinstance(one, msgspec.Struct):
+            rest += (getattr(one, name) for name in one.__struct_fields__)
+    return total
 
 
 def side_of(word: str | None, field: str) -> Side | None:

@@ -36,22 +36,21 @@ class CohereV2(api.CommonFields, kw_only=True):
     max_tokens_per_doc: int | None = None
 
 
-def _read_v1(body: CohereV1) -> tuple[RerankRequest, api.ResponseOptions]:
-    fields = body.rank_fields or ()
-    texts = [api.text_of(document, i, fields) for i, document in enumerate(body.documents)]
-    objects = [{"text": d} if isinstance(d, str) else d for d in body.documents]
+def _read_v1(body: CohereV1, texts: api.RequestTexts) -> tuple[RerankRequest, api.ResponseOptions]:
+    pairs = texts.pairs(body.query, body.documents, fields=body.rank_fields or ())
     tokens, chunks = body.max_tokens_per_doc, body.max_chunks_per_doc
     chunking = None if tokens is None and chunks is None else Chunking(tokens, chunks)
-    request = RerankRequest(api.pairs_of(body.query, texts), chunking=chunking)
-    documents = objects if body.return_documents else None
+    request = RerankRequest(pairs, chunking=chunking)
+    documents = None
+    if body.return_documents:
+        documents = [{"text": d} if isinstance(d, str) else d for d in body.documents]
     return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
-def _read_v2(body: CohereV2) -> tuple[RerankRequest, api.ResponseOptions]:
-    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
+def _read_v2(body: CohereV2, texts: api.RequestTexts) -> tuple[RerankRequest, api.ResponseOptions]:
     tokens = body.max_tokens_per_doc
     chunking = None if tokens is None else Chunking(tokens)
-    request = RerankRequest(api.pairs_of(body.query, texts), chunking=chunking)
+    request = RerankRequest(texts.pairs(body.query, body.documents), chunking=chunking)
     return request, api.ResponseOptions(top_n=api.limit_of(body.top_n))
 
 

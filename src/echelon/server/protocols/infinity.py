@@ -18,9 +18,11 @@ class InfinityRequest(api.CommonFields, kw_only=True):
     return_documents: bool | None = None
 
 
-def _read(body: InfinityRequest) -> tuple[RerankRequest, api.ResponseOptions]:
+def _read(
+    body: InfinityRequest, texts: api.RequestTexts
+) -> tuple[RerankRequest, api.ResponseOptions]:
     documents = body.documents if body.return_documents else None
-    request = RerankRequest(api.pairs_of(body.query, body.documents))
+    request = RerankRequest(texts.pairs(body.query, body.documents))
     return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
@@ -54,7 +56,7 @@ class InfinityErrorInfo(TypedDict):
 
     message: str
     type: str
-    param: None
+    param: str | None
     code: int
 
 

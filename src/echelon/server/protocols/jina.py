@@ -22,11 +22,10 @@ def _claims(fields: api.Fields) -> bool:
     return bytes(fields.get("model", b"")).startswith(b'"jina')
 
 
-def _read(body: JinaRequest) -> tuple[RerankRequest, api.ResponseOptions]:
-    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
-    documents = None if body.return_documents is False else [{"text": text} for text in texts]
-    request = RerankRequest(api.pairs_of(body.query, texts))
-    return request, api.ResponseOptions(documents, api.limit_of(body.top_n))
+def _read(body: JinaRequest, texts: api.RequestTexts) -> tuple[RerankRequest, api.ResponseOptions]:
+    pairs = texts.pairs(body.query, body.documents)
+    documents = None if body.return_documents is False else [{"text": text} for _, text in pairs]
+    return RerankRequest(pairs), api.ResponseOptions(documents, api.limit_of(body.top_n))
 
 
 class JinaResponse(api.Explained):

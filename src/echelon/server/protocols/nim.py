@@ -27,11 +27,11 @@ class NimRequest(api.CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: NimRequest) -> tuple[RerankRequest, api.ResponseOptions]:
+def _read(body: NimRequest, texts: api.RequestTexts) -> tuple[RerankRequest, api.ResponseOptions]:
     truncate = body.truncate or "NONE"
     if truncate not in {"NONE", "END"}:
         raise InvalidInput("truncate", f"{truncate!r} is unknown", "Use NONE or END.")
-    pairs = api.pairs_of(body.query.text, [passage.text for passage in body.passages], "passages")
+    pairs = texts.pairs(body.query.text, [passage.text for passage in body.passages], "passages")
     request = RerankRequest(pairs, refuse_truncation=truncate == "NONE")
     return request, api.ResponseOptions(top_n=api.limit_of(body.top_n), raw_scores=True)
 

@@ -22,9 +22,9 @@ class TeiRequest(api.CommonFields, kw_only=True):
     top_n: int | None = None
 
 
-def _read(body: TeiRequest) -> tuple[RerankRequest, api.ResponseOptions]:
+def _read(body: TeiRequest, texts: api.RequestTexts) -> tuple[RerankRequest, api.ResponseOptions]:
     request = RerankRequest(
-        api.pairs_of(body.query, body.texts, "texts"),
+        texts.pairs(body.query, body.texts, "texts"),
         refuse_truncation=body.truncate is False,
         side=api.side_of(body.truncation_direction, "truncation_direction"),
     )

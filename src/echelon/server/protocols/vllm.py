@@ -54,24 +54,28 @@ class VllmScore(Common, kw_only=True):
     items: Texts | None = None
 
 
-def _read_rerank(body: VllmRerank) -> tuple[RerankRequest, api.ResponseOptions]:
-    texts = [api.text_of(document, i) for i, document in enumerate(body.documents)]
+def _read_rerank(
+    body: VllmRerank, texts: api.RequestTexts
+) -> tuple[RerankRequest, api.ResponseOptions]:
+    pairs = texts.pairs(body.query, body.documents)
     check_positive(max_tokens_per_query=body.max_tokens_per_query)
     tokens = body.max_tokens_per_doc
     request = RerankRequest(
-        api.pairs_of(body.query, texts),
+        pairs,
         max_length=_max_length(body),
         max_query_tokens=body.max_tokens_per_query,
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
         side=api.side_of(body.truncation_side, "truncation_side"),
     )
-    top_n = api.limit_of(body.top_n)
-    return request, api.ResponseOptions(texts, top_n, raw_scores=_raw_scores(body))
+    documents, top_n = [text for _, text in pairs], api.limit_of(body.top_n)
+    return request, api.ResponseOptions(documents, top_n, raw_scores=_raw_scores(body))
 
 
-def _read_score(body: VllmScore) -> tuple[RerankRequest, api.ResponseOptions]:
-    name, first = _one_of(body, ("text_1", "queries", "data_1"))
-    noun, second = _one_of(body, ("text_2", "documents", "data_2", "items"))
+def _read_score(
+    body: VllmScore, texts: api.RequestTexts
+) -> tuple[RerankRequest, api.ResponseOptions]:
+    name, first = _one_of(body, texts, ("text_1", "queries", "data_1"))
+    noun, second = _one_of(body, texts, ("text_2", "documents", "data_2", "items"))
     request = RerankRequest(
         _joined(name, first, noun, second),
         max_length=_max_length(body),
@@ -81,26 +85,27 @@ def _read_score(body: VllmScore) -> tuple[RerankRequest, api.ResponseOptions]:
 
 
 def _joined(name: str, first: list[str], noun: str, second: list[str]) -> list[Pair]:
+    for field, texts in ((name, first), (noun, second)):
+        if not texts:
+            raise InvalidInput(field, "is empty", "Send at least one text.")
     if len(first) == 1:
-        return api.pairs_of(first[0], second, noun)
+        first = first * len(second)
     if len(first) != len(second):
         raise InvalidInput(
             name,
             f"has {len(first)} texts and {noun} has {len(second)}",
             "Send one text, or as many as there are on the other side.",
         )
-    if not first:
-        raise InvalidInput(name, "is empty", "Send at least one text.")
     return list(zip(first, second, strict=True))
 
 
-def _one_of(body: VllmScore, names: tuple[str, ...]) -> tuple[str, list[str]]:
+def _one_of(
+    body: VllmScore, texts: api.RequestTexts, names: tuple[str, ...]
+) -> tuple[str, list[str]]:
     for name in names:
         value = getattr(body, name)
-        if isinstance(value, str):
-            return name, [value]
         if value is not None:
-            return name, [api.text_of(text, i) for i, text in enumerate(value)]
+            return name, texts.of([value] if isinstance(value, str) else value, name)
     raise InvalidInput(names[0], "is missing", f"Send one of {', '.join(names)}.")
 
 

@@ -17,8 +17,10 @@ class VoyageRequest(api.CommonFields, kw_only=True):
     truncation: bool | None = None
 
 
-def _read(body: VoyageRequest) -> tuple[RerankRequest, api.ResponseOptions]:
-    pairs = api.pairs_of(body.query, body.documents)
+def _read(
+    body: VoyageRequest, texts: api.RequestTexts
+) -> tuple[RerankRequest, api.ResponseOptions]:
+    pairs = texts.pairs(body.query, body.documents)
     documents = body.documents if body.return_documents else None
     request = RerankRequest(pairs, refuse_truncation=body.truncation is False)
     return request, api.ResponseOptions(documents, api.limit_of(body.top_k, "top_k"))
