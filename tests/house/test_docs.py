@@ -35,9 +35,10 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_tree_in_the_architecture_is_that_of_the_package():
+@pytest.mark.parametrize("script", ["tree.py", "limits.py"])
+def test_what_pages_take_from_the_code_is_what_the_code_says(script):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/tree.py"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
         capture_output=True,
         text=True,
         check=False,
@@ -122,7 +123,7 @@ def test_no_file_names_a_package_registry():
     hosts = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|deb\.debian\.org")
     named = [
         path
-        for pattern in ("*.md", "*.toml", "*.lock", "Makefile", "src/**/*.py", "docs/**/*.md")
+        for pattern in ("*.md", "*.toml", "*.lock", "Makefile", "s*/**/*.py", "docs/**/*.md")
         for path in ROOT.glob(pattern)
         if hosts.search(text(path))
     ]
