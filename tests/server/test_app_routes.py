@@ -131,7 +131,7 @@ def test_the_openapi_description_is_complete_and_needs_no_other_server():
     async def main(client, server):
         page = (await client.get("/docs")).text
         sources = re.findall(r'(?:src|href)="([^"]+)"', page)
-        assert len(sources) == 3
+        assert len(sources) == 4
         for source in sources:
             assert source.startswith("/")
             assert (await client.get(source)).status_code == 200
@@ -159,6 +159,7 @@ def test_the_path_prefix_of_a_proxy_is_escaped_in_the_docs():
             "/docs/assets/swagger-ui.css",
             "/docs/assets/swagger-ui-bundle.js",
             "/pages/docs.js",
+            "/pages/icon.svg",
             "/openapi.json",
         }
 

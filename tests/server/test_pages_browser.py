@@ -264,3 +264,27 @@ def test_a_page_behind_a_proxy_that_puts_a_path_before(browser):
         assert f"{site.url}/v2/rerank" in page.locator("#snippet").inner_text()
         page.get_by_role("link", name="Dashboard").click()
         page.locator("#about", has_text="running since").wait_for()
+
+
+def test_the_description_renders_and_can_be_tried_under_its_policy(browser, site):
+    with visit(browser, f"{site.url}/docs") as page:
+        page.locator(".opblock").first.wait_for()
+        described = httpx.get(f"{site.url}/openapi.json").json()["paths"]
+        assert page.locator(".opblock").count() == len(described)
+        row = page.locator("#operations-default-v2_rerank")
+        row.locator(".opblock-summary-control").click()
+        row.get_by_role("button", name="Try it out").click()
+        row.get_by_role("button", name="Execute").click()
+        row.locator(".live-responses-table .response-col_status", has_text="200").wait_for()
+
+
+def test_no_page_can_be_framed_by_another_site(browser, site):
+    context = browser.new_context()
+    page = context.new_page()
+    frames = []
+    for path in ("/", "/dashboard", "/docs", "/health", "/nothing"):
+        page.set_content(f"<iframe src='http://localhost:{site.port}{path}'></iframe>")
+        page.wait_for_load_state("networkidle")
+        frames += [frame.url for frame in page.frames[1:]]
+    context.close()
+    assert frames == ["chrome-error://chromewebdata/"] * 5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from served import ASKED, metric, run_app
 
-from echelon.errors import InvalidInput, RateLimited
+from echelon.errors import InvalidInput, RateLimited, Unauthorised
 from echelon.server.auth import Access, Keys, RateLimit, TokenBucket, limit_of, read_keys
 from echelon.server.protocols import PROTOCOLS
 from echelon.server.routes import retry_after
@@ -151,6 +152,17 @@ def test_names_and_limits(tmp_path, monkeypatch):
         ("secret rate=none burst=5", "a burst without a rate"),
         ("secret name=a rate=1/s\nother name=a", "name a have different limits"),
         ("secret name=a\nother name=a rate=1/s", "name a have different limits"),
+        ("name=secret", "line 1: has no key"),
+        ("# ours\n\nrate=5/s secret", "line 3: has no key"),
+        ("first\nsecret,other", "line 2: the key has characters that are not allowed"),
+        ('"secret"', "line 1: the key has characters that are not allowed"),
+        ("sécret", "line 1: the key has characters that are not allowed"),
+        ("secret\x00", "line 1: the key has characters that are not allowed"),
+        ("secret\x7f", "line 1: the key has characters that are not allowed"),
+        ("a\u2028secret", "line 1: the words after the key are not understood"),
+        ("a\nsecret\nb\nsecret", "line-2 and line-4 are the same key"),
+        ("secret name=a\nsecret name=b", "a and b are the same key"),
+        ("# nothing but secrets", "the file holds no key"),
     ],
 )
 def test_lines_that_are_wrong_are_named_without_the_key(tmp_path, line, words):
@@ -158,6 +170,82 @@ def test_lines_that_are_wrong_are_named_without_the_key(tmp_path, line, words):
         keys_of(tmp_path, line)
     assert words in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_comment_begins_after_a_space_and_never_within_a_key(tmp_path):
+    keys = keys_of(tmp_path, "beta#key-222 name=a\t# ours", "# é", "c# #d", "#e", "f  #", "g#")
+    assert [of(keys, key).name for key in ("beta#key-222", "c#", "f", "g#")] == [
+        "a",
+        "line-3",
+        "line-5",
+        "line-6",
+    ]
+    for part in ("beta", "#e", "c", "g"):
+        with pytest.raises(Unauthorised):
+            of(keys, part)
+
+
+def test_files_of_other_systems(tmp_path):
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbfaaa name=a\r\nbbb\r\n")  # a byte-order mark, and CR LF
+    keys = read_keys(file)
+    assert (of(keys, "aaa").name, of(keys, "bbb").name) == ("a", "line-2")
+    for content, line in ((b"aaa\nb\xe9b", 2), ("aaa\n".encode("utf-16"), 1)):
+        file.write_bytes(content)
+        with pytest.raises(InvalidInput, match=f"--api-keys: line {line}: is no text in UTF-8"):
+            read_keys(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (",", "holds no key"),
+        ("a, name=secret", "key 2: has no key"),
+        ("sécret", "key 1: the key has"),
+        ("a,secret\nb", "key 2: the key has"),
+        ("\udcffsecret", "key 1: the key has"),
+        ("secret,a,secret", "env-1 and env-3 are the same key"),
+    ],
+)
+def test_keys_of_the_environment_are_checked_alike(monkeypatch, value, words):
+    monkeypatch.setenv("ECHELON_API_KEYS", value)
+    with pytest.raises(InvalidInput) as caught:
+        read_keys(None)
+    assert words in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["sk-secret-123", "sk-secret" * 99, "sk-secret\0", "-----BEGIN"])
+def test_a_key_in_place_of_the_file_is_not_shown(secret):
+    with pytest.raises(InvalidInput, match=r"--api-keys: cannot be read \(") as caught:
+        read_keys(secret)
+    assert secret[:9] not in str(caught.value)
+    assert "ECHELON_API_KEYS" in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no file modes here")
+def test_key_files_that_others_may_read_are_warned_about(tmp_path, caplog, monkeypatch):
+    def warned(mode, owner=None):
+        caplog.clear()
+        monkeypatch.setattr(os, "geteuid", lambda: owner)
+        file.chmod(mode)
+        read_keys(file)
+        assert "aaa" not in caplog.text
+        return [(r.levelname, r.getMessage().partition(" the API")[0][-8:]) for r in caplog.records]
+
+    file = tmp_path / "keys"
+    file.write_text("aaa\n", "utf-8")
+    owner = file.stat().st_uid
+    for mode in (0o600, 0o400, 0o700):
+        assert warned(mode, owner) == []
+    for mode in (0o640, 0o604, 0o444):
+        assert warned(mode, owner) == [("WARNING", "may read")]
+    for mode in (0o620, 0o602, 0o666):
+        assert warned(mode, owner) == [("ERROR", "d change")]
+    if owner == 0:  # mounted for a server that is not root
+        assert warned(0o440, 10001) == []
+        assert warned(0o444, 10001) == [("WARNING", "may read")]
+        assert warned(0o660, 10001) == [("ERROR", "d change")]
 
 
 def test_a_key_is_never_shown(tmp_path):

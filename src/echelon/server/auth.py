@@ -8,9 +8,11 @@ time is an argument.
 from __future__ import annotations
 
 import hmac
+import logging
 import math
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +22,9 @@ from echelon.errors import InvalidInput, RateLimited, Unauthorised
 from echelon.server.http_checks import Hosts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+logger = logging.getLogger(__name__)
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -109,7 +113,12 @@ ANONYMOUS = "anybody"
 UNLIMITED = "none"
 """The rate of a key without the limit of ``--rate-limit``."""
 
+ATTRIBUTES = ("name", "rate", "burst")
+"""What may follow a key on its line."""
+
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_KEY = re.compile(r"[!#-&(-+\--~]+")  # visible ASCII without comma and quotes
+_COMMENT = re.compile(r"(?:^|\s)#.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,10 @@ class Keys:
                 problem = f"keys with the name {key.name} have different limits"
                 remedy = "Keys of one name share a limit: write the same, or another name."
                 raise InvalidInput("--api-keys", problem, remedy)
-            self._clients.setdefault(_digest(key.text), client)
+            same = self._clients.setdefault(_digest(key.text), client)
+            if same is not client:
+                problem = f"{same.name} and {client.name} are the same key"
+                raise InvalidInput("--api-keys", problem, "Write each key once.")
         self._anonymous = _client(ANONYMOUS, common)
 
     def __len__(self) -> int:
@@ -187,36 +199,80 @@ class Access:
 
 
 def read_keys(path: str | os.PathLike[str] | None, rate: str | None = None) -> Keys:
-    """Read keys from the environment and from a file, one a line (``#`` begins a comment).
+    """Read keys from the environment and from a file, one a line.
 
-    A line is ``KEY``, then in any order ``name=web-shop``, ``rate=50/s``, ``burst=200``. A key
-    without a name is named after its place: ``line-3`` of the file, ``env-1`` of the environment.
-    ``rate`` is the limit of keys that have none of their own. No error shows a key.
+    A line is ``KEY``, then in any order ``name=web-shop``, ``rate=50/s``, ``burst=200``. A comment
+    begins with ``#`` at the start of a line or after a space. A key without a name is named after
+    its place: ``line-3`` of the file, ``env-1`` of the environment. ``rate`` is the limit of keys
+    that have none of their own.
+
+    Raises:
+        InvalidInput: anything is unclear. The error names the line, and shows neither keys nor the
+            name of the file, which may be a key that was given in its place.
     """
     common = None if rate is None else limit_of("--rate-limit", rate)
-    texts = [key.strip() for key in os.environ.get(VARIABLE, "").split(",") if key.strip()]
-    keys = [ApiKey(text, f"env-{number}", common) for number, text in enumerate(texts, 1)]
-    if path is None:
-        return Keys(keys, common)
+    keys = list(_keys_of_environment(common))
+    if path is not None:
+        found = [
+            _key(words, f"line {number}", f"line-{number}", common)
+            for number, line in enumerate(_lines(path), 1)
+            if (words := _COMMENT.sub("", line).split())
+        ]
+        if not found:
+            raise InvalidInput("--api-keys", "the file holds no key", "Write one key a line.")
+        keys += found
+    return Keys(keys, common)
+
+
+def _keys_of_environment(common: RateLimit | None) -> Iterator[ApiKey]:
+    value = os.environ.get(VARIABLE, "").strip()
+    texts = [text for part in value.split(",") if (text := part.strip())]
+    if value and not texts:
+        raise InvalidInput(VARIABLE, "holds no key", "Separate keys by commas, or leave it empty.")
+    for number, text in enumerate(texts, 1):
+        yield ApiKey(_checked(text, VARIABLE, f"key {number}"), f"env-{number}", common)
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a key file, without the byte-order mark that some editors write."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput("--api-keys", f"cannot be read ({error})", "Give a text file.") from None
-    found = [
-        _key(words, f"{path}, line {number}", f"line-{number}", common)
-        for number, line in enumerate(lines, 1)
-        if (words := line.partition("#")[0].split())
-    ]
-    if not found:
-        raise InvalidInput("--api-keys", f"{path} holds no key", "Write one key a line.")
-    return Keys([*keys, *found], common)
+        with Path(path).open("rb") as file:
+            _warn_of_others(file.fileno(), path)
+            content = file.read()
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        problem = f"line {number}: is no text in UTF-8"
+        raise InvalidInput("--api-keys", problem, "Save the file as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or "no file can have this name"
+        remedy = f"Give the name of a text file; keys themselves go into {VARIABLE}."
+        raise InvalidInput("--api-keys", f"cannot be read ({words})", remedy) from None
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _warn_of_others(descriptor: int, path: str | os.PathLike[str]) -> None:
+    """Warn if other users of this machine may read or change a key file.
+
+    The server's group may read a file of root's: so are Secrets mounted in Kubernetes.
+    """
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or not hasattr(os, "geteuid"):
+        return
+    mode, mounted = stat.S_IMODE(status.st_mode), status.st_uid == 0 != os.geteuid()
+    may = "Other users of this machine may %s the API keys in %s (mode %o). Run chmod 600 on it."
+    if mode & 0o022:
+        logger.error(may, "read and change", path, mode)
+    elif mode & (0o004 if mounted else 0o044):
+        logger.warning(may, "read", path, mode)
 
 
 def _key(words: list[str], where: str, name: str, common: RateLimit | None) -> ApiKey:
+    text = _checked(words[0], "--api-keys", where)
     given: dict[str, str] = {}
     for word in words[1:]:
         field, _, value = word.partition("=")
-        if field not in {"name", "rate", "burst"} or not value or field in given:
+        if field not in ATTRIBUTES or not value or field in given:
             problem = f"{where}: the words after the key are not understood"
             remedy = "Write KEY name=NAME rate=50/s burst=200, each at most once."
             raise InvalidInput("--api-keys", problem, remedy)
@@ -227,10 +283,21 @@ def _key(words: list[str], where: str, name: str, common: RateLimit | None) -> A
         raise InvalidInput("--api-keys", problem, "Use letters, digits, dots and dashes.")
     field, rate, burst = f"--api-keys: {where}", given.get("rate"), given.get("burst")
     if rate not in {None, UNLIMITED}:
-        return ApiKey(words[0], name, limit_of(field, rate, burst))
+        return ApiKey(text, name, limit_of(field, rate, burst))
     if burst is not None:
         raise InvalidInput(field, "a burst without a rate limits nothing", "Write rate=50/s too.")
-    return ApiKey(words[0], name, common if rate is None else None)
+    return ApiKey(text, name, common if rate is None else None)
+
+
+def _checked(text: str, field: str, where: str) -> str:
+    """A key, if a client can send it and nobody can take it for something else."""
+    if text.partition("=")[0] in ATTRIBUTES:
+        raise InvalidInput(field, f"{where}: has no key", "Write the key first: KEY name=NAME.")
+    if not _KEY.fullmatch(text):
+        problem = f"{where}: the key has characters that are not allowed"
+        remedy = "Use visible ASCII characters without commas and quotes: headers carry no others."
+        raise InvalidInput(field, problem, remedy)
+    return text
 
 
 def _client(name: str, limit: RateLimit | None) -> ApiClient:
