@@ -62,15 +62,15 @@ def test_https_is_served_to_clients_that_trust_the_authority(authority, files, n
 
 def refusal(certificate, key=None) -> str:
     with pytest.raises(InvalidInput) as caught:
-        Address("127.0.0.1", 0, certificate, key).check_certificate()
+        Address("127.0.0.1", 0, certificate, key).tls_context()
     return str(caught.value)
 
 
 def test_files_that_do_not_belong_together(files, tmp_path):
     cert, key = files["cert"], files["key"]
-    Address("127.0.0.1", 0, cert, key).check_certificate()
-    Address("127.0.0.1", 0, files["both"]).check_certificate()
-    Address("127.0.0.1", 0).check_certificate()
+    Address("127.0.0.1", 0, cert, key).tls_context()
+    Address("127.0.0.1", 0, files["both"]).tls_context()
+    Address("127.0.0.1", 0).tls_context()
     other = files["other"]
     assert refusal(cert, other).startswith(f"--tls-key: {other} is not the key of {cert}.")
     assert refusal(None, key).startswith("--tls-key: has no certificate.")

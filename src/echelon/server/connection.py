@@ -1,38 +1,97 @@
-"""An HTTP connection that is closed when its headers are late or too long.
+"""An HTTP connection: what a client may send and must read, in which time; wrong input gets JSON.
 
-uvicorn waits without limit for the first byte of a connection, and for the rest of headers that
-have begun. A few thousand clients that send a byte a second could hold all connections of a server.
+uvicorn waits without limit for the first byte of a connection, for the rest of headers that have
+begun, and for a client that does not read. It keeps trailers of any size, loses the body of a
+request that asks for another protocol, and does not answer a client that has ended its sending.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from echelon.server.sending import SendProgress, in_parts
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
     from collections.abc import Callable
 
     from echelon.server.limits import ServerLimits
 
 logger = logging.getLogger(__name__)
 
-Reason = Literal["too_many", "slow_headers", "large_headers"]
+Reason = Literal[
+    "too_many",
+    "slow_handshake",
+    "bad_handshake",
+    "slow_headers",
+    "large_headers",
+    "trailers",
+    "pipelined",
+    "malformed",
+    "slow_reader",
+]
+"""Why the server ends a connection."""
+
+EXCEEDED: dict[Reason, str] = {
+    "too_many": "max_connections",
+    "slow_handshake": "handshake_timeout_s",
+    "slow_headers": "header_timeout_s",
+    "large_headers": "max_header_kb",
+    "slow_reader": "send_timeout_s",
+}
+"""The limit that was exceeded, for the reasons that have one."""
 
 STATUSES: dict[Reason, HTTPStatus] = {
     "too_many": HTTPStatus.SERVICE_UNAVAILABLE,
     "slow_headers": HTTPStatus.REQUEST_TIMEOUT,
     "large_headers": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    "trailers": HTTPStatus.BAD_REQUEST,
+    "pipelined": HTTPStatus.BAD_REQUEST,
+    "malformed": HTTPStatus.BAD_REQUEST,
 }
-"""Reasons to refuse a connection, and the status of the response."""
+"""Status of the response, for the reasons that have one."""
 
 LINGER_S = 2.0
 """Seconds after its response until the connection of a client that still sends is closed, unless
 the client closes first. Closed at once, the client's system would drop the unread response."""
+
+PIPELINED = 32
+"""Requests of a connection that may wait for the response to an earlier one. Clients that send
+requests ahead are rare, and a packet can hold thousands of requests."""
+
+TURNED_AWAY = 64
+"""Connections beyond the maximum that get a response at the same time. Others are only closed, so
+that they cannot take all file descriptors."""
+
+TLS_CLOSE_S = 3600.0
+"""Seconds for the end of a TLS connection, its last bytes included. Without effect: that a client
+reads is checked here, also after the end."""
+
+PROBES_S = (0.05, 0.15, 1.0)
+"""Seconds after the client's end of sending at which it is written to, see :meth:`eof_received`."""
+
+TOO_MANY = "This server has reached its maximum of connections. Try later."
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the connections of a server share."""
+
+    limits: ServerLimits
+    on_refused: Callable[[Reason], None]
+    tls: ssl.SSLContext | None = None
+    turned_away: set[Connection] = field(default_factory=set)
 
 
 class Connection(HttpToolsProtocol):
@@ -40,32 +99,59 @@ class Connection(HttpToolsProtocol):
 
     The time for headers counts from the start of the connection, and for later requests from their
     first byte; further bytes do not extend it.
+
+    Attributes:
+        opening: the task that does the handshake.
+        cut_off: whether it was ended before its response was written.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        limits: ServerLimits,
-        on_refused: Callable[[Reason], None],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._limits = limits
-        self._on_refused = on_refused
+    def __init__(self, shared: Shared, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self.app = partial(in_parts, self.app)
+        self.opening: asyncio.Task[None] | None = None
+        self.cut_off = False
+        self._shared = shared
+        self._limits = shared.limits
         self._ended = False
+        self._refusal = b""  # the response to what cannot be read, until it is written
         self._in_headers = True
-        self._header_bytes = 0
+        self._unread_bytes = 0  # received since headers or a part of a body were complete
         self._header_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
+        self._sending: SendProgress  # since the connection is open
+
+    # Called by the listener.
+
+    def enter(self) -> bool:
+        """Count the new connection; False if it is one too many that must be closed at once."""
+        if len(self.connections) < self._limits.max_connections:
+            self.connections.add(self)
+            return True
+        if self._shared.tls is None and len(self._shared.turned_away) < TURNED_AWAY:
+            self._shared.turned_away.add(self)
+            return True
+        self.count("too_many", TOO_MANY)
+        return False
+
+    def leave(self) -> None:
+        """Stop to count the connection."""
+        self.connections.discard(self)
+        self._shared.turned_away.discard(self)
+
+    def count(self, reason: Reason, words: str) -> None:
+        """Count and log that the server ends the connection."""
+        self._shared.on_refused(reason)
+        logger.info("Connection refused: %s", words, extra={"fields": {"reason": reason}})
 
     # Called by the transport and the application.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """Accept the connection, or refuse it where there are too many."""
+        """Wait for headers, unless there are too many connections."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.max_connections:
-            words = "This server has reached its maximum of connections. Try later."
-            self._refuse("too_many", words)
+        self._sending = SendProgress(transport, self._limits.send_timeout_s, self._stuck)
+        if self in self._shared.turned_away:
+            self.connections.discard(self)
+            self._refuse("too_many", TOO_MANY)
         else:
             self._start_header_timer()
 
@@ -73,18 +159,35 @@ class Connection(HttpToolsProtocol):
         """Read a part of one or more requests."""
         if self._ended:
             return
+        self._unset_keepalive_if_required()
+        self._unread_bytes += len(data)
         if self._in_headers:
-            self._header_bytes += len(data)
             self._start_header_timer()
-        super().data_received(data)
-        if self._in_headers and self._header_bytes > self._limits.max_header_bytes:
+        self._parse(data)
+        if self._unread_bytes > self._limits.max_header_bytes:
             self._refuse_large()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio's
+        """Close, or answer a whole request first: whether the connection stays open to write.
+
+        A client that has gone and one that only ended its sending look alike. One that has gone
+        replies to anything with a reset, which the second write finds; to the others, the interim
+        response says nothing (decision 14).
+        """
+        if self._shared.tls or not self._answering or self.cycle.more_body:
+            return False  # TLS cannot be closed by halves here
+        self.cycle.keep_alive = False
+        for delay_s in PROBES_S:
+            self.loop.call_later(delay_s, self._probe)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers: the client has gone."""
-        self._stop_header_timer()
-        if self._body_timer is not None:
-            self._body_timer.cancel()
+        self.leave()
+        self._sending.stop()
+        for timer in (self._header_timer, self._body_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
@@ -93,8 +196,39 @@ class Connection(HttpToolsProtocol):
         Without them, a client that wants to reuse the connection would be cut off.
         """
         super().on_response_complete()
-        if self.cycle.response_complete and self.cycle.more_body:
+        if self._refusal and not self.pipeline:
+            self._respond()
+        elif self.cycle.response_complete and self.cycle.more_body:
             self._body_timer = self.loop.call_later(LINGER_S, self._end)
+
+    def resume_writing(self) -> None:
+        """Go on with a response: the client has read."""
+        self._sending.progressed()
+        super().resume_writing()
+
+    # Called by the server when it ends.
+
+    @property
+    def owes(self) -> bool:
+        """Whether the response to a whole request is not yet sent."""
+        due = self._answering and not self.cycle.more_body
+        return self.transport is not None and (due or self._sending.waiting_bytes > 0)
+
+    def shutdown(self) -> None:
+        """End after the response that is due, or now."""
+        if self.opening is not None:
+            self.opening.cancel()
+        elif self._ended and not self._refusal:
+            self.transport.close()
+        else:
+            super().shutdown()
+            if self._shared.tls and self.transport.is_closing() and not self.owes:
+                self.transport.abort()
+
+    def abort(self) -> None:
+        """Disconnect at once."""
+        self.cut_off = self.cut_off or self.owes
+        self.transport.abort()
 
     # Called by the parser.
 
@@ -103,25 +237,41 @@ class Connection(HttpToolsProtocol):
         self._start_header_timer()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; behind a body they are trailers, which no client of ours needs."""
+        if self._in_headers:
+            super().on_header(name, value)
+        else:
+            self._refuse("trailers", "The body has trailers. Send it without.")
+
     def on_headers_complete(self) -> None:
         """Pass the request on, unless its headers are too long."""
+        if self.parser.should_upgrade():
+            return
         self._stop_header_timer()
         self._in_headers = False
+        self._unread_bytes = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._limits.max_header_bytes:
             self._refuse_large()
+        elif len(self.pipeline) >= PIPELINED:
+            words = f"More than {PIPELINED} requests were sent ahead. Wait for responses."
+            self._refuse("pipelined", words)
         elif not self._ended:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Pass a part of the body on."""
+        self._unread_bytes = 0
         if not self._ended:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Expect the headers of the next request."""
+        if self.parser.should_upgrade():
+            return
         self._in_headers = True
-        self._header_bytes = 0
+        self._unread_bytes = 0
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
@@ -132,6 +282,35 @@ class Connection(HttpToolsProtocol):
         if not self._ended:
             super().on_message_complete()
 
+    def _parse(self, data: bytes) -> None:
+        while data and not self._ended:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError as error:
+                self._refuse("malformed", f"This is no valid HTTP/1.1 ({error}).")
+            else:
+                return
+
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The request as it would be without ``Upgrade``, which we ignore, and what follows it.
+
+        The parser takes all that follows the headers for the other protocol. Some clients ask for
+        HTTP/2 in this way and send their request as HTTP/1.1 (Java's, ``curl --http2``).
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse("malformed", "CONNECT is for proxies, and this server is none.")
+            return b""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
+        lines += [b"%s: %s" % line for line in self.headers if line[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", rest])
+
+    # Timers and refusals.
+
     def _start_header_timer(self) -> None:
         if self._header_timer is None:
             self._header_timer = self.loop.call_later(self._limits.header_timeout_s, self._too_slow)
@@ -141,38 +320,62 @@ class Connection(HttpToolsProtocol):
             self._header_timer.cancel()
             self._header_timer = None
 
+    def _stuck(self) -> None:
+        if self._sending.waiting_bytes:
+            seconds = self._limits.send_timeout_s
+            self.count("slow_reader", f"The client has read nothing for {seconds:g} s.")
+        self.abort()
+
     def _too_slow(self) -> None:
-        self._header_timer = None
-        if self._answering:
-            self._start_header_timer()  # these are headers of a next request: answer this one first
-            return
         seconds = self._limits.header_timeout_s
-        self._refuse("slow_headers", f"The headers did not arrive within {seconds:g} s.")
+        self._refuse(
+            "slow_headers", f"The headers did not arrive within {seconds:g} s (header_timeout_s)."
+        )
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    def _probe(self) -> None:
+        """Write what a client ignores that waits for its response."""
+        due = self._answering and not self.cycle.response_started and not self.pipeline
+        if due and not self.transport.is_closing() and self.scope["http_version"] == "1.1":
+            self.transport.write(CONTINUE)
+
     def _refuse_large(self) -> None:
         limit = self._limits.max_header_bytes
-        self._refuse("large_headers", f"The headers are longer than {limit} bytes.")
+        self._refuse("large_headers", f"The headers are longer than {limit} bytes (max_header_kb).")
 
     def _refuse(self, reason: Reason, words: str) -> None:
-        """Respond without the application, and end the connection."""
-        self._on_refused(reason)
-        logger.info("Connection refused: %s", words, extra={"fields": {"reason": reason}})
-        if self._answering:
-            self.transport.close()  # a second response must not mix into the first
-        else:
-            self.transport.write(_response(STATUSES[reason], words))
-        self._end()
+        """Read no more; respond without the application, behind the responses that are due."""
+        if self._ended:
+            return
+        self._ended = True
+        self._stop_header_timer()
+        self.count(reason, words)
+        self._refusal = _response(STATUSES[reason], words)
+        in_body = self._answering and self.cycle.more_body
+        if in_body and self.pipeline:
+            self.pipeline.popleft()  # this request, which has not begun
+        elif in_body and not self.cycle.response_started:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()  # tells the application
+            self._respond()
+        elif not self._answering:
+            self._respond()
+
+    def _respond(self) -> None:
+        refusal, self._refusal = self._refusal, b""
+        if not self.transport.is_closing():
+            self.transport.write(refusal)
+            self._end()
 
     def _end(self) -> None:
         """Ignore further data; close when the client closes, at the latest after two seconds."""
         self._ended = True
         self._stop_header_timer()
         self._unset_keepalive_if_required()
-        self.connections.discard(self)
+        self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)

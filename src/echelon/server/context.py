@@ -60,7 +60,7 @@ class ServerContext:
         self.traces = traces
         self.created = int(time.time())
         self.failure: Exception | None = None
-        self.cut_short = False
+        self.late = 0  # requests without a response when the time to drain was over
         self._launch = launch
         self.running: Service | None = None
         self._sampling: asyncio.Task[None] | None = None
@@ -101,7 +101,8 @@ class ServerContext:
     async def end_now(self) -> None:
         """Stop the service: requests that are still in it get an error."""
         if self.running is not None:
-            self.cut_short = self.running.snapshot().requests > 0
+            self.late = self.running.snapshot().requests
+            self.limit_exceeded("drain_s", self.late)
             await self.running.stop()
 
     async def close(self) -> None:

@@ -18,7 +18,8 @@ import uvicorn
 
 from echelon.errors import InvalidInput
 from echelon.server.app import make_app
-from echelon.server.connection import Connection
+from echelon.server.connection import TURNED_AWAY, Connection, Shared
+from echelon.server.listener import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +32,9 @@ KEEP_ALIVE_S = 75
 """Longer than the idle timeout of usual load balancers (60 s), so that they never send a request
 into a connection that is being closed."""
 
-OTHER_FILES = 64
+OTHER_FILES = 64 + TURNED_AWAY
 """Open files besides connections, with a reserve: pipes and sockets of workers, standard streams,
-files of the log and the event loop."""
+files of the log and the event loop, and connections that are told that there are too many."""
 
 GRACE_S = 5
 """Seconds after the drain for workers to end and responses to be written."""
@@ -64,12 +65,12 @@ class Address:
             raise InvalidInput("--port", problem, "Choose another.") from None
         return bound
 
-    def check_certificate(self) -> None:
-        """Check the certificate and its key before the model is loaded."""
+    def tls_context(self) -> ssl.SSLContext | None:
+        """The certificate and its key, read and checked; None without."""
         if self.certificate is None:
             if self.key is not None:
                 raise InvalidInput("--tls-key", "has no certificate", "Give --tls-cert too.")
-            return
+            return None
         for flag, path in (("--tls-cert", self.certificate), ("--tls-key", self.key)):
             if path is not None:
                 try:
@@ -83,6 +84,7 @@ class Address:
             context.load_cert_chain(self.certificate, self.key, password="")
         except ssl.SSLError as error:
             raise self._unusable(error) from None
+        return context
 
     def _unusable(self, error: ssl.SSLError) -> InvalidInput:
         """Name the wrong file, as far as OpenSSL reports it."""
@@ -103,32 +105,55 @@ class HttpServer(uvicorn.Server):
     and cuts the connections of requests that are late.
     """
 
-    def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:
+    def __init__(
+        self, config: uvicorn.Config, context: ServerContext, tls: ssl.SSLContext | None = None
+    ) -> None:
         super().__init__(config)
+        self.unread = 0  # responses that were not sent since their clients did not read
         self._context = context
+        self._shared = Shared(context.limits, context.connection_refused, tls)
+        self._listeners: list[Listener] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the model, then listen."""
-        await super().startup(sockets)
+        await super().startup([])  # it would not count connections whose handshake goes on
         self._context.metrics.watch_connections(self.server_state.connections)
-        if self.started and sockets:
+        make = partial(
+            Connection,
+            self._shared,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        self._listeners = [Listener(bound, self._shared, make) for bound in sockets or ()]
+        if sockets:
             host, port = sockets[0].getsockname()[:2]
-            scheme = "https" if self.config.is_ssl else "http"
+            scheme = "https" if self._shared.tls else "http"
             url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
             logger.info("Serving at %s (open it to try); the API is described at %s/docs", url, url,
                         extra={"fields": {"url": url}})  # fmt: skip
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer admitted requests; those left after the time to drain get 503."""
-        ending = asyncio.create_task(self._end_after_drain())
+        """Answer admitted requests; those left after the time to drain get 503.
+
+        Clients that have not read their response then have a few more seconds.
+        """
+        for listener in self._listeners:
+            listener.close()
+        connections = [c for c in self.server_state.connections if isinstance(c, Connection)]
+        ending = asyncio.create_task(self._end_after_drain(connections))
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            self.unread = sum(connection.cut_off for connection in connections)
 
-    async def _end_after_drain(self) -> None:
+    async def _end_after_drain(self, connections: list[Connection]) -> None:
         await asyncio.sleep(self._context.limits.drain_s)
-        await self._context.end_now()
+        await asyncio.gather(self._context.end_now(), asyncio.sleep(GRACE_S))
+        for connection in connections:
+            if connection in self.server_state.connections:
+                connection.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,27 +176,24 @@ def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
         InvalidInput: the address or the certificate cannot be used.
         EchelonError: the service could not start.
     """
-    address.check_certificate()
+    tls = address.tls_context()
     bound = address.bind()
     if exposed:
         logger.warning("%s", _warning(context, address))
     raise_file_limit(context.limits.max_connections)
     config = uvicorn.Config(
         make_app(context),
-        http=partial(  # type: ignore[arg-type]  # uvicorn only calls it
-            Connection, limits=context.limits, on_refused=context.connection_refused
-        ),
+        ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(context.limits.drain_s) + GRACE_S,
-        ssl_certfile=address.certificate,
-        ssl_keyfile=address.key,
+        timeout_graceful_shutdown=math.ceil(context.limits.drain_s) + 2 * GRACE_S,
     )
+    server = HttpServer(config, context, tls)
     try:
-        HttpServer(config, context).run(sockets=[bound])
+        server.run(sockets=[bound])
     except SystemExit:  # uvicorn's way to report a failed start
         if context.failure is None:
             raise
@@ -181,10 +203,21 @@ def run(context: ServerContext, address: Address, *, exposed: bool) -> None:
             context.traces.close()
     if context.failure is not None:
         raise context.failure
-    if context.cut_short:
-        logger.warning("Ended; --drain-s was over before all requests had a response.")
-    else:
+    _log_end(context.late, server.unread)
+
+
+def _log_end(late: int, unread: int) -> None:
+    """Log whether all accepted requests were answered."""
+    if not late and not unread:
         logger.info("Ended; all requests were answered.")
+        return
+    logger.warning(
+        "Ended; %d requests got 503 because --drain-s was over, and %d responses were not sent "
+        "because their clients did not read them.",
+        late,
+        unread,
+        extra={"fields": {"late": late, "unread": unread}},
+    )
 
 
 def raise_file_limit(connections: int) -> None:
