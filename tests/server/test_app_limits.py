@@ -13,7 +13,7 @@ from served import ASKED, JSON, metric, run_app
 from echelon.errors import InvalidInput
 from echelon.server.auth import Access, Keys, read_keys
 from echelon.server.limits import NAMES, ServerLimits
-from echelon.server.observability import JsonFormatter, request_id
+from echelon.server.observability import JsonFormatter, TextFormatter, request_id
 from echelon.server.protocols import PROTOCOLS
 
 
@@ -154,3 +154,27 @@ def test_log_lines_are_json():
     request_id.reset(token)
     assert broken["request_id"] == "abc"
     assert "ValueError: invalid literal" in broken["error"]
+
+
+def test_control_characters_cannot_forge_log_lines():
+    odd = "/v1/rerank\n\r\x1b[2J\x85\u2028\u202e\ud800é"
+    forged = r"/v1/rerank\u000a\u000d\u001b[2J\u0085\u2028\u202e\ud800é"
+    with pytest.raises(ValueError, match="rerank") as caught:
+        raise ValueError(odd)
+    info = (caught.type, caught.value, caught.tb)
+    record = {"msg": "%s", "args": (odd,), "levelname": "INFO", "fields": {"path": odd}}
+    plain = TextFormatter("%(levelname)s: %(message)s")
+    assert plain.format(logging.makeLogRecord(record)) == f"INFO: {forged}"
+    first, *traceback = plain.format(logging.makeLogRecord({**record, "exc_info": info})).split(
+        "\n"
+    )
+    assert first == f"INFO: {forged}"
+    assert traceback[-2:] == [
+        "    ValueError: /v1/rerank",
+        r"    \u000d" + forged.partition("0d")[2],
+    ]
+    assert all(line.startswith("    ") for line in traceback)
+    line = JsonFormatter().format(logging.makeLogRecord({**record, "exc_info": info}))
+    assert line.isprintable()
+    assert json.loads(line)["path"] == json.loads(line)["message"] == odd
+    line.encode()

@@ -171,7 +171,9 @@ def _too_many_documents(case: _Case) -> EchelonError | None:
     if documents <= limit:
         return None
     problem = f"{documents} are more than the {limit} of one request"
-    return TooLarge("documents", problem, "Send them in several requests.")
+    error = TooLarge("documents", problem, "Send them in several requests.")
+    error.limit = "max_documents"
+    return error
 
 
 def _too_many_tokens(case: _Case) -> EchelonError | None:

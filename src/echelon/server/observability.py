@@ -46,6 +46,28 @@ def id_of(headers: Mapping[str, str]) -> str:
     return given if _VALID_ID.fullmatch(given) else uuid4().hex
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that end a line, change how a terminal shows it, or cannot be written in UTF-8."""
+
+
+def escaped(text: str) -> str:
+    """The text with control characters in their form for JSON: clients cannot forge log lines."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class TextFormatter(logging.Formatter):
+    """A record as one line of text; the lines of a traceback are indented below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class' name
+        """Write the line."""
+        return escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the base class' name
+        """Write the lines of a traceback."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"    {escaped(line)}" for line in lines)
+
+
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON.
 
@@ -67,7 +89,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         line |= getattr(record, "fields", {})
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return escaped(json.dumps(line, ensure_ascii=False, default=str))
 
 
 def set_up(style: str, level: str) -> None:
@@ -76,7 +98,7 @@ def set_up(style: str, level: str) -> None:
     ``style`` is ``json`` or ``text``; ``level`` is the lowest level that is written.
     """
     handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    plain = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else plain)
     for name in ("echelon", "uvicorn", "opentelemetry"):
         logger = logging.getLogger(name)
