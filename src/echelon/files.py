@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 MIB = 2**20
@@ -75,12 +75,17 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def check_fields(content: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+def check_fields(
+    content: Mapping[str, Any], fields: Mapping[str, Field], required: Iterable[str] = ()
+) -> None:
     """Raise ``ValueError`` with name and value of the first field that holds something else."""
     for name, field in fields.items():
         value = content.get(name)
         if value is not None and not field.holds(value):
             raise ValueError(f"{name}: {shown(value)} is not {field.words}")
+    for name in required:
+        if content.get(name) is None:
+            raise ValueError(f"{name}: it is missing")
 
 
 def read_object(

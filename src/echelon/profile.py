@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echelon import files
 from echelon.errors import EchelonWarning, ProfileError, StorageError
 from echelon.messages import restored, stored
 
@@ -24,6 +25,35 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of the file's layout."""
+
+MAX_PROFILE_BYTES = 64 * files.MIB
+
+_COUNT = files.whole(1, files.MAX_ID)
+_OBJECTS = files.list_of(dict, "objects")
+_PROFILE = {
+    "key": files.OBJECT,
+    "settings": files.OBJECT,
+    "created": files.TEXT,
+    **dict.fromkeys(("machine", "data", "cost", "memory", "scenario"), files.OBJECT),
+    **dict.fromkeys(("precisions", "threads", "points", "best", "situations"), _OBJECTS),
+    "warnings": files.list_of(str, "texts"),
+    "learned_token_budget": _COUNT,
+}
+_KEY = {
+    **dict.fromkeys(("model", "revision", "device", "device_name", "precision"), files.TEXT),
+    "versions": files.OBJECT,
+}
+_SETTINGS = {
+    "precision": files.TEXT,
+    **dict.fromkeys(("token_budget", "batch_size", "threads", "max_length"), _COUNT),
+}
+_PRECISION = {
+    "precision": files.TEXT,
+    "passed": files.SWITCH,
+    "keep_bf16": files.list_of(str, "texts"),
+}
+"""What the fields of a profile, its key, its settings and its precisions may hold. The other
+fields are checked where they are used."""
 
 TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
@@ -102,11 +132,16 @@ class Profile:
                 f"{TUNE_AGAIN}"
             )
         try:
+            files.check_fields(content, _PROFILE, ("key", "settings"))
+            files.check_fields(content["key"], _KEY, _KEY)
+            files.check_fields(content["settings"], _SETTINGS, ("precision", "token_budget"))
+            for row in content.get("precisions") or ():
+                files.check_fields(row, _PRECISION, ("precision",))
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
             known["key"] = ProfileKey(**content["key"])
             known["settings"] = TunedSettings(**content["settings"])
             return cls(**known)
-        except (KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ProfileError(f"{path}: incomplete profile ({error}). {TUNE_AGAIN}") from error
 
     def as_dict(self) -> dict[str, Any]:
@@ -202,7 +237,7 @@ def remember_budget(path: str | os.PathLike[str] | None, budget: int | None) -> 
 def read_json(path: Path) -> Any:
     """Read a JSON file, or raise :class:`ProfileError`."""
     try:
-        return restored(json.loads(path.read_text(encoding="utf-8")))
+        return restored(files.read_json(path, MAX_PROFILE_BYTES))
     except FileNotFoundError:
         raise ProfileError(
             f"{path}: no such profile. Make one with `echelon tune MODEL --profile {path}`."

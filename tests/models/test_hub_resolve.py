@@ -197,10 +197,10 @@ def test_a_fingerprint_changes_with_the_model_only(model: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(_: Path) -> bytes:
+    def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr(Path, "open", forbidden)
 
     with pytest.raises(ModelNotFound, match=r"cannot be read.*permissions"):
         resolve(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
+from echelon.files import parse_json
 from echelon.messages import Message
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ def _read(path: Path) -> list[Topic]:
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
-        raise InvalidInput("data", f"{where} is not JSON ({error})", FORMS) from error
+        raise InvalidInput("data", f"{where} is {error}", FORMS) from error
 
 
 def _topic(record: Any, where: str) -> Topic:

@@ -6,7 +6,6 @@ No torch here. A check that fails raises ``InvalidInput``.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -23,7 +22,17 @@ from echelon.errors import (
     ModelNotFound,
     UnsupportedModel,
 )
-from echelon.models.architecture import labels_of, read_config
+from echelon.files import (
+    MAX_BYTES,
+    MAX_ID,
+    MAX_LIST_BYTES,
+    TEXT,
+    Field,
+    check_fields,
+    list_of,
+    read_json,
+)
+from echelon.models.architecture import TOKENIZER_CONFIG, labels_of, read_config, read_settings
 from echelon.models.hub import DEMO, choose, resolve
 
 if TYPE_CHECKING:
@@ -52,6 +61,19 @@ REFUSED = {
     "classifier_dropout": "Dropout is for training. Leave it out.",
 }
 """Keyword → why Echelon does not support it and what to do instead."""
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers reads a model's files: without the hub, and without running code in them."""
+
+_PROMPTS = Field(
+    "an object of texts",
+    lambda value: (
+        isinstance(value, dict)
+        and all(text is None or isinstance(text, str) for text in value.values())
+    ),
+)
+_SETTINGS = {"prompts": _PROMPTS, "default_prompt_name": TEXT, "activation_fn": TEXT}
+"""Fields of ``config_sentence_transformers.json``."""
 
 PAIR_DIMENSIONS = 2
 """Dimensions of an array of pairs; an array with one dimension is a single pair."""
@@ -289,28 +311,42 @@ def read_saved(folder: Path) -> SavedSettings:
     config = read_config(folder)
     settings = _sentence_transformers_settings(folder)
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    limit = _read_json(folder / "tokenizer_config.json").get("model_max_length")
+    tokenizer = folder / "tokenizer_config.json"
+    limit = _optional(tokenizer, TOKENIZER_CONFIG, MAX_LIST_BYTES).get("model_max_length")
     candidates = (settings.get("activation_fn"), _activation_in(config))
+    prompts = settings.get("prompts") or {}
     return SavedSettings(
         labels=labels_of(config),
         precision=PRECISIONS.get(dtype, "fp32"),
-        max_length=int(limit) if isinstance(limit, int | float) else None,
+        max_length=None if limit is None else int(min(limit, MAX_ID)),
         activations=tuple(path for path in candidates if isinstance(path, str)),
-        prompts={name: text or "" for name, text in (settings.get("prompts") or {}).items()},
+        prompts={name: text or "" for name, text in prompts.items()},
         default_prompt_name=settings.get("default_prompt_name"),
     )
 
 
+def _optional(
+    path: Path, fields: Mapping[str, Field], max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    return read_settings(path, fields, max_bytes) if path.is_file() else {}
+
+
 def _sentence_transformers_settings(folder: Path) -> dict[str, Any]:
-    modules = _read_json(folder / "modules.json", list)
-    if not modules:
+    path = folder / "modules.json"
+    try:
+        modules = {"modules": read_json(path) if path.is_file() else []}
+        check_fields(modules, {"modules": list_of(dict, "objects")})
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{path}: {error}. Download the model again.") from error
+    parts = modules["modules"]
+    if not parts:
         return {}
-    if len(modules) > 1 or modules[0].get("path"):
+    if len(parts) > 1 or parts[0].get("path"):
         raise UnsupportedModel(
-            f"{folder / 'modules.json'}: lists modules besides the transformer, and Echelon would "
-            "not run them. Stay with sentence_transformers for this model."
+            f"{path}: lists modules besides the transformer, and Echelon would not run them. Stay "
+            "with sentence_transformers for this model."
         )
-    return dict(_read_json(folder / "config_sentence_transformers.json"))
+    return _optional(folder / "config_sentence_transformers.json", _SETTINGS)
 
 
 def _activation_in(config: dict[str, Any]) -> Any:
@@ -319,15 +355,3 @@ def _activation_in(config: dict[str, Any]) -> Any:
     if isinstance(newer, dict) and "activation_fn" in newer:
         return newer["activation_fn"]
     return config.get("sbert_ce_default_activation_function")
-
-
-def _read_json(path: Path, kind: type = dict) -> Any:
-    if not path.is_file():
-        return kind()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadCheckpoint(f"{path}: not JSON ({error}). Download the model again.") from error
-    if not isinstance(content, kind):
-        raise BadCheckpoint(f"{path}: not a JSON {kind.__name__}. Download the model again.")
-    return content

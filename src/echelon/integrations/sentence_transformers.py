@@ -248,14 +248,14 @@ class CrossEncoder(TorchModule):
         """The configuration as ``transformers`` reads it; changing it changes no score."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self._located.path, local_files_only=True)
+        return AutoConfig.from_pretrained(self._located.path, **originals.LOCAL)
 
     @cached_property
     def tokenizer(self) -> Any:
         """A tokenizer as ``transformers`` loads it; changing it changes no score."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._located.path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(self._located.path, **originals.LOCAL)
 
     @property
     def _info(self) -> ModelInfo:

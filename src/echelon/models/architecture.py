@@ -16,6 +16,7 @@ from echelon.files import (
     SWITCH,
     TEXT,
     Field,
+    check_fields,
     list_of,
     number,
     read_object,
@@ -66,6 +67,16 @@ CONFIG = {
 }
 """What the fields of ``config.json`` that are used may hold. Sizes are far above any model's; what
 they say is compared with the weights before anything of that size is made."""
+
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+"""Fields that a native model must have."""
 
 TOKENIZER_CONFIG = {"model_max_length": number(1)}
 
@@ -321,6 +332,7 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
         return None
     given = {name: value for name, value in config.items() if value is not None}
     try:
+        check_fields(given, {}, SHAPE)
         return Architecture(
             model_type=given["model_type"],
             vocabulary=given["vocab_size"],
@@ -335,11 +347,8 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
             padding_id=padding_id(config),
             labels=labels_of(config),
         )
-    except KeyError as error:
-        problem = f"{error.args[0]}: it is missing"
     except ValueError as error:
-        problem = str(error)
-    raise BadCheckpoint(f"{folder / 'config.json'}: {problem}. {OWN_CONFIG}")
+        raise BadCheckpoint(f"{folder / 'config.json'}: {error}. {OWN_CONFIG}") from error
 
 
 def _is_native(config: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound, StorageError
+from echelon.files import read_object
 from echelon.models.onnx import float_weights
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def intact(folder: Path, recipe: str) -> bool:
     A file whose modification time is unchanged is trusted; any other is hashed.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / _MANIFEST)
         return manifest["recipe"] == recipe and all(
             _unchanged(folder / name, entry) for name, entry in manifest["files"].items()
         )

@@ -24,6 +24,7 @@ from echelon.errors import (
     StorageError,
     UnsupportedModel,
 )
+from echelon.files import MAX_BYTES
 from echelon.models import demo
 
 if TYPE_CHECKING:
@@ -307,7 +308,8 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name == "config.json" and path.is_file():
-            digest.update(path.read_bytes())
+            with path.open("rb") as file:
+                digest.update(file.read(MAX_BYTES))  # a longer one is refused
         elif path.suffix in _WEIGHT_SUFFIXES and path.is_file():
             status = path.stat()
             digest.update(f"\n{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())

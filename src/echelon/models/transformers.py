@@ -16,7 +16,7 @@ from echelon.errors import (
     UnsupportedModel,
 )
 from echelon.files import check_fields
-from echelon.models.architecture import CONFIG, OWN_CONFIG, check_ids, labels_of
+from echelon.models.architecture import CONFIG, OWN_CONFIG, SHAPE, check_ids, labels_of
 from echelon.models.base import (
     UNBOUNDED_MAX_TOKENS,
     first_line,
@@ -37,16 +37,6 @@ if TYPE_CHECKING:
 
 MAX_WEIGHTS_A_BYTE = 2
 """Quantized files hold two weights in a byte, usual ones a weight in two bytes or four."""
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "pad_token_id",
-)
 
 
 class GenericScorer:
@@ -187,7 +177,7 @@ def _check_size(folder: Path) -> None:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # By the names that all families share, since a family may use others in the file.
-    check_fields({name: getattr(config, name, None) for name in SIZES}, CONFIG)
+    check_fields({name: getattr(config, name, None) for name in SHAPE}, CONFIG)
     with torch.device("meta"):  # shapes alone
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     described = sum(parameter.numel() for parameter in model.parameters())
