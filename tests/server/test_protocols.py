@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from sys import getsizeof
 
 import msgspec
 import pytest
@@ -26,6 +27,7 @@ from echelon.server.protocols.base import (
     RequestTexts,
     RerankResponse,
     RerankResult,
+    memory_of,
 )
 from echelon.types import Chunking
 
@@ -244,6 +246,88 @@ def test_a_body_that_is_no_object(text):
     for path in ("/v1/rerank", "/score"):
         with pytest.raises(InvalidInput, match="body: "):
             parsed(choose(PATHS[path], text), text)
+
+
+# Limits.
+
+
+def texts_of(request) -> set[str]:
+    return {text for pair in request.pairs for text in pair}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_every_protocol_keeps_the_limits(protocol):
+    text, used = body(**protocol.example), []
+    request, _ = parsed(protocol, text, use_memory=used.append)
+    count = sum(map(len, texts_of(request)))
+    assert parsed(protocol, text, max_documents=2, max_characters=count)[0] == request
+    assert used[-1] >= sum(map(getsizeof, texts_of(request)))
+    for name, most, value in (
+        ("max_documents", 1, f"{protocol.noun}: 2 {protocol.noun}"),
+        ("max_characters", count - 1, f"{protocol.noun}: {count} characters or more"),
+    ):
+        with pytest.raises(TooLarge) as caught:
+            parsed(protocol, text, **{name: most})
+        assert caught.value.limit == name
+        assert str(caught.value).startswith(f"{value} are more than {name}={most}.")
+        status, answer = written(protocol.name, caught.value)
+        assert status == 413
+        assert f"{name}={most}" in json.dumps(answer)
+
+    def full(size):
+        raise Overloaded("full", 1.0)
+
+    with pytest.raises(Overloaded):
+        parsed(protocol, text, use_memory=full)
+
+
+def test_both_sides_of_a_score_count():
+    sides = {"text_1": ["aaa", "bbb"], "text_2": ["cc", {"text": "dd"}]}
+    text = body(**sides)
+    score = BY_NAME["vllm_score"]
+    assert len(parsed(score, text, max_characters=10)[0].pairs) == 2
+    with pytest.raises(TooLarge, match="text_2: 10 characters or more"):
+        parsed(score, text, max_characters=9)
+    with pytest.raises(TooLarge, match="text_1: 2 text_1 are more than max_documents=1"):
+        parsed(score, text, max_documents=1)
+
+
+def ranked(documents, fields, **settings):
+    text = body(query="q", documents=documents, rank_fields=fields)
+    return parsed(BY_NAME["cohere_v1"], text, **settings)[0]
+
+
+def test_fields_are_counted_as_they_are_joined():
+    documents = [{"a": "xx", "b": ["y", 1]}, {"b": None}]
+    request = ranked(documents, ["a", "b"], max_rank_fields=2)
+    assert [text for _, text in request.pairs] == ["a: xx\nb: ['y', 1]", "b: None"]
+    characters = len("q") + len("a: xx\nb: ['y', 1]\n") + len("b: None\n")
+    assert ranked(documents, ["a", "b"], max_characters=characters) == request
+    with pytest.raises(TooLarge, match=f"{characters} characters or more are more than max_char"):
+        ranked(documents, ["a", "b"], max_characters=characters - 1)
+    with pytest.raises(TooLarge, match="rank_fields: 3 names are more than max_rank_fields=2"):
+        ranked(documents, ["a", "b", "c"], max_rank_fields=2)
+    with pytest.raises(InvalidInput, match="rank_fields: 'a' is twice in it"):
+        ranked(documents, ["a", "b", "a"])
+
+
+def test_texts_are_not_joined_beyond_the_memory():
+    made = []
+
+    def use_memory(size):
+        made.append(size)
+        if size > made[0] + 100_000:  # of what was decoded
+            raise Overloaded("full", 1.0)
+
+    document = {f"field-{number}": "x" * 1000 for number in range(60)}
+    with pytest.raises(Overloaded):
+        ranked([document] * 100, list(document), use_memory=use_memory)
+    assert made[0] + 100_000 < made[-1] < made[0] + 105_000
+
+
+def test_memory_of_texts_is_what_they_take():
+    for text, width in (("x" * 10_000, 1), ("é" * 10_000, 1), ("x" * 9999 + "😀", 4)):
+        assert 10_000 * width <= memory_of([{"text": text}]) <= 10_000 * width + 1000
 
 
 # Bodies out.
