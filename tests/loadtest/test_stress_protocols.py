@@ -137,6 +137,13 @@ def test_what_is_no_address_is_refused(url):
     assert raised.value.field == "URL"
 
 
+@pytest.mark.parametrize("port", [80, 99999])
+def test_a_password_in_an_address_is_refused_and_not_repeated(port):
+    with pytest.raises(InvalidInput, match="holds a name or password") as caught:
+        route_of(f"http://me:s3cret@localhost:{port}", CLIENT_PROTOCOLS["cohere"])
+    assert "s3cret" not in str(caught.value)
+
+
 # Texts.
 
 

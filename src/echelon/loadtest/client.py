@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -170,12 +171,18 @@ class Reply(NamedTuple):
     own_fault: bool = False
 
 
+_LOGIN = re.compile(r"[^/?#]*//[^/?#]*@")
+
+
 def route_of(url: str, protocol: ClientProtocol, path: str | None = None) -> str:
     """The address of the route: ``url`` itself where it ends with the path, else both joined.
 
     Raises:
-        InvalidInput: no address over HTTP.
+        InvalidInput: no address over HTTP, or one with a password.
     """
+    if _LOGIN.match(url):
+        problem = "holds a name or password, which every result would show"
+        raise InvalidInput("URL", problem, "Send them in a --header.")
     remedy = "Give an address such as http://localhost:8080."
     try:
         parts = urlsplit(url)
