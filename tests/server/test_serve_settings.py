@@ -113,6 +113,20 @@ def test_settings_reach_the_server(servers, tmp_path):
     assert keys.authenticate({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
 
 
+def test_hosts_of_a_server_by_flag_environment_and_file(servers, tmp_path):
+    (tmp_path / "e.toml").write_text('[serve]\nallowed_hosts = ["a.example"]\n', "utf-8")
+    local = {"localhost", "*.localhost", "127.0.0.1"}
+    assert served(servers).access.hosts.names == local
+    for arguments, environment, names in (
+        (("--allowed-hosts", "a", "--allowed-hosts", "b"), {}, {"a", "b"}),
+        ((), {"ECHELON_SERVE_ALLOWED_HOSTS": "a b"}, {"a", "b"}),
+        (("--config", tmp_path / "e.toml"), {}, {"a.example"}),
+    ):
+        assert served(servers, *arguments, **environment).access.hosts.names == local | names
+    for arguments in (("--host", "0.0.0.0"), ("--allowed-hosts", "*")):
+        assert served(servers, *arguments).access.hosts.names is None
+
+
 def test_falling_back_is_off_unless_flag_environment_or_file_say_so(servers, tmp_path):
     assert config_of()["fallback_max_length"] == {"value": None, "origin": "default"}
     (tmp_path / "e.toml").write_text("[serve]\nfallback-max-length = 64\n", "utf-8")
@@ -148,6 +162,14 @@ def test_traces_are_asked_for_by_flag_environment_or_file(servers, tmp_path):
         (("--max-connections", 0), "max_connections: 0 is not positive"),
         (("--header-timeout-s", -1), "header_timeout_s: -1.0 is not positive"),
         (("--rate-limit", "fast"), "--rate-limit: 'fast' is no rate"),
+        (("--port", 80000), "--port: 80000 is no port. Give 0 to 65535."),
+        (("--port", -1), "--port: -1 is no port"),
+        (("--drain-s", "inf"), "drain_s: inf is no number"),
+        (("--max-wait-s", "nan"), "max_wait_s: nan is no number"),
+        (("--memory-limit-mb", 0), "memory_limit_mb: 0 is not positive"),
+        (("--cors", "shop.example"), "--cors: 'shop.example' is no origin"),
+        (("--cors", "https://shop.example/"), "is no origin"),
+        (("--allowed-hosts", "http://a"), "--allowed-hosts: 'http://a' is no host name"),
     ],
 )
 def test_settings_that_make_no_sense(servers, flags, words):

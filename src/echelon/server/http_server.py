@@ -75,8 +75,10 @@ class Address:
             if path is not None:
                 try:
                     Path(path).read_bytes()
-                except OSError as error:
-                    problem = f"{path} cannot be used ({error.strerror})"
+                except (OSError, ValueError) as error:
+                    # The name is not shown: it may be the key itself, given in its place.
+                    words = getattr(error, "strerror", None) or "no file can have this name"
+                    problem = f"cannot be used ({words})"
                     raise InvalidInput(flag, problem, "Name a file in PEM.") from None
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -241,6 +243,8 @@ def _warning(context: ServerContext, address: Address) -> str:
     words = f"Listening on {address.host}: other machines may reach this server"
     if not len(context.access.keys):
         words += ", and no API key is needed (--api-keys)"
+    if context.access.hosts.names is None:
+        words += "; requests for any host name are answered (--allowed-hosts)"
     if address.certificate is None:
         words += "; connections are not encrypted (--tls-cert)"
     return f"{words}."

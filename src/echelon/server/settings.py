@@ -7,13 +7,15 @@ which overrides the default. Ray Serve's application takes the same settings as 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.errors import InvalidInput
+from echelon.errors import InvalidInput, check_positive
 from echelon.options import Options
 from echelon.server.limits import described, flag_of
 
@@ -31,6 +33,11 @@ PACKAGES = ("httptools", "msgspec", "prometheus_client", "starlette", "uvicorn")
 
 ANY_CLUSTER = "auto"
 """``--ray`` without an address: the cluster that Ray finds, else a new one on this machine."""
+
+MAX_PORT = 65535
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+")
+"""A web origin: scheme, host and perhaps a port, without a path."""
 
 Flag = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -204,7 +211,27 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(values: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-    """Divide settings into those of the server and the options of the model, without its bars."""
+    """Divide settings into those of the server and the options of the model, without its bars.
+
+    Raises:
+        InvalidInput: a setting is out of its range.
+    """
     values = dict(values)
+    _check_ranges(values)
     server = {name: values.pop(name) for name in map(name_of_flag, SERVER_FLAGS)}
     return server, Options.of(**values, progress=False)
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """Check what neither flags nor the parts of the server check."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInput(name, f"{value} is no number", "Give a number.")
+    port = values["port"]
+    if not 0 <= port <= MAX_PORT:
+        raise InvalidInput("--port", f"{port} is no port", f"Give 0 to {MAX_PORT}.")
+    check_positive(memory_limit_mb=values["memory_limit_mb"])
+    for origin in values["cors"]:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            problem, remedy = f"{origin!r} is no origin", "Write it as https://shop.example.org."
+            raise InvalidInput("--cors", problem, remedy)
