@@ -43,6 +43,12 @@ def test_settings_come_out_of_arguments_environment_and_defaults(monkeypatch):
     assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == AutoscalingLimits(3, 3)
 
 
+def test_an_application_has_all_host_names_unless_some_are_set():
+    assert plan_of(values_of({"model": "demo"}))().access.hosts.names is None
+    named = plan_of(values_of({"model": "demo", "allowed_hosts": ["rank.example"]}))()
+    assert "rank.example" in named.access.hosts.names
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
