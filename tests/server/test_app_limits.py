@@ -6,15 +6,19 @@ import asyncio
 import json
 import logging
 import re
+from typing import get_args
 
 import pytest
-from served import ASKED, JSON, metric, run_app
+from served import ASKED, DAY_S, HOLDING, JSON, metric, run_app
+from services import until
 
 from echelon.errors import InvalidInput
 from echelon.server.auth import Access, Keys, read_keys
+from echelon.server.connection import EXCEEDED, Reason
 from echelon.server.limits import NAMES, ServerLimits
 from echelon.server.observability import JsonFormatter, TextFormatter, request_id
 from echelon.server.protocols import PROTOCOLS
+from echelon.server.routes import MAX_MESSAGE
 
 
 def refusals(server) -> dict[str, float]:
@@ -100,6 +104,82 @@ def test_slow_bodies():
         assert refusals(server) == {"body_timeout_s": 1}
 
     run_app(main, limits=ServerLimits(body_timeout_s=0.05))
+
+
+def test_memory_that_others_use_is_refused_and_freed():
+    async def main(client, server):
+        limits = server.limits
+        with server.memory.share() as others:
+            others.resize(limits.max_bodies_bytes - 300_000)
+            assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
+            # Its texts find room, its response, in which each of their letters takes six, does not.
+            echoed = {"query": "q", "documents": ["\x01" * 50_000] * 2, "return_documents": True}
+            large = await client.post("/voyage/v1/rerank", content=json.dumps(echoed), headers=JSON)
+            others.resize(limits.max_bodies_bytes - 100)
+            small = await client.post("/v1/rerank", json=ASKED)
+            for response in (large, small):
+                assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+                words = "memory for bodies and texts (max_bodies_mb=2) is used up"
+                assert words in response.json()["detail"]
+            assert refusals(server) == {"max_bodies_mb": 2}
+        assert server.memory.used_bytes == 0
+        assert (await client.post("/v1/rerank", json=ASKED)).status_code == 200
+        assert (await client.post("/v1/rerank", content=b"{", headers=JSON)).status_code == 400
+        assert server.memory.used_bytes == 0
+
+    run_app(main, limits=ServerLimits(max_bodies_mb=2, max_body_mb=2))
+
+
+def test_every_limit_of_a_request_is_counted_and_named():
+    asked = [
+        ("max_json_depth", {**ASKED, "unknown": [[[1]]]}),
+        ("max_json_values", {**ASKED, "unknown": [1] * 20}),
+        ("max_documents", {**ASKED, "documents": ["d"] * 7}),
+        ("max_rank_fields", {**ASKED, "rank_fields": ["a", "b", "c"]}),
+        ("max_characters", {**ASKED, "query": "q" * 200}),
+    ]
+
+    async def main(client, server):
+        for name, body in asked:
+            response = await client.post("/v1/rerank", json=body)
+            assert response.status_code == 413
+            assert f"more than {name}={getattr(server.limits, name)}." in response.json()["message"]
+        assert refusals(server) == dict.fromkeys((name for name, _ in asked), 1)
+
+    numbers = {"max_json_depth": 3, "max_json_values": 20, "max_documents": 6}
+    run_app(main, limits=ServerLimits(**numbers, max_rank_fields=2, max_characters=200))
+
+
+def test_a_refused_connection_counts_for_its_limit():
+    async def main(client, server):
+        for reason in get_args(Reason):
+            server.connection_refused(reason)
+            assert metric(server, f'echelon_connections_refused_total{{reason="{reason}"}}') == 1
+        assert refusals(server) == dict.fromkeys(EXCEEDED.values(), 1)
+
+    run_app(main)
+
+
+def test_requests_that_the_end_cuts_short_are_counted():
+    async def main(client, server):
+        asking = asyncio.create_task(client.post("/v1/rerank", json=HOLDING))
+        await until(lambda: server.service.snapshot().requests)
+        await server.close()
+        assert (await asking).status_code == 503
+        assert refusals(server) == {"drain_s": 1}
+
+    run_app(main, limits=ServerLimits(drain_s=0.01), wedge_after_s=DAY_S)
+
+
+def test_long_errors_are_cut():
+    async def main(client, server):
+        response = await client.post("/v1/rerank", json={**ASKED, "priority": "x" * 10_000})
+        assert response.status_code == 422
+        message = response.json()["message"]
+        assert message.startswith("priority: 'xxx")
+        assert len(message) == MAX_MESSAGE + 1
+
+    run_app(main)
 
 
 def test_cors_is_off_unless_an_origin_is_named():
