@@ -1,5 +1,7 @@
 """The report says what the profile says, needs nothing from outside, and trusts no text."""
 
+import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,6 +71,16 @@ def test_failure_to_write_keeps_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="No space left"):
         tuning_report.write_report(make_profile(), path)
     assert [p.read_text(encoding="utf-8") for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o027, 0o640)])
+def test_others_may_read_what_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        tuning_report.write_report(make_profile(), tmp_path / "report.html")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "report.html").stat().st_mode) == mode
 
 
 def test_missing_folder_is_a_storage_error(tmp_path):
