@@ -126,7 +126,7 @@ def choose(files: dict[str, str], pin: str) -> tuple[set[str], bool]:
         SystemExit: a platform has neither a wheel nor the source archive.
     """
     version = pin.partition("==")[2].partition(";")[0].strip()
-    machines = LINUX if "linux" in pin else [*LINUX, *MACOS]
+    machines = LINUX if "linux" in pin.partition(";")[2] else [*LINUX, *MACOS]
     tags = {file: found for file in files if (found := tags_of(file, version)) is not None}
     wheels = {file for file in tags if any(tags[file] & machine for machine in machines)}
     served = set().union(*(tags[file] for file in wheels))
