@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from served import ASKED, metric, run_app
 
 from echelon.errors import InvalidInput, RateLimited, Unauthorised
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.auth import Access, Keys, RateLimit, TokenBucket, limit_of, read_keys
 from echelon.server.protocols import PROTOCOLS
 from echelon.server.routes import retry_after
@@ -278,7 +279,7 @@ def test_each_key_has_its_own_limit_in_every_protocol(tmp_path):
     run_app(main, access=Access(keys))
 
 
-def test_what_the_service_refuses_costs_nothing(tmp_path):
+def test_what_is_refused_unread_costs_nothing(tmp_path):
     keys = keys_of(tmp_path, "aaa rate=1/h burst=5")
 
     async def main(client, server):
@@ -286,14 +287,28 @@ def test_what_the_service_refuses_costs_nothing(tmp_path):
         wrong = {**ASKED, "max_tokens_per_doc": -5}
         refused = await client.post("/v1/rerank", json=wrong, headers=headers)
         assert refused.status_code == 422
-        too_long = {"query": "q", "texts": ["d" * 600] * 5, "truncate": False}
-        refused = await client.post("/rerank", json=too_long, headers=headers)
-        assert refused.status_code == 422
+        many = {**ASKED, "documents": ["d"] * 7}
+        refused = await client.post("/v1/rerank", json=many, headers=headers)
+        assert refused.status_code == 413
         assert (await client.post("/v1/rerank", json=ASKED, headers=headers)).status_code == 200
         refused = await client.post("/v1/rerank", json=ASKED, headers=headers)
         assert refused.status_code == 429
         unread = await client.post("/v1/rerank", content=b"{", headers=headers)
         assert unread.status_code == 429  # before the body is looked at
+
+    run_app(main, access=Access(keys), bounds=AdmissionLimits(max_documents=6))
+
+
+def test_what_was_tokenised_costs_also_if_it_is_refused(tmp_path):
+    keys = keys_of(tmp_path, "aaa rate=1/h burst=10")
+
+    async def main(client, server):
+        long = {"query": "q", "texts": ["d" * 600] * 5, "truncate": False}
+        statuses = [
+            (await client.post("/rerank", json=long, headers={"Authorization": "aaa"})).status_code
+            for _ in range(4)
+        ]
+        assert statuses == [422, 422, 429, 429]
 
     run_app(main, access=Access(keys))
 
