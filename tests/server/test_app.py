@@ -201,6 +201,10 @@ def test_deadlines(header):
             )
             assert refused.status_code == 422
             assert refused.json()["message"].startswith("X-Request-Timeout-Ms: is no positive")
+        own = {**ASKED, "timeout_ms": 50_000, "priority": "low"}
+        for name in ("X-Request-Timeout-Ms", "X-Request-Priority"):  # checked, though not used
+            refused = await client.post("/v1/rerank", json=own, headers={name: "soon"})
+            assert (refused.status_code, name in refused.text) == (422, True)
         patient = await client.post("/v1/rerank", json={**ASKED, "timeout_ms": 50_000})
         assert patient.status_code == 200
         assert metric(server, 'echelon_deadline_requests_total{outcome="met"}') == 1

@@ -238,7 +238,7 @@ def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -
                 "name": "X-Request-Timeout-Ms",
                 "in": "header",
                 "description": "Milliseconds until the response is useless; as timeout_ms.",
-                "schema": {"type": "number"},
+                "schema": {"type": "number", "minimum": 0, "exclusiveMinimum": True},
             },
             {
                 "name": "X-Request-Priority",

@@ -7,6 +7,7 @@ bodies use no field that tells protocols apart.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,11 @@ def read(
         raise _malformed(error) from None
     texts.decoded(fields)
     request, options = protocol.read(fields, texts)
-    timeout_s = _timeout_of(fields.timeout_ms, headers)
-    priority = priority_of(fields.priority)
-    if priority is None:
-        priority = priority_of(headers.get(PRIORITY_HEADER.lower()), PRIORITY_HEADER)
+    # The body's come first; the headers are checked in any case.
+    header_s = _timeout_of(headers.get(TIMEOUT_HEADER.lower()), TIMEOUT_HEADER)
+    header_priority = priority_of(headers.get(PRIORITY_HEADER.lower()), PRIORITY_HEADER)
+    timeout_s = _timeout_of(fields.timeout_ms, "timeout_ms") or header_s
+    priority = priority_of(fields.priority) or header_priority
     deadline = None if timeout_s is None else now + timeout_s
     raw_scores = options.raw_scores or bool(fields.raw_scores)
     return (
@@ -104,20 +106,17 @@ def read(
     )
 
 
-def _timeout_of(timeout_ms: float | None, headers: Mapping[str, str]) -> float | None:
+def _timeout_of(milliseconds: float | str | None, field: str) -> float | None:
     """Seconds until the answer is useless; None is no limit."""
-    field = "timeout_ms"
-    if timeout_ms is None and TIMEOUT_HEADER.lower() in headers:
-        field = TIMEOUT_HEADER
-        try:
-            timeout_ms = float(headers[TIMEOUT_HEADER.lower()])
-        except ValueError:
-            timeout_ms = -1.0
-    if timeout_ms is None:
+    if milliseconds is None:
         return None
-    if not 0 < timeout_ms < float("inf"):
+    try:
+        timeout_s = float(milliseconds) / 1000
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s < math.inf:
         raise InvalidInput(field, "is no positive number of milliseconds", "Give 1 or more.")
-    return timeout_ms / 1000
+    return timeout_s
 
 
 def _malformed(error: Exception) -> Malformed:
