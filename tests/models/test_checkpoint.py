@@ -216,6 +216,53 @@ def test_a_missing_shard(tmp_path):
         score(folder)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize(
+    "name",
+    ["../{}", "{folder}/../{}", "./{}", "sub/../{}", "a\\{}", "\u0000", "", ".", "..", 5, None],
+)
+def test_shards_outside_of_the_folder_are_refused(tmp_path, family, name):
+    folder = make_toy(tmp_path / "m", family, None, vocab_size=VOCABULARY, max_shard="20KB")
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    tensor, shard = next(iter(names.items()))
+    shutil.copy(folder / shard, tmp_path / shard)
+    names[tensor] = name.format(shard, folder=folder) if isinstance(name, str) else name
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(
+        BadCheckpoint, match=r"weight_map: .* is not the name of a file in this fol"
+    ):
+        score(folder)
+
+
+def test_links_lead_to_shards_within_the_folder_or_the_hubs_cache_alone(tmp_path):
+    plain = toy(tmp_path / "plain", max_shard="20KB")
+    expected = score(plain).tolist()
+    repo = tmp_path / "hub" / "models--a--b"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain.iterdir())):
+        if file.suffix != ".safetensors":
+            shutil.copy(file, snapshot)
+            continue
+        # Every other file is shared by all repositories of the cache, as newer versions do.
+        blob = repo / "blobs" / str(number)
+        home = tmp_path / "hub" / "blobs" / "00" / str(number) if number % 2 else blob
+        for path in (home, blob):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(file, home)
+        if home != blob:
+            blob.symlink_to(os.path.relpath(home, blob.parent))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert score(snapshot).tolist() == expected
+    shutil.copytree(snapshot, plain, symlinks=True, dirs_exist_ok=True)
+    for file in plain.glob("*.safetensors"):
+        file.unlink()
+        file.symlink_to((snapshot / file.name).resolve())
+    with pytest.raises(BadCheckpoint, match="is a link to a file outside of this folder"):
+        score(plain)
+
+
 def test_an_index_that_names_a_missing_tensor(copied):
     folder = as_sharded_pickle(copied)
     index = folder / "pytorch_model.bin.index.json"

@@ -158,20 +158,3 @@ def test_what_transformers_cannot_make_a_text_classifier_of(toy, tmp_path, kind)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     with pytest.raises(UnsupportedModel, match="cannot load it as a sequence classifier"):
         open_quietly(folder)
-
-
-def test_remote_code_is_never_run(tmp_path):
-    folder = make_toy(tmp_path, "distilbert", None, vocab_size=150)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "evil",
-        "auto_map": {
-            "AutoConfig": "evil.EvilConfig",
-            "AutoModelForSequenceClassification": "evil.Evil",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
-    with pytest.raises(UnsupportedModel, match="remote code is never run"):
-        open_quietly(folder)
-    assert not list(tmp_path.rglob("ran"))

@@ -10,17 +10,18 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from helpers import SENTENCES
+from helpers import SENTENCES, random_batch
 from onnx import TensorProto, helper
 from onnx_graphs import write_graph
 
 from echelon import Reranker
-from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.errors import BadCheckpoint, InvalidInput, ModelError, UnsupportedModel
 from echelon.models import onnx as onnx_scorer
 from echelon.models import registry
 from echelon.models.base import DeviceOutOfMemory
-from echelon.models.onnx import OnnxScorer, find_graph, graph_precision
-from echelon.models.registry import open_scorer
+from echelon.models.onnx import OnnxScorer, find_graph, graph_precision, table_rows
+from echelon.models.registry import check_tokenizer, open_scorer
+from echelon.types import TokenBatch, TokenIds
 
 PAIRS = [(SENTENCES[i], SENTENCES[(i * 3 + 1) % 10] * (i % 4 + 1)) for i in range(10)]
 
@@ -31,6 +32,10 @@ def folder(tmp_path, tokenizers):
     shutil.copytree(tokenizers["bert"], tmp_path / "m")
     write_graph(tmp_path / "m" / "model.onnx")
     return tmp_path / "m"
+
+
+def configure(folder, **fields):
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
 
 
 def test_scores_are_those_of_the_graph_whatever_a_pair_is_padded_with(folder):
@@ -71,8 +76,8 @@ def test_torch_weights_are_preferred_where_both_are_there(bert, tmp_path):
 
 def test_a_label_is_chosen_as_elsewhere(folder):
     constants = write_graph(folder / "model.onnx", labels=3)
-    config = {"model_type": "bert", "id2label": {"0": "no", "1": "maybe", "2": "yes"}}
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    names = {"0": "no", "1": "maybe", "2": "yes"}
+    configure(folder, id2label=names, max_position_embeddings=128)
     with pytest.raises(InvalidInput, match="0=no, 1=maybe, 2=yes"):
         Reranker(folder)
     with Reranker(folder, label="maybe") as reranker:
@@ -80,6 +85,74 @@ def test_a_label_is_chosen_as_elsewhere(folder):
         (got,) = reranker.score([("a", "b")])
         ids = reranker._encoder.encode([("a", "b")], 128, "longest_first").batch([0]).ids
     assert got == pytest.approx((constants["table"][ids].mean(0) @ constants["head"])[1], abs=1e-5)
+
+
+def test_without_a_configuration_the_graph_says_how_many_outputs_there_are(folder):
+    constants = write_graph(folder / "model.onnx", labels=2)
+    with pytest.raises(InvalidInput, match=r"2 labels \(0, 1\) and none was chosen.*--label"):
+        Reranker(folder)
+    with Reranker(folder, label=1) as reranker:
+        (got,) = reranker.score([("a", "b")])
+        ids = reranker._encoder.encode([("a", "b")], 512, "longest_first").batch([0]).ids
+    assert got == pytest.approx((constants["table"][ids].mean(0) @ constants["head"])[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("outputs", "said"), [(2, 1), (1, 2), (3, 2)])
+def test_a_configuration_of_other_labels_is_refused(folder, outputs, said):
+    write_graph(folder / "model.onnx", labels=outputs)
+    configure(folder, num_labels=said)
+    with pytest.raises(BadCheckpoint, match=f"{outputs} outputs a pair.*names {said} labels"):
+        open_scorer(folder, label=0)
+
+
+NAMES = ("input_ids", "attention_mask")
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        ({"inputs": (*NAMES, "position_ids", "beam")}, "attention_mask, beam, input_ids, posit"),
+        ({"inputs": ("input_ids", "marks")}, "its inputs are input_ids, marks;"),
+        (
+            {"kinds": {NAMES[1]: TensorProto.FLOAT}},
+            r"attention_mask tensor\(float\) is not of whole",
+        ),
+        ({"axes": (1, "tokens")}, "it cannot score a pair.*axes of any length"),
+        ({"axes": ("n", 128)}, "it cannot score a pair.*axes of any length"),
+        ({"outputs": ("rows",)}, r"for 2 pairs it gives float32 of shape \[2, 2, 8\]"),
+        ({"outputs": ("means", "rows")}, "its outputs are means, rows, and none is called logits"),
+    ],
+)
+def test_a_graph_that_is_no_classifier_of_pairs_is_refused(folder, graph, words):
+    write_graph(folder / "model.onnx", **graph)
+    with pytest.raises(ModelError, match=words):
+        open_scorer(folder)
+
+
+def test_inputs_of_32_bits_and_outputs_beside_the_logits(folder):
+    batch = random_batch([7, 3], 3000, seed=1)
+    expected = open_scorer(folder).score(batch)
+    write_graph(
+        folder / "model.onnx",
+        kinds=dict.fromkeys(NAMES, TensorProto.INT32),
+        outputs=("means", "logits"),
+    )
+    np.testing.assert_allclose(open_scorer(folder).score(batch), expected, rtol=0, atol=1e-6)
+
+
+def test_tables_of_a_graph_are_compared_with_tokenizer_and_configuration(folder):
+    write_graph(folder / "model.onnx", positions=64)
+    assert table_rows(folder / "model.onnx") == (3000, 64)
+    assert open_scorer(folder).info.max_tokens == 64
+    configure(folder, max_position_embeddings=128)
+    with pytest.raises(BadCheckpoint, match=r"has 64 rows, and config\.json says.*128"):
+        open_scorer(folder)
+    configure(folder, pad_token_id=3000)
+    with pytest.raises(BadCheckpoint, match="cannot score a pair"):
+        open_scorer(folder)
+    check_tokenizer(folder, TokenIds(2999, {}))
+    with pytest.raises(BadCheckpoint, match=r"gave id 3000.*embeddings for 3000 tokens"):
+        check_tokenizer(folder, TokenIds(3000, {}))
 
 
 @pytest.mark.parametrize(
@@ -92,8 +165,8 @@ def test_what_a_graph_cannot_do_is_refused(folder, options, field):
 
 
 def test_a_damaged_graph_and_a_foreign_one_are_named(folder):
-    write_graph(folder / "model.onnx", first_input="pixels")
-    with pytest.raises(UnsupportedModel, match="input_ids"):
+    write_graph(folder / "model.onnx", inputs=("pixels", "attention_mask"))
+    with pytest.raises(UnsupportedModel, match="its inputs are attention_mask, pixels;"):
         Reranker(folder)
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:500])
     with pytest.raises(BadCheckpoint, match=r"model\.onnx"):
@@ -102,8 +175,6 @@ def test_a_damaged_graph_and_a_foreign_one_are_named(folder):
 
 def test_memory_errors_of_the_runtime_are_recognised_and_others_pass(folder, monkeypatch):
     scorer = open_scorer(folder)
-    from echelon.types import TokenBatch
-
     batch = TokenBatch(np.array([1, 2], np.int32), None, np.array([0, 2], np.int32))
 
     class Failing:

@@ -274,10 +274,13 @@ def offer(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
     monkeypatch.setattr(precision_check, "open_scorer", scorers.anywhere)
 
 
-def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def run_python(
+    code: str, *arguments: object, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter; its output is text."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
+        input=stdin,
         capture_output=True,
         text=True,
         check=False,
