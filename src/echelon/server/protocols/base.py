@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -16,7 +17,7 @@ import msgspec
 from echelon.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from echelon.errors import EchelonError
     from echelon.server.limits import ServerLimits
@@ -287,18 +288,19 @@ class RequestTexts:
 
 def memory_of(value: object) -> int:
     """Bytes of memory that a decoded value and all in it take."""
-    total, rest = 0, [value]
-    while rest:
-        one = rest.pop()
-        total += getsizeof(one)
-        if isinstance(one, dict):
-            rest += one
-            rest += one.values()
-        elif isinstance(one, list):
-            rest += one
-        elif isinstance(one, msgspec.Struct):
-            rest += (getattr(one, name) for name in one.__struct_fields__)
+    total, level = 0, [value]
+    while level:
+        total += sum(map(getsizeof, level))
+        level = [part for one in level if type(one) is not str for part in _parts_of(one)]
     return total
+
+
+def _parts_of(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return chain(value, value.values())
+    if isinstance(value, list):
+        return value
+    return msgspec.structs.astuple(value) if isinstance(value, msgspec.Struct) else ()
 
 
 def side_of(word: str | None, field: str) -> Side | None:
