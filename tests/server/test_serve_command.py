@@ -72,7 +72,7 @@ def test_coheres_client_raises_its_own_errors(live, speak, kind):
     client = speak(kind, live)
     with pytest.raises(cohere.UnprocessableEntityError, match="top_n: -1 is negative"):
         client.rerank(**asked, documents=["a"], top_n=-1)
-    with pytest.raises(cohere.core.ApiError, match="51 are more than the 50") as caught:
+    with pytest.raises(cohere.core.ApiError, match="51 documents are more than max_documents=50") as caught:
         client.rerank(**asked, documents=["a"] * 51)
     assert caught.value.status_code == 413
 
