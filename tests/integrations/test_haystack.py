@@ -244,7 +244,7 @@ def test_teis_ranker_cuts_where_it_says(live, reranker):
 def test_teis_ranker_says_what_is_wrong(live, full):
     with pytest.raises(RuntimeError, match=r"401.*API key is not known"):
         tei(live.url, "wrong").run(QUERY, FOUND)
-    with pytest.raises(RuntimeError, match=r"413.*more than the 50 of one request"):
+    with pytest.raises(RuntimeError, match=r"413.*more than max_documents=50"):
         tei(live.url).run(QUERY, [Document(content=f"d{i}") for i in range(51)])
     client = tei(live.url)
     client.raw_scores = 3
@@ -257,7 +257,7 @@ def test_teis_ranker_says_what_is_wrong(live, full):
 def test_jinas_ranker_says_what_is_wrong(live, full):
     with pytest.raises(RuntimeError, match="API key is not known"):
         jina(live.url, "wrong").run(QUERY, FOUND)
-    with pytest.raises(RuntimeError, match="51 are more than the 50"):
+    with pytest.raises(RuntimeError, match="51 documents are more than max_documents=50"):
         jina(live.url).run(QUERY, [Document(content=f"d{i}") for i in range(51)])
     client = jina(live.url)
     client.model = 3
