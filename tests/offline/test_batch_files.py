@@ -80,16 +80,15 @@ def test_bad_rows_go_to_their_own_file_and_the_rest_is_scored(fake, tmp_path):
         run_job(make_job(fake, source, tmp_path / "strict.jsonl", strict=True))
 
 
-def test_a_line_that_is_too_long_is_passed_over(monkeypatch, tmp_path):
+def test_a_line_that_is_too_long_is_passed_over(tmp_path):
     short = json.dumps({"query": "q", "documents": []}).encode() + b"\n"
     path = tmp_path / "in.jsonl"
     path.write_bytes(short + b"x" * 500 + b"\n" + short)
-    reader = JsonLinesReader(str(path))
-    monkeypatch.setattr(reader, "_limit", 100)
+    reader = JsonLinesReader(str(path), limit=100)
     found = [item for entry in reader.rows() for item in entry]
     reader.close()
     assert [type(item).__name__ for item in found] == ["Row", "BadRow", "Row"]
-    assert "longer than 64 MiB" in found[1].reason
+    assert "larger --max-record-mb" in found[1].reason
     assert found[2].line == 3
 
 

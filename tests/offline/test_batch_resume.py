@@ -18,6 +18,7 @@ from offline_jobs import (
     CountingListener,
     KillAtStep,
     ProcessKilled,
+    change_state,
     leftovers,
     make_job,
     queries,
@@ -112,10 +113,10 @@ def test_the_second_run_scores_only_what_was_left(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = make_job(fake, source, output)
     interrupted(fake, source, output)
-    first = json.loads(Path(f"{output}.job.json").read_text())["version 1"]
+    first = json.loads(Path(f"{output}.job.json").read_text())[resume.VERSION]
     listener = CountingListener()
     summary = run_job(job, listener)
-    assert first["mark"]["line"] > 0  # the name that earlier versions gave the resume point
+    assert first["resume_point"]["line"] > 0
     assert 0 < listener.resumed_at == first["counts"]["pairs"] == summary.resumed
     assert summary.counts.pairs > summary.resumed
     again = run_job(job)
@@ -156,8 +157,7 @@ def test_another_model_is_refused(fake, toy, source, tmp_path):
 def test_another_machine_is_refused(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = interrupted(fake, source, output)
-    path = Path(f"{output}.job.json")
-    path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
+    change_state(output, lambda state: state["steps"].update(threads=2))
     with pytest.raises(InvalidInput, match="threads was 2, is 1"):
         run_job(job)
 
@@ -231,7 +231,7 @@ def test_a_damaged_state_is_refused(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = interrupted(fake, source, output)
     os.truncate(f"{output}.part", 10)
-    with pytest.raises(InvalidInput, match="shorter than its job left it"):
+    with pytest.raises(InvalidInput, match="is not what its job wrote"):
         run_job(job)
     for text in ("{", "{}", "[]", '{"version 1": {}}'):
         Path(f"{output}.job.json").write_text(text)
@@ -242,12 +242,9 @@ def test_a_damaged_state_is_refused(fake, source, tmp_path):
 def test_a_budget_that_the_oom_ladder_lowered_is_kept(fake, source, tmp_path):
     output = tmp_path / "out.jsonl"
     job = interrupted(fake, source, output)
-    path = Path(f"{output}.job.json")
-    content = json.loads(path.read_text())
-    content["version 1"]["steps"]["token_budget"] = 5
-    path.write_text(json.dumps(content))
+    change_state(output, lambda state: state["steps"].update(token_budget=5))
     run_job(job)
-    steps = json.loads(path.read_text())["version 1"]["steps"]
+    steps = json.loads(Path(f"{output}.job.json").read_text())[resume.VERSION]["steps"]
     assert (steps["token_budget"], steps["window"]) == (5, 8 * 64)
 
 

@@ -109,7 +109,7 @@ def test_quality_is_what_ir_measures_says_of_both_files(fake, tmp_path):
 def test_judgements_that_cannot_be_read_name_their_line(fake, tmp_path):
     (tmp_path / "qrels").write_text("q1 0 d1 1\nq1 0 d1 high\n")
     source = write_lines(tmp_path / "in.jsonl", queries(1))
-    with pytest.raises(InvalidInput, match=r"qrels:2: .*Each line is"):
+    with pytest.raises(InvalidInput, match=r"qrels:2 is no judgement.*Each line is"):
         run_job(make_job(fake, source, tmp_path / "out.jsonl", qrels=str(tmp_path / "qrels")))
 
 

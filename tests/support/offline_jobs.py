@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from helpers import SENTENCES
 
 from echelon.models.base import FakeScorer
 from echelon.offline.job import OfflineJob
+from echelon.offline.resume import VERSION
 from echelon.offline.run import run
 from echelon.options import Options
 
@@ -86,6 +88,15 @@ def make_job(model, source, output, budget=8, threads=None, **more):
 
 def run_job(job, listener=None):
     return run(job, listener or CountingListener())
+
+
+def change_state(output, change):
+    """Change the state of a job by a function, with the digest that belongs to it then."""
+    path = Path(f"{output}.job.json")
+    state = json.loads(path.read_text())[VERSION]
+    change(state)
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({VERSION: state, "sha256": digest}))
 
 
 def leftovers(folder):

@@ -9,6 +9,7 @@ import click
 
 from echelon.cli.flags import print_line, with_flags
 from echelon.errors import BadRows, InvalidInput
+from echelon.offline.streams import RECORD_MB
 from echelon.options import Options, check_count, require_packages
 from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
 
@@ -39,6 +40,11 @@ FILE_FLAGS: tuple[Flag, ...] = (
     flag("--top-n", type=int, help="Results to keep of each query [all]."),
     flag("--run-tag", default="echelon", help="Name in a TREC run."),
     flag("--errors", help="File for bad rows [OUTPUT.errors.jsonl]."),
+    flag(
+        "--max-record-mb",
+        default=RECORD_MB,
+        help="Maximum size of a line, record or row of the input, in MiB.",
+    ),
     flag("--strict", is_flag=True, help="Stop at the first bad row."),
     flag("--restart", is_flag=True, help="Begin anew instead of resuming."),
     flag("--qrels", help="TREC judgements: print the quality before and after reranking."),

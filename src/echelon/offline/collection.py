@@ -1,22 +1,20 @@
 """TREC runs to rows: run files, and the texts of topics and collection by id.
 
-The texts are in an SQLite index beside the output, so memory stays constant. The index is made
-again when the topics or the collection change.
+The texts are in an SQLite index beside the output, so memory stays constant. The index is never
+changed; a later run uses it if it is, by its digest, the one that the job made.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
-from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from echelon.errors import StorageError
 from echelon.offline.readers import (
+    ID_CHARACTERS,
     ROW_DOCUMENTS,
-    TOO_LONG,
     BadRow,
     BadValue,
     Row,
@@ -25,20 +23,31 @@ from echelon.offline.readers import (
     parse_json,
     text_of,
 )
-from echelon.offline.streams import ROW_BYTES, Lines, digest_of, suffix_of, sync_to_disk, unreadable
+from echelon.offline.streams import (
+    Lines,
+    digest_of,
+    replacement,
+    suffix_of,
+    too_long,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from echelon.offline.readers import Entry
     from echelon.offline.streams import ResumePoint
     from echelon.progress import Progress
 
 TABLES = """
-create table fingerprints (content text);
-create table topics (id text primary key, text text, first_line integer) without rowid;
+create table topics (id text primary key, text text) without rowid;
 create table documents (id text primary key, text text);
 create table problems (file text, line integer, reason text);
+"""
+
+FIRST_LINES = """
+pragma journal_mode = off;
+create table first_lines (query text primary key, line integer) without rowid;
 """
 
 TEXT_KEYS = {"topics": ("query", "text"), "collection": ("text", "contents")}
@@ -46,110 +55,80 @@ TEXT_KEYS = {"topics": ("query", "text"), "collection": ("text", "contents")}
 
 LINES_PER_REPORT = 1000
 
-
-def fingerprints(files: dict[str, str], index: Path) -> dict[str, Any]:
-    """Size, time and SHA-256 of files; one whose size and time are indexed is not read."""
-    known = _indexed(index)
-    found = {}
-    for name, path in files.items():
-        try:
-            status = Path(path).stat()
-        except OSError as error:
-            raise unreadable(f"--{name}", path, error) from error
-        seen = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        before = known.get(name)
-        if isinstance(before, dict) and seen.items() <= before.items():
-            found[name] = before
-        else:
-            found[name] = {**seen, "sha256": digest_of(f"--{name}", path)}
-    return found
-
-
-def _indexed(index: Path) -> dict[str, Any]:
-    """The fingerprints of the indexed files; empty if there is no index."""
-    if not index.is_file():
-        return {}
-    try:
-        with closing(sqlite3.connect(index)) as base:
-            (content,) = base.execute("select content from fingerprints").fetchone()
-        found: dict[str, Any] = json.loads(content)
-    except (sqlite3.Error, TypeError, ValueError):
-        return {}
-    return found
+PROBLEMS_READ = 10_000
+"""Bad lines of topics and collection that are in memory at a time."""
 
 
 class Collection:
-    """Texts of topics and documents by id; the index is made if it is not that of the files."""
+    """Texts of topics and documents by id.
+
+    Args:
+        files: paths of ``topics`` and ``collection``.
+        index: where the index is, or will be made.
+        known: ``digest`` of an index of the same files; another index is replaced. None makes one.
+        on_progress: the callback while the index is made.
+        limit: bytes of a line.
+    """
 
     def __init__(
-        self, files: dict[str, str], prints: dict[str, Any], index: Path, on_progress: Progress
+        self,
+        files: dict[str, str],
+        index: Path,
+        known: str | None,
+        on_progress: Progress,
+        limit: int,
     ) -> None:
-        self._index = index
-        digests = [entry["sha256"] for entry in prints.values()]
-        if [entry.get("sha256") for entry in _indexed(index).values()] != digests:
-            with _storage_errors(index):
-                _build(files, prints, index, on_progress)
-        self._base = sqlite3.connect(index)
+        if known is None or not index.is_file() or digest_of("-o", index) != known:
+            with _storage_errors(f"{index}, the index of the collection,"):
+                _build(files, index, on_progress, limit)
+            known = digest_of("-o", index)
+        self.digest, self.limit = known, limit
+        self._base = sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
-    def topic(self, name: str, line: int) -> tuple[str | None, int]:
-        """A query's text, or None, and the first line of the run that names the query."""
-        find = "select text, first_line from topics where id = ?"
-        text, first = self._base.execute(find, (name,)).fetchone() or (None, line)
-        if first is None or first > line:
-            with _storage_errors(self._index):
-                self._base.execute("update topics set first_line = ? where id = ?", (line, name))
-            first = line
-        return text, first
+    def topic(self, name: str) -> str | None:
+        """A query's text, or None."""
+        return self._text("select text from topics where id = ?", name)
 
     def document(self, name: str) -> str | None:
         """A document's text, or None."""
-        row = self._base.execute("select text from documents where id = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
+        return self._text("select text from documents where id = ?", name)
 
-    def problems(self) -> Iterator[BadRow]:
-        """Lines of the two files that cannot be used."""
-        found = self._base.execute("select line, reason, file from problems")
-        return (BadRow(*row) for row in found)
-
-    def commit(self) -> None:
-        """Write the first lines of queries to disk."""
-        with _storage_errors(self._index):
-            self._base.commit()
+    def problems(self) -> Iterator[list[BadRow]]:
+        """Lines of the two files that cannot be used, some at a time."""
+        found = self._base.execute("select line, reason, file from problems order by rowid")
+        while some := found.fetchmany(PROBLEMS_READ):
+            yield [BadRow(*row) for row in some]
 
     def close(self) -> None:
         """Close the index."""
         self._base.close()
 
+    def _text(self, find: str, name: str) -> str | None:
+        row = self._base.execute(find, (name,)).fetchone()
+        return None if row is None else str(row[0])
+
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def _storage_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StorageError(
-            f"{path}: the index of the collection cannot be written ({error}). "
+            f"{what} cannot be written ({error}). "
             "Free disk space and run the same command again: it resumes."
         ) from error
 
 
-def _build(
-    files: dict[str, str], prints: dict[str, Any], index: Path, on_progress: Progress
-) -> None:
-    """Write the index beside its place, then move it there."""
-    building = index.with_name(f"{index.name}.building")
-    building.unlink(missing_ok=True)
-    with closing(sqlite3.connect(building)) as base:
+def _build(files: dict[str, str], index: Path, on_progress: Progress, limit: int) -> None:
+    with replacement(index, "building") as building, closing(sqlite3.connect(building)) as base:
         base.execute("pragma journal_mode = off")
         base.execute("pragma synchronous = off")
         base.executescript(TABLES)
         base.execute("begin")
         for name, path in files.items():
-            with closing(Lines(path, f"--{name}")) as lines:
+            with closing(Lines(path, f"--{name}", limit)) as lines:
                 _fill(base, name, lines, on_progress)
-        base.execute("insert into fingerprints values (?)", (json.dumps(prints),))
         base.commit()
-    sync_to_disk(building)
-    building.replace(index)
 
 
 def _fill(base: sqlite3.Connection, name: str, lines: Lines, on_progress: Progress) -> None:
@@ -157,7 +136,7 @@ def _fill(base: sqlite3.Connection, name: str, lines: Lines, on_progress: Progre
     insert = f"insert or ignore into {table} (id, text) values (?, ?)"  # noqa: S608 - our own names
     for line in lines.filled():
         try:
-            entry = _entry(line, name, suffix_of(lines.path))
+            entry = _entry(line, name, lines)
             taken = base.execute(insert, entry).rowcount
             problem = "" if taken else f"the id {entry[0]!r} is there a second time"
         except BadValue as error:
@@ -170,10 +149,10 @@ def _fill(base: sqlite3.Connection, name: str, lines: Lines, on_progress: Progre
             on_progress(f"Indexing {name}", share or 0.0, 0.0 if share is None else 1.0)
 
 
-def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
+def _entry(line: bytes | None, name: str, lines: Lines) -> tuple[str, str]:
     """(id, text) of a line of TSV or JSONL; a title stands before its text."""
-    if suffix in {".jsonl", ".ndjson", ".json"}:
-        record = parse_json(line)
+    if suffix_of(lines.path) in {".jsonl", ".ndjson", ".json"}:
+        record = parse_json(line, lines.limit)
         if not isinstance(record, dict):
             raise BadValue("the line is not an object")
         key = id_of("id", record.get("id", record.get("_id")))
@@ -184,12 +163,13 @@ def _entry(line: bytes | None, name: str, suffix: str) -> tuple[str, str]:
         title = record.get("title") if name == "collection" else None
         return str(key), f"{text_of('title', title)} {text}".strip() if title else text
     if line is None:
-        raise BadValue("the line is too long")
+        raise BadValue(too_long("the line", lines.limit))
     plain = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
     check_unicode("the line", plain)
     key, tab, text = plain.partition("\t")
     if not tab or not key:
         raise BadValue("the line is not an id, a tab and a text")
+    id_of("id", key)
     return key, text
 
 
@@ -204,41 +184,57 @@ class RunFile(Lines):
     """
 
     def __init__(self, path: str, collection: Collection) -> None:
-        super().__init__(path)
-        self._collection = collection
+        super().__init__(path, limit=collection.limit)
+        self.collection = collection
+        # Without a name it is a private file, which SQLite removes itself.
+        self._first_lines = sqlite3.connect("", isolation_level=None)
+        self._first_lines.executescript(FIRST_LINES)
 
     def rows(self) -> Iterator[Entry]:
         """See :class:`~echelon.offline.readers.Reader`."""
         for line in self.filled():
             try:
-                query, document = _parse(line)
+                query, document = _parse(line, self.limit)
             except BadValue as error:
                 yield (BadRow(self.number, str(error)),)
             else:
                 yield self._query(query, document)
 
-    def problems(self) -> Iterator[BadRow]:
-        """Lines of topics and collection that cannot be used."""
-        return self._collection.problems()
-
-    def resume_point(self) -> ResumePoint:
+    def skip_to(self, point: ResumePoint) -> None:
         """See :class:`~echelon.offline.readers.Reader`."""
-        self._collection.commit()
-        return super().resume_point()
+        before = None
+        while self.number < point.line and (line := next(self, b"")) != b"":
+            with suppress(BadValue):
+                query, _ = _parse(line, self.limit)
+                if query != before:
+                    self._first_line(query, self.number)
+                before = query
+        self._count_taken()
+        self._count_taken()
+        super().skip_to(point)
 
     def close(self) -> None:
         """See :class:`~echelon.offline.readers.Reader`."""
         super().close()
-        self._collection.close()
+        self._first_lines.close()
+        self.collection.close()
+
+    def _first_line(self, query: str, line: int) -> int:
+        """The first line of the run that names a query, of which this is one."""
+        with _storage_errors("A temporary file"):
+            base = self._first_lines
+            base.execute("insert or ignore into first_lines values (?, ?)", (query, line))
+            found = base.execute("select line from first_lines where query = ?", (query,))
+        return int(found.fetchone()[0])
 
     def _query(self, query: str, document: str) -> Entry:
         """Read the other lines of a query whose first line was read."""
         first = self.number
-        group = _QueryLines(self._collection)
+        group = _QueryLines(self.collection)
         group.add(first, document)
         for line in self.filled():
             try:
-                other, document = _parse(line)
+                other, document = _parse(line, self.limit)
             except BadValue as error:
                 group.refuse(self.number, str(error))
             else:
@@ -248,7 +244,7 @@ class RunFile(Lines):
                 group.add(self.number, document)
             if group.lines >= ROW_DOCUMENTS:
                 break
-        text, before = self._collection.topic(query, first)
+        text, before = self.collection.topic(query), self._first_line(query, first)
         if text is None:
             return group.refused(first, f"the query {query!r} is not among the topics")
         if before != first:
@@ -273,8 +269,8 @@ class _QueryLines:
             self.refuse(line, f"the document {document!r} is there a second time")
         elif text is None:
             self.refuse(line, f"the document {document!r} is not in the collection")
-        elif self._characters + len(text) > ROW_BYTES:
-            self.refuse(line, "the query's documents are too long together")
+        elif self._characters + len(text) > self._collection.limit:
+            self.refuse(line, too_long("the query with this document", self._collection.limit))
         else:
             self._texts[document] = text
             self._characters += len(text)
@@ -293,13 +289,15 @@ class _QueryLines:
         return (BadRow(line, reason + many), *self._bad)
 
 
-def _parse(line: bytes | None) -> tuple[str, str]:
+def _parse(line: bytes | None, limit: int) -> tuple[str, str]:
     """Query and document of a run's line; BadValue if it is not one."""
     if line is None:
-        raise BadValue(TOO_LONG)
+        raise BadValue(too_long("the line", limit))
     fields = line.split()
     if len(fields) != FIELDS:
         raise BadValue(f"the line has {len(fields)} fields, not 'query Q0 document rank score tag'")
+    if max(map(len, fields)) > ID_CHARACTERS:
+        raise BadValue(f"a field has more than {ID_CHARACTERS:,} bytes")
     try:
         query, document, rank, score = (fields[i].decode() for i in (0, 2, 3, 4))
     except UnicodeDecodeError:

@@ -6,6 +6,7 @@ are kept.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import defaultdict
 from contextlib import closing
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.device import candidate_precisions
-from echelon.offline.readers import Row
+from echelon.offline.readers import ID_CHARACTERS, Row
 from echelon.offline.scoring import WindowScorer, windows
-from echelon.offline.streams import STANDARD, Lines
+from echelon.offline.streams import STANDARD, Lines, digest_of
 from echelon.offline.writers import ranked
 from echelon.options import require_packages
 from echelon.types import monotonic
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
 MEASURES = {"nDCG@10": "nDCG@10", "MRR@10": "RR@10", "recall@10": "R@10", "recall@100": "R@100"}
 """Name of a metric → its name in ``ir_measures``."""
 
-FORM = "Each line is: query, 0, document and grade, with spaces between."
+JUDGEMENTS = 5_000_000
+"""Maximum judgements; they are in memory, with some 200 bytes each."""
+
+GRADES = range(-(2**31), 2**31)
+"""Grades that ``ir_measures`` takes."""
+
+FORM = "Each line is: query, 0, document and grade (a whole number), with spaces between."
 Sums = dict[str, Any]
 """``queries``, the number of them, and the sums of the metrics ``before`` and ``after``."""
 
@@ -82,19 +89,46 @@ def means(sums: Sums, order: str) -> dict[str, float]:
     return {name: total / queries for name, total in sums[order].items()} if queries else {}
 
 
+def are_sums(value: Any) -> bool:
+    """Whether a value read from a file is what :meth:`Judge.add` writes."""
+    if value == {}:
+        return True
+    if value.keys() != {"queries", "before", "after"} or type(value["queries"]) is not int:
+        return False
+    orders = [value["before"], value["after"]]
+    return value["queries"] > 0 and all(
+        isinstance(order, dict)
+        and order.keys() == MEASURES.keys()
+        and all(type(total) is float and math.isfinite(total) for total in order.values())
+        for order in orders
+    )
+
+
 def read_qrels(path: str) -> dict[str, dict[str, int]]:
     """Read judgements: query to document to grade."""
     grades: dict[str, dict[str, int]] = defaultdict(dict)
     with closing(Lines(path, "--qrels")) as lines:
-        for line in lines.filled():
+        for count, line in enumerate(lines.filled()):
+            if count == JUDGEMENTS:
+                problem = f"{path} has more than {JUDGEMENTS:,} judgements"
+                raise InvalidInput("--qrels", problem, "Leave out those of other queries.")
             try:
-                query, _, document, grade = (line or b"").decode().split()
-                grades[query][document] = int(grade)
-            except ValueError as error:
-                raise InvalidInput("--qrels", f"{path}:{lines.number}: {error}", FORM) from None
+                query, document, grade = _judgement(line)
+            except ValueError:
+                problem = f"{path}:{lines.number} is no judgement"
+                raise InvalidInput("--qrels", problem, FORM) from None
+            grades[query][document] = grade
     if not grades:
         raise InvalidInput("--qrels", f"{path} holds no judgements", FORM)
     return dict(grades)
+
+
+def _judgement(line: bytes | None) -> tuple[str, str, int]:
+    """Query, document and grade of a line; ValueError if it is none."""
+    query, _, document, grade = (line or b"").decode().split()
+    if max(len(query), len(document)) > ID_CHARACTERS or int(grade) not in GRADES:
+        raise ValueError(line)
+    return query, document, int(grade)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +175,9 @@ def _measured(job: OfflineJob, judge: Judge, index: Path) -> PrecisionComparison
         scorer = WindowScorer(job.model, job.options)
     except (InvalidInput, UnsupportedModel) as error:
         return PrecisionComparison(name, {}, refused=str(error))
-    with closing(scorer), closing(job.reader(index, job.fingerprints(index))) as reader:
+    # The index is in a folder of this process; the first precision made it.
+    known = digest_of("--compare", index) if index.is_file() else None
+    with closing(scorer), closing(job.reader(index, known)) as reader:
         steps = scorer.steps
         ahead = windows(_judged(reader, judge), reader, steps.window, steps.max_length)
         started = monotonic()

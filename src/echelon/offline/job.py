@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.offline.collection import Collection, RunFile, fingerprints
-from echelon.offline.readers import Columns, JsonLinesReader, ParquetReader, Reader, TableReader
-from echelon.offline.streams import INPUT, STANDARD, Lines, compression_of, digest_of, suffix_of
+from echelon.offline.collection import Collection, RunFile
+from echelon.offline.parquet_reader import ParquetReader
+from echelon.offline.readers import Columns, JsonLinesReader, Reader, TableReader
+from echelon.offline.streams import (
+    INPUT,
+    RECORD_MB,
+    STANDARD,
+    Lines,
+    compression_of,
+    digest_of,
+    suffix_of,
+)
 from echelon.offline.writers import JsonWriter, ParquetWriter, TrecWriter, Writer
 from echelon.options import Options
 from echelon.progress import Progress, no_progress
@@ -31,6 +40,9 @@ OUTPUT_SUFFIXES = {s: f for s, f in INPUT_SUFFIXES.items() if f not in {"csv", "
 PAIRS = ("csv", "tsv", "parquet")
 """Inputs of one pair a row."""
 
+MOST_RECORD_MB = 1024.0
+"""Largest ``max_record_mb``; libraries below count bytes of a text in 32 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class OfflineJob:
@@ -49,6 +61,7 @@ class OfflineJob:
     top_n: int | None = None  # results kept of a query; None keeps all
     run_tag: str = "echelon"
     qrels: str | None = None
+    max_record_mb: float = RECORD_MB  # longest line, record or row of an input, in MiB
     strict: bool = False
     restart: bool = False
 
@@ -66,13 +79,16 @@ class OfflineJob:
             raise InvalidInput("--topics", problem, "Leave it out.")
         if self.reads in PAIRS:
             self._check_pairs()
-        if len(self.run_tag.split()) != 1:
+        if not 0 < self.max_record_mb <= MOST_RECORD_MB:
+            problem = f"{self.max_record_mb:g} is not above 0 and at most {MOST_RECORD_MB:g}"
+            raise InvalidInput("--max-record-mb", problem, "Give the MiB of the longest record.")
+        if len(self.run_tag.split()) != 1 or not self.run_tag.isprintable():
             raise InvalidInput("--run-tag", f"{self.run_tag!r} is not one word", "Give one word.")
         self._check_files()
         if self.input != STANDARD:
             Lines(self.input).close()
             if self.reads in PAIRS:
-                self.reader(Path(), {}).close()
+                self.reader(Path()).close()
 
     def _check_pairs(self) -> None:
         one_each = "the input is pairs, each of which stands alone"
@@ -89,7 +105,7 @@ class OfflineJob:
                 raise InvalidInput("-o", "Parquet cannot be written to a pipe", "Name a file.")
             return
         target = Path(self.output)
-        if not target.parent.is_dir() or target.is_dir():
+        if not target.parent.is_dir() or (target.exists() and not target.is_file()):
             raise InvalidInput("-o", f"{self.output} is no place for a file", "Name a file.")
         for path in (self.input, self.topics, self.collection, self.qrels):
             if path is not None and path != STANDARD and _same(path, self.output):
@@ -117,38 +133,41 @@ class OfflineJob:
         return JsonWriter(compression, self.top_n, pairs=self.reads in PAIRS)
 
     def reader(
-        self, index: Path, prints: dict[str, Any], on_progress: Progress = no_progress
+        self, index: Path, known: str | None = None, on_progress: Progress = no_progress
     ) -> Reader:
-        """Open the input; ``index`` is where the index of a collection is, or will be."""
+        """Open the input; ``index`` and ``known`` are of its texts, see :class:`Collection`."""
         match self.reads:
             case "trec":
-                texts = Collection(self._text_files(), prints, index, on_progress)
+                files = self._text_files()
+                texts = Collection(files, index, known, on_progress, self._record_bytes)
                 return RunFile(self.input, texts)
             case "parquet":
-                return ParquetReader(self.input, self.columns)
+                return ParquetReader(self.input, self.columns, self._record_bytes)
             case "jsonl":
-                return JsonLinesReader(self.input)
-        return TableReader(self.input, self.columns, tabs=self.reads == "tsv")
+                return JsonLinesReader(self.input, limit=self._record_bytes)
+        tabs = self.reads == "tsv"
+        return TableReader(self.input, self.columns, tabs=tabs, limit=self._record_bytes)
 
     def plain_reader(self) -> Lines | ParquetReader:
         """Open the input to compare it with a resume point: without topics and collection."""
         if self.reads == "parquet":
-            return ParquetReader(self.input, self.columns)
+            return ParquetReader(self.input, self.columns, self._record_bytes)
         return Lines(self.input)
+
+    @property
+    def _record_bytes(self) -> int:
+        return int(self.max_record_mb * 2**20)
 
     def _text_files(self) -> dict[str, str]:
         """Topics and collection of a run; empty for other inputs."""
         files = {"topics": self.topics, "collection": self.collection}
         return {name: path for name, path in files.items() if path is not None}
 
-    def fingerprints(self, index: Path) -> dict[str, Any]:
-        """Size, time and digest of topics and collection; empty if the input is no run."""
-        return fingerprints(self._text_files(), index)
-
-    def identity(self, prints: dict[str, Any], profile: Profile | None) -> dict[str, Any]:
+    def identity(self, profile: Profile | None) -> dict[str, Any]:
         """Everything that the output depends on, flat, as it comes back from JSON.
 
         Of a profile only the settings that tuning chose count, since the OOM ladder changes others.
+        ``max_record_mb`` does not: a larger one lets a job go on that a record stopped.
         """
         from echelon.models.hub import resolve
         from echelon.profile import library_versions
@@ -169,7 +188,7 @@ class OfflineJob:
             "run tag": self.run_tag if self.writes == "trec" else None,
             "qrels": None if self.qrels is None else digest_of("--qrels", self.qrels),
             "profile": None if profile is None else asdict(profile.settings),
-            **{name: entry["sha256"] for name, entry in prints.items()},
+            **{name: digest_of(f"--{name}", p) for name, p in self._text_files().items()},
             **{f"{name} column": value for name, value in columns.items()},
             **{f"{name} version": value for name, value in library_versions().items()},
             **options,

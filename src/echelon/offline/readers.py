@@ -1,35 +1,41 @@
-"""Readers: JSONL, CSV, TSV and Parquet to rows, one at a time, and the checks of a row's fields."""
+"""Readers: JSONL, CSV and TSV to rows, one at a time, and the checks of a row's fields."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import InvalidInput
-from echelon.offline.streams import (
-    INPUT,
-    ROW_BYTES,
-    STANDARD,
-    Lines,
-    ResumePoint,
-    changed,
-    unreadable,
-)
-from echelon.options import require_packages
+from echelon.offline.streams import INPUT, RECORD_BYTES, Lines, ResumePoint, too_long
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PARQUET_ROWS = 1024
-"""Rows of a Parquet file decoded at a time."""
-
-TOO_LONG = f"the line is longer than {ROW_BYTES // 2**20} MiB"
-
 ROW_DOCUMENTS = 100_000
-"""Maximum documents of a row, for the same reason."""
+"""Maximum documents of a row: all are in memory when it is ranked."""
+
+ID_CHARACTERS = 1024
+"""Longest id. The id of a query is written with each of its results."""
+
+ID_BITS = 64
+"""Largest whole number as an id."""
+
+VALUES = 2**20
+"""Maximum values of a record, used or not. An empty one takes two bytes in the file and up to 200
+in memory; a row of the most documents, each with id and text, has 300,000."""
+
+TOO_MANY = f"the record has more than {VALUES:,} values"
+
+FEW_VALUES_BYTES = 2**20
+"""A line of fewer bytes is not worth counting its values."""
+
+_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+SHOWN_COLUMNS, SHOWN_CHARACTERS = 20, 500
+"""Most names of columns, and characters of them, in a message."""
 
 Id = str | int | None
 
@@ -86,10 +92,16 @@ def check_unicode(field: str, text: str) -> None:
 
 def id_of(field: str, value: Any) -> Id:
     """Return an id: text, a whole number, or None."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > ID_BITS:
+            raise BadValue(f"{field} is a number of more than {ID_BITS} bits")
         return value
     if not isinstance(value, str):
         raise BadValue(f"{field} is {_kind(value)}, not a string or a whole number")
+    if len(value) > ID_CHARACTERS:
+        raise BadValue(f"{field} has {len(value):,} characters; {ID_CHARACTERS:,} are the most")
     return text_of(field, value)
 
 
@@ -155,7 +167,8 @@ class Columns:
         """Refuse a file that lacks one of the columns, or has it twice."""
         for option, name in self.named():
             if name not in found:
-                remedy = f"The file's columns are: {', '.join(found) or 'none'}."
+                shown = ", ".join(found[:SHOWN_COLUMNS])[:SHOWN_CHARACTERS] or "none"
+                remedy = f"The file's columns are: {shown}."
                 raise InvalidInput(option, f"there is no column {name!r}", remedy)
             if list(found).count(name) > 1:
                 raise InvalidInput(option, f"the column {name!r} is there twice", "Rename one.")
@@ -169,7 +182,7 @@ class Columns:
         """A row out of its columns' values."""
         query, document = (text_of(name, value[name]) for name in (self.query, self.document))
         ids = [
-            None if name is None or value[name] is None else text_of(name, value[name])
+            None if name is None else id_of(name, value[name])
             for name in (self.query_id, self.document_id)
         ]
         return Row(line, ids[0], query, (document,), (ids[1],))
@@ -182,15 +195,17 @@ class JsonLinesReader(Lines):
         """See :class:`Reader`."""
         for line in self.filled():
             try:
-                yield (row_of(self.number, parse_json(line)),)
+                yield (row_of(self.number, parse_json(line, self.limit)),)
             except BadValue as error:
                 yield (BadRow(self.number, str(error)),)
 
 
-def parse_json(line: bytes | None) -> Any:
-    """Parse a line of JSON; None is a line that was too long."""
+def parse_json(line: bytes | None, limit: int) -> Any:
+    """Parse a line of JSON; None is a line of more than ``limit`` bytes."""
     if line is None:
-        raise BadValue(TOO_LONG)
+        raise BadValue(too_long("the line", limit))
+    if len(line) > FEW_VALUES_BYTES:
+        _check_values(line)
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -201,23 +216,34 @@ def parse_json(line: bytes | None) -> Any:
         raise BadValue(f"the line is not JSON ({reason})") from None
 
 
+def _check_values(line: bytes) -> None:
+    """Refuse JSON of too many values, each of which follows a comma or an opening bracket."""
+    outside = _JSON_STRING.sub(b"", line)
+    if sum(map(outside.count, (b",", b"[", b"{"))) > VALUES:
+        raise BadValue(TOO_MANY)
+
+
 class TableReader(Lines):
     """Pairs in CSV or TSV, whose first line names the columns.
 
     CSV may quote fields, also over several lines. In TSV a quote is a character like any other,
-    as in the collections of the field.
+    as in the collections of the field. A row of TSV that is too long is passed over; a record of
+    CSV ends the job, since its end is not known: a quote may never be closed.
     """
 
-    def __init__(self, path: str, columns: Columns, *, tabs: bool) -> None:
-        super().__init__(path)
-        self._columns = columns
-        csv.field_size_limit(ROW_BYTES)
+    def __init__(
+        self, path: str, columns: Columns, *, tabs: bool, limit: int = RECORD_BYTES
+    ) -> None:
+        super().__init__(path, limit=limit)
+        self._columns, self._tabs = columns, tabs
+        self._began = self._bytes = self._values = 0
+        csv.field_size_limit(limit)
         how: dict[str, Any] = {"delimiter": ",", "strict": True}
         if tabs:
             how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        self._rows = csv.reader(map(_as_text, self), **how)
+        self._rows = csv.reader(map(self._taken_line, self), **how)
         try:
-            self._names = next(self._rows)
+            self._names = self._record()
             columns.check(self._names)
         except (StopIteration, csv.Error, BadValue):
             self.close()
@@ -230,125 +256,39 @@ class TableReader(Lines):
     def rows(self) -> Iterator[Entry]:
         """See :class:`Reader`."""
         while True:
-            line = self.number + 1
             try:
-                fields = next(self._rows)
+                fields = self._record()
                 if fields:
-                    yield (self._row(line, fields),)
+                    yield (self._row(self._began, fields),)
             except StopIteration:
                 return
             except (csv.Error, BadValue) as error:
-                yield (BadRow(line, str(error)),)
+                yield (BadRow(self._began, str(error)),)
+
+    def _record(self) -> list[str]:
+        """The fields of the next record."""
+        self._began = self.number + 1
+        self._bytes = self._values = 0
+        return next(self._rows)
 
     def _row(self, line: int, fields: list[str]) -> Row:
         if len(fields) != len(self._names):
             raise BadValue(f"the row has {len(fields)} fields, the header {len(self._names)}")
         return self._columns.row(line, dict(zip(self._names, fields, strict=True)))
 
+    def _taken_line(self, line: bytes | None) -> str:
+        """The next line of a record for the csv module, within the record's limits.
 
-def _as_text(line: bytes | None) -> str:
-    """A line for the csv module; bytes that are not UTF-8 become lone surrogates."""
-    if line is None:
-        raise BadValue(TOO_LONG)
-    return line.decode("utf-8", "surrogateescape")
-
-
-class ParquetReader:
-    """Pairs in Parquet; the largest row group of the file must fit in memory."""
-
-    def __init__(self, path: str, columns: Columns) -> None:
-        if path == STANDARD:
-            problem = "Parquet cannot be read from standard input"
-            raise InvalidInput(INPUT, problem, "Name a file, or pipe JSONL.")
-        require_packages("Parquet", "files", ["pyarrow"])
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        self._path, self._columns = path, columns
-        try:
-            self._file = parquet.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(INPUT, path, error) from error
-        try:
-            _check_schema(self._file.schema_arrow, columns)
-        except InvalidInput:
-            self.close()
-            raise
-        self._position = 0
-        self._hash = hashlib.sha256()
-
-    def rows(self) -> Iterator[Entry]:
-        """See :class:`Reader`."""
-        for number, values in enumerate(self._values(), 1):
-            if number > self._position:
-                self._count(values)
-                texts = {
-                    name: None if value is None else value.decode("utf-8", "surrogateescape")
-                    for name, value in values.items()
-                }
-                try:
-                    yield (self._columns.row(number, texts),)
-                except BadValue as error:
-                    yield (BadRow(number, str(error)),)
-
-    def resume_point(self) -> ResumePoint:
-        """See :class:`Reader`."""
-        return ResumePoint(self._position, self._position, self._hash.hexdigest())
-
-    def skip_to(self, point: ResumePoint) -> None:
-        """See :class:`Reader`."""
-        for values in self._values():
-            if self._position == point.position:
-                break
-            self._count(values)
-        if self.resume_point() != point:
-            raise changed(INPUT, self._path)
-
-    @property
-    def share(self) -> float | None:
-        """See :class:`Reader`."""
-        total = int(self._file.metadata.num_rows)
-        return self._position / total if total else None
-
-    def close(self) -> None:
-        """See :class:`Reader`."""
-        self._file.close()
-
-    def _values(self) -> Iterator[dict[str, bytes | None]]:
-        """Columns of each row as bytes, so that each row is checked for UTF-8 by itself."""
-        import pyarrow as pa
-
-        names = [name for _, name in self._columns.named()]
-        try:
-            for batch in self._file.iter_batches(PARQUET_ROWS, columns=names):
-                arrays = [_as_bytes(batch.column(name)) for name in names]
-                for values in zip(*arrays, strict=True):
-                    yield dict(zip(names, values, strict=True))
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(INPUT, self._path, error) from error
-
-    def _count(self, values: dict[str, bytes | None]) -> None:
-        self._position += 1
-        for value in values.values():
-            length = -1 if value is None else len(value)
-            self._hash.update(length.to_bytes(8, "little", signed=True) + (value or b""))
-
-
-def _check_schema(schema: Any, columns: Columns) -> None:
-    from pyarrow import types
-
-    columns.check(schema.names)
-    for option, name in columns.named():
-        kind = schema.field(name).type
-        inner = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(inner) or types.is_large_string(inner)):
-            raise InvalidInput(option, f"the column {name!r} is {kind}", "Name one of text.")
-
-
-def _as_bytes(array: Any) -> list[bytes | None]:
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    values: list[bytes | None] = array.cast(pa.large_binary()).to_pylist()
-    return values
+        Bytes that are not UTF-8 become lone surrogates.
+        """
+        if line is not None:
+            self._bytes += len(line)
+            self._values += line.count(b"\t" if self._tabs else b",")
+            if self._bytes <= self.limit and self._values <= VALUES:
+                return line.decode("utf-8", "surrogateescape")
+        problem = too_long("the record", self.limit)
+        if self._values > VALUES:
+            problem = TOO_MANY
+        if self._tabs:
+            raise BadValue(problem)
+        raise InvalidInput(f"{self.path}:{self._began}", problem, "See whether its quotes close.")

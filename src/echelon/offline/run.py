@@ -98,18 +98,17 @@ def run(
     with closing(JobStore(job.output, job.errors, resumable=job.input != STANDARD)) as store:
         if job.restart:
             store.restart()
-        prints = job.fingerprints(store.index_path)
         _, profile = with_profile(job.options)
-        identity = job.identity(prints, profile)
+        identity = job.identity(profile)
         state = store.load()
         if state is not None:
             state.check(identity)
             if state.complete:
                 return _finished(job, state, store)
         state = state or JobState(identity)
-        store.truncate_to(state)
+        store.cut_to(state)
         done = state.counts.pairs
-        with closing(job.reader(store.index_path, prints, listener.indexing)) as reader:
+        with closing(job.reader(store.index_path, state.index, listener.indexing)) as reader:
             current = _Run(job, state, store, reader, writer, judge, listener)
             current.resume()
             with closing(open_scorer(job.model, job.options, state.steps)) as scorer:
@@ -139,11 +138,14 @@ class _Run:
                 problem = f"{self.state.counts.bad} bad rows were passed over before"
                 raise InvalidInput("--strict", problem, "Leave it out.")
         elif isinstance(self.reader, RunFile):
-            bad = list(self.reader.problems())
-            self._refuse(bad)
+            self.state.index = self.reader.collection.digest
+            self.store.save(self.state)
+            for bad in self.reader.collection.problems():
+                self._refuse(bad)
+                self.state.counts.bad += len(bad)
+                self.store.append_problems(self.state, _problems(bad))
             self.state.resume_point = self.reader.resume_point()
-            self.state.counts.bad += len(bad)
-            self.store.append(self.state, b"", _problems(bad))
+            self.store.save(self.state)
 
     def score(self, scorer: _Scorer) -> None:
         """Score the rest of the input, a window at a time."""

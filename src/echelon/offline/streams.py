@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
@@ -24,9 +25,11 @@ STANDARD = "-"
 INPUT = "INPUT"
 """The name of the input file in messages."""
 
-ROW_BYTES = 64 * 2**20
-"""Longest row. A row must be in memory to be ranked, so this bounds the memory."""
+RECORD_MB = 32.0
+"""Longest record of an input in MiB. A record is in memory when it is ranked, so this bounds the
+memory; the server's bodies have the same limit."""
 
+RECORD_BYTES = int(RECORD_MB * 2**20)
 CHUNK = 2**20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -59,9 +62,9 @@ class Lines:
     longer than ``limit`` bytes. A file that is damaged or cut off raises :class:`InvalidInput`.
     """
 
-    def __init__(self, path: str, option: str = INPUT, limit: int = ROW_BYTES) -> None:
-        self.path, self.number = path, 0
-        self._option, self._limit = option, limit
+    def __init__(self, path: str, option: str = INPUT, limit: int = RECORD_BYTES) -> None:
+        self.path, self.number, self.limit = path, 0, limit
+        self._option = option
         try:
             self._raw = _opened(path)
         except OSError as error:
@@ -82,11 +85,11 @@ class Lines:
             self.number += 1
             return self._text()
         self._count_taken()
-        line = self._read(self._stream.readline, self._limit + 1)
+        line = self._read(self._stream.readline, self.limit + 1)
         if not line:
             raise StopIteration
         self.number += 1
-        if len(line) > self._limit:
+        if len(line) > self.limit:
             self._skip_rest_of_line(line)
             return None
         self._taken = line
@@ -178,25 +181,48 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
     return cast("BinaryIO", io.BufferedReader(inner, CHUNK))
 
 
+def too_long(record: str, limit: int) -> str:
+    """Why a record of more than ``limit`` bytes is not read."""
+    return f"{record} has more than {limit / 2**20:g} MiB; a larger --max-record-mb allows it"
+
+
 def changed(option: str, path: str) -> InvalidInput:
     """The error for a file that is no longer the one an earlier run read."""
     problem = f"{path} is not the file that was read before"
     return InvalidInput(option, problem, "Put it back, or begin anew with --restart.")
 
 
-def unreadable(option: str, path: str, error: Exception) -> InvalidInput:
+def unreadable(option: str, path: str | Path, error: Exception) -> InvalidInput:
     """The error for a file that cannot be read, or not to its end."""
     reason = getattr(error, "strerror", None) or error
     return InvalidInput(option, f"{path} cannot be read ({reason})", "Give a file that is whole.")
 
 
-def digest_of(option: str, path: str) -> str:
+def digest_of(option: str, path: str | Path) -> str:
     """SHA-256 of a whole file."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise unreadable(option, path, error) from error
+
+
+@contextmanager
+def replacement(path: Path, ending: str) -> Iterator[Path]:
+    """Make a new file beside ``path`` that takes its place once it is complete and on disk.
+
+    No file or link that another program put there is written to.
+    """
+    building = path.with_name(f"{path.name}.{ending}")
+    building.unlink(missing_ok=True)
+    os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield building
+        sync_to_disk(building)
+        building.replace(path)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
 
 
 def sync_to_disk(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echelon.offline.readers import BadValue, Id, Row
-from echelon.offline.streams import sync_to_disk
+from echelon.offline.streams import replacement
 from echelon.options import require_packages
 from echelon.reranker import sigmoid
 
@@ -38,7 +38,7 @@ class Writer(Protocol):
         """Write a window's records."""
 
     def assemble(self, part: Path, output: Path) -> None:
-        """Turn the file of blocks into the output."""
+        """Turn the file of blocks into the output; it may be left, and is removed later."""
 
 
 class RankedRow:
@@ -193,13 +193,13 @@ class ParquetWriter(Writer):
         import pyarrow as pa
         from pyarrow import parquet
 
-        building = output.with_name(f"{output.name}.building")
-        with pa.OSFile(str(part)) as blocks, parquet.ParquetWriter(building, self._schema) as file:
+        with (
+            replacement(output, "building") as building,
+            pa.OSFile(str(part)) as blocks,
+            parquet.ParquetWriter(building, self._schema) as file,
+        ):
             while blocks.tell() < blocks.size():
                 file.write_table(pa.ipc.open_stream(blocks).read_all())
-        sync_to_disk(building)
-        building.replace(output)
-        part.unlink()
 
 
 def _cells(ranking: RankedRow) -> dict[str, list[Any]]:
