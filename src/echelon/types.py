@@ -142,7 +142,8 @@ class ScoredPairs:
 
     Attributes:
         logits: float32 [pairs], the model's raw outputs.
-        truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``.
+        truncated_tokens: int32 [pairs], tokens each pair lost to ``max_length``; at least these
+            for texts above 16,384 characters, which are read only as far as needed.
         report: how they were computed.
     """
 
@@ -159,7 +160,8 @@ class RankedDocument:
         index: its position in the caller's list.
         score: sigmoid of the logit, 0 to 1.
         logit: the model's raw output; the ranking is sorted by it.
-        truncated_tokens: tokens it lost to ``max_length``; 0 means it was read whole.
+        truncated_tokens: tokens it lost to ``max_length``, at least these above 16,384 characters;
+            0 means that nothing was lost.
     """
 
     index: int
@@ -194,7 +196,7 @@ class Answer:
 
     # float32 [pairs], raw logits in input order; of a document in chunks, the best
     logits: FloatArray
-    truncated_tokens: IntArray  # int32 [pairs], tokens each pair lost to ``max_length``
+    truncated_tokens: IntArray  # int32 [pairs], as in :class:`ScoredPairs`
     tokens: int  # tokens of all its pairs, or chunks, as the model saw them
     cost_tokens: int  # its share of the tokens that its steps computed, padding included
     timings: Timings

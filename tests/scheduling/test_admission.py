@@ -165,8 +165,9 @@ def test_tokens_are_estimated_from_what_was_seen():
     estimate = TokenEstimate()
     for _ in range(60):
         estimate.observe(1000, 500)
-    assert estimate.tokens(2000, 4, 512) == pytest.approx(1000, rel=0.02)
-    assert estimate.tokens(10**6, 4, 512) == 2048
+    assert estimate.tokens([500] * 4, 512) == pytest.approx(1000, rel=0.02)
+    assert estimate.tokens([10**6] * 4, 512) == 2048
+    assert estimate.tokens([10**6, 0, 100], 512) == pytest.approx(512 + 1 + 50, rel=0.02)
     estimate.observe(0, 5)
     estimate.observe(1, 10**6)
     assert estimate.ratio <= 1

@@ -28,6 +28,9 @@ class LetterEncoder:
         documents = [ids(document) for _, document in pairs]
         return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
 
+    def turns(self, pairs, max_length, truncation, max_query_tokens, **_):
+        yield self.encode(pairs, max_length, truncation, max_query_tokens)
+
 
 class RecordingListener(Listener):
     """Keeps all events."""
@@ -78,11 +81,11 @@ async def submit(made, pairs, **asked):
 
 
 def service(
-    opener=Obedient, *, listener=None, learned=None, clock=monotonic, **settings
+    opener=Obedient, *, listener=None, learned=None, clock=monotonic, encoder=None, **settings
 ) -> Service:
     settings.setdefault("precision", "fp32")
     return Service(
-        LetterEncoder(),
+        encoder or LetterEncoder(),
         lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
         ServiceSettings(**settings),
         listener=listener,

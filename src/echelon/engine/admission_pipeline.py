@@ -1,7 +1,8 @@
 """Admission of requests to a service: judge by an estimate, tokenise, judge by the true lengths.
 
-Tokenising runs in threads (the library releases the interpreter's lock). A long request is cut
-into slices that queue for a thread one by one, so that a short request never waits for all of it.
+Tokenising runs in threads (the library releases the interpreter's lock). A long request takes turns
+that queue for a thread one by one, so that a short request never waits for all of it; when its
+caller has gone, no other turn begins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echelon.engine.events import RequestRefused
-from echelon.errors import InvalidInput, Overloaded
+from echelon.errors import EchelonError, InvalidInput, Overloaded
 from echelon.options import check_pairs
 from echelon.scheduling.admission import (
     LoadShedding,
@@ -24,10 +25,11 @@ from echelon.scheduling.admission import (
     TokenEstimate,
     refuse,
 )
-from echelon.tokenization.pairs import TruncationImpossible, chunk, cut_at, join
+from echelon.tokenization.pairs import TruncationImpossible, chunk, cut_at
+from echelon.tokenization.tokenizer import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from echelon.engine.dispatcher import Dispatcher
     from echelon.engine.events import ServiceSettings
@@ -39,14 +41,10 @@ logger = logging.getLogger(__name__)
 
 TOKENISERS = 2
 """Threads that tokenise: one for a long request and one for a short beside it. Their queue holds
-at most one slice of each request, so ``AdmissionLimits.max_requests`` bounds it."""
+at most one turn of each request, so ``AdmissionLimits.max_requests`` bounds it."""
 
-SLICE = 64
-"""Documents that are tokenised at a time, some ten milliseconds: requests take turns in between."""
-
-UNBOUNDED_TOKENS = 2**20
-"""Tokens of a document that is read whole, for the estimate: more than one request may have, so
-that its characters alone decide."""
+TURN = Turn(texts=64, characters=2**16)
+"""Texts that are tokenised at a time, in 10 to 50 ms: requests take turns in between."""
 
 _SHEDDING = "%.2f s of work are queued, and the goal is %g s: requests of low priority are read "
 _SHEDDING_MESSAGES = {
@@ -111,13 +109,27 @@ class AdmissionPipeline:
 
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
-            EchelonError: the request is refused.
+            EchelonError: the request is refused. ``tokenised`` says whether after its first turn.
         """
         fallback = None
         if not request.refuse_truncation:
             self.update_shedding()
             fallback = self.shedding.fallback(request.priority, max_length)
         pairs = await self._tokenise(request, max_length, fallback)
+        try:
+            return await self._admit(pairs, request, max_length, fallback)
+        except EchelonError as error:
+            error.tokenised = True
+            raise
+
+    def close(self) -> None:
+        """End the threads; requests that they tokenise now are dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _admit(
+        self, pairs: EncodedPairs, request: RerankRequest, max_length: int, fallback: int | None
+    ) -> AdmittedRequest:
+        """Cut or split the pairs as asked, and judge them by their true lengths."""
         if request.refuse_truncation:
             _refuse_truncated(pairs, max_length)
         admitted = None if fallback is None else await self._shortened(pairs, request, fallback)
@@ -128,43 +140,56 @@ class AdmissionPipeline:
         self._judge(request, len(lengths), int(lengths.sum()), squares)
         return admitted
 
-    def close(self) -> None:
-        """End the threads; requests that they tokenise now are dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _tokenise(
         self, request: RerankRequest, max_length: int, fallback: int | None
     ) -> EncodedPairs:
-        count, characters = len(request.pairs), _characters(request.pairs)
-        longest = max_length  # of a document, in all its chunks
-        if request.chunking is not None:
-            longest = max(max_length, request.chunking.max_tokens or UNBOUNDED_TOKENS)
-        tokens = self._estimate.tokens(characters, count, fallback or longest)
-        self._judge(request, count, tokens, squares=tokens * min(tokens // count, max_length))
-        loop = asyncio.get_running_loop()
+        characters = _characters(request.pairs)
+        longest = self._document_tokens(request, max_length)
+        tokens = self._estimate.tokens(characters, fallback or max(max_length, longest))
+        squares = tokens * min(tokens // len(characters), max_length)
+        self._judge(request, len(characters), tokens, squares)
+        loop, turns = asyncio.get_running_loop(), self._turns(request, max_length, longest)
         self._tokenising += 1
         self._tokenising_tokens += tokens
         try:
-            parts = [
-                await loop.run_in_executor(self._threads, self._encode, request, max_length, start)
-                for start in range(0, count, SLICE)
-            ]
+            encoded = None
+            while encoded is None:
+                encoded = await loop.run_in_executor(self._threads, next, turns)
         finally:
             self._tokenising -= 1
             self._tokenising_tokens -= tokens
-        encoded = join(parts)
-        self._estimate.observe(characters, int(encoded.lengths.sum()))
+        whole = encoded.truncated_tokens == 0
+        self._estimate.observe(
+            int(np.array(characters)[whole].sum()), int(encoded.lengths[whole].sum())
+        )
         return encoded
 
-    def _encode(self, request: RerankRequest, max_length: int, start: int) -> EncodedPairs:
-        part = request.pairs[start : start + SLICE]
-        return self._encoder.encode(
-            check_pairs(part, start),
-            max_length,
-            request.truncation or self._settings.truncation,
-            request.max_query_tokens or self._settings.max_query_tokens,
-            range(start, start + len(part)),
-        )
+    def _turns(
+        self, request: RerankRequest, max_length: int, longest: int
+    ) -> Iterator[EncodedPairs | None]:
+        """Check and encode a request in turns; the last gives its pairs."""
+        pairs = check_pairs(request.pairs)
+        try:
+            yield from self._encoder.turns(
+                pairs,
+                max_length,
+                request.truncation or self._settings.truncation,
+                request.max_query_tokens or self._settings.max_query_tokens,
+                side=None if request.chunking else request.side,
+                document_tokens=longest,
+                turn=TURN,
+            )
+        except EchelonError as error:
+            error.tokenised = True
+            raise
+
+    def _document_tokens(self, request: RerankRequest, max_length: int) -> int:
+        """Maximum tokens of a document that are read for its chunks; 0 without chunks."""
+        if request.chunking is None:
+            return 0
+        limits = request.chunking.max_tokens, self._settings.bounds.max_request_tokens
+        chunks = request.chunking.max_chunks
+        return min(filter(None, (*limits, chunks and chunks * max_length)))
 
     async def _in_full(
         self, pairs: EncodedPairs, request: RerankRequest, max_length: int
@@ -230,13 +255,15 @@ def _refuse_truncated(pairs: EncodedPairs, max_length: int) -> None:
         index = int(np.flatnonzero(lost)[0])
         raise InvalidInput(
             f"pairs[{pairs.places[index]}].document",
-            f"with its query it has {int(pairs.lengths[index] + lost[index])} tokens, and "
+            f"with its query it has {int(pairs.lengths[index] + lost[index])} tokens or more, and "
             f"{max_length} is the most",
             "Shorten it, or allow truncation.",
         )
 
 
-def _characters(pairs: Sequence[Pair]) -> int:
-    """Characters of all texts; values that are not texts are refused later and count nothing."""
-    parts = (pair for pair in pairs if isinstance(pair, tuple | list))
-    return sum(len(text) for pair in parts for text in pair if isinstance(text, str))
+def _characters(pairs: Sequence[Pair]) -> list[int]:
+    """Characters of each pair; what is not two texts counts nothing, since it is refused later."""
+    try:
+        return [len(query) + len(document) for query, document in pairs]
+    except (TypeError, ValueError):
+        return [0] * len(pairs)

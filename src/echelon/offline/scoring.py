@@ -190,7 +190,7 @@ class WindowScorer:
         self._score.shutdown(cancel_futures=True)
 
     def _encoded(self, window: RowWindow) -> _EncodedWindow:
-        """Encode a window; queries that leave no room for a document become bad rows."""
+        """Encode a window; rows whose texts cannot be encoded become bad rows."""
         rows, bad = window.rows, list(window.bad)
         options = replace(
             self.reranker.options,
@@ -210,9 +210,10 @@ class WindowScorer:
                 found = _PAIR.search(error.field)
                 if found is None:
                     raise
-                query, reason = pairs[int(found[1])][0], f"query: {error.problem}"
-                bad += [BadRow(row.line, reason) for row in rows if row.query == query]
-                rows = tuple(row for row in rows if row.query != query)
+                text = error.field.rpartition(".")[2]
+                wrong = _has_text(text, [row for row in rows for _ in row.documents][int(found[1])])
+                bad += [BadRow(row.line, f"{text}: {error.problem}") for row in rows if wrong(row)]
+                rows = tuple(row for row in rows if not wrong(row))
         return _EncodedWindow(rows, bad, None, [], window)
 
     def _scored(
@@ -230,6 +231,11 @@ class WindowScorer:
         return ScoredWindow(
             rows, bad, found.logits, found.truncated_tokens, found.report, ready.window
         )
+
+
+def _has_text(text: str, owner: Row) -> Callable[[Row], bool]:
+    """Whether a row has the wrong text of another: its documents are its own, a query is shared."""
+    return lambda row: row is owner or (text == "query" and row.query == owner.query)
 
 
 def steps_of(reranker: Reranker) -> Steps:

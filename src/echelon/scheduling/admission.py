@@ -267,12 +267,12 @@ class TokenEstimate:
     def __init__(self, tokens_per_character: float = 0.25) -> None:
         self.ratio = tokens_per_character
 
-    def tokens(self, characters: int, documents: int, max_length: int) -> int:
-        """Estimated tokens of documents, each at most ``max_length``."""
-        return min(int(characters * self.ratio) + documents, documents * max_length)
+    def tokens(self, characters: Sequence[int], max_length: int) -> int:
+        """Estimated tokens of pairs, each at most ``max_length``, from the characters of each."""
+        return sum(min(int(count * self.ratio) + 1, max_length) for count in characters)
 
     def observe(self, characters: int, tokens: int) -> None:
-        """Learn from one request: a tenth of the difference, so that an odd text counts little."""
+        """Learn from pairs read whole: a tenth of the difference, so an odd text counts little."""
         if characters > 0:
             self.ratio += 0.1 * (min(tokens / characters, 1.0) - self.ratio)
 

@@ -57,7 +57,8 @@ class EncodedPairs:
 
     template: Template  # special tokens of the model
     queries: Sequence[IntArray]  # int32 ids; pairs with the same query share the array
-    documents: Sequence[IntArray]  # int32 ids
+    # int32 ids; of a long document only its first or last ones, more than any cut can keep
+    documents: Sequence[IntArray]
     kept: IntArray  # int32 [pairs, 2], query and document tokens that each pair keeps
     lengths: IntArray  # int32 [pairs], tokens of each pair with special tokens
     truncation: Truncation  # the mode they were cut in
@@ -68,7 +69,11 @@ class EncodedPairs:
 
     @property
     def truncated_tokens(self) -> IntArray:
-        """int32 [pairs], query and document tokens that each pair lost."""
+        """int32 [pairs], query and document tokens that each pair lost, of those that were read.
+
+        A document that is longer than a window is not read beyond what its pair can need: there,
+        this is the least that it lost.
+        """
         full = [len(q) + len(d) for q, d in zip(self.queries, self.documents, strict=True)]
         lost: IntArray = np.array(full, dtype=np.int32) - self.kept.sum(axis=1, dtype=np.int32)
         return lost
@@ -132,18 +137,6 @@ class EncodedPairs:
         columns = [len(before), len(before) + 1 + len(between)]
         repeats[:, columns] = self.kept[chosen]
         return np.repeat(np.tile(values, len(chosen)), repeats.ravel())
-
-
-def join(parts: Sequence[EncodedPairs]) -> EncodedPairs:
-    """Concatenate slices of one call's pairs."""
-    return replace(
-        parts[0],
-        queries=[query for part in parts for query in part.queries],
-        documents=[document for part in parts for document in part.documents],
-        kept=np.concatenate([part.kept for part in parts]),
-        lengths=np.concatenate([part.lengths for part in parts]),
-        places=[place for part in parts for place in part.places],
-    )
 
 
 def gather(picks: Sequence[tuple[EncodedPairs, int]]) -> TokenBatch:

@@ -1,4 +1,6 @@
-"""Texts → token ids: the only file that uses the ``tokenizers`` library.
+"""Texts → token ids, with the ``tokenizers`` library.
+
+Short texts are tokenized in batches, long ones in windows, as far as their tokens are needed.
 
 A tokenizer loses its own truncation and padding when it is loaded and is never changed again:
 changing it while another thread uses it raises "Already borrowed".
@@ -6,25 +8,42 @@ changing it while another thread uses it raises "Already borrowed".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
+from echelon.errors import BadCheckpoint, InvalidInput, TooLarge, UnsupportedModel
 from echelon.files import MAX_ID, MAX_LIST_BYTES, read_object
+from echelon.tokenization.boundaries import Boundaries
 from echelon.tokenization.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
+from echelon.tokenization.reading import Reading
 from echelon.types import TokenIds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tokenizers import Encoding, Tokenizer
 
-    from echelon.types import Pair, Side, Truncation
+    from echelon.types import IntArray, Pair, Side, Truncation
 
 PROBES = ("a", "1", "的", "x y")
 """Texts tried in turn to find the special tokens; the first that gives tokens is enough."""
+
+MAX_FILE_BYTES = 256 * 2**20
+"""Bytes of ``tokenizer.json``; that of the largest vocabulary known here has 17 MB."""
+
+
+class Turn(NamedTuple):
+    """How much is tokenized at a time, unless one text alone has more."""
+
+    texts: int
+    characters: int
+
+
+WHOLE = Turn(texts=2**62, characters=2**20)
+"""For callers that do not take turns: as much as bounded memory allows."""
 
 
 class PairEncoder:
@@ -46,6 +65,7 @@ class PairEncoder:
         self.ids = _ids(self._tokenizer, settings)
         side: Side = "left" if settings.get("truncation_side") == "left" else "right"
         self.template = _template(self._tokenizer, side)
+        self.boundaries = Boundaries(self._tokenizer)
 
     def encode(
         self,
@@ -55,7 +75,7 @@ class PairEncoder:
         max_query_tokens: int | None = None,
         places: Sequence[int] | None = None,
     ) -> EncodedPairs:
-        """Encode pairs: each distinct query once, all documents in one batched call.
+        """Encode pairs: each distinct query once, and of a document what its pair can need.
 
         Args:
             pairs: (query, document) texts.
@@ -66,16 +86,60 @@ class PairEncoder:
 
         Raises:
             InvalidInput: a query leaves no room for its document in mode ``only_second``.
+            TooLarge: a query is too long, or the tokenizer cannot divide a long text.
         """
-        distinct = list(dict.fromkeys(query for query, _ in pairs))
-        texts = [*distinct, *(document for _, document in pairs)]
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
-            texts, add_special_tokens=False
-        )
-        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        by_text = {text: i[:max_query_tokens] for text, i in zip(distinct, ids, strict=False)}
-        queries = [by_text[query] for query, _ in pairs]
-        documents = ids[len(distinct) :]
+        turns = self.turns(pairs, max_length, truncation, max_query_tokens, places)
+        return next(encoded for encoded in turns if encoded is not None)
+
+    def turns(  # noqa: PLR0913 - the arguments of encode, and how documents are read
+        self,
+        pairs: Sequence[Pair],
+        max_length: int,
+        truncation: Truncation,
+        max_query_tokens: int | None = None,
+        places: Sequence[int] | None = None,
+        *,
+        side: Side | None = None,
+        document_tokens: int = 0,
+        turn: Turn = WHOLE,
+    ) -> Iterator[EncodedPairs | None]:
+        """Encode as :meth:`encode` does: None after each turn, at the end the pairs.
+
+        Args:
+            pairs: this and what follows as for :meth:`encode`.
+            max_length: maximum tokens of a pair.
+            truncation: which text is cut.
+            max_query_tokens: maximum tokens of a query.
+            places: index of each pair in the caller's list.
+            side: side from which documents will be cut; None is the model's own.
+            document_tokens: tokens of a document that its chunks need.
+            turn: how much is tokenized at a time.
+        """
+        places = range(len(pairs)) if places is None else places
+        first = {query: place for place, (query, _) in zip(places[::-1], pairs[::-1], strict=True)}
+        texts = [*first, *(document for _, document in pairs)]
+        asked = self._long_queries(first, max_query_tokens)
+        ids: list[IntArray] = [np.zeros(0, dtype=np.int32)] * len(texts)
+        yield from self._read_short(texts, ids, turn)
+        yield from self._read_long(asked, ids, turn)
+        by_text = {query: i[:max_query_tokens] for query, i in zip(first, ids, strict=False)}
+        queries, documents = [by_text[query] for query, _ in pairs], ids[len(first) :]
+        if max(map(len, texts), default=0) > self.boundaries.window:
+            # One token more than can be kept tells which text is longer, and that tokens are lost.
+            least = max(max_length - self.template.specials, document_tokens)
+            enough = [max(least, len(query)) + 1 for query in queries]
+            wanted = self._long_documents(pairs, places, enough, side or self.template.side)
+            yield from self._read_long(wanted, documents, turn)
+        yield self._joined(queries, documents, max_length, truncation, places)
+
+    def _joined(
+        self,
+        queries: Sequence[IntArray],
+        documents: Sequence[IntArray],
+        max_length: int,
+        truncation: Truncation,
+        places: Sequence[int],
+    ) -> EncodedPairs:
         try:
             return encode_pairs(self.template, queries, documents, max_length, truncation, places)
         except TruncationImpossible as error:
@@ -86,10 +150,87 @@ class PairEncoder:
                 "Shorten the query, raise max_length, or use truncation='longest_first'.",
             ) from None
 
+    def _long_queries(
+        self, first: dict[str, int], max_query_tokens: int | None
+    ) -> dict[int, Reading]:
+        """The long ones of distinct queries, each with the place of its first pair."""
+        bounds, readings = self.boundaries, {}
+        for index, (query, place) in enumerate(first.items()):
+            name = f"pairs[{place}].query"
+            if max_query_tokens is None and len(query) > bounds.longest_run:
+                problem = f"it has {len(query)} characters, and {bounds.longest_run} is the most"
+                raise TooLarge(name, problem, "Shorten it, or set max_query_tokens.")
+            if len(query) > bounds.window:
+                readings[index] = Reading(name, query, max_query_tokens, "right", bounds)
+        return readings
+
+    def _long_documents(
+        self, pairs: Sequence[Pair], places: Sequence[int], enough: Sequence[int], side: Side
+    ) -> dict[int, Reading]:
+        """The long documents, each to be read until ``enough`` of its tokens are known."""
+        bounds, named = self.boundaries, zip(places, pairs, enough, strict=True)
+        return {
+            index: Reading(f"pairs[{place}].document", document, tokens, side, bounds)
+            for index, (place, (_, document), tokens) in enumerate(named)
+            if len(document) > bounds.window
+        }
+
+    def _read_short(self, texts: Sequence[str], ids: list[IntArray], turn: Turn) -> Iterator[None]:
+        """Tokenize the texts that are not long, a batch each turn."""
+        for batch in _batches(texts, self.boundaries.window, turn):
+            found = self._tokens([texts[index] for index in batch])
+            for index, tokens in zip(batch, found, strict=True):
+                ids[index] = tokens
+            yield
+
+    def _read_long(
+        self, readings: dict[int, Reading], ids: list[IntArray], turn: Turn
+    ) -> Iterator[None]:
+        """Tokenize the next window of some long texts each turn, until all are known."""
+        at_once = max(1, turn.characters // self.boundaries.window)
+        waiting = deque(readings)
+        while waiting:
+            batch = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
+            found = self._tokens([readings[index].window() for index in batch])
+            for index, tokens in zip(batch, found, strict=True):
+                readings[index].add(tokens)
+                if readings[index].done:
+                    ids[index] = readings.pop(index).ids
+                else:
+                    waiting.appendleft(index)
+            yield
+
+    def _tokens(self, texts: list[str]) -> list[IntArray]:
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
     def ends(self, text: str) -> list[int]:
         """End of each token of a text, in characters from the beginning."""
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return [end for _, end in offsets]
+
+
+def _batches(texts: Sequence[str], longest: int, turn: Turn) -> Iterator[Sequence[int]]:
+    """Indices of the texts of at most ``longest`` characters, as many as a turn takes."""
+    sizes = [*map(len, texts)]
+    small = len(sizes) <= turn.texts and sum(sizes) <= turn.characters
+    if sizes and small and max(sizes) <= longest:  # the usual call
+        yield range(len(sizes))
+        return
+    batch: list[int] = []
+    left = turn.characters
+    for index, size in enumerate(sizes):
+        if size > longest:
+            continue
+        left -= size
+        if batch and (left < 0 or len(batch) == turn.texts):
+            yield batch
+            batch, left = [], turn.characters - size
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _load(folder: Path) -> Tokenizer:
@@ -99,6 +240,8 @@ def _load(folder: Path) -> Tokenizer:
     if not path.is_file():
         return _convert(folder)
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")  # noqa: TRY301
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every broken file
         raise BadCheckpoint(
