@@ -68,20 +68,18 @@ PIPELINED = 32
 """Requests of a connection that may wait for the response to an earlier one. Clients that send
 requests ahead are rare, and a packet can hold thousands of requests."""
 
+HEADERS = 256
+"""Headers of a request; each costs some 150 bytes of memory, however short it is. Browsers send
+some thirty."""
+
 TURNED_AWAY = 64
 """Connections beyond the maximum that get a response at the same time. Others are only closed, so
 that they cannot take all file descriptors."""
-
-TLS_CLOSE_S = 3600.0
-"""Seconds for the end of a TLS connection, its last bytes included. Without effect: that a client
-reads is checked here, also after the end."""
 
 PROBES_S = (0.05, 0.15, 1.0)
 """Seconds after the client's end of sending at which it is written to, see :meth:`eof_received`."""
 
 TOO_MANY = "This server has reached its maximum of connections. Try later."
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ class Connection(HttpToolsProtocol):
     def count(self, reason: Reason, words: str) -> None:
         """Count and log that the server ends the connection."""
         self._shared.on_refused(reason)
-        logger.info("Connection refused: %s", words, extra={"fields": {"reason": reason}})
+        logger.info("Connection ended: %s", words, extra={"fields": {"reason": reason}})
 
     # Called by the transport and the application.
 
@@ -195,8 +193,9 @@ class Connection(HttpToolsProtocol):
 
         Without them, a client that wants to reuse the connection would be cut off.
         """
+        last = not self.pipeline
         super().on_response_complete()
-        if self._refusal and not self.pipeline:
+        if self._refusal and last:
             self._respond()
         elif self.cycle.response_complete and self.cycle.more_body:
             self._body_timer = self.loop.call_later(LINGER_S, self._end)
@@ -209,10 +208,15 @@ class Connection(HttpToolsProtocol):
     # Called by the server when it ends.
 
     @property
+    def waits(self) -> bool:
+        """Whether a whole request waits for the begin of its response."""
+        return self._answering and not (self.cycle.more_body or self.cycle.response_started)
+
+    @property
     def owes(self) -> bool:
         """Whether the response to a whole request is not yet sent."""
-        due = self._answering and not self.cycle.more_body
-        return self.transport is not None and (due or self._sending.waiting_bytes > 0)
+        begun = self._answering and self.cycle.response_started
+        return self.waits or begun or self._sending.waiting_bytes > 0
 
     def shutdown(self) -> None:
         """End after the response that is due, or now."""
@@ -222,8 +226,8 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             super().shutdown()
-            if self._shared.tls and self.transport.is_closing() and not self.owes:
-                self.transport.abort()
+            if self.transport.is_closing() and not self.owes:  # TLS waits for the client's end
+                self.loop.call_later(LINGER_S, self.transport.abort)
 
     def abort(self) -> None:
         """Disconnect at once."""
@@ -239,10 +243,12 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; behind a body they are trailers, which no client of ours needs."""
-        if self._in_headers:
-            super().on_header(name, value)
-        else:
+        if not self._in_headers:
             self._refuse("trailers", "The body has trailers. Send it without.")
+        elif len(self.headers) >= HEADERS:
+            self._refuse("large_headers", f"There are more than {HEADERS} headers.")
+        else:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Pass the request on, unless its headers are too long."""
@@ -340,7 +346,7 @@ class Connection(HttpToolsProtocol):
         """Write what a client ignores that waits for its response."""
         due = self._answering and not self.cycle.response_started and not self.pipeline
         if due and not self.transport.is_closing() and self.scope["http_version"] == "1.1":
-            self.transport.write(CONTINUE)
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _refuse_large(self) -> None:
         limit = self._limits.max_header_bytes

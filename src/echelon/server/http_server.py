@@ -136,26 +136,26 @@ class HttpServer(uvicorn.Server):
                         extra={"fields": {"url": url}})  # fmt: skip
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer admitted requests; those left after the time to drain get 503.
-
-        Clients that have not read their response then have a few more seconds.
-        """
+        """Answer admitted requests within the time to drain."""
         for listener in self._listeners:
             listener.close()
-        connections = [c for c in self.server_state.connections if isinstance(c, Connection)]
-        ending = asyncio.create_task(self._end_after_drain(connections))
+        ours = {c for c in self.server_state.connections if isinstance(c, Connection)}
+        ending = asyncio.create_task(self._end_after_drain(ours))
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
-            self.unread = sum(connection.cut_off for connection in connections)
+            self.unread = sum(connection.cut_off for connection in ours)
 
-    async def _end_after_drain(self, connections: list[Connection]) -> None:
+    async def _end_after_drain(self, ours: set[Connection]) -> None:
+        """Disconnect clients that send or read too slowly; waiting requests get 503."""
         await asyncio.sleep(self._context.limits.drain_s)
-        await asyncio.gather(self._context.end_now(), asyncio.sleep(GRACE_S))
-        for connection in connections:
-            if connection in self.server_state.connections:
+        for connection in ours.intersection(self.server_state.connections):
+            if not connection.waits:
                 connection.abort()
+        await asyncio.gather(self._context.end_now(), asyncio.sleep(GRACE_S))
+        for connection in ours.intersection(self.server_state.connections):
+            connection.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

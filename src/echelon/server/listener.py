@@ -12,11 +12,12 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from echelon.server.connection import TLS_CLOSE_S, Connection, Shared
 from echelon.server.sending import BUFFER_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from echelon.server.connection import Connection, Shared
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ BACKLOG = 2048
 
 RETRY_S = 0.1
 """Seconds until the next try where the system could not accept a connection."""
+
+TLS_CLOSE_S = 3600.0
+"""Seconds for the end of a TLS connection, its last bytes included. Without effect: a connection
+watches itself that the client reads, also after its end."""
 
 
 class Listener:
@@ -59,15 +64,15 @@ class Listener:
         while True:
             try:
                 accepted, _ = await loop.sock_accept(self._socket)
-            except OSError as error:  # such as no free file descriptor
+                self._take(accepted)
+            except (OSError, MemoryError) as error:  # such as no free file descriptor
                 if not failing:
-                    logger.warning("No connection can be accepted now: %s.", error.strerror)
+                    logger.warning("No connection can be accepted now: %s.", error)
                 failing = True
                 await asyncio.sleep(RETRY_S)
-                continue
-            failing = False
-            self._take(accepted)
-            await asyncio.sleep(0)  # the others have their turn
+            else:
+                failing = False
+                await asyncio.sleep(0)  # the others have their turn
 
     def _take(self, accepted: socket.socket) -> None:
         connection = self._make()
@@ -98,4 +103,3 @@ class Listener:
             connection.opening = None
             if connection.transport is None:  # uvloop reports no error where the client has gone
                 connection.leave()
-                accepted.close()

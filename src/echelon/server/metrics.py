@@ -34,7 +34,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "deadline_requests_total": ("Requests with a deadline, by whether it was met.", ("outcome",)),
     "key_documents_total": ("Documents of answered requests, by name of the API key.", ("key",)),
     "rate_limited_total": ("Requests over the rate limit of a key, by its name.", ("key",)),
-    "connections_refused_total": ("Connections closed before their first request.", ("reason",)),
+    "connections_refused_total": ("Connections that the server ended, by reason.", ("reason",)),
     "limit_refusals_total": ("Requests and connections beyond a limit.", ("limit",)),
     "requests_total": ("Admitted requests, by outcome.", ("outcome",)),
     "refused_total": ("Refused requests, by reason.", ("reason",)),

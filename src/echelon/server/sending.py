@@ -40,7 +40,7 @@ class SendProgress:
         self._on_stuck = on_stuck
         self._loop = asyncio.get_running_loop()
         self._bytes = 0  # at the last check
-        self._since = 0.0
+        self._since = self._loop.time()
         transport.set_write_buffer_limits(high=BUFFER_BYTES)
         self._check()
 
