@@ -72,7 +72,9 @@ def test_coheres_client_raises_its_own_errors(live, speak, kind):
     client = speak(kind, live)
     with pytest.raises(cohere.UnprocessableEntityError, match="top_n: -1 is negative"):
         client.rerank(**asked, documents=["a"], top_n=-1)
-    with pytest.raises(cohere.core.ApiError, match="51 documents are more than max_documents=50") as caught:
+    with pytest.raises(
+        cohere.core.ApiError, match="51 documents are more than max_documents=50"
+    ) as caught:
         client.rerank(**asked, documents=["a"] * 51)
     assert caught.value.status_code == 413
 
@@ -131,6 +133,28 @@ def test_junk_affects_no_other_request(live, junk):
     with socket.create_connection(("127.0.0.1", live.port)) as client:
         client.sendall(junk)
     assert alive(live)
+
+
+@pytest.mark.parametrize(
+    ("line", "headers", "status", "words"),
+    [
+        ("GET /health HTTP/1.1", "Host: localhost:80", 200, "ok"),
+        ("GET /health HTTP/1.1", "Host: rebound.example", 421, "--allowed-hosts"),
+        ("GET /health HTTP/1.1", "Accept: */*", 400, "Host: was sent 0 times"),
+        ("GET /health HTTP/1.0", "Accept: */*", 200, "ok"),
+        ("GET /metrics%0a HTTP/1.1", "Host: localhost", 404, "There is no GET /metrics"),
+        ("GET //health HTTP/1.1", "Host: localhost", 404, "There is no GET //health"),
+        ("POST /health/ HTTP/1.1", "Host: localhost", 404, "There is no POST /health/"),
+    ],
+)
+def test_hosts_and_paths_as_they_arrive(live, line, headers, status, words):
+    with socket.create_connection(("127.0.0.1", live.port), timeout=GUARD_S) as client:
+        client.sendall(f"{line}\r\n{headers}\r\nConnection: close\r\n\r\n".encode())
+        with client.makefile("rb") as reply:
+            answer = reply.read().decode()
+    assert answer.split(" ")[1] == str(status)
+    assert words in answer
+    assert "location:" not in answer
 
 
 def test_the_parent_process_does_not_import_torch(live):
