@@ -17,8 +17,15 @@ from cross_encoders import (
 from helpers import make_toy, run_python
 from sentence_transformers import CrossEncoder as Original
 
-from echelon.errors import EchelonWarning, InvalidInput, ModelNotFound, UnsupportedModel
+from echelon.errors import (
+    BadCheckpoint,
+    EchelonWarning,
+    InvalidInput,
+    ModelNotFound,
+    UnsupportedModel,
+)
 from echelon.integrations import CrossEncoder
+from echelon.integrations.originals import read_saved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,6 +141,32 @@ def test_only_parts_that_would_run_are_loaded(tmp_path: Path, bert: Path) -> Non
 
     with pytest.raises(UnsupportedModel, match=r"modules\.json"):
         CrossEncoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *(("modules.json", content, "") for content in ("{}", "[5]", "5", "[" * 99_999)),
+        ("config_sentence_transformers.json", '{"prompts": ["a"]}', "prompts: .* an object of tex"),
+        ("config_sentence_transformers.json", '{"prompts": {"a": 5}}', "prompts: .* an object of"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": 5}', "5 is not text"),
+        ("tokenizer_config.json", '{"model_max_length": -1}', "model_max_length: -1 is not at le"),
+        ("tokenizer_config.json", '{"model_max_length": NaN}', "model_max_length: nan is not"),
+    ],
+)
+def test_saved_settings_of_another_kind_are_named(tmp_path, bert, name, content, words) -> None:
+    folder = variant(tmp_path / "model", bert)
+    (folder / "modules.json").write_text('[{"path": ""}]')
+    (folder / name).write_text(content)
+    with pytest.raises(BadCheckpoint, match=rf"{name}: .*{words}"):
+        read_saved(folder)
+
+
+@pytest.mark.parametrize("limit", ["1e30", "1000000000000000019884624838656", "Infinity", "null"])
+def test_a_tokenizer_without_limit(tmp_path, bert, limit) -> None:
+    folder = variant(tmp_path / "model", bert)
+    (folder / "tokenizer_config.json").write_text(f'{{"model_max_length": {limit}}}')
+    assert read_saved(folder).max_length in {None, 2**31 - 1}
 
 
 def test_a_model_out_of_a_hub_cache(tmp_path: Path, bert: Path) -> None:

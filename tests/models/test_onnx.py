@@ -129,6 +129,20 @@ def test_a_graph_that_is_no_classifier_of_pairs_is_refused(folder, graph, words)
         open_scorer(folder)
 
 
+@pytest.mark.parametrize("place", ["../outside", "/etc/passwd", "link"])
+def test_tensors_outside_of_the_folder_are_refused(folder, place):
+    (folder.parent / "outside").write_bytes(bytes(99))
+    (folder / "link").symlink_to(folder.parent / "outside")
+    model = onnx.load(folder / "model.onnx")
+    (head,) = (t for t in model.graph.initializer if t.name == "head")
+    head.ClearField("raw_data")
+    head.data_location = TensorProto.EXTERNAL
+    head.external_data.add(key="location", value=place)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(BadCheckpoint, match="ONNX Runtime cannot load it"):
+        open_scorer(folder)
+
+
 def test_inputs_of_32_bits_and_outputs_beside_the_logits(folder):
     batch = random_batch([7, 3], 3000, seed=1)
     expected = open_scorer(folder).score(batch)
@@ -216,13 +230,14 @@ def test_rank_and_tune_work_without_torch(folder, tmp_path):
         command = [sys.executable, "-c", script, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    sizes = ("--pairs=4", "--batch-sizes=1,2", "--token-budgets=64", "--time-limit=0.5")
+    sizes = ("--pairs=4", "--batch-sizes=2,3", "--token-budgets=64", "--time-limit=0.5")
     tuned = run("tune", folder, *sizes, "--json")
     assert tuned.returncode == 0, tuned.stderr
     profile = json.loads(tuned.stdout)
     assert profile["settings"]["precision"] == "fp32"
-    assert all(point["status"] == "ok" for point in profile["points"])
-    assert any(point["padding_share"] > 0 for point in profile["points"])
+    first, *others = profile["points"]  # a slow machine may reach the first one alone
+    assert (first["status"], first["padding_share"] > 0) == ("ok", True)
+    assert {point["status"] for point in others} <= {"ok", "not_reached"}
     ranked = run(
         "rank", "q", "a", "b", "--model", folder, "--profile", "echelon-profile.json", "--json"
     )

@@ -32,6 +32,16 @@ AGAIN = "Download the model again."
 _FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
+def wrong_shape(
+    folder: Path, name: str, implied: Iterable[int], held: Iterable[int]
+) -> BadCheckpoint:
+    """The error for a tensor of another shape than its model's configuration implies."""
+    return BadCheckpoint(
+        f"{folder}: config.json implies {name} of shape {list(implied)}, the weights hold "
+        f"{list(held)}. Use the config.json that came with these weights."
+    )
+
+
 class Checkpoint:
     """Named tensors of a model folder."""
 
@@ -57,11 +67,7 @@ class Checkpoint:
             tensors.update(_map(file, wanted))
         for name, shape in shapes.items():
             if tuple(tensors[name].shape) != shape:
-                raise BadCheckpoint(
-                    f"{self.folder}: config.json implies {name} of shape {list(shape)}, the "
-                    f"weights hold {list(tensors[name].shape)}. Use the config.json that came "
-                    "with these weights."
-                )
+                raise wrong_shape(self.folder, name, shape, tensors[name].shape)
         return tensors
 
     def _file(self, name: str) -> Path:

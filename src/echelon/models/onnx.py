@@ -181,8 +181,11 @@ def _labels(graph: Path, config: dict[str, Any], outputs: int) -> tuple[str, ...
 
 def graph_precision(graph: Path) -> str:
     """``int8`` if the graph multiplies integers, else ``fp32``."""
-    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return "int8" if any(content.find(name) >= 0 for name in INT8_OPERATORS) else "fp32"
+    with graph.open("rb") as file:
+        if not file.read(1):
+            raise BadCheckpoint(f"{graph}: the file is empty. Export or download it again.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return "int8" if any(content.find(name) >= 0 for name in INT8_OPERATORS) else "fp32"
 
 
 def graph_config(folder: Path) -> dict[str, Any]:
@@ -343,19 +346,19 @@ def table_rows(graph: Path) -> tuple[int | None, int | None]:
     Words are what ``input_ids`` select rows of, positions are found by their usual name. Exporters
     may also fuse both into one operation.
     """
-    with graph.open("rb") as file:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
+        with graph.open("rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         model = _message(_message(content)[_GRAPH][-1])
         tables = dict(_rows(_message(item)) for item in model.get(_INITIALIZER, ()))
         nodes = [_node(_message(item)) for item in model.get(_NODE, ())]
     except (KeyError, ValueError, OverflowError):
         return None, None  # written in another way than the usual one; the runtime reads it
     words = [n.inputs[0] for n in nodes if n.kind == "Gather" and n.inputs[1:2] == ("input_ids",)]
-    positions = [name for name in tables if "position_embeddings" in name]
+    positions = [name for name in tables if "position_embeddings.weight" in name]
     for node in nodes:
         if node.kind == "EmbedLayerNormalization":
-            words, positions = [node.inputs[2]], [node.inputs[3]]
+            words, positions = list(node.inputs[2:3]), list(node.inputs[3:4])
     rows, places = (
         next((tables[name] for name in names if tables.get(name)), None)
         for names in (words, positions)

@@ -25,7 +25,7 @@ from echelon.models.base import (
     pad,
     probe_step,
 )
-from echelon.models.checkpoint import AGAIN, Checkpoint
+from echelon.models.checkpoint import AGAIN, Checkpoint, wrong_shape
 from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
 from echelon.types import ModelInfo
 
@@ -145,6 +145,7 @@ def _load(folder: Path, precision: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error, see below
         )
     except (OSError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -160,6 +161,8 @@ def _load(folder: Path, precision: str) -> Any:
             f"({first_line(error)}). Use a cross-encoder that AutoModelForSequenceClassification "
             "knows; remote code is never run."
         ) from error
+    for name, held, implied in sorted(info["mismatched_keys"]):
+        raise wrong_shape(folder, name, implied, held)
     if info["missing_keys"]:
         raise BadCheckpoint(
             f"{folder}: the weights lack {listed(info['missing_keys'], 3)}, so scores would be "
