@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.tokenization.boundaries import WINDOW
-from echelon.tokenization.tokenizer import PairEncoder
+from echelon.tokenization.tokenizer import MAX_FILE_BYTES, PairEncoder
 
 V2_M3 = Path(named) if (named := os.environ.get("ECHELON_V2M3_TOKENIZER")) else None
 """Folder of bge-reranker-v2-m3's tokenizer, which is too large to be committed."""
@@ -278,6 +278,24 @@ def test_no_tokenizer_is_an_error_that_says_so(tmp_path):
 def test_a_damaged_tokenizer_is_an_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(BadCheckpoint, match="not a readable tokenizer"):
+        PairEncoder(tmp_path)
+
+
+def test_wrong_parts_of_a_tokenizer_are_an_error(tokenizers, tmp_path):
+    """Unknown special tokens make the library panic, missing ones fail at the first odd text."""
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads((tokenizers["bert"] / "tokenizer.json").read_text("utf-8"))
+    for part, name, value in (
+        ("post_processor", "special_tokens", {}),
+        ("model", "unk_token", "missing"),
+        ("model", "vocab", {"a": 2**40}),
+    ):
+        path.write_text(json.dumps({**whole, part: {**whole[part], name: value}}), "utf-8")
+        with pytest.raises(BadCheckpoint, match=r"tokenizer\.json: not a readable tokenizer"):
+            PairEncoder(tmp_path)
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # a hole: it takes no disk
+    with pytest.raises(BadCheckpoint, match="more than 268435456 bytes"):
         PairEncoder(tmp_path)
 
 

@@ -9,11 +9,12 @@ changing it while another thread uses it raises "Already borrowed".
 from __future__ import annotations
 
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from echelon.errors import BadCheckpoint, InvalidInput, TooLarge, UnsupportedModel
+from echelon.errors import BadCheckpoint, EchelonError, InvalidInput, TooLarge, UnsupportedModel
 from echelon.files import MAX_ID, MAX_LIST_BYTES, read_object
 from echelon.tokenization.boundaries import Boundaries
 from echelon.tokenization.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
@@ -58,14 +59,15 @@ class PairEncoder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = _load(folder)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        settings = _settings(folder)
-        self.ids = _ids(self._tokenizer, settings)
-        side: Side = "left" if settings.get("truncation_side") == "left" else "right"
-        self.template = _template(self._tokenizer, side)
-        self.boundaries = Boundaries(self._tokenizer)
+        with _readable(folder):
+            self._tokenizer = _load(folder)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            settings = _settings(folder)
+            self.ids = _ids(self._tokenizer, settings)
+            side: Side = "left" if settings.get("truncation_side") == "left" else "right"
+            self.template = _template(self._tokenizer, side)
+            self.boundaries = Boundaries(self._tokenizer)
 
     def encode(
         self,
@@ -233,20 +235,30 @@ def _batches(texts: Sequence[str], longest: int, turn: Turn) -> Iterator[Sequenc
         yield batch
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn whatever the library raises for broken files into an error that names the file."""
+    try:
+        yield
+    except (EchelonError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        path = folder / "tokenizer.json"
+        raise BadCheckpoint(
+            f"{path if path.is_file() else folder}: not a readable tokenizer ({error}). "
+            "Download the model again."
+        ) from error
+
+
 def _load(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         return _convert(folder)
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")  # noqa: TRY301
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every broken file
-        raise BadCheckpoint(
-            f"{path}: not a readable tokenizer ({error}). Download the model again."
-        ) from error
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+    return Tokenizer.from_file(str(path))
 
 
 def _convert(folder: Path) -> Tokenizer:
