@@ -6,6 +6,9 @@ Work on bytes only; :mod:`echelon.server.protocols` gives them a meaning.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -22,12 +25,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SMALL_BYTES = 256 * 2**10
-SMALL_VALUES = 4096
-"""A body with at most as many bytes and values is parsed on the event loop, in a few milliseconds.
-A thread would cost a small request more than it saves the others."""
+SMALL_OUTLINE = 16 * 2**10
+"""A body with at most as many bytes, and as many without its strings and spaces, is parsed on the
+event loop, in a few milliseconds. A thread would cost a small request more than others gain."""
 
-SCAN_BYTES = 256 * 2**10
-"""Bytes that are scanned at a time, a few milliseconds: other threads take turns in between."""
+SCAN_BYTES = 64 * 2**10
+"""Bytes that are scanned at a time, a millisecond or two: other threads take turns in between."""
 
 RETRY_S = 1.0
 """Seconds after which a client may try again when the memory is used up."""
@@ -152,6 +155,19 @@ class MemoryShare:
         return body
 
 
+def return_freed_memory() -> None:
+    """Have glibc return large texts to the system when they are freed.
+
+    By default it keeps what a thread frees, up to 64 MiB a thread, once texts of 32 MiB were freed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 * 2**10)  # glibc's own first value, which now stays
+
+
+_M_MMAP_THRESHOLD = -3
+
+
 # Large bodies leave the event loop.
 
 
@@ -167,11 +183,10 @@ class ParserThread:
         Raises:
             TooLarge: see :func:`check_structure`.
         """
-        loop = asyncio.get_running_loop()
-        if len(body) > SMALL_BYTES:
-            await loop.run_in_executor(self._thread, check_structure, body, limits)
-        elif check_structure(body, limits) <= SMALL_VALUES:
+        if len(body) <= SMALL_BYTES and check_structure(body, limits, SMALL_OUTLINE):
             return parse()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, check_structure, body, limits)
         return await loop.run_in_executor(self._thread, parse)
 
     def close(self) -> None:
@@ -182,16 +197,26 @@ class ParserThread:
 # The structure of a body, before objects are made of it.
 
 
-def check_structure(body: bytes | bytearray, limits: ServerLimits) -> int:
-    """The values of a body of JSON, of which the root is one; the root has depth 1.
+def check_structure(
+    body: bytes | bytearray, limits: ServerLimits, most_bytes: float = math.inf
+) -> bool:
+    """Check the depth of JSON, in which the root has depth 1, and its values, with the root.
 
     Exact for JSON. Whether it is JSON at all is for the decoder to say.
+
+    Args:
+        body: the JSON.
+        limits: its limits.
+        most_bytes: stop after more bytes outside of strings, spaces not counted; return False then.
 
     Raises:
         TooLarge: it exceeds ``max_json_depth`` or ``max_json_values``.
     """
     depth, values, held = 0, 1, b""
     for outline in _outlines(body):
+        most_bytes -= len(outline)
+        if most_bytes < 0:
+            return False
         part = held + outline
         # Whether a container is empty is known with the next character.
         held = part[-1:] if part.endswith((b"[", b"{")) else b""
@@ -207,7 +232,7 @@ def check_structure(body: bytes | bytearray, limits: ServerLimits) -> int:
             raise limits.exceeded("max_json_depth", "body", f"{deepest:_} levels")
         if values > limits.max_json_values:
             raise limits.exceeded("max_json_values", "body", f"{values:_} values")
-    return values
+    return True
 
 
 _SPACES = b" \t\r\n"

@@ -16,20 +16,20 @@ from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.server.auth import Access, read_keys
-from echelon.server.body import BodyMemory, ParserThread
-from echelon.server.connection import EXCEEDED
+from echelon.server.body import BodyMemory, ParserThread, return_freed_memory
 from echelon.server.dashboard import RollingStats
 from echelon.server.http_checks import Hosts
 from echelon.server.limits import ServerLimits
 from echelon.server.metrics import Metrics
 from echelon.server.observability import Traces, open_traces
+from echelon.server.refusals import EXCEEDED
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from echelon.engine.service import Service
     from echelon.options import Options
-    from echelon.server.connection import Reason
+    from echelon.server.refusals import Reason
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class ServerContext:
 
     async def open(self) -> None:
         """Start the service; an error is kept in ``failure`` for the caller of the server."""
+        return_freed_memory()
         try:
             self.running = await self._launch()
         except Exception as error:
