@@ -19,7 +19,8 @@ from echelon.errors import BadCheckpoint, InvalidInput, ModelError, UnsupportedM
 from echelon.models import onnx as onnx_scorer
 from echelon.models import registry
 from echelon.models.base import DeviceOutOfMemory
-from echelon.models.onnx import OnnxScorer, find_graph, graph_precision, table_rows
+from echelon.models.onnx import OnnxScorer, find_graph, graph_precision
+from echelon.models.onnx_file import table_rows
 from echelon.models.registry import check_tokenizer, open_scorer
 from echelon.types import TokenBatch, TokenIds
 

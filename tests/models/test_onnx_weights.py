@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from echelon.errors import BadCheckpoint
-from echelon.models import onnx as onnx_weights
-from echelon.models.onnx import float_weights, read_graph
+from echelon.models import onnx_file as onnx_weights
+from echelon.models.onnx_file import float_weights, read_graph
 
 KINDS = {np.float32: TensorProto.FLOAT, np.int8: TensorProto.INT8, np.uint8: TensorProto.UINT8}
 

@@ -286,8 +286,8 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in name[:MAX_SHOWN])
 
 
-def check_ids(ids: IntArray, vocabulary: int) -> None:
-    """Raise :class:`BadCheckpoint` for a token id without an embedding."""
+def check_ids(ids: IntArray, vocabulary: int | None) -> None:
+    """Raise :class:`BadCheckpoint` for a token id without an embedding; None knows no number."""
     check_tokens({}, TokenIds(int(ids.max(initial=0)), {}), vocabulary)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from echelon.errors import BadCheckpoint, ModelError, ModelNotFound, StorageError
 from echelon.files import read_object
-from echelon.models.onnx import float_weights
+from echelon.models.onnx_file import float_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -32,13 +32,8 @@ from echelon.models.device import (
     set_threads,
     usable_cpus,
 )
-from echelon.models.onnx import (
-    OnnxScorer,
-    find_graph,
-    graph_config,
-    graph_precision,
-    table_rows,
-)
+from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
+from echelon.models.onnx_file import table_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -56,7 +56,7 @@ class GenericScorer:
         self._device = device
         self._label = label
         self._padding_id = config.get("pad_token_id") or 0
-        self._vocabulary = model.get_input_embeddings().num_embeddings
+        self._vocabulary = _vocabulary(model)
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self._check_outputs(folder, len(labels_of(config)))
         self.info = ModelInfo(
@@ -120,6 +120,14 @@ class GenericScorer:
         return {name: torch.from_numpy(array).to(self._device) for name, array in padded.items()}
 
 
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the table of words; None where a family has no such table."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
+
+
 def _max_tokens(model: Any) -> int:
     """Longest pair: rows of the position table, without those up to its padding row."""
     for name, part in model.named_modules():
@@ -180,7 +188,9 @@ def _check_size(folder: Path) -> None:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # By the names that all families share, since a family may use others in the file.
-    check_fields({name: getattr(config, name, None) for name in SHAPE}, CONFIG)
+    # -1 positions are any number of them in some.
+    sizes = {name: getattr(config, name, None) for name in SHAPE}
+    check_fields(sizes | {"max_position_embeddings": None}, CONFIG)
     with torch.device("meta"):  # shapes alone
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     described = sum(parameter.numel() for parameter in model.parameters())
