@@ -14,10 +14,10 @@ from services import until
 
 from echelon.errors import InvalidInput
 from echelon.server.auth import Access, Keys, read_keys
-from echelon.server.connection import EXCEEDED, Reason
 from echelon.server.limits import NAMES, ServerLimits
 from echelon.server.observability import JsonFormatter, TextFormatter, request_id
 from echelon.server.protocols import PROTOCOLS
+from echelon.server.refusals import EXCEEDED, Reason
 from echelon.server.routes import MAX_MESSAGE
 
 

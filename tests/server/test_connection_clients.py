@@ -99,6 +99,7 @@ def said(reply: bytes) -> str:
         (CHUNKED + b"\r\nzz\r\n", "This is no valid HTTP/1.1 (Invalid character in chunk size)."),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "This is no valid HTTP/1.1 (Pause on PRI/Upgrade)."),
         (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", "CONNECT is for proxies, and this"),
+        (CHUNKED + b"\r\n1\r\na" * 2000, "The body has too many small chunks."),
         (CHUNKED + LAST + b"X: y\r\n\r\n", "The body has trailers. Send it without."),
     ],
 )

@@ -7,16 +7,15 @@ request that asks for another protocol, and does not answer a client that has en
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from echelon.server.refusals import response
 from echelon.server.sending import SendProgress, in_parts
 
 if TYPE_CHECKING:
@@ -25,40 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.server.limits import ServerLimits
+    from echelon.server.refusals import Reason
 
 logger = logging.getLogger(__name__)
-
-Reason = Literal[
-    "too_many",
-    "slow_handshake",
-    "bad_handshake",
-    "slow_headers",
-    "large_headers",
-    "trailers",
-    "pipelined",
-    "malformed",
-    "slow_reader",
-]
-"""Why the server ends a connection."""
-
-EXCEEDED: dict[Reason, str] = {
-    "too_many": "max_connections",
-    "slow_handshake": "handshake_timeout_s",
-    "slow_headers": "header_timeout_s",
-    "large_headers": "max_header_kb",
-    "slow_reader": "send_timeout_s",
-}
-"""The limit that was exceeded, for the reasons that have one."""
-
-STATUSES: dict[Reason, HTTPStatus] = {
-    "too_many": HTTPStatus.SERVICE_UNAVAILABLE,
-    "slow_headers": HTTPStatus.REQUEST_TIMEOUT,
-    "large_headers": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-    "trailers": HTTPStatus.BAD_REQUEST,
-    "pipelined": HTTPStatus.BAD_REQUEST,
-    "malformed": HTTPStatus.BAD_REQUEST,
-}
-"""Status of the response, for the reasons that have one."""
 
 LINGER_S = 2.0
 """Seconds after its response until the connection of a client that still sends is closed, unless
@@ -71,6 +39,11 @@ requests ahead are rare, and a packet can hold thousands of requests."""
 HEADERS = 256
 """Headers of a request; each costs some 150 bytes of memory, however short it is. Browsers send
 some thirty."""
+
+SMALL_CHUNK_BYTES = 64
+CHUNKS = 1000
+"""Chunks of a body that may be small; of the others, the average may not be. Each costs the time of
+a call, and a packet can hold tens of thousands."""
 
 TURNED_AWAY = 64
 """Connections beyond the maximum that get a response at the same time. Others are only closed, so
@@ -113,6 +86,7 @@ class Connection(HttpToolsProtocol):
         self._ended = False
         self._refusal = b""  # the response to what cannot be read, until it is written
         self._in_headers = True
+        self._chunks = self._body_bytes = 0
         self._unread_bytes = 0  # received since headers or a part of a body were complete
         self._header_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
@@ -238,11 +212,13 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start the timer of a request, which may follow directly behind another."""
+        self._stop_parser_if_ended()
         self._start_header_timer()
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header; behind a body they are trailers, which no client of ours needs."""
+        self._stop_parser_if_ended()
         if not self._in_headers:
             self._refuse("trailers", "The body has trailers. Send it without.")
         elif len(self.headers) >= HEADERS:
@@ -266,9 +242,17 @@ class Connection(HttpToolsProtocol):
         elif not self._ended:
             super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        """Refuse a body of many small chunks."""
+        self._stop_parser_if_ended()
+        self._chunks += 1
+        if self._chunks > CHUNKS + self._body_bytes // SMALL_CHUNK_BYTES:
+            self._refuse("small_chunks", "The body has too many small chunks. Send larger ones.")
+
     def on_body(self, body: bytes) -> None:
         """Pass a part of the body on."""
         self._unread_bytes = 0
+        self._body_bytes += len(body)
         if not self._ended:
             super().on_body(body)
 
@@ -277,7 +261,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._in_headers = True
-        self._unread_bytes = 0
+        self._chunks = self._body_bytes = self._unread_bytes = 0
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
@@ -287,6 +271,10 @@ class Connection(HttpToolsProtocol):
             )
         if not self._ended:
             super().on_message_complete()
+
+    def _stop_parser_if_ended(self) -> None:
+        if self._ended:
+            raise EOFError("nothing more is read from this connection")
 
     def _parse(self, data: bytes) -> None:
         while data and not self._ended:
@@ -359,7 +347,7 @@ class Connection(HttpToolsProtocol):
         self._ended = True
         self._stop_header_timer()
         self.count(reason, words)
-        self._refusal = _response(STATUSES[reason], words)
+        self._refusal = response(reason, words)
         in_body = self._answering and self.cycle.more_body
         if in_body and self.pipeline:
             self.pipeline.popleft()  # this request, which has not begun
@@ -385,15 +373,3 @@ class Connection(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
-
-
-def _response(status: HTTPStatus, words: str) -> bytes:
-    body = json.dumps({"message": words, "detail": words}).encode()
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        *(["retry-after: 1"] if status is HTTPStatus.SERVICE_UNAVAILABLE else []),
-        "connection: close",
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -12,8 +12,8 @@ from echelon.engine import events
 from echelon.scheduling.admission import RULES
 from echelon.scheduling.oom_policy import RUNGS
 from echelon.scheduling.token_budget import Reason as MoveReason
-from echelon.server.connection import Reason
 from echelon.server.limits import NAMES
+from echelon.server.refusals import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence, Sized

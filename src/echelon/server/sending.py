@@ -15,7 +15,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-BUFFER_BYTES = 64 * 2**10
+BUFFER_BYTES = 32 * 2**10
 """Bytes of a response that wait in this process, and unsent in the system. The rest is written when
 the client has read."""
 
