@@ -9,6 +9,7 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from scorers import Obedient
 from served import ASKED, DOCUMENTS, JSON, metric, run_app
@@ -37,8 +38,9 @@ def test_every_path_answers_every_protocols_example():
     async def main(client, server):
         for path, them in PATHS.items():
             for protocol in them:
-                response = await client.post(path, json=dict(protocol.example))
+                response = await client.post(path, json={**protocol.example, "explain": True})
                 assert response.status_code == 200, (path, protocol.name, response.text)
+                msgspec.convert(response.json(), protocol.response)  # of the type described
                 assert set(HEADERS) <= {name.title() for name in response.headers}
 
     run_app(main)
