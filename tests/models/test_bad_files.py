@@ -143,7 +143,7 @@ def test_wrong_values_in_a_configuration(folder, rank, field):
         ("bert", {"id2label": {"0": ["no"]}}, "does not name the labels 0 to 0"),
         ("bert", {"id2label": dict.fromkeys(map(str, range(20_000)), "x")}, "an object of 20000"),
         ("bert", {"hidden_size": None}, "hidden_size: it is missing"),
-        ("bert", {"pad_token_id": 4}, "pad_token_id: 4, but the tokenizer's pad_token has id 0"),
+        ("roberta", {"pad_token_id": 4}, "pad_token_id: 4, but the tokenizer's pad_token has id"),
         ("bert", {"sep_token_id": 0}, "sep_token_id: 0, but the tokenizer's sep_token has id 3"),
         ("roberta", {"pad_token_id": 500}, "pad_token_id: 500"),
         ("bert", {"vocab_size": 5}, "has embeddings for 5 tokens: they do not belong together"),
@@ -160,6 +160,13 @@ def test_values_that_contradict_others(toy, tmp_path, rank, family, values, word
     change(folder / "config.json", **values)
     code, error = rank(folder)
     assert (code, words in error) == (MODEL, True), error
+
+
+def test_padding_that_nothing_is_counted_from(toy, tmp_path, rank):
+    """Published models of BERT's kind with the tokenizer of XLM-RoBERTa have such a pair."""
+    folder = shutil.copytree(toy("bert"), tmp_path / "m")
+    change(folder / "config.json", pad_token_id=4)
+    assert rank(folder) == (0, "")
 
 
 @pytest.mark.parametrize(

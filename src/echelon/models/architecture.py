@@ -300,14 +300,19 @@ def check_tokens(config: Mapping[str, Any], tokens: TokenIds, vocabulary: int | 
         vocabulary: rows of the model's embeddings; None where they are unknown.
 
     Raises:
-        BadCheckpoint: a token has no embedding, or padding, start and separator are other tokens.
+        BadCheckpoint: a token has no embedding, or a special token is another one for the model.
     """
     if vocabulary is not None and tokens.largest >= vocabulary:
         raise BadCheckpoint(
             f"The tokenizer gave id {tokens.largest}, the model has embeddings for "
             f"{vocabulary} tokens: they do not belong together. {WITH_TOKENIZER}"
         )
+    family = NATIVE_FAMILIES.get(config.get("model_type", ""))
     for name, id_ in tokens.special.items():
+        # Batches are padded with the model's own id, so another one of the tokenizer is harmless
+        # unless positions are counted from it.
+        if name == "pad" and not (family and family.positions_after_padding):
+            continue
         said = config.get(f"{name}_token_id")
         if said not in {None, id_}:
             raise BadCheckpoint(
