@@ -7,11 +7,12 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 from helpers import SENTENCES
 
 from echelon.models.base import FakeScorer
 from echelon.offline.job import OfflineJob
-from echelon.offline.resume import VERSION
+from echelon.offline.resume import VERSION, JobStore
 from echelon.offline.run import run
 from echelon.options import Options
 
@@ -90,13 +91,25 @@ def run_job(job, listener=None):
     return run(job, listener or CountingListener())
 
 
-def change_state(output, change):
-    """Change the state of a job by a function, with the digest that belongs to it then."""
-    path = Path(f"{output}.job.json")
-    state = json.loads(path.read_text())[VERSION]
-    change(state)
+def read_state(output):
+    """The state of a job."""
+    return json.loads(Path(f"{output}.job.json").read_text())[VERSION]
+
+
+def write_state(output, state):
+    """Replace the state of a job, with the digest that belongs to it."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({VERSION: state, "sha256": digest}))
+    Path(f"{output}.job.json").write_text(json.dumps({VERSION: state, "sha256": digest}))
+
+
+def interrupted(model, source, output, **more):
+    """A job that stopped after three windows."""
+    job = make_job(model, source, output, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        KillAtStep(patch, JobStore, ["append"], 4)
+        with pytest.raises(ProcessKilled):
+            run_job(job)
+    return job
 
 
 def leftovers(folder):

@@ -96,7 +96,7 @@ def are_sums(value: Any) -> bool:
     if value.keys() != {"queries", "before", "after"} or type(value["queries"]) is not int:
         return False
     orders = [value["before"], value["after"]]
-    return value["queries"] > 0 and all(
+    return 0 < value["queries"] < 2**63 and all(
         isinstance(order, dict)
         and order.keys() == MEASURES.keys()
         and all(type(total) is float and math.isfinite(total) for total in order.values())

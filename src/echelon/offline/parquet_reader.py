@@ -249,7 +249,8 @@ def _longest(file: BinaryIO, compression: str, packed: int, size: int) -> int:
     page = file.read(packed)
     if compression != "UNCOMPRESSED":
         try:
-            page = pa.decompress(page, size, compression.lower(), asbytes=True)
+            codec = "lz4_raw" if compression == "LZ4" else compression.lower()
+            page = pa.decompress(page, size, codec, asbytes=True)
         except (pa.ArrowException, OSError, ValueError):
             return size
     longest = at = 0

@@ -168,6 +168,7 @@ class Columns:
         for option, name in self.named():
             if name not in found:
                 shown = ", ".join(found[:SHOWN_COLUMNS])[:SHOWN_CHARACTERS] or "none"
+                shown = shown.encode(errors="backslashreplace").decode()
                 remedy = f"The file's columns are: {shown}."
                 raise InvalidInput(option, f"there is no column {name!r}", remedy)
             if list(found).count(name) > 1:

@@ -198,17 +198,31 @@ class _GrowingFile:
         self._hash.update(data)
         return Extent(self._bytes, self._hash.hexdigest())
 
-    def cut_to(self, extent: Extent, path: Path) -> None:
-        """Read what counts, refuse it if it is not what the job wrote, and cut off the rest."""
-        if path.exists():
-            with path.open("rb") as file:
+    def cut_to(self, extent: Extent) -> None:
+        """Refuse a file that does not begin with what counts, and cut off the rest."""
+        if self.path is None:
+            return
+        rest = self._read(self.path, extent)
+        if rest:
+            os.ftruncate(self.open().fileno(), extent.bytes)
+
+    def moved_to(self, path: Path, extent: Extent) -> None:
+        """Refuse a file that is not what counts, moved to its place by a killed run."""
+        if self._read(path, extent):
+            raise InvalidInput("-o", f"{path} is not what its job wrote", RESTART)
+
+    def _read(self, path: Path, extent: Extent) -> int:
+        """Take in what counts, refuse it if it is not what the job wrote; bytes of the rest."""
+        size = 0
+        if path.is_file():
+            size = path.stat().st_size
+            with os.fdopen(os.open(path, os.O_RDONLY | self._no_link), "rb") as file:
                 while part := file.read(min(CHUNK, extent.bytes - self._bytes)):
                     self._bytes += len(part)
                     self._hash.update(part)
         if Extent(self._bytes, self._hash.hexdigest()) != extent:
             raise InvalidInput("-o", f"{path} is not what its job wrote", RESTART)
-        if path.exists() and path.stat().st_size > extent.bytes:
-            os.truncate(path, extent.bytes)
+        return size - self._bytes
 
     def close(self) -> None:
         """Close the file, and remove it if it is empty."""
@@ -276,12 +290,13 @@ class JobStore:
         """Cut off blocks and bad rows that do not count; refuse files that others wrote."""
         if self._standard:
             return
-        blocks = self.output if self._moved(state) else self._part_path
-        with self._storage_errors(blocks):
-            self._part.cut_to(state.output, blocks)
-        if self.errors_path is not None:
-            with self._storage_errors(self.errors_path):
-                self._errors.cut_to(state.errors, self.errors_path)
+        with self._storage_errors(self._part_path):
+            if self._moved(state):
+                self._part.moved_to(self.output, state.output)
+            else:
+                self._part.cut_to(state.output)
+        with self._storage_errors(self.errors_path or self._part_path):
+            self._errors.cut_to(state.errors)
 
     def append(self, state: JobState, block: bytes, problems: bytes) -> None:
         """Write a block and bad rows to disk, then the state that makes them count."""
