@@ -91,8 +91,8 @@ SERVER_FLAGS: tuple[Flag, ...] = (
     flag(
         "--allowed-hosts",
         multiple=True,
-        help="Host name of requests: *.example.org, or * for all [loopback names, or all with "
-        "--host].",
+        help="Host name that requests may have; * allows all [names of the loopback; all where "
+        "--host is another address].",
     ),
     *(
         flag(flag_of(name), default=default, help=bounds)
