@@ -77,11 +77,13 @@ class ServerContext:
         self.metrics.count("connections_refused_total", reason)
         self.stats.count("connection", reason)
         if reason in EXCEEDED:
-            self.limit_exceeded(EXCEEDED[reason])
+            self.metrics.count("limit_refusals_total", EXCEEDED[reason])
 
     def limit_exceeded(self, limit: str, by: int = 1) -> None:
-        """Count what a limit of the server refused; ``limit`` is a name of ServerLimits."""
+        """Count requests that a limit of the server refused, a name of ServerLimits."""
         self.metrics.count("limit_refusals_total", limit, by=by)
+        if by:
+            self.stats.count("limit", limit)
 
     def rate_limited(self, key: str) -> None:
         """Count a request over the limit of a key."""

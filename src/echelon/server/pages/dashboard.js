@@ -125,6 +125,7 @@ const KINDS = {
   http: (name) => (name === "200" ? "answered: 200" : name === "499" ? "client went away: 499" : `answered: ${name}`),
   refused: (name) => `refused: ${words(name)}`,
   limited: () => "over a key's limit",
+  limit: (name) => `beyond ${name}`,
   connection: (name) => `connection refused: ${words(name)}`,
   outcome: (name) => `admitted, ${words(name)}`,
   step: () => "step scored again",
