@@ -120,12 +120,12 @@ def test_windows_give_the_tokens_of_the_whole_text(tokenizer, text, side, enough
     (whole,) = ids(tokenizer, [text])
     while not reading.done:
         try:
-            part = reading.window()
+            parts = reading.windows()
         except TooLarge:
             assert len(text) > 20 * window
             return
-        assert len(part) <= 20 * window
-        reading.add(np.array(ids(tokenizer, [part])[0], dtype=np.int32))
+        assert max(map(len, parts)) <= 20 * window
+        reading.add([np.array(part, dtype=np.int32) for part in ids(tokenizer, parts)])
     found = reading.ids.tolist()
     assert len(found) >= min(enough or len(whole), len(whole))
     assert found == (whole[len(whole) - len(found) :] if side == "left" else whole[: len(found)])
@@ -233,10 +233,8 @@ def counted(encoder, monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
-@pytest.mark.parametrize("unit", ["x ", "the kettle, ", "火车站旁边的天气很好，", "дождь\n"])
+@pytest.mark.parametrize("unit", ["x ", "the kettle, ", "火车站旁边的天气很好，", "дождь\n", "a;b"])
 def test_a_long_document_costs_what_the_model_reads(tokenizers, monkeypatch, kind, unit):
-    if kind == "xlm-roberta" and "火" in unit:
-        unit = unit.removesuffix("，")  # without any boundary: one word of a Unigram model
     encoder = PairEncoder(tokenizers[kind])
     text = unit * (300_000 // len(unit))
     expected = PairEncoder(tokenizers[kind])
@@ -244,7 +242,8 @@ def test_a_long_document_costs_what_the_model_reads(tokenizers, monkeypatch, kin
     pairs = [("tea", text), ("tea", "short")]
     seen = counted(encoder, monkeypatch)
     found = encoder.encode(pairs, 512, "longest_first")
-    assert sum(seen) <= WINDOW + 200
+    one_word = kind == "xlm-roberta" and " " not in unit  # its parts are read several times
+    assert sum(seen) <= WINDOW * (8 if one_word else 1) + 200
     whole = expected.encode(pairs, 512, "longest_first")
     assert found.batch([0, 1]).ids.tolist() == whole.batch([0, 1]).ids.tolist()
     assert 0 < found.truncated_tokens[0] <= whole.truncated_tokens[0]

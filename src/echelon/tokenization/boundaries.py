@@ -1,7 +1,7 @@
 """Boundaries of a text: places where its tokens are the tokens of its two parts.
 
 They are proven from the parts of the tokenizer, of which this file names those that allow it
-(docs/decisions/0014-long-documents.md). A tokenizer with any other part has no boundaries.
+(docs/decisions/0015-long-documents.md). A tokenizer with any other part has no boundaries.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ texts are tokenized whole."""
 LONGEST_RUN = 2**17
 """Characters that are tokenized at once where a text has no boundary: 0.05 to 0.3 s, 30 MB."""
 
-_CANDIDATES = 100
-"""Places that are compared with a vocabulary, up to a millisecond each, before giving up."""
+_TRIES = 1000
+"""Places that are tried on the normalizer, some 10 µs each, before giving up."""
 
 _JOINING = r"\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U00011000-\U00011fff"
 """Characters that form one unit with the next one, also with a space (Unicode: Prepend)."""
@@ -42,7 +42,7 @@ _MARKS = ",.;:!?、。，！？；："  # noqa: RUF001 - Chinese marks
 _IDEOGRAPHS = "[㐀-䶵一-龥]"
 """Characters that BERT's normalizer puts between spaces."""
 
-_NEUTRAL = "[ぁ-ゖァ-ヺ一-龥가-힣ก-ฮ]"
+_PLAIN = "[!-&(-_a-~、-〃「-】！-～ぁ-ゖァ-ヺ一-龥가-힣ก-ฮ]"  # noqa: RUF001 - wide forms
 """Characters that are normalized alone if the next one is of them, too."""
 
 _CHECKED = {"Precompiled", "Strip", "Replace"}
@@ -101,45 +101,54 @@ class Boundaries:
             return 0
         return place or self._last(text, end - self.longest_run, end - self.window + 1)
 
-    def final(self, text: str, begin: int, least: int) -> int | None:
-        """A place from ``least`` on that ends final tokens, though it is no boundary, or None.
+    def final(self, text: str, begin: int, least: int) -> range | None:
+        """Places from ``least`` on, of which one ends a token, though it may be no boundary.
 
-        The tokens of ``text[begin:place]`` are the first of ``text[begin:]``: no piece of a Unigram
-        vocabulary holds the characters beside the place. The others are not those of
-        ``text[place:]``: between splits of equal score, rounding decides.
+        For Unigram alone: the best split up to a place does not depend on what follows, and no
+        piece leaps over as many places as the longest has characters. What the tokens of
+        ``text[begin:place]`` have in common for all these places are the first of ``text[begin:]``.
         """
         if self._pattern is None or type(self._tokenizer.model).__name__ != "Unigram":
             return None
-        found = re.compile(f"{_NEUTRAL}(?={_NEUTRAL})").finditer(
-            text, least, begin + self.longest_run
-        )
-        for place in islice((match.end() for match in found), _CANDIDATES):
-            beside = text[place - 1 : place + 1]
-            if beside not in self._pieces and self._normalized(beside) == beside:
-                return place
+        stretch = re.compile(f"{_PLAIN}{{{self._longest_piece + 1}}}")
+        found = stretch.finditer(text, least, begin + self.longest_run)
+        for start, end in (match.span() for match in islice(found, _TRIES)):
+            if self._is_plain(text, start, end):
+                return range(start + 1, end)
         return None
 
     def places(self, text: str, begin: int, end: int) -> Iterator[int]:
         """Boundaries of a text after ``begin`` and before ``end``, in order."""
-        return (place for place in self._candidates(text, begin, end) if self._holds(text, place))
+        candidates = islice(self._candidates(text, begin, end), _TRIES)
+        return (place for place in candidates if self._holds(text, place))
 
     @cached_property
-    def _pieces(self) -> str:
+    def _longest_piece(self) -> int:
         # One by one, so that other threads run in between: a vocabulary takes some 0.2 s.
         ids = range(self._tokenizer.get_vocab_size(with_added_tokens=False))
-        pieces = (self._tokenizer.id_to_token(index) or "" for index in ids)
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return "\n".join(
-            (*pieces, *(text for token in added for text in _forms(self._tokenizer, token)))
-        )
+        return max(len(self._tokenizer.id_to_token(index) or "") for index in ids)
+
+    @cached_property
+    def _added(self) -> list[str]:
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return [form for token in tokens for form in _forms(self._tokenizer, token) if form]
+
+    def _is_plain(self, text: str, start: int, end: int) -> bool:
+        """Whether each character is normalized to another one, and no added token is near."""
+        margin = max(map(len, self._added), default=0)
+        around = text[max(0, start - margin) : end + margin]
+        forms = self._normalized(text[start:end]), around, self._normalized(around)
+        if len(forms[0]) != end - start or any(map(str.isspace, forms[0])):
+            return False
+        return not any(token in form for token in self._added for form in forms)
 
     def _candidates(self, text: str, begin: int, end: int) -> Iterator[int]:
         found = iter(()) if self._pattern is None else self._pattern.finditer(text, begin, end)
         return (match.end() for match in found)
 
     def _last(self, text: str, begin: int, end: int) -> int | None:
-        places = reversed([*self._candidates(text, begin, end)])
-        return next((place for place in places if self._holds(text, place)), None)
+        last = islice(reversed([*self._candidates(text, begin, end)]), _TRIES)
+        return next((place for place in last if self._holds(text, place)), None)
 
     def _holds(self, text: str, place: int) -> bool:
         """Whether the normalizer neither joins nor removes what is beside a place."""

@@ -9,7 +9,7 @@ import numpy as np
 from echelon.errors import TooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from echelon.tokenization.boundaries import Boundaries
     from echelon.types import IntArray, Side
@@ -34,9 +34,8 @@ class Reading:
         self._left = side == "left"
         self._begin, self._end = 0, len(text)  # what is not read yet
         self._parts: list[IntArray] = []
-        self._open: IntArray = np.zeros(0, dtype=np.int32)  # tokens that end at no boundary
-        self._window = (0, 0)
-        self._final = False  # whether the window ends at no boundary
+        self._open: IntArray = np.zeros(0, dtype=np.int32)  # tokens behind the last boundary
+        self._next: tuple[int, int] | None = None  # the window, if it ends at boundaries
         self._reach = self._reaches()
 
     @property
@@ -51,8 +50,8 @@ class Reading:
         parts = [*self._parts, self._open]
         return np.concatenate(parts[::-1] if self._left else parts)
 
-    def window(self) -> str:
-        """The characters to tokenize next; their tokens go to :meth:`add`.
+    def windows(self) -> list[str]:
+        """The characters to tokenize next: a window, or parts of one that agree at their begin.
 
         Raises:
             TooLarge: the text has no boundary that is near enough.
@@ -63,24 +62,22 @@ class Reading:
             begin = self._boundaries.begin(self._text, self._end)
         else:
             end = self._boundaries.end(self._text, self._begin)
-            self._final = end is None
-            end = next(self._reach, None) if end is None else end
-        if begin is None or end is None:
+        self._next = None if begin is None or end is None else (begin, end)
+        if self._next is not None:
+            return [self._text[begin:end]]
+        ends = None if self._left else next(self._reach, None)
+        if ends is None:
             raise self._indivisible()
-        self._window = begin, end
-        return self._text[begin:end]
+        return [self._text[self._begin : end] for end in ends]
 
-    def add(self, ids: IntArray) -> None:
-        """Take the tokens of the window."""
-        begin, end = self._window
-        if self._final:
-            self._open = ids
-        elif self._left:
-            self._parts.append(ids)
-            self._end = begin
-        else:
-            self._parts.append(ids)
-            self._begin = end
+    def add(self, found: Sequence[IntArray]) -> None:
+        """Take the tokens of each of the windows."""
+        if self._next is None:
+            self._open = _common(found)
+            return
+        self._parts += found
+        begin, end = self._next
+        self._begin, self._end = (self._begin, begin) if self._left else (end, self._end)
 
     def _indivisible(self) -> TooLarge:
         place = f"before character {self._end}" if self._left else f"after character {self._begin}"
@@ -91,10 +88,20 @@ class Reading:
             "Put spaces or line breaks between words, or cut the text.",
         )
 
-    def _reaches(self) -> Iterator[int]:
-        """Ends of windows at which tokens are final though they are no boundaries, near and far."""
-        bounds = self._boundaries
-        for reach in (bounds.window, bounds.longest_run - bounds.window):
-            place = self._boundaries.final(self._text, self._begin, self._begin + reach)
-            if place is not None:
-                yield place
+    def _reaches(self) -> Iterator[range]:
+        """Ends of windows that have final tokens, though they end at no boundary; near, then far.
+
+        Each is read as often as the longest piece has characters, so they are shorter than others.
+        """
+        window = self._boundaries.window
+        for least in (window // 4, window):
+            ends = self._boundaries.final(self._text, self._begin, self._begin + least)
+            if ends is not None:
+                yield ends
+
+
+def _common(found: Sequence[IntArray]) -> IntArray:
+    """The first tokens, as far as all have the same."""
+    shortest = min(map(len, found))
+    same = np.all([tokens[:shortest] == found[0][:shortest] for tokens in found], axis=0)
+    return found[0][: shortest if same.all() else int(same.argmin())]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -193,9 +194,10 @@ class PairEncoder:
         waiting = deque(readings)
         while waiting:
             batch = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
-            found = self._tokens([readings[index].window() for index in batch])
-            for index, tokens in zip(batch, found, strict=True):
-                readings[index].add(tokens)
+            windows = [readings[index].windows() for index in batch]
+            found = iter(self._tokens([window for parts in windows for window in parts]))
+            for index, parts in zip(batch, windows, strict=True):
+                readings[index].add([*islice(found, len(parts))])
                 if readings[index].done:
                     ids[index] = readings.pop(index).ids
                 else:
