@@ -257,6 +257,18 @@ def test_many_bad_clients_at_a_time_leave_the_others_alone(sent, reasons, certif
         assert server.end(signal.SIGTERM) == 0
 
 
+def test_clients_that_are_waited_for_make_room():
+    kinds = (b"", b"GET ", HEAD + b"\r\n", LARGE)
+    with LiveFake(limits={"max_connections": 8}) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            for sent in kinds * 2:
+                stack.enter_context(client_of(server, UNREAD)).sendall(sent)
+            # Each on a new connection.
+            until(lambda: httpx.post(f"{server.url}/v1/rerank", json=ASKED).status_code == 200)
+        assert refused(server, "displaced") >= 2
+        assert refused(server, "slow_headers") == refused(server, "slow_reader") == 0
+
+
 def test_the_end_does_not_wait_for_clients_that_do_not_read():
     with LiveFake(limits={"drain_s": 0.5}) as server, contextlib.ExitStack() as stack:
         for sent in (b"", b"GET ", HEAD + b"\r\n", LARGE, LARGE):

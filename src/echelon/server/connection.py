@@ -8,6 +8,7 @@ request that asks for another protocol, and does not answer a client that has en
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,21 +34,21 @@ LINGER_S = 2.0
 the client closes first. Closed at once, the client's system would drop the unread response."""
 
 PIPELINED = 32
-"""Requests of a connection that may wait for the response to an earlier one. Clients that send
-requests ahead are rare, and a packet can hold thousands of requests."""
+"""Requests that may wait behind another of their connection. A packet can hold thousands."""
 
 HEADERS = 256
-"""Headers of a request; each costs some 150 bytes of memory, however short it is. Browsers send
-some thirty."""
+"""Headers of a request; browsers send some thirty. Each takes 150 bytes of memory and more."""
 
 SMALL_CHUNK_BYTES = 64
 CHUNKS = 1000
 """Chunks of a body that may be small; of the others, the average may not be. Each costs the time of
 a call, and a packet can hold tens of thousands."""
 
+PATIENCE_S = 1.0
+"""Seconds that the server waits for a client before the connection may make room for another."""
+
 TURNED_AWAY = 64
-"""Connections beyond the maximum that get a response at the same time. Others are only closed, so
-that they cannot take all file descriptors."""
+"""Connections beyond the maximum that get a response at a time; others are closed at once."""
 
 PROBES_S = (0.05, 0.15, 1.0)
 """Seconds after the client's end of sending at which it is written to, see :meth:`eof_received`."""
@@ -85,6 +86,7 @@ class Connection(HttpToolsProtocol):
         self._limits = shared.limits
         self._ended = False
         self._refusal = b""  # the response to what cannot be read, until it is written
+        self._waiting_since = self.loop.time()  # for the client: handshake, headers or body
         self._in_headers = True
         self._chunks = self._body_bytes = 0
         self._unread_bytes = 0  # received since headers or a part of a body were complete
@@ -96,7 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def enter(self) -> bool:
         """Count the new connection; False if it is one too many that must be closed at once."""
-        if len(self.connections) < self._limits.max_connections:
+        if len(self.connections) < self._limits.max_connections or self._displace():
             self.connections.add(self)
             return True
         if self._shared.tls is None and len(self._shared.turned_away) < TURNED_AWAY:
@@ -104,6 +106,17 @@ class Connection(HttpToolsProtocol):
             return True
         self.count("too_many", TOO_MANY)
         return False
+
+    def _displace(self) -> bool:
+        """End the connection whose client is waited for longest, so that silent ones block none."""
+        ours = (other for other in self.connections if isinstance(other, Connection))
+        longest = min(ours, key=lambda other: other.waiting_since)
+        if self.loop.time() - longest.waiting_since < PATIENCE_S:
+            return False
+        longest.count("displaced", "Its client was waited for, and its place was needed.")
+        longest.leave()
+        longest.abort()
+        return True
 
     def leave(self) -> None:
         """Stop to count the connection."""
@@ -163,10 +176,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """After a response, give the client two seconds to send the rest of an unread body.
-
-        Without them, a client that wants to reuse the connection would be cut off.
-        """
+        """Give a client that goes on to send a body which was not read two seconds to end it."""
+        self._waiting_since = self.loop.time()
         last = not self.pipeline
         super().on_response_complete()
         if self._refusal and last:
@@ -179,7 +190,15 @@ class Connection(HttpToolsProtocol):
         self._sending.progressed()
         super().resume_writing()
 
-    # Called by the server when it ends.
+    # Called by the server and by other connections.
+
+    @property
+    def waiting_since(self) -> float:
+        """When the server began to wait for the client; infinite while it waits for the server."""
+        if self.waits:
+            return math.inf
+        reading = self._answering and self.cycle.response_started
+        return self._sending.since if reading else self._waiting_since
 
     @property
     def waits(self) -> bool:
@@ -195,7 +214,7 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """End after the response that is due, or now."""
         if self.opening is not None:
-            self.opening.cancel()
+            self.abort()
         elif self._ended and not self._refusal:
             self.transport.close()
         else:
@@ -205,8 +224,11 @@ class Connection(HttpToolsProtocol):
 
     def abort(self) -> None:
         """Disconnect at once."""
-        self.cut_off = self.cut_off or self.owes
-        self.transport.abort()
+        if self.opening is not None:
+            self.opening.cancel()
+        if self.transport is not None:
+            self.cut_off = self.cut_off or self.owes
+            self.transport.abort()
 
     # Called by the parser.
 
@@ -231,6 +253,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._stop_header_timer()
+        self._waiting_since = self.loop.time()
         self._in_headers = False
         self._unread_bytes = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)

@@ -8,6 +8,7 @@ from typing import Literal
 
 Reason = Literal[
     "too_many",
+    "displaced",
     "slow_handshake",
     "bad_handshake",
     "slow_headers",
@@ -22,6 +23,7 @@ Reason = Literal[
 
 EXCEEDED: dict[Reason, str] = {
     "too_many": "max_connections",
+    "displaced": "max_connections",
     "slow_handshake": "handshake_timeout_s",
     "slow_headers": "header_timeout_s",
     "large_headers": "max_header_kb",

@@ -30,6 +30,9 @@ class SendProgress:
         limit_s: seconds after which a client has taken nothing of what waits, or does not let a
             closed connection end.
         on_stuck: called then.
+
+    Attributes:
+        since: when a check last found that the client had taken something.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class SendProgress:
         self._on_stuck = on_stuck
         self._loop = asyncio.get_running_loop()
         self._bytes = 0  # at the last check
-        self._since = self._loop.time()
+        self.since = self._loop.time()
         transport.set_write_buffer_limits(high=BUFFER_BYTES)
         self._check()
 
@@ -61,9 +64,9 @@ class SendProgress:
         now, waiting = self._loop.time(), self.waiting_bytes
         stuck = waiting == self._bytes and (waiting > 0 or self._transport.is_closing())
         if not stuck:
-            self._bytes, self._since = waiting, now
+            self._bytes, self.since = waiting, now
         self._timer = self._loop.call_later(self._limit_s / CHECKS, self._check)
-        if stuck and now - self._since >= self._limit_s:
+        if stuck and now - self.since >= self._limit_s:
             self._timer.cancel()
             self._on_stuck()
 
