@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.messages import tag, tr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+PLOTLY_JS = Path(__file__).parent / "plotly-basic.min.js.gz"
+"""plotly.js with scatter and bar charts only, compressed: the file of the npm package
+``plotly.js-basic-dist-min``. Its licence is beside it."""
+
+PLOTLY_VERSION = "4.1.1"
 
 
 def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
@@ -37,6 +46,4 @@ def _read(package: str, name: str) -> str:
 
 
 def _plotly_js() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
+    return gzip.decompress(PLOTLY_JS.read_bytes()).decode("utf-8")

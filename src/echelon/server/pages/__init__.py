@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from html import escape
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -21,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
 from echelon.errors import NoSuchRoute
+from echelon.reports import PLOTLY_JS, PLOTLY_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ class PageContent:
 def page(name: str, root: str, *, keys: bool) -> Response:
     """A page; ``root`` is the prefix of our paths behind a proxy."""
     filled = _template(name).substitute(
-        root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=version("plotly")
+        root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=PLOTLY_VERSION
     )
     headers = {"Content-Security-Policy": POLICIES[name], "Cache-Control": "no-cache"}
     return HTMLResponse(filled, headers=headers)
@@ -96,7 +96,10 @@ async def file(request: Request) -> Response:
 @cache
 def body_of(name: str, *, gzipped: bool) -> PageContent:
     """Read and compress a file, once."""
-    content = _source(name).read_bytes()
+    source = _source(name)
+    content = source.read_bytes()
+    if source.suffix == ".gz":
+        content = gzip.decompress(content)
     gzipped = gzipped and len(content) >= MIN_GZIP_BYTES
     if gzipped:
         content = gzip.compress(content, mtime=0)
@@ -114,17 +117,17 @@ def takes_gzip(headers: Mapping[str, str]) -> bool:
 
 def _source(name: str) -> Path:
     if name == PLOTLY:
-        return _folder_of("plotly") / "package_data/plotly.min.js"
+        return PLOTLY_JS
     if name in SWAGGER:
-        return next(_folder_of("swagger_ui_bundle").glob(f"vendor/*/{name}"))
+        return next(_swagger_ui().glob(f"vendor/*/{name}"))
     return FOLDER / name
 
 
-def _folder_of(package: str) -> Path:
-    """Find a package without importing it, which takes a second for plotly."""
-    spec = find_spec(package)
+def _swagger_ui() -> Path:
+    """The folder of the package with Swagger UI, found without importing it."""
+    spec = find_spec("swagger_ui_bundle")
     if spec is None or not spec.submodule_search_locations:
-        raise NoSuchRoute(f"{package} is not installed. Install it.")
+        raise NoSuchRoute("swagger-ui-bundle is not installed. Install it.")
     return Path(spec.submodule_search_locations[0])
 
 
