@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 """Connections that wait in the system until they are accepted."""
 
+AT_ONCE = 16
+"""Connections that are accepted before others have their turn."""
+
 RETRY_S = 0.1
 """Seconds until the next try where the system could not accept a connection."""
 
@@ -65,16 +68,19 @@ class Listener:
             try:
                 accepted, _ = await loop.sock_accept(self._socket)
                 self._take(accepted)
+                for _ in range(AT_ONCE - 1):
+                    self._take(self._socket.accept()[0])
+            except BlockingIOError:  # that was all
+                failing = False
             except (OSError, MemoryError) as error:  # such as no free file descriptor
                 if not failing:
                     logger.warning("No connection can be accepted now: %s.", error)
                 failing = True
                 await asyncio.sleep(RETRY_S)
-            else:
-                failing = False
-                await asyncio.sleep(0)  # the others have their turn
+            await asyncio.sleep(0)  # the others have their turn
 
     def _take(self, accepted: socket.socket) -> None:
+        accepted.settimeout(0)
         connection = self._make()
         if not connection.enter():
             accepted.close()
