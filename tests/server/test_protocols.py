@@ -323,6 +323,10 @@ def test_texts_are_not_joined_beyond_the_memory():
     with pytest.raises(Overloaded):
         ranked([document] * 100, list(document), use_memory=use_memory)
     assert made[0] + 100_000 < made[-1] < made[0] + 105_000
+    made.clear()
+    with pytest.raises(Overloaded):  # as a text it would take four times as much
+        ranked([{"a": ["\x7f" * 50_000]}], ["a"], use_memory=use_memory)
+    assert made[-1] > made[0] + 4 * 50_000
 
 
 def test_memory_of_texts_is_what_they_take():

@@ -184,6 +184,10 @@ PAIR_BYTES = 64
 """Memory of a pair besides its texts: a tuple, and its place in a list."""
 
 
+REPR_GROWTH = 10
+"""Most times the memory of a list that its text may take: one letter may become ``\\U000e0001``."""
+
+
 class RequestTexts:
     """Makes the pairs of one request of its texts, which it counts before it makes more of them.
 
@@ -257,7 +261,7 @@ class RequestTexts:
         lines = []
         for name in fields:
             if name in document:
-                value = str(document[name])
+                value = self._str(document[name])
                 self._count(noun, len(name) + len(value) + 3)  # with ": " and the end of the line
                 self._use(getsizeof(value))
                 lines.append(f"{name}: {value}")
@@ -265,6 +269,11 @@ class RequestTexts:
             problem = f"has none of the rank_fields {', '.join(fields)}"
             raise InvalidInput(f"{noun}[{index}]", problem, "Name fields that it has.")
         return "\n".join(lines)
+
+    def _str(self, value: object) -> str:
+        if isinstance(value, list | dict):
+            self._use_memory(self._bytes + REPR_GROWTH * memory_of(value))  # while it is made
+        return str(value)
 
     def _check_fields(self, fields: Sequence[str]) -> None:
         if len(fields) > self._limits.max_rank_fields:
