@@ -28,7 +28,7 @@ SCHEMA = 1
 
 MAX_PROFILE_BYTES = 64 * files.MIB
 
-_COUNT = files.whole(1, files.MAX_ID)
+_COUNT = files.whole(1, 2**63 - 1)  # a token budget without limit is a large number
 _OBJECTS = files.list_of(dict, "objects")
 _PROFILE = {
     "key": files.OBJECT,
@@ -58,6 +58,16 @@ fields are checked where they are used."""
 TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
 
 
+NAMES = {
+    "model": "the model",
+    "revision": "the model's revision",
+    "device": "the device",
+    "device_name": "the processor or GPU",
+    "precision": "the precision",
+}
+"""Fields of a profile's key in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
     """The model, device and libraries that a profile is valid for."""
@@ -70,9 +80,12 @@ class ProfileKey:
     versions: dict[str, str]  # versions of the libraries that affect speed and scores
 
     def differences(self, now: ProfileKey) -> list[str]:
-        """Describe each value that has changed; empty where the profile is valid."""
-        pairs = [(f.name, getattr(self, f.name), getattr(now, f.name)) for f in fields(self)]
-        return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+        """Describe each value that has changed, in words; empty where the profile is valid."""
+        pairs = [(words, getattr(self, name), getattr(now, name)) for name, words in NAMES.items()]
+        for package in sorted(self.versions.keys() | now.versions.keys()):
+            old, new = (key.versions.get(package, "not installed") for key in (self, now))
+            pairs.append((package, old, new))
+        return [f"{words} was {old}, is {new}" for words, old, new in pairs if old != new]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +223,8 @@ def warn_if_stale(profile: Profile, now: ProfileKey, path: object) -> None:
     differences = profile.key.differences(now)
     if differences:
         warnings.warn(
-            f"{path} is stale: {'; '.join(differences)}. It is still used. {TUNE_AGAIN}",
+            f"{path} was measured under other conditions: {'; '.join(differences)}. It is still "
+            f"used. {TUNE_AGAIN}",
             EchelonWarning,
             stacklevel=4,
         )

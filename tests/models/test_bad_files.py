@@ -14,6 +14,7 @@ from echelon.errors import EchelonWarning
 from echelon.files import MAX_BYTES, MAX_LIST_BYTES
 from echelon.models.architecture import CONFIG
 from echelon.profile import MAX_PROFILE_BYTES
+from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +76,7 @@ def rank(capsys, monkeypatch) -> Callable[..., tuple[int, str]]:
             code, _, printed = run_command(capsys, monkeypatch, "rank", "q", "a", "b", *flags)
         assert len(printed) < MOST_SHOWN
         # transformers shows its progress on the same stream.
-        errors = [line for line in printed.splitlines() if line.startswith("echelon: ")]
+        errors = [line for line in printed.splitlines() if line.startswith("Error: ")]
         assert len(errors) == (code != 0)
         return code, "".join(errors)
 
@@ -86,7 +87,7 @@ def profile(**changes: Any) -> dict[str, Any]:
     names = ("model", "revision", "device", "device_name", "precision")
     content = {"schema": 1, "created": "", "precisions": [{"precision": "fp32"}]}
     content["key"] = dict.fromkeys(names, "x") | {"versions": {}}
-    content["settings"] = {"precision": "fp32", "token_budget": 4096}
+    content["settings"] = {"precision": "fp32", "token_budget": NO_BUDGET}
     content["settings"] |= dict.fromkeys(("batch_size", "threads", "max_length"))
     return content | changes
 
@@ -175,7 +176,10 @@ def test_padding_that_nothing_is_counted_from(toy, tmp_path, rank):
         {"key": None},
         {"key": {"model": 5}},
         {"settings": {"precision": "fp32"}},
-        *({"settings": profile()["settings"] | {"token_budget": value}} for value in WRONG[3:]),
+        *(
+            {"settings": profile()["settings"] | {"token_budget": value}}
+            for value in (-3, *WRONG[4:])
+        ),
         {"learned_token_budget": -3},
         {"precisions": [5]},
         {"precisions": [{"keep_bf16": []}]},
