@@ -13,9 +13,9 @@
     │   └── UnsupportedModel          503       3
     ├── ProfileError                  500       4
     ├── TooNoisy                      500       1
-    ├── OutOfMemory                   507       5
+    ├── OutOfMemory (a RuntimeError)  507       5
     ├── NonFiniteScore                500       1
-    ├── ScoringFailed                 500       1
+    ├── ScoringFailed (as above)      500       1
     ├── Overloaded                    429       1
     │   └── RateLimited               429       1
     ├── DeadlinePassed                504       1
@@ -136,18 +136,25 @@ class TooNoisy(EchelonError):
     """Measurements differ too much to conclude anything from them."""
 
 
-class OutOfMemory(EchelonError):
-    """One pair alone does not fit in memory: the end of the OOM ladder."""
+class OutOfMemory(EchelonError, RuntimeError):
+    """One pair alone does not fit in memory: the end of the OOM ladder.
+
+    A RuntimeError whose text holds "out of memory", as torch's is: code that was written for torch
+    catches it.
+    """
 
     status = 507
     exit_code = 5
+
+    def __str__(self) -> str:
+        return f"out of memory: {super().__str__()}"
 
 
 class NonFiniteScore(EchelonError):
     """The model gave NaN or infinity for a pair."""
 
 
-class ScoringFailed(EchelonError):
+class ScoringFailed(EchelonError, RuntimeError):
     """The model raised an error that is not about memory; the log has its traceback."""
 
 
@@ -231,9 +238,44 @@ class BadRows(EchelonError):
 
 
 class MissingDependency(EchelonError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed and not installed.
+
+    Args:
+        problem: what needs which package, as a sentence.
+        extra: Echelon's extra that installs it.
+        other: another remedy, in words.
+    """
 
     exit_code = 7
+
+    def __init__(self, problem: str, extra: str, other: str = "") -> None:
+        self.problem = problem
+        self.extra = extra
+        self.other = other
+        super().__init__(problem, extra, other)  # unpickled from these in another process
+
+    def __str__(self) -> str:
+        return f"{self.problem} Install with: {install_command(self.extra)}{self.other}"
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra, for a clone (an editable installation) or a package."""
+    import json
+    import shlex
+    from importlib.metadata import PackageNotFoundError, distribution
+    from pathlib import Path
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        source = json.loads(distribution("echelon-rerank").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        source = {}
+    if not source.get("dir_info", {}).get("editable"):
+        return f"pip install 'echelon-rerank[{extra}]'"
+    clone = url2pathname(urlsplit(source["url"]).path)
+    where = "." if Path(clone) == Path.cwd() else clone
+    return f"pip install -e {shlex.quote(f'{where}[{extra}]')}"
 
 
 class GoalMissed(EchelonError):

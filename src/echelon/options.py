@@ -249,7 +249,4 @@ def require_packages(who: str, extra: str, packages: Iterable[str], other: str =
         DISTRIBUTIONS.get(name, name) for name in packages if importlib.util.find_spec(name) is None
     ]
     if missing:
-        raise MissingDependency(
-            f"{who} needs {', '.join(missing)}. "
-            f"Install with: pip install 'echelon-rerank[{extra}]'{other}"
-        )
+        raise MissingDependency(f"{who} needs {', '.join(missing)}.", extra, other)

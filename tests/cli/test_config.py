@@ -230,9 +230,9 @@ def test_a_profile_that_cannot_be_kept_is_a_warning(bert, fresh, monkeypatch):
         ({"model": "another"}, "model was another, is bert"),
         ({"revision": "abc"}, "revision was abc"),
         ({"device": "cuda:0"}, "device was cuda:0, is cpu"),
-        ({"device_name": "abacus"}, "device_name was abacus"),
+        ({"device_name": "abacus"}, "the processor or GPU was abacus"),
         ({"precision": "bf16"}, "precision was bf16, is fp32"),
-        ({"versions": {"torch": "0.1"}}, "versions was"),
+        ({"versions": {"torch": "0.1"}}, "torch was 0.1, is "),
     ],
 )
 def test_a_stale_profile_is_a_warning_with_the_remedy(bert, fresh, changes, words):

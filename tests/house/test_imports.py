@@ -107,7 +107,7 @@ def test_an_adapter_without_its_framework_names_the_extra(name, package):
     code = f"import sys; sys.modules[{package!r}] = None; import echelon.integrations.{name}"
     ran = run_python(code)
     assert "echelon.errors.MissingDependency: " in ran.stderr
-    assert f"pip install 'echelon-rerank[{name}]'" in ran.stderr
+    assert errors.install_command(name) in ran.stderr
 
 
 def test_importing_echelon_costs_nothing():

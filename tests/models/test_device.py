@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import random_batch, run_python
 
-from echelon.errors import InvalidInput, MissingDependency
+from echelon.errors import InvalidInput, MissingDependency, install_command
 from echelon.models import device
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.registry import open_scorer
@@ -253,7 +253,7 @@ except MissingDependency as error:
     print(error, error.exit_code)
 """
     ran = run_python(code)
-    assert ran.stdout.strip().endswith("pip install 'echelon-rerank[torch]' 7"), ran.stderr
+    assert ran.stdout.strip().endswith(f"{install_command('torch')} 7"), ran.stderr
     assert MissingDependency.exit_code == 7
 
 

@@ -133,4 +133,4 @@ def test_the_command_prints_a_summary(fake, tmp_path, monkeypatch, capsys):
     for text in ("Quality on", "nDCG@10", "Precisions on your", "bf16", "pairs of 3 rows"):
         assert text in err
     assert "int8 was refused: precision: int8 ranks differently here" in err
-    assert "echelon: 1 row could not be scored: " in err
+    assert "Error: 1 row could not be scored: " in err

@@ -130,7 +130,7 @@ def test_broken_files_are_named_with_a_remedy(call, command):
         Path("bad.json").write_text(text, encoding="utf-8")
         code, out, err = call(*command, "bad.json")
         assert (code, out) == (4, ""), what
-        assert err.startswith("echelon: bad.json: "), what
+        assert err.startswith("Error: bad.json: "), what
         assert "`echelon tune`" in err, what
     code, _, err = call(*command, "none.json")
     assert (code, "none.json: no such profile" in err) == (4, True)
@@ -145,7 +145,7 @@ def test_a_number_that_is_none_is_refused(call, field, value):
     Path("bad.json").write_text(text, encoding="utf-8")
     code, _, err = call("compare", "a.json", "bad.json")
     assert code == 4
-    assert err.startswith("echelon: bad.json: damaged profile (ValueError: ")
+    assert err.startswith("Error: bad.json: damaged profile (ValueError: ")
 
 
 @pytest.mark.parametrize(

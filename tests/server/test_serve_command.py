@@ -248,14 +248,14 @@ def test_a_model_that_is_not_there_is_one_line_and_a_code(tmp_path):
     ended = run(tmp_path, "--port", 0)
     assert ended.returncode == 3
     assert "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("echelon: ")
+    assert ended.stderr.splitlines()[-1].startswith("Error: ")
 
 
 def test_a_broken_profile_has_its_own_code(tmp_path):
     (tmp_path / "p.json").write_text("{", "utf-8")
     ended = run(tmp_path, "--port", 0, "--profile", tmp_path / "p.json")
     assert ended.returncode == 4
-    assert ended.stderr.splitlines()[-1].startswith("echelon: ")
+    assert ended.stderr.splitlines()[-1].startswith("Error: ")
 
 
 def test_a_port_in_use_is_reported_before_the_model_is_loaded(tmp_path):

@@ -270,15 +270,15 @@ def test_a_hundred_thousand_documents_a_second(plan):
         ((*ASKED, "--headroom-percent", -1), "--headroom-percent", "0 or more"),
         ((*ASKED, "--price-per-hour", 0), "--price-per-hour", "above 0"),
         ((*ASKED, "--day", "a,b"), "--day", "typical"),
-        ((*ASKED, "--day", "0,0"), "day", "0.2,0.5,1"),
+        ((*ASKED, "--day", "0,0"), "--day", "0.2,0.5,1"),
         ((*ASKED, "--trace", "/nowhere.csv"), "--trace", "CSV"),
-        ((*ASKED, "--trace", "/dev/null"), "trace", "header"),
+        ((*ASKED, "--trace", "/dev/null"), "--trace", "header"),
     ],
 )
 def test_an_impossible_option_is_refused_with_what_is_possible(plan, arguments, field, words):
     code, out, err = plan(*arguments)
     assert (code, out) == (2, "")
-    assert err.startswith(f"echelon: {field}:")
+    assert err.startswith(f"Error: {field}:")
     assert words in err
 
 

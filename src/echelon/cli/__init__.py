@@ -15,14 +15,15 @@ import click
 from echelon import __version__
 from echelon.cli.batch import batch
 from echelon.cli.doctor import doctor, pull
-from echelon.cli.flags import INTERRUPTED
+from echelon.cli.flags import INTERRUPTED, LANG_FLAG, with_flags
 from echelon.cli.plan import plan
 from echelon.cli.rank import rank
 from echelon.cli.report import report
 from echelon.cli.serve import config, serve
 from echelon.cli.stress import stress
 from echelon.cli.tune import tune
-from echelon.errors import EchelonError
+from echelon.errors import EchelonError, InvalidInput
+from echelon.messages import in_language, tr, translated
 
 EXIT_CODES = """\b
 Exit codes:
@@ -39,11 +40,16 @@ Exit codes:
   130  interrupted (Ctrl-C); finished measurements and scores are kept"""
 
 
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""The error of a group without a command; before click 8.2 there is none."""
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
-@click.version_option(__version__, prog_name="echelon")
+@with_flags(LANG_FLAG)
+@click.version_option(__version__, "-V", "--version", prog_name="echelon")
 def cli() -> None:
     """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
 
@@ -55,15 +61,24 @@ for _command in (batch, serve, config, stress, plan, report, rank, tune, pull, d
 def main() -> NoReturn:
     """Run the command line; an error becomes one line on standard error and an exit code."""
     warnings.showwarning = _show_warning
+    with in_language(None):  # --lang holds until the end, also for errors
+        _run()
+
+
+def _run() -> NoReturn:
     try:
-        code = cli(standalone_mode=False)  # the code of a `context.exit(code)`, else None
+        # The code of a `context.exit(code)`, else None.
+        code = cli(prog_name="echelon", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("Interrupted.", INTERRUPTED)
+        _end(tr("Interrupted."), INTERRUPTED)
+    except NO_ARGUMENTS as error:  # its message is the help
+        _end(error.format_message(), error.exit_code)
+    except click.UsageError as error:
+        _fail(_usage(error), error.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(error.format_message(), error.exit_code)
     except EchelonError as error:
-        _fail(str(error), error.exit_code)
+        _fail(_told(error), error.exit_code)
     except BrokenPipeError:
         # The reader has closed the pipe (`echelon rank … | head`): there is nothing to print to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,10 +86,34 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
+def _usage(error: click.UsageError) -> str:
+    """Click's error in the form of our own: flag, problem, remedy."""
+    problem = error.format_message()
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        argument = isinstance(error.param, click.Argument)
+        name = error.param.human_readable_name if argument else error.param.opts[0]
+        missing = isinstance(error, click.MissingParameter)
+        problem = f"{name}: {tr('is not given') if missing else error.message}"
+    path = "echelon" if error.ctx is None else error.ctx.command_path
+    return tr("{problem}. See: {path} --help", problem=problem.rstrip("."), path=path)
+
+
+def _told(error: EchelonError) -> str:
+    """An error in the command's language, as far as the catalogue has its parts."""
+    if isinstance(error, InvalidInput):
+        problem, remedy = translated(error.problem), tr(error.remedy)
+        return tr("{field}: {problem}. {remedy}", field=error.field, problem=problem, remedy=remedy)
+    return str(error)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"echelon: {message}", err=True)
+    _end(tr("Error: {message}", message=message), code)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    click.echo(line, err=True)
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"echelon: warning: {message}", err=True)
+    click.echo(tr("Warning: {message}", message=message), err=True)

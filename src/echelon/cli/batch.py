@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import print_line, with_flags
+from echelon.cli.flags import Command, example, with_flags
 from echelon.errors import BadRows, InvalidInput
 from echelon.offline.streams import RECORD_MB
 from echelon.options import Options, check_count, require_packages
+from echelon.progress import print_line, status
 from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ WORKER_FLAGS: tuple[Flag, ...] = (
 )
 
 
-@click.command()
+@click.command(cls=Command, epilog=example("echelon batch queries.jsonl -o ranked.jsonl"))
 @click.argument("input", metavar="INPUT")
-@with_flags(*FILE_FLAGS, *MODEL_FLAGS, *STEP_FLAGS, RAY_FLAG, *WORKER_FLAGS)
+@with_flags(*FILE_FLAGS, group="Files")
+@with_flags(*MODEL_FLAGS, group="Model")
+@with_flags(*STEP_FLAGS, group="Steps")
+@with_flags(RAY_FLAG, *WORKER_FLAGS, group="Ray")
 def batch(
     *,
     quiet: bool,
@@ -112,7 +116,6 @@ def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -
     )
     from echelon.offline.run import run
     from echelon.offline.streams import STANDARD
-    from echelon.progress import status
 
     if compare is not None:
         check_comparable(job)

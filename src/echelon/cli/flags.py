@@ -1,22 +1,20 @@
-"""Flags, output and exit codes that several commands share. Imports click and nothing heavier.
+"""Commands, their flags and output, as several share them. Imports click and nothing heavier.
 
 Plan, stress and tune --scenario share the flags of a load; a trace is read a line at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from echelon.errors import InvalidInput
-from echelon.progress import Progress, no_progress
+from echelon.messages import LANGUAGES, use_language
 from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
@@ -28,19 +26,73 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells give it."""
 
+
+def _speak(_: click.Context, __: click.Parameter, language: str | None) -> None:
+    if language is not None:
+        use_language(language)
+
+
 LANG_FLAG = flag(
-    "--lang", type=click.Choice(["en", "zh"]), default="en", help="Language of the page."
+    "--lang",
+    type=click.Choice(list(LANGUAGES)),
+    envvar="ECHELON_LANG",
+    is_eager=True,  # errors of the other flags are in this language
+    expose_value=False,
+    callback=_speak,
+    help="Language of tables, errors and pages [ECHELON_LANG, else en].",
 )
 
 JSON_FLAG = flag("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def with_flags(*flags: Flag) -> Callable[[Any], Any]:
-    """A decorator that gives a command flags, in their order."""
+def quiet_flag(words: str) -> Flag:
+    """``--quiet``, with what it leaves out."""
+    return flag("--quiet", is_flag=True, help=words)
+
+
+class GroupedOption(click.Option):
+    """An option below a heading of its command's help."""
+
+    def __init__(self, *names: Any, group: str, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose help has its options in groups, and whose errors name its flags."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each group under its heading; ``--help`` stands last."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(option, "group", "Help"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; the error of an option has the name of its flag."""
+        try:
+            return super().invoke(ctx)
+        except InvalidInput as error:
+            flags = {p.name: p.opts[0] for p in self.params if isinstance(p, click.Option)}
+            error.field = flags.get(error.field, error.field)
+            raise
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help: lines that can be copied."""
+    return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
+
+
+def with_flags(*flags: Flag, group: str = "Options") -> Callable[[Any], Any]:
+    """A decorator that gives a command flags, in their order, below a heading of its help."""
 
     def decorate(command: Any) -> Any:
         for names, settings in reversed(flags):
-            command = click.option(*names, **settings)(command)
+            command = click.option(*names, cls=GroupedOption, group=group, **settings)(command)
         return command
 
     return decorate
@@ -54,32 +106,6 @@ def print_json(content: Any) -> None:
 def print_line(line: object) -> None:
     """Print a line on standard error."""
     click.echo(line, err=True)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, *, shown: bool) -> Iterator[tuple[Progress, Callable[[str], object]]]:
-    """A bar on a terminal: yield the function that takes progress, and one that prints above it."""
-    if not (shown and sys.stderr.isatty()):
-        yield no_progress, (print_line if shown else lambda _: None)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def on_progress(stage: str, done: float = 0.0, total: float = 0.0) -> None:
-            bar.update(task, description=stage, completed=done / total if total else None)
-
-        yield on_progress, bar.console.print
 
 
 _LOAD_FLAGS: dict[str, dict[str, Any]] = {
@@ -97,10 +123,10 @@ _LOAD_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_flag(name: str, more: str = "", *, prefix: str = "", **changes: Any) -> Flag:
-    """A flag of the load, with words after (``more``) and before (``prefix``) its help."""
+def load_flag(name: str, more: str = "", **changes: Any) -> Flag:
+    """A flag of the load, with more words after its help."""
     settings = _LOAD_FLAGS[name] | changes
-    return flag(name, **settings | {"help": f"{prefix}{settings['help']}{more}."})
+    return flag(name, **settings | {"help": f"{settings['help']}{more}."})
 
 
 def level_of(values: dict[str, Any]) -> ServiceLevel | None:

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import level_of, load_flag, print_json, with_flags, workload_of
+from echelon.cli.flags import (
+    LANG_FLAG,
+    Command,
+    example,
+    level_of,
+    load_flag,
+    print_json,
+    quiet_flag,
+    with_flags,
+    workload_of,
+)
 from echelon.errors import InvalidInput
 from echelon.progress import status
 from echelon.server.settings import flag
@@ -15,14 +25,26 @@ if TYPE_CHECKING:
     from echelon.simulation.capacity_plan import CapacityGoal
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=example("echelon plan --rate 500 --slo-p99-ms 400 --profile echelon-profile.json"),
+)
 @with_flags(
     load_flag("--slo-p99-ms", required=True),
     load_flag("--rate", " [the trace's own]"),
-    flag("--profile", required=True, help="Profile written by `echelon tune`."),
     load_flag("--documents", default="10"),
     load_flag("--tokens", " [as in the profile's texts]"),
     load_flag("--trace"),
+    flag(
+        "--day",
+        metavar="F,F,…",
+        help="Plan a day too: relative rates, of which --rate is the largest; or 'typical'.",
+    ),
+    load_flag("--seed"),
+    group="Load and goal",
+)
+@with_flags(
+    flag("--profile", required=True, help="Profile written by `echelon tune`."),
     flag(
         "--routing",
         type=click.Choice(["tokens", "requests", "random", "two"]),
@@ -35,14 +57,13 @@ if TYPE_CHECKING:
     flag("--overhead-ms", default=2.0, help="HTTP and network per request."),
     flag("--headroom-percent", default=20.0, help="Reserve: how much the rate may rise."),
     flag("--price-per-hour", type=float, help="Price of a machine."),
-    flag(
-        "--day",
-        metavar="F,F,…",
-        help="Plan a day too: relative rates, of which --rate is the largest; or 'typical'.",
-    ),
-    load_flag("--seed"),
+    group="Machines",
+)
+@with_flags(
     flag("--json", "as_json", is_flag=True, help="Print JSON (docs/PLAN.md)."),
-    flag("--quiet", is_flag=True, help="No progress."),
+    quiet_flag("No progress."),
+    LANG_FLAG,
+    group="Output",
 )
 def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Compute how many machines a rate needs under a latency goal, by simulation.

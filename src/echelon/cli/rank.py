@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import JSON_FLAG, print_json, with_flags
+from echelon.cli.flags import (
+    JSON_FLAG,
+    LANG_FLAG,
+    Command,
+    example,
+    print_json,
+    quiet_flag,
+    with_flags,
+)
 from echelon.errors import InvalidInput
 from echelon.options import Options, check_count
 from echelon.server.settings import MODEL_FLAGS, STEP_FLAGS, flag
@@ -18,18 +26,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=example(
+        'echelon rank "how do I reset my router?" "Hold the button." "Bananas are yellow."',
+        'cat documents.txt | echelon rank "how do I reset my router?" --top-n 5',
+    ),
+)
 @click.argument("query")
 @click.argument("documents", nargs=-1)
 @with_flags(
-    flag("--model", default="demo", help="Hub id, folder or 'demo'."),
     flag("--file", help="Documents, one a line; '-' is standard input."),
     flag("--top-n", type=int, help="Results to show [all]."),
-    JSON_FLAG,
-    flag("--quiet", is_flag=True, help="No progress."),
-    *MODEL_FLAGS,
-    *STEP_FLAGS,
+    group="Documents",
 )
+@with_flags(
+    flag("--model", default="demo", help="Hub id, folder or 'demo'."), *MODEL_FLAGS, group="Model"
+)
+@with_flags(*STEP_FLAGS, group="Steps")
+@with_flags(JSON_FLAG, quiet_flag("No progress."), LANG_FLAG, group="Output")
 def rank(  # noqa: PLR0913 - one argument each option
     *,
     query: str,
@@ -70,9 +85,16 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
         raise InvalidInput(
             "documents", "none were given", "Add them after the query, or use --file FILE."
         )
+    given = "standard input" if file in {None, "-"} else str(file)
     try:
-        content = sys.stdin.buffer.read() if file in {None, "-"} else Path(str(file)).read_bytes()
+        content = sys.stdin.buffer.read() if file in {None, "-"} else Path(given).read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput("--file", f"cannot be read ({error})", "Give a UTF-8 file.") from error
-    return [line for line in text.splitlines() if line.strip()]
+        reason = getattr(error, "strerror", None) or error
+        problem = f"{given} cannot be read ({reason})"
+        raise InvalidInput("--file", problem, "Give a file in UTF-8.") from error
+    found = [line for line in text.splitlines() if line.strip()]
+    if not found:
+        problem = f"{given} holds no line of text"
+        raise InvalidInput("documents", problem, "Give documents, one a line.")
+    return found

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from echelon.cli.flags import LANG_FLAG, print_json, print_line, with_flags
+from echelon.cli.flags import LANG_FLAG, Command, example, print_json, quiet_flag, with_flags
 from echelon.errors import InvalidInput, ProfileError
+from echelon.progress import print_line
 from echelon.server.settings import flag
 
 
@@ -16,14 +17,17 @@ def report() -> None:
     """Show a profile of `echelon tune` again, or compare two."""
 
 
-@report.command()
+@report.command(
+    cls=Command, epilog=example("echelon report show echelon-profile.json -o report.html")
+)
 @click.argument("profile")
 @with_flags(
     flag("--output", "-o", default="echelon-report.html", help="Page to write."),
-    flag("--quiet", is_flag=True, help="Print nothing."),
+    quiet_flag("Print nothing."),
     LANG_FLAG,
+    group="Output",
 )
-def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
+def show(*, profile: str, output: str, quiet: bool) -> None:
     """Write the report of PROFILE again, as one HTML page."""
     _check_output(output, profile)
     from echelon.profile import Profile
@@ -32,22 +36,25 @@ def show(*, profile: str, output: str, quiet: bool, lang: str) -> None:
 
     found = Profile.load(profile)
     try:
-        write_report(found, output, profile_path=profile, lang=lang)
+        write_report(found, output, profile_path=profile)
     except (ProfileError, *DAMAGED) as error:
         raise damaged(profile, error) from error
     _print_output(output, quiet=quiet)
 
 
-@report.command()
+@report.command(
+    cls=Command, epilog=example("echelon report compare before.json after.json -o compare.html")
+)
 @click.argument("a")
 @click.argument("b")
 @with_flags(
     flag("--output", "-o", help="HTML page to write [none]."),
     flag("--json", "as_json", is_flag=True, help="Print JSON (docs/REPORT.md)."),
-    flag("--quiet", is_flag=True, help="No tables."),
+    quiet_flag("No tables."),
     LANG_FLAG,
+    group="Output",
 )
-def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, lang: str) -> None:
+def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool) -> None:
     """Compare the profiles A and B.
 
     Prints which is faster, by how much, and whether that is more than the spread of the runs. The
@@ -63,7 +70,7 @@ def compare(*, a: str, b: str, output: str | None, as_json: bool, quiet: bool, l
     if output is not None:
         from echelon.reports.comparison_page import write_page
 
-        write_page(*sides, found, output, lang=lang)
+        write_page(*sides, found, output)
     if as_json:
         print_json(found)
     elif not quiet:

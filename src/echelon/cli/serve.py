@@ -7,14 +7,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from echelon.cli.flags import JSON_FLAG, print_json, with_flags
+from echelon.cli.flags import JSON_FLAG, Command, example, print_json, with_flags
 from echelon.options import require_packages
 from echelon.server.http_checks import is_loopback
 from echelon.server.settings import (
     CLUSTER_FLAGS,
     PACKAGES,
     PREFIX,
-    SETTINGS,
+    SETTING_GROUPS,
     name_of_flag,
     split,
 )
@@ -27,9 +27,20 @@ ORIGINS = {
 """Sources of a value in words; every other source is the default."""
 
 
-@click.command(context_settings={"auto_envvar_prefix": PREFIX})
+def _with_settings(command: Any) -> Any:
+    """Give a command all settings of the server, in their groups."""
+    for group, flags in reversed(SETTING_GROUPS.items()):
+        command = with_flags(*flags, group=group)(command)
+    return command
+
+
+@click.command(
+    cls=Command,
+    context_settings={"auto_envvar_prefix": PREFIX},
+    epilog=example("echelon serve BAAI/bge-reranker-v2-m3 --profile echelon-profile.json"),
+)
 @click.argument("model")
-@with_flags(*SETTINGS)
+@_with_settings
 def serve(*, model: str, ray: str | None, **values: Any) -> None:
     """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
 
@@ -56,8 +67,13 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
     run(server_of(model, options, settings), address, exposed=not is_loopback(address.host))
 
 
-@click.command(context_settings={"auto_envvar_prefix": PREFIX})
-@with_flags(JSON_FLAG, *SETTINGS)
+@click.command(
+    cls=Command,
+    context_settings={"auto_envvar_prefix": PREFIX},
+    epilog=example("echelon config --config echelon.toml"),
+)
+@with_flags(JSON_FLAG, group="Output")
+@_with_settings
 @click.pass_context
 def config(context: click.Context, /, *, as_json: bool, **values: Any) -> None:
     """Show the settings of `echelon serve`, and whether flag, environment or file gave each."""

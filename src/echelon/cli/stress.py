@@ -12,16 +12,18 @@ import click
 from echelon.cli.flags import (
     INTERRUPTED,
     JSON_FLAG,
+    Command,
+    example,
     level_of,
     load_flag,
     print_json,
-    print_line,
-    progress_bar,
+    quiet_flag,
     with_flags,
     workload_of,
 )
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.options import require_packages
+from echelon.progress import print_line, progress_bar
 from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
@@ -68,13 +70,18 @@ REQUEST_FLAGS: tuple[Flag, ...] = (
 OUTPUT_FLAGS: tuple[Flag, ...] = (
     JSON_FLAG,
     flag("--html", help="Write a page with charts to this file."),
-    flag("--quiet", is_flag=True, help="No progress and no table."),
+    quiet_flag("No progress and no table."),
 )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=example("echelon stress http://localhost:8080 --find-max --slo-p99-ms 300"),
+)
 @click.argument("url", metavar="URL")
-@with_flags(*LOAD_FLAGS, *REQUEST_FLAGS, *OUTPUT_FLAGS)
+@with_flags(*LOAD_FLAGS, group="Load")
+@with_flags(*REQUEST_FLAGS, group="Requests")
+@with_flags(*OUTPUT_FLAGS, group="Output")
 def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: Any) -> None:
     """Test the reranking server at URL under load, Echelon or any other.
 
@@ -100,7 +107,7 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
         if shown:
             print_line(f"\nPage: {html}")
     if result.interrupted:
-        print_line("echelon: Interrupted; above is what was measured until then.")
+        print_line("Interrupted; above is what was measured until then.")
         sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
         from echelon.loadtest.result import headline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,12 @@ from echelon.cli.flags import (
     INTERRUPTED,
     JSON_FLAG,
     LANG_FLAG,
+    Command,
+    example,
     level_of,
     load_flag,
     print_json,
-    print_line,
-    progress_bar,
+    quiet_flag,
     sizes_of_requests,
     trace_of,
     with_flags,
@@ -24,6 +26,7 @@ from echelon.cli.flags import (
 from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
 from echelon.options import Options, require_packages
+from echelon.progress import print_line, progress_bar
 from echelon.server.settings import MODEL_FLAGS, Flag, flag, name_of_flag
 from echelon.server.settings import PACKAGES as SERVER_PACKAGES
 
@@ -45,21 +48,19 @@ def sizes(value: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
 
 
-def _sizes_flag(name: str, default: str, words: str) -> Flag:
-    return flag(name, type=sizes, metavar="N,N", default=default, help=words)
+def _sizes_flag(name: str, words: str) -> Flag:
+    return flag(name, type=sizes, metavar="N,N", help=words)
 
 
 TUNE_FLAGS: tuple[Flag, ...] = (
-    _sizes_flag("--pairs", "10,50,100", "Pairs of one call."),
-    _sizes_flag("--batch-sizes", "1,2,4,8,16,32", "Pairs of a step."),
-    _sizes_flag("--token-budgets", "256,512,1024,2048,4096,8192", "Tokens of a step."),
+    _sizes_flag("--pairs", "Pairs of one call [5,10,50,100; to 1000 on a GPU]."),
+    _sizes_flag("--batch-sizes", "Pairs of a step [1,2,4,8,16,32; to 256 on a GPU]."),
+    _sizes_flag("--token-budgets", "Tokens of a step [256 to 8192; to 65536 on a GPU]."),
     flag("--data", help="Your own queries and documents, JSONL [built-in texts]."),
-    flag("--time-limit", default=100.0, help="Seconds for the sweep."),
+    flag("--time-limit", default=75.0, help="Seconds of all measurements, once the model is open."),
     flag("--profile", default="echelon-profile.json", help="Profile to write."),
     flag("--refresh", is_flag=True, help="Update --profile: measure only what is out of date."),
     flag("--report", default="echelon-report.html", help="Report to write."),
-    JSON_FLAG,
-    flag("--quiet", is_flag=True, help="No progress and no table."),
 )
 
 SCENARIO_FLAGS: tuple[Flag, ...] = (
@@ -68,29 +69,34 @@ SCENARIO_FLAGS: tuple[Flag, ...] = (
         type=click.Choice(["api", "offline", "edge", "concurrent"]),
         help="Choose the settings for this use, and validate them (docs/TUNE.md).",
     ),
-    load_flag("--slo-p99-ms", prefix="Scenario: "),
-    load_flag("--rate", prefix="Scenario: "),
-    load_flag("--trace", prefix="Scenario: "),
-    load_flag(
-        "--documents", " [api, edge 1-10; offline 50-200; concurrent 10]", prefix="Scenario: "
-    ),
-    load_flag("--tokens", " [as in the texts]", prefix="Scenario: "),
-    flag(
-        "--memory-limit", type=float, metavar="MIB", help="Scenario: memory of all workers, in MiB."
-    ),
+    load_flag("--slo-p99-ms"),
+    load_flag("--rate"),
+    load_flag("--trace"),
+    load_flag("--documents", " [api, edge 1-10; offline 50-200; concurrent 10]"),
+    load_flag("--tokens", " [as in the texts]"),
+    flag("--memory-limit", type=float, metavar="MIB", help="Memory of all workers, in MiB."),
     flag(
         "--allow",
-        help="Scenario: other settings that may be chosen: precision, max_length (with commas).",
+        help="Other settings that may be chosen: precision, max_length (with commas).",
     ),
-    flag("--verify-s", type=float, help="Scenario: seconds of the validation; 0 skips it [20]."),
+    flag("--verify-s", type=float, help="Seconds of the validation; 0 skips it [20]."),
 )
 """The use for which settings are chosen."""
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=example(
+        "echelon tune BAAI/bge-reranker-v2-m3",
+        "echelon tune demo --scenario api --slo-p99-ms 300 --rate 5",
+    ),
+)
 @click.argument("model")
-@with_flags(*TUNE_FLAGS, *MODEL_FLAGS, *SCENARIO_FLAGS, LANG_FLAG)
-def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) -> None:
+@with_flags(*TUNE_FLAGS, group="Measuring")
+@with_flags(*MODEL_FLAGS, group="Model")
+@with_flags(*SCENARIO_FLAGS, group="Scenario")
+@with_flags(JSON_FLAG, quiet_flag("No progress and no table."), LANG_FLAG, group="Output")
+def tune(*, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Find the best batch size of MODEL on this machine.
 
     Results are saved after every run: after an interruption, run the same command again to resume.
@@ -99,6 +105,8 @@ def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) ->
     """
     goal = scenario_goal(values)
     target, report = Path(values.pop("profile")), Path(values.pop("report"))
+    for name, path in (("--profile", target), ("--report", report)):
+        _require_writable(name, path)
     refresh = target if values.pop("refresh") else None
     partial = target.with_name(f"{target.name}.partial.json")
     plan = _plan(values, partial)
@@ -108,7 +116,7 @@ def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) ->
             found, missed = _tuned(model, options, plan, goal, refresh, on_progress)
     except KeyboardInterrupt:
         print_line(
-            f"echelon: Interrupted. Finished measurements are kept in {partial}; "
+            f"Interrupted. Finished measurements are kept in {partial}; "
             "run the same command again to resume."
         )
         sys.exit(INTERRUPTED)
@@ -122,12 +130,26 @@ def tune(*, model: str, as_json: bool, quiet: bool, lang: str, **values: Any) ->
         print_scenario(found)
 
     found.save(target)
-    write_report(found, report, profile_path=str(target), lang=lang)
+    write_report(found, report, profile_path=str(target))
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
         print_line(f"\nProfile: {target}\nReport:  {report}")
     if missed is not None:
         raise missed
+
+
+def _require_writable(name: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before anything is measured."""
+    folder = path.parent
+    problem = None
+    if not folder.is_dir():
+        problem = f"the folder {folder} does not exist"
+    elif path.is_dir():
+        problem = f"{path} is a folder"
+    elif not os.access(folder, os.W_OK):
+        problem = f"the folder {folder} cannot be written"
+    if problem is not None:
+        raise InvalidInput(name, problem, "Create it, or choose another file.")
 
 
 def _plan(values: dict[str, Any], partial: Path) -> TuningPlan:

@@ -66,7 +66,5 @@ def _best(ranking: Ranking, max_length: int, top_n: int | None) -> Sequence[Rank
 
 def missing(package: str, extra: str) -> MissingDependency:
     """The error of a component whose framework is not installed."""
-    return MissingDependency(
-        f"echelon.integrations.{extra} needs {package}, which is not installed. "
-        f"Install it with: pip install 'echelon-rerank[{extra}]'"
-    )
+    problem = f"echelon.integrations.{extra} needs {package}, which is not installed."
+    return MissingDependency(problem, extra)

@@ -120,16 +120,22 @@ def restored(content: Any) -> Any:
     return [restored(item) for item in content] if isinstance(content, list) else content
 
 
-# The language of pages.
+# The language of pages and of the command line.
+
+
+def use_language(language: str) -> None:
+    """Make :func:`tr` and :func:`translated` use a language from now on."""
+    _language.set(language)
 
 
 @contextmanager
-def in_language(language: str) -> Iterator[None]:
-    """Make :func:`tr` and :func:`translated` use a language.
+def in_language(language: str | None) -> Iterator[None]:
+    """Make :func:`tr` and :func:`translated` use a language for a while; None leaves it.
 
     Raises:
         InvalidInput: there is no such language.
     """
+    language = language or _language.get()
     if language not in LANGUAGES:
         reason = f"{language!r} is not a language of pages"
         raise InvalidInput("--lang", reason, f"Give {' or '.join(LANGUAGES)}.")

@@ -97,10 +97,8 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401 - the import is the check
     except ImportError as error:
-        raise MissingDependency(
-            "Scoring needs PyTorch, which is not installed. "
-            "Install it with: pip install 'echelon-rerank[torch]'"
-        ) from error
+        problem = "Scoring needs PyTorch, which is not installed."
+        raise MissingDependency(problem, "torch") from error
 
 
 def choose_device(name: str) -> torch.device:

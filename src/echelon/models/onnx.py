@@ -214,8 +214,7 @@ def _open(graph: Path, threads: int) -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingDependency(
-            "This model is an ONNX graph and onnxruntime is not installed. "
-            "Install it with: pip install 'echelon-rerank[onnx]'"
+            "This model is an ONNX graph and onnxruntime is not installed.", "onnx"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

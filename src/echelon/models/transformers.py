@@ -141,10 +141,8 @@ def _load(folder: Path, precision: str) -> Any:
     try:
         from transformers import AutoModelForSequenceClassification
     except ImportError as error:
-        raise MissingDependency(
-            "This architecture runs through transformers, which is not installed. "
-            "Install it with: pip install 'echelon-rerank[torch]'"
-        ) from error
+        problem = "This architecture runs through transformers, which is not installed."
+        raise MissingDependency(problem, "torch") from error
     try:
         _check_size(folder)
         model, info = AutoModelForSequenceClassification.from_pretrained(

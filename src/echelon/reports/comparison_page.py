@@ -335,7 +335,7 @@ def write_page(
     found: Row,
     path: str | os.PathLike[str],
     *,
-    lang: str = "en",
+    lang: str | None = None,
 ) -> None:
     """Write the page, whole or not at all; ``found`` is the comparison of the two.
 
@@ -346,7 +346,7 @@ def write_page(
     write_text(Path(path), render(a, b, found, lang=lang))
 
 
-def render(a: ProfileView, b: ProfileView, found: Row, *, lang: str = "en") -> str:
+def render(a: ProfileView, b: ProfileView, found: Row, *, lang: str | None = None) -> str:
     """The page as HTML; arguments as in :func:`write_page`."""
     with in_language(lang):
         return fill("echelon.reports", "templates/compare.html.j2", _content(a, b, found))

@@ -92,11 +92,13 @@ class JsonFormatter(logging.Formatter):
         return escaped(json.dumps(line, ensure_ascii=False, default=str))
 
 
-def set_up(style: str, level: str) -> None:
+def set_up(style: str | None, level: str) -> None:
     """Send the logs of Echelon, the HTTP server and the exporter of traces to standard error.
 
-    ``style`` is ``json`` or ``text``; ``level`` is the lowest level that is written.
+    ``style`` is ``json`` or ``text``, None text on a terminal and JSON elsewhere; ``level`` is the
+    lowest level that is written.
     """
+    style = style or ("text" if sys.stderr.isatty() else "json")
     handler = logging.StreamHandler(sys.stderr)
     plain = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else plain)
@@ -211,10 +213,10 @@ def open_traces(enabled: bool | None) -> Traces | None:  # noqa: FBT001 - a flag
     try:
         provider = _provider()
     except ImportError as error:
-        words = f"Traces need {error.name}. Install it with: pip install 'echelon-rerank[otel]'"
+        missing = MissingDependency(f"Traces need {error.name}.", "otel", ", or give --no-otel.")
         if enabled:
-            raise MissingDependency(words) from None
-        logger.warning("%s, or start the server with --no-otel.", words)
+            raise missing from None
+        logger.warning("%s", missing)
         return None
     return Traces(provider)
 

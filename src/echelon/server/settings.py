@@ -10,14 +10,16 @@ import difflib
 import math
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from echelon.errors import InvalidInput, check_positive
-from echelon.options import Options
+from echelon.options import Allowance, Options, Precision
 from echelon.server.limits import described, flag_of
+from echelon.types import Truncation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,13 +56,18 @@ def name_of_flag(described: Flag) -> str:
 
 MODEL_FLAGS: tuple[Flag, ...] = (
     flag("--device", default="auto", show_default=False, help="auto, cpu, cuda or cuda:N."),
-    flag("--precision", default="auto", show_default=False, help="auto, fp32, bf16 or fp16."),
+    flag(
+        "--precision",
+        type=click.Choice(get_args(Precision)),
+        default="auto",
+        help="Numbers of the model's layers; auto takes the profile's choice.",
+    ),
     flag("--max-length", type=int, help="Maximum tokens of a pair [the model's limit]."),
     flag(
         "--truncation",
+        type=click.Choice(get_args(Truncation)),
         default="longest_first",
-        show_default=False,
-        help="Which text loses tokens: longest_first or only_second (the document).",
+        help="Which text loses tokens: the longer one, or the document (only_second).",
     ),
     flag("--threads", type=int, help="CPU threads [all the process may use]."),
     flag("--revision", help="Hub branch, tag or commit."),
@@ -75,54 +82,84 @@ STEP_FLAGS: tuple[Flag, ...] = (
     flag(
         "--allow",
         multiple=True,
-        help="What may be lowered when a single pair does not fit: precision, max_length.",
+        type=click.Choice(get_args(Allowance)),
+        help="What may be lowered when a single pair does not fit.",
     ),
 )
 """How pairs are packed into steps."""
 
-SERVER_FLAGS: tuple[Flag, ...] = (
-    flag("--host", default="127.0.0.1", help="Address to listen on."),
-    flag("--port", default=8080, help="Port; 0 takes a free one."),
-    flag("--workers", default=1, help="Worker processes: one per GPU, or several on a CPU."),
-    flag("--served-name", help="Model name in responses [the model's own]."),
-    flag("--api-keys", help="File with API keys, one a line; ECHELON_API_KEYS adds more."),
-    flag("--rate-limit", help="Documents per key and time, such as 50/s or 900/min [no limit]."),
-    flag("--cors", multiple=True, help="Web origin that may read responses [none]."),
-    flag(
-        "--allowed-hosts",
-        multiple=True,
-        help="Host name that requests may have; * allows all [names of the loopback; all where "
-        "--host is another address].",
+SERVER_GROUPS: dict[str, tuple[Flag, ...]] = {
+    "Address": (
+        flag("--host", default="127.0.0.1", help="Address to listen on."),
+        flag("--port", default=8080, help="Port; 0 takes a free one."),
+        flag("--tls-cert", help="Certificate chain in PEM: serve HTTPS."),
+        flag("--tls-key", help="Its private key in PEM."),
+        flag("--served-name", help="Model name in responses [the model's own]."),
     ),
-    *(
+    "Access": (
+        flag("--api-keys", help="File with API keys, one a line; ECHELON_API_KEYS adds more."),
+        flag(
+            "--rate-limit", help="Documents per key and time, such as 50/s or 900/min [no limit]."
+        ),
+        flag("--cors", multiple=True, help="Web origin that may read responses [none]."),
+        flag(
+            "--allowed-hosts",
+            multiple=True,
+            help="Host name that requests may have; * allows all [names of the loopback; all "
+            "where --host is another address].",
+        ),
+    ),
+    "Limits": tuple(
         flag(flag_of(name), default=default, help=bounds)
         for name, default, bounds, _ in described()
     ),
-    flag("--max-requests", default=512, help="Maximum requests in the server at once."),
-    flag("--max-wait-s", default=30.0, help="Maximum predicted wait of a request, in seconds."),
-    flag("--slo-p99-ms", type=float, help="Latency goal: a step takes at most half of it [none]."),
-    flag(
-        "--fallback-max-length",
-        type=int,
-        help="Maximum tokens of a low-priority pair while the queue is long [no fallback].",
+    "Load": (
+        flag("--max-requests", default=512, help="Maximum requests in the server at once."),
+        flag("--max-wait-s", default=30.0, help="Maximum predicted wait of a request, in seconds."),
+        flag(
+            "--slo-p99-ms",
+            type=float,
+            help="Latency goal: a step takes at most half of it [none].",
+        ),
+        flag(
+            "--fallback-max-length",
+            type=int,
+            help="Maximum tokens of a low-priority pair while the queue is long [no fallback].",
+        ),
     ),
-    flag("--memory-limit-mb", type=int, help="Replace a worker that uses more memory [no limit]."),
-    flag(
-        "--wedge-after-s",
-        default=20.0,
-        help="Seconds without an answer before a worker is killed and replaced.",
+    "Workers": (
+        flag("--workers", default=1, help="Worker processes: one per GPU, or several on a CPU."),
+        flag(
+            "--memory-limit-mb", type=int, help="Replace a worker that uses more memory [no limit]."
+        ),
+        flag(
+            "--wedge-after-s",
+            default=20.0,
+            help="Seconds without an answer before a worker is killed and replaced.",
+        ),
     ),
-    flag("--tls-cert", help="Certificate chain in PEM: serve HTTPS."),
-    flag("--tls-key", help="Its private key in PEM."),
-    flag(
-        "--otel/--no-otel",
-        default=None,
-        help="Send traces over OTLP [if OTEL_EXPORTER_OTLP_ENDPOINT is set].",
+    "Logs and traces": (
+        flag(
+            "--log-format",
+            type=click.Choice(["json", "text"]),
+            help="Form of the log [text on a terminal, else json].",
+        ),
+        flag(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning"]),
+            default="info",
+            help="Lowest level that is written.",
+        ),
+        flag(
+            "--otel/--no-otel",
+            default=None,
+            help="Send traces over OTLP [if OTEL_EXPORTER_OTLP_ENDPOINT is set].",
+        ),
     ),
-    flag("--log-format", type=click.Choice(["json", "text"]), default="json"),
-    flag("--log-level", type=click.Choice(["debug", "info", "warning"]), default="info"),
-)
-"""The HTTP server, its limits and its workers."""
+}
+"""The HTTP server, its limits and its workers, by the headings of the help."""
+
+SERVER_FLAGS: tuple[Flag, ...] = tuple(chain.from_iterable(SERVER_GROUPS.values()))
 
 CLUSTER_FLAGS: tuple[Flag, ...] = (
     flag("--max-workers", type=int, help="Maximum workers on Ray [--workers]."),
@@ -152,21 +189,24 @@ def _read_file(context: click.Context, _: click.Parameter, path: str | None) -> 
     return path
 
 
-SETTINGS: tuple[Flag, ...] = (
-    flag(
-        "--config",
-        is_eager=True,
-        expose_value=False,
-        callback=_read_file,
-        help="TOML file with a table [serve] of these settings.",
-    ),
-    *SERVER_FLAGS,
-    *MODEL_FLAGS,
-    *STEP_FLAGS,
-    RAY_FLAG,
-    *CLUSTER_FLAGS,
+CONFIG_FLAG: Flag = flag(
+    "--config",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_file,
+    help="TOML file with a table [serve] of these settings.",
 )
-"""All flags of ``echelon serve``."""
+
+SETTING_GROUPS: dict[str, tuple[Flag, ...]] = {
+    "Settings": (CONFIG_FLAG,),
+    **SERVER_GROUPS,
+    "Model": MODEL_FLAGS,
+    "Steps": STEP_FLAGS,
+    "Ray": (RAY_FLAG, *CLUSTER_FLAGS),
+}
+"""All flags of ``echelon serve``, by the headings of its help."""
+
+SETTINGS: tuple[Flag, ...] = tuple(chain.from_iterable(SETTING_GROUPS.values()))
 
 NAMES = tuple(map(name_of_flag, SETTINGS[1:]))
 """Names of the settings; ``--config`` is none."""
