@@ -238,7 +238,7 @@ def test_a_pair_that_does_not_fit_is_named_by_its_line(fake, source, tmp_path, m
     monkeypatch.setattr(
         precision_check, "open_scorer", lambda _, **__: FakeScorer(4, max_tokens=130)
     )
-    with pytest.raises(OutOfMemory, match=r"^line \d+, document \d+ of"):
+    with pytest.raises(OutOfMemory, match=r"^(out of memory: )?line \d+, document \d+ of"):
         run_job(make_job(fake, source, tmp_path / "out.jsonl"))
 
 

@@ -279,6 +279,6 @@ def _with_lines(error: EchelonError, rows: tuple[Row, ...]) -> EchelonError:
         line, index = places[int(found[1])]
         return f"line {line}, document {index}"
 
-    if isinstance(error, InvalidInput):
-        return type(error)(_PAIR.sub(named, error.field), error.problem, error.remedy)
-    return type(error)(_PAIR.sub(named, str(error)))
+    return type(error)(
+        *(_PAIR.sub(named, one) if isinstance(one, str) else one for one in error.args)
+    )
