@@ -113,7 +113,8 @@ class Boundaries:
         stretch = re.compile(f"{_PLAIN}{{{self._longest_piece + 1}}}")
         found = stretch.finditer(text, least, begin + self.longest_run)
         for start, end in (match.span() for match in islice(found, _TRIES)):
-            if self._is_plain(text, start, end):
+            normal = self._normalized(text[start:end])
+            if len(normal) == end - start and not any(map(str.isspace, normal)):
                 return range(start + 1, end)
         return None
 
@@ -124,23 +125,13 @@ class Boundaries:
 
     @cached_property
     def _longest_piece(self) -> int:
+        """Characters of the longest piece or added token."""
         # One by one, so that other threads run in between: a vocabulary takes some 0.2 s.
         ids = range(self._tokenizer.get_vocab_size(with_added_tokens=False))
-        return max(len(self._tokenizer.id_to_token(index) or "") for index in ids)
-
-    @cached_property
-    def _added(self) -> list[str]:
-        tokens = self._tokenizer.get_added_tokens_decoder().values()
-        return [form for token in tokens for form in _forms(self._tokenizer, token) if form]
-
-    def _is_plain(self, text: str, start: int, end: int) -> bool:
-        """Whether each character is normalized to another one, and no added token is near."""
-        margin = max(map(len, self._added), default=0)
-        around = text[max(0, start - margin) : end + margin]
-        forms = self._normalized(text[start:end]), around, self._normalized(around)
-        if len(forms[0]) != end - start or any(map(str.isspace, forms[0])):
-            return False
-        return not any(token in form for token in self._added for form in forms)
+        pieces = (len(self._tokenizer.id_to_token(index) or "") for index in ids)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        forms = (len(form) for token in added for form in _forms(self._tokenizer, token))
+        return max(*pieces, *forms)
 
     def _candidates(self, text: str, begin: int, end: int) -> Iterator[int]:
         found = iter(()) if self._pattern is None else self._pattern.finditer(text, begin, end)
@@ -206,7 +197,7 @@ def _starts(steps: list[_Step], *, newline_is_space: bool) -> str:
     """Characters at which a pre-tokenizer begins a new word after a letter; empty if unknown."""
     match steps:
         case [{"type": "Punctuation" | "Digits"}, *rest] if rest:
-            return _starts(rest, newline_is_space=newline_is_space).removesuffix(_MARKS)
+            return _starts(rest, newline_is_space=newline_is_space)
         case [{"type": "BertPreTokenizer" | "Whitespace"}]:
             return " \n" + _MARKS
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": prefix}]:
