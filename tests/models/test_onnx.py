@@ -231,13 +231,12 @@ def test_rank_and_tune_work_without_torch(folder, tmp_path):
         command = [sys.executable, "-c", script, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    sizes = ("--pairs=4", "--batch-sizes=2,3", "--token-budgets=64", "--time-limit=0.5")
+    sizes = ("--pairs=4", "--batch-sizes=1,2", "--token-budgets=64", "--time-limit=0.5")
     tuned = run("tune", folder, *sizes, "--json")
     assert tuned.returncode == 0, tuned.stderr
     profile = json.loads(tuned.stdout)
     assert profile["settings"]["precision"] == "fp32"
-    # How many points are measured depends on the machine.
-    assert any(point.get("padding_share", 0) > 0 for point in profile["points"])
+    assert len(profile["points"]) == 3  # how many of them are measured depends on the machine
     ranked = run(
         "rank", "q", "a", "b", "--model", folder, "--profile", "echelon-profile.json", "--json"
     )
