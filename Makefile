@@ -19,10 +19,10 @@ OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECH
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## install, fetch the demo model, tune it (about two minutes), rank an example
+demo: $(VENV)/.installed ## install, fetch the demo model, rank an example, tune it (at most two minutes)
 	@$(BIN)/echelon pull demo
-	@$(BIN)/echelon tune $(MODEL) --profile echelon-profile.json --report echelon-report.html
 	@$(BIN)/python examples/quickstart.py
+	@$(BIN)/echelon tune $(MODEL) --profile echelon-profile.json --report echelon-report.html
 
 test: $(VENV)/.installed-test ## install with the test extras and run the tests (a part: TESTS="...")
 	$(PYTEST) $(TESTS)

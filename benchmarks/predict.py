@@ -32,16 +32,9 @@ from echelon.profile import library_versions
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, work_of
 from echelon.scheduling.fit import CostFit, FitError
 from echelon.tokenization.tokenizer import PairEncoder
-from echelon.tuning.calibration import (
-    MIN_ROUNDS,
-    LengthRange,
-    StepFactory,
-    choose,
-    fitted,
-    measure,
-    scaled_prior,
-)
+from echelon.tuning.calibration import MIN_ROUNDS, ProbeResult, fitted, measure, scaled_prior
 from echelon.tuning.machine import meter_of
+from echelon.tuning.probe_shapes import LengthRange, StepFactory, choose
 from echelon.types import monotonic
 from make_checkpoint import SHAPES, make_checkpoint
 
@@ -49,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from echelon.scheduling.fit import Probe
-    from echelon.tuning.calibration import Lengths
+    from echelon.tuning.probe_shapes import Lengths
 
 RESULTS = Path(__file__).parent / "results"
 UNSEEN, SEED = 30, 2026
@@ -85,11 +78,8 @@ def evaluate(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     finally:
         scorer.close()
     by_lengths = {probe.lengths: probe for probe in measured}
-    found = fitted(
-        [by_lengths[shape] for shape in chosen.probes if shape in by_lengths],
-        [by_lengths[shape] for shape in chosen.checks if shape in by_lengths],
-        limits,
-    )
+    parts = [[by_lengths[shape] for shape in some if shape in by_lengths] for some in chosen]
+    found = fitted(ProbeResult(*parts, limits, steps, info))
     if found.cost is None:
         raise TooNoisy(f"{name}: {' '.join(found.warnings)}")
     return {

@@ -42,7 +42,8 @@ from echelon.tuning.machine import describe_machine
 from echelon.tuning.recommendation import correct
 from echelon.tuning.scenario import Candidate, SimulatedService, curve_of, predict
 from echelon.tuning.scenario_model import WorkloadTexts, length_policy_of, open_for_scenario
-from echelon.tuning.tuner import PROBE_SHARE, TuningPlan, probe
+from echelon.tuning.time_plan import PROBES
+from echelon.tuning.tuner import TuningPlan, probe
 from echelon.tuning.validation import (
     ServerProcess,
     ValidationContext,
@@ -202,7 +203,7 @@ def calibrated(model: ScenarioModel, seconds: float) -> Profile:
     scorer = factory(precision=check.options.precision)
     try:
         info = scorer.info
-        plan = TuningPlan(time_limit_s=seconds / PROBE_SHARE)
+        plan = TuningPlan(time_limit_s=seconds / PROBES)
         probed = probe(check, scorer, plan, model.texts, monotonic, no_progress)
         key = current_key(check.folder.name, check.folder.revision, info)
     finally:

@@ -335,7 +335,8 @@ QUICK = TuningPlan(pairs=(4,), batch_sizes=(4,), token_budgets=(256,))
 def test_tuning_for_int8_checks_it(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     monkeypatch.setattr(
-        "echelon.tuning.tuner.compare_precisions", lambda *_: [{**FAILED, "precision": "int8"}]
+        "echelon.tuning.first_stages.compare_precisions",
+        lambda *_: [{**FAILED, "precision": "int8"}],
     )
     with pytest.raises(InvalidInput, match="int8 does not rank as fp32 does"):
         tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
@@ -344,7 +345,7 @@ def test_tuning_for_int8_checks_it(bert, monkeypatch):
 def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
     offer(monkeypatch, *ALL)
     row = {**FAILED, "passed": True, "tokens_per_s": 1.0}
-    monkeypatch.setattr("echelon.tuning.tuner.compare_precisions", lambda *_: [row])
+    monkeypatch.setattr("echelon.tuning.first_stages.compare_precisions", lambda *_: [row])
     opened = []
     real = precision_check.PrecisionCheck.open
 

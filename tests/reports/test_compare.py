@@ -234,7 +234,7 @@ def test_the_headline_names_the_faster_profile_the_ratio_and_its_certainty():
 
 
 def test_the_headline_says_when_the_difference_is_uncertain():
-    assert "too few runs to compare" in headline(0.5, [entry(50, [0.4] * 5, batch_size=8)])
+    assert "too few runs to compare" in headline(0.5, [entry(50, [0.4] * 2, batch_size=8)])
     unsteady = [0.2 + 0.05 * i for i in range(9)]
     text = headline(0.9, [entry(50, unsteady, batch_size=8)])
     assert "within the variation between runs" in text

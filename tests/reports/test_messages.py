@@ -84,7 +84,7 @@ def test_a_stored_message_is_english_text_and_is_shown_in_chinese(message):
 
 
 def test_a_value_that_is_a_message_is_translated_too():
-    found = Message("fit.step_times_off", {"error": FitError(0.1, 0.2, 9).words})
+    found = Message("fit.imprecise", {"share": "20 %", "error": FitError(0.1, 0.2, 9).words})
     with in_language("zh"):
         shown = translated(found)
     assert not re.search("[A-Za-z]{4}", shown.replace("echelon tune --refresh", ""))

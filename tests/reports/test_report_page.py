@@ -17,8 +17,9 @@ from echelon.scheduling.packing import NO_BUDGET
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</table>"
 LOADING = {"src", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href"}
-PARTS = "advice best rules plots precision warnings numbers details use"
+PARTS = "meaning warnings advice best rules plots precision numbers details use"
 SECTIONS = PARTS.split()
+MAX_BYTES = 2e6
 
 quick = pytest.fixture(leave_plotly_out, autouse=True)
 
@@ -50,6 +51,7 @@ def test_nothing_is_loaded_from_outside(real_plotly):
     assert "@import" not in styles
     assert "default-src 'none'" in html
     assert sum("Plotly" in script and len(script) > 1e6 for script in page.scripts) == 1
+    assert len(html.encode()) < MAX_BYTES
 
 
 def test_page_is_written_whole_and_equals_render(tmp_path):
@@ -159,6 +161,7 @@ def test_sizes_without_a_number_say_why():
         ("out of memory", "std::bad_alloc here"),
         ("skipped", "steps of 16 already ran out of memory"),
         ("not measured in time", "the time limit came first"),
+        ("predicted", "about 600\u00a0ms (550\u00a0ms – 650\u00a0ms)"),
     ):
         assert any(row[2:] == [reason, words_] for row in rows)
 
@@ -187,10 +190,19 @@ def test_a_scenario_without_points_names_the_remedy():
 
 def test_the_headline_compares_with_the_slowest_size():
     page = read(make_profile())
-    # 50 pairs in 0.31 s against 0.71 s.
+    # 50 pairs in 0.31 s against 0.71 s, and no interval overlaps.
     assert "Use 1,024 tokens per step in bf16" in page.text
     assert "2.3 times as fast as with the slowest size measured (batch size 1)" in page.text
+    assert "Not known" not in page.text
+
+
+def test_a_headline_of_few_runs_claims_nothing():
+    results = [entry(50, [0.7], batch_size=1), entry(50, [0.31], batch_size=8)]
+    page = read(make_profile(results))
     assert "(n=1)" in page.text
+    assert "times as fast" not in page.text
+    assert "Not known: batch size 1 may be as fast" in page.text
+    assert "--time-limit 300" in page.text
 
 
 def test_precisions_show_what_failed():

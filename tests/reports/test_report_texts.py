@@ -57,7 +57,7 @@ def test_repeating_measures_the_same_sizes(model):
     params = params_of("tune", tuning_report._repeat(profile))
     assert (params["model"], params["data"]) == (model, "my data.jsonl")
     assert params["pairs"] == (10, 50)
-    assert params["batch_sizes"] == (1, 8, 16, 32)
+    assert params["batch_sizes"] == (1, 4, 8, 16, 32)
     assert params["token_budgets"] == (256, 1024, 2048)
     assert (params["precision"], params["max_length"]) == ("bf16", 256)
 
@@ -245,6 +245,20 @@ def test_a_size_of_the_rule_is_compared_with_the_best(times, state, text):
     assert text in rule.result
 
 
+@pytest.mark.parametrize("name", ["api", "larger"])
+def test_a_rule_is_not_judged_by_fewer_than_three_runs(name):
+    rule = rules(*[entry(10, [s], batch_size=b) for b, s in ((4, 0.2), (8, 0.1))])[name]
+    assert rule.state == "unknown"
+    assert rule.result == "not known: n=1; run with --time-limit 300"
+
+
+def test_a_rule_is_not_judged_where_intervals_overlap():
+    wide = [0.1 * (0.7 + 0.1 * i) for i in range(7)]
+    found = rules(entry(10, wide, batch_size=4), entry(10, [s * 1.1 for s in wide], batch_size=8))
+    assert {found[name].state for name in ("api", "larger")} == {"unknown"}
+    assert "intervals overlap" in found["api"].result
+
+
 def test_offline_is_compared_with_the_best_token_budget_too():
     batches = sweep(100, {8: 1.0, 16: 0.9, 32: 1.1})
     assert rules(*batches)["offline"].result.replace("\u00a0", " ") == "up to 22 % slower here"
@@ -256,7 +270,8 @@ def test_offline_is_compared_with_the_best_token_budget_too():
 
 
 def test_the_edge_rule_shows_the_memory_of_its_sizes():
-    small = [entry(10, [0.2] * 9, batch_size=1, memory=2**28), *sweep(10, {4: 0.2})]
+    small = [entry(5, [0.2] * 9, batch_size=1, memory=2**28), *sweep(5, {4: 0.2})]
+    small += sweep(10, {1: 0.1, 4: 0.3})  # an edge device ranks fewer pairs
     rule = rules(*small)["edge"]
     assert rule.state == "holds"
     assert "0.250 GiB with batch size 1" in rule.found.replace("\u00a0", " ")

@@ -8,22 +8,18 @@ from echelon.messages import Message
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports import tuning_report
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.sweep import (
-    MeasuredPoint,
-    SweepPoint,
-    best_batches,
-    best_budget,
-    scenario_advice,
-)
+from echelon.tuning.choice import best_batches, best_budget, scenario_advice
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint
 
 # Building profiles.
 
 
-def entry(pairs, seconds=(), *, status="ok", reason="", memory=2**29, **size):
+def entry(pairs, seconds=(), *, status="ok", reason="", memory=2**29, predicted=None, **size):
     """One point as the sweep leaves it."""
     point = SweepPoint(pairs, **size)
     measured = MeasuredPoint(point, status, reason, list(seconds), tokens=pairs * 100)
     measured.cost_tokens, measured.steps, measured.peak_bytes = pairs * 110, 3, memory
+    measured.predicted_s = predicted
     return measured
 
 
@@ -34,12 +30,13 @@ def steady(median, count=20):
 RESULTS = (
     entry(10, steady(0.2), batch_size=1),
     entry(10, steady(0.1), batch_size=8),
-    entry(50, [0.7, 0.72], batch_size=1),
+    entry(50, steady(0.71, 7), batch_size=1),
+    entry(50, status="predicted", predicted=(0.6, 0.55, 0.65), batch_size=4),
     entry(50, steady(0.4, 7), batch_size=8),
     entry(50, status="out_of_memory", reason="std::bad_alloc here", batch_size=16),
     entry(50, status="skipped", reason="steps of 16 already ran out of memory", batch_size=32),
     entry(50, steady(0.5), token_budget=256),
-    entry(50, [0.31], token_budget=1024, memory=None),
+    entry(50, steady(0.31, 7), token_budget=1024, memory=None),
     entry(50, status="not_reached", reason="the time limit came first", token_budget=2048),
 )
 
@@ -67,8 +64,8 @@ def make_profile(results=RESULTS, **changes):
     best, budget = best_batches(results), best_budget(results)
     chosen = TunedSettings(
         precision="bf16",
-        token_budget=budget.point.token_budget if budget else NO_BUDGET,
-        batch_size=None if budget or not best else best[-1].point.batch_size,
+        token_budget=budget.chosen.point.token_budget if budget else NO_BUDGET,
+        batch_size=None if budget or not best else best[-1].chosen.point.batch_size,
         threads=2,
         max_length=None,
     )
@@ -94,7 +91,7 @@ def make_profile(results=RESULTS, **changes):
         },
         precisions=PRECISIONS,
         points=[measured.as_dict() for measured in results],
-        best=[measured.as_dict() for measured in best],
+        best=[choice.chosen.as_dict() | choice.certainty() for choice in best],
         situations=scenario_advice(results),
         warnings=["3 of 9 points are noisy. Close other programs."],
     )

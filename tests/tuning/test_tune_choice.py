@@ -10,15 +10,26 @@ from scipy import stats as scipy_stats
 from sklearn.metrics import ndcg_score
 
 from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
-from echelon.reports.statistics import ENOUGH, TIE, median_interval, summarize
-from echelon.tuning.sweep import (
-    MeasuredPoint,
-    SweepPoint,
+from echelon.reports.statistics import (
+    ENOUGH,
+    TIE,
+    KnownValue,
+    Ratio,
+    median_interval,
+    student,
+    summarize,
+    verdict,
+)
+from echelon.tuning.choice import (
     best_batches,
     best_budget,
+    best_of,
+    disturbances,
     frugal,
     scenario_advice,
 )
+from echelon.tuning.load import Disturbance
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint
 
 LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=30)
 
@@ -38,8 +49,54 @@ def test_the_interval_of_the_median_is_scipys(count):
 def test_five_samples_bound_nothing_and_six_their_extremes():
     assert median_interval(5) is None
     assert median_interval(6) == (0, 5)
-    assert summarize([3.0, 1.0, 2.0]).low is None
-    assert summarize([3.0, 1.0, 2.0]).relative_width == float("inf")
+    assert summarize([3.0, 1.0]).low is None
+    assert summarize([3.0, 1.0]).relative_width == float("inf")
+
+
+@given(st.integers(3, 5), st.floats(0.01, 0.5), st.floats(0.001, 100))
+def test_few_samples_have_students_interval(count, spread, middle):
+    logs = np.linspace(-spread, spread, count)
+    summary = summarize((middle * np.exp(logs)).tolist())
+    low, high = scipy_stats.t.interval(0.95, count - 1, 0.0, logs.std(ddof=1) / count**0.5)
+    assert summary.low == pytest.approx(middle * np.exp(low), rel=1e-3)
+    assert summary.high == pytest.approx(middle * np.exp(high), rel=1e-3)
+
+
+@given(st.integers(1, 300))
+def test_students_quantile_is_scipys(freedom):
+    assert student(freedom) == pytest.approx(scipy_stats.t.ppf(0.975, freedom), rel=0.01)
+
+
+VALUES = st.builds(
+    lambda value, down, up: KnownValue(value, value * (1 - down), value * (1 + up)),
+    st.floats(0.01, 10),
+    st.floats(0, 0.6),
+    st.floats(0, 0.6),
+)
+OPPOSITE = {"better": "worse", "worse": "better", "tie": "tie", "unknown": "unknown"}
+
+
+@given(VALUES, VALUES)
+def test_a_verdict_is_the_same_from_both_sides(mine, other):
+    assert verdict(mine, other) == OPPOSITE[verdict(other, mine)]
+
+
+@given(VALUES, VALUES, st.floats(0, 1), st.floats(0, 1))
+def test_a_verdict_is_true_where_the_interval_of_the_ratio_holds(mine, other, a, b):
+    ratio = Ratio.of(other, mine)
+    truth = ratio.low + a * (ratio.high - ratio.low)
+    said = verdict(mine, other)
+    assert said != "better" or truth < 1
+    assert said != "worse" or truth > 1
+    assert said != "tie" or max(truth, 1 / truth) <= 1 + TIE + 1e-6
+
+
+def test_a_verdict_needs_an_interval_of_both():
+    sure = KnownValue(1.0, 0.99, 1.01)
+    assert verdict(sure, KnownValue(2.0)) == verdict(KnownValue(2.0), sure) == "unknown"
+    assert verdict(sure, KnownValue(2.0, 1.98, 2.02)) == "better"
+    assert verdict(sure, sure) == "tie"
+    assert verdict(sure, KnownValue(1.01, 0.8, 1.3)) == "unknown"
 
 
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=50))
@@ -114,7 +171,7 @@ TIMES = st.lists(
 @given(TIMES)
 def test_the_best_is_among_the_fastest_and_none_smaller_is(times):
     results = [measured(100, seconds, batch=batch) for batch, seconds in times]
-    (best,) = best_batches(results)
+    best = best_batches(results)[0].chosen
     fastest = min(seconds for _, seconds in times)
     assert best.summary.median <= fastest * (1 + TIE)
     smaller = [seconds for batch, seconds in times if batch < best.point.size]
@@ -123,7 +180,7 @@ def test_the_best_is_among_the_fastest_and_none_smaller_is(times):
 
 @given(TIMES)
 def test_the_frugal_choice_keeps_enough_of_the_speed(times):
-    chosen = frugal([measured(10, seconds, batch=batch) for batch, seconds in times])
+    chosen = frugal([measured(10, seconds, batch=batch) for batch, seconds in times]).chosen
     fastest = min(seconds for _, seconds in times)
     assert fastest / chosen.summary.median >= ENOUGH * 0.999
 
@@ -137,18 +194,55 @@ def test_points_without_a_run_are_never_chosen():
 
 def test_each_scenario_has_its_own_best_point():
     results = [
-        measured(10, 0.5, batch=1, peak=100),
-        measured(10, 0.4, batch=8, peak=500),
+        measured(5, 0.3, batch=1, peak=100),
+        measured(5, 0.2, batch=4, peak=500),
+        measured(10, 0.5, batch=1),
+        measured(10, 0.4, batch=8),
         measured(100, 5.0, batch=1),
         measured(100, 3.0, batch=32),
         measured(100, 2.5, tokens=512),
         measured(100, 2.4, tokens=8192),
     ]
     advice = {s["name"]: s for s in scenario_advice(results)}
-    assert advice["api"]["batch_size"] == 8
+    assert (advice["api"]["pairs"], advice["api"]["batch_size"]) == (10, 8)
     assert advice["api"]["latency_s"] == 0.4
     assert advice["offline"]["token_budget"] == 8192
     assert advice["offline"]["pairs_per_s"] == pytest.approx(100 / 2.4)
     assert advice["concurrent"]["token_budget"] == 512
-    assert advice["edge"]["batch_size"] == 8
+    assert (advice["edge"]["pairs"], advice["edge"]["batch_size"]) == (5, 4)
     assert advice["edge"]["peak_bytes"] == 500
+    assert all(s["certain"] and not s["predicted"] for s in advice.values())
+    assert "edge" not in {s["name"] for s in scenario_advice(results[2:])}
+
+
+def test_a_size_that_may_be_as_fast_is_a_rival():
+    wide = MeasuredPoint(SweepPoint(100, 2), "ok", "", [0.8, 1.0, 1.2])
+    slow = MeasuredPoint(SweepPoint(100, 4), "ok", "", [2.0, 2.01, 2.02])
+    found = best_of([measured(100, 0.9, batch=1), wide, slow])
+    assert found.chosen.point.size == 1
+    assert found.rivals == [SweepPoint(100, 2)]
+    assert found.certainty() == {
+        "certain": False,
+        "rivals": [{"batch_size": 2, "token_budget": None}],
+    }
+
+
+def test_a_predicted_point_is_chosen_only_where_none_was_measured():
+    fast = MeasuredPoint(SweepPoint(100, 8), "predicted", predicted_s=(0.5, 0.4, 0.6))
+    found = best_of([measured(100, 0.9, batch=1), fast])
+    assert (found.chosen.point.size, found.rivals) == (1, [])
+    alone = best_of([fast])
+    assert alone.chosen is fast
+    assert not alone.certainty()["certain"]
+    few = MeasuredPoint(SweepPoint(100, 4), "ok", "", [0.1, 0.1])
+    assert best_of([measured(100, 0.9, batch=1), few]).rivals == [SweepPoint(100, 4)]
+
+
+def test_what_disturbed_is_named_with_its_share():
+    point = measured(10, 1.0, batch=1)
+    point.disturbed = {0: Disturbance(others=0.8, cpus=2), 1: Disturbance(others=1.0, cpus=2)}
+    (said,) = disturbances([point])
+    assert "Other processes used 0.9 of 2 CPUs during 33\u00a0% of the runs" in said
+    point.seconds[5], point.outliers = 11.0, {5}
+    assert "1 of 6 runs took up to 11.0 times as long" in disturbances([point])[1]
+    assert disturbances([measured(10, 1.0, batch=1)]) == []

@@ -21,8 +21,8 @@ from echelon.scheduling.cost_model import (
     work_of,
 )
 from echelon.scheduling.fit import (
-    MAX_P90,
-    MIN_PROBES,
+    MIN_SHAPES,
+    CallTimes,
     CostFit,
     MemoryFit,
     Probe,
@@ -30,20 +30,12 @@ from echelon.scheduling.fit import (
     fit_memory,
 )
 from echelon.scheduling.packing import NO_BUDGET, step_cost
-from echelon.tuning.calibration import (
-    CHECKS,
-    MIN_ROUNDS,
-    PROBES,
-    ROUNDS,
-    LengthRange,
-    choose,
-    fitted,
-    measure,
-    most_informative,
-)
+from echelon.tuning.calibration import MIN_ROUNDS, ROUNDS, ProbeResult, fitted, measure
+from echelon.tuning.probe_shapes import CHECKS, PROBES, LengthRange, choose, most_informative
 
 CPU = DEFAULT_COEFFICIENTS["cpu"]
 LIMITS = LengthRange(512, 8192, "none")
+MEMORY = MemoryModel(1e9, 1e4, 1)
 KNEE = Coefficients(3e-3, 1e-7, 1e-9, knee_tokens=1000, beyond_s=6e-6)
 """A card that a thousand tokens fill."""
 
@@ -74,7 +66,7 @@ def fit(coefficients, kind="none", seed=0, noise=0.0, limits=LIMITS):
     return fit_cost(*made, kind)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(planted, paddings)
 def test_planted_coefficients_are_found(coefficients, kind):
     found = fit(coefficients, kind)
@@ -84,7 +76,7 @@ def test_planted_coefficients_are_found(coefficients, kind):
     assert found.padding == kind
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(planted, paddings, st.integers(0, 2**32), st.floats(0.005, 0.05))
 def test_noise_moves_predictions_by_less_than_itself(coefficients, kind, seed, noise):
     found = fit(coefficients, kind, seed, noise)
@@ -108,37 +100,62 @@ def test_a_knee_is_found_and_none_is_invented(noise):
     ) >= 9
 
 
+@settings(max_examples=10)
+@given(st.integers(0, 2**32), st.floats(0.4, 1.0))
+def test_noise_widens_the_error_and_never_refuses(seed, noise):
+    found = fit(CPU, seed=seed, noise=noise)
+    assert found.spread > 0.1
+    assert CostFit.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    quiet = fit(CPU, seed=seed, noise=0.02)
+    assert quiet.note is None
+    assert found.error.spread > quiet.error.spread
+
+
 @settings(max_examples=20)
-@given(st.integers(0, 2**32), st.floats(0.3, 1.0))
-def test_a_noisy_machine_is_refused_with_the_remedy(seed, noise):
-    with pytest.raises(TooNoisy, match=r"differ by \d+%.*tune --refresh"):
-        fit(CPU, seed=seed, noise=noise)
+@given(planted, st.integers(0, 2**32), st.floats(2, 30))
+def test_outliers_do_not_move_the_coefficients(coefficients, seed, factor):
+    shapes, random = choose(LIMITS, CPU, 100), Random(seed)
+    probes, checks = (probed(some, coefficients, "none") for some in shapes)
+    for index in random.sample(range(len(probes)), 3):
+        probes[index] = replace(probes[index], seconds=(probes[index].median_s * factor,))
+    found = fit_cost(probes, checks, "none")
+    assert found.error.p90 < 0.10
 
 
-def test_times_that_no_formula_explains_are_refused():
+def test_times_that_no_formula_explains_are_kept_with_a_note():
     shapes = choose(LIMITS, CPU, 100)
     probes = probed(shapes.probes, CPU, "none")
     odd = [
         replace(probe, seconds=tuple(s * (3 if index % 2 else 1) for s in probe.seconds))
         for index, probe in enumerate(probed(shapes.checks, CPU, "none"))
     ]
-    with pytest.raises(TooNoisy, match=r"off \(median .* unseen shapes\)"):
-        fit_cost(probes, odd, "none")
+    found = fit_cost(probes, odd, "none")
+    assert "good to ±67 %" in found.note
     one_in_five = [replace(p, seconds=(p.median_s * 10,)) for p in odd[:2]]
     sound = probed(shapes.checks[2:], CPU, "none")
-    with pytest.raises(TooNoisy):  # the median is right, but the P90 is not
-        fit_cost(probes, one_in_five + sound, "none")
-    assert MAX_P90 < 0.9
+    found = fit_cost(probes, one_in_five + sound, "none")
+    assert found.error.median < 0.01
+    assert found.note is not None  # the median is right, but the P90 is not
+
+
+def test_calls_of_a_sweep_alone_give_a_model():
+    """Whole calls of 10 pairs in steps of several sizes: no probe was affordable."""
+    works = [Work(10, 1200, 160_000), Work(5, 1200, 160_000), Work(1, 1200, 160_000)]
+    works += [Work(5, 400, 40_000), Work(1, 400, 40_000)]
+    calls = [CallTimes(work, (CPU.seconds(work),) * 3) for work in works]
+    found = fit_cost([], [], "none", calls)
+    for work in works:
+        assert found.coefficients.seconds(work) == pytest.approx(CPU.seconds(work), rel=0.01)
+    assert found.error.shapes == len(works)
 
 
 def test_too_few_shapes_are_refused():
-    probes = probed([(n,) for n in range(20, 20 + MIN_PROBES)], CPU, "none")
-    fit_cost(probes, probes[:1], "none")
-    for some, unseen in ((probes[1:], probes[:1]), (probes, [])):
-        with pytest.raises(TooNoisy, match="too few"):
-            fit_cost(some, unseen, "none")
-        with pytest.raises(TooNoisy, match="too few"):
-            fit_memory(some, unseen, "none")
+    probes = probed([(n,) for n in range(20, 20 + MIN_SHAPES)], CPU, "none", memory=MEMORY)
+    assert fit_cost(probes, [], "none").error.shapes == MIN_SHAPES
+    for refused in (fit_cost, fit_memory):
+        refused(probes, [], "none")
+        with pytest.raises(TooNoisy, match="Only 2 different shapes"):
+            refused([*probes[1:], probes[1]], probes, "none")
 
 
 @settings(max_examples=30)
@@ -179,18 +196,19 @@ def test_a_step_within_the_limit_fits_and_a_larger_one_does_not(
         assert needs(most + 1) > limit * (1 - 1e-9)
 
 
-def test_a_refused_model_leaves_a_warning_and_the_other_model():
+def result(shapes, *noise, memory=None):
+    made = (probed(some, CPU, "none", *noise, memory=memory) for some in shapes)
+    return ProbeResult(*made, LIMITS, None, None)
+
+
+def test_an_imprecise_model_leaves_a_warning_and_the_other_model():
     shapes = choose(LIMITS, CPU, 100)
-    model, random = MemoryModel(1e9, 1e4, 1), Random(0)
-    loud = [
-        probed(some, CPU, "none", random, 0.5, model) for some in (shapes.probes, shapes.checks)
-    ]
-    made = fitted(*loud, LIMITS)
-    assert made.cost is None
+    made = fitted(result(shapes, Random(0), 1.5, memory=MEMORY))
+    assert CostFit.from_dict(made.cost).error.large
     assert MemoryFit.from_dict(made.memory).model.fixed_bytes == pytest.approx(1e9, rel=1e-3)
-    assert len(made.warnings) == 1
-    silent = [probed(some, CPU, "none") for some in (shapes.probes, shapes.checks)]
-    made = fitted(*silent, LIMITS)
+    (warning,) = made.warnings
+    assert "step times are good to ±" in warning
+    made = fitted(result(shapes))
     assert CostFit.from_dict(made.cost).measured.startswith("20")
     assert made.memory is None
     assert len(made.warnings) == 1
@@ -211,7 +229,7 @@ def test_a_fit_survives_the_round_trip_and_damage_is_reported():
         MemoryFit.from_dict({"model": {}})
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.integers(1, 600), st.integers(16, 9000), paddings, st.floats(1e-3, 50))
 def test_shapes_keep_the_limits(longest, budget, kind, most_s):
     limits = LengthRange(longest, budget, kind)

@@ -13,8 +13,9 @@ from echelon.models.base import FakeScorer
 from echelon.scheduling.cost_model import Coefficients, work_of
 from echelon.scheduling.fit import MemoryFit, Probe
 from echelon.tuning import calibration
-from echelon.tuning.calibration import LengthRange, ProbeResult, choose, models_of, worker_peaks
+from echelon.tuning.calibration import ProbeResult, models_of, worker_peaks
 from echelon.tuning.machine import MemoryMeter
+from echelon.tuning.probe_shapes import LengthRange, choose
 
 COEFFICIENTS = Coefficients(2e-3, 5e-5, 4e-8)
 LIMITS = LengthRange(512, 2048, "none")
@@ -61,9 +62,9 @@ def test_what_this_process_holds_does_not_count(measured):
     ids=["dies", "full"],
 )
 def test_larger_steps_are_not_tried_where_one_did_not_fit(measured, opener):
-    probes = [*measured.probes, *measured.checks]
-    peaks = worker_peaks(probes, measured.steps, opener, "fp32")
-    assert set(peaks) == {p.lengths for p in probes if sum(p.lengths) <= MAX_TOKENS}
+    shapes = [probe.lengths for probe in (*measured.probes, *measured.checks)]
+    peaks = worker_peaks(shapes, measured.steps, opener, "fp32")
+    assert set(peaks) == {shape for shape in shapes if sum(shape) <= MAX_TOKENS}
     assert MemoryFit.from_dict(models_of(measured, opener).memory).model.token_bytes > 0
 
 
@@ -88,3 +89,14 @@ def test_gpu_memory_is_not_measured_again(measured):
     models = models_of(replace(measured, info=on_card), missing)
     assert models.warnings == []
     assert {shape["peak_bytes"] for shape in models.cost["shapes"]} == {123}
+
+
+def test_a_short_time_leaves_out_steps_and_then_the_worker(measured):
+    took = sum(COEFFICIENTS.seconds(work_of(probe.lengths, "none")) for probe in measured.probes)
+    models = models_of(measured, Weighty, took / 2)
+    peaks = [shape["peak_bytes"] for shape in models.cost["shapes"]]
+    assert None in peaks
+    assert MemoryFit.from_dict(models.memory).model.token_bytes > 0
+    left_out = models_of(measured, missing, 0.0)
+    assert left_out.memory is None
+    assert "too short" in left_out.warnings[0]

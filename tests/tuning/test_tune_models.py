@@ -15,7 +15,8 @@ from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports.model_charts import model_charts
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
 from echelon.scheduling.fit import CostFit, Probe
-from echelon.tuning.calibration import LengthRange, choose, fitted
+from echelon.tuning.calibration import ProbeResult, fitted
+from echelon.tuning.probe_shapes import LengthRange, choose
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -35,7 +36,8 @@ def made(*, memory=True):
         return Probe(shape, (COEFFICIENTS.seconds(work),) * 3, peak)
 
     shapes = choose(LIMITS, COEFFICIENTS, 100)
-    return fitted([*map(probe, shapes.probes)], [*map(probe, shapes.checks)], LIMITS)
+    made = [[*map(probe, some)] for some in shapes]
+    return fitted(ProbeResult(*made, LIMITS, None, None))
 
 
 def profile(models) -> Profile:

@@ -17,7 +17,10 @@ from echelon.messages import stored
 from echelon.models.base import DeviceOutOfMemory, FakeScorer
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile
-from echelon.tuning import tuner
+from echelon.reports.statistics import MIN_RUNS
+from echelon.tuning import saved_run, tuner
+from echelon.tuning.calls import TimedCalls
+from echelon.tuning.load import nothing_known
 from echelon.tuning.tuner import TuningPlan
 
 pytestmark = pytest.mark.device
@@ -27,8 +30,9 @@ SHORT = Options(max_length=100)
 
 
 def tune(model, options, plan):
-    """Tune by a clock that ticks evenly, so that six runs of a point are always enough."""
-    return tuner.tune(model, options, plan, clock=count(step=0.001).__next__)
+    """Tune by a clock that ticks evenly, so that three runs of a point are always enough."""
+    clock = count(step=0.001).__next__
+    return tuner.tune(model, options, plan, clock=clock, watch=nothing_known)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_a_run_measures_every_point_and_chooses_among_them(tuned, bert):
         (8, None, 64),
         (8, None, 256),
     }
-    assert all(p["status"] == "ok" and p["samples"] == 6 for p in tuned.points)
+    assert all(p["status"] == "ok" and p["samples"] == MIN_RUNS for p in tuned.points)
     assert all(p["padding_share"] == 0 for p in tuned.points)
     assert all(p["peak_bytes"] > 1 << 20 for p in tuned.points)
     assert tuned.settings.token_budget in {64, 256}
@@ -129,24 +133,61 @@ def test_an_interrupted_run_is_kept_and_resumed(offered, tmp_path, monkeypatch):
     partial = tmp_path / "p.partial.json"
     plan = replace(QUICK, partial=partial)
     trials = []
-    real = tuner._TimedRun.__call__
+    real = TimedCalls.__call__
 
     def counted(self, point):
         trials.append(point)
-        if len(trials) == 21:
+        if len(trials) == 15:
             raise KeyboardInterrupt
         return real(self, point)
 
-    monkeypatch.setattr(tuner._TimedRun, "__call__", counted)
+    monkeypatch.setattr(TimedCalls, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         tune(offered, SHORT, plan)
     kept = json.loads(partial.read_text())
-    assert sum(len(p.get("seconds", [])) for p in kept["points"]) == 14
-    monkeypatch.setattr(tuner, "_compare_precisions", lambda *_: pytest.fail("measured again"))
+    assert sum(len(p.get("seconds", [])) for p in kept["points"]) == 8
+    monkeypatch.setattr(tuner, "compare_in_time", lambda *_: pytest.fail("measured again"))
     found = tune(offered, SHORT, plan)
     for before, after in zip(kept["points"], found.points, strict=True):
         seconds = before.get("seconds", [])
         assert after["seconds"][: len(seconds)] == seconds
+
+
+def test_a_run_interrupted_at_its_end_measures_nothing_again(offered, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    plan = replace(QUICK, partial=tmp_path / "p.partial.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "models_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(offered, SHORT, plan)
+    for name in ("compare_in_time", "compare_threads", "calibrate"):
+        monkeypatch.setattr(tuner, name, lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(TimedCalls, "__call__", lambda *_: pytest.fail("measured again"))
+    found = tune(offered, SHORT, plan)
+    assert all(p["status"] == "ok" for p in found.points)
+    assert found.cost is not None
+
+
+def test_a_short_time_predicts_points_and_names_the_stages_left_out(bert, monkeypatch):
+    offer(monkeypatch, "fp32", "bf16")
+    monkeypatch.setattr("echelon.tuning.first_stages.usable_cpus", lambda: 4)
+    clock = count(step=0.001).__next__
+    plan = replace(QUICK, time_limit_s=0.1)
+    found = tuner.tune(bert, SHORT, plan, clock=clock, watch=nothing_known)
+    assert clock() < 0.1 * 1.2
+    said = " ".join(found.warnings)
+    for words in ("Precisions were not compared", "Thread counts were not", "were predicted"):
+        assert words in said
+    predicted = [p for p in found.points if p["status"] == "predicted"]
+    assert predicted
+    for point in predicted:
+        assert "latency_s" not in point
+        low, high = (point["predicted_s"][end] for end in ("low", "high"))
+        assert 0 < low <= point["predicted_s"]["median"] <= high
+    assert found.settings.token_budget in {64, 256}
+    assert found.data["measuring"]["text"].startswith("A pair takes about")
 
 
 @pytest.mark.parametrize("damage", ["{", '{"question": 1}', "[]", ""])
@@ -171,7 +212,7 @@ def test_a_full_disk_costs_the_safety_net_and_not_the_run(offered, tmp_path, mon
     def full(path, content):
         raise StorageError(f"{path}: cannot be written (No space left on device).")
 
-    monkeypatch.setattr(tuner, "write_json", full)
+    monkeypatch.setattr(saved_run, "write_json", full)
     plan = replace(QUICK, partial=tmp_path / "p.json")
     with pytest.warns(EchelonWarning, match="No space left") as warned:
         found = tune(offered, replace(SHORT, precision="fp32"), plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from echelon.engine.worker import ScorerFactory, Worker
     from echelon.models.hub import ModelFolder
     from echelon.types import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,10 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
     key, device = profile.key, profile.key.device
     alone = workers == 1 or device != "cpu"  # on a CPU several workers share the cores
     tuned = (key.precision, profile.settings.threads)
-    same = alone and (options.precision, options.threads) == tuned
+    if fit.note is not None:
+        logger.warning("%s The server learns the times of its own steps.", fit.note)
+    # An imprecise model says nothing of whether the machine has changed.
+    same = alone and (options.precision, options.threads) == tuned and fit.note is None
     return Prior(fit.coefficients, fit.padding, device, same)
 
 

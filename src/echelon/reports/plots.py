@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.messages import N_, tr, units
 from echelon.reports import wording
-from echelon.reports.profile_view import knees
+from echelon.reports.profile_view import certain, knees
 from echelon.reports.statistics import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ WIDE = 8
 
 STRIP_ROW, MAX_STRIP = 0.08, 0.4
 """Shares of a chart's height: one row of the strip for sizes not measured, and all of it."""
+
+ABOVE = 1.08
+"""Height of the memory axis over the highest peak."""
 
 SHADE = "rgba(128, 128, 128, 0.12)"
 
@@ -195,8 +198,13 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     traces = [*pen.lines(known), *pen.marks("best", chosen, tr("best"), RING)]
     if quantity is not MEMORY:
         traces += pen.marks("knee", knees(known, unit), tr("knee"), STAR)
+    if quantity is not MEMORY:
+        traces += pen.predicted([e for e in entries if e["status"] == "predicted"])
     traces += pen.gaps(gaps)
     axes = layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps)
+    if quantity is MEMORY:  # one scale for all sizes, so that the charts can be compared
+        most = max(e["peak_bytes"] for e in profile.points if e["peak_bytes"])
+        axes["yaxis"]["range"] = [0, ABOVE * most / units.GIB]
     figure = {"data": traces, "layout": axes}
     name, title = f"{quantity.name}-{unit}", title_of(quantity, unit)
     return Chart(name, title, _note(quantity, known), figure)
@@ -208,7 +216,9 @@ def title_of(quantity: Quantity, unit: str) -> str:
 
 
 def _is_best(profile: Profile, entry: Entry, unit: str) -> bool:
-    """Whether tuning chose this entry: for its number of pairs, or as the token budget."""
+    """Whether this entry is surely the best for its number of pairs, or as the token budget."""
+    if not certain(profile, entry):
+        return False
     if unit == "token_budget":
         return bool(entry[unit] == profile.settings.token_budget)
     return any((b["pairs"], b[unit]) == (entry["pairs"], entry[unit]) for b in profile.best)
@@ -263,6 +273,15 @@ class Pen:
             "marker": marker | {"color": colours}
         }
         return [found] if entries else []
+
+    def predicted(self, entries: Sequence[Entry]) -> list[Trace]:
+        """Hollow symbols where a size was predicted; no trace without any."""
+        marker = {"symbol": "diamond-open", "size": 8, "line": {"width": 1.5}}
+        drawn = self.marks("predicted", entries, tr("predicted"), marker)
+        seconds = [entry["predicted_s"]["median"] for entry in entries]
+        rates = [e["pairs"] / s for e, s in zip(entries, seconds, strict=True)]
+        heights = rates if self.quantity is THROUGHPUT else seconds
+        return [found | {"y": heights} for found in drawn]
 
     def gaps(self, entries: Sequence[Entry]) -> list[Trace]:
         """Hollow symbols in a separate strip for sizes not measured, one row per line."""

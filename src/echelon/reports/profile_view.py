@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import ProfileError
 from echelon.profile import TUNE_AGAIN, Profile
 from echelon.reports import wording
-from echelon.reports.statistics import ENOUGH, TIE
+from echelon.reports.statistics import ENOUGH, MIN_RUNS, TIE, KnownValue, summarize, verdict
 from echelon.reports.wording import measured
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import CostFit, MemoryFit
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
+    from echelon.reports.statistics import Verdict
     from echelon.reports.wording import Entry
 
 
@@ -40,10 +41,47 @@ def chosen(profile: Profile) -> Entry | None:
 
 
 def slowest(profile: Profile, against: Entry) -> Entry | None:
-    """The slowest size for the same number of pairs; None where none is slower."""
+    """The slowest size for the same number of pairs; None where none is surely slower."""
     same_pairs = [e for e in profile.points if measured(e) and e["pairs"] == against["pairs"]]
-    found = min(same_pairs, key=lambda e: e["pairs_per_s"], default=against)
-    return found if found["pairs_per_s"] < against["pairs_per_s"] else None
+    slower_ones = [e for e in same_pairs if compared(e, against) == "worse"]
+    return min(slower_ones, key=lambda e: e["pairs_per_s"], default=None)
+
+
+def time_of(entry: Entry) -> KnownValue | None:
+    """An entry's time with its interval, measured or predicted; None where it has neither."""
+    if not measured(entry):
+        predicted = entry.get("predicted_s")
+        return predicted and KnownValue(predicted["median"], predicted["low"], predicted["high"])
+    latency = entry["latency_s"]
+    if latency["low"] is None and entry["samples"] >= MIN_RUNS and "seconds" in entry:
+        return summarize(entry["seconds"]).known  # an older profile
+    return KnownValue(latency["median"], latency["low"], latency["high"])
+
+
+def compared(entry: Entry, other: Entry) -> Verdict:
+    """How an entry's time compares with another's, see :func:`verdict`."""
+    mine, its = time_of(entry), time_of(other)
+    return "unknown" if mine is None or its is None else verdict(mine, its)
+
+
+def rivals(profile: Profile, chosen_one: Entry, *, any_unit: bool = False) -> list[Entry]:
+    """Sizes for the same pairs that may be as fast as a chosen one, or faster: it is not known.
+
+    ``any_unit`` compares batch sizes with token budgets too.
+    """
+    by_batch = bool(chosen_one["batch_size"])
+    same = [e for e in profile.points if e["pairs"] == chosen_one["pairs"] and time_of(e)]
+    row = [e for e in same if any_unit or bool(e["batch_size"]) == by_batch]
+    size = (chosen_one["batch_size"], chosen_one["token_budget"])
+    others = [e for e in row if (e["batch_size"], e["token_budget"]) != size]
+    mine = next((e for e in row if (e["batch_size"], e["token_budget"]) == size), None)
+    return others if mine is None else [e for e in others if compared(e, mine) == "unknown"]
+
+
+def certain(profile: Profile, entry: Entry) -> bool:
+    """Whether an entry is surely the best of its row: enough runs, and no rivals."""
+    known = measured(entry) and entry["samples"] >= MIN_RUNS
+    return known and not rivals(profile, entry)
 
 
 def fastest(entries: Iterable[Entry]) -> Entry | None:
@@ -57,10 +95,20 @@ def knee(entries: Iterable[Entry]) -> Entry | None:
 
 
 def knees(entries: Sequence[Entry], unit: str) -> list[Entry]:
-    """The knee for each number of pairs; ``unit`` is the entry that holds the step size."""
+    """The knee for each number of pairs, where smaller sizes are surely slower or a tie.
+
+    ``unit`` is the entry that holds the step size.
+    """
     counts = sorted({e["pairs"] for e in entries})
     rows = [[e for e in entries if e["pairs"] == count and e[unit]] for count in counts]
-    return [found for row in rows if (found := knee(row)) is not None]
+    found = [(row, knee(row)) for row in rows]
+    return [e for row, e in found if e is not None and _sure_knee(row, e, unit)]
+
+
+def _sure_knee(row: Sequence[Entry], found: Entry, unit: str) -> bool:
+    smaller = [e for e in row if measured(e) and e[unit] < found[unit]]
+    enough = found["samples"] >= MIN_RUNS
+    return enough and all(compared(e, found) != "unknown" for e in smaller)
 
 
 def slower(entry: Entry, best: Entry) -> float:
@@ -69,7 +117,8 @@ def slower(entry: Entry, best: Entry) -> float:
 
 
 def _smallest(entries: Iterable[Entry], within: float) -> Entry | None:
-    known = [e for e in entries if measured(e)]
+    every = [e for e in entries if measured(e)]
+    known = [e for e in every if e["samples"] >= MIN_RUNS] or every
     shortest = min((e["latency_s"]["median"] for e in known), default=0.0)
     found = [e for e in known if e["latency_s"]["median"] <= within * shortest]
     return min(found, key=lambda e: e["batch_size"] or e["token_budget"] or 0, default=None)

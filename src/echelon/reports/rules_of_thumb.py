@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from echelon.messages import N_, listed, tr, units
 from echelon.reports import wording
 from echelon.reports.model_charts import limit_of
-from echelon.reports.profile_view import chosen, fastest, slower
-from echelon.reports.statistics import TIE
+from echelon.reports.profile_view import chosen, compared, fastest, slower
+from echelon.reports.statistics import MIN_RUNS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ State = Literal["holds", "costs", "unknown"]
 Finding = tuple[str, State, str]
 """The measurement as text, the state, and the result as text."""
 
-FEW, MANY = 10, 50
-"""Pairs per call: at most 10 for a realtime API, at least 50 for offline work."""
+EDGE, FEW, MANY = 5, 10, 50
+"""Pairs per call: at most 5 on an edge device and 10 for a realtime API, at least 50 offline."""
 
 HALF = ("bf16", "fp16")
 
@@ -55,25 +55,30 @@ def rules_of_thumb(profile: Profile) -> list[Rule]:
 
 def _api(profile: Profile) -> Finding:
     remedy = tr("Give --pairs 10 --batch-sizes 4,8.")
-    return _sizes(_largest_calls(profile, high=FEW), (4, 8), remedy)
+    return _sizes(profile, _largest_calls(profile, high=FEW), (4, 8), remedy)
 
 
 def _offline(profile: Profile) -> Finding:
     remedy = tr("Give --pairs 100 --batch-sizes 16,32.")
-    return _sizes(_largest_calls(profile, low=MANY), (16, 32), remedy)
+    return _sizes(profile, _largest_calls(profile, low=MANY), (16, 32), remedy)
 
 
 def _edge(profile: Profile) -> Finding:
-    entries = _largest_calls(profile, high=FEW)
-    found, state, result = _sizes(entries, (1, 4), tr("Give --pairs 10 --batch-sizes 1,4."))
-    if state != "unknown":
+    entries, remedy = _largest_calls(profile, high=EDGE), tr("Give --pairs 5 --batch-sizes 1,4.")
+    found, state, result = _sizes(profile, entries, (1, 4), remedy)
+    if _batches(entries, 1, 4):
         memory = listed(_memory(entry) for entry in _batches(entries, 1, 4))
         found = f"{found} {tr('Peak memory: {sizes}.', sizes=memory)}"
     return found, state, result
 
 
-def _sizes(entries: Sequence[Entry], range_: tuple[int, int], remedy: str) -> Finding:
-    """How much slower each batch size of a rule is than the best of all sizes."""
+def _sizes(
+    profile: Profile, entries: Sequence[Entry], range_: tuple[int, int], remedy: str
+) -> Finding:
+    """How much slower each batch size of a rule is than the best of all sizes.
+
+    The rule holds where no size is surely slower than any other one, and none may be.
+    """
     best, inside = fastest(entries), _batches(entries, *range_)
     if best is None or not inside:
         return _unknown(remedy)
@@ -86,10 +91,23 @@ def _sizes(entries: Sequence[Entry], range_: tuple[int, int], remedy: str) -> Fi
     )
     each = listed(_cost(entry, best) for entry in inside)
     found = f"{found} {tr('Sizes of the rule: {each}.', each=each)}"
-    cost = max(slower(entry, best) for entry in inside)
-    if cost <= TIE:
-        return found, "holds", tr("holds")
-    return found, "costs", tr("up to {share} slower here", share=units.percent(cost))
+    worse = [entry for entry in inside if compared(entry, best) == "worse"]
+    if worse:
+        cost = max(slower(entry, best) for entry in worse)
+        return found, "costs", tr("up to {share} slower here", share=units.percent(cost))
+    pairs = [(one, other) for one in inside for other in entries if one is not other]
+    unsure = [pair for pair in pairs if compared(*pair) == "unknown"]
+    if unsure:
+        return found, "unknown", _not_known(profile, [e for pair in unsure for e in pair])
+    return found, "holds", tr("holds")
+
+
+def _not_known(profile: Profile, entries: Sequence[Entry]) -> str:
+    """Why a comparison says nothing, and what it takes to know."""
+    runs, longer = min(entry["samples"] for entry in entries), wording.longer(profile)
+    if runs < MIN_RUNS:
+        return tr("not known: n={runs}; run with {longer}", runs=runs, longer=longer)
+    return tr("not known: the intervals overlap; run with {longer}", longer=longer)
 
 
 def _cost(entry: Entry, best: Entry) -> str:
@@ -154,15 +172,19 @@ def _larger(profile: Profile) -> Finding:
     values["rate"] = wording.rate(largest["pairs_per_s"])
     if largest is best:
         found = tr("{pairs}: the largest size measured, {step}, is best, {rate}.", **values)
+        unsure = [e for e in batches if e is not best and compared(best, e) == "unknown"]
+        if unsure:
+            return found, "unknown", _not_known(profile, [*unsure, best])
         return found, "holds", tr("holds up to the largest size measured")
     values |= {"best": wording.step_of(best), "best_rate": wording.rate(best["pairs_per_s"])}
     found = tr("{pairs}: {rate} with {step}, {best_rate} with the best, {best}.", **values)
-    cost = slower(largest, best)
-    if cost <= TIE:
+    if compared(largest, best) == "unknown":
+        return found, "unknown", _not_known(profile, [largest, best])
+    if compared(largest, best) != "worse":
         step = values["best"]
         result = tr("holds only up to {step}; larger sizes are not faster", step=step)
     else:
-        share = units.percent(cost)
+        share = units.percent(slower(largest, best))
         result = tr("does not hold: the largest size is {share} slower", share=share)
     return found, "costs", result
 

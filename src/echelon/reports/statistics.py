@@ -11,8 +11,17 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.float64]
+
+Verdict = Literal["better", "worse", "tie", "unknown"]
+
 TIE = 0.03
 """Medians within 3 % are a tie: repeated sweeps of one machine differ by that much."""
+
+MIN_RUNS = 3
+"""Runs below which nothing is said about certainty: two say nothing of how runs differ."""
 
 ENOUGH = 0.95
 """Share of the best throughput that a smaller, cheaper setting must reach."""
@@ -27,7 +36,7 @@ ROUNDING = 1e-9
 class Statistics:
     """Statistics of repeated timings, in the samples' unit.
 
-    ``low`` and ``high`` are the ends of the median's 95 % interval; None with fewer than 6 samples.
+    ``low`` and ``high`` are the ends of the median's 95 % interval; None below MIN_RUNS samples.
     """
 
     samples: int
@@ -44,14 +53,48 @@ class Statistics:
             return math.inf
         return (self.high - self.low) / 2 / self.median if self.median else 0.0
 
+    @property
+    def known(self) -> KnownValue:
+        """The median with its interval."""
+        return KnownValue(self.median, self.low, self.high)
 
-def summarize(samples: Sequence[float]) -> Statistics:
-    """Summarize timings; at least one."""
+
+def summarize(samples: Sequence[float], outliers: Sequence[float] = ()) -> Statistics:
+    """Summarize timings; at least one. Outliers count for the percentiles alone."""
     ordered = np.sort(np.asarray(samples, dtype=np.float64))
-    interval = median_interval(len(ordered))
-    low, high = (None, None) if interval is None else (float(ordered[i]) for i in interval)
-    p50, p95, p99 = (float(p) for p in np.percentile(ordered, [50, 95, 99]))
-    return Statistics(len(ordered), p50, low, high, p95, p99)
+    median = float(np.median(ordered))
+    low, high = _interval(ordered, median) or (None, None)
+    p95, p99 = (float(p) for p in np.percentile([*ordered, *outliers], [95, 99]))
+    return Statistics(len(ordered), median, low, high, max(median, p95), max(median, p99))
+
+
+def _interval(ordered: Array, median: float) -> tuple[float, float] | None:
+    """The ends of the median's interval; None with too few samples.
+
+    Too few for order statistics: Student's interval of the mean logarithm, widened to the median.
+    """
+    count = len(ordered)
+    ranks = median_interval(count)
+    if ranks is not None:
+        return float(ordered[ranks[0]]), float(ordered[ranks[1]])
+    if count < MIN_RUNS or ordered[0] <= 0:
+        return None
+    logs = np.log(ordered)
+    half = student(count - 1) * float(logs.std(ddof=1)) / math.sqrt(count)
+    middle = float(logs.mean())
+    return min(median, math.exp(middle - half)), max(median, math.exp(middle + half))
+
+
+def student(freedom: int) -> float:
+    """Student's t for 95 %, within 1 %, by degrees of freedom (at least 1)."""
+    if freedom < len(STUDENT):
+        return STUDENT[freedom]
+    z = 1.96
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447)
+"""Quantiles where the expansion of :func:`student` is too far off."""
 
 
 def median_interval(count: int, confidence: float = CONFIDENCE) -> tuple[int, int] | None:
@@ -117,3 +160,20 @@ class Ratio(KnownValue):
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self) | {"judgement": self.judgement}
+
+
+def verdict(mine: KnownValue, other: KnownValue) -> Verdict:
+    """How a time compares with another: every statement of reports about two times.
+
+    ``better`` or ``worse`` where they differ by more than TIE and the interval of their ratio
+    excludes 1; ``tie`` where the whole interval is within TIE; else ``unknown``, also for a time
+    without an interval, of fewer than MIN_RUNS runs.
+    """
+    ratio = Ratio.of(other, mine)
+    if ratio.low is None or ratio.high is None:
+        return "unknown"
+    if max(ratio.high, 1 / ratio.low) <= 1 + TIE + ROUNDING:
+        return "tie"
+    if ratio.judgement != "beyond":
+        return "unknown"
+    return "better" if ratio.value < 1 else "worse"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from echelon.messages import N_, listed, tr, translated
 from echelon.messages.units import UNKNOWN, duration, number, percent, size
 from echelon.reports import wording
 from echelon.reports.comparison_page import GRIDS, Grid
+from echelon.reports.profile_view import rivals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.profile import Profile
-    from echelon.types import Ranking
+    from echelon.types import RankedDocument, Ranking
 
 Row = dict[str, Any]
 
@@ -24,73 +29,119 @@ STYLES = {"held": "green", "missed": "bold red", "unvalidated": "yellow"}
 """Styles of the headline of a scenario, by its state."""
 
 ROUTINGS = {
-    "tokens": "worker with the fewest outstanding tokens",
-    "requests": "worker with the fewest outstanding requests",
-    "random": "random worker",
-    "two": "the better of two random workers",
+    "tokens": N_("worker with the fewest outstanding tokens"),
+    "requests": N_("worker with the fewest outstanding requests"),
+    "random": N_("random worker"),
+    "two": N_("the better of two random workers"),
 }
+
+WILL_USE = {
+    "runtime": N_("Runtime"),
+    "device": N_("Device"),
+    "device_name": N_("Name"),
+    "precision": N_("Precision"),
+    "precisions_to_tune": N_("Precisions to compare"),
+    "threads": N_("Threads"),
+    "kernels": N_("Compiled kernels"),
+}
+"""What ``echelon doctor`` calls what Echelon will use."""
+
+WIDE = 10_000
+"""Columns where there is no terminal: no line is folded."""
+
+
+def _console() -> Console:
+    """The terminal, or standard output with lines of any length."""
+    folded = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console() if folded else Console(width=WIDE)
 
 
 def print_ranking(ranking: Ranking) -> None:
-    """Print the documents, best first."""
-    if not ranking.results:
-        Console().print("No documents, so nothing to rank.")
+    """Print the documents, best first; each is one line where there is no terminal."""
+    console = _console()
+    columns = ("#", tr("score"), tr("logit"), tr("document"))
+    rows = [_ranked(place, result) for place, result in enumerate(ranking.results, 1)]
+    if console.width == WIDE:  # a table would fill every line up to the longest
+        for *cells, document in (columns, *rows):
+            click.echo("{:>3} {:>9} {:>8}  ".format(*cells) + document)
         return
     table = Table(box=None, header_style="bold")
-    for column in ("#", "score", "logit"):
+    for column in columns[:-1]:
         table.add_column(column, justify="right")
-    table.add_column("document", overflow="fold")
-    for place, result in enumerate(ranking.results, 1):
-        cut = f"  (cut by {result.truncated_tokens} tokens)" if result.truncated_tokens else ""
-        # Text, not markup: a document may hold square brackets.
-        document = Text(result.document + cut)
-        table.add_row(str(place), f"{result.score:.4g}", f"{result.logit:+.3f}", document)
-    Console().print(table)
+    table.add_column(columns[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: a document may hold square brackets
+    console.print(table)
+
+
+def _ranked(place: int, result: RankedDocument) -> tuple[str, str, str, str]:
+    cut = tr("cut by {count} tokens", count=result.truncated_tokens)
+    document = result.document + (f"  ({cut})" if result.truncated_tokens else "")
+    return str(place), f"{result.score:.4g}", f"{result.logit:+.3f}", document
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table whose first column is text and the others are numbers."""
+    """A table whose first column is text, never folded, and the others are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
 
 
 def _print_notes(console: Console, notes: Iterable[str]) -> None:
-    for note in notes:
-        console.print(Text(f"Note: {note}", style="yellow"))
+    for note in dict.fromkeys(map(translated, notes)):
+        console.print(Text(tr("Note: {note}", note=note), style="yellow"))
 
 
 def print_profile(profile: Profile) -> None:
     """Print precisions, best batch sizes and the recommended settings."""
-    console = Console()
-    console.print(Text(f"\n{profile.key.model} on {profile.key.device_name}", style="bold"))
+    console = _console()
+    console.print(Text(_about(profile.key.model, profile.key.device_name), style="bold"))
     if profile.precisions:
         console.print(_precision_table(profile))
+    plan = wording.planned(profile.data)
+    if plan:
+        console.print(plan)
     console.print(_best_table(profile))
     console.print(_scenario_table(profile))
     chosen = profile.settings
     best = wording.step(chosen.batch_size, chosen.token_budget)
-    threads = f", threads {chosen.threads}" if chosen.threads else ""
-    console.print(f"\nBest step: [bold]{best}[/bold], precision {chosen.precision}{threads}")
+    parts = [best, tr("precision {precision}", precision=chosen.precision)]
+    if chosen.threads:
+        parts.append(tr("{count} threads", count=chosen.threads))
+    console.print(Text("\n" + tr("Best step: {step}", step=listed(parts)), style="bold"))
     _print_notes(console, profile.warnings)
 
 
+def _about(model: str, device: str) -> str:
+    return "\n" + tr("{model} on {device}", model=model, device=device)
+
+
 def _precision_table(profile: Profile) -> Table:
-    columns = ("Precision", "Tokens/s", "Kendall τ", "Top-10 overlap", "Passed")
+    columns = (
+        tr("Precision"),
+        tr("Tokens/s"),
+        "Kendall τ",
+        tr("Top-10 overlap"),
+        tr("Passed"),
+    )
     rows = [
         (
             wording.precision(row),
             number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",
-            "yes" if row["passed"] else "no",
+            _yes_or_no(row["passed"]),
         )
         for row in profile.precisions
     ]
-    return _table("Precisions compared with fp32", columns, rows)
+    return _table(tr("Precisions compared with fp32"), columns, rows)
+
+
+def _yes_or_no(value: object) -> str:
+    return tr("yes") if value else tr("no")
 
 
 def _best_table(profile: Profile) -> Table:
@@ -100,25 +151,39 @@ def _best_table(profile: Profile) -> Table:
             str(entry["batch_size"]),
             f"{duration(entry['latency_s']['median'])} {wording.spread(entry)}",
             number(entry["pairs_per_s"]),
+            _certain(rivals(profile, entry)),
         )
         for entry in profile.best
     ]
-    return _table("Best batch size", ("Pairs", "Best batch size", "Latency", "Pairs/s"), rows)
+    columns = (tr("Pairs"), tr("Best batch size"), tr("Latency"), tr("Pairs/s"), tr("Certain"))
+    return _table(tr("Best batch size"), columns, rows)
+
+
+def _certain(others: Sequence[Row]) -> str:
+    """Whether a choice is certain; else the sizes that may be as good."""
+    shown = ", ".join(str(entry["batch_size"] or entry["token_budget"]) for entry in others)
+    return tr("not known: {sizes}", sizes=shown) if others else tr("yes")
 
 
 def _scenario_table(profile: Profile) -> Table:
-    columns = ("Scenario", "Documents", "Step", "Pairs/s", "Peak memory")
+    columns = (
+        *(tr("Scenario"), tr("Documents"), tr("Step")),
+        *(tr("Pairs/s"), tr("Peak memory"), tr("Certain")),
+    )
     rows = [
         (
-            wording.TITLES[entry["name"]],
+            tr(wording.TITLES[entry["name"]]),
             entry["documents"],
             wording.step_of(entry),
             number(entry["pairs_per_s"]),
             size(entry["peak_bytes"]),
+            tr("predicted")
+            if entry.get("predicted")
+            else _certain(rivals(profile, entry, any_unit=entry["name"] == "offline")),
         )
         for entry in profile.situations
     ]
-    return _table("Recommended settings", columns, rows)
+    return _table(tr("Recommended settings"), columns, rows)
 
 
 def print_scenario(profile: Profile) -> None:
@@ -126,22 +191,23 @@ def print_scenario(profile: Profile) -> None:
     shown = wording.scenario_summary(profile)
     if shown is None:
         return
-    console = Console()
+    console = _console()
     console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
-    for label, value in (*shown["settings"], ("Ranking accuracy", shown["accuracy"])):
+    for label, value in (*shown["settings"], (tr("Ranking accuracy"), shown["accuracy"])):
         console.print(Text(f"  {label:24} {value}"))
-    console.print(_table("", ("", "Predicted", "Measured", "Difference"), shown["rows"]))
+    columns = ("", tr("Predicted"), tr("Measured"), tr("Difference"))
+    console.print(_table("", columns, shown["rows"]))
     console.print(Text(shown["headline"], style=STYLES[shown["state"]]))
     _print_notes(console, shown["notes"])
 
 
 def print_comparison(found: Row) -> None:
     """Print the headline, the tables and the notes."""
-    console = Console()
+    console = _console()
     for name in "ab":
         side = found[name]
-        about = f"{name.upper()}: {side['file']}: {side['key']['model']} on "
-        console.print(Text(f"{about}{side['key']['device_name']}"))
+        about = _about(side["key"]["model"], side["key"]["device_name"]).strip()
+        console.print(Text(f"{name.upper()}: {side['file']}: {about}"))
     console.print(Text(f"\n{found['verdict']}\n", style="bold"))
     for make in GRIDS:
         grid = make(found)
@@ -162,55 +228,85 @@ def _grid_table(grid: Grid) -> Table:
     return table
 
 
-def print_findings(findings: dict[str, Any]) -> None:
+def print_findings(findings: Row) -> None:
     """Print the findings of ``echelon doctor``."""
-    console = Console()
-    for section in ("machine", "software", "will_use"):
-        console.print(Text(section.replace("_", " ").capitalize(), style="bold"))
-        for name, value in findings[section].items():
-            console.print(Text(f"  {name.replace('_', ' '):18} {_plain(value)}"))
-    console.print(Text("What would make it faster", style="bold"))
-    for advice in findings["advice"] or ["Nothing found: run `echelon tune MODEL`."]:
-        console.print(Text(f"  - {advice}"))
+    console = _console()
+    sections = {
+        tr("Machine"): wording.machine(findings["machine"]),
+        tr("Software"): list(findings["software"].items()),
+        tr("Extras"): [(row["name"], _extra(row)) for row in findings["extras"]],
+        tr("Will use"): [(tr(WILL_USE[name]), v) for name, v in findings["will_use"].items()],
+        tr("Hub"): [
+            ("HF_ENDPOINT", findings["hub"]["endpoint"]),
+            (tr("Access"), _access(findings)),
+        ],
+    }
+    for title, rows in sections.items():
+        console.print(Text(title, style="bold"))
+        for name, value in rows:
+            console.print(Text(f"  {name:18} {_plain(value)}"))
+    console.print(Text(tr("What to do"), style="bold"))
+    for advice in findings["advice"]:
+        console.print(Text(f"  - {translated(advice)}"))
+
+
+def _extra(row: Row) -> str:
+    if not row["missing"]:
+        return tr("installed")
+    return tr(
+        "{missing} missing: {command}", missing=listed(row["missing"]), command=row["command"]
+    )
+
+
+def _access(findings: Row) -> str:
+    """How the hub is reached, as far as that is known."""
+    hub = findings["hub"]
+    if hub["offline"]:
+        return tr("the cache only (HF_HUB_OFFLINE)")
+    parts = [tr("with a token") if hub["token"] else tr("without a token (HF_TOKEN)")]
+    if hub["online"] is not None:
+        parts.append(hub["error"] or tr("it answers"))
+    else:
+        parts.append(tr("not tried (--online tries)"))
+    return listed(parts)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
-    if isinstance(value, int) and value > 2**24:
-        return size(value)
-    return "not installed" if value is None else str(value)
+        return listed(map(_plain, value)) or tr("none")
+    if isinstance(value, bool):
+        return _yes_or_no(value)
+    return tr("not installed") if value is None else translated(value)
 
 
 def print_plan(plan: Row) -> None:
     """Print the answer, then what it depends on."""
-    console, answer, asked = Console(), plan["answer"], plan["asked"]
+    console, answer, asked = _console(), plan["answer"], plan["asked"]
     predicted = answer["predicted"]
     priced = answer["price_per_hour"] is not None
-    console.print(Text(f"\n{plan['model']['model']} on {plan['model']['device']}", style="bold"))
-    machines = f"{answer['machines']:,} machine" + ("s" if answer["machines"] > 1 else "")
+    console.print(Text(_about(plan["model"]["model"], plan["model"]["device"]), style="bold"))
+    machines = tr("{count} machines", count=f"{answer['machines']:,}")
+    if answer["machines"] == 1:
+        machines = tr("1 machine")
     if answer["workers"] != answer["machines"]:
-        machines += f" with {answer['workers']:,} workers"
+        workers = f"{answer['workers']:,}"
+        machines = tr("{machines} with {workers} workers", machines=machines, workers=workers)
+    step, rate = f"{answer['token_budget']:,}", number(asked["rate"])
+    answers = N_("{machines} at {tokens} tokens per step answer {rate} requests/s.")
+    console.print(Text(tr(answers, machines=machines, tokens=step, rate=rate), style="bold"))
+    times = _percentiles(predicted)
+    goal, load = duration(asked["slo_p99_s"]), percent(answer["load"])
     console.print(
-        f"[bold]{machines}[/bold] at {answer['token_budget']:,} tokens per step answer "
-        f"{number(asked['rate'])} requests/s."
+        tr("Predicted: {times} (goal {goal}); load {load}.", times=times, goal=goal, load=load)
     )
+    most, room = number(answer["bears_rate"]), percent(answer["headroom"])
     console.print(
-        f"Predicted: P50 {duration(predicted['p50_s'])}, P95 {duration(predicted['p95_s'])}, "
-        f"P99 {duration(predicted['p99_s'])} (goal {duration(asked['slo_p99_s'])}); "
-        f"load {percent(answer['load'])}."
-    )
-    console.print(
-        f"Headroom: up to {number(answer['bears_rate'])} requests/s "
-        f"(+{percent(answer['headroom'])}) meet the goal."
+        tr("Headroom: up to {rate} requests/s (+{share}) meet the goal.", rate=most, share=room)
     )
     if priced:
-        console.print(
-            f"Price: {number(answer['price_per_hour'])} per hour, "
-            f"{number(answer['price_per_million'])} per million requests."
-        )
+        prices = (number(answer["price_per_hour"]), number(answer["price_per_million"]))
+        words = N_("Price: {hour} per hour, {million} per million requests.")
+        console.print(tr(words, hour=prices[0], million=prices[1]))
     console.print(_budgets(plan["budgets"]))
     console.print(_sensitivity(plan, priced=priced))
     console.print(_routings(plan["routings"]))
@@ -219,13 +315,17 @@ def print_plan(plan: Row) -> None:
     _print_notes(console, plan["notes"])
 
 
+def _percentiles(row: Row) -> str:
+    return listed(f"{name.upper()} {_known(row[f'{name}_s'])}" for name in ("p50", "p95", "p99"))
+
+
 def _known(value: float | None, text: Callable[[float], str] = duration) -> str:
     return UNKNOWN if value is None else text(value)
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
-    title = "By token budget (–: the goal cannot be met)"
-    columns = ("Tokens per step", "Machines", "P99", "Highest rate of a machine")
+    title = tr("By token budget (–: the goal cannot be met)")
+    columns = (tr("Tokens per step"), tr("Machines"), "P99", tr("Highest rate of a machine"))
     cells = [
         (
             f"{row['token_budget']:,}",
@@ -239,38 +339,43 @@ def _budgets(rows: Iterable[Row]) -> Table:
 
 
 def _sensitivity(plan: Row, *, priced: bool) -> Table:
-    columns = ["If the workload differs", "Machines", "P99", *(["Price/h"] if priced else [])]
-    named = [(f"rate {number(row['rate'])}/s", row) for row in plan["rates"]]
-    named += [(f"texts × {row['lengths']:g}", row) for row in plan["lengths"]]
+    columns = [tr("If the workload differs"), tr("Machines"), "P99"]
+    columns += [tr("Price/h")] if priced else []
+    named = [(tr("rate {rate}/s", rate=number(row["rate"])), row) for row in plan["rates"]]
+    named += [(tr("texts × {times}", times=f"{row['lengths']:g}"), row) for row in plan["lengths"]]
     rows = []
     for name, row in named:
         cells = [_known(row["price_per_hour"], number)] if priced else []
         rows.append([name, _known(row["machines"], "{:,}".format), _known(row["p99_s"]), *cells])
-    return _table("Sensitivity", columns, rows)
+    return _table(tr("Sensitivity"), columns, rows)
 
 
 def _routings(rows: Iterable[Row]) -> Table:
-    columns = ("Routing", "Meets the goal", "P99", "Highest rate")
+    columns = (tr("Routing"), tr("Meets the goal"), "P99", tr("Highest rate"))
     cells = [
         (
-            ROUTINGS[row["routing"]],
-            "yes" if row["meets"] else "no",
+            tr(ROUTINGS[row["routing"]]),
+            _yes_or_no(row["meets"]),
             _known(row["p99_s"]),
             f"{number(row['bears_rate'])}/s",
         )
         for row in rows
     ]
-    return _table("The same machines by routing", columns, cells)
+    return _table(tr("The same machines by routing"), columns, cells)
 
 
 def _print_day(console: Console, day: Row) -> None:
-    console.print(Text("A day", style="bold"))
+    console.print(Text(tr("A day"), style="bold"))
+    words = N_(
+        "{count} requests ({simulated} simulated): {times}; {missed} miss the goal, mean load {load}."
+    )
+    missed, load = percent(day["missed"], 2), percent(day["utilisation"])
+    count, simulated = f"{day['requests']:,}", f"{day['simulated']:,}"
+    times = _percentiles(day)
     console.print(
-        f"{day['requests']:,} requests ({day['simulated']:,} simulated): "
-        f"P50 {_known(day['p50_s'])}, P95 {_known(day['p95_s'])}, "
-        f"P99 {_known(day['p99_s'])}; "
-        f"{percent(day['missed'], 2)} miss the goal, mean load {percent(day['utilisation'])}."
+        tr(words, count=count, simulated=simulated, times=times, missed=missed, load=load)
     )
     if day["overfull_s"]:
         hours = number(day["overfull_s"] / 3600)
-        console.print(Text(f"In {hours} hours the queue keeps growing.", style="yellow"))
+        words = tr("In {hours} hours the queue keeps growing.", hours=hours)
+        console.print(Text(words, style="yellow"))

@@ -17,7 +17,7 @@ from echelon.reports.model_charts import (
     model_charts,
 )
 from echelon.reports.plots import charts
-from echelon.reports.profile_view import chosen, find, slowest
+from echelon.reports.profile_view import chosen, find, rivals, slowest
 from echelon.reports.rules_of_thumb import rules_of_thumb
 from echelon.reports.statistics import CONFIDENCE, ENOUGH, TIE
 
@@ -51,16 +51,46 @@ def headline(profile: Profile) -> str:
     }
     baseline = slowest(profile, point)
     if baseline is None:
-        return tr(
+        sentence = tr(
             "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}.", **found
         )
-    return tr(
-        "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}: {times} as "
-        "fast as with the slowest size measured ({slowest}).",
-        **found,
-        times=_times(point, baseline),
-        slowest=wording.step_of(baseline),
+    else:
+        sentence = tr(
+            "Use {step} in {precision}. {device} scores {pairs} in {latency}, {rate}: {times} as "
+            "fast as with the slowest size measured ({slowest}).",
+            **found,
+            times=_times(point, baseline),
+            slowest=wording.step_of(baseline),
+        )
+    return " ".join(filter(None, [sentence, wording.doubt(profile, rivals(profile, point))]))
+
+
+def meaning(profile: Profile) -> str:
+    """What the report means, in three plain sentences; empty where the setting was not measured."""
+    point = chosen(profile)
+    if point is None:
+        return ""
+    speed = tr(
+        "This machine ranks {count} documents for a query in about {latency}.",
+        count=point["pairs"],
+        latency=units.duration(point["latency_s"]["median"]),
     )
+    use = tr(
+        "Give the profile to Echelon, as at the end of this page: it then uses these settings, and "
+        "you choose no batch size."
+    )
+    baseline = slowest(profile, point)
+    if baseline is not None:
+        effect = tr(
+            "The size of a step matters here: with the slowest one measured, the same call takes "
+            "{times} as long.",
+            times=_times(point, baseline),
+        )
+    elif rivals(profile, point):
+        effect = tr("Whether another size is faster is not known yet: a longer run can tell.")
+    else:
+        effect = tr("No other size measured is faster.")
+    return f"{speed} {use} {effect}"
 
 
 def _times(point: Entry, baseline: Entry) -> str:
@@ -103,6 +133,8 @@ def memory_of(profile: Profile) -> str:
     """Which memory was measured."""
     if profile.key.device != "cpu":
         return tr("GPU memory, including the model")
+    if profile.memory is not None and profile.data.get("measuring"):
+        return tr("memory of a new worker process with steps of this size, by the memory model")
     return tr(
         "memory of the tuning process, including what it still held from other precisions and sizes"
     )
@@ -124,7 +156,7 @@ SCENARIOS = {
     "edge": (
         N_("1–5 documents"),
         N_("The smallest step that reaches {enough} of the best speed: it needs the least memory."),
-        NO_POINT,
+        N_("No call of 1 to 5 pairs was measured. Give --pairs 5."),
     ),
     "concurrent": (
         N_("requests of any size"),
@@ -146,15 +178,20 @@ def scenario_row(profile: Profile, name: str, profile_path: str) -> dict[str, st
     if advice is None:
         return row | {"setting": "", "why": tr(remedy)}
     point = find(profile, advice["batch_size"], advice["token_budget"], advice["pairs"])
+    certainty = tr("predicted") if advice.get("predicted") else ""
+    if not certainty and point is not None:
+        certainty = wording.spread(point)
+    reason = tr(why, pairs=advice["pairs"], tie=units.percent(TIE), enough=units.percent(ENOUGH))
+    doubt = wording.doubt(profile, rivals(profile, advice, any_unit=name == "offline"))
     return row | {
         "setting": wording.step_of(advice),
         "python": wording.python(profile.key.model, profile_path, advice),
         "shell": wording.shell(profile.key.model, profile_path, advice),
         "latency": units.duration(advice["latency_s"]),
-        "of": listed([wording.pairs(advice["pairs"]), *([wording.spread(point)] if point else [])]),
+        "of": listed(filter(None, [wording.pairs(advice["pairs"]), certainty])),
         "rate": units.number(advice["pairs_per_s"]),
         "memory": units.size(advice["peak_bytes"]),
-        "why": tr(why, pairs=advice["pairs"], tie=units.percent(TIE), enough=units.percent(ENOUGH)),
+        "why": " ".join(filter(None, [reason, doubt])),
     }
 
 
@@ -167,8 +204,11 @@ def best_rows(profile: Profile) -> list[list[str]]:
         cells = [tr("not measured"), units.UNKNOWN, units.UNKNOWN]
         if count in best:
             entry = best[count]
-            rate = units.number(entry["pairs_per_s"])
-            cells = [str(entry["batch_size"]), wording.latency(entry), rate]
+            rate, sizes = units.number(entry["pairs_per_s"]), rivals(profile, entry)
+            others = listed(str(rival["batch_size"]) for rival in sizes)
+            best_one = tr("{size} (not known: {others})", size=entry["batch_size"], others=others)
+            shown = best_one if sizes else str(entry["batch_size"])
+            cells = [shown, wording.latency(entry), rate]
         rows.append([str(count), *cells])
     return rows
 
@@ -213,9 +253,16 @@ def point_row(entry: Entry) -> dict[str, Any]:
         "pairs": entry["pairs"],
         "step": wording.step_of(entry).removesuffix(" per step"),
         "status": wording.missing(entry["status"]),
-        "reason": translated(entry["reason"]) if entry["reason"] else tr("not measured"),
+        "reason": _reason(entry),
         "numbers": _numbers(entry) if wording.measured(entry) else [],
     }
+
+
+def _reason(entry: Entry) -> str:
+    """Why there are no numbers, or what is predicted instead."""
+    if entry.get("predicted_s") and not wording.measured(entry):
+        return wording.prediction(entry)
+    return translated(entry["reason"]) if entry["reason"] else tr("not measured")
 
 
 def _numbers(entry: Entry) -> list[str]:
@@ -245,7 +292,7 @@ def write_report(
     path: str | os.PathLike[str],
     *,
     profile_path: str | os.PathLike[str] = PROFILE_NAME,
-    lang: str = "en",
+    lang: str | None = None,
 ) -> None:
     """Write the report, whole or not at all; its commands name the profile's file.
 
@@ -257,7 +304,10 @@ def write_report(
 
 
 def render(
-    profile: Profile, *, profile_path: str | os.PathLike[str] = PROFILE_NAME, lang: str = "en"
+    profile: Profile,
+    *,
+    profile_path: str | os.PathLike[str] = PROFILE_NAME,
+    lang: str | None = None,
 ) -> str:
     """The report as HTML; arguments as in :func:`write_report`."""
     with in_language(lang):
@@ -277,6 +327,7 @@ def _content(profile: Profile, profile_path: str) -> dict[str, Any]:
         "summary": wording.scenario_summary(profile),
         "command": wording.command(profile, profile_path),
         "headline": headline(profile),
+        "meaning": meaning(profile),
         "tiles": tiles(profile),
         "scenarios": [scenario_row(profile, name, profile_path) for name in SCENARIOS],
         "rules": rules_of_thumb(profile),

@@ -16,7 +16,7 @@ from echelon.messages.units import SPACE, UNKNOWN, duration, number, percent, si
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from echelon.profile import Profile
 
@@ -25,6 +25,13 @@ Entry = dict[str, Any]
 RUNS_FOR = {"p95": 20, "p99": 100}
 """Runs a percentile needs so that at least one run is slower than it."""
 
+LONGER = 4
+"""Factor on the time limit that halves an interval."""
+
+USUAL_LIMIT_S = 75.0  # of profiles that do not hold theirs
+
+MAX_RIVALS = 3  # sizes that a sentence names
+
 WHOLE_PERCENT = 10
 """Per cent above which an interval is shown without a decimal."""
 
@@ -32,6 +39,7 @@ MISSING = {
     "out_of_memory": N_("out of memory"),
     "skipped": N_("skipped"),
     "not_reached": N_("not measured in time"),
+    "predicted": N_("predicted"),
 }
 """Text for each status of a point that was not measured."""
 
@@ -87,6 +95,8 @@ def precision(row: dict[str, Any]) -> str:
 
 def spread(entry: Entry) -> str:
     """Half the width of the median's interval, the larger half; the number of runs without one."""
+    if not measured(entry):
+        return tr("predicted")
     latency = entry["latency_s"]
     if latency["low"] is None or latency["high"] is None:
         return f"n={entry['samples']}"
@@ -100,6 +110,32 @@ def interval(entry: Entry) -> str:
     """The median's interval; a dash with too few runs for one."""
     low, high = entry["latency_s"]["low"], entry["latency_s"]["high"]
     return UNKNOWN if low is None or high is None else f"{duration(low)} – {duration(high)}"
+
+
+def prediction(entry: Entry) -> str:
+    """A predicted time with its interval."""
+    found = entry["predicted_s"]
+    values = {name: duration(found[name]) for name in ("median", "low", "high")}
+    return tr("about {median} ({low} – {high})", **values)
+
+
+def longer(profile: Profile) -> str:
+    """The option with which a run is long enough to halve an interval."""
+    planned = profile.data.get("measuring") or {}
+    return f"--time-limit {LONGER * planned.get('time_limit_s', USUAL_LIMIT_S):.0f}"
+
+
+def doubt(profile: Profile, sizes: Sequence[Entry]) -> str:
+    """What is not known of a choice, and what it takes to know; empty where it is certain."""
+    if not sizes:
+        return ""
+    shown = listed(step_of(entry) for entry in sizes[:MAX_RIVALS])
+    more = "" if len(sizes) <= MAX_RIVALS else " …"
+    return tr(
+        "Not known: {sizes} may be as fast or faster; run echelon tune with {longer}.",
+        sizes=shown + more,
+        longer=longer(profile),
+    )
 
 
 def percentile(entry: Entry, name: str) -> str:
@@ -128,6 +164,8 @@ def point(entry: Entry) -> str:
     what = listed([pairs(entry["pairs"]), step_of(entry)])
     if measured(entry):
         found = listed([latency(entry), rate(entry["pairs_per_s"]), size(entry["peak_bytes"])])
+    elif "predicted_s" in entry:
+        found = tr("{what}: {found}", what=tr("predicted"), found=prediction(entry))
     else:
         found = missing(entry["status"])
         if entry["reason"]:
@@ -184,7 +222,13 @@ def data(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         (tr("Texts"), translated(found.get("name") or UNKNOWN)),
         (tr("Number of pairs"), f"{found['pairs']:,}" if "pairs" in found else UNKNOWN),
         (tr("Tokens per pair"), listed(known) or UNKNOWN),
+        *([(tr("Measured"), planned(found))] if planned(found) else []),
     ]
+
+
+def planned(found: Mapping[str, Any]) -> str:
+    """What a run planned to measure in its time; empty in older profiles."""
+    return translated((found.get("measuring") or {}).get("text", ""))
 
 
 def python(model: str, profile_path: str, entry: Entry | None = None) -> str:

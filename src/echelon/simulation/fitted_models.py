@@ -72,9 +72,33 @@ def memory_of(profile: Profile) -> MemoryModel | None:
 
 
 def noise_of(profile: Profile) -> float:
-    """Standard deviation of the logarithm of a step's time, as runs of one point differ."""
-    spreads = [np.log(p["seconds"]).std(ddof=1) for p in _measured(profile) if p["samples"] > 1]
-    return min(MAX_NOISE, float(np.median(spreads))) if spreads else 0.0
+    """Standard deviation of the logarithm of a step's time, as runs of one point differ.
+
+    A large error of the cost model counts as noise too, so that what is predicted with it is as
+    uncertain; the profile's warnings name it.
+    """
+    runs = [_undisturbed(p) for p in _measured(profile)]
+    spreads = [np.log(seconds).std(ddof=1) for seconds in runs if len(seconds) > 1]
+    noise = float(np.median(spreads)) if spreads else 0.0
+    fit = None if profile.cost is None else CostFit.from_dict(profile.cost)
+    if fit is not None and fit.error.large:
+        noise = math.hypot(noise, fit.error.median)
+    return min(MAX_NOISE, noise)
+
+
+def _undisturbed(point: Point) -> list[float]:
+    """The runs of a point that nothing disturbed, or all where that leaves too few."""
+    left = {*(d["run"] for d in point.get("disturbed", ())), *point.get("outliers", ())}
+    usual = [seconds for run, seconds in enumerate(point["seconds"]) if run not in left]
+    return usual if len(usual) > 1 else point["seconds"]
+
+
+def accuracy_notes(profile: Profile, *, memory: bool) -> list[str]:
+    """What the errors of the fitted models allow; empty where they are small."""
+    found = [None if profile.cost is None else CostFit.from_dict(profile.cost).note]
+    if memory and profile.memory is not None:
+        found.append(MemoryFit.from_dict(profile.memory).note)
+    return [note for note in found if note is not None]
 
 
 def lengths_of(profile: Profile) -> LognormalSize | None:

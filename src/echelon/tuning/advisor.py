@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import GoalMissed, InvalidInput
 from echelon.messages import Message
 from echelon.progress import Progress, no_progress
-from echelon.simulation.fitted_models import cost_of, lengths_of, memory_of, noise_of
+from echelon.simulation.fitted_models import (
+    accuracy_notes,
+    cost_of,
+    lengths_of,
+    memory_of,
+    noise_of,
+)
 from echelon.tuning.calibration import models_of
 from echelon.tuning.candidates import (
     FittedModels,
@@ -103,6 +109,7 @@ class _ScenarioRun:
 
     def run(self) -> ScenarioResult:
         load = self._workload()
+        self.notes += accuracy_notes(self.profile, memory=self.goal.memory_limit_bytes is not None)
         lengths = self._max_lengths(load)
         models, limits, found = self._choose(load, lengths)
         self._validate(load, models, limits, found)
@@ -179,6 +186,7 @@ class _ScenarioRun:
         if models.cost is None:
             self.notes.append(Message("scenario.times_estimated", {"precision": precision}))
             return FittedModels(guess.cost, guess.memory)
+        self.notes += accuracy_notes(measured, memory=False)
         memory = memory_of(measured) if models.memory else guess.memory
         return FittedModels(cost_of(measured), memory)
 

@@ -20,14 +20,9 @@ from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import work_of
 from echelon.scheduling.fit import MAX_MEDIAN, CostFit, FitError
 from echelon.scheduling.packing import NO_BUDGET
-from echelon.tuning.calibration import (
-    LengthRange,
-    ProbeResult,
-    StepFactory,
-    measure,
-    models_of,
-)
+from echelon.tuning.calibration import ProbeResult, measure, models_of
 from echelon.tuning.machine import meter_of
+from echelon.tuning.probe_shapes import LengthRange, StepFactory
 from echelon.tuning.tuner import TuningPlan, find_model, probe, tune
 from echelon.types import Clock, monotonic
 
@@ -43,6 +38,9 @@ MAX_AGE_DAYS = 30
 
 SPOTS, SPOT_SHARE = 6, 0.1
 """Shapes that check whether a cost model is still right, and their share of the sweep's time."""
+
+FAR_OFF = 2.0
+"""Multiple of the error that a cost model had when it was fitted: more means another speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +160,10 @@ def _out_of_date(opened: _OpenModel, old: Profile, plan: TuningPlan) -> tuple[st
         age = (datetime.now(UTC) - datetime.fromisoformat(fit.measured)).days
     except (ProfileError, TypeError, ValueError) as damage:
         return f"it cannot be read ({damage})", False
-    largest = max(plan.token_budgets, default=opened.steps.longest)
+    budgets = plan.sizes(old.key.device)["token_budgets"]
+    largest = max(budgets, default=opened.steps.longest)
     error = opened.error(fit, largest, SPOT_SHARE * plan.time_limit_s)
-    if error.median > MAX_MEDIAN:
+    if error.median > max(MAX_MEDIAN, FAR_OFF * fit.error.median):
         return f"steps no longer take as long as predicted ({error.words})", True
     return (f"it is {age} days old", False) if age > MAX_AGE_DAYS else ("", False)
 

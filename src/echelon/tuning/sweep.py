@@ -1,39 +1,46 @@
-"""Measures many step sizes side by side and chooses the best. Pure: clock and work are arguments.
+"""Measures many step sizes side by side, as long as more runs can change what is chosen. Pure.
 
-Points are measured in turn, one run per round, so a slow-down of the machine affects all alike.
-Two sizes whose medians are close are a tie, and a tie goes to the smaller step: it needs less
-memory, and the next request starts sooner.
+Clock, work and the watch over the machine are arguments. Points are measured in turn, one run per
+round, so a slow-down of the machine affects all alike. After MIN_RUNS runs of each, only those that
+may still be the best of their row get more.
+
+A run during which something else used the processors is marked and repeated while time allows; a
+run far slower than the others of its point is told apart from their spread.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from echelon.messages import Message
 from echelon.models.base import DeviceOutOfMemory
 from echelon.progress import Progress, no_progress
-from echelon.reports.statistics import ENOUGH, TIE, Statistics, summarize
+from echelon.reports.statistics import MIN_RUNS, Statistics, summarize, verdict
+from echelon.tuning.load import Disturbance, Watch, nothing_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.types import Clock
 
-Status = Literal["ok", "out_of_memory", "skipped", "not_reached"]
+Status = Literal["ok", "predicted", "out_of_memory", "skipped", "not_reached"]
 
 TIGHT = 0.03  # a point is known well enough when the interval of its median is within ±3 %
 MAX_SAMPLES = 60  # runs after which a point that is still not tight is left as it is
+MAX_REPEATS = 3 * MIN_RUNS  # runs of a point that was disturbed each time
 
-SLOW_S = 2.0
+SLOW_S = 1.0
 """A first run that takes this long needs no warm-up: start-up costs are some milliseconds."""
 
-FIRST_LOOK = 3
-"""Multiple of the time limit within which points that have not run may still get their first run:
-a table with gaps is of little use, but the sweep must end."""
+FAR, FAR_RATIO = 5.0, 1.25
+"""A run is an outlier where it is slower than its median by this multiple of the usual deviation of
+all runs, and by this factor."""
 
-NOISY = 0.10
-"""Half-width of a median's interval, relative to it, above which a point is called noisy."""
+USUAL = 0.01  # least deviation that is taken for usual: 1 %
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,6 +77,7 @@ class SweepRun:
     cost_tokens: int  # with padding
     steps: int  # forward passes
     peak_bytes: int | None  # of process or device; None where it cannot be read
+    step_s: float = 0.0  # part of the seconds in forward passes
 
 
 @dataclass(slots=True)
@@ -79,51 +87,87 @@ class MeasuredPoint:
     point: SweepPoint
     status: Status = "not_reached"
     reason: str = ""
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of all runs
     tokens: int = 0
     cost_tokens: int = 0
     steps: int = 0
     peak_bytes: int | None = None
+    step_s: list[float] = field(default_factory=list)  # beside ``seconds``
+    disturbed: dict[int, Disturbance] = field(default_factory=dict)  # by index of the run
+    outliers: set[int] = field(default_factory=set)  # indices of runs far slower than the others
+    predicted_s: tuple[float, float, float] | None = None  # median and the ends of its interval
+
+    @property
+    def used(self) -> list[int]:
+        """The runs that the median is of: the undisturbed ones, if there are enough."""
+        usual = [run for run in range(len(self.seconds)) if run not in self.outliers]
+        undisturbed = [run for run in usual if run not in self.disturbed]
+        if len(undisturbed) >= MIN_RUNS:
+            return undisturbed
+        return usual or list(range(len(self.seconds)))
 
     @property
     def summary(self) -> Statistics:
         """Statistics of the timed runs; only where there is one."""
-        return summarize(self.seconds)
+        outliers = [self.seconds[run] for run in self.outliers]
+        return summarize([self.seconds[run] for run in self.used], outliers)
 
     @property
-    def done(self) -> bool:
-        """Known well enough, or never to be known."""
-        if self.status in {"out_of_memory", "skipped"}:
-            return True
-        return bool(self.seconds) and (
-            len(self.seconds) >= MAX_SAMPLES or self.summary.relative_width <= TIGHT
-        )
+    def measured(self) -> bool:
+        """Whether there are enough runs to say how certain they are."""
+        return len(self.used) >= MIN_RUNS
 
-    def add(self, run: SweepRun) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether it can never be known."""
+        return self.status in {"out_of_memory", "skipped"}
+
+    def add(self, run: SweepRun, disturbance: Disturbance | None) -> None:
         """Keep one run."""
         self.status = "ok"
+        if disturbance is not None:
+            self.disturbed[len(self.seconds)] = disturbance
         self.seconds.append(run.seconds)
+        self.step_s.append(run.step_s)
         self.tokens, self.cost_tokens, self.steps = run.tokens, run.cost_tokens, run.steps
         if run.peak_bytes is not None:
             self.peak_bytes = max(self.peak_bytes or 0, run.peak_bytes)
 
+    def forget(self) -> None:
+        """Drop all runs."""
+        self.seconds.clear()
+        self.step_s.clear()
+        self.disturbed.clear()
+        self.outliers.clear()
+
     def as_dict(self) -> dict[str, Any]:
         """The profile's entry for this point; times in seconds, rates a second."""
         known = asdict(self.point) | {"status": self.status, "reason": self.reason}
+        if self.predicted_s is not None:
+            low, high = self.predicted_s[1:]
+            known["predicted_s"] = {"median": self.predicted_s[0], "low": low, "high": high}
         if not self.seconds:
             return known
-        summary, latencies = self.summary, ("median", "low", "high", "p95", "p99")
-        return known | {
-            "samples": summary.samples,
-            "latency_s": {name: getattr(summary, name) for name in latencies},
+        runs = {
             "seconds": self.seconds,
-            "pairs_per_s": self.point.pairs / summary.median,
-            "tokens_per_s": self.tokens / summary.median,
+            "step_s": self.step_s,
+            "disturbed": [{"run": run, **d.as_dict()} for run, d in self.disturbed.items()],
+            "outliers": sorted(self.outliers),
             "tokens": self.tokens,
             "cost_tokens": self.cost_tokens,
             "padding_share": 1 - self.tokens / self.cost_tokens if self.cost_tokens else 0.0,
             "steps": self.steps,
             "peak_bytes": self.peak_bytes,
+        }
+        return known | runs | (self._rates() if self.status == "ok" else {})
+
+    def _rates(self) -> dict[str, Any]:
+        summary, latencies = self.summary, ("median", "low", "high", "p95", "p99")
+        return {
+            "samples": summary.samples,
+            "latency_s": {name: getattr(summary, name) for name in latencies},
+            "pairs_per_s": self.point.pairs / summary.median,
+            "tokens_per_s": self.tokens / summary.median,
         }
 
     @classmethod
@@ -133,6 +177,14 @@ class MeasuredPoint:
         measured = cls(point, known["status"], known["reason"], list(known.get("seconds", [])))
         for name in ("tokens", "cost_tokens", "steps", "peak_bytes"):
             setattr(measured, name, known.get(name, getattr(measured, name)))
+        measured.step_s = list(known.get("step_s", [0.0] * len(measured.seconds)))
+        measured.outliers = set(known.get("outliers", ()))
+        for found in known.get("disturbed", ()):
+            run, values = found["run"], {k: v for k, v in found.items() if k != "run"}
+            measured.disturbed[run] = Disturbance(**values)
+        predicted = known.get("predicted_s")
+        if predicted is not None:
+            measured.predicted_s = (predicted["median"], predicted["low"], predicted["high"])
         return measured
 
 
@@ -156,134 +208,132 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     *,
     clock: Clock,
     limit_s: float,
+    expected_s: Callable[[SweepPoint], float] = lambda _: 0.0,
+    watch: Watch = nothing_known,
     known: Sequence[MeasuredPoint] = (),
     save: Callable[[list[MeasuredPoint]], None] = lambda _: None,
     on_progress: Progress = no_progress,
 ) -> list[MeasuredPoint]:
-    """Measure points in turn until each is tight or the time is up.
+    """Measure points in turn until nothing more can change the choice, or the time is up.
 
     The first run of a point is a warm-up that is not counted, unless it is so slow that start-up
-    costs do not matter. The first runs of all points may exceed the limit, see FIRST_LOOK. A sweep
-    resumes from ``known`` results; ``save`` gets all results after each run.
+    costs do not matter. No run starts that would end after ``limit_s``, by the runs before it or by
+    ``expected_s``; where not all points can get MIN_RUNS runs any more, the quickest ones do. A
+    sweep resumes from ``known`` results; ``save`` gets all results after each run.
     """
     before = {measured.point: measured for measured in known}
     results = [before.get(point, MeasuredPoint(point)) for point in points]
     started = clock()
-    while waiting := [m for m in results if not m.done]:
-        for measured in waiting:
-            spent = clock() - started
-            if spent >= limit_s * (1 if measured.seconds else FIRST_LOOK):
+
+    def left() -> float:
+        return limit_s - (clock() - started)
+
+    while turn := _within(open_points(results), left(), expected_s):
+        for measured in turn:
+            if measured.ended or _run_s(measured, expected_s) > left():
                 continue
             # Share of the points finished or of the time used: the larger of the two.
-            finished = sum(m.done for m in results) / len(results)
-            share = min(1.0, max(finished, spent / limit_s))
+            finished = 1 - len(open_points(results)) / len(results)
+            share = min(1.0, max(finished, 1 - left() / limit_s))
             on_progress(f"measuring {measured.point.label}", share, 1.0)
-            _measure(measured, results, run)
+            _measure(measured, results, run, watch)
             save(results)
-        if clock() - started >= limit_s:
-            break
+        _mark_outliers(results)
     for measured in results:
         if measured.status == "not_reached":
             measured.reason = Message("sweep.time_limit")
     return results
 
 
+def open_points(results: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
+    """The points that need more runs: too few yet, or one that may be the best of its row."""
+    rows = {m.point.row: [o for o in results if o.point.row == m.point.row] for m in results}
+    return [m for m in results if _open(m, rows[m.point.row])]
+
+
+def _open(measured: MeasuredPoint, row: Sequence[MeasuredPoint]) -> bool:
+    if measured.ended:
+        return False
+    runs, undisturbed = len(measured.seconds), set(measured.used) - set(measured.disturbed)
+    if not measured.measured or (len(undisturbed) < MIN_RUNS and runs < MAX_REPEATS):
+        return runs < MAX_SAMPLES
+    if runs >= MAX_SAMPLES or measured.summary.relative_width <= TIGHT:
+        return False
+    others = [other.summary for other in row if other is not measured and other.measured]
+    if surely_slower(measured.summary, others):
+        return False
+    unsure = [verdict(measured.summary.known, other.known) == "unknown" for other in others]
+    return not unsure or any(unsure)
+
+
+def surely_slower(mine: Statistics, others: Iterable[Statistics]) -> bool:
+    """Whether the whole interval is above that of another point."""
+    if mine.low is None:
+        return False
+    return any(other.high is not None and mine.low > other.high for other in others)
+
+
+def _within(
+    open_: list[MeasuredPoint], left_s: float, expected_s: Callable[[SweepPoint], float]
+) -> list[MeasuredPoint]:
+    """The points to run in this round, in their order: those whose missing runs fit in the time."""
+    chosen = set()
+    for measured in sorted(open_, key=lambda m: _missing_s(m, expected_s)):
+        left_s -= _missing_s(measured, expected_s)
+        if left_s > 0:
+            chosen.add(measured.point)
+    return [measured for measured in open_ if measured.point in chosen]
+
+
+def _missing_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -> float:
+    """Seconds until a point has MIN_RUNS runs; of one more where it has them."""
+    return max(1, MIN_RUNS - len(measured.used)) * _run_s(measured, expected_s)
+
+
+def _run_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -> float:
+    """Seconds of the next run, with its warm-up if it is the first."""
+    if measured.seconds:
+        return min(measured.seconds)
+    expected = expected_s(measured.point)
+    return expected if expected >= SLOW_S else 2 * expected
+
+
 def _measure(
-    measured: MeasuredPoint, results: list[MeasuredPoint], run: Callable[[SweepPoint], SweepRun]
+    measured: MeasuredPoint,
+    results: list[MeasuredPoint],
+    run: Callable[[SweepPoint], SweepRun],
+    watch: Watch,
 ) -> None:
-    if measured.done:  # a smaller size of this row ran out of memory in this very round
-        return
     try:
         seen = run(measured.point)
         if not measured.seconds and seen.seconds < SLOW_S:
             seen = run(measured.point)
-        measured.add(seen)
+        measured.add(seen, watch(seen.seconds))
     except DeviceOutOfMemory as error:
         _out_of_memory(measured, results, str(error))
 
 
 def _out_of_memory(measured: MeasuredPoint, results: list[MeasuredPoint], reason: str) -> None:
     measured.status, measured.reason = "out_of_memory", reason.splitlines()[0]
-    measured.seconds.clear()
+    measured.forget()
     for larger in results:
         if larger.point.row == measured.point.row and larger.point.size > measured.point.size:
             larger.status = "skipped"
             size = measured.point.size
             larger.reason = Message("sweep.smaller_out_of_memory", {"size": size})
-            larger.seconds.clear()
+            larger.forget()
 
 
-# Choosing from the measured points.
+def _mark_outliers(results: Iterable[MeasuredPoint]) -> None:
+    """Mark runs far slower than the median of their point, by the deviations of all points.
 
-
-def best_of(points: Iterable[MeasuredPoint], slower: float = 1 + TIE) -> MeasuredPoint | None:
-    """The smallest step that takes at most ``slower`` times as long as the fastest one.
-
-    The points have the same number of pairs; the default breaks ties.
+    Few runs of one point say little of what is usual; those of all points do.
     """
-    known = sorted((m for m in points if m.seconds), key=lambda m: m.point.size)
-    fastest = min((m.summary.median for m in known), default=0.0)
-    return next((m for m in known if m.summary.median <= fastest * slower), None)
-
-
-def best_batches(results: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
-    """The best batch size for each number of pairs, fewest pairs first."""
-    counts = sorted({m.point.pairs for m in results})
-    rows = [[m for m in results if m.point.pairs == n and m.point.batch_size] for n in counts]
-    return [best for row in rows if (best := best_of(row)) is not None]
-
-
-def best_budget(results: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
-    """The best token budget."""
-    return best_of(m for m in results if m.point.token_budget)
-
-
-def frugal(points: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
-    """The smallest step that keeps ENOUGH of the best throughput."""
-    return best_of(points, 1 / ENOUGH)
-
-
-def scenario_advice(results: Sequence[MeasuredPoint]) -> list[dict[str, Any]]:
-    """The best measured point for each of the four scenarios: the profile's ``situations``.
-
-    A realtime API needs the shortest call of few pairs, offline work the highest throughput of
-    many pairs, an edge machine the smallest step with nearly the full speed, and a highly
-    concurrent service a token budget: its requests vary in length, so a number of pairs would
-    not limit the time of a step.
-    """
-    counts = sorted({m.point.pairs for m in results if m.seconds})
-    if not counts:
-        return []
-    few = [m for m in results if m.point.pairs == counts[0] and m.point.batch_size]
-    many = [m for m in results if m.point.pairs == counts[-1]]
-    advice = (
-        ("api", "1-10", best_of(few)),
-        ("offline", "50-200", best_of(many)),
-        ("edge", "1-5", frugal(few)),
-        ("concurrent", "any", frugal(m for m in many if m.point.token_budget)),
-    )
-    return [
-        {"name": name, "documents": documents}
-        | asdict(m.point)
-        | {
-            "latency_s": m.summary.median,
-            "pairs_per_s": m.point.pairs / m.summary.median,
-            "peak_bytes": m.peak_bytes,
-        }
-        for name, documents, m in advice
-        if m is not None
-    ]
-
-
-def sweep_warnings(results: Sequence[MeasuredPoint]) -> list[str]:
-    """What makes the results uncertain, each with its remedy."""
-    found: list[str] = []
-    noisy = [m for m in results if m.seconds and m.summary.relative_width > NOISY]
-    if noisy:
-        found.append(Message("sweep.noisy_points", {"noisy": len(noisy), "all": len(results)}))
-    missed = [m for m in results if m.status == "not_reached"]
-    if missed:
-        found.append(Message("sweep.points_not_reached", {"missed": len(missed)}))
-    memory = [m for m in results if m.status == "out_of_memory"]
-    found += [Message("sweep.out_of_memory", {"point": m.point.label}) for m in memory]
-    return found
+    known = [m for m in results if len(m.seconds) >= MIN_RUNS and min(m.seconds) > 0]
+    off = [np.log(np.array(m.seconds) / np.median(m.seconds)) for m in known]
+    if not off:
+        return
+    usual = max(USUAL, 1.4826 * float(np.median(np.abs(np.concatenate(off)))))
+    fence = max(FAR * usual, math.log(FAR_RATIO))
+    for measured, each in zip(known, off, strict=True):
+        measured.outliers = set(np.flatnonzero(each > fence).tolist())

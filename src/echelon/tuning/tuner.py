@@ -1,57 +1,47 @@
 """Measures a model on this machine and chooses settings: the main function of `echelon tune`.
 
-Stages of a run: read texts, compare precisions with fp32, compare thread counts, sweep step sizes,
-probe for the cost model, choose, write the profile.
+Stages of a run: read texts, time the first steps, compare precisions with fp32, compare thread
+counts, sweep step sizes, probe for the cost model, measure a worker's memory, predict what was not
+measured, choose. The time limit holds for all of them together: a stage that does not fit is left
+out, and a warning names it.
 """
 
 from __future__ import annotations
 
-import warnings
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from echelon.data import Texts, load_texts
 from echelon.engine.launch import open_encoder
-from echelon.engine.precision_check import PrecisionCheck, compare_precisions, require_passed
-from echelon.errors import EchelonWarning, InvalidInput, ProfileError, StorageError
-from echelon.models.device import usable_cpus
+from echelon.engine.precision_check import PrecisionCheck
+from echelon.errors import InvalidInput
+from echelon.messages import Message
+from echelon.messages.units import duration, number
 from echelon.models.hub import resolve
-from echelon.models.registry import precisions_to_compare, runs_on_cpu
-from echelon.profile import (
-    Profile,
-    TunedSettings,
-    current_key,
-    library_versions,
-    read_json,
-    write_json,
-)
+from echelon.profile import Profile, TunedSettings, current_key, library_versions
 from echelon.progress import Progress, no_progress
-from echelon.scheduling.packing import NO_BUDGET, pack, step_budget, step_cost
-from echelon.tuning.calibration import (
-    Calibration,
-    LengthRange,
-    ProbeResult,
-    StepFactory,
-    calibrate,
-    models_of,
+from echelon.reports.statistics import MIN_RUNS
+from echelon.scheduling.fit import CallTimes, CostFit, MemoryFit
+from echelon.scheduling.packing import NO_BUDGET, step_budget
+from echelon.tuning.calibration import Calibration, ProbeResult, calibrate, models_of
+from echelon.tuning.calls import TimedCalls, predict
+from echelon.tuning.choice import best_batches, best_budget, scenario_advice, sweep_warnings
+from echelon.tuning.first_stages import (
+    compare_in_time,
+    compare_threads,
+    first_steps,
+    price_steps,
+    with_fastest_precision,
+    with_fastest_threads,
 )
-from echelon.tuning.machine import describe_machine, meter_of
-from echelon.tuning.sweep import (
-    MeasuredPoint,
-    SweepPoint,
-    SweepRun,
-    best_batches,
-    best_budget,
-    grid,
-    scenario_advice,
-    sweep,
-    sweep_warnings,
-)
+from echelon.tuning.load import MachineLoad, Watch, quota_notes
+from echelon.tuning.machine import describe_machine
+from echelon.tuning.probe_shapes import LengthRange, StepFactory
+from echelon.tuning.saved_run import SavedRun
+from echelon.tuning.sweep import MeasuredPoint, SweepPoint, grid, sweep
+from echelon.tuning.time_plan import PROBES, Price, TimeBudget, affordable
 from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
@@ -62,28 +52,41 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.options import Options
 
-PAIRS = (10, 50, 100)
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "cpu": {
+        "pairs": (5, 10, 50, 100),
+        "batch_sizes": (1, 2, 4, 8, 16, 32),
+        "token_budgets": (256, 512, 1024, 2048, 4096, 8192),
+    },
+    "cuda": {
+        "pairs": (5, 10, 100, 1000),
+        "batch_sizes": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        "token_budgets": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    },
+}
+"""Sizes that are measured unless the plan names others, by kind of device: an edge device ranks 1
+to 5 pairs, a realtime API 10, offline work many. Larger steps than a CPU's fill a card."""
 
-PROBE_SHARE = 0.4
-"""Time of the probes for the cost model, as a share of the sweep's time and in addition to it."""
+TIME_LIMIT_S = 75.0
+"""Seconds of a run on any machine, so that the first profile takes less than two minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuningPlan:
-    """What to measure, and for how long."""
+    """What to measure, and for how long; sizes that are None are those of :data:`SIZES`."""
 
-    pairs: tuple[int, ...] = PAIRS  # numbers of pairs per call
-    batch_sizes: tuple[int, ...] = BATCH_SIZES  # pairs per step
-    token_budgets: tuple[int, ...] = TOKEN_BUDGETS  # per step, measured at the most pairs
+    pairs: tuple[int, ...] | None = None  # numbers of pairs per call
+    batch_sizes: tuple[int, ...] | None = None  # pairs per step
+    token_budgets: tuple[int, ...] | None = None  # per step, measured at the most pairs
     data: str | os.PathLike[str] | None = None  # the user's JSONL; None is the built-in set
-    time_limit_s: float = 100.0  # of the sweep; the probes take PROBE_SHARE of it in addition
+    time_limit_s: float = TIME_LIMIT_S  # of all stages, once the model is open
     partial: Path | None = None  # stores results while the run lasts; None stores none
 
     def __post_init__(self) -> None:
         for name in ("pairs", "batch_sizes", "token_budgets"):
             sizes = getattr(self, name)
+            if sizes is None:
+                continue
             if not sizes and name != "token_budgets":
                 raise InvalidInput(name, "is empty", "Give at least one number.")
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
@@ -93,19 +96,27 @@ class TuningPlan:
                 "time_limit", f"{self.time_limit_s} is not positive", "Give seconds."
             )
 
+    def sizes(self, device: str) -> dict[str, tuple[int, ...]]:
+        """Pairs, batch sizes and token budgets for a device, ``cpu`` or ``cuda:N``."""
+        usual = SIZES[device.partition(":")[0]]
+        own = {name: getattr(self, name) for name in usual}
+        return {name: usual[name] if sizes is None else sizes for name, sizes in own.items()}
 
-def tune(
+
+def tune(  # noqa: PLR0913 - each is a distinct collaborator
     model: str | os.PathLike[str],
     options: Options,
     plan: TuningPlan,
     *,
     clock: Clock = monotonic,
     on_progress: Progress = no_progress,
+    watch: Watch | None = None,
     known: Profile | None = None,
 ) -> Profile:
     """Measure a model on this machine and choose settings.
 
-    The precisions and threads of a ``known`` profile are taken without a new comparison.
+    The precisions and threads of a ``known`` profile are taken without a new comparison; ``watch``
+    says what disturbed a run that has just ended, see :class:`echelon.tuning.load.MachineLoad`.
 
     Raises:
         InvalidInput: an option, or the data.
@@ -113,28 +124,28 @@ def tune(
         OutOfMemory: the weights, or a single pair, do not fit.
     """
     check, texts = find_model(model, options, plan.data)
-    run = SavedRun.of(check, plan, texts, known)
-    run.precisions = run.precisions or _compare_precisions(check, on_progress)
-    check, keep_bf16 = _with_fastest_precision(check, run.precisions)
-    run.threads = run.threads or _compare_threads(check, keep_bf16, on_progress)
-    if run.threads:
-        fastest = max(run.threads, key=lambda row: row["tokens_per_s"])
-        check = replace(check, options=replace(check.options, threads=fastest["threads"]))
+    run = _saved_run(check, plan, texts, known)
+    time, price = first_steps(check, texts, plan.time_limit_s, clock, on_progress)
+    if not run.precisions:
+        run.precisions, run.notes = compare_in_time(check, price, time, on_progress)
+        run.save()
+    check, keep_bf16 = with_fastest_precision(check, run.precisions)
+    if not run.threads:
+        found = compare_threads(check, keep_bf16, price, time, clock, on_progress)
+        run.threads, run.notes = found[0], run.notes + found[1]
+        run.save()
+    check = with_fastest_threads(check, run.threads)
+    watching = watch or MachineLoad()
     with closing(check.open(check.options.precision, keep_bf16)) as scorer:
-        info, timed = scorer.info, _TimedRun(check, scorer, texts, plan, clock)
-        run.points = sweep(
-            grid(plan.pairs, plan.batch_sizes, plan.token_budgets),
-            timed,
-            clock=clock,
-            limit_s=plan.time_limit_s,
-            known=run.points,
-            save=run.save,
-            on_progress=on_progress,
-        )
-        probed = probe(check, scorer, plan, texts, clock, on_progress)
-    on_progress("measuring the memory of a worker", 1.0, 1.0)
-    models = models_of(probed, check.factory(keep_bf16))
-    return _profile_of(run, check, info, models, timed.data())
+        opened = _OpenRun(check, scorer, texts, plan, clock, watching, time, run)
+        calls, said = opened.sweep(on_progress)
+        probed, info = opened.probe(calls, on_progress), scorer.info
+    in_worker = time.memory_s(in_worker=info.device == "cpu") - time.worker_start_s
+    models = models_of(probed, check.factory(keep_bf16), in_worker, on_progress)
+    _fill(run.points, models, calls)
+    run.notes += quota_notes(watching)
+    data = calls.data() | {"measuring": said | {"time_limit_s": plan.time_limit_s}}
+    return _profile_of(run, check, info, models, data)
 
 
 def find_model(
@@ -156,178 +167,156 @@ def probe(
     on_progress: Progress,
 ) -> ProbeResult:
     """Measure probes of an open scorer, up to the plan's largest step; see :func:`models_of`."""
+    steps, limits = _probe_range(check, scorer, plan, texts)
+    return calibrate(scorer, steps, limits, clock, PROBES * plan.time_limit_s, on_progress)
+
+
+def _probe_range(
+    check: PrecisionCheck, scorer: Scorer, plan: TuningPlan, texts: Texts
+) -> tuple[StepFactory, LengthRange]:
     info = scorer.info
     longest = check.max_length(info)
-    largest = max(plan.token_budgets, default=step_budget(None, None, info.device))
-    return calibrate(
-        scorer,
-        StepFactory(check.encoder, texts, longest),
-        LengthRange(longest, largest, info.padding),
-        clock,
-        PROBE_SHARE * plan.time_limit_s,
-        on_progress,
-    )
+    budgets = plan.sizes(info.device)["token_budgets"]
+    largest = max(budgets, default=step_budget(None, None, info.device))
+    return StepFactory(check.encoder, texts, longest), LengthRange(longest, largest, info.padding)
 
 
-def _compare_precisions(check: PrecisionCheck, on_progress: Progress) -> list[dict[str, Any]]:
-    """Compare the precisions there are; an empty list where there is no choice."""
-    candidates = precisions_to_compare(check.folder.path, check.options.device)
-    asked = check.options.precision
-    if asked == "int8" and asked in candidates[1:]:
-        candidates = ["fp32", "int8"]  # int8 is checked also where the user asked for it
-    elif asked != "auto" or len(candidates) == 1:
-        return []
-    return compare_precisions(check, candidates, on_progress)
+@dataclass(frozen=True, slots=True)
+class _OpenRun:
+    """The chosen model, open, and the stages that measure it."""
 
+    check: PrecisionCheck
+    scorer: Scorer
+    texts: Texts
+    plan: TuningPlan
+    clock: Clock
+    watch: Watch
+    time: TimeBudget
+    run: SavedRun
 
-def _with_fastest_precision(
-    check: PrecisionCheck, rows: list[dict[str, Any]]
-) -> tuple[PrecisionCheck, list[str]]:
-    """Choose the fastest precision that passed, and the layers that it leaves in bf16."""
-    asked = check.options.precision
-    if asked == "int8" and rows:
-        require_passed(rows[-1])
-    passed = [row for row in rows if row["passed"] and asked in {"auto", row["precision"]}]
-    if not passed:
-        return check, []
-    fastest = max(passed, key=lambda row: row["tokens_per_s"])
-    options = replace(check.options, precision=fastest["precision"])
-    return replace(check, options=options), fastest.get("keep_bf16", [])
+    def sweep(self, on_progress: Progress) -> tuple[TimedCalls, dict[str, Any]]:
+        """Measure the points that fit in the time; all others are left for the prediction.
 
+        Returns:
+            What ran the calls, and the profile's entry of what was planned.
+        """
+        device, time = self.scorer.info.device, self.time
+        sizes = self.plan.sizes(device)
+        calls = TimedCalls(self.check, self.scorer, self.texts, sizes["pairs"], self.clock)
+        price = price_steps(self.check, self.scorer, self.texts, time, self.clock)
 
-def _compare_threads(
-    check: PrecisionCheck, keep_bf16: Sequence[str], on_progress: Progress
-) -> list[dict[str, Any]]:
-    """Compare thread counts; an empty list where there is no choice.
+        def expected_s(point: SweepPoint) -> float:
+            return price.seconds(calls.work(point))
 
-    More threads are not always faster: hyper-threads share the units of a core, other programs
-    use the machine too, and small layers do not divide well.
-    """
-    counts, options = thread_counts(usable_cpus()), check.options
-    if options.threads is not None or len(counts) == 1:
-        return []
-    if not runs_on_cpu(check.folder.path, options.device):
-        return []
-    rows: list[dict[str, Any]] = []
-    for count in counts:
-        on_progress(f"trying {count} threads")
-        tried = replace(check, options=replace(options, threads=count))
-        _, tokens_per_s = tried.score(options.precision, keep_bf16)
-        rows.append({"threads": count, "tokens_per_s": tokens_per_s})
-    return rows
+        limit_s = time.sweep_s(time.memory_s(in_worker=device == "cpu"))
+        planned = affordable(**sizes, seconds=expected_s, limit_s=limit_s)
+        every = {*grid(**sizes), *planned}
+        said = _said(price, planned, len(every), self.plan.time_limit_s)
+        on_progress(said["text"])
+        before = {measured.point: measured for measured in self.run.points}
 
+        def keep(results: list[MeasuredPoint]) -> None:
+            found = before | {measured.point: measured for measured in results}
+            self.run.points = [found.get(point, MeasuredPoint(point)) for point in _ordered(every)]
+            self.run.save()
 
-def thread_counts(usable: int) -> list[int]:
-    """Thread counts to compare: all usable CPUs, a half and a quarter of them."""
-    return sorted({max(1, usable // part) for part in (1, 2, 4)}, reverse=True)
-
-
-class _TimedRun:
-    """Runs a point once, from texts to scores: identical pairs are scored again, not folded."""
-
-    def __init__(
-        self, check: PrecisionCheck, scorer: Scorer, texts: Texts, plan: TuningPlan, clock: Clock
-    ) -> None:
-        self._encode = partial(
-            check.encoder.encode,
-            max_length=check.max_length(scorer.info),
-            truncation=check.options.truncation,
-            max_query_tokens=check.options.max_query_tokens,
+        results = sweep(
+            planned,
+            calls,
+            clock=self.clock,
+            limit_s=limit_s,
+            expected_s=expected_s,
+            watch=self.watch,
+            known=self.run.points,
+            save=keep,
+            on_progress=on_progress,
         )
-        self._scorer = scorer
-        self._clock = clock
-        self._texts = texts
-        self._samples = {count: texts.sample(count) for count in plan.pairs}
-        self._meter = meter_of(scorer.info.device)
+        keep(results)
+        return calls, said
 
-    def __call__(self, point: SweepPoint) -> SweepRun:
-        """Measure one run of ``point``; see :func:`echelon.tuning.sweep.sweep`."""
-        padding = self._scorer.info.padding
-        self._meter.reset()
-        started = self._clock()
-        encoded = self._encode(self._samples[point.pairs])
-        budget = point.token_budget or NO_BUDGET
-        steps = pack(encoded.lengths, budget, padding=padding, max_pairs=point.batch_size)
-        for step in steps:
-            self._scorer.score(encoded.batch(step))
-        return SweepRun(
-            seconds=self._clock() - started,
-            tokens=int(encoded.lengths.sum()),
-            cost_tokens=sum(step_cost(encoded.lengths[step], padding) for step in steps),
-            steps=len(steps),
-            peak_bytes=self._meter.peak_bytes(),
-        )
-
-    def data(self) -> dict[str, Any]:
-        """The profile's entry of the texts, with the token lengths of the largest sample."""
-        lengths = self._encode(self._samples[max(self._samples)]).lengths
-        p50, p90 = np.percentile(lengths, [50, 90]).tolist()
-        tokens = {"mean": float(lengths.mean()), "p50": p50, "p90": p90, "max": int(lengths.max())}
-        return {"name": self._texts.name, "pairs": len(self._texts.pairs), "tokens": tokens}
-
-
-@dataclass(slots=True)
-class SavedRun:
-    """Results of a run that has not ended, stored on disk so that the run can be resumed."""
-
-    path: Path | None
-    question: dict[str, Any]
-    precisions: list[dict[str, Any]] = field(default_factory=list)
-    threads: list[dict[str, Any]] = field(default_factory=list)
-    points: list[MeasuredPoint] = field(default_factory=list)
-    unwritable: bool = False
-
-    @classmethod
-    def of(
-        cls, check: PrecisionCheck, plan: TuningPlan, texts: Texts, known: Profile | None
-    ) -> SavedRun:
-        """Read what an interrupted run of the same model, options and sizes stored."""
-        question = {
-            "model": check.folder.revision,
-            "options": check.options.as_dict(),
-            "texts": [texts.name, len(texts.pairs)],
-            "sizes": [list(plan.pairs), list(plan.batch_sizes), list(plan.token_budgets)],
-            "versions": library_versions(),
-        }
-        run = cls(plan.partial, question)
-        if plan.partial is not None and plan.partial.is_file():
-            run._read(plan.partial)
-        if known is not None:
-            run.precisions, run.threads = known.precisions, known.threads
-        return run
-
-    def _read(self, path: Path) -> None:
-        try:
-            content = read_json(path)
-            if content["question"] == self.question:
-                points = [MeasuredPoint.from_dict(point) for point in content["points"]]
-                self.precisions, self.threads = content["precisions"], content["threads"]
-                self.points = points
-        except (ProfileError, KeyError, TypeError):
-            return  # half-written, or not a file of ours: measure again
-
-    def save(self, points: list[MeasuredPoint]) -> None:
-        """Store what is known; where that fails, the run goes on and cannot be resumed."""
-        if self.path is None or self.unwritable:
-            return
-        content = {
-            "question": self.question,
-            "precisions": self.precisions,
-            "threads": self.threads,
-            "points": [measured.as_dict() for measured in points],
-        }
-        try:
-            write_json(self.path, content)
-        except StorageError as error:
-            self.unwritable = True
-            warnings.warn(
-                f"Results cannot be stored while measuring: {error}", EchelonWarning, stacklevel=2
+    def probe(self, calls: TimedCalls, on_progress: Progress) -> ProbeResult:
+        """Measure probes, unless an interrupted run did; the sweep's calls go with them."""
+        run, scorer = self.run, self.scorer
+        steps, limits = _probe_range(self.check, scorer, self.plan, self.texts)
+        left_s = self.time.left_s - self.time.memory_s(in_worker=scorer.info.device == "cpu")
+        limit_s = min(PROBES * self.time.limit_s, left_s)
+        if not run.probed and limit_s > 0:
+            found = calibrate(
+                scorer,
+                steps,
+                limits,
+                self.clock,
+                limit_s,
+                on_progress,
+                watch=self.watch,
+                save=run.keep_probes,
             )
+            run.probed = True
+            run.keep_probes(found.probes, found.checks)
+        measured = [m for m in run.points if m.seconds and min(m.step_s) > 0]
+        times = [
+            CallTimes(calls.work(m.point), tuple(m.step_s[i] for i in m.used)) for m in measured
+        ]
+        return ProbeResult(run.probes, run.checks, limits, steps, scorer.info, tuple(times))
+
+
+def _saved_run(
+    check: PrecisionCheck, plan: TuningPlan, texts: Texts, known: Profile | None
+) -> SavedRun:
+    """What an interrupted run of the same model, options and sizes stored."""
+    question = {
+        "model": check.folder.revision,
+        "options": check.options.as_dict(),
+        "texts": [texts.name, len(texts.pairs)],
+        "sizes": [
+            None if sizes is None else list(sizes)
+            for sizes in (plan.pairs, plan.batch_sizes, plan.token_budgets)
+        ],
+        "versions": library_versions(),
+    }
+    run = SavedRun.of(plan.partial, question)
+    if known is not None:
+        run.precisions, run.threads = known.precisions, known.threads
+    return run
+
+
+def _ordered(points: set[SweepPoint]) -> list[SweepPoint]:
+    """Batch sizes by number of pairs, then token budgets."""
+    return sorted(points, key=lambda p: (p.batch_size is None, p.pairs, p.size))
+
+
+def _said(price: Price, planned: list[SweepPoint], every: int, limit_s: float) -> dict[str, Any]:
+    """What is planned, as the profile keeps it and as one line."""
+    counts = sorted({point.pairs for point in planned})
+    values = {
+        "pair": duration(price.pair_s),
+        "pairs": ", ".join(map(str, counts)) or "0",
+        "points": len(planned),
+        "all": every,
+        "runs": MIN_RUNS,
+        "seconds": number(limit_s),
+    }
+    text = Message("tune.plan", values)
+    return {"pair_s": price.pair_s, "pairs": counts, "points": len(planned), "text": text}
+
+
+def _fill(points: Sequence[MeasuredPoint], models: Calibration, calls: TimedCalls) -> None:
+    """Predict what was not measured; on CPU memory is that of a fresh worker, where it is known."""
+    if models.cost is not None:
+        predict(points, calls, CostFit.from_dict(models.cost))
+    if models.memory is None or calls.device != "cpu":
+        return
+    memory = MemoryFit.from_dict(models.memory).model
+    for measured in points:
+        if not measured.ended:
+            largest = max(calls.steps(measured.point), key=lambda step: step.tokens)
+            measured.peak_bytes = round(memory.peak_bytes(largest))
 
 
 def _profile_of(
     run: SavedRun, check: PrecisionCheck, info: ModelInfo, models: Calibration, data: dict[str, Any]
 ) -> Profile:
+    best = best_batches(run.points)
     return Profile(
         key=current_key(check.folder.name, check.folder.revision, info),
         settings=_settings(run.points, info, check.options.max_length),
@@ -337,9 +326,9 @@ def _profile_of(
         precisions=run.precisions,
         threads=run.threads,
         points=[measured.as_dict() for measured in run.points],
-        best=[measured.as_dict() for measured in best_batches(run.points)],
+        best=[choice.chosen.as_dict() | choice.certainty() for choice in best],
         situations=scenario_advice(run.points),
-        warnings=[*sweep_warnings(run.points), *models.warnings],
+        warnings=[*run.notes, *sweep_warnings(run.points), *models.warnings],
         cost=models.cost,
         memory=models.memory,
     )
@@ -348,10 +337,13 @@ def _profile_of(
 def _settings(
     points: Sequence[MeasuredPoint], info: ModelInfo, max_length: int | None
 ) -> TunedSettings:
-    """The best token budget; where none was measured, the best batch size of the most pairs."""
+    """The best token budget; where none is known, the best batch size of the most pairs."""
     threads, budget = info.threads or None, best_budget(points)
     if budget is not None:
-        return TunedSettings(info.precision, budget.point.size, None, threads, max_length)
+        return TunedSettings(info.precision, budget.chosen.point.size, None, threads, max_length)
     best = best_batches(points)
-    batch_size = best[-1].point.batch_size if best else None
+    batch_size = best[-1].chosen.point.batch_size if best else None
+    if batch_size is None:
+        tokens = step_budget(None, None, info.device)
+        return TunedSettings(info.precision, tokens, None, threads, max_length)
     return TunedSettings(info.precision, NO_BUDGET, batch_size, threads, max_length)
