@@ -19,7 +19,7 @@ import uvicorn
 from echelon.errors import InvalidInput
 from echelon.server.app import make_app
 from echelon.server.connection import TURNED_AWAY, Connection, Shared
-from echelon.server.listener import Listener
+from echelon.server.listener import Acceptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +127,7 @@ class HttpServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        self._listeners = [Listener(bound, self._shared, make) for bound in sockets or ()]
+        self._listeners = [Acceptor(bound, self._shared, make) for bound in sockets or ()]
         if sockets:
             host, port = sockets[0].getsockname()[:2]
             scheme = "https" if self._shared.tls else "http"

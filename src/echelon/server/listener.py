@@ -35,7 +35,7 @@ TLS_CLOSE_S = 3600.0
 watches itself that the client reads, also after its end."""
 
 
-class Listener:
+class Acceptor:
     """Accepts the connections of one socket until it is closed.
 
     Args:

@@ -76,7 +76,7 @@ CONNECTION_ERRORS = (400, 408, 431, 503)
 """Statuses of requests that are refused before their path is known."""
 
 
-class Refusal(TypedDict):
+class RefusalBody(TypedDict):
     """The response to a request that is refused before its path is known."""
 
     message: str
@@ -180,7 +180,7 @@ class _Schemas:
     def __init__(self) -> None:
         types = [kind for p in PROTOCOLS for kind in (p.body, p.response, *p.errors)]
         types += [kind for route in STATE_ROUTES.values() for kind in (route.body, route.busy)]
-        types += [Refusal]
+        types += [RefusalBody]
         found, self.parts = msgspec.json.schema_components(
             types, ref_template="#/components/schemas/{name}"
         )
@@ -200,7 +200,7 @@ class _Schemas:
         statuses = statuses | set(CONNECTION_ERRORS)
         return {
             str(status): self.response(
-                ERRORS[status], *types, *([Refusal] if status in CONNECTION_ERRORS else [])
+                ERRORS[status], *types, *([RefusalBody] if status in CONNECTION_ERRORS else [])
             )
             for status in sorted(statuses)
         }
@@ -210,7 +210,7 @@ def _state(route: StateRoute, schemas: _Schemas) -> dict[str, Any]:
     statuses = {Misdirected.status} | ({Unauthorised.status} if route.keyed else set())
     responses = schemas.errors(statuses, CohereError)
     if route.busy is not CohereError:
-        responses["503"] = schemas.response(ERRORS[503], route.busy, Refusal)
+        responses["503"] = schemas.response(ERRORS[503], route.busy, RefusalBody)
     answer = schemas.response(route.words, route.body, media=route.media)
     return {"summary": route.words, "responses": {"200": answer, **responses}}
 
