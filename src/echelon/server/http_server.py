@@ -114,7 +114,7 @@ class HttpServer(uvicorn.Server):
         self.unread = 0  # responses that were not sent since their clients did not read
         self._context = context
         self._shared = Shared(context.limits, context.connection_refused, tls)
-        self._listeners: list[Listener] = []
+        self._listeners: list[Acceptor] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the model, then listen."""
