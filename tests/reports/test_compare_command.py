@@ -257,6 +257,8 @@ def test_chromium_draws_it_on_phone_and_desktop(tmp_path, real_plotly, screen, s
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.on("console", lambda message: errors.append(message.text))
         tab.goto(path.as_uri())
+        if size["width"] < 800:  # sections are folded
+            tab.locator("#plots").click()
         tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.locator(".plot .scatterlayer .trace").count() == 6

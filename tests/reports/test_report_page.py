@@ -7,7 +7,17 @@ import sys
 from dataclasses import replace
 
 import pytest
-from report_pages import RESULTS, Page, entry, leave_plotly_out, make_profile, number_rows, read
+from report_pages import (
+    RESULTS,
+    Page,
+    entry,
+    leave_plotly_out,
+    make_profile,
+    number_rows,
+    read,
+    steady,
+)
+from website import chromium
 
 from echelon.errors import StorageError
 from echelon.messages import units
@@ -52,6 +62,40 @@ def test_nothing_is_loaded_from_outside(real_plotly):
     assert "default-src 'none'" in html
     assert sum("Plotly" in script and len(script) > 1e6 for script in page.scripts) == 1
     assert len(html.encode()) < MAX_BYTES
+
+
+def test_a_phone_shows_the_answer_and_unfolds_the_rest(tmp_path, real_plotly):
+    path = tmp_path / "report.html"
+    tuning_report.write_report(make_profile(), path)
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 390, "height": 844})
+        tab.goto(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.evaluate("document.documentElement.scrollHeight") < 5000
+        assert tab.locator(".tiles").bounding_box()["y"] < 1200
+        assert tab.locator(".plot .main-svg").count() == 0
+        tab.locator("#plots").click()
+        tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
+
+
+def test_a_wide_screen_shows_all_sections(tmp_path, real_plotly):
+    path = tmp_path / "report.html"
+    tuning_report.write_report(make_profile(), path)
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.goto(path.as_uri())
+        tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
+        assert tab.locator("details:not([open])").count() == 0
+
+
+def test_memory_charts_have_one_scale():
+    results = [entry(10, [0.1], batch_size=1, memory=2**30)]
+    results += [entry(10, [0.1], token_budget=256, memory=2**31)]
+    figures = read(make_profile(results)).figures
+    memory = [f for name, f in figures.items() if name.startswith("memory-")]
+    low, high = memory[0]["layout"]["yaxis"]["range"]
+    assert (low, high > 2) == (0, True)
+    assert [f["layout"]["yaxis"]["range"] for f in memory] == [[low, high]] * 2
 
 
 def test_page_is_written_whole_and_equals_render(tmp_path):
@@ -196,6 +240,14 @@ def test_the_headline_compares_with_the_slowest_size():
     assert "Not known" not in page.text
 
 
+def test_what_it_means_is_said_in_plain_sentences():
+    page = read(make_profile())
+    assert "This machine ranks 50 documents for a query in about 310\u00a0ms." in page.text
+    assert "with the slowest one measured, the same call takes 2.3 times as long" in page.text
+    one = read(make_profile([entry(50, steady(0.4), batch_size=8)]))
+    assert "No other size measured is faster." in one.text
+
+
 def test_a_headline_of_few_runs_claims_nothing():
     results = [entry(50, [0.7], batch_size=1), entry(50, [0.31], batch_size=8)]
     page = read(make_profile(results))
@@ -203,6 +255,7 @@ def test_a_headline_of_few_runs_claims_nothing():
     assert "times as fast" not in page.text
     assert "Not known: batch size 1 may be as fast" in page.text
     assert "--time-limit 300" in page.text
+    assert "Whether another size is faster is not known yet" in page.text
 
 
 def test_precisions_show_what_failed():

@@ -203,7 +203,7 @@ def _chart(profile: Profile, quantity: Quantity, unit: str) -> Chart | None:
     traces += pen.gaps(gaps)
     axes = layout(unit, entries, "y2" if gaps else "y") | upright(quantity, known, gaps)
     if quantity is MEMORY:  # one scale for all sizes, so that the charts can be compared
-        most = max(e["peak_bytes"] for e in profile.points if e["peak_bytes"])
+        most = max(e.get("peak_bytes") or 0 for e in profile.points)
         axes["yaxis"]["range"] = [0, ABOVE * most / units.GIB]
     figure = {"data": traces, "layout": axes}
     name, title = f"{quantity.name}-{unit}", title_of(quantity, unit)
