@@ -103,6 +103,17 @@ def test_a_query_without_room_for_documents_is_a_bad_row(fake, tmp_path):
     assert "leave no room for the document" in problem["reason"]
 
 
+def test_a_document_that_cannot_be_divided_is_a_bad_row_alone(fake, tmp_path):
+    records = [*queries(3), {"id": "run", "query": "rain", "documents": ["a", "x" * 140_000]}]
+    records.append({"id": "other", "query": "rain", "documents": ["a"]})
+    job = make_job(fake, write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl")
+    run_job(job)
+    assert [answer["id"] for answer in read_lines(job.output)] == ["q0", "q1", "q2", "other"]
+    (problem,) = read_lines(f"{job.output}.errors.jsonl")
+    assert problem["line"] == 4
+    assert problem["reason"].startswith("document: the 131072 characters after character 0")
+
+
 PAIRS = [("ein Weg", 'sagt "so"\nund so', "d1"), ("q,2", "plain", "d2"), ("", "x", "")]
 
 
