@@ -56,6 +56,7 @@ _PRECISION = {
 fields are checked where they are used."""
 
 TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
+TUNED = "Give the file that `echelon tune` wrote, such as echelon-profile.json."
 
 
 NAMES = {
@@ -138,7 +139,7 @@ class Profile:
     def from_dict(cls, content: Any, path: Path) -> Profile:
         """Build a profile from its JSON content."""
         if not isinstance(content, dict) or "schema" not in content:
-            raise ProfileError(f"{path}: not an Echelon profile. {TUNE_AGAIN}")
+            raise ProfileError(f"{path}: not an Echelon profile. {TUNED}")
         if content["schema"] != SCHEMA:
             raise ProfileError(
                 f"{path}: profile version {content['schema']!r}, this Echelon reads {SCHEMA}. "
@@ -256,8 +257,13 @@ def read_json(path: Path) -> Any:
         raise ProfileError(
             f"{path}: no such profile. Make one with `echelon tune MODEL --profile {path}`."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"{path}: cannot be read ({error}). {TUNE_AGAIN}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ProfileError(f"{path}: cannot be read ({reason}). {TUNED}") from error
+    except ValueError as error:
+        lines = "Extra data" in str(error)
+        why = "it holds several JSON values, as JSONL files do" if lines else error
+        raise ProfileError(f"{path}: cannot be read as a profile ({why}). {TUNED}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,7 @@ from stand_in_hub import NEW, PLAIN, REPO, SHARDS, UNWANTED, StandIn, names, ser
 
 from echelon.errors import ModelNotFound, StorageError, UnsupportedModel
 from echelon.models import hub
-from echelon.models.hub import ModelFolder, resolve
+from echelon.models.hub import ModelFolder, access, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +52,47 @@ def test_a_gated_repository(server: StandIn, monkeypatch: pytest.MonkeyPatch) ->
 
     assert "Bearer hf_secretsecretsecret" in server.tokens
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, r"refused the token.*HF_TOKEN to a valid one"),
+        (403, r"does not give acme/reranker to this account.*licence.*HF_TOKEN"),
+        (404, r"A file of acme/reranker is not on the hub.*Check the name"),
+    ],
+)
+def test_what_the_hub_refuses(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, status: int, words: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    server.add(REPO, NEW, PLAIN)
+    server.refusal = status
+    with pytest.raises(ModelNotFound, match=words) as caught:
+        resolve(REPO)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3"), ("unknown-model", "owner/name")],
+)
+def test_a_name_without_its_owner(server: StandIn, name: str, meant: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"begin with their owner: did you mean {meant}") as e:
+        resolve(name)
+    assert "no such repository" in str(e.value)
+
+
+def test_whether_the_hub_answers(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert access(online=False)["answers"] is None
+    assert server.asked == []
+    found = access(online=True)
+    assert (found["answers"], found["error"]) == (True, None)
+    server.broken = True
+    assert access(online=True)["answers"] is False
+    monkeypatch.setattr(hub, "_ask", lambda _: time.sleep(5))
+    monkeypatch.setattr(hub, "ACCESS_S", 0.05)
+    assert access(online=True)["error"] == "no answer in 0.05 s"
 
 
 @pytest.mark.parametrize("name", ["a--b/c", "acme/x..y", "acme/x.git", "acme/" + "x" * 120])

@@ -47,6 +47,7 @@ class StandIn:
         self.branches: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
         self.broken = False
+        self.refusal = 0  # status of every answer, if it is not 0
         self.asked: list[str] = []
         self.tokens: set[str | None] = set()
         stand_in = self
@@ -93,11 +94,11 @@ class StandIn:
             request.wfile.write(body)
 
     def find(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        if self.broken:
-            return 503, {}, b""
+        if self.broken or self.refusal:
+            return self.refusal or 503, {}, b""
         kind = path.startswith("/api/models/")
-        owner, name, *rest = path.removeprefix("/api/models/" if kind else "/").split("/")
-        repo = f"{owner}/{name}"
+        parts = path.removeprefix("/api/models/" if kind else "/").split("/")
+        repo, rest = "/".join(parts[:2]), parts[2:]
         if repo not in self.commits:
             return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
         what, revision = (*rest, "revision", "main")[:2] if rest else ("revision", "main")

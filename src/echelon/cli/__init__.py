@@ -88,14 +88,15 @@ def _run() -> NoReturn:
 
 def _usage(error: click.UsageError) -> str:
     """Click's error in the form of our own: flag, problem, remedy."""
-    problem = error.format_message()
-    if isinstance(error, click.BadParameter) and error.param is not None:
-        argument = isinstance(error.param, click.Argument)
-        name = error.param.human_readable_name if argument else error.param.opts[0]
-        missing = isinstance(error, click.MissingParameter)
-        problem = f"{name}: {tr('is not given') if missing else error.message}"
     path = "echelon" if error.ctx is None else error.ctx.command_path
-    return tr("{problem}. See: {path} --help", problem=problem.rstrip("."), path=path)
+    remedy = tr("See: {path} --help", path=path)
+    if not isinstance(error, click.BadParameter) or error.param is None:
+        return f"{error.format_message().rstrip('.')}. {remedy}"
+    argument = isinstance(error.param, click.Argument)
+    name = error.param.human_readable_name if argument else error.param.opts[0]
+    missing = isinstance(error, click.MissingParameter)
+    problem = tr("is not given") if missing else error.message.rstrip(".")
+    return tr("{field}: {problem}. {remedy}", field=name, problem=problem, remedy=remedy)
 
 
 def _told(error: EchelonError) -> str:

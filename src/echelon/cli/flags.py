@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from echelon.errors import InvalidInput
-from echelon.messages import LANGUAGES, use_language
+from echelon.messages import LANGUAGES, tr, use_language
 from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def level_of(values: dict[str, Any]) -> ServiceLevel | None:
     goal_ms = values["slo_p99_ms"]
     if goal_ms is None:
         return None
-    _above_zero("--slo-p99-ms", goal_ms, "Give milliseconds, such as 200.")
+    _above_zero("--slo-p99-ms", goal_ms, tr("Give milliseconds, such as 200."))
     return ServiceLevel(goal_ms / 1000)
 
 
@@ -146,16 +146,17 @@ def workload_of(values: dict[str, Any], *, streamed: bool = False) -> Workload:
 
     rate, path = values["rate"], values["trace"]
     if rate is not None:
-        _above_zero("--rate", rate, "Give requests a second, such as 5.")
+        _above_zero("--rate", rate, tr("Give requests a second, such as 5."))
     if rate is None and path is None:
-        raise InvalidInput("--rate", "is not given", "Give requests a second, or --trace FILE.")
+        remedy = tr("Give requests a second, or --trace FILE.")
+        raise InvalidInput("--rate", tr("is not given"), remedy)
     if streamed and path is not None:
         arrivals: Any = ReplayedArrivals(TraceFile(path))
     else:
         arrivals = arrivals_of(rate, trace_of(values), even=values.get("arrivals") == "constant")
     documents, tokens = sizes_of_requests(values)
     if documents is None:
-        raise InvalidInput("--documents", "is not given", "Give one such as 10 or 5-50.")
+        raise InvalidInput("--documents", tr("is not given"), tr("Give one such as 10 or 5-50."))
     return Workload(arrivals, documents, tokens, values["seed"])
 
 
@@ -183,8 +184,9 @@ def read_trace(path: str) -> Iterator[ArrivalRecord]:
         with Path(path).open(encoding="utf-8", newline="") as lines:
             yield from parse_trace(lines)
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"{path} cannot be read ({error})"
-        raise InvalidInput("--trace", problem, "Give a CSV file in UTF-8.") from error
+        reason = getattr(error, "strerror", None) or error
+        problem = tr("{file} cannot be read ({reason})", file=path, reason=reason)
+        raise InvalidInput("--trace", problem, tr("Give a CSV file in UTF-8.")) from error
 
 
 class TraceFile:
@@ -265,4 +267,4 @@ def _wrong(line: int, column: str, problem: str) -> InvalidInput:
 
 def _above_zero(name: str, value: float, remedy: str) -> None:
     if not 0 < value < math.inf:
-        raise InvalidInput(name, f"{value:g} is not above 0", remedy)
+        raise InvalidInput(name, tr("{value} is not above 0", value=f"{value:g}"), remedy)

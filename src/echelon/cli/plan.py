@@ -18,6 +18,7 @@ from echelon.cli.flags import (
     workload_of,
 )
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.progress import status
 from echelon.server.settings import flag
 
@@ -111,8 +112,8 @@ def _shape(day: str) -> tuple[float, ...]:
     try:
         shape = tuple(float(part) for part in day.split(","))
     except ValueError:
-        raise InvalidInput(
-            "--day", f"{day!r} is no list of numbers", "Give factors such as 0.2,0.5,1, or typical."
-        ) from None
+        problem = tr("{value} is no list of numbers", value=repr(day))
+        remedy = tr("Give factors such as 0.2,0.5,1, or typical.")
+        raise InvalidInput("--day", problem, remedy) from None
     rates_of(shape, 1.0)
     return shape

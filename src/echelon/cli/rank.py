@@ -19,6 +19,7 @@ from echelon.cli.flags import (
     with_flags,
 )
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.options import Options, check_count
 from echelon.server.settings import MODEL_FLAGS, STEP_FLAGS, flag
 
@@ -78,23 +79,25 @@ def rank(  # noqa: PLR0913 - one argument each option
 
 def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
     if documents and file:
-        raise InvalidInput("--file", "is given besides documents", "Give one of the two.")
+        raise InvalidInput("--file", tr("is given besides documents"), tr("Give one of the two."))
     if documents:
         return list(documents)
     if file is None and sys.stdin.isatty():
         raise InvalidInput(
-            "documents", "none were given", "Add them after the query, or use --file FILE."
+            "documents",
+            tr("is not given"),
+            tr("Add them after the query, or use --file FILE."),
         )
-    given = "standard input" if file in {None, "-"} else str(file)
+    given = tr("standard input") if file in {None, "-"} else str(file)
     try:
         content = sys.stdin.buffer.read() if file in {None, "-"} else Path(given).read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        problem = f"{given} cannot be read ({reason})"
-        raise InvalidInput("--file", problem, "Give a file in UTF-8.") from error
+        problem = tr("{file} cannot be read ({reason})", file=given, reason=reason)
+        raise InvalidInput("--file", problem, tr("Give a file in UTF-8.")) from error
     found = [line for line in text.splitlines() if line.strip()]
     if not found:
-        problem = f"{given} holds no line of text"
-        raise InvalidInput("documents", problem, "Give documents, one a line.")
+        problem = tr("{file} holds no line of text", file=given)
+        raise InvalidInput("documents", problem, tr("Give documents, one a line."))
     return found

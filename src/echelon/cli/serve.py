@@ -55,6 +55,8 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
         run_here(ray, {"model": model, **values})
         return
     require_packages("echelon serve", "serve", PACKAGES)
+    import logging
+
     from echelon.server.context import server_of
     from echelon.server.http_server import Address, run
     from echelon.server.observability import set_up
@@ -64,6 +66,9 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
     settings, options = split(values)
     address = Address(settings["host"], settings["port"], settings["tls_cert"], settings["tls_key"])
     set_up(settings["log_format"], settings["log_level"])
+    logging.getLogger(__name__).info(
+        "Loading %s; it is downloaded first if it is not on this machine.", model
+    )
     run(server_of(model, options, settings), address, exposed=not is_loopback(address.host))
 
 

@@ -22,6 +22,7 @@ from echelon.cli.flags import (
     workload_of,
 )
 from echelon.errors import GoalMissed, InvalidInput
+from echelon.messages import tr
 from echelon.options import require_packages
 from echelon.progress import print_line, progress_bar
 from echelon.server.settings import Flag, flag
@@ -130,7 +131,11 @@ def _check(values: dict[str, Any]) -> None:
         raise InvalidInput("--max-rate", "is for --find-max", "Give --rate instead.")
     for name in ("slo_p99_ms", "timeout_ms", "max_connections", "rate", "max_rate"):
         if values[name] is not None and not 0 < values[name] < float("inf"):
-            raise InvalidInput(_option(name), f"{values[name]} is not above 0", "Give a number.")
+            raise InvalidInput(
+                _option(name),
+                tr("{value} is not above 0", value=f"{values[name]:g}"),
+                tr("Give a number."),
+            )
     goal_ms = values["slo_p99_ms"]
     if goal_ms is not None and goal_ms > values["timeout_ms"]:
         problem = f"{goal_ms:g} is longer than --timeout-ms {values['timeout_ms']:g}"

@@ -75,7 +75,7 @@ def _read(path: Path) -> list[Topic]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"{path} cannot be read ({error})"
+        problem = f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
         raise InvalidInput("data", problem, "Give a UTF-8 file.") from error
     topics = []
     for number, line in enumerate(lines, 1):

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ _WEIGHTS = (  # best first; within a kind one file beats shards
 _SHARD = re.compile(r"-\d+-of-0*(\d+)\.")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECRETS = re.compile(r"(?<=//)[^/@\s]+(?=@)|hf_\w+")
+KNOWN_MODEL = "BAAI/bge-reranker-v2-m3"
+"""A model that the hub and its mirrors have."""
+
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -122,6 +126,46 @@ def _complete(names: list[str]) -> bool:
     return all(total == len(totals) for total in totals)
 
 
+ACCESS_S = 10.0
+"""Seconds for the hub to answer when ``echelon doctor --online`` asks it."""
+
+
+def access(*, online: bool) -> dict[str, str | bool | None]:
+    """The hub's address, whether there is a token, and, if asked ``online``, whether it answers."""
+    from huggingface_hub import constants, get_token
+
+    found: dict[str, str | bool | None] = {
+        "endpoint": _SECRETS.sub("***", constants.ENDPOINT),
+        "offline": _offline(),
+        "token": get_token() is not None,
+        "answers": None,
+        "error": None,
+    }
+    if online and not found["offline"]:
+        # In a thread: the look-up of a name has no time limit.
+        errors = [f"no answer in {ACCESS_S:g} s"]
+        thread = threading.Thread(target=_ask, args=(errors,), daemon=True)
+        thread.start()
+        thread.join(ACCESS_S)
+        found |= {"answers": not errors, "error": errors[0] if errors else None}
+    return found
+
+
+def _ask(errors: list[str]) -> None:
+    """Ask the hub for a model; empty ``errors`` if it answers, else put the reason there."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(KNOWN_MODEL, timeout=ACCESS_S)
+    except RepositoryNotFoundError:
+        errors.clear()  # a mirror may lack it
+    except _hub_errors() as error:
+        errors[:] = [_redacted(error)]
+    else:
+        errors.clear()
+
+
 def _hub_errors() -> tuple[type[Exception], ...]:
     """The library's own errors and those of its HTTP client."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -161,9 +205,28 @@ def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFou
         errors.HFValidationError: _BAD_NAME,
     }
     message = _OFFLINE if _offline() else _NO_ANSWER
+    message = _BY_STATUS.get(getattr(getattr(error, "response", None), "status_code", 0), message)
     message = next((text for kind, text in messages.items() if isinstance(error, kind)), message)
-    return ModelNotFound(message.format(**words))
+    return ModelNotFound(message.format(**words) + _owner_of(repo))
 
+
+def _owner_of(repo: str) -> str:
+    """A hint for a name without its owner, as people quote it."""
+    if "/" in repo:
+        return ""
+    owner = next((o for part, o in _OWNERS.items() if repo.lower().startswith(part)), None)
+    words = "owner/name" if owner is None else f"{owner}/{repo}"
+    return f" Names on the hub begin with their owner: did you mean {words}?"
+
+
+_OWNERS = {
+    "bge-reranker": "BAAI",
+    "gte-": "Alibaba-NLP",
+    "jina-reranker": "jinaai",
+    "ms-marco-": "cross-encoder",
+    "mxbai-rerank": "mixedbread-ai",
+}
+"""Owners of well-known rerankers, by how the names of their models begin."""
 
 _GATED = (
     "{repo} is gated: its owner grants access. Accept its licence on the model's page, then set "
@@ -177,6 +240,13 @@ _NO_REVISION = (
     "{repo} has no revision {revision!r}. Name a branch, tag or commit that its page lists."
 )
 _BAD_NAME = "{repo!r} is neither a local folder nor a valid hub name. Use owner/name."
+_BY_STATUS = {
+    401: "The hub refused the token ({why}). Set HF_TOKEN to a valid one, or unset it.",
+    403: "The hub does not give {repo} to this account ({why}). Accept its licence on the model's "
+    "page, and set HF_TOKEN to a token that may read it.",
+    404: "A file of {repo} is not on the hub ({why}). Check the name, or HF_ENDPOINT's mirror.",
+}
+"""Explanations of what the hub answers, where the library has no error for it."""
 _OFFLINE = (
     "{repo} at {revision} is not complete in the cache, and HF_HUB_OFFLINE forbids a download. "
     "Unset that, or name a local folder."

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -244,7 +245,7 @@ def print_findings(findings: Row) -> None:
     for title, rows in sections.items():
         console.print(Text(title, style="bold"))
         for name, value in rows:
-            console.print(Text(f"  {name:18} {_plain(value)}"))
+            console.print(Text(f"  {set_cell_size(name, 22)} {_plain(value)}"))
     console.print(Text(tr("What to do"), style="bold"))
     for advice in findings["advice"]:
         console.print(Text(f"  - {translated(advice)}"))
@@ -263,12 +264,9 @@ def _access(findings: Row) -> str:
     hub = findings["hub"]
     if hub["offline"]:
         return tr("the cache only (HF_HUB_OFFLINE)")
-    parts = [tr("with a token") if hub["token"] else tr("without a token (HF_TOKEN)")]
-    if hub["online"] is not None:
-        parts.append(hub["error"] or tr("it answers"))
-    else:
-        parts.append(tr("not tried (--online tries)"))
-    return listed(parts)
+    tried = {None: N_("not tried (--online tries)"), True: N_("it answers"), False: N_("no answer")}
+    token = tr("with a token") if hub["token"] else tr("without a token (HF_TOKEN)")
+    return listed([tr(tried[hub["answers"]]), token])
 
 
 def _plain(value: Any) -> str:
@@ -367,7 +365,8 @@ def _routings(rows: Iterable[Row]) -> Table:
 def _print_day(console: Console, day: Row) -> None:
     console.print(Text(tr("A day"), style="bold"))
     words = N_(
-        "{count} requests ({simulated} simulated): {times}; {missed} miss the goal, mean load {load}."
+        "{count} requests ({simulated} simulated): {times}; {missed} miss the goal, "
+        "mean load {load}."
     )
     missed, load = percent(day["missed"], 2), percent(day["utilisation"])
     count, simulated = f"{day['requests']:,}", f"{day['simulated']:,}"
