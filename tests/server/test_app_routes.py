@@ -17,9 +17,10 @@ from echelon.errors import ModelNotFound, ShuttingDown
 from echelon.server.app import STATE_ROUTES, make_app
 from echelon.server.context import ServerContext
 from echelon.server.metrics import Metrics
-from echelon.server.openapi import ERRORS, describe
+from echelon.server.openapi import ERRORS, GROUPS, describe
 from echelon.server.openapi import STATE_ROUTES as DESCRIBED
 from echelon.server.protocols import PATHS, PROTOCOLS, SHARED
+from echelon.server.protocols.nim import NIM
 from echelon.server.routes import HEADERS
 
 
@@ -131,7 +132,7 @@ def test_the_openapi_description_is_complete_and_needs_no_other_server():
     async def main(client, server):
         page = (await client.get("/docs")).text
         sources = re.findall(r'(?:src|href)="([^"]+)"', page)
-        assert len(sources) == 4
+        assert len(sources) == 9
         for source in sources:
             assert source.startswith("/")
             assert (await client.get(source)).status_code == 200
@@ -140,10 +141,33 @@ def test_the_openapi_description_is_complete_and_needs_no_other_server():
         assert '"null"' not in json.dumps(found)
         assert '"nullable": true' in json.dumps(found)
         assert found["info"]["title"] == "Echelon: the-model"
-        routes = {route.path for route in make_app(server).app.routes}
+        routes = {route.name for route in make_app(server).app.routes}
         assert set(PATHS) | set(STATE_ROUTES) <= routes
 
     run_app(main)
+
+
+def test_nvidias_hosted_path_takes_any_name():
+    body = dict(NIM.example)
+
+    async def main(client, server):
+        plain = (await client.post("/v1/ranking", json=body)).json()
+        for name in ("nvidia/llama-3_2-nv-rerankqa-1b-v2", "one", "a%2Fb"):
+            path = f"/v1/retrieval/{name}/reranking"
+            assert (await client.post(path, json=body)).json() == plain
+            wrong = await client.get(path)
+            assert (wrong.status_code, wrong.json()["object"]) == (405, "error")
+        for path in ("/v1/retrieval/reranking", "/v1/retrieval/a/embedding"):
+            assert (await client.post(path, json=body)).status_code == 404
+
+    run_app(main)
+
+
+def test_every_route_has_a_group():
+    description = describe()
+    routes = [route for path in description["paths"].values() for route in path.values()]
+    assert {name for route in routes for name in route["tags"]} == set(GROUPS)
+    assert all(len(route["tags"]) == 1 for route in routes)
 
 
 def test_the_path_prefix_of_a_proxy_is_escaped_in_the_docs():
@@ -158,6 +182,7 @@ def test_the_path_prefix_of_a_proxy_is_escaped_in_the_docs():
         assert {unescape(address).removeprefix(root) for address in found} == {
             "/docs/assets/swagger-ui.css",
             "/docs/assets/swagger-ui-bundle.js",
+            *("/", "/dashboard", "/docs", "/pages/docs.css"),
             "/pages/docs.js",
             "/pages/icon.svg",
             "/openapi.json",

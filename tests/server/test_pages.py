@@ -68,7 +68,7 @@ def test_a_page_runs_only_files_of_this_server(path):
         assert page.inline == ""
         for _, attrs in page.tags:
             assert not {name for name in attrs if name.startswith("on") or name == "style"}
-        assert len(page.addresses()) >= (3 if path == "/docs" else 8)
+        assert len(page.addresses()) >= 8
         for address in page.addresses():
             assert address.startswith("/")
             assert (await client.get(address)).status_code == 200, address

@@ -33,9 +33,9 @@ from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
 from echelon.server.observability import ID_HEADER, id_of, request_id
 from echelon.server.openapi import describe
-from echelon.server.protocols import PATHS
+from echelon.server.protocols import PATHS, protocol_of
 from echelon.server.protocols.cohere import COHERE_V1
-from echelon.server.protocols.tei import TEI, TeiInfo
+from echelon.server.protocols.tei import TeiInfo
 from echelon.server.routes import RankRoute, as_json, error_response
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from echelon.server.context import ServerContext
-    from echelon.server.protocols.base import ApiProtocol
 
     Handler = Callable[[ServerContext, Request], Awaitable[Response]]
 
@@ -74,7 +73,7 @@ def make_app(server: ServerContext) -> HttpMiddleware:
             await server.close()
 
     ranking = [
-        ExactRoute(path, RankRoute(server, protocols), methods=["POST"], name=path)
+        ExactRoute(_routed(path), RankRoute(server, protocols), methods=["POST"], name=path)
         for path, protocols in PATHS.items()
     ]
     others = [
@@ -100,6 +99,11 @@ def make_app(server: ServerContext) -> HttpMiddleware:
     return HttpMiddleware(app, server)
 
 
+def _routed(path: str) -> str:
+    """A path as Starlette writes it; a model's name may contain slashes."""
+    return path.replace("{model}", "{model:path}")
+
+
 class ExactRoute(Route):
     """A route that matches its path only, and not also the path with a line feed after it."""
 
@@ -123,7 +127,7 @@ async def _unrouted(request: Request, _: Any) -> Response:
         return error_response(error_404, COHERE_V1)
     allowed = ", ".join(sorted(route.methods))
     error = MethodNotAllowed(f"{request.method} is not possible on {path}. Use {allowed}.")
-    response = error_response(error, _protocol_of(route.path))
+    response = error_response(error, protocol_of(route.path))
     response.headers["Allow"] = allowed
     return response
 
@@ -131,11 +135,6 @@ async def _unrouted(request: Request, _: Any) -> Response:
 async def _crashed(_: Request, error: Exception) -> Response:
     words = f"{type(error).__name__}. This is a bug; the log has more."
     return error_response(ScoringFailed(words), COHERE_V1)
-
-
-def _protocol_of(path: str) -> ApiProtocol:
-    """The protocol of errors on a path. TEI's clients send requests to / too."""
-    return TEI if path == "/" else PATHS.get(path, (COHERE_V1,))[-1]
 
 
 # Routes that do not rank.
@@ -256,7 +255,7 @@ class HttpMiddleware:
         try:
             self._hosts.check(scope["headers"], scope["http_version"])
         except EchelonError as error:
-            return error_response(error, _protocol_of(scope["path"]))
+            return error_response(error, protocol_of(scope["path"]))
         return self.app
 
 

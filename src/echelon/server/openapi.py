@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -23,7 +24,7 @@ from echelon.errors import (
     UnsupportedMediaType,
 )
 from echelon.scheduling.queue import WEIGHTS
-from echelon.server.protocols import PROTOCOLS, SHARED
+from echelon.server.protocols import HOSTED_NIM, PROTOCOLS, SHARED
 from echelon.server.protocols.base import ErrorResponse
 from echelon.server.protocols.cohere import CohereError
 from echelon.server.protocols.tei import TeiInfo
@@ -72,6 +73,15 @@ RANKING_ERRORS: tuple[EchelonError, ...] = (
 )
 """An error of each kind that a request to rank may end with."""
 
+MODEL_IN_PATH = {
+    "name": "model",
+    "in": "path",
+    "required": True,
+    "description": "Any name, also with slashes; the server has one model.",
+    "schema": {"type": "string", "minLength": 1},
+    "example": "nvidia/llama-3_2-nv-rerankqa-1b-v2",
+}
+
 CONNECTION_ERRORS = (400, 408, 431, 503)
 """Statuses of requests that are refused before their path is known."""
 
@@ -115,6 +125,15 @@ class Ready(TypedDict):
     reason: NotRequired[str]
 
 
+RANKING_GROUP, STATE_GROUP, PAGES_GROUP = "Ranking", "Model and state", "Pages and description"
+GROUPS = {
+    RANKING_GROUP: "Rank documents for a query, in the API that the client speaks.",
+    STATE_GROUP: "What is served, and how it is.",
+    PAGES_GROUP: "Pages for people, and this description.",
+}
+"""Groups of routes, as /docs shows them."""
+
+
 @dataclass(frozen=True, slots=True)
 class StateRoute:
     """What a GET route that does not rank answers with."""
@@ -124,6 +143,11 @@ class StateRoute:
     media: str = "application/json"
     keyed: bool = False  # whether it needs a key where there are keys
     busy: Any = CohereError  # the type of its JSON with status 503; None where it always answers
+    group: str = STATE_GROUP
+
+
+def _page(words: str) -> StateRoute:
+    return StateRoute(words, str, "text/html", group=PAGES_GROUP)
 
 
 _MODELS = StateRoute("The served model, as OpenAI's clients list it.", Models, keyed=True)
@@ -138,12 +162,10 @@ STATE_ROUTES = {
     "/dashboard/data": StateRoute(
         "The last ten minutes of this server, for the dashboard.", dict[str, Any], keyed=True
     ),
-    "/openapi.json": StateRoute("This description.", dict[str, Any]),
-    "/docs": StateRoute("This description, to read and try.", str, "text/html"),
-    "/": StateRoute("The playground: a page to try the model.", str, "text/html"),
-    "/dashboard": StateRoute(
-        "The dashboard: a page that shows the last ten minutes.", str, "text/html"
-    ),
+    "/openapi.json": StateRoute("This description.", dict[str, Any], group=PAGES_GROUP),
+    "/docs": _page("This description, to read and try."),
+    "/": _page("The playground: a page to try the model."),
+    "/dashboard": _page("The dashboard: a page that shows the last ten minutes."),
 }
 """GET routes that do not rank."""
 
@@ -168,6 +190,7 @@ def describe(title: str = "Echelon", *, keys: bool = True) -> dict[str, Any]:
     description: dict[str, Any] = {
         "openapi": VERSION,
         "info": {"title": title, "version": __version__, "description": ABOUT},
+        "tags": [{"name": name, "description": words} for name, words in GROUPS.items()],
         "paths": paths,
         "components": {"schemas": schemas.parts, "securitySchemes": SCHEMES},
     }
@@ -212,7 +235,8 @@ def _state(route: StateRoute, schemas: _Schemas) -> dict[str, Any]:
     if route.busy is not CohereError:
         responses["503"] = schemas.response(ERRORS[503], route.busy, RefusalBody)
     answer = schemas.response(route.words, route.body, media=route.media)
-    return {"summary": route.words, "responses": {"200": answer, **responses}}
+    responses["200"] = answer
+    return {"tags": [route.group], "summary": route.words, "responses": responses}
 
 
 def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -> dict[str, Any]:
@@ -231,9 +255,11 @@ def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -
     }
     errors = schemas.errors(statuses, *(kind for d in in_order for kind in d.errors))
     return {
+        "tags": [RANKING_GROUP],
         "summary": ", ".join(d.title for d in in_order),
-        "operationId": path.strip("/").replace("/", "_"),
+        "operationId": re.sub(r"\W+", "_", path).strip("_"),
         "parameters": [
+            *([MODEL_IN_PATH] if path == HOSTED_NIM else []),
             {
                 "name": "X-Request-Timeout-Ms",
                 "in": "header",

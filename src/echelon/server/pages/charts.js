@@ -69,7 +69,7 @@ const TIME = { tickformat: "~s", ticksuffix: "s" };
 const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
 
 const CHARTS = [
-  { id: "documents", title: "Documents a second", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
+  { id: "documents", title: "Documents a second", note: "Documents scored.", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
   { id: "requests", title: "Requests a second", note: "Errors are answers of any status but 200.", traces: lines({ answered: "requests_per_s", errors: "errors_per_s" }), now: minuteOf("requests_per_s") },
   { id: "tokens", title: "Tokens a second", note: "Tokens scored, padding not included.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
   {
@@ -77,7 +77,7 @@ const CHARTS = [
     traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }), layout: { yaxis: TIME },
     now: (data) => `P95 ${seconds(data.minute.p95_s)}`,
   },
-  { id: "waiting", title: "Waiting pairs", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
+  { id: "waiting", title: "Waiting pairs", note: "Pairs of a query and a document in the queue.", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
   {
     id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time to score all pairs in it.",
     traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
@@ -97,7 +97,7 @@ const CHARTS = [
     traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.now?.slowdown)} ×`,
   },
   {
-    id: "memory", title: "Memory of workers", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
+    id: "memory", title: "Memory of workers", note: "Resident memory of each worker's process.", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
     now: (data) => `${bytes(data.workers.reduce((sum, worker) => sum + (worker.resident_bytes ?? 0), 0))} in all`,
   },
   { id: "budget", title: "Token budget", note: "Maximum tokens of a step; it is lowered after an out-of-memory error.", traces: lines({ budget: "token_budget" }), now: (data) => `${number(data.now?.token_budget)} now` },

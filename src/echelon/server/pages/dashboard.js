@@ -105,20 +105,20 @@ function showAbout() {
 function showTiles() {
   const { minute, now } = data;
   const rows = [
-    ["Documents/s", number(minute.documents_per_s)],
-    ["Requests/s", number(minute.requests_per_s)],
-    ["Tokens/s", number(minute.tokens_per_s)],
-    ["Errors/s", number(minute.errors_per_s)],
-    ["Latency P50", seconds(minute.p50_s)],
-    ["Latency P95", seconds(minute.p95_s)],
-    ["Latency P99", seconds(minute.p99_s)],
-    ["Slowdown", now ? `${number(now.slowdown)} ×` : "–"],
-    ["Waiting pairs", number(now?.waiting_pairs)],
-    ["Oldest", seconds(now?.oldest_s)],
-    ["Backlog", seconds(now?.backlog_s)],
-    ["Token budget", number(now?.token_budget)],
+    ["Documents/s", number(minute.documents_per_s), "Documents scored a second."],
+    ["Requests/s", number(minute.requests_per_s), "Requests answered with 200 a second."],
+    ["Tokens/s", number(minute.tokens_per_s), "Tokens scored a second, padding not included."],
+    ["Errors/s", number(minute.errors_per_s), "Answers a second of any status but 200."],
+    ["Latency P50", seconds(minute.p50_s), "Half of the requests were answered within this time."],
+    ["Latency P95", seconds(minute.p95_s), "95 of 100 requests were answered within this time."],
+    ["Latency P99", seconds(minute.p99_s), "99 of 100 requests were answered within this time."],
+    ["Slowdown", now ? `${number(now.slowdown)} ×` : "–", "Time of a step over its normal time on this machine; above 1, something else uses the machine, or it throttles."],
+    ["Waiting pairs", number(now?.waiting_pairs), "Pairs of a query and a document that wait in the queue."],
+    ["Oldest", seconds(now?.oldest_s), "How long the oldest request in the queue has waited."],
+    ["Backlog", seconds(now?.backlog_s), "Predicted time to score all pairs in the queue."],
+    ["Token budget", number(now?.token_budget), "Maximum tokens of a step (one pass through the model); lowered after an out-of-memory error."],
   ];
-  $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
+  $("tiles").replaceChildren(...rows.map(([name, value, title]) => make("div", { title }, make("dt", {}, name), make("dd", { class: "value" }, value))));
 }
 
 const KINDS = {
@@ -134,6 +134,16 @@ const KINDS = {
   ladder: (name) => `memory ladder: ${words(name)}`,
   worker: (name) => `worker ${words(name)}`,
 };
+const MEANINGS = {
+  refused: "Not admitted: the answer says why and when to try again.",
+  limited: "The key's rate is used up (429).",
+  limit: "The request was larger than a limit of the server, which the answer names.",
+  connection: "The connection was ended before a request was read.",
+  step: "A step was lost with its worker or did not fit in memory; its pairs were scored again.",
+  truncated: "Longer than the model reads; explain shows how much was left out.",
+  fallback: "Under load, requests of low priority are read less far.",
+  ladder: "What was done when memory ran out.",
+};
 const QUIET = new Set(["worker starting", "worker up", "admitted, answered"]);
 
 const words = (name) => name.replaceAll("_", " ");
@@ -144,11 +154,11 @@ function showKinds() {
   for (const [kind, label] of Object.entries(KINDS)) {
     for (const [name, count] of Object.entries(data.window.counts[kind] ?? {})) {
       if (QUIET.has(label(name))) continue;
-      rows.push([label(name), number(data.minute.counts[kind]?.[name] ?? 0), number(count)]);
+      rows.push([MEANINGS[kind] ?? "", label(name), number(data.minute.counts[kind]?.[name] ?? 0), number(count)]);
     }
   }
-  if (!rows.length) rows.push(["nothing yet", "", ""]);
-  $("kinds").replaceChildren(...rows.map(([kind, ...counts]) => make("tr", {}, make("td", {}, kind), ...counts.map((count) => make("td", { class: "number" }, count)))));
+  if (!rows.length) rows.push(["", "nothing yet", "", ""]);
+  $("kinds").replaceChildren(...rows.map(([title, kind, ...counts]) => make("tr", { title }, make("td", {}, kind), ...counts.map((count) => make("td", { class: "number" }, count)))));
 }
 
 function showWorkers() {

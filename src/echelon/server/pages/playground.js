@@ -214,7 +214,7 @@ $("stop").addEventListener("click", () => running?.abort());
 $("example").addEventListener("click", () => {
   $("query").value = EXAMPLE.query;
   setDocuments(EXAMPLE.documents);
-  $("rank").focus();
+  rank();
 });
 for (const id of ["query", "top-n"]) $(id).addEventListener("input", showSnippet);
 setUpSnippets();

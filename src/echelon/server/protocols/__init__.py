@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PROTOCOLS = (COHERE_V1, COHERE_V2, JINA, TEI, VLLM_RERANK, VLLM_SCORE, INFINITY, VOYAGE, NIM)
 
+HOSTED_NIM = "/v1/retrieval/{model}/reranking"
+"""Path of NVIDIA's hosted models, whose names contain a slash; clients of NIM use it too."""
+
 SHARED: dict[str, tuple[ApiProtocol, ...]] = {
     "/v1/rerank": (VOYAGE, INFINITY, VLLM_RERANK, JINA, COHERE_V1),
     "/v2/rerank": (VLLM_RERANK, COHERE_V2),
@@ -38,6 +41,7 @@ SHARED: dict[str, tuple[ApiProtocol, ...]] = {
     "/score": (VLLM_SCORE,),
     "/v1/score": (VLLM_SCORE,),
     "/v1/ranking": (NIM,),
+    HOSTED_NIM: (NIM,),
 }
 """Paths as clients of the original APIs know them."""
 
@@ -45,6 +49,16 @@ PATHS: dict[str, tuple[ApiProtocol, ...]] = SHARED | {
     path: (protocol,) for protocol in PROTOCOLS for path in protocol.own_paths
 }
 """Every path that ranks."""
+
+
+def protocol_of(path: str) -> ApiProtocol:
+    """The protocol of errors on a path. TEI's clients send requests to / too."""
+    if path == "/":
+        return TEI
+    if path.startswith("/v1/retrieval/") and path.endswith("/reranking"):
+        return NIM
+    return PATHS.get(path, (COHERE_V1,))[-1]
+
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 PRIORITY_HEADER = "X-Request-Priority"
