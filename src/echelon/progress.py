@@ -40,13 +40,13 @@ class Lines:
 
     Args:
         title: begins each line.
-        begun: whether a line was printed at the start; then short work prints none.
+        begun: a first word that needs no line at the start; then short work prints none.
     """
 
-    def __init__(self, title: str, *, begun: bool = False) -> None:
+    def __init__(self, title: str = "", *, begun: str | None = None) -> None:
         self._title = title
         self._start = monotonic()
-        self._word: str | None = "" if begun else None
+        self._word = begun
         self._printed = self._start
 
     def __call__(self, stage: str, done: float = 0.0, total: float = 0.0) -> None:
@@ -81,7 +81,7 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
 
 def _counter(title: str, total: int) -> Callable[[int], None]:
     """A function that counts units, and prints a line each ``LINE_S`` seconds."""
-    lines, finished = Lines(title, begun=True), 0
+    lines, finished = Lines(title, begun=""), 0
 
     def advance(done: int) -> None:
         nonlocal finished

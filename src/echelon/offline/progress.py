@@ -1,4 +1,4 @@
-"""What a job shows on standard error: a bar with the time left, and a summary at its end."""
+"""What a job shows on standard error: progress with the time left, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from echelon.offline.ir_metrics import MEASURES
+from echelon.progress import Lines
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
 from echelon.types import monotonic
 
@@ -60,12 +61,13 @@ _say = partial(click.echo, err=True)
 
 
 class ProgressDisplay:
-    """Shows a bar, unless ``quiet``; a :class:`~echelon.offline.run.JobListener`."""
+    """Shows a bar or lines, unless ``quiet``; a :class:`~echelon.offline.run.JobListener`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
+        self._lines = Lines(begun="Scoring")
         self._lock = threading.Lock()
         self._eta = EtaEstimate()
         self._share: float | None = None
@@ -137,6 +139,8 @@ class ProgressDisplay:
         if self._bar is not None:
             known = {"total": None if share is None else 1.0, "completed": share or 0.0}
             self._bar.update(self._task, description=stage, text=text, **known)
+        elif not self._quiet:
+            self._lines(f"{stage} {text}".rstrip(), share or 0.0, 1.0)
 
 
 def _bar() -> Any:
