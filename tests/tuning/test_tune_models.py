@@ -11,11 +11,14 @@ import pytest
 import scorers
 from helpers import ROOT
 
+from echelon.engine.launch import prior_of
+from echelon.options import Options
 from echelon.profile import Profile, ProfileKey, TunedSettings
 from echelon.reports.model_charts import model_charts
 from echelon.scheduling.cost_model import Coefficients, MemoryModel, work_of
-from echelon.scheduling.fit import CostFit, Probe
-from echelon.tuning.calibration import ProbeResult, fitted
+from echelon.scheduling.fit import CostFit, FitError, MemoryFit, Probe
+from echelon.simulation.fitted_models import accuracy_notes, noise_of
+from echelon.tuning.calibration import Calibration, ProbeResult, fitted
 from echelon.tuning.probe_shapes import LengthRange, choose
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -105,3 +108,33 @@ def test_the_benchmark_measures_a_model(bert, monkeypatch):
     assert found["memory"] is not None
     assert found["error"]["p90"] < 1e-6  # each step takes one tick
     assert found["met"]
+
+
+def imprecise(share=0.5):
+    cost = CostFit(COEFFICIENTS, "none", FitError(share, 2 * share, 9), 0.01)
+    memory = MemoryFit(MEMORY, FitError(share, 2 * share, 9))
+    return profile(Calibration(cost.as_dict(), memory.as_dict(), []))
+
+
+def test_who_predicts_with_an_imprecise_model_says_so_and_widens(caplog):
+    sure, unsure = imprecise(0.02), imprecise(0.3)
+    assert accuracy_notes(sure, memory=True) == []
+    assert noise_of(sure) == 0.0
+    step, memory = accuracy_notes(unsure, memory=True)
+    assert "step times are good to ±60 %" in step
+    assert "memory is good to ±60 %" in memory
+    assert accuracy_notes(unsure, memory=False) == [step]
+    assert noise_of(unsure) == pytest.approx(0.3)
+    asked = Options(precision="fp32", threads=2)
+    assert prior_of(sure, asked, 1).same
+    assert caplog.text == ""
+    assert not prior_of(unsure, asked, 1).same
+    assert "±60 %" in caplog.text
+
+
+def test_runs_that_were_disturbed_are_no_noise():
+    point = {"status": "ok", "steps": 1, "seconds": [1.0, 1.0, 9.0, 1.0], "samples": 3}
+    marked = [{"disturbed": [{"run": 2}]}, {"outliers": [2]}]
+    quiet = [replace(imprecise(0.02), points=[point | mark]) for mark in marked]
+    assert [noise_of(one) for one in quiet] == [0.0, 0.0]
+    assert noise_of(replace(imprecise(0.02), points=[point])) == 0.5

@@ -148,19 +148,22 @@ def calibrate(  # noqa: PLR0913 - each is a distinct collaborator
     limit_s: float,
     on_progress: Progress = no_progress,
     *,
+    prior: Coefficients | None = None,
     watch: Watch = nothing_known,
     save: Callable[[list[Probe], list[Probe]], None] = lambda *_: None,
 ) -> ProbeResult:
     """Choose probes within the limits and measure them, for about ``limit_s`` seconds.
 
-    ``save`` gets the probes and the checks after each round.
+    ``prior`` says roughly how fast the machine is; None measures it. ``save`` gets the probes and
+    the checks after each round.
     """
 
     def run(shape: Lengths) -> None:
         scorer.score(steps.batch(shape))
 
     device = scorer.info.device
-    prior = scaled_prior(run, limits, DEFAULT_COEFFICIENTS[device.partition(":")[0]], clock)
+    usual = DEFAULT_COEFFICIENTS[device.partition(":")[0]]
+    prior = prior or scaled_prior(run, limits, usual, clock)
     shapes, checks = choose(limits, prior, limit_s / (1 + MIN_ROUNDS))
 
     def parts(measured: list[Probe]) -> tuple[list[Probe], list[Probe]]:

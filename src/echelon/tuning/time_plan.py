@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from echelon.models.base import DeviceOutOfMemory
 from echelon.reports.statistics import MIN_RUNS
+from echelon.scheduling.cost_model import Coefficients, Work, work_of
 from echelon.tuning.sweep import SweepPoint, grid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from echelon.scheduling.cost_model import Work
     from echelon.types import Clock
 
 PRECISIONS, THREADS, PROBES, MEMORY = 0.35, 0.10, 0.20, 0.15
@@ -51,6 +51,12 @@ class Price:
     def seconds(self, work: Work) -> float:
         """Seconds of some steps."""
         return self.step_s * work.steps + self.token_s * work.tokens
+
+    def scaled(self, usual: Coefficients) -> Coefficients:
+        """Usual coefficients of a device, as fast as this machine with a step of FIRST_PAIRS."""
+        step = work_of((self.pair_tokens,) * FIRST_PAIRS, "none")
+        scale = max(self.seconds(step), 1e-9) / usual.seconds(step)
+        return usual.with_values([scale * value for value in usual.values])
 
 
 def price(
@@ -96,9 +102,14 @@ class TimeBudget:
         self._clock, self._began = clock, clock()
 
     @property
+    def spent_s(self) -> float:
+        """Seconds since the beginning."""
+        return self._clock() - self._began
+
+    @property
     def left_s(self) -> float:
         """Seconds left."""
-        return self.limit_s - (self._clock() - self._began)
+        return self.limit_s - self.spent_s
 
     def affords(self, seconds: float, share: float) -> bool:
         """Whether a stage that takes so long fits in its share, and in the time left."""

@@ -19,10 +19,12 @@ from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.messages import Message
 from echelon.messages.units import duration, number
+from echelon.models.device import processor_of
 from echelon.models.hub import resolve
 from echelon.profile import Profile, TunedSettings, current_key, library_versions
 from echelon.progress import Progress, no_progress
 from echelon.reports.statistics import MIN_RUNS
+from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS
 from echelon.scheduling.fit import CallTimes, CostFit, MemoryFit
 from echelon.scheduling.packing import NO_BUDGET, step_budget
 from echelon.tuning.calibration import Calibration, ProbeResult, calibrate, models_of
@@ -137,14 +139,16 @@ def tune(  # noqa: PLR0913 - each is a distinct collaborator
     check = with_fastest_threads(check, run.threads)
     watching = watch or MachineLoad()
     with closing(check.open(check.options.precision, keep_bf16)) as scorer:
-        opened = _OpenRun(check, scorer, texts, plan, clock, watching, time, run)
+        price = price_steps(check, scorer, texts, time, clock)
+        opened = _OpenRun(check, scorer, texts, plan, clock, watching, time, price, run)
         calls, said = opened.sweep(on_progress)
         probed, info = opened.probe(calls, on_progress), scorer.info
     in_worker = time.memory_s(in_worker=info.device == "cpu") - time.worker_start_s
     models = models_of(probed, check.factory(keep_bf16), in_worker, on_progress)
     _fill(run.points, models, calls)
     run.notes += quota_notes(watching)
-    data = calls.data() | {"measuring": said | {"time_limit_s": plan.time_limit_s}}
+    said |= {"time_limit_s": plan.time_limit_s, "spent_s": time.spent_s}
+    data = calls.data() | {"measuring": said}
     return _profile_of(run, check, info, models, data)
 
 
@@ -192,6 +196,7 @@ class _OpenRun:
     clock: Clock
     watch: Watch
     time: TimeBudget
+    price: Price
     run: SavedRun
 
     def sweep(self, on_progress: Progress) -> tuple[TimedCalls, dict[str, Any]]:
@@ -203,15 +208,14 @@ class _OpenRun:
         device, time = self.scorer.info.device, self.time
         sizes = self.plan.sizes(device)
         calls = TimedCalls(self.check, self.scorer, self.texts, sizes["pairs"], self.clock)
-        price = price_steps(self.check, self.scorer, self.texts, time, self.clock)
 
         def expected_s(point: SweepPoint) -> float:
-            return price.seconds(calls.work(point))
+            return self.price.seconds(calls.work(point))
 
         limit_s = time.sweep_s(time.memory_s(in_worker=device == "cpu"))
         planned = affordable(**sizes, seconds=expected_s, limit_s=limit_s)
         every = {*grid(**sizes), *planned}
-        said = _said(price, planned, len(every), self.plan.time_limit_s)
+        said = _said(self.price, planned, len(every), self.plan.time_limit_s)
         on_progress(said["text"])
         before = {measured.point: measured for measured in self.run.points}
 
@@ -248,6 +252,7 @@ class _OpenRun:
                 self.clock,
                 limit_s,
                 on_progress,
+                prior=self.price.scaled(DEFAULT_COEFFICIENTS[scorer.info.device.partition(":")[0]]),
                 watch=self.watch,
                 save=run.keep_probes,
             )
@@ -318,7 +323,9 @@ def _profile_of(
 ) -> Profile:
     best = best_batches(run.points)
     return Profile(
-        key=current_key(check.folder.name, check.folder.revision, info),
+        key=current_key(
+            check.folder.name, check.folder.revision, info, **processor_of(info.device)
+        ),
         settings=_settings(run.points, info, check.options.max_length),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
