@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -227,11 +228,16 @@ def _change_field(body: dict[str, Any], chance: random.Random) -> None:
         case 0:
             body.pop(name, None)
         case 1 if isinstance(body.get(name), list) and body[name]:
-            body[name][chance.randrange(len(body[name]))] = chance.choice(ODD_VALUES)
+            body[name][chance.randrange(len(body[name]))] = odd_value(chance)
         case 2 if isinstance(body.get(name), list):
             body[name] = body[name] * chance.choice((2, 50, 3000))
         case _:
-            body[name] = chance.choice(ODD_VALUES)
+            body[name] = odd_value(chance)
+
+
+def odd_value(chance: random.Random) -> Any:
+    """One of the odd values, which may be changed."""
+    return copy.deepcopy(chance.choice(ODD_VALUES))
 
 
 def broken(data: bytes, chance: random.Random) -> bytes:
