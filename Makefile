@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check docs bench lock-hashes sbom audit clean
+.PHONY: help demo test test-portable check docs bench soak lock-hashes sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ docs: $(VENV)/.installed-test ## write the tree of files and the table of limits
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'
 	$(BIN)/python benchmarks/peers.py $(BENCH)
+
+soak: $(VENV)/.installed-test ## serve good, bad, slow and vanishing clients for SOAK_MIN minutes (30): does anything grow?
+	$(BIN)/python benchmarks/soak.py
 
 lock-hashes: $(VENV)/bin/python ## write requirements.hashes.lock: the pins with the hashes of their files
 	$(BIN)/python scripts/lock.py
