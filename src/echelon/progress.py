@@ -102,13 +102,17 @@ def status(title: str, *, shown: bool) -> Iterator[Progress]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(title) as line:
+    line = Console(stderr=True).status(title)
 
-        def show(stage: str, done: float = 0.0, total: float = 0.0) -> None:
-            del done, total
-            line.update(f"{title}: {stage}")
+    def show(stage: str, done: float = 0.0, total: float = 0.0) -> None:
+        del done, total
+        line.update(f"{title}: {stage}")
+        line.start()  # only now: perhaps there is nothing to do
 
+    try:
         yield show
+    finally:
+        line.stop()
 
 
 @contextmanager

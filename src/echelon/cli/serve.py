@@ -75,7 +75,7 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
 @click.command(
     cls=Command,
     context_settings={"auto_envvar_prefix": PREFIX},
-    epilog=example("echelon config --config echelon.toml"),
+    epilog=example("echelon config --port 9000"),
 )
 @with_flags(JSON_FLAG, group="Output")
 @_with_settings

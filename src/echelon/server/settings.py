@@ -217,7 +217,7 @@ def load(path: str) -> dict[str, Any]:
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        problem = f"{path} cannot be read ({error})"
+        problem = f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
         raise InvalidInput("--config", problem, "Give a TOML file in UTF-8.") from None
     table = content.get(TABLE, {})
     if not isinstance(table, dict):
