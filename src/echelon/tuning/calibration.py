@@ -47,7 +47,7 @@ MIN_ROUNDS = 3
 """Fewer repeats say nothing about the certainty of a median; the time is planned for these."""
 
 QUIET = 0.01  # where repeats differ by less than this share, more of them are not needed
-PROBING = "measuring probes for the cost model"
+PROBING = "measuring probes for the cost model (about {seconds:.0f} s)"
 
 
 def measure(  # noqa: PLR0913 - each is a distinct collaborator
@@ -72,7 +72,7 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
     Returns:
         The shapes that fit in memory, smallest first.
     """
-    started = clock()
+    started, stage = clock(), PROBING.format(seconds=limit_s)
     first: dict[Lengths, tuple[float, int | None]] = {}
     times: dict[Lengths, list[tuple[float, bool]]] = {}
 
@@ -80,7 +80,7 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
         return [_probe(shape, times[shape], *seen) for shape, seen in first.items()]
 
     for shape in smallest_first(shapes):
-        on_progress(PROBING, min(clock() - started, limit_s), limit_s)
+        on_progress(stage, min(clock() - started, limit_s), limit_s)
         meter.reset()
         try:
             seconds = _timed(run, shape, clock)
@@ -93,7 +93,7 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
         if spent + spent / rounds > limit_s:
             break
         for shape, seen in times.items():
-            on_progress(PROBING, min(clock() - started, limit_s), limit_s)
+            on_progress(stage, min(clock() - started, limit_s), limit_s)
             seconds = _timed(run, shape, clock)
             seen.append((seconds, watch(seconds) is not None))
         save(probes())
