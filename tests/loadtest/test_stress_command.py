@@ -192,7 +192,7 @@ WRONG = {
     "no scheme": (("localhost:1",), "does not begin with http:// or https://"),
     "no server": (("http://127.0.0.1:1",), "cannot be reached: .*Start the server"),
     "no such host": (("http://no-such-host.invalid",), "host name is not known"),
-    "rate": (("http://h", "--rate", "0"), "--rate: 0.0 is not above 0"),
+    "rate": (("http://h", "--rate", "0"), "--rate: 0 is not above 0"),
     "clients": (("http://h", "--clients", "0"), "--clients: 0 is not positive"),
     "two loads": (("http://h", "--clients", "2", "--rate", "3"), "--clients: is given with --rate"),
     "no goal": (("http://h", "--find-max"), "--find-max: has no goal.*--slo-p99-ms"),
