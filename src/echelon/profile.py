@@ -42,6 +42,8 @@ _PROFILE = {
 _KEY = {
     **dict.fromkeys(("model", "revision", "device", "device_name", "precision"), files.TEXT),
     "versions": files.OBJECT,
+    "features": files.list_of(str, "texts"),
+    **dict.fromkeys(("cores", "usable_cpus"), _COUNT),
 }
 _SETTINGS = {
     "precision": files.TEXT,
@@ -63,10 +65,20 @@ NAMES = {
     "model": "the model",
     "revision": "the model's revision",
     "device": "the device",
-    "device_name": "the processor or GPU",
     "precision": "the precision",
 }
 """Fields of a profile's key in words."""
+
+FEATURES = {
+    "amx_int8": "AMX int8",
+    "amx_bf16": "AMX bf16",
+    "amx_fp16": "AMX fp16",
+    "avx512_bf16": "AVX-512 bf16",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+"""Processor features that make matrix products faster, best first, and their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,10 @@ class ProfileKey:
     device_name: str
     precision: str
     versions: dict[str, str]  # versions of the libraries that affect speed and scores
+    # of the processor; None where it is unknown, as in older profiles, and for a GPU
+    features: list[str] | None = None  # instruction sets that make matrix products faster
+    cores: int | None = None  # physical
+    usable_cpus: int | None = None  # by affinity and the container's quota
 
     def differences(self, now: ProfileKey) -> list[str]:
         """Describe each value that has changed, in words; empty where the profile is valid."""
@@ -86,7 +102,33 @@ class ProfileKey:
         for package in sorted(self.versions.keys() | now.versions.keys()):
             old, new = (key.versions.get(package, "not installed") for key in (self, now))
             pairs.append((package, old, new))
-        return [f"{words} was {old}, is {new}" for words, old, new in pairs if old != new]
+        found = [f"{words} was {old}, is {new}" for words, old, new in pairs if old != new]
+        if self.other_machine(now):
+            found.insert(0, f"the machine was {self.machine(now)}, is {now.machine(self)}")
+        return found
+
+    def other_machine(self, now: ProfileKey) -> bool:
+        """Whether the machine has changed; what is unknown on one side does not count."""
+        return self.device_name != now.device_name or bool(self._changed(now))
+
+    def machine(self, other: ProfileKey) -> str:
+        """The processor or GPU, with what is different on another machine."""
+        said, changed = [], self._changed(other)
+        if "features" in changed:
+            mine, its = set(self.features or ()), set(other.features or ())
+            sets = [FEATURES.get(name, name) for name in self.features or ()]
+            said.append(", ".join(sets) + (" only" if mine < its else ""))
+        said += [f"{getattr(self, n)} {words}" for n, words in _COUNTS.items() if n in changed]
+        return " with ".join([self.device_name, *[" and ".join(said)] * bool(said)])
+
+    def _changed(self, other: ProfileKey) -> set[str]:
+        """Known values of the processor that are not the same."""
+        names = ("features", *_COUNTS)
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name for name, two in pairs.items() if None not in two and two[0] != two[1]}
+
+
+_COUNTS = {"cores": "physical cores", "usable_cpus": "usable CPUs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +189,7 @@ class Profile:
             )
         try:
             files.check_fields(content, _PROFILE, ("key", "settings"))
-            files.check_fields(content["key"], _KEY, _KEY)
+            files.check_fields(content["key"], _KEY, [*NAMES, "device_name", "versions"])
             files.check_fields(content["settings"], _SETTINGS, ("precision", "token_budget"))
             for row in content.get("precisions") or ():
                 files.check_fields(row, _PRECISION, ("precision",))
@@ -172,15 +214,23 @@ class Profile:
         row = self.precision_row(self.key.precision) or {}
         return list(row.get("keep_bf16", []))
 
+    @property
+    def goal_s(self) -> float | None:
+        """Latency goal in seconds that the settings were chosen for, if there was one."""
+        asked = (self.scenario or {}).get("asked")
+        goal = asked.get("slo_p99_s") if isinstance(asked, dict) else None
+        return float(goal) if isinstance(goal, int | float) and goal > 0 else None
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile completely or not at all, or raise :class:`StorageError`."""
         write_json(Path(path), self.as_dict())
 
 
-def current_key(model: str, revision: str, info: ModelInfo) -> ProfileKey:
-    """The key of a model as it is loaded now."""
+def current_key(model: str, revision: str, info: ModelInfo, **processor: Any) -> ProfileKey:
+    """The key of a model as it is loaded now, on a processor as ``models.device`` describes it."""
+    versions = library_versions()
     return ProfileKey(
-        model, revision, info.device, info.device_name, info.precision, library_versions()
+        model, revision, info.device, info.device_name, info.precision, versions, **processor
     )
 
 
@@ -222,13 +272,17 @@ def apply_profile(options: Options, profile: Profile) -> Options:
 def warn_if_stale(profile: Profile, now: ProfileKey, path: object) -> None:
     """Warn where a profile was measured under other conditions, with the differences."""
     differences = profile.key.differences(now)
-    if differences:
-        warnings.warn(
-            f"{path} was measured under other conditions: {'; '.join(differences)}. It is still "
-            f"used. {TUNE_AGAIN}",
-            EchelonWarning,
-            stacklevel=4,
-        )
+    if not differences:
+        return
+    others = "; ".join(differences[1:])
+    if profile.key.other_machine(now):
+        where = f"on {profile.key.machine(now)}; this machine is {now.machine(profile.key)}"
+        said = f"{where}. Also, {others}" if others else where
+    else:
+        said = f"under other conditions: {'; '.join(differences)}"
+    warnings.warn(
+        f"{path} was measured {said}. It is still used. {TUNE_AGAIN}", EchelonWarning, stacklevel=4
+    )
 
 
 def remember_budget(path: str | os.PathLike[str] | None, budget: int | None) -> None:

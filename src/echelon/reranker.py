@@ -53,8 +53,9 @@ class Reranker:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self.options, profile = with_profile(Options.of(**options))
-        prepared = prepare(model, self.options, profile)
+        asked = Options.of(**options)
+        prepared = prepare(model, asked, with_profile(asked)[1])
+        self.options = prepared.options
         self.model, self._encoder = prepared.folder, prepared.encoder
         opener = prepared.opener()
         scorer = opener(precision=self.options.precision)

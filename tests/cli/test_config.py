@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+from helpers import offer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,6 +138,65 @@ def test_options_are_plain_data():
 # Profiles
 
 
+EPYC = ProfileKey("m", "r", "cpu", "AMD EPYC", "int8", {}, ["avx512_vnni", "avx2"], 48, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ""),
+        ({"features": None, "cores": None, "usable_cpus": None}, ""),
+        (
+            {"device_name": "Intel Core", "features": ["avx2"], "cores": 4},
+            (
+                "the machine was AMD EPYC with AVX-512 VNNI, AVX2 and 48 physical cores, is Intel "
+                "Core with AVX2 only and 4 physical cores"
+            ),
+        ),
+        (
+            {"usable_cpus": 2},
+            "the machine was AMD EPYC with 8 usable CPUs, is AMD EPYC with 2 usable CPUs",
+        ),
+        (
+            {"features": ["amx_int8", "avx2"]},
+            "the machine was AMD EPYC with AVX-512 VNNI, AVX2, is AMD EPYC with AMX int8, AVX2",
+        ),
+    ],
+)
+def test_a_profile_knows_its_machine(changes, words):
+    """What one side does not know, as profiles of older versions, is no difference."""
+    assert "; ".join(EPYC.differences(replace(EPYC, **changes))) == words
+    assert bool(replace(EPYC, **changes).differences(EPYC)) == bool(words)
+
+
+def test_a_profile_of_an_older_version_is_read(fresh):
+    content = json.loads(fresh.read_text())
+    for name in ("features", "cores", "usable_cpus"):
+        del content["key"][name]
+    assert Profile.from_dict(content, fresh).key.features is None
+
+
+def test_a_precision_that_is_not_there_gives_way_to_one_that_passed(bert, fresh, monkeypatch):
+    """The machine had int8 and this one does not: the fastest that passed is used."""
+    content = json.loads(fresh.read_text())
+    rows = [{"precision": name, "passed": True} for name in ("fp32", "bf16", "int8")]
+    content |= {"precisions": rows, "settings": content["settings"] | {"precision": "int8"}}
+    offer(monkeypatch, "fp32", "bf16")
+    for rows[1]["passed"], used in ((True, "bf16"), (False, "fp32")):
+        fresh.write_text(json.dumps(content))
+        with pytest.warns(EchelonWarning) as caught:
+            assert Reranker(bert, profile=fresh).facts.precision == used
+        assert str(caught[0].message) == (
+            f"{fresh} chooses int8, but this machine has no fast int8. {used} is used."
+        )
+
+
+def test_a_precision_that_the_user_asks_for_is_never_replaced(bert, fresh, monkeypatch):
+    monkeypatch.setenv("ECHELON_CPU", "avx2")
+    with pytest.raises(InvalidInput, match="no int8 instructions"):
+        Reranker(bert, device="cpu", profile=fresh, precision="int8")
+
+
 def profile_for(reranker: Reranker, **settings) -> Profile:
     facts = reranker.facts
     return Profile(
@@ -230,7 +290,8 @@ def test_a_profile_that_cannot_be_kept_is_a_warning(bert, fresh, monkeypatch):
         ({"model": "another"}, "model was another, is bert"),
         ({"revision": "abc"}, "revision was abc"),
         ({"device": "cuda:0"}, "device was cuda:0, is cpu"),
-        ({"device_name": "abacus"}, "the processor or GPU was abacus"),
+        ({"device_name": "abacus"}, "was measured on abacus; this machine is "),
+        ({"usable_cpus": 3000}, "with 3000 usable CPUs; this machine is .* usable CPUs"),
         ({"precision": "bf16"}, "precision was bf16, is fp32"),
         ({"versions": {"torch": "0.1"}}, "torch was 0.1, is "),
     ],

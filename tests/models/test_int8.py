@@ -254,7 +254,7 @@ def test_sensitive_layers_stay_in_bf16_until_int8_passes(bert, monkeypatch):
     monkeypatch.setattr(precision_check.PrecisionCheck, "sensitive_layers", lambda _: worst_first)
     real = precision_check.PrecisionCheck.score
 
-    def score(self, precision, keep_bf16=()):
+    def score(self, precision, keep_bf16=(), passes=2):
         tried.append((precision, list(keep_bf16)))
         logits, speed = real(self, "bf16")
         passes = precision != "int8" or len(keep_bf16) >= 3
@@ -263,7 +263,8 @@ def test_sensitive_layers_stay_in_bf16_until_int8_passes(bert, monkeypatch):
     monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
     row = precision_check.compare_precisions(check_of(bert), ["fp32", "int8"])[1]
     kept = [keep for precision, keep in tried if precision == "int8"]
-    assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3]]
+    # Eight queries are too few to prove even perfect agreement, so the last one scores more.
+    assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3], worst_first[:3]]
     assert row["passed"]
     assert row["keep_bf16"] == worst_first[:3]
 
@@ -356,4 +357,7 @@ def test_tuning_measures_with_the_layers_that_stay_in_bf16(bert, monkeypatch):
     monkeypatch.setattr(precision_check.PrecisionCheck, "open", remembering)
     found = tune(bert, Options(device="cpu", max_length=100, precision="int8"), QUICK)
     assert found.settings.precision == "int8"
-    assert set(map(str, opened)) == {str(("int8", row["keep_bf16"]))}
+    first, *others = opened  # before the comparison, the first steps are timed
+    assert first == ("int8", [])
+    assert all(one == ("int8", row["keep_bf16"]) for one in others)
+    assert others

@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from sklearn.metrics import ndcg_score
 
-from echelon.engine.precision_check import agreement, kendall_tau, ndcg, top_overlap
 from echelon.reports.statistics import (
     ENOUGH,
     TIE,
@@ -30,8 +28,6 @@ from echelon.tuning.choice import (
 )
 from echelon.tuning.load import Disturbance
 from echelon.tuning.sweep import MeasuredPoint, SweepPoint
-
-LOGITS = st.lists(st.integers(-50, 50), min_size=2, max_size=30)
 
 
 @given(st.integers(1, 200))
@@ -105,53 +101,6 @@ def test_a_summary_is_ordered(samples):
     assert min(samples) <= summary.median <= summary.p95 <= summary.p99 <= max(samples)
     if summary.low is not None:
         assert summary.low <= summary.median <= summary.high
-
-
-@given(LOGITS, st.randoms())
-def test_kendalls_tau_is_scipys(first, shuffler):
-    second = list(first)
-    shuffler.shuffle(second)
-    expected = scipy_stats.kendalltau(first, second).statistic
-    got = kendall_tau(np.array(first, np.float32), np.array(second, np.float32))
-    assert got == pytest.approx(1.0 if np.isnan(expected) else expected)
-
-
-@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 3)), min_size=2, max_size=30))
-def test_ndcg_is_scikit_learns(judged):
-    grades = [grade for _, grade in judged]
-    # Distinct scores: the two differ in how they treat ties.
-    scores = np.array([score + i / 100 for i, (score, _) in enumerate(judged)], np.float32)
-    gains = np.array([[2.0**grade - 1 for grade in grades]])
-    assert ndcg(scores, grades) == pytest.approx(ndcg_score(gains, scores[None, :], k=10))
-
-
-def test_overlap_counts_the_shared_top():
-    first = np.arange(20, dtype=np.float32)
-    second = first.copy()
-    second[[0, 19]] = second[[19, 0]]
-    assert top_overlap(first, second) == 0.9
-    assert top_overlap(first[:3], -first[:3]) == 1.0
-
-
-def test_a_precision_that_reverses_the_order_fails_and_one_that_keeps_it_passes():
-    logits = [np.linspace(-5, 5, 12, dtype=np.float32)]
-    grades = [[0] * 9 + [3, 2, 3]]
-    assert agreement(logits, [logits[0] + 0.01], grades).passed
-    worse = agreement(logits, [-logits[0]], grades)
-    assert not worse.passed
-    assert worse.tau == -1.0
-    assert worse.ndcg_loss > 0.3
-    assert worse.max_delta == 10.0
-
-
-def test_agreement_needs_every_criterion():
-    logits = [np.linspace(-5, 5, 12, dtype=np.float32)]
-    swapped = [logits[0].copy()]
-    swapped[0][[-1, -2]] = swapped[0][[-2, -1]]  # tau 0.97 exactly passes; nDCG does not
-    judged = agreement(logits, swapped, [[0] * 11 + [3]])
-    assert judged.tau == pytest.approx(1 - 2 / 66)
-    assert judged.tau >= 0.969
-    assert not judged.passed
 
 
 def measured(pairs, seconds, *, batch=None, tokens=None, peak=None):

@@ -91,7 +91,11 @@ def test_a_precision_that_ranks_differently_is_not_chosen(offered, monkeypatch):
 
     def spoiled(reference, candidate, grades):
         verdict = real(reference, candidate, grades)
-        return verdict if candidate is reference else replace(verdict, tau=0.5)
+        return (
+            verdict
+            if candidate is reference
+            else replace(verdict, tau=0.5, tau_low=0.4, tau_high=0.6)
+        )
 
     monkeypatch.setattr(precision_check, "agreement", spoiled)
     found = tune(offered, SHORT, QUICK)

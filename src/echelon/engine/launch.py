@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
-from echelon.models.device import usable_cpus
+from echelon.errors import EchelonWarning, InvalidInput
+from echelon.models.device import processor_of, usable_cpus
 from echelon.models.hub import resolve
-from echelon.models.registry import check_tokenizer, require_model
+from echelon.models.registry import check_tokenizer, precisions_to_compare, require_model
 from echelon.options import Options
 from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
 from echelon.progress import status
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from echelon.engine.events import Listener
     from echelon.engine.worker import ScorerFactory, Worker
     from echelon.models.hub import ModelFolder
+    from echelon.options import Precision
     from echelon.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ class PreparedModel:
     def check_profile(self, info: ModelInfo) -> None:
         """Warn where the profile was measured on something else."""
         if self.profile is not None:
-            key = current_key(self.folder.name, self.folder.revision, info)
+            here = processor_of(info.device)
+            key = current_key(self.folder.name, self.folder.revision, info, **here)
             warn_if_stale(self.profile, key, self.options.profile)
 
     def learned(self, budget: int | None) -> None:
@@ -78,24 +82,58 @@ def open_encoder(folder: ModelFolder) -> PairEncoder:
 
 
 def prepare(
-    model: str | os.PathLike[str], options: Options, profile: Profile | None
+    model: str | os.PathLike[str], asked: Options, profile: Profile | None
 ) -> PreparedModel:
     """Find a model, read its tokenizer, and compare int8 with fp32 before int8's first use.
 
     Args:
         model: hub id, local folder, or ``"demo"``.
-        options: completed by the profile.
+        asked: the caller's options, which the profile completes.
         profile: the profile, if there is one.
 
     Raises:
         InvalidInput: int8 was asked for and does not rank as fp32 does.
         ModelError: the model is missing, damaged, or not supported.
     """
-    folder = resolve(model, revision=options.revision, progress=options.progress)
+    folder = resolve(model, revision=asked.revision, progress=asked.progress)
     encoder = open_encoder(folder)
-    with status("Comparing int8 with fp32", shown=options.progress) as on_progress:
-        kept = check_precision(folder, options, encoder, profile, on_progress)
+    options = asked
+    if profile is not None:
+        options = _with_precision_there(apply_profile(asked, profile), asked, profile, folder)
+    with status("Comparing int8 with fp32", shown=asked.progress) as on_progress:
+        try:
+            kept = check_precision(folder, options, encoder, profile, on_progress)
+        except InvalidInput as error:
+            if profile is None or asked.precision != "auto":
+                raise
+            options, kept = _fallen_back(options, profile, folder, str(error)), []
     return PreparedModel(folder, options, encoder, profile, kept)
+
+
+def _with_precision_there(
+    options: Options, asked: Options, profile: Profile, folder: ModelFolder
+) -> Options:
+    """The options, in another precision where the profile's does not exist or is slow here."""
+    wanted = options.precision
+    if asked.precision != "auto" or wanted in precisions_to_compare(folder.path, options.device):
+        return options
+    # Without a row the user chose it for tuning: only int8 does not work everywhere.
+    if wanted != "int8" and profile.precision_row(wanted) is None:
+        return options
+    return _fallen_back(options, profile, folder, f"this machine has no fast {wanted}")
+
+
+def _fallen_back(options: Options, profile: Profile, folder: ModelFolder, reason: str) -> Options:
+    """The fastest other precision that passed when the profile was measured; warns."""
+    exact, *others = precisions_to_compare(folder.path, options.device)
+    passed = {row["precision"] for row in profile.precisions if row.get("passed")}
+    usable = [exact, *(one for one in others if one in passed - {options.precision})]
+    warnings.warn(
+        f"{options.profile} chooses {options.precision}, but {reason}. {usable[-1]} is used.",
+        EchelonWarning,
+        stacklevel=4,
+    )
+    return replace(options, precision=cast("Precision", usable[-1]))
 
 
 _SHARED = ("precision", "token_budget", "max_length", "truncation", "max_query_tokens", "allow")
@@ -141,7 +179,8 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         ProfileError: the profile cannot be read.
         OutOfMemory: the weights do not fit.
     """
-    chosen, profile = with_profile(Options.of(**options))
+    asked = Options.of(**options)
+    chosen, profile = with_profile(asked)
     settings = ServiceSettings(
         **{name: getattr(chosen, name) for name in _SHARED},
         max_pairs=chosen.batch_size,
@@ -153,15 +192,15 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         fallback_max_length=fallback_max_length,
         scaling=scaling,
     )
-    prepared = await asyncio.to_thread(prepare, model, chosen, profile)
+    prepared = await asyncio.to_thread(prepare, model, asked, profile)
     make_worker = partial(_make_worker, prepared, workers)
     service = Service(
         prepared.encoder,
         worker_factory(prepared, model) if worker_factory else make_worker,
-        settings,
+        replace(settings, precision=prepared.options.precision),
         listener=listener,
         learned=prepared.learned,
-        prior=prior_of(profile, chosen, workers),
+        prior=prior_of(profile, prepared.options, workers),
     )
     await service.start()
     prepared.check_profile(service.info)

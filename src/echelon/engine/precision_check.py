@@ -1,11 +1,10 @@
 """Checks that a faster precision ranks as fp32 does before it is used instead of fp32. No torch.
 
-Both precisions score the same judged texts. `echelon tune` checks every precision and writes the
+Both precisions score the same judged texts, the user's first, until it is sure that they agree or
+do not, or until all texts are used: then nothing is proven, and the precision is not chosen. A
+GPU's fp16 and bf16 are checked as int8 is. `echelon tune` checks every precision and writes the
 results into the profile. int8 without such a profile is checked once for each model and machine,
 and the result is stored beside the downloaded models.
-
-Kendall's tau-b: Kendall (1945), "The treatment of ties in ranking problems". nDCG: Järvelin and
-Kekäläinen (2002), with gains 2^grade - 1.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,10 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.data import Texts, Topic, load_texts
+from echelon.engine.agreement import (
+    MAX_NDCG_LOSS,
+    MIN_OVERLAP,
+    MIN_TAU,
+    Agreement,
+    agreement,
+)
 from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.models.demo import home
-from echelon.models.device import cpu_name
+from echelon.models.device import cpu_name, matrix_features
 from echelon.models.kernels import kernels
 from echelon.models.registry import layer_errors, open_scorer, precisions_to_compare
 from echelon.options import Options, check_max_length
@@ -34,7 +41,7 @@ from echelon.scheduling.packing import pack, step_budget
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from echelon.engine.worker import ScorerFactory
@@ -46,84 +53,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_TAU = 0.97
-MIN_OVERLAP = 0.97
-MAX_NDCG_LOSS = 0.005
-TOP = 10
-
 TOPICS = 8
-"""Queries that precisions are compared on: about 96 pairs, seconds even for a large model."""
+"""Queries that precisions are compared on at first: about 96 pairs, seconds even for a large model.
+Where they do not decide, more are added."""
 
 BF16_SHARES = (16, 8, 4)
 """Where int8 alone does not pass, one layer in 16, 8 or 4 stays in bf16, the most sensitive first.
 With more than a quarter of them little would be left of the speed of int8."""
 
 STORE = "precision_checks"  # folder of stored results, beside the downloaded models
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How well the scores of a precision agree with those of fp32: means over queries."""
-
-    tau: float  # Kendall's tau-b within queries
-    overlap: float  # share of the top ten that both have
-    max_delta: float  # largest difference of a logit
-    ndcg_loss: float | None  # nDCG@10 of fp32 minus that of the precision; None without judgements
-
-    @property
-    def passed(self) -> bool:
-        """Whether the precision may be used instead of fp32."""
-        return (
-            self.tau >= MIN_TAU
-            and self.overlap >= MIN_OVERLAP
-            and (self.ndcg_loss is None or self.ndcg_loss <= MAX_NDCG_LOSS)
-        )
-
-
-def agreement(
-    reference: Sequence[FloatArray],
-    candidate: Sequence[FloatArray],
-    grades: Sequence[Sequence[int] | None],
-) -> Agreement:
-    """Compare logits query by query; ``grades`` is the judged relevance of each document."""
-    pairs = list(zip(reference, candidate, strict=True))
-    losses = [
-        ndcg(exact, judged) - ndcg(other, judged)
-        for (exact, other), judged in zip(pairs, grades, strict=True)
-        if judged is not None and any(judged)
-    ]
-    return Agreement(
-        tau=float(np.mean([kendall_tau(a, b) for a, b in pairs])),
-        overlap=float(np.mean([top_overlap(a, b) for a, b in pairs])),
-        max_delta=max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs),
-        ndcg_loss=float(np.mean(losses)) if losses else None,
-    )
-
-
-def kendall_tau(first: FloatArray, second: FloatArray) -> float:
-    """Kendall's tau-b of two score lists; 1.0 where all scores of a list are equal."""
-    upper = np.triu_indices(len(first), 1)
-    a = np.sign(first[upper[0]] - first[upper[1]])
-    b = np.sign(second[upper[0]] - second[upper[1]])
-    orderable = np.sqrt(float(np.count_nonzero(a)) * float(np.count_nonzero(b)))
-    return float(np.dot(a, b) / orderable) if orderable else 1.0
-
-
-def top_overlap(first: FloatArray, second: FloatArray, top: int = TOP) -> float:
-    """Share of the best ``top`` documents that both lists have in common."""
-    size = min(top, len(first))
-    best = [set(np.argsort(-scores, kind="stable")[:size].tolist()) for scores in (first, second)]
-    return len(best[0] & best[1]) / size if size else 1.0
-
-
-def ndcg(scores: FloatArray, grades: Sequence[int], top: int = TOP) -> float:
-    """Compute nDCG at ``top`` of the order by score; 0.0 where no document is relevant."""
-    gains = 2.0 ** np.asarray(grades, dtype=np.float64) - 1.0
-    discounts = 1.0 / np.log2(np.arange(2, len(gains) + 2))
-    discounts[top:] = 0.0
-    ideal = float(np.dot(np.sort(gains)[::-1], discounts))
-    got = float(np.dot(gains[np.argsort(-scores, kind="stable")], discounts))
-    return got / ideal if ideal else 0.0
 
 
 def scorer_factory(
@@ -147,15 +85,33 @@ class PrecisionCheck:
     folder: ModelFolder
     options: Options
     encoder: PairEncoder
-    topics: Sequence[Topic]
+    topics: Sequence[Topic]  # those that are always compared
+    more: Sequence[Topic] = ()  # those that are added while the others do not decide
 
     @classmethod
     def of(
-        cls, folder: ModelFolder, options: Options, encoder: PairEncoder, texts: Texts
+        cls, folder: ModelFolder, options: Options, encoder: PairEncoder, texts: Texts | None = None
     ) -> PrecisionCheck:
-        """A check on some queries, evenly spread over the texts."""
-        distance = max(1, len(texts.topics) // TOPICS)
-        return cls(folder, options, encoder, texts.topics[::distance][:TOPICS])
+        """A check on the queries of ``texts``, if there are any, and then on the built-in ones."""
+        own = () if texts is None else texts.topics
+        built_in = load_texts(None, language="en" if folder.name == "demo" else None)
+        topics = list(dict.fromkeys([*_spread(own), *_spread(built_in.topics)]))
+        return cls(folder, options, encoder, topics[:TOPICS], topics[TOPICS:])
+
+    @property
+    def parts(self) -> Iterator[PrecisionCheck]:
+        """Checks on a part of the queries each; every part doubles their number."""
+        yield replace(self, more=())
+        done, left = len(self.topics), self.more
+        while left:
+            yield replace(self, topics=left[:done], more=())
+            left, done = left[done:], 2 * done
+
+    def cut(self, max_length: int | None) -> PrecisionCheck:
+        """The same with pairs of at most ``max_length`` tokens; None leaves them as they are."""
+        if max_length is None:
+            return self
+        return replace(self, options=replace(self.options, max_length=max_length))
 
     def factory(self, keep_bf16: Sequence[str] = ()) -> ScorerFactory:
         """See :func:`scorer_factory`."""
@@ -179,16 +135,16 @@ class PrecisionCheck:
         )
 
     def score(
-        self, precision: str, keep_bf16: Sequence[str] = ()
+        self, precision: str, keep_bf16: Sequence[str] = (), passes: int = 2
     ) -> tuple[list[FloatArray], float]:
-        """Score all topics twice: their logits, and tokens per second of the second pass."""
+        """Score ``topics``: their logits, and tokens per second of the last pass."""
         with closing(self.open(precision, keep_bf16)) as scorer:
             encoded = self.encode(scorer.info)
             engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.info.device)))
-            engine.run(encoded)
-            started = monotonic()
-            outcome = engine.run(encoded)
-            seconds = monotonic() - started
+            for _ in range(passes):
+                started = monotonic()
+                outcome = engine.run(encoded)
+                seconds = monotonic() - started
         bounds = np.cumsum([len(topic.documents) for topic in self.topics])[:-1]
         return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
 
@@ -201,31 +157,95 @@ class PrecisionCheck:
         return list(layer_errors(self.folder.path, map(encoded.batch, steps)))
 
 
+def _spread(topics: Sequence[Topic]) -> list[Topic]:
+    """Topics whose first ones are evenly spread; one document cannot be ranked, so two or more."""
+    ranked = [topic for topic in topics if len(topic.documents) > 1]
+    distance = max(1, len(ranked) // TOPICS)
+    return [topic for first in range(distance) for topic in ranked[first::distance]]
+
+
+class Comparisons:
+    """Compares precisions with the exact one, each on as many queries as it takes to decide.
+
+    The exact one scores each part of the queries once, when a comparison needs it. A comparison
+    ends undecided where its next part would take longer than ``limit_s`` from now allows.
+    """
+
+    def __init__(
+        self, check: PrecisionCheck, exact: str = "fp32", limit_s: float = math.inf
+    ) -> None:
+        self._parts, self._exact = list(check.parts), exact
+        self._scored: list[tuple[list[FloatArray], float]] = []
+        self._end_s = monotonic() + limit_s
+
+    def exact_row(self) -> dict[str, Any]:
+        """The row of the exact precision."""
+        logits, speed = self._exact_part(0)
+        found = agreement(logits, logits, [topic.grades for topic in self._parts[0].topics])
+        sure = replace(found, tau_low=found.tau, overlap_low=found.overlap)
+        return _row(self._exact, (), sure, len(logits), speed)
+
+    def row(
+        self, precision: str, keep_bf16: Sequence[str] = (), max_length: int | None = None
+    ) -> dict[str, Any]:
+        """Compare a precision whose pairs are cut to ``max_length`` tokens, if that is given."""
+        began, speed = monotonic(), 0.0
+        reference: list[FloatArray] = []
+        logits: list[FloatArray] = []
+        grades: list[Sequence[int] | None] = []
+        for number, part in enumerate(self._parts):
+            reference += self._exact_part(number)[0]
+            scored, pace = part.cut(max_length).score(precision, keep_bf16, _passes(number))
+            logits, speed = logits + scored, speed or pace
+            grades += [topic.grades for topic in part.topics]
+            found = agreement(reference, logits, grades)
+            now = monotonic()
+            # The next part is as large as all parts so far.
+            if found.passed or found.failed or now + (now - began) > self._end_s:
+                break
+        return _row(precision, keep_bf16, found, len(logits), speed)
+
+    def _exact_part(self, number: int) -> tuple[list[FloatArray], float]:
+        if number == len(self._scored):
+            self._scored.append(self._parts[number].score(self._exact, (), _passes(number)))
+        return self._scored[number]
+
+
+def _passes(part: int) -> int:
+    """The first part is scored twice, so that the speed is not that of the first steps."""
+    return 1 if part else 2
+
+
 def compare_precisions(
-    check: PrecisionCheck, precisions: Sequence[str], on_progress: Progress = no_progress
+    check: PrecisionCheck,
+    precisions: Sequence[str],
+    on_progress: Progress = no_progress,
+    limit_s: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Measure the speed of each precision and its agreement with the first one, fp32.
 
+    Each is compared on the first queries, and on more while ``limit_s`` seconds for all allow it.
+
     Returns:
-        A row each: ``precision``, ``tokens_per_s``, ``tau``, ``overlap``, ``max_delta``,
-        ``ndcg_loss``, ``passed``, ``queries`` and ``keep_bf16``.
+        A row each: ``precision``, ``tokens_per_s``, the fields of :class:`Agreement`, ``proven``,
+        ``failed``, ``passed``, ``queries`` and ``keep_bf16``; where ``proven`` and ``failed`` are
+        both false, the queries do not decide.
     """
     first, *others = precisions
+    comparisons = Comparisons(check, first, limit_s)
     on_progress(f"scoring with {first}")
-    scored = check.score(first)
-    reference = scored[0]
-    rows = [_row(check, first, (), reference, scored)]
+    rows = [comparisons.exact_row()]
     for precision in others:
         on_progress(f"comparing {precision} with {first}")
-        row = _row(check, precision, (), reference, check.score(precision))
+        row = comparisons.row(precision)
         if precision == "int8" and not row["passed"]:
-            row = _int8_with_bf16_layers(check, reference, on_progress)
+            row = _int8_with_bf16_layers(check, comparisons, on_progress)
         rows.append(row)
     return rows
 
 
 def _int8_with_bf16_layers(
-    check: PrecisionCheck, reference: list[FloatArray], on_progress: Progress
+    check: PrecisionCheck, comparisons: Comparisons, on_progress: Progress
 ) -> dict[str, Any]:
     """Leave more and more sensitive layers in bf16: the first row that passes, or the last."""
     on_progress("looking for the layers that int8 changes most")
@@ -234,27 +254,23 @@ def _int8_with_bf16_layers(
     for share in BF16_SHARES:
         keep = layers[: max(1, len(layers) // share)]
         on_progress(f"comparing int8 with {len(keep)} of {len(layers)} layers in bf16")
-        row = _row(check, "int8", keep, reference, check.score("int8", keep))
+        row = comparisons.row("int8", keep)
         if row["passed"]:
             break
     return row
 
 
 def _row(
-    check: PrecisionCheck,
-    precision: str,
-    keep_bf16: Sequence[str],
-    reference: list[FloatArray],
-    scored: tuple[list[FloatArray], float],
+    precision: str, keep_bf16: Sequence[str], found: Agreement, queries: int, tokens_per_s: float
 ) -> dict[str, Any]:
-    logits, tokens_per_s = scored
-    found = agreement(reference, logits, [topic.grades for topic in check.topics])
     return {
         "precision": precision,
         "tokens_per_s": tokens_per_s,
         **asdict(found),
+        "proven": found.proven,
+        "failed": found.failed,
         "passed": found.passed,
-        "queries": len(check.topics),
+        "queries": queries,
         "keep_bf16": list(keep_bf16),
     }
 
@@ -281,12 +297,19 @@ def check_precision(
         return []
     if "int8" not in precisions_to_compare(folder.path, options.device)[1:]:
         return []  # an ONNX graph has one precision
-    key = ProfileKey(folder.name, folder.revision, "cpu", cpu_name(), "int8", library_versions())
+    key = ProfileKey(
+        folder.name,
+        folder.revision,
+        "cpu",
+        cpu_name(),
+        "int8",
+        library_versions(),
+        matrix_features() or None,  # the number of cores does not change the scores
+    )
     row = _from_profile(profile, key) or _stored(key)
     if row is None:
         logger.info("Comparing int8 with fp32, once for this model and machine.")
-        texts = load_texts(None, language="en" if folder.name == "demo" else None)
-        check = PrecisionCheck.of(folder, replace(options, device="cpu"), encoder, texts)
+        check = PrecisionCheck.of(folder, replace(options, device="cpu"), encoder)
         row = compare_precisions(check, ["fp32", "int8"], on_progress)[1]
         _store(key, row)
     require_passed(row)
@@ -295,14 +318,23 @@ def check_precision(
     return keep_bf16
 
 
+def decided(row: dict[str, Any]) -> bool:
+    """Whether the queries were enough to say that a precision ranks as fp32 does, or does not.
+
+    A precision that nothing decides does not pass; rows of older profiles were decided by means.
+    """
+    return bool(row.get("proven", True) or row["failed"])
+
+
 def require_passed(row: dict[str, Any]) -> None:
     """Raise :class:`InvalidInput` for a precision that did not pass: measured and required."""
     if row["passed"]:
         return
+    said = "does not rank" if decided(row) else "is not proven to rank"
     raise InvalidInput(
         "precision",
-        f"{row['precision']} does not rank as fp32 does with this model ({_summary(row)}; required "
-        f"are at least {MIN_TAU} and {MIN_OVERLAP}, and a loss of at most {MAX_NDCG_LOSS} nDCG@10)",
+        f"{row['precision']} {said} as fp32 does with this model ({_summary(row)}; required are "
+        f"surely {MIN_TAU} and {MIN_OVERLAP}, and a loss of at most {MAX_NDCG_LOSS} nDCG@10)",
         "Use bf16 or auto. To check it on your own texts, run `echelon tune --data` and give the "
         "profile with --profile.",
     )
@@ -312,10 +344,17 @@ def _summary(row: dict[str, Any]) -> str:
     loss = row["ndcg_loss"]
     judged = "" if loss is None else f", nDCG@10 {loss:+.4f} lower"
     layers = f", {len(row['keep_bf16'])} layers in bf16" if row["keep_bf16"] else ""
+    tau, overlap = (_sure(row, name) for name in ("tau", "overlap"))
     return (
-        f"Kendall's tau {row['tau']:.3f} and top-ten overlap {row['overlap']:.3f} with fp32 "
-        f"over {row['queries']} queries{judged}{layers}"
+        f"Kendall's tau {tau} and top-ten overlap {overlap} with fp32 over {row['queries']} queries"
+        f"{judged}{layers}"
     )
+
+
+def _sure(row: dict[str, Any], name: str) -> str:
+    """A mean and its lower bound, which rows of older profiles do not have."""
+    low = row.get(f"{name}_low")
+    return f"{row[name]:.3f}" + ("" if low is None else f" (surely {low:.3f})")
 
 
 def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | None:

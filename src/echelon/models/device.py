@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
+from echelon.profile import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,13 +220,35 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's model name, or the architecture if the system does not name it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def matrix_features() -> list[str]:
+    """The processor's FEATURES, without those that ``ECHELON_CPU`` hides; empty if unknown."""
+    flags = set(_cpuinfo("flags").split())
+    return [name for name in FEATURES if name in flags and (name == "avx2" or not held_to_avx2())]
+
+
+def processor_of(device: str) -> dict[str, Any]:
+    """What a profile's key holds of the processor; nothing for a GPU, whose name says it all."""
+    import psutil
+
+    if device != "cpu":
+        return {}
+    return {
+        "features": matrix_features() or None,
+        "cores": psutil.cpu_count(logical=False),
+        "usable_cpus": usable_cpus(),
+    }
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first CPU in ``/proc/cpuinfo``; empty where the system does not say it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import MIN_TAU
+from echelon.engine.agreement import MIN_TAU
 from echelon.messages import N_, listed, tr, translated, units
 from echelon.reports import wording
 from echelon.reports.plots import (

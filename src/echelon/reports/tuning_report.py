@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import MAX_NDCG_LOSS, MIN_OVERLAP, MIN_TAU
+from echelon.engine.agreement import MAX_NDCG_LOSS, MIN_OVERLAP, MIN_TAU
 from echelon.messages import N_, in_language, listed, tr, translated, units
 from echelon.profile import write_text
 from echelon.reports import fill, wording

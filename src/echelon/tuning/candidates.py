@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from echelon.engine.precision_check import PrecisionCheck, agreement
+from echelon.engine.precision_check import Comparisons, PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.scheduling.cost_model import CostModel, MemoryModel
 from echelon.scheduling.packing import NO_BUDGET
@@ -171,18 +171,16 @@ def check_max_lengths(
     if not lengths:
         return []
     on_progress("scoring with fp32 at full length")
-    reference, _ = check.score("fp32")
+    comparisons = Comparisons(check)
     texts, found = _lengths(check, precision, keep_bf16), []
     for limit in lengths:
         on_progress(f"comparing {precision} at {limit} tokens")
-        cut = replace(check, options=replace(check.options, max_length=limit))
-        logits, _ = cut.score(precision, keep_bf16)
-        seen = agreement(reference, logits, [topic.grades for topic in check.topics])
+        seen = comparisons.row(precision, keep_bf16, limit)
         text_cut, load_cut = (sum(n > limit for n in some) / len(some) for some in (texts, load))
-        reason = _reason(limit, text_cut, load_cut, passed=seen.passed)
-        ranks = (seen.tau, seen.overlap, seen.ndcg_loss)
+        reason = _reason(limit, text_cut, load_cut, passed=seen["passed"])
+        ranks = (seen["tau"], seen["overlap"], seen["ndcg_loss"])
         shares = (text_cut, load_cut)
-        found.append(MaxLengthCheck(limit, precision, *ranks, *shares, seen.passed, reason))
+        found.append(MaxLengthCheck(limit, precision, *ranks, *shares, seen["passed"], reason))
     return found
 
 

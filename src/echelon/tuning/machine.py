@@ -6,15 +6,12 @@ import platform
 from pathlib import Path
 from typing import Any, Protocol
 
-MATRIX_FLAGS = ("amx_int8", "amx_bf16", "amx_fp16", "avx512_bf16", "avx512_vnni", "avx2")
-"""Processor features that make matrix products faster, best first."""
-
 
 def describe_machine() -> dict[str, Any]:
     """The machine as plain data; memory in bytes."""
     import psutil
 
-    from echelon.models.device import cpu_name, usable_cpus
+    from echelon.models.device import cpu_name, matrix_features, usable_cpus
 
     return {
         "cpu": cpu_name(),
@@ -27,20 +24,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpus": describe_gpus(),
     }
-
-
-def matrix_features() -> list[str]:
-    """The processor's MATRIX_FLAGS, without those that ``ECHELON_CPU`` hides; empty if unknown."""
-    from echelon.models.device import held_to_avx2
-
-    shown = {"avx2"} if held_to_avx2() else set(MATRIX_FLAGS)
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    flags = set(line.partition(":")[2].split())
-    return [flag for flag in MATRIX_FLAGS if flag in flags & shown]
 
 
 def describe_gpus() -> list[dict[str, Any]]:

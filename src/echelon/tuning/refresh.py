@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from echelon.errors import ProfileError
 from echelon.models.base import DeviceOutOfMemory, Scorer
+from echelon.models.device import processor_of
 from echelon.profile import Profile, apply_profile, current_key
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import work_of
@@ -102,7 +103,8 @@ def refresh(
     check, texts = find_model(model, apply_profile(options, old), plan.data)
     on_progress("checking what is out of date")
     with closing(check.open(old.key.precision, old.keep_bf16)) as scorer:
-        now = current_key(check.folder.name, check.folder.revision, scorer.info)
+        info, folder = scorer.info, check.folder
+        now = current_key(folder.name, folder.revision, info, **processor_of(info.device))
         different = old.key.differences(now)
         if not different:
             steps = StepFactory(check.encoder, texts, check.max_length(scorer.info))
