@@ -168,6 +168,16 @@ def test_a_stalled_run_is_marked_repeated_and_left_out(kind):
         assert MeasuredPoint.from_dict(measured.as_dict()) == measured
 
 
+def test_a_slow_run_counts_where_the_load_that_explains_it_is_always_there():
+    load = Disturbance(others=1.0, cpus=2)
+    point = MeasuredPoint(SweepPoint(10, 1), "ok", "", [1.0, 1.1, 3.0, 1.2])
+    point.disturbed, point.outliers = dict.fromkeys(range(4), load), {2}
+    assert point.used == [0, 1, 2, 3]
+    point.disturbed = {}
+    assert point.used == [0, 1, 3]
+    assert point.summary.p99 == pytest.approx(3.0, rel=0.05)
+
+
 def test_what_always_disturbs_is_the_machine_as_it_is():
     results = Stalls(range(99), "others").sweep()
     for measured in results:

@@ -99,18 +99,24 @@ class MeasuredPoint:
 
     @property
     def used(self) -> list[int]:
-        """The runs that the median is of: the undisturbed ones, if there are enough."""
-        usual = [run for run in range(len(self.seconds)) if run not in self.outliers]
-        undisturbed = [run for run in usual if run not in self.disturbed]
-        if len(undisturbed) >= MIN_RUNS:
-            return undisturbed
-        return usual or list(range(len(self.seconds)))
+        """The runs that the median is of: the undisturbed ones, if there are enough.
+
+        Where there are not, what disturbs belongs to the machine, and so do the slow runs that it
+        explains.
+        """
+        every = range(len(self.seconds))
+        usual = [run for run in every if run not in self.outliers | self.disturbed.keys()]
+        if len(usual) >= MIN_RUNS:
+            return usual
+        explained = [run for run in every if run not in self.outliers or run in self.disturbed]
+        return explained or list(every)
 
     @property
     def summary(self) -> Statistics:
         """Statistics of the timed runs; only where there is one."""
-        outliers = [self.seconds[run] for run in self.outliers]
-        return summarize([self.seconds[run] for run in self.used], outliers)
+        used = self.used
+        outliers = [self.seconds[run] for run in self.outliers if run not in used]
+        return summarize([self.seconds[run] for run in used], outliers)
 
     @property
     def measured(self) -> bool:
