@@ -31,6 +31,7 @@ ROOT_PAGES = {
 """Pages in the root of the repository, and their names on the site."""
 
 LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+ROLE = re.compile(r":[a-z]+:(?=<code>)")
 LOADED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>"
     r"|<link\b[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>"
@@ -66,6 +67,11 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: object) ->
     return LINK.sub(linked, markdown)
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Leave out the roles of docstrings (``:class:``), which the site does not read."""
+    return ROLE.sub("", html)
+
+
 def on_post_build(config: MkDocsConfig) -> None:
     """Fail where a page or a style loads something from another server."""
     for path in sorted(Path(config.site_dir).rglob("*")):
@@ -78,6 +84,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 def _api() -> str:
     """The page of the public names, which mkdocstrings fills from their docstrings."""
     public = [getattr(echelon, name) for name in echelon.__all__ if not name.startswith("_")]
-    public.sort(key=lambda kind: issubclass(kind, Exception))  # errors last
+    # What is used first comes first, errors come last.
+    public.sort(key=lambda kind: (issubclass(kind, Exception), kind is not echelon.Reranker))
     lines = [f"::: {kind.__module__}.{kind.__name__}" for kind in public]
     return "# Python API\n\n" + "\n\n".join(lines) + "\n"

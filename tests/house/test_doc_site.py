@@ -42,6 +42,7 @@ def test_the_api_is_described_by_its_docstrings(site):
             kind = getattr(echelon, name)
             assert f'id="{kind.__module__}.{name}"' in page
     assert 'id="echelon.reranker.Reranker.rank"' in page
+    assert ":class:" not in page
 
 
 def test_links_to_files_beside_the_site_are_text(site):
