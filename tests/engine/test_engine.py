@@ -216,7 +216,9 @@ def test_the_end_of_the_ladder_names_pair_tokens_and_remedy():
     with pytest.raises(OutOfMemory) as caught:
         engine.run(pairs_of([20, 20, 130, 20]))
     words = str(caught.value)
-    assert words.startswith("pairs[2] of 130 tokens does not fit in the memory of cpu even alone")
+    assert words.startswith(
+        "out of memory: pairs[2] of 130 tokens does not fit in the memory of cpu even alone"
+    )
     assert "130 tokens over 100" in words
     assert "set a smaller max_length" in words
     # Usable afterwards.

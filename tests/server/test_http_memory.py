@@ -86,7 +86,9 @@ def check(response, expected) -> None:
 def refused(response) -> None:
     assert response.status_code == 507, response.text
     message = response.json()["message"]
-    assert message.startswith("documents[0] of 8192 tokens does not fit in the memory of cpu")
+    assert message.startswith(
+        "out of memory: documents[0] of 8192 tokens does not fit in the memory of cpu"
+    )
 
 
 def test_every_request_gets_correct_scores_or_a_clear_error(wide):
