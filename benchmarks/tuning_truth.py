@@ -150,7 +150,8 @@ def measure(arguments: argparse.Namespace) -> Row:
     check, texts = find_model(arguments.model, options, None)
     with closing(check.open(arguments.precision)) as scorer:
         calls = TimedCalls(check, scorer, texts, SIZES["--pairs"], monotonic)
-        points = grid(*SIZES.values())
+        pairs, batch_sizes, budgets = SIZES.values()
+        points = [point for count in pairs for point in grid((count,), batch_sizes, budgets)]
         seconds: dict[str, list[float]] = {json.dumps(place(asdict(p))): [] for p in points}
         for point in points:
             calls(point)
