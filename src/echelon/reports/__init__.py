@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 PLOTLY_JS = Path(__file__).parent / "plotly-basic.min.js.gz"
-"""plotly.js with scatter and bar charts only, compressed: the file of the npm package
-``plotly.js-basic-dist-min``. Its licence is beside it."""
+"""plotly.js with scatter and bar charts only, compressed (``gzip -9 -n``): the file of
+the npm package ``plotly.js-basic-dist-min``. Its licence is beside it."""
 
 PLOTLY_VERSION = "4.1.1"
 
