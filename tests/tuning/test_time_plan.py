@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from echelon.scheduling.cost_model import Work
 from echelon.tuning.load import Disturbance, MachineLoad, quota_notes
+from echelon.tuning.sweep import SweepPoint
 from echelon.tuning.time_plan import FIRST_PAIRS, RUNS, Price, TimeBudget, affordable, price
 
 SIZES = st.lists(st.integers(1, 64), min_size=1, max_size=6)
@@ -52,8 +53,8 @@ def test_the_planned_points_never_exceed_the_limit(pairs, batches, budgets, step
     points = affordable(pairs, batches, budgets, seconds, limit)
     assert RUNS * sum(map(seconds, points)) <= limit
     assert len(set(points)) == len(points)
-    cheapest = min(seconds(p) for p in affordable(pairs, batches, budgets, lambda _: 0.0, 1.0))
-    assert points or RUNS * cheapest * 3 > limit or min(batches) > min(pairs)
+    least = SweepPoint(min(pairs), batch_size=min(batches))
+    assert points or RUNS * seconds(least) > limit or min(batches) > min(pairs)
 
 
 def test_a_slower_machine_measures_smaller_calls_and_fewer_sizes():
