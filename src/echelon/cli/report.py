@@ -8,6 +8,7 @@ import click
 
 from echelon.cli.flags import LANG_FLAG, Command, example, print_json, quiet_flag, with_flags
 from echelon.errors import InvalidInput, ProfileError
+from echelon.messages import tr
 from echelon.progress import print_line
 from echelon.server.settings import flag
 
@@ -90,4 +91,4 @@ def _check_output(output: str, *profiles: str) -> None:
 
 def _print_output(output: str, *, quiet: bool) -> None:
     if not quiet:
-        print_line(f"Page: {output}")
+        print_line(tr("Page: {file}", file=output))

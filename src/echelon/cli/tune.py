@@ -25,6 +25,7 @@ from echelon.cli.flags import (
 )
 from echelon.cli.stress import PACKAGES as STRESS_PACKAGES
 from echelon.errors import EchelonError, InvalidInput
+from echelon.messages import N_, tr
 from echelon.options import Options, require_packages
 from echelon.progress import print_line, progress_bar
 from echelon.server.settings import MODEL_FLAGS, Flag, flag, name_of_flag
@@ -115,10 +116,11 @@ def tune(*, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
         with progress_bar("Tuning", shown=not (quiet or as_json)) as (on_progress, _):
             found, missed = _tuned(model, options, plan, goal, refresh, on_progress)
     except KeyboardInterrupt:
-        print_line(
-            f"Interrupted. Finished measurements are kept in {partial}; "
-            "run the same command again to resume."
+        words = N_(
+            "Interrupted. Finished measurements are kept in {file}; run the same command again to "
+            "resume."
         )
+        print_line(tr(words, file=partial))
         sys.exit(INTERRUPTED)
     from echelon.reports.tables import print_profile, print_scenario
     from echelon.reports.tuning_report import write_report
@@ -133,7 +135,8 @@ def tune(*, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     write_report(found, report, profile_path=str(target))
     partial.unlink(missing_ok=True)
     if not quiet and not as_json:
-        print_line(f"\nProfile: {target}\nReport:  {report}")
+        print_line("\n" + tr("Profile: {file}", file=target))
+        print_line(tr("Report: {file}", file=report))
     if missed is not None:
         raise missed
 
