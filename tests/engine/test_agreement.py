@@ -90,14 +90,14 @@ def test_bounds_enclose_the_mean_and_fall_with_a_value(values, index):
 
 
 def test_equal_values_prove_more_the_more_there_are():
-    lows = [mean_bounds([1.0] * count, 0.1)[0] for count in (8, 16, 64)]
+    lows = [mean_bounds([1.0] * count, 0.1)[0] for count in (8, 12, 64)]
     assert lows[0] < MIN_TAU < lows[1] < lows[2] < 1
-    assert mean_bounds([1.0] * 8, 0.1)[1] == 1
+    assert mean_bounds([1.0] * 12, 0.1)[1] == 1
 
 
 def decided(values: np.ndarray) -> str:
-    """What looks after 8, 16, … values say of a threshold of 0.97."""
-    count = 8
+    """What looks after 12, 24, … values say of a threshold of 0.97."""
+    count = 12
     while True:
         low, high = mean_bounds(values[:count].tolist(), 0.03)
         if low >= MIN_TAU or high < MIN_TAU:
@@ -116,6 +116,6 @@ def test_the_looks_together_are_seldom_wrong(mean, wrong):
     unit = (1 - mean) / float(steps @ shares)
     runs, errors = 120, 0
     for _ in range(runs):
-        errors += decided(1 - unit * chance.choice(steps, 32, p=shares)) == wrong
+        errors += decided(1 - unit * chance.choice(steps, 48, p=shares)) == wrong
     # More than this happens by chance once in ten thousand where one in twenty is wrong.
     assert errors <= scipy_stats.binom.ppf(0.9999, runs, 0.05)

@@ -12,8 +12,9 @@ import torch
 from helpers import NATIVE, SENTENCES, make_toy, offer, random_batch, split
 
 from echelon import InvalidInput, Reranker
-from echelon.data import load_texts
+from echelon.data import Texts, Topic, load_texts
 from echelon.engine import precision_check
+from echelon.engine.agreement import decided
 from echelon.engine.launch import launch
 from echelon.models.device import choose_precision, multiplies_int8
 from echelon.models.hub import resolve
@@ -263,10 +264,62 @@ def test_sensitive_layers_stay_in_bf16_until_int8_passes(bert, monkeypatch):
     monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
     row = precision_check.compare_precisions(check_of(bert), ["fp32", "int8"])[1]
     kept = [keep for precision, keep in tried if precision == "int8"]
-    # Eight queries are too few to prove even perfect agreement, so the last one scores more.
-    assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3], worst_first[:3]]
+    assert kept == [[], worst_first[:1], worst_first[:1], worst_first[:3]]
     assert row["passed"]
     assert row["keep_bf16"] == worst_first[:3]
+
+
+def pretend_scores(monkeypatch, differing):
+    """Scores of which all but fp32's are reversed for these queries; returns what is scored."""
+    scored = []
+
+    def score(check, precision, keep_bf16=(), passes=2):
+        scored.append((precision, len(check.topics), passes))
+        logits = [np.arange(len(topic.documents), dtype=np.float32) for topic in check.topics]
+        if precision != "fp32":
+            signs = [-1 if topic.query in differing else 1 for topic in check.topics]
+            logits = [part * sign for part, sign in zip(logits, signs, strict=True)]
+        return logits, 1.0
+
+    monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("differing", "queries", "proven", "failed"),
+    [(0, 12, True, False), (1, 24, False, False), (12, 12, False, True)],
+)
+def test_queries_are_added_until_they_decide(bert, monkeypatch, differing, queries, proven, failed):
+    check = check_of(bert)
+    scored = pretend_scores(monkeypatch, {topic.query for topic in check.topics[:differing]})
+    exact, row = precision_check.compare_precisions(check, ["fp32", "fp16"])
+    assert exact["passed"]
+    assert (row["queries"], row["proven"], row["failed"]) == (queries, proven, failed)
+    assert row["passed"] == proven
+    assert decided(row) == (proven or failed)
+    # Both score each part once; the first one again, for the speed.
+    parts = [(12, 2), (12, 1)][: queries // 12]
+    assert sorted(scored) == sorted((name, *part) for name in ("fp32", "fp16") for part in parts)
+
+
+def test_without_time_no_query_is_added(bert, monkeypatch):
+    check = check_of(bert)
+    pretend_scores(monkeypatch, {check.topics[0].query})
+    row = precision_check.compare_precisions(check, ["fp32", "bf16"], limit_s=0.0)[1]
+    assert (row["queries"], row["proven"], row["failed"]) == (12, False, False)
+    with pytest.raises(InvalidInput, match="bf16 is not proven to rank as fp32 does"):
+        precision_check.require_passed(row)
+
+
+def test_the_users_queries_come_first_if_they_can_be_ranked(bert):
+    own = (Topic("mine", ("a", "b")), Topic("one document only", ("a",)))
+    check = precision_check.PrecisionCheck.of(
+        resolve(bert), Options(), PairEncoder(bert), Texts("own", own)
+    )
+    known = load_texts(None).topics
+    assert check.topics[0] == own[0]
+    assert len(check.topics) == precision_check.TOPICS
+    assert {*check.topics, *check.more} == {own[0], *known}
 
 
 def test_a_matching_profile_replaces_the_check(bert, monkeypatch):

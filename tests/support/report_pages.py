@@ -48,6 +48,12 @@ PRECISIONS = [
         "overlap": 1.0,
         "max_delta": 0.057,
         "ndcg_loss": loss,
+        "tau_low": tau - 0.01,
+        "tau_high": 1.0,
+        "overlap_low": 0.98,
+        "overlap_high": 1.0,
+        "proven": passed,
+        "failed": False,
         "passed": passed,
         "queries": 8,
     }

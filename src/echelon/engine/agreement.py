@@ -7,12 +7,12 @@ Kekäläinen (2002), with gains 2^grade - 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from echelon.types import FloatArray
 
@@ -22,7 +22,7 @@ MAX_NDCG_LOSS = 0.005
 TOP = 10
 
 CONFIDENCE = 0.98
-"""Of each bound of a mean. The bounds are looked at after 8, 16, 32, … queries until they decide;
+"""Of each bound of a mean. The bounds are looked at after 12, 24, 48, … queries until they decide;
 together these looks are wrong in about one case of twenty (tests/engine/test_agreement.py)."""
 
 RESAMPLES, BLOCK = 1000, 1024
@@ -60,6 +60,14 @@ class Agreement:
     def failed(self) -> bool:
         """Whether tau or overlap surely is too low; more queries would not help."""
         return self.tau_high < MIN_TAU or self.overlap_high < MIN_OVERLAP
+
+
+def decided(row: Mapping[str, Any]) -> bool:
+    """Whether the queries were enough to say that a precision ranks as fp32 does, or does not.
+
+    A precision that nothing decides does not pass; rows of older profiles were decided by means.
+    """
+    return bool(row.get("proven", True) or row["failed"])
 
 
 def agreement(

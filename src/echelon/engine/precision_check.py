@@ -27,6 +27,7 @@ from echelon.engine.agreement import (
     MIN_TAU,
     Agreement,
     agreement,
+    decided,
 )
 from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, ProfileError, StorageError
@@ -53,9 +54,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TOPICS = 8
-"""Queries that precisions are compared on at first: about 96 pairs, seconds even for a large model.
-Where they do not decide, more are added."""
+TOPICS = 12
+"""Queries that precisions are compared on at first, about 144 pairs: the fewest that can prove
+anything. Where they do not decide, more are added."""
 
 BF16_SHARES = (16, 8, 4)
 """Where int8 alone does not pass, one layer in 16, 8 or 4 stays in bf16, the most sensitive first.
@@ -316,14 +317,6 @@ def check_precision(
     logger.info("int8 ranks as fp32 does: %s.", _summary(row))
     keep_bf16: list[str] = row["keep_bf16"]
     return keep_bf16
-
-
-def decided(row: dict[str, Any]) -> bool:
-    """Whether the queries were enough to say that a precision ranks as fp32 does, or does not.
-
-    A precision that nothing decides does not pass; rows of older profiles were decided by means.
-    """
-    return bool(row.get("proven", True) or row["failed"])
 
 
 def require_passed(row: dict[str, Any]) -> None:

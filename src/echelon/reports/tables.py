@@ -134,7 +134,7 @@ def _precision_table(profile: Profile) -> Table:
             number(row["tokens_per_s"]),
             f"{row['tau']:.4f}",
             f"{row['overlap']:.3f}",
-            _yes_or_no(row["passed"]),
+            wording.passed(row),
         )
         for row in profile.precisions
     ]

@@ -227,6 +227,7 @@ def precision_rows(profile: Profile) -> list[dict[str, Any]]:
             "loss": wording.loss(row["ndcg_loss"]),
             "queries": row["queries"],
             "passed": row["passed"],
+            "verdict": wording.passed(row),
             "chosen": row["precision"] == profile.settings.precision,
         }
         for row in profile.precisions

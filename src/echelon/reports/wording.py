@@ -11,6 +11,7 @@ import shlex
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from echelon.engine.agreement import decided
 from echelon.messages import N_, listed, tr, translated
 from echelon.messages.units import SPACE, UNKNOWN, duration, number, percent, size
 from echelon.scheduling.packing import NO_BUDGET
@@ -371,6 +372,13 @@ def agreement(row: Entry | None) -> str:
     if row["ndcg_loss"] is not None:
         parts.append(tr("nDCG@10 loss {loss}", loss=loss(row["ndcg_loss"])))
     return listed(parts)
+
+
+def passed(row: Entry) -> str:
+    """Whether a precision passed; where its queries did not decide, that."""
+    if row["passed"]:
+        return tr("yes")
+    return tr("no") if decided(row) else tr("not proven")
 
 
 def loss(ndcg_loss: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,10 @@ def compare_in_time(
     required = asked == "int8" and asked in candidates[1:]
     if required:
         candidates = ["fp32", "int8"]  # int8 is checked also where the user asked for it
-    elif asked != "auto" or len(candidates) == 1:
+    elif asked != "auto":
         return [], []
+    elif len(candidates) == 1:
+        return [], [Message("tune.one_precision", {"precision": candidates[0]})]
     pairs = sum(len(topic.documents) for topic in check.topics)
     # A precision is worth having if it is faster than the first one: twice as fast is usual.
     seconds = time.open_s * len(candidates) + (1 + len(candidates)) * pairs * price.pair_s
@@ -81,7 +84,9 @@ def compare_in_time(
     def said(stage: str, done: float = 0.0, total: float = 0.0) -> None:
         on_progress(f"{stage} (all precisions: about {number(seconds)} s)", done, total)
 
-    return compare_precisions(check, candidates, said), []
+    # Queries are added within the stage's share; a precision that was asked for is decided.
+    limit_s = math.inf if required else min(PRECISIONS * time.limit_s, time.left_s)
+    return compare_precisions(check, candidates, said, limit_s), []
 
 
 def with_fastest_precision(
