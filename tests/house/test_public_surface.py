@@ -341,7 +341,7 @@ def test_a_profile_of_today_is_read(call, fake):
         warnings.simplefilter("always")
         code, _, err = call("rank", "q", "a", "--model", fake, "--profile", PROFILE)
     assert code == 0, err
-    assert "other conditions: the model was demo, is bert" in err
+    assert "; this machine is fake. Also, the model was demo, is bert" in err
 
 
 @pytest.mark.parametrize("version", [0, 2, 99, "1", None])

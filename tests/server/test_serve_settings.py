@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
+from tuned_models import profile
 
 from echelon.cli.serve import config, serve
 from echelon.errors import InvalidInput
+from echelon.options import Options
 from echelon.server.auth import ANONYMOUS, RateLimit
+from echelon.server.context import max_wait_s
 
 
 def config_of(*arguments, **environment) -> dict:
@@ -46,6 +50,27 @@ def test_each_value_says_where_it_came_from(file):
 
 def test_the_file_may_be_named_by_the_environment(file):
     assert config_of(ECHELON_SERVE_CONFIG=str(file))["port"] == {"value": 9000, "origin": "file"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "goal_s", "seconds", "reason"),
+    [
+        ({}, None, 5.0, "no latency goal is known"),
+        ({}, 0.3, 0.3, "the latency goal of .*profile.json"),
+        ({"slo_p99_ms": 200.0}, 0.3, 0.2, "the latency goal of --slo-p99-ms"),
+        ({"slo_p99_ms": 200.0, "max_wait_s": 9.0}, 0.3, 9.0, "--max-wait-s"),
+    ],
+)
+def test_a_request_waits_as_long_as_the_latency_goal(
+    tmp_path, caplog, flags, goal_s, seconds, reason
+):
+    goal = {"slo_p99_s": goal_s, "rate": 5.0}
+    path = tmp_path / "profile.json"
+    profile(scenario={"asked": goal}).save(path)
+    settings = {name: entry["value"] for name, entry in config_of().items()} | flags
+    caplog.set_level("INFO")
+    assert max_wait_s(settings, Options(profile=path)) == seconds
+    assert re.search(f"longer than {seconds:g} s is refused: .*{reason}", caplog.text)
 
 
 def test_config_as_a_table():

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from echelon.types import Priority
 
 
+MAX_WAIT_S = 5.0
+"""Predicted wait of a request where no latency goal is known: callers who wait longer have often
+given up, and at twenty times the capacity every answer is as late as this allows."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
     """How much may be admitted."""
@@ -35,9 +40,8 @@ class AdmissionLimits:
     # queued tokens. Their ids take 4 bytes each and a pair some 500 bytes of records: 8 million
     # tokens are about 100 MB
     max_tokens: int = 8 * 2**20
-    # predicted seconds that a request may wait before its first step; 30 s is the timeout of most
-    # HTTP clients
-    max_wait_s: float = 30.0
+    # predicted seconds that a request may wait before its first step
+    max_wait_s: float = MAX_WAIT_S
     max_documents: int = 10_000  # documents of one request; Cohere's API allows as many
     max_request_tokens: int = 4 * 2**20  # tokens of one request: 8,192 documents of 512
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from echelon.engine.events import ListenerGroup
 from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
-from echelon.scheduling.admission import AdmissionLimits
+from echelon.profile import Profile
+from echelon.scheduling.admission import MAX_WAIT_S, AdmissionLimits
 from echelon.server.auth import Access, read_keys
 from echelon.server.body import BodyMemory, ParserThread, return_freed_memory
 from echelon.server.dashboard import RollingStats
@@ -144,7 +145,7 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         bounds=AdmissionLimits(
             max_requests=settings["max_requests"],
             max_documents=limits.max_documents,
-            max_wait_s=settings["max_wait_s"],
+            max_wait_s=max_wait_s(settings, options),
         ),
         memory_limit_bytes=None if memory_mb is None else memory_mb * 2**20,
         wedge_after_s=settings["wedge_after_s"],
@@ -166,6 +167,26 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         stats=stats,
         traces=traces,
     )
+
+
+def max_wait_s(settings: dict[str, Any], options: Options) -> float:
+    """How long a request may wait by prediction: as given, the latency goal, or a default; logged.
+
+    Raises:
+        ProfileError: the profile cannot be read.
+    """
+    goal_ms = settings["slo_p99_ms"]
+    goal_s = None if options.profile is None else Profile.load(options.profile).goal_s
+    known = (
+        (settings["max_wait_s"], "as --max-wait-s says"),
+        (None if goal_ms is None else goal_ms / 1000, "the latency goal of --slo-p99-ms"),
+        (goal_s, f"the latency goal of {options.profile}"),
+    )
+    default = (MAX_WAIT_S, "no latency goal is known; --max-wait-s changes it")
+    found = ((seconds, reason) for seconds, reason in known if seconds is not None)
+    seconds, reason = next(found, default)
+    logger.info("A request that would wait longer than %g s is refused: %s.", seconds, reason)
+    return seconds
 
 
 def name_of(model: str) -> str:

@@ -115,7 +115,12 @@ SERVER_GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "Load": (
         flag("--max-requests", default=512, help="Maximum requests in the server at once."),
-        flag("--max-wait-s", default=30.0, help="Maximum predicted wait of a request, in seconds."),
+        flag(
+            "--max-wait-s",
+            type=float,
+            help="Maximum predicted wait of a request, in seconds [the latency goal that "
+            "--slo-p99-ms or the profile names, else 5].",
+        ),
         flag(
             "--slo-p99-ms",
             type=float,
