@@ -185,6 +185,20 @@ def test_stages_are_bars_on_a_terminal_and_lines_elsewhere():
     assert "Unused" not in shown + piped.stderr
 
 
+LOG = """
+import logging
+from echelon.server.observability import set_up
+set_up(None, "info")
+logging.getLogger("echelon").info("Loading demo.")
+"""
+
+
+def test_logs_are_plain_lines_on_a_terminal_and_json_elsewhere():
+    assert on_terminal(LOG).rstrip().endswith("INFO echelon: Loading demo.")
+    piped = subprocess.run([sys.executable, "-c", LOG], capture_output=True, text=True, check=True)
+    assert json.loads(piped.stderr)["message"] == "Loading demo."
+
+
 def test_lines_say_each_new_stage_and_others_now_and_then(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])
