@@ -121,6 +121,14 @@ def test_another_device_or_version_means_everything(tuned, offered, calls):
     assert fresh.profile.learned_token_budget is None
 
 
+def test_a_profile_of_a_precision_that_is_not_there_means_everything(tuned, offered, calls):
+    key = replace(tuned.key, precision="int8")
+    fresh = run(offered, replace(tuned, key=key))
+    assert calls == ["sweep", "calibrate"]
+    assert fresh.measured == ["everything: this machine has no fast int8"]
+    assert fresh.profile.key.precision == "fp32"
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_learned_budget_is_forgotten_where_the_full_one_fits(tuned, offered, fits, monkeypatch):
     if not fits:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from echelon.errors import ProfileError
 from echelon.models.base import DeviceOutOfMemory, Scorer
 from echelon.models.device import processor_of
+from echelon.models.registry import precisions_to_compare
 from echelon.profile import Profile, apply_profile, current_key
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import work_of
@@ -102,6 +103,10 @@ def refresh(
     plan = _sizes_of(old, plan)
     check, texts = find_model(model, apply_profile(options, old), plan.data)
     on_progress("checking what is out of date")
+    there = precisions_to_compare(check.folder.path, check.options.device)
+    if old.key.precision == "int8" and "int8" not in there:  # it cannot be opened
+        found = tune(model, options, plan, clock=clock, on_progress=on_progress)
+        return RefreshResult(found, ["everything: this machine has no fast int8"], [])
     with closing(check.open(old.key.precision, old.keep_bf16)) as scorer:
         info, folder = scorer.info, check.folder
         now = current_key(folder.name, folder.revision, info, **processor_of(info.device))
