@@ -265,7 +265,9 @@ def main() -> None:
                 rows += measured(server, keys=keys, connections=options.connections)
     problems = [f"{row['attack']}: {found}" for row in rows for found in problems_of(row)]
     machine = describe_machine()
-    result = {"machine": machine, "version": __version__, "problems": problems, "rows": rows}
+    command = f"python benchmarks/attacks.py --connections {options.connections}"
+    result = {"command": command, "machine": machine, "version": __version__}
+    result |= {"problems": problems, "rows": rows}
     text = json.dumps(result, indent=2, ensure_ascii=False)
     (options.output / "attacks.json").write_text(text + "\n", "utf-8")
     (options.output / "attacks.md").write_text(page(rows, machine), "utf-8")

@@ -71,6 +71,7 @@ def main() -> None:
         after = {"rss_mb": round(server.resident_mb(), 1), "files": own.num_fds()}
         alive = server.process.poll() is None
     result = {
+        "command": f"python benchmarks/fuzz.py --minutes {options.minutes:g} --seed {options.seed}",
         "machine": describe_machine(),
         "version": __version__,
         "minutes": options.minutes,

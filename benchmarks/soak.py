@@ -237,6 +237,7 @@ def main() -> None:
         left = sum(1 for _ in temporary.rglob("*"))
     counted_documents = counted['echelon_key_documents_total{key="good"}']
     result = {
+        "command": f"python benchmarks/soak.py --minutes {options.minutes:g}",
         "machine": describe_machine(),
         "version": __version__,
         "minutes": round(seconds / 60, 1),

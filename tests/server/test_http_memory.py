@@ -135,6 +135,7 @@ def test_every_request_gets_correct_scores_or_a_clear_error(wide):
                 assert sample(text, f'echelon_worker_changes_total{{state="{state}"}}') == 0
 
     flags = ("--device", "cpu", "--threads", 2, "--token-budget", 10_000, "--max-length", 8192)
+    flags += ("--max-wait-s", 60)  # the memory refuses, not the queue
     with LiveModel(wide, *flags) as server:
         asyncio.run(main(server))
         assert server.end(signal.SIGTERM) == 0
