@@ -18,7 +18,14 @@ from echelon.models.device import processor_of, usable_cpus
 from echelon.models.hub import resolve
 from echelon.models.registry import check_tokenizer, precisions_to_compare, require_model
 from echelon.options import Options
-from echelon.profile import Profile, apply_profile, current_key, remember_budget, warn_if_stale
+from echelon.profile import (
+    TUNE_AGAIN,
+    Profile,
+    apply_profile,
+    current_key,
+    remember_budget,
+    warn_if_stale,
+)
 from echelon.progress import status
 from echelon.scheduling.admission import AdmissionLimits, AutoscalingLimits
 from echelon.scheduling.fit import CostFit, Prior
@@ -107,6 +114,9 @@ def prepare(
             if profile is None or asked.precision != "auto":
                 raise
             options, kept = _fallen_back(options, profile, folder, str(error)), []
+    if profile is not None and options.precision != apply_profile(asked, profile).precision:
+        # The warning named the precision already.
+        profile = replace(profile, key=replace(profile.key, precision=options.precision))
     return PreparedModel(folder, options, encoder, profile, kept)
 
 
@@ -129,7 +139,8 @@ def _fallen_back(options: Options, profile: Profile, folder: ModelFolder, reason
     passed = {row["precision"] for row in profile.precisions if row.get("passed")}
     usable = [exact, *(one for one in others if one in passed - {options.precision})]
     warnings.warn(
-        f"{options.profile} chooses {options.precision}, but {reason}. {usable[-1]} is used.",
+        f"{options.profile} chooses {options.precision}, but {reason}. {usable[-1]} is used. "
+        f"{TUNE_AGAIN}",
         EchelonWarning,
         stacklevel=4,
     )
