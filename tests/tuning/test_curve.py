@@ -8,6 +8,7 @@ import pytest
 from report_pages import CURVE, leave_plotly_out, read, scenario_profile
 
 from echelon.reports.model_charts import curve_chart
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.cost_model import Coefficients, CostModel
 from echelon.simulation.server_simulation import SimulationSettings, simulate
 from echelon.simulation.service_level import ServiceLevel
@@ -54,7 +55,7 @@ def test_a_mild_goal_is_held_up_to_what_the_service_does_at_most():
 
 def test_a_run_that_is_lost_ends_early_and_says_the_same():
     requests = list(islice(WORKLOAD.at(100.0).requests(), 300))
-    setting, seen = SimulationSettings(1024), []
+    setting, seen = SimulationSettings(1024, bounds=AdmissionLimits(max_wait_s=30.0)), []
     level, mild = ServiceLevel(0.3), ServiceLevel(1e3)
     whole = simulate(requests, COST, setting, level=level)
     early = simulate(
