@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from report_pages import (
+    PRECISIONS,
     RESULTS,
     Page,
     entry,
@@ -259,7 +260,10 @@ def test_a_headline_of_few_runs_claims_nothing():
 
 
 def test_precisions_show_what_failed():
-    rows = {row["Precision"].split()[0]: row for row in read(make_profile()).table("Kendall τ")}
+    unsure = {**PRECISIONS[2], "precision": "int8", "failed": False}
+    page = read(make_profile(precisions=[*PRECISIONS, unsure]))
+    rows = {row["Precision"].split()[0]: row for row in page.table("Kendall τ")}
+    assert rows["int8"]["Passed"] == "✗ not proven"
     assert rows["bf16"]["Passed"] == "✓ yes"
     assert rows["fp16"]["Passed"] == "✗ no"
     assert rows["fp16"]["nDCG@10 loss"] == units.UNKNOWN

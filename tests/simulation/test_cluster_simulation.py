@@ -223,9 +223,8 @@ def test_the_rates_of_a_day_join_its_hours():
 def test_a_day_counts_its_quarters_by_their_requests(monkeypatch):
     monkeypatch.setattr(capacity, "WARM_S", 1.0)
     rates = [4.0, 0.0, 60.0, 4.0]
-    found = simulate_day(
-        traffic(1.0), rates, cpu(), Cluster(3, SimulationSettings(2048)), ServiceLevel(0.5)
-    )
+    patient = SimulationSettings(2048, bounds=AdmissionLimits(max_wait_s=30.0))
+    found = simulate_day(traffic(1.0), rates, cpu(), Cluster(3, patient), ServiceLevel(0.5))
     assert [part.rate for part in found.parts] == [4.0, 60.0, 4.0]
     assert [part.overfull for part in found.parts] == [False, True, False]
     assert found.requests == 68 * 86_400 / 4
