@@ -133,6 +133,15 @@ def test_the_limit_holds_where_times_are_as_expected(limit, times):
     assert machine.now <= limit * (1 + 1e-9)
 
 
+def test_a_stall_in_the_first_run_does_not_make_a_point_too_long():
+    times = iter([30.0])
+    machine = Machine(lambda point: next(times, 1.0) if point.size == 2 else 1.0)
+    points = [SweepPoint(10, 1), SweepPoint(10, 2)]
+    results = sweep(points, machine, clock=machine.clock, limit_s=40.0, expected_s=lambda _: 1.0)
+    assert all(m.measured for m in results)
+    assert results[1].summary.median == 1.0
+
+
 class Stalls:
     """A machine of one speed on which some runs, by number, take far longer; and its watch."""
 

@@ -297,10 +297,15 @@ def _missing_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float
 
 
 def _run_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -> float:
-    """Seconds of the next run, with its warm-up if it is the first."""
+    """Seconds of the next run, with its warm-up if it is the first.
+
+    A single run may have been a stall: it counts for at most twice what was expected.
+    """
+    expected = expected_s(measured.point)
+    if len(measured.seconds) == 1 and expected:
+        return min(measured.seconds[0], 2 * expected)
     if measured.seconds:
         return min(measured.seconds)
-    expected = expected_s(measured.point)
     return expected if expected >= SLOW_S else 2 * expected
 
 
