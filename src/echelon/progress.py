@@ -32,7 +32,7 @@ def print_line(line: object) -> None:
     sys.stderr.flush()
 
 
-class Lines:
+class StageLines:
     """Progress as lines on standard error, for pipes and logs.
 
     A stage is printed when it begins; later reports of stages with the same first word ("measuring
@@ -81,7 +81,7 @@ def bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None
 
 def _counter(title: str, total: int) -> Callable[[int], None]:
     """A function that counts units, and prints a line each ``LINE_S`` seconds."""
-    lines, finished = Lines(title, begun=""), 0
+    lines, finished = StageLines(title, begun=""), 0
 
     def advance(done: int) -> None:
         nonlocal finished
@@ -98,7 +98,7 @@ def status(title: str, *, shown: bool) -> Iterator[Progress]:
         yield no_progress
         return
     if not sys.stderr.isatty():
-        yield Lines(title)
+        yield StageLines(title)
         return
     from rich.console import Console
 
@@ -122,7 +122,7 @@ def progress_bar(title: str, *, shown: bool) -> Iterator[tuple[Progress, Callabl
         yield no_progress, lambda _: None
         return
     if not sys.stderr.isatty():
-        yield Lines(title), print_line
+        yield StageLines(title), print_line
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn

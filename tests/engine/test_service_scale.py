@@ -15,7 +15,7 @@ from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.errors import ModelNotFound
 from echelon.models.base import WorkerDied, WorkerGone
-from echelon.scheduling.admission import AutoscalingLimits
+from echelon.scheduling.autoscaling import AutoscalingLimits
 
 slow = partial(Obedient, pace_s=0.00002)
 

@@ -51,7 +51,7 @@ from echelon.offline.run import run as run_file
 from echelon.offline.scoring import RowWindow
 from echelon.options import Options
 from echelon.reranker import Reranker
-from echelon.scheduling.admission import AutoscalingLimits
+from echelon.scheduling.autoscaling import AutoscalingLimits
 
 DOCUMENTS = ("A bird has feathers and wings.", "Stones are hard.", "The cat sleeps all day long.")
 

@@ -20,7 +20,7 @@ from echelon.integrations.ray.serve import app, plan_of, values_of
 from echelon.integrations.ray.worker import WorkerResources, factory_of
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
-from echelon.scheduling.admission import AutoscalingLimits
+from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server.http_server import GRACE_S
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.errors import InvalidInput
-from echelon.scheduling.admission import Autoscaler, AutoscalingLimits
+from echelon.scheduling.autoscaling import Autoscaler, AutoscalingLimits
 from echelon.scheduling.queue import PairRequest
 
 SCALING = AutoscalingLimits(1, 8, delay_s=2.0, up_s=3.0, down_s=60.0)

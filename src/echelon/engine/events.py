@@ -11,10 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from echelon.errors import check_positive
-from echelon.scheduling.admission import AdmissionLimits, AutoscalingLimits
+from echelon.scheduling.admission import AdmissionLimits
 
 if TYPE_CHECKING:
     from echelon.options import Allowance
+    from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.scheduling.queue import QueueLoad
     from echelon.scheduling.token_budget import Reason
     from echelon.types import LadderStep, Truncation

@@ -27,7 +27,7 @@ from echelon.profile import (
     warn_if_stale,
 )
 from echelon.progress import status
-from echelon.scheduling.admission import AdmissionLimits, AutoscalingLimits
+from echelon.scheduling.admission import AdmissionLimits
 from echelon.scheduling.fit import CostFit, Prior
 from echelon.tokenization.tokenizer import PairEncoder
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from echelon.engine.worker import ScorerFactory, Worker
     from echelon.models.hub import ModelFolder
     from echelon.options import Precision
+    from echelon.scheduling.autoscaling import AutoscalingLimits
     from echelon.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -187,8 +188,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     Raises:
         InvalidInput: an option is unknown or wrong.
         ModelError: the model is missing, damaged, or not supported.
-        ProfileError: the profile cannot be read.
-        OutOfMemory: the weights do not fit.
+        ProfileError, OutOfMemory: the profile cannot be read; the weights do not fit.
     """
     asked = Options.of(**options)
     chosen, profile = with_profile(asked)
@@ -204,10 +204,10 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         scaling=scaling,
     )
     prepared = await asyncio.to_thread(prepare, model, asked, profile)
-    make_worker = partial(_make_worker, prepared, workers)
+    make_here = partial(_make_worker, prepared, workers)
     service = Service(
         prepared.encoder,
-        worker_factory(prepared, model) if worker_factory else make_worker,
+        worker_factory(prepared, model) if worker_factory else make_here,
         replace(settings, precision=prepared.options.precision),
         listener=listener,
         learned=prepared.learned,

@@ -30,7 +30,7 @@ from echelon.engine.inflight import EXPIRED, InflightRequest, resolve
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.options import check_fallback, check_max_length
-from echelon.scheduling.admission import Autoscaler, AutoscalingLimits
+from echelon.scheduling.autoscaling import Autoscaler, AutoscalingLimits
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.packing import DEFAULT_BUDGETS, step_budget
@@ -295,7 +295,7 @@ class Service:
         return sum(supervisor.up and supervisor.active for supervisor in self._supervisors)
 
     async def _autoscale(self, limits: AutoscalingLimits) -> None:
-        """Resize as :mod:`echelon.scheduling.admission` says, until cancelled."""
+        """Resize as :mod:`echelon.scheduling.autoscaling` says, until cancelled."""
         autoscaler = Autoscaler(limits)
         while True:
             await asyncio.sleep(AUTOSCALE_INTERVAL_S)

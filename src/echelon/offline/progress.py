@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from echelon.offline.ir_metrics import MEASURES
-from echelon.progress import Lines
+from echelon.progress import StageLines
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
 from echelon.types import monotonic
 
@@ -67,7 +67,7 @@ class ProgressDisplay:
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
-        self._lines = Lines(begun="Scoring")
+        self._lines = StageLines(begun="Scoring")
         self._lock = threading.Lock()
         self._eta = EtaEstimate()
         self._share: float | None = None

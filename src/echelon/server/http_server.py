@@ -34,7 +34,7 @@ into a connection that is being closed."""
 
 OTHER_FILES = 64 + TURNED_AWAY
 """Open files besides connections, with a reserve: pipes and sockets of workers, standard streams,
-files of the log and the event loop, and connections that are told that there are too many."""
+files of the log and the event loop, and connections that get the answer that there are too many."""
 
 GRACE_S = 5
 """Seconds after the drain for workers to end and responses to be written."""

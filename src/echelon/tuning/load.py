@@ -62,7 +62,7 @@ KINDS = ("others", "stolen", "throttled")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class LoadReading:
     """Seconds since the machine started, summed over the CPUs that this process may use."""
 
     at_s: float
@@ -94,7 +94,7 @@ class MachineLoad:
         self._groups = list(_groups(root))
         self._ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         self.quota_cpus = min(map(_quota, self._groups), default=None, key=lambda q: q or 1e9)
-        self._seen: deque[Reading] = deque(filter(None, [self._read()]))
+        self._seen: deque[LoadReading] = deque(filter(None, [self._read()]))
 
     def __call__(self, seconds: float) -> Disturbance | None:
         """What disturbed the run that has just ended and took this long; None: nothing known."""
@@ -109,7 +109,7 @@ class MachineLoad:
         found = self._between(first, now)
         return found if found.kinds else None
 
-    def _between(self, first: Reading, last: Reading) -> Disturbance:
+    def _between(self, first: LoadReading, last: LoadReading) -> Disturbance:
         span = max(last.at_s - first.at_s, WINDOW_S)  # a tick in a short span is no load
         own, cpus = (last.own_s - first.own_s) / span, max(1, len(self._cpus))
         others = (last.busy_s - first.busy_s) / span - own
@@ -119,7 +119,7 @@ class MachineLoad:
         stolen = (last.stolen_s - first.stolen_s) / span / cpus
         return Disturbance(max(0.0, others), stolen, throttled, cpus)
 
-    def _read(self) -> Reading | None:
+    def _read(self) -> LoadReading | None:
         """The counters now; None on systems without them."""
         try:
             lines = self._stat.read_text(encoding="ascii").splitlines()
@@ -131,7 +131,7 @@ class MachineLoad:
         stolen = sum(row[-1] for row in mine)
         throttled = max(map(_throttled, self._groups), default=0.0)
         ticks = self._ticks
-        return Reading(self._clock(), busy / ticks, stolen / ticks, self._own(), throttled)
+        return LoadReading(self._clock(), busy / ticks, stolen / ticks, self._own(), throttled)
 
 
 def _usable() -> Collection[int]:

@@ -5,7 +5,7 @@ round, so a slow-down of the machine affects all alike. After MIN_RUNS runs of e
 may still be the best of their row get more.
 
 A run during which something else used the processors is marked and repeated while time allows; a
-run far slower than the others of its point is told apart from their spread.
+run far slower than the others of its point is an outlier, not spread.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ray import serve
 from echelon.errors import InvalidInput, ShuttingDown, check_positive
 from echelon.integrations.ray.worker import RayWorker, WorkerResources, connect, factory_of
 from echelon.options import require_packages
-from echelon.scheduling.admission import AutoscalingLimits
+from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server import settings as server_settings
 from echelon.server.app import make_app
 from echelon.server.context import server_of

@@ -193,7 +193,7 @@ class RequestTexts:
 
     Args:
         limits: of documents, characters and ``rank_fields``.
-        use_memory: told the bytes that all texts take, whenever they become more; raises where
+        use_memory: takes the bytes that all texts take, whenever they become more; raises where
             there is no room for them.
     """
 
