@@ -210,7 +210,7 @@ def test_pairs_may_come_from_a_generator_and_as_lists(reranker):
 
 def test_names_in_memory_errors_are_the_callers(small_memory):
     reranker, scorer = small_memory
-    with pytest.raises(OutOfMemory, match=r"^pairs\[4\] of \d+ tokens"):
+    with pytest.raises(OutOfMemory, match=r"^out of memory: pairs\[4\] of \d+ tokens"):
         reranker.score_pairs([("a", "b"), ("a", "b"), ("a", "b"), ("a", "c"), ("a", words(60))])
     found = reranker.score_pairs([("a", "b"), ("a", "c")] * 20)
     assert found.report.scored == 2

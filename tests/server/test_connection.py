@@ -27,6 +27,12 @@ def live():
         yield server
 
 
+@pytest.fixture(autouse=True)
+def alone(live):
+    """Connections of the test before have gone: there are only eight places."""
+    until(lambda: live.metric("echelon_connections") == 1)  # the one that asks
+
+
 def drip(client, stop) -> None:
     """A byte of headers now and then, until the connection is closed."""
     with contextlib.suppress(OSError):
@@ -154,7 +160,6 @@ def test_a_body_that_comes_behind_its_refusal_costs_no_connection(tmp_path):
 
 
 def test_the_number_of_connections_is_limited(live):
-    until(lambda: live.metric("echelon_connections") == 1)  # the one that asks
     body = json.dumps({"query": "q", "documents": [f"{i} " + "d" * 90 for i in range(100)]})
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(client_of(live)) for _ in range(8)]
