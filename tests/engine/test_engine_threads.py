@@ -56,7 +56,9 @@ def test_one_callers_failure_is_its_own():
     with ThreadPoolExecutor(4) as threads:
         answers = list(threads.map(run, [good, bad] * 4))
     assert answers[0::2] == [alone] * 4
-    assert all(answer.startswith("out of memory: pairs[1] of 250 tokens") for answer in answers[1::2])
+    assert all(
+        answer.startswith("out of memory: pairs[1] of 250 tokens") for answer in answers[1::2]
+    )
 
 
 def test_anothers_success_does_not_send_a_caller_back_to_the_first_rung():

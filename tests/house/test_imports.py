@@ -140,9 +140,7 @@ def test_errors_are_one_tree():
 
 
 def test_the_drawn_tree_of_errors_is_the_tree():
-    drawn = re.findall(
-        r"(\w+)(?: \([^)]*\))? +(\d{3}) +(\d+)$", errors.__doc__, re.MULTILINE
-    )
+    drawn = re.findall(r"(\w+)(?: \([^)]*\))? +(\d{3}) +(\d+)$", errors.__doc__, re.MULTILINE)
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     there = [kind for kind in kinds if issubclass(kind, errors.EchelonError)]
     assert drawn == [(k.__name__, str(k.status), str(k.exit_code)) for k in there]
