@@ -202,7 +202,7 @@ def test_logs_are_plain_lines_on_a_terminal_and_json_elsewhere():
 def test_lines_say_each_new_stage_and_others_now_and_then(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])
-    lines = progress.Lines("Tuning")
+    lines = progress.StageLines("Tuning")
     for at_s, stage, done in (
         (100, "opening the model", 0),
         (103, "measuring batch 1", 1),
