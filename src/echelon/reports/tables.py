@@ -152,24 +152,27 @@ def _best_table(profile: Profile) -> Table:
             str(entry["batch_size"]),
             f"{duration(entry['latency_s']['median'])} {wording.spread(entry)}",
             number(entry["pairs_per_s"]),
-            _certain(rivals(profile, entry)),
+            _as_fast(rivals(profile, entry)),
         )
         for entry in profile.best
     ]
-    columns = (tr("Pairs"), tr("Best batch size"), tr("Latency"), tr("Pairs/s"), tr("Certain"))
+    columns = (
+        *(tr("Pairs"), tr("Best batch size"), tr("Latency")),
+        *(tr("Pairs/s"), tr("May be as fast")),
+    )
     return _table(tr("Best batch size"), columns, rows)
 
 
-def _certain(others: Sequence[Row]) -> str:
-    """Whether a choice is certain; else the sizes that may be as good."""
+def _as_fast(others: Sequence[Row]) -> str:
+    """The sizes that may be as fast as a chosen one: their intervals overlap."""
     shown = ", ".join(str(entry["batch_size"] or entry["token_budget"]) for entry in others)
-    return tr("not known: {sizes}", sizes=shown) if others else tr("yes")
+    return shown or tr("none")
 
 
 def _scenario_table(profile: Profile) -> Table:
     columns = (
         *(tr("Scenario"), tr("Documents"), tr("Step")),
-        *(tr("Pairs/s"), tr("Peak memory"), tr("Certain")),
+        *(tr("Pairs/s"), tr("Peak memory"), tr("May be as fast")),
     )
     rows = [
         (
@@ -180,7 +183,7 @@ def _scenario_table(profile: Profile) -> Table:
             size(entry["peak_bytes"]),
             tr("predicted")
             if entry.get("predicted")
-            else _certain(rivals(profile, entry, any_unit=entry["name"] == "offline")),
+            else _as_fast(rivals(profile, entry, any_unit=entry["name"] == "offline")),
         )
         for entry in profile.situations
     ]

@@ -206,7 +206,7 @@ def best_rows(profile: Profile) -> list[list[str]]:
             entry = best[count]
             rate, sizes = units.number(entry["pairs_per_s"]), rivals(profile, entry)
             others = listed(str(rival["batch_size"]) for rival in sizes)
-            best_one = tr("{size} (not known: {others})", size=entry["batch_size"], others=others)
+            best_one = tr("{size} (or {others})", size=entry["batch_size"], others=others)
             shown = best_one if sizes else str(entry["batch_size"])
             cells = [shown, wording.latency(entry), rate]
         rows.append([str(count), *cells])
