@@ -38,8 +38,7 @@ check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/python -m pytest -q tests/house/test_docs.py
 
 docs: $(VENV)/.installed-test ## write the tree of files and the table of limits into docs/, and build the site
-	$(BIN)/python scripts/tree.py
-	$(BIN)/python scripts/limits.py
+	$(BIN)/python scripts/doc_parts.py
 	@$(MAKE) docs-site
 
 docs-site: $(VENV)/.installed-test ## build the documentation as a site that needs no network (build/site)

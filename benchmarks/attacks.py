@@ -5,7 +5,7 @@
 The server is `echelon serve demo`, in turn without and with API keys, in 3 GB of address space
 (RLIMIT_AS, as `ulimit -v` sets it), and each body is sent as it is and ten times as large. One
 process asks for /health all the time, and one for the score of one document; their longest answers
-stand beside the longest step of that time. Then come 1,000 connections of each kind that only stay,
+stand beside the longest step until then. Then come 1,000 connections of each kind that only stay,
 and trailers without end.
 
 Writes benchmarks/results/attacks.json and attacks.md; the exit code is 1 where a bound is broken.
@@ -21,8 +21,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +33,7 @@ import psutil
 
 from echelon import __version__
 from echelon.tuning.machine import describe_machine
-from hostile import STAYING, endless_trailers, exchange, payloads, post, status_of, stay
+from hostile import STAYING, endless_trailers, exchange, payloads, port_of, post, status_of, stay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +70,7 @@ class Server:
             env=environment,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES,) * 2),  # noqa: PLW1509 - no threads yet
         )
-        self.port = self._await_port()
+        self.port = port_of(self.process, self.log)
 
     def __enter__(self) -> Self:
         return self
@@ -94,16 +92,6 @@ class Server:
         counts = [(line.split('"')[1], float(line.rpartition(" ")[2])) for line in steps]
         total = counts[-1][1]
         return next(float(bound) for bound, count in counts if count == total) * 1000
-
-    def _await_port(self) -> int:
-        while self.process.poll() is None:
-            self.log.seek(0)
-            for line in self.log:
-                if '"url"' in line:
-                    return int(json.loads(line)["url"].rpartition(":")[2])
-            time.sleep(0.1)
-        self.log.seek(0)
-        raise SystemExit(f"the server did not start: {self.log.read()}")
 
 
 def _probe(port: int, request: tuple[str, str, str, dict[str, str]], longest: Synchronized[float],
@@ -183,7 +171,7 @@ def measured(server: Server, *, keys: bool, connections: int) -> list[dict[str, 
     """Run every attack once, one after another."""
     headers = {"Authorization": f"Bearer {KEY}"} if keys else {}
     rows, probes = [], Probes(server, headers=headers)
-    idle_mb = statistics.median(server.resident_mb() for _ in range(5))
+    idle_mb = server.resident_mb()
     for name, attack in attacks(server, connections):
         probes.reset()
         began = time.perf_counter()
@@ -253,7 +241,6 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     needed = options.connections + 200
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (needed, resource.getrlimit(resource.RLIMIT_NOFILE)[1])

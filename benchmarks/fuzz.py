@@ -67,9 +67,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home, Server(keys=False, home=Path(home)) as server:
         before = server.resident_mb()
         statuses, wrong = asyncio.run(fuzz(server.port, options.minutes * 60, options.seed))
-        own = psutil.Process(server.process.pid)
-        after = {"rss_mb": round(server.resident_mb(), 1), "files": own.num_fds()}
-        alive = server.process.poll() is None
+        alive, after = server.process.poll() is None, {}
+        if alive:
+            files = psutil.Process(server.process.pid).num_fds()
+            after = {"rss_mb": round(server.resident_mb(), 1), "files": files}
     result = {
         "command": f"python benchmarks/fuzz.py --minutes {options.minutes:g} --seed {options.seed}",
         "machine": describe_machine(),

@@ -10,13 +10,16 @@ import contextlib
 import copy
 import json
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import random
     import ssl
+    import subprocess
     from collections.abc import AsyncIterator, Callable, Iterator
+    from typing import TextIO
 
     Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -29,6 +32,18 @@ TRUE_5XX = {503, 504, 507}
 """Statuses of a server that says truly that it is full, late, or out of memory."""
 
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+
+
+def port_of(server: subprocess.Popen[Any], log: TextIO) -> int:
+    """The port of `echelon serve --port 0`, once its log names it."""
+    while server.poll() is None:
+        log.seek(0)
+        for line in log:
+            if '"url"' in line:
+                return int(json.loads(line)["url"].rpartition(":")[2])
+        time.sleep(0.1)
+    log.seek(0)
+    raise SystemExit(f"the server did not start: {log.read()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +186,7 @@ async def closed(connected: Connection) -> bool:
     """Whether the server has closed a connection, of which what has come is read."""
     reader = connected[0]
     with contextlib.suppress(RuntimeError):
-        reader._transport.resume_reading()  # type: ignore[attr-defined]  # noqa: SLF001
+        reader._transport.resume_reading()  # type: ignore[attr-defined]  # noqa: SLF001 - see unread
     try:
         async with asyncio.timeout(5):
             while await reader.read(2**20):

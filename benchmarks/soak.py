@@ -35,7 +35,18 @@ import psutil
 from echelon import Reranker, __version__
 from echelon.server.protocols import PROTOCOLS
 from echelon.tuning.machine import describe_machine
-from hostile import OK, STAYING, TRUE_5XX, connection, exchange, fuzzed, is_failure, post, status_of
+from hostile import (
+    OK,
+    STAYING,
+    TRUE_5XX,
+    connection,
+    exchange,
+    fuzzed,
+    is_failure,
+    port_of,
+    post,
+    status_of,
+)
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 SAMPLE_S = 5.0
@@ -197,15 +208,7 @@ def started(model: str, temporary: Path) -> tuple[subprocess.Popen[str], int]:
     command += ["--api-keys", str(keys)]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, stderr=log, text=True, env=environment)
-    while True:
-        log.seek(0)
-        for line in log:
-            if '"url"' in line:
-                return process, int(json.loads(line)["url"].rpartition(":")[2])
-        if process.poll() is not None:
-            log.seek(0)
-            raise SystemExit(f"the server did not start: {log.read()}")
-        time.sleep(0.1)
+    return process, port_of(process, log)
 
 
 def metrics_of(port: int) -> dict[str, float]:
@@ -231,10 +234,11 @@ def main() -> None:
         asyncio.run(soak.run(options.minutes * 60))
         seconds = time.monotonic() - began
         time.sleep(2)  # the server has noticed that the clients are gone
-        counted, inside = metrics_of(port), metrics_of(port)["echelon_requests_inside"]
+        counted = metrics_of(port)
         process.terminate()
         code = process.wait(90)
         left = sum(1 for _ in temporary.rglob("*"))
+    inside = counted["echelon_requests_inside"]
     counted_documents = counted['echelon_key_documents_total{key="good"}']
     result = {
         "command": f"python benchmarks/soak.py --minutes {options.minutes:g}",

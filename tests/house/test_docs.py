@@ -22,6 +22,7 @@ PAGES = sorted(
 )
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 REFERENCES = [ROOT / "docs/REFERENCE.md", ROOT / "docs/REFERENCE.zh.md"]
+MANUALS = READMES + sorted({*ROOT.glob("docs/*.md")} - {ROOT / "docs/LOG.md"})
 
 
 def text(path):
@@ -35,10 +36,9 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("script", ["tree.py", "limits.py"])
-def test_what_pages_take_from_the_code_is_what_the_code_says(script):
+def test_what_pages_take_from_the_code_is_what_the_code_says():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), "--check"],
+        [sys.executable, str(ROOT / "scripts/doc_parts.py"), "--check"],
         capture_output=True,
         text=True,
         check=False,
@@ -80,7 +80,15 @@ def test_references_name_every_option_command_and_exit_code(reference):
     assert documented == codes | {0, cli.INTERRUPTED}
 
 
-@pytest.mark.parametrize("page", READMES + REFERENCES, ids=lambda p: p.name)
+def command_of(words):
+    """The command that words call, of groups the inner one."""
+    found = cli.cli
+    while isinstance(found, click.Group):
+        found = found.commands[words.pop(0)]
+    return found
+
+
+@pytest.mark.parametrize("page", MANUALS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_in_the_documents_exist(page):
     blocks = re.findall(r"```bash\n(.*?)```", text(page), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
@@ -89,12 +97,12 @@ def test_commands_in_the_documents_exist(page):
     for line in lines:
         for word in re.findall(r"(?:^|\| )make (\w+)", line):
             assert re.search(rf"^{word}:", makefile, re.MULTILINE), line
-        for called in re.findall(r"(?:^|\| )echelon (\w+)", line):
-            known = {o for p in cli.cli.commands[called].params for o in p.opts}
+        for called in re.findall(r"(?:^|\| )echelon (\w.*)", line):
+            known = {o for p in command_of(called.split()).params for o in p.opts}
             used = set(re.findall(r"(--[\w-]+)", line))
             assert used <= known, line
             seen += 1
-    assert seen >= 6
+    assert seen >= 6 or page not in READMES + REFERENCES
 
 
 @pytest.mark.parametrize("pages", [READMES, REFERENCES], ids=["readme", "reference"])

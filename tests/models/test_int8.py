@@ -255,11 +255,11 @@ def test_sensitive_layers_stay_in_bf16_until_int8_passes(bert, monkeypatch):
     monkeypatch.setattr(precision_check.PrecisionCheck, "sensitive_layers", lambda _: worst_first)
     real = precision_check.PrecisionCheck.score
 
-    def score(self, precision, keep_bf16=(), passes=2):
+    def score(self, precision, keep_bf16=()):
         tried.append((precision, list(keep_bf16)))
         logits, speed = real(self, "bf16")
-        passes = precision != "int8" or len(keep_bf16) >= 3
-        return (logits if passes else [-part for part in logits]), speed
+        ranks_alike = precision != "int8" or len(keep_bf16) >= 3
+        return (logits if ranks_alike else [-part for part in logits]), speed
 
     monkeypatch.setattr(precision_check.PrecisionCheck, "score", score)
     row = precision_check.compare_precisions(check_of(bert), ["fp32", "int8"])[1]
@@ -273,8 +273,8 @@ def pretend_scores(monkeypatch, differing):
     """Scores of which all but fp32's are reversed for these queries; returns what is scored."""
     scored = []
 
-    def score(check, precision, keep_bf16=(), passes=2):
-        scored.append((precision, len(check.topics), passes))
+    def score(check, precision, keep_bf16=()):
+        scored.append((precision, len(check.topics)))
         logits = [np.arange(len(topic.documents), dtype=np.float32) for topic in check.topics]
         if precision != "fp32":
             signs = [-1 if topic.query in differing else 1 for topic in check.topics]
@@ -297,9 +297,9 @@ def test_queries_are_added_until_they_decide(bert, monkeypatch, differing, queri
     assert (row["queries"], row["proven"], row["failed"]) == (queries, proven, failed)
     assert row["passed"] == proven
     assert decided(row) == (proven or failed)
-    # Both score each part once; the first one again, for the speed.
-    parts = [(12, 2), (12, 1)][: queries // 12]
-    assert sorted(scored) == sorted((name, *part) for name in ("fp32", "fp16") for part in parts)
+    # Both score each part once.
+    parts = queries // 12
+    assert sorted(scored) == sorted([("fp32", 12), ("fp16", 12)] * parts)
 
 
 def test_without_time_no_query_is_added(bert, monkeypatch):

@@ -200,7 +200,7 @@ def test_cors_is_off_unless_an_origin_is_named():
     run_app(opened, access=Access(origins=("https://shop.example",)))
 
 
-@pytest.mark.parametrize("name", ["max_body_mb", "body_timeout_s", "drain_s"])
+@pytest.mark.parametrize("name", NAMES)
 def test_invalid_limits_are_refused(name):
     with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
         ServerLimits(**{name: 0})

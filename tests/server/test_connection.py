@@ -16,7 +16,6 @@ from served import ASKED, LiveFake
 from echelon.errors import InvalidInput
 from echelon.server.connection import LINGER_S
 from echelon.server.http_server import OTHER_FILES, raise_file_limit
-from echelon.server.limits import ServerLimits
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +174,6 @@ def test_the_number_of_connections_is_limited(live):
         with httpx.Client() as again:
             until(lambda: again.post(f"{live.url}/v1/rerank", json=ASKED).status_code == 200)
     assert live.metric('echelon_connections_refused_total{reason="too_many"}') >= 1
-
-
-@pytest.mark.parametrize("name", ["max_connections", "header_timeout_s", "max_header_kb"])
-def test_limits_that_make_no_sense(name):
-    with pytest.raises(InvalidInput, match=f"{name}: 0 is not positive"):
-        ServerLimits(**{name: 0})
 
 
 def test_files_for_the_connections(monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import socket
 
 import pytest
+from raw_clients import START
 from served import LiveFake
 from services import GUARD_S
 from streams import PATH, Stream, asked, check, client_of, counted, readiness, streaming
@@ -26,8 +27,7 @@ def live():
 
 
 def head(length: int) -> bytes:
-    lines = ("Host: a", "Content-Type: application/json", f"Content-Length: {length}")
-    return "\r\n".join([f"POST {PATH} HTTP/1.1", *lines, "", ""]).encode()
+    return f"{START}Content-Length: {length}\r\n\r\n".encode()
 
 
 def connect(server):

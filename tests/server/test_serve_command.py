@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,21 +15,15 @@ import httpx
 import psutil
 import pytest
 from helpers import SENTENCES
+from raw_clients import until
 from served import JSON, KEY, MODEL, QUERY, Live
+from services import GUARD_S
 
 from echelon import Reranker
 from echelon.server.context import name_of
 from echelon.server.http_checks import is_loopback
 
-GUARD_S = 60.0
 NO_RETRY = {"max_retries": 0}
-
-
-def until(condition) -> None:
-    guard = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < guard
-        time.sleep(0.005)
 
 
 # Cohere's own clients.

@@ -5,7 +5,6 @@ A command module imports click only; heavy imports stand inside the command.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -79,10 +78,6 @@ def _run() -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except EchelonError as error:
         _fail(_told(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader has closed the pipe (`echelon rank … | head`): there is nothing to print to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     sys.exit(code or 0)
 
 

@@ -103,11 +103,6 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
-def print_line(line: object) -> None:
-    """Print a line on standard error."""
-    click.echo(line, err=True)
-
-
 _LOAD_FLAGS: dict[str, dict[str, Any]] = {
     "--slo-p99-ms": {"type": float, "help": "P99 latency goal"},
     "--rate": {"type": float, "help": "Requests a second"},

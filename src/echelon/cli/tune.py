@@ -125,16 +125,15 @@ def tune(*, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     from echelon.reports.tables import print_profile, print_scenario
     from echelon.reports.tuning_report import write_report
 
+    # Before anything is printed: a pipe that its reader has closed ends the command.
+    found.save(target)
+    write_report(found, report, profile_path=str(target))
+    partial.unlink(missing_ok=True)
     if as_json:
         print_json(found.as_dict())
     elif not quiet:
         print_profile(found)
         print_scenario(found)
-
-    found.save(target)
-    write_report(found, report, profile_path=str(target))
-    partial.unlink(missing_ok=True)
-    if not quiet and not as_json:
         print_line("\n" + tr("Profile: {file}", file=target))
         print_line(tr("Report: {file}", file=report))
     if missed is not None:
@@ -170,7 +169,7 @@ def _tuned(
     refresh: Path | None,
     on_progress: Progress,
 ) -> tuple[Profile, EchelonError | None]:
-    """The profile, and the error to end with: measurements are shown and saved before."""
+    """The profile, and the error to end with: measurements are saved and shown before."""
     scenario = None
     if goal is not None:
         from echelon.tuning.scenario_model import open_for_scenario

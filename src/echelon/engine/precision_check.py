@@ -136,16 +136,19 @@ class PrecisionCheck:
         )
 
     def score(
-        self, precision: str, keep_bf16: Sequence[str] = (), passes: int = 2
+        self, precision: str, keep_bf16: Sequence[str] = ()
     ) -> tuple[list[FloatArray], float]:
-        """Score ``topics``: their logits, and tokens per second of the last pass."""
+        """Score ``topics``: their logits, and tokens per second.
+
+        The first topic is scored once before, so that the speed is not that of the first steps.
+        """
         with closing(self.open(precision, keep_bf16)) as scorer:
             encoded = self.encode(scorer.info)
             engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.info.device)))
-            for _ in range(passes):
-                started = monotonic()
-                outcome = engine.run(encoded)
-                seconds = monotonic() - started
+            engine.run(replace(self, topics=self.topics[:1]).encode(scorer.info))
+            started = monotonic()
+            outcome = engine.run(encoded)
+            seconds = monotonic() - started
         bounds = np.cumsum([len(topic.documents) for topic in self.topics])[:-1]
         return np.split(outcome.logits, bounds), outcome.report.tokens / seconds
 
@@ -196,7 +199,7 @@ class Comparisons:
         grades: list[Sequence[int] | None] = []
         for number, part in enumerate(self._parts):
             reference += self._exact_part(number)[0]
-            scored, pace = part.cut(max_length).score(precision, keep_bf16, _passes(number))
+            scored, pace = part.cut(max_length).score(precision, keep_bf16)
             logits, speed = logits + scored, speed or pace
             grades += [topic.grades for topic in part.topics]
             found = agreement(reference, logits, grades)
@@ -208,13 +211,8 @@ class Comparisons:
 
     def _exact_part(self, number: int) -> tuple[list[FloatArray], float]:
         if number == len(self._scored):
-            self._scored.append(self._parts[number].score(self._exact, (), _passes(number)))
+            self._scored.append(self._parts[number].score(self._exact))
         return self._scored[number]
-
-
-def _passes(part: int) -> int:
-    """The first part is scored twice, so that the speed is not that of the first steps."""
-    return 1 if part else 2
 
 
 def compare_precisions(

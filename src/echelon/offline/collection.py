@@ -210,7 +210,6 @@ class RunFile(Lines):
                     self._first_line(query, self.number)
                 before = query
         self._count_taken()
-        self._count_taken()
         super().skip_to(point)
 
     def close(self) -> None:

@@ -198,7 +198,7 @@ def print_scenario(profile: Profile) -> None:
     console = _console()
     console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
     for label, value in (*shown["settings"], (tr("Ranking accuracy"), shown["accuracy"])):
-        console.print(Text(f"  {label:24} {value}"))
+        console.print(Text(f"  {set_cell_size(label, 24)} {value}"))
     columns = ("", tr("Predicted"), tr("Measured"), tr("Difference"))
     console.print(_table("", columns, shown["rows"]))
     console.print(Text(shown["headline"], style=STYLES[shown["state"]]))

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import time
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -211,8 +211,13 @@ async def _metrics(server: ServerContext, _: Request) -> Response:
 
 
 async def _openapi(server: ServerContext, _: Request) -> Response:
-    title, keys = f"Echelon: {server.model}", len(server.access.keys) > 0
-    return as_json(describe(title, keys=keys), 200)
+    return as_json(_description(server.model, keys=len(server.access.keys) > 0), 200)
+
+
+@cache
+def _description(model: str, *, keys: bool) -> dict[str, Any]:
+    """The description, made once: it takes the event loop 15 ms."""
+    return describe(f"Echelon: {model}", keys=keys)
 
 
 STATE_ROUTES: dict[str, Handler] = {

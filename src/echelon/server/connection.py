@@ -36,7 +36,7 @@ the client closes first. Closed at once, the client's system would drop the unre
 PIPELINED = 32
 """Requests that may wait behind another of their connection. A packet can hold thousands."""
 
-HEADERS = 256
+MAX_HEADERS = 256
 """Headers of a request; browsers send some thirty. Each takes 150 bytes of memory and more."""
 
 SMALL_CHUNK_BYTES = 64
@@ -243,8 +243,8 @@ class Connection(HttpToolsProtocol):
         self._stop_parser_if_ended()
         if not self._in_headers:
             self._refuse("trailers", "The body has trailers. Send it without.")
-        elif len(self.headers) >= HEADERS:
-            self._refuse("large_headers", f"There are more than {HEADERS} headers.")
+        elif len(self.headers) >= MAX_HEADERS:
+            self._refuse("large_headers", f"There are more than {MAX_HEADERS} headers.")
         else:
             super().on_header(name, value)
 

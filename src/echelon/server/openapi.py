@@ -142,7 +142,7 @@ class StateRoute:
     body: Any = None  # the type of its JSON
     media: str = "application/json"
     keyed: bool = False  # whether it needs a key where there are keys
-    busy: Any = CohereError  # the type of its JSON with status 503; None where it always answers
+    busy: Any = CohereError  # the type of its JSON with status 503
     group: str = STATE_GROUP
 
 

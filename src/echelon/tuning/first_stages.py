@@ -33,6 +33,8 @@ SAMPLE = 10  # pairs whose mean length is that of a typical pair
 MAX_THREAD_PAIRS = 32
 """Pairs of the call that thread counts are compared with: more would tell no more."""
 
+WARM_UP = 1.1  # all topics, and the first one before them
+
 THREAD_RUNS = 5  # of a thread count, where they are quick
 
 
@@ -76,7 +78,8 @@ def compare_in_time(
         return [], [Message("tune.one_precision", {"precision": candidates[0]})]
     pairs = sum(len(topic.documents) for topic in check.topics)
     # A precision is worth having if it is faster than the first one: twice as fast is usual.
-    seconds = time.open_s * len(candidates) + (1 + len(candidates)) * pairs * price.pair_s
+    passes = 1 + (len(candidates) - 1) / 2
+    seconds = time.open_s * len(candidates) + WARM_UP * passes * pairs * price.pair_s
     if not (required or time.affords(seconds, PRECISIONS)):
         values = {"seconds": f"{seconds:.0f}", "limit": f"{seconds / PRECISIONS:.0f}"}
         return [], [Message("tune.precisions_left_out", values)]

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
     from echelon.types import Clock
 
-PRECISIONS, THREADS, PROBES, MEMORY = 0.35, 0.10, 0.20, 0.15
-"""Shares of the time limit that the stages beside the sweep may take at most."""
+PRECISIONS, THREADS, PROBES, MEMORY = 0.50, 0.10, 0.20, 0.15
+"""Shares of the time limit that the stages beside the sweep may take at most. The choice of a
+precision comes first: it is worth more than that of a step, and the sweep predicts what it cannot
+measure."""
 
 WORKER_START_S, WORKER_OPENS = 2.0, 2.0
 """Time until a new worker answers: libraries, and this many times the opening of the model."""

@@ -78,7 +78,11 @@ async def file(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in FILES and name != PLOTLY and name not in SWAGGER:
         raise NoSuchRoute(f"There is no {request.method} {request.scope['path']}. See /docs.")
-    body = await run_in_threadpool(body_of, name, gzipped=takes_gzip(request.headers))
+    gzipped = takes_gzip(request.headers)
+    body = _CONTENTS.get((name, gzipped))
+    if body is None:
+        body = await run_in_threadpool(_read, name, gzipped=gzipped)
+        _CONTENTS[name, gzipped] = body
     headers = {
         "ETag": body.tag,
         "Vary": "Accept-Encoding",
@@ -93,9 +97,12 @@ async def file(request: Request) -> Response:
     return Response(body.content, headers={**headers, "Content-Type": f"{kind}; charset=utf-8"})
 
 
-@cache
-def body_of(name: str, *, gzipped: bool) -> PageContent:
-    """Read and compress a file, once."""
+_CONTENTS: dict[tuple[str, bool], PageContent] = {}
+"""Files that were read, by name and whether they are compressed."""
+
+
+def _read(name: str, *, gzipped: bool) -> PageContent:
+    """Read a file, and compress it if it is to be."""
     source = _source(name)
     content = source.read_bytes()
     if source.suffix == ".gz":
