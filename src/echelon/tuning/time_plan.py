@@ -28,7 +28,8 @@ measure."""
 WORKER_START_S, WORKER_OPENS = 2.0, 2.0
 """Time until a new worker answers: libraries, and this many times the opening of the model."""
 
-RUNS = MIN_RUNS + 1  # a warm-up, or one run to repeat
+RUNS = MIN_RUNS + 3
+"""A warm-up and five runs: the interval of five is half as wide as that of three."""
 
 FIRST_PAIRS = 8  # pairs of the larger step that is priced
 REPEATS = 2  # of each; the faster one counts, since nothing makes a step too fast
