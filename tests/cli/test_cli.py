@@ -18,6 +18,7 @@ from echelon import cli, errors
 from echelon.models import kernels
 from echelon.models.device import CPU_SWITCH
 from echelon.profile import Profile
+from echelon.reports import tables
 
 pytestmark = pytest.mark.device
 
@@ -137,6 +138,12 @@ def test_bad_usage_is_one_clear_line_and_an_exit_code(bert, call, arguments, cod
 def test_tune_writes_profile_and_report_and_prints_the_table(bert, tmp_path, call, monkeypatch):
     offer(monkeypatch, "fp32", "bf16")
     profile, report = tmp_path / "p.json", tmp_path / "r.html"
+
+    def shown(found, show=tables.print_profile):
+        assert report.exists(), "a closed pipe would end the command here"
+        show(found)
+
+    monkeypatch.setattr(tables, "print_profile", shown)
     code, out, err = call("tune", bert, *QUICK, "--profile", profile, "--report", report)
     assert code == 0, err
     for words in ("Best batch", "Pairs/s", "Best step", "Realtime API", "Kendall"):
