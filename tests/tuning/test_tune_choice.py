@@ -179,12 +179,30 @@ def test_a_size_that_may_be_as_fast_is_a_rival():
 def test_a_predicted_point_is_chosen_only_where_none_was_measured():
     fast = MeasuredPoint(SweepPoint(100, 8), "predicted", predicted_s=(0.5, 0.4, 0.6))
     found = best_of([measured(100, 0.9, batch=1), fast])
-    assert (found.chosen.point.size, found.rivals) == (1, [])
+    assert (found.chosen.point.size, found.rivals) == (1, [SweepPoint(100, 8)])
+    slow = MeasuredPoint(SweepPoint(100, 8), "predicted", predicted_s=(1.5, 1.4, 1.6))
+    assert best_of([measured(100, 0.9, batch=1), slow]).certainty()["certain"]
     alone = best_of([fast])
     assert alone.chosen is fast
     assert not alone.certainty()["certain"]
     few = MeasuredPoint(SweepPoint(100, 4), "ok", "", [0.1, 0.1])
     assert best_of([measured(100, 0.9, batch=1), few]).rivals == [SweepPoint(100, 4)]
+
+
+def test_a_point_of_which_nothing_is_known_is_a_rival_unless_it_can_never_be_known():
+    unknown = MeasuredPoint(SweepPoint(100, 4))
+    assert best_of([measured(100, 0.9, batch=1), unknown]).rivals == [SweepPoint(100, 4)]
+    never = MeasuredPoint(SweepPoint(100, 8), "out_of_memory")
+    assert best_of([measured(100, 0.9, batch=1), never]).certainty()["certain"]
+
+
+def test_offline_work_is_advised_from_predicted_large_calls_rather_than_measured_small_ones():
+    large = MeasuredPoint(SweepPoint(100, 8), "predicted", predicted_s=(2.0, 1.8, 2.2))
+    advice = {s["name"]: s for s in scenario_advice([measured(5, 0.2, batch=1), large])}
+    assert (advice["offline"]["pairs"], advice["offline"]["predicted"]) == (100, True)
+    assert (advice["api"]["pairs"], advice["api"]["predicted"]) == (5, False)
+    advice = {s["name"]: s for s in scenario_advice([measured(50, 1.9, batch=1), large])}
+    assert (advice["offline"]["pairs"], advice["offline"]["predicted"]) == (50, False)
 
 
 def test_what_disturbed_is_named_with_its_share():

@@ -116,12 +116,13 @@ def test_noise_widens_the_error_and_never_refuses(seed, noise):
 def test_outliers_do_not_move_the_coefficients(coefficients, seed, factor):
     shapes, random = choose(LIMITS, CPU, 100), Random(seed)
     probes, checks = (probed(some, coefficients, "none") for some in shapes)
-    for index in random.sample(range(len(probes)), 3):
+    # Two of the few largest steps would be most of what is known of their size.
+    by_size = sorted(range(len(probes)), key=lambda index: sum(probes[index].lengths))
+    for index in [*random.sample(by_size[:-6], 2), random.choice(by_size[-6:])]:
         probes[index] = replace(probes[index], seconds=(probes[index].median_s * factor,))
     found = fit_cost(probes, checks, "none")
-    # where all three are among the few largest steps, the largest checks are off by up to a fifth
     assert found.error.median < 0.05
-    assert found.error.p90 < 0.30
+    assert found.error.p90 < 0.20
 
 
 def test_times_that_no_formula_explains_are_kept_with_a_note():
@@ -242,7 +243,8 @@ def test_shapes_keep_the_limits(longest, budget, kind, most_s):
     assert len(shapes.checks) <= CHECKS
     assert all(1 <= length <= longest for shape in every for length in shape)
     assert all(len(shape) == 1 or step_cost(shape, kind) <= budget for shape in every)
-    assert sum(CPU.seconds(work_of(shape, kind)) for shape in every) <= most_s
+    least_s = sum(CPU.seconds(work_of(shape, kind)) for shape in limits.least())
+    assert sum(CPU.seconds(work_of(shape, kind)) for shape in every) <= max(most_s, 2 * least_s)
 
 
 def test_with_enough_time_probes_reach_from_the_smallest_to_the_largest_step():
@@ -321,3 +323,11 @@ def test_what_does_not_fit_is_left_out_with_all_that_is_larger():
     ]
     assert (50,) not in bench.ran
     assert Bench(memory=5).measure([(30,), (10,)], 500) == []
+
+
+@given(st.sampled_from([24, 100, 512, 8192]), st.floats(-1.0, 1e-4), paddings)
+def test_however_short_the_time_is_a_model_can_be_fitted(longest, max_s, padding):
+    shapes, _ = choose(LengthRange(longest, 8192, padding), CPU, max_s)
+    assert len({work_of(shape, padding) for shape in shapes}) >= MIN_SHAPES
+    assert sum(map(sum, shapes)) <= 144
+    fit_cost(probed(shapes, CPU, padding), [], padding)

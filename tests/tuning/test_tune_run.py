@@ -178,9 +178,9 @@ def test_a_short_time_predicts_points_and_names_the_stages_left_out(bert, monkey
     offer(monkeypatch, "fp32", "bf16")
     monkeypatch.setattr("echelon.tuning.first_stages.usable_cpus", lambda: 4)
     clock = count(step=0.001).__next__
-    plan = replace(QUICK, time_limit_s=0.1)
+    plan = replace(QUICK, time_limit_s=0.15)
     found = tuner.tune(bert, SHORT, plan, clock=clock, watch=nothing_known)
-    assert clock() < 0.1 * 1.2
+    assert clock() < 0.15 * 1.2
     said = " ".join(found.warnings)
     for words in ("Precisions were not compared", "Thread counts were not", "were predicted"):
         assert words in said
@@ -192,6 +192,21 @@ def test_a_short_time_predicts_points_and_names_the_stages_left_out(bert, monkey
         assert 0 < low <= point["predicted_s"]["median"] <= high
     assert found.settings.token_budget in {64, 256}
     assert found.data["measuring"]["text"].startswith("A pair takes about")
+
+
+def test_where_no_point_is_affordable_all_are_predicted(offered):
+    clock = count(step=0.001).__next__
+    plan = replace(QUICK, pairs=(200, 400), time_limit_s=0.15)
+    found = tuner.tune(offered, SHORT, plan, clock=clock, watch=nothing_known)
+    assert {p["status"] for p in found.points} == {"predicted"}
+    assert found.cost is not None
+    assert not any(entry["certain"] for entry in found.situations)
+
+
+def test_a_limit_that_is_too_short_for_anything_is_refused_with_one_that_is_not(offered):
+    clock = count(step=0.001).__next__
+    with pytest.raises(InvalidInput, match=r"time_limit: .* is too short: .* Give at least 1\."):
+        tuner.tune(offered, SHORT, replace(QUICK, time_limit_s=0.01), clock=clock)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"question": 1}', "[]", ""])

@@ -7,6 +7,7 @@ slower or surely within the tie; the others are its rivals.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,16 @@ from echelon.reports.statistics import ENOUGH, TIE, KnownValue, verdict
 from echelon.tuning.load import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from echelon.tuning.sweep import MeasuredPoint, SweepPoint
 
 NOISY = 0.10
 """Half-width of a median's interval, relative to it, above which a point is called noisy."""
 
-API_PAIRS, EDGE_PAIRS = 10, 5
-"""Pairs of a call at most, for a realtime API and for an edge device."""
+API_PAIRS, EDGE_PAIRS, MANY_PAIRS = 10, 5, 50
+"""Pairs of a call: at most, for a realtime API and for an edge device; at least, offline. Measured
+smaller calls say less of offline work than predicted larger ones."""
 
 NAMED = 0.05  # share of the runs, or of their time, from which a disturbance is named
 
@@ -51,20 +53,27 @@ def value_of(measured: MeasuredPoint) -> KnownValue | None:
     return None if measured.predicted_s is None else KnownValue(*measured.predicted_s)
 
 
-def best_of(points: Iterable[MeasuredPoint], slower: float = 1 + TIE) -> Choice | None:
+def best_of(points: Sequence[MeasuredPoint], slower: float = 1 + TIE) -> Choice | None:
     """The smallest step that takes at most ``slower`` times as long as the fastest one.
 
     The points have the same number of pairs; the default breaks ties. Measured points are chosen
-    before predicted ones, which then are rivals unless they are surely slower.
+    before predicted ones, which then are rivals unless they are surely not faster; so are points
+    of which nothing is known.
     """
+
+    def may_be_as_fast(other: MeasuredPoint, value: KnownValue) -> bool:
+        found = verdict(value, mine)
+        return found == "unknown" or (found == "better" and not other.measured)
+
     valued = sorted(((m, v) for m in points if (v := value_of(m))), key=lambda mv: mv[0].point.size)
     known = [(m, v) for m, v in valued if m.measured] or valued
     if not known:
         return None
     fastest = min(value.value for _, value in known)
     chosen, mine = next((m, v) for m, v in known if v.value <= fastest * slower)
-    others = [(m.point, value) for m, value in valued if m is not chosen]
-    return Choice(chosen, [point for point, v in others if verdict(v, mine) == "unknown"])
+    rivals = [m.point for m, v in valued if m is not chosen and may_be_as_fast(m, v)]
+    rivals += [m.point for m in points if value_of(m) is None and not m.ended]
+    return Choice(chosen, sorted(rivals, key=lambda point: point.size))
 
 
 def best_batches(results: Sequence[MeasuredPoint]) -> list[Choice]:
@@ -77,18 +86,24 @@ def best_batches(results: Sequence[MeasuredPoint]) -> list[Choice]:
 
 def best_budget(results: Sequence[MeasuredPoint]) -> Choice | None:
     """The best token budget, of the largest calls that were measured, else predicted."""
-    return best_of(largest_calls([m for m in results if m.point.token_budget]))
+    return best_of(largest_calls([m for m in results if m.point.token_budget], MANY_PAIRS))
 
 
-def largest_calls(points: Sequence[MeasuredPoint], most: int | None = None) -> list[MeasuredPoint]:
-    """The points with the most pairs, ``most`` at the most; measured ones before predicted."""
-    valued = [m for m in points if value_of(m) and (most is None or m.point.pairs <= most)]
-    known = [m for m in valued if m.measured] or valued
+def largest_calls(
+    points: Sequence[MeasuredPoint], least: int = 0, most: float = math.inf
+) -> list[MeasuredPoint]:
+    """The points with the most pairs, ``most`` at the most.
+
+    Measured calls of at least ``least`` pairs count before predicted ones.
+    """
+    within = [m for m in points if m.point.pairs <= most]
+    valued = [m for m in within if value_of(m)]
+    known = [m for m in valued if m.measured and m.point.pairs >= least] or valued
     pairs = max((m.point.pairs for m in known), default=0)
-    return [m for m in valued if m.point.pairs == pairs]
+    return [m for m in within if m.point.pairs == pairs]
 
 
-def frugal(points: Iterable[MeasuredPoint]) -> Choice | None:
+def frugal(points: Sequence[MeasuredPoint]) -> Choice | None:
     """The smallest step that keeps ENOUGH of the best throughput."""
     return best_of(points, 1 / ENOUGH)
 
@@ -105,12 +120,13 @@ def scenario_advice(
     not limit the time of a step.
     """
     batches = [m for m in results if m.point.batch_size]
+    budgets = [m for m in results if m.point.token_budget]
     smallest = min((m.point.pairs for m in batches), default=0)
     advice = (
-        ("api", "1-10", best_of(largest_calls(batches, max(API_PAIRS, smallest)))),
-        ("offline", "50-200", best_of(largest_calls(results))),
-        ("edge", "1-5", frugal(largest_calls(batches, EDGE_PAIRS))),
-        ("concurrent", "any", frugal(largest_calls([m for m in results if m.point.token_budget]))),
+        ("api", "1-10", best_of(largest_calls(batches, most=max(API_PAIRS, smallest)))),
+        ("offline", "50-200", best_of(largest_calls(results, MANY_PAIRS))),
+        ("edge", "1-5", frugal(largest_calls(batches, most=EDGE_PAIRS))),
+        ("concurrent", "any", frugal(largest_calls(budgets, MANY_PAIRS))),
     )
     return [
         {"name": name, "documents": documents} | _advised(choice, peak_of(choice.chosen))

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.engine.precision_check import compare_precisions, require_passed
+from echelon.errors import InvalidInput
 from echelon.messages import Message
-from echelon.messages.units import number
+from echelon.messages.units import duration, number
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.device import usable_cpus
 from echelon.models.registry import precisions_to_compare, runs_on_cpu
 from echelon.reports.statistics import MIN_RUNS, summarize, verdict
 from echelon.tuning.probe_shapes import StepFactory
-from echelon.tuning.time_plan import PRECISIONS, THREADS, Price, TimeBudget, price
+from echelon.tuning.time_plan import LEAST_PAIRS, PRECISIONS, THREADS, Price, TimeBudget, price
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,12 +42,21 @@ THREAD_RUNS = 5  # of a thread count, where they are quick
 def first_steps(
     check: PrecisionCheck, texts: Texts, limit_s: float, clock: Clock, on_progress: Progress
 ) -> tuple[TimeBudget, Price]:
-    """Open the model and price its steps; the time limit begins when it is open."""
+    """Open the model and price its steps; the time limit begins when it is open.
+
+    Raises:
+        InvalidInput: the time limit is too short for anything to be known afterwards.
+    """
     on_progress("opening the model and timing its first steps")
     began = clock()
     with closing(check.open(check.options.precision)) as scorer:
         time = TimeBudget(limit_s, clock() - began, clock)
-        return time, price_steps(check, scorer, texts, time, clock)
+        found = price_steps(check, scorer, texts, time, clock)
+    least_s = LEAST_PAIRS * found.pair_s
+    if limit_s < least_s:
+        problem = f"{number(limit_s)} s is too short: a pair takes {duration(found.pair_s)} here"
+        raise InvalidInput("time_limit", problem, f"Give at least {math.ceil(least_s)}.")
+    return time, found
 
 
 def price_steps(

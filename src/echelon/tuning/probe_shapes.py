@@ -31,6 +31,7 @@ Lengths = tuple[int, ...]  # the shape of a step: tokens of each pair
 PROBES, CHECKS = 24, 10  # shapes to fit, and to check
 MIXED = 8  # probes of mixed lengths: they average what the formula leaves out
 SHORTEST = 16  # tokens of the shortest pair: special tokens and some words of query and document
+LEAST = 4  # shapes that are measured however short the time is
 FULL_SHARE = 0.25  # part of a round's time that the single slowest shape may take
 
 MAX_PER_SIZE = 2
@@ -53,6 +54,10 @@ class LengthRange:
         found = {(length,) * max(1, size // length) for length in lengths for size in sizes}
         fits = [s for s in found if len(s) == 1 or step_cost(s, self.padding) <= self.budget]
         return sorted(fits, key=lambda s: (sum(s), len(s)))
+
+    def least(self) -> list[Lengths]:
+        """The smallest shapes that a model can be fitted to."""
+        return self.uniform()[:LEAST]
 
     def mixed(self, count: int, seed: int) -> list[Lengths]:
         """Steps of mixed lengths and any size, as in real requests."""
@@ -79,7 +84,10 @@ class ProbeShapes(NamedTuple):
 
 
 def choose(limits: LengthRange, prior: Coefficients, max_s: float) -> ProbeShapes:
-    """Choose the most informative shapes; by the prior, one run of all takes ``max_s`` seconds."""
+    """Choose the most informative shapes; by the prior, one run of all takes ``max_s`` seconds.
+
+    Where hardly any shape is so quick, the least that a model can be fitted to is measured anyway.
+    """
 
     def seconds(shape: Lengths) -> float:
         return prior.seconds(work_of(shape, limits.padding))
@@ -89,6 +97,9 @@ def choose(limits: LengthRange, prior: Coefficients, max_s: float) -> ProbeShape
     checks = _affordable(others, seconds, CHECKS, max_s / 4)
     uniform = [shape for shape in limits.uniform() if shape not in mixed and shape not in checks]
     chosen = most_informative(uniform, prior, limits.padding, max_s / 2, PROBES - len(mixed))
+    least = limits.least()
+    if len(chosen) + len(mixed) < len(least):
+        chosen += [shape for shape in least if shape not in {*chosen, *mixed, *checks}]
     return ProbeShapes(chosen + mixed, checks)
 
 

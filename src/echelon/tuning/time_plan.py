@@ -31,6 +31,10 @@ WORKER_START_S, WORKER_OPENS = 2.0, 2.0
 RUNS = MIN_RUNS + 3
 """A warm-up and five runs: the interval of five is half as wide as that of three."""
 
+LEAST_PAIRS = 20
+"""Typical pairs that a run must have time for: the first steps and the least that a cost model can
+be fitted to."""
+
 FIRST_PAIRS = 8  # pairs of the larger step that is priced
 REPEATS = 2  # of each; the faster one counts, since nothing makes a step too fast
 

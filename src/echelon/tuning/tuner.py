@@ -244,9 +244,9 @@ class _OpenRun:
         steps, limits = _probe_range(self.check, scorer, self.plan, self.texts)
         left_s = self.time.left_s - self.time.memory_s(in_worker=scorer.info.device == "cpu")
         limit_s = min(PROBES * self.time.limit_s, left_s)
-        if not any(measured.seconds for measured in run.points):
-            limit_s = PROBES * self.time.limit_s  # something must be known, even if it takes longer
-        if not run.probed and limit_s > 0:
+        if not any(measured.measured for measured in run.points):
+            limit_s = max(PROBES * self.time.limit_s, left_s)  # all that will be known
+        if not run.probed:
             found = calibrate(
                 scorer,
                 steps,
