@@ -69,6 +69,12 @@ def _revision(name: str, value: object) -> object:
     return value
 
 
+def _instruction(name: str, value: object) -> object:
+    if value is not None:
+        check_text(name, value)
+    return value
+
+
 def check_count(name: str, value: object) -> object:
     """Refuse what is not a positive whole number or None."""
     if value is None:
@@ -126,6 +132,10 @@ class Options:
 
     label: str | int | None = _option(None)
     """Which output of a head with several labels to score, by name or number."""
+
+    instruction: str | None = _option(None, _instruction, per_call=True)
+    """What a language model is asked to judge, in a sentence; None is the model's own. Classifiers
+    read none and refuse it."""
 
     allow: tuple[Allowance, ...] = _option((), _any_of(*get_args(Allowance)), per_call=True)
     """What the OOM ladder may lower if one pair alone does not fit in memory."""

@@ -294,6 +294,7 @@ class Call:
             self.options.truncation,
             self.options.max_query_tokens,
             [self._places[i] for i in window],
+            instruction=self.options.instruction,
         )
 
     def encoded_ahead(self) -> Iterator[tuple[list[int], EncodedPairs]]:

@@ -64,6 +64,27 @@ class RerankRequest:
     chunking: Chunking | None = None
     refuse_truncation: bool = False  # refuse pairs that would lose tokens
     side: Side | None = None  # side from which tokens are removed; None is the model's own
+    instruction: str | None = None  # what the model is asked to judge; None is its own
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The words around a query and a document that a language model judges.
+
+    Its parts are tokenized apart; each begins where the tokenizer begins a token, so the ids are
+    those of the whole. Only the prefix and the suffix may hold control tokens.
+    """
+
+    prefix: str
+    instruction: str | None  # the model's own; None where it was trained without one
+    around_instruction: tuple[str, str]  # left out where there is no instruction
+    around_query: tuple[str, str]
+    between: str
+    before_document: str
+    suffix: tuple[str, ...]
+    answers: tuple[str, str]  # tokens whose logits' difference is the score: relevant, irrelevant
+    max_tokens: int  # of a pair, by the model's authors
+    query_share: float | None = None  # part of a pair that a query is cut to; None refuses it
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,7 @@ class AdmissionPipeline:
                 max_length,
                 request.truncation or self._settings.truncation,
                 request.max_query_tokens or self._settings.max_query_tokens,
+                instruction=request.instruction,
                 side=None if request.chunking else request.side,
                 document_tokens=longest,
                 turn=TURN,

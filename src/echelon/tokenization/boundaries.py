@@ -53,6 +53,13 @@ _NORMALIZERS |= _CHECKED
 _REPLACED = {" {2,}", r"\s{2,}|[\n\r\t]", "``", "''"}
 """Patterns that :class:`Replace` may have: spaces, and marks that are not of ``_MARKS``."""
 
+_WORD_PATTERNS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rf"{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}", r"\p{N}{1,3}")
+}
+"""Patterns that divide texts as GPT-4's does: Qwen's, and Llama's with up to three digits."""
+
 _DROP_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 
 _SAMPLE = (
@@ -195,18 +202,24 @@ def _pattern(tokenizer: Tokenizer, normalizers: list[_Step]) -> re.Pattern[str] 
 
 def _starts(steps: list[_Step], *, newline_is_space: bool) -> str:
     """Characters at which a pre-tokenizer begins a new word after a letter; empty if unknown."""
+    found = ""
     match steps:
         case [{"type": "Punctuation" | "Digits"}, *rest] if rest:
-            return _starts(rest, newline_is_space=newline_is_space)
+            found = _starts(rest, newline_is_space=newline_is_space)
         case [{"type": "BertPreTokenizer" | "Whitespace"}]:
-            return " \n" + _MARKS
+            found = " \n" + _MARKS
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+        ] if pattern in _WORD_PATTERNS:
+            found = " \n" + _MARKS
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": prefix}]:
-            return " " if prefix else " \n" + _MARKS
+            found = " " if prefix else " \n" + _MARKS
         case [{"type": "WhitespaceSplit"}] | [{"type": "WhitespaceSplit"}, {"type": "Metaspace"}]:
-            return " \n"
+            found = " \n"
         case [{"type": "Metaspace", "replacement": "▁", "split": True}]:
-            return " \n" if newline_is_space else " "
-    return ""
+            found = " \n" if newline_is_space else " "
+    return found
 
 
 def _is_bert(steps: list[_Step]) -> bool:

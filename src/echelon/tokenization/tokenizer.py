@@ -19,6 +19,7 @@ from echelon.errors import BadCheckpoint, EchelonError, InvalidInput, TooLarge, 
 from echelon.files import MAX_ID, MAX_LIST_BYTES, read_object
 from echelon.tokenization.boundaries import Boundaries
 from echelon.tokenization.pairs import EncodedPairs, Template, TruncationImpossible, encode_pairs
+from echelon.tokenization.prompts import Asked
 from echelon.tokenization.reading import Reading
 from echelon.types import TokenIds
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Encoding, Tokenizer
 
-    from echelon.types import IntArray, Pair, Side, Truncation
+    from echelon.types import IntArray, Pair, Prompt, Side, Truncation
 
 PROBES = ("a", "1", "的", "x y")
 """Texts tried in turn to find the special tokens; the first that gives tokens is enough."""
@@ -53,13 +54,18 @@ class PairEncoder:
 
     Args:
         folder: model folder with ``tokenizer.json``, or files that ``transformers`` converts.
+        prompt: the words around a pair, for a language model.
+        instruction: what it is asked to judge; None is the prompt's own.
 
     Raises:
         BadCheckpoint: no readable tokenizer.
+        InvalidInput: an instruction for a model that reads none.
         UnsupportedModel: the tokenizer does not join pairs as ``… query … document …``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, prompt: Prompt | None = None, instruction: str | None = None
+    ) -> None:
         with _readable(folder):
             self._tokenizer = _load(folder)
             self._tokenizer.no_truncation()
@@ -67,8 +73,11 @@ class PairEncoder:
             settings = _settings(folder)
             self.ids = _ids(self._tokenizer, settings)
             side: Side = "left" if settings.get("truncation_side") == "left" else "right"
-            self.template = _template(self._tokenizer, side)
+            self._asked = Asked(prompt, self._tokenizer)
+            self.template = self._asked.template or _template(self._tokenizer, side)
             self.boundaries = Boundaries(self._tokenizer)
+        self._instruction = instruction
+        self._asked.lead(instruction)
 
     def encode(
         self,
@@ -77,6 +86,8 @@ class PairEncoder:
         truncation: Truncation,
         max_query_tokens: int | None = None,
         places: Sequence[int] | None = None,
+        *,
+        instruction: str | None = None,
     ) -> EncodedPairs:
         """Encode pairs: each distinct query once, and of a document what its pair can need.
 
@@ -86,12 +97,16 @@ class PairEncoder:
             truncation: which text is cut when a pair is longer.
             max_query_tokens: maximum tokens of a query; None keeps all.
             places: index of each pair in the caller's list, for messages; None counts from 0.
+            instruction: what a language model is asked to judge; None is the encoder's.
 
         Raises:
-            InvalidInput: a query leaves no room for its document in mode ``only_second``.
+            InvalidInput: a query leaves no room for its document in mode ``only_second``, which is
+                that of every language model; an instruction for a model that reads none.
             TooLarge: a query is too long, or the tokenizer cannot divide a long text.
         """
-        turns = self.turns(pairs, max_length, truncation, max_query_tokens, places)
+        turns = self.turns(
+            pairs, max_length, truncation, max_query_tokens, places, instruction=instruction
+        )
         return next(encoded for encoded in turns if encoded is not None)
 
     def turns(  # noqa: PLR0913 - the arguments of encode, and how documents are read
@@ -102,6 +117,7 @@ class PairEncoder:
         max_query_tokens: int | None = None,
         places: Sequence[int] | None = None,
         *,
+        instruction: str | None = None,
         side: Side | None = None,
         document_tokens: int = 0,
         turn: Turn = WHOLE,
@@ -114,18 +130,26 @@ class PairEncoder:
             truncation: which text is cut.
             max_query_tokens: maximum tokens of a query.
             places: index of each pair in the caller's list.
+            instruction: what a language model is asked to judge.
             side: side from which documents will be cut; None is the model's own.
             document_tokens: tokens of a document that its chunks need.
             turn: how much is tokenized at a time.
         """
         places = range(len(pairs)) if places is None else places
+        lead = self._asked.lead(self._instruction if instruction is None else instruction)
+        pairs = self._asked.worded(pairs, max_query_tokens, self._cut)
+        if self._asked.prompt is not None:
+            truncation, max_query_tokens = "only_second", self._asked.query_tokens(max_length)
         first = {query: place for place, (query, _) in zip(places[::-1], pairs[::-1], strict=True)}
         texts = [*first, *(document for _, document in pairs)]
         asked = self._long_queries(first, max_query_tokens)
         ids: list[IntArray] = [np.zeros(0, dtype=np.int32)] * len(texts)
         yield from self._read_short(texts, ids, turn)
         yield from self._read_long(asked, ids, turn)
-        by_text = {query: i[:max_query_tokens] for query, i in zip(first, ids, strict=False)}
+        by_text = {
+            query: np.concatenate((lead, tokens))[:max_query_tokens]
+            for query, tokens in zip(first, ids, strict=False)
+        }
         queries, documents = [by_text[query] for query, _ in pairs], ids[len(first) :]
         if max(map(len, texts), default=0) > self.boundaries.window:
             # One token more than can be kept tells which text is longer, and that tokens are lost.
@@ -146,11 +170,14 @@ class PairEncoder:
         try:
             return encode_pairs(self.template, queries, documents, max_length, truncation, places)
         except TruncationImpossible as error:
+            classifier = self._asked.prompt is None
             raise InvalidInput(
                 f"pairs[{error.index}].query",
                 f"its {error.query_tokens} tokens leave no room for the document in "
                 f"max_length={max_length} (room for {error.room} besides special tokens)",
-                "Shorten the query, raise max_length, or use truncation='longest_first'.",
+                "Shorten the query, raise max_length, or use truncation='longest_first'."
+                if classifier
+                else "Shorten the query or the instruction, or raise max_length.",
             ) from None
 
     def _long_queries(
@@ -209,6 +236,11 @@ class PairEncoder:
             texts, add_special_tokens=False
         )
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _cut(self, text: str, tokens: int) -> str:
+        """The text up to the end of one of its tokens; longer ones than can be read are left."""
+        found = self.ends(text[: self.boundaries.longest_run])
+        return text if len(found) <= tokens else text[: found[tokens - 1]]
 
     def ends(self, text: str) -> list[int]:
         """End of each token of a text, in characters from the beginning."""
