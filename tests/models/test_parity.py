@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
 from echelon import Reranker
-from echelon.models.encoder import with_filler
+from echelon.models.base import with_filler
 from echelon.models.layers import ACTIVATIONS, Rows, make_linear
 from echelon.models.registry import open_scorer
 from echelon.tokenization.tokenizer import PairEncoder

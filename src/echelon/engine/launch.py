@@ -16,7 +16,12 @@ from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.models.device import processor_of, usable_cpus
 from echelon.models.hub import resolve
-from echelon.models.registry import check_tokenizer, precisions_to_compare, require_model
+from echelon.models.registry import (
+    check_tokenizer,
+    model_prompt,
+    precisions_to_compare,
+    require_model,
+)
 from echelon.options import Options
 from echelon.profile import (
     TUNE_AGAIN,
@@ -81,10 +86,10 @@ def with_profile(asked: Options) -> tuple[Options, Profile | None]:
     return apply_profile(asked, profile), profile
 
 
-def open_encoder(folder: ModelFolder) -> PairEncoder:
+def open_encoder(folder: ModelFolder, instruction: str | None = None) -> PairEncoder:
     """Read a model's tokenizer and compare it with the model, or raise :class:`ModelError`."""
     require_model(folder.path)  # first, so that a folder without a model is named
-    encoder = PairEncoder(folder.path)
+    encoder = PairEncoder(folder.path, model_prompt(folder.path), instruction)
     check_tokenizer(folder.path, encoder.ids)
     return encoder
 
@@ -104,7 +109,7 @@ def prepare(
         ModelError: the model is missing, damaged, or not supported.
     """
     folder = resolve(model, revision=asked.revision, progress=asked.progress)
-    encoder = open_encoder(folder)
+    encoder = open_encoder(folder, asked.instruction)
     options = asked
     if profile is not None:
         options = _with_precision_there(apply_profile(asked, profile), asked, profile, folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.errors import BadCheckpoint, InvalidInput, ModelNotFound, UnsupportedModel
+from echelon.errors import BadCheckpoint, InvalidInput, ModelNotFound
 from echelon.files import (
     MAX_BYTES,
     MAX_ID,
@@ -152,6 +152,15 @@ class Architecture:
     def head_shape(self) -> tuple[int, int]:
         """Number of attention heads and width of one."""
         return self.heads, self.hidden // self.heads
+
+    @property
+    def weights(self) -> int:
+        """Number of weights: tables, layers and head."""
+        tables = self.vocabulary + self.table_positions + self.segments + 2
+        layer = 4 * (self.hidden + 1) + 2 * self.intermediate + 1 + 4
+        per_layer = layer * self.hidden + self.intermediate
+        head = self.hidden + 1 + len(self.labels)
+        return self.hidden * (tables + head) + self.layers * per_layer + len(self.labels)
 
     @property
     def reads_segments(self) -> bool:
@@ -319,16 +328,6 @@ def check_tokens(config: Mapping[str, Any], tokens: TokenIds, vocabulary: int | 
                 f"config.json: {name}_token_id: {said}, but the tokenizer's {name}_token has id "
                 f"{id_}: they do not belong together. {WITH_TOKENIZER}"
             )
-
-
-def require_head(folder: Path, config: dict[str, Any]) -> None:
-    """Raise :class:`UnsupportedModel` for a model without a classification head."""
-    named = config.get("architectures") or []
-    if named and not any(name.endswith("ForSequenceClassification") for name in named):
-        raise UnsupportedModel(
-            f"{folder}: a {named[0]} has no classification head, so it cannot score pairs. "
-            "Use a cross-encoder, such as BAAI/bge-reranker-v2-m3."
-        )
 
 
 def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | None:

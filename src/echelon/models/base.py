@@ -120,6 +120,27 @@ def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
     return dict(zip(INPUTS, (ids, real.astype(np.int64), types), strict=True))
 
 
+MIN_ROWS = 16  # rows that a matrix unit computes at a time
+
+
+def with_filler(batch: TokenBatch) -> TokenBatch:
+    """Append one-token pairs to bring the step to a round number of rows.
+
+    oneDNN compiles and keeps code for every number of rows, 2 MB for a small model: a process that
+    met all lengths grew by 770 MB in 600 steps (docs/LOG.md). Multiples of 16, and above 1,024 rows
+    of 1/32 of the next lower power of two, keep that bounded. Matrix units compute 16 rows at a
+    time, so small steps take no longer.
+    """
+    rows = len(batch.ids)
+    filler = -rows % max(MIN_ROWS, 1 << max(0, rows.bit_length() - 6))
+    if filler == 0:
+        return batch
+    types = None if batch.type_ids is None else np.pad(batch.type_ids, (0, filler))
+    ends = np.arange(rows + 1, rows + filler + 1, dtype=np.int32)
+    offsets = np.concatenate((batch.offsets, ends))
+    return TokenBatch(np.pad(batch.ids, (0, filler)), types, offsets)
+
+
 class FakeScorer:
     """A scorer without weights, for tests, dry runs and simulations.
 

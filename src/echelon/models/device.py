@@ -123,10 +123,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device, usual: str | None = None) -> str:
     """The precision for the ``precision`` option without a profile.
 
-    ``auto`` is fp32 on CPU, and fp16 on CUDA (the most accurate of the fast ones, measured).
+    ``auto`` is the family's ``usual`` one where the device is fast in it, else fp32 on CPU, and
+    fp16 on CUDA (the most accurate of the fast ones, measured).
     int8 is refused where it would be slow or inexact.
     """
     if precision == "int8" and not (device.type == "cpu" and multiplies_int8()):
@@ -137,6 +138,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
         )
     if precision != "auto":
         return precision
+    if usual is not None and (device.type == "cuda" or multiplies_half(usual)):
+        return usual
     return "fp16" if device.type == "cuda" else "fp32"
 
 

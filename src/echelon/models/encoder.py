@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
+from echelon.models.base import with_filler
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
 from echelon.models.layers import (
@@ -39,17 +39,17 @@ from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from echelon.models.architecture import Architecture, LayerPlan
+    from echelon.models.base import Scorer
     from echelon.types import FloatArray, IntArray
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
-
-MIN_ROWS = 16  # rows that a matrix unit computes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,22 +217,17 @@ def finish(layer: Layer, mixed: Tensor, rows: Rows) -> Rows:
     return add_norm(product, layer.output_norm, quantized=layer.qkv.quantized)
 
 
-def with_filler(batch: TokenBatch) -> TokenBatch:
-    """Append one-token pairs to bring the step to a round number of rows.
-
-    oneDNN compiles and keeps code for every number of rows, 2 MB for a small model: a process that
-    met all lengths grew by 770 MB in 600 steps (docs/LOG.md). Multiples of 16, and above 1,024 rows
-    of 1/32 of the next lower power of two, keep that bounded. Matrix units compute 16 rows at a
-    time, so small steps take no longer.
-    """
-    rows = len(batch.ids)
-    filler = -rows % max(MIN_ROWS, 1 << max(0, rows.bit_length() - 6))
-    if filler == 0:
-        return batch
-    types = None if batch.type_ids is None else np.pad(batch.type_ids, (0, filler))
-    ends = np.arange(rows + 1, rows + filler + 1, dtype=np.int32)
-    offsets = np.concatenate((batch.offsets, ends))
-    return TokenBatch(np.pad(batch.ids, (0, filler)), types, offsets)
+def open_native(
+    folder: Path,
+    architecture: Architecture,
+    device: torch.device,
+    plan: LayerPlan,
+    threads: int,
+    label: int,
+) -> Scorer:
+    """Open a model on CPU; ``label`` is the index of the head's output that is the score."""
+    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
+    return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 
 def load_weights(

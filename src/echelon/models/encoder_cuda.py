@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.nn import functional
 
+from echelon.models.checkpoint import Checkpoint
 from echelon.models.cuda_graphs import (
     LARGEST,
     CaptureShape,
@@ -28,15 +29,17 @@ from echelon.models.cuda_graphs import (
     read,
 )
 from echelon.models.device import DTYPES, release_memory, run_step
-from echelon.models.encoder import Embeddings, Weights, native_info, run_layers
+from echelon.models.encoder import Embeddings, Weights, load_weights, native_info, run_layers
 from echelon.models.layers import Rows, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor
 
-    from echelon.models.architecture import Architecture
+    from echelon.models.architecture import Architecture, LayerPlan
+    from echelon.models.base import Scorer
     from echelon.models.cuda_graphs import Record
     from echelon.types import FloatArray, TokenBatch
 
@@ -143,6 +146,20 @@ class CudaScorer:
         else:
             rows += functional.embedding(inputs.segments, embeddings.segments)
         return embeddings.norm(rows).to(self._dtype)
+
+
+def open_native(
+    folder: Path,
+    architecture: Architecture,
+    device: torch.device,
+    plan: LayerPlan,
+    threads: int,
+    label: int,
+) -> Scorer:
+    """Open a model on a card, where no CPU ``threads`` are used; else as on CPU."""
+    del threads
+    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
+    return CudaScorer(architecture, weights, device, plan.precision)
 
 
 FLASH_CAPABILITY = 8

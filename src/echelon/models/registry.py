@@ -1,8 +1,6 @@
-"""Open the model in a folder: choose the scorer for its files and architecture, and load it.
+"""Open the model in a folder: choose the scorer for its files and family, and load it.
 
-A new model family touches at most three files: :mod:`echelon.models.architecture`, whose
-``NATIVE_FAMILIES`` lists it with its tensor names and rules; a module with its forward pass, unless
-:mod:`echelon.models.encoder` runs it; and this one, where :func:`_open_weights` opens it.
+:mod:`echelon.models.families` lists the families that run natively.
 """
 
 from __future__ import annotations
@@ -16,11 +14,8 @@ from echelon.models.architecture import (
     choose_label,
     has_weights,
     labels_of,
-    native_architecture,
     read_config,
-    require_head,
 )
-from echelon.models.checkpoint import Checkpoint
 from echelon.models.device import (
     candidate_precisions,
     choose_device,
@@ -32,8 +27,10 @@ from echelon.models.device import (
     set_threads,
     usable_cpus,
 )
+from echelon.models.families import FAMILIES, native_model
 from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 from echelon.models.onnx_file import table_rows
+from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from echelon.models.base import Scorer
-    from echelon.types import TokenBatch, TokenIds
+    from echelon.types import Prompt, TokenBatch, TokenIds
 
 
 def open_scorer(
@@ -69,16 +66,20 @@ def open_scorer(
         return _open_graph(folder, graph, device, precision, threads, label)
     require_torch()
     config = read_config(folder)
-    require_head(folder, config)
-    chosen_label = choose_label(labels_of(config), label)
+    native = native_model(folder, config)
+    labels = labels_of(config) if native is None else native.shape.labels
+    chosen_label = choose_label(labels, label)
     chosen = choose_device(device)
-    precision = choose_precision(precision, chosen)
+    usual = None if native is None else native.family.half
+    precision = choose_precision(precision, chosen, usual)
     used = set_threads(threads, chosen)
     if chosen.type == "cpu":
         keep_freed()
     try:
         plan = LayerPlan(precision, frozenset(keep_bf16))
-        return _open_weights(folder, config, chosen, plan, used, chosen_label)
+        if native is not None:
+            return native.open(chosen, plan, used, chosen_label)
+        return _open_generic(folder, config, chosen, plan, used, chosen_label)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -122,27 +123,32 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
     if graph is not None:
         return [graph_precision(graph)]
     candidates = candidate_precisions(device)
-    if native_architecture(folder, read_config(folder)) is None:
+    if native_model(folder, read_config(folder)) is None:
         return [precision for precision in candidates if precision != "int8"]
     return candidates
 
 
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:
     """Relative error of each linear layer in int8 on ``batches``, largest first."""
-    config = read_config(folder)
-    if native_architecture(folder, config) is None:
+    native = native_model(folder, read_config(folder))
+    if native is None:
         raise RuntimeError("This is a bug: only native models have int8 layers.")
     errors: dict[str, float] = {}
     device = choose_device("cpu")
     plan = LayerPlan("bf16", errors=errors)
-    scorer = _open_weights(folder, config, device, plan, set_threads(None, device), 0)
+    scorer = native.open(device, plan, set_threads(None, device), 0)
     for batch in batches:
         scorer.score(batch)
     scorer.close()
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def _open_weights(
+def model_prompt(folder: Path) -> Prompt | None:
+    """The prompt of a language model; None for a classifier, which reads plain pairs."""
+    return None if graph_to_use(folder) is not None else prompt_of(folder, read_config(folder))
+
+
+def _open_generic(
     folder: Path,
     config: dict[str, Any],
     device: torch.device,
@@ -150,24 +156,16 @@ def _open_weights(
     threads: int,
     label: int,
 ) -> Scorer:
-    architecture = native_architecture(folder, config)
-    if architecture is None:
-        if plan.precision == "int8":
-            raise InvalidInput(
-                "precision",
-                f"int8 is not built for {config['model_type']} models",
-                "Use auto, fp32 or bf16; int8 is there for BERT, RoBERTa and XLM-RoBERTa.",
-            )
-        from echelon.models.transformers import GenericScorer
+    if plan.precision == "int8":
+        families = "; ".join(family.name for family in FAMILIES)
+        raise InvalidInput(
+            "precision",
+            f"int8 is not built for {config['model_type']} models",
+            f"Use auto, fp32 or bf16; int8 is there for {families}.",
+        )
+    from echelon.models.transformers import GenericScorer
 
-        return GenericScorer(folder, config, device, plan.precision, threads, label)
-    from echelon.models.encoder import PackedScorer, load_weights
-    from echelon.models.encoder_cuda import CudaScorer
-
-    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
-    if device.type == "cuda":
-        return CudaScorer(architecture, weights, device, plan.precision)
-    return PackedScorer(architecture, weights, device, plan.precision, threads)
+    return GenericScorer(folder, config, device, plan.precision, threads, label)
 
 
 def _open_graph(

@@ -79,6 +79,11 @@ class PairEncoder:
         self._instruction = instruction
         self._asked.lead(instruction)
 
+    @property
+    def prompt(self) -> Prompt | None:
+        """The words around a pair, for a language model."""
+        return self._asked.prompt
+
     def encode(
         self,
         pairs: Sequence[Pair],

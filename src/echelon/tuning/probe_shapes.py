@@ -18,13 +18,14 @@ import numpy as np
 from echelon.scheduling.cost_model import Coefficients, work_of
 from echelon.scheduling.packing import step_cost
 from echelon.tokenization.pairs import EncodedPairs, gather
+from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from echelon.data import Texts
     from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.types import Padding, TokenBatch
+    from echelon.types import Padding
 
 Lengths = tuple[int, ...]  # the shape of a step: tokens of each pair
 
@@ -163,7 +164,7 @@ class StepFactory:
     """Makes steps of any shape from real texts, with pairs of at most ``longest`` tokens."""
 
     def __init__(self, encoder: PairEncoder, texts: Texts, longest: int) -> None:
-        self.longest = longest
+        self.longest, self._prompt = longest, encoder.prompt
         topic = texts.topics[0]
         document = " ".join(text for topic in texts.topics for text in topic.documents)
         self._whole = encoder.encode([(topic.query, document)], longest, "longest_first")
@@ -174,7 +175,17 @@ class StepFactory:
         self._cut: dict[int, EncodedPairs] = {}
 
     def batch(self, lengths: Lengths) -> TokenBatch:
-        """Make a step of pairs of these lengths."""
+        """Make a step of pairs of these lengths; none begins as another does.
+
+        A language model computes a common beginning once, and a prompt leaves no short pairs.
+        """
+        if self._prompt is not None:
+            ids = self._whole.documents[0]
+            offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+            parts = [
+                np.resize(np.roll(ids, -place), length) for place, length in enumerate(lengths)
+            ]
+            return TokenBatch(np.concatenate(parts), None, offsets)
         return gather([(self._of(length), 0) for length in lengths])
 
     def _of(self, length: int) -> EncodedPairs:

@@ -157,7 +157,7 @@ def find_model(
 ) -> tuple[PrecisionCheck, Texts]:
     """Find a model and read its tokenizer and the texts to measure with."""
     folder = resolve(model, revision=options.revision, progress=options.progress)
-    encoder = open_encoder(folder)
+    encoder = open_encoder(folder, options.instruction)
     texts = load_texts(data, language="en" if folder.name == "demo" else None)
     return PrecisionCheck.of(folder, options, encoder, texts), texts
 

@@ -1,0 +1,177 @@
+"""The model families that run natively: one entry each says how it is read and opened. No torch.
+
+A new family of known parts needs one entry here and one parity test. A family with parts of its own
+also needs a module that reads its shape (without torch) and one with its forward pass, whose
+``open_native`` opens it. Any other sequence classifier runs through transformers, with padding.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from echelon.errors import BadCheckpoint, UnsupportedModel
+from echelon.files import MIB, OBJECT, read_object
+from echelon.models import architecture
+from echelon.models.prompts import prompt_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+    from echelon.models.architecture import LayerPlan
+    from echelon.models.base import Scorer
+    from echelon.types import Prompt
+
+    Config = dict[str, Any]
+
+
+class NativeShape(Protocol):
+    """What is known of a native model before its weights are read."""
+
+    @property
+    def model_type(self) -> str:
+        """As in ``config.json``."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the head's outputs."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest pair, special tokens included."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that scoring needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeFamily:
+    """A family of models that share a forward pass."""
+
+    name: str  # as its authors write it
+    model_types: tuple[str, ...]  # of ``config.json``
+    read: Callable[[Path, Config], NativeShape | None]  # None where one is not native after all
+    module: str  # below ``echelon.models``, with its forward pass
+    cuda_module: str | None = None  # the same for CUDA, if it is another
+    half: str | None = None  # the usual precision where the processor is fast in it
+    known: tuple[str, ...] = ()  # models of it that many use
+
+    def open(self, device: torch.device, **values: Any) -> Scorer:
+        """Open a model of the family: the values of its module's ``open_native``."""
+        name = self.cuda_module if device.type == "cuda" and self.cuda_module else self.module
+        opened: Scorer = importlib.import_module(f"echelon.models.{name}").open_native(
+            device=device, **values
+        )
+        return opened
+
+
+FAMILIES = (
+    NativeFamily(
+        "BERT",
+        ("bert",),
+        architecture.native_architecture,
+        "encoder",
+        "encoder_cuda",
+        known=("cross-encoder/ms-marco-MiniLM-L6-v2", "cross-encoder/ms-marco-MiniLM-L12-v2"),
+    ),
+    NativeFamily(
+        "RoBERTa and XLM-RoBERTa",
+        ("roberta", "xlm-roberta", "camembert"),
+        architecture.native_architecture,
+        "encoder",
+        "encoder_cuda",
+        known=("BAAI/bge-reranker-v2-m3", "BAAI/bge-reranker-base", "BAAI/bge-reranker-large"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeModel:
+    """A folder's model that runs natively."""
+
+    folder: Path
+    family: NativeFamily
+    shape: NativeShape
+    prompt: Prompt | None
+    answers: tuple[int, int] | None  # ids of the prompt's answers, for a model without a classifier
+
+    def open(self, device: torch.device, plan: LayerPlan, threads: int, label: int) -> Scorer:
+        """Load the weights."""
+        more = {} if self.answers is None else {"answers": self.answers}
+        return self.family.open(
+            device,
+            folder=self.folder,
+            architecture=self.shape,
+            plan=plan,
+            threads=threads,
+            label=label,
+            **more,
+        )
+
+
+def family_of(config: Config) -> NativeFamily | None:
+    """The native family of a configuration."""
+    return next((f for f in FAMILIES if config.get("model_type") in f.model_types), None)
+
+
+def native_model(folder: Path, config: Config) -> NativeModel | None:
+    """The folder's model, or None for one that needs the generic scorer.
+
+    Raises:
+        BadCheckpoint: a field of the configuration is wrong, or an answer is no token.
+        UnsupportedModel: it cannot score pairs.
+    """
+    require_head(folder, config)
+    family = family_of(config)
+    shape = None if family is None else family.read(folder, config)
+    if family is None or shape is None:
+        return None
+    prompt = prompt_of(folder, config)
+    answers = None
+    if prompt is not None and _is_language_model(config):
+        yes, no = (_token_id(folder, answer) for answer in prompt.answers)
+        answers = yes, no
+    return NativeModel(folder, family, shape, prompt, answers)
+
+
+def require_head(folder: Path, config: Config) -> None:
+    """Raise :class:`UnsupportedModel` for a model that cannot score pairs."""
+    named = (config.get("architectures") or ["?"])[0]
+    if named == "?" or named.endswith("ForSequenceClassification"):
+        return
+    if _is_language_model(config):
+        if prompt_of(folder, config) is not None:
+            return
+        raise UnsupportedModel(
+            f"{folder}: {named} is a language model, and neither its name nor its files say with "
+            "which prompt it was trained to rerank. Use a reranker such as "
+            "Qwen/Qwen3-Reranker-0.6B, in a folder that keeps its name."
+        )
+    raise UnsupportedModel(
+        f"{folder}: a {named} has no classification head, so it cannot score pairs. "
+        "Use a cross-encoder, such as BAAI/bge-reranker-v2-m3."
+    )
+
+
+def _is_language_model(config: Config) -> bool:
+    return bool((config.get("architectures") or [""])[0].endswith("ForCausalLM"))
+
+
+def _token_id(folder: Path, text: str) -> int:
+    """The id of a token of the folder's vocabulary."""
+    path = folder / "tokenizer.json"
+    try:
+        id_ = (read_object(path, {"model": OBJECT}, 256 * MIB)["model"] or {})["vocab"][text]
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise BadCheckpoint(
+            f"{path}: no token {text!r}, which the model answers with ({error}). Download the "
+            "model again, with its tokenizer.json."
+        ) from error
+    if isinstance(id_, bool) or not isinstance(id_, int):
+        raise BadCheckpoint(f"{path}: token {text!r} has the id {id_!r}. Download the model again.")
+    return id_
