@@ -69,6 +69,7 @@ MODEL_FLAGS: tuple[Flag, ...] = (
         default="longest_first",
         help="Which text loses tokens: the longer one, or the document (only_second).",
     ),
+    flag("--instruction", help="What a language model is asked to judge [its own]."),
     flag("--threads", type=int, help="CPU threads [all the process may use]."),
     flag("--revision", help="Hub branch, tag or commit."),
     flag("--label", help="Output to score, for a head with several labels."),

@@ -114,8 +114,10 @@ def read(
     priority = priority_of(fields.priority) or header_priority
     deadline = None if timeout_s is None else now + timeout_s
     raw_scores = options.raw_scores or bool(fields.raw_scores)
+    instruction = fields.instruction or request.instruction
+    asked = replace(request, deadline=deadline, instruction=instruction)
     return (
-        replace(request, deadline=deadline, priority=priority or "normal"),
+        replace(asked, priority=priority or "normal"),
         replace(options, raw_scores=raw_scores, explain=bool(fields.explain)),
     )
 

@@ -88,6 +88,7 @@ class CommonFields(msgspec.Struct, kw_only=True):
     explain: bool | None = None  # the answer's body says what happened, under ``echelon``
     # a name, or a number of which lower is sooner and 0 is normal
     priority: int | str | None = None
+    instruction: str | None = None  # what a language model is asked to judge
 
 
 EXAMPLE = {

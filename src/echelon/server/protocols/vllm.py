@@ -1,7 +1,7 @@
 """vLLM's rerank and score.
 
-Fields that a cross-encoder cannot honour (an instruction, chat templates) are refused, not
-ignored: they would change what the scores mean.
+Fields that a reranker cannot honour (another chat template's) are refused, not ignored: they would
+change what the scores mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Common(api.CommonFields, kw_only=True):
     use_activation: bool | None = None
     activation: bool | None = None
     softmax: bool | None = None
-    instruction: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     normalize: bool | None = None
 
@@ -66,6 +65,7 @@ def _read_rerank(
         max_query_tokens=body.max_tokens_per_query,
         chunking=None if tokens is None else Chunking(max_tokens=tokens),
         side=api.side_of(body.truncation_side, "truncation_side"),
+        instruction=_instruction(body),
     )
     documents, top_n = [text for _, text in pairs], api.limit_of(body.top_n)
     return request, api.ResponseOptions(documents, top_n, raw_scores=_raw_scores(body))
@@ -80,6 +80,7 @@ def _read_score(
         _joined(name, first, noun, second),
         max_length=_max_length(body),
         side=api.side_of(body.truncation_side, "truncation_side"),
+        instruction=_instruction(body),
     )
     return request, api.ResponseOptions(ranked=False, raw_scores=_raw_scores(body))
 
@@ -110,10 +111,19 @@ def _one_of(
 
 
 def _raw_scores(body: Common) -> bool:
-    for name in ("instruction", "chat_template_kwargs", "normalize"):
-        if getattr(body, name) is not None:
-            raise InvalidInput(name, "means nothing to a cross-encoder", "Leave it out.")
+    if body.normalize is not None:
+        raise InvalidInput("normalize", "means nothing to a cross-encoder", "Leave it out.")
     return False in (body.use_activation, body.activation, body.softmax)
+
+
+def _instruction(body: Common) -> str | None:
+    """The instruction among the values for a chat template, of which a reranker reads no other."""
+    values = body.chat_template_kwargs or {}
+    for name, value in values.items():
+        if name != "instruction" or not isinstance(value, str):
+            field = f"chat_template_kwargs.{name}"
+            raise InvalidInput(field, "is no instruction", "Send only an instruction, as text.")
+    return values.get("instruction")
 
 
 def _max_length(body: Common) -> int | None:
