@@ -15,6 +15,7 @@ from echelon import __version__
 from echelon.cli.batch import batch
 from echelon.cli.doctor import doctor, pull
 from echelon.cli.flags import INTERRUPTED, LANG_FLAG, with_flags
+from echelon.cli.models import models
 from echelon.cli.plan import plan
 from echelon.cli.rank import rank
 from echelon.cli.report import report
@@ -53,7 +54,7 @@ def cli() -> None:
     """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
 
 
-for _command in (batch, serve, config, stress, plan, report, rank, tune, pull, doctor):
+for _command in (batch, serve, config, stress, plan, report, rank, tune, models, pull, doctor):
     cli.add_command(_command)
 
 

@@ -41,7 +41,9 @@ _TOKENIZER = (
     "merges.txt",
     "*.model",  # sentencepiece under its many names: tokenizer.model, spm.model, bpe.model
 )
-_USAGE = ("modules.json", "config_sentence_transformers.json")  # read by echelon.integrations
+_USAGE = ("modules.json", "config_sentence_transformers.json")
+_MODULES = ("[0-9]*_*/config.json", "[0-9]*_*/model.safetensors")
+"""Folders of the modules that ``modules.json`` names, such as a head."""
 _WEIGHTS = (  # best first; within a kind one file beats shards
     ("model.safetensors",),
     ("model-[0-9]*-of-*.safetensors", "model.safetensors.index.json"),
@@ -57,8 +59,10 @@ KNOWN_MODEL = "BAAI/bge-reranker-v2-m3"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> Path:
-    """Fetch a repository's config, tokenizer and weights into the hub's cache.
+def fetch(
+    repo: str, *, revision: str | None = None, progress: bool = False, weights: bool = True
+) -> Path:
+    """Fetch a repository's config, tokenizer and, if asked, weights into the hub's cache.
 
     A commit that is complete in the cache is used without asking the hub. For a branch or tag the
     hub is asked, and the cached copy is used when it does not answer.
@@ -71,7 +75,7 @@ def fetch(repo: str, *, revision: str | None = None, progress: bool = False) -> 
         return folder
     try:
         with _progress_bars(shown=progress):
-            return _download(repo, revision)
+            return _download(repo, revision, weights=weights)
     except _hub_errors() as error:
         return _fall_back(repo, revision, error)
 
@@ -81,22 +85,27 @@ def choose(files: Iterable[str]) -> list[str]:
     names = sorted(files)
     for kind in _WEIGHTS:
         if weights := _matching(names, kind):
-            return [*_matching(names, (_CONFIG, *_TOKENIZER, *_USAGE)), *weights]
+            return [*described(names), *weights]
     return []
 
 
-def _matching(names: list[str], patterns: Iterable[str]) -> list[str]:
+def described(names: list[str]) -> list[str]:
+    """The files that say what a model is, and those of its modules."""
+    return _matching(names, (_CONFIG, *_TOKENIZER, *_USAGE)) + _matching(names, _MODULES, depth=1)
+
+
+def _matching(names: list[str], patterns: Iterable[str], depth: int = 0) -> list[str]:
     # A pattern's * crosses folders; files in a folder are another format of the same model.
-    return [n for n in names if "/" not in n and any(fnmatchcase(n, p) for p in patterns)]
+    return [n for n in names if n.count("/") == depth and any(fnmatchcase(n, p) for p in patterns)]
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, *, weights: bool = True) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     timeout_s = constants.HF_HUB_ETAG_TIMEOUT
     info = HfApi().model_info(repo, revision=revision, timeout=timeout_s)
     files = [entry.rfilename for entry in info.siblings or ()]
-    wanted = choose(files)
+    wanted = choose(files) if weights else described(sorted(files))
     if not wanted:
         raise UnsupportedModel(
             f"{repo} has no weights in safetensors or PyTorch format, only "
@@ -316,9 +325,13 @@ class ModelFolder:
 
 
 def resolve(
-    model: str | os.PathLike[str], *, revision: str | None = None, progress: bool = False
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    progress: bool = False,
+    weights: bool = True,
 ) -> ModelFolder:
-    """Find a model's folder; fetch it if it is not on this machine.
+    """Find a model's folder; fetch it if it is not on this machine, its weights only if asked.
 
     Tried in this order: ``demo`` is the demo model (``./demo`` is a folder of that name); an
     existing folder (``~`` is the home folder) is used as it is; ``name`` or ``owner/name`` is
@@ -345,7 +358,7 @@ def resolve(
         raise InvalidInput("model", f"{name!r} is a file", "Give the folder that holds it.")
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFound(f"There is no folder {name!r}, and it is no hub name. {_REMEDY}")
-    snapshot = fetch(name, revision=revision, progress=progress)
+    snapshot = fetch(name, revision=revision, progress=progress, weights=weights)
     return ModelFolder(snapshot, name, snapshot.name)
 
 
