@@ -174,7 +174,8 @@ def judged(profile: Profile, true: dict[Place, KnownValue]) -> Row:
     """What a profile says, compared with the truth."""
     known = [(entry, time_of(entry)) for entry in profile.points if place(entry) in true]
     stated = [(e, t) for e, t in known if t is not None and t.low is not None]
-    held = [(e["status"] == "ok", t.low <= true[place(e)].value <= t.high) for e, t in stated]
+    shown = [(e, _shown(e, t), true[place(e)].value) for e, t in stated]
+    held = [(e["status"] == "ok", t.low <= truth <= t.high) for e, t, truth in shown]
     claims = list(_claims(stated))
     false = [c for c in claims if _is_false(c[2], verdict(true[c[0]], true[c[1]]))]
     choices = [*profile.situations, *_budget(profile)]
@@ -188,6 +189,11 @@ def judged(profile: Profile, true: dict[Place, KnownValue]) -> Row:
         "choices": [_choice(profile, choice, true) for choice in choices],
         "warnings": [str(warning) for warning in profile.warnings],
     }
+
+
+def _shown(entry: Row, time: KnownValue) -> KnownValue:
+    """The interval as reports show it: that of a measured time holds at another minute too."""
+    return time.at_any_time if entry["status"] == "ok" else time
 
 
 def _claims(stated: list[tuple[Row, KnownValue]]) -> Iterator[tuple[Place, Place, str]]:

@@ -65,6 +65,7 @@ class RerankRequest:
     refuse_truncation: bool = False  # refuse pairs that would lose tokens
     side: Side | None = None  # side from which tokens are removed; None is the model's own
     instruction: str | None = None  # what the model is asked to judge; None is its own
+    fresh: bool = False  # score every pair, also those whose scores are cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class RunReport:
     Attributes:
         pairs: pairs asked for.
         scored: distinct pairs that went through the model.
+        cached: distinct pairs whose scores were cached.
         tokens: useful tokens scored.
         cost_tokens: tokens computed, padding included.
         steps: forward passes.
@@ -138,6 +140,7 @@ class RunReport:
 
     pairs: int = 0
     scored: int = 0
+    cached: int = 0
     tokens: int = 0
     cost_tokens: int = 0
     steps: int = 0
@@ -147,7 +150,7 @@ class RunReport:
     def of(cls, parts: Iterable[RunReport]) -> RunReport:
         """The report of a call that was scored in parts."""
         parts = list(parts)
-        counts = ("pairs", "scored", "tokens", "cost_tokens", "steps")
+        counts = ("pairs", "scored", "cached", "tokens", "cost_tokens", "steps")
         sums = {name: sum(getattr(part, name) for part in parts) for name in counts}
         return cls(**sums, ladder=tuple(step for part in parts for step in part.ladder))
 
@@ -226,6 +229,7 @@ class Answer:
     ladder: tuple[LadderStep, ...] = ()
     # tokens to which its pairs were cut because the queue was long, or None
     fallback: int | None = None
+    cached: int = 0  # documents whose scores were cached
 
 
 @dataclass(frozen=True, slots=True)

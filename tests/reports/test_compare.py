@@ -229,7 +229,9 @@ def test_the_headline_names_the_faster_profile_the_ratio_and_its_certainty():
         text = headline(factor).replace("\u00a0", " ")
         assert text.startswith(f"{first} is 2.00 times as fast as {last}: 50 pairs take ")
         assert f" ms on {first} and " in text
-        assert "larger than the variation between runs (95 % confidence interval 1.9" in text
+        assert (
+            "larger than the variation between runs (95 % confidence interval 1.74 to 2.30" in text
+        )
     assert "A tie: 50 pairs take" in headline(1.02)
 
 

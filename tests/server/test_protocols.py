@@ -199,7 +199,12 @@ def test_top_n(given, kept):
         ("nim", {"query": {}, "passages": []}, "query.text: is missing"),
         ("nim", {"query": {"text": "q"}, "passages": [], "truncate": "NONE"}, "passages: is empty"),
         ("nim", {"query": {"text": "q"}, "passages": [], "truncate": "x"}, "truncate: 'x' is unk"),
-        ("vllm", {"query": "q", "documents": ["a"], "instruction": "be kind"}, "instruction: mea"),
+        (
+            "vllm",
+            {"query": "q", "documents": ["a"], "chat_template_kwargs": {"x": 1}},
+            "kwargs.x: ",
+        ),
+        ("vllm", {"query": "q", "documents": ["a"], "normalize": True}, "normalize: means nothing"),
         ("vllm", {"query": "q", "documents": ["a"], "truncate_prompt_tokens": 0}, "not positive"),
         ("vllm_score", {"text_2": ["a"]}, "text_1: is missing"),
         ("vllm_score", {"text_1": ["q", "r"], "text_2": ["a"]}, "text_1: has 2 texts and text_2"),
@@ -326,3 +331,17 @@ def test_texts_are_not_joined_beyond_the_memory():
 def test_memory_of_texts_is_what_they_take():
     for text, width in (("x" * 10_000, 1), ("é" * 10_000, 1), ("x" * 9999 + "😀", 4)):
         assert 10_000 * width <= memory_of([{"text": text}]) <= 10_000 * width + 1000
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_protocol_takes_an_instruction(name):
+    fields = dict(BY_NAME[name].example)
+    assert read_as(name, **fields).instruction is None
+    assert read_as(name, **fields, instruction="").instruction is None  # as clients that send all
+    assert read_as(name, **fields, instruction="Judge.").instruction == "Judge."
+
+
+def test_vllms_template_values_may_hold_the_instruction():
+    fields = {"query": "q", "documents": ["a"], "chat_template_kwargs": {"instruction": "Judge."}}
+    assert read_as("vllm", **fields).instruction == "Judge."
+    assert read_as("vllm", **fields, instruction="Own.").instruction == "Own."

@@ -123,8 +123,8 @@ def test_mxbais_ids_are_those_of_its_recipe(mxbai, reference, query, document, i
 @pytest.mark.parametrize("limit", [190, 200, 240])
 @pytest.mark.parametrize("document", SENTENCES[:5])
 def test_only_the_document_is_cut_and_the_suffix_stays(qwen, reference, document, limit):
-    expected = by_qwen(reference, "Judge.", "rain", document * 9, limit)
-    found = joined(qwen, ("rain", document * 9), limit, instruction="Judge.")
+    expected = by_qwen(reference, "Judge.", "rain", document * 14, limit)
+    found = joined(qwen, ("rain", document * 14), limit, instruction="Judge.")
     assert len(found) == limit
     assert found == expected
 
@@ -160,7 +160,7 @@ def test_no_text_forges_a_control_token(qwen, reference):
 
 
 def test_a_long_document_is_read_in_windows_and_its_ids_stay_the_same(qwen, reference):
-    document = " ".join(SENTENCES) * 60
+    document = " ".join(SENTENCES) * 70
     assert len(document) > 2 * qwen.boundaries.window
     expected = by_qwen(reference, "Judge.", "rain", document, 6000)
     assert joined(qwen, ("rain", document), 6000, instruction="Judge.") == expected

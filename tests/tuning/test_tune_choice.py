@@ -28,6 +28,7 @@ from echelon.tuning.choice import (
 )
 from echelon.tuning.load import Disturbance
 from echelon.tuning.sweep import MeasuredPoint, SweepPoint
+from echelon.tuning.time_plan import RUNS, more_points
 
 
 @given(st.integers(1, 200))
@@ -213,3 +214,22 @@ def test_what_disturbed_is_named_with_its_share():
     point.seconds[5], point.outliers = 11.0, {5}
     assert "1 of 6 runs took up to 11.0 times as long" in disturbances([point])[1]
     assert disturbances([measured(10, 1.0, batch=1)]) == []
+
+
+@given(st.floats(0.001, 1000), st.floats(0, 0.5), st.floats(0, 0.5))
+def test_another_time_widens_an_interval_by_the_machines_pace(value, down, up):
+    now = KnownValue(value, value * (1 - down), value * (1 + up))
+    later = now.at_any_time
+    assert later.value == value
+    assert later.low <= now.low * (1 + 1e-9)
+    assert later.high >= now.high * (1 - 1e-9)
+    assert later.low <= value * 0.91
+    assert later.high >= value * 1.10
+    assert KnownValue(value).at_any_time == KnownValue(value)
+
+
+def test_time_that_is_left_goes_to_the_quickest_points_that_fit():
+    points = [SweepPoint(n, batch_size=1) for n in (50, 5, 10)]
+    found = more_points(points, lambda point: 0.1 * point.pairs, RUNS * 1.6)
+    assert found == [SweepPoint(5, 1), SweepPoint(10, 1)]
+    assert more_points(points, lambda point: 1.0, RUNS * 0.9) == []

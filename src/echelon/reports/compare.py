@@ -134,7 +134,10 @@ def _number(a: Row | None, b: Row | None, *, times: bool) -> Row:
     pairs = (a or b or {}).get("pairs", 0)
     found: Row = {"pairs": pairs, "a": a, "b": b, "latency": None, "throughput": None}
     if times and a and b and a["latency_s"] and b["latency_s"]:
-        one, other = (KnownValue(n["latency_s"], n["low_s"], n["high_s"]) for n in (a, b))
+        # Two runs at two times: not even the machine's own pace is common to them.
+        one, other = (
+            KnownValue(n["latency_s"], n["low_s"], n["high_s"]).at_any_time for n in (a, b)
+        )
         latency = Ratio.of(one, other)
         found |= {"latency": latency.as_dict(), "throughput": latency.inverse.as_dict()}
     return found

@@ -26,7 +26,12 @@ MIN_RUNS = 3
 ENOUGH = 0.95
 """Share of the best throughput that a smaller, cheaper setting must reach."""
 
-CONFIDENCE = 0.95
+CONFIDENCE, CONFIDENT = 0.95, 1.96  # and standard deviations to either side
+
+PACE = 0.05
+"""Standard deviation, on the logarithmic scale, of a machine's pace from one minute to another.
+The medians of a run a minute later differ by it, all in the same direction, whatever the spread
+within a run (docs/LOG.md, "Pace")."""
 
 ROUNDING = 1e-9
 """Makes values that differ by exactly TIE a tie in both directions."""
@@ -89,7 +94,7 @@ def student(freedom: int) -> float:
     """Student's t for 95 %, within 1 %, by degrees of freedom (at least 1)."""
     if freedom < len(STUDENT):
         return STUDENT[freedom]
-    z = 1.96
+    z = CONFIDENT
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
@@ -120,6 +125,26 @@ class KnownValue:
     value: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def relative_half(self) -> float | None:
+        """The larger half of the interval over the value."""
+        if self.low is None or self.high is None:
+            return None
+        return max(self.high - self.value, self.value - self.low) / self.value
+
+    @property
+    def at_any_time(self) -> KnownValue:
+        """With an interval for the machine's pace at another time too.
+
+        Points of one run share its pace, so comparisons among them do without it.
+        """
+        if self.low is None or self.high is None:
+            return self
+        pace = CONFIDENT * PACE
+        down = math.hypot(math.log(self.value / self.low), pace)
+        up = math.hypot(math.log(self.high / self.value), pace)
+        return KnownValue(self.value, self.value * math.exp(-down), self.value * math.exp(up))
 
 
 @dataclass(frozen=True, slots=True)

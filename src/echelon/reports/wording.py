@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.engine.agreement import decided
 from echelon.messages import N_, listed, tr, translated
 from echelon.messages.units import SPACE, UNKNOWN, duration, number, percent, size
+from echelon.reports.statistics import KnownValue
 from echelon.scheduling.packing import NO_BUDGET
 
 if TYPE_CHECKING:
@@ -98,25 +99,29 @@ def spread(entry: Entry) -> str:
     """Half the width of the median's interval, the larger half; the number of runs without one."""
     if not measured(entry):
         return tr("predicted")
-    latency = entry["latency_s"]
-    if latency["low"] is None or latency["high"] is None:
+    half = _at_any_time(entry).relative_half
+    if half is None:
         return f"n={entry['samples']}"
-    half = max(latency["high"] - latency["median"], latency["median"] - latency["low"])
-    share = math.ceil(1000 * half / latency["median"]) / 10  # up: never surer than measured
+    share = math.ceil(1000 * half) / 10  # up: never surer than measured
     shown = f"{math.ceil(share)}" if share >= WHOLE_PERCENT else f"{share:.1f}"
     return f"±{shown}{SPACE}%"
 
 
+def _at_any_time(entry: Entry) -> KnownValue:
+    return KnownValue(*(entry["latency_s"][n] for n in ("median", "low", "high"))).at_any_time
+
+
 def interval(entry: Entry) -> str:
     """The median's interval; a dash with too few runs for one."""
-    low, high = entry["latency_s"]["low"], entry["latency_s"]["high"]
-    return UNKNOWN if low is None or high is None else f"{duration(low)} – {duration(high)}"
+    ends = _at_any_time(entry)
+    if ends.low is None or ends.high is None:
+        return UNKNOWN
+    return f"{duration(ends.low)} – {duration(ends.high)}"
 
 
 def prediction(entry: Entry) -> str:
     """A predicted time with its interval."""
-    found = entry["predicted_s"]
-    values = {name: duration(found[name]) for name in ("median", "low", "high")}
+    values = {name: duration(entry["predicted_s"][name]) for name in ("median", "low", "high")}
     return tr("about {median} ({low} – {high})", **values)
 
 
@@ -305,8 +310,8 @@ def deviation(predicted: float | None, measured: float | None) -> str:
     """How far a measurement is from its prediction, in per cent of the prediction."""
     if not predicted or measured is None:
         return UNKNOWN
-    relative = measured / predicted - 1
-    return f"{'−' if relative < 0 else '+'}{percent(abs(relative))}"
+    off = measured / predicted - 1
+    return f"{'−' if off < 0 else '+'}{percent(abs(off))}"
 
 
 def _asked(asked: Entry) -> str:

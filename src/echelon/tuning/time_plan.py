@@ -16,7 +16,7 @@ from echelon.scheduling.cost_model import Coefficients, Work, work_of
 from echelon.tuning.sweep import SweepPoint, grid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from echelon.types import Clock
 
@@ -154,6 +154,19 @@ def affordable(
         if RUNS * sum(map(seconds, points)) <= limit_s:
             return points
     return []
+
+
+def more_points(
+    points: Iterable[SweepPoint], seconds: Callable[[SweepPoint], float], left_s: float
+) -> list[SweepPoint]:
+    """The quickest of some points that can get RUNS runs each in the time left."""
+    chosen: list[SweepPoint] = []
+    for point in sorted(points, key=seconds):
+        left_s -= RUNS * seconds(point)
+        if left_s < 0:
+            break
+        chosen.append(point)
+    return chosen
 
 
 def _coarser(

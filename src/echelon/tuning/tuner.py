@@ -43,7 +43,7 @@ from echelon.tuning.machine import describe_machine
 from echelon.tuning.probe_shapes import LengthRange, StepFactory
 from echelon.tuning.saved_run import SavedRun
 from echelon.tuning.sweep import MeasuredPoint, SweepPoint, grid, sweep
-from echelon.tuning.time_plan import PROBES, Price, TimeBudget, affordable
+from echelon.tuning.time_plan import PROBES, Price, TimeBudget, affordable, more_points
 from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
@@ -221,21 +221,29 @@ class _OpenRun:
 
         def keep(results: list[MeasuredPoint]) -> None:
             found = before | {measured.point: measured for measured in results}
-            self.run.points = [found.get(point, MeasuredPoint(point)) for point in _ordered(every)]
+            self.run.points = [
+                found.get(point, MeasuredPoint(point)) for point in sorted(every, key=_place)
+            ]
             self.run.save()
 
-        results = sweep(
-            planned,
-            calls,
-            clock=self.clock,
-            limit_s=limit_s,
-            expected_s=expected_s,
-            watch=self.watch,
-            known=self.run.points,
-            save=keep,
-            on_progress=on_progress,
-        )
-        keep(results)
+        keep([])
+        ends_s, more = time.spent_s + limit_s, planned
+        while more:
+            planned = sorted({*planned, *more}, key=_place)
+            results = sweep(
+                planned,
+                calls,
+                clock=self.clock,
+                limit_s=ends_s - time.spent_s,
+                expected_s=expected_s,
+                watch=self.watch,
+                known=self.run.points,
+                save=keep,
+                on_progress=on_progress,
+            )
+            keep(results)
+            # Time that the planned points did not need goes to others.
+            more = more_points(every.difference(planned), expected_s, ends_s - time.spent_s)
         return calls, said
 
     def probe(self, calls: TimedCalls, on_progress: Progress) -> ProbeResult:
@@ -287,9 +295,9 @@ def _saved_run(
     return run
 
 
-def _ordered(points: set[SweepPoint]) -> list[SweepPoint]:
-    """Batch sizes by number of pairs, then token budgets."""
-    return sorted(points, key=lambda p: (p.batch_size is None, p.pairs, p.size))
+def _place(point: SweepPoint) -> tuple[bool, int, int]:
+    """Sort key: batch sizes by number of pairs, then token budgets."""
+    return point.batch_size is None, point.pairs, point.size
 
 
 def _said(price: Price, planned: list[SweepPoint], every: int, limit_s: float) -> dict[str, Any]:
