@@ -168,6 +168,22 @@ def test_a_long_document_is_read_in_windows_and_its_ids_stay_the_same(qwen, refe
     assert joined(qwen, ("rain", document), 300, instruction="Judge.") == few
 
 
+def test_what_documents_of_a_query_have_in_common_is_paid_for_once(qwen):
+    queries = ["rain"] * 3 + ["ferry"]
+    encoded = qwen.encode(
+        [(query, text) for query, text in zip(queries, SENTENCES, strict=False)], 500, "only_second"
+    )
+    batch = encoded.batch(range(4))
+    ids = [batch.ids[a:b] for a, b in zip(batch.offsets, batch.offsets[1:], strict=False)]
+    own = len(encoded.documents[3]) + len(qwen.template.after)
+    common = len(ids[3]) - own
+    np.testing.assert_array_equal(ids[0][:common], ids[1][:common])
+    assert encoded.costs[3] == len(ids[3])
+    saved = sum(map(len, ids)) - int(encoded.costs.sum())
+    assert 2 * common - 3 <= saved <= 2 * common
+    assert encoded.costs.min() > len(qwen.template.after)
+
+
 def test_pairs_of_other_instructions_have_other_keys(qwen):
     first, second = (
         qwen.encode([("rain", "a")], 500, "longest_first", instruction=text).keys()

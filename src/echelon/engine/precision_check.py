@@ -157,7 +157,7 @@ class PrecisionCheck:
         with closing(self.open("bf16")) as scorer:
             info = scorer.info
         encoded = self.encode(info)
-        steps = pack(encoded.lengths, step_budget(None, None, info.device))
+        steps = pack(encoded.costs, step_budget(None, None, info.device))
         return list(layer_errors(self.folder.path, map(encoded.batch, steps)))
 
 

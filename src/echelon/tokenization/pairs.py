@@ -7,6 +7,7 @@ document that fits is one chunk, so its score does not change.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ class Template:
     """The special tokens around a pair: ``before query between document after``.
 
     ``types`` are segment ids of the five parts, None if the model has one segment only; ``side`` is
-    the side from which tokens are removed.
+    the side from which tokens are removed; ``causal`` says that no token sees a later one, so that
+    the model computes what comes before the document once for all documents of a query.
     """
 
     before: tuple[int, ...]
@@ -39,6 +41,7 @@ class Template:
     after: tuple[int, ...]
     types: tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]] | None
     side: Side = "right"
+    causal: bool = False
 
     @property
     def ids(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -77,6 +80,22 @@ class EncodedPairs:
         full = [len(q) + len(d) for q, d in zip(self.queries, self.documents, strict=True)]
         lost: IntArray = np.array(full, dtype=np.int32) - self.kept.sum(axis=1, dtype=np.int32)
         return lost
+
+    @property
+    def costs(self) -> IntArray:
+        """int32 [pairs], tokens that the model computes for each pair.
+
+        Pairs of one query share the cost of what they have in common, if the model computes it
+        once.
+        """
+        if not self.template.causal:
+            return self.lengths
+        query_of = [id(query) for query in self.queries]
+        times = Counter(query_of)
+        count = np.array([times[query] for query in query_of], dtype=np.int32)
+        common = self.lengths - self.kept[:, 1] - np.int32(len(self.template.after))
+        costs: IntArray = self.lengths - common + -(-common // count)
+        return costs
 
     def keys(self) -> tuple[bytes, ...]:
         """One key a pair; pairs with the same key have the same ids, also if cut further."""

@@ -53,7 +53,7 @@ class TimedCalls:
         self._meter.reset()
         started = self._clock()
         encoded = self._encode(self._samples[point.pairs])
-        steps, step_s = self._packed(point, encoded.lengths), 0.0
+        steps, step_s = self._packed(point, encoded.costs), 0.0
         for step in steps:
             step_s += self._scored(encoded, step)
         seconds = self._clock() - started
@@ -71,9 +71,9 @@ class TimedCalls:
         return pack(lengths, budget, padding=self._padding, max_pairs=point.batch_size)
 
     def lengths(self, pairs: int) -> IntArray:
-        """Tokens of each pair of a call."""
+        """Tokens that each pair of a call costs."""
         if pairs not in self._lengths:
-            self._lengths[pairs] = self._encode(self._samples[pairs]).lengths
+            self._lengths[pairs] = self._encode(self._samples[pairs]).costs
         return self._lengths[pairs]
 
     def steps(self, point: SweepPoint) -> list[Work]:
