@@ -175,8 +175,8 @@ def test_what_documents_of_a_query_have_in_common_is_paid_for_once(qwen):
     )
     batch = encoded.batch(range(4))
     ids = [batch.ids[a:b] for a, b in zip(batch.offsets, batch.offsets[1:], strict=False)]
-    own = len(encoded.documents[3]) + len(qwen.template.after)
-    common = len(ids[3]) - own
+    own = len(encoded.documents[0]) + len(qwen.template.after)
+    common = len(ids[0]) - own
     np.testing.assert_array_equal(ids[0][:common], ids[1][:common])
     assert encoded.costs[3] == len(ids[3])
     saved = sum(map(len, ids)) - int(encoded.costs.sum())
