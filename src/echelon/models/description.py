@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 from echelon.errors import UnsupportedModel
 from echelon.models.architecture import labels_of, read_config
-from echelon.models.families import native_model
+from echelon.models.families import WEIGHT_BYTES, native_model
 from echelon.models.onnx import find_graph
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-"""Of a weight; fp16 is as bf16."""
+SHOWN = ("fp32", "bf16", "int8")  # fp16 is as bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class ModelDescription:
         """Memory of the weights by precision, in bytes; empty where it is unknown."""
         if self.weights is None:
             return {}
-        return {precision: self.weights * size for precision, size in BYTES.items()}
+        return {precision: self.weights * WEIGHT_BYTES[precision] for precision in SHOWN}
 
 
 def describe(folder: Path) -> ModelDescription:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     Config = dict[str, Any]
 
 
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+"""Bytes of a weight."""
+
+
 class NativeShape(Protocol):
     """What is known of a native model before its weights are read."""
 
@@ -99,6 +103,10 @@ class NativeModel:
     shape: NativeShape
     prompt: Prompt | None
     answers: tuple[int, int] | None  # ids of the prompt's answers, for a model without a classifier
+
+    def weights_bytes(self, precision: str) -> int:
+        """Memory of the weights in a precision, in bytes."""
+        return self.shape.weights * WEIGHT_BYTES[precision]
 
     def open(self, device: torch.device, plan: LayerPlan, threads: int, label: int) -> Scorer:
         """Load the weights."""

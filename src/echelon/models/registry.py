@@ -84,8 +84,11 @@ def open_scorer(
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "out of memory").splitlines()[0]
+    need = (
+        "" if native is None else f", which take {native.weights_bytes(precision) / 2**30:.3g} GiB,"
+    )
     raise OutOfMemory(
-        f"{folder}: the weights do not fit on {chosen} in {precision} ({reason}). "
+        f"{folder}: the weights{need} do not fit on {chosen} in {precision} ({reason}). "
         "Free memory, choose a lower precision, another device or a smaller model."
     )
 
