@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -73,6 +74,29 @@ def _instruction(name: str, value: object) -> object:
     if value is not None:
         check_text(name, value)
     return value
+
+
+_SIZE = re.compile(r"([0-9]+(?:[.][0-9]+)?) ?(?:(?:([kmgt])(i?))?b)?", re.IGNORECASE)
+
+MIN_CACHE_BYTES = 1000
+"""Smallest cache but none: a score takes half of it."""
+
+
+def _cache_bytes(name: str, value: object) -> object:
+    """Bytes of a cache, from a number of them or a text such as ``256MB``."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        size = value
+    else:
+        found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if found is None:
+            raise InvalidInput(name, f"{value!r} is no size", "Give one such as 256MB, or 0.")
+        number, prefix, binary = found.groups(default="")
+        base = 1024 if binary else 1000
+        size = int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+    if size is not None and size != 0 and size < MIN_CACHE_BYTES:
+        problem = f"{value} is too small for a score"
+        raise InvalidInput(name, problem, "Give a size such as 256MB, or 0.")
+    return size
 
 
 def check_count(name: str, value: object) -> object:
@@ -140,6 +164,10 @@ class Options:
     allow: tuple[Allowance, ...] = _option((), _any_of(*get_args(Allowance)), per_call=True)
     """What the OOM ladder may lower if one pair alone does not fit in memory."""
 
+    score_cache: int | str | None = _option(None, _cache_bytes)
+    """Memory in which scores are kept for pairs that come again: bytes, or a text such as
+    ``256MB``; 0 and None keep none, see :mod:`echelon.engine.score_cache`."""
+
     progress: bool = _option(default=False, per_call=True)
     """Show progress bars."""
 
@@ -147,6 +175,11 @@ class Options:
         for option in fields(self):
             checked = option.metadata["check"](option.name, getattr(self, option.name))
             object.__setattr__(self, option.name, checked)
+
+    @property
+    def score_cache_bytes(self) -> int:
+        """Bytes of the score cache; 0 where there is none."""
+        return self.score_cache if isinstance(self.score_cache, int) else 0
 
     @classmethod
     def of(cls, **values: Any) -> Options:

@@ -131,26 +131,26 @@ class RunReport:
     Attributes:
         pairs: pairs asked for.
         scored: distinct pairs that went through the model.
-        cached: distinct pairs whose scores were cached.
         tokens: useful tokens scored.
         cost_tokens: tokens computed, padding included.
         steps: forward passes.
         ladder: actions of the OOM ladder, in order.
+        cached: distinct pairs whose scores were cached.
     """
 
     pairs: int = 0
     scored: int = 0
-    cached: int = 0
     tokens: int = 0
     cost_tokens: int = 0
     steps: int = 0
     ladder: tuple[LadderStep, ...] = ()
+    cached: int = 0
 
     @classmethod
     def of(cls, parts: Iterable[RunReport]) -> RunReport:
         """The report of a call that was scored in parts."""
         parts = list(parts)
-        counts = ("pairs", "scored", "cached", "tokens", "cost_tokens", "steps")
+        counts = ("pairs", "scored", "tokens", "cost_tokens", "steps", "cached")
         sums = {name: sum(getattr(part, name) for part in parts) for name in counts}
         return cls(**sums, ladder=tuple(step for part in parts for step in part.ladder))
 

@@ -31,7 +31,7 @@ def dispatcher_of(answers):
 
 def scored(dispatcher, prepared):
     logits = FakeScorer().score(prepared.batch)
-    dispatcher.finish(prepared.step, StepResult(logits, 0.01, 0), 0)
+    dispatcher.finish(prepared.step, StepResult(logits, 0.01, 0), 0, "fp32")
 
 
 def test_a_pair_that_never_fits_ends_though_other_steps_fit_in_between():

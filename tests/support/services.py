@@ -28,8 +28,8 @@ class LetterEncoder:
         documents = [ids(document) for _, document in pairs]
         return encode_pairs(TEMPLATE, queries, documents, max_length, truncation, places)
 
-    def turns(self, pairs, max_length, truncation, max_query_tokens, **_):
-        yield self.encode(pairs, max_length, truncation, max_query_tokens)
+    def turns(self, pairs, max_length, truncation, max_query_tokens, places, **_):
+        yield self.encode(pairs, max_length, truncation, max_query_tokens, places)
 
 
 class RecordingListener(Listener):
@@ -42,7 +42,7 @@ class RecordingListener(Listener):
         self.heard.append(event)
 
     step_finished = request_ended = refused = ladder_taken = worker_changed = note
-    budget_moved = note
+    budget_moved = scores_sought = note
 
     def of(self, kind) -> list:
         return [event for event in self.heard if type(event).__name__ == kind]
@@ -81,7 +81,14 @@ async def submit(made, pairs, **asked):
 
 
 def service(
-    opener=Obedient, *, listener=None, learned=None, clock=monotonic, encoder=None, **settings
+    opener=Obedient,
+    *,
+    listener=None,
+    learned=None,
+    clock=monotonic,
+    encoder=None,
+    cache=None,
+    **settings,
 ) -> Service:
     settings.setdefault("precision", "fp32")
     return Service(
@@ -91,6 +98,7 @@ def service(
         listener=listener,
         clock=clock,
         learned=learned,
+        scores=cache,
     )
 
 

@@ -11,11 +11,13 @@ import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.engine.events import RequestRefused
+from echelon.engine.events import RequestRefused, ScoresSought
+from echelon.engine.score_cache import ScoreSettings
 from echelon.errors import EchelonError, InvalidInput, Overloaded
 from echelon.options import check_pairs
 from echelon.scheduling.admission import (
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from echelon.engine.dispatcher import Dispatcher
     from echelon.engine.events import ServiceSettings
+    from echelon.engine.score_cache import CachedScores, ScoreCache
     from echelon.tokenization.pairs import ChunkMap, EncodedPairs
     from echelon.tokenization.tokenizer import PairEncoder
     from echelon.types import Chunking, Pair, RerankRequest, Side
@@ -61,6 +64,8 @@ class AdmittedRequest:
     chunk_map: ChunkMap | None = None  # where pairs are chunks, the way back to the documents
     # tokens to which pairs were cut because the queue is long; None: they were not
     fallback: int | None = None
+    # scores of the documents whose pairs are not among these; None: all are
+    cached: CachedScores | None = None
 
 
 class AdmissionPipeline:
@@ -72,8 +77,10 @@ class AdmissionPipeline:
         settings: ServiceSettings,
         dispatcher: Dispatcher,
         workers_up: Callable[[], int],
+        scores: ScoreCache | None = None,
     ) -> None:
         self._encoder = encoder
+        self._scores = scores
         self._settings = settings
         self._dispatcher = dispatcher
         self._workers_up = workers_up
@@ -104,8 +111,36 @@ class AdmissionPipeline:
             logger.log(level, message, load.backlog_s, shedding.goal_s, shedding.max_length)
         return load
 
-    async def admit(self, request: RerankRequest, max_length: int) -> AdmittedRequest:
+    async def find(
+        self, request: RerankRequest, max_length: int, precision: str
+    ) -> CachedScores | None:
+        """Look its documents up in the score cache; None where they are to be scored anyway.
+
+        What is not text, or too much, is not looked up: it is refused later.
+        """
+        scores, pairs = self._scores, request.pairs
+        if scores is None or request.fresh or len(pairs) > self._settings.bounds.max_documents:
+            return None
+        settings = score_settings(request, self._settings, max_length, precision)
+        work = partial(scores.find, pairs, settings, whole=request.refuse_truncation)
+        try:
+            if sum(_characters(pairs)) <= TURN.characters:
+                cached = work()
+            else:
+                loop = asyncio.get_running_loop()
+                cached = await loop.run_in_executor(self._threads, work)
+        except (AttributeError, TypeError, ValueError):
+            return None
+        self._dispatcher.listener.scores_sought(ScoresSought(cached.hits, len(cached.missing)))
+        return cached
+
+    async def admit(
+        self, request: RerankRequest, max_length: int, cached: CachedScores | None = None
+    ) -> AdmittedRequest:
         """Admit and encode a request; the caller must queue its pairs before it next awaits.
+
+        Documents whose scores are ``cached`` are left out and charged at nothing. Not while load is
+        shed: scores of texts read in full and in part cannot be compared.
 
         Raises:
             InvalidInput: a pair is not two texts, its query leaves no room, or it is too long.
@@ -115,9 +150,15 @@ class AdmissionPipeline:
         if not request.refuse_truncation:
             self.update_shedding()
             fallback = self.shedding.fallback(request.priority, max_length)
-        pairs = await self._tokenise(request, max_length, fallback)
+        if fallback is not None:
+            cached = None
+        places = range(len(request.pairs)) if cached is None else cached.missing.tolist()
+        if cached is not None:
+            request = replace(request, pairs=[request.pairs[place] for place in places])
+        pairs = await self._tokenise(request, max_length, fallback, places)
         try:
-            return await self._admit(pairs, request, max_length, fallback)
+            admitted = await self._admit(pairs, request, max_length, fallback)
+            return replace(admitted, cached=cached)
         except EchelonError as error:
             error.tokenised = True
             raise
@@ -135,20 +176,25 @@ class AdmissionPipeline:
         admitted = None if fallback is None else await self._shortened(pairs, request, fallback)
         if admitted is None:
             admitted = await self._in_full(pairs, request, max_length)
-        lengths = admitted.pairs.lengths
+        lengths = admitted.pairs.costs
         squares = int(np.square(lengths, dtype=np.int64).sum())
         self._judge(request, len(lengths), int(lengths.sum()), squares)
         return admitted
 
     async def _tokenise(
-        self, request: RerankRequest, max_length: int, fallback: int | None
+        self,
+        request: RerankRequest,
+        max_length: int,
+        fallback: int | None,
+        places: Sequence[int],
     ) -> EncodedPairs:
         characters = _characters(request.pairs)
         longest = self._document_tokens(request, max_length)
         tokens = self._estimate.tokens(characters, fallback or max(max_length, longest))
         squares = tokens * min(tokens // len(characters), max_length)
         self._judge(request, len(characters), tokens, squares)
-        loop, turns = asyncio.get_running_loop(), self._turns(request, max_length, longest)
+        loop = asyncio.get_running_loop()
+        turns = self._turns(request, max_length, longest, places)
         self._tokenising += 1
         self._tokenising_tokens += tokens
         try:
@@ -165,7 +211,7 @@ class AdmissionPipeline:
         return encoded
 
     def _turns(
-        self, request: RerankRequest, max_length: int, longest: int
+        self, request: RerankRequest, max_length: int, longest: int, places: Sequence[int]
     ) -> Iterator[EncodedPairs | None]:
         """Check and encode a request in turns; the last gives its pairs."""
         pairs = check_pairs(request.pairs)
@@ -175,6 +221,7 @@ class AdmissionPipeline:
                 max_length,
                 request.truncation or self._settings.truncation,
                 request.max_query_tokens or self._settings.max_query_tokens,
+                places,
                 instruction=request.instruction,
                 side=None if request.chunking else request.side,
                 document_tokens=longest,
@@ -240,6 +287,21 @@ class AdmissionPipeline:
         retry = error.retry_after_s if isinstance(error, Overloaded) else None
         self._dispatcher.listener.refused(RequestRefused(refusal.reason, documents, retry))
         raise error
+
+
+def score_settings(
+    request: RerankRequest, service: ServiceSettings, max_length: int, precision: str
+) -> ScoreSettings:
+    """All that the scores of a request depend on beside its texts and the model."""
+    return ScoreSettings(
+        precision=precision,
+        max_length=max_length,
+        truncation=request.truncation or service.truncation,
+        max_query_tokens=request.max_query_tokens or service.max_query_tokens,
+        instruction=request.instruction,
+        chunking=request.chunking,
+        side=request.side,
+    )
 
 
 def _cut_at(pairs: EncodedPairs, side: Side | None) -> tuple[EncodedPairs, ChunkMap | None]:

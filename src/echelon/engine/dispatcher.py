@@ -207,8 +207,8 @@ class Dispatcher:
             picks = [(self._requests[number].pairs, index) for number, index in step.places]
         return PreparedStep(step, gather(picks))
 
-    def finish(self, step: PlannedStep, scored: StepResult, worker: int) -> None:
-        """Deliver the scores of a step."""
+    def finish(self, step: PlannedStep, scored: StepResult, worker: int, precision: str) -> None:
+        """Deliver the scores of a step, which a worker's scorer computed in a precision."""
         with self._lock:
             now = self.last_scored = self.clock()
             self.busy_s += scored.seconds
@@ -223,7 +223,7 @@ class Dispatcher:
             )
             self._follow_budget(reason)
             for request in self._of(step):
-                request.scored(step, scored.seconds, now)
+                request.scored(step, scored.seconds, now, precision)
             ended = self._batcher.finish(step.number, scored.logits)
             self.listener.step_finished(
                 StepFinished(

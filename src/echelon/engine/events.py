@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from echelon.engine.score_cache import CacheUsage
 from echelon.errors import check_positive
 from echelon.scheduling.admission import AdmissionLimits
 
@@ -79,6 +80,7 @@ class ServiceSnapshot:
     drift: float = 1.0  # step time over what is normal for this machine
     drifted: bool = False  # whether that has been far from 1 for long
     fallback: bool = False  # whether load is shed
+    cache: CacheUsage = field(default_factory=CacheUsage)  # the score cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,14 @@ class BudgetMoved:
     reason: Reason
 
 
+@dataclass(frozen=True, slots=True)
+class ScoresSought:
+    """The documents of a request were looked up in the score cache."""
+
+    hits: int  # their scores are cached
+    misses: int
+
+
 WorkerState = Literal[
     "starting", "up", "died", "wedged", "recycled", "renewed", "failed", "stopped"
 ]
@@ -175,6 +185,9 @@ class Listener:
 
     def refused(self, event: RequestRefused) -> None:
         """A request was refused."""
+
+    def scores_sought(self, event: ScoresSought) -> None:
+        """The documents of a request were looked up in the score cache."""
 
     def ladder_taken(self, event: LadderTaken) -> None:
         """The OOM ladder took a step."""

@@ -9,7 +9,10 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from echelon.engine.events import RequestEnded
+from echelon.engine.score_cache import DocumentScores
 from echelon.errors import InvalidInput, NonFiniteScore, OutOfMemory, ScoringFailed, WorkerLost
 from echelon.types import Answer, LadderStep, Timings
 
@@ -18,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from echelon.engine.events import Outcome
+    from echelon.engine.score_cache import CachedScores
     from echelon.errors import EchelonError
     from echelon.scheduling.queue import FailedRequest, PlannedStep
     from echelon.tokenization.pairs import ChunkMap, EncodedPairs, TruncationImpossible
-    from echelon.types import FloatArray, IntArray, Priority
+    from echelon.types import FloatArray, Priority
 
 
 @dataclass(slots=True)
@@ -38,21 +42,32 @@ class InflightRequest:
     priority: Priority = "normal"
     chunk_map: ChunkMap | None = None  # where its pairs are chunks, the way back to the documents
     fallback: int | None = None  # tokens to which its pairs were cut because the queue was long
+    cached: CachedScores | None = None  # scores of its other documents, whose pairs are not here
     joined: float = 0.0  # when it joined the queue
     started: float | None = None  # when the first of its steps began
     compute_s: float = 0.0  # seconds of its steps
     cost_tokens: float = 0.0  # its share of their tokens, padding included
     batch_sizes: list[int] = field(default_factory=list)  # their pairs, other requests' included
     ladder: list[LadderStep] = field(default_factory=list)
+    precisions: set[str] = field(default_factory=set)  # those of its steps
 
-    @property
-    def truncated_tokens(self) -> IntArray:
-        """int32 [documents], tokens that each document lost."""
-        lost = self.pairs.truncated_tokens
-        return lost if self.chunk_map is None else self.chunk_map.truncated_tokens(lost)
+    def computed(self, logits: FloatArray | None = None) -> DocumentScores:
+        """Scores of the documents whose pairs are here; None where they have no logits yet."""
+        lost, tokens = self.pairs.truncated_tokens, self.pairs.lengths
+        if logits is None:
+            logits = np.full(len(tokens), np.nan, dtype=np.float32)
+        if self.chunk_map is None:
+            return DocumentScores(logits, lost, tokens)
+        chunks = self.chunk_map
+        return DocumentScores(
+            chunks.best(logits),
+            chunks.truncated_tokens(lost),
+            np.add.reduceat(tokens, chunks.starts, dtype=np.int32),
+        )
 
-    def scored(self, step: PlannedStep, seconds: float, now: float) -> None:
+    def scored(self, step: PlannedStep, seconds: float, now: float, precision: str) -> None:
         """Count a step with pairs of it, which took ``seconds``."""
+        self.precisions.add(precision)
         self.compute_s += seconds
         pairs = zip(step.places, step.lengths, strict=True)  # each counts for its first request
         own = sum(length for (owner, _), length in pairs if owner == self.number)
@@ -73,32 +88,60 @@ class InflightRequest:
 
     def answer(self, logits: FloatArray, now: float) -> Answer:
         """The answer for its caller."""
+        scores = self._whole(self.computed(logits))
         return Answer(
-            logits=logits if self.chunk_map is None else self.chunk_map.best(logits),
-            truncated_tokens=self.truncated_tokens,
-            tokens=int(self.pairs.lengths.sum()),
+            logits=scores.logits,
+            truncated_tokens=scores.truncated_tokens,
+            tokens=int(scores.tokens.sum()),
             cost_tokens=round(self.cost_tokens),
             timings=self.timings(now),
             batch_sizes=tuple(self.batch_sizes),
             ladder=tuple(self.ladder),
             fallback=self.fallback,
+            cached=0 if self.cached is None else self.cached.hits,
         )
 
     def ended(self, outcome: Outcome, now: float) -> RequestEnded:
         """The event for listeners."""
-        times, truncated = self.timings(now), self.truncated_tokens
-        return RequestEnded(
-            outcome=outcome,
-            documents=len(truncated),
-            tokens=int(self.pairs.lengths.sum()),
-            truncated_documents=int((truncated > 0).sum()),
-            truncated_tokens=int(truncated.sum()),
-            queue_s=times.queue_s,
-            tokenise_s=times.tokenise_s,
-            compute_s=times.compute_s,
-            total_s=times.total_s,
-            fallback=self.fallback,
-        )
+        scores = self._whole(self.computed())
+        return request_ended(outcome, scores, self.timings(now), self.fallback)
+
+    def _whole(self, computed: DocumentScores) -> DocumentScores:
+        """Scores of all documents, in the caller's order."""
+        return computed if self.cached is None else self.cached.completed(computed)
+
+
+def request_ended(
+    outcome: Outcome, scores: DocumentScores, times: Timings, fallback: int | None = None
+) -> RequestEnded:
+    """The event for listeners: a request has ended. Logits are not read."""
+    truncated = scores.truncated_tokens
+    return RequestEnded(
+        outcome=outcome,
+        documents=len(truncated),
+        tokens=int(scores.tokens.sum()),
+        truncated_documents=int((truncated > 0).sum()),
+        truncated_tokens=int(truncated.sum()),
+        queue_s=times.queue_s,
+        tokenise_s=times.tokenise_s,
+        compute_s=times.compute_s,
+        total_s=times.total_s,
+        fallback=fallback,
+    )
+
+
+def answer_from_cache(cached: CachedScores, total_s: float) -> tuple[Answer, RequestEnded]:
+    """The answer to a request whose scores are all cached, and the event for listeners."""
+    scores, times = cached.scores, Timings(total_s=total_s)
+    answer = Answer(
+        logits=scores.logits,
+        truncated_tokens=scores.truncated_tokens,
+        tokens=int(scores.tokens.sum()),
+        cost_tokens=0,
+        timings=times,
+        cached=cached.hits,
+    )
+    return answer, request_ended("answered", scores, times)
 
 
 EXPIRED = "The deadline passed while the request waited. Allow more time, or send fewer documents."

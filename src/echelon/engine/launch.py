@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
+from echelon.engine.score_cache import ScoreCache
 from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonWarning, InvalidInput
@@ -72,6 +73,11 @@ class PreparedModel:
             here = processor_of(info.device)
             key = current_key(self.folder.name, self.folder.revision, info, **here)
             warn_if_stale(self.profile, key, self.options.profile)
+
+    def score_cache(self) -> ScoreCache | None:
+        """The score cache that the options ask for."""
+        size = self.options.score_cache_bytes
+        return ScoreCache(size) if size else None
 
     def learned(self, budget: int | None) -> None:
         """Keep the token budget that memory allows in the profile; None removes it."""
@@ -217,6 +223,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         listener=listener,
         learned=prepared.learned,
         prior=prior_of(profile, prepared.options, workers),
+        scores=prepared.score_cache(),
     )
     await service.start()
     prepared.check_profile(service.info)

@@ -1,6 +1,7 @@
 """A reranker as a service: many callers at once, and workers that may die.
 
-A request goes: admit (estimated) → tokenise, in slices → admit (true) → queue → steps → answer.
+A request goes: look up cached scores → admit (estimated) → tokenise, in slices → admit (true) →
+queue → steps → answer. One whose scores are all cached is answered at once.
 The only asyncio of the package. Every ``submit`` ends, with the scores or with an error of
 :mod:`echelon.errors` that says what to do. :mod:`echelon.engine.dispatcher` and
 :mod:`echelon.engine.supervisor` hold the threads' side.
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from echelon.engine.admission_pipeline import AdmissionPipeline
+from echelon.engine.admission_pipeline import AdmissionPipeline, AdmittedRequest
 from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.events import (
     Listener,
@@ -26,7 +27,8 @@ from echelon.engine.events import (
     ServiceSettings,
     ServiceSnapshot,
 )
-from echelon.engine.inflight import EXPIRED, InflightRequest, resolve
+from echelon.engine.inflight import EXPIRED, InflightRequest, answer_from_cache, resolve
+from echelon.engine.score_cache import CacheUsage, DocumentScores, may_be_kept
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.errors import DeadlinePassed, EchelonError, ShuttingDown, WorkerLost
 from echelon.options import check_fallback, check_max_length
@@ -39,6 +41,7 @@ from echelon.types import Answer, RerankRequest, Timings, monotonic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.engine.score_cache import ScoreCache
     from echelon.engine.worker import Worker
     from echelon.scheduling.fit import Prior
     from echelon.tokenization.tokenizer import PairEncoder
@@ -68,6 +71,7 @@ class Service:
         clock: seconds; deadlines are times of this clock.
         learned: called with each token budget that memory allows.
         prior: what steps cost when the machine was tuned; None learns it from the first steps.
+        scores: the score cache of the model that the workers open; None caches none.
     """
 
     def __init__(  # noqa: PLR0913 - each is a distinct collaborator
@@ -80,20 +84,23 @@ class Service:
         clock: Clock = monotonic,
         learned: Callable[[int | None], None] | None = None,
         prior: Prior | None = None,
+        scores: ScoreCache | None = None,
     ) -> None:
         self.settings = settings or ServiceSettings()
         self.clock = clock
         self._encoder = encoder
         self._make_worker = make_worker
         self._prior = prior
+        self._scores = scores
         self._listener = ListenerGroup(listener or Listener())
         batcher = Batcher(CostModel(), DEFAULT_BUDGETS["cpu"], self.settings.max_pairs)
         allow, workers = self.settings.allow, self.settings.workers
         self._dispatcher = Dispatcher(
             batcher, self._listener, clock, allow, learned=learned, workers=workers
         )
-        admission = AdmissionPipeline(encoder, self.settings, self._dispatcher, self._workers_up)
-        self._admission = admission
+        self._admission = AdmissionPipeline(
+            encoder, self.settings, self._dispatcher, self._workers_up, scores
+        )
         self._info: ModelInfo | None = None
         self._supervisors: list[WorkerSupervisor] = []
         self._numbers = itertools.count(1)
@@ -232,7 +239,7 @@ class Service:
             return Readiness(ready=True)
         if self._canary is None or self._canary.done():
             deadline = self.clock() + CANARY_TIMEOUT_S
-            request = RerankRequest([CANARY], deadline=deadline, priority="high")
+            request = RerankRequest([CANARY], deadline=deadline, priority="high", fresh=True)
             self._canary = asyncio.create_task(self.submit(request))
         try:
             await asyncio.shield(self._canary)
@@ -258,6 +265,7 @@ class Service:
             drifted=self._dispatcher.drift.drifted,
             draining=self._draining,
             fallback=self._admission.shedding.on,
+            cache=CacheUsage() if self._scores is None else self._scores.usage,
         )
 
     # Workers.
@@ -308,7 +316,20 @@ class Service:
                 self.resize(wanted)
 
     async def _score(self, request: RerankRequest, max_length: int, arrived: float) -> Answer:
-        admitted = await self._admission.admit(request, max_length)
+        late = request.deadline is not None and request.deadline <= arrived  # it is refused below
+        precision = self.info.precision
+        cached = None if late else await self._admission.find(request, max_length, precision)
+        if cached is not None and cached.hits == len(cached.keys):
+            answer, event = answer_from_cache(cached, self.clock() - arrived)
+            self._listener.request_ended(event)
+            return answer
+        admitted = await self._admission.admit(request, max_length, cached)
+        return await self._queue(request, admitted, arrived)
+
+    async def _queue(
+        self, request: RerankRequest, admitted: AdmittedRequest, arrived: float
+    ) -> Answer:
+        """Have the pairs of a request scored, and keep its scores if they may be kept."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer | EchelonError] = loop.create_future()
         inflight = InflightRequest(
@@ -321,6 +342,7 @@ class Service:
             priority=request.priority,
             chunk_map=admitted.chunk_map,
             fallback=admitted.fallback,
+            cached=admitted.cached,
         )
         self._dispatcher.submit(inflight)
         try:
@@ -330,4 +352,15 @@ class Service:
             raise
         if isinstance(answer, EchelonError):
             raise answer
+        self._keep(inflight, answer)
         return answer
+
+    def _keep(self, inflight: InflightRequest, answer: Answer) -> None:
+        """Keep the scores of an answer that were computed as the settings of their keys say."""
+        cached = inflight.cached
+        if self._scores is None or cached is None or not may_be_kept(answer.ladder):
+            return
+        if inflight.precisions == {cached.settings.precision}:
+            _, truncated, tokens = inflight.computed()
+            computed = DocumentScores(answer.logits[cached.missing], truncated, tokens)
+            self._scores.keep([cached.keys[index] for index in cached.missing], computed)

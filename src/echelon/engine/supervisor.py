@@ -271,7 +271,7 @@ class WorkerSupervisor(threading.Thread):
         self._failures = 0
         self._fresh = False
         self.resident_bytes = scored.resident_bytes
-        self._dispatcher.finish(step, scored, self.number)
+        self._dispatcher.finish(step, scored, self.number, self._scorer_info.precision)
 
     def _next(self) -> None:
         """Drop the step that has ended; the step that was sent ahead begins now."""
@@ -279,15 +279,20 @@ class WorkerSupervisor(threading.Thread):
         if self._sent:
             self._sent[0] = (self._sent[0][0], self._dispatcher.clock())
 
-    def _recover(self, prepared: PreparedStep, reason: str) -> None:
+    @property
+    def _scorer_info(self) -> ModelInfo:
+        """The scorer that is open now."""
         if self._info is None:
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
+        return self._info
+
+    def _recover(self, prepared: PreparedStep, reason: str) -> None:
         fresh, self._fresh = self._fresh, False
         self._sparing = True  # what filled this process would fill the next one
         action, budget = self._dispatcher.out_of_memory(
             prepared.step,
             reason,
-            self._info,
+            self._scorer_info,
             worker=self.number,
             fresh=fresh,
             renewable=self._worker.renewable,

@@ -1,0 +1,156 @@
+"""The score cache: scores of pairs that were scored before, by a hash of all that they depend on.
+
+A score is used again only for the same two texts under the same :class:`ScoreSettings`, by the same
+opened model. The cache holds hashes and numbers, no texts. docs/decisions/0017-score-cache.md says
+which scores are kept and why.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import threading
+from dataclasses import astuple, dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from cachetools import LRUCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from echelon.types import Chunking, FloatArray, IntArray, LadderStep, Pair, Side, Truncation
+
+KEY_BYTES = 16
+"""Bytes of a key: with 128 bits two of a billion pairs share one with a probability of 10⁻²⁰."""
+
+ENTRY_BYTES = 512
+"""Bytes counted for a score: key, value, and their places in the library's two dictionaries. 340 to
+480 were measured, the most just after a dictionary has grown (docs/LOG.md)."""
+
+RECORD = struct.Struct("<fii")
+"""A score in the cache: logit, tokens lost, tokens."""
+
+NEVER_KEPT = {"lower_precision", "shorten"}
+"""Rungs of the OOM ladder after which a score is not that of its settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSettings:
+    """What a score depends on beside its texts and the opened model; every field is in the key."""
+
+    precision: str
+    max_length: int
+    truncation: Truncation
+    max_query_tokens: int | None
+    instruction: str | None
+    chunking: Chunking | None = None
+    side: Side | None = None
+
+
+class DocumentScores(NamedTuple):
+    """Scores of documents, each of one pair or of its chunks."""
+
+    logits: FloatArray  # float32 [documents]
+    truncated_tokens: IntArray  # int32 [documents]
+    tokens: IntArray  # int32 [documents], as the model saw them, overlaps of chunks included
+
+
+@dataclass(frozen=True, slots=True)
+class CachedScores:
+    """Which scores of some pairs the cache has."""
+
+    settings: ScoreSettings
+    keys: Sequence[bytes]  # of every pair
+    scores: DocumentScores  # of every pair; NaN and zeros where there is none
+    missing: IntArray  # int32, indices of the pairs without a score, ascending
+
+    @property
+    def hits(self) -> int:
+        """Pairs with a score."""
+        return len(self.keys) - len(self.missing)
+
+    def completed(self, missing: DocumentScores) -> DocumentScores:
+        """The scores of all pairs, given those of the missing ones in their order."""
+        logits, truncated, tokens = self.scores
+        whole = DocumentScores(logits.copy(), truncated.copy(), tokens.copy())
+        for part, found in zip(whole, missing, strict=True):
+            part[self.missing] = found
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUsage:
+    """The cache at one moment."""
+
+    entries: int = 0  # scores
+    bytes: int = 0
+    max_bytes: int = 0  # 0 where there is no cache
+
+
+class ScoreCache:
+    """Scores in bounded memory; the least recently used goes first. Safe to use from any thread.
+
+    Args:
+        max_bytes: memory that it may take, at least :data:`ENTRY_BYTES`.
+        key: secret of the hash. None is a random one, so that nobody can make two texts collide; a
+            job on disk needs the same one in each run.
+    """
+
+    def __init__(self, max_bytes: int, key: bytes | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._secret = secrets.token_bytes(32) if key is None else key
+        self._entries: LRUCache[bytes, bytes] = LRUCache(max_bytes // ENTRY_BYTES)
+        self._lock = threading.Lock()
+
+    def find(
+        self, pairs: Sequence[Pair], settings: ScoreSettings, *, whole: bool = False
+    ) -> CachedScores:
+        """Look pairs up; with ``whole``, a score of a pair that lost tokens counts as missing."""
+        keys = [*self._keys(pairs, settings)]
+        logits = np.full(len(keys), np.nan, dtype=np.float32)
+        truncated, tokens = np.zeros((2, len(keys)), dtype=np.int32)
+        missing = []
+        with self._lock:
+            for index, key in enumerate(keys):
+                entry = self._entries.get(key)
+                record = None if entry is None else RECORD.unpack(entry)
+                if record is None or (whole and record[1]):
+                    missing.append(index)
+                else:
+                    logits[index], truncated[index], tokens[index] = record
+        found = DocumentScores(logits, truncated, tokens)
+        return CachedScores(settings, keys, found, np.array(missing, dtype=np.int32))
+
+    def keep(self, keys: Iterable[bytes], scores: DocumentScores) -> None:
+        """Keep the scores of pairs, in the order of their keys."""
+        rows = zip(*(part.tolist() for part in scores), strict=True)
+        with self._lock:
+            for key, row in zip(keys, rows, strict=True):
+                self._entries[key] = RECORD.pack(*row)
+
+    @property
+    def usage(self) -> CacheUsage:
+        """The scores that it holds, and their memory."""
+        entries = len(self._entries)
+        return CacheUsage(entries, entries * ENTRY_BYTES, self._max_bytes)
+
+    def _keys(self, pairs: Sequence[Pair], settings: ScoreSettings) -> Iterator[bytes]:
+        """The key of each pair. A query is hashed once for the pairs in a row that share it."""
+        begun = blake2b(repr(astuple(settings)).encode(), digest_size=KEY_BYTES, key=self._secret)
+        last, asked = None, begun
+        for query, document in pairs:
+            if query != last:
+                last, words = query, query.encode()
+                asked = begun.copy()
+                asked.update(b"%d " % len(words))  # where the query ends
+                asked.update(words)
+            digest = asked.copy()
+            digest.update(document.encode())
+            yield digest.digest()
+
+
+def may_be_kept(ladder: Iterable[LadderStep]) -> bool:
+    """Whether scores are those of their settings, by what the OOM ladder did to get them."""
+    return NEVER_KEPT.isdisjoint(step.rung for step in ladder)
