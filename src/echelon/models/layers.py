@@ -94,7 +94,7 @@ class Norm:
     """LayerNorm over the hidden axis."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     epsilon: float
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -105,6 +105,11 @@ class Norm:
 def materialize(product: Product) -> Tensor:
     """The product's true value without its residual, in the layers' dtype."""
     return product.values if product.scales is None else values_of(activate(product, "none"))
+
+
+def evaluate(product: Product) -> Tensor:
+    """The product's true value with its residual, in the layers' dtype."""
+    return _evaluate(product).to(product.values.dtype)
 
 
 def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
@@ -243,12 +248,12 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """A product in fp32, bf16 or fp16 of weight [out, in] and bias [out]."""
+    """A product in fp32, bf16 or fp16 of weight [out, in] and bias [out], or no bias."""
 
     quantized = False
     activated = False
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
 
@@ -263,7 +268,7 @@ class PrepackedLinear:
 
     quantized = False
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str) -> None:
         operators = torch.ops.mkldnn
         self._packed = operators._reorder_linear_weight(weight, TYPICAL_ROWS)  # noqa: SLF001 - no public name exists
         self._bias = bias
@@ -295,7 +300,7 @@ class Int8Linear:
     quantized = True
     activated = False
 
-    def __init__(self, weight: Tensor, bias: Tensor, shift: float | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, shift: float | None) -> None:
         weight = weight.float()
         scales = weight.abs().amax(1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
         codes = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
@@ -305,7 +310,8 @@ class Int8Linear:
         self._zero_point = ZERO_POINT if shift is None else 0
         # The codes mean x + shift; the bias subtracts what shift adds to each product.
         added = 0.0 if shift is None else shift * scales * codes.sum(1, dtype=torch.int32)
-        self._bias = bias.float() - added
+        bias = torch.zeros(len(scales)) if bias is None else bias.float()
+        self._bias = bias - added
         self._call = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
@@ -355,14 +361,19 @@ class FeedForward:
 
 
 def make_linear(
-    weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype, activation: str = "none"
+    weight: Tensor,
+    bias: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: str = "none",
 ) -> Linear:
     """A dense layer in ``dtype`` on ``device``, the activation in the product if possible.
 
     ``weight`` [out, in] and ``bias`` may be views of a mapped file in any dtype; they are copied.
     """
     weight = torch.empty_like(weight, dtype=dtype, device=device).copy_(weight)
-    bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
+    if bias is not None:
+        bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
     if device.type == "cpu" and _can_prepack(dtype):
         return PrepackedLinear(weight, bias, activation)
     return DenseLinear(weight, bias)

@@ -1,0 +1,37 @@
+"""Rotary positions: queries and keys turned by angles that grow with a token's place.
+
+Su and others, RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021; in the form of
+transformers, where the first half of a head turns with the second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rotary:
+    """The angles of one base; ``size`` is the width of a head, an even number."""
+
+    def __init__(self, theta: float, size: int) -> None:
+        # As in transformers, in fp32 and in this order: the last bits are the same.
+        self._frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, each float32 [rows, 1, size], for positions [rows]."""
+        frequencies = self._frequencies.to(positions.device)
+        angles = positions.float()[:, None] * frequencies
+        cosines, sines = angles.cos(), angles.sin()
+        return torch.cat((cosines, cosines), -1)[:, None], torch.cat((-sines, sines), -1)[:, None]
+
+
+def rotate(rows: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn [rows, heads, size] by the tables of their positions, computed in fp32."""
+    cosines, sines = tables
+    wide = rows.float()
+    half = rows.shape[-1] // 2
+    return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
