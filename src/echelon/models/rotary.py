@@ -21,17 +21,18 @@ class Rotary:
         # As in transformers, in fp32 and in this order: the last bits are the same.
         self._frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, each float32 [rows, 1, size], for positions [rows]."""
+    def tables(
+        self, positions: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, each [rows, 1, size], for positions [rows]."""
         frequencies = self._frequencies.to(positions.device)
         angles = positions.float()[:, None] * frequencies
-        cosines, sines = angles.cos(), angles.sin()
+        cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cosines, cosines), -1)[:, None], torch.cat((-sines, sines), -1)[:, None]
 
 
-def rotate(rows: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(rows: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn [rows, heads, size] by the tables of their positions, computed in fp32."""
-    cosines, sines = tables
     wide = rows.float()
     half = rows.shape[-1] // 2
     return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
