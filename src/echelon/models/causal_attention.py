@@ -1,0 +1,160 @@
+"""Causal attention over packed pairs whose beginnings are shared, with grouped query heads.
+
+The keys of a pair are those of its prefix and its own. Pairs of one prefix and one length go
+together, a block of their rows at a time, so that a long pair neither makes a large mask nor
+multiplies keys that come later. Whether a beginning is shared changes no number but its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from echelon.models.device import has_amx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from echelon.models.prefixes import Run, StepLayout
+
+BLOCK = 128
+"""Rows of a pair that attend at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeysAndValues:
+    """Rotated keys, and values, in one layer: [tokens, key heads, size], or so for each pair."""
+
+    keys: Tensor
+    values: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> KeysAndValues:
+        """A function of both."""
+        return KeysAndValues(function(self.keys), function(self.values))
+
+    def __getitem__(self, tokens: slice) -> KeysAndValues:
+        """Those of some of the tokens."""
+        return self.map(itemgetter(tokens))
+
+    def then(self, later: KeysAndValues) -> KeysAndValues:
+        """These, and those of later tokens, of the same pairs or one prefix."""
+        parts = ((self.keys, later.keys), (self.values, later.values))
+        return KeysAndValues(*(torch.cat(part, -3) for part in parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of both."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+class CausalMask:
+    """Masks for blocks of queries, as views of one staircase.
+
+    Row i of the staircase allows the first ``width + i + 1`` keys. A block whose first query
+    follows n keys reads it from column ``width - n`` on.
+    """
+
+    def __init__(self, width: int, group: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._width = width
+        columns = torch.arange(width + BLOCK, device=device)
+        last = torch.arange(width, width + BLOCK, device=device).repeat_interleave(group)
+        mask = torch.zeros(len(last), len(columns), device=device, dtype=dtype)
+        self._mask = mask.masked_fill_(columns > last[:, None], float("-inf"))
+
+    def block(self, before: int, rows: int, keys: int) -> Tensor:
+        """The mask of ``rows`` rows whose first query follows ``before`` keys; [rows, keys]."""
+        first = self._width - before
+        return self._mask[:rows, first : first + keys]
+
+
+class CausalAttention:
+    """The attention of one step in all layers."""
+
+    def __init__(
+        self, layout: StepLayout, heads: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._layout = layout
+        query_heads, self._key_heads = heads
+        self._group = query_heads // self._key_heads
+        # Without matrix units torch's attention is nearly twice as fast in fp32 (docs/LOG.md).
+        self._dtype = torch.float32 if device.type == "cpu" and not has_amx() else dtype
+        ends = [len(prefix.ids) for prefix in layout.prefixes]
+        before = [ends[run.prefix] if run.prefix is not None else 0 for run in layout.runs]
+        ends += [start + run.length for start, run in zip(before, layout.runs, strict=True)]
+        self._mask = CausalMask(max(ends), self._group, device, self._dtype)
+
+    def beginnings(
+        self, own: KeysAndValues, cached: Sequence[KeysAndValues | None]
+    ) -> list[KeysAndValues]:
+        """Keys and values of all prefixes in one layer: those that are cached and ``own`` rows."""
+        found = []
+        for prefix, past in zip(self._layout.prefixes, cached, strict=True):
+            computed = own[prefix.rows]
+            found.append(computed if past is None else past[: prefix.known].then(computed))
+        return found
+
+    def attend(
+        self, query: Tensor, own: KeysAndValues, beginnings: Sequence[KeysAndValues]
+    ) -> Tensor:
+        """Attention of all rows: [rows, heads, size] → [rows, heads × size]; filler gets 0."""
+        mixed = own.values.new_zeros(len(query), query.shape[1] * query.shape[2])
+        for prefix, beginning in zip(self._layout.prefixes, beginnings, strict=True):
+            if prefix.known < len(prefix.ids):
+                mixed[prefix.rows] = self._causal(
+                    query[prefix.rows][None], beginning.map(itemgetter(None))
+                )
+        for run in self._layout.runs:
+            queries = query[run.rows].view(run.count, run.length, *query.shape[1:])
+            mixed[run.rows] = self._causal(queries, _of_run(run, own, beginnings))
+        return mixed
+
+    def attend_last(
+        self, query: Tensor, own: KeysAndValues, beginnings: Sequence[KeysAndValues]
+    ) -> Tensor:
+        """Attention of each pair's last row, in the layout's order, to all of its pair.
+
+        ``query`` is [pairs or more, heads, size]; the surplus rows of the result are 0.
+        """
+        mixed = own.values.new_zeros(len(query), query.shape[1] * query.shape[2])
+        for run in self._layout.runs:
+            found = _of_run(run, own, beginnings)
+            mixed[run.pairs] = self._causal(query[run.pairs][:, None], found)
+        return mixed
+
+    def _causal(self, query: Tensor, tokens: KeysAndValues) -> Tensor:
+        """Attention of each pair's last rows: [pairs, rows, heads, size] → [all rows, width].
+
+        ``tokens`` are those of the same pairs: [pairs, tokens, key heads, size].
+        """
+        keys, values = (
+            part.transpose(1, 2).to(self._dtype) for part in (tokens.keys, tokens.values)
+        )
+        # Query heads that share keys stand side by side among the rows of one product.
+        pairs, length, _, size = query.shape
+        groups = query.view(pairs, length, self._key_heads, self._group, size).transpose(1, 2)
+        before = keys.shape[2] - length
+        blocks = []
+        for first in range(0, length, BLOCK):
+            block = groups[:, :, first : first + BLOCK]
+            rows = block.flatten(2, 3).to(self._dtype)
+            end = before + first + block.shape[2]
+            mask = self._mask.block(before + first, rows.shape[2], end)
+            mixed = functional.scaled_dot_product_attention(
+                rows, keys[:, :, :end], values[:, :, :end], attn_mask=mask
+            )
+            blocks.append(mixed.view(block.shape).transpose(1, 2))
+        return torch.cat(blocks, 1).view(pairs * length, -1)
+
+
+def _of_run(run: Run, own: KeysAndValues, beginnings: Sequence[KeysAndValues]) -> KeysAndValues:
+    """Keys and values of a run's pairs, prefix included: [pairs, tokens, key heads, size]."""
+    rows = own[run.rows].map(lambda part: part.view(run.count, run.length, *part.shape[1:]))
+    if run.prefix is None:
+        return rows
+    return beginnings[run.prefix].map(lambda part: part.expand(run.count, -1, -1, -1)).then(rows)

@@ -1,0 +1,183 @@
+"""The weights of Qwen3 and Qwen2 decoders, loaded layer by layer.
+
+Of the vocabulary's head no more than one vector is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from echelon.errors import BadCheckpoint
+from echelon.models.device import DTYPES, release_memory
+from echelon.models.gated import RmsNorm
+from echelon.models.layers import Int8Linear, Linear, ProbedLinear, make_linear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echelon.models.architecture import LayerPlan
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.qwen import DecoderArchitecture
+
+    Shapes = dict[str, tuple[int, ...]]
+
+WORDS = "model.embed_tokens.weight"
+"""The word table, and the vocabulary's head of a tied model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One transformer layer; ``qkv`` is fused, but the last layer has separate queries."""
+
+    attention_norm: RmsNorm
+    queries: Linear | None
+    qkv: Linear
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
+    attention_out: Linear
+    feed_forward_norm: RmsNorm
+    gate_up: Linear  # both, fused
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A loaded decoder; ``loaded_bytes`` does not count a mapped table."""
+
+    words: Tensor  # [vocabulary, hidden], as on disk
+    layers: tuple[Layer, ...]
+    norm: RmsNorm
+    head: Tensor  # float32 [hidden]
+    loaded_bytes: int
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    architecture: DecoderArchitecture,
+    device: torch.device,
+    plan: LayerPlan,
+    label: int,
+    answers: tuple[int, int] | None,
+) -> Weights:
+    """Load a decoder; arguments as of :func:`echelon.models.decoder.open_native`."""
+    surplus = f"model.layers.{architecture.layers}."
+    if any(name.startswith(surplus) for name in checkpoint.names):
+        raise BadCheckpoint(
+            f"{checkpoint.folder}: the weights hold {surplus}*, beyond config.json's "
+            f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
+            "weights."
+        )
+    with torch.inference_mode():
+        loader = _Loader(checkpoint, architecture, device, plan)
+        words = loader.words()
+        layers = tuple(loader.layer(index) for index in range(architecture.layers))
+        norm, head = loader.norm("model.norm"), loader.head(label, answers)
+    return Weights(words, layers, norm, head, loader.loaded_bytes)
+
+
+class _Loader:
+    """Reads one part of the model after another and counts the bytes it keeps."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: DecoderArchitecture,
+        device: torch.device,
+        plan: LayerPlan,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._device = device
+        self._plan = plan
+        self._dtype = getattr(torch, DTYPES[plan.precision])
+        self.loaded_bytes = 0
+
+    def words(self) -> Tensor:
+        """The word table as on disk; on CPU it is mapped."""
+        words = self._read(WORDS, self._architecture.vocabulary).to(self._device)
+        self.loaded_bytes += 0 if self._device.type == "cpu" else words.nbytes
+        return words
+
+    def layer(self, index: int) -> Layer:
+        """Layer ``index``; the last one has separate queries."""
+        shape, root = self._architecture, f"model.layers.{index}"
+        attention, mlp = f"{root}.self_attn", f"{root}.mlp"
+        query, key, value, out = (f"{attention}.{part}_proj" for part in "qkvo")
+        gate, up, down = (f"{mlp}.{part}_proj" for part in ("gate", "up", "down"))
+        wide, narrow = (heads * shape.head_size for heads in (shape.query_heads, shape.key_heads))
+        last = index == shape.layers - 1
+        hidden, inner, bias = shape.hidden, shape.intermediate, shape.qkv_bias
+        queries = self._linear({query: wide}, hidden, bias=bias) if last else None
+        rest = {key: narrow, value: narrow} if last else {query: wide, key: narrow, value: narrow}
+        layer = Layer(
+            attention_norm=self.norm(f"{root}.input_layernorm"),
+            queries=queries,
+            qkv=self._linear(rest, hidden, bias=bias),
+            query_norm=self._head_norm(f"{attention}.q_norm"),
+            key_norm=self._head_norm(f"{attention}.k_norm"),
+            attention_out=self._linear({out: hidden}, wide, bias=shape.out_bias),
+            feed_forward_norm=self.norm(f"{root}.post_attention_layernorm"),
+            gate_up=self._linear({gate: inner, up: inner}, hidden, bias=False),
+            down=self._linear({down: hidden}, inner, bias=False),
+        )
+        # Else the C library keeps the freed copies: a third more memory than the weights.
+        release_memory(self._device)
+        return layer
+
+    def norm(self, name: str, width: int | None = None) -> RmsNorm:
+        """A norm, over the hidden width by default."""
+        weight = self._read(f"{name}.weight", width or self._architecture.hidden, inner=())
+        weight = weight.to(self._device, torch.float32, copy=True)
+        self.loaded_bytes += weight.nbytes
+        return RmsNorm(weight, self._architecture.epsilon)
+
+    def head(self, label: int, answers: tuple[int, int] | None) -> Tensor:
+        """The vector whose product with a pair's last row is its logit, in fp32."""
+        shape = self._architecture
+        if shape.classifies:
+            vector = self._read("score.weight", len(shape.labels))[label].float()
+        elif answers is None:
+            raise RuntimeError("This is a bug: a language model was opened without its answers.")
+        else:
+            shape.check_ids(np.array(answers))
+            table = self._read(WORDS if shape.tied else "lm_head.weight", shape.vocabulary)
+            yes, no = (table[answer].float() for answer in answers)
+            vector = yes - no
+        self.loaded_bytes += vector.nbytes
+        return vector.to(self._device, copy=True)
+
+    def _head_norm(self, name: str) -> RmsNorm | None:
+        shape = self._architecture
+        return self.norm(name, shape.head_size) if shape.norms_heads else None
+
+    def _read(self, name: str, rows: int, inner: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor [rows, hidden], or [rows, *inner]."""
+        shape = (rows, *((self._architecture.hidden,) if inner is None else inner))
+        return self._checkpoint.read({name: shape})[name]
+
+    def _linear(self, outs: dict[str, int], into: int, *, bias: bool) -> Linear:
+        """A layer in the model's precision that stacks the named ones, each of so many outputs."""
+        shapes: Shapes = {f"{name}.weight": (out, into) for name, out in outs.items()}
+        if bias:
+            shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
+        tensors = self._checkpoint.read(shapes)
+        weight = torch.cat([tensors[f"{name}.weight"] for name in outs])
+        biases = [tensors[f"{name}.bias"] for name in outs] if bias else []
+        offset = torch.cat(biases) if bias else None
+        name = list(outs)[-1].removeprefix("model.")
+        if self._plan.precision != "int8" or name in self._plan.keep_bf16:
+            if self._plan.errors is not None:
+                int8 = Int8Linear(weight, offset, None)
+                return ProbedLinear(self._dense(weight, offset), int8, name, self._plan.errors)
+            return self._dense(weight, offset)
+        self.loaded_bytes += weight.numel() + 8 * len(weight)  # codes; scales and bias
+        return Int8Linear(weight, offset, None)
+
+    def _dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        numbers = weight.numel() + (0 if bias is None else bias.numel())
+        self.loaded_bytes += numbers * self._dtype.itemsize
+        return make_linear(weight, bias, self._device, self._dtype)
