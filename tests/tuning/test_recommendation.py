@@ -219,6 +219,7 @@ def test_the_server_gets_the_profile_and_the_users_options(model, tmp_path):
     assert given[0] == str(model.name)
     assert given[given.index("--profile") + 1] == str(tmp_path / "p.json")
     assert given[given.index("--device") + 1] == "cpu"
+    assert given[given.index("--score-cache") + 1] == "0"
     many = serve_arguments(context, Candidate(256, CostModel(), workers=2))
     assert many[many.index("--device") + 1] == "cuda"
 

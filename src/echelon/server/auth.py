@@ -80,7 +80,7 @@ class TokenBucket:
             raise RateLimited(problem, missing / self.limit.rate)
 
     def give_back(self, documents: int) -> None:
-        """Return the documents of a request that the service refused."""
+        """Return the documents of a request that the service did not have to read or score."""
         self._left = min(self.limit.burst, self._left + documents)
 
 

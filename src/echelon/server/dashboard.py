@@ -185,6 +185,14 @@ class RollingStats(events.Listener):
         """Count a refused request."""
         self.count("refused", event.reason)
 
+    def scores_sought(self, event: events.ScoresSought) -> None:
+        """Count the documents that were looked up in the score cache."""
+        with self._lock:
+            counts = self._now().counts
+            for name in ("hits", "misses"):
+                if found := getattr(event, name):
+                    counts["cache", name] += found
+
     def ladder_taken(self, event: events.LadderTaken) -> None:
         """List a step of the OOM ladder."""
         words = f"{event.step.detail}. {event.step.remedy}"

@@ -39,6 +39,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests_total": ("Admitted requests, by outcome.", ("outcome",)),
     "refused_total": ("Refused requests, by reason.", ("reason",)),
     "documents_total": ("Documents of answered requests (goodput).", ()),
+    "score_cache_hits_total": ("Documents whose scores were cached.", ()),
+    "score_cache_misses_total": ("Documents whose scores were sought in the cache in vain.", ()),
     "truncated_documents_total": ("Documents that were truncated.", ()),
     "truncated_tokens_total": ("Tokens that truncation removed.", ()),
     "fallback_requests_total": ("Low-priority requests with a reduced max_length.", ()),
@@ -86,6 +88,12 @@ STATE: dict[str, tuple[str, str]] = {
     "cost_scale": ("Step time over the prediction of the first cost model.", "scale"),
     "cost_drift_ratio": ("Step time over the normal step time of this machine.", "drift"),
     "cost_drifted": ("1 while echelon_cost_drift_ratio is far from 1.", "drifted"),
+    "score_cache_entries": ("Scores in the cache.", "cache.entries"),
+    "score_cache_bytes": ("Memory of the score cache.", "cache.bytes"),
+    "score_cache_max_bytes": (
+        "Maximum memory of the score cache; 0 is no cache.",
+        "cache.max_bytes",
+    ),
     "fallback_on": ("1 while low-priority requests get a reduced max_length.", "fallback"),
     "draining": ("1 while the server shuts down.", "draining"),
 }
@@ -192,6 +200,11 @@ class Metrics(events.Listener):
     def refused(self, event: events.RequestRefused) -> None:
         """Count a refused request."""
         self.count("refused_total", event.reason)
+
+    def scores_sought(self, event: events.ScoresSought) -> None:
+        """Count the documents that were looked up in the score cache."""
+        self.count("score_cache_hits_total", by=event.hits)
+        self.count("score_cache_misses_total", by=event.misses)
 
     def ladder_taken(self, event: events.LadderTaken) -> None:
         """Count a step of the OOM ladder."""

@@ -178,18 +178,23 @@ def _authenticate(context: RequestContext, now: float) -> None:
 
 
 async def _within_limit(context: RequestContext, request: RerankRequest) -> Answer:
-    """Submit a request within its key's limit; one that is refused unread does not count."""
+    """Submit a request within its key's limit.
+
+    One that is refused unread does not count. Documents whose scores were cached are given back.
+    """
     bucket = context.client.bucket if context.client else None
     if bucket is None:
         return await _until_disconnect(context, request)
     documents = len(request.pairs)
     bucket.take(documents, context.server.service.clock())
     try:
-        return await _until_disconnect(context, request)
+        answer = await _until_disconnect(context, request)
     except (InvalidInput, Overloaded, ShuttingDown) as error:
         if not error.tokenised:
             bucket.give_back(documents)
         raise
+    bucket.give_back(answer.cached)
+    return answer
 
 
 async def _until_disconnect(context: RequestContext, request: RerankRequest) -> Answer:
@@ -306,6 +311,7 @@ def _explanation(answer: Answer) -> dict[str, Any]:
         "cost_tokens": answer.cost_tokens,
         "truncated_documents": int(np.count_nonzero(answer.truncated_tokens)),
         "truncated_tokens": answer.truncated_tokens.tolist(),
+        "cached_documents": answer.cached,
         "batch_sizes": list(answer.batch_sizes),
         "ladder": [{"rung": s.rung, "detail": s.detail, "remedy": s.remedy} for s in answer.ladder],
         "fallback": None if answer.fallback is None else {"max_length": answer.fallback},

@@ -89,6 +89,16 @@ STEP_FLAGS: tuple[Flag, ...] = (
 )
 """How pairs are packed into steps."""
 
+CACHE_FLAGS: tuple[Flag, ...] = (
+    flag(
+        "--score-cache",
+        default="64MB",
+        help="Memory in which scores are kept for pairs that come again, such as 256MB; 0 keeps "
+        "none.",
+    ),
+)
+"""Scores that are used again."""
+
 SERVER_GROUPS: dict[str, tuple[Flag, ...]] = {
     "Address": (
         flag("--host", default="127.0.0.1", help="Address to listen on."),
@@ -208,6 +218,7 @@ SETTING_GROUPS: dict[str, tuple[Flag, ...]] = {
     **SERVER_GROUPS,
     "Model": MODEL_FLAGS,
     "Steps": STEP_FLAGS,
+    "Scores": CACHE_FLAGS,
     "Ray": (RAY_FLAG, *CLUSTER_FLAGS),
 }
 """All flags of ``echelon serve``, by the headings of its help."""

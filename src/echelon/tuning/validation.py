@@ -283,7 +283,8 @@ def validation_of_server(
 
 def serve_arguments(context: ValidationContext, chosen: Candidate) -> list[str]:
     """Arguments of ``echelon serve`` that are not in the profile, the model first."""
-    values = context.options() | {"workers": chosen.workers}
+    # Texts of a load come again; what is measured is the scoring.
+    values = context.options() | {"workers": chosen.workers, "score-cache": 0}
     if chosen.workers > 1:
         values["device"] = "cuda"
     given = [(f"--{name}", str(value)) for name, value in values.items() if value is not None]

@@ -105,7 +105,7 @@ function showAbout() {
 function showTiles() {
   const { minute, now } = data;
   const rows = [
-    ["Documents/s", number(minute.documents_per_s), "Documents scored a second."],
+    ["Documents/s", number(minute.documents_per_s), "Documents of answered requests a second."],
     ["Requests/s", number(minute.requests_per_s), "Requests answered with 200 a second."],
     ["Tokens/s", number(minute.tokens_per_s), "Tokens scored a second, padding not included."],
     ["Errors/s", number(minute.errors_per_s), "Answers a second of any status but 200."],
@@ -129,6 +129,7 @@ const KINDS = {
   connection: (name) => `connection ended: ${words(name)}`,
   outcome: (name) => `admitted, ${words(name)}`,
   step: () => "step scored again",
+  cache: (name) => (name === "hits" ? "documents whose score was cached" : "documents not in the score cache"),
   truncated: () => "documents that were truncated",
   fallback: () => "low priority, max_length reduced",
   ladder: (name) => `memory ladder: ${words(name)}`,
@@ -140,6 +141,7 @@ const MEANINGS = {
   limit: "The request exceeded a limit of the server, which the answer names.",
   connection: "The server ended the connection: its client was one too many, sent what cannot be read, or sent or read too slowly.",
   step: "A step was lost with its worker or did not fit in memory; its pairs were scored again.",
+  cache: "Scores are kept for pairs that come again; a document in the cache costs nothing.",
   truncated: "Longer than the model reads; explain shows how much was left out.",
   fallback: "Under load, requests of low priority are read less far.",
   ladder: "What was done when memory ran out.",

@@ -151,6 +151,7 @@ function showDetails(headers, explained) {
     ["Compute", time("Compute-Ms")],
     ["Tokens", number(Number(head("Tokens")))],
     ["Truncated documents", head("Truncated-Documents")],
+    ["Cached scores", number(explained.cached_documents)],
     ["Largest step", plural(Number(head("Batch-Size")), "pair")],
     ["Memory ladder", explained.ladder.map((step) => step.rung).join(", ") || "none"],
   ];
