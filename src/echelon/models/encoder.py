@@ -24,21 +24,19 @@ from echelon.models.device import DTYPES, device_name, release_memory, run_step
 from echelon.models.layers import (
     ACTIVATIONS,
     FeedForward,
-    Int8Linear,
     Linear,
     Norm,
-    ProbedLinear,
     Product,
     Rows,
     add_norm,
-    make_linear,
     materialize,
     values_of,
 )
+from echelon.models.loading import WeightLoader
 from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -253,8 +251,8 @@ def load_weights(
     return Weights(embeddings, layers, head, architecture.head_shape, loader.loaded_bytes)
 
 
-class _Loader:
-    """Reads one part of the model after another and counts the bytes it keeps."""
+class _Loader(WeightLoader):
+    """Reads one part of the model after another."""
 
     def __init__(
         self,
@@ -263,16 +261,9 @@ class _Loader:
         device: torch.device,
         plan: LayerPlan,
     ) -> None:
-        self._checkpoint = checkpoint
         self._architecture = architecture
-        self._prefix = architecture.family.prefix
-        self._device = device
-        self._plan = plan
-        self._dtype = getattr(torch, DTYPES[plan.precision])
-        # On CPU a norm's weights stay in fp32: the kernels, and torch, mix them with bf16 rows.
-        mixed = self._dtype == torch.bfloat16 and device.type == "cpu"
-        self._norm_dtype = torch.float32 if mixed else self._dtype
-        self.loaded_bytes = 0
+        self._prefix, self._epsilon = architecture.family.prefix, architecture.epsilon
+        super().__init__(checkpoint, device, plan, f"{self._prefix}.encoder.")
 
     def embeddings(self) -> Embeddings:
         """The three tables as on disk, and their norm in fp32."""
@@ -282,12 +273,14 @@ class _Loader:
             f"{root}.position_embeddings.weight": (shape.table_positions, shape.hidden),
             f"{root}.token_type_embeddings.weight": (shape.segments, shape.hidden),
         }
-        tensors = self._checkpoint.read(tables)
-        words, positions, segments = (tensors[name].to(self._device) for name in tables)
-        if self._device.type != "cpu":
+        tensors = self.checkpoint.read(tables)
+        words, positions, segments = (tensors[name].to(self.device) for name in tables)
+        if self.device.type != "cpu":
             self.loaded_bytes += words.nbytes + positions.nbytes + segments.nbytes
         name = f"{root}.LayerNorm"
-        norm = self._norm(name, self._checkpoint.read(self._norm_shapes(name)), torch.float32)
+        norm = self.norm(
+            self.checkpoint.read(self._norm_shapes(name)), name, self._epsilon, torch.float32
+        )
         return Embeddings(words, positions, segments, norm)
 
     def layer(self, index: int) -> Layer:
@@ -299,7 +292,7 @@ class _Loader:
             f"{root}.{part}.dense" for part in ("attention.output", "intermediate", "output")
         )
         norms = (f"{root}.attention.output.LayerNorm", f"{root}.output.LayerNorm")
-        tensors = self._checkpoint.read(
+        tensors = self.checkpoint.read(
             {
                 **self._dense_shapes(*projections, mixed),
                 **self._dense_shapes(up, out=wide),
@@ -309,19 +302,19 @@ class _Loader:
         )
         last = index == self._architecture.layers - 1
         layer = Layer(
-            queries=self._linear(tensors, projections[0]) if last else None,
-            qkv=self._linear(tensors, *(projections[1:] if last else projections)),
-            attention_out=self._linear(tensors, mixed),
-            attention_norm=self._norm(norms[0], tensors),
+            queries=self.linear(tensors, projections[0]) if last else None,
+            qkv=self.linear(tensors, *(projections[1:] if last else projections)),
+            attention_out=self.linear(tensors, mixed),
+            attention_norm=self.norm(tensors, norms[0], self._epsilon),
             feed_forward=FeedForward(
-                self._linear(tensors, up, activation=activation),
-                self._linear(tensors, down, shift=ACTIVATIONS[activation].shift),
+                self.linear(tensors, up, activation=activation),
+                self.linear(tensors, down, shift=ACTIVATIONS[activation].shift),
                 activation,
             ),
-            output_norm=self._norm(norms[1], tensors),
+            output_norm=self.norm(tensors, norms[1], self._epsilon),
         )
         # Else the C library keeps the freed copies: a third more memory than the weights.
-        release_memory(self._device)
+        release_memory(self.device)
         return layer
 
     def head(self, label: int) -> Head:
@@ -329,48 +322,11 @@ class _Loader:
         dense, project = self._architecture.family.head
         labels = len(self._architecture.labels)
         shapes = self._dense_shapes(dense) | self._dense_shapes(project, out=labels)
-        tensors = self._checkpoint.read(shapes)
+        tensors = self.checkpoint.read(shapes)
         for part in ("weight", "bias"):
             tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
         # Always in fp32: a half-width logit has too few digits, so that different documents tie.
-        return Head(*(self._dense(tensors, name, dtype=torch.float32) for name in (dense, project)))
-
-    def _linear(
-        self, tensors: Tensors, *names: str, activation: str = "none", shift: float | None = None
-    ) -> Linear:
-        """A layer in the model's precision that stacks the named ones.
-
-        The layer applies the activation if it can; ``shift`` is that of its input's codes.
-        """
-        name = names[-1].removeprefix(f"{self._prefix}.encoder.")
-        if self._plan.precision != "int8" or name in self._plan.keep_bf16:
-            if self._plan.errors is not None:
-                int8 = Int8Linear(*_stacked(tensors, names), None)
-                return ProbedLinear(self._dense(tensors, *names), int8, name, self._plan.errors)
-            return self._dense(tensors, *names, activation=activation)
-        weight, bias = _stacked(tensors, names)
-        self.loaded_bytes += weight.numel() + 8 * bias.numel()  # codes; scales and bias
-        return Int8Linear(weight, bias, shift)
-
-    def _dense(
-        self,
-        tensors: Tensors,
-        *names: str,
-        dtype: torch.dtype | None = None,
-        activation: str = "none",
-    ) -> Linear:
-        dtype = dtype or self._dtype
-        weight, bias = _stacked(tensors, names)
-        self.loaded_bytes += (weight.numel() + bias.numel()) * dtype.itemsize
-        return make_linear(weight, bias, self._device, dtype, activation)
-
-    def _norm(self, name: str, tensors: Tensors, dtype: torch.dtype | None = None) -> Norm:
-        weight, bias = (
-            tensors[f"{name}.{part}"].to(self._device, dtype or self._norm_dtype, copy=True)
-            for part in ("weight", "bias")
-        )
-        self.loaded_bytes += weight.nbytes + bias.nbytes
-        return Norm(weight, bias, self._architecture.epsilon)
+        return Head(*(self.dense(tensors, name, dtype=torch.float32) for name in (dense, project)))
 
     def _dense_shapes(self, *names: str, out: int | None = None, into: int | None = None) -> Shapes:
         """Shapes of dense layers; both widths are the hidden one by default."""
@@ -382,12 +338,3 @@ class _Loader:
     def _norm_shapes(self, *names: str) -> Shapes:
         shape = (self._architecture.hidden,)
         return {f"{name}.{part}": shape for name in names for part in ("weight", "bias")}
-
-
-def _stacked(tensors: Tensors, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one layer that stacks the named ones."""
-    if len(names) == 1:
-        return tensors[f"{names[0]}.weight"], tensors[f"{names[0]}.bias"]
-    parts = ([tensors[f"{name}.{part}"] for name in names] for part in ("weight", "bias"))
-    weight, bias = map(torch.cat, parts)
-    return weight, bias

@@ -1,0 +1,99 @@
+"""Turns tensors of a checkpoint into layers in a model's precision, and counts what they take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from echelon.models.device import DTYPES
+from echelon.models.layers import Int8Linear, Norm, ProbedLinear, make_linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from echelon.models.architecture import LayerPlan
+    from echelon.models.checkpoint import Checkpoint
+    from echelon.models.layers import Linear
+
+    Tensors = dict[str, Tensor]
+
+
+class WeightLoader:
+    """Makes layers one after another.
+
+    Args:
+        checkpoint: the files.
+        device: where the layers compute.
+        plan: their precision.
+        root: beginning of the names of layers, which their names for ``keep_bf16`` do without.
+
+    Attributes:
+        loaded_bytes: memory of all layers made so far; mapped tables are not counted.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, plan: LayerPlan, root: str
+    ) -> None:
+        self.checkpoint, self.device, self.plan, self._root = checkpoint, device, plan, root
+        self.dtype = getattr(torch, DTYPES[plan.precision])
+        # On CPU a norm's weights stay in fp32: the kernels, and torch, mix them with bf16 rows.
+        mixed = self.dtype == torch.bfloat16 and device.type == "cpu"
+        self._norm_dtype = torch.float32 if mixed else self.dtype
+        self.loaded_bytes = 0
+
+    def linear(
+        self, tensors: Tensors, *names: str, activation: str = "none", shift: float | None = None
+    ) -> Linear:
+        """A layer in the model's precision that stacks the named ones.
+
+        The layer applies the activation if it can; ``shift`` is that of its input's codes.
+        """
+        name = names[-1].removeprefix(self._root)
+        if self.plan.precision != "int8" or name in self.plan.keep_bf16:
+            if self.plan.errors is not None:
+                int8 = Int8Linear(*stacked(tensors, names), None)
+                return ProbedLinear(self.dense(tensors, *names), int8, name, self.plan.errors)
+            return self.dense(tensors, *names, activation=activation)
+        weight, bias = stacked(tensors, names)
+        self.loaded_bytes += weight.numel() + 8 * len(weight)  # codes; scales and bias
+        return Int8Linear(weight, bias, shift)
+
+    def dense(
+        self,
+        tensors: Tensors,
+        *names: str,
+        dtype: torch.dtype | None = None,
+        activation: str = "none",
+    ) -> Linear:
+        """The same in ``dtype``, or the model's, whatever the plan says."""
+        dtype = dtype or self.dtype
+        weight, bias = stacked(tensors, names)
+        numbers = weight.numel() + (0 if bias is None else bias.numel())
+        self.loaded_bytes += numbers * dtype.itemsize
+        return make_linear(weight, bias, self.device, dtype, activation)
+
+    def norm(
+        self, tensors: Tensors, name: str, epsilon: float, dtype: torch.dtype | None = None
+    ) -> Norm:
+        """A LayerNorm, with or without bias."""
+        parts = [tensors.get(f"{name}.{part}") for part in ("weight", "bias")]
+        weight, bias = (
+            None if part is None else part.to(self.device, dtype or self._norm_dtype, copy=True)
+            for part in parts
+        )
+        if weight is None:
+            raise RuntimeError(f"This is a bug: {name} was not read.")
+        self.loaded_bytes += weight.nbytes + (0 if bias is None else bias.nbytes)
+        return Norm(weight, bias, epsilon)
+
+
+def stacked(tensors: Tensors, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one layer that stacks the named ones; all have a bias or none has."""
+    weights = [tensors[f"{name}.weight"] for name in names]
+    biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
+    if len(names) == 1:
+        return weights[0], biases[0] if biases else None
+    return torch.cat(weights), torch.cat(biases) if biases else None
