@@ -66,7 +66,7 @@ class Echelon:
 
     def score(self, pairs: Pairs, size: int) -> Any:
         """Every pair goes through the model, also one that stands there twice."""
-        with mock.patch("echelon.reranker._fold", _unfolded):
+        with mock.patch("echelon.engine.call._fold", _unfolded):
             return self._reranker.score_pairs(pairs, **{self._option: size}).logits
 
 

@@ -1,6 +1,7 @@
 """Reranker and AsyncReranker: texts in, ranked documents out; the life of a call, top to bottom.
 
-A call goes: check, fold identical pairs, tokenize, pack and score (engine), unfold, sort by logit.
+A call goes: check and fold identical pairs (:mod:`echelon.engine.call`), take cached scores,
+tokenize, pack and score (engine), unfold, sort by logit.
 """
 
 from __future__ import annotations
@@ -8,30 +9,29 @@ from __future__ import annotations
 import asyncio
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
+from echelon.engine.call import Call
 from echelon.engine.engine import Engine, SharedEngine, StepLimits, closed
 from echelon.engine.launch import prepare, with_profile
+from echelon.engine.score_cache import DocumentScores, may_be_kept
 from echelon.errors import EchelonWarning
-from echelon.options import Options, check_max_length, check_pairs, check_rank
+from echelon.options import Options, check_max_length, check_rank
 from echelon.progress import bar
-from echelon.scheduling.packing import step_budget, windows
+from echelon.scheduling.packing import step_budget
 from echelon.types import RankedDocument, Ranking, RunReport, ScoredPairs
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
     from echelon.tokenization.pairs import EncodedPairs
-    from echelon.tokenization.tokenizer import PairEncoder
-    from echelon.types import FloatArray, IntArray, ModelInfo, Pair
+    from echelon.types import FloatArray, ModelInfo, Pair
 
 Result = TypeVar("Result")
 
@@ -61,6 +61,7 @@ class Reranker:
         scorer = opener(precision=self.options.precision)
         prepared.check_profile(scorer.info)
         self._max_length = self._max_length_of(self.options, scorer.info)
+        self._cache = prepared.score_cache()
         self._engine = Engine(
             scorer,
             _step_limits(self.options, scorer.info),
@@ -130,12 +131,18 @@ class Reranker:
         """
         options = self.options.overridden(overrides)
         call = self.begin(pairs, options)
-        with bar("Scoring", call.distinct, shown=options.progress) as scored:
+        self.look_up(call)
+        with bar("Scoring", call.left, shown=options.progress) as scored:
             return self.finish(call, call.encoded_ahead(), scored)
 
     def begin(self, pairs: Iterable[Pair], options: Options) -> Call:
         """Check the pairs of a call and fold identical ones."""
         return Call(pairs, self._encoder, options, self._max_length_of(options, self.facts))
+
+    def look_up(self, call: Call) -> None:
+        """Take the scores of a call that are cached; its windows then hold the other pairs."""
+        if self._cache is not None:
+            call.look_up(self._cache, self.facts.precision)
 
     def finish(
         self,
@@ -150,8 +157,23 @@ class Reranker:
         limits = _step_limits(call.options, self.facts)
         for window, encoded in portions:
             found = self._engine.run(encoded, limits=limits, scored=scored)
-            call.keep(window, found.logits, found.truncated_tokens, found.report)
+            scores = DocumentScores(found.logits, found.truncated_tokens, encoded.lengths)
+            self.keep(call, window, scores, found.report)
         return call.scored()
+
+    def keep(
+        self, call: Call, window: Sequence[int], scores: DocumentScores, report: RunReport
+    ) -> None:
+        """Store the scores of a window in its call, and in the cache those of its settings.
+
+        The precision never rises: if it is that of the settings now, it was so in every step.
+        """
+        call.keep(window, scores, report)
+        cache, cached = self._cache, call.cached
+        if cache is None or cached is None or not may_be_kept(report.ladder):
+            return
+        if self.facts.precision == cached.settings.precision:
+            cache.keep([cached.keys[index] for index in window], scores)
 
     def together(self) -> SharedEngine:
         """A way to score calls of several tasks in shared steps; close it before the model."""
@@ -159,6 +181,7 @@ class Reranker:
 
     def close(self) -> None:
         """Free the model."""
+        self._cache = None  # a closed model refuses every call
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -240,6 +263,7 @@ class AsyncReranker:
         if STEP_OPTIONS & set(overrides) or options.progress:
             return await self._in_thread(partial(self.reranker.score_pairs, pairs, **overrides))
         call = await self._in_thread(partial(self.reranker.begin, pairs, options))
+        await self._in_thread(partial(self.reranker.look_up, call))
         scoring: list[asyncio.Task[None]] = []
         try:
             for window in filter(None, call.windows):
@@ -261,7 +285,8 @@ class AsyncReranker:
             steps=len(answer.batch_sizes),
             ladder=answer.ladder,
         )
-        call.keep(window, answer.logits, answer.truncated_tokens, report)
+        scores = DocumentScores(answer.logits, answer.truncated_tokens, encoded.lengths)
+        self.reranker.keep(call, window, scores, report)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -269,65 +294,6 @@ class AsyncReranker:
     def _refuse_if_closed(self) -> None:
         if not self._open:
             raise closed()
-
-
-class Call:
-    """The pairs of one call: checked, identical ones folded, in windows, and back in order."""
-
-    def __init__(
-        self, pairs: Iterable[Pair], encoder: PairEncoder, options: Options, max_length: int
-    ) -> None:
-        self._pairs, self._places, self._back = _fold(check_pairs(pairs))
-        self.options, self._encoder, self._max_length = options, encoder, max_length
-        self.distinct = len(self._pairs)
-        # Positions of the distinct pairs that are tokenized together, longest texts first.
-        self.windows = windows([len(query) + len(document) for query, document in self._pairs])
-        self._logits = np.empty(self.distinct, dtype=np.float32)
-        self._truncated = np.empty(self.distinct, dtype=np.int32)
-        self._reports: list[RunReport] = []
-
-    def encode(self, window: Sequence[int]) -> EncodedPairs:
-        """Tokenize a window; refuse a query that leaves no room for its document."""
-        return self._encoder.encode(
-            [self._pairs[i] for i in window],
-            self._max_length,
-            self.options.truncation,
-            self.options.max_query_tokens,
-            [self._places[i] for i in window],
-            instruction=self.options.instruction,
-        )
-
-    def encoded_ahead(self) -> Iterator[tuple[list[int], EncodedPairs]]:
-        """The windows, each tokenized while the previous one is scored."""
-        ready = self.encode(self.windows[0])
-        if len(self.windows) == 1:
-            yield self.windows[0], ready
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="echelon-encode") as thread:
-            for window, following in pairwise([*self.windows, []]):
-                coming = thread.submit(self.encode, following)
-                yield window, ready
-                ready = coming.result()
-
-    def keep(
-        self, window: Sequence[int], logits: FloatArray, truncated: IntArray, report: RunReport
-    ) -> None:
-        """Store the scores of a window."""
-        self._logits[window], self._truncated[window] = logits, truncated
-        self._reports.append(report)
-
-    def scored(self) -> ScoredPairs:
-        """The scores in the order of the call, once all windows are stored."""
-        report = replace(RunReport.of(self._reports), pairs=len(self._back))
-        return ScoredPairs(self._logits[self._back], self._truncated[self._back], report)
-
-
-def _fold(pairs: list[Pair]) -> tuple[list[Pair], list[int], IntArray]:
-    """Distinct pairs, where each occurs first, and for every pair the number of its distinct."""
-    numbers: dict[Pair, int] = {}
-    back = np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=np.int32)
-    first = np.unique(back, return_index=True)[1].tolist()
-    return list(numbers), first, back
 
 
 def _step_limits(options: Options, info: ModelInfo) -> StepLimits:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
+    from echelon.engine.call import Call
     from echelon.offline.readers import Entry, Reader
     from echelon.offline.streams import ResumePoint
     from echelon.options import Options, Precision
-    from echelon.reranker import Call
     from echelon.tokenization.pairs import EncodedPairs
     from echelon.types import FloatArray, IntArray
 

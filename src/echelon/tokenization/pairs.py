@@ -119,6 +119,17 @@ class EncodedPairs:
         total = kept.sum(axis=1, dtype=np.int32) + np.int32(self.template.specials)
         return replace(self, kept=kept, lengths=total)
 
+    def only(self, indices: Sequence[int]) -> EncodedPairs:
+        """The chosen pairs, in the given order."""
+        return replace(
+            self,
+            queries=[self.queries[index] for index in indices],
+            documents=[self.documents[index] for index in indices],
+            kept=self.kept[indices],
+            lengths=self.lengths[indices],
+            places=[self.places[index] for index in indices],
+        )
+
     def batch(self, indices: Iterable[int]) -> TokenBatch:
         """Join the chosen pairs into one step's input, in the given order."""
         chosen = list(indices)
