@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import BadCheckpoint, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture
+from echelon.models import architecture, modernbert, modules
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -91,6 +91,16 @@ FAMILIES = (
         "encoder_cuda",
         known=("BAAI/bge-reranker-v2-m3", "BAAI/bge-reranker-base", "BAAI/bge-reranker-large"),
     ),
+    NativeFamily(
+        "ModernBERT",
+        ("modernbert",),
+        modernbert.read,
+        "modernbert_encoder",
+        known=(
+            "Alibaba-NLP/gte-reranker-modernbert-base",
+            "ibm-granite/granite-embedding-reranker-english-r2",
+        ),
+    ),
 )
 
 
@@ -160,6 +170,8 @@ def require_head(folder: Path, config: Config) -> None:
             "which prompt it was trained to rerank. Use a reranker such as "
             "Qwen/Qwen3-Reranker-0.6B, in a folder that keeps its name."
         )
+    if config["model_type"] == "modernbert" and modules.read(folder) is not None:
+        return
     raise UnsupportedModel(
         f"{folder}: a {named} has no classification head, so it cannot score pairs. "
         "Use a cross-encoder, such as BAAI/bge-reranker-v2-m3."

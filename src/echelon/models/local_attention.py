@@ -1,0 +1,129 @@
+"""Attention over packed pairs in which a token sees only its neighbours, at the cost of these.
+
+Queries of a long pair are cut into blocks; each block meets the keys of its own tokens and of
+``reach`` more on either side. Pairs that are short enough see all of their tokens anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from echelon.models.attention_cpu import AttentionLayout, attend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echelon.models.attention_cpu import AttentionRun
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a step that are computed together: short pairs, or long pairs of one length."""
+
+    rows: slice
+    layout: AttentionLayout | None  # of the short pairs
+    run: AttentionRun | None  # of the long ones
+    mask: Tensor | None  # bool [blocks, 1, block, keys of a block]
+
+
+class LocalAttention:
+    """Attention of each token over those at most ``reach`` before and behind it.
+
+    It knows how the rows of one step divide, so that its layers share that.
+    """
+
+    def __init__(self, layout: AttentionLayout, reach: int, device: torch.device) -> None:
+        self._reach, self._block = reach, 2 * reach
+        is_long = [run.length > reach + 1 for run in layout.runs]
+        self._all = None if any(is_long) else layout
+        self._parts = [] if self._all is not None else self._divided(layout, device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[tokens, heads, size] → [tokens, heads × size]."""
+        if self._all is not None:
+            return attend_pairs(query, key, value, self._all)
+        mixed = []
+        for part in self._parts:
+            q, k, v = (rows[part.rows] for rows in (query, key, value))
+            if part.layout is not None:
+                mixed.append(attend_pairs(q, k, v, part.layout))
+            elif part.run is not None and part.mask is not None:
+                mixed.append(self._blocks(q, k, v, part.run, part.mask))
+        return torch.cat(mixed)
+
+    def _divided(self, layout: AttentionLayout, device: torch.device) -> list[_Part]:
+        parts = []
+        for is_long, grouped in groupby(layout.runs, lambda run: run.length > self._reach + 1):
+            runs = list(grouped)
+            if is_long:
+                parts += [
+                    _Part(_rows(run, run), None, run, self._mask(run, device)) for run in runs
+                ]
+                continue
+            first, last = runs[0], runs[-1]
+            offsets = layout.offsets[first.pair : last.pair + last.count + 1] - first.row
+            parts.append(
+                _Part(_rows(first, last), AttentionLayout.of(offsets.cpu().numpy()), None, None)
+            )
+        return parts
+
+    def _mask(self, run: AttentionRun, device: torch.device) -> Tensor:
+        """Which keys each query of a block sees: near ones, inside of the pair."""
+        blocks = -(-run.length // self._block)
+        queries = torch.arange(blocks * self._block, device=device).view(blocks, self._block, 1)
+        first = torch.arange(blocks, device=device).view(blocks, 1, 1) * self._block - self._reach
+        keys = first + torch.arange(self._block + 2 * self._reach, device=device)
+        near = (queries - keys).abs() <= self._reach
+        # Rows behind the end of the pair are dropped later; they see a key, or they would be NaN.
+        seen = near & (keys >= 0) & ((keys < run.length) | (queries >= run.length))
+        return seen[:, None]
+
+    def _blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, run: AttentionRun, mask: Tensor
+    ) -> Tensor:
+        """[count × length, heads, size] → [count × length, heads × size], block by block."""
+        _, heads, size = query.shape
+        blocks, width = len(mask), self._block + 2 * self._reach
+        behind = blocks * self._block - run.length
+
+        def padded(rows: Tensor, before: int, after: int) -> Tensor:
+            pairs = rows.view(run.count, run.length, heads, size)
+            return functional.pad(pairs, (0, 0, 0, 0, before, after))
+
+        queries = padded(query, 0, behind).view(-1, self._block, heads, size).transpose(1, 2)
+        keys, values = (
+            padded(rows, self._reach, behind + self._reach)
+            .unfold(1, width, self._block)  # [count, blocks, heads, size, width]
+            .permute(0, 1, 2, 4, 3)
+            .reshape(-1, heads, width, size)
+            for rows in (key, value)
+        )
+        mixed = functional.scaled_dot_product_attention(
+            queries, keys, values, mask.repeat(run.count, 1, 1, 1)
+        )
+        rows = mixed.transpose(1, 2).reshape(run.count, -1, heads * size)
+        return rows[:, : run.length].reshape(-1, heads * size)
+
+
+def attend_pairs(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
+    """Attention of each token over its whole pair, on any device; shapes as above."""
+    if query.device.type == "cpu":
+        return attend(query, key, value, layout)
+    mixed = []
+    for run in layout.runs:
+        q, k, v = (
+            rows[_rows(run, run)].view(run.count, run.length, *rows.shape[1:]).transpose(1, 2)
+            for rows in (query, key, value)
+        )
+        one = functional.scaled_dot_product_attention(q, k, v)
+        mixed.append(one.transpose(1, 2).reshape(run.count * run.length, -1))
+    return torch.cat(mixed)
+
+
+def _rows(first: AttentionRun, last: AttentionRun) -> slice:
+    return slice(first.row, last.row + last.count * last.length)

@@ -1,0 +1,316 @@
+"""ModernBERT on packed rows: Warner and others, Smarter, Better, Faster, Longer, 2024.
+
+All tokens of a step are rows of one matrix, as in :mod:`echelon.models.encoder`. Norms come before
+the layers, positions are rotary, feed-forwards have a gate, and most layers see only a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from echelon.errors import BadCheckpoint
+from echelon.models.architecture import positions_from_zero
+from echelon.models.attention_cpu import AttentionLayout
+from echelon.models.base import with_filler
+from echelon.models.checkpoint import Checkpoint, MappedPages
+from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.gated import GatedFeedForward
+from echelon.models.layers import ACTIVATIONS, Norm, Rows, evaluate, materialize
+from echelon.models.loading import WeightLoader
+from echelon.models.local_attention import LocalAttention, attend_pairs
+from echelon.models.rotary import Rotary, rotate
+from echelon.types import ModelInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from echelon.models.architecture import LayerPlan
+    from echelon.models.base import Scorer
+    from echelon.models.layers import Linear
+    from echelon.models.modernbert import ModernBertArchitecture
+    from echelon.models.modules import HeadLayer
+    from echelon.types import FloatArray, IntArray, TokenBatch
+
+    Tensors = dict[str, Tensor]
+    Shapes = dict[str, tuple[int, ...]]
+    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+CHAIN_EPSILON = 1e-5  # of torch's LayerNorm, which sentence-transformers does not change
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One transformer layer."""
+
+    attention_norm: Norm | None  # the first layer has none
+    qkv: Linear
+    attention_out: Linear
+    feed_forward_norm: Norm
+    feed_forward: GatedFeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStep:
+    """A part of the head, in fp32: a product and its activation, or a norm."""
+
+    linear: Linear | None
+    activation: str
+    norm: Norm | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[pairs, into] → [pairs, out]."""
+        if self.norm is not None:
+            return self.norm(rows)
+        if self.linear is None:
+            raise RuntimeError("This is a bug: a part of a head does nothing.")
+        product = materialize(self.linear(Rows(rows)))
+        if self.activation == "tanh":  # of heads alone
+            return product.tanh()
+        return ACTIVATIONS[self.activation].function(product)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A loaded model; ``loaded_bytes`` does not count a mapped table."""
+
+    words: Tensor  # as on disk; on CPU it is mapped
+    words_norm: Norm
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    head: tuple[HeadStep, ...]
+    loaded_bytes: int
+
+
+class ModernBertScorer:
+    """A :class:`~echelon.models.base.Scorer` over packed rows, on CPU and CUDA."""
+
+    def __init__(
+        self,
+        architecture: ModernBertArchitecture,
+        weights: Weights,
+        device: torch.device,
+        plan: LayerPlan,
+        threads: int,
+    ) -> None:
+        self._architecture = architecture
+        self._weights: Weights | None = weights
+        self._device = device
+        self._mapped = MappedPages.of(weights.words)
+        size = architecture.head_shape[1]
+        self._rotaries = [Rotary(theta, size) for theta in architecture.thetas]
+        self._dtype = getattr(torch, DTYPES[plan.precision])
+        self.info = ModelInfo(
+            family=architecture.model_type,
+            device=str(device),
+            device_name=device_name(device),
+            precision=plan.precision,
+            max_tokens=architecture.max_tokens,
+            padding="none",
+            weights_bytes=weights.loaded_bytes,
+            threads=threads,
+        )
+
+    def score(self, batch: TokenBatch) -> FloatArray:
+        """Score one step; see :class:`~echelon.models.base.Scorer`."""
+        self._architecture.check_ids(batch.ids)
+        step = with_filler(batch)
+        return run_step(lambda: self._forward(step)[: len(batch)])
+
+    def release(self) -> None:
+        """Free cached memory."""
+        release_memory(self._device)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._weights = self._mapped = None
+        self.release()
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
+        weights, shape = self._weights, self._architecture
+        if weights is None:
+            raise RuntimeError("This is a bug: a closed scorer was asked to score.")
+        rows = self._embed(weights, batch.ids)
+        layout = AttentionLayout.of(batch.offsets)
+        attentions = self._attentions(batch, layout)
+        for layer, is_local in zip(weights.layers, shape.local, strict=True):
+            rows = _layer(layer, rows, attentions[is_local], shape.head_shape)
+        if shape.pooling_of_head == "cls":
+            pooled = weights.final_norm(rows[layout.firsts.to(self._device)]).float()
+        else:
+            pooled = _means(weights.final_norm(rows).float(), batch)
+        for part in weights.head:
+            pooled = part(pooled)
+        return pooled.squeeze(-1)
+
+    def _embed(self, weights: Weights, ids: IntArray) -> Tensor:
+        """[tokens, hidden]; normed in fp32 in every precision."""
+        on_device = torch.from_numpy(ids).to(self._device)
+        rows = functional.embedding(on_device, weights.words).float()
+        if self._mapped is not None:
+            self._mapped.count_rows(len(ids))
+        return weights.words_norm(rows).to(self._dtype)
+
+    def _attentions(self, batch: TokenBatch, layout: AttentionLayout) -> tuple[Attend, Attend]:
+        """The attention of global and that of local layers, with their rotary positions."""
+        positions = torch.from_numpy(positions_from_zero(batch)).to(self._device)
+        local = LocalAttention(layout, self._architecture.reach, self._device)
+
+        def turned(rotary: Rotary, attend: Attend) -> Attend:
+            tables = rotary.tables(positions)
+            return lambda q, k, v: attend(rotate(q, *tables), rotate(k, *tables), v)
+
+        everywhere = partial(attend_pairs, layout=layout)
+        return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
+
+
+def _layer(layer: Layer, rows: Tensor, attend: Attend, head_shape: tuple[int, int]) -> Tensor:
+    normed = rows if layer.attention_norm is None else layer.attention_norm(rows)
+    product = materialize(layer.qkv(Rows(normed)))
+    query, key, value = product.view(len(rows), 3, *head_shape).unbind(1)
+    rows = evaluate(layer.attention_out(Rows(attend(query, key, value)), rows))
+    return layer.feed_forward(layer.feed_forward_norm(rows), rows)
+
+
+def _means(rows: Tensor, batch: TokenBatch) -> Tensor:
+    """[tokens, hidden] → [pairs, hidden]: the mean of each pair's rows."""
+    lengths = torch.from_numpy(batch.lengths).to(rows.device)
+    pairs = torch.arange(len(batch), device=rows.device).repeat_interleave(lengths)
+    sums = rows.new_zeros(len(batch), rows.shape[1]).index_add_(0, pairs, rows)
+    return sums / lengths[:, None]
+
+
+def open_native(
+    *,
+    folder: Path,
+    architecture: ModernBertArchitecture,
+    device: torch.device,
+    plan: LayerPlan,
+    threads: int,
+    label: int,
+) -> Scorer:
+    """Open a model; ``label`` is the index of the head's output that is the score."""
+    with torch.inference_mode():
+        loader = _Loader(Checkpoint(folder), architecture, device, plan)
+        weights = loader.weights(folder, label)
+    return ModernBertScorer(architecture, weights, device, plan, threads)
+
+
+class _Loader(WeightLoader):
+    """Reads one part of the model after another."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: ModernBertArchitecture,
+        device: torch.device,
+        plan: LayerPlan,
+    ) -> None:
+        self._shape = architecture
+        # The model without a classifier is saved without the name of its part.
+        self._root = "" if architecture.chain is not None else "model."
+        super().__init__(checkpoint, device, plan, self._root)
+
+    def weights(self, folder: Path, label: int) -> Weights:
+        """All parts."""
+        shape = self._shape
+        surplus = f"{self._root}layers.{shape.layers}."
+        if any(name.startswith(surplus) for name in self.checkpoint.names):
+            raise BadCheckpoint(
+                f"{folder}: the weights hold {surplus}*, beyond config.json's num_hidden_layers="
+                f"{shape.layers}. Use the config.json that came with these weights."
+            )
+        name = f"{self._root}embeddings.tok_embeddings.weight"
+        words = self.checkpoint.read({name: (shape.vocabulary, shape.hidden)})[name]
+        words = words.to(self.device)
+        if self.device.type != "cpu":
+            self.loaded_bytes += words.nbytes
+        words_norm = self._own_norm(f"{self._root}embeddings.norm", torch.float32)
+        layers = tuple(self._layer(index) for index in range(shape.layers))
+        final_norm = self._own_norm(f"{self._root}final_norm")
+        head = self._classifier(label) if shape.chain is None else self._chain(folder)
+        return Weights(words, words_norm, layers, final_norm, head, self.loaded_bytes)
+
+    def _layer(self, index: int) -> Layer:
+        shape, root = self._shape, f"{self._root}layers.{index}"
+        hidden, wide = shape.hidden, shape.intermediate
+        qkv, mixed = f"{root}.attn.Wqkv", f"{root}.attn.Wo"
+        up, down = f"{root}.mlp.Wi", f"{root}.mlp.Wo"
+        norms = [f"{root}.attn_norm"] * (index > 0) + [f"{root}.mlp_norm"]
+        tensors = self.checkpoint.read(
+            {
+                **_dense(qkv, 3 * hidden, hidden, bias=shape.attention_bias),
+                **_dense(mixed, hidden, hidden, bias=shape.attention_bias),
+                **_dense(up, 2 * wide, hidden, bias=shape.feed_forward_bias),
+                **_dense(down, hidden, wide, bias=shape.feed_forward_bias),
+                **dict.fromkeys([p for norm in norms for p in self._norm_parts(norm)], (hidden,)),
+            }
+        )
+        layer = Layer(
+            attention_norm=self.norm(tensors, norms[0], shape.epsilon) if index else None,
+            qkv=self.linear(tensors, qkv),
+            attention_out=self.linear(tensors, mixed),
+            feed_forward_norm=self.norm(tensors, norms[-1], shape.epsilon),
+            feed_forward=GatedFeedForward(
+                self.linear(tensors, up), self.linear(tensors, down), shape.activation
+            ),
+        )
+        release_memory(self.device)
+        return layer
+
+    def _classifier(self, label: int) -> tuple[HeadStep, ...]:
+        """Dense, activation, norm, and the projection to the chosen label, all in fp32."""
+        shape, hidden = self._shape, self._shape.hidden
+        tensors = self.checkpoint.read(
+            {
+                **_dense("head.dense", hidden, hidden, bias=shape.classifier_bias),
+                **dict.fromkeys(self._norm_parts("head.norm"), (hidden,)),
+                **_dense("classifier", len(shape.labels), hidden, bias=True),
+            }
+        )
+        for part in ("classifier.weight", "classifier.bias"):
+            tensors[part] = tensors[part][label : label + 1]
+        dense, project = (
+            self.dense(tensors, name, dtype=torch.float32) for name in ("head.dense", "classifier")
+        )
+        norm = self.norm(tensors, "head.norm", shape.epsilon, torch.float32)
+        steps = (
+            (dense, shape.classifier_activation, None),
+            (None, "", norm),
+            (project, "none", None),
+        )
+        return tuple(HeadStep(*step) for step in steps)
+
+    def _chain(self, folder: Path) -> tuple[HeadStep, ...]:
+        """The layers of a head in modules of its own, in fp32."""
+        chain = self._shape.chain
+        return tuple(self._of_chain(folder, layer) for layer in chain.layers) if chain else ()
+
+    def _of_chain(self, folder: Path, layer: HeadLayer) -> HeadStep:
+        checkpoint = Checkpoint(folder / layer.folder)
+        if layer.kind == "norm":
+            tensors = checkpoint.read({f"norm.{part}": (layer.out,) for part in ("weight", "bias")})
+            return HeadStep(None, "", self.norm(tensors, "norm", CHAIN_EPSILON, torch.float32))
+        tensors = checkpoint.read(_dense("linear", layer.out, layer.into, bias=layer.bias))
+        linear = self.dense(tensors, "linear", dtype=torch.float32)
+        return HeadStep(linear, layer.activation, None)
+
+    def _own_norm(self, name: str, dtype: torch.dtype | None = None) -> Norm:
+        shapes = dict.fromkeys(self._norm_parts(name), (self._shape.hidden,))
+        return self.norm(self.checkpoint.read(shapes), name, self._shape.epsilon, dtype)
+
+    def _norm_parts(self, name: str) -> list[str]:
+        parts = ("weight", "bias") if self._shape.norm_bias else ("weight",)
+        return [f"{name}.{part}" for part in parts]
+
+
+def _dense(name: str, out: int, into: int, *, bias: bool) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (out, into)}
+    return shapes | ({f"{name}.bias": (out,)} if bias else {})
