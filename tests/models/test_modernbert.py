@@ -1,0 +1,282 @@
+"""ModernBERT: equal to transformers on every length, pooling, spelling and head; bad files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echelon.errors import BadCheckpoint, UnsupportedModel
+from echelon.models.architecture import read_config
+from echelon.models.description import describe
+from echelon.models.families import native_model
+from echelon.models.registry import open_scorer
+from echelon.types import TokenBatch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 200,
+    "local_attention": 16,
+    "num_labels": 1,
+    "pad_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+LENGTHS = (1, 3, 8, 9, 10, 16, 17, 18, 25, 33, 33, 64, 100, 200, 33, 2)
+"""The window reaches 8 tokens to either side; its blocks have 16."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cls": {},
+    "mean": {"classifier_pooling": "mean"},
+    "biases": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "norm_bias": True,
+        "classifier_bias": True,
+        "classifier_pooling": "mean",
+    },
+    "five": {"num_hidden_layers": 5, "hidden_activation": "gelu_new", "num_labels": 3},
+}
+
+
+def save(folder: Path, *, base: bool = False, **values: Any) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(7)
+    config = transformers.ModernBertConfig(**{**SHAPE, **values})
+    kind = (
+        transformers.ModernBertModel if base else transformers.ModernBertForSequenceClassification
+    )
+    model: Any = kind(config)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("modernbert")
+    return {name: save(home / name, **values) for name, values in VARIANTS.items()}
+
+
+def step_of(lengths: tuple[int, ...] | list[int], seed: int = 0) -> TokenBatch:
+    random = np.random.default_rng(seed)
+    ids = random.integers(4, 300, sum(lengths)).astype(np.int32)
+    return TokenBatch(ids, None, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def pairs_of(batch: TokenBatch) -> list[Any]:
+    import torch
+
+    bounds = zip(batch.offsets, batch.offsets[1:], strict=False)
+    return [torch.from_numpy(batch.ids[a:b]).long()[None] for a, b in bounds]
+
+
+def reference(folder: Path, batch: TokenBatch, label: int = 0) -> np.ndarray:
+    """Logits of transformers in fp32, each pair alone."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        return np.array([float(model(ids).logits[0, label]) for ids in pairs_of(batch)])
+
+
+def scores(folder: Path, batch: TokenBatch, precision: str = "fp32", label: int = 0) -> np.ndarray:
+    scorer = open_scorer(folder, device="cpu", precision=precision, threads=1, label=label)
+    found = scorer.score(batch)
+    scorer.close()
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_transformers(folders, name):
+    label = 1 if name == "five" else 0
+    batch = step_of(LENGTHS)
+    expected = reference(folders[name], batch, label)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(scores(folders[name], batch, label=label), expected, atol=1e-4)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 2**16))
+def test_a_pairs_logit_does_not_depend_on_the_others(folders, lengths, seed):
+    batch = step_of(lengths, seed)
+    scorer = open_scorer(folders["mean"], device="cpu", precision="fp32", threads=1)
+    together = scorer.score(batch)
+    for place, (start, end) in enumerate(zip(batch.offsets, batch.offsets[1:], strict=False)):
+        alone = TokenBatch(batch.ids[start:end], None, np.array([0, end - start], np.int32))
+        np.testing.assert_allclose(scorer.score(alone)[0], together[place], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.device
+def test_lower_precisions_stay_close(folders, precision):
+    from echelon.models.device import candidate_precisions
+
+    if precision not in candidate_precisions("cpu"):
+        pytest.skip(f"this processor is not fast in {precision}")
+    batch = step_of(LENGTHS)
+    expected = reference(folders["mean"], batch)
+    found = scores(folders["mean"], batch, precision)
+    assert np.abs(found - expected).max() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_both_spellings_of_the_configuration_are_read(folders, tmp_path, newer):
+    folder = shutil.copytree(folders["cls"], tmp_path / "m")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("layer_types", "rope_parameters", "global_attn_every_n_layers"):
+        config.pop(name, None)
+    if newer:
+        kinds = ["full_attention", "sliding_attention"] * 2
+        thetas = {"full_attention": 5000.0, "sliding_attention": 300.0}
+        rotary = {k: {"rope_type": "default", "rope_theta": v} for k, v in thetas.items()}
+        config |= {"layer_types": kinds, "rope_parameters": rotary}
+    else:
+        config |= {"global_attn_every_n_layers": 2}
+        config |= {"global_rope_theta": 5000.0, "local_rope_theta": 300.0}
+    path.write_text(json.dumps(config))
+    batch = step_of(LENGTHS)
+    found = scores(folder, batch)
+    np.testing.assert_allclose(found, reference(folder, batch), atol=1e-4)
+    assert np.abs(found - scores(folders["cls"], batch)).max() > 0.01
+
+
+def test_the_description_counts_the_weights(folders):
+    from safetensors.torch import load_file
+
+    for folder in folders.values():
+        held = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+        assert describe(folder).weights == held
+        assert describe(folder).max_tokens == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size: 48 does not give num_attention_heads=5"),
+        ({"layer_types": ["full_attention"]}, "layer_types: does not name"),
+        ({"classifier_pooling": "max"}, "classifier_pooling: 'max' is not cls or mean"),
+        ({"local_attention": 0}, "local_attention: 0 is not"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "rope_theta: -1 is not"),
+        ({"num_hidden_layers": 3, "layer_types": None}, "beyond config.json's num_hidden_layers=3"),
+        ({"intermediate_size": 81}, "mlp.W. of shape|mlp.W..weight of shape"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(folders, tmp_path, change, problem):
+    folder = shutil.copytree(folders["cls"], tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BadCheckpoint, match=problem):
+        open_scorer(folder, device="cpu", precision="fp32")
+
+
+def test_scaled_rotary_positions_run_through_transformers(folders, tmp_path):
+    folder = shutil.copytree(folders["cls"], tmp_path / "m")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 2.0}
+    path.write_text(json.dumps(config))
+    assert native_model(folder, read_config(folder)) is None
+
+
+# A head in modules of its own.
+
+
+@pytest.fixture(scope="module")
+def modular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as sentence-transformers saves one with a head in modules."""
+    import torch
+    from helpers import save_tokenizer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.cross_encoder import CrossEncoder
+    from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+
+    home = tmp_path_factory.mktemp("modular")
+    base = save(home / "base", base=True, vocab_size=800)
+    save_tokenizer(base, "bert")
+    torch.manual_seed(1)
+    parts = [
+        Transformer(str(base)),
+        Pooling(48, "cls"),
+        Dense(48, 32, activation_function=torch.nn.GELU()),
+        LayerNorm(32),
+        Dense(32, 1, activation_function=torch.nn.Identity()),
+    ]
+    for part in parts[2:]:
+        for parameter in part.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.2
+    CrossEncoder(modules=parts).save_pretrained(str(home / "model"))
+    return home / "model"
+
+
+def test_a_modular_head_scores_as_sentence_transformers(modular):
+    from helpers import SENTENCES
+    from sentence_transformers.cross_encoder import CrossEncoder
+
+    from echelon import Reranker
+
+    pairs = [("rain", text) for text in SENTENCES] + [(SENTENCES[0] * 3, SENTENCES[5] * 4)]
+    original = CrossEncoder(str(modular), device="cpu")
+    expected = original.predict(pairs, activation_fn=None, convert_to_numpy=True)
+    with Reranker(modular, device="cpu", precision="fp32") as reranker:
+        found = reranker.score(pairs)
+    raw = np.log(expected / (1 - expected)) if expected.min() > 0 > -found.min() else expected
+    np.testing.assert_allclose(found, raw, atol=1e-3)
+    assert describe(modular).labels == ("score",)
+
+
+@pytest.mark.parametrize(
+    ("module", "field", "value", "problem"),
+    [
+        ("4_Dense", "out_features", 2, "its modules end in 2 numbers"),
+        ("2_Dense", "activation_function", "torch.nn.modules.activation.ELU", "is not built"),
+        ("2_Dense", "activation_function", "evil.Code", "is not built"),
+        ("1_Pooling", "pooling_mode", "max", "pooling 'max' is not built"),
+    ],
+)
+def test_modules_that_are_not_built_are_refused(modular, tmp_path, module, field, value, problem):
+    folder = shutil.copytree(modular, tmp_path / "m")
+    path = folder / module / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UnsupportedModel, match=problem):
+        native_model(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", ""])
+def test_a_module_outside_of_the_folder_is_refused(modular, tmp_path, path):
+    folder = shutil.copytree(modular, tmp_path / "m")
+    names = json.loads((folder / "modules.json").read_text())
+    names[2]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(names))
+    with pytest.raises(BadCheckpoint, match="is not the name of a folder"):
+        native_model(folder, read_config(folder))
+
+
+def test_a_chain_of_unknown_modules_is_refused_by_name(modular, tmp_path):
+    folder = shutil.copytree(modular, tmp_path / "m")
+    names = json.loads((folder / "modules.json").read_text())
+    names[2]["type"] = "sentence_transformers.models.CNN"
+    (folder / "modules.json").write_text(json.dumps(names))
+    with pytest.raises(UnsupportedModel, match="its modules are Transformer, Pooling, CNN"):
+        native_model(folder, read_config(folder))
