@@ -61,7 +61,7 @@ class Reranker:
         scorer = opener(precision=self.options.precision)
         prepared.check_profile(scorer.info)
         self._max_length = self._max_length_of(self.options, scorer.info)
-        self._cache = prepared.score_cache()
+        self.cache = prepared.score_cache()
         self._engine = Engine(
             scorer,
             _step_limits(self.options, scorer.info),
@@ -141,8 +141,8 @@ class Reranker:
 
     def look_up(self, call: Call) -> None:
         """Take the scores of a call that are cached; its windows then hold the other pairs."""
-        if self._cache is not None:
-            call.look_up(self._cache, self.facts.precision)
+        if self.cache is not None:
+            call.look_up(self.cache, self.facts.precision)
 
     def finish(
         self,
@@ -169,7 +169,7 @@ class Reranker:
         The precision never rises: if it is that of the settings now, it was so in every step.
         """
         call.keep(window, scores, report)
-        cache, cached = self._cache, call.cached
+        cache, cached = self.cache, call.cached
         if cache is None or cached is None or not may_be_kept(report.ladder):
             return
         if self.facts.precision == cached.settings.precision:
@@ -181,7 +181,7 @@ class Reranker:
 
     def close(self) -> None:
         """Free the model."""
-        self._cache = None  # a closed model refuses every call
+        self.cache = None  # a closed model refuses every call
         self._engine.close()
 
     def __enter__(self) -> Self:

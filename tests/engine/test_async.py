@@ -210,7 +210,8 @@ def test_a_call_in_windows_keeps_its_order(bert, monkeypatch):
         expected = plain.score([(QUERY, document) for document in documents]).tolist()
     quarters = [[*range(i, 60, 4)] for i in range(4)]
     monkeypatch.setattr(
-        "echelon.engine.call.windows", lambda sizes: quarters if len(sizes) == 60 else windows(sizes)
+        "echelon.engine.call.windows",
+        lambda sizes: quarters if len(sizes) == 60 else windows(sizes),
     )
 
     async def main():

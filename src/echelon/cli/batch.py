@@ -12,7 +12,15 @@ from echelon.errors import BadRows, InvalidInput
 from echelon.offline.streams import RECORD_MB
 from echelon.options import Options, check_count, require_packages
 from echelon.progress import print_line, status
-from echelon.server.settings import MODEL_FLAGS, RAY_FLAG, STEP_FLAGS, Flag, flag, name_of_flag
+from echelon.server.settings import (
+    CACHE_SIZE,
+    MODEL_FLAGS,
+    RAY_FLAG,
+    STEP_FLAGS,
+    Flag,
+    flag,
+    name_of_flag,
+)
 
 if TYPE_CHECKING:
     from echelon.offline.job import OfflineJob
@@ -57,6 +65,12 @@ FILE_FLAGS: tuple[Flag, ...] = (
     flag("--quiet", is_flag=True, help="No progress and no summary."),
 )
 
+CACHE_FLAG: Flag = flag(
+    "--score-cache",
+    help="Memory in which scores are kept for pairs that come again, such as 256MB; 0 keeps none "
+    f"[{CACHE_SIZE}; none on Ray].",
+)
+
 WORKER_FLAGS: tuple[Flag, ...] = (
     flag("--workers", type=int, help="Workers on Ray [as many as the cluster has room for]."),
     flag(
@@ -73,6 +87,7 @@ WORKER_FLAGS: tuple[Flag, ...] = (
 @with_flags(*FILE_FLAGS, group="Files")
 @with_flags(*MODEL_FLAGS, group="Model")
 @with_flags(*STEP_FLAGS, group="Steps")
+@with_flags(CACHE_FLAG, group="Scores")
 @with_flags(RAY_FLAG, *WORKER_FLAGS, group="Ray")
 def batch(
     *,
@@ -94,7 +109,12 @@ def batch(
         if workers is not None:
             raise InvalidInput("--workers", "is of use on Ray only", "Add --ray.")
         from echelon.offline.scoring import WindowScorer as scorer  # noqa: N813 - one of two
+
+        values["score_cache"] = values["score_cache"] or CACHE_SIZE
     else:
+        if values["score_cache"] is not None:
+            problem = "is of no use on Ray, whose workers share no memory"
+            raise InvalidInput("--score-cache", problem, "Leave it out.")
         require_packages("--ray", "ray", ["ray"])
         from echelon.integrations.ray.scorer_pool import PoolRequest, RayScorerPool
         from echelon.integrations.ray.worker import connect

@@ -12,7 +12,7 @@ import struct
 import threading
 from dataclasses import astuple, dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from cachetools import LRUCache
@@ -94,13 +94,14 @@ class ScoreCache:
 
     Args:
         max_bytes: memory that it may take, at least :data:`ENTRY_BYTES`.
-        key: secret of the hash. None is a random one, so that nobody can make two texts collide; a
-            job on disk needs the same one in each run.
+        noted: note what changes the cache, for a job on disk: :meth:`take_notes`. The hash then
+            has no secret; else it has a random one, so that nobody can make two texts collide.
     """
 
-    def __init__(self, max_bytes: int, key: bytes | None = None) -> None:
+    def __init__(self, max_bytes: int, *, noted: bool = False) -> None:
         self._max_bytes = max_bytes
-        self._secret = secrets.token_bytes(32) if key is None else key
+        self._secret = b"" if noted else secrets.token_bytes(32)
+        self._notes: list[bytes] | None = [] if noted else None
         self._entries: LRUCache[bytes, bytes] = LRUCache(max_bytes // ENTRY_BYTES)
         self._lock = threading.Lock()
 
@@ -115,11 +116,11 @@ class ScoreCache:
         with self._lock:
             for index, key in enumerate(keys):
                 entry = self._entries.get(key)
-                record = None if entry is None else RECORD.unpack(entry)
-                if record is None or (whole and record[1]):
+                if entry is None or (whole and RECORD.unpack(entry)[1]):
                     missing.append(index)
                 else:
-                    logits[index], truncated[index], tokens[index] = record
+                    logits[index], truncated[index], tokens[index] = RECORD.unpack(entry)
+                    self._note(key, entry)
         found = DocumentScores(logits, truncated, tokens)
         return CachedScores(settings, keys, found, np.array(missing, dtype=np.int32))
 
@@ -128,13 +129,32 @@ class ScoreCache:
         rows = zip(*(part.tolist() for part in scores), strict=True)
         with self._lock:
             for key, row in zip(keys, rows, strict=True):
-                self._entries[key] = RECORD.pack(*row)
+                entry = self._entries[key] = RECORD.pack(*row)
+                self._note(key, entry)
+
+    def take_notes(self) -> bytes:
+        """The scores that were used or kept since the last call, in their order."""
+        with self._lock:
+            taken = b"".join(self._notes or ())
+            self._notes = None if self._notes is None else []
+        return taken
+
+    def restore(self, notes: IO[bytes]) -> None:
+        """Bring an empty cache to where the notes of another one end."""
+        size = KEY_BYTES + RECORD.size
+        with self._lock:
+            while note := notes.read(size):
+                self._entries[note[:KEY_BYTES]] = note[KEY_BYTES:]
 
     @property
     def usage(self) -> CacheUsage:
         """The scores that it holds, and their memory."""
         entries = len(self._entries)
         return CacheUsage(entries, entries * ENTRY_BYTES, self._max_bytes)
+
+    def _note(self, key: bytes, entry: bytes) -> None:
+        if self._notes is not None:
+            self._notes.append(key + entry)
 
     def _keys(self, pairs: Sequence[Pair], settings: ScoreSettings) -> Iterator[bytes]:
         """The key of each pair. A query is hashed once for the pairs in a row that share it."""

@@ -1,11 +1,12 @@
 """The files of a job that can be resumed: blocks of windows, and a state that says what counts.
 
-``OUTPUT.part`` holds the blocks, ``OUTPUT.errors.jsonl`` the bad rows, ``OUTPUT.job.json`` the
-state. A window counts once the state names it: its block is on disk before the state is, and the
-state is replaced in one move. If a run is killed, the next one cuts off the rest.
+``OUTPUT.part`` holds the blocks, ``OUTPUT.errors.jsonl`` the bad rows, ``OUTPUT.scores`` what the
+windows changed in the score cache, ``OUTPUT.job.json`` the state. A window counts once the state
+names it: its block is on disk before the state is, and the state is replaced in one move. If a run
+is killed, the next one cuts off the rest.
 
-The state has the length and the digest of what counts of the two files, and a digest of itself, so
-a file that another program changed is refused.
+The state has the length and the digest of what counts of the other files, and a digest of itself,
+so a file that another program changed is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from echelon.offline.writers import Writer
 
-VERSION = "version 2"
+VERSION = "version 3"
 """Key of the state in its file; a file with another one cannot be read."""
 
 STATE_BYTES = 2**20
@@ -77,6 +78,7 @@ class JobState:
     resume_point: ResumePoint | None = None
     output: Extent = field(default_factory=Extent)  # blocks that count
     errors: Extent = field(default_factory=Extent)  # bad rows that count
+    scores: Extent = field(default_factory=Extent)  # notes of the score cache that count
     index: str | None = None  # SHA-256 of the index of a run's texts
     counts: RowCounts = field(default_factory=RowCounts)
     # sums of the metrics, see :mod:`echelon.offline.ir_metrics`
@@ -258,13 +260,16 @@ class JobStore:
         self.errors_path = beside if errors is None else Path(errors)
         self._part = _GrowingFile(None if self._standard else self._part_path, "stdout")
         self._errors = _GrowingFile(self.errors_path, "stderr", linked=errors is not None)
+        self.scores_path = self._beside("scores")
+        self._scores = _GrowingFile(self.scores_path, "stdout")
         if not self._standard:
             with self._storage_errors(self._part_path):
                 _lock(self._part.open(), self._part_path)
 
     def restart(self) -> None:
         """Remove everything that earlier runs left, including the output."""
-        for path in (self.state_path, self.index_path, self.errors_path, self.output):
+        own = self.state_path, self.index_path, self.scores_path
+        for path in (*own, self.errors_path, self.output):
             if path is not None and not (self._standard and path is self.output):
                 with self._storage_errors(path):
                     if path.is_file() or path.is_symlink():  # never a device
@@ -297,9 +302,14 @@ class JobStore:
                 self._part.cut_to(state.output)
         with self._storage_errors(self.errors_path or self._part_path):
             self._errors.cut_to(state.errors)
+        with self._storage_errors(self.scores_path):
+            self._scores.cut_to(state.scores)
 
-    def append(self, state: JobState, block: bytes, problems: bytes) -> None:
-        """Write a block and bad rows to disk, then the state that makes them count."""
+    def append(self, state: JobState, block: bytes, problems: bytes, notes: bytes = b"") -> None:
+        """Write a block, bad rows and notes to disk, then the state that makes them count."""
+        if notes and self._resumable:
+            with self._storage_errors(self.scores_path):
+                state.scores = self._scores.append(notes)
         with self._storage_errors(self._part_path):
             state.output = self._part.append(block)
         self.append_problems(state, problems)
@@ -341,8 +351,10 @@ class JobStore:
         """Close the files, and remove those that a finished job does not need."""
         self._part.close()
         self._errors.close()
+        self._scores.close()
         if self._finished and not self._standard:
             self._part_path.unlink(missing_ok=True)
+            self.scores_path.unlink(missing_ok=True)
         if self._finished or not self._resumable:
             self.index_path.unlink(missing_ok=True)
         if self._folder is not None:

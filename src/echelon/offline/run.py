@@ -112,6 +112,8 @@ def run(
             current = _Run(job, state, store, reader, writer, judge, listener)
             current.resume()
             with closing(open_scorer(job.model, job.options, state.steps)) as scorer:
+                if isinstance(scorer, WindowScorer):  # workers of a cluster cache no scores
+                    scorer.restore(store.scores_path)
                 state.steps = scorer.steps
                 listener.loaded()
                 current.score(scorer)
@@ -160,7 +162,8 @@ class _Run:
                 state.steps = scorer.steps
                 if self.judge is not None:
                     self.judge.add(state.quality, ranked(scored, None))
-                self.store.append(state, self.writer.block(scored), _problems(scored.bad))
+                block, problems = self.writer.block(scored), _problems(scored.bad)
+                self.store.append(state, block, problems, scored.notes)
                 self.listener.window(scored)
 
     def _refuse(self, bad: Sequence[BadRow]) -> None:

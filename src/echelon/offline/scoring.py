@@ -1,7 +1,8 @@
 """Rows to windows, and windows to scores: a window is encoded while the previous one is scored.
 
-The windows depend on the rows and the token budget alone. A resumed run therefore forms the same
-steps of the same pairs, and its scores are the same to the bit.
+The windows depend on the rows and the token budget alone, and the score cache at each window on the
+windows before. A resumed run therefore forms the same steps of the same pairs, and its scores are
+the same to the bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from echelon.engine.score_cache import ScoreCache
 from echelon.errors import EchelonError, InvalidInput
 from echelon.offline.readers import BadRow, Row
 from echelon.reranker import Reranker
@@ -21,6 +23,7 @@ from echelon.types import RunReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
+    from pathlib import Path
 
     from echelon.engine.call import Call
     from echelon.offline.readers import Entry, Reader
@@ -114,6 +117,7 @@ class ScoredWindow:
     truncated_tokens: IntArray  # int32 [pairs]
     report: RunReport
     window: RowWindow
+    notes: bytes = b""  # what it changed in the score cache
 
 
 @dataclass(slots=True)
@@ -137,13 +141,21 @@ class WindowScorer:
     def __init__(self, model: str, options: Options, steps: Steps | None = None) -> None:
         if steps is not None and steps.lowered:
             options = replace(options, precision=cast("Precision", steps.lowered))
-        self.reranker = Reranker(model, **asdict(options))
+        self.reranker = Reranker(model, **asdict(replace(options, score_cache=None)))
+        size = options.score_cache_bytes
+        self._cache = self.reranker.cache = ScoreCache(size, noted=True) if size else None
         now = steps_of(self.reranker)
         if steps is not None:
             _check_same(steps, replace(now, precision=steps.precision) if steps.lowered else now)
         self._steps = steps or now
         self._encode = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-encode")
         self._score = ThreadPoolExecutor(1, thread_name_prefix="echelon-file-score")
+
+    def restore(self, notes: Path) -> None:
+        """Bring the score cache to where earlier windows left it; ``notes`` are theirs."""
+        if self._cache is not None and notes.is_file():
+            with notes.open("rb") as file:
+                self._cache.restore(file)
 
     def score(
         self, windows: Iterable[RowWindow], on_step: Callable[[int], None] | None = None
@@ -225,12 +237,15 @@ class WindowScorer:
             logits, cut = np.empty(0, np.float32), np.empty(0, np.int32)
             return ScoredWindow(rows, bad, logits, cut, RunReport(), ready.window)
         try:
-            found = self.reranker.finish(ready.call, ready.portions, on_step)
+            # Now, not when it was encoded: then the window before would not always be there.
+            self.reranker.look_up(ready.call)
+            missing = ready.call.missing(ready.portions)
+            found = self.reranker.finish(ready.call, missing, on_step)
         except EchelonError as error:
             raise _with_lines(error, rows) from error
-        return ScoredWindow(
-            rows, bad, found.logits, found.truncated_tokens, found.report, ready.window
-        )
+        notes = b"" if self._cache is None else self._cache.take_notes()
+        logits, cut = found.logits, found.truncated_tokens
+        return ScoredWindow(rows, bad, logits, cut, found.report, ready.window, notes)
 
 
 def _has_text(text: str, owner: Row) -> Callable[[Row], bool]:

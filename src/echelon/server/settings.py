@@ -89,10 +89,13 @@ STEP_FLAGS: tuple[Flag, ...] = (
 )
 """How pairs are packed into steps."""
 
+CACHE_SIZE = "64MB"
+"""Memory of the score cache in `serve` and `batch`: 125,000 scores, and little beside a model."""
+
 CACHE_FLAGS: tuple[Flag, ...] = (
     flag(
         "--score-cache",
-        default="64MB",
+        default=CACHE_SIZE,
         help="Memory in which scores are kept for pairs that come again, such as 256MB; 0 keeps "
         "none.",
     ),

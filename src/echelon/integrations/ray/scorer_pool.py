@@ -129,8 +129,9 @@ class _PoolWorker:
 class RayScorerPool:
     """A :class:`echelon.offline.scoring.WindowScorer` over the workers of a Ray cluster.
 
-    A model that is a folder must be on every machine. Without ``steps``, those of the first worker
-    are taken. Raises :class:`WorkerLost` if no worker comes up.
+    A model that is a folder must be on every machine. No scores are cached: the workers share no
+    memory, and which windows one of them gets is chance. Without ``steps``, those of the first
+    worker are taken. Raises :class:`WorkerLost` if no worker comes up.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class RayScorerPool:
         cpus = request.cpus or (1.0 if request.gpus else threads)
         self._resources = WorkerResources(cpus, request.gpus)
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
-        self._options = replace(chosen, profile=None, threads=threads, revision=revision)
+        alone = replace(chosen, profile=None, score_cache=None)
+        self._options = replace(alone, threads=threads, revision=revision)
         self._steps = steps
         self._pending: dict[Any, tuple[_PoolWorker, int | None]] = {}
         self._workers: list[_PoolWorker] = []
