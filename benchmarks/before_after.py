@@ -128,8 +128,9 @@ class ServerProcess:
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """The environment in which Python imports a checkout's package."""
-    return {**os.environ, "PYTHONPATH": str(checkout / "src")}
+    """The environment in which Python imports a checkout's package, and a server scores always."""
+    own = {"PYTHONPATH": str(checkout / "src"), "ECHELON_SERVE_SCORE_CACHE": "0"}
+    return {**os.environ, **own}
 
 
 def compare(sides: list[Any], rounds: int, calls: int) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Server:
 def echelon(model: str, precision: str) -> Server:
     """Ours."""
     command = [sys.executable, "-m", "echelon", "serve", model, "--port", "PORT"]
+    command += ["--score-cache", "0"]  # others have none
     return Server(
         "echelon", [*command, "--precision", precision, "--device", "cpu", "--log-level", "warning"]
     )
