@@ -22,14 +22,14 @@ from echelon.models.causal_attention import CausalAttention, KeysAndValues
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.decoder_weights import load_weights
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
-from echelon.models.layers import Rows, materialize
+from echelon.models.layers import BLOCK, Rows, materialize
 from echelon.models.prefix_cache import PrefixCache
 from echelon.models.prefixes import lay_out, without_padding
 from echelon.models.rotary import Rotary, rotate
 from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -158,7 +158,7 @@ class _Step:
         layer, where these are not None.
         """
         for index, layer in enumerate(layers):
-            query, own = self._project(layer, layer.attention_norm(rows).to(self._dtype))
+            query, own = self._project(layer, _normed(layer.attention_norm, rows, self._dtype))
             past = [None if prefix is None else prefix.layers[index] for prefix in cached]
             beginnings = self._attention.beginnings(own, past)
             for beginning, copies in zip(beginnings, kept, strict=True):
@@ -170,7 +170,7 @@ class _Step:
                 rows = rows[self._lasts]
                 mixed = self._attention.attend_last(query, own, beginnings)
             rows += materialize(layer.attention_out(Rows(mixed)))
-            rows += _feed_forward(layer, layer.feed_forward_norm(rows).to(self._dtype))
+            rows += _feed_forward(layer, _normed(layer.feed_forward_norm, rows, self._dtype))
         return rows
 
     def _project(self, layer: Layer, rows: Tensor) -> tuple[Tensor, KeysAndValues]:
@@ -182,24 +182,49 @@ class _Step:
         else:
             query = self._split(layer.queries, rows[self._lasts])
             turn = (self._turn[0][self._lasts], self._turn[1][self._lasts])
-        key = _turned(parts[:, -2 * keys : -keys], layer.key_norm, self._turn).to(self._dtype)
-        return _turned(query, layer.query_norm, turn), KeysAndValues(key, parts[:, -keys:])
+        key = _turned(parts[:, -2 * keys : -keys], layer.key_norm, self._turn, self._dtype)
+        query = _turned(query, layer.query_norm, turn, torch.float32)
+        return query, KeysAndValues(key, parts[:, -keys:])
 
     def _split(self, linear: Linear, rows: Tensor) -> Tensor:
         """The layer's output as heads, [rows, heads, size]."""
         return materialize(linear(Rows(rows))).view(len(rows), -1, self._size)
 
 
-def _turned(heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _by_blocks(rows: Tensor, dtype: torch.dtype, function: Callable[[slice], Tensor]) -> Tensor:
+    """A result like ``rows``, computed for a block of rows at a time.
+
+    On CPU a block stays in cache between the function's passes: three times as fast.
+    """
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    step = max(1, BLOCK // rows[0].numel()) if rows.device.type == "cpu" else len(rows)
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        out[part] = function(part)
+    return out
+
+
+def _normed(norm: RmsNorm, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return _by_blocks(rows, dtype, lambda part: norm(rows[part]))
+
+
+def _turned(
+    heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> Tensor:
     """Queries or keys, normalised if the model does, and rotated to their positions, in fp32."""
-    wide = heads.float()
-    return rotate(wide if norm is None else norm(wide), *turn)
+
+    def turned(part: slice) -> Tensor:
+        wide = heads[part].float()
+        return rotate(wide if norm is None else norm(wide), *(table[part] for table in turn))
+
+    return _by_blocks(heads, dtype, turned)
 
 
 def _feed_forward(layer: Layer, rows: Tensor) -> Tensor:
     """SwiGLU: the gate's SiLU times ``up``, then down."""
     gate, up = materialize(layer.gate_up(Rows(rows))).chunk(2, 1)
-    return materialize(layer.down(Rows(functional.silu(gate).mul_(up))))
+    mixed = _by_blocks(up, up.dtype, lambda part: functional.silu(gate[part]).mul_(up[part]))
+    return materialize(layer.down(Rows(mixed)))
 
 
 def open_native(  # noqa: PLR0913 - what the registry knows of a model
