@@ -63,7 +63,7 @@ def describe(folder: Path) -> ModelDescription:
         "native",
         "",
         shape.labels,
-        shape.max_tokens if prompt is None else min(prompt.max_tokens, shape.max_tokens),
+        shape.max_tokens,
         None if prompt is None else prompt.instruction,
         shape.weights,
     )

@@ -8,12 +8,12 @@ also needs a module that reads its shape (without torch) and one with its forwar
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from echelon.errors import BadCheckpoint, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture, modernbert, modules
+from echelon.models import architecture, modernbert, modules, qwen
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -101,6 +101,20 @@ FAMILIES = (
             "ibm-granite/granite-embedding-reranker-english-r2",
         ),
     ),
+    NativeFamily(
+        "Qwen3 and Qwen2",
+        ("qwen3", "qwen2"),
+        qwen.read,
+        "decoder",
+        half="bf16",
+        known=(
+            "Qwen/Qwen3-Reranker-0.6B",
+            "Qwen/Qwen3-Reranker-4B",
+            "Qwen/Qwen3-Reranker-8B",
+            "mixedbread-ai/mxbai-rerank-base-v2",
+            "mixedbread-ai/mxbai-rerank-large-v2",
+        ),
+    ),
 )
 
 
@@ -150,11 +164,14 @@ def native_model(folder: Path, config: Config) -> NativeModel | None:
     if family is None or shape is None:
         return None
     prompt = prompt_of(folder, config)
-    answers = None
-    if prompt is not None and _is_language_model(config):
-        yes, no = (_token_id(folder, answer) for answer in prompt.answers)
-        answers = yes, no
-    return NativeModel(folder, family, shape, prompt, answers)
+    if prompt is None:
+        return NativeModel(folder, family, shape, None, None)
+    limit = min(prompt.max_tokens, shape.max_tokens)
+    shape = replace(cast("Any", shape), max_tokens=limit)  # a dataclass of each family
+    if not _is_language_model(config):
+        return NativeModel(folder, family, shape, prompt, None)
+    yes, no = (_token_id(folder, answer) for answer in prompt.answers)
+    return NativeModel(folder, family, shape, prompt, (yes, no))
 
 
 def require_head(folder: Path, config: Config) -> None:

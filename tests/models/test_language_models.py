@@ -1,0 +1,135 @@
+"""Language models end to end: transformers' scores on the recipe's ids, through every way in."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import SENTENCES
+from language_models import make_language_model
+
+from echelon import Reranker
+from echelon.cli import cli
+from echelon.errors import InvalidInput, UnsupportedModel
+from echelon.models.architecture import read_config
+from echelon.models.description import describe
+from echelon.models.families import native_model
+from echelon.models.registry import model_prompt, open_scorer
+from echelon.tokenization.tokenizer import PairEncoder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUERY = "When does the ferry leave?"
+MODELS = {
+    "toy-Qwen3-Reranker": ("qwen3", {}),
+    "Qwen3-Reranker-untied": ("qwen3", {"tie_word_embeddings": False}),
+    "Qwen3-Reranker-seq-cls": (
+        "qwen3",
+        {"architecture": "Qwen3ForSequenceClassification", "num_labels": 1, "pad_token_id": 0},
+    ),
+    "mxbai-rerank-toy": ("qwen2", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("language_models")
+    return {
+        name: make_language_model(home / name, kind, **settings)
+        for name, (kind, settings) in MODELS.items()
+    }
+
+
+def reference(folder: Path, query: str, documents: Any, instruction: str | None = None) -> Any:
+    """Differences of logits by transformers in fp32, a pair at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    prompt = model_prompt(folder)
+    assert prompt is not None
+    encoder = PairEncoder(folder, prompt)
+    pairs = [(query, document) for document in documents]
+    batch = encoder.encode(pairs, 400, "only_second", instruction=instruction).batch(
+        range(len(pairs))
+    )
+    classifies = "seq-cls" in folder.name
+    kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    yes, no = (vocabulary[answer] for answer in prompt.answers)
+    found = []
+    for start, end in zip(batch.offsets, batch.offsets[1:], strict=False):
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(batch.ids[start:end]).long()[None]).logits[0]
+        found.append(float(logits[0] if classifies else logits[-1, yes] - logits[-1, no]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_transformers(folders, name):
+    expected = reference(folders[name], QUERY, SENTENCES)
+    assert expected.std() > 0.01
+    with Reranker(folders[name], device="cpu", precision="fp32") as reranker:
+        pairs = [(QUERY, text) for text in SENTENCES]
+        np.testing.assert_allclose(reranker.score(pairs), expected, atol=1e-3 * expected.std())
+        alone = [reranker.score([pair])[0] for pair in pairs]
+        np.testing.assert_allclose(alone, expected, atol=1e-3 * expected.std())
+        small = reranker.score_pairs(pairs, batch_size=3).logits
+        np.testing.assert_allclose(small, expected, atol=1e-3 * expected.std())
+
+
+def test_an_instruction_of_the_model_or_of_a_call_changes_what_is_judged(folders):
+    folder = folders["toy-Qwen3-Reranker"]
+    expected = reference(folder, QUERY, SENTENCES, "Judge the weather.")
+    pairs = [(QUERY, text) for text in SENTENCES]
+    with Reranker(folder, device="cpu", precision="fp32") as reranker:
+        plain = reranker.score(pairs)
+        found = reranker.score_pairs(pairs, instruction="Judge the weather.").logits
+    with Reranker(folder, device="cpu", precision="fp32", instruction="Judge the weather.") as own:
+        np.testing.assert_allclose(own.score(pairs), found, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
+    assert np.abs(found - plain).max() > 1e-3
+
+
+def test_the_default_precision_is_bf16_where_that_is_fast(folders):
+    from echelon.models.device import multiplies_half
+
+    scorer = open_scorer(folders["toy-Qwen3-Reranker"], device="cpu")
+    assert scorer.info.precision == ("bf16" if multiplies_half("bf16") else "fp32")
+    scorer.close()
+
+
+def test_a_query_that_is_too_long_is_refused(folders):
+    folder, expected = folders["toy-Qwen3-Reranker"], "leave no room for the document"
+    with Reranker(folder, device="cpu") as reranker, pytest.raises(InvalidInput, match=expected):
+        reranker.rank(SENTENCES[0] * 30, ["a"])
+
+
+def test_a_language_model_without_a_known_name_is_refused(tmp_path):
+    folder = make_language_model(tmp_path / "chat", "qwen3")
+    with pytest.raises(UnsupportedModel, match="neither its name nor its files say"):
+        Reranker(folder)
+
+
+def test_the_description_counts_the_weights_of_scoring(folders):
+    from safetensors.torch import load_file
+
+    folder = folders["toy-Qwen3-Reranker"]
+    found = describe(folder)
+    held = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    shape = native_model(folder, read_config(folder)).shape
+    assert found.weights == held + shape.hidden  # the vector of the answers
+    assert found.instruction.startswith("Given a web search query")
+
+
+def test_commands_take_an_instruction(folders):
+    folder = str(folders["toy-Qwen3-Reranker"])
+    asked = ["rank", QUERY, *SENTENCES[:3], "--model", folder, "--precision", "fp32", "--json"]
+    runner = CliRunner()
+    plain = json.loads(runner.invoke(cli, asked).stdout)
+    told = json.loads(runner.invoke(cli, [*asked, "--instruction", "Judge the weather."]).stdout)
+    assert plain["results"][0]["logit"] != told["results"][0]["logit"]
