@@ -154,6 +154,16 @@ def test_what_the_service_sets_is_in_the_settings_of_its_requests():
     assert found == replace(SETTINGS, truncation="only_second", max_query_tokens=3)
 
 
+def test_scores_of_other_files_of_the_model_are_not_found_once_it_is_reopened():
+    revisions, pairs = iter("aab"), [("q", "d")]
+    cache = ScoreCache(10 * ENTRY_BYTES, lambda: next(revisions))
+    cache.keep(cache.find(pairs, SETTINGS).keys, scores_of([(1.0, 0, 1)]))
+    cache.reopened()
+    assert cache.find(pairs, SETTINGS).hits == 1
+    cache.reopened()
+    assert cache.find(pairs, SETTINGS).hits == 0
+
+
 def test_two_caches_hash_with_different_secrets():
     pairs = [("q", "d")]
     first, second = ScoreCache(ENTRY_BYTES), ScoreCache(ENTRY_BYTES)

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from scorers import NAN, Obedient
+from scorers import MARK, NAN, Obedient
 from services import RecordingListener, coded, run, scores, service, submit, texts, until
 
 from echelon.engine.score_cache import ENTRY_BYTES, ScoreCache
@@ -266,6 +266,21 @@ def test_many_callers_at_once_get_their_own_scores():
         for answer, pairs in zip(answers, asked, strict=True):
             assert answer.logits.tolist() == scores(pairs)
         assert sum(answer.cached for answer in answers) > 0
+
+    cached.run(main)
+
+
+def test_each_worker_that_opens_the_model_asks_for_its_revision(tmp_path):
+    asked = []
+    cached = CachingService(partial(Obedient, marks=str(tmp_path)))
+    cached.cache._tell_revision = lambda: asked.append(1) or str(len(asked))
+
+    async def main(made):
+        await submit(made, texts(1))
+        assert (await submit(made, texts(1))).cached == 5
+        await submit(made, coded(MARK))  # its worker dies, and another one opens the model
+        await until(lambda: len(asked) == 2)
+        assert (await submit(made, texts(1))).cached == 0
 
     cached.run(main)
 

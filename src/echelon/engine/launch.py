@@ -16,7 +16,7 @@ from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonWarning, InvalidInput
 from echelon.models.device import processor_of, usable_cpus
-from echelon.models.hub import resolve
+from echelon.models.hub import fingerprint, resolve
 from echelon.models.registry import (
     check_tokenizer,
     model_prompt,
@@ -77,7 +77,7 @@ class PreparedModel:
     def score_cache(self) -> ScoreCache | None:
         """The score cache that the options ask for."""
         size = self.options.score_cache_bytes
-        return ScoreCache(size) if size else None
+        return ScoreCache(size, partial(fingerprint, self.folder.path)) if size else None
 
     def learned(self, budget: int | None) -> None:
         """Keep the token budget that memory allows in the profile; None removes it."""

@@ -1,7 +1,7 @@
 """The score cache: scores of pairs that were scored before, by a hash of all that they depend on.
 
-A score is used again only for the same two texts under the same :class:`ScoreSettings`, by the same
-opened model. The cache holds hashes and numbers, no texts. docs/decisions/0017-score-cache.md says
+A score is used again only for the same two texts under the same :class:`ScoreSettings` and revision
+of the model. The cache holds hashes and numbers, no texts. docs/decisions/0017-score-cache.md says
 which scores are kept and why.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from cachetools import LRUCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from echelon.types import Chunking, FloatArray, IntArray, LadderStep, Pair, Side, Truncation
 
@@ -38,7 +38,7 @@ NEVER_KEPT = {"lower_precision", "shorten"}
 
 @dataclass(frozen=True, slots=True)
 class ScoreSettings:
-    """What a score depends on beside its texts and the opened model; every field is in the key."""
+    """What a score depends on beside its texts and the model's files; every field is in the key."""
 
     precision: str
     max_length: int
@@ -94,16 +94,24 @@ class ScoreCache:
 
     Args:
         max_bytes: memory that it may take, at least :data:`ENTRY_BYTES`.
+        revision: tells the revision of the model's files now; see :meth:`reopened`.
         noted: note what changes the cache, for a job on disk: :meth:`take_notes`. The hash then
             has no secret; else it has a random one, so that nobody can make two texts collide.
     """
 
-    def __init__(self, max_bytes: int, *, noted: bool = False) -> None:
+    def __init__(
+        self, max_bytes: int, revision: Callable[[], str] = str, *, noted: bool = False
+    ) -> None:
         self._max_bytes = max_bytes
+        self._tell_revision, self._revision = revision, revision()
         self._secret = b"" if noted else secrets.token_bytes(32)
         self._notes: list[bytes] | None = [] if noted else None
         self._entries: LRUCache[bytes, bytes] = LRUCache(max_bytes // ENTRY_BYTES)
         self._lock = threading.Lock()
+
+    def reopened(self) -> None:
+        """The model was opened again: scores of other files than its own are not found any more."""
+        self._revision = self._tell_revision()
 
     def find(
         self, pairs: Sequence[Pair], settings: ScoreSettings, *, whole: bool = False
@@ -158,7 +166,8 @@ class ScoreCache:
 
     def _keys(self, pairs: Sequence[Pair], settings: ScoreSettings) -> Iterator[bytes]:
         """The key of each pair. A query is hashed once for the pairs in a row that share it."""
-        begun = blake2b(repr(astuple(settings)).encode(), digest_size=KEY_BYTES, key=self._secret)
+        shared = repr((self._revision, astuple(settings))).encode()
+        begun = blake2b(shared, digest_size=KEY_BYTES, key=self._secret)
         last, asked = None, begun
         for query, document in pairs:
             if query != last:

@@ -290,6 +290,8 @@ class Service:
         if self._info is None:
             self._dispatcher.set_up(info, budget, self._prior, self.settings.goal_s)
         self._info = info
+        if self._scores is not None:
+            self._scores.reopened()
         specials = self._encoder.template.specials
         check_fallback(self.settings.fallback_max_length, self.longest(), specials)
         canary = self._encoder.encode([CANARY], self.longest(), "longest_first")

@@ -283,7 +283,7 @@ def validation_of_server(
 
 def serve_arguments(context: ValidationContext, chosen: Candidate) -> list[str]:
     """Arguments of ``echelon serve`` that are not in the profile, the model first."""
-    # Texts of a load come again; what is measured is the scoring.
+    # Scoring is measured, and warm-up may send texts of the load.
     values = context.options() | {"workers": chosen.workers, "score-cache": 0}
     if chosen.workers > 1:
         values["device"] = "cuda"
