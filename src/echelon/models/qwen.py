@@ -135,8 +135,8 @@ def _architecture(given: dict[str, Any]) -> DecoderArchitecture:
 
 def _is_native(given: dict[str, Any]) -> bool:
     """Whether attention is causal over all tokens, and everything else as Qwen's own models."""
-    scaling = given.get("rope_scaling", {}) | given.get("rope_parameters", {})
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rotary = (given.get("rope_scaling", {}), given.get("rope_parameters", {}))
+    kinds = {part.get("rope_type", part.get("type", "default")) for part in rotary}
     windowed = given.get("use_sliding_window") or {*given.get("layer_types", ())} - {
         "full_attention"
     }
@@ -144,7 +144,7 @@ def _is_native(given: dict[str, Any]) -> bool:
         given["model_type"] in {"qwen2", "qwen3"}
         and _named(given).endswith(("ForCausalLM", "ForSequenceClassification"))
         and given.get("hidden_act", "silu") == "silu"
-        and kind == "default"
+        and kinds == {"default"}
         and not windowed
         and given.get("is_causal", True) is True
         and "quantization_config" not in given
