@@ -279,3 +279,10 @@ def test_every_cell_of_a_table_has_a_column():
     found = compared(profile_of(), profile_of(0.5))
     for make in (*comparison_page.GRIDS, comparison_page.points):
         assert {len(row) for row in make(found).rows} == {len(make(found).columns)}
+
+
+def test_medians_that_are_alike_without_an_interval_are_not_called_a_tie():
+    text = headline(1.01, [entry(50, [0.4] * 2, batch_size=8)])
+    assert "A tie" not in text
+    assert "too few runs to compare" in text
+    assert "--time-limit" in text

@@ -17,6 +17,7 @@ from echelon.simulation.workload import FixedSize, UniformSize
 from echelon.tuning import advisor
 from echelon.tuning.advisor import recommend
 from echelon.tuning.goal import ScenarioGoal
+from echelon.tuning.time_plan import MEMORY
 from echelon.tuning.tuner import TuningPlan
 from echelon.tuning.validation import RerankTask, run, validate
 
@@ -169,9 +170,10 @@ def test_a_precision_is_measured_before_it_is_taken(model, known, monkeypatch):
     asked = []
     real = advisor.models_of
 
-    def noisy(probed, opener):
+    def noisy(probed, opener, limit_s):
         asked.append(probed.info.precision)
-        return replace(real(probed, opener), cost=None, memory=None)
+        assert limit_s == MEMORY * 0.2
+        return replace(real(probed, opener, limit_s), cost=None, memory=None)
 
     monkeypatch.setattr(advisor, "models_of", noisy)
     goal = api_goal(verify_s=0.0, allow=("precision",))

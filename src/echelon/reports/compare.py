@@ -139,7 +139,10 @@ def _number(a: Row | None, b: Row | None, *, times: bool) -> Row:
             KnownValue(n["latency_s"], n["low_s"], n["high_s"]).at_any_time for n in (a, b)
         )
         latency = Ratio.of(one, other)
-        found |= {"latency": latency.as_dict(), "throughput": latency.inverse.as_dict()}
+        # A tie of medians whose certainty nobody knows is no tie.
+        unsure = {"judgement": "unknown"} if latency.low is None else {}
+        found["latency"] = latency.as_dict() | unsure
+        found["throughput"] = latency.inverse.as_dict() | unsure
     return found
 
 
@@ -254,7 +257,8 @@ def _faster(row: Row, how: str) -> str:
         values |= {"first": "B", "quick": b, "last": "A", "slow": a}
     else:
         values |= {"first": "A", "quick": a, "last": "B", "slow": b}
-        ratio = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse.as_dict()
+        turned = Ratio(ratio["value"], ratio["low"], ratio["high"]).inverse
+        ratio = turned.as_dict() | {"judgement": ratio["judgement"]}
     faster = tr(
         "{first} is {times} times as fast as {last}: {pairs} take {quick} on {first} and {slow} "
         "on {last}, {how}.",
@@ -266,7 +270,10 @@ def _faster(row: Row, how: str) -> str:
 
 def _certainty(ratio: Row) -> str:
     if ratio["judgement"] == "unknown":
-        return tr("There are too few runs to compare this with the variation between runs.")
+        return tr(
+            "There are too few runs to compare this with the variation between runs. Measure both "
+            "again with a longer --time-limit."
+        )
     low, high = units.number(ratio["low"]), units.number(ratio["high"])
     ends = {"confidence": units.percent(CONFIDENCE), "low": low, "high": high}
     if ratio["judgement"] == "beyond":

@@ -102,10 +102,8 @@ def print_profile(profile: Profile) -> None:
     console.print(Text(_about(profile.key.model, profile.key.device_name), style="bold"))
     if profile.precisions:
         console.print(_precision_table(profile))
-    plan = wording.planned(profile.data)
-    if plan:
-        console.print(plan)
-    console.print(_best_table(profile))
+    if profile.best:
+        console.print(_best_table(profile))
     console.print(_scenario_table(profile))
     chosen = profile.settings
     best = wording.step(chosen.batch_size, chosen.token_budget)

@@ -48,6 +48,7 @@ from echelon.tuning.scenario_model import (
     length_policy_of,
     require_texts,
 )
+from echelon.tuning.time_plan import MEMORY
 from echelon.tuning.tuner import TuningPlan, probe
 from echelon.tuning.validation import ValidationContext, validate
 from echelon.types import monotonic
@@ -172,7 +173,7 @@ class _ScenarioRun:
         factory = check.factory(row.get("keep_bf16", []))
         with closing(factory(precision=precision)) as scorer:
             probed = probe(check, scorer, self.plan, texts, monotonic, self.on_progress)
-        models = models_of(probed, factory)
+        models = models_of(probed, factory, MEMORY * self.plan.time_limit_s)
         key = self.profile.key
         note = Message("scenario.other_precision", {"swept": key.precision, "taken": precision})
         measured = replace(

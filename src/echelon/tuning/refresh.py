@@ -25,6 +25,7 @@ from echelon.scheduling.packing import NO_BUDGET
 from echelon.tuning.calibration import ProbeResult, measure, models_of
 from echelon.tuning.machine import meter_of
 from echelon.tuning.probe_shapes import LengthRange, StepFactory
+from echelon.tuning.time_plan import MEMORY
 from echelon.tuning.tuner import TuningPlan, find_model, probe, tune
 from echelon.types import Clock, monotonic
 
@@ -119,7 +120,8 @@ def refresh(
         found = tune(model, options, plan, clock=clock, on_progress=on_progress)
         return RefreshResult(found, [f"everything: {'; '.join(different)}"], [])
     if probed is not None:
-        models, profile = models_of(probed, check.factory(old.keep_bf16)), fresh.profile
+        limit_s, profile = MEMORY * plan.time_limit_s, fresh.profile
+        models = models_of(probed, check.factory(old.keep_bf16), limit_s)
         notes = [note for note in profile.warnings if "--refresh" not in note] + models.warnings
         profile = replace(profile, cost=models.cost, memory=models.memory, warnings=notes)
         fresh = replace(fresh, profile=profile)
