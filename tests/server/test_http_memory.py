@@ -35,10 +35,11 @@ CLIENTS = 6
 
 
 class LiveModel(LiveFake):
-    """``echelon serve`` as people start it, with what :class:`LiveFake` tells of it."""
+    """``echelon serve``, which scores every text again, with what :class:`LiveFake` tells of it."""
 
     def __init__(self, model, *arguments):
-        super()._start(["-m", "echelon", "serve", model, "--port", 0, *arguments], {})
+        command = ["-m", "echelon", "serve", model, "--port", 0, "--score-cache", 0, *arguments]
+        super()._start(command, {})
 
 
 @pytest.fixture(scope="module")
