@@ -105,7 +105,7 @@ class Dispatcher:
 
     def submit(self, request: InflightRequest) -> None:
         """Queue a request; its ``done`` is then called exactly once."""
-        lengths = tuple(request.pairs.lengths.tolist())
+        lengths = tuple(request.pairs.costs.tolist())
         pairs = PairRequest(
             request.number, lengths, request.pairs.keys(), request.deadline, request.priority
         )

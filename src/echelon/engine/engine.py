@@ -167,8 +167,8 @@ class Engine:
         """Run the next step; returns its number of pairs, or 0 if it did not fit."""
         self._require_open()
         step = run.steps[0]
-        lengths = run.pairs.lengths[step]
-        cost_tokens, longest = step_cost(lengths, self.info.padding), int(lengths.max())
+        cost_tokens = step_cost(run.pairs.costs[step], self.info.padding)
+        longest = int(run.pairs.lengths[step].max())
         try:
             logits = self._scorer.score(run.pairs.batch(step))
         except DeviceOutOfMemory as error:
@@ -228,7 +228,7 @@ class _CallState:
     def plan(self, budget: int, info: ModelInfo) -> None:
         """Plan the steps of the pairs that are not finished."""
         left = np.flatnonzero(~self._done)
-        lengths = self.pairs.lengths[left]
+        lengths = self.pairs.costs[left]
         steps = pack(lengths, budget, padding=info.padding, max_pairs=self.limits.max_pairs)
         self.steps = deque(left[step].tolist() for step in steps)
 
