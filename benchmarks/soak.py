@@ -5,9 +5,10 @@
 
 The server is `echelon serve demo` with two workers. Good clients compare every answer with the
 scores that the library gives. They have a key of their own: the documents that the server counted
-for it must be those that they got answers for, so that every request was answered once. Memory,
-descriptors, threads and temporary files are sampled after the first sixth, since caches fill at
-first, and compared with the last sixth.
+for it must be those that they got answers for, so that every request was answered once. The score
+cache has room for a quarter of their texts, so that scores come, are used and go all the time.
+Memory, descriptors, threads and temporary files are sampled after the first sixth, since caches
+fill at first, and compared with the last sixth.
 
 Writes benchmarks/results/soak.json; the exit code is 1 where something grew or was wrong.
 """
@@ -57,6 +58,10 @@ OTHERS = f"Authorization: Bearer {KEYS['others']}\r\n"
 GOOD_CLIENTS, BAD_CLIENTS, SLOW_CLIENTS, VANISHING_CLIENTS = 6, 4, 8, 4
 TOLERANCE = 1e-3
 """Two batches of the same pair may differ in the last bits."""
+
+CACHE = "50kB"
+"""Room for 97 scores."""
+CACHE_METRICS = ("hits_total", "misses_total", "entries", "bytes", "max_bytes")
 
 GROWTH = {"rss_mb": 32.0, "files": 16.0, "threads": 4.0, "temporary": 0.0}
 """How much each may be larger at the end: noise of the allocator, and clients of the moment."""
@@ -200,6 +205,7 @@ def started(model: str, temporary: Path) -> tuple[subprocess.Popen[str], int]:
     """`echelon serve` and its port."""
     command = [sys.executable, "-m", "echelon", "serve", model, "--port", "0"]
     command += ["--device", "cpu", "--precision", "fp32", "--threads", "1", "--workers", "2"]
+    command += ["--score-cache", CACHE]
     command += ["--header-timeout-s", "5", "--body-timeout-s", "5", "--send-timeout-s", "5"]
     log = (temporary.parent / "server.log").open("w+", encoding="utf-8")
     keys = temporary.parent / "keys"
@@ -249,6 +255,7 @@ def main() -> None:
         "documents_of_the_good": soak.documents,
         "documents_counted_by_the_server": counted_documents,
         "still_inside": inside,
+        "score_cache": {name: counted[f"echelon_score_cache_{name}"] for name in CACHE_METRICS},
         "wrong": soak.wrong[:20],
         "growth": {name: round(value, 1) for name, value in soak.growth().items()},
         "allowed_growth": GROWTH,
@@ -260,6 +267,9 @@ def main() -> None:
     problems = [f"{n} grew by {v}" for n, v in result["growth"].items() if v > GROWTH[n]]
     if counted_documents != soak.documents:
         problems.append("the server counted other documents than came back")
+    cache = result["score_cache"]
+    if not cache["hits_total"] or cache["bytes"] > cache["max_bytes"]:
+        problems.append("the score cache was not used, or is too large")
     problems += [*soak.wrong[:5], *(["requests are still inside"] if inside else [])]
     problems += ["the server ended with an error"] if code else []
     result["problems"] = problems
