@@ -51,7 +51,7 @@ def test_a_model_of_no_native_family_says_how_it_runs(toy):
     ("architecture", "reason"),
     [
         ("BertModel", "BertModel has no classification head"),
-        ("Qwen3ForCausalLM", "is a language model, and neither its name nor its files say"),
+        ("Qwen3ForCausalLM", "is a language model, and its name does not say"),
     ],
 )
 def test_a_model_that_cannot_score_says_why(tmp_path, architecture, reason):

@@ -111,7 +111,7 @@ def test_a_query_that_is_too_long_is_refused(folders):
 
 def test_a_language_model_without_a_known_name_is_refused(tmp_path):
     folder = make_language_model(tmp_path / "chat", "qwen3")
-    with pytest.raises(UnsupportedModel, match="neither its name nor its files say"):
+    with pytest.raises(UnsupportedModel, match="its name does not say"):
         Reranker(folder)
 
 

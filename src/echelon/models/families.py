@@ -183,8 +183,8 @@ def require_head(folder: Path, config: Config) -> None:
         if prompt_of(folder, config) is not None:
             return
         raise UnsupportedModel(
-            f"{folder}: {named} is a language model, and neither its name nor its files say with "
-            "which prompt it was trained to rerank. Use a reranker such as "
+            f"{folder}: {named} is a language model, and its name does not say with which "
+            "prompt it was trained to rerank. Use a reranker such as "
             "Qwen/Qwen3-Reranker-0.6B, in a folder that keeps its name."
         )
     if config["model_type"] == "modernbert" and modules.read(folder) is not None:
