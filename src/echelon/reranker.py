@@ -142,6 +142,7 @@ class Reranker:
     def look_up(self, call: Call) -> None:
         """Take the scores of a call that are cached; its windows then hold the other pairs."""
         if self.cache is not None:
+            call.reopened = self._engine.reopened
             call.look_up(self.cache, self.facts.precision)
 
     def finish(
@@ -164,15 +165,12 @@ class Reranker:
     def keep(
         self, call: Call, window: Sequence[int], scores: DocumentScores, report: RunReport
     ) -> None:
-        """Store the scores of a window in its call, and in the cache those of its settings.
-
-        The precision never rises: if it is that of the settings now, it was so in every step.
-        """
+        """Store the scores of a window in its call, and in the cache those of its settings."""
         call.keep(window, scores, report)
         cache, cached = self.cache, call.cached
         if cache is None or cached is None or not may_be_kept(report.ladder):
             return
-        if self.facts.precision == cached.settings.precision:
+        if self._engine.reopened == call.reopened:  # so all steps were in the settings' precision
             cache.keep([cached.keys[index] for index in window], scores)
 
     def together(self) -> SharedEngine:

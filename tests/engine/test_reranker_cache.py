@@ -131,3 +131,16 @@ def test_concurrent_calls_share_it(bert):
                 assert found.report.steps == 0
 
     asyncio.run(main())
+
+
+def test_scores_of_a_call_during_which_another_reopened_the_model_are_not_kept(bert):
+    opened = faked(bert, PatientScorer(None), lambda precision: PatientScorer(None))
+    score = opened._engine._scorer.score
+
+    def score_and_reopen(batch):
+        logits = score(batch)
+        opened._engine._switch("fp32")  # as another thread would, in the middle of the call
+        return logits
+
+    opened._engine._scorer.score = score_and_reopen
+    assert [opened.score_pairs(PAIRS).report.cached for _ in range(3)] == [0, 0, len(PAIRS)]

@@ -36,6 +36,7 @@ class Call:
         self._pairs, self._places, self._back = _fold(check_pairs(pairs))
         self.options, self._encoder, self._max_length = options, encoder, max_length
         self.cached: CachedScores | None = None
+        self.reopened = 0  # times that the engine's model was reopened before it was looked up
         # Distinct pairs that are tokenized together, longest texts first.
         self.windows = self._windows(range(len(self._pairs)))
         self._logits = np.empty(len(self._pairs), dtype=np.float32)

@@ -75,6 +75,7 @@ class Engine:
         learned: Callable[[int | None], None] | None = None,
     ) -> None:
         self.policy = OomPolicy(TokenBudget(NO_BUDGET), limits.budget, learned)
+        self.reopened = 0  # times that the model was opened in another precision
         self._scorer = scorer
         self._limits = limits
         self._reopen = reopen
@@ -202,6 +203,7 @@ class Engine:
     def _switch(self, precision: str) -> None:
         if self._reopen is not None:
             self._open = False
+            self.reopened += 1
             self._scorer.close()
             self._scorer = self._reopen(precision)
             self._open = True
