@@ -11,7 +11,7 @@ from scorers import MARK, NAN, Obedient
 from services import RecordingListener, coded, run, scores, service, submit, texts, until
 
 from echelon.engine.score_cache import ENTRY_BYTES, ScoreCache
-from echelon.errors import DeadlinePassed, InvalidInput, NonFiniteScore, TooLarge
+from echelon.errors import DeadlinePassed, InvalidInput, NonFiniteScore, Overloaded, TooLarge
 from echelon.scheduling.admission import AdmissionLimits
 from echelon.types import Chunking
 
@@ -84,6 +84,23 @@ def test_only_misses_are_charged_in_admission():
         assert (await submit(made, pairs)).cached == 8
         with pytest.raises(TooLarge):
             await submit(made, texts(2, 8))
+
+    cached.run(main)
+
+
+def test_a_request_of_hits_alone_passes_a_full_service():
+    cached = CachingService(partial(Obedient, pace_s=0.002), bounds=AdmissionLimits(max_requests=1))
+
+    async def main(made):
+        known = await submit(made, texts(1))
+        waiting = asyncio.create_task(submit(made, texts(2)))
+        await until(lambda: made.snapshot().requests)
+        with pytest.raises(Overloaded):
+            await submit(made, texts(3))
+        again = await submit(made, texts(1))
+        assert not waiting.done()
+        assert again.logits.tobytes() == known.logits.tobytes()
+        await waiting
 
     cached.run(main)
 
