@@ -42,7 +42,7 @@ class Reranker:
     Safe to use from several threads; calls take turns on the device, step by step.
 
     Args:
-        model: hub id, local folder, or ``"demo"``.
+        model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
         **options: see :class:`echelon.options.Options`.
 
     Raises:

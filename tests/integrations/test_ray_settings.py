@@ -17,7 +17,7 @@ from echelon.cli import cli
 from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency, install_command
 from echelon.integrations.ray.serve import app, plan_of, values_of
-from echelon.integrations.ray.worker import WorkerResources, factory_of
+from echelon.integrations.ray.worker import WorkerResources, factory_of, place_of
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
 from echelon.scheduling.autoscaling import AutoscalingLimits
@@ -175,3 +175,11 @@ def test_the_kuberay_manifest_agrees_with_itself_and_with_the_file():
     grace = scorers["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > plan.settings["drain_s"] + GRACE_S
     assert int(head["rayStartParams"]["num-cpus"]) < plan.resources.cpus
+
+
+def test_other_machines_fetch_a_model_of_modelscope_by_its_name(tmp_path):
+    name = "modelscope:acme/reranker@v2"
+    assert place_of(ModelFolder(tmp_path, name, "0" * 12), "modelscope:acme/reranker") == (
+        name,
+        None,
+    )

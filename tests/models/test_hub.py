@@ -19,6 +19,7 @@ from stand_in_hub import NEW, PLAIN, REPO, SHARDS, UNWANTED, StandIn, names, ser
 from echelon.errors import ModelNotFound, StorageError, UnsupportedModel
 from echelon.models import hub
 from echelon.models.hub import ModelFolder, access, resolve
+from echelon.models.repositories import choose, redacted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,7 +126,7 @@ def test_a_full_disk(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_with_a_password_is_not_repeated() -> None:
     error = OSError("no route to http://me:pass@proxy:80 with hf_abcDEF\nmore")
 
-    assert hub._redacted(error) == "OSError: no route to http://***@proxy:80 with ***"
+    assert redacted(error) == "OSError: no route to http://***@proxy:80 with ***"
 
 
 BIN_SHARDS = {f"pytorch_model-0000{i}-of-00002.bin": b"%d" % i for i in (1, 2)}
@@ -150,13 +151,13 @@ BIN_SHARDS = {f"pytorch_model-0000{i}-of-00002.bin": b"%d" % i for i in (1, 2)}
     ],
 )
 def test_one_kind_of_weights_is_chosen(there: list[str], taken: list[str]) -> None:
-    assert sorted(hub.choose(there)) == sorted(taken)
+    assert sorted(choose(there)) == sorted(taken)
 
 
 def test_every_kind_of_tokenizer_file_is_chosen() -> None:
     files = ["vocab.txt", "merges.txt", "spm.model", "sentencepiece.bpe.model", "tokenizer.json"]
 
-    assert set(hub.choose([*files, "model.safetensors", "modeling_x.py", "old/spm.model"])) == {
+    assert set(choose([*files, "model.safetensors", "modeling_x.py", "old/spm.model"])) == {
         *files,
         "model.safetensors",
     }

@@ -19,7 +19,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object,
     """Stand-ins for the two places that models come from; they write down what is asked."""
     asked: list[tuple[object, ...]] = []
 
-    def fetch(repo: str, *, revision: str | None, progress: bool) -> Path:
+    def fetch(repo: str, *, revision: str | None, progress: bool, weights: bool) -> Path:
+        assert weights
         asked.append(("hub", repo, revision, progress))
         return tmp_path / "snapshots" / "c0ffee"
 

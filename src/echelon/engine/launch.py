@@ -106,7 +106,7 @@ def prepare(
     """Find a model, read its tokenizer, and compare int8 with fp32 before int8's first use.
 
     Args:
-        model: hub id, local folder, or ``"demo"``.
+        model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
         asked: the caller's options, which the profile completes.
         profile: the profile, if there is one.
 
@@ -184,7 +184,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
     """Start a service for a model; the caller stops it.
 
     Args:
-        model: hub id, local folder, or ``"demo"``.
+        model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
         workers: processes that score: one for each GPU, or several that share the CPU's cores.
         bounds: limits of admission.
         memory_limit_bytes: a worker that holds more is replaced between steps.

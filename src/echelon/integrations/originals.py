@@ -33,7 +33,8 @@ from echelon.files import (
     read_json,
 )
 from echelon.models.architecture import TOKENIZER_CONFIG, labels_of, read_config, read_settings
-from echelon.models.hub import DEMO, choose, resolve
+from echelon.models.hub import DEMO, resolve
+from echelon.models.repositories import choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

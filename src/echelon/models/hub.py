@@ -1,4 +1,4 @@
-"""Find a model's folder by name; fetch it from the Hugging Face hub where needed.
+"""Find a model's folder by name; fetch it from the Hugging Face hub or ModelScope where needed.
 
 ``huggingface_hub`` does the transfer and storage, so its cache, mirrors, tokens and offline switch
 apply. This module chooses the files, decides when the cached copy is enough, and explains errors.
@@ -6,15 +6,13 @@ apply. This module chooses the files, decides when the cached copy is enough, an
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import threading
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,37 +24,15 @@ from echelon.errors import (
     UnsupportedModel,
 )
 from echelon.files import MAX_BYTES
-from echelon.models import demo
+from echelon.models import demo, modelscope
+from echelon.models.repositories import SECRETS, choose, complete, described, of_disk, redacted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-_CONFIG = "config.json"
-_TOKENIZER = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "*.model",  # sentencepiece under its many names: tokenizer.model, spm.model, bpe.model
-)
-_USAGE = ("modules.json", "config_sentence_transformers.json")
-_MODULES = ("[0-9]*_*/config.json", "[0-9]*_*/model.safetensors")
-"""Folders of the modules that ``modules.json`` names, such as a head."""
-_WEIGHTS = (  # best first; within a kind one file beats shards
-    ("model.safetensors",),
-    ("model-[0-9]*-of-*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin",),
-    ("pytorch_model-[0-9]*-of-*.bin", "pytorch_model.bin.index.json"),
-)
-_SHARD = re.compile(r"-\d+-of-0*(\d+)\.")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SECRETS = re.compile(r"(?<=//)[^/@\s]+(?=@)|hf_\w+")
 KNOWN_MODEL = "BAAI/bge-reranker-v2-m3"
 """A model that the hub and its mirrors have."""
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def fetch(
@@ -78,25 +54,6 @@ def fetch(
             return _download(repo, revision, weights=weights)
     except _hub_errors() as error:
         return _fall_back(repo, revision, error)
-
-
-def choose(files: Iterable[str]) -> list[str]:
-    """Choose the files that a reranker needs, with weights of one format; empty without weights."""
-    names = sorted(files)
-    for kind in _WEIGHTS:
-        if weights := _matching(names, kind):
-            return [*described(names), *weights]
-    return []
-
-
-def described(names: list[str]) -> list[str]:
-    """The files that say what a model is, and those of its modules."""
-    return _matching(names, (_CONFIG, *_TOKENIZER, *_USAGE)) + _matching(names, _MODULES, depth=1)
-
-
-def _matching(names: list[str], patterns: Iterable[str], depth: int = 0) -> list[str]:
-    # A pattern's * crosses folders; files in a folder are another format of the same model.
-    return [n for n in names if n.count("/") == depth and any(fnmatchcase(n, p) for p in patterns)]
 
 
 def _download(repo: str, revision: str | None, *, weights: bool = True) -> Path:
@@ -124,15 +81,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     except _hub_errors():
         return None
     folder = Path(found)
-    return folder if _complete([path.name for path in folder.iterdir() if path.exists()]) else None
-
-
-def _complete(names: list[str]) -> bool:
-    chosen = choose(names)
-    if _CONFIG not in chosen or not _matching(chosen, _TOKENIZER):
-        return False
-    totals = [int(match[1]) for name in chosen if (match := _SHARD.search(name))]
-    return all(total == len(totals) for total in totals)
+    return folder if complete([path.name for path in folder.iterdir() if path.exists()]) else None
 
 
 ACCESS_S = 10.0
@@ -144,7 +93,7 @@ def access(*, online: bool) -> dict[str, str | bool | None]:
     from huggingface_hub import constants, get_token
 
     found: dict[str, str | bool | None] = {
-        "endpoint": _SECRETS.sub("***", constants.ENDPOINT),
+        "endpoint": SECRETS.sub("***", constants.ENDPOINT),
         "offline": _offline(),
         "token": get_token() is not None,
         "answers": None,
@@ -170,7 +119,7 @@ def _ask(errors: list[str]) -> None:
     except RepositoryNotFoundError:
         errors.clear()  # a mirror may lack it
     except _hub_errors() as error:
-        errors[:] = [_redacted(error)]
+        errors[:] = [redacted(error)]
     else:
         errors.clear()
 
@@ -188,7 +137,7 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
     from huggingface_hub import errors
 
     sure = (errors.RevisionNotFoundError, errors.HFValidationError)
-    folder = None if isinstance(error, sure) or _of_disk(error) else _cached(repo, revision)
+    folder = None if isinstance(error, sure) or of_disk(error) else _cached(repo, revision)
     if folder is None:
         raise _explained(repo, revision, error) from error
     if not _offline():
@@ -204,8 +153,8 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
 def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFound | StorageError:
     from huggingface_hub import errors
 
-    words = {"repo": repo, "revision": revision or "the default branch", "why": _redacted(error)}
-    if _of_disk(error):
+    words = {"repo": repo, "revision": revision or "the default branch", "why": redacted(error)}
+    if of_disk(error):
         return StorageError(_NO_SPACE.format(**words))
     messages = {  # a gated repository is also a missing one, so the order matters
         errors.GatedRepoError: _GATED,
@@ -267,19 +216,10 @@ _NO_ANSWER = (
 _NO_SPACE = "{repo} could not be stored ({why}). Free disk space, or set HF_HOME to another disk."
 
 
-def _of_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
-
-
 def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _redacted(error: Exception) -> str:
-    first_line = str(error).strip().partition("\n")[0][:300]
-    return f"{type(error).__name__}: {_SECRETS.sub('***', first_line)}"
 
 
 @contextmanager
@@ -308,19 +248,19 @@ DEMO = "demo"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WEIGHT_SUFFIXES = {".safetensors", ".bin"}
 _FINGERPRINT_DIGITS = 12
-_REMEDY = "Give a folder, a hub name such as owner/name, or 'demo'."
+_REMEDY = "Give a folder, a hub name such as owner/name, modelscope:owner/name, or 'demo'."
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model on disk.
 
-    The revision is the hub's commit, a fingerprint of a local folder's config and weight files, or
-    the first digits of the demo model's sha256.
+    The revision is the hub's commit, a fingerprint of the config and weight files of a local folder
+    or of a model of ModelScope, or the first digits of the demo model's sha256.
     """
 
     path: Path  # absolute
-    name: str  # the hub's name, the folder's own name, or ``demo``
+    name: str  # the hub's name, ``modelscope:…``, the folder's own name, or ``demo``
     revision: str
 
 
@@ -334,8 +274,8 @@ def resolve(
     """Find a model's folder; fetch it if it is not on this machine, its weights only if asked.
 
     Tried in this order: ``demo`` is the demo model (``./demo`` is a folder of that name); an
-    existing folder (``~`` is the home folder) is used as it is; ``name`` or ``owner/name`` is
-    looked up on the hub.
+    existing folder (``~`` is the home folder) is used as it is; ``modelscope:owner/name`` with or
+    without ``@revision`` is looked up on ModelScope; ``name`` or ``owner/name`` on the hub.
 
     Raises:
         InvalidInput: no text or path, empty, a file, or a revision of a model that has none.
@@ -343,6 +283,7 @@ def resolve(
         UnsupportedModel: the repository holds no weights in safetensors or PyTorch format.
         BadCheckpoint: the demo model's files are damaged.
         StorageError: the files could not be stored.
+        MissingDependency: the package of ModelScope is needed and not installed.
     """
     name = _checked(model)
     if revision is not None and not revision.strip():
@@ -356,10 +297,23 @@ def resolve(
         return _local(Path(folder).resolve())
     if os.path.exists(folder):  # noqa: PTH110  # as above
         raise InvalidInput("model", f"{name!r} is a file", "Give the folder that holds it.")
+    if isinstance(model, str) and model.startswith(modelscope.PREFIX):
+        return _of_modelscope(model, revision, weights=weights)
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(name):
         raise ModelNotFound(f"There is no folder {name!r}, and it is no hub name. {_REMEDY}")
     snapshot = fetch(name, revision=revision, progress=progress, weights=weights)
     return ModelFolder(snapshot, name, snapshot.name)
+
+
+def _of_modelscope(name: str, revision: str | None, *, weights: bool) -> ModelFolder:
+    repo, named = modelscope.parse(name)
+    if named and revision and named != revision:
+        problem = f"{name} names another one than {revision!r}"
+        raise InvalidInput("revision", problem, "Give one of them.")
+    chosen = named or revision
+    folder = modelscope.fetch(repo, chosen, offline=_offline(), weights=weights)
+    full = f"{modelscope.PREFIX}{repo}" + (f"@{chosen}" if chosen else "")
+    return replace(_local(folder.resolve()), name=full)
 
 
 def _checked(model: object) -> str:

@@ -26,6 +26,7 @@ from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, u
 from echelon.errors import InvalidInput, check_positive
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
+from echelon.models.modelscope import PREFIX as MODELSCOPE
 from echelon.models.registry import open_scorer
 from echelon.server.settings import ANY_CLUSTER
 from echelon.types import TokenBatch, monotonic
@@ -77,6 +78,8 @@ def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, s
     """Name and revision with which other machines resolve the same model."""
     if model == DEMO:
         return DEMO, None
+    if folder.name.startswith(MODELSCOPE):  # with its revision in the name
+        return folder.name, None
     if folder.path.name == folder.revision:  # a snapshot of the hub's is named by its commit
         return str(model), folder.revision
     return str(folder.path), None
