@@ -89,7 +89,8 @@ def test_only_misses_are_charged_in_admission():
 
 
 def test_a_request_of_hits_alone_passes_a_full_service():
-    cached = CachingService(partial(Obedient, pace_s=0.002), bounds=AdmissionLimits(max_requests=1))
+    opener, bounds = partial(Obedient, pace_s=0.005), AdmissionLimits(max_requests=1)
+    cached = CachingService(opener, bounds=bounds, token_budget=100)
 
     async def main(made):
         known = await submit(made, texts(1))
@@ -303,7 +304,7 @@ def test_each_worker_that_opens_the_model_asks_for_its_revision(tmp_path):
 
 
 def test_a_cancelled_request_leaves_nothing():
-    cached = CachingService(partial(Obedient, pace_s=0.002))
+    cached = CachingService(partial(Obedient, pace_s=0.002), token_budget=100)
 
     async def main(made):
         asking = asyncio.create_task(submit(made, texts(1)))
