@@ -49,6 +49,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 10, "num_labels": 3, "pad_token_id": 0},
     ),
     "qwen2": ("Qwen2ForCausalLM", {"hidden_size": 48, "tie_word_embeddings": True}),
+    "deep": (
+        "Qwen3ForCausalLM",
+        {"head_dim": 128, "num_hidden_layers": 12, "hidden_size": 96, "intermediate_size": 128},
+    ),
     "one layer": ("Qwen3ForCausalLM", {"head_dim": 10, "num_hidden_layers": 1}),
 }
 LABEL = 1
@@ -310,11 +314,8 @@ def test_shards(tmp_path, decoders):
     np.testing.assert_array_equal(found, open_decoder(decoders["untied"]).score(batch))
 
 
-@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("name", ["tied", "classifier", "qwen2"])
-def test_bf16_ranks_alike(decoders, name, amx, monkeypatch):
-    """With matrix units attention is in bf16, without them in fp32."""
-    monkeypatch.setattr(causal_attention, "has_amx", lambda: amx)
+def test_bf16_ranks_alike(decoders, name):
     folder = decoders[name]
     batch = query_batch(9, 1, [30] * 40)
     exact, half = scorer_of(folder).score(batch), open_decoder(folder, "bf16").score(batch)
