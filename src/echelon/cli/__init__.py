@@ -13,8 +13,9 @@ import click
 
 from echelon import __version__
 from echelon.cli.batch import batch
+from echelon.cli.click_texts import translate_click
 from echelon.cli.doctor import doctor, pull
-from echelon.cli.flags import INTERRUPTED, LANG_FLAG, with_flags
+from echelon.cli.flags import INTERRUPTED, LANG_FLAG, Group, with_flags
 from echelon.cli.models import models
 from echelon.cli.plan import plan
 from echelon.cli.rank import rank
@@ -45,6 +46,7 @@ NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 @click.group(
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
@@ -54,6 +56,7 @@ def cli() -> None:
     """Rerank documents with a cross-encoder, at the batch size that is best for this machine."""
 
 
+translate_click()
 for _command in (batch, serve, config, stress, plan, report, rank, tune, models, pull, doctor):
     cli.add_command(_command)
 
@@ -87,11 +90,12 @@ def _usage(error: click.UsageError) -> str:
     path = "echelon" if error.ctx is None else error.ctx.command_path
     remedy = tr("See: {path} --help", path=path)
     if not isinstance(error, click.BadParameter) or error.param is None:
-        return f"{error.format_message().rstrip('.')}. {remedy}"
+        problem = error.format_message().rstrip(".。")
+        return tr("{problem}. {remedy}", problem=problem, remedy=remedy)
     argument = isinstance(error.param, click.Argument)
     name = error.param.human_readable_name if argument else error.param.opts[0]
     missing = isinstance(error, click.MissingParameter)
-    problem = tr("is not given") if missing else error.message.rstrip(".")
+    problem = tr("is not given") if missing else error.message.rstrip(".。")
     return tr("{field}: {problem}. {remedy}", field=name, problem=problem, remedy=remedy)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +60,21 @@ class GroupedOption(click.Option):
         self.group = group
 
 
-class Command(click.Command):
-    """A command whose help has its options in groups, and whose errors name its flags."""
+def _listen(args: list[str]) -> None:
+    """Take the language before the other arguments: help and errors of parsing are in it too."""
+    for word, after in pairwise([*args, ""]):
+        language = after if word == "--lang" else word.removeprefix("--lang=")
+        if language in LANGUAGES and word.startswith("--lang"):
+            use_language(language)
+
+
+class _Grouped(click.Command):
+    """Help has its options in groups, and is in the asked language, as errors of parsing are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse after the language is known."""
+        _listen(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each group under its heading; ``--help`` stands last."""
@@ -67,10 +82,29 @@ class Command(click.Command):
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
             if record is not None:
-                groups.setdefault(getattr(option, "group", "Help"), []).append(record)
+                name, words = record
+                groups.setdefault(getattr(option, "group", "Help"), []).append((name, tr(words)))
         for title, records in groups.items():
-            with formatter.section(title):
+            with formatter.section(tr(title)):
                 formatter.write_dl(records)
+
+
+class Group(_Grouped, click.Group):
+    """A command of commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse after the language is known, also that of the environment."""
+        _listen([f"--lang={os.environ.get('ECHELON_LANG')}"])
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+class Command(_Grouped):
+    """A command whose errors name its flags."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; the error of an option has the name of its flag."""

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from echelon.cli.flags import LANG_FLAG, Command, example, print_json, quiet_flag, with_flags
+from echelon.cli.flags import LANG_FLAG, Command, Group, example, print_json, quiet_flag, with_flags
 from echelon.errors import InvalidInput, ProfileError
 from echelon.messages import tr
 from echelon.progress import print_line
 from echelon.server.settings import flag
 
 
-@click.group()
+@click.group(cls=Group)
 def report() -> None:
     """Show a profile of `echelon tune` again, or compare two."""
 
