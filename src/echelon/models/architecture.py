@@ -109,6 +109,9 @@ ROBERTA = Family(
     reads_segments=False,
 )
 
+TYPE_OF_CLASS = {"XLMRobertaForSequenceClassification": "xlm-roberta"}
+"""``architectures`` → ``model_type``, where ``config.json`` names the first alone."""
+
 NATIVE_FAMILIES = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "camembert": ROBERTA}
 """``model_type`` of ``config.json`` → family."""
 
@@ -223,7 +226,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             "BAAI/bge-reranker-v2-m3."
         )
     config = read_settings(path, CONFIG)
-    if config.get("model_type") is None:
+    if config.get("model_type") is None:  # as in jina-reranker-v2, whose own code knows
+        named = next(iter(config.get("architectures") or []), "")
+        config["model_type"] = TYPE_OF_CLASS.get(named)
+    if config["model_type"] is None:
         raise BadCheckpoint(f"{path}: no model_type in it. {OWN_CONFIG}")
     return config
 

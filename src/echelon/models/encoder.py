@@ -19,8 +19,9 @@ from torch.nn import functional
 from echelon.errors import BadCheckpoint
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.base import with_filler
-from echelon.models.checkpoint import Checkpoint, MappedPages
+from echelon.models.checkpoint import MappedPages
 from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import Architecture, LayerPlan
     from echelon.models.base import Scorer
+    from echelon.models.checkpoint import Checkpoint
     from echelon.types import FloatArray, IntArray
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
@@ -224,7 +226,7 @@ def open_native(
     label: int,
 ) -> Scorer:
     """Open a model on CPU; ``label`` is the index of the head's output that is the score."""
-    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
     return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 

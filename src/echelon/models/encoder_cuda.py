@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.nn import functional
 
-from echelon.models.checkpoint import Checkpoint
 from echelon.models.cuda_graphs import (
     LARGEST,
     CaptureShape,
@@ -30,6 +29,7 @@ from echelon.models.cuda_graphs import (
 )
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.encoder import Embeddings, Weights, load_weights, native_info, run_layers
+from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import Rows, values_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def open_native(
 ) -> Scorer:
     """Open a model on a card, where no CPU ``threads`` are used; else as on CPU."""
     del threads
-    weights = load_weights(Checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
     return CudaScorer(architecture, weights, device, plan.precision)
 
 

@@ -89,7 +89,12 @@ FAMILIES = (
         architecture.native_architecture,
         "encoder",
         "encoder_cuda",
-        known=("BAAI/bge-reranker-v2-m3", "BAAI/bge-reranker-base", "BAAI/bge-reranker-large"),
+        known=(
+            "BAAI/bge-reranker-v2-m3",
+            "BAAI/bge-reranker-base",
+            "BAAI/bge-reranker-large",
+            "jinaai/jina-reranker-v2-base-multilingual",
+        ),
     ),
     NativeFamily(
         "ModernBERT",
