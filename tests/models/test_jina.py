@@ -63,5 +63,5 @@ def test_a_checkpoint_with_more_layers_than_its_configuration_is_refused(jina, t
     folder = shutil.copytree(jina, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadCheckpoint, match="beyond config.json's num_hidden_layers=1"):
+    with pytest.raises(BadCheckpoint, match=r"beyond config\.json's num_hidden_layers=1"):
         Reranker(folder)

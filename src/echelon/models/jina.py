@@ -1,4 +1,4 @@
-"""Checkpoints of jina-reranker-v2: an XLM-RoBERTa whose tensors have other names. No code of it runs.
+"""Checkpoints of jina-reranker-v2: XLM-RoBERTa with other names of tensors. None of its code runs.
 
 Queries, keys and values are one tensor there, layers are ``layers``, and norms are numbered.
 """
