@@ -17,6 +17,7 @@ from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.architecture import read_config
 from echelon.models.description import describe
 from echelon.models.families import native_model
+from echelon.models.prompts import QWEN3_RERANKER
 from echelon.models.registry import model_prompt, open_scorer
 from echelon.tokenization.tokenizer import PairEncoder
 
@@ -133,3 +134,28 @@ def test_commands_take_an_instruction(folders):
     plain = json.loads(runner.invoke(cli, asked).stdout)
     told = json.loads(runner.invoke(cli, [*asked, "--instruction", "Judge the weather."]).stdout)
     assert plain["results"][0]["logit"] != told["results"][0]["logit"]
+
+
+ROLE = "{{ messages | selectattr('role', 'eq', 'ROLE') | map(attribute='content') | first }}"
+CHAT = (
+    "{{ prefix }}<Instruct>: " + (QWEN3_RERANKER.instruction or "") + "\n"
+    "<Query>: " + ROLE.replace("ROLE", "query") + "\n"
+    "<Document>: " + ROLE.replace("ROLE", "document") + "{{ suffix }}"
+)
+
+
+def test_scores_are_those_of_sentence_transformers_with_the_chat_template(folders):
+    import torch
+    from sentence_transformers.cross_encoder import CrossEncoder
+
+    folder = folders["toy-Qwen3-Reranker"]
+    parts = {"prefix": QWEN3_RERANKER.prefix, "suffix": QWEN3_RERANKER.suffix[0]}
+    values = "".join(f"{{% set {name} = {json.dumps(text)} %}}" for name, text in parts.items())
+    original = CrossEncoder(
+        str(folder), device="cpu", processor_kwargs={"chat_template": values + CHAT}
+    )
+    pairs = [(QUERY, text) for text in SENTENCES]
+    expected = original.predict(pairs, activation_fn=torch.nn.Identity())
+    with Reranker(folder, device="cpu", precision="fp32") as reranker:
+        found = reranker.score(pairs)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
