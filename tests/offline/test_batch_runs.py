@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import partial
 from pathlib import Path
 
 import ir_measures
@@ -113,7 +115,10 @@ def test_judgements_that_cannot_be_read_name_their_line(fake, tmp_path):
         run_job(make_job(fake, source, tmp_path / "out.jsonl", qrels=str(tmp_path / "qrels")))
 
 
-def test_the_command_prints_a_summary(fake, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def batch(fake, tmp_path, monkeypatch, capsys):
+    """``echelon batch --compare precision`` over three queries and a bad row; int8 is refused."""
+
     def opener(_, *, precision, **__):
         if precision == "int8":
             raise InvalidInput("precision", "int8 ranks differently here", "Use bf16.")
@@ -128,9 +133,28 @@ def test_the_command_prints_a_summary(fake, tmp_path, monkeypatch, capsys):
     (tmp_path / "qrels").write_text("q0 0 d0 1\nq1 0 d1 1\nq2 0 d1 2\n")
     command = ["batch", source, "-o", tmp_path / "out.jsonl", "--model", fake]
     command += ["--qrels", tmp_path / "qrels", "--compare", "precision"]
-    code, out, err = run_command(capsys, monkeypatch, *command)
+    return partial(run_command, capsys, monkeypatch, *command)
+
+
+def test_the_command_prints_a_summary(batch):
+    code, out, err = batch()
     assert (code, out) == (9, "")
     for text in ("Quality on", "nDCG@10", "Precisions on your", "bf16", "pairs of 3 rows"):
         assert text in err
     assert "int8 was refused: precision: int8 ranks differently here" in err
     assert "Error: 1 row could not be scored: " in err
+
+
+def test_the_summary_is_in_the_asked_language(batch, monkeypatch):
+    monkeypatch.setenv("ECHELON_LANG", "zh")
+    code, out, err = batch()
+    assert (code, out) == (9, "")
+    for text in (
+        "3 行中的 5 个文档对",
+        "3 个已标注查询上的质量",
+        "之前",
+        "int8 被拒绝",
+        "1 行无法打分",
+    ):
+        assert text in err
+    assert not re.search("pairs|row|Quality|Before|refused|Metric|judge", err)

@@ -9,6 +9,7 @@ import click
 
 from echelon.cli.flags import Command, example, with_flags
 from echelon.errors import BadRows, InvalidInput
+from echelon.messages import tr
 from echelon.offline.streams import RECORD_MB
 from echelon.options import Options, check_count, require_packages
 from echelon.progress import print_line, status
@@ -128,6 +129,7 @@ def batch(
 def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -> None:
     from echelon.offline.ir_metrics import check_comparable, compare_precisions
     from echelon.offline.progress import (
+        ROWS,
         ProgressDisplay,
         number,
         print_comparison,
@@ -144,19 +146,19 @@ def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -
             summary = run(job, display, scorer)
         except KeyboardInterrupt:
             if STANDARD not in {job.input, job.output}:
-                print_line("Finished results are kept: run the same command again to resume.")
+                print_line(tr("Finished results are kept: run the same command again to resume."))
             raise
     if not quiet:
         print_summary(summary, job.output, display)
     if job.qrels is not None:
         print_quality(summary)
     if compare is not None:
-        with status("Comparing precisions", shown=not quiet) as on_progress:
+        with status(tr("Comparing precisions"), shown=not quiet) as on_progress:
             qualities = compare_precisions(job, on_progress)
         print_comparison(qualities)
     if summary.counts.bad:
-        where = "" if summary.errors is None else f": {summary.errors}"
-        raise BadRows(f"{number(summary.counts.bad, 'row')} could not be scored{where}")
+        told = tr("{rows} could not be scored", rows=number(summary.counts.bad, ROWS))
+        raise BadRows(told if summary.errors is None else f"{told}: {summary.errors}")
 
 
 def job_of(values: dict[str, Any]) -> OfflineJob:

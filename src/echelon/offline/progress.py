@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from echelon.messages import N_, listed, tr
 from echelon.offline.ir_metrics import MEASURES
 from echelon.progress import StageLines
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, CostModel, Work, work_of
@@ -67,8 +69,9 @@ class ProgressDisplay:
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
-        self._lines = StageLines(begun="Scoring")
+        self._lines = StageLines(begun=tr("Scoring"))
         self._lock = threading.Lock()
+        self._speaking = copy_context()  # other threads have no language
         self._eta = EtaEstimate()
         self._share: float | None = None
         self._done = 0
@@ -80,7 +83,7 @@ class ProgressDisplay:
         if not self._quiet and sys.stderr.isatty():
             self._bar = _bar()
             self._bar.start()
-            self._task = self._bar.add_task("Loading", total=None, text="")
+            self._task = self._bar.add_task(tr("Loading"), total=None, text="")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -101,7 +104,8 @@ class ProgressDisplay:
         self._done, self._share = counts.pairs, share
         self._eta = EtaEstimate(share or 0.0)
         if not self._quiet:
-            _say(f"Resuming after {counts.pairs:,} pairs of an earlier run.")
+            pairs = number(counts.pairs, PAIRS)
+            _say(tr("Resuming after {pairs} of an earlier run.", pairs=pairs))
 
     def loaded(self) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
@@ -111,7 +115,7 @@ class ProgressDisplay:
         """See :class:`~echelon.offline.run.JobListener`."""
         with self._lock:
             self._since_window += pairs
-            self._show("Scoring", self._share, self._text())
+            self._speaking.run(self._show_scoring)
 
     def window(self, scored: ScoredWindow) -> None:
         """See :class:`~echelon.offline.run.JobListener`."""
@@ -124,7 +128,10 @@ class ProgressDisplay:
             if scored.window.tokens:
                 self._eta.done(scored.window.tokens, now - self._window_began, self._share)
             self._window_began = now
-            self._show("Scoring", self._share, self._text())
+            self._speaking.run(self._show_scoring)
+
+    def _show_scoring(self) -> None:
+        self._show(tr("Scoring"), self._share, self._text())
 
     def _text(self) -> str:
         done = self.pairs + self._since_window
@@ -132,8 +139,11 @@ class ProgressDisplay:
         left = self._eta.left_s()
         if left is not None:
             left = max(0.0, left - (monotonic() - self._window_began))
-        rest = "" if left is None else f", {span(left)} left"
-        return f"{self._done + done:,} pairs, {done / max(seconds, 1e-9):,.0f} pairs/s{rest}"
+        pairs = number(self._done + done, PAIRS)
+        parts = [pairs, tr("{rate} pairs/s", rate=f"{done / max(seconds, 1e-9):,.0f}")]
+        if left is not None:
+            parts.append(tr("{time} left", time=span(left)))
+        return listed(parts)
 
     def _show(self, stage: str, share: float | None, text: str) -> None:
         if self._bar is not None:
@@ -166,42 +176,57 @@ def span(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"  # noqa: PLR2004 - one digit
 
 
-def number(count: int, what: str) -> str:
-    """A count with its noun."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+PAIRS = (N_("{count} pair"), N_("{count} pairs"))
+ROWS = (N_("{count} row"), N_("{count} rows"))
+
+
+def number(count: int, nouns: tuple[str, str]) -> str:
+    """A count with its noun, of one or of several."""
+    return tr(nouns[count != 1], count=f"{count:,}")
 
 
 def print_summary(summary: JobSummary, output: str, display: ProgressDisplay) -> None:
     """Print the result of a job in a few lines."""
     counts = summary.counts
     if summary.already:
-        _say(f"{output} was finished before; --restart makes it again.")
-    rate = "" if not display.pairs else f" in {span(display.seconds)}"
-    before = f", {summary.resumed:,} of them by earlier runs" if summary.resumed and rate else ""
-    done = f"{number(counts.pairs, 'pair')} of {number(counts.rows, 'row')}"
-    _say(f"{done}{rate}{before}.")
+        _say(tr("{output} was finished before; --restart makes it again.", output=output))
+    done = {"pairs": number(counts.pairs, PAIRS), "rows": number(counts.rows, ROWS)}
+    if not display.pairs:
+        _say(tr("{pairs} of {rows}.", **done))
+    else:
+        done["time"], before = span(display.seconds), f"{summary.resumed:,}"
+        later = N_("{pairs} of {rows} in {time}, {before} of them by earlier runs.")
+        text = later if summary.resumed else N_("{pairs} of {rows} in {time}.")
+        _say(tr(text, **done, before=before))
     if counts.cut:
-        _say(f"Cut to {summary.max_length} tokens: {number(counts.cut, 'pair')}.")
+        cut = number(counts.cut, PAIRS)
+        _say(tr("Cut to {tokens} tokens: {pairs}.", tokens=summary.max_length, pairs=cut))
     if counts.memory:
-        _say(f"Memory ran short {counts.memory} times; a smaller --token-budget avoids that.")
+        _say(
+            tr(
+                "Memory ran short {count} times; a smaller --token-budget avoids that.",
+                count=counts.memory,
+            )
+        )
 
 
 def print_quality(summary: JobSummary) -> None:
     """Print metrics before and after reranking."""
     if not summary.queries:
-        _say("No query of the input has a relevant document in --qrels.")
+        _say(tr("No query of the input has a relevant document in --qrels."))
         return
     before, after = summary.quality["before"], summary.quality["after"]
     rows = [[name, before[name], after[name], after[name] - before[name]] for name in MEASURES]
-    title = f"Quality on {summary.queries:,} judged queries"
-    _print(title, ["Metric", "Before", "After", "Change"], rows, signed=(3,))
+    title = tr("Quality on {queries} judged queries", queries=f"{summary.queries:,}")
+    columns = [tr("Metric"), tr("Before"), tr("After"), tr("Change")]
+    _print(title, columns, rows, signed=(3,))
 
 
 def print_comparison(found: Sequence[PrecisionComparison]) -> None:
     """Print the metrics of each precision, and its difference from fp32."""
     base = found[0].quality
     if not any(one.quality for one in found):
-        _say("No query of the input has a relevant document in --qrels.")
+        _say(tr("No query of the input has a relevant document in --qrels."))
         return
     rows: list[list[Any]] = []
     for one in found:
@@ -209,11 +234,12 @@ def print_comparison(found: Sequence[PrecisionComparison]) -> None:
             cells = [one.quality[name] for name in MEASURES]
             change = one.quality["nDCG@10"] - base.get("nDCG@10", one.quality["nDCG@10"])
             rows.append([one.precision, *cells, change, f"{one.pairs_per_s:,.0f}"])
-    columns = ["Precision", *MEASURES, "nDCG@10 lost or won", "Pairs/s"]
-    _print("Precisions on your judgements", columns, rows, signed=(len(MEASURES) + 1,))
+    columns = [tr("Precision"), *MEASURES, tr("nDCG@10 lost or won"), tr("Pairs/s")]
+    _print(tr("Precisions on your judgements"), columns, rows, signed=(len(MEASURES) + 1,))
     for one in found:
         if one.refused:
-            _say(f"{one.precision} was refused: {one.refused}")
+            name, reason = one.precision, one.refused
+            _say(tr("{precision} was refused: {reason}", precision=name, reason=reason))
 
 
 def _print(title: str, columns: list[str], rows: list[list[Any]], signed: tuple[int, ...]) -> None:
