@@ -89,7 +89,7 @@ class Indexes:
         options, _ = command.parse_args([])
         urls = [options.index_url, *options.extra_index_urls]
         self._urls = [url.rstrip("/") for url in urls if url.startswith("http")]
-        self._session = command._build_session(options)  # noqa: SLF001
+        self._session = command._build_session(options)  # noqa: SLF001 - as pip itself
 
     def files(self, name: str) -> dict[str, str]:
         """The SHA-256 of each file of a package, by the file's name."""

@@ -83,7 +83,7 @@ def outputs_a_pair(model: object, step: TokenBatch, logits: object) -> int:
             without classification head.
     """
     shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", "")
-    if not shape or len(shape) > 2 or shape[0] != len(step) or "float" not in str(dtype):  # noqa: PLR2004
+    if not shape or len(shape) > 2 or shape[0] != len(step) or "float" not in str(dtype):  # noqa: PLR2004 - a matrix
         raise UnsupportedModel(
             f"{model}: for {len(step)} pairs it gives {dtype or type(logits).__name__} of shape "
             f"{list(shape or ())}, not outputs for each pair. Use a cross-encoder with a "

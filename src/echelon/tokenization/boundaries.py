@@ -63,7 +63,7 @@ _WORD_PATTERNS = {
 _DROP_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 
 _SAMPLE = (
-    "The kettle, twelve cups: 12,50. What? Yes!\nБыло тепло; хорошо. 今天天气很好，我们去看电影。"  # noqa: RUF001
+    "The kettle, twelve cups: 12,50. What? Yes!\nБыло тепло; хорошо. 今天天气很好，我们去看电影。"  # noqa: RUF001 - Chinese and Cyrillic
     "東京タワーへ行きます。次に 한국어 문장 ไทย ภาษา हिन्दी वाक्य עברית מילה مرحبا كلمة  e\u0301 "
     "a\u0300 b <s> [SEP] <mask> </s> [MASK] x\ny  z\t1 2 ① ﬁ 👩‍👩‍👧‍👦 don't it's A.B a_b d\u200b e"
 )
