@@ -18,6 +18,7 @@ from echelon.profile import Profile
 from echelon.scheduling.fit import CostFit
 from echelon.tuning import refresh, tuner
 from echelon.tuning.load import nothing_known
+from echelon.tuning.time_plan import MEMORY
 from echelon.tuning.tuner import TuningPlan
 
 pytestmark = pytest.mark.device
@@ -101,6 +102,18 @@ def test_a_cost_model_that_is_not_there_or_old_is_measured_alone(tuned, offered,
     assert fresh.profile.points == tuned.points
     assert fresh.profile.warnings == ["a note"]
     assert any("sweep" in line for line in fresh.kept)
+
+
+def test_memory_is_measured_anew_within_its_share_of_the_time(tuned, offered, monkeypatch):
+    limits, real = [], refresh.models_of
+
+    def limited(probed, factory, limit_s):
+        limits.append(limit_s)
+        return real(probed, factory, limit_s)
+
+    monkeypatch.setattr(refresh, "models_of", limited)
+    run(offered, replace(tuned, cost=None))
+    assert limits == [MEMORY * QUICK.time_limit_s]
 
 
 def test_on_a_machine_of_another_speed_all_times_are_measured_and_no_ranking(tuned, offered, calls):
