@@ -36,8 +36,8 @@ SHAPE = {
     "cls_token_id": 1,
     "sep_token_id": 2,
 }
-LENGTHS = (1, 3, 8, 9, 10, 16, 17, 18, 25, 33, 33, 64, 100, 200, 33, 2)
-"""The window reaches 8 tokens to either side; its blocks have 16."""
+LENGTHS = (1, 3, 8, 9, 10, 16, 17, 18, 25, 31, 32, 32, 33, 33, 64, 100, 200, 33, 2)
+"""The window reaches 8 tokens to either side; blocks have 16, pairs of up to 32 are one block."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "cls": {},

@@ -1,7 +1,8 @@
 """Attention over packed pairs in which a token sees only its neighbours, at the cost of these.
 
 Queries of a long pair are cut into blocks; each block meets the keys of its own tokens and of
-``reach`` more on either side. Pairs that are short enough see all of their tokens anyway.
+``reach`` more on either side. A pair of up to two blocks is one block, which costs no more. Pairs
+that are short enough see all of their tokens anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _Part:
     rows: slice
     layout: AttentionLayout | None  # of the short pairs
     run: AttentionRun | None  # of the long ones
-    mask: Tensor | None  # bool [blocks, 1, block, keys of a block]
+    mask: Tensor | None  # [blocks of all pairs, 1, block, keys of a block]: 0, or -inf if unseen
 
 
 class LocalAttention:
@@ -37,11 +38,14 @@ class LocalAttention:
     It knows how the rows of one step divide, so that its layers share that.
     """
 
-    def __init__(self, layout: AttentionLayout, reach: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: AttentionLayout, reach: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._reach, self._block = reach, 2 * reach
+        self._device, self._dtype = device, dtype
         is_long = [run.length > reach + 1 for run in layout.runs]
         self._all = None if any(is_long) else layout
-        self._parts = [] if self._all is not None else self._divided(layout, device)
+        self._parts = [] if self._all is not None else self._divided(layout)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[tokens, heads, size] → [tokens, heads × size]."""
@@ -56,14 +60,12 @@ class LocalAttention:
                 mixed.append(self._blocks(q, k, v, part.run, part.mask))
         return torch.cat(mixed)
 
-    def _divided(self, layout: AttentionLayout, device: torch.device) -> list[_Part]:
+    def _divided(self, layout: AttentionLayout) -> list[_Part]:
         parts = []
         for is_long, grouped in groupby(layout.runs, lambda run: run.length > self._reach + 1):
             runs = list(grouped)
             if is_long:
-                parts += [
-                    _Part(_rows(run, run), None, run, self._mask(run, device)) for run in runs
-                ]
+                parts += [_Part(_rows(run, run), None, run, self._mask(run)) for run in runs]
                 continue
             first, last = runs[0], runs[-1]
             offsets = layout.offsets[first.pair : last.pair + last.count + 1] - first.row
@@ -72,40 +74,48 @@ class LocalAttention:
             )
         return parts
 
-    def _mask(self, run: AttentionRun, device: torch.device) -> Tensor:
+    def _mask(self, run: AttentionRun) -> Tensor:
         """Which keys each query of a block sees: near ones, inside of the pair."""
-        blocks = -(-run.length // self._block)
-        queries = torch.arange(blocks * self._block, device=device).view(blocks, self._block, 1)
-        first = torch.arange(blocks, device=device).view(blocks, 1, 1) * self._block - self._reach
-        keys = first + torch.arange(self._block + 2 * self._reach, device=device)
+        block, margin = self._sizes(run)
+        blocks = -(-run.length // block)
+        queries = torch.arange(blocks * block).view(blocks, block, 1)
+        first = torch.arange(blocks).view(blocks, 1, 1) * block - margin
+        keys = first + torch.arange(block + 2 * margin)
         near = (queries - keys).abs() <= self._reach
         # Rows behind the end of the pair are dropped later; they see a key, or they would be NaN.
         seen = near & (keys >= 0) & ((keys < run.length) | (queries >= run.length))
-        return seen[:, None]
+        # In the form that attention adds, so that no layer converts it again.
+        added = torch.zeros(seen.shape, dtype=self._dtype).masked_fill_(~seen, float("-inf"))
+        times = run.count if blocks > 1 else 1  # a single block is broadcast
+        return added[:, None].repeat(times, 1, 1, 1).to(self._device)
+
+    def _sizes(self, run: AttentionRun) -> tuple[int, int]:
+        """Queries of a block, and keys that it has more on either side."""
+        if run.length <= 2 * self._block:
+            return run.length, 0
+        return self._block, self._reach
 
     def _blocks(
         self, query: Tensor, key: Tensor, value: Tensor, run: AttentionRun, mask: Tensor
     ) -> Tensor:
         """[count × length, heads, size] → [count × length, heads × size], block by block."""
         _, heads, size = query.shape
-        blocks, width = len(mask), self._block + 2 * self._reach
-        behind = blocks * self._block - run.length
+        block, margin = self._sizes(run)
+        width, behind = block + 2 * margin, -run.length % block
 
         def padded(rows: Tensor, before: int, after: int) -> Tensor:
             pairs = rows.view(run.count, run.length, heads, size)
-            return functional.pad(pairs, (0, 0, 0, 0, before, after))
+            return functional.pad(pairs, (0, 0, 0, 0, before, after)) if after else pairs
 
-        queries = padded(query, 0, behind).view(-1, self._block, heads, size).transpose(1, 2)
+        queries = padded(query, 0, behind).view(-1, block, heads, size).transpose(1, 2)
         keys, values = (
-            padded(rows, self._reach, behind + self._reach)
-            .unfold(1, width, self._block)  # [count, blocks, heads, size, width]
+            padded(rows, margin, behind + margin)
+            .unfold(1, width, block)  # [count, blocks, heads, size, width]
             .permute(0, 1, 2, 4, 3)
-            .reshape(-1, heads, width, size)
+            .flatten(0, 1)
             for rows in (key, value)
         )
-        mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, mask.repeat(run.count, 1, 1, 1)
-        )
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, mask)
         rows = mixed.transpose(1, 2).reshape(run.count, -1, heads * size)
         return rows[:, : run.length].reshape(-1, heads * size)
 

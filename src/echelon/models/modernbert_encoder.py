@@ -140,12 +140,14 @@ class ModernBertScorer:
         rows = self._embed(weights, batch.ids)
         layout = AttentionLayout.of(batch.offsets)
         attentions = self._attentions(batch, layout)
-        for layer, is_local in zip(weights.layers, shape.local, strict=True):
-            rows = _layer(layer, rows, attentions[is_local], shape.head_shape)
-        if shape.pooling_of_head == "cls":
-            pooled = weights.final_norm(rows[layout.firsts.to(self._device)]).float()
-        else:
-            pooled = _means(weights.final_norm(rows).float(), batch)
+        firsts = layout.firsts.to(self._device) if shape.pooling_of_head == "cls" else None
+        last = len(weights.layers) - 1
+        for index, layer in enumerate(weights.layers):
+            attend, read = attentions[shape.local[index]], firsts if index == last else None
+            rows = _layer(layer, rows, attend, shape.head_shape, read)
+        pooled = weights.final_norm(rows).float()
+        if firsts is None:
+            pooled = _means(pooled, batch)
         for part in weights.head:
             pooled = part(pooled)
         return pooled.squeeze(-1)
@@ -161,7 +163,7 @@ class ModernBertScorer:
     def _attentions(self, batch: TokenBatch, layout: AttentionLayout) -> tuple[Attend, Attend]:
         """The attention of global and that of local layers, with their rotary positions."""
         positions = torch.from_numpy(positions_from_zero(batch)).to(self._device)
-        local = LocalAttention(layout, self._architecture.reach, self._device)
+        local = LocalAttention(layout, self._architecture.reach, self._device, self._dtype)
 
         def turned(rotary: Rotary, attend: Attend) -> Attend:
             tables = rotary.tables(positions)
@@ -171,11 +173,21 @@ class ModernBertScorer:
         return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
 
 
-def _layer(layer: Layer, rows: Tensor, attend: Attend, head_shape: tuple[int, int]) -> Tensor:
+def _layer(
+    layer: Layer,
+    rows: Tensor,
+    attend: Attend,
+    head_shape: tuple[int, int],
+    read: Tensor | None,
+) -> Tensor:
+    """[tokens, hidden] → the same, or only the rows ``read``, where the head reads no others."""
     normed = rows if layer.attention_norm is None else layer.attention_norm(rows)
     product = materialize(layer.qkv(Rows(normed)))
     query, key, value = product.view(len(rows), 3, *head_shape).unbind(1)
-    rows = evaluate(layer.attention_out(Rows(attend(query, key, value)), rows))
+    mixed = attend(query, key, value)
+    if read is not None:
+        mixed, rows = mixed[read], rows[read]
+    rows = evaluate(layer.attention_out(Rows(mixed), rows))
     return layer.feed_forward(layer.feed_forward_norm(rows), rows)
 
 
