@@ -21,7 +21,7 @@ from echelon.models import causal_attention, qwen
 from echelon.models.architecture import LayerPlan, read_config
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.decoder import open_native
-from echelon.models.device import multiplies_half, multiplies_int8
+from echelon.models.device import multiplies_half, multiplies_int8, set_threads
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def open_decoder(folder: Path, precision: str = "fp32", **plan: Any) -> Any:
         architecture=shape,
         device=CPU,
         plan=LayerPlan(precision, **plan),
-        threads=1,
+        threads=set_threads(1, CPU),  # more lose time where cores are busy
         label=LABEL if shape.classifies else 0,
         answers=None if shape.classifies else ANSWERS,
     )

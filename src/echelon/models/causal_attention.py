@@ -142,7 +142,7 @@ class CausalAttention:
         while first < total:
             end = (first // BLOCK + 1) * BLOCK
             block = groups[:, :, first + length - total : end + length - total]
-            rows = block.flatten(2, 3).to(keys.dtype)
+            rows = block.flatten(2, 3)
             mask = self._mask.block(first, rows.shape[2], end)
             out = functional.scaled_dot_product_attention(
                 rows, keys[:, :, :end], values[:, :, :end], attn_mask=mask

@@ -174,7 +174,7 @@ class _Step:
         return rows
 
     def _project(self, layer: Layer, rows: Tensor) -> tuple[Tensor, KeysAndValues]:
-        """Queries [rows, heads, size] in fp32, and keys and values; all at their positions."""
+        """Queries [rows, heads, size], and keys and values, at their positions."""
         queries, keys = self._heads
         parts = self._split(layer.qkv, rows)
         if layer.queries is None:
@@ -182,9 +182,8 @@ class _Step:
         else:
             query = self._split(layer.queries, rows[self._lasts])
             turn = (self._turn[0][self._lasts], self._turn[1][self._lasts])
-        key = _turned(parts[:, -2 * keys : -keys], layer.key_norm, self._turn, self._dtype)
-        query = _turned(query, layer.query_norm, turn, torch.float32)
-        return query, KeysAndValues(key, parts[:, -keys:])
+        key = _turned(parts[:, -2 * keys : -keys], layer.key_norm, self._turn)
+        return _turned(query, layer.query_norm, turn), KeysAndValues(key, parts[:, -keys:])
 
     def _split(self, linear: Linear, rows: Tensor) -> Tensor:
         """The layer's output as heads, [rows, heads, size]."""
@@ -208,16 +207,14 @@ def _normed(norm: RmsNorm, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return _by_blocks(rows, dtype, lambda part: norm(rows[part]))
 
 
-def _turned(
-    heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Queries or keys, normalised if the model does, and rotated to their positions, in fp32."""
+def _turned(heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys, normalised if the model does, and at their positions; computed in fp32."""
 
     def turned(part: slice) -> Tensor:
         wide = heads[part].float()
         return rotate(wide if norm is None else norm(wide), *(table[part] for table in turn))
 
-    return _by_blocks(heads, dtype, turned)
+    return _by_blocks(heads, heads.dtype, turned)
 
 
 def _feed_forward(layer: Layer, rows: Tensor) -> Tensor:
