@@ -16,6 +16,14 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
     "echelon.models.attention_cpu",
+    "echelon.models.causal_attention",
+    "echelon.models.decoder",
+    "echelon.models.decoder_weights",
+    "echelon.models.gated",
+    "echelon.models.loading",
+    "echelon.models.local_attention",
+    "echelon.models.modernbert_encoder",
+    "echelon.models.rotary",
     "echelon.models.encoder_cuda",
     "echelon.models.transformers",
     "echelon.models.cuda_graphs",
