@@ -91,6 +91,14 @@ def test_attention_of_long_pairs(length):
 
 
 @needs_kernels
+def test_attention_of_keys_apart_from_their_values():
+    rows, layout = heads([40, 7], 64)
+    query, key, value = rows.unbind(1)
+    mixed = attention_cpu._kernel(query, key.clone(), value, layout.offsets, layout.offsets)
+    assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
+
+
+@needs_kernels
 def test_attention_survives_scores_far_apart():
     rows, layout = heads([40], 64)
     rows[:, 0] *= 100

@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "classifier_bias": True,
         "classifier_pooling": "mean",
     },
+    "kernel": {"hidden_size": 64, "num_attention_heads": 2},  # heads as compiled kernels take them
     "five": {"num_hidden_layers": 5, "hidden_activation": "gelu_new", "num_labels": 3},
 }
 
@@ -127,16 +128,17 @@ def test_a_pairs_logit_does_not_depend_on_the_others(folders, lengths, seed):
         np.testing.assert_allclose(scorer.score(alone)[0], together[place], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mean", "kernel"])
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.device
-def test_lower_precisions_stay_close(folders, precision):
+def test_lower_precisions_stay_close(folders, name, precision):
     from echelon.models.device import candidate_precisions
 
     if precision not in candidate_precisions("cpu"):
         pytest.skip(f"this processor is not fast in {precision}")
     batch = step_of(LENGTHS)
-    expected = reference(folders["mean"], batch)
-    found = scores(folders["mean"], batch, precision)
+    expected = reference(folders[name], batch)
+    found = scores(folders[name], batch, precision)
     assert np.abs(found - expected).max() < 0.1 * expected.std()
 
 
