@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn import functional
 
-from echelon.models.layers import ACTIVATIONS, Rows, evaluate, materialize
+from echelon.models.layers import ACTIVATIONS, Rows, materialize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,8 @@ class GatedFeedForward:
     down: Linear
     activation: str
 
-    def __call__(self, rows: Tensor, residual: Tensor) -> Tensor:
-        """[rows, hidden] → [rows, hidden], the residual added."""
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[rows, hidden] → [rows, hidden]."""
         active, gate = materialize(self.up(Rows(rows))).chunk(2, -1)
         mixed = ACTIVATIONS[self.activation].function(active).mul_(gate)
-        return evaluate(self.down(Rows(mixed), residual))
+        return materialize(self.down(Rows(mixed)))
