@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_a_query_that_is_too_long_is_refused(folders):
 def test_a_language_model_without_a_known_name_is_refused(tmp_path):
     folder = make_language_model(tmp_path / "chat", "qwen3")
     with pytest.raises(UnsupportedModel, match="its name does not say"):
+        Reranker(folder)
+
+
+def test_a_language_model_with_parts_that_do_not_run_here_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["toy-Qwen3-Reranker"], tmp_path / "Qwen3-Reranker-yarn")
+    path = folder / "config.json"
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": scaled}))
+    with pytest.raises(UnsupportedModel, match="parts that do not run here"):
         Reranker(folder)
 
 

@@ -167,6 +167,12 @@ def native_model(folder: Path, config: Config) -> NativeModel | None:
     family = family_of(config)
     shape = None if family is None else family.read(folder, config)
     if family is None or shape is None:
+        if _is_language_model(config):
+            raise UnsupportedModel(
+                f"{folder}: this {config['model_type']} has parts that do not run here, such as "
+                "scaled positions, windows or quantized weights. Use a reranker such as "
+                "Qwen/Qwen3-Reranker-0.6B."
+            )
         return None
     prompt = prompt_of(folder, config)
     if prompt is None:
