@@ -43,7 +43,9 @@ def test_the_names_of_options_are_pinned():
         "profile",
         "revision",
         "label",
+        "instruction",
         "allow",
+        "score_cache",
         "progress",
     ]
 

@@ -8,10 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from echelon.cli import cli
+from echelon.messages import in_language
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(cli, ["models", *map(str, arguments)])
+    with in_language(None):  # --lang holds until the end of a process
+        result = CliRunner().invoke(cli, ["models", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result.output
 
