@@ -2,145 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from functools import lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
+from decoders import (
+    LIMIT,
+    MODELS,
+    VOCABULARY,
+    batch_of,
+    make_decoder,
+    open_decoder,
+    query_batch,
+    random_ids,
+    reference,
+    scorer_of,
+)
 from helpers import random_batch, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from echelon.errors import BadCheckpoint
-from echelon.models import causal_attention, qwen
-from echelon.models.architecture import LayerPlan, read_config
+from echelon.models import causal_attention
 from echelon.models.base import DeviceOutOfMemory
-from echelon.models.decoder import open_native
-from echelon.models.device import multiplies_half, multiplies_int8, set_threads
-from echelon.types import TokenBatch
+from echelon.models.device import multiplies_half, multiplies_int8
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CPU = torch.device("cpu")
-LIMIT, VOCABULARY = 400, 150
-ANSWERS = (11, 7)  # ids of yes and no
-ODD = {
-    "hidden_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 56,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": LIMIT,
-}
-"""Six heads of ten are not the 40 of the hidden width."""
-
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tied": ("Qwen3ForCausalLM", {"head_dim": 10, "tie_word_embeddings": True}),
-    "untied": ("Qwen3ForCausalLM", {"head_dim": 10, "attention_bias": True, "rope_theta": 1e6}),
-    "classifier": (
-        "Qwen3ForSequenceClassification",
-        {"head_dim": 10, "num_labels": 3, "pad_token_id": 0},
-    ),
-    "qwen2": ("Qwen2ForCausalLM", {"hidden_size": 48, "tie_word_embeddings": True}),
-    "deep": (
-        "Qwen3ForCausalLM",
-        {"head_dim": 128, "num_hidden_layers": 12, "hidden_size": 96, "intermediate_size": 128},
-    ),
-    "one layer": ("Qwen3ForCausalLM", {"head_dim": 10, "num_hidden_layers": 1}),
-}
-LABEL = 1
-
-
-def make_decoder(folder: Path, name: str, max_shard: str = "1GB", **changes: Any) -> Path:
-    """Save a decoder with random weights, wide enough that pairs differ."""
-    import transformers
-
-    kind, own = MODELS[name]
-    shape = {**ODD, **own, **changes}
-    config = transformers.AutoConfig.for_model(kind[:5].lower(), **shape)
-    torch.manual_seed(5)
-    model = getattr(transformers, kind)(config)
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.08
-    model.save_pretrained(folder, max_shard_size=max_shard)
-    return folder
+    from echelon.types import TokenBatch
 
 
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("decoders")
     return {name: make_decoder(home / name, name) for name in MODELS}
-
-
-def shape_of(folder: Path) -> Any:
-    return qwen.read(folder, read_config(folder))
-
-
-def open_decoder(folder: Path, precision: str = "fp32", **plan: Any) -> Any:
-    shape = shape_of(folder)
-    return open_native(
-        folder=folder,
-        architecture=shape,
-        device=CPU,
-        plan=LayerPlan(precision, **plan),
-        threads=set_threads(1, CPU),  # more lose time where cores are busy
-        label=LABEL if shape.classifies else 0,
-        answers=None if shape.classifies else ANSWERS,
-    )
-
-
-@lru_cache(maxsize=16)
-def scorer_of(folder: Path, precision: str = "fp32") -> Any:
-    return open_decoder(folder, precision)
-
-
-@lru_cache(maxsize=8)
-def reference_model(folder: Path) -> Any:
-    import transformers
-
-    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reference(folder: Path, batch: TokenBatch) -> np.ndarray:
-    """Scores by transformers, every pair alone."""
-    found = []
-    for start, end in pairwise(batch.offsets):
-        ids = torch.from_numpy(batch.ids[start:end]).long()[None]
-        with torch.inference_mode():
-            logits = reference_model(folder)(input_ids=ids).logits[0].double()
-        yes, no = ANSWERS
-        found.append(logits[LABEL] if logits.ndim == 1 else logits[-1, yes] - logits[-1, no])
-    return np.array(found, dtype=np.float64)
-
-
-def batch_of(texts: list[np.ndarray]) -> TokenBatch:
-    offsets = np.concatenate(([0], np.cumsum([len(text) for text in texts]))).astype(np.int32)
-    return TokenBatch(np.concatenate(texts).astype(np.int32), None, offsets)
-
-
-def random_ids(chance: np.random.Generator, count: int) -> np.ndarray:
-    return chance.integers(1, VOCABULARY, count)
-
-
-def query_batch(seed: int, queries: int, lengths: list[int], query: int = 60) -> TokenBatch:
-    """Documents of some queries in turn; all queries begin with the same 30 tokens."""
-    chance = np.random.default_rng(seed)
-    start = random_ids(chance, 30)
-    asked = [np.concatenate((start, random_ids(chance, query))) for _ in range(queries)]
-    return batch_of(
-        [
-            np.concatenate((asked[at % queries], random_ids(chance, length)))
-            for at, length in enumerate(lengths)
-        ]
-    )
 
 
 def deviation(folder: Path, seed: int = 1) -> float:
@@ -341,100 +237,3 @@ def test_int8_is_near_and_its_layers_can_be_kept(decoders):
     kept = open_decoder(folder, "int8", keep_bf16=frozenset(errors))
     np.testing.assert_array_equal(kept.score(batch), open_decoder(folder, "bf16").score(batch))
     assert int8.info.weights_bytes < kept.info.weights_bytes
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_weights_that_are_told_are_those_that_are_loaded(decoders, name):
-    """The word table stays mapped; of the head one vector is loaded."""
-    shape = shape_of(decoders[name])
-    tables = shape.vocabulary * shape.hidden
-    assert scorer_of(decoders[name]).info.weights_bytes == 4 * (shape.weights - tables)
-
-
-def test_ids_beyond_the_vocabulary_are_refused(decoders):
-    with pytest.raises(BadCheckpoint, match="embeddings for 150 tokens"):
-        scorer_of(decoders["tied"]).score(batch_of([np.array([3, VOCABULARY])]))
-
-
-def changed(folder: Path, out: Path, **values: Any) -> Path:
-    """The folder with another configuration; None removes a field."""
-    shutil.copytree(folder, out)
-    config = {**json.loads((out / "config.json").read_text()), **values}
-    config = {name: value for name, value in config.items() if value is not None}
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
-def test_both_spellings_of_rotary_positions(decoders, tmp_path):
-    folder = decoders["untied"]
-    assert shape_of(folder).theta == 1e6
-    old = changed(folder, tmp_path / "old", rope_parameters=None, rope_theta=1e6)
-    new = {"rope_type": "default", "rope_theta": 1e6}
-    new = changed(folder, tmp_path / "new", rope_theta=None, rope_parameters=new)
-    assert shape_of(old) == shape_of(new) == shape_of(folder)
-    none = changed(folder, tmp_path / "none", rope_theta=None, rope_parameters=None)
-    assert shape_of(none).theta == 10_000
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
-        {"hidden_act": "gelu"},
-        {"use_sliding_window": True},
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        {"is_causal": False},
-        {"quantization_config": {"quant_method": "gptq"}},
-        {"architectures": ["Qwen3Model"]},
-    ],
-)
-def test_what_is_not_native(decoders, tmp_path, values):
-    assert shape_of(changed(decoders["tied"], tmp_path / "other", **values)) is None
-
-
-@pytest.mark.parametrize(
-    ("values", "problem"),
-    [
-        ({"num_key_value_heads": 4}, "num_key_value_heads: 4 does not divide"),
-        ({"head_dim": 9}, "head_dim: 9 is odd"),
-        ({"num_hidden_layers": None}, "num_hidden_layers: it is missing"),
-        ({"head_dim": "10"}, "head_dim: '10' is not a whole number"),
-        ({"rope_parameters": {"rope_theta": "high"}}, "rope_theta: 'high' is not"),
-        ({"rope_parameters": [1]}, "rope_parameters: .* is not an object"),
-    ],
-)
-def test_damaged_configurations_name_the_field(decoders, tmp_path, values, problem):
-    folder = changed(decoders["tied"], tmp_path / "bad", **values)
-    with pytest.raises(BadCheckpoint, match=problem):
-        shape_of(folder)
-
-
-@pytest.mark.parametrize(
-    ("values", "problem"),
-    [
-        ({"num_hidden_layers": 2}, r"model\.layers\.2\.\*, beyond"),
-        ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3"),
-        ({"head_dim": 20}, r"self_attn\.\w_proj\.weight of shape"),
-        ({"tie_word_embeddings": False}, r"no tensor lm_head\.weight"),
-        ({"vocab_size": 151}, r"embed_tokens\.weight of shape \[151"),
-    ],
-)
-def test_configurations_of_other_weights_are_refused(decoders, tmp_path, values, problem):
-    folder = changed(decoders["tied"], tmp_path / "bad", layer_types=None, **values)
-    with pytest.raises(BadCheckpoint, match=problem):
-        open_decoder(folder)
-
-
-def test_an_answer_beyond_the_vocabulary_is_refused(decoders):
-    folder = decoders["tied"]
-    with pytest.raises(BadCheckpoint, match="embeddings for 150 tokens"):
-        open_native(
-            folder=folder,
-            architecture=shape_of(folder),
-            device=CPU,
-            plan=LayerPlan("fp32"),
-            threads=1,
-            label=0,
-            answers=(3, 9693),
-        )
