@@ -152,7 +152,7 @@ def test_nvidias_hosted_path_takes_any_name():
 
     async def main(client, server):
         plain = (await client.post("/v1/ranking", json=body)).json()
-        for name in ("nvidia/llama-3_2-nv-rerankqa-1b-v2", "one", "a%2Fb"):
+        for name in ("nvidia/llama-3_2-nv-rerankqa-1b-v2", "one", "a%2Fb", "%C3%8A%0A"):
             path = f"/v1/retrieval/{name}/reranking"
             assert (await client.post(path, json=body)).json() == plain
             wrong = await client.get(path)

@@ -105,11 +105,15 @@ def _routed(path: str) -> str:
 
 
 class ExactRoute(Route):
-    """A route that matches its path only, and not also the path with a line feed after it."""
+    """A route that matches its path only, and not also the path with a line feed after it.
+
+    A part of the path may be any text, also with line feeds.
+    """
 
     def __init__(self, path: str, handler: Callable[..., Any], **settings: Any) -> None:
         super().__init__(path, handler, **settings)
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+        exact = self.path_regex.pattern.removesuffix("$") + r"\Z"
+        self.path_regex = re.compile(exact, re.DOTALL)
 
 
 # Errors outside of the routes that rank have the form of Cohere's API, which most clients read.
