@@ -215,10 +215,9 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
         scaling=scaling,
     )
     prepared = await asyncio.to_thread(prepare, model, asked, profile)
-    make_here = partial(_make_worker, prepared, workers)
     service = Service(
         prepared.encoder,
-        worker_factory(prepared, model) if worker_factory else make_here,
+        worker_factory(prepared, model) if worker_factory else partial(_worker, prepared, workers),
         replace(settings, precision=prepared.options.precision),
         listener=listener,
         learned=prepared.learned,
@@ -249,7 +248,7 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
     return Prior(fit.coefficients, fit.padding, device, same)
 
 
-def _make_worker(
+def _worker(
     prepared: PreparedModel, workers: int, number: int, ended: Callable[[], None]
 ) -> ChildWorker:
     device = device_of(prepared.options.device, number, workers)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import LayerPlan
     from echelon.models.base import Scorer
-    from echelon.models.decoder_weights import Layer, Weights
+    from echelon.models.decoder_weights import DecoderLayer, DecoderWeights
     from echelon.models.gated import RmsNorm
     from echelon.models.layers import Linear
     from echelon.models.prefix_cache import CachedPrefix
@@ -51,13 +51,13 @@ class DecoderScorer:
     def __init__(
         self,
         architecture: DecoderArchitecture,
-        weights: Weights,
+        weights: DecoderWeights,
         device: torch.device,
         precision: str,
         threads: int,
     ) -> None:
         self._architecture = architecture
-        self._weights: Weights | None = weights
+        self._weights: DecoderWeights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
         self._mapped = MappedPages.of(weights.words)
@@ -100,7 +100,7 @@ class DecoderScorer:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")
         layout = lay_out(texts, [self._prefixes.known(text) for text in texts])
         cached = [self._prefixes.find(p.ids) if p.known else None for p in layout.prefixes]
-        step = _Step(self._architecture, layout, self._rotary, self._device, self._dtype)
+        step = _DecoderStep(self._architecture, layout, self._rotary, self._device, self._dtype)
         rows = self._embed(self._weights.words, layout.ids)
         kept = [self._room_for(prefix) for prefix in layout.prefixes]
         lasts = step.run(self._weights.layers, rows, cached, kept)
@@ -123,7 +123,7 @@ class DecoderScorer:
         return rows
 
 
-class _Step:
+class _DecoderStep:
     """One step through the layers."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Step:
 
     def run(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[DecoderLayer],
         rows: Tensor,
         cached: Sequence[CachedPrefix | None],
         kept: Sequence[list[KeysAndValues] | None],
@@ -173,7 +173,7 @@ class _Step:
             rows += _feed_forward(layer, _normed(layer.feed_forward_norm, rows, self._dtype))
         return rows
 
-    def _project(self, layer: Layer, rows: Tensor) -> tuple[Tensor, KeysAndValues]:
+    def _project(self, layer: DecoderLayer, rows: Tensor) -> tuple[Tensor, KeysAndValues]:
         """Queries [rows, heads, size], and keys and values, at their positions."""
         queries, keys = self._heads
         parts = self._split(layer.qkv, rows)
@@ -217,7 +217,7 @@ def _turned(heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor]) ->
     return _by_blocks(heads, heads.dtype, turned)
 
 
-def _feed_forward(layer: Layer, rows: Tensor) -> Tensor:
+def _feed_forward(layer: DecoderLayer, rows: Tensor) -> Tensor:
     """SwiGLU: the gate's SiLU times ``up``, then down."""
     gate, up = materialize(layer.gate_up(Rows(rows))).chunk(2, 1)
     mixed = _by_blocks(up, up.dtype, lambda part: functional.silu(gate[part]).mul_(up[part]))

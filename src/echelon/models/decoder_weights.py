@@ -30,7 +30,7 @@ WORDS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class DecoderLayer:
     """One transformer layer; ``qkv`` is fused, but the last layer has separate queries."""
 
     attention_norm: RmsNorm
@@ -45,11 +45,11 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class DecoderWeights:
     """A loaded decoder; ``loaded_bytes`` does not count a mapped table."""
 
     words: Tensor  # [vocabulary, hidden], as on disk
-    layers: tuple[Layer, ...]
+    layers: tuple[DecoderLayer, ...]
     norm: RmsNorm
     head: Tensor  # float32 [hidden]
     loaded_bytes: int
@@ -62,7 +62,7 @@ def load_weights(
     plan: LayerPlan,
     label: int,
     answers: tuple[int, int] | None,
-) -> Weights:
+) -> DecoderWeights:
     """Load a decoder; arguments as of :func:`echelon.models.decoder.open_native`."""
     surplus = f"model.layers.{architecture.layers}."
     if any(name.startswith(surplus) for name in checkpoint.names):
@@ -72,14 +72,14 @@ def load_weights(
             "weights."
         )
     with torch.inference_mode():
-        loader = _Loader(checkpoint, architecture, device, plan)
+        loader = _DecoderLoader(checkpoint, architecture, device, plan)
         words = loader.words()
         layers = tuple(loader.layer(index) for index in range(architecture.layers))
         norm, head = loader.norm("model.norm"), loader.head(label, answers)
-    return Weights(words, layers, norm, head, loader.loaded_bytes)
+    return DecoderWeights(words, layers, norm, head, loader.loaded_bytes)
 
 
-class _Loader:
+class _DecoderLoader:
     """Reads one part of the model after another and counts the bytes it keeps."""
 
     def __init__(
@@ -102,8 +102,8 @@ class _Loader:
         self.loaded_bytes += 0 if self._device.type == "cpu" else words.nbytes
         return words
 
-    def layer(self, index: int) -> Layer:
-        """Layer ``index``; the last one has separate queries."""
+    def layer(self, index: int) -> DecoderLayer:
+        """DecoderLayer ``index``; the last one has separate queries."""
         shape, root = self._architecture, f"model.layers.{index}"
         attention, mlp = f"{root}.self_attn", f"{root}.mlp"
         query, key, value, out = (f"{attention}.{part}_proj" for part in "qkvo")
@@ -113,7 +113,7 @@ class _Loader:
         hidden, inner, bias = shape.hidden, shape.intermediate, shape.qkv_bias
         queries = self._linear({query: wide}, hidden, bias=bias) if last else None
         rest = {key: narrow, value: narrow} if last else {query: wide, key: narrow, value: narrow}
-        layer = Layer(
+        layer = DecoderLayer(
             attention_norm=self.norm(f"{root}.input_layernorm"),
             queries=queries,
             qkv=self._linear(rest, hidden, bias=bias),

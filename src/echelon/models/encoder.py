@@ -246,14 +246,14 @@ def load_weights(
             "weights."
         )
     with torch.inference_mode():
-        loader = _Loader(checkpoint, architecture, device, plan)
+        loader = _EncoderLoader(checkpoint, architecture, device, plan)
         embeddings = loader.embeddings()
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
         head = loader.head(label)
     return Weights(embeddings, layers, head, architecture.head_shape, loader.loaded_bytes)
 
 
-class _Loader(WeightLoader):
+class _EncoderLoader(WeightLoader):
     """Reads one part of the model after another."""
 
     def __init__(

@@ -47,7 +47,7 @@ CHAIN_EPSILON = 1e-5  # of torch's LayerNorm, which sentence-transformers does n
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class ModernBertLayer:
     """One transformer layer."""
 
     attention_norm: Norm | None  # the first layer has none
@@ -78,12 +78,12 @@ class HeadStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class ModernBertWeights:
     """A loaded model; ``loaded_bytes`` does not count a mapped table."""
 
     words: Tensor  # as on disk; on CPU it is mapped
     words_norm: Norm
-    layers: tuple[Layer, ...]
+    layers: tuple[ModernBertLayer, ...]
     final_norm: Norm
     head: tuple[HeadStep, ...]
     loaded_bytes: int
@@ -95,13 +95,13 @@ class ModernBertScorer:
     def __init__(
         self,
         architecture: ModernBertArchitecture,
-        weights: Weights,
+        weights: ModernBertWeights,
         device: torch.device,
         plan: LayerPlan,
         threads: int,
     ) -> None:
         self._architecture = architecture
-        self._weights: Weights | None = weights
+        self._weights: ModernBertWeights | None = weights
         self._device = device
         self._mapped = MappedPages.of(weights.words)
         size = architecture.head_shape[1]
@@ -152,7 +152,7 @@ class ModernBertScorer:
             pooled = part(pooled)
         return pooled.squeeze(-1)
 
-    def _embed(self, weights: Weights, ids: IntArray) -> Tensor:
+    def _embed(self, weights: ModernBertWeights, ids: IntArray) -> Tensor:
         """float32 [tokens, hidden]."""
         on_device = torch.from_numpy(ids).to(self._device)
         rows = functional.embedding(on_device, weights.words).float()
@@ -160,7 +160,9 @@ class ModernBertScorer:
             self._mapped.count_rows(len(ids))
         return weights.words_norm(rows)
 
-    def _layer(self, layer: Layer, rows: Tensor, attend: Attend, read: Tensor | None) -> Tensor:
+    def _layer(
+        self, layer: ModernBertLayer, rows: Tensor, attend: Attend, read: Tensor | None
+    ) -> Tensor:
         """float32 [tokens, hidden] → the same, or only the rows ``read``.
 
         The sum of all layers stays in fp32 in every precision: it costs little, and rounding it 44
@@ -208,12 +210,12 @@ def open_native(
 ) -> Scorer:
     """Open a model; ``label`` is the index of the head's output that is the score."""
     with torch.inference_mode():
-        loader = _Loader(Checkpoint(folder), architecture, device, plan)
+        loader = _ModernBertLoader(Checkpoint(folder), architecture, device, plan)
         weights = loader.weights(folder, label)
     return ModernBertScorer(architecture, weights, device, plan, threads)
 
 
-class _Loader(WeightLoader):
+class _ModernBertLoader(WeightLoader):
     """Reads one part of the model after another."""
 
     def __init__(
@@ -228,7 +230,7 @@ class _Loader(WeightLoader):
         self._root = "" if architecture.chain is not None else "model."
         super().__init__(checkpoint, device, plan, self._root)
 
-    def weights(self, folder: Path, label: int) -> Weights:
+    def weights(self, folder: Path, label: int) -> ModernBertWeights:
         """All parts."""
         shape = self._shape
         surplus = f"{self._root}layers.{shape.layers}."
@@ -246,9 +248,9 @@ class _Loader(WeightLoader):
         layers = tuple(self._layer(index) for index in range(shape.layers))
         final_norm = self._own_norm(f"{self._root}final_norm")
         head = self._classifier(label) if shape.chain is None else self._chain(folder)
-        return Weights(words, words_norm, layers, final_norm, head, self.loaded_bytes)
+        return ModernBertWeights(words, words_norm, layers, final_norm, head, self.loaded_bytes)
 
-    def _layer(self, index: int) -> Layer:
+    def _layer(self, index: int) -> ModernBertLayer:
         shape, root = self._shape, f"{self._root}layers.{index}"
         hidden, wide = shape.hidden, shape.intermediate
         qkv, mixed = f"{root}.attn.Wqkv", f"{root}.attn.Wo"
@@ -263,7 +265,7 @@ class _Loader(WeightLoader):
                 **dict.fromkeys([p for norm in norms for p in self._norm_parts(norm)], (hidden,)),
             }
         )
-        layer = Layer(
+        layer = ModernBertLayer(
             attention_norm=self._norm(tensors, norms[0]) if index else None,
             qkv=self.linear(tensors, qkv),
             attention_out=self.linear(tensors, mixed),

@@ -26,7 +26,7 @@ MIN_SHARED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class PrefixGroup:
     """Pairs of a step whose first ``length`` tokens are the same; 0 if they share none."""
 
     length: int
@@ -107,7 +107,7 @@ class _Block:
     end: int  # place after the last
     known: int  # most first tokens that are cached
     saved: int  # rows that the division saves
-    groups: tuple[Group, ...]
+    groups: tuple[PrefixGroup, ...]
 
     def join(self, other: _Block, length: int, pairs: Iterable[int]) -> _Block:
         """This block and the next one, whose pairs all share ``length`` tokens."""
@@ -115,12 +115,12 @@ class _Block:
         known = max(self.known, other.known)
         whole += min(length, known)
         if whole >= self.saved + other.saved:
-            return _Block(self.start, other.end, known, whole, (Group(length, tuple(pairs)),))
+            return _Block(self.start, other.end, known, whole, (PrefixGroup(length, tuple(pairs)),))
         saved, groups = self.saved + other.saved, self.groups + other.groups
         return _Block(self.start, other.end, known, saved, groups)
 
 
-def group_pairs(texts: Sequence[IntArray], known: Sequence[int]) -> list[Group]:
+def group_pairs(texts: Sequence[IntArray], known: Sequence[int]) -> list[PrefixGroup]:
     """Divide pairs into groups that begin alike so that few rows are computed.
 
     In lexicographic order pairs that begin alike are neighbours. Neighbours are joined, those with
@@ -148,7 +148,7 @@ def group_pairs(texts: Sequence[IntArray], known: Sequence[int]) -> list[Group]:
         left, right = blocks[place], blocks[place + 1]
         block = left.join(right, shared[place], order[left.start : right.end])
         blocks[block.start] = blocks[block.end - 1] = block
-    groups: list[Group] = []
+    groups: list[PrefixGroup] = []
     place = 0
     while place < len(order):
         groups += blocks[place].groups
@@ -158,14 +158,14 @@ def group_pairs(texts: Sequence[IntArray], known: Sequence[int]) -> list[Group]:
 
 def _alone(place: int, pair: int, known: int) -> _Block:
     saved = max(0, known - MIN_SHARED)
-    group = Group(known if saved else 0, (pair,))
+    group = PrefixGroup(known if saved else 0, (pair,))
     return _Block(place, place + 1, known, saved, (group,))
 
 
 def lay_out(texts: Sequence[IntArray], known: Sequence[int]) -> StepLayout:
     """The rows of a step of pairs; arguments as of :func:`group_pairs`."""
     groups = group_pairs(texts, known)
-    alone = Group(0, tuple(pair for g in groups if not g.length for pair in g.pairs))
+    alone = PrefixGroup(0, tuple(pair for g in groups if not g.length for pair in g.pairs))
     groups = [_trimmed(g, known) for g in groups if g.length]
     prefixes: list[Prefix] = []
     parts, starts, row = [], [], 0  # ids of each sequence of rows, and position of its first
@@ -193,16 +193,18 @@ def lay_out(texts: Sequence[IntArray], known: Sequence[int]) -> StepLayout:
     )
 
 
-def _cached(group: Group, known: Sequence[int]) -> int:
+def _cached(group: PrefixGroup, known: Sequence[int]) -> int:
     """First tokens of a group's prefix that are cached, as far as that is worth a pass."""
     have = min(group.length, max(known[pair] for pair in group.pairs))
     return have if have > MIN_SHARED else 0
 
 
-def _trimmed(group: Group, known: Sequence[int]) -> Group:
+def _trimmed(group: PrefixGroup, known: Sequence[int]) -> PrefixGroup:
     """The group with what is cached of its prefix, if little more is shared."""
     have = _cached(group, known)
-    return Group(have, group.pairs) if 0 < group.length - have < MIN_SHARED and have else group
+    return (
+        PrefixGroup(have, group.pairs) if 0 < group.length - have < MIN_SHARED and have else group
+    )
 
 
 def _filled(parts: Sequence[IntArray], starts: Sequence[int]) -> tuple[IntArray, IntArray]:
