@@ -157,8 +157,8 @@ def _rerank(job: OfflineJob, scorer: Any, *, quiet: bool, compare: str | None) -
             qualities = compare_precisions(job, on_progress)
         print_comparison(qualities)
     if summary.counts.bad:
-        told = tr("{rows} could not be scored", rows=number(summary.counts.bad, ROWS))
-        raise BadRows(told if summary.errors is None else f"{told}: {summary.errors}")
+        problem = tr("{rows} could not be scored", rows=number(summary.counts.bad, ROWS))
+        raise BadRows(problem if summary.errors is None else f"{problem}: {summary.errors}")
 
 
 def job_of(values: dict[str, Any]) -> OfflineJob:

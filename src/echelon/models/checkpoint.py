@@ -59,6 +59,18 @@ class Checkpoint:
         """Size of all its files."""
         return sum(file.stat().st_size for file in {*self._files.values()})
 
+    def refuse_surplus(self, root: str, layers: int) -> None:
+        """Raise :class:`BadCheckpoint` where there are more layers than ``config.json`` says.
+
+        ``root`` begins the names of the layers' tensors, their number follows it.
+        """
+        surplus = f"{root}{layers}."
+        if any(name.startswith(surplus) for name in self.names):
+            raise BadCheckpoint(
+                f"{self.folder}: the weights hold {surplus}*, beyond config.json's "
+                f"num_hidden_layers={layers}. Use the config.json that came with these weights."
+            )
+
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """Map tensors by name and check their shapes against those that ``config.json`` implies."""
         tensors: dict[str, torch.Tensor] = {}

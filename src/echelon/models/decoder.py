@@ -21,12 +21,12 @@ from echelon.models.base import MIN_ROWS
 from echelon.models.causal_attention import CausalAttention, KeysAndValues
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.decoder_weights import load_weights
-from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.layers import BLOCK, Rows, materialize
+from echelon.models.loading import native_info
 from echelon.models.prefix_cache import PrefixCache
 from echelon.models.prefixes import lay_out, without_padding
 from echelon.models.rotary import Rotary, rotate
-from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,16 +65,7 @@ class DecoderScorer:
         self._prefixes = PrefixCache()
         self._token_bytes = 2 * architecture.layers * architecture.key_heads
         self._token_bytes *= architecture.head_size * self._dtype.itemsize
-        self.info = ModelInfo(
-            family=architecture.model_type,
-            device=str(device),
-            device_name=device_name(device),
-            precision=precision,
-            max_tokens=architecture.max_tokens,
-            padding="none",
-            weights_bytes=weights.loaded_bytes,
-            threads=threads,
-        )
+        self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""

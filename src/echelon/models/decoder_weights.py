@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from echelon.errors import BadCheckpoint
-from echelon.models.device import DTYPES, release_memory
+from echelon.models.device import release_memory
 from echelon.models.gated import RmsNorm
-from echelon.models.layers import Int8Linear, Linear, ProbedLinear, make_linear
+from echelon.models.loading import WeightLoader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.models.architecture import LayerPlan
     from echelon.models.checkpoint import Checkpoint
+    from echelon.models.layers import Linear
     from echelon.models.qwen import DecoderArchitecture
 
     Shapes = dict[str, tuple[int, ...]]
@@ -64,23 +64,17 @@ def load_weights(
     answers: tuple[int, int] | None,
 ) -> DecoderWeights:
     """Load a decoder; arguments as of :func:`echelon.models.decoder.open_native`."""
-    surplus = f"model.layers.{architecture.layers}."
-    if any(name.startswith(surplus) for name in checkpoint.names):
-        raise BadCheckpoint(
-            f"{checkpoint.folder}: the weights hold {surplus}*, beyond config.json's "
-            f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
-            "weights."
-        )
+    checkpoint.refuse_surplus("model.layers.", architecture.layers)
     with torch.inference_mode():
         loader = _DecoderLoader(checkpoint, architecture, device, plan)
         words = loader.words()
         layers = tuple(loader.layer(index) for index in range(architecture.layers))
-        norm, head = loader.norm("model.norm"), loader.head(label, answers)
+        norm, head = loader.rms_norm("model.norm"), loader.head(label, answers)
     return DecoderWeights(words, layers, norm, head, loader.loaded_bytes)
 
 
-class _DecoderLoader:
-    """Reads one part of the model after another and counts the bytes it keeps."""
+class _DecoderLoader(WeightLoader):
+    """Reads one part of the model after another."""
 
     def __init__(
         self,
@@ -89,21 +83,17 @@ class _DecoderLoader:
         device: torch.device,
         plan: LayerPlan,
     ) -> None:
-        self._checkpoint = checkpoint
         self._architecture = architecture
-        self._device = device
-        self._plan = plan
-        self._dtype = getattr(torch, DTYPES[plan.precision])
-        self.loaded_bytes = 0
+        super().__init__(checkpoint, device, plan, "model.")
 
     def words(self) -> Tensor:
         """The word table as on disk; on CPU it is mapped."""
-        words = self._read(WORDS, self._architecture.vocabulary).to(self._device)
-        self.loaded_bytes += 0 if self._device.type == "cpu" else words.nbytes
+        words = self._read(WORDS, self._architecture.vocabulary).to(self.device)
+        self.loaded_bytes += 0 if self.device.type == "cpu" else words.nbytes
         return words
 
     def layer(self, index: int) -> DecoderLayer:
-        """DecoderLayer ``index``; the last one has separate queries."""
+        """Layer ``index``; the last one has separate queries."""
         shape, root = self._architecture, f"model.layers.{index}"
         attention, mlp = f"{root}.self_attn", f"{root}.mlp"
         query, key, value, out = (f"{attention}.{part}_proj" for part in "qkvo")
@@ -114,24 +104,24 @@ class _DecoderLoader:
         queries = self._linear({query: wide}, hidden, bias=bias) if last else None
         rest = {key: narrow, value: narrow} if last else {query: wide, key: narrow, value: narrow}
         layer = DecoderLayer(
-            attention_norm=self.norm(f"{root}.input_layernorm"),
+            attention_norm=self.rms_norm(f"{root}.input_layernorm"),
             queries=queries,
             qkv=self._linear(rest, hidden, bias=bias),
             query_norm=self._head_norm(f"{attention}.q_norm"),
             key_norm=self._head_norm(f"{attention}.k_norm"),
             attention_out=self._linear({out: hidden}, wide, bias=shape.out_bias),
-            feed_forward_norm=self.norm(f"{root}.post_attention_layernorm"),
+            feed_forward_norm=self.rms_norm(f"{root}.post_attention_layernorm"),
             gate_up=self._linear({gate: inner, up: inner}, hidden, bias=False),
             down=self._linear({down: hidden}, inner, bias=False),
         )
         # Else the C library keeps the freed copies: a third more memory than the weights.
-        release_memory(self._device)
+        release_memory(self.device)
         return layer
 
-    def norm(self, name: str, width: int | None = None) -> RmsNorm:
+    def rms_norm(self, name: str, width: int | None = None) -> RmsNorm:
         """A norm, over the hidden width by default."""
         weight = self._read(f"{name}.weight", width or self._architecture.hidden, inner=())
-        weight = weight.to(self._device, torch.float32, copy=True)
+        weight = weight.to(self.device, torch.float32, copy=True)
         self.loaded_bytes += weight.nbytes
         return RmsNorm(weight, self._architecture.epsilon)
 
@@ -148,36 +138,20 @@ class _DecoderLoader:
             yes, no = (table[answer].float() for answer in answers)
             vector = yes - no
         self.loaded_bytes += vector.nbytes
-        return vector.to(self._device, copy=True)
+        return vector.to(self.device, copy=True)
 
     def _head_norm(self, name: str) -> RmsNorm | None:
         shape = self._architecture
-        return self.norm(name, shape.head_size) if shape.norms_heads else None
+        return self.rms_norm(name, shape.head_size) if shape.norms_heads else None
 
     def _read(self, name: str, rows: int, inner: tuple[int, ...] | None = None) -> Tensor:
         """A tensor [rows, hidden], or [rows, *inner]."""
         shape = (rows, *((self._architecture.hidden,) if inner is None else inner))
-        return self._checkpoint.read({name: shape})[name]
+        return self.checkpoint.read({name: shape})[name]
 
     def _linear(self, outs: dict[str, int], into: int, *, bias: bool) -> Linear:
         """A layer in the model's precision that stacks the named ones, each of so many outputs."""
         shapes: Shapes = {f"{name}.weight": (out, into) for name, out in outs.items()}
         if bias:
             shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
-        tensors = self._checkpoint.read(shapes)
-        weight = torch.cat([tensors[f"{name}.weight"] for name in outs])
-        biases = [tensors[f"{name}.bias"] for name in outs] if bias else []
-        offset = torch.cat(biases) if bias else None
-        name = list(outs)[-1].removeprefix("model.")
-        if self._plan.precision != "int8" or name in self._plan.keep_bf16:
-            if self._plan.errors is not None:
-                int8 = Int8Linear(weight, offset, None)
-                return ProbedLinear(self._dense(weight, offset), int8, name, self._plan.errors)
-            return self._dense(weight, offset)
-        self.loaded_bytes += weight.numel() + 8 * len(weight)  # codes; scales and bias
-        return Int8Linear(weight, offset, None)
-
-    def _dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        numbers = weight.numel() + (0 if bias is None else bias.numel())
-        self.loaded_bytes += numbers * self._dtype.itemsize
-        return make_linear(weight, bias, self._device, self._dtype)
+        return self.linear(self.checkpoint.read(shapes), *outs)

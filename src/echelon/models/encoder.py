@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.errors import BadCheckpoint
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.base import with_filler
 from echelon.models.checkpoint import MappedPages
-from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import (
     ACTIVATIONS,
@@ -33,8 +32,7 @@ from echelon.models.layers import (
     materialize,
     values_of,
 )
-from echelon.models.loading import WeightLoader
-from echelon.types import ModelInfo, TokenBatch
+from echelon.models.loading import WeightLoader, native_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import Architecture, LayerPlan
     from echelon.models.base import Scorer
     from echelon.models.checkpoint import Checkpoint
-    from echelon.types import FloatArray, IntArray
+    from echelon.types import FloatArray, IntArray, TokenBatch
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
     Tensors = dict[str, Tensor]
@@ -98,22 +96,6 @@ class Weights:
     loaded_bytes: int
 
 
-def native_info(
-    architecture: Architecture, weights: Weights, device: torch.device, precision: str, threads: int
-) -> ModelInfo:
-    """The :class:`ModelInfo` of a native model on any device."""
-    return ModelInfo(
-        family=architecture.model_type,
-        device=str(device),
-        device_name=device_name(device),
-        precision=precision,
-        max_tokens=architecture.max_tokens,
-        padding="none",
-        weights_bytes=weights.loaded_bytes,
-        threads=threads,
-    )
-
-
 class PackedScorer:
     """A :class:`~echelon.models.base.Scorer` over packed rows on CPU."""
 
@@ -130,7 +112,7 @@ class PackedScorer:
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
         self._mapped = MappedPages.of(weights.embeddings.words)
-        self.info = native_info(architecture, weights, device, precision, threads)
+        self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
@@ -238,13 +220,8 @@ def load_weights(
     label: int,
 ) -> Weights:
     """Load a native model; ``label`` is the index of the head's output that is the score."""
-    surplus = f"{architecture.family.prefix}.encoder.layer.{architecture.layers}."
-    if any(name.startswith(surplus) for name in checkpoint.names):
-        raise BadCheckpoint(
-            f"{checkpoint.folder}: the weights hold {surplus}*, beyond config.json's "
-            f"num_hidden_layers={architecture.layers}. Use the config.json that came with these "
-            "weights."
-        )
+    root = f"{architecture.family.prefix}.encoder.layer."
+    checkpoint.refuse_surplus(root, architecture.layers)
     with torch.inference_mode():
         loader = _EncoderLoader(checkpoint, architecture, device, plan)
         embeddings = loader.embeddings()

@@ -28,9 +28,10 @@ from echelon.models.cuda_graphs import (
     read,
 )
 from echelon.models.device import DTYPES, release_memory, run_step
-from echelon.models.encoder import Embeddings, Weights, load_weights, native_info, run_layers
+from echelon.models.encoder import Embeddings, Weights, load_weights, run_layers
 from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import Rows, values_of
+from echelon.models.loading import native_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,7 @@ class CudaScorer:
             record or CudaRecorder(device),
         )
         self.use_graphs = True
-        self.info = native_info(architecture, weights, device, precision, threads=0)
+        self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads=0)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echelon.models.device import DTYPES
+from echelon.models.device import DTYPES, device_name
 from echelon.models.layers import Int8Linear, Norm, ProbedLinear, make_linear
+from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,9 +17,26 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import LayerPlan
     from echelon.models.checkpoint import Checkpoint
+    from echelon.models.families import NativeShape
     from echelon.models.layers import Linear
 
     Tensors = dict[str, Tensor]
+
+
+def native_info(
+    shape: NativeShape, loaded_bytes: int, device: torch.device, precision: str, threads: int
+) -> ModelInfo:
+    """The :class:`ModelInfo` of a native model on any device."""
+    return ModelInfo(
+        family=shape.model_type,
+        device=str(device),
+        device_name=device_name(device),
+        precision=precision,
+        max_tokens=shape.max_tokens,
+        padding="none",
+        weights_bytes=loaded_bytes,
+        threads=threads,
+    )
 
 
 class WeightLoader:

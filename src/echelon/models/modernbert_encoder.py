@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.errors import BadCheckpoint
 from echelon.models.architecture import positions_from_zero
 from echelon.models.attention_cpu import AttentionLayout
 from echelon.models.base import with_filler
 from echelon.models.checkpoint import Checkpoint, MappedPages
-from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.gated import GatedFeedForward
 from echelon.models.layers import ACTIVATIONS, Norm, Rows, materialize
-from echelon.models.loading import WeightLoader
+from echelon.models.loading import WeightLoader, native_info
 from echelon.models.local_attention import LocalAttention, attend_pairs
 from echelon.models.rotary import Rotary, rotate
-from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,16 +105,7 @@ class ModernBertScorer:
         size = architecture.head_shape[1]
         self._rotaries = [Rotary(theta, size) for theta in architecture.thetas]
         self._dtype = getattr(torch, DTYPES[plan.precision])
-        self.info = ModelInfo(
-            family=architecture.model_type,
-            device=str(device),
-            device_name=device_name(device),
-            precision=plan.precision,
-            max_tokens=architecture.max_tokens,
-            padding="none",
-            weights_bytes=weights.loaded_bytes,
-            threads=threads,
-        )
+        self.info = native_info(architecture, weights.loaded_bytes, device, plan.precision, threads)
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
@@ -233,12 +222,7 @@ class _ModernBertLoader(WeightLoader):
     def weights(self, folder: Path, label: int) -> ModernBertWeights:
         """All parts."""
         shape = self._shape
-        surplus = f"{self._root}layers.{shape.layers}."
-        if any(name.startswith(surplus) for name in self.checkpoint.names):
-            raise BadCheckpoint(
-                f"{folder}: the weights hold {surplus}*, beyond config.json's num_hidden_layers="
-                f"{shape.layers}. Use the config.json that came with these weights."
-            )
+        self.checkpoint.refuse_surplus(f"{self._root}layers.", shape.layers)
         name = f"{self._root}embeddings.tok_embeddings.weight"
         words = self.checkpoint.read({name: (shape.vocabulary, shape.hidden)})[name]
         words = words.to(self.device)
