@@ -169,3 +169,20 @@ def test_scores_are_those_of_sentence_transformers_with_the_chat_template(folder
     with Reranker(folder, device="cpu", precision="fp32") as reranker:
         found = reranker.score(pairs)
     np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
+
+
+def test_a_pair_has_at_most_the_tokens_that_the_authors_allow(tmp_path):
+    folder = make_language_model(tmp_path / "Qwen3-Reranker", "qwen3", max_position_embeddings=9000)
+    assert describe(folder).max_tokens == QWEN3_RERANKER.max_tokens == 8192
+    scorer = open_scorer(folder, device="cpu", precision="fp32")
+    assert scorer.info.max_tokens == 8192
+    scorer.close()
+
+
+def test_a_step_costs_its_query_once(folders):
+    pairs = [(QUERY, text) for text in SENTENCES]
+    with Reranker(folders["toy-Qwen3-Reranker"], device="cpu", precision="fp32") as reranker:
+        report = reranker.score_pairs(pairs).report
+        alone = reranker.score_pairs(pairs[:1]).report
+    assert alone.cost_tokens == alone.tokens
+    assert report.cost_tokens < 0.6 * report.tokens

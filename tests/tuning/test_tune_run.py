@@ -336,3 +336,10 @@ def test_a_budget_that_memory_taught_goes_into_the_profile(tuned, tmp_path):
     profiles.remember_budget(None, 33)
     with pytest.warns(EchelonWarning, match="33"):
         profiles.remember_budget(tmp_path / "nowhere.json", 33)
+
+
+def test_time_that_the_planned_points_leave_measures_the_others(offered, monkeypatch):
+    real = tuner.affordable
+    monkeypatch.setattr(tuner, "affordable", lambda *a, **more: real(*a, **more)[:1])
+    found = tune(offered, replace(SHORT, precision="fp32"), QUICK)
+    assert all(p["status"] == "ok" and p["samples"] >= MIN_RUNS for p in found.points)
