@@ -137,10 +137,10 @@ def on_a_socket(**more):
     assert not thread.is_alive()
 
 
-def until(condition, every_s: float = 0.02):
-    """Wait for what other processes do; what it came to."""
+def until(condition, every_s: float = 0.02, what: object = ""):
+    """Wait for what other processes do; what it came to. An error names ``what`` did not come."""
     guard = time.monotonic() + GUARD_S
     while not (found := condition()):
-        assert time.monotonic() < guard, "waited in vain"
+        assert time.monotonic() < guard, f"waited in vain {what}"
         time.sleep(every_s)
     return found
