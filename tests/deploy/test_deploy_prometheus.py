@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import httpx
 import pytest
