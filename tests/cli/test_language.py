@@ -9,14 +9,11 @@ from functools import partial
 import click
 import pytest
 from helpers import run_command
+from sentences import commands, help_sentences, texts
 
-from echelon import cli
-from echelon.cli import click_texts
+from echelon.cli import click_texts, help_texts
 
-COMMANDS = [
-    *(command for command in cli.cli.commands.values() if not isinstance(command, click.Group)),
-    *cli.cli.commands["report"].commands.values(),
-]
+COMMANDS = dict(commands())
 
 
 @pytest.fixture
@@ -25,14 +22,46 @@ def run(capsys, monkeypatch):
 
 
 def test_click_has_each_text_that_is_translated():
-    modules = [*click_texts._MODULES, click.types]
+    modules = [*click_texts._MODULES, click.decorators]
     source = "".join(inspect.getsource(module) for module in modules)
     assert [text for text in click_texts.TEXTS if f'"{text}"' not in source] == []
 
 
 def test_every_heading_of_a_help_is_translated():
-    found = {getattr(option, "group", "Help") for c in COMMANDS for option in c.params} | {"Help"}
+    options = [option for command in COMMANDS.values() for option in command.params]
+    found = {getattr(option, "group", "Help") for option in options} | {"Help"}
     assert found - {"Options"} == set(click_texts.HEADINGS)
+
+
+def test_every_sentence_of_a_help_is_translated():
+    found = help_sentences()
+    assert {"Sort DOCUMENTS by relevance to QUERY.", "required", "unexpected failure"} <= found
+    assert sorted(found - set(texts("zh"))) == [], "add to messages/zh.po"
+
+
+WIDEST = 80
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_a_help_in_chinese_has_no_english_sentence_and_fits(run, monkeypatch, path):
+    monkeypatch.setenv("COLUMNS", str(WIDEST))
+    _, told, _ = run("--lang", "zh", *path[1:], "--help")
+    usage, _, prose = told.partition("示例：")[0].partition("\n\n")
+    assert usage.startswith(f"用法: {' '.join(path)} ")
+    assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", prose)
+    assert [line for line in prose.splitlines() if help_texts._columns(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("width", [20, 50])
+def test_lines_break_by_columns_and_lose_nothing(width):
+    text = (
+        "按与 QUERY 的相关性（“分数”）对 DOCUMENTS 排序，见 --find-max；每批最多 2048 个 token。"
+        * 3
+    )
+    lines = help_texts._wrapped(text, width).splitlines()[1:]
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(help_texts._columns(line) <= width for line in lines)
+    assert not [line for line in lines if line[0] in "，。；：）”" or line[-1] in "（“"]
 
 
 @pytest.mark.parametrize("command", [[], ["rank"], ["report"], ["serve"]])

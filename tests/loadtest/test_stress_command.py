@@ -124,7 +124,7 @@ def test_the_page_shows_the_numbers_and_runs_no_script_of_the_server(call, tmp_p
     assert spectrum["x"] == sorted(spectrum["x"])
     assert spectrum["y"] == sorted(spectrum["y"])
     assert figures["spectrum"]["layout"]["shapes"][0]["y0"] == 9.0
-    failed = [t for t in figures["time"]["data"] if t["name"] == "failed"]
+    failed = [t for t in figures["time"]["data"] if t["name"] == "Failed"]
     assert sum(failed[0]["y"]) > 0
 
 

@@ -1,4 +1,4 @@
-"""Every translatable message, found in the code, in the templates and in the catalogues."""
+"""Every translatable message: in the code, the templates, the help and the catalogues."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
+from unittest.mock import patch
 
+import click
 import jinja2
 from jinja2 import nodes
 
+from echelon.cli import cli, help_texts
 from echelon.messages import catalogue
 
 SOURCE = Path(__file__).parents[2] / "src/echelon"
@@ -20,7 +23,7 @@ STORED_ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
 
 @dataclass
 class Used:
-    """Messages that the code uses: stored ones with the names of their values, and page text."""
+    """Messages that are used: stored ones with the names of their values, and others."""
 
     stored: dict[str, set[str] | None] = field(default_factory=dict)
     pages: set[str] = field(default_factory=set)
@@ -46,6 +49,23 @@ def used():
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Name) and call.args:
                 _note(found, call.node.name, call.args)
+    found.pages |= help_sentences()
+    return found
+
+
+def commands(group=cli, path=("echelon",)):
+    """Each command and group with its words on the command line."""
+    yield path, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+def help_sentences():
+    """What the help of all commands looks up."""
+    found = set()
+    with patch.object(help_texts, "tr", lambda sentence: found.add(sentence) or sentence):
+        for path, command in commands():
+            command.get_help(click.Context(command, info_name=" ".join(path)))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from echelon.cli.flags import Command, example, with_flags
+from echelon.cli.flags import LANG_FLAG, Command, example, quiet_flag, with_flags
 from echelon.errors import BadRows, InvalidInput
 from echelon.messages import tr
 from echelon.offline.streams import RECORD_MB
@@ -63,7 +63,7 @@ FILE_FLAGS: tuple[Flag, ...] = (
         type=click.Choice(["precision"]),
         help="With --qrels: print the quality in each precision too.",
     ),
-    flag("--quiet", is_flag=True, help="No progress and no summary."),
+    quiet_flag("No progress and no summary."),
 )
 
 CACHE_FLAG: Flag = flag(
@@ -90,6 +90,7 @@ WORKER_FLAGS: tuple[Flag, ...] = (
 @with_flags(*STEP_FLAGS, group="Steps")
 @with_flags(CACHE_FLAG, group="Scores")
 @with_flags(RAY_FLAG, *WORKER_FLAGS, group="Ray")
+@with_flags(LANG_FLAG, group="Output")
 def batch(
     *,
     quiet: bool,

@@ -43,12 +43,12 @@ HEADINGS = (
 )
 """Headings of a command's help."""
 
-_MODULES = (click.core, click.decorators, click.exceptions, click.formatting, click.parser)
+_MODULES = (click.core, click.exceptions, click.formatting, click.parser, click.types)
 
 
 def translate_click() -> None:
     """Make click say its texts in the language of the command line."""
-    for module in (*_MODULES, click.types):
+    for module in _MODULES:
         vars(module).update({"_": tr, "ngettext": _counted})
 
 

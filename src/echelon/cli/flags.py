@@ -9,12 +9,14 @@ import csv
 import json
 import math
 import os
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from echelon.cli.help_texts import help_record, summary, translated_help, write_list
 from echelon.errors import InvalidInput
 from echelon.messages import LANGUAGES, tr, use_language
 from echelon.server.settings import Flag, flag
@@ -41,7 +43,7 @@ LANG_FLAG = flag(
     is_eager=True,  # errors of the other flags are in this language
     expose_value=False,
     callback=_speak,
-    help="Language of tables, errors and pages [ECHELON_LANG, else en].",
+    help="Language of help, tables, errors and pages [ECHELON_LANG, else en].",
 )
 
 JSON_FLAG = flag("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -76,17 +78,28 @@ class _Grouped(click.Command):
         _listen(args)
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help with its sentences translated."""
+        shown, width = copy(self), formatter.width - formatter.indent_increment
+        shown.help = translated_help(self.help or "", width)
+        shown.epilog = translated_help(self.epilog or "", width)
+        super(_Grouped, shown).format_help(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """The whole summary, whatever the limit: lists wrap it."""
+        del limit
+        return summary(self.help)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each group under its heading; ``--help`` stands last."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
-            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            record = help_record(option, ctx) if isinstance(option, click.Option) else None
             if record is not None:
-                name, words = record
-                groups.setdefault(getattr(option, "group", "Help"), []).append((name, tr(words)))
+                groups.setdefault(getattr(option, "group", "Help"), []).append(record)
         for title, records in groups.items():
             with formatter.section(tr(title)):
-                formatter.write_dl(records)
+                write_list(formatter, records)
 
 
 class Group(_Grouped, click.Group):
@@ -100,7 +113,9 @@ class Group(_Grouped, click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, then the commands."""
         super().format_options(ctx, formatter)
-        self.format_commands(ctx, formatter)
+        rows = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section(tr("Commands")):
+            write_list(formatter, sorted(rows))
 
 
 class Command(_Grouped):

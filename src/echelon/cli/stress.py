@@ -12,6 +12,7 @@ import click
 from echelon.cli.flags import (
     INTERRUPTED,
     JSON_FLAG,
+    LANG_FLAG,
     Command,
     example,
     level_of,
@@ -72,6 +73,7 @@ OUTPUT_FLAGS: tuple[Flag, ...] = (
     JSON_FLAG,
     flag("--html", help="Write a page with charts to this file."),
     quiet_flag("No progress and no table."),
+    LANG_FLAG,
 )
 
 
@@ -106,9 +108,9 @@ def stress(*, url: str, as_json: bool, html: str | None, quiet: bool, **values: 
 
         write_page(result, html)
         if shown:
-            print_line(f"\nPage: {html}")
+            print_line("\n" + tr("Page: {file}", file=html))
     if result.interrupted:
-        print_line("Interrupted; above is what was measured until then.")
+        print_line(tr("Interrupted; above is what was measured until then."))
         sys.exit(INTERRUPTED)
     if plan.goal is not None and not result.held:
         from echelon.loadtest.result import headline
@@ -124,11 +126,13 @@ def _check(values: dict[str, Any]) -> None:
     for name, others in _ALONE:
         for other in others:
             if values[name] is not None and values[other] not in {None, False}:
-                raise InvalidInput(_option(name), f"is given with {_option(other)}", "Give one.")
+                problem = tr("is given with {other}", other=_option(other))
+                raise InvalidInput(_option(name), problem, tr("Give one of the two."))
     if values["find_max"] and values["slo_p99_ms"] is None:
-        raise InvalidInput("--find-max", "has no goal", "Give --slo-p99-ms, such as 300.")
+        remedy = tr("Give --slo-p99-ms, such as 300.")
+        raise InvalidInput("--find-max", tr("has no goal"), remedy)
     if values["max_rate"] is not None and not values["find_max"]:
-        raise InvalidInput("--max-rate", "is for --find-max", "Give --rate instead.")
+        raise InvalidInput("--max-rate", tr("is for --find-max"), tr("Give --rate instead."))
     for name in ("slo_p99_ms", "timeout_ms", "max_connections", "rate", "max_rate"):
         if values[name] is not None and not 0 < values[name] < float("inf"):
             raise InvalidInput(
@@ -138,8 +142,9 @@ def _check(values: dict[str, Any]) -> None:
             )
     goal_ms = values["slo_p99_ms"]
     if goal_ms is not None and goal_ms > values["timeout_ms"]:
-        problem = f"{goal_ms:g} is longer than --timeout-ms {values['timeout_ms']:g}"
-        raise InvalidInput("--slo-p99-ms", problem, "Raise --timeout-ms.")
+        goal, timeout = f"{goal_ms:g}", f"{values['timeout_ms']:g}"
+        problem = tr("{goal} is longer than --timeout-ms {timeout}", goal=goal, timeout=timeout)
+        raise InvalidInput("--slo-p99-ms", problem, tr("Raise --timeout-ms."))
 
 
 def _option(name: str) -> str:
@@ -186,7 +191,8 @@ def _headers(given: Iterable[str]) -> dict[str, str]:
     for text in given:
         name, colon, value = text.partition(":")
         if not colon or not name.strip() or not text.isprintable() or " " in name.strip():
-            raise InvalidInput("--header", "one is not 'Name: value'", "Such as 'X-Team: search'.")
+            problem, remedy = tr("one is not 'Name: value'"), tr("Such as 'X-Team: search'.")
+            raise InvalidInput("--header", problem, remedy)
         headers[name.strip()] = value.strip()
     return headers
 
@@ -205,7 +211,7 @@ def _tested(
         lowest = MIN_REQUESTS / (plan.duration_s or 1.0)
         first = max(1.0, lowest) if values["rate"] is None else values["rate"]
         search = RateSearch(first, values["max_rate"] or float("inf"), lowest)
-    with progress_bar("Testing", shown=shown) as (on_progress, print_above):
+    with progress_bar(tr("Testing"), shown=shown) as (on_progress, print_above):
         try:
             run, found = asyncio.run(_run(plan, search, on_progress, print_above))
         except asyncio.CancelledError:

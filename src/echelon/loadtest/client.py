@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from echelon.errors import InvalidInput
+from echelon.messages import Message, tr, translated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,21 +61,22 @@ class ClientProtocol:
         try:
             found = json.loads(answer)
         except ValueError:
-            return "the answer is not JSON"
+            return Message("loadtest.not_json")
         rows = found
         if self.results is not None:
             rows = found.get(self.results) if isinstance(found, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            where = f"list {self.results!r}" if self.results else "list of results"
-            return f"the answer has no {where}"
+            named = Message("loadtest.no_list_named", {"name": repr(self.results)})
+            return named if self.results else Message("loadtest.no_list")
         if len(rows) != documents:
-            return f"{len(rows)} results for {documents} documents"
+            values = {"results": len(rows), "documents": documents}
+            return Message("loadtest.other_count", values)
         indices = [row.get("index") for row in rows]
         if any(type(i) is not int for i in indices) or set(indices) != set(range(documents)):
-            return "the results' indices are not those of the documents"
+            return Message("loadtest.wrong_indices")
         scores = [row.get(self.score) for row in rows]
         if not all(type(score) in {int, float} and math.isfinite(score) for score in scores):
-            return f"a result's {self.score!r} is not a finite number"
+            return Message("loadtest.wrong_score", {"name": repr(self.score)})
         return None
 
 
@@ -119,9 +121,8 @@ CLIENT_PROTOCOLS: dict[str, ClientProtocol] = {protocol.name: protocol for proto
 def protocol_of(name: str) -> ClientProtocol:
     """A dialect by its name; :class:`InvalidInput` where there is none of that name."""
     if name not in CLIENT_PROTOCOLS:
-        raise InvalidInput(
-            "--dialect", f"{name!r} is unknown", f"Use one of {', '.join(CLIENT_PROTOCOLS)}."
-        )
+        remedy = tr("Use one of {names}.", names=", ".join(CLIENT_PROTOCOLS))
+        raise InvalidInput("--dialect", tr("{value} is unknown", value=repr(name)), remedy)
     return CLIENT_PROTOCOLS[name]
 
 
@@ -181,21 +182,22 @@ def route_of(url: str, protocol: ClientProtocol, path: str | None = None) -> str
         InvalidInput: no address over HTTP, or one with a password.
     """
     if _LOGIN.match(url):
-        problem = "holds a name or password, which every result would show"
-        raise InvalidInput("URL", problem, "Send them in a --header.")
-    remedy = "Give an address such as http://localhost:8080."
+        problem = tr("holds a name or password, which every result would show")
+        raise InvalidInput("URL", problem, tr("Send them in a --header."))
+    remedy = tr("Give an address such as http://localhost:8080.")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise InvalidInput("URL", f"{url!r} is not an address ({error})", remedy) from error
+        problem = tr("{url} is not an address ({error})", url=repr(url), error=error)
+        raise InvalidInput("URL", problem, remedy) from error
     if parts.scheme not in {"http", "https"}:
-        problem = f"{url!r} does not begin with http:// or https://"
+        problem = tr("{url} does not begin with http:// or https://", url=repr(url))
         raise InvalidInput("URL", problem, remedy)
     if not parts.hostname or port == 0:
-        raise InvalidInput("URL", f"{url!r} names no host or no port", remedy)
+        raise InvalidInput("URL", tr("{url} names no host or no port", url=repr(url)), remedy)
     if parts.query or parts.fragment:
-        raise InvalidInput("URL", f"{url!r} has a query or a fragment", remedy)
+        raise InvalidInput("URL", tr("{url} has a query or a fragment", url=repr(url)), remedy)
     wanted = protocol.path if path is None else f"/{path.lstrip('/')}"
     base = url.rstrip("/")
     return base if path is None and base.endswith(wanted) else base + wanted
@@ -234,7 +236,8 @@ class Client:
             ) as response:
                 status, answer = response.status, await response.read()
         except TimeoutError:
-            return Reply("timeout", 0, f"no answer within {self.target.timeout_s:g} s")
+            seconds = f"{self.target.timeout_s:g}"
+            return Reply("timeout", 0, Message("loadtest.timeout", {"seconds": seconds}))
         except (aiohttp.ClientError, OSError) as error:
             return _failed(error)
         if status != 200:  # noqa: PLR2004 - HTTP's own
@@ -246,20 +249,24 @@ class Client:
 
 def _detail(status: int, answer: bytes) -> str:
     message = " ".join(answer.decode("utf-8", "replace").split())
-    return f"status {status}: {message[:MAX_CHARACTERS]}" if message else f"status {status}"
+    if not message:
+        return Message("loadtest.status", {"status": status})
+    values = {"status": status, "message": message[:MAX_CHARACTERS]}
+    return Message("loadtest.status_with_message", values)
 
 
 def _failed(error: aiohttp.ClientError | OSError) -> Reply:
     number = getattr(error, "errno", None)
     if number in {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS}:
-        detail = f"this machine has no more connections ({error})"
+        detail = Message("loadtest.own_fault", {"error": str(error)})
         return Reply("error", 0, detail, own_fault=True)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Reply("error", 0, f"its certificate is not trusted ({error.certificate_error})")
+        values = {"error": str(error.certificate_error)}
+        return Reply("error", 0, Message("loadtest.certificate", values))
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Reply("error", 0, "its host name is not known")
+        return Reply("error", 0, Message("loadtest.unknown_host"))
     if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
-        return Reply("error", 0, "the connection was closed before the answer")
+        return Reply("error", 0, Message("loadtest.closed_early"))
     if isinstance(error, aiohttp.ClientConnectorError):
         return Reply("error", 0, error.os_error.strerror or str(error.os_error))
     return Reply("error", 0, str(error) or type(error).__name__)
@@ -274,29 +281,31 @@ async def check_target(client: Client, body: bytes, documents: int) -> None:
         InvalidInput: the server cannot be reached, or does not speak the dialect.
     """
     reply = await client.send(body, documents)
-    url, name = client.target.url, client.target.protocol.name
+    url, name, why = client.target.url, client.target.protocol.name, translated(reply.detail)
     if reply.kind == "error" and reply.status == 0:
-        remedy = "Start the server, or check scheme, host and port."
+        remedy = tr("Start the server, or check scheme, host and port.")
         if "certificate" in reply.detail:
-            remedy = "Let SSL_CERT_FILE name the certificate of its authority."
-        raise InvalidInput("URL", f"{url} cannot be reached: {reply.detail}", remedy)
+            remedy = tr("Let SSL_CERT_FILE name the certificate of its authority.")
+        problem = tr("{url} cannot be reached: {why}", url=url, why=why)
+        raise InvalidInput("URL", problem, remedy)
     if reply.kind == "wrong":
-        problem = f"{url} does not answer as {name} does: {reply.detail}"
-        raise InvalidInput("URL", problem, "Check --dialect.")
+        problem = tr("{url} does not answer as {name} does: {why}", url=url, name=name, why=why)
+        raise InvalidInput("URL", problem, tr("Check --dialect."))
     if reply.kind == "error":
-        raise InvalidInput("URL", f"{url} answers {reply.detail}", _remedy(reply.status))
+        problem = tr("{url} answers {why}", url=url, why=why)
+        raise InvalidInput("URL", problem, _remedy(reply.status))
 
 
 def _remedy(status: int) -> str:
     match status:
         case 401 | 403:
-            return "Put its key into the environment as ECHELON_API_KEY, or use --header."
+            return tr("Put its key into the environment as ECHELON_API_KEY, or use --header.")
         case 404 | 405:
-            return "Check the address, --dialect and --path; some servers want their --model."
+            return tr("Check the address, --dialect and --path; some servers want their --model.")
         case 400 | 413 | 422:
-            return "Check --dialect, --model, --documents and --tokens."
+            return tr("Check --dialect, --model, --documents and --tokens.")
         case _:
-            return "See the server's log."
+            return tr("See the server's log.")
 
 
 def _raise_file_limit() -> None:

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echelon.loadtest.summary import DriveResult, GeneratorHealth, RequestRecord, RequestRecords
+from echelon.loadtest.summary import (
+    OTHER,
+    DriveResult,
+    GeneratorHealth,
+    RequestRecord,
+    RequestRecords,
+)
+from echelon.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -202,10 +209,13 @@ class Driver:
             self._on_record(record)
 
     def _complain(self, reply: Reply) -> None:
-        name = f"status {reply.status}" if reply.kind in {"refused", "error"} else reply.kind
-        name = reply.detail if reply.kind == "error" and not reply.status else name
+        name: str = reply.kind
+        if reply.status and reply.kind in {"refused", "error"}:
+            name = Message("loadtest.status", {"status": reply.status})
+        elif reply.kind == "error":
+            name = reply.detail
         if name not in self._problems and len(self._problems) >= MAX_PROBLEMS:
-            name = "other"
+            name = OTHER
         count, first = self._problems.get(name, (0, reply.detail))
         self._problems[name] = count + 1, first
 

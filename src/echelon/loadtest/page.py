@@ -6,9 +6,17 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.loadtest.result import LoadTestResult, headline, name_of, over_time, probe_row
+from echelon.loadtest.result import (
+    KIND_NAMES,
+    LoadTestResult,
+    headline,
+    over_time,
+    probe_row,
+    problem_rows,
+    shown_percentile,
+)
 from echelon.loadtest.summary import DriveResult, LoadSummary, latencies, percentiles
-from echelon.messages import units
+from echelon.messages import N_, tr, translated, units
 from echelon.profile import write_text
 from echelon.reports import fill, wording
 from echelon.reports.plots import COLOURS, LINES, PAPER, SHADE, Chart
@@ -27,13 +35,7 @@ BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
 STEPS_A_DECADE = 10
 """Points of the spectrum between 90 % and 99 %, 99 % and 99.9 %, and so on."""
 
-LATENCY_AXIS = {
-    "title": {"text": "Latency"},
-    "rangemode": "tozero",
-    "tickformat": "~s",
-    "ticksuffix": "s",
-    **LINES,
-}
+LATENCY_AXIS = {"rangemode": "tozero", "tickformat": "~s", "ticksuffix": "s", **LINES}
 
 
 def charts(result: LoadTestResult) -> list[Chart]:
@@ -60,17 +62,18 @@ def _load(probes: Sequence[RateProbe], goal_s: float | None) -> Chart:
         trace["marker"] = {"size": 9, "symbol": ["circle" if p.held else "x" for p in ordered]}
         trace["text"] = [_hover_text(probe) for probe in ordered]
         trace["hoverinfo"] = "text"
-    across = {"title": {"text": "Requests/s"}, "rangemode": "tozero", **LINES}
+    across = {"title": {"text": tr("Requests/s")}, "rangemode": "tozero", **LINES}
     layout = _layout(across, goal_s)
-    note = "A cross marks a rate that did not hold. The dashed line is the goal."
-    return Chart("load", "Latency against load", note, {"data": traces, "layout": layout})
+    note = tr("A cross marks a rate that did not hold. The dashed line is the goal.")
+    return Chart("load", tr("Latency over load"), note, {"data": traces, "layout": layout})
 
 
 def _hover_text(probe: RateProbe) -> str:
     summary = probe.run.summary
     p99_s = summary.p99_s
-    p99 = "nothing answered" if p99_s is None else f"P99 {1000 * p99_s:.0f} ms"
-    return f"{probe.rate:.3g}/s: {p99}<br>{100 * summary.failure_share:.2f} % failed"
+    p99 = tr("nothing answered") if p99_s is None else f"P99 {1000 * p99_s:.0f} ms"
+    failed = tr("{share} failed", share=units.percent(summary.failure_share, 2))
+    return f"{probe.rate:.3g}/s: {p99}<br>{failed}"
 
 
 def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
@@ -80,14 +83,14 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
     shares = [10 ** (-i / STEPS_A_DECADE) for i in range(int(decades * STEPS_A_DECADE) + 1)]
     found = percentiles(latency_s, tuple(100 * (1 - share) for share in shares))
     # Across goes one over the share that is slower: 90 % is 10, 99 % is 100.
-    trace = _line("latency", [1 / share for share in shares], list(found.values()), BLUE)
+    trace = _line(tr("Latency"), [1 / share for share in shares], list(found.values()), BLUE)
     trace["mode"] = "lines"
     trace["text"] = [f"P{p:.4g}: {1000 * s:.1f} ms" for p, s in found.items()]
     trace["hoverinfo"] = "text"
     whole = range(int(decades) + 1)
     across = {
         "type": "log",
-        "title": {"text": "Percentile"},
+        "title": {"text": tr("Percentile")},
         "tickvals": [10**n for n in whole],
         "ticktext": [
             "0 %" if n == 0 else f"{100 * (1 - 10**-n):.{max(0, n - 2)}f} %" for n in whole
@@ -95,8 +98,8 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
         **LINES,
     }
     layout = _layout(across, goal_s) | {"showlegend": False}
-    note = f"Of {answered:,} answered requests, from when each was due."
-    return Chart("spectrum", "Latency by percentile", note, {"data": [trace], "layout": layout})
+    note = tr("Of {answered} answered requests, from when each was due.", answered=f"{answered:,}")
+    return Chart("spectrum", tr("Latency by percentile"), note, {"data": [trace], "layout": layout})
 
 
 def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
@@ -107,20 +110,20 @@ def _over_time(outcome: DriveResult, goal_s: float | None) -> Chart:
     for name, key, colour in (("P99", "p99_ms", ORANGE), ("P50", "p50_ms", BLUE)):
         values = [None if row[key] is None else row[key] / 1000 for row in rows]
         traces.append(_line(name, times, values, colour))
-    across = {"title": {"text": "Seconds since the start"}, "rangemode": "tozero", **LINES}
+    across = {"title": {"text": tr("Seconds since the start")}, "rangemode": "tozero", **LINES}
     layout = _layout(across, goal_s)
     if any(row["failed"] for row in rows):
-        failed = _line("failed", times, [row["failed"] for row in rows], PURPLE)
+        failed = _line(tr("Failed"), times, [row["failed"] for row in rows], PURPLE)
         traces.append(failed | {"type": "bar", "yaxis": "y2", "marker": {"color": PURPLE}})
         layout["xaxis"]["anchor"] = "y2"
         layout["yaxis"]["domain"] = [0.34, 1]
-        axis = {"title": {"text": "Failed"}, "domain": [0, 0.22], "rangemode": "tozero"}
+        axis = {"title": {"text": tr("Failed")}, "domain": [0, 0.22], "rangemode": "tozero"}
         layout["yaxis2"] = axis | LINES
     shade = {"type": "rect", "xref": "x", "x0": 0, "x1": outcome.warmup_s}
     shade |= {"yref": "paper", "y0": 0, "y1": 1, "line": {"width": 0}}
     layout["shapes"].append(shade | {"fillcolor": SHADE})
-    note = "By when requests were due. The shaded warm-up does not count."
-    return Chart("time", "Latency over time", note, {"data": traces, "layout": layout})
+    note = tr("By when requests were due. The shaded warm-up does not count.")
+    return Chart("time", tr("Latency over time"), note, {"data": traces, "layout": layout})
 
 
 def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str) -> Trace:
@@ -135,7 +138,7 @@ def _layout(across: dict[str, Any], goal_s: float | None) -> dict[str, Any]:
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": goal_s, "y1": goal_s}
         shapes.append(line | {"line": {"color": GREEN, "width": 2, "dash": "dash"}})
     margin = PAPER["margin"] | {"l": 60}
-    upright = dict(LATENCY_AXIS)
+    upright = LATENCY_AXIS | {"title": {"text": tr("Latency")}}
     return {**PAPER, "margin": margin, "xaxis": across, "yaxis": upright, "shapes": shapes}
 
 
@@ -156,15 +159,15 @@ def render(result: LoadTestResult) -> str:
     content = {
         "url": result.plan.target.url,
         "headline": headline(result),
-        "doubts": result.doubts,
-        "notes": result.notes,
+        "doubts": [translated(doubt) for doubt in result.doubts],
+        "notes": [translated(note) for note in result.notes],
         "tiles": [] if summary is None else _tiles(summary),
         "charts": drawn,
         "figures": {chart.name: chart.figure for chart in drawn},
-        "probes": [probe_row(probe) for probe in probes],
+        "probes": [(probe.held, probe_row(probe)) for probe in probes],
         "latencies": [] if summary is None else _latencies(summary),
-        "counts": [] if summary is None else list(summary.kinds.items()),
-        "problems": {} if summary is None else summary.problems,
+        "counts": [] if summary is None else _counts(summary),
+        "problems": [] if summary is None else problem_rows(summary),
         "settings": _settings_rows(result),
     }
     return fill("echelon.loadtest", "page.html.j2", content)
@@ -173,33 +176,70 @@ def render(result: LoadTestResult) -> str:
 def _tiles(summary: LoadSummary) -> list[tuple[str, str, str]]:
     """Label, value and note of each tile."""
     p99 = units.UNKNOWN if summary.p99_s is None else units.duration(summary.p99_s)
-    goal = "" if summary.goal is None else f"goal {units.duration(summary.goal.latency_s)}"
-    offered = f"{units.number(summary.offered_per_s)}/s offered"
-    failed = f"{summary.failures:,} of {summary.requests:,}"
+    goal = ""
+    if summary.goal is not None:
+        goal = tr("goal {time}", time=units.duration(summary.goal.latency_s))
+    offered = tr("{rate}/s offered", rate=units.number(summary.offered_per_s))
+    count, requests = f"{summary.failures:,}", f"{summary.requests:,}"
+    failed = tr("{count} of {requests}", count=count, requests=requests)
     tiles = [
         ("P99", p99, goal),
-        ("Answered", f"{units.number(summary.answered_per_s)}/s", offered),
-        ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
-        ("Failed", units.percent(summary.failure_share, 2), failed),
+        (tr("Answered"), f"{units.number(summary.answered_per_s)}/s", offered),
+        (tr("Documents"), f"{units.number(summary.documents_per_s)}/s", ""),
+        (tr("Failed"), units.percent(summary.failure_share, 2), failed),
     ]
     if summary.goodput_per_s is not None:
         good = f"{units.number(summary.goodput_per_s)}/s"
-        tiles.insert(2, ("Goodput", good, "answered within the goal"))
+        tiles.insert(2, (tr("Goodput"), good, tr("answered within the goal")))
     return tiles
 
 
 def _latencies(summary: LoadSummary) -> list[tuple[str, str]]:
-    return [(name_of(p), units.duration(s)) for p, s in summary.latency_s.items()]
+    return [(shown_percentile(p), units.duration(s)) for p, s in summary.latency_s.items()]
+
+
+def _counts(summary: LoadSummary) -> list[tuple[str, str]]:
+    return [(tr(KIND_NAMES[kind]), f"{count:,}") for kind, count in summary.kinds.items()]
+
+
+SETTING_NAMES = {
+    "arrivals": N_("Arrivals"),
+    "rate": N_("Requests/s"),
+    "clients": N_("Clients"),
+    "documents": N_("Documents"),
+    "tokens": N_("Tokens per pair"),
+    "data": N_("Texts"),
+    "marked": N_("Unique texts"),
+    "seed": N_("Seed"),
+    "warmup_s": N_("Warm-up (s)"),
+    "duration_s": N_("Duration (s)"),
+    "timeout_ms": N_("Timeout (ms)"),
+    "max_connections": N_("Maximum connections"),
+    "model": N_("Model"),
+}
+
+SETTING_VALUES = {
+    "open": N_("open loop"),
+    "closed": N_("closed loop"),
+    "True": N_("yes"),
+    "False": N_("no"),
+}
+"""Values in words; the others are shown as they are given."""
 
 
 def _settings_rows(result: LoadTestResult) -> list[tuple[str, str]]:
     content = result.as_dict()
-    rows = [("dialect", content["dialect"]), ("mode", content["mode"])]
-    rows.append(("created", wording.when(content["created"])))
+    rows = [(tr("Dialect"), content["dialect"]), (tr("Mode"), _value(content["mode"]))]
+    rows.append((tr("Created"), wording.when(content["created"])))
     given = {name: value for name, value in content["settings"].items() if value is not None}
-    rows += [(name.replace("_", " "), str(value)) for name, value in given.items()]
+    rows += [(tr(SETTING_NAMES[name]), _value(value)) for name, value in given.items()]
     if result.run is not None:
         summary = result.run.summary
-        rows.append(("sent late (P99)", units.duration(summary.send_lag_s)))
-        rows.append(("generator's CPU", units.percent(summary.health.cpu_share)))
+        rows.append((tr("Sent late (P99)"), units.duration(summary.send_lag_s)))
+        rows.append((tr("Generator's CPU"), units.percent(summary.health.cpu_share)))
     return rows
+
+
+def _value(value: object) -> str:
+    words = SETTING_VALUES.get(str(value))
+    return translated(value) if words is None else tr(words)

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from echelon import __version__
-from echelon.loadtest.summary import ANSWERED, DriveResult, LoadSummary
-from echelon.messages import units
+from echelon.loadtest.summary import ANSWERED, KINDS, OTHER, DriveResult, LoadSummary
+from echelon.messages import N_, Message, listed, tr, translated, units
 from echelon.simulation.workload import ConstantArrivals
 
 if TYPE_CHECKING:
-    from echelon.loadtest.run import FoundRate, LoadTestPlan, LoadTestRun, RateProbe
+    from echelon.loadtest.run import FoundRate, Limit, LoadTestPlan, LoadTestRun, RateProbe
+    from echelon.loadtest.summary import Kind
 
 SCHEMA = 1
 
@@ -74,11 +75,7 @@ class LoadTestResult:
         found = [] if self.run is None else self.run.summary.doubts
         if self.found is None or self.found.limit != "generator":
             return found
-        limit = (
-            "The search ended because the generator could not keep up: the server may take more. "
-            "Test from a machine of its own, or split the rate among several."
-        )
-        return [limit, *found]
+        return [Message("loadtest.search_limited"), *found]
 
     @property
     def notes(self) -> list[str]:
@@ -207,65 +204,109 @@ def print_result(result: LoadTestResult) -> None:
         summary = result.run.summary
         console.print(_latency_table(summary))
         console.print(_counts_table(summary))
-        for name, (count, first) in summary.problems.items():
-            console.print(Text(f"{count:,} × {name}, first: {first}", style="red"))
-    for doubt in result.doubts:
-        console.print(Text(f"Not to be trusted: {doubt}", style="bold yellow"))
-    for note in result.notes:
-        console.print(Text(f"Note: {note}", style="yellow"))
+        for kind, count, first in problem_rows(summary):
+            line = tr("{count} × {kind}, first: {first}", count=count, kind=kind, first=first)
+            console.print(Text(line, style="red"))
+    for doubt in map(translated, result.doubts):
+        console.print(Text(f"{tr('Not to be trusted:')} {doubt}", style="bold yellow"))
+    for note in map(translated, result.notes):
+        console.print(Text(tr("Note: {note}", note=note), style="yellow"))
+
+
+def problem_rows(summary: LoadSummary) -> list[tuple[str, str, str]]:
+    """Each kind of problem in words, how often there was one, and the message of the first."""
+    return [
+        (_kind(name), f"{count:,}", translated(first))
+        for name, (count, first) in summary.problems.items()
+    ]
+
+
+def _kind(name: str) -> str:
+    return tr(PROBLEMS[name]) if name in PROBLEMS else translated(name)
+
+
+PROBLEMS = {"timeout": N_("timed out"), "wrong": N_("wrong answer"), OTHER: N_("other problems")}
+"""Kinds of problems that have no message of their own, in words."""
 
 
 def headline(result: LoadTestResult) -> str:
     """The result in one sentence."""
     goal, found = result.plan.goal, result.found
-    limit = "" if goal is None else f"P99 at most {units.duration(goal.latency_s)}"
+    limit = "" if goal is None else tr("P99 at most {time}", time=units.duration(goal.latency_s))
     if found is not None:
         return _search_headline(found, limit)
     summary = None if result.run is None else result.run.summary
     if summary is None or summary.p99_s is None:
-        if result.interrupted:
-            return "Stopped before any answer that counts."
-        return "Nothing was answered." if goal is None else "The goal was missed: no answer at all."
-    load = f"{units.number(summary.offered_per_s)} requests/s"
-    if result.plan.clients is not None:
-        load = f"{result.plan.clients} clients"
-    p99 = f"P99 {units.duration(summary.p99_s)}"
-    failed = f"{units.percent(summary.failure_share, 2)} failed"
+        return _nothing_answered(result)
+    how = {"load": _load(result, summary), "found": _found(summary)}
     if goal is None:
-        return f"{load}: {p99}, {failed}."
-    how = "The goal held" if summary.held else "The goal was missed"
-    late = ""
-    if not summary.held and summary.p99_s <= goal.latency_s:
-        late = f", {units.percent(1 - summary.within / summary.requests, 2)} late or failed"
-    return f"{how} at {load}: {p99}, {failed}{late}; the goal is {limit}."
+        return tr("{load}: {found}.", **how)
+    if summary.held:
+        return tr("The goal held at {load}: {found}; the goal is {limit}.", limit=limit, **how)
+    return tr("The goal was missed at {load}: {found}; the goal is {limit}.", limit=limit, **how)
 
 
-LIMITS = {
-    "server": "",
-    "generator": " The generator, not the server, was the limit.",
-    "bounded": " It is the highest rate that was to be tried (--max-rate).",
-    "interrupted": " The search was stopped early.",
+def _nothing_answered(result: LoadTestResult) -> str:
+    if result.interrupted:
+        return tr("Stopped before any answer that counts.")
+    if result.plan.goal is None:
+        return tr("Nothing was answered.")
+    return tr("The goal was missed: no answer at all.")
+
+
+def _load(result: LoadTestResult, summary: LoadSummary) -> str:
+    if result.plan.clients is not None:
+        return tr("{clients} clients", clients=result.plan.clients)
+    return tr("{rate} requests/s", rate=units.number(summary.offered_per_s))
+
+
+def _found(summary: LoadSummary) -> str:
+    """P99 and failures, and what was late where only that missed the goal."""
+    p99_s, goal = summary.p99_s or 0.0, summary.goal
+    failed = units.percent(summary.failure_share, 2)
+    parts = [f"P99 {units.duration(p99_s)}", tr("{share} failed", share=failed)]
+    if goal is not None and not summary.held and p99_s <= goal.latency_s:
+        late = units.percent(1 - summary.within / summary.requests, 2)
+        parts.append(tr("{share} late or failed", share=late))
+    return listed(parts)
+
+
+LIMITS: dict[Limit, str] = {
+    "generator": N_("The generator, not the server, was the limit."),
+    "bounded": N_("It is the highest rate that was to be tried (--max-rate)."),
+    "interrupted": N_("The search was stopped early."),
 }
+"""Why a search ended, where it was not the server."""
 
 
 def _search_headline(found: FoundRate, limit: str) -> str:
     if not found.probes:
-        return "No rate was tried."
+        return tr("No rate was tried.")
     if found.best is None:
-        tried = min(probe.rate for probe in found.probes)
-        return f"No rate held {limit}, not even {units.number(tried)} requests/s."
+        tried = units.number(min(probe.rate for probe in found.probes))
+        return tr("No rate held {limit}, not even {rate} requests/s.", limit=limit, rate=tried)
     best = found.best.run.summary
-    return (
-        f"{units.number(found.rate)} requests/s held {limit}: P99 "
-        f"{units.duration(best.p99_s or 0.0)}, {units.number(best.documents_per_s)} documents/s."
-        f"{LIMITS[found.limit]}"
+    held = tr(
+        "{rate} requests/s held {limit}: P99 {p99}, {documents} documents/s.",
+        rate=units.number(found.rate),
+        limit=limit,
+        p99=units.duration(best.p99_s or 0.0),
+        documents=units.number(best.documents_per_s),
     )
+    why = LIMITS.get(found.limit)
+    return held if why is None else f"{held} {tr(why)}"
 
 
 def probe_line(probe: RateProbe) -> str:
     """A probe in one line, printed during the search."""
     rate, _, p99, _, failed, state = probe_row(probe)
-    return f"{rate:>10}  P99 {p99:>9}  failed {failed:>8}  {state}"
+    return tr(
+        "{rate}  P99 {p99}  failed {failed}  {state}",
+        rate=f"{rate:>10}",
+        p99=f"{p99:>9}",
+        failed=f"{failed:>8}",
+        state=state,
+    )
 
 
 def _table(*columns: str) -> Table:
@@ -276,7 +317,7 @@ def _table(*columns: str) -> Table:
 
 
 def _probes_table(probes: tuple[RateProbe, ...]) -> Table:
-    table = _table("Rate", "P50", "P99", "Answered/s", "Failed", "")
+    table = _table(tr("Rate"), "P50", "P99", tr("Answered/s"), tr("Failed"), "")
     for probe in sorted(probes, key=lambda p: p.rate):
         *cells, state = probe_row(probe)
         table.add_row(*cells, Text(state, style="green" if probe.held else "red"))
@@ -291,8 +332,12 @@ def probe_row(probe: RateProbe) -> list[str]:
         *(_duration(summary.latency_s.get(p)) for p in (50.0, 99.0)),
         units.number(summary.answered_per_s),
         units.percent(summary.failure_share, 2),
-        "held" if probe.held else "generator too slow" if summary.held else "broke",
+        tr("held" if probe.held else _broke(summary)),
     ]
+
+
+def _broke(summary: LoadSummary) -> str:
+    return N_("generator too slow") if summary.held else N_("broke")
 
 
 def _duration(seconds: float | None) -> str:
@@ -300,31 +345,43 @@ def _duration(seconds: float | None) -> str:
 
 
 def _latency_table(summary: LoadSummary) -> Table:
-    table = _table("Latency", *(name_of(p).replace("p", "P") for p in SHOWN))
-    table.add_row("from when due", *(_duration(summary.latency_s.get(p)) for p in SHOWN))
+    table = _table(tr("Latency"), *(shown_percentile(p) for p in SHOWN))
+    table.add_row(tr("from when due"), *(_duration(summary.latency_s.get(p)) for p in SHOWN))
     return table
+
+
+def shown_percentile(percentile: float) -> str:
+    """``P99``, ``P99.9``, and the word for the last, as people read it."""
+    name = name_of(percentile)
+    return tr("max") if name == "max" else name.upper()
+
+
+KIND_NAMES: dict[Kind, str] = {
+    "answered": N_("Answered"),
+    "refused": N_("Refused (429, 503)"),
+    "timeout": N_("Timed out"),
+    "error": N_("Errors"),
+    "wrong": N_("Wrong answers"),
+}
 
 
 def _counts_table(summary: LoadSummary) -> Table:
     kinds, goodput = summary.kinds, summary.goodput_per_s
     rows = [
-        ("Offered", f"{units.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
-        ("Answered", f"{units.number(summary.answered_per_s)}/s", f"{kinds['answered']:,}"),
+        (tr("Offered"), f"{units.number(summary.offered_per_s)}/s", f"{summary.requests:,}"),
+        (tr("Answered"), f"{units.number(summary.answered_per_s)}/s", f"{kinds['answered']:,}"),
     ]
     if goodput is not None:
-        rows.append(("Goodput", f"{units.number(goodput)}/s", ""))
+        rows.append((tr("Goodput"), f"{units.number(goodput)}/s", ""))
     rows += [
-        ("Documents", f"{units.number(summary.documents_per_s)}/s", ""),
-        ("Refused (429, 503)", "", f"{kinds['refused']:,}"),
-        ("Timed out", "", f"{kinds['timeout']:,}"),
-        ("Errors", "", f"{kinds['error']:,}"),
-        ("Wrong answers", "", f"{kinds['wrong']:,}"),
-        ("Sent late (P99)", units.duration(summary.send_lag_s), ""),
-        ("Generator's CPU", units.percent(summary.health.cpu_share), ""),
+        (tr("Documents"), f"{units.number(summary.documents_per_s)}/s", ""),
+        *((tr(KIND_NAMES[kind]), "", f"{kinds[kind]:,}") for kind in KINDS if kind != "answered"),
+        (tr("Sent late (P99)"), units.duration(summary.send_lag_s), ""),
+        (tr("Generator's CPU"), units.percent(summary.health.cpu_share), ""),
     ]
     if summary.unfinished:
-        rows.append(("Unfinished when stopped", "", f"{summary.unfinished:,}"))
-    table = _table("", "Rate", "Count")
+        rows.append((tr("Unfinished when stopped"), "", f"{summary.unfinished:,}"))
+    table = _table("", tr("Rate"), tr("Count"))
     for row in rows:
         table.add_row(*row)
     return table

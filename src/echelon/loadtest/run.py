@@ -14,6 +14,7 @@ from echelon.loadtest.client import Client, Target, check_target, wait_until_idl
 from echelon.loadtest.driver import Driver, background, closed_loop, open_loop
 from echelon.loadtest.summary import DriveResult, LoadSummary, RequestRecord, summarise
 from echelon.loadtest.texts import LengthPolicy, TextSource
+from echelon.messages import tr
 from echelon.progress import Progress, no_progress
 from echelon.simulation.workload import ConstantArrivals, ReplayedArrivals, Workload
 
@@ -55,11 +56,13 @@ class LoadTestPlan:
 
     def __post_init__(self) -> None:
         if self.warmup_s < 0:
-            raise InvalidInput("--warmup-s", f"{self.warmup_s} is negative", "Give 0 or more.")
+            problem = tr("{value} is negative", value=self.warmup_s)
+            raise InvalidInput("--warmup-s", problem, tr("Give 0 or more."))
         if self.duration_s is None and not self.replays:
-            raise InvalidInput("--duration-s", "is missing", "Give seconds.")
+            raise InvalidInput("--duration-s", tr("is not given"), tr("Give seconds."))
         if self.duration_s is not None and not 0 < self.duration_s < math.inf:
-            raise InvalidInput("--duration-s", f"{self.duration_s} is not above 0", "Give seconds.")
+            problem = tr("{value} is not above 0", value=self.duration_s)
+            raise InvalidInput("--duration-s", problem, tr("Give seconds."))
         check_positive("Give 1 or more.", **{"--clients": self.clients})
 
     @property
@@ -165,7 +168,7 @@ class LoadTest:
             on_probe(probe)
             search.tell(held=probe.held)
             if not search.over:
-                self._on_progress("waiting until the server is idle")
+                self._on_progress(tr("waiting until the server is idle"))
                 request = self.one_request()
                 await wait_until_idle(self._client, *request, within_s=within_s, stop=self._stop)
         return FoundRate(search.held, _limit(search, probes), tuple(probes))
@@ -181,9 +184,11 @@ class LoadTest:
         """Report progress until it is cancelled."""
         loop = asyncio.get_running_loop()
         began, whole_s, rate = loop.time(), plan.ends_s or 0.0, plan.workload.rate
-        prefix = f"{rate:.3g}/s, " if plan.mode == "open" and rate and not plan.replays else ""
+        prefix = f"{rate:.3g}/s: " if plan.mode == "open" and rate and not plan.replays else ""
         while True:
-            stage = f"{prefix}{counts[True]:,} ok, {counts[False]:,} failed"
+            answered, failed = f"{counts[True]:,}", f"{counts[False]:,}"
+            words = tr("answered {answered}, failed {failed}", answered=answered, failed=failed)
+            stage = f"{prefix}{words}"
             self._on_progress(stage, min(whole_s, loop.time() - began), whole_s)
             await asyncio.sleep(TICK_S)
 

@@ -47,6 +47,9 @@ Kind = Literal["answered", "refused", "timeout", "error", "wrong"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ANSWERED = KINDS.index("answered")
 
+OTHER = "other"
+"""Name of the problems that are too many to be counted each by its own."""
+
 
 class RequestRecord(NamedTuple):
     """One request; times in seconds from the start of the run.
