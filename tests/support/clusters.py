@@ -186,9 +186,9 @@ def actors(name: str) -> list[int]:
 class Lethal(ScorerActor):
     """A worker without a model that no window leaves alive."""
 
-    def open(self, model, options, steps):
+    def open(self, model, options, steps, profile):
         steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
-        return "steps", (steps, ray.get_runtime_context().get_node_id()), 0.0, 0
+        return "steps", (steps, ray.get_runtime_context().get_node_id(), []), 0.0, 0
 
     def score(self, window):
         os._exit(1)

@@ -60,6 +60,7 @@ class PreparedModel:
     encoder: PairEncoder
     profile: Profile | None
     keep_bf16: list[str]  # layers that int8 leaves in bf16
+    by_profile: bool = False  # whether the profile chose the precision, not the caller
 
     def opener(self, device: str | None = None, threads: int | None = None) -> ScorerFactory:
         """A function that opens the scorer, in this process or another, with these options."""
@@ -117,27 +118,31 @@ def prepare(
     folder = resolve(model, revision=asked.revision, progress=asked.progress)
     encoder = open_encoder(folder, asked.instruction)
     options = asked
+    by_profile = profile is not None and asked.precision == "auto"
     if profile is not None:
-        options = _with_precision_there(apply_profile(asked, profile), asked, profile, folder)
+        options = apply_profile(asked, profile)
+        options = with_precision_there(options, profile, folder) if by_profile else options
     with status("Comparing int8 with fp32", shown=asked.progress) as on_progress:
         try:
             kept = check_precision(folder, options, encoder, profile, on_progress)
         except InvalidInput as error:
-            if profile is None or asked.precision != "auto":
+            if profile is None or not by_profile:
                 raise
             options, kept = _fallen_back(options, profile, folder, str(error)), []
     if profile is not None and options.precision != apply_profile(asked, profile).precision:
         # The warning named the precision already.
         profile = replace(profile, key=replace(profile.key, precision=options.precision))
-    return PreparedModel(folder, options, encoder, profile, kept)
+    return PreparedModel(folder, options, encoder, profile, kept, by_profile)
 
 
-def _with_precision_there(
-    options: Options, asked: Options, profile: Profile, folder: ModelFolder
-) -> Options:
-    """The options, in another precision where the profile's does not exist or is slow here."""
+def with_precision_there(options: Options, profile: Profile, folder: ModelFolder) -> Options:
+    """Options in another precision where the profile's does not exist or is slow on this machine.
+
+    Warns, once it differs, with :class:`EchelonWarning`. Only for a precision that the profile
+    chose; what a caller asks for is never replaced.
+    """
     wanted = options.precision
-    if asked.precision != "auto" or wanted in precisions_to_compare(folder.path, options.device):
+    if wanted in precisions_to_compare(folder.path, options.device):
         return options
     # Without a row the user chose it for tuning: only int8 does not work everywhere.
     if wanted != "int8" and profile.precision_row(wanted) is None:

@@ -16,10 +16,16 @@ import ray
 from ray.exceptions import RayError
 
 from echelon.engine.child import fault_of, resident_bytes
-from echelon.engine.launch import with_profile
+from echelon.engine.launch import with_precision_there, with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, WorkerLost, check_positive
-from echelon.integrations.ray.worker import CALL_RETRIES, WorkerResources, loss_of, place_of
+from echelon.integrations.ray.worker import (
+    CALL_RETRIES,
+    WorkerResources,
+    loss_of,
+    place_of,
+    warnings_of,
+)
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from echelon.offline.readers import BadRow
     from echelon.offline.scoring import RowWindow, Steps
     from echelon.options import Options
+    from echelon.profile import Profile
     from echelon.types import FloatArray, IntArray, RunReport
 
 logger = logging.getLogger(__name__)
@@ -84,14 +91,19 @@ class ScorerActor:
         self._scoring: WindowScorer | None = None
         self._opening = threading.Lock()
 
-    def open(self, model: str, options: Options, steps: Steps | None) -> Reply:
-        """Open the model, once; reply with the settings of its steps and the machine's id."""
+    def open(
+        self, model: str, options: Options, steps: Steps | None, profile: Profile | None
+    ) -> Reply:
+        """Open the model, once; reply with its steps' settings, the machine's id and warnings.
+
+        Where the profile is given it chose the precision, and this machine may take another.
+        """
         try:
-            with self._opening:  # Ray may repeat the call meanwhile
-                self._scoring = self._scoring or WindowScorer(model, options, steps)
+            with self._opening, warnings_of() as told:  # Ray may repeat the call meanwhile
+                self._scoring = self._scoring or _opened(model, options, steps, profile)
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
-        found = self._scoring.steps, ray.get_runtime_context().get_node_id()
+        found = self._scoring.steps, ray.get_runtime_context().get_node_id(), told
         return "steps", found, 0.0, resident_bytes()
 
     def score(self, window: RowWindow) -> Reply:
@@ -103,6 +115,15 @@ class ScorerActor:
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         return "scored", PoolResult.of(window, scored), 0.0, resident_bytes()
+
+
+def _opened(
+    model: str, options: Options, steps: Steps | None, profile: Profile | None
+) -> WindowScorer:
+    if profile is not None:
+        folder = resolve(model, revision=options.revision)
+        options = with_precision_there(options, profile, folder)
+    return WindowScorer(model, replace(options, profile=None), steps)
 
 
 _ACTOR = ray.remote(
@@ -138,13 +159,13 @@ class RayScorerPool:
         self, model: str, options: Options, steps: Steps | None, request: PoolRequest | None = None
     ) -> None:
         request = request or PoolRequest()
-        chosen, _ = with_profile(options)
+        chosen, profile = with_profile(options)
+        self._profile = profile if options.precision == "auto" else None
         threads = chosen.threads or usable_cpus()
         cpus = request.cpus or (1.0 if request.gpus else threads)
         self._resources = WorkerResources(cpus, request.gpus)
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
-        alone = replace(chosen, profile=None, score_cache=None)
-        self._options = replace(alone, threads=threads, revision=revision)
+        self._options = replace(chosen, score_cache=None, threads=threads, revision=revision)
         self._steps = steps
         self._pending: dict[Any, tuple[_PoolWorker, int | None]] = {}
         self._workers: list[_PoolWorker] = []
@@ -152,6 +173,7 @@ class RayScorerPool:
         self._queue: deque[int] = deque()
         self._done: dict[int, PoolResult | EchelonError] = {}
         self._lost: Counter[int | None] = Counter()
+        self._told: set[str] = set()
         self._start_worker()
         while not any(worker.machine for worker in self._workers):
             self._receive()
@@ -244,7 +266,7 @@ class RayScorerPool:
     def _take_open_reply(self, worker: _PoolWorker, reply: Reply) -> None:
         """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
-            (steps, machine), _, _ = unpack(reply)
+            (steps, machine, told), _, _ = unpack(reply)
         except EchelonError as error:
             self._workers.remove(worker)
             ray.kill(worker.actor)
@@ -252,6 +274,9 @@ class RayScorerPool:
                 raise
             logger.warning("A worker could not open the model and is not used: %s", error)
             return
+        for warning in set(told) - self._told:  # machines of a kind say the same
+            logger.warning("A worker's machine differs: %s", warning)
+        self._told |= set(told)
         self._steps = self._steps or steps
         worker.machine = machine
 
@@ -276,7 +301,7 @@ class RayScorerPool:
         needs = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
         worker = _PoolWorker(_ACTOR.options(**needs).remote())
         self._workers.append(worker)
-        ref = worker.actor.open.remote(self._model, self._options, self._steps)
+        ref = worker.actor.open.remote(self._model, self._options, self._steps, self._profile)
         self._pending[ref] = worker, None
 
 

@@ -11,10 +11,13 @@ stays unavailable is replaced.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import warnings
 from collections import deque
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +25,19 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
+from echelon.engine.launch import with_precision_there
 from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
-from echelon.errors import InvalidInput, check_positive
+from echelon.errors import EchelonWarning, InvalidInput, check_positive
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
 from echelon.models.modelscope import PREFIX as MODELSCOPE
 from echelon.models.registry import open_scorer
+from echelon.options import Options
 from echelon.server.settings import ANY_CLUSTER
 from echelon.types import TokenBatch, monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     import numpy as np
@@ -41,8 +46,10 @@ if TYPE_CHECKING:
     from echelon.engine.worker import Reply, ScorerFactory
     from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
+    from echelon.profile import Profile
     from echelon.types import ModelInfo
 
+logger = logging.getLogger(__name__)
 
 CALL_RETRIES = 1
 """Times that Ray repeats a call whose actor cannot be reached; a call of a dead actor fails."""
@@ -61,11 +68,20 @@ class RemoteScorerFactory:
     threads: int
     label: str | int | None
     keep_bf16: tuple[str, ...]  # layers that int8 leaves in bf16, as the precision check found
+    profile: Profile | None = None  # where it chose the precision: another may be taken there
+    profile_name: str | None = None  # for the warning
 
     def __call__(self, *, precision: str) -> Scorer:
-        """Open the model in a precision, or raise :class:`ModelError`."""
+        """Open the model in a precision, or raise :class:`ModelError`.
+
+        Warns where it takes another one (:func:`echelon.engine.launch.with_precision_there`).
+        """
+        folder = resolve(self.model, revision=self.revision)
+        if self.profile is not None:
+            wanted = Options.of(precision=precision, device=self.device, profile=self.profile_name)
+            precision = with_precision_there(wanted, self.profile, folder).precision
         return open_scorer(
-            resolve(self.model, revision=self.revision).path,
+            folder.path,
             device=self.device,
             precision=precision,
             threads=self.threads,
@@ -98,6 +114,8 @@ def factory_of(
         threads=options.threads or max(1, int(cpus)),
         label=options.label,
         keep_bf16=tuple(prepared.keep_bf16),
+        profile=prepared.profile if prepared.by_profile else None,
+        profile_name=None if options.profile is None else str(options.profile),
     )
 
 
@@ -115,6 +133,16 @@ class WorkerResources:
             raise InvalidInput("worker_gpus", f"{self.gpus} is not possible", remedy)
 
 
+@contextmanager
+def warnings_of() -> Iterator[list[str]]:
+    """Collect Echelon's warnings: an actor sends them to those who read its caller's log."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EchelonWarning)
+        yield found
+    found += [str(one.message) for one in caught if issubclass(one.category, EchelonWarning)]
+
+
 class RemoteScorer:
     """The actor: the counterpart of :mod:`echelon.engine.child` in a local worker process."""
 
@@ -122,14 +150,15 @@ class RemoteScorer:
         self._scorer: Scorer | None = None
 
     def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
-        """Open the scorer, once; reply with its info, the machine's id and the process id."""
+        """Open the scorer, once; reply with its info, machine's id, process id and warnings."""
         if sparing:
             spare_memory()
         try:
-            self._scorer = self._scorer or factory(precision=precision)
+            with warnings_of() as told:
+                self._scorer = self._scorer or factory(precision=precision)
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
-        found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid()
+        found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid(), told
         return "info", found, 0.0, resident_bytes()
 
     def score(self, *parts: np.ndarray[Any, Any] | None) -> Reply:
@@ -199,7 +228,9 @@ class RayWorker:
                 late = f"is not up after {self.start_timeout_s:g} s"
                 raise self._wedged(f"{late}; it needs a machine with {needs}")
         found: ModelInfo
-        (found, self._machine, self.pid), _, _ = unpack(self._reply())
+        (found, self._machine, self.pid, told), _, _ = unpack(self._reply())
+        for warning in told:
+            logger.warning("%s, on machine %s: %s", self.name, self._machine, warning)
         return found
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
