@@ -201,6 +201,25 @@ def test_nothing_is_remembered_of_a_request_that_has_ended():
     assert rung(made, step(50), 1) == "drop_caches"
 
 
+def test_a_request_whose_pair_a_fresh_process_scored_may_have_another():
+    """Meanwhile a pair of another request may have filled that process."""
+    made = policy()
+    rung(made, step(50), 1)
+    assert rung(made, step(50), 1, renewable=True) == "fresh_worker"
+    made.fitted([1], 50, 50)
+    rung(made, step(300), 2)
+    assert rung(made, step(50), 1, renewable=True) == "fresh_worker"
+
+
+def test_a_request_whose_pairs_do_not_fit_in_two_processes_may_have_both_replaced():
+    made = policy()
+    rung(made, step(50), 1)
+    rung(made, step(50), 2, worker=1)
+    assert rung(made, step(50), 1, renewable=True) == "fresh_worker"
+    assert rung(made, step(50), 1, worker=1, renewable=True) == "fresh_worker"
+    assert rung(made, step(50), 1, worker=1, renewable=True) == "give_up"
+
+
 def test_a_request_has_one_fresh_process_and_only_where_there_can_be_one():
     made = policy()
     assert rung(made, step(50), 1, renewable=True) == "drop_caches"

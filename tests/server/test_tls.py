@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import ssl
 
@@ -10,9 +11,11 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from served import ASKED, LiveFake
+from services import GUARD_S
 
 from echelon.errors import InvalidInput
 from echelon.server.http_server import Address
+from echelon.server.sending import SendProgress
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,46 @@ def files(authority, tmp_path_factory):
         )
     )
     return paths
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_nothing_waits_for_a_client_that_has_gone(authority, files, loop):
+    """A connection then has no socket, and the shutdown still asks what it owes."""
+    factory = asyncio.new_event_loop
+    if loop == "uvloop":
+        factory = pytest.importorskip("uvloop").new_event_loop
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+
+    class Serving(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.progress = SendProgress(transport, GUARD_S, lambda: None)
+            self.transport = transport
+            transport.write(b"a")
+
+        def connection_lost(self, error):
+            self.progress.stop()
+            ended.set_result(self)
+
+    async def main():
+        nonlocal ended
+        running = asyncio.get_running_loop()
+        ended = running.create_future()
+        context = Address("127.0.0.1", 0, files["both"]).tls_context()
+        server = await running.create_server(Serving, "127.0.0.1", 0, ssl=context)
+        reader, writer = await asyncio.open_connection(
+            *server.sockets[0].getsockname(), ssl=trust, server_hostname="127.0.0.1"
+        )
+        await reader.readexactly(1)
+        writer.transport.abort()
+        gone = await asyncio.wait_for(ended, GUARD_S)
+        assert gone.transport.get_extra_info("socket") is None
+        assert gone.progress.waiting_bytes == 0
+        server.close()
+
+    ended = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
 
 
 @pytest.mark.parametrize("names", [("cert", "key"), ("both", None)])

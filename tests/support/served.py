@@ -95,6 +95,10 @@ def counted(shared):
         del shared.rank
 
 
+LAST = 40
+"""Lines of a server's log that are shown if it ends with an error."""
+
+
 class Live:
     """``echelon serve`` in a process of its own, on a free port of the loopback.
 
@@ -132,6 +136,9 @@ class Live:
         code = self.process.wait(timeout=60)
         self._reader.join(timeout=60)
         self.process.stderr.close()
+        if code:
+            said = "\n".join(map(str, self.lines[-LAST:]))
+            sys.stdout.write(f"The server ended with {code}; its last lines:\n{said}\n")
         return code
 
     def __enter__(self):

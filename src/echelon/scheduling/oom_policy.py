@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -151,6 +151,14 @@ def next_action(failure: StepFailure) -> OomAction:
     return next(action for rung in RUNGS if (action := rung(failure)) is not None)
 
 
+@dataclass(slots=True)
+class _Tried:
+    """What was tried for a request: whether caches were dropped, and the processes renewed."""
+
+    dropped: bool = False
+    renewed: set[int] = field(default_factory=set)
+
+
 class OomPolicy:
     """Decides what to do about steps that did not fit, and how large steps may be.
 
@@ -159,8 +167,10 @@ class OomPolicy:
     request has finitely many pairs, whatever other requests do in between.
 
     A lone pair may be tried in a fresh process, since an old one keeps compiled code for each size
-    of step (docs/LOG.md): once for a request, and not if a fresh process had no room for a pair as
-    short. So a client that repeats a pair that cannot fit restarts nothing.
+    of step (docs/LOG.md): in place of each process once for a request until one of its pairs has
+    been scored, and not if a fresh process had no room for a pair as short. So a client that
+    repeats a pair that cannot fit restarts nothing, and one whose pairs fit is not refused because
+    the pairs of others fill the processes between them.
 
     Safe to use from several threads.
 
@@ -182,7 +192,7 @@ class OomPolicy:
         self._report = learned
         self._learned: int | None = None
         self._dropped: set[int] = set()  # processes without a step that fitted since then
-        self._tried: dict[Hashable, set[Rung]] = {}  # by request
+        self._tried: dict[Hashable, _Tried] = {}  # by request, since a pair of it was scored
         self._refused = math.inf  # tokens of the shortest pair that a fresh process had no room for
         self._lock = threading.Lock()
 
@@ -204,8 +214,7 @@ class OomPolicy:
         with self._lock:
             self._dropped.discard(worker)
             for request in requests:
-                if request in self._tried:
-                    self._tried[request].discard("drop_caches")
+                self._tried.pop(request, None)
             if longest >= self._refused:
                 self._refused = math.inf
             reason = self.budget.ended(cost_tokens, predicted_s, actual_s)
@@ -232,20 +241,20 @@ class OomPolicy:
             renewable: whether the process can be replaced by a fresh one.
         """
         with self._lock:
-            tried = [self._tried.setdefault(request, set()) for request in requests]
+            tried = [self._tried.setdefault(request, _Tried()) for request in requests]
             if fresh and failure.pairs == 1:
                 self._refused = min(self._refused, failure.longest)
-            known = set().union(*tried)
-            may_renew = renewable and "fresh_worker" not in known
+            may_renew = renewable and not any(worker in one.renewed for one in tried)
             action = next_action(
                 replace(
                     failure,
-                    caches_dropped=worker in self._dropped or "drop_caches" in known,
+                    caches_dropped=worker in self._dropped or any(one.dropped for one in tried),
                     fresh_may_help=may_renew and failure.longest < self._refused,
                 )
             )
-            for rungs in tried:
-                rungs.add(action.rung)
+            for one in tried:
+                one.dropped |= action.rung == "drop_caches"
+                one.renewed |= {worker} if action.rung == "fresh_worker" else set()
             self._dropped.add(worker)  # every action drops them
             if action.budget is not None and self.budget.out_of_memory(action.budget):
                 self._learn()

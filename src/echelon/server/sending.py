@@ -73,11 +73,12 @@ class SendProgress:
 
 def _queued(transport: asyncio.Transport) -> int:
     """Bytes in the system that the client's has not confirmed; 0 where it does not tell."""
-    if fcntl is None:
+    connected = transport.get_extra_info("socket")  # none under TLS once the client has gone
+    if fcntl is None or connected is None:
         return 0
     answer = bytearray(4)
     try:
-        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, answer)
+        fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, answer)
     except OSError:
         return 0
     return int.from_bytes(answer, sys.byteorder)
