@@ -76,9 +76,9 @@ def test_nothing_waits_for_a_client_that_has_gone(authority, files, loop):
         await reader.readexactly(1)
         writer.transport.abort()
         gone = await asyncio.wait_for(ended, GUARD_S)
+        server.close()
         assert gone.transport.get_extra_info("socket") is None
         assert gone.progress.waiting_bytes == 0
-        server.close()
 
     ended = None
     with asyncio.Runner(loop_factory=factory) as runner:
