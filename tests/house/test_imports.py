@@ -20,6 +20,7 @@ NEEDS_TORCH = {
     "echelon.models.decoder",
     "echelon.models.decoder_weights",
     "echelon.models.gated",
+    "echelon.models.heads",
     "echelon.models.loading",
     "echelon.models.local_attention",
     "echelon.models.modernbert_encoder",

@@ -11,11 +11,11 @@ import logging
 import numpy as np
 import pytest
 import torch
+from graphs import looped, scorer_of, taped
 from helpers import LIMITS, NATIVE, random_batch, reference_logits, vocabulary_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 
 from echelon.errors import BadCheckpoint
 from echelon.models import cuda_graphs as graphs_module
@@ -29,55 +29,19 @@ from echelon.models.cuda_graphs import (
     MAX_TOKENS,
     CaptureShape,
     CudaGraphs,
-    Recording,
     bucket_of,
     fill,
     read,
 )
-from echelon.models.encoder import Embeddings, Head, Layer, Weights
+from echelon.models.encoder import Embeddings, Layer, Weights
 from echelon.models.encoder_cuda import CudaScorer, Spans, attention_with, choose_kernel
+from echelon.models.heads import Head, HeadProduct
 from echelon.models.layers import DenseLinear, FeedForward, Norm
-from echelon.models.registry import open_scorer
 
-CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 KERNELS = (encoder_cuda.flash, encoder_cuda.efficient, encoder_cuda.efficient_in_fp32)
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
-
-
-def looped(query, key, value, spans, scale):
-    """What the kernels do, pair by pair; rows of no pair stay NaN, as if never written."""
-    mixed = torch.full_like(query, torch.nan)
-    queries, keys = spans.query_offsets.tolist(), spans.key_offsets.tolist()
-    assert max(np.diff(queries)) <= spans.max_queries
-    assert max(np.diff(keys)) <= spans.max_keys
-    for i in range(len(queries) - 1):
-        rows, seen = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
-        parts = (part.transpose(0, 1) for part in (query[rows], key[seen], value[seen]))
-        if keys[i] < keys[i + 1]:
-            found = functional.scaled_dot_product_attention(*parts, scale=scale)
-            mixed[rows] = found.transpose(0, 1)
-    return mixed
-
-
-def taped(log=None):
-    """Captures by keeping the work, and replays by doing it again into the same place."""
-
-    def record(work):
-        output = work().clone()
-        drop = (lambda: log.append("dropped")) if log is not None else (lambda: None)
-        return Recording(lambda: output.copy_(work()), output, drop)
-
-    return record
-
-
-def scorer_of(folder, *, record=None, **options):
-    """The CUDA scorer, on CPU, over a native model's fp32 weights."""
-    weights = open_scorer(folder, device="cpu", precision="fp32", threads=1, **options)._weights
-    shape = native_architecture(folder, read_config(folder))
-    attention = attention_with(looped)
-    return CudaScorer(shape, weights, CPU, "fp32", attention=attention, record=record or taped())
 
 
 # Shapes and blocks
@@ -240,11 +204,12 @@ def test_foreign_ids_are_refused_and_closing_is_final(toy):
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("major", [7, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_pass_never_waits_for_the_device(toy, family, major, dtype, pooling):
     """A fake tensor has no values: reading one raises an error."""
     architecture = native_architecture(toy(family), read_config(toy(family)))
     with FakeTensorMode(), torch.inference_mode():
-        weights = fake_weights(architecture, dtype)
+        weights = fake_weights(architecture, dtype, pooling)
         scorer = CudaScorer.__new__(CudaScorer)
         scorer._architecture, scorer._weights, scorer._dtype = architecture, weights, dtype
         scorer._attend = attention_with(choose_kernel(major, dtype, architecture.head_shape[1]))
@@ -257,7 +222,7 @@ def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
         assert logits.device == CUDA
 
 
-def fake_weights(shape, dtype):
+def fake_weights(shape, dtype, pooling):
     hidden, wide = shape.hidden, shape.intermediate
 
     def linear(into, out, dtype=dtype):
@@ -280,8 +245,9 @@ def fake_weights(shape, dtype):
     embeddings = Embeddings(
         table(shape.vocabulary), table(shape.table_positions), table(shape.segments), norm()
     )
-    head = Head(linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32))
-    layers = (layer(last=False), layer(last=True))
+    down, project = linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32)
+    head = Head((HeadProduct(down, "tanh"), HeadProduct(project)), pooling)
+    layers = (layer(last=False), layer(last=pooling == "cls"))
     return Weights(embeddings, layers, head, shape.head_shape, 0)
 
 

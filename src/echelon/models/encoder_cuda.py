@@ -29,7 +29,6 @@ from echelon.models.cuda_graphs import (
 )
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.encoder import Embeddings, Weights, load_weights, run_layers
-from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import Rows, values_of
 from echelon.models.loading import native_info
 
@@ -136,6 +135,7 @@ class CudaScorer:
             lambda query, key, value: self._attend(query, key, value, all_rows),
             lambda rows: Rows(values_of(rows).index_select(0, inputs.firsts)),
             lambda query, key, value: self._attend(query, key, value, firsts),
+            inputs.offsets,
         )
 
     def _embed(self, embeddings: Embeddings, inputs: StepInputs) -> Tensor:
@@ -159,7 +159,7 @@ def open_native(
 ) -> Scorer:
     """Open a model on a card, where no CPU ``threads`` are used; else as on CPU."""
     del threads
-    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(folder, architecture, device, plan, label)
     return CudaScorer(architecture, weights, device, plan.precision)
 
 

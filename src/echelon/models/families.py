@@ -63,6 +63,7 @@ class NativeFamily:
     module: str  # below ``echelon.models``, with its forward pass
     cuda_module: str | None = None  # the same for CUDA, if it is another
     half: str | None = None  # the usual precision where the processor is fast in it
+    modular: bool = False  # a head may stand in modules beside the model
     known: tuple[str, ...] = ()  # models of it that many use
 
     def open(self, device: torch.device, **values: Any) -> Scorer:
@@ -81,6 +82,7 @@ FAMILIES = (
         architecture.native_architecture,
         "encoder",
         "encoder_cuda",
+        modular=True,
         known=("cross-encoder/ms-marco-MiniLM-L6-v2", "cross-encoder/ms-marco-MiniLM-L12-v2"),
     ),
     NativeFamily(
@@ -89,6 +91,7 @@ FAMILIES = (
         architecture.native_architecture,
         "encoder",
         "encoder_cuda",
+        modular=True,
         known=(
             "BAAI/bge-reranker-v2-m3",
             "BAAI/bge-reranker-base",
@@ -101,6 +104,7 @@ FAMILIES = (
         ("modernbert",),
         modernbert.read,
         "modernbert_encoder",
+        modular=True,
         known=(
             "Alibaba-NLP/gte-reranker-modernbert-base",
             "ibm-granite/granite-embedding-reranker-english-r2",
@@ -198,7 +202,9 @@ def require_head(folder: Path, config: Config) -> None:
             "prompt it was trained to rerank. Use a reranker such as "
             "Qwen/Qwen3-Reranker-0.6B, in a folder that keeps its name."
         )
-    if config["model_type"] == "modernbert" and modules.read(folder) is not None:
+    family = family_of(config)
+    modular = named.endswith("Model") and family is not None and family.modular
+    if modular and modules.read(folder) is not None:
         return
     raise UnsupportedModel(
         f"{folder}: a {named} has no classification head, so it cannot score pairs. "

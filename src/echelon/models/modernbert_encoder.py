@@ -19,7 +19,8 @@ from echelon.models.base import with_filler
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.gated import GatedFeedForward
-from echelon.models.layers import ACTIVATIONS, Norm, Rows, materialize
+from echelon.models.heads import Head, HeadProduct, load_chain
+from echelon.models.layers import Norm, Rows, materialize
 from echelon.models.loading import WeightLoader, native_info
 from echelon.models.local_attention import LocalAttention, attend_pairs
 from echelon.models.rotary import Rotary, rotate
@@ -34,14 +35,11 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.models.layers import Linear
     from echelon.models.modernbert import ModernBertArchitecture
-    from echelon.models.modules import HeadLayer
     from echelon.types import FloatArray, IntArray, TokenBatch
 
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-CHAIN_EPSILON = 1e-5  # of torch's LayerNorm, which sentence-transformers does not change
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +54,6 @@ class ModernBertLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadStep:
-    """A part of the head, in fp32: a product and its activation, or a norm."""
-
-    linear: Linear | None
-    activation: str
-    norm: Norm | None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[pairs, into] → [pairs, out]."""
-        if self.norm is not None:
-            return self.norm(rows)
-        if self.linear is None:
-            raise RuntimeError("This is a bug: a part of a head does nothing.")
-        product = materialize(self.linear(Rows(rows)))
-        if self.activation == "tanh":  # of heads alone
-            return product.tanh()
-        return ACTIVATIONS[self.activation].function(product)
-
-
-@dataclass(frozen=True, slots=True)
 class ModernBertWeights:
     """A loaded model; ``loaded_bytes`` does not count a mapped table."""
 
@@ -83,7 +61,7 @@ class ModernBertWeights:
     words_norm: Norm
     layers: tuple[ModernBertLayer, ...]
     final_norm: Norm
-    head: tuple[HeadStep, ...]
+    head: Head
     loaded_bytes: int
 
 
@@ -129,17 +107,12 @@ class ModernBertScorer:
         rows = self._embed(weights, batch.ids)
         layout = AttentionLayout.of(batch.offsets)
         attentions = self._attentions(batch, layout)
-        firsts = layout.firsts.to(self._device) if shape.pooling_of_head == "cls" else None
+        firsts = layout.firsts.to(self._device) if weights.head.pooling == "cls" else None
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             attend, read = attentions[shape.local[index]], firsts if index == last else None
             rows = self._layer(layer, rows, attend, read)
-        pooled = weights.final_norm(rows)
-        if firsts is None:
-            pooled = _means(pooled, batch)
-        for part in weights.head:
-            pooled = part(pooled)
-        return pooled.squeeze(-1)
+        return weights.head(weights.final_norm(rows), layout.offsets.to(self._device))
 
     def _embed(self, weights: ModernBertWeights, ids: IntArray) -> Tensor:
         """float32 [tokens, hidden]."""
@@ -178,14 +151,6 @@ class ModernBertScorer:
 
         everywhere = partial(attend_pairs, layout=layout)
         return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
-
-
-def _means(rows: Tensor, batch: TokenBatch) -> Tensor:
-    """[tokens, hidden] → [pairs, hidden]: the mean of each pair's rows."""
-    lengths = torch.from_numpy(batch.lengths).to(rows.device)
-    pairs = torch.arange(len(batch), device=rows.device).repeat_interleave(lengths)
-    sums = rows.new_zeros(len(batch), rows.shape[1]).index_add_(0, pairs, rows)
-    return sums / lengths[:, None]
 
 
 def open_native(
@@ -231,7 +196,8 @@ class _ModernBertLoader(WeightLoader):
         words_norm = self._own_norm(f"{self._root}embeddings.norm")
         layers = tuple(self._layer(index) for index in range(shape.layers))
         final_norm = self._own_norm(f"{self._root}final_norm")
-        head = self._classifier(label) if shape.chain is None else self._chain(folder)
+        chain = shape.chain
+        head = self._classifier(label) if chain is None else load_chain(self, folder, chain)
         return ModernBertWeights(words, words_norm, layers, final_norm, head, self.loaded_bytes)
 
     def _layer(self, index: int) -> ModernBertLayer:
@@ -261,8 +227,8 @@ class _ModernBertLoader(WeightLoader):
         release_memory(self.device)
         return layer
 
-    def _classifier(self, label: int) -> tuple[HeadStep, ...]:
-        """Dense, activation, norm, and the projection to the chosen label, all in fp32."""
+    def _classifier(self, label: int) -> Head:
+        """Dense, activation, norm, and the projection to the chosen label."""
         shape, hidden = self._shape, self._shape.hidden
         tensors = self.checkpoint.read(
             {
@@ -276,27 +242,12 @@ class _ModernBertLoader(WeightLoader):
         dense, project = (
             self.dense(tensors, name, dtype=torch.float32) for name in ("head.dense", "classifier")
         )
-        norm = self._norm(tensors, "head.norm")
-        steps = (
-            (dense, shape.classifier_activation, None),
-            (None, "", norm),
-            (project, "none", None),
+        layers = (
+            HeadProduct(dense, shape.classifier_activation),
+            self._norm(tensors, "head.norm"),
+            HeadProduct(project),
         )
-        return tuple(HeadStep(*step) for step in steps)
-
-    def _chain(self, folder: Path) -> tuple[HeadStep, ...]:
-        """The layers of a head in modules of its own, in fp32."""
-        chain = self._shape.chain
-        return tuple(self._of_chain(folder, layer) for layer in chain.layers) if chain else ()
-
-    def _of_chain(self, folder: Path, layer: HeadLayer) -> HeadStep:
-        checkpoint = Checkpoint(folder / layer.folder)
-        if layer.kind == "norm":
-            tensors = checkpoint.read({f"norm.{part}": (layer.out,) for part in ("weight", "bias")})
-            return HeadStep(None, "", self.norm(tensors, "norm", CHAIN_EPSILON, torch.float32))
-        tensors = checkpoint.read(_dense("linear", layer.out, layer.into, bias=layer.bias))
-        linear = self.dense(tensors, "linear", dtype=torch.float32)
-        return HeadStep(linear, layer.activation, None)
+        return Head(layers, shape.pooling)
 
     def _own_norm(self, name: str) -> Norm:
         shapes = dict.fromkeys(self._norm_parts(name), (self._shape.hidden,))
