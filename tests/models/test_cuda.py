@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
 from echelon.data import load_texts
+from echelon.models.attention_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.cuda_graphs import GRAPHS_SWITCH
-from echelon.models.encoder_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.registry import open_scorer
 
 pytestmark = pytest.mark.skipif(
@@ -177,7 +177,10 @@ def test_kernels_agree_with_the_loop(kernel, dtype, firsts, size):
 def test_an_older_cards_attention_scores_alike(toy, opened, family, precision):
     folder = toy(family)
     scorer = opened(folder, precision)
-    scorer._attend = attention_with(efficient_in_fp32 if precision == "bf16" else efficient)
+    scorer.use_graphs = False
+    scorer._forward._attend = attention_with(
+        efficient_in_fp32 if precision == "bf16" else efficient
+    )
     batch = batch_of(folder, family, MIXES["all different"])
     expected = reference_logits(folder, batch)
     for _ in range(2):

@@ -16,7 +16,7 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from echelon.errors import InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from echelon.types import FloatArray
 
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
 """dtype of the activations; under int8 they are bf16."""
@@ -288,17 +290,27 @@ def release_memory(device: torch.device) -> None:
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
     """Run a forward pass and return its logits as float32 on the host."""
+
+    def computed() -> FloatArray:
+        logits: FloatArray = forward().float().cpu().numpy()
+        return logits
+
+    return guarded(computed)
+
+
+def guarded(work: Callable[[], T]) -> T:
+    """Work of a model without gradients; :class:`DeviceOutOfMemory` if memory ran out in it."""
     import torch
 
     try:
         with torch.inference_mode():
-            logits: FloatArray = forward().float().cpu().numpy()
+            done = work()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         failed = str(error)
     else:
-        return logits
+        return done
     # Raised out here so that no traceback keeps the failed step's tensors alive.
     raise DeviceOutOfMemory(failed)
 
