@@ -71,7 +71,7 @@ def missing(device: torch.device) -> str | None:
     except Exception as error:  # noqa: BLE001 - Triton's, its compilers' and the driver's are many
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning(
-            "Triton compiles no kernels here (%s). Steps take some 10 % longer. Install a C compiler "
+            "Triton compiles no kernels here (%s). Steps take a tenth longer. Install a C compiler "
             "(gcc) if it is missing, or set %s=off.",
             reason,
             SWITCH,

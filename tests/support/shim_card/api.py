@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from echelon.models import cuda_steps
 from shim_card import graphs, machine
 from shim_card.dispatch import register
 from shim_card.machine import Event, Machine, Stream, current_machine
@@ -17,6 +18,9 @@ from shim_card.tensors import CardTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+MOST_TOKENS = 192
+"""Largest step that is captured: more would take longer to capture here than all else."""
 
 CUDA_VERSION = "13.0"  # what torch says that it was built with
 
@@ -217,6 +221,7 @@ def _patches(stack: contextlib.ExitStack) -> None:
 
     for name, function in FUNCTIONS.items():
         put(torch.cuda, name, function)
+    put(cuda_steps, "MOST_TOKENS", MOST_TOKENS)
     put(torch.version, "cuda", CUDA_VERSION)
     put(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     for name in ("empty", "zeros", "ones", "full"):
