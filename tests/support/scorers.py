@@ -13,6 +13,7 @@ import numpy as np
 
 from echelon.errors import InvalidInput, ModelNotFound
 from echelon.models.base import DeviceOutOfMemory, FakeScorer
+from echelon.models.device import run_step
 from echelon.types import TokenBatch
 
 KILL, STOP, HANG, RAISE, REFUSE, GROW, SAY, MARK, NAN, NAP = range(9001, 9011)
@@ -92,6 +93,29 @@ class Held(Obedient):
         while self._hold.exists():
             time.sleep(0.005)
         return super().score(batch)
+
+
+class Poisoned(Obedient):
+    """Its context is lost with step number ``after`` of the process, and no later step works.
+
+    The error is torch's own, and goes the way of one that a forward pass raises.
+    """
+
+    def __init__(self, words: str, after: int, **settings) -> None:
+        super().__init__(**settings)
+        self._words = words
+        self._left = after
+
+    def score(self, batch: TokenBatch):
+        self._left -= 1
+        if self._left <= 0:
+            run_step(self._fail)
+        return super().score(batch)
+
+    def _fail(self):
+        import torch
+
+        raise torch.AcceleratorError(self._words)
 
 
 def _raise(scorer: Obedient) -> None:

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, WorkerWedged
+from echelon.models.base import (
+    DeviceOutOfMemory,
+    Scorer,
+    WorkerDied,
+    WorkerLostDevice,
+    WorkerWedged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,6 +223,7 @@ class ChildWorker:
             DeviceOutOfMemory: the step did not fit; the worker can be used again.
             EchelonError: what the scorer raised; the worker can be used again.
             WorkerDied: the child has ended.
+            WorkerLostDevice: its device failed, and it has ended.
             WorkerWedged: no answer in time; the child was killed.
         """
         if not self.wait(timeout_s):
@@ -303,6 +310,8 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
     kind, what, seconds, resident = reply
     if kind == "memory":
         raise DeviceOutOfMemory(what)
+    if kind == "lost":
+        raise WorkerLostDevice(f"its device failed ({(what.splitlines() or ['?'])[0]})")
     if kind == "fault" and isinstance(what, EchelonError):
         raise what
     if kind == "fault":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from echelon.models.device import is_out_of_memory
+from echelon.models.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

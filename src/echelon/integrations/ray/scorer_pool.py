@@ -20,6 +20,7 @@ from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, WorkerLost, check_positive
 from echelon.integrations.ray.worker import CALL_RETRIES, WorkerResources, loss_of, place_of
+from echelon.models.base import WorkerDied
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
@@ -238,6 +239,9 @@ class RayScorerPool:
         worker.windows.remove(number)
         try:
             self._done[number] = unpack(reply)[0]
+        except WorkerDied as error:
+            worker.windows.insert(0, number)
+            self._replace(worker, number, error)
         except EchelonError as error:
             self._done[number] = error
 
@@ -245,6 +249,9 @@ class RayScorerPool:
         """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
             (steps, machine), _, _ = unpack(reply)
+        except WorkerDied as error:
+            self._replace(worker, None, error)
+            return
         except EchelonError as error:
             self._workers.remove(worker)
             ray.kill(worker.actor)
@@ -255,7 +262,7 @@ class RayScorerPool:
         self._steps = self._steps or steps
         worker.machine = machine
 
-    def _replace(self, worker: _PoolWorker, number: int | None, error: RayError) -> None:
+    def _replace(self, worker: _PoolWorker, number: int | None, error: Exception) -> None:
         """Give a lost worker's windows to others, and start another worker."""
         why, blame = loss_of(worker.machine, error)
         logger.warning("A worker is lost: %s", why)
