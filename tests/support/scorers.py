@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,14 @@ def anywhere(folder: Path, *, precision: str, **settings):
     """An opener that has every precision, whatever the processor has."""
     precision = "fp32" if precision == "auto" else precision
     return Obedient(max_tokens=130, precision=precision)
+
+
+def placed(*, precision: str, device: str = "?", **settings):
+    """An opener whose scorer's name says which card its process may use."""
+    found = Obedient(precision="fp32" if precision == "auto" else precision)
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    found.info = replace(found.info, device_name=f"{device} of {cards}")
+    return found
 
 
 def opens_once(folder: str, *, precision: str):
