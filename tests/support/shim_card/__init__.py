@@ -1,0 +1,62 @@
+"""NVIDIA cards made of shims: the real code path of ``device="cuda"``, with numbers on CPU.
+
+Torch sees cards of a chosen compute capability: ``torch.cuda`` answers for them, tensors say
+``cuda:0``, operators refuse what they refuse on such a card, graphs are tapes of operators, memory
+is accounted for, and faults happen on demand. See :class:`Machine` for what can be chosen.
+
+    with shim_card.cards(capability=(8, 0), count=2) as machine:
+        torch.ones(3, device="cuda:1")
+
+Child processes get cards through the environment: see :func:`environment`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from shim_card.machine import Machine
+
+VARIABLE = "ECHELON_TEST_CARDS"
+"""Environment variable: the settings of a :class:`Machine` as JSON, for every child process."""
+
+HERE = Path(__file__).parent
+
+
+def cards(here: Machine | None = None, **settings: Any) -> AbstractContextManager[Machine]:
+    """Let torch see the cards of a machine; ``settings`` make a :class:`Machine`."""
+    from shim_card.api import cards
+
+    return cards(here, **settings)
+
+
+def environment(**settings: Any) -> dict[str, str]:
+    """Variables that give child processes the cards of a :class:`Machine`.
+
+    Its faults are dictionaries of the fields of ``shim_card.faults.Fault``. As every child counts
+    on its own, one that is to happen once among several processes has a ``flag``.
+    """
+    before = os.environ.get("PYTHONPATH")
+    paths = [str(HERE / "site"), str(HERE.parent), *([before] if before else [])]
+    return {VARIABLE: json.dumps(settings), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _settings() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(os.environ[VARIABLE])
+    return found
+
+
+_entered: list[Iterator[Any]] = []
+
+
+def stay() -> None:
+    """Give this process the cards of its environment until it ends."""
+    context: Any = cards(**_settings())
+    context.__enter__()
+    _entered.append(context)
