@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from echelon import Reranker
 from echelon.data import load_texts
-from echelon.models.cuda_graphs import FIRST_PATIENCE, MAX_TOKENS
+from echelon.models.cuda_graphs import GRAPHS_SWITCH
 from echelon.models.encoder_cuda import Spans, attention_with, efficient, efficient_in_fp32, flash
 from echelon.models.registry import open_scorer
 
@@ -73,11 +73,12 @@ def test_scores_are_the_references(toy, opened, family, precision):
     for name, lengths in MIXES.items():
         batch = batch_of(folder, family, lengths, len(lengths))
         expected = reference_logits(folder, batch)
-        for _ in range(FIRST_PATIENCE + 1):  # eager, captured, replayed
+        for _ in range(2):
             np.testing.assert_allclose(
                 scorer.score(batch), expected, rtol=0, atol=PRECISIONS[precision], err_msg=name
             )
     assert len(scorer._graphs) > 2
+    assert scorer.capture_failed is None
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -113,12 +114,11 @@ def test_graphs_change_nothing(demo_folder, opened, precision):
     batches = [random_batch(n, 30000, 1, types=True) for n in ([20] * 10, [200, 31], [5], [90] * 9)]
     expected = [scorer.score(batch) for batch in batches]
     scorer.use_graphs = True
-    for _ in range(FIRST_PATIENCE + 1):
+    for _ in range(2):
         for batch, wanted in zip(batches, expected, strict=True):
             np.testing.assert_allclose(
                 scorer.score(batch), wanted, rtol=0, atol=PRECISIONS[precision]
             )
-    assert len(scorer._graphs) == 4
 
 
 def test_auto_means_fp16_on_cuda(bert):
@@ -180,7 +180,7 @@ def test_an_older_cards_attention_scores_alike(toy, opened, family, precision):
     scorer._attend = attention_with(efficient_in_fp32 if precision == "bf16" else efficient)
     batch = batch_of(folder, family, MIXES["all different"])
     expected = reference_logits(folder, batch)
-    for _ in range(FIRST_PATIENCE + 1):
+    for _ in range(2):
         np.testing.assert_allclose(
             scorer.score(batch), expected, rtol=0, atol=PRECISIONS[precision]
         )
@@ -195,7 +195,7 @@ def test_a_step_is_one_copy_each_way(demo_folder, opened, use_graphs):
     scorer = opened(demo_folder, "fp16")
     scorer.use_graphs = use_graphs
     batch = random_batch([20] * 10, 30000, 0, types=True)
-    for _ in range(FIRST_PATIENCE + 1):
+    for _ in range(2):
         scorer.score(batch)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
@@ -215,7 +215,7 @@ def test_nothing_waits_before_the_logits_are_copied(demo_folder, opened, use_gra
     scorer = opened(demo_folder, "fp16")
     scorer.use_graphs = use_graphs
     batch = random_batch([20] * count, 30000, 0, types=True)
-    for _ in range(FIRST_PATIENCE + 1):
+    for _ in range(2):
         scorer.score(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -223,7 +223,6 @@ def test_nothing_waits_before_the_logits_are_copied(demo_folder, opened, use_gra
             scorer._step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (len(scorer._graphs) == 1) == (use_graphs and count * 20 <= MAX_TOKENS)
 
 
 # Memory
@@ -255,17 +254,17 @@ def test_the_oom_ladder_works_on_a_full_card(demo_folder, room, precision):
     assert np.abs(again.logits - expected).max() <= PRECISIONS[precision]
 
 
-def test_graphs_give_their_memory_back(demo_folder, opened):
-    scorer = opened(demo_folder, "fp16")
-    batches = [random_batch([60] * n, 30000, n, types=True) for n in (2, 9, 30)]
+def test_graphs_give_their_memory_back(demo_folder, opened, monkeypatch):
+    monkeypatch.setenv(GRAPHS_SWITCH, "off")
+    opened(demo_folder, "fp16")
     others = private_segments()
-    for batch in batches * (FIRST_PATIENCE + 1):
-        scorer.score(batch)
-    assert len(scorer._graphs) == 3
+    monkeypatch.delenv(GRAPHS_SWITCH)
+    scorer = opened(demo_folder, "fp16")
+    assert len(scorer._graphs) > 2
     assert private_segments() > others
     scorer.release()
     assert private_segments() == others
-    scorer.score(batches[0])
+    scorer.score(random_batch([60] * 2, 30000, 0, types=True))
     assert len(scorer._graphs) == 0
 
 
@@ -281,11 +280,13 @@ def test_no_memory_for_graphs_is_no_error(demo_folder, opened, room, caplog):
     scorer.use_graphs = False
     expected = scorer.score(batch)
     scorer.use_graphs = True
+    scorer._graphs.clear()
     scorer._graphs._record = _short(scorer._graphs._record, room)
-    for _ in range(FIRST_PATIENCE + 1):
-        np.testing.assert_allclose(scorer.score(batch), expected, rtol=0, atol=PRECISIONS["fp16"])
+    scorer._graphs.prepare()
     assert "No memory for a CUDA graph" in caplog.text
     assert len(scorer._graphs) == 0
+    assert scorer.capture_failed is None
+    np.testing.assert_allclose(scorer.score(batch), expected, rtol=0, atol=PRECISIONS["fp16"])
 
 
 def _short(record, room):

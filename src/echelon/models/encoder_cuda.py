@@ -1,8 +1,8 @@
 """The native encoder on CUDA: packed rows, attention without padding, and few waits.
 
 A step is one copy to the device, the forward pass, and one copy of the logits back; the host waits
-only for the last. Small steps, whose time would be spent on launching kernels, are rounded up to a
-few sizes and replayed as CUDA graphs.
+only for the last, and can begin the next step before it. Small steps, whose time would be spent on
+launching kernels, are rounded up to a few sizes and replayed as CUDA graphs.
 
 Two attention kernels take packed rows. FlashAttention computes in fp16 and bf16 and needs compute
 capability 8.0; the memory-efficient kernel also computes in fp32 and runs on older cards. Both read
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch.nn import functional
 
-from echelon.models.cuda_graphs import (
-    LARGEST,
+from echelon.models.cuda_graphs import CudaGraphs, CudaRecorder, graphs_allowed
+from echelon.models.cuda_steps import (
     CaptureShape,
-    CudaGraphs,
-    CudaRecorder,
+    Card,
+    Ladder,
     StepInputs,
-    bucket_of,
     fill,
+    host_bound_tokens,
     read,
 )
 from echelon.models.device import DTYPES, release_memory, run_step
@@ -52,11 +52,29 @@ if TYPE_CHECKING:
     """The same without a scale → [queries, heads × size]."""
 
 
+LAYER_LAUNCHES, OTHER_LAUNCHES = 8, 12
+"""Kernels of a layer and of all the rest of a pass, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardParts:
+    """What depends on the card."""
+
+    attend: Attention
+    record: Record
+    card: Card
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, width: int) -> CardParts:
+        """Those of a device, for a dtype and a width of heads."""
+        return cls(choose_attention(device, dtype, width), CudaRecorder(device), card_of(device))
+
+
 class CudaScorer:
     """A :class:`~echelon.models.base.Scorer` over packed rows on a CUDA device.
 
-    Tests replace ``attention`` and ``record``; ``use_graphs``, whether small steps run as CUDA
-    graphs, may change between steps.
+    Tests replace ``parts``; ``use_graphs``, whether small steps run as CUDA graphs, may change
+    between steps.
     """
 
     def __init__(
@@ -65,25 +83,33 @@ class CudaScorer:
         weights: Weights,
         device: torch.device,
         precision: str,
-        *,
-        attention: Attention | None = None,
-        record: Record | None = None,
+        parts: CardParts | None = None,
     ) -> None:
         self._architecture = architecture
         self._weights: Weights | None = weights
         self._device = device
         self._dtype = getattr(torch, DTYPES[precision])
-        width = architecture.head_shape[1]
-        self._attend = attention or choose_attention(device, self._dtype, width)
+        parts = parts or CardParts.of(device, self._dtype, architecture.head_shape[1])
+        self._attend = parts.attend
         self._segments = architecture.reads_segments
-        size = LARGEST.size(segments=self._segments)
+        ladder = ladder_for(architecture, parts.card, self._dtype)
+        size = max(shape.size(segments=self._segments) for shape in ladder.shapes())
         self._fixed = torch.zeros(size, dtype=torch.int32, device=device)
         self._graphs = CudaGraphs(
             lambda shape: self._forward(read(self._fixed, shape, segments=self._segments)),
-            record or CudaRecorder(device),
+            parts.record,
+            ladder,
         )
-        self.use_graphs = True
+        self.use_graphs = graphs_allowed()
+        if self.use_graphs:
+            with torch.inference_mode():
+                self._graphs.prepare()
         self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads=0)
+
+    @property
+    def capture_failed(self) -> str | None:
+        """Why a capture failed for another reason than memory; the process should be replaced."""
+        return self._graphs.failed
 
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
@@ -103,13 +129,13 @@ class CudaScorer:
     def _step(self, batch: TokenBatch) -> Tensor:
         """Logits on the device, those of filler pairs after those of the batch."""
         exact = CaptureShape.of(batch)
-        bucket = bucket_of(exact) if self.use_graphs else None
-        if bucket is None:
+        captured = self._graphs.shape_for(exact) if self.use_graphs else None
+        if captured is None:
             block = self._staged(batch, exact).to(self._device, non_blocking=True)
             return self._forward(read(block, exact, segments=self._segments))
-        block = self._staged(batch, bucket)
+        block = self._staged(batch, captured)
         self._fixed.narrow(0, 0, len(block)).copy_(block, non_blocking=True)
-        return self._graphs.run(bucket)
+        return self._graphs.run(captured)
 
     def _staged(self, batch: TokenBatch, shape: CaptureShape) -> Tensor:
         """The step as int32 in pinned host memory, from which the device copies by itself.
@@ -161,6 +187,20 @@ def open_native(
     del threads
     weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
     return CudaScorer(architecture, weights, device, plan.precision)
+
+
+def card_of(device: torch.device) -> Card:
+    """The card's capability and size."""
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.major, properties.multi_processor_count)
+
+
+def ladder_for(architecture: Architecture, card: Card, dtype: torch.dtype) -> Ladder:
+    """The sizes to capture: those for which the host is slower than the card."""
+    launches = LAYER_LAUNCHES * architecture.layers + OTHER_LAUNCHES
+    half = dtype != torch.float32
+    most = host_bound_tokens(card, architecture.flops, launches, half=half)
+    return Ladder(most, architecture.max_tokens)
 
 
 FLASH_CAPABILITY = 8
