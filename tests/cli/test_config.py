@@ -171,6 +171,16 @@ def test_a_profile_knows_its_machine(changes, words):
     assert bool(replace(EPYC, **changes).differences(EPYC)) == bool(words)
 
 
+def test_a_profile_serves_any_card_of_its_kind():
+    measured = ProfileKey("m", "r", "cuda:0", "NVIDIA H200", "fp16", {})
+    assert measured.differences(replace(measured, device="cuda:1")) == []
+    assert measured.differences(replace(measured, device="cpu")) == [
+        "the device was cuda:0, is cpu"
+    ]
+    other = replace(measured, device="cuda:1", device_name="Tesla T4")
+    assert measured.differences(other) == ["the machine was NVIDIA H200, is Tesla T4"]
+
+
 def test_a_profile_of_an_older_version_is_read(fresh):
     content = json.loads(fresh.read_text())
     for name in ("features", "cores", "usable_cpus"):

@@ -12,7 +12,7 @@ from helpers import run_python
 from shim_card.faults import LOST, OUT_OF_MEMORY, Fault, error_of
 from torch.nn import functional
 
-from echelon.models.device import is_out_of_memory
+from echelon.models.faults import is_out_of_memory
 
 ON = torch.device("cuda", 0)
 

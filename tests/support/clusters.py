@@ -19,8 +19,10 @@ from ray.cluster_utils import Cluster
 from services import LetterEncoder, scores, until
 from services import run as run_guarded
 
+from echelon.engine.child import fault_of
 from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
+from echelon.errors import DeviceLost
 from echelon.integrations.ray.scorer_pool import ScorerActor
 from echelon.integrations.ray.serve import NAME, deploy
 from echelon.integrations.ray.worker import RayWorker, WorkerResources
@@ -192,6 +194,13 @@ class Lethal(ScorerActor):
 
     def score(self, window):
         os._exit(1)
+
+
+class Numb(Lethal):
+    """A worker whose device is lost with its first window."""
+
+    def score(self, window):
+        return fault_of(DeviceLost("CUDA error: uncorrectable ECC error encountered"))
 
 
 def serve_at(port: int) -> str:

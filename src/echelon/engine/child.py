@@ -2,7 +2,8 @@
 
 :mod:`echelon.engine.worker` runs it as ``python -m echelon.engine.child DESCRIPTOR``. A thread
 reads ahead, so that the next step is here when the running one ends. When it reads the end, the
-parent has ended, and the process exits at once.
+parent has ended, and the process exits at once. So it does when its device has failed, because
+CUDA would refuse every later step: the parent starts another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from echelon.engine.worker import Channel, Reply
-from echelon.errors import EchelonError
+from echelon.errors import DeviceLost, EchelonError
 from echelon.models.base import DeviceOutOfMemory, Scorer
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ PRIMITIVES = 64
 """Primitives that oneDNN caches in a process started after memory ran out, instead of 1024. It
 compiles code for each number of rows and never frees it, which filled processes until a usual pair
 did not fit. No loss of speed was measured (docs/LOG.md)."""
+
+
+LOST = 75
+"""Exit code of a process whose device failed: EX_TEMPFAIL of sysexits.h, a new one may work."""
 
 
 def main(descriptor: int) -> None:
@@ -79,7 +84,10 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
     while True:
         match pickle.loads(inbox.get()):  # noqa: S301 - from our own parent
             case ("score", batch):
-                channel.send(score_step(scorer, batch))
+                reply = score_step(scorer, batch)
+                channel.send(reply)
+                if reply[0] == "lost":
+                    os._exit(LOST)  # a usual exit would wait for the device
             case ("release",):
                 scorer.release()
             case ("stop",):
@@ -103,6 +111,8 @@ def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
 def fault_of(error: Exception) -> Reply:
     """An error that can be pickled: ours as it is, others as text; the log has the traceback."""
     traceback.print_exception(error)
+    if isinstance(error, DeviceLost):
+        return "lost", error.problem, 0.0, resident_bytes()
     words = f"{type(error).__name__}: {error}"
     return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
 

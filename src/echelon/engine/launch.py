@@ -15,6 +15,7 @@ from echelon.engine.score_cache import ScoreCache
 from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.models.cards import place
 from echelon.models.device import processor_of, usable_cpus
 from echelon.models.hub import fingerprint, resolve
 from echelon.models.registry import (
@@ -185,7 +186,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
 
     Args:
         model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
-        workers: processes that score: one for each GPU, or several that share the CPU's cores.
+        workers: processes that score. They take the cards in turn, or share the CPU's cores.
         bounds: limits of admission.
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: seconds without an answer before a worker is killed, at the earliest.
@@ -251,14 +252,9 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
 def _worker(
     prepared: PreparedModel, workers: int, number: int, ended: Callable[[], None]
 ) -> ChildWorker:
-    device = device_of(prepared.options.device, number, workers)
-    opener = prepared.opener(device, threads_of(prepared.options.threads, workers))
-    return ChildWorker(opener, f"worker {number}", on_end=ended)
-
-
-def device_of(device: str, number: int, workers: int) -> str:
-    """One GPU for each worker, where ``cuda`` is asked for without a number."""
-    return f"cuda:{number}" if device == "cuda" and workers > 1 else device
+    placed = place(prepared.options.device, number)
+    opener = prepared.opener(placed.device, threads_of(prepared.options.threads, workers))
+    return ChildWorker(opener, f"worker {number}", on_end=ended, environment=placed.environment)
 
 
 def threads_of(threads: int | None, workers: int) -> int | None:

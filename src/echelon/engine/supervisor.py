@@ -107,6 +107,7 @@ class WorkerSupervisor(threading.Thread):
                 self._down("failed", f"{type(error).__name__}: {error}. This is a bug.")
         self.up = False
         self._worker.stop()
+        self._dispatcher.report_down(self.number)
         self._dispatcher.put_back(self._take_back())
         self._change("stopped")
 
@@ -190,8 +191,11 @@ class WorkerSupervisor(threading.Thread):
         self.up, self.trouble = False, why
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
-        give_back = self._dispatcher.lost if blamed else self._dispatcher.put_back
-        give_back(self._take_back())
+        self._dispatcher.report_down(self.number)
+        if blamed:
+            self._dispatcher.lost(self._take_back(), self.number)
+        else:
+            self._dispatcher.put_back(self._take_back())
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._dispatcher.report_health(self.number, why)
 
@@ -233,7 +237,7 @@ class WorkerSupervisor(threading.Thread):
 
     def _fetch(self) -> bool:
         """Wait for a step and send it; False if something else comes first."""
-        prepared = self._dispatcher.take(lambda: self._over() or self._worker.wait(0))
+        prepared = self._dispatcher.take(lambda: self._over() or self._worker.wait(0), self.number)
         if prepared is not None:
             self._send(prepared)
         return prepared is not None
@@ -243,7 +247,7 @@ class WorkerSupervisor(threading.Thread):
         running, sent = self._sent[0]
         left = sent + running.step.predicted_s - LEAD_S - self._dispatcher.clock()
         if len(self._sent) == 1 and not self._worker.wait(left):
-            prepared = self._dispatcher.take()
+            prepared = self._dispatcher.take(worker=self.number)
             if prepared is not None:
                 self._send(prepared)
 

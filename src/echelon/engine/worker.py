@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, WorkerWedged
+from echelon.models.base import (
+    DeviceOutOfMemory,
+    Scorer,
+    WorkerDied,
+    WorkerLostDevice,
+    WorkerWedged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +147,8 @@ class Worker(Protocol):
 class ChildWorker:
     """A scorer that ``opener`` opens in a child process.
 
-    ``on_end`` is called from another thread each time a child has ended.
+    ``on_end`` is called from another thread each time a child has ended; ``environment`` holds
+    variables that it gets besides those of this process.
     """
 
     renewable = True
@@ -152,9 +159,11 @@ class ChildWorker:
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
         on_end: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self._opener = opener
+        self._environment = environment or {}
         self._start_timeout_s = start_timeout_s
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -176,7 +185,7 @@ class ChildWorker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._channel = Channel(ours)
-            self._process = _spawn(theirs.fileno())
+            self._process = _spawn(theirs.fileno(), self._environment)
         threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         try:
             return self._hello(precision, sparing=sparing)
@@ -217,6 +226,7 @@ class ChildWorker:
             DeviceOutOfMemory: the step did not fit; the worker can be used again.
             EchelonError: what the scorer raised; the worker can be used again.
             WorkerDied: the child has ended.
+            WorkerLostDevice: its device failed, and it has ended.
             WorkerWedged: no answer in time; the child was killed.
         """
         if not self.wait(timeout_s):
@@ -303,6 +313,8 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
     kind, what, seconds, resident = reply
     if kind == "memory":
         raise DeviceOutOfMemory(what)
+    if kind == "lost":
+        raise WorkerLostDevice(f"its device failed ({(what.splitlines() or ['?'])[0]})")
     if kind == "fault" and isinstance(what, EchelonError):
         raise what
     if kind == "fault":
@@ -312,7 +324,7 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
     return what, seconds, resident
 
 
-def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
+def _spawn(descriptor: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a fresh interpreter: a fork would copy the locks of our threads."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -321,5 +333,5 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **environment, "PYTHONPATH": path},
     )

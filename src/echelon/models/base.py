@@ -35,6 +35,10 @@ class WorkerGone(WorkerDied):
     """The worker's machine has failed or cannot be reached; no step is the cause."""
 
 
+class WorkerLostDevice(WorkerDied):
+    """The worker's device failed, and its process ended; a step or the device is the cause."""
+
+
 class WorkerWedged(WorkerDied):
     """The worker process gave no answer in time and was killed."""
 

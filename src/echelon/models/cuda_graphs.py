@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echelon.errors import InvalidInput
-from echelon.models.device import is_out_of_memory
+from echelon.models.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

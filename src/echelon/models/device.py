@@ -1,4 +1,4 @@
-"""The machine as torch sees it: devices, precisions, threads, memory and its errors.
+"""The machine as torch sees it: devices, precisions, threads and memory.
 
 On CPU freed memory stays in the process for the next step until it is needed elsewhere. Without
 that, glibc returns the end of its heap after every layer and takes it again page by page: up to
@@ -8,18 +8,17 @@ that, glibc returns the end of its heap after every layer and takes it again pag
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import platform
-import re
 import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from echelon.errors import InvalidInput, MissingDependency
+from echelon.errors import DeviceLost, InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
+from echelon.models.faults import kind_of
 from echelon.profile import FEATURES
 
 if TYPE_CHECKING:
@@ -34,28 +33,6 @@ T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
 """dtype of the activations; under int8 they are bf16."""
-
-MEMORY_ERRORS = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
-    r"|std::bad_alloc"
-    r"|CUDA out of memory"
-    r"|CUDA error: out of memory"
-    r"|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|CUDNN_STATUS_ALLOC_FAILED"
-    r"|could not create a memory object"
-    r"|unable to mmap \d+ bytes from file .*: Cannot allocate memory"
-)
-"""Messages of torch, its allocators and oneDNN for memory that could not be allocated. Any other
-RuntimeError is a real fault and must not be taken for one."""
-
-UNCLEAR_ERRORS = re.compile(r"could not create a primitive$")
-"""oneDNN's message for every failure, also when the code that it compiles for a new shape finds no
-memory; it counts only while memory is short."""
-
-SHORT_BYTES = 64 * 2**20
-"""Memory is short when this much cannot be allocated; at most 20 MB were left when compiling
-failed."""
-
 
 SPINS = "3000"
 """How often a waiting OpenMP thread polls before it sleeps, some tens of microseconds. By default
@@ -256,40 +233,22 @@ def _cpuinfo(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory could not be allocated."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if MEMORY_ERRORS.search(str(error)):
-        return True
-    return UNCLEAR_ERRORS.search(str(error)) is not None and _memory_is_short()
-
-
-def _memory_is_short() -> bool:
-    """Whether the system refuses a block of :data:`SHORT_BYTES` now."""
-    try:
-        mmap.mmap(-1, SHORT_BYTES).close()
-    except OSError:
-        return True
-    return False
-
-
 def release_memory(device: torch.device) -> None:
     """Return freed blocks to the device: from CUDA's allocator or the C library's."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
+    if device.type != "cuda":
         give_back()
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if kind_of(error) != "lost":  # else the next step says it, and a closed scorer has none
+            raise
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and return its logits as float32 on the host."""
+    """Run a forward pass and return its logits as float32 on the host; see :func:`guarded`."""
 
     def computed() -> FloatArray:
         logits: FloatArray = forward().float().cpu().numpy()
@@ -299,20 +258,25 @@ def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
 
 
 def guarded(work: Callable[[], T]) -> T:
-    """Work of a model without gradients; :class:`DeviceOutOfMemory` if memory ran out in it."""
+    """Work of a model, without gradients.
+
+    Raises:
+        DeviceOutOfMemory: it did not fit.
+        DeviceLost: the device failed, and with it this process.
+    """
     import torch
 
     try:
         with torch.inference_mode():
             done = work()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        kind, failed = kind_of(error), str(error)
+        if kind == "other":
             raise
-        failed = str(error)
     else:
         return done
     # Raised out here so that no traceback keeps the failed step's tensors alive.
-    raise DeviceOutOfMemory(failed)
+    raise DeviceOutOfMemory(failed) if kind == "memory" else DeviceLost(failed)
 
 
 def list_gpus() -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput, OutOfMemory
+from echelon.errors import DeviceLost, InvalidInput, OutOfMemory
 from echelon.models.architecture import (
     LayerPlan,
     check_tokens,
@@ -21,13 +21,13 @@ from echelon.models.device import (
     choose_device,
     choose_precision,
     has_torch,
-    is_out_of_memory,
     keep_freed,
     require_torch,
     set_threads,
     usable_cpus,
 )
 from echelon.models.families import FAMILIES, native_model
+from echelon.models.faults import kind_of
 from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 from echelon.models.onnx_file import table_rows
 from echelon.models.prompts import prompt_of
@@ -60,6 +60,7 @@ def open_scorer(
         ModelError: the model does not exist, is damaged, or of an unsupported kind.
         InvalidInput: the device does not exist, or a label must be chosen.
         OutOfMemory: the weights do not fit.
+        DeviceLost: the device failed.
     """
     graph = graph_to_use(folder)
     if graph is not None:
@@ -81,8 +82,11 @@ def open_scorer(
             return native.open(chosen, plan, used, chosen_label)
         return _open_generic(folder, config, chosen, plan, used, chosen_label)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        kind = kind_of(error)
+        if kind == "other":
             raise
+        if kind == "lost":
+            raise DeviceLost(str(error)) from error
         reason = (str(error) or "out of memory").splitlines()[0]
     need = (
         "" if native is None else f", which take {native.weights_bytes(precision) / 2**30:.3g} GiB,"

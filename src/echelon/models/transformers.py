@@ -26,7 +26,8 @@ from echelon.models.base import (
     probe_step,
 )
 from echelon.models.checkpoint import AGAIN, Checkpoint, wrong_shape
-from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
+from echelon.models.device import DTYPES, device_name, release_memory, run_step
+from echelon.models.faults import is_out_of_memory, kind_of
 from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class GenericScorer:
             with torch.inference_mode():
                 logits = self._logits(step)
         except Exception as error:  # a model of another kind raises any kind of error
-            if is_out_of_memory(error):
+            if kind_of(error) != "other":
                 raise
             raise UnsupportedModel(
                 f"{folder}: it cannot score a pair ({first_line(error)}). Use a cross-encoder."

@@ -19,7 +19,14 @@ from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
 from echelon.engine.worker import START_TIMEOUT_S, unpack
 from echelon.errors import EchelonError, WorkerLost, check_positive
-from echelon.integrations.ray.worker import CALL_RETRIES, WorkerResources, loss_of, place_of
+from echelon.integrations.ray.worker import (
+    CALL_RETRIES,
+    WorkerResources,
+    device_there,
+    loss_of,
+    place_of,
+)
+from echelon.models.base import WorkerDied
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
@@ -48,7 +55,7 @@ class PoolRequest:
 
     workers: int | None = None  # number of workers; None is as many as the cluster has room for
     cpus: float | None = None  # CPUs of each; None is the threads of the forward pass
-    gpus: float = 0.0  # GPUs of each
+    gpus: float | None = None  # GPUs of each; None is one where the cluster has any
 
     def __post_init__(self) -> None:
         check_positive("Give 1 or more.", **{"--workers": self.workers})
@@ -140,10 +147,12 @@ class RayScorerPool:
         request = request or PoolRequest()
         chosen, _ = with_profile(options)
         threads = chosen.threads or usable_cpus()
-        cpus = request.cpus or (1.0 if request.gpus else threads)
-        self._resources = WorkerResources(cpus, request.gpus)
+        wanted = WorkerResources(request.cpus or threads, request.gpus).on_cluster(chosen.device)
+        beside = request.cpus is None and wanted.gpus  # a GPU: its CPUs only tokenize
+        self._resources = replace(wanted, cpus=1.0) if beside else wanted
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
-        alone = replace(chosen, profile=None, score_cache=None)
+        device = device_there(chosen.device, wanted.gpus)
+        alone = replace(chosen, device=device, profile=None, score_cache=None)
         self._options = replace(alone, threads=threads, revision=revision)
         self._steps = steps
         self._pending: dict[Any, tuple[_PoolWorker, int | None]] = {}
@@ -220,7 +229,7 @@ class RayScorerPool:
         if not ready:
             raise WorkerLost(
                 f"No worker answered for {START_TIMEOUT_S:g} s. Each needs a machine with "
-                f"{self._resources.cpus:g} CPUs and {self._resources.gpus:g} GPUs: is there one?"
+                f"{self._resources}: is there one?"
             )
         for ref in ready:
             worker, number = self._pending.pop(ref)
@@ -238,6 +247,9 @@ class RayScorerPool:
         worker.windows.remove(number)
         try:
             self._done[number] = unpack(reply)[0]
+        except WorkerDied as error:
+            worker.windows.insert(0, number)
+            self._replace(worker, number, error)
         except EchelonError as error:
             self._done[number] = error
 
@@ -245,6 +257,9 @@ class RayScorerPool:
         """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
             (steps, machine), _, _ = unpack(reply)
+        except WorkerDied as error:
+            self._replace(worker, None, error)
+            return
         except EchelonError as error:
             self._workers.remove(worker)
             ray.kill(worker.actor)
@@ -255,7 +270,7 @@ class RayScorerPool:
         self._steps = self._steps or steps
         worker.machine = machine
 
-    def _replace(self, worker: _PoolWorker, number: int | None, error: RayError) -> None:
+    def _replace(self, worker: _PoolWorker, number: int | None, error: Exception) -> None:
         """Give a lost worker's windows to others, and start another worker."""
         why, blame = loss_of(worker.machine, error)
         logger.warning("A worker is lost: %s", why)
@@ -273,8 +288,7 @@ class RayScorerPool:
         self._start_worker()
 
     def _start_worker(self) -> None:
-        needs = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
-        worker = _PoolWorker(_ACTOR.options(**needs).remote())
+        worker = _PoolWorker(_ACTOR.options(**self._resources.needs).remote())
         self._workers.append(worker)
         ref = worker.actor.open.remote(self._model, self._options, self._steps)
         self._pending[ref] = worker, None
@@ -283,7 +297,7 @@ class RayScorerPool:
 def _free_workers(resources: WorkerResources) -> int:
     """Workers for which the cluster has room now, at least one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = {"CPU": resources.cpus, "GPU": resources.gpus}
+    needs = {"CPU": resources.cpus, "GPU": resources.gpus or 0.0}
     fits = [
         min(int(node.get(kind, 0) // need) for kind, need in needs.items() if need)
         for node in nodes

@@ -15,7 +15,7 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -86,16 +86,16 @@ def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, s
 
 
 def factory_of(
-    prepared: PreparedModel, model: str | os.PathLike[str], cpus: float
+    prepared: PreparedModel, model: str | os.PathLike[str], resources: WorkerResources
 ) -> RemoteScorerFactory:
-    """The factory that opens a prepared model on a worker with a number of CPUs."""
+    """The factory that opens a prepared model on a worker with these resources."""
     options = prepared.options
     name, revision = place_of(prepared.folder, model)
     return RemoteScorerFactory(
         model=name,
         revision=revision,
-        device=options.device,
-        threads=options.threads or max(1, int(cpus)),
+        device=device_there(options.device, resources.gpus),
+        threads=options.threads or max(1, int(resources.cpus)),
         label=options.label,
         keep_bf16=tuple(prepared.keep_bf16),
     )
@@ -106,13 +106,41 @@ class WorkerResources:
     """CPUs, as Ray counts them, and GPUs of one worker; a fraction lets workers share a GPU."""
 
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None  # None is one, where the cluster has any
 
     def __post_init__(self) -> None:
         check_positive(worker_cpus=self.cpus)
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+        gpus = self.gpus or 0.0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             remedy = "Give 0, a fraction of 1, or a number."
             raise InvalidInput("worker_gpus", f"{self.gpus} is not possible", remedy)
+
+    def on_cluster(self, device: str) -> WorkerResources:
+        """The same with a number of GPUs.
+
+        Without a GPU of its own Ray would show a worker all GPUs of its machine, and all workers
+        would take the first.
+        """
+        if self.gpus is not None:
+            return self
+        nodes = ray.nodes() if device != "cpu" else []
+        some = any(node["Alive"] and node["Resources"].get("GPU") for node in nodes)
+        return replace(self, gpus=float(some))
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray reserves for a worker, by its own names."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus or 0.0}
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus or 0.0:g} GPUs"
+
+
+def device_there(device: str, gpus: float | None) -> str:
+    """The ``device`` option of a worker, to which Ray shows its own GPUs only, from number 0."""
+    if gpus:
+        return "cuda" if device.startswith("cuda:") else device
+    return "cpu" if device == "auto" else device
 
 
 class RemoteScorer:
@@ -177,8 +205,7 @@ class RayWorker:
         self._killed = False
         self._sent.clear()
         self._machine = None
-        needs = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
-        self._actor = _ACTOR.options(**needs).remote()
+        self._actor = _ACTOR.options(**self.resources.needs).remote()
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
         opening = self._actor.open.remote(self.factory, precision, sparing=sparing)
@@ -195,9 +222,8 @@ class RayWorker:
             if self._killed:  # Ray does not report an actor killed before it was placed
                 raise WorkerDied(f"{self.name} was stopped")
             if monotonic() >= end:
-                needs = f"{self.resources.cpus:g} CPUs and {self.resources.gpus:g} GPUs"
                 late = f"is not up after {self.start_timeout_s:g} s"
-                raise self._wedged(f"{late}; it needs a machine with {needs}")
+                raise self._wedged(f"{late}; it needs a machine with {self.resources}")
         found: ModelInfo
         (found, self._machine, self.pid), _, _ = unpack(self._reply())
         return found
