@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.utils._device
 
 from shim_card import graphs, machine
 from shim_card.dispatch import register
@@ -235,6 +236,8 @@ def cards(here: Machine | None = None, **settings: Any) -> Iterator[Machine]:
     """Let torch see the cards of a machine; ``settings`` make a :class:`Machine`."""
     here = here or Machine(**settings)
     register()
+    # Torch keeps the first answer, which must hold its own functions, not those put in their place.
+    torch.utils._device._device_constructors()
     with contextlib.ExitStack() as stack:
         machine.install(here)
         stack.callback(machine.remove, here)
