@@ -10,6 +10,7 @@ import shim_card
 import torch
 from helpers import random_batch, reference_logits, vocabulary_of
 
+from echelon import Reranker
 from echelon.models import base
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.cuda_scorer import CardStep, CudaScorer
@@ -84,6 +85,35 @@ def test_logits_that_stay_where_the_next_step_writes_are_noticed(opened, monkeyp
     monkeypatch.setattr(CardStep, "__init__", later)
     monkeypatch.setattr(CardStep, "_wait", lambda self: self._place.cpu().numpy())
     assert worst([scorer.start(batches[i]) for i in ALIKE], [expected[i] for i in ALIKE]) > 1e-3
+
+
+def test_the_engine_begins_a_step_while_the_one_before_it_runs(toy, monkeypatch):
+    """All of a call's steps, in their order, never more than two of them at once."""
+    log = []
+    for name in ("start", "result"):
+        owner = CudaScorer if name == "start" else CardStep
+        kept = getattr(owner, name)
+        monkeypatch.setattr(owner, name, logged(log, name, kept))
+    pairs = [("where is it", word * 20) for word in ("here ", "there ", "nowhere ", "far ")]
+    with Reranker(toy("bert"), device="cpu", precision="fp32", threads=1) as exact:
+        expected = exact.score_pairs(pairs).logits
+    with (
+        shim_card.cards(deferred=True),
+        Reranker(toy("bert"), device="cuda", precision="fp32") as reranker,
+    ):
+        found = reranker.score_pairs(pairs, token_budget=16).logits
+    assert log == ["start", *["start", "result"] * 3, "result"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def logged(log, name, kept):
+    """A method that writes down its calls."""
+
+    def call(*arguments):
+        log.append(name)
+        return kept(*arguments)
+
+    return call
 
 
 def test_a_step_without_memory_says_so_and_the_one_before_it_ends_well(opened):
