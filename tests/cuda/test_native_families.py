@@ -10,6 +10,7 @@ from helpers import SENTENCES
 from native_models import ENCODERS, FAMILIES
 
 from echelon import Reranker
+from echelon.models import card_kernels
 
 PRECISIONS = {"fp32": 1e-4, "fp16": 0.03, "bf16": 0.3}
 """And how far a logit of a toy model may be from transformers' in fp32."""
@@ -41,7 +42,26 @@ def test_scores_are_the_references(native, opened, family, capability, precision
         if machine is not None:
             half_on_new = capability >= (8, 0) and precision != "fp32"
             flash = "aten._flash_attention_forward.default" in machine.counts("launch")
-            assert flash == (half_on_new and family in (*ENCODERS, "jina-v2"))
+            assert flash == (half_on_new and family in (*ENCODERS, "jina-v2", "modernbert"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operators_of_ours_are_used_where_triton_compiles_and_score_alike(
+    native, opened, monkeypatch, family
+):
+    """On a card made of shims they run as their forms on CPU."""
+    monkeypatch.setattr(card_kernels, "missing", lambda device: None)
+    toy = native(family)
+    batches = [toy.batch(lengths, 1) for lengths in MIXES]
+    with shim_card.cards() as machine:
+        scorer = opened(toy.folder, "fp16")
+        found = [scorer.score(batch) for batch in batches]
+        used = {name for name in machine.counts("launch") if name.startswith("echelon")}
+    norm = "add_norm" if family in (*ENCODERS, "jina-v2") else "accumulate_norm"
+    others = set() if norm == "add_norm" else {"gate", "turn"}
+    assert used == {f"echelon.{name}.default" for name in {norm, *others}}
+    for batch, scores in zip(batches, found, strict=True):
+        np.testing.assert_allclose(scores, toy.reference(batch), rtol=0, atol=PRECISIONS["fp16"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

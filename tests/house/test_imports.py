@@ -23,6 +23,7 @@ NEEDS_TORCH = {
     "echelon.models.gated",
     "echelon.models.loading",
     "echelon.models.local_attention",
+    "echelon.models.modernbert_cuda",
     "echelon.models.modernbert_encoder",
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",

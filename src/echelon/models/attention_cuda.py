@@ -50,9 +50,18 @@ class Spans:
 
 def choose_attention(device: torch.device, dtype: torch.dtype, size: int) -> Attention:
     """The fastest attention of a card for a dtype and a width of heads."""
+    return attention_with(_kernel_of(device, dtype, size))
+
+
+def sees_windows(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether a card's attention can be limited by :attr:`Spans.reach`."""
+    return _kernel_of(device, dtype, size) in {flash, flash_by_public_name}
+
+
+def _kernel_of(device: torch.device, dtype: torch.dtype, size: int) -> Kernel:
     major, _ = torch.cuda.get_device_capability(device)
     built = torch.backends.cuda.is_flash_attention_available()
-    return attention_with(choose_kernel(major if built else 0, dtype, size))
+    return choose_kernel(major if built else 0, dtype, size)
 
 
 def choose_kernel(major: int, dtype: torch.dtype, size: int) -> Kernel:

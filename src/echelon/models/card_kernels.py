@@ -53,6 +53,33 @@ def has_card_kernels(rows: Tensor) -> bool:
     return rows.device.type == "cuda" and missing(rows.device) is None
 
 
+def norm_of_sum(
+    total: Tensor, product: Tensor, norm: tuple[Tensor, Tensor | None, float], *, centred: bool
+) -> Tensor:
+    """Add a product to ``total``, in place, and return the norm of that in the product's dtype.
+
+    ``norm`` is weight, bias and epsilon; LayerNorm if ``centred``, else RMSNorm.
+    """
+    if has_card_kernels(total):
+        normed: Tensor = torch.ops.echelon.accumulate_norm(total, product, *norm, centred)
+        return normed
+    weight, bias, epsilon = norm
+    total += product
+    if centred:
+        return functional.layer_norm(total, weight.shape, weight, bias, epsilon).to(product.dtype)
+    return functional.rms_norm(total, weight.shape, weight, epsilon).to(product.dtype)
+
+
+def turned(
+    heads: Tensor, tables: tuple[Tensor, Tensor], weight: Tensor | None = None, epsilon: float = 0.0
+) -> Tensor:
+    """[rows, heads, size], normalised if there is a weight, at the positions of ``tables``."""
+    if has_card_kernels(heads):
+        found: Tensor = torch.ops.echelon.turn(heads, *tables, weight, epsilon)
+        return found
+    return _turn(heads, *tables, weight, epsilon)
+
+
 CLOSE = 1e-2  # far less than a wrong kernel differs, far more than fp16 rounds
 
 

@@ -18,10 +18,12 @@ import torch
 from torch.nn import functional
 
 from echelon.models.base import MIN_ROWS
+from echelon.models.card_kernels import has_card_kernels, norm_of_sum, turned
 from echelon.models.causal_attention import CausalAttention, KeysAndValues
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.decoder_weights import load_weights
 from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.gated import gated
 from echelon.models.layers import BLOCK, Rows, materialize
 from echelon.models.loading import native_info
 from echelon.models.prefix_cache import PrefixCache
@@ -148,8 +150,10 @@ class _DecoderStep:
         Keys and values of prefixes are taken from ``cached`` and appended to ``kept``, layer by
         layer, where these are not None.
         """
+        product = None  # of the layer before, not yet added to the rows
         for index, layer in enumerate(layers):
-            query, own = self._project(layer, _normed(layer.attention_norm, rows, self._dtype))
+            normed = _after(rows, product, layer.attention_norm, self._dtype)
+            query, own = self._project(layer, normed)
             past = [None if prefix is None else prefix.layers[index] for prefix in cached]
             beginnings = self._attention.beginnings(own, past)
             for beginning, copies in zip(beginnings, kept, strict=True):
@@ -160,9 +164,10 @@ class _DecoderStep:
             else:
                 rows = rows[self._lasts]
                 mixed = self._attention.attend_last(query, own, beginnings)
-            rows += materialize(layer.attention_out(Rows(mixed)))
-            rows += _feed_forward(layer, _normed(layer.feed_forward_norm, rows, self._dtype))
-        return rows
+            product = materialize(layer.attention_out(Rows(mixed)))
+            normed = _after(rows, product, layer.feed_forward_norm, self._dtype)
+            product = _feed_forward(layer, normed)
+        return rows if product is None else rows.add_(product)
 
     def _project(self, layer: DecoderLayer, rows: Tensor) -> tuple[Tensor, KeysAndValues]:
         """Queries [rows, heads, size], and keys and values, at their positions."""
@@ -194,23 +199,34 @@ def _by_blocks(rows: Tensor, dtype: torch.dtype, function: Callable[[slice], Ten
     return out
 
 
-def _normed(norm: RmsNorm, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _after(rows: Tensor, product: Tensor | None, norm: RmsNorm, dtype: torch.dtype) -> Tensor:
+    """Add a product to the rows, in place, and normalise them in ``dtype``."""
+    if product is not None and has_card_kernels(rows):
+        return norm_of_sum(rows, product, (norm.weight, None, norm.epsilon), centred=False)
+    if product is not None:
+        rows += product
     return _by_blocks(rows, dtype, lambda part: norm(rows[part]))
 
 
 def _turned(heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys, normalised if the model does, and at their positions; computed in fp32."""
+    if has_card_kernels(heads):
+        weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
+        return turned(heads, turn, weight, epsilon)
 
-    def turned(part: slice) -> Tensor:
+    def of_rows(part: slice) -> Tensor:
         wide = heads[part].float()
         return rotate(wide if norm is None else norm(wide), *(table[part] for table in turn))
 
-    return _by_blocks(heads, heads.dtype, turned)
+    return _by_blocks(heads, heads.dtype, of_rows)
 
 
 def _feed_forward(layer: DecoderLayer, rows: Tensor) -> Tensor:
     """SwiGLU: the gate's SiLU times ``up``, then down."""
-    gate, up = materialize(layer.gate_up(Rows(rows))).chunk(2, 1)
+    both = materialize(layer.gate_up(Rows(rows)))
+    if has_card_kernels(both):
+        return materialize(layer.down(Rows(gated(both, "silu"))))
+    gate, up = both.chunk(2, 1)
     mixed = _by_blocks(up, up.dtype, lambda part: functional.silu(gate[part]).mul_(up[part]))
     return materialize(layer.down(Rows(mixed)))
 

@@ -101,6 +101,7 @@ FAMILIES = (
         ("modernbert",),
         modernbert.read,
         "modernbert_encoder",
+        "modernbert_cuda",
         known=(
             "Alibaba-NLP/gte-reranker-modernbert-base",
             "ibm-granite/granite-embedding-reranker-english-r2",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import functional
 
+from echelon.models.card_kernels import GATES, has_card_kernels
 from echelon.models.layers import ACTIVATIONS, Rows, materialize
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ class GatedFeedForward:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[rows, hidden] → [rows, hidden]."""
-        active, gate = materialize(self.up(Rows(rows))).chunk(2, -1)
-        mixed = ACTIVATIONS[self.activation].function(active).mul_(gate)
-        return materialize(self.down(Rows(mixed)))
+        return materialize(
+            self.down(Rows(gated(materialize(self.up(Rows(rows))), self.activation)))
+        )
+
+
+def gated(both: Tensor, activation: str) -> Tensor:
+    """The activation of the first half of each row times its second half."""
+    used = ACTIVATIONS[activation]
+    if used.code in GATES and has_card_kernels(both):
+        found: Tensor = torch.ops.echelon.gate(both, used.code)
+        return found
+    active, gate = both.chunk(2, -1)
+    return used.function(active).mul_(gate)

@@ -198,10 +198,21 @@ def open_native(
     label: int,
 ) -> Scorer:
     """Open a model; ``label`` is the index of the head's output that is the score."""
+    weights = load_weights(folder, architecture, device, plan, label)
+    return ModernBertScorer(architecture, weights, device, plan, threads)
+
+
+def load_weights(
+    folder: Path,
+    architecture: ModernBertArchitecture,
+    device: torch.device,
+    plan: LayerPlan,
+    label: int,
+) -> ModernBertWeights:
+    """Load a model; arguments as of :func:`open_native`."""
     with torch.inference_mode():
         loader = _ModernBertLoader(Checkpoint(folder), architecture, device, plan)
-        weights = loader.weights(folder, label)
-    return ModernBertScorer(architecture, weights, device, plan, threads)
+        return loader.weights(folder, label)
 
 
 class _ModernBertLoader(WeightLoader):

@@ -81,6 +81,13 @@ def _is_composite(func: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
+@cache
+def _gives_back(func: Any) -> bool:
+    """Whether an operator returns a tensor that it was given to change, or nothing."""
+    returns = func._schema.returns
+    return func._schema.is_mutable and all(one.alias_info is not None for one in returns)
+
+
 def _is_written_in_python(custom: Any) -> bool:
     """Whether an operator is one of ``torch.library.custom_op`` for every device."""
     return not [key for key in custom._backend_fns if key is not None]
@@ -122,7 +129,7 @@ def _launch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], card: Card
     kernel = kernel_of(func, card)
     if not current_machine().deferred and stream.tape is None:
         return _run_now(func, kernel, args, kwargs, card)
-    made = None if func._schema.is_mutable else blank(_shapes(func, args, kwargs), card)
+    made = None if _gives_back(func) else blank(_shapes(func, args, kwargs), card)
     targets = tree_leaves(made)
     if func in NO_LAUNCH:
         return made
@@ -146,7 +153,7 @@ def _run_now(
 ) -> Any:
     with torch.inference_mode():
         found = kernel(*held(args), **held(_on_cpu(kwargs)))
-    if func._schema.is_mutable:
+    if _gives_back(func):
         made = _changed(args, kwargs)
     elif _leaves_the_card(kwargs):
         return found

@@ -169,8 +169,11 @@ REFUSALS: dict[Any, Callable[[Card, dict[str, Any]], None]] = {
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, limits: Any, *, scale: float | None,
-            causal: bool = False) -> Tensor:  # fmt: skip
-    """Attention of packed rows, pair by pair, summed in fp32; rows of no pair stay unwritten."""
+            causal: bool = False, window: tuple[int, int] = (-1, -1)) -> Tensor:  # fmt: skip
+    """Attention of packed rows, pair by pair, summed in fp32; rows of no pair stay unwritten.
+
+    A pair's last query and its last key are at one place; ``window`` is how far a query sees.
+    """
     queries, keys, max_queries, max_keys = limits
     out = torch.full_like(query, torch.nan, memory_format=torch.contiguous_format)
     first, seen = queries.tolist(), keys.tolist()
@@ -192,6 +195,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, limits: Any, *, scale: fl
         if causal:
             hidden = torch.ones(weights.shape[-2:], dtype=torch.bool)
             weights.masked_fill_(hidden.triu(1 + k.shape[1] - q.shape[1]), float("-inf"))
+        place = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        away = torch.arange(k.shape[1]) - place
+        for limit, beyond in zip(window, (-away, away), strict=True):
+            if limit >= 0:
+                weights.masked_fill_(beyond > limit, float("-inf"))
         out[rows] = (weights.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
     return out
 
@@ -207,6 +215,8 @@ def _run_flash(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     query = given["query"]
     limits = [given[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")]
     options = {"scale": given.get("scale"), "causal": given["is_causal"]}
+    sides = (given.get(f"window_size_{side}") for side in ("left", "right"))
+    options["window"] = tuple(-1 if side is None else side for side in sides)
     mixed = _attend(query, given["key"], given["value"], limits, **options)
     logsumexp = torch.zeros(query.shape[1], query.shape[0])
     state = torch.zeros(2, dtype=torch.uint64)
