@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -20,17 +21,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from echelon.models import card_kernels
+from echelon.models import card_kernels, modernbert_encoder
 from echelon.models.architecture import Architecture, LayerPlan
-from echelon.models.attention_cuda import attention_with, choose_kernel
+from echelon.models.attention_cuda import FLASH_CAPABILITY, attention_with, choose_kernel
 from echelon.models.cuda_steps import CaptureShape, read
 from echelon.models.encoder import load_weights
 from echelon.models.encoder_cuda import EncoderPass
+from echelon.models.modernbert import ModernBertArchitecture
+from echelon.models.modernbert_cuda import ModernBertPass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from echelon.models.attention_cuda import Attention
+    from echelon.models.cuda_steps import StepInputs
 
 CUDA = torch.device("cuda", 0)
 TOKENS, LENGTH = 8192, 128
@@ -99,10 +105,21 @@ class FakeCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model's shape, and what a pass of it costs."""
+    """A model's shape."""
 
     name: str
-    architecture: Architecture
+    architecture: Architecture | ModernBertArchitecture
+
+    def forward(self, layers: int, attend: Attention) -> Callable[[StepInputs], Tensor]:
+        """The pass of a model with so many layers, in fp16."""
+        shape, plan = replace(self.architecture, layers=layers), LayerPlan("fp16")
+        if isinstance(shape, Architecture):
+            weights = load_weights(FakeCheckpoint(), shape, CUDA, plan, 0)
+            return EncoderPass(weights, attend, "fp16")
+        shape = replace(shape, local=(True,) * (layers - 1) + (False,))
+        with patch.object(modernbert_encoder, "Checkpoint", lambda _: FakeCheckpoint()):
+            loaded = modernbert_encoder.load_weights(Path(), shape, CUDA, plan, 0)
+        return ModernBertPass(shape, loaded, attend, "fp16")
 
 
 def bert_like(name: str, kind: str, layers: int, heads: int, size: int) -> Model:
@@ -117,7 +134,14 @@ def bert_like(name: str, kind: str, layers: int, heads: int, size: int) -> Model
 
 XLM_R_LARGE = bert_like("XLM-R-large", "xlm-roberta", 24, 16, 64)
 MINILM = bert_like("MiniLM-L6", "bert", 6, 12, 32)
-MODELS = (XLM_R_LARGE, MINILM)
+MODERNBERT = Model(
+    "ModernBERT-base",
+    ModernBertArchitecture(
+        *("modernbert", 50_368, 768, 22, 12, 1152, 8192, 50_283, ("LABEL_0",), "gelu", 1e-5),
+        *(False, False, False, (), 64, (160_000.0, 10_000.0), "cls", "gelu", False, None),
+    ),
+)
+MODELS = (XLM_R_LARGE, MINILM, MODERNBERT)
 
 
 @contextmanager
@@ -133,14 +157,13 @@ def fake_card(*, kernels: bool) -> Iterator[None]:
 
 def costs(model: Model, *, layers: int, major: int = 9, kernels: bool = True) -> Launches:
     """What a pass of some of a model's layers in fp16 does on a card of a major capability."""
-    shape = replace(model.architecture, layers=layers)
+    shape = model.architecture
     step = CaptureShape(TOKENS, TOKENS // LENGTH, LENGTH)
     with fake_card(kernels=kernels):
-        weights = load_weights(FakeCheckpoint(), shape, CUDA, LayerPlan("fp16"), 0)
         attend = attention_with(choose_kernel(major, torch.float16, shape.head_shape[1]))
         size = step.size(segments=shape.reads_segments)
         block = torch.zeros(size, dtype=torch.int32, device=CUDA)
-        run = EncoderPass(weights, attend, "fp16")
+        run = model.forward(layers, attend)
         with Launches() as launches:
             run(read(block, step, segments=shape.reads_segments))
     return launches
@@ -168,11 +191,48 @@ class LayerCosts:
         )
 
 
+CARDS = {"T4": (7, 65, 0.32), "L4": (8, 121, 0.3), "A100": (8, 312, 1.9), "H200": (9, 989, 4.8)}
+"""Major compute capability, TFLOP/s of fp16 products and TB/s of memory, by the data sheets."""
+
+PRODUCT_SHARE, MEMORY_SHARE, ATTENTION_SHARE = 0.6, 0.8, 0.35
+"""Shares of the peaks that products, passes over memory and attention are expected to reach."""
+
+
+def token_us(model: Model, card: str, *, kernels: bool = True) -> tuple[float, float, float]:
+    """Microseconds of a token in pairs of LENGTH: products, other passes, attention; a prediction.
+
+    The host is expected to keep up.
+    """
+    major, tflops, tbytes = CARDS[card]
+    costs = LayerCosts.of(model, kernels=kernels, major=major)
+    layers, hidden = model.architecture.layers, model.architecture.hidden
+    return (
+        layers * costs.token_flops / (tflops * PRODUCT_SHARE * 1e6),
+        layers * costs.token_bytes / (tbytes * MEMORY_SHARE * 1e6),
+        layers * 4 * hidden * LENGTH / (tflops * ATTENTION_SHARE * 1e6),
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print both tables."""
+    print("| model | launches a layer | kB a token and layer | MFLOP a token and layer |")
+    print("|---|---|---|---|")
     for model in MODELS:
-        for kernels in (False, True):
-            print(model.name, kernels, LayerCosts.of(model, kernels=kernels))
+        torch_only, ours = (LayerCosts.of(model, kernels=kernels) for kernels in (False, True))
+        print(
+            f"| {model.name} | {ours.launches} ({torch_only.launches} without Triton) "
+            f"| {ours.token_bytes / 1e3:.1f} ({torch_only.token_bytes / 1e3:.1f}) "
+            f"| {ours.token_flops / 1e6:.1f} |"
+        )
+    print("\n| model | card | products | other passes | attention | tokens a second |")
+    print("|---|---|---|---|---|---|")
+    for model in MODELS:
+        for card, (major, *_) in CARDS.items():
+            if major < FLASH_CAPABILITY and not isinstance(model.architecture, Architecture):
+                continue  # its pass needs windows in the kernel
+            parts = token_us(model, card)
+            shown = " | ".join(f"{part:.2g} µs" for part in parts)
+            print(f"| {model.name} | {card} | {shown} | {float(f'{1e6 / sum(parts):.2g}'):,.0f} |")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def test_scores_are_the_references(native, opened, family, capability, precision
                     scorer.score(batch), expected, rtol=0, atol=PRECISIONS[precision]
                 )
         assert scorer.info.device == "cuda:0"
+        assert getattr(scorer, "capture_failed", None) is None
         if machine is not None:
             half_on_new = capability >= (8, 0) and precision != "fp32"
             flash = "aten._flash_attention_forward.default" in machine.counts("launch")
@@ -62,6 +63,20 @@ def test_operators_of_ours_are_used_where_triton_compiles_and_score_alike(
     assert used == {f"echelon.{name}.default" for name in {norm, *others}}
     for batch, scores in zip(batches, found, strict=True):
         np.testing.assert_allclose(scores, toy.reference(batch), rtol=0, atol=PRECISIONS["fp16"])
+
+
+def test_a_decoders_layer_is_eighteen_launches_where_pairs_are_alike(native, opened, monkeypatch):
+    """56 without our operators."""
+    monkeypatch.setattr(card_kernels, "missing", lambda device: None)
+    toy = native("qwen3")
+    with shim_card.cards() as machine:
+        scorer = opened(toy.folder, "fp16")
+        batch = toy.batch([40] * 4, 1)
+        scorer.score(batch)
+        scorer.release()
+        machine.happenings.clear()
+        scorer.score(batch)
+        assert machine.counts("launch").total() <= 3 * 18 + 35
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -51,7 +51,8 @@ class ModernBertPass:
         self._attend = attend
         self._dtype = getattr(torch, DTYPES[precision])
         size = architecture.head_shape[1]
-        self._rotaries = [Rotary(theta, size) for theta in architecture.thetas]
+        device = weights.words.device  # a copy from the host would end a capture
+        self._rotaries = [Rotary(theta, size, device) for theta in architecture.thetas]
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Logits, float32 [pairs]."""

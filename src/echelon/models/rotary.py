@@ -15,20 +15,25 @@ if TYPE_CHECKING:
 
 
 class Rotary:
-    """The angles of one base; ``size`` is the width of a head, an even number."""
+    """The angles of one base; ``size`` is the width of a head, an even number.
 
-    def __init__(self, theta: float, size: int) -> None:
+    Tables on ``device``, if it is given, need no copy from the host.
+    """
+
+    def __init__(self, theta: float, size: int, device: torch.device | None = None) -> None:
         # As in transformers, in fp32 and in this order: the last bits are the same.
-        self._frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+        frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+        self._frequencies = frequencies.to(device)
 
     def tables(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, each [rows, 1, size], for positions [rows]."""
         frequencies = self._frequencies.to(positions.device)
-        angles = positions.float()[:, None] * frequencies
+        angles = positions.float().unsqueeze(1) * frequencies
         cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
-        return torch.cat((cosines, cosines), -1)[:, None], torch.cat((-sines, sines), -1)[:, None]
+        both = torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)
+        return both[0].unsqueeze(1), both[1].unsqueeze(1)
 
 
 def rotate(rows: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
