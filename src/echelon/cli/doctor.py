@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -148,10 +149,15 @@ def _machine_advice(machine: dict[str, Any]) -> list[Message]:
 
 def _torch_advice(machine: dict[str, Any]) -> list[Message]:
     from echelon.models.device import is_cuda_build
+    from echelon.models.drivers import unusable_card
     from echelon.models.kernels import missing as missing_kernels
 
     found = []
-    if not machine["gpus"] and is_cuda_build():
+    unusable = unusable_card()
+    if unusable is not None:
+        name = "doctor.old_driver" if unusable.too_old else "doctor.unusable_card"
+        found.append(Message(name, asdict(unusable)))
+    elif not machine["gpus"] and is_cuda_build():
         found.append(Message("doctor.no_gpu"))
     reason = missing_kernels()
     if reason is not None:

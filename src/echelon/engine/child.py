@@ -21,7 +21,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from echelon.engine.worker import Channel, Reply
+from echelon.engine.worker import Channel, WorkerReply
 from echelon.errors import DeviceLost, EchelonError
 from echelon.models.base import DeviceOutOfMemory, Scorer
 
@@ -71,7 +71,9 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
     except Exception as error:  # noqa: BLE001 - any error goes to the parent
         channel.send(fault_of(error))
         return None
-    channel.send(("info", scorer.info, 0.0, resident_bytes()))
+    channel.send(
+        WorkerReply("info", scorer.info, 0.0, resident_bytes(), variables_to_renew(scorer))
+    )
     return scorer
 
 
@@ -86,7 +88,7 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
             case ("score", batch):
                 reply = score_step(scorer, batch)
                 channel.send(reply)
-                if reply[0] == "lost":
+                if reply.kind == "lost":
                     os._exit(LOST)  # a usual exit would wait for the device
             case ("release",):
                 scorer.release()
@@ -95,26 +97,41 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
                 return
 
 
-def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
+def score_step(scorer: Scorer, batch: TokenBatch) -> WorkerReply:
     """Score a step; the reply is for :func:`echelon.engine.worker.unpack`."""
     began = time.perf_counter()
     try:
         logits = scorer.score(batch)
     except DeviceOutOfMemory as error:
         scorer.release()  # now: a step sent ahead begins before the parent can ask
-        return "memory", str(error), time.perf_counter() - began, resident_bytes()
+        seconds = time.perf_counter() - began
+        return WorkerReply("memory", str(error), seconds, resident_bytes())
     except Exception as error:  # noqa: BLE001 - any error goes to the parent
         return fault_of(error)
-    return "scores", logits, time.perf_counter() - began, resident_bytes()
+    seconds, renew = time.perf_counter() - began, variables_to_renew(scorer)
+    return WorkerReply("scores", logits, seconds, resident_bytes(), renew)
 
 
-def fault_of(error: Exception) -> Reply:
+def variables_to_renew(scorer: Scorer) -> dict[str, str] | None:
+    """Variables to start the next process with, if this one should be replaced; else None.
+
+    After a capture that failed, torch's allocator may never free the memory of its graphs again.
+    """
+    if getattr(scorer, "capture_failed", None) is None:
+        return None
+    from echelon.models.cuda_graphs import GRAPHS_SWITCH
+
+    return {GRAPHS_SWITCH: "off"}
+
+
+def fault_of(error: Exception) -> WorkerReply:
     """An error that can be pickled: ours as it is, others as text; the log has the traceback."""
     traceback.print_exception(error)
     if isinstance(error, DeviceLost):
-        return "lost", error.problem, 0.0, resident_bytes()
+        return WorkerReply("lost", error.problem, 0.0, resident_bytes())
     words = f"{type(error).__name__}: {error}"
-    return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
+    what = error if isinstance(error, EchelonError) else words
+    return WorkerReply("fault", what, 0.0, resident_bytes())
 
 
 def resident_bytes() -> int:

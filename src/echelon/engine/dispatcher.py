@@ -268,6 +268,8 @@ class Dispatcher:
         """Teach the cost model a warm-up step, which belongs to no request."""
         with self._lock:
             self.cost.observe(lengths, seconds)
+            self._policy.budget.warmed_up(int(lengths.sum()), seconds)
+            self._follow_budget("goal")
             self.last_scored = self.clock()
 
     def put_back(self, steps: Iterable[PlannedStep]) -> None:

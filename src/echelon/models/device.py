@@ -11,13 +11,15 @@ import ctypes
 import os
 import platform
 import sys
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import DeviceLost, InvalidInput, MissingDependency
+from echelon.errors import DeviceLost, EchelonWarning, InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
+from echelon.models.drivers import REMEDY, unusable_card
 from echelon.models.faults import kind_of
 from echelon.profile import FEATURES
 
@@ -80,18 +82,28 @@ def require_torch() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for the ``device`` option; :class:`InvalidInput` if it does not exist."""
+    """The device for the ``device`` option; :class:`InvalidInput` if it does not exist.
+
+    ``auto`` warns where it takes the CPU although there is a card.
+    """
     require_torch()
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        unusable = unusable_card()
+        if unusable is not None:
+            words = f"Scoring runs on the CPU: {unusable}. {REMEDY}"
+            warnings.warn(words, EchelonWarning, stacklevel=2)
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(number or 0)  # torch itself wraps large numbers round
     if index >= count:
+        unusable = unusable_card()
+        if unusable is not None:
+            raise InvalidInput("device", f"{name!r} is not there: {unusable}", REMEDY)
         raise InvalidInput(
             "device",
             f"{name!r} is not there ({count} CUDA device(s) found)",
