@@ -11,7 +11,9 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ from echelon.profile import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -98,6 +101,14 @@ def choose_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
+    if kind == "mps":
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        raise InvalidInput(
+            "device",
+            "'mps' is not there: this machine or this build of torch has no Apple GPU",
+            "Use device='cpu' or 'auto'.",
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(number or 0)  # torch itself wraps large numbers round
     if index >= count:
@@ -125,6 +136,11 @@ def choose_precision(precision: str, device: torch.device, usual: str | None = N
             f"{device_name(device)} has no int8 instructions that Echelon uses",
             "It needs a CPU with VNNI or AMX. Use auto, fp32, bf16 or fp16.",
         )
+    if device.type == "mps":
+        if precision == "bf16":
+            remedy = "Use fp32, which auto means there, or fp16."
+            raise InvalidInput("precision", "bf16 is not built for Apple's GPUs", remedy)
+        return "fp32" if precision == "auto" else precision
     if precision != "auto":
         return precision
     if usual is not None and (device.type == "cuda" or multiplies_half(usual)):
@@ -207,7 +223,7 @@ def device_name(device: torch.device) -> str:
 
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return cpu_name()
+    return f"GPU of {cpu_name()}" if device.type == "mps" else cpu_name()
 
 
 def cpu_name() -> str:
@@ -247,14 +263,22 @@ def release_memory(device: torch.device) -> None:
     """Return freed blocks to the device: from CUDA's allocator or the C library's."""
     import torch
 
-    if device.type != "cuda":
+    if device.type == "cpu":
         give_back()
         return
     try:
-        torch.cuda.empty_cache()
+        (torch.mps if device.type == "mps" else torch.cuda).empty_cache()
     except RuntimeError as error:
         if kind_of(error) != "lost":  # else the next step says it, and a closed scorer has none
             raise
+
+
+_MPS_IN_USE = threading.Lock()
+
+
+def one_at_a_time(device: torch.device) -> AbstractContextManager[object]:
+    """Held while a device computes that aborts when two threads use it at once: Apple's GPU."""
+    return _MPS_IN_USE if device.type == "mps" else nullcontext()
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
@@ -316,8 +340,9 @@ class CudaMemoryMeter:
 
 def candidate_precisions(device: str) -> list[str]:
     """Precisions worth comparing on a device, the exact one first."""
-    if choose_device(device).type == "cuda":
-        return ["fp32", "fp16", "bf16"]
+    kind = choose_device(device).type
+    if kind != "cpu":
+        return ["fp32", "fp16"] if kind == "mps" else ["fp32", "fp16", "bf16"]
     return ["fp32", *["bf16"] * multiplies_half("bf16"), *["int8"] * multiplies_int8()]
 
 
