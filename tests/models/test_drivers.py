@@ -88,3 +88,17 @@ def test_auto_says_aloud_that_it_takes_the_cpu(machine, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         device.choose_device("cpu")
+
+
+def test_a_build_is_named_with_what_it_is_for(machine, monkeypatch):
+    machine(cuda="13.0")
+    assert drivers.accelerators() == " (CUDA 13.0)"
+    machine(cuda=None, hip="7.0", available=True)
+    assert drivers.accelerators() == " (ROCm 7.0)"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert drivers.untested_here() == ["cuda (ROCm)"]
+    machine(cuda=None)
+    assert drivers.accelerators() == ""
+    assert drivers.untested_here() == []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert drivers.untested_here() == ["mps"]

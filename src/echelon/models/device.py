@@ -148,6 +148,19 @@ def choose_precision(precision: str, device: torch.device, usual: str | None = N
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def half_precision(device: torch.device) -> str:
+    """The half-width precision that a device multiplies: cards before Ampere have no bf16 units."""
+    import torch
+
+    if device.type == "cpu":
+        return "bf16"
+    if device.type == "mps":
+        return "fp16"
+    from echelon.models.encoder_cuda import FLASH_CAPABILITY
+
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY else "fp16"
+
+
 def multiplies_int8() -> bool:
     """Whether this processor and torch build multiply int8 exactly and fast.
 
@@ -319,30 +332,11 @@ def list_gpus() -> list[dict[str, Any]]:
     ]
 
 
-class CudaMemoryMeter:
-    """Peak memory of a CUDA device, with the methods of ``echelon.tuning.machine.MemoryMeter``."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def reset(self) -> None:
-        """Start a new measurement."""
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak_bytes(self) -> int:
-        """Peak since the last reset."""
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-
 def candidate_precisions(device: str) -> list[str]:
     """Precisions worth comparing on a device, the exact one first."""
-    kind = choose_device(device).type
-    if kind != "cpu":
-        return ["fp32", "fp16"] if kind == "mps" else ["fp32", "fp16", "bf16"]
+    chosen = choose_device(device)
+    if chosen.type != "cpu":
+        return ["fp32", "fp16", *["bf16"] * (half_precision(chosen) == "bf16")]
     return ["fp32", *["bf16"] * multiplies_half("bf16"), *["int8"] * multiplies_int8()]
 
 

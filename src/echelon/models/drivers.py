@@ -75,3 +75,20 @@ def unusable_card(root: Path = Path("/")) -> UnusableCard | None:
     found = _VERSION.search(told.read_text(encoding="utf-8")) if told.exists() else None
     needed, capability = NEEDED.get(build.partition(".")[0], (None, None))
     return UnusableCard(f"CUDA {build}", found[1] if found else None, needed, capability)
+
+
+def accelerators() -> str:
+    """What torch was built for beside the CPU, such as `` (ROCm 7.0)``; empty for nothing."""
+    import torch
+
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    named = [f"{kind} {version}" for kind, version in builds.items() if version is not None]
+    return f" ({', '.join(named)})" if named else ""
+
+
+def untested_here() -> list[str]:
+    """Accelerators of this machine on which Echelon was never tested, as options name them."""
+    import torch
+
+    rocm = torch.version.hip is not None and torch.cuda.is_available()
+    return ["cuda (ROCm)"] * rocm + ["mps"] * torch.backends.mps.is_available()

@@ -73,8 +73,9 @@ class PaddedScorer:
             return part.view(pairs, -1, *shape[2:]).transpose(1, 2)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts = map(heads, (query, key, value))
-            mixed = functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+            mixed = functional.scaled_dot_product_attention(
+                heads(query), heads(key), heads(value), attn_mask=mask
+            )
             return mixed.transpose(1, 2).reshape(len(query), -1)
 
         def firsts(rows: Rows) -> Rows:

@@ -30,6 +30,7 @@ from echelon.models.checkpoint import AGAIN, Checkpoint, wrong_shape
 from echelon.models.device import (
     DTYPES,
     device_name,
+    half_precision,
     one_at_a_time,
     release_memory,
     run_step,
@@ -76,6 +77,7 @@ class GenericScorer:
             padding="rectangular",
             weights_bytes=sum(p.nbytes for p in model.parameters()),
             threads=threads,
+            lower_precision=half_precision(device),
         )
         warnings.warn(
             f"{config['model_type']} has no packed encoder in Echelon: it runs through "
