@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelon/models/kernels/*.cpp src/echelon/models/kernels/*.h)
 PYTHON ?= python3
 AUDIT := .venv-audit
+TRITON := .venv-triton
+TRITON_VERSION ?= 3.7.1
 SBOM ?= echelon-sbom.json
 MODEL ?= demo
 TESTS ?=
@@ -14,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check docs docs-site bench soak lock-hashes sbom audit clean
+.PHONY: help demo test test-portable test-triton check docs docs-site bench soak lock-hashes sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +31,9 @@ test: $(VENV)/.installed-test ## install with the test extras and run the tests 
 
 test-portable: $(VENV)/.installed-test ## the same as on a processor with AVX2 and nothing newer
 	$(OLD_CPU) $(PYTEST) $(TESTS)
+
+test-triton: $(TRITON)/.installed ## run the kernels for cards in Triton's interpreter, and compile them for each card
+	$(TRITON)/bin/python -m pytest -q tests/models/test_triton.py
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .
@@ -62,7 +67,7 @@ audit: $(AUDIT)/.installed ## ask the index of vulnerabilities about every pin (
 	  echo "make: a pin is vulnerable, or the index of vulnerabilities did not answer for all of them (see above)."; exit 1; }
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) $(TRITON) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name it: make PYTHON=..."; exit 1; }
@@ -76,6 +81,13 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test]'
 	@touch $@ $(VENV)/.installed
+
+# Triton beside the environment of the tests, whose packages it sees: torch's CPU build has none.
+$(TRITON)/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m venv $(TRITON)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps triton==$(TRITON_VERSION)
+	@touch $@
 
 # Apart, so that the tools are not among what they list.
 $(AUDIT)/.installed: $(VENV)/bin/python pyproject.toml requirements.hashes.lock

@@ -16,6 +16,7 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
     "echelon.models.attention_cpu",
+    "echelon.models.attention_cuda",
     "echelon.models.causal_attention",
     "echelon.models.decoder",
     "echelon.models.decoder_weights",
@@ -27,7 +28,10 @@ NEEDS_TORCH = {
     "echelon.models.encoder_cuda",
     "echelon.models.encoder_padded",
     "echelon.models.transformers",
+    "echelon.models.card_kernels",
     "echelon.models.cuda_graphs",
+    "echelon.models.cuda_scorer",
+    "echelon.models.triton_kernels",
     "echelon.models.layers",
     "echelon.models.encoder",
 }

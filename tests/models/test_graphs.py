@@ -7,17 +7,28 @@ real ones: those refuse wrong arguments, and every value that the host would hav
 from __future__ import annotations
 
 import logging
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import LIMITS, NATIVE, random_batch, reference_logits, vocabulary_of
+from helpers import LIMITS, NATIVE, ROOT, random_batch, reference_logits, vocabulary_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from card_costs import FakeCheckpoint
 from echelon.errors import BadCheckpoint, InvalidInput
-from echelon.models import encoder_cuda
-from echelon.models.architecture import native_architecture, read_config
+from echelon.models import attention_cuda
+from echelon.models.architecture import LayerPlan, native_architecture, read_config
+from echelon.models.attention_cuda import (
+    Spans,
+    attention_with,
+    choose_kernel,
+    takes_packed_rows,
+)
 from echelon.models.cuda_graphs import (
     BACKOFF,
     FIRST_PAUSE,
@@ -26,15 +37,21 @@ from echelon.models.cuda_graphs import (
     CudaGraphs,
     Recording,
 )
+from echelon.models.cuda_scorer import CardParts, CudaScorer
 from echelon.models.cuda_steps import CaptureShape, Card, Ladder, read
-from echelon.models.encoder import Embeddings, Head, Layer, Weights
-from echelon.models.encoder_cuda import CardParts, CudaScorer, Spans, attention_with, choose_kernel
-from echelon.models.layers import DenseLinear, FeedForward, Norm
+from echelon.models.encoder import load_weights
+from echelon.models.encoder_cuda import EncoderPass
 from echelon.models.registry import open_scorer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-KERNELS = (encoder_cuda.flash, encoder_cuda.efficient, encoder_cuda.efficient_in_fp32)
+KERNELS = (
+    attention_cuda.flash,
+    attention_cuda.flash_by_public_name,
+    attention_cuda.efficient,
+    attention_cuda.efficient_in_fp32,
+)
+PRECISION_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 SLOW = Card(7, 1)  # so slow that few sizes are captured
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
 
@@ -54,6 +71,19 @@ def looped(query, key, value, spans, scale):
     return mixed
 
 
+class Calls(TorchDispatchMode):
+    """Operators that were called."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.names = []
+        return self.names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def taped(log=None):
     """Captures by keeping the work, and replays by doing it again into the same place."""
 
@@ -70,7 +100,7 @@ def scorer_of(folder, *, record=None, **options):
     weights = open_scorer(folder, device="cpu", precision="fp32", threads=1, **options)._weights
     shape = native_architecture(folder, read_config(folder))
     parts = CardParts(attention_with(looped), record or taped(), SLOW)
-    return CudaScorer(shape, weights, CPU, "fp32", parts)
+    return CudaScorer(shape, EncoderPass(weights, parts.attend, "fp32"), CPU, "fp32", parts, 0)
 
 
 # Kernels
@@ -79,18 +109,39 @@ def scorer_of(folder, *, record=None, **options):
 @pytest.mark.parametrize(
     ("major", "dtype", "size", "expected"),
     [
-        (9, torch.float16, 64, encoder_cuda.flash),
-        (8, torch.bfloat16, 64, encoder_cuda.flash),
-        (9, torch.float32, 64, encoder_cuda.efficient),
-        (9, torch.float16, 320, encoder_cuda.efficient),
-        (7, torch.float16, 64, encoder_cuda.efficient),
-        (7, torch.bfloat16, 64, encoder_cuda.efficient_in_fp32),
-        (7, torch.float32, 64, encoder_cuda.efficient),
-        (0, torch.float16, 64, encoder_cuda.efficient),
+        (9, torch.float16, 64, attention_cuda.flash),
+        (8, torch.bfloat16, 64, attention_cuda.flash),
+        (9, torch.float32, 64, attention_cuda.efficient),
+        (9, torch.float16, 320, attention_cuda.efficient),
+        (7, torch.float16, 64, attention_cuda.efficient),
+        (7, torch.bfloat16, 64, attention_cuda.efficient_in_fp32),
+        (7, torch.float32, 64, attention_cuda.efficient),
+        (0, torch.float16, 64, attention_cuda.efficient),
     ],
 )
 def test_the_kernel_fits_the_card_and_the_type(major, dtype, size, expected):
     assert choose_kernel(major, dtype, size) is expected
+
+
+def test_flash_attention_is_one_call_where_torch_takes_its_arguments(monkeypatch):
+    """``varlen_attn`` fills a tensor that nobody reads, in every layer."""
+    called = {}
+    for kernel in (attention_cuda.flash, attention_cuda.flash_by_public_name):
+        with FakeTensorMode(), torch.inference_mode(), Calls() as calls:
+            query = torch.empty(20, 4, 64, dtype=torch.float16, device=CUDA)
+            offsets = torch.empty(3, dtype=torch.int32, device=CUDA)
+            calls.clear()
+            kernel(query, query, query, Spans(offsets, offsets, 12, 12), 0.125)
+        called[kernel] = len(calls)
+    assert called[attention_cuda.flash] == 1
+    monkeypatch.setattr(attention_cuda, "FLASH_ARGUMENTS", ("query", "others"))
+    chosen = choose_kernel(9, torch.float16, 64)
+    assert chosen is attention_cuda.flash_by_public_name
+
+
+def test_operators_with_other_arguments_are_not_taken_for_flash_attention():
+    assert takes_packed_rows(torch.ops.aten._flash_attention_forward.default)
+    assert not takes_packed_rows(torch.ops.aten._efficient_attention_forward.default)
 
 
 @pytest.mark.parametrize("size", [5, 8, 12, 64])
@@ -222,45 +273,17 @@ def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
     """A fake tensor has no values: reading one raises an error."""
     architecture = native_architecture(toy(family), read_config(toy(family)))
     with FakeTensorMode(), torch.inference_mode():
-        weights = fake_weights(architecture, dtype)
-        scorer = CudaScorer.__new__(CudaScorer)
-        scorer._architecture, scorer._weights, scorer._dtype = architecture, weights, dtype
-        scorer._attend = attention_with(choose_kernel(major, dtype, architecture.head_shape[1]))
+        plan = LayerPlan(PRECISION_OF[dtype])
+        weights = load_weights(FakeCheckpoint(), architecture, CUDA, plan, 0)
+        kernel = choose_kernel(major, dtype, architecture.head_shape[1])
+        run = EncoderPass(weights, attention_with(kernel), plan.precision)
         shape = CaptureShape(320, 16, 128)
         segments = architecture.reads_segments
         block = torch.zeros(shape.size(segments=segments), dtype=torch.int32, device=CUDA)
-        logits = scorer._forward(read(block, shape, segments=segments))
+        logits = run(read(block, shape, segments=segments))
         assert logits.shape == (16,)
         assert logits.dtype == torch.float32
         assert logits.device == CUDA
-
-
-def fake_weights(shape, dtype):
-    hidden, wide = shape.hidden, shape.intermediate
-
-    def linear(into, out, dtype=dtype):
-        weight = torch.empty(out, into, dtype=dtype, device=CUDA)
-        return DenseLinear(weight, torch.empty(out, dtype=dtype, device=CUDA))
-
-    def norm(dtype=dtype):
-        ones = torch.empty(hidden, dtype=dtype, device=CUDA)
-        return Norm(ones, ones, shape.epsilon)
-
-    def table(rows):
-        return torch.empty(rows, hidden, device=CUDA)
-
-    def layer(*, last):
-        queries = linear(hidden, hidden) if last else None
-        qkv = linear(hidden, (2 if last else 3) * hidden)
-        feed = FeedForward(linear(hidden, wide), linear(wide, hidden), shape.activation)
-        return Layer(queries, qkv, linear(hidden, hidden), norm(), feed, norm())
-
-    embeddings = Embeddings(
-        table(shape.vocabulary), table(shape.table_positions), table(shape.segments), norm()
-    )
-    head = Head(linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32))
-    layers = (layer(last=False), layer(last=True))
-    return Weights(embeddings, layers, head, shape.head_shape, 0)
 
 
 # When to capture, and what happens where it fails

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_models import save_modernbert
 
 from echelon.errors import BadCheckpoint, UnsupportedModel
 from echelon.models.architecture import read_config
@@ -21,21 +22,6 @@ from echelon.types import TokenBatch
 if TYPE_CHECKING:
     from pathlib import Path
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 200,
-    "local_attention": 16,
-    "num_labels": 1,
-    "pad_token_id": 3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "cls_token_id": 1,
-    "sep_token_id": 2,
-}
 LENGTHS = (1, 3, 8, 9, 10, 16, 17, 18, 25, 31, 32, 32, 33, 33, 64, 100, 200, 33, 2)
 """The window reaches 8 tokens to either side; blocks have 16, pairs of up to 32 are one block."""
 
@@ -54,26 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, *, base: bool = False, **values: Any) -> Path:
-    import torch
-    import transformers
-
-    torch.manual_seed(7)
-    config = transformers.ModernBertConfig(**{**SHAPE, **values})
-    kind = (
-        transformers.ModernBertModel if base else transformers.ModernBertForSequenceClassification
-    )
-    model: Any = kind(config)
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.1
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("modernbert")
-    return {name: save(home / name, **values) for name, values in VARIANTS.items()}
+    return {name: save_modernbert(home / name, **values) for name, values in VARIANTS.items()}
 
 
 def step_of(lengths: tuple[int, ...] | list[int], seed: int = 0) -> TokenBatch:
@@ -216,7 +186,7 @@ def modular(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("modular")
     own = {"cls_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}  # of the tokenizer
-    base = save(home / "base", base=True, vocab_size=800, **own)
+    base = save_modernbert(home / "base", base=True, vocab_size=800, **own)
     save_tokenizer(base, "bert")
     torch.manual_seed(1)
     parts = [

@@ -17,18 +17,23 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from functools import cache
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from echelon.engine.worker import Channel, WorkerReply
 from echelon.errors import DeviceLost, EchelonError
-from echelon.models.base import DeviceOutOfMemory, Scorer
+from echelon.models.base import DeviceOutOfMemory, Scorer, start
 
 if TYPE_CHECKING:
     import psutil
 
-    from echelon.types import TokenBatch
+    from echelon.models.base import StartedStep
+    from echelon.types import FloatArray, TokenBatch
+
+POLL_S = 0.0002
+"""How often a step on a device is asked whether it has ended, while no message comes."""
 
 PRIMITIVES = 64
 """Primitives that oneDNN caches in a process started after memory ran out, instead of 1024. It
@@ -71,9 +76,8 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
     except Exception as error:  # noqa: BLE001 - any error goes to the parent
         channel.send(fault_of(error))
         return None
-    channel.send(
-        WorkerReply("info", scorer.info, 0.0, resident_bytes(), variables_to_renew(scorer))
-    )
+    renew = variables_to_renew(scorer)
+    channel.send(WorkerReply("info", scorer.info, 0.0, resident_bytes(), renew))
     return scorer
 
 
@@ -83,13 +87,21 @@ def spare_memory() -> None:
 
 
 def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
+    """Answer messages in order; while a device computes a step, the next one is begun."""
+    running: BegunStep | None = None
+    free_since = 0.0
     while True:
-        match pickle.loads(inbox.get()):  # noqa: S301 - from our own parent
-            case ("score", batch):
-                reply = score_step(scorer, batch)
-                channel.send(reply)
-                if reply.kind == "lost":
-                    os._exit(LOST)  # a usual exit would wait for the device
+        message = _next(inbox, running)
+        content = None if message is None else pickle.loads(message)  # noqa: S301 - from our own parent
+        begun = BegunStep(scorer, content[1]) if content and content[0] == "score" else None
+        if running is not None:
+            reply = running.reply(free_since)
+            free_since = time.perf_counter()
+            channel.send(reply)
+            if reply.kind == "lost":
+                os._exit(LOST)  # a usual exit would wait for the device
+        running = begun
+        match content:
             case ("release",):
                 scorer.release()
             case ("stop",):
@@ -97,19 +109,60 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
                 return
 
 
+def _next(inbox: SimpleQueue[bytes], running: BegunStep | None) -> bytes | None:
+    """The next message, or None if the running step ends before one comes."""
+    while running is not None and not running.ready():
+        with suppress(Empty):
+            return inbox.get(timeout=POLL_S)
+    return inbox.get() if running is None else None
+
+
+class BegunStep:
+    """A step that a scorer has begun, or could not begin."""
+
+    def __init__(self, scorer: Scorer, batch: TokenBatch) -> None:
+        self._scorer = scorer
+        self._began = time.perf_counter()
+        self._error: Exception | None = None
+        self._started: StartedStep | None = None
+        try:
+            self._started = start(scorer, batch)
+        except Exception as error:  # noqa: BLE001 - it is answered in its turn
+            self._error = error
+
+    def ready(self) -> bool:
+        """Whether :meth:`reply` need not wait for a device."""
+        return self._started is None or self._started.ready()
+
+    def reply(self, free_since: float = 0.0) -> WorkerReply:
+        """The reply, for :func:`echelon.engine.worker.unpack`.
+
+        Its seconds are those that the step had the device, which was free since ``free_since`` on
+        the clock ``time.perf_counter``.
+        """
+        try:
+            logits = self._result()
+        except DeviceOutOfMemory as error:
+            self._scorer.release()  # now: a step sent ahead begins before the parent can ask
+            seconds = self._seconds(free_since)
+            return WorkerReply("memory", str(error), seconds, resident_bytes())
+        except Exception as error:  # noqa: BLE001 - any error goes to the parent
+            return fault_of(error)
+        seconds, renew = self._seconds(free_since), variables_to_renew(self._scorer)
+        return WorkerReply("scores", logits, seconds, resident_bytes(), renew)
+
+    def _result(self) -> FloatArray:
+        if self._started is None:
+            raise self._error or AssertionError("a step neither began nor failed. This is a bug.")
+        return self._started.result()
+
+    def _seconds(self, free_since: float) -> float:
+        return time.perf_counter() - max(self._began, free_since)
+
+
 def score_step(scorer: Scorer, batch: TokenBatch) -> WorkerReply:
     """Score a step; the reply is for :func:`echelon.engine.worker.unpack`."""
-    began = time.perf_counter()
-    try:
-        logits = scorer.score(batch)
-    except DeviceOutOfMemory as error:
-        scorer.release()  # now: a step sent ahead begins before the parent can ask
-        seconds = time.perf_counter() - began
-        return WorkerReply("memory", str(error), seconds, resident_bytes())
-    except Exception as error:  # noqa: BLE001 - any error goes to the parent
-        return fault_of(error)
-    seconds, renew = time.perf_counter() - began, variables_to_renew(scorer)
-    return WorkerReply("scores", logits, seconds, resident_bytes(), renew)
+    return BegunStep(scorer, batch).reply()
 
 
 def variables_to_renew(scorer: Scorer) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ The engine and its tests know nothing else of a model.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from echelon.scheduling.packing import step_cost
 from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import numpy.typing as npt
 
@@ -64,6 +65,42 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Free the weights; the scorer cannot be used again."""
+
+
+class StartedStep(Protocol):
+    """A step that a device computes while its caller does other things."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`result` returns at once, or computes now."""
+
+    def result(self) -> FloatArray:
+        """What :meth:`Scorer.score` returns or raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaterStep:
+    """A step of a scorer that computes in its caller's thread: it begins when it is asked for."""
+
+    scorer: Scorer
+    batch: TokenBatch
+
+    def ready(self) -> bool:
+        """Nothing is to be waited for."""
+        return True
+
+    def result(self) -> FloatArray:
+        """Score it now."""
+        return self.scorer.score(self.batch)
+
+
+def start(scorer: Scorer, batch: TokenBatch) -> StartedStep:
+    """Begin a step where the scorer has a ``start`` of its own, as those on a card have.
+
+    Steps end in the order in which they were begun. What :meth:`Scorer.score` raises comes here or
+    with the result.
+    """
+    begin: Callable[[TokenBatch], StartedStep] | None = getattr(scorer, "start", None)
+    return LaterStep(scorer, batch) if begin is None else begin(batch)
 
 
 UNBOUNDED_MAX_TOKENS = 8192

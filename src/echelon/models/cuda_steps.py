@@ -162,7 +162,7 @@ def host_bound_tokens(card: Card, flops: float, launches: int, *, half: bool) ->
         half: whether the products are of half-width numbers.
     """
     tokens = int(launches * LAUNCH_S / card.token_s(flops, half=half))
-    return max(LEAST_TOKENS, min(MOST_TOKENS, tokens))
+    return min(MOST_TOKENS, max(LEAST_TOKENS, tokens))
 
 
 @dataclass(frozen=True, slots=True)

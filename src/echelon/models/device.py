@@ -1,28 +1,21 @@
-"""The machine as torch sees it: devices, precisions, threads and memory.
-
-On CPU freed memory stays in the process for the next step until it is needed elsewhere. Without
-that, glibc returns the end of its heap after every layer and takes it again page by page: up to
-13,000 page faults a step, a tenth of its time (docs/LOG.md).
-"""
+"""The machine as torch sees it: devices, precisions, threads and memory."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import sys
 import threading
 import warnings
 from contextlib import nullcontext
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from echelon.errors import DeviceLost, EchelonWarning, InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.drivers import REMEDY, unusable_card
 from echelon.models.faults import kind_of
+from echelon.models.heap import give_back
 from echelon.profile import FEATURES
 
 if TYPE_CHECKING:
@@ -33,6 +26,8 @@ if TYPE_CHECKING:
 
     from echelon.types import FloatArray
 
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
 """dtype of the activations; under int8 they are bf16."""
@@ -156,7 +151,7 @@ def half_precision(device: torch.device) -> str:
         return "bf16"
     if device.type == "mps":
         return "fp16"
-    from echelon.models.encoder_cuda import FLASH_CAPABILITY
+    from echelon.models.attention_cuda import FLASH_CAPABILITY
 
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY else "fp16"
 
@@ -295,7 +290,17 @@ def one_at_a_time(device: torch.device) -> AbstractContextManager[object]:
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and return its logits as float32 on the host.
+    """Run a forward pass and return its logits as float32 on the host; see :func:`guarded`."""
+
+    def computed() -> FloatArray:
+        logits: FloatArray = forward().float().cpu().numpy()
+        return logits
+
+    return guarded(computed)
+
+
+def guarded(work: Callable[[], T]) -> T:
+    """Work of a model, without gradients.
 
     Raises:
         DeviceOutOfMemory: it did not fit.
@@ -305,13 +310,13 @@ def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
 
     try:
         with torch.inference_mode():
-            logits: FloatArray = forward().float().cpu().numpy()
+            done = work()
     except (RuntimeError, MemoryError) as error:
         kind, failed = kind_of(error), str(error)
         if kind == "other":
             raise
     else:
-        return logits
+        return done
     # Raised out here so that no traceback keeps the failed step's tensors alive.
     raise DeviceOutOfMemory(failed) if kind == "memory" else DeviceLost(failed)
 
@@ -352,42 +357,3 @@ def has_onednn() -> bool:
     import torch
 
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch's own gap
-
-
-KEPT_BYTES = (128 * 2**20, 32 * 2**20)
-"""Freed memory that the process keeps: the first value that the C library accepts. A step of 2,048
-tokens of a large model has buffers of 17 MB; older versions accept at most 32 MiB."""
-
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as `mallopt` counts its parameters: see mallopt(3)
-
-SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""Environment variables of glibc for the same settings; a user's values stay in force."""
-
-
-@cache
-def keep_freed() -> None:
-    """Keep freed memory within the process; the first call sets it."""
-    libc = _libc("mallopt")
-    chosen = any(name in os.environ for name in SETTINGS)
-    if libc is None or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    for size in KEPT_BYTES:
-        # Larger blocks are mapped one by one, and given back one by one.
-        if libc.mallopt(MMAP_THRESHOLD, size):
-            libc.mallopt(TRIM_THRESHOLD, size)
-            return
-
-
-def give_back() -> None:
-    """Return free memory to the system."""
-    libc = _libc("malloc_trim")
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def _libc(function: str) -> ctypes.CDLL | None:
-    """The C library if it has the function, as glibc does."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, function) else None

@@ -13,6 +13,7 @@ Child processes get cards through the environment: see :func:`environment`. They
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -35,6 +36,18 @@ def cards(here: Machine | None = None, **settings: Any) -> AbstractContextManage
     from shim_card.api import cards
 
     return cards(here, **settings)
+
+
+@contextlib.contextmanager
+def real_or_shim(**settings: Any) -> Iterator[Machine | None]:
+    """The card that is really here (None), or else cards made of shims."""
+    import torch
+
+    if torch.cuda.is_available():
+        yield None
+        return
+    with cards(**settings) as here:
+        yield here
 
 
 def environment(**settings: Any) -> dict[str, str]:

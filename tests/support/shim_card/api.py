@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.utils._device
 
+from echelon.models import cuda_steps
 from shim_card import graphs, machine
 from shim_card.dispatch import register
 from shim_card.machine import Event, Machine, Stream, current_machine
@@ -17,6 +19,9 @@ from shim_card.tensors import CardTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+MOST_TOKENS = 256
+"""Largest step that is captured: more would take longer to capture here than all else."""
 
 CUDA_VERSION = "13.0"  # what torch says that it was built with
 
@@ -217,6 +222,7 @@ def _patches(stack: contextlib.ExitStack) -> None:
 
     for name, function in FUNCTIONS.items():
         put(torch.cuda, name, function)
+    put(cuda_steps, "MOST_TOKENS", MOST_TOKENS)
     put(torch.version, "cuda", CUDA_VERSION)
     put(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     for name in ("empty", "zeros", "ones", "full"):
@@ -235,6 +241,8 @@ def cards(here: Machine | None = None, **settings: Any) -> Iterator[Machine]:
     """Let torch see the cards of a machine; ``settings`` make a :class:`Machine`."""
     here = here or Machine(**settings)
     register()
+    # Torch keeps the first answer, which must hold its own functions, not those put in their place.
+    torch.utils._device._device_constructors()
     with contextlib.ExitStack() as stack:
         machine.install(here)
         stack.callback(machine.remove, here)
