@@ -25,6 +25,7 @@ NEEDS_TORCH = {
     "echelon.models.modernbert_encoder",
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",
+    "echelon.models.exact",
     "echelon.models.transformers",
     "echelon.models.cuda_graphs",
     "echelon.models.layers",

@@ -54,7 +54,6 @@ SHORT_BYTES = 64 * 2**20
 """Memory is short when this much cannot be allocated; at most 20 MB were left when compiling
 failed."""
 
-
 SPINS = "3000"
 """How often a waiting OpenMP thread polls before it sleeps, some tens of microseconds. By default
 it spins for many milliseconds and stops other processes on the same cores: a step of 28 ms took 124
@@ -287,11 +286,13 @@ def release_memory(device: torch.device) -> None:
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and return its logits as float32 on the host."""
+    """Run a forward pass, its fp32 exact, and return its logits as float32 on the host."""
     import torch
 
+    from echelon.models.exact import ieee_products
+
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), ieee_products():
             logits: FloatArray = forward().float().cpu().numpy()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
