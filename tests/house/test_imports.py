@@ -27,6 +27,7 @@ NEEDS_TORCH = {
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",
     "echelon.models.encoder_padded",
+    "echelon.models.exact",
     "echelon.models.transformers",
     "echelon.models.card_kernels",
     "echelon.models.cuda_graphs",

@@ -300,7 +300,7 @@ def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
 
 
 def guarded(work: Callable[[], T]) -> T:
-    """Work of a model, without gradients.
+    """Work of a model, without gradients and its fp32 exact.
 
     Raises:
         DeviceOutOfMemory: it did not fit.
@@ -308,8 +308,10 @@ def guarded(work: Callable[[], T]) -> T:
     """
     import torch
 
+    from echelon.models.exact import ieee_products
+
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), ieee_products():
             done = work()
     except (RuntimeError, MemoryError) as error:
         kind, failed = kind_of(error), str(error)
