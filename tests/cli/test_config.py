@@ -73,7 +73,7 @@ def test_devices(device):
     "device", ["gpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:٣", "", None, 0, ["cpu"]]
 )
 def test_unknown_devices(device):
-    with pytest.raises(InvalidInput, match=r"Use auto, cpu, cuda or cuda:N\."):
+    with pytest.raises(InvalidInput, match=r"Use auto, cpu, cuda, cuda:N or mps\."):
         Options.of(device=device)
 
 

@@ -27,6 +27,8 @@ NEEDS_TORCH = {
     "echelon.models.modernbert_encoder",
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",
+    "echelon.models.encoder_padded",
+    "echelon.models.exact",
     "echelon.models.transformers",
     "echelon.models.card_kernels",
     "echelon.models.cuda_graphs",

@@ -22,6 +22,7 @@ from services import run as run_guarded
 from echelon.engine.child import fault_of
 from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
+from echelon.engine.worker import WorkerReply
 from echelon.errors import DeviceLost
 from echelon.integrations.ray.scorer_pool import ScorerActor
 from echelon.integrations.ray.serve import NAME, deploy
@@ -190,7 +191,7 @@ class Lethal(ScorerActor):
 
     def open(self, model, options, steps):
         steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
-        return "steps", (steps, ray.get_runtime_context().get_node_id()), 0.0, 0
+        return WorkerReply("steps", (steps, ray.get_runtime_context().get_node_id()), 0.0, 0)
 
     def score(self, window):
         os._exit(1)

@@ -96,6 +96,14 @@ class Held(Obedient):
         return super().score(batch)
 
 
+class Paced(Obedient):
+    """A scorer of a kind of device that takes some seconds for each token."""
+
+    def __init__(self, device: str, token_s: float, **settings) -> None:
+        super().__init__(pace_s=token_s, **settings)
+        self.info = replace(self.info, device=device)
+
+
 class Poisoned(Obedient):
     """Its context is lost with step number ``after`` of the process, and no later step works.
 

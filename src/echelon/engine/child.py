@@ -22,7 +22,7 @@ from functools import cache
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from echelon.engine.worker import Channel, Reply
+from echelon.engine.worker import Channel, WorkerReply
 from echelon.errors import DeviceLost, EchelonError
 from echelon.models.base import DeviceOutOfMemory, Scorer, start
 
@@ -76,7 +76,8 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
     except Exception as error:  # noqa: BLE001 - any error goes to the parent
         channel.send(fault_of(error))
         return None
-    channel.send(("info", scorer.info, 0.0, resident_bytes()))
+    renew = variables_to_renew(scorer)
+    channel.send(WorkerReply("info", scorer.info, 0.0, resident_bytes(), renew))
     return scorer
 
 
@@ -97,7 +98,7 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
             reply = running.reply(free_since)
             free_since = time.perf_counter()
             channel.send(reply)
-            if reply[0] == "lost":
+            if reply.kind == "lost":
                 os._exit(LOST)  # a usual exit would wait for the device
         running = begun
         match content:
@@ -133,7 +134,7 @@ class BegunStep:
         """Whether :meth:`reply` need not wait for a device."""
         return self._started is None or self._started.ready()
 
-    def reply(self, free_since: float = 0.0) -> Reply:
+    def reply(self, free_since: float = 0.0) -> WorkerReply:
         """The reply, for :func:`echelon.engine.worker.unpack`.
 
         Its seconds are those that the step had the device, which was free since ``free_since`` on
@@ -143,10 +144,12 @@ class BegunStep:
             logits = self._result()
         except DeviceOutOfMemory as error:
             self._scorer.release()  # now: a step sent ahead begins before the parent can ask
-            return "memory", str(error), self._seconds(free_since), resident_bytes()
+            seconds = self._seconds(free_since)
+            return WorkerReply("memory", str(error), seconds, resident_bytes())
         except Exception as error:  # noqa: BLE001 - any error goes to the parent
             return fault_of(error)
-        return "scores", logits, self._seconds(free_since), resident_bytes()
+        seconds, renew = self._seconds(free_since), variables_to_renew(self._scorer)
+        return WorkerReply("scores", logits, seconds, resident_bytes(), renew)
 
     def _result(self) -> FloatArray:
         if self._started is None:
@@ -157,18 +160,31 @@ class BegunStep:
         return time.perf_counter() - max(self._began, free_since)
 
 
-def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
+def score_step(scorer: Scorer, batch: TokenBatch) -> WorkerReply:
     """Score a step; the reply is for :func:`echelon.engine.worker.unpack`."""
     return BegunStep(scorer, batch).reply()
 
 
-def fault_of(error: Exception) -> Reply:
+def variables_to_renew(scorer: Scorer) -> dict[str, str] | None:
+    """Variables to start the next process with, if this one should be replaced; else None.
+
+    After a capture that failed, torch's allocator may never free the memory of its graphs again.
+    """
+    if getattr(scorer, "capture_failed", None) is None:
+        return None
+    from echelon.models.cuda_graphs import GRAPHS_SWITCH
+
+    return {GRAPHS_SWITCH: "off"}
+
+
+def fault_of(error: Exception) -> WorkerReply:
     """An error that can be pickled: ours as it is, others as text; the log has the traceback."""
     traceback.print_exception(error)
     if isinstance(error, DeviceLost):
-        return "lost", error.problem, 0.0, resident_bytes()
+        return WorkerReply("lost", error.problem, 0.0, resident_bytes())
     words = f"{type(error).__name__}: {error}"
-    return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
+    what = error if isinstance(error, EchelonError) else words
+    return WorkerReply("fault", what, 0.0, resident_bytes())
 
 
 def resident_bytes() -> int:

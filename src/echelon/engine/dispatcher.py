@@ -268,6 +268,8 @@ class Dispatcher:
         """Teach the cost model a warm-up step, which belongs to no request."""
         with self._lock:
             self.cost.observe(lengths, seconds)
+            self._policy.budget.warmed_up(int(lengths.sum()), seconds)
+            self._follow_budget("goal")
             self.last_scored = self.clock()
 
     def put_back(self, steps: Iterable[PlannedStep]) -> None:
@@ -314,7 +316,8 @@ class Dispatcher:
         Returns the action, and the token budget from now on.
         """
         pairs, longest = len(step.places), max(step.lengths)
-        failure = StepFailure(pairs, step.cost_tokens, longest, info.precision, self._allow)
+        kinds = (info.precision, self._allow, info.lower_precision)
+        failure = StepFailure(pairs, step.cost_tokens, longest, *kinds)
         with self._lock:
             requests = self._of(step)
             numbers = [request.number for request in requests]
@@ -341,13 +344,9 @@ class Dispatcher:
     # Under the lock.
 
     def _next(self, worker: int | None) -> PlannedStep | None:
-        now, others = self.clock(), self._up - {worker}
+        now, lost_by = self.clock(), worker if self._up - {worker} else None
         self._follow_budget()  # a call beside the shared steps may have changed it
-        step = (
-            None
-            if self.closed
-            else self._batcher.next_step(now, self._idle, worker if others else None)
-        )
+        step = None if self.closed else self._batcher.next_step(now, self._idle, lost_by)
         for number in self._batcher.expire(now):
             self._fail(number, DeadlinePassed(EXPIRED), "expired")
         return step

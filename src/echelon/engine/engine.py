@@ -183,7 +183,8 @@ class Engine:
                 self._plan(run)
             return len(step)
         precision, allow = self.info.precision, self.allowed(run.limits.allow)
-        failure = StepFailure(len(step), cost_tokens, longest, precision, allow)
+        lower = self.info.lower_precision
+        failure = StepFailure(len(step), cost_tokens, longest, precision, allow, lower)
         self._recover(run, step, failure, reason)  # not in the handler: the error holds tensors
         return 0
 

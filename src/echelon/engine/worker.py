@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
 from echelon.models.base import (
@@ -94,8 +94,14 @@ class Channel:
         return data
 
 
-Reply = tuple[str, Any, float, int]
-"""Answer of a scoring process: kind, content, seconds, and the bytes that the process holds."""
+class WorkerReply(NamedTuple):
+    """Answer of a scoring process."""
+
+    kind: str
+    content: Any
+    seconds: float  # time of the scorer
+    resident_bytes: int  # memory that the process holds
+    renew: dict[str, str] | None = None  # it should be replaced: variables to start the next with
 
 
 class ScorerFactory(Protocol):
@@ -112,6 +118,7 @@ class StepResult:
     logits: FloatArray  # float32 [pairs]
     seconds: float  # time of the scorer
     resident_bytes: int  # memory that the worker holds
+    worn: bool = False  # the worker asks to be replaced before the next step
 
 
 class Worker(Protocol):
@@ -163,7 +170,7 @@ class ChildWorker:
     ) -> None:
         self.name = name
         self._opener = opener
-        self._environment = environment or {}
+        self._environment = dict(environment or {})
         self._start_timeout_s = start_timeout_s
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -188,17 +195,20 @@ class ChildWorker:
             self._process = _spawn(theirs.fileno(), self._environment)
         threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         try:
-            return self._hello(precision, sparing=sparing)
+            opened = self._hello(precision, sparing=sparing)
         except BaseException:
             self._discard()
             raise
+        if take_variables(opened.renew, self._environment):
+            return self.start(precision, sparing=sparing)
+        info: ModelInfo = opened.content
+        return info
 
-    def _hello(self, precision: str, *, sparing: bool) -> ModelInfo:
+    def _hello(self, precision: str, *, sparing: bool) -> WorkerReply:
         self.send((self._opener, precision, sparing), self._start_timeout_s)
         if not self.wait(self._start_timeout_s):
             raise self._wedged(f"did not open its model in {self._start_timeout_s:g} s")
-        info: ModelInfo = self._reply(self._start_timeout_s)[0]
-        return info
+        return self._reply(self._start_timeout_s)
 
     def score(self, batch: TokenBatch, timeout_s: float) -> StepResult:
         """Send a step and wait for its result; see :meth:`receive`."""
@@ -231,8 +241,9 @@ class ChildWorker:
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
-        logits, seconds, resident = self._reply(timeout_s)
-        return StepResult(logits, seconds, resident)
+        reply = self._reply(timeout_s)
+        take_variables(reply.renew, self._environment)
+        return step_result(reply)
 
     def release(self) -> None:
         """Give cached memory back after the steps that were sent."""
@@ -277,9 +288,9 @@ class ChildWorker:
         if self._on_end is not None:
             self._on_end()
 
-    def _reply(self, timeout_s: float) -> tuple[Any, float, int]:
+    def _reply(self, timeout_s: float) -> WorkerReply:
         try:
-            reply: Reply = self._open_channel().receive(timeout_s)
+            reply: WorkerReply = self._open_channel().receive(timeout_s)
         except TimeoutError:
             raise self._wedged("stopped in the middle of an answer") from None
         except (EOFError, OSError):
@@ -308,9 +319,9 @@ class ChildWorker:
         return WorkerDied(f"{self.name} (process {self.pid}) ended {how}")
 
 
-def unpack(reply: Reply) -> tuple[Any, float, int]:
-    """Content of a reply, its seconds, and the process's bytes; raises the child's error."""
-    kind, what, seconds, resident = reply
+def unpack(reply: WorkerReply) -> WorkerReply:
+    """The reply of a scoring process that succeeded; raises the error of one that failed."""
+    kind, what = reply.kind, reply.content
     if kind == "memory":
         raise DeviceOutOfMemory(what)
     if kind == "lost":
@@ -321,7 +332,20 @@ def unpack(reply: Reply) -> tuple[Any, float, int]:
         raise ScoringFailed(
             f"The model raised an error ({what}). Its traceback is in the log; please report it."
         )
-    return what, seconds, resident
+    return reply
+
+
+def take_variables(renew: dict[str, str] | None, environment: dict[str, str]) -> bool:
+    """Add variables to a worker's environment, and say whether any is new there."""
+    new = (renew or {}).items() - environment.items()
+    environment.update(new)
+    return bool(new)
+
+
+def step_result(reply: WorkerReply) -> StepResult:
+    """The result in the reply to a step."""
+    worn = reply.renew is not None
+    return StepResult(reply.content, reply.seconds, reply.resident_bytes, worn)
 
 
 def _spawn(descriptor: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -146,19 +146,39 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown or "none"
 
 
-def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Pad on the right to the longest pair, as the reference tokenizers do.
+def pad(
+    batch: TokenBatch, padding_id: int, shape: tuple[int, int] | None = None
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Pad on the right to the longest pair, as the reference tokenizers do, or to a larger shape.
+
+    Surplus pairs consist of one padding token that counts, so that no row of a softmax is empty.
 
     Returns:
         int64 [pairs, longest]: ``input_ids``, ``attention_mask`` and ``token_type_ids``.
     """
-    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    pairs, longest = shape or (len(batch), int(batch.lengths.max()))
+    real = np.zeros((pairs, longest), dtype=np.bool_)
+    real[: len(batch)] = np.arange(longest) < batch.lengths[:, None]
     ids = np.full(real.shape, padding_id, dtype=np.int64)
     ids[real] = batch.ids
     types = np.zeros(real.shape, dtype=np.int64)
     if batch.type_ids is not None:
         types[real] = batch.type_ids
+    real[len(batch) :, 0] = True
     return dict(zip(INPUTS, (ids, real.astype(np.int64), types), strict=True))
+
+
+def rounded_shape(batch: TokenBatch) -> tuple[int, int]:
+    """Pairs and longest pair of a step, each rounded up to a power of two or half as much again.
+
+    A length is at least 16. Two sizes to each doubling: at most a third of either is filler.
+    """
+
+    def up(size: int) -> int:
+        power = 1 << max(0, (size - 1).bit_length())
+        return 3 * power // 4 if size <= 3 * power // 4 and power > 2 else power  # noqa: PLR2004 - half of it
+
+    return up(len(batch)), up(max(MIN_ROWS, int(batch.lengths.max())))
 
 
 MIN_ROWS = 16  # rows that a matrix unit computes at a time

@@ -139,8 +139,7 @@ class CudaScorer:
         self._graphs = CudaGraphs(lambda one: self._run(self._fixed, one), parts.record, ladder)
         self.use_graphs = graphs_allowed()
         if self.use_graphs:
-            with torch.inference_mode():
-                self._graphs.prepare()
+            guarded(self._graphs.prepare)
         self.info = native_info(shape, loaded_bytes, device, precision, threads=0)
 
     @property

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echelon.models.device import DTYPES, device_name
+from echelon.models.device import DTYPES, device_name, half_precision
 from echelon.models.layers import Int8Linear, Norm, ProbedLinear, make_linear
 from echelon.types import ModelInfo
 
@@ -36,6 +36,7 @@ def native_info(
         padding="none",
         weights_bytes=loaded_bytes,
         threads=threads,
+        lower_precision=half_precision(device),
     )
 
 

@@ -21,13 +21,13 @@ from echelon.models.device import (
     choose_device,
     choose_precision,
     has_torch,
-    keep_freed,
     require_torch,
     set_threads,
     usable_cpus,
 )
 from echelon.models.families import FAMILIES, native_model
 from echelon.models.faults import kind_of
+from echelon.models.heap import keep_freed
 from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 from echelon.models.onnx_file import table_rows
 from echelon.models.prompts import prompt_of

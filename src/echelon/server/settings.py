@@ -55,7 +55,7 @@ def name_of_flag(described: Flag) -> str:
 
 
 MODEL_FLAGS: tuple[Flag, ...] = (
-    flag("--device", default="auto", show_default=False, help="auto, cpu, cuda or cuda:N."),
+    flag("--device", default="auto", show_default=False, help="auto, cpu, cuda, cuda:N or mps."),
     flag(
         "--precision",
         type=click.Choice(get_args(Precision)),

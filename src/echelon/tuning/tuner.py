@@ -65,6 +65,11 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "batch_sizes": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "token_budgets": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
     },
+    "mps": {
+        "pairs": (5, 10, 50, 100),
+        "batch_sizes": (1, 2, 4, 8, 16, 32, 64),
+        "token_budgets": (512, 1024, 2048, 4096, 8192),
+    },
 }
 """Sizes that are measured unless the plan names others, by kind of device: an edge device ranks 1
 to 5 pairs, a realtime API 10, offline work many. Larger steps than a CPU's fill a card."""

@@ -7,7 +7,8 @@ is accounted for, and faults happen on demand. See :class:`Machine` for what can
     with shim_card.cards(capability=(8, 0), count=2) as machine:
         torch.ones(3, device="cuda:1")
 
-Child processes get cards through the environment: see :func:`environment`.
+Child processes get cards through the environment: see :func:`environment`. They see those that
+``CUDA_VISIBLE_DEVICES`` names.
 """
 
 from __future__ import annotations
@@ -62,7 +63,19 @@ def environment(**settings: Any) -> dict[str, str]:
 
 def _settings() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(os.environ[VARIABLE])
-    return found
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if listed is None else _seen(found, listed)
+
+
+def _seen(settings: dict[str, Any], listed: str) -> dict[str, Any]:
+    """The settings of the cards in a list, which are numbered anew, with their faults."""
+    numbers = [int(name) for name in listed.split(",")]
+    settings["count"] = len(numbers)
+    faults = [f for f in settings.get("faults", ()) if f.get("card") in {None, *numbers}]
+    for fault in faults:
+        if fault.get("card") is not None:
+            fault["card"] = numbers.index(fault["card"])
+    return settings | {"faults": faults}
 
 
 _entered: list[Iterator[Any]] = []

@@ -259,7 +259,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 
 def uses_tf32(card: Card) -> bool:
     """Whether fp32 products of a card are computed in TF32 now."""
-    return card.machine.capability >= (8, 0) and bool(torch._C._get_cublas_allow_tf32())
+    return card.machine.capability >= (8, 0) and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def kernel_of(func: Any, card: Card) -> Callable[..., Any]:

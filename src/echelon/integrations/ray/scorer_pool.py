@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_profile
-from echelon.engine.worker import START_TIMEOUT_S, unpack
+from echelon.engine.worker import START_TIMEOUT_S, WorkerReply, unpack
 from echelon.errors import EchelonError, WorkerLost, check_positive
 from echelon.integrations.ray.worker import (
     CALL_RETRIES,
@@ -34,7 +34,6 @@ from echelon.offline.scoring import ScoredWindow, WindowScorer
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from echelon.engine.worker import Reply
     from echelon.offline.readers import BadRow
     from echelon.offline.scoring import RowWindow, Steps
     from echelon.options import Options
@@ -91,7 +90,7 @@ class ScorerActor:
         self._scoring: WindowScorer | None = None
         self._opening = threading.Lock()
 
-    def open(self, model: str, options: Options, steps: Steps | None) -> Reply:
+    def open(self, model: str, options: Options, steps: Steps | None) -> WorkerReply:
         """Open the model, once; reply with the settings of its steps and the machine's id."""
         try:
             with self._opening:  # Ray may repeat the call meanwhile
@@ -99,9 +98,9 @@ class ScorerActor:
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scoring.steps, ray.get_runtime_context().get_node_id()
-        return "steps", found, 0.0, resident_bytes()
+        return WorkerReply("steps", found, 0.0, resident_bytes())
 
-    def score(self, window: RowWindow) -> Reply:
+    def score(self, window: RowWindow) -> WorkerReply:
         """Score a window."""
         if self._scoring is None:
             raise AssertionError("a window before the model was open. This is a bug.")
@@ -109,7 +108,7 @@ class ScorerActor:
             scored = self._scoring.submit(window).result()
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
-        return "scored", PoolResult.of(window, scored), 0.0, resident_bytes()
+        return WorkerReply("scored", PoolResult.of(window, scored), 0.0, resident_bytes())
 
 
 _ACTOR = ray.remote(
@@ -240,23 +239,23 @@ class RayScorerPool:
             else:
                 self._take_reply(worker, number, reply)
 
-    def _take_reply(self, worker: _PoolWorker, number: int | None, reply: Reply) -> None:
+    def _take_reply(self, worker: _PoolWorker, number: int | None, reply: WorkerReply) -> None:
         if number is None:
             self._take_open_reply(worker, reply)
             return
         worker.windows.remove(number)
         try:
-            self._done[number] = unpack(reply)[0]
+            self._done[number] = unpack(reply).content
         except WorkerDied as error:
             worker.windows.insert(0, number)
             self._replace(worker, number, error)
         except EchelonError as error:
             self._done[number] = error
 
-    def _take_open_reply(self, worker: _PoolWorker, reply: Reply) -> None:
+    def _take_open_reply(self, worker: _PoolWorker, reply: WorkerReply) -> None:
         """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
-            (steps, machine), _, _ = unpack(reply)
+            steps, machine = unpack(reply).content
         except WorkerDied as error:
             self._replace(worker, None, error)
             return

@@ -21,8 +21,22 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
-from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
+from echelon.engine.child import (
+    fault_of,
+    resident_bytes,
+    score_step,
+    spare_memory,
+    variables_to_renew,
+)
+from echelon.engine.worker import (
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    StepResult,
+    WorkerReply,
+    step_result,
+    take_variables,
+    unpack,
+)
 from echelon.errors import InvalidInput, check_positive
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
@@ -38,7 +52,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from echelon.engine.launch import PreparedModel
-    from echelon.engine.worker import Reply, ScorerFactory
+    from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
     from echelon.types import ModelInfo
@@ -149,7 +163,7 @@ class RemoteScorer:
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
 
-    def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
+    def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> WorkerReply:
         """Open the scorer, once; reply with its info, the machine's id and the process id."""
         if sparing:
             spare_memory()
@@ -158,9 +172,9 @@ class RemoteScorer:
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid()
-        return "info", found, 0.0, resident_bytes()
+        return WorkerReply("info", found, 0.0, resident_bytes(), variables_to_renew(self._scorer))
 
-    def score(self, *parts: np.ndarray[Any, Any] | None) -> Reply:
+    def score(self, *parts: np.ndarray[Any, Any] | None) -> WorkerReply:
         """Score a step. Its arrays are copied: Ray's memory is read-only, torch needs its own."""
         if self._scorer is None:
             raise AssertionError("a step before the scorer was open. This is a bug.")
@@ -196,7 +210,8 @@ class RayWorker:
         self._actor: Any = None
         self._machine: str | None = None
         self._life: Future[Any] | None = None
-        self._sent: deque[Future[Reply]] = deque()
+        self._sent: deque[Future[WorkerReply]] = deque()
+        self._environment: dict[str, str] = {}
         self._killed = False
 
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
@@ -205,18 +220,24 @@ class RayWorker:
         self._killed = False
         self._sent.clear()
         self._machine = None
-        self._actor = _ACTOR.options(**self.resources.needs).remote()
+        variables = {"env_vars": self._environment} if self._environment else None
+        self._actor = _ACTOR.options(**self.resources.needs, runtime_env=variables).remote()
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
         opening = self._actor.open.remote(self.factory, precision, sparing=sparing)
         self._sent.append(opening.future())
         try:
-            return self._await_open()
+            opened = self._await_open()
         except BaseException:
             self.kill()
             raise
+        if take_variables(opened.renew, self._environment):
+            return self.start(precision, sparing=sparing)
+        info: ModelInfo
+        info, self._machine, self.pid = opened.content
+        return info
 
-    def _await_open(self) -> ModelInfo:
+    def _await_open(self) -> WorkerReply:
         end = monotonic() + self.start_timeout_s
         while not self.wait(STOP_CHECK_S):
             if self._killed:  # Ray does not report an actor killed before it was placed
@@ -224,9 +245,7 @@ class RayWorker:
             if monotonic() >= end:
                 late = f"is not up after {self.start_timeout_s:g} s"
                 raise self._wedged(f"{late}; it needs a machine with {self.resources}")
-        found: ModelInfo
-        (found, self._machine, self.pid), _, _ = unpack(self._reply())
-        return found
+        return unpack(self._reply())
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
         """Send a step; a second may be sent while the first runs."""
@@ -255,7 +274,9 @@ class RayWorker:
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
-        return StepResult(*unpack(self._reply()))
+        reply = unpack(self._reply())
+        take_variables(reply.renew, self._environment)
+        return step_result(reply)
 
     def release(self) -> None:
         """Free cached memory after the steps that were sent."""
@@ -280,7 +301,7 @@ class RayWorker:
             raise WorkerDied(f"{self.name} was never started. This is a bug.")
         return future
 
-    def _reply(self) -> Reply:
+    def _reply(self) -> WorkerReply:
         """The result of the first future.
 
         Without one the actor is killed: the cause, such as a lost object, would fail later steps.
@@ -289,7 +310,7 @@ class RayWorker:
         if self._sent:
             self._sent.popleft()
         try:
-            reply: Reply = future.result()
+            reply: WorkerReply = future.result()
         except (RayError, CancelledError) as error:
             raise self._died(error) from None
         return reply
