@@ -16,6 +16,7 @@ PACKAGE = Path(echelon.__file__).parent
 NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
     "echelon.models.attention_cpu",
+    "echelon.models.blocks",
     "echelon.models.causal_attention",
     "echelon.models.decoder",
     "echelon.models.decoder_weights",

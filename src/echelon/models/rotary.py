@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from echelon.models.blocks import blocks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,3 +38,10 @@ def rotate(rows: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     wide = rows.float()
     half = rows.shape[-1] // 2
     return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
+
+
+def rotate_in_place(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
+    """Turn [rows, parts, heads, size] where they are, as :func:`rotate` does with each part."""
+    for part in blocks(heads):
+        turn = cosines[part].unsqueeze(1), sines[part].unsqueeze(1)
+        heads[part] = rotate(heads[part], *turn)
