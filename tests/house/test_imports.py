@@ -21,6 +21,7 @@ NEEDS_TORCH = {
     "echelon.models.decoder",
     "echelon.models.decoder_weights",
     "echelon.models.gated",
+    "echelon.models.gte_encoder",
     "echelon.models.heads",
     "echelon.models.loading",
     "echelon.models.local_attention",

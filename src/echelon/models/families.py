@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from echelon.errors import BadCheckpoint, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture, modernbert, modules, qwen
+from echelon.models import architecture, gte, modernbert, modules, qwen
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,13 @@ FAMILIES = (
             "Alibaba-NLP/gte-reranker-modernbert-base",
             "ibm-granite/granite-embedding-reranker-english-r2",
         ),
+    ),
+    NativeFamily(
+        "gte",
+        ("new",),
+        gte.read,
+        "gte_encoder",
+        known=("Alibaba-NLP/gte-multilingual-reranker-base",),
     ),
     NativeFamily(
         "Qwen3 and Qwen2",

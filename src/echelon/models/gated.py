@@ -13,7 +13,7 @@ from echelon.models.layers import ACTIVATIONS, Rows, materialize
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echelon.models.layers import Linear, PrepackedLinear
+    from echelon.models.layers import Linear, PrepackedLinear, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class RmsNorm:
 class Gate(Protocol):
     """``activation(a) · b`` of two products (Shazeer, GLU Variants Improve Transformer, 2020)."""
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it multiplies codes, and uses the rows' codes if they have any."""
+
     def __call__(self, rows: Rows) -> Tensor:
         """[rows, hidden] → [rows, wide]."""
 
@@ -41,6 +45,11 @@ class StackedGate:
 
     linear: Linear  # [hidden] → [2 × wide]: the part with the activation, then the gate
     activation: str
+
+    @property
+    def quantized(self) -> bool:
+        """See :class:`Gate`."""
+        return self.linear.quantized
 
     def __call__(self, rows: Rows) -> Tensor:
         """See :class:`Gate`."""
@@ -55,6 +64,11 @@ class PackedGate:
 
     active: PrepackedLinear
     gate: PrepackedLinear
+
+    @property
+    def quantized(self) -> bool:
+        """See :class:`Gate`."""
+        return False
 
     def __call__(self, rows: Rows) -> Tensor:
         """See :class:`Gate`."""
@@ -71,3 +85,20 @@ class GatedFeedForward:
     def __call__(self, rows: Tensor) -> Tensor:
         """[rows, hidden] → [rows, hidden]."""
         return materialize(self.down(Rows(self.up(Rows(rows)))))
+
+
+@dataclass(frozen=True, slots=True)
+class GatedWithResidual:
+    """The same in the form of :class:`~echelon.models.layers.FeedForward`, for norms behind it."""
+
+    up: Gate
+    down: Linear
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its first layer multiplies codes."""
+        return self.up.quantized
+
+    def __call__(self, rows: Rows, residual: Tensor) -> Product:
+        """[rows, hidden] → [rows, hidden], the residual added or pending."""
+        return self.down(Rows(self.up(rows)), residual)

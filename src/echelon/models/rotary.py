@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 class Rotary:
-    """The angles of one base; ``size`` is the width of a head, an even number."""
+    """The angles of one base; ``size`` is the width of a head, an even number.
 
-    def __init__(self, theta: float, size: int) -> None:
+    A ``factor`` stretches them by the fixed NTK rule of :mod:`echelon.models.gte`.
+    """
+
+    def __init__(self, theta: float, size: int, factor: float = 1.0) -> None:
         # As in transformers, in fp32 and in this order: the last bits are the same.
-        self._frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+        powers = (theta * factor) ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        self._frequencies = 1.0 / powers / factor ** (2 / size)
 
     def tables(
         self, positions: Tensor, dtype: torch.dtype = torch.float32
