@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from echelon.models import card_kernels, modernbert_encoder
+from echelon.models import card_kernels, encoder, modernbert_encoder
 from echelon.models.architecture import Architecture, LayerPlan
 from echelon.models.attention_cuda import FLASH_CAPABILITY, attention_with, choose_kernel
 from echelon.models.cuda_steps import CaptureShape, read
@@ -114,7 +114,8 @@ class Model:
         """The pass of a model with so many layers, in fp16."""
         shape, plan = replace(self.architecture, layers=layers), LayerPlan("fp16")
         if isinstance(shape, Architecture):
-            weights = load_weights(FakeCheckpoint(), shape, CUDA, plan, 0)
+            with patch.object(encoder, "encoder_checkpoint", lambda _: FakeCheckpoint()):
+                weights = load_weights(Path(), shape, CUDA, plan, 0)
             return EncoderPass(weights, attend, "fp16")
         shape = replace(shape, local=(True,) * (layers - 1) + (False,))
         with patch.object(modernbert_encoder, "Checkpoint", lambda _: FakeCheckpoint()):

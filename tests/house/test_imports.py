@@ -17,10 +17,13 @@ NEEDS_TORCH = {
     "echelon.integrations.haystack",  # Haystack looks for torch when it is imported
     "echelon.models.attention_cpu",
     "echelon.models.attention_cuda",
+    "echelon.models.blocks",
     "echelon.models.causal_attention",
     "echelon.models.decoder",
     "echelon.models.decoder_weights",
     "echelon.models.gated",
+    "echelon.models.gte_encoder",
+    "echelon.models.heads",
     "echelon.models.loading",
     "echelon.models.local_attention",
     "echelon.models.modernbert_cuda",

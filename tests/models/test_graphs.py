@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from graphs import looped, scorer_of, taped
 from helpers import LIMITS, NATIVE, ROOT, random_batch, reference_logits, vocabulary_of
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from card_costs import FakeCheckpoint
 from echelon.errors import BadCheckpoint, InvalidInput
-from echelon.models import attention_cuda
+from echelon.models import attention_cuda, encoder
 from echelon.models.architecture import LayerPlan, native_architecture, read_config
 from echelon.models.attention_cuda import (
     Spans,
@@ -37,11 +39,9 @@ from echelon.models.cuda_graphs import (
     CudaGraphs,
     Recording,
 )
-from echelon.models.cuda_scorer import CardParts, CudaScorer
-from echelon.models.cuda_steps import CaptureShape, Card, Ladder, read
+from echelon.models.cuda_steps import CaptureShape, Ladder, read
 from echelon.models.encoder import load_weights
 from echelon.models.encoder_cuda import EncoderPass
-from echelon.models.registry import open_scorer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -52,23 +52,7 @@ KERNELS = (
     attention_cuda.efficient_in_fp32,
 )
 PRECISION_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-SLOW = Card(7, 1)  # so slow that few sizes are captured
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
-
-
-def looped(query, key, value, spans, scale):
-    """What the kernels do, pair by pair; rows of no pair stay NaN, as if never written."""
-    mixed = torch.full_like(query, torch.nan)
-    queries, keys = spans.query_offsets.tolist(), spans.key_offsets.tolist()
-    assert max(np.diff(queries)) <= spans.max_queries
-    assert max(np.diff(keys)) <= spans.max_keys
-    for i in range(len(queries) - 1):
-        rows, seen = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
-        parts = (part.transpose(0, 1) for part in (query[rows], key[seen], value[seen]))
-        if keys[i] < keys[i + 1]:
-            found = functional.scaled_dot_product_attention(*parts, scale=scale)
-            mixed[rows] = found.transpose(0, 1)
-    return mixed
 
 
 class Calls(TorchDispatchMode):
@@ -82,25 +66,6 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-def taped(log=None):
-    """Captures by keeping the work, and replays by doing it again into the same place."""
-
-    def record(work):
-        output = work().clone()
-        drop = (lambda: log.append("dropped")) if log is not None else (lambda: None)
-        return Recording(lambda: output.copy_(work()), output, drop)
-
-    return record
-
-
-def scorer_of(folder, *, record=None, **options):
-    """The CUDA scorer, on CPU, over a native model's fp32 weights."""
-    weights = open_scorer(folder, device="cpu", precision="fp32", threads=1, **options)._weights
-    shape = native_architecture(folder, read_config(folder))
-    parts = CardParts(attention_with(looped), record or taped(), SLOW)
-    return CudaScorer(shape, EncoderPass(weights, parts.attend, "fp32"), CPU, "fp32", parts, 0)
 
 
 # Kernels
@@ -274,7 +239,8 @@ def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
     architecture = native_architecture(toy(family), read_config(toy(family)))
     with FakeTensorMode(), torch.inference_mode():
         plan = LayerPlan(PRECISION_OF[dtype])
-        weights = load_weights(FakeCheckpoint(), architecture, CUDA, plan, 0)
+        with patch.object(encoder, "encoder_checkpoint", lambda _: FakeCheckpoint()):
+            weights = load_weights(Path(), architecture, CUDA, plan, 0)
         kernel = choose_kernel(major, dtype, architecture.head_shape[1])
         run = EncoderPass(weights, attention_with(kernel), plan.precision)
         shape = CaptureShape(320, 16, 128)

@@ -14,13 +14,19 @@ from language_models import make_language_model
 
 from echelon import Reranker
 from echelon.cli import cli
+from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput, UnsupportedModel
 from echelon.models.architecture import read_config
 from echelon.models.description import describe
 from echelon.models.families import native_model
 from echelon.models.prompts import QWEN3_RERANKER
 from echelon.models.registry import model_prompt, open_scorer
+from echelon.options import Options
 from echelon.tokenization.tokenizer import PairEncoder
+from echelon.tuning.calls import TimedCalls
+from echelon.tuning.sweep import SweepPoint
+from echelon.tuning.tuner import find_model
+from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,3 +192,34 @@ def test_a_step_costs_its_query_once(folders):
         alone = reranker.score_pairs(pairs[:1]).report
     assert alone.cost_tokens == alone.tokens
     assert report.cost_tokens < 0.6 * report.tokens
+
+
+@pytest.mark.parametrize("run_again", [True, False])
+def test_the_tuner_measures_what_a_new_query_costs(folders, tmp_path, monkeypatch, run_again):
+    """A run finds what the runs before it kept of the instruction, and nothing of the queries."""
+    options = Options(device="cpu", precision="fp32", threads=1)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"query": SENTENCES[0], "documents": SENTENCES}), "utf-8")
+    check, texts = find_model(str(folders["toy-Qwen3-Reranker"]), options, data)
+    if run_again:  # what would be found if the queries were the same
+        monkeypatch.setattr(PrecisionCheck, "asked", lambda _, query, __: query)
+    scorer: Any = check.open("fp32")
+    real, found = scorer.score, []
+
+    def score(batch):
+        parts = np.split(batch.ids, batch.offsets[1:-1])
+        found.append(max(scorer._prefixes.known(ids) for ids in parts))
+        return real(batch)
+
+    monkeypatch.setattr(scorer, "score", score)
+    calls = TimedCalls(check, scorer, texts, [6], monotonic)
+    runs = [calls(SweepPoint(6, batch_size=6)) for _ in range(3)]
+    scorer.close()
+    encoded = check.encoder.encode([("", "")], 380, "only_second")
+    known = len(encoded.template.before) + len(encoded.queries[0])
+    assert found[0] == 0
+    if run_again:
+        assert min(found[1:]) > known
+    else:
+        assert max(found) <= known
+        assert all(run.cost_tokens < run.tokens for run in runs)

@@ -127,10 +127,22 @@ class PrecisionCheck:
         specials = self.encoder.template.specials
         return check_max_length(self.options.max_length, info.max_tokens, specials)
 
-    def encode(self, info: ModelInfo) -> EncodedPairs:
-        """Tokenize all pairs of the topics."""
+    def asked(self, query: str, run: int) -> str:
+        """The query as one that no other run asks, which is what a user's next query costs.
+
+        A language model keeps what it computed of a query: run after run would find it. A
+        classifier keeps nothing, and its query stays as it is.
+        """
+        return query if self.encoder.prompt is None else f"{run} {query}"
+
+    def encode(self, info: ModelInfo, run: int | None = None) -> EncodedPairs:
+        """Tokenize all pairs of the topics; with a ``run``, as :meth:`asked` in it."""
         options = self.options
-        pairs = [(topic.query, document) for topic in self.topics for document in topic.documents]
+        pairs = [
+            (topic.query if run is None else self.asked(topic.query, run), document)
+            for topic in self.topics
+            for document in topic.documents
+        ]
         return self.encoder.encode(
             pairs, self.max_length(info), options.truncation, options.max_query_tokens
         )

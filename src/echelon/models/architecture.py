@@ -23,12 +23,14 @@ from echelon.files import (
     shown,
     whole,
 )
+from echelon.models import modules
 from echelon.types import TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from echelon.models.modules import Chain
     from echelon.types import IntArray, TokenBatch
 
 OWN_CONFIG = "Use the model's own config.json."
@@ -87,7 +89,7 @@ NATIVE_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 class Family:
     """Differences between the model families with a packed encoder."""
 
-    prefix: str  # beginning of the encoder's tensor names
+    prefix: str  # name of the encoder in a classifier, which begins its tensors' names
     head: tuple[str, str]  # names of the head's dense layer and of its projection to the labels
     padding_id: int  # the padding token, if ``config.json`` names none
     positions_after_padding: bool  # positions begin after the padding id, not at 0
@@ -132,6 +134,7 @@ class Architecture:
     epsilon: float  # of every LayerNorm
     padding_id: int  # the padding token's id
     labels: tuple[str, ...]  # names of the head's outputs
+    chain: Chain | None = None  # a head in modules of its own, instead of the classifier
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -140,6 +143,8 @@ class Architecture:
             )
         if self.segments < 1:
             raise ValueError("type_vocab_size: 0, and BERT models have at least one")
+        if self.chain is not None:
+            self.chain.require_width(self.hidden)
         if self.padding_id >= self.vocabulary or self.max_tokens < 1:
             raise ValueError(
                 f"pad_token_id: {self.padding_id} is beyond vocab_size={self.vocabulary} or "
@@ -152,6 +157,16 @@ class Architecture:
         return NATIVE_FAMILIES[self.model_type]
 
     @property
+    def root(self) -> str:
+        """Beginning of the encoder's tensor names; a model saved without classifier has none."""
+        return f"{self.family.prefix}." if self.chain is None else ""
+
+    @property
+    def reads_firsts(self) -> bool:
+        """Whether the head reads each pair's first row only."""
+        return self.chain is None or self.chain.pooling == "cls"
+
+    @property
     def head_shape(self) -> tuple[int, int]:
         """Number of attention heads and width of one."""
         return self.heads, self.hidden // self.heads
@@ -162,8 +177,11 @@ class Architecture:
         tables = self.vocabulary + self.table_positions + self.segments + 2
         layer = 4 * (self.hidden + 1) + 2 * self.intermediate + 1 + 4
         per_layer = layer * self.hidden + self.intermediate
-        head = self.hidden + 1 + len(self.labels)
-        return self.hidden * (tables + head) + self.layers * per_layer + len(self.labels)
+        if self.chain is None:
+            head = self.hidden * (self.hidden + 1 + len(self.labels)) + len(self.labels)
+        else:
+            head = self.chain.weights
+        return self.hidden * tables + self.layers * per_layer + head
 
     @property
     def flops(self) -> int:
@@ -178,8 +196,7 @@ class Architecture:
     @property
     def max_tokens(self) -> int:
         """Longest input with special tokens: 8192 for bge-reranker-v2-m3, not 8194."""
-        first = self.padding_id + 1 if self.family.positions_after_padding else 0
-        return self.table_positions - first
+        return self.table_positions - self.family.positions_after_padding * (self.padding_id + 1)
 
     def check_ids(self, ids: IntArray) -> None:
         """See :func:`check_ids`."""
@@ -342,10 +359,16 @@ def check_tokens(config: Mapping[str, Any], tokens: TokenIds, vocabulary: int | 
 
 
 def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | None:
-    """The shape of a native model, or None for one that needs the generic scorer."""
+    """The shape of a native model, or None for one that needs the generic scorer.
+
+    Raises:
+        BadCheckpoint: a field is missing or wrong, or two of them contradict one another.
+        UnsupportedModel: its modules do not end in a score.
+    """
     if not _is_native(config):
         return None
     given = {name: value for name, value in config.items() if value is not None}
+    chain = modules.read(folder)
     try:
         check_fields(given, {}, SHAPE)
         return Architecture(
@@ -360,7 +383,8 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
             activation=given.get("hidden_act", "gelu"),
             epsilon=float(given.get("layer_norm_eps", 1e-12)),
             padding_id=padding_id(config),
-            labels=labels_of(config),
+            labels=labels_of(config) if chain is None else modules.LABELS,
+            chain=chain,
         )
     except ValueError as error:
         raise BadCheckpoint(f"{folder / 'config.json'}: {error}. {OWN_CONFIG}") from error

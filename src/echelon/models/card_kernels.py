@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional
 
 from echelon.models.kernels import SWITCH
-from echelon.models.rotary import rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,23 +50,6 @@ GATES: dict[int, Callable[[Tensor], Tensor]] = {
 def has_card_kernels(rows: Tensor) -> bool:
     """Whether rows are on a card for which the kernels compile."""
     return rows.device.type == "cuda" and missing(rows.device) is None
-
-
-def norm_of_sum(
-    total: Tensor, product: Tensor, norm: tuple[Tensor, Tensor | None, float], *, centred: bool
-) -> Tensor:
-    """Add a product to ``total``, in place, and return the norm of that in the product's dtype.
-
-    ``norm`` is weight, bias and epsilon; LayerNorm if ``centred``, else RMSNorm.
-    """
-    if has_card_kernels(total):
-        normed: Tensor = torch.ops.echelon.accumulate_norm(total, product, *norm, centred)
-        return normed
-    weight, bias, epsilon = norm
-    total += product
-    if centred:
-        return functional.layer_norm(total, weight.shape, weight, bias, epsilon).to(product.dtype)
-    return functional.rms_norm(total, weight.shape, weight, epsilon).to(product.dtype)
 
 
 def turned(
@@ -138,6 +120,8 @@ def _gate(both: Tensor, activation: int) -> Tensor:
 def _turn(
     heads: Tensor, cosines: Tensor, sines: Tensor, weight: Tensor | None, epsilon: float
 ) -> Tensor:
+    from echelon.models.rotary import rotate  # which computes by blocks, with operators of these
+
     wide = heads.float()
     if weight is not None:
         wide = functional.rms_norm(wide, weight.shape, weight, epsilon)

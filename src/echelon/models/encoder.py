@@ -1,8 +1,8 @@
 """The native encoder on CPU: BERT, RoBERTa and XLM-RoBERTa classifiers without padding.
 
 All tokens of a step are rows of one [tokens, hidden] matrix from the embeddings to the head; only
-attention distinguishes pairs. The last layer is computed for each pair's first token only, since
-the head reads no other: the logits are the same.
+attention distinguishes pairs. Where the head reads no other, the last layer is computed for each
+pair's first token only: the logits are the same.
 
 Weights are loaded layer by layer: mapped, converted and dropped before the next layer is read.
 """
@@ -20,6 +20,7 @@ from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.base import with_filler
 from echelon.models.checkpoint import MappedPages
 from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.heads import Head, HeadProduct, load_chain
 from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import (
     ACTIVATIONS,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import Architecture, LayerPlan
     from echelon.models.base import Scorer
     from echelon.models.checkpoint import Checkpoint
+    from echelon.models.gated import GatedWithResidual
     from echelon.types import FloatArray, IntArray, TokenBatch
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
@@ -62,27 +64,17 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer; ``qkv`` is fused, but the last layer has separate queries."""
+    """One transformer layer.
+
+    ``qkv`` is fused, but the last layer has separate queries if the head reads first rows only.
+    """
 
     queries: Linear | None
     qkv: Linear
     attention_out: Linear
     attention_norm: Norm
-    feed_forward: FeedForward
+    feed_forward: FeedForward | GatedWithResidual
     output_norm: Norm
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Dense, tanh, and the projection to the chosen label, all in fp32."""
-
-    dense: Linear
-    project: Linear
-
-    def __call__(self, firsts: Tensor) -> Tensor:
-        """[pairs, hidden] → logits [pairs]."""
-        pooled = torch.tanh(self.dense(Rows(firsts.float())).values)
-        return self.project(Rows(pooled)).values.squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +132,7 @@ class PackedScorer:
             partial(attend, layout=layout),
             lambda rows: rows[layout.firsts],
             partial(attend_first, layout=layout),
+            layout.offsets,
         )
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
@@ -167,22 +160,23 @@ def run_layers(
     attend_all: Attend,
     take_firsts: Callable[[Rows], Rows],
     attend_firsts: Attend,
+    offsets: Tensor,
 ) -> Tensor:
     """Logits [pairs] of embedded rows, with a device's attention for the step.
 
-    The last layer computes keys and values for all rows, the rest for each pair's first row.
+    A last layer with separate queries computes keys and values for all rows, the rest for each
+    pair's first row. ``offsets`` are those of the step.
     """
-    *layers, last = weights.layers
-    for layer in layers:
-        query, key, value = split_heads(layer.qkv(rows), 3, weights.head_shape)
-        rows = finish(layer, attend_all(query, key, value), rows)
-    if last.queries is None:
-        raise RuntimeError("This is a bug: the last layer was loaded like the others.")
-    firsts = take_firsts(rows)
-    (query,) = split_heads(last.queries(firsts), 1, weights.head_shape)
-    key, value = split_heads(last.qkv(rows), 2, weights.head_shape)
-    firsts = finish(last, attend_firsts(query, key, value), firsts)
-    return weights.head(values_of(firsts))
+    for layer in weights.layers:
+        if layer.queries is None:
+            mixed = attend_all(*split_heads(layer.qkv(rows), 3, weights.head_shape))
+        else:
+            firsts = take_firsts(rows)
+            (query,) = split_heads(layer.queries(firsts), 1, weights.head_shape)
+            key, value = split_heads(layer.qkv(rows), 2, weights.head_shape)
+            rows, mixed = firsts, attend_firsts(query, key, value)
+        rows = finish(layer, mixed, rows)
+    return weights.head(values_of(rows), offsets)
 
 
 def split_heads(product: Product, parts: int, head_shape: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -208,25 +202,26 @@ def open_native(
     label: int,
 ) -> Scorer:
     """Open a model on CPU; ``label`` is the index of the head's output that is the score."""
-    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(folder, architecture, device, plan, label)
     return PackedScorer(architecture, weights, device, plan.precision, threads)
 
 
 def load_weights(
-    checkpoint: Checkpoint,
+    folder: Path,
     architecture: Architecture,
     device: torch.device,
     plan: LayerPlan,
     label: int,
 ) -> Weights:
     """Load a native model; ``label`` is the index of the head's output that is the score."""
-    root = f"{architecture.family.prefix}.encoder.layer."
-    checkpoint.refuse_surplus(root, architecture.layers)
+    checkpoint = encoder_checkpoint(folder)
+    checkpoint.refuse_surplus(f"{architecture.root}encoder.layer.", architecture.layers)
     with torch.inference_mode():
         loader = _EncoderLoader(checkpoint, architecture, device, plan)
         embeddings = loader.embeddings()
         layers = tuple(loader.layer(i) for i in range(architecture.layers))
-        head = loader.head(label)
+        chain = architecture.chain
+        head = loader.head(label) if chain is None else load_chain(loader, folder, chain)
     return Weights(embeddings, layers, head, architecture.head_shape, loader.loaded_bytes)
 
 
@@ -241,12 +236,12 @@ class _EncoderLoader(WeightLoader):
         plan: LayerPlan,
     ) -> None:
         self._architecture = architecture
-        self._prefix, self._epsilon = architecture.family.prefix, architecture.epsilon
-        super().__init__(checkpoint, device, plan, f"{self._prefix}.encoder.")
+        self._prefix, self._epsilon = architecture.root, architecture.epsilon
+        super().__init__(checkpoint, device, plan, f"{self._prefix}encoder.")
 
     def embeddings(self) -> Embeddings:
         """The three tables as on disk, and their norm in fp32."""
-        shape, root = self._architecture, f"{self._prefix}.embeddings"
+        shape, root = self._architecture, f"{self._prefix}embeddings"
         tables = {
             f"{root}.word_embeddings.weight": (shape.vocabulary, shape.hidden),
             f"{root}.position_embeddings.weight": (shape.table_positions, shape.hidden),
@@ -263,8 +258,8 @@ class _EncoderLoader(WeightLoader):
         return Embeddings(words, positions, segments, norm)
 
     def layer(self, index: int) -> Layer:
-        """Layer ``index``; the last one has separate queries."""
-        root = f"{self._prefix}.encoder.layer.{index}"
+        """Layer ``index``."""
+        root = f"{self._prefix}encoder.layer.{index}"
         wide, activation = self._architecture.intermediate, self._architecture.activation
         projections = [f"{root}.attention.self.{part}" for part in ("query", "key", "value")]
         mixed, up, down = (
@@ -280,9 +275,10 @@ class _EncoderLoader(WeightLoader):
             }
         )
         last = index == self._architecture.layers - 1
+        apart = last and self._architecture.reads_firsts
         layer = Layer(
-            queries=self.linear(tensors, projections[0]) if last else None,
-            qkv=self.linear(tensors, *(projections[1:] if last else projections)),
+            queries=self.linear(tensors, projections[0]) if apart else None,
+            qkv=self.linear(tensors, *(projections[1:] if apart else projections)),
             attention_out=self.linear(tensors, mixed),
             attention_norm=self.norm(tensors, norms[0], self._epsilon),
             feed_forward=FeedForward(
@@ -304,8 +300,11 @@ class _EncoderLoader(WeightLoader):
         tensors = self.checkpoint.read(shapes)
         for part in ("weight", "bias"):
             tensors[f"{project}.{part}"] = tensors[f"{project}.{part}"][label : label + 1]
-        # Always in fp32: a half-width logit has too few digits, so that different documents tie.
-        return Head(*(self.dense(tensors, name, dtype=torch.float32) for name in (dense, project)))
+        layers = (
+            HeadProduct(self.dense(tensors, dense, dtype=torch.float32), "tanh"),
+            HeadProduct(self.dense(tensors, project, dtype=torch.float32)),
+        )
+        return Head(layers)
 
     def _dense_shapes(self, *names: str, out: int | None = None, into: int | None = None) -> Shapes:
         """Shapes of dense layers; both widths are the hidden one by default."""

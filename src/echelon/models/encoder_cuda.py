@@ -14,7 +14,6 @@ from echelon.models.attention_cuda import Spans
 from echelon.models.cuda_scorer import CardParts, CudaScorer
 from echelon.models.device import DTYPES
 from echelon.models.encoder import Embeddings, Weights, load_weights, run_layers
-from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import Rows, values_of
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class EncoderPass:
             lambda query, key, value: self._attend(query, key, value, all_rows),
             lambda rows: Rows(values_of(rows).index_select(0, inputs.firsts)),
             lambda query, key, value: self._attend(query, key, value, firsts),
+            inputs.offsets,
         )
 
     def _embed(self, embeddings: Embeddings, inputs: StepInputs) -> Tensor:
@@ -70,7 +70,7 @@ def open_native(
 ) -> Scorer:
     """Open a model on a card, where no CPU ``threads`` are used; else as on CPU."""
     del threads
-    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(folder, architecture, device, plan, label)
     parts = CardParts.of(device, plan.precision, architecture.head_shape[1])
     run = EncoderPass(weights, parts.attend, plan.precision)
     return CudaScorer(architecture, run, device, plan.precision, parts, weights.loaded_bytes)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from echelon.errors import UnsupportedModel
 from echelon.models.base import pad, rounded_shape
 from echelon.models.device import DTYPES, one_at_a_time, release_memory, run_step
 from echelon.models.encoder import Weights, load_weights, run_layers
-from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import Rows, values_of
 from echelon.models.loading import native_info
 
@@ -82,7 +82,9 @@ class PaddedScorer:
             return Rows(values_of(rows).view(pairs, longest, -1)[:, 0].contiguous())
 
         rows = Rows(self._embed(self._weights, batch, padded))
-        return run_layers(self._weights, rows, attend, firsts, attend)
+        # A head that reads first rows needs none, and no other is opened.
+        offsets = torch.zeros(1, dtype=torch.int32, device=self._device)
+        return run_layers(self._weights, rows, attend, firsts, attend, offsets)
 
     def _embed(self, weights: Weights, batch: TokenBatch, padded: dict[str, np.ndarray]) -> Tensor:
         """[pairs × longest, hidden]; summed in fp32 in every precision."""
@@ -112,5 +114,10 @@ def open_native(
 ) -> Scorer:
     """Open a model; no CPU ``threads`` are used, else as on CPU."""
     del threads
-    weights = load_weights(encoder_checkpoint(folder), architecture, device, plan, label)
+    weights = load_weights(folder, architecture, device, plan, label)
+    if weights.head.pooling != "cls":
+        raise UnsupportedModel(
+            f"{folder}: its head reads the mean of all tokens, which is not built for {device}. "
+            "Use device='cpu'."
+        )
     return PaddedScorer(architecture, weights, device, plan.precision)

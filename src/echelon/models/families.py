@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture, modernbert, modules, qwen
+from echelon.models import architecture, gte, modernbert, modules, qwen
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class NativeFamily:
     cuda_module: str | None = None  # the same for CUDA, if it is another
     mps_module: str | None = None  # the same for Apple's GPUs; None where it is not built
     half: str | None = None  # the usual precision where the processor is fast in it
+    modular: bool = False  # a head may stand in modules beside the model
     known: tuple[str, ...] = ()  # models of it that many use
 
     def open(self, device: torch.device, **values: Any) -> Scorer:
@@ -89,6 +90,7 @@ FAMILIES = (
         "encoder",
         "encoder_cuda",
         "encoder_padded",
+        modular=True,
         known=("cross-encoder/ms-marco-MiniLM-L6-v2", "cross-encoder/ms-marco-MiniLM-L12-v2"),
     ),
     NativeFamily(
@@ -98,6 +100,7 @@ FAMILIES = (
         "encoder",
         "encoder_cuda",
         "encoder_padded",
+        modular=True,
         known=(
             "BAAI/bge-reranker-v2-m3",
             "BAAI/bge-reranker-base",
@@ -111,10 +114,18 @@ FAMILIES = (
         modernbert.read,
         "modernbert_encoder",
         "modernbert_cuda",
+        modular=True,
         known=(
             "Alibaba-NLP/gte-reranker-modernbert-base",
             "ibm-granite/granite-embedding-reranker-english-r2",
         ),
+    ),
+    NativeFamily(
+        "gte",
+        ("new",),
+        gte.read,
+        "gte_encoder",
+        known=("Alibaba-NLP/gte-multilingual-reranker-base",),
     ),
     NativeFamily(
         "Qwen3 and Qwen2",
@@ -208,7 +219,9 @@ def require_head(folder: Path, config: Config) -> None:
             "prompt it was trained to rerank. Use a reranker such as "
             "Qwen/Qwen3-Reranker-0.6B, in a folder that keeps its name."
         )
-    if config["model_type"] == "modernbert" and modules.read(folder) is not None:
+    family = family_of(config)
+    modular = named.endswith("Model") and family is not None and family.modular
+    if modular and modules.read(folder) is not None:
         return
     raise UnsupportedModel(
         f"{folder}: a {named} has no classification head, so it cannot score pairs. "

@@ -309,7 +309,7 @@ class PrepackedLinear:
         self.activated = activation != "none"
         self._operation, self._algorithm = ACTIVATIONS[activation].onednn
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
-        self._plain, self._adding = call.default, call.binary
+        self._plain, self._joining = call.default, call.binary
         # With kernels the next norm adds the residual, in its own pass.
         self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None
 
@@ -317,11 +317,16 @@ class PrepackedLinear:
         """See :class:`Linear`."""
         values = values_of(rows)
         if residual is not None and not self._leaves_residual:
-            return Product(self._adding(values, residual, self._packed, self._bias, "add"))
+            return Product(self._joining(values, residual, self._packed, self._bias, "add"))
         product = self._plain(
             values, self._packed, self._bias, self._operation, [], self._algorithm
         )
         return Product(product, residual=residual)
+
+    def times(self, rows: Rows, factor: Tensor) -> Tensor:
+        """The product, without activation, multiplied by a factor [rows, out] of its dtype."""
+        product: Tensor = self._joining(values_of(rows), factor, self._packed, self._bias, "mul")
+        return product
 
 
 class Int8Linear:
@@ -408,7 +413,7 @@ def make_linear(
     weight = weight.to(device, dtype, copy=True)
     if bias is not None:
         bias = bias.to(device, dtype, copy=True)
-    if device.type == "cpu" and _can_prepack(dtype):
+    if prepacks(device, dtype):
         return PrepackedLinear(weight, bias, activation)
     half = device.type == "cuda" and dtype != torch.float32
     if half and bias is not None and activation in IN_PRODUCT:
@@ -416,9 +421,10 @@ def make_linear(
     return DenseLinear(weight, bias)
 
 
-def _can_prepack(dtype: torch.dtype) -> bool:
+def prepacks(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch build and processor have oneDNN's prepacked product for the dtype."""
-    if not has_onednn() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    there = has_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if device.type != "cpu" or not there:
         return False
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     return kind is None or multiplies_half(kind)

@@ -78,11 +78,6 @@ class ModernBertArchitecture:
         return self.heads, self.hidden // self.heads
 
     @property
-    def pooling_of_head(self) -> str:
-        """What the head reads of a pair: ``cls``, its first token, or ``mean`` of all."""
-        return self.pooling if self.chain is None else self.chain.pooling
-
-    @property
     def weights(self) -> int:
         """Number of weights: table, layers and head."""
         norm = 2 if self.norm_bias else 1
@@ -145,6 +140,8 @@ def _shape(given: dict[str, Any], kinds: list[str], chain: Chain | None) -> Mode
         raise ValueError(
             f"hidden_size: {hidden} does not give num_attention_heads={heads} heads of even width"
         )
+    if chain is not None:
+        chain.require_width(hidden)
     return ModernBertArchitecture(
         model_type=given["model_type"],
         vocabulary=given["vocab_size"],
@@ -154,7 +151,7 @@ def _shape(given: dict[str, Any], kinds: list[str], chain: Chain | None) -> Mode
         intermediate=given["intermediate_size"],
         max_tokens=given["max_position_embeddings"],
         padding_id=given.get("pad_token_id", 50283),
-        labels=labels_of(given) if chain is None else ("score",),
+        labels=labels_of(given) if chain is None else modules.LABELS,
         activation=given.get("hidden_activation", "gelu"),
         epsilon=float(given.get("norm_eps", 1e-5)),
         norm_bias=given.get("norm_bias", False),

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from echelon.models import modernbert_encoder
 from echelon.models.attention_cuda import Spans, sees_windows
-from echelon.models.card_kernels import norm_of_sum, turned
+from echelon.models.blocks import add_and_norm
+from echelon.models.card_kernels import turned
 from echelon.models.cuda_scorer import CardParts, CudaScorer
 from echelon.models.device import DTYPES
-from echelon.models.gated import gated
-from echelon.models.layers import Norm, Rows, materialize
+from echelon.models.layers import Rows, materialize
 from echelon.models.modernbert_encoder import load_weights
 from echelon.models.rotary import Rotary
 
@@ -52,7 +52,7 @@ class ModernBertPass:
         self._dtype = getattr(torch, DTYPES[precision])
         size = architecture.head_shape[1]
         device = weights.words.device  # a copy from the host would end a capture
-        self._rotaries = [Rotary(theta, size, device) for theta in architecture.thetas]
+        self._rotaries = [Rotary(theta, size, device=device) for theta in architecture.thetas]
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Logits, float32 [pairs]."""
@@ -61,29 +61,20 @@ class ModernBertPass:
         everywhere = Spans(inputs.offsets, inputs.offsets, inputs.longest, inputs.longest)
         spans = (everywhere, replace(everywhere, reach=shape.reach))
         words = functional.embedding(inputs.ids, weights.words).float()
-        total = weights.words_norm(words)
-        normed = total.to(self._dtype)
-        firsts = inputs.firsts if shape.pooling_of_head == "cls" else None
+        total, product = weights.words_norm(words), None
+        firsts = inputs.firsts if weights.head.pooling == "cls" else None
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             local = shape.local[index]
+            normed = add_and_norm(total, product, layer.attention_norm, self._dtype)
             mixed = self._mixed(layer, normed, tables[local], spans[local])
             if index == last and firsts is not None:
                 mixed, total = mixed.index_select(0, firsts), total.index_select(0, firsts)
             product = materialize(layer.attention_out(Rows(mixed)))
-            normed = _after(total, product, layer.feed_forward_norm)
-            feed = layer.feed_forward
-            wide = gated(materialize(feed.up(Rows(normed))), feed.activation)
-            product = materialize(feed.down(Rows(wide)))
-            following = weights.layers[index + 1].attention_norm if index < last else None
-            if following is not None:
-                normed = _after(total, product, following)
-        pooled = weights.final_norm(total.add_(product))
-        if firsts is None:
-            pooled = means(pooled, inputs.offsets)
-        for part in weights.head:
-            pooled = part(pooled)
-        return pooled.squeeze(-1)
+            normed = add_and_norm(total, product, layer.feed_forward_norm, self._dtype)
+            product = layer.feed_forward(normed)
+        found = add_and_norm(total, product, weights.final_norm, torch.float32)
+        return weights.head(found, inputs.offsets)
 
     def _mixed(self, layer: ModernBertLayer, rows: Tensor, tables: Tables, spans: Spans) -> Tensor:
         """Attention of all rows: [tokens, hidden] → the same."""
@@ -92,21 +83,6 @@ class ModernBertPass:
         both = turned(heads.narrow(1, 0, 2 * count), tables)
         query, key = both.narrow(1, 0, count), both.narrow(1, count, count)
         return self._attend(query, key, heads.narrow(1, 2 * count, count), spans)
-
-
-def _after(total: Tensor, product: Tensor, norm: Norm) -> Tensor:
-    return norm_of_sum(total, product, (norm.weight, norm.bias, norm.epsilon), centred=True)
-
-
-def means(rows: Tensor, offsets: Tensor) -> Tensor:
-    """[tokens, hidden] → [pairs, hidden]: the mean of each pair's rows; 0 for an empty pair.
-
-    Rows behind the last pair are added to a row that nobody reads.
-    """
-    places = torch.arange(len(rows), dtype=offsets.dtype, device=rows.device)
-    pairs = torch.bucketize(places, offsets[1:], right=True)
-    sums = rows.new_zeros(len(offsets), rows.shape[1]).index_add_(0, pairs, rows)
-    return sums[:-1] / offsets.diff().clamp(min=1)[:, None]
 
 
 def open_native(

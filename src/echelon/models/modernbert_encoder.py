@@ -16,13 +16,15 @@ from torch.nn import functional
 from echelon.models.architecture import positions_from_zero
 from echelon.models.attention_cpu import AttentionLayout
 from echelon.models.base import with_filler
+from echelon.models.blocks import add_and_norm
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.gated import GatedFeedForward
-from echelon.models.layers import ACTIVATIONS, Norm, Rows, materialize
+from echelon.models.heads import Head, HeadProduct, load_chain
+from echelon.models.layers import Norm, Rows, materialize
 from echelon.models.loading import WeightLoader, native_info
 from echelon.models.local_attention import LocalAttention, attend_pairs
-from echelon.models.rotary import Rotary, rotate
+from echelon.models.rotary import Rotary, rotate_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,14 +36,11 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.models.layers import Linear
     from echelon.models.modernbert import ModernBertArchitecture
-    from echelon.models.modules import HeadLayer
     from echelon.types import FloatArray, IntArray, TokenBatch
 
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
-    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-CHAIN_EPSILON = 1e-5  # of torch's LayerNorm, which sentence-transformers does not change
+    Attend = Callable[[Tensor], Tensor]  # of [tokens, 3, heads, size], which it changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +55,6 @@ class ModernBertLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadStep:
-    """A part of the head, in fp32: a product and its activation, or a norm."""
-
-    linear: Linear | None
-    activation: str
-    norm: Norm | None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[pairs, into] → [pairs, out]."""
-        if self.norm is not None:
-            return self.norm(rows)
-        if self.linear is None:
-            raise RuntimeError("This is a bug: a part of a head does nothing.")
-        product = materialize(self.linear(Rows(rows)))
-        if self.activation == "tanh":  # of heads alone
-            return product.tanh()
-        return ACTIVATIONS[self.activation].function(product)
-
-
-@dataclass(frozen=True, slots=True)
 class ModernBertWeights:
     """A loaded model; ``loaded_bytes`` does not count a mapped table."""
 
@@ -83,7 +62,7 @@ class ModernBertWeights:
     words_norm: Norm
     layers: tuple[ModernBertLayer, ...]
     final_norm: Norm
-    head: tuple[HeadStep, ...]
+    head: Head
     loaded_bytes: int
 
 
@@ -129,17 +108,20 @@ class ModernBertScorer:
         rows = self._embed(weights, batch.ids)
         layout = AttentionLayout.of(batch.offsets)
         attentions = self._attentions(batch, layout)
-        firsts = layout.firsts.to(self._device) if shape.pooling_of_head == "cls" else None
-        last = len(weights.layers) - 1
+        firsts = layout.firsts.to(self._device) if weights.head.pooling == "cls" else None
+        # The sum of all layers stays in fp32 in every precision: it costs little, and rounding it
+        # 44 times is most of what bf16 loses.
+        product, last = None, len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
-            attend, read = attentions[shape.local[index]], firsts if index == last else None
-            rows = self._layer(layer, rows, attend, read)
-        pooled = weights.final_norm(rows)
-        if firsts is None:
-            pooled = _means(pooled, batch)
-        for part in weights.head:
-            pooled = part(pooled)
-        return pooled.squeeze(-1)
+            normed = add_and_norm(rows, product, layer.attention_norm, self._dtype)
+            mixed = self._attention(layer, normed, attentions[shape.local[index]])
+            if index == last and firsts is not None:
+                mixed, rows = mixed[firsts], rows[firsts]
+            product = materialize(layer.attention_out(Rows(mixed)))
+            normed = add_and_norm(rows, product, layer.feed_forward_norm, self._dtype)
+            product = layer.feed_forward(normed)
+        found = add_and_norm(rows, product, weights.final_norm, torch.float32)
+        return weights.head(found, layout.offsets.to(self._device))
 
     def _embed(self, weights: ModernBertWeights, ids: IntArray) -> Tensor:
         """float32 [tokens, hidden]."""
@@ -149,43 +131,27 @@ class ModernBertScorer:
             self._mapped.count_rows(len(ids))
         return weights.words_norm(rows)
 
-    def _layer(
-        self, layer: ModernBertLayer, rows: Tensor, attend: Attend, read: Tensor | None
-    ) -> Tensor:
-        """float32 [tokens, hidden] → the same, or only the rows ``read``.
-
-        The sum of all layers stays in fp32 in every precision: it costs little, and rounding it 44
-        times is most of what bf16 loses.
-        """
-        normed = rows if layer.attention_norm is None else layer.attention_norm(rows)
-        product = materialize(layer.qkv(Rows(normed.to(self._dtype))))
-        heads = product.view(len(rows), 3, *self._architecture.head_shape)
-        mixed = attend(*heads.unbind(1))
-        if read is not None:
-            mixed, rows = mixed[read], rows[read]
-        rows = rows + materialize(layer.attention_out(Rows(mixed)))
-        rows += layer.feed_forward(layer.feed_forward_norm(rows).to(self._dtype))
-        return rows
+    def _attention(self, layer: ModernBertLayer, normed: Tensor, attend: Attend) -> Tensor:
+        """[tokens, hidden] → the same."""
+        product = materialize(layer.qkv(Rows(normed)))
+        return attend(product.view(len(normed), 3, *self._architecture.head_shape))
 
     def _attentions(self, batch: TokenBatch, layout: AttentionLayout) -> tuple[Attend, Attend]:
         """The attention of global and that of local layers, with their rotary positions."""
         positions = torch.from_numpy(positions_from_zero(batch)).to(self._device)
         local = LocalAttention(layout, self._architecture.reach, self._device, self._dtype)
 
-        def turned(rotary: Rotary, attend: Attend) -> Attend:
+        def turned(rotary: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
             tables = rotary.tables(positions)
-            return lambda q, k, v: attend(rotate(q, *tables), rotate(k, *tables), v)
+
+            def attend_heads(heads: Tensor) -> Tensor:
+                rotate_in_place(heads[:, :2], *tables)
+                return attend(*heads.unbind(1))
+
+            return attend_heads
 
         everywhere = partial(attend_pairs, layout=layout)
         return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
-
-
-def _means(rows: Tensor, batch: TokenBatch) -> Tensor:
-    """[tokens, hidden] → [pairs, hidden]: the mean of each pair's rows."""
-    lengths = torch.from_numpy(batch.lengths).to(rows.device)
-    pairs = torch.arange(len(batch), device=rows.device).repeat_interleave(lengths)
-    sums = rows.new_zeros(len(batch), rows.shape[1]).index_add_(0, pairs, rows)
-    return sums / lengths[:, None]
 
 
 def open_native(
@@ -242,7 +208,8 @@ class _ModernBertLoader(WeightLoader):
         words_norm = self._own_norm(f"{self._root}embeddings.norm")
         layers = tuple(self._layer(index) for index in range(shape.layers))
         final_norm = self._own_norm(f"{self._root}final_norm")
-        head = self._classifier(label) if shape.chain is None else self._chain(folder)
+        chain = shape.chain
+        head = self._classifier(label) if chain is None else load_chain(self, folder, chain)
         return ModernBertWeights(words, words_norm, layers, final_norm, head, self.loaded_bytes)
 
     def _layer(self, index: int) -> ModernBertLayer:
@@ -266,14 +233,14 @@ class _ModernBertLoader(WeightLoader):
             attention_out=self.linear(tensors, mixed),
             feed_forward_norm=self._norm(tensors, norms[-1]),
             feed_forward=GatedFeedForward(
-                self.linear(tensors, up), self.linear(tensors, down), shape.activation
+                self.gate(tensors, up, activation=shape.activation), self.linear(tensors, down)
             ),
         )
         release_memory(self.device)
         return layer
 
-    def _classifier(self, label: int) -> tuple[HeadStep, ...]:
-        """Dense, activation, norm, and the projection to the chosen label, all in fp32."""
+    def _classifier(self, label: int) -> Head:
+        """Dense, activation, norm, and the projection to the chosen label."""
         shape, hidden = self._shape, self._shape.hidden
         tensors = self.checkpoint.read(
             {
@@ -287,27 +254,12 @@ class _ModernBertLoader(WeightLoader):
         dense, project = (
             self.dense(tensors, name, dtype=torch.float32) for name in ("head.dense", "classifier")
         )
-        norm = self._norm(tensors, "head.norm")
-        steps = (
-            (dense, shape.classifier_activation, None),
-            (None, "", norm),
-            (project, "none", None),
+        layers = (
+            HeadProduct(dense, shape.classifier_activation),
+            self._norm(tensors, "head.norm"),
+            HeadProduct(project),
         )
-        return tuple(HeadStep(*step) for step in steps)
-
-    def _chain(self, folder: Path) -> tuple[HeadStep, ...]:
-        """The layers of a head in modules of its own, in fp32."""
-        chain = self._shape.chain
-        return tuple(self._of_chain(folder, layer) for layer in chain.layers) if chain else ()
-
-    def _of_chain(self, folder: Path, layer: HeadLayer) -> HeadStep:
-        checkpoint = Checkpoint(folder / layer.folder)
-        if layer.kind == "norm":
-            tensors = checkpoint.read({f"norm.{part}": (layer.out,) for part in ("weight", "bias")})
-            return HeadStep(None, "", self.norm(tensors, "norm", CHAIN_EPSILON, torch.float32))
-        tensors = checkpoint.read(_dense("linear", layer.out, layer.into, bias=layer.bias))
-        linear = self.dense(tensors, "linear", dtype=torch.float32)
-        return HeadStep(linear, layer.activation, None)
+        return Head(layers, shape.pooling)
 
     def _own_norm(self, name: str) -> Norm:
         shapes = dict.fromkeys(self._norm_parts(name), (self._shape.hidden,))

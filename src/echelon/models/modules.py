@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 AGAIN = "Download the model again."
 
+LABELS = ("score",)
+"""Names of the outputs of a head in modules."""
+
+POOLED, SCORES = "sentence_embedding", "scores"
+"""What modules read and write: the pooled row, and in the end the score."""
+
 ACTIVATIONS = {
     "Identity": "none",
     "GELU": "gelu",
@@ -38,6 +44,8 @@ DENSE = {
     "bias": SWITCH,
     "activation_function": TEXT,
     "use_residual": SWITCH,
+    "module_input_name": TEXT,
+    "module_output_name": TEXT,
 }
 NORM = {"dimension": whole(1, 2**16)}
 
@@ -52,6 +60,7 @@ class HeadLayer:
     out: int
     bias: bool = True
     activation: str = "none"
+    scores: bool = False  # its output is the score
 
     @property
     def weights(self) -> int:
@@ -70,6 +79,14 @@ class Chain:
     def weights(self) -> int:
         """Number of weights."""
         return sum(layer.weights for layer in self.layers)
+
+    def require_width(self, hidden: int) -> None:
+        """Raise ``ValueError`` unless it reads rows of the model's width."""
+        first = self.layers[0]
+        if first.into != hidden:
+            raise ValueError(
+                f"hidden_size: {hidden}, and {first.folder} beside it takes {first.into} numbers"
+            )
 
 
 def read(folder: Path) -> Chain | None:
@@ -117,6 +134,11 @@ def _chain(folder: Path, named: list[tuple[str, str]]) -> Chain:
             f"{folder}: its modules end in {layers[-1].out if layers else 'no'} numbers, and a "
             "score is one. It is no reranker: use a cross-encoder."
         )
+    if [layer.scores for layer in layers] != [False] * (len(layers) - 1) + [True]:
+        raise UnsupportedModel(
+            f"{folder}: the last of its modules alone must give {SCORES!r} (module_output_name), "
+            "as those of a reranker do. Use a cross-encoder."
+        )
     return Chain(_pooling(folder / _inside(named[1][1])), layers)
 
 
@@ -139,8 +161,15 @@ def _layer(folder: Path, kind: str, path: str) -> HeadLayer:
     for field in ("in_features", "out_features"):
         if given.get(field) is None:
             raise ValueError(f"{path}/config.json: {field}: it is missing")
+    read_, written = (given.get(f"module_{way}_name") for way in ("input", "output"))
+    if read_ not in {None, POOLED} or written not in {None, POOLED, SCORES}:
+        raise UnsupportedModel(
+            f"{file}: Dense from {shown(read_)} to {shown(written)} is not built. It must read "
+            f"{POOLED} and give that or {SCORES}."
+        )
     bias = given.get("bias") is not False
-    return HeadLayer(path, "dense", given["in_features"], given["out_features"], bias, activation)
+    widths = given["in_features"], given["out_features"]
+    return HeadLayer(path, "dense", *widths, bias, activation, written == SCORES)
 
 
 def _pooling(folder: Path) -> str:

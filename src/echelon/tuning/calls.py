@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class TimedCalls:
-    """Runs a point once, from texts to scores: identical pairs are scored again, not folded."""
+    """Runs a point once, from texts to scores: identical pairs are scored again, not folded.
+
+    A language model is asked other queries in each run; see ``PrecisionCheck.asked``.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class TimedCalls:
             max_query_tokens=check.options.max_query_tokens,
         )
         self._scorer, self._clock, self._texts = scorer, clock, texts
+        self._asked, self._runs = check.asked, 0
         self.device, self._padding = scorer.info.device, scorer.info.padding
         self._samples = {count: texts.sample(count) for count in counts}
         self._lengths: dict[int, IntArray] = {}
@@ -50,16 +54,21 @@ class TimedCalls:
 
     def __call__(self, point: SweepPoint) -> SweepRun:
         """Measure one run of ``point``; see :func:`echelon.tuning.sweep.sweep`."""
+        self._runs += 1
+        pairs = [
+            (self._asked(query, self._runs), text) for query, text in self._samples[point.pairs]
+        ]
         self._meter.reset()
         started = self._clock()
-        encoded = self._encode(self._samples[point.pairs])
-        steps, step_s = self._packed(point, encoded.costs), 0.0
+        encoded = self._encode(pairs)
+        costs, step_s = encoded.costs, 0.0
+        steps = self._packed(point, costs)
         for step in steps:
             step_s += self._scored(encoded, step)
-        seconds = self._clock() - started
-        peak, work = self._meter.peak_bytes(), self.work(point)
+        seconds, peak = self._clock() - started, self._meter.peak_bytes()
         tokens = int(encoded.lengths.sum())
-        return SweepRun(seconds, tokens, work.tokens, len(steps), peak, step_s)
+        cost = sum(work_of(costs[step], self._padding).tokens for step in steps)
+        return SweepRun(seconds, tokens, cost, len(steps), peak, step_s)
 
     def _scored(self, encoded: EncodedPairs, step: list[int]) -> float:
         batch, began = encoded.batch(step), self._clock()

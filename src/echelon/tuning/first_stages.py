@@ -161,12 +161,13 @@ def _speed(
     with closing(check.open(check.options.precision, keep_bf16)) as scorer:
         encoded = check.encode(scorer.info)
         step = list(range(len(encoded.lengths)))[: min(pairs, MAX_THREAD_PAIRS)]
-        batch, seconds, began = encoded.batch(step), list[float](), clock()
-        scorer.score(batch)
+        seconds, began = list[float](), clock()
+        scorer.score(encoded.batch(step))
         while len(seconds) < MIN_RUNS or (
             len(seconds) < THREAD_RUNS and clock() - began < limit_s / 2
         ):
-            started = clock()
+            encoded = check.encode(scorer.info, len(seconds))
+            batch, started = encoded.batch(step), clock()
             scorer.score(batch)
             seconds.append(clock() - started)
     tokens = int(encoded.lengths[step].sum())
