@@ -211,7 +211,7 @@ def test_graphs_give_their_memory_back(bert, opened, monkeypatch):
     assert len(scorer._graphs) > 2
     assert scorer.capture_failed is None
     assert private_segments() > others
-    scorer.release()
+    scorer.memory_ran_out()
     assert private_segments() == others
     scorer.score(random_batch([60] * 2, VOCABULARY, 0, types=True))
     assert len(scorer._graphs) == 0

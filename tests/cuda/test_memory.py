@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import shim_card
 import torch
+from helpers import random_batch, vocabulary_of
 
 from echelon.models import device
+from echelon.models.base import step_did_not_fit
+from echelon.models.cuda_graphs import FIRST_PAUSE
 from echelon.models.memory_meters import MAX_CONTEXT_BYTES, CudaMemoryMeter, MpsMemoryMeter
 from echelon.models.registry import open_scorer
 from echelon.tuning.machine import MemoryMeter, meter_of
@@ -63,3 +66,22 @@ def test_a_card_goes_down_to_the_precision_that_it_multiplies(bert, monkeypatch,
 def test_each_device_has_its_meter():
     kinds = [type(meter_of(name)) for name in ("cpu", "cuda:1", "mps")]
     assert kinds == [MemoryMeter, CudaMemoryMeter, MpsMemoryMeter]
+
+
+def test_a_child_backs_off_once_whatever_its_parent_asks(bert, machine):
+    """The parent's request to release comes when a step that was sent ahead has run."""
+    del machine
+    scorer = open_scorer(bert, device="cuda", precision="fp32")
+    batch = random_batch([9, 5], vocabulary_of(bert), 0, types=True)
+    assert len(scorer._graphs) > 1
+    step_did_not_fit(scorer)
+    for _ in range(3):
+        scorer.score(batch)
+        scorer.release()
+    assert scorer._graphs._pause == FIRST_PAUSE
+    for _ in range(FIRST_PAUSE - 3):
+        scorer.score(batch)
+        assert len(scorer._graphs) == 0
+    scorer.release()  # alone it changes nothing but memory
+    scorer.score(batch)
+    assert len(scorer._graphs) == 1

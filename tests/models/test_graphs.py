@@ -367,11 +367,11 @@ def test_one_event_counts_once_and_pauses_have_an_end():
     assert pauses == expected
 
 
-def test_release_lets_go_of_graphs(toy):
+def test_lack_of_memory_lets_go_of_graphs(toy):
     folder, dropped = toy("roberta"), []
     scorer = scorer_of(folder, record=taped(dropped))
     graphs = len(scorer._graphs)
-    scorer.release()
+    scorer.memory_ran_out()
     assert len(scorer._graphs) == 0
     assert len(dropped) == graphs
     assert scorer.score(random_batch([9, 5], vocabulary_of(folder), 0)).shape == (2,)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from echelon.engine.worker import Channel, WorkerReply
 from echelon.errors import DeviceLost, EchelonError
-from echelon.models.base import DeviceOutOfMemory, Scorer, start
+from echelon.models.base import DeviceOutOfMemory, Scorer, start, step_did_not_fit
 
 if TYPE_CHECKING:
     import psutil
@@ -143,7 +143,8 @@ class BegunStep:
         try:
             logits = self._result()
         except DeviceOutOfMemory as error:
-            self._scorer.release()  # now: a step sent ahead begins before the parent can ask
+            # Now: a step sent ahead begins before the parent can ask.
+            step_did_not_fit(self._scorer)
             seconds = self._seconds(free_since)
             return WorkerReply("memory", str(error), seconds, resident_bytes())
         except Exception as error:  # noqa: BLE001 - any error goes to the parent

@@ -25,7 +25,7 @@ from echelon.engine.inflight import InflightRequest, resolve
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError, InvalidInput, NonFiniteScore, OutOfMemory, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, Scorer, start
+from echelon.models.base import DeviceOutOfMemory, Scorer, start, step_did_not_fit
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.oom_policy import OomPolicy, StepFailure
@@ -138,10 +138,10 @@ class Engine:
             return self._scorer.score(batch)
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Give cached memory back to the device after :meth:`step` did not fit."""
         with self._device:
             if self._open:
-                self._scorer.release()
+                step_did_not_fit(self._scorer)
 
     def use_precision(self, precision: str) -> None:
         """Reopen the model in another precision, if the engine can reopen it."""
@@ -182,15 +182,14 @@ class Engine:
             if self.policy.fitted((run,), cost_tokens, longest) == "recovered":
                 self._plan(run)
             return len(step)
-        precision, allow = self.info.precision, self.allowed(run.limits.allow)
-        lower = self.info.lower_precision
-        failure = StepFailure(len(step), cost_tokens, longest, precision, allow, lower)
+        kinds = self.info.precision, self.allowed(run.limits.allow), self.info.lower_precision
+        failure = StepFailure(len(step), cost_tokens, longest, *kinds)
         self._recover(run, step, failure, reason)  # not in the handler: the error holds tensors
         return 0
 
     def _recover(self, run: _CallState, step: Step, failure: StepFailure, reason: str) -> None:
         action = self.policy.failed(failure, (run,))
-        self._scorer.release()
+        step_did_not_fit(self._scorer)
         if action.rung == "give_up":
             raise OutOfMemory(
                 f"{run.name(step[0])} of {failure.longest} tokens does not fit in the memory of "
@@ -234,9 +233,8 @@ class _CallState:
 
     def plan(self, budget: int, info: ModelInfo) -> None:
         """Plan the steps of the pairs that are not finished."""
-        left = np.flatnonzero(~self._done)
-        lengths = self.pairs.costs[left]
-        steps = pack(lengths, budget, padding=info.padding, max_pairs=self.limits.max_pairs)
+        left, most = np.flatnonzero(~self._done), self.limits.max_pairs
+        steps = pack(self.pairs.costs[left], budget, padding=info.padding, max_pairs=most)
         self.steps = deque(left[step].tolist() for step in steps)
         self._ahead = None  # a step of the old plan; its scores are not asked for
 
@@ -310,7 +308,7 @@ class LocalWorker:
 
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the model in a precision, unless it is open in it."""
-        del sparing  # no process is started
+        del sparing
         if precision not in {"auto", self._engine.info.precision}:
             self._engine.use_precision(precision)
         return self._engine.info

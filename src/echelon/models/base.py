@@ -103,6 +103,15 @@ def start(scorer: Scorer, batch: TokenBatch) -> StartedStep:
     return LaterStep(scorer, batch) if begin is None else begin(batch)
 
 
+def step_did_not_fit(scorer: Scorer) -> None:
+    """Free a scorer's caches after its step did not fit, once for each such step.
+
+    One with a ``memory_ran_out`` of its own also keeps less from then on; :meth:`Scorer.release`
+    alone changes nothing.
+    """
+    getattr(scorer, "memory_ran_out", scorer.release)()
+
+
 UNBOUNDED_MAX_TOKENS = 8192
 """Length limit of models whose configuration names no number of positions."""
 

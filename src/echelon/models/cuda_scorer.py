@@ -160,9 +160,14 @@ class CudaScorer:
         self._shape.check_ids(batch.ids)
         return guarded(lambda: CardStep(self._step(batch).narrow(0, 0, len(batch))))
 
-    def release(self) -> None:
-        """Free graphs and cached memory; called when memory ran out."""
+    def memory_ran_out(self) -> None:
+        """Free graphs and cached memory, and capture new graphs later than before."""
         self._graphs.memory_ran_out()
+        release_memory(self._device)
+
+    def release(self) -> None:
+        """Free graphs and cached memory."""
+        self._graphs.clear()
         release_memory(self._device)
 
     def close(self) -> None:
