@@ -62,6 +62,16 @@ class Scorer(Protocol):
         """Free the weights; the scorer cannot be used again."""
 
 
+WARM_RUNS = {"cpu": 1, "cuda": 2}
+"""Runs of a step by kind of device before its time counts: on a card a shape that occurs again is
+captured as a graph, which takes longer than the run (:mod:`echelon.models.cuda_graphs`)."""
+
+
+def warm_runs(device: str) -> int:
+    """The runs of :data:`WARM_RUNS` for a device, ``cpu`` or ``cuda:N``."""
+    return WARM_RUNS[device.partition(":")[0]]
+
+
 UNBOUNDED_MAX_TOKENS = 8192
 """Length limit of models whose configuration names no number of positions."""
 
