@@ -278,7 +278,10 @@ def fake_weights(shape, dtype):
         return Layer(queries, qkv, linear(hidden, hidden), norm(), feed, norm())
 
     embeddings = Embeddings(
-        table(shape.vocabulary), table(shape.table_positions), table(shape.segments), norm()
+        table(shape.vocabulary),
+        table(shape.table_positions),
+        table(shape.segments),
+        norm(torch.float32),
     )
     head = Head(linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32))
     layers = (layer(last=False), layer(last=True))
