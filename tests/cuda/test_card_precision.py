@@ -21,12 +21,6 @@ PAIRS = [("rain at the kitchen window", text) for text in SENTENCES]
 UP, DOWN = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.0.output.dense"
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(check_store, "home", lambda: tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def overflowing(native, tmp_path_factory):
     """A BERT whose feed-forward leaves the range of fp16, and that scores as before in fp32."""
