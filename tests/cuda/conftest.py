@@ -10,10 +10,12 @@ import pytest
 import shim_card
 from native_models import make_native
 
+from echelon.engine import check_store
 from echelon.models.registry import open_scorer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from native_models import NativeToy
     from shim_card.machine import Machine
@@ -38,6 +40,13 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], NativeTo
     """The tiny model of a native family, made when first asked for."""
     home = tmp_path_factory.mktemp("native")
     return lru_cache(maxsize=None)(lambda family: make_native(home, family))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where precision checks of this test are stored."""
+    monkeypatch.setattr(check_store, "home", lambda: tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -69,6 +69,16 @@ def test_views_from_outside_of_inference_mode_are_written_to_inside(machine):
     assert rows.tolist() == [0, 1, 1, 2]
 
 
+def test_modules_move_to_a_card(machine):
+    del machine
+    rows, module = torch.randn(3, 4), torch.nn.Linear(4, 2)
+    with torch.inference_mode():  # gradients ask a driver for its stream
+        expected = module(rows)
+        module.to("cuda")
+        assert module.weight.device == ON
+        torch.testing.assert_close(module(rows.to(ON)).cpu(), expected)
+
+
 def test_host_and_cards_do_not_mix():
     with shim_card.cards(count=2):
         first = torch.ones(2, device="cuda:0")

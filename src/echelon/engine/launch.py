@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from echelon.engine.card_precision import choose_on_card
 from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.score_cache import ScoreCache
@@ -104,7 +105,9 @@ def open_encoder(folder: ModelFolder, instruction: str | None = None) -> PairEnc
 def prepare(
     model: str | os.PathLike[str], asked: Options, profile: Profile | None
 ) -> PreparedModel:
-    """Find a model, read its tokenizer, and compare int8 with fp32 before int8's first use.
+    """Find a model, read its tokenizer, and compare with fp32 before a precision's first use.
+
+    That is int8 on CPU, and what ``auto`` means on a card.
 
     Args:
         model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
@@ -120,13 +123,14 @@ def prepare(
     options = asked
     if profile is not None:
         options = _with_precision_there(apply_profile(asked, profile), asked, profile, folder)
-    with status("Comparing int8 with fp32", shown=asked.progress) as on_progress:
+    with status("Comparing precisions with fp32", shown=asked.progress) as on_progress:
         try:
             kept = check_precision(folder, options, encoder, profile, on_progress)
         except InvalidInput as error:
             if profile is None or asked.precision != "auto":
                 raise
             options, kept = _fallen_back(options, profile, folder, str(error)), []
+        options = choose_on_card(folder, options, encoder, on_progress)
     if profile is not None and options.precision != apply_profile(asked, profile).precision:
         # The warning named the precision already.
         profile = replace(profile, key=replace(profile.key, precision=options.precision))

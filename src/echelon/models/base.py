@@ -112,6 +112,16 @@ def step_did_not_fit(scorer: Scorer) -> None:
     getattr(scorer, "memory_ran_out", scorer.release)()
 
 
+WARM_RUNS = {"cpu": 1, "cuda": 2}
+"""Runs of a step by kind of device before its time counts: on a card the first of a kind may load
+kernels, or capture a graph again after memory ran out (:mod:`echelon.models.cuda_graphs`)."""
+
+
+def warm_runs(device: str) -> int:
+    """The runs of :data:`WARM_RUNS` for a device, ``cpu`` or ``cuda:N``."""
+    return WARM_RUNS[device.partition(":")[0]]
+
+
 UNBOUNDED_MAX_TOKENS = 8192
 """Length limit of models whose configuration names no number of positions."""
 

@@ -11,7 +11,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # torch's own gap
+BACKENDS = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # torch's own gap
+)
 ROUNDED = ("tf32", "bf16")
 """What torch may multiply in place of fp32: 10 and 7 bits are left of 23."""
 

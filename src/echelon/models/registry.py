@@ -20,6 +20,7 @@ from echelon.models.device import (
     candidate_precisions,
     choose_device,
     choose_precision,
+    device_name,
     has_torch,
     require_torch,
     set_threads,
@@ -133,6 +134,20 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
     if native_model(folder, read_config(folder)) is None:
         return [precision for precision in candidates if precision != "int8"]
     return candidates
+
+
+def card_precisions(folder: Path, device: str) -> list[str]:
+    """Half precisions that ``auto`` may mean on a card, the usual one first; none on CPU."""
+    if runs_on_cpu(folder, device):
+        return []
+    native = native_model(folder, read_config(folder))
+    usual = None if native is None else native.family.half
+    return sorted(precisions_to_compare(folder, device)[1:], key=lambda half: half != usual)
+
+
+def card_name(device: str) -> str:
+    """What the driver calls the card of a device."""
+    return device_name(choose_device(device))
 
 
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.messages import Message
 from echelon.messages.units import duration, number
+from echelon.models.base import warm_runs
 from echelon.models.device import processor_of
 from echelon.models.hub import resolve
 from echelon.profile import Profile, TunedSettings, current_key, library_versions
@@ -241,6 +242,7 @@ class _OpenRun:
                 clock=self.clock,
                 limit_s=ends_s - time.spent_s,
                 expected_s=expected_s,
+                warm_runs=warm_runs(device),
                 watch=self.watch,
                 known=self.run.points,
                 save=keep,

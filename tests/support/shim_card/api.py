@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+import torch.__future__
 import torch.utils._device
 
 from echelon.models import cuda_steps
@@ -247,6 +248,13 @@ def cards(here: Machine | None = None, **settings: Any) -> Iterator[Machine]:
         machine.install(here)
         stack.callback(machine.remove, here)
         _patches(stack)
+        # Modules take new parameters: torch cannot put a card's tensor into one of the host.
+        future = torch.__future__
+        stack.callback(
+            future.set_overwrite_module_params_on_conversion,
+            future.get_overwrite_module_params_on_conversion(),
+        )
+        future.set_overwrite_module_params_on_conversion(True)
         yield here
 
 

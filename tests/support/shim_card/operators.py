@@ -234,6 +234,17 @@ def _run_efficient(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return mixed[None], torch.zeros(0), number, number.clone(), *limits[2:]
 
 
+def _run_cudnn(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """What ``varlen_attn`` of torch 2.14 takes on Hopper for more than 128 queries a pair."""
+    given = by_name(aten._cudnn_attention_forward.default, args, kwargs)
+    query = given["query"]
+    limits = [given[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")]
+    options = {"scale": given.get("scale"), "causal": given.get("is_causal", False)}
+    mixed = _attend(query, given["key"], given["value"], limits, **options)
+    empty = [torch.zeros(0) for _ in range(4)]
+    return mixed, torch.zeros(query.shape[1], query.shape[0]), *empty[:2], *limits[2:], *empty[:3]
+
+
 def _in_tf32(func: Any) -> Callable[..., Any]:
     """A product whose fp32 factors lose 13 bits, where the settings and the card say so."""
 
@@ -268,6 +279,8 @@ def kernel_of(func: Any, card: Card) -> Callable[..., Any]:
         return _run_flash
     if func is aten._efficient_attention_forward.default:
         return _run_efficient
+    if func is aten._cudnn_attention_forward.default:
+        return _run_cudnn
     if func in PRODUCTS and uses_tf32(card):
         return _in_tf32(func)
     found: Callable[..., Any] = func
