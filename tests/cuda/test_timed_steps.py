@@ -8,8 +8,7 @@ from itertools import count
 import pytest
 
 from echelon.engine import precision_check
-from echelon.models.base import WARM_RUNS
-from echelon.models.cuda_graphs import FIRST_PATIENCE, CudaRecorder
+from echelon.models.cuda_graphs import CudaRecorder
 from echelon.options import Options
 from echelon.tuning import calibration, tuner
 from echelon.tuning.calls import TimedCalls
@@ -102,7 +101,3 @@ def test_no_precision_is_compared_while_graphs_are_captured(
     assert captures
     began, ended = timed["comparison"]
     assert began == ended == len(captures)
-
-
-def test_a_warm_up_is_as_long_as_the_patience_of_graphs():
-    assert WARM_RUNS["cuda"] == FIRST_PATIENCE

@@ -80,7 +80,12 @@ def _free_and_total(device: Any = None) -> tuple[int, int]:
 
 def _snapshot(*_: Any, **__: Any) -> list[dict[str, Any]]:
     return [
-        {"segment_pool_id": pool, "device": card.index}
+        {
+            "segment_pool_id": pool,
+            "device": card.index,
+            "total_size": 0 if pool in card.pools else card.reserved,
+            "allocated_size": 0 if pool in card.pools else card.allocated,
+        }
         for card in current_machine().cards
         for pool in [(0, 0), *card.pools]
     ]
