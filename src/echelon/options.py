@@ -31,11 +31,11 @@ Allowance = Literal["precision", "max_length"]
 def _device(name: str, value: object) -> object:
     if isinstance(value, str):
         kind, _, number = value.partition(":")
-        if value in {"auto", "cpu", "cuda"}:
+        if value in {"auto", "cpu", "cuda", "mps"}:
             return value
         if kind == "cuda" and number.isascii() and number.isdecimal():
             return value
-    raise InvalidInput(name, f"{value!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
+    raise InvalidInput(name, f"{value!r} is unknown", "Use auto, cpu, cuda, cuda:N or mps.")
 
 
 def _one_of(*choices: str) -> Callable[[str, object], object]:
@@ -123,7 +123,7 @@ class Options:
     """How a reranker loads a model and scores with it."""
 
     device: str = _option("auto", _device)
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` (Apple's GPU); see docs/GPU.md."""
 
     precision: Precision = _option("auto", _one_of(*get_args(Precision)))
     """``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA. ``int8`` is refused

@@ -98,6 +98,8 @@ class ProfileKey:
 
     def differences(self, now: ProfileKey) -> list[str]:
         """Describe each value that has changed, in words; empty where the profile is valid."""
+        if self.device.partition(":")[0] == now.device.partition(":")[0]:
+            now = replace(now, device=self.device)  # a card's number says nothing, its name does
         pairs = [(words, getattr(self, name), getattr(now, name)) for name, words in NAMES.items()]
         for package in sorted(self.versions.keys() | now.versions.keys()):
             old, new = (key.versions.get(package, "not installed") for key in (self, now))

@@ -244,3 +244,4 @@ class ModelInfo:
     padding: Padding  # with ``rectangular`` a step costs its longest pair × its pairs
     weights_bytes: int  # memory of the loaded weights, memory-mapped tables left out
     threads: int  # CPU threads a forward pass uses; 0 on other devices
+    lower_precision: str = "bf16"  # below fp32: the half-width one that the device multiplies

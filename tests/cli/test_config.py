@@ -73,7 +73,7 @@ def test_devices(device):
     "device", ["gpu", "CPU", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda:٣", "", None, 0, ["cpu"]]
 )
 def test_unknown_devices(device):
-    with pytest.raises(InvalidInput, match=r"Use auto, cpu, cuda or cuda:N\."):
+    with pytest.raises(InvalidInput, match=r"Use auto, cpu, cuda, cuda:N or mps\."):
         Options.of(device=device)
 
 
@@ -169,6 +169,16 @@ def test_a_profile_knows_its_machine(changes, words):
     """What one side does not know, as profiles of older versions, is no difference."""
     assert "; ".join(EPYC.differences(replace(EPYC, **changes))) == words
     assert bool(replace(EPYC, **changes).differences(EPYC)) == bool(words)
+
+
+def test_a_profile_serves_any_card_of_its_kind():
+    measured = ProfileKey("m", "r", "cuda:0", "NVIDIA H200", "fp16", {})
+    assert measured.differences(replace(measured, device="cuda:1")) == []
+    assert measured.differences(replace(measured, device="cpu")) == [
+        "the device was cuda:0, is cpu"
+    ]
+    other = replace(measured, device="cuda:1", device_name="Tesla T4")
+    assert measured.differences(other) == ["the machine was NVIDIA H200, is Tesla T4"]
 
 
 def test_a_profile_of_an_older_version_is_read(fresh):

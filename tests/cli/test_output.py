@@ -18,6 +18,7 @@ from helpers import ROOT, run_command
 from echelon import cli, errors, progress
 from echelon.messages import tr
 from echelon.models.base import DeviceOutOfMemory
+from echelon.models.drivers import UnusableCard
 from echelon.reports.tables import print_ranking
 from echelon.types import RankedDocument, Ranking
 
@@ -303,3 +304,20 @@ def test_a_fallback_that_was_written_for_torch_works(bert, monkeypatch):
         pytest.fail("the long pair fits nowhere")
     assert len(scores) == 2
     assert issubclass(errors.ScoringFailed, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        (UnusableCard("CUDA 13.0", "550.54.15", 580, "7.5"), "needs NVIDIA driver 580 or newer"),
+        (UnusableCard("CUDA 13.0", "580.65.06", 580, "7.5"), "built for CUDA 13.0, cannot use it"),
+    ],
+)
+def test_doctor_says_which_driver_a_card_needs(call, monkeypatch, card, words):
+    monkeypatch.setattr("echelon.models.drivers.unusable_card", lambda: card)
+    monkeypatch.setattr("echelon.models.drivers.untested_here", lambda: ["mps"])
+    code, out, _ = call("doctor", "--json")
+    assert code == 0
+    advice = json.loads(out)["advice"]
+    assert any(words in line for line in advice)
+    assert any("has not been tested on such hardware" in line for line in advice)

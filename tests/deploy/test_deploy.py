@@ -33,6 +33,7 @@ from helpers import ROOT
 from echelon.cli.serve import config
 from echelon.engine.service import CANARY_TIMEOUT_S
 from echelon.models import demo, kernels
+from echelon.models.drivers import NEEDED
 from echelon.server import auth
 from echelon.server.http_server import GRACE_S
 
@@ -198,6 +199,21 @@ def test_what_compose_mounts_is_there_and_named():
     overridden = one(DEPLOY / "compose.cuda.yaml")["services"]["echelon"]
     for build in (compose["services"]["echelon"]["build"], overridden["build"]):
         assert (ROOT / build["dockerfile"]).is_file()
+
+
+def test_a_card_is_not_starved_by_the_limits_of_a_server_without_one():
+    limits = one(DEPLOY / "compose.cuda.yaml")["services"]["echelon"]["deploy"]["resources"][
+        "limits"
+    ]
+    assert limits == {"cpus": "${CPUS:-0}", "memory": "${MEMORY:-16g}"}
+
+
+def test_the_image_asks_for_the_driver_that_its_torch_needs():
+    pinned = (ROOT / "requirements.cuda.lock").read_text("utf-8")
+    (major, minor) = re.search(r"^cuda-toolkit==(\d+)\.(\d+)\.", pinned, re.MULTILINE).groups()
+    wanted = environment("Dockerfile.cuda")["NVIDIA_REQUIRE_CUDA"]
+    assert wanted == f"cuda>={major}.{minor}"
+    assert major in NEEDED
 
 
 def test_compose_waits_for_what_is_inside_and_for_a_canary():

@@ -69,3 +69,23 @@ def test_no_answer_waits_for_the_cost_model_and_each_step_is_learned_once():
     assert learned != before
     dispatcher.learn()
     assert dispatcher.cost.predict([30]) == learned
+
+
+def test_a_lost_step_goes_to_another_worker_while_one_is_up():
+    answers: dict = {}
+    dispatcher, submit = dispatcher_of(answers)
+    for worker in (0, 1):
+        dispatcher.report_health(worker, None)
+    submit(1, coded(5))
+    dispatcher.lost([dispatcher.take(worker=0).step], 0)
+    assert dispatcher.take(worker=0) is None
+    dispatcher.report_down(1)  # nobody else can take it
+    again = dispatcher.take(worker=0)
+    dispatcher.put_back([again.step])
+    dispatcher.report_health(1, None)
+    assert dispatcher.take(worker=0) is None
+    dispatcher.set_workers({0})  # the other one was drained
+    dispatcher.put_back([dispatcher.take(worker=0).step])
+    dispatcher.report_health(1, None)
+    scored(dispatcher, dispatcher.take(worker=1))
+    assert type(answers[1]).__name__ == "Answer"

@@ -9,9 +9,11 @@ import pytest
 from helpers import PatientScorer, pairs_of
 from hypothesis import given
 from hypothesis import strategies as st
+from services import encoded, texts
 
 from echelon.engine.engine import Engine, NonFiniteScore, StepLimits
 from echelon.errors import InvalidInput, OutOfMemory
+from echelon.models.base import DeviceOutOfMemory, FakeScorer
 from echelon.scheduling.packing import NO_BUDGET, step_cost
 from echelon.tokenization.pairs import encode_pairs
 
@@ -301,3 +303,29 @@ def test_steps_that_others_planned():
     engine.close()
     with pytest.raises(InvalidInput, match="it is closed"):
         engine.step(pairs.batch([0]))
+
+
+class Told(FakeScorer):
+    """Has memory for 100 tokens, and counts what it is told."""
+
+    def __init__(self):
+        super().__init__(100)
+        self.told = []
+
+    def memory_ran_out(self):
+        self.told.append("ran out")
+
+    def release(self):
+        self.told.append("release")
+
+
+def test_a_scorer_is_told_once_of_each_step_that_did_not_fit():
+    scorer = Told()
+    engine = Engine(scorer, StepLimits(budget=1000))
+    ladder = engine.run(encoded(texts(1, 9))).report.ladder
+    assert scorer.told == ["ran out"] * len(ladder)
+    scorer.told.clear()
+    with pytest.raises(DeviceOutOfMemory):
+        engine.step(encoded(texts(1, 9)).batch(list(range(9))))
+    engine.release()  # as a supervisor asks for
+    assert scorer.told == ["ran out"]

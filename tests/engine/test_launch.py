@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from helpers import SENTENCES
+from scorers import placed
 from services import submit
 
 from echelon import InvalidInput, ModelNotFound, Reranker
-from echelon.engine.launch import device_of, launch, prepare, threads_of
+from echelon.engine.launch import _worker, launch, prepare, threads_of
 from echelon.options import Options
 
 PAIRS = [("rain at the kitchen window", sentence) for sentence in SENTENCES]
@@ -59,6 +63,23 @@ def test_workers_share_the_machine(monkeypatch):
     monkeypatch.setattr("echelon.engine.launch.usable_cpus", lambda: 8)
     assert [threads_of(None, workers) for workers in (1, 2, 3, 16)] == [None, 4, 2, 1]
     assert threads_of(5, 2) == 5
-    assert [device_of("cuda", number, 2) for number in (0, 1)] == ["cuda:0", "cuda:1"]
-    assert device_of("cuda", 0, 1) == "cuda"
-    assert device_of("auto", 1, 2) == "auto"
+
+
+def test_each_worker_process_sees_its_card_alone(bert, monkeypatch):
+    """Real processes, and torch as it is with two cards."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    prepared = prepare(bert, Options(device="cpu"), None)
+    prepared = replace(prepared, options=replace(prepared.options, device="auto"))
+    monkeypatch.setattr("echelon.engine.launch.scorer_factory", factory)
+    found = []
+    for number in range(3):
+        worker = _worker(prepared, 3, number, lambda: None)
+        found.append(worker.start("fp32").device_name)
+        worker.stop()
+    assert found == ["auto of 5", "auto of 3", "auto of 5"]
+
+
+def factory(folder, options, keep_bf16):
+    return partial(placed, device=options.device)

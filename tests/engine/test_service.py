@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import scorers
-from scorers import Obedient
+from scorers import Obedient, Paced
 from services import GUARD_S, RecordingListener, coded, run, scores, service, submit, texts, until
 
 from echelon.engine.events import Listener, RequestEnded, ServiceSettings
@@ -287,3 +287,19 @@ def test_invalid_settings_are_refused(field):
     with pytest.raises(InvalidInput) as caught:
         ServiceSettings(**{field: 0})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "share"),
+    [
+        ("cuda:0", {}, 8),  # far slower than 50 ms for a full step: the least
+        ("cpu", {}, 1),
+        ("cuda:0", {"token_budget": 16384}, 1),
+    ],
+)
+def test_an_untuned_card_that_is_slow_begins_with_small_steps(device, settings, share):
+    async def main(made):
+        return made.snapshot().load.budget
+
+    found = run(main, service(partial(Paced, device, 5e-5), **settings))
+    assert found == (16384 if settings or device != "cpu" else 2048) // share

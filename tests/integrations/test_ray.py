@@ -24,6 +24,7 @@ from clusters import (
     Fake,
     Lethal,
     Load,
+    Numb,
     actors,
     cluster,
     cut,
@@ -38,7 +39,7 @@ from clusters import (
 from offline_jobs import CountingListener, make_job, queries, read_lines, run_job, write_lines
 from ray import serve
 from ray.exceptions import ActorUnavailableError
-from scorers import Obedient
+from scorers import Obedient, Poisoned
 from services import RecordingListener, coded, scores, submit, texts, until
 from services import run as run_here
 from services import service as local_service
@@ -97,6 +98,18 @@ def test_trouble_elsewhere_is_dealt_with_as_here(made):
         await answered(it, range(3))
 
     run(main, service(partial(Obedient, 500), listener=listener))
+    assert listener.states().count("died") == 2
+
+
+def test_a_worker_whose_device_failed_is_replaced(made):
+    listener = RecordingListener()
+    lost = partial(Poisoned, "CUDA error: unspecified launch failure", 5)  # 3 are the warm-up
+
+    async def main(it):
+        for seed in range(3):
+            await answered(it, [seed])
+
+    run(main, service(lost, listener=listener, token_budget=1500))
     assert listener.states().count("died") == 2
 
 
@@ -361,8 +374,9 @@ def test_a_file_that_loses_a_worker_and_a_machine_is_the_same_to_the_byte(made, 
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
-def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch):
-    monkeypatch.setattr("echelon.integrations.ray.scorer_pool._ACTOR", ray.remote(Lethal))
+@pytest.mark.parametrize("actor", [Lethal, Numb])
+def test_a_window_that_ends_every_worker_ends_the_job(made, bert, monkeypatch, actor):
+    monkeypatch.setattr("echelon.integrations.ray.scorer_pool._ACTOR", ray.remote(actor))
     window = RowWindow((Row(7, None, "q", ("a", "b"), (None, None)),), (), None, (5, 5), None)
     request = PoolRequest(workers=1, cpus=2)
     with (

@@ -17,7 +17,12 @@ from echelon.cli import cli
 from echelon.engine.launch import PreparedModel
 from echelon.errors import InvalidInput, MissingDependency, install_command
 from echelon.integrations.ray.serve import app, plan_of, values_of
-from echelon.integrations.ray.worker import WorkerResources, factory_of, place_of
+from echelon.integrations.ray.worker import (
+    WorkerResources,
+    device_there,
+    factory_of,
+    place_of,
+)
 from echelon.models.hub import DEMO, ModelFolder
 from echelon.options import Options
 from echelon.scheduling.autoscaling import AutoscalingLimits
@@ -41,6 +46,40 @@ def test_settings_come_out_of_arguments_environment_and_defaults(monkeypatch):
     assert plan.scaling == AutoscalingLimits(2, 5, delay_s=2.0)
     assert plan.resources == WorkerResources(1.0, 0.5)
     assert plan_of(values_of({"model": "demo", "workers": 3})).scaling == AutoscalingLimits(3, 3)
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """The machines of a cluster, as Ray lists them: some GPUs each, or none."""
+
+    def there(*gpus, alive=True):
+        listed = [
+            {"Alive": alive, "Resources": {"CPU": 8.0} | ({"GPU": n} if n else {})} for n in gpus
+        ]
+        monkeypatch.setattr("ray.nodes", lambda: listed)
+
+    return there
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_worker_has_a_gpu_of_its_own_where_the_cluster_has_any(nodes, device):
+    nodes(0, 4.0)
+    found = WorkerResources(2.0).on_cluster(device)
+    assert found.needs == {"num_cpus": 2.0, "num_gpus": 1.0}
+    assert device_there(device, found.gpus) == device.partition(":")[0]
+    nodes(0, 0)
+    assert WorkerResources(2.0).on_cluster(device).needs["num_gpus"] == 0
+    nodes(4.0, alive=False)
+    assert WorkerResources(2.0).on_cluster(device).needs["num_gpus"] == 0
+
+
+def test_a_worker_without_a_gpu_of_its_own_takes_no_ones(nodes):
+    nodes(4.0)
+    assert WorkerResources(2.0).on_cluster("cpu").needs["num_gpus"] == 0
+    for asked in (0.0, 0.5, 2.0):
+        assert WorkerResources(1.0, asked).on_cluster("auto").gpus == asked
+    assert device_there("auto", 0.0) == "cpu"
+    assert device_there("cuda:1", 0.0) == "cuda:1"  # the user knows better
 
 
 def test_an_application_has_all_host_names_unless_some_are_set():
@@ -114,18 +153,20 @@ def prepared(tmp_path, name, revision, **options) -> PreparedModel:
 
 
 def test_a_hub_model_is_opened_at_the_servers_commit(tmp_path):
-    found = factory_of(prepared(tmp_path, "abc123", "abc123", threads=3), "owner/name", 2.0)
+    found = factory_of(
+        prepared(tmp_path, "abc123", "abc123", threads=3), "owner/name", WorkerResources(2.0)
+    )
     assert (found.model, found.revision, found.threads) == ("owner/name", "abc123", 3)
     assert found.keep_bf16 == ("layer",)
 
 
 def test_a_folder_is_opened_by_its_whole_path(tmp_path):
-    found = factory_of(prepared(tmp_path, "model", "f1n93r"), "model", 2.0)
+    found = factory_of(prepared(tmp_path, "model", "f1n93r"), "model", WorkerResources(2.0))
     assert (found.model, found.revision, found.threads) == (str(tmp_path / "model"), None, 2)
 
 
 def test_the_demo_model_is_found_by_every_machine_itself(tmp_path):
-    found = factory_of(prepared(tmp_path, "demo", "demo"), DEMO, 0.5)
+    found = factory_of(prepared(tmp_path, "demo", "demo"), DEMO, WorkerResources(0.5))
     assert (found.model, found.revision, found.threads) == (DEMO, None, 1)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import sys
 
@@ -20,74 +18,6 @@ from echelon.models.registry import open_scorer
 pytestmark = pytest.mark.device
 
 CPU = torch.device("cpu")
-
-SEEN = [
-    # torch 2.13 on Linux under an address-space limit
-    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
-    "unable to mmap 268436941 bytes from file </models/model.bin>: Cannot allocate memory (12)",
-    # torch on Windows
-    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory",
-    # C++ and oneDNN
-    "std::bad_alloc",
-    "could not create a memory object",
-    # CUDA and its libraries
-    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 14.58 GiB",
-    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-]
-
-OTHERS = [
-    "shape '[2]' is invalid for input of size 3",
-    "CUDA error: an illegal memory access was encountered",
-    "CUDA error: device-side assert triggered",
-    "could not create a primitive",
-    "could not create a primitive descriptor for the matmul primitive",
-    "could not create a memory descriptor from blob",
-    "could not execute a primitive",
-    "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
-    "Expected all tensors to be on the same device",
-    "DefaultCPUAllocator: a word about nothing",
-    "out of memory of the past, said a colleague",
-    "",
-]
-
-
-@pytest.mark.parametrize("words", SEEN)
-def test_memory_errors_are_recognised(words):
-    assert device.is_out_of_memory(RuntimeError(words))
-
-
-def test_error_types_of_their_own_are_recognised():
-    assert device.is_out_of_memory(MemoryError())
-    assert device.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-
-
-@pytest.mark.parametrize("words", OTHERS)
-def test_other_runtime_errors_are_not(words):
-    assert not device.is_out_of_memory(RuntimeError(words))
-
-
-@pytest.mark.parametrize("kind", [ValueError, IndexError, OSError, KeyboardInterrupt])
-def test_the_words_alone_are_not_enough(kind):
-    assert not device.is_out_of_memory(kind("CUDA out of memory"))
-
-
-def test_onednns_unclear_error_counts_while_memory_is_short(monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOMEM, "Cannot allocate memory")
-
-    unclear = RuntimeError("could not create a primitive")
-    assert not device.is_out_of_memory(unclear)
-    monkeypatch.setattr(mmap, "mmap", refuse)
-    assert device.is_out_of_memory(unclear)
-    assert not device.is_out_of_memory(RuntimeError("could not execute a primitive"))
-
-
-def test_a_real_refusal_is_recognised():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert device.is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The CUDA encoder without a card: staging, buckets, graphs, and what the kernels are called with.
+"""The CUDA encoder without a card: graphs, and what the kernels are called with.
 
 The forward pass runs on CPU with a plain loop for the kernels, and on fake CUDA tensors with the
 real ones: those refuse wrong arguments, and every value that the host would have to wait for.
@@ -7,88 +7,65 @@ real ones: those refuse wrong arguments, and every value that the host would hav
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from graphs import looped, scorer_of, taped
-from helpers import LIMITS, NATIVE, random_batch, reference_logits, vocabulary_of
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from helpers import LIMITS, NATIVE, ROOT, random_batch, reference_logits, vocabulary_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from echelon.errors import BadCheckpoint
-from echelon.models import cuda_graphs as graphs_module
-from echelon.models import encoder_cuda
-from echelon.models.architecture import native_architecture, read_config
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from card_costs import FakeCheckpoint
+from echelon.errors import BadCheckpoint, InvalidInput
+from echelon.models import attention_cuda, encoder
+from echelon.models.architecture import LayerPlan, native_architecture, read_config
+from echelon.models.attention_cuda import (
+    Spans,
+    attention_with,
+    choose_kernel,
+    takes_packed_rows,
+)
 from echelon.models.cuda_graphs import (
     BACKOFF,
-    FIRST_PATIENCE,
-    LARGEST,
-    MAX_PAIRS,
-    MAX_TOKENS,
-    CaptureShape,
+    FIRST_PAUSE,
+    GRAPHS_SWITCH,
+    LONGEST_PAUSE,
     CudaGraphs,
-    bucket_of,
-    fill,
-    read,
+    Recording,
 )
-from echelon.models.encoder import Embeddings, Layer, Weights
-from echelon.models.encoder_cuda import CudaScorer, Spans, attention_with, choose_kernel
-from echelon.models.heads import Head, HeadProduct
-from echelon.models.layers import DenseLinear, FeedForward, Norm
+from echelon.models.cuda_steps import CaptureShape, Ladder, read
+from echelon.models.encoder import load_weights
+from echelon.models.encoder_cuda import EncoderPass
 
+CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-KERNELS = (encoder_cuda.flash, encoder_cuda.efficient, encoder_cuda.efficient_in_fp32)
-LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
+KERNELS = (
+    attention_cuda.flash,
+    attention_cuda.flash_by_public_name,
+    attention_cuda.efficient,
+    attention_cuda.efficient_in_fp32,
+)
+PRECISION_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MIXES = ([3], [23] * 17, [3, 41, 7, 5, 90, 12, 60, 4, 33, 21], [64], [60, 60, 3, 5])
 
 
-# Shapes and blocks
+class Calls(TorchDispatchMode):
+    """Operators that were called."""
 
+    def __enter__(self):
+        super().__enter__()
+        self.names = []
+        return self.names
 
-@given(LENGTHS)
-def test_a_bucket_holds_the_step_and_wastes_little(lengths):
-    exact = CaptureShape.of(random_batch(lengths, 100, 0))
-    bucket = bucket_of(exact)
-    assert bucket.tokens - exact.tokens < max(64, exact.tokens / 8)
-    assert bucket.pairs >= exact.pairs
-    assert bucket.longest >= exact.longest
-    assert bucket_of(bucket) == bucket
-    assert bucket.size(segments=True) <= LARGEST.size(segments=True)
-
-
-def test_buckets_are_few_and_end_where_the_host_is_no_bottleneck():
-    shapes = [CaptureShape(n, 1, 1) for n in range(1, MAX_TOKENS + 1)]
-    assert len({bucket_of(shape) for shape in shapes}) == 24
-    assert len({bucket_of(CaptureShape(MAX_TOKENS, 1, n)).longest for n in range(1, 2049)}) == 3
-    assert len({bucket_of(CaptureShape(MAX_TOKENS, n, 8)).pairs for n in range(1, 257)}) == 3
-    assert bucket_of(CaptureShape(MAX_TOKENS + 1, 1, 1)) is None
-    assert bucket_of(CaptureShape(MAX_TOKENS, MAX_PAIRS + 1, 1)) is None
-
-
-@pytest.mark.parametrize("segments", [False, True])
-@given(lengths=LENGTHS)
-@settings(max_examples=30)
-def test_what_is_read_is_what_was_filled_in(lengths, segments):
-    batch = random_batch(lengths, 100, 1, types=True)
-    positions = np.arange(len(batch.ids), dtype=np.int32)
-    shape = bucket_of(CaptureShape.of(batch))
-    assume(shape is not None)  # a step of many long pairs has no bucket
-    block = torch.full((shape.size(segments=segments),), -1, dtype=torch.int32)
-    fill(block.numpy(), shape, batch, positions, segments=segments)
-    inputs = read(block, shape, segments=segments)
-    tokens, pairs = len(batch.ids), len(batch)
-    assert inputs.ids.tolist() == [*batch.ids, *[0] * (shape.tokens - tokens)]
-    assert inputs.positions.tolist() == [*positions, *[0] * (shape.tokens - tokens)]
-    assert inputs.offsets.tolist() == [*batch.offsets, *[tokens] * (shape.pairs - pairs)]
-    assert inputs.firsts.tolist() == [*batch.offsets[:-1], *[0] * (shape.pairs - pairs)]
-    assert inputs.singles.tolist() == list(range(shape.pairs + 1))
-    assert (inputs.segments is None) != segments
-    if segments:
-        assert inputs.segments[:tokens].tolist() == batch.type_ids.tolist()
-        assert inputs.segments[tokens:].eq(0).all()
-    assert all(part.is_contiguous() for part in (inputs.offsets, inputs.singles))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 # Kernels
@@ -97,18 +74,39 @@ def test_what_is_read_is_what_was_filled_in(lengths, segments):
 @pytest.mark.parametrize(
     ("major", "dtype", "size", "expected"),
     [
-        (9, torch.float16, 64, encoder_cuda.flash),
-        (8, torch.bfloat16, 64, encoder_cuda.flash),
-        (9, torch.float32, 64, encoder_cuda.efficient),
-        (9, torch.float16, 320, encoder_cuda.efficient),
-        (7, torch.float16, 64, encoder_cuda.efficient),
-        (7, torch.bfloat16, 64, encoder_cuda.efficient_in_fp32),
-        (7, torch.float32, 64, encoder_cuda.efficient),
-        (0, torch.float16, 64, encoder_cuda.efficient),
+        (9, torch.float16, 64, attention_cuda.flash),
+        (8, torch.bfloat16, 64, attention_cuda.flash),
+        (9, torch.float32, 64, attention_cuda.efficient),
+        (9, torch.float16, 320, attention_cuda.efficient),
+        (7, torch.float16, 64, attention_cuda.efficient),
+        (7, torch.bfloat16, 64, attention_cuda.efficient_in_fp32),
+        (7, torch.float32, 64, attention_cuda.efficient),
+        (0, torch.float16, 64, attention_cuda.efficient),
     ],
 )
 def test_the_kernel_fits_the_card_and_the_type(major, dtype, size, expected):
     assert choose_kernel(major, dtype, size) is expected
+
+
+def test_flash_attention_is_one_call_where_torch_takes_its_arguments(monkeypatch):
+    """``varlen_attn`` fills a tensor that nobody reads, in every layer."""
+    called = {}
+    for kernel in (attention_cuda.flash, attention_cuda.flash_by_public_name):
+        with FakeTensorMode(), torch.inference_mode(), Calls() as calls:
+            query = torch.empty(20, 4, 64, dtype=torch.float16, device=CUDA)
+            offsets = torch.empty(3, dtype=torch.int32, device=CUDA)
+            calls.clear()
+            kernel(query, query, query, Spans(offsets, offsets, 12, 12), 0.125)
+        called[kernel] = len(calls)
+    assert called[attention_cuda.flash] == 1
+    monkeypatch.setattr(attention_cuda, "FLASH_ARGUMENTS", ("query", "others"))
+    chosen = choose_kernel(9, torch.float16, 64)
+    assert chosen is attention_cuda.flash_by_public_name
+
+
+def test_operators_with_other_arguments_are_not_taken_for_flash_attention():
+    assert takes_packed_rows(torch.ops.aten._flash_attention_forward.default)
+    assert not takes_packed_rows(torch.ops.aten._efficient_attention_forward.default)
 
 
 @pytest.mark.parametrize("size", [5, 8, 12, 64])
@@ -159,16 +157,45 @@ def test_scores_are_the_references(toy, family, lengths, use_graphs):
     scorer = scorer_of(folder)
     scorer.use_graphs = use_graphs
     expected = reference_logits(folder, batch)
-    for _ in range(FIRST_PATIENCE + 1):
+    for _ in range(2):
         scores = scorer.score(batch)
         assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
-    assert len(scorer._graphs) == use_graphs
     assert scorer.info.max_tokens == LIMITS[family]
 
 
+def test_all_captures_come_before_the_first_step_and_the_largest_is_the_first(toy):
+    folder, captured = toy("roberta"), []
+
+    def record(work):
+        recording = taped()(work)
+        captured.append(len(recording.output))
+        return recording
+
+    scorer = scorer_of(folder, record=record)
+    at_start = len(captured)
+    assert at_start == len(scorer._graphs) > 5
+    assert captured[0] == max(captured)
+    for lengths in (*MIXES, [60] * 40):
+        scorer.score(random_batch(lengths, vocabulary_of(folder), 0))
+    assert len(captured) == at_start
+
+
+def test_small_steps_are_replayed_and_others_are_not(toy):
+    folder, replays = toy("roberta"), []
+
+    def record(work):
+        one = taped()(work)
+        return Recording(lambda: (replays.append(1), one.replay()), one.output, one.drop)
+
+    scorer = scorer_of(folder, record=record)
+    for lengths, expected in (([60, 3], 1), ([60] * 40, 1), ([20] * 10, 2)):
+        scorer.score(random_batch(lengths, vocabulary_of(folder), 0))
+        assert len(replays) == expected
+
+
 def test_a_graph_reads_each_step_anew(toy):
-    """One bucket, other texts and other pairs: nothing of the step before may be left."""
+    """One shape, other texts and other pairs: nothing of the step before may be left."""
     folder = toy("bert")
     scorer = scorer_of(folder)
     for seed in range(6):
@@ -177,17 +204,20 @@ def test_a_graph_reads_each_step_anew(toy):
         np.testing.assert_allclose(
             scorer.score(batch), reference_logits(folder, batch), rtol=0, atol=1e-4
         )
-    assert len(scorer._graphs) == 1
 
 
-def test_large_steps_run_without_a_graph(toy):
-    folder = toy("roberta")
-    scorer = scorer_of(folder)
-    batch = random_batch([100] * 21, vocabulary_of(folder), 0)
-    for _ in range(3):
-        scores = scorer.score(batch)
-    np.testing.assert_allclose(scores, reference_logits(folder, batch), rtol=0, atol=1e-4)
-    assert len(scorer._graphs) == 0
+def test_graphs_can_be_switched_off(toy, monkeypatch):
+    monkeypatch.setenv(GRAPHS_SWITCH, "off")
+    record = Failing(None)
+    folder = toy("bert")
+    scorer = scorer_of(folder, record=record)
+    batch = random_batch([5, 9], vocabulary_of(folder), 0)
+    expected = reference_logits(folder, batch)
+    np.testing.assert_allclose(scorer.score(batch), expected, rtol=0, atol=1e-4)
+    assert record.tries == 0
+    monkeypatch.setenv(GRAPHS_SWITCH, "no")
+    with pytest.raises(InvalidInput, match="'no' is unknown"):
+        scorer_of(folder)
 
 
 def test_foreign_ids_are_refused_and_closing_is_final(toy):
@@ -204,51 +234,22 @@ def test_foreign_ids_are_refused_and_closing_is_final(toy):
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("major", [7, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_the_pass_never_waits_for_the_device(toy, family, major, dtype, pooling):
+def test_the_pass_never_waits_for_the_device(toy, family, major, dtype):
     """A fake tensor has no values: reading one raises an error."""
     architecture = native_architecture(toy(family), read_config(toy(family)))
     with FakeTensorMode(), torch.inference_mode():
-        weights = fake_weights(architecture, dtype, pooling)
-        scorer = CudaScorer.__new__(CudaScorer)
-        scorer._architecture, scorer._weights, scorer._dtype = architecture, weights, dtype
-        scorer._attend = attention_with(choose_kernel(major, dtype, architecture.head_shape[1]))
+        plan = LayerPlan(PRECISION_OF[dtype])
+        with patch.object(encoder, "encoder_checkpoint", lambda _: FakeCheckpoint()):
+            weights = load_weights(Path(), architecture, CUDA, plan, 0)
+        kernel = choose_kernel(major, dtype, architecture.head_shape[1])
+        run = EncoderPass(weights, attention_with(kernel), plan.precision)
         shape = CaptureShape(320, 16, 128)
         segments = architecture.reads_segments
         block = torch.zeros(shape.size(segments=segments), dtype=torch.int32, device=CUDA)
-        logits = scorer._forward(read(block, shape, segments=segments))
+        logits = run(read(block, shape, segments=segments))
         assert logits.shape == (16,)
         assert logits.dtype == torch.float32
         assert logits.device == CUDA
-
-
-def fake_weights(shape, dtype, pooling):
-    hidden, wide = shape.hidden, shape.intermediate
-
-    def linear(into, out, dtype=dtype):
-        weight = torch.empty(out, into, dtype=dtype, device=CUDA)
-        return DenseLinear(weight, torch.empty(out, dtype=dtype, device=CUDA))
-
-    def norm(dtype=dtype):
-        ones = torch.empty(hidden, dtype=dtype, device=CUDA)
-        return Norm(ones, ones, shape.epsilon)
-
-    def table(rows):
-        return torch.empty(rows, hidden, device=CUDA)
-
-    def layer(*, last):
-        queries = linear(hidden, hidden) if last else None
-        qkv = linear(hidden, (2 if last else 3) * hidden)
-        feed = FeedForward(linear(hidden, wide), linear(wide, hidden), shape.activation)
-        return Layer(queries, qkv, linear(hidden, hidden), norm(), feed, norm())
-
-    embeddings = Embeddings(
-        table(shape.vocabulary), table(shape.table_positions), table(shape.segments), norm()
-    )
-    down, project = linear(hidden, hidden, torch.float32), linear(hidden, 1, torch.float32)
-    head = Head((HeadProduct(down, "tanh"), HeadProduct(project)), pooling)
-    layers = (layer(last=False), layer(last=pooling == "cls"))
-    return Weights(embeddings, layers, head, shape.head_shape, 0)
 
 
 # When to capture, and what happens where it fails
@@ -278,46 +279,51 @@ def counted():
     return forward, runs
 
 
-SHAPES = [CaptureShape(64 * n, 16, 128) for n in range(1, 121)]
+SHAPES = [CaptureShape(tokens, 16, 64) for tokens in (256, 192, 128, 64)]
 
 
-def test_a_shape_is_captured_when_it_occurs_again():
+class Steps(Ladder):
+    """A ladder of four shapes."""
+
+    def shapes(self):
+        return SHAPES
+
+    def find(self, exact):
+        return exact if exact in SHAPES else None
+
+
+def graphs_with(record):
+    graphs = CudaGraphs(counted()[0], record, Steps(256, 64))
+    graphs.prepare()
+    return graphs
+
+
+def test_what_is_replayed_is_the_shapes_own_pass():
     forward, runs = counted()
-    graphs = CudaGraphs(forward, taped())
-    for _ in range(FIRST_PATIENCE - 1):
-        graphs.run(SHAPES[0])
-    assert len(graphs) == 0
-    assert graphs.run(SHAPES[0]).tolist() == [float(len(runs))] * 16
-    assert len(graphs) == 1
-    graphs.run(SHAPES[1])
-    assert len(graphs) == 1
-
-
-def test_graphs_are_bounded_and_the_one_unused_for_longest_goes():
+    graphs = CudaGraphs(forward, taped(), Steps(256, 64))
+    graphs.prepare()
+    assert runs == SHAPES
+    assert graphs.shape_for(SHAPES[2]) == SHAPES[2]
+    assert graphs.run(SHAPES[2]).tolist() == [5.0] * 16
+    assert runs[-1] == SHAPES[2]
+    assert graphs.shape_for(CaptureShape(300, 16, 64)) is None
     dropped = []
-    graphs = CudaGraphs(counted()[0], taped(dropped))
-    for shape in SHAPES:
-        for _ in range(FIRST_PATIENCE):
-            graphs.run(shape)
-    assert len(graphs) == graphs_module.MAX_GRAPHS
-    assert len(dropped) == len(SHAPES) - graphs_module.MAX_GRAPHS
-    graphs.run(SHAPES[0])
-    assert len(dropped) == len(SHAPES) - graphs_module.MAX_GRAPHS
+    graphs = graphs_with(taped(dropped))
     graphs.clear()
-    assert len(graphs) == 0
-    assert len(dropped) == len(SHAPES)
+    assert (len(graphs), len(dropped)) == (0, 4)
 
 
-def test_without_capture_steps_run_as_before_and_one_warning_says_so(caplog):
-    record = Failing(RuntimeError("operation not permitted when stream is capturing"))
-    graphs = CudaGraphs(counted()[0], record)
+def test_a_failed_capture_is_said_once_and_ends_all_captures(caplog):
+    record = Failing(RuntimeError("operation not permitted when stream is capturing\nstack"))
     with caplog.at_level(logging.WARNING):
-        for shape in SHAPES:
-            for _ in range(5):
-                assert graphs.run(shape).shape == (16,)
+        graphs = graphs_with(record)
+        assert graphs.failed == "operation not permitted when stream is capturing"
+        record.error = None
+        assert all(graphs.shape_for(shape) is None for shape in SHAPES * 5000)
     assert record.tries == 1
-    assert [r.message for r in caplog.records if "cannot be captured here" in r.message]
+    assert len(graphs) == 0
     assert len(caplog.records) == 1
+    assert "cannot be captured here" in caplog.text
 
 
 def memory_trouble(*, ended):
@@ -330,31 +336,43 @@ def memory_trouble(*, ended):
     return outer
 
 
+def pause(graphs):
+    """Steps that run without a graph from now on."""
+    waited = 0
+    while graphs.shape_for(SHAPES[0]) is None:
+        waited += 1
+    return waited
+
+
 @pytest.mark.parametrize("ended", [False, True])
-def test_after_a_memory_error_a_shape_is_captured_later(caplog, ended):
+def test_after_a_capture_ran_out_of_memory_graphs_come_back_later(caplog, ended):
     record = Failing(memory_trouble(ended=ended))
-    graphs = CudaGraphs(counted()[0], record)
-    for _ in range(FIRST_PATIENCE):
-        graphs.run(SHAPES[0])
-    assert record.tries == 1
+    graphs = graphs_with(record)
+    assert (record.tries, len(graphs), graphs.failed) == (1, 0, None)
     assert "No memory for a CUDA graph" in caplog.text
     record.error = None
-    for _ in range(FIRST_PATIENCE * BACKOFF - 1):
-        graphs.run(SHAPES[0])
-    assert (record.tries, len(graphs)) == (1, 0)
-    graphs.run(SHAPES[0])
+    assert pause(graphs) == FIRST_PAUSE
     assert (record.tries, len(graphs)) == (2, 1)
 
 
-def test_release_lets_go_of_graphs(toy):
+def test_one_event_counts_once_and_pauses_have_an_end():
+    graphs = graphs_with(taped())
+    pauses = []
+    for _ in range(5):
+        for _ in range(3):  # a child, its parent and the engine may all say it
+            graphs.memory_ran_out()
+        assert len(graphs) == 0
+        pauses.append(pause(graphs))
+    expected = [FIRST_PAUSE, FIRST_PAUSE * BACKOFF, *[LONGEST_PAUSE] * 3]
+    assert pauses == expected
+
+
+def test_lack_of_memory_lets_go_of_graphs(toy):
     folder, dropped = toy("roberta"), []
     scorer = scorer_of(folder, record=taped(dropped))
-    batch = random_batch([9, 5], vocabulary_of(folder), 0)
-    for _ in range(FIRST_PATIENCE):
-        scorer.score(batch)
-    assert len(scorer._graphs) == 1
-    scorer.release()
+    graphs = len(scorer._graphs)
+    scorer.memory_ran_out()
     assert len(scorer._graphs) == 0
-    assert dropped == ["dropped"]
-    assert scorer.score(batch).shape == (2,)
+    assert len(dropped) == graphs
+    assert scorer.score(random_batch([9, 5], vocabulary_of(folder), 0)).shape == (2,)
     assert len(scorer._graphs) == 0

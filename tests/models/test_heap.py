@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import run_python
 
-from echelon.models import device
+from echelon.models import heap
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
@@ -73,21 +73,21 @@ def test_an_older_c_library_takes_less(monkeypatch):
     class Older:
         def mallopt(self, parameter: int, value: int) -> int:
             asked.append((parameter, value))
-            return int(parameter != device.MMAP_THRESHOLD or value <= 32 * 2**20)
+            return int(parameter != heap.MMAP_THRESHOLD or value <= 32 * 2**20)
 
-    monkeypatch.setattr(device, "_libc", lambda _: Older())
-    for name in (*device.SETTINGS, "GLIBC_TUNABLES"):
+    monkeypatch.setattr(heap, "_libc", lambda _: Older())
+    for name in (*heap.SETTINGS, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-    device.keep_freed.__wrapped__()
-    most, less = device.KEPT_BYTES
+    heap.keep_freed.__wrapped__()
+    most, less = heap.KEPT_BYTES
     assert asked == [
-        (device.MMAP_THRESHOLD, most),
-        (device.MMAP_THRESHOLD, less),
-        (device.TRIM_THRESHOLD, less),
+        (heap.MMAP_THRESHOLD, most),
+        (heap.MMAP_THRESHOLD, less),
+        (heap.TRIM_THRESHOLD, less),
     ]
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(device, "_libc", lambda _: None)
-    device.keep_freed.__wrapped__()
-    device.give_back()
+    monkeypatch.setattr(heap, "_libc", lambda _: None)
+    heap.keep_freed.__wrapped__()
+    heap.give_back()

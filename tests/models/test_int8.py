@@ -13,7 +13,7 @@ from helpers import SENTENCES, offer, random_batch
 
 from echelon import InvalidInput, Reranker
 from echelon.data import Texts, Topic, load_texts
-from echelon.engine import precision_check
+from echelon.engine import check_store, precision_check
 from echelon.engine.agreement import decided
 from echelon.engine.launch import launch
 from echelon.models.device import choose_precision, multiplies_int8
@@ -38,7 +38,7 @@ def own_home(request, tmp_path, monkeypatch):
     """Results of checks go to a folder of the test; the demo model stays where it is."""
     if "demo_folder" in request.fixturenames:
         request.getfixturevalue("demo_folder")
-    monkeypatch.setattr(precision_check, "home", lambda: tmp_path)
+    monkeypatch.setattr(check_store, "home", lambda: tmp_path)
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def checked(demo_folder, tmp_path_factory):
         return compared[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision_check, "home", lambda: home)
+        patch.setattr(check_store, "home", lambda: home)
         patch.setattr(precision_check, "compare_precisions", compare)
         with Reranker(demo_folder, device="cpu", precision="int8", threads=1) as first:
             assert first.facts.precision == "int8"
@@ -91,7 +91,7 @@ def test_int8_is_checked_once_and_the_result_is_stored(demo_folder, checked, mon
     assert content["int8"]["passed"]
     assert content["key"]["precision"] == "int8"
 
-    monkeypatch.setattr(precision_check, "home", lambda: home)
+    monkeypatch.setattr(check_store, "home", lambda: home)
     monkeypatch.setattr(
         precision_check, "compare_precisions", lambda *_: pytest.fail("measured again")
     )

@@ -73,6 +73,23 @@ def test_a_lost_step_goes_again_first_and_each_request_on_its_own():
     assert finish(made, third)[0].request == 3
 
 
+def test_a_lost_step_is_left_for_a_worker_that_was_not_lost_with_it():
+    made = batcher()
+    for number in (1, 2):
+        made.submit(PairRequest(number, (20,)), 0)
+    lost = made.next_step(0)
+    made.retry(lost.number, worker=7)
+    assert made.next_step(0, not_lost_by=7) is None
+    made.submit(PairRequest(3, (5,)), 0)
+    other = made.next_step(0, not_lost_by=7)  # it does not wait for them
+    assert other.requests == (3,)
+    again = made.next_step(0, not_lost_by=8)
+    assert again.requests == (1,)
+    assert made.next_step(0).requests == (2,)  # where no other worker is up
+    made.put_back(again.number)
+    assert made.next_step(0, not_lost_by=7) is None
+
+
 def test_a_step_put_back_obeys_the_budget_of_now():
     made = batcher(budget=100)
     made.submit(PairRequest(1, (30,) * 3), 0)

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echelon.scheduling.oom_policy import (
-    LOWER_PRECISION,
     MIN_MAX_LENGTH,
     RUNGS,
     OomPolicy,
@@ -93,10 +92,19 @@ def test_a_lone_pair_is_shortened_only_after_precision(failure):
     lone = replace(
         failure, pairs=1, cost_tokens=failure.longest, caches_dropped=True, fresh_may_help=False
     )
-    lower = LOWER_PRECISION.get(lone.precision) if "precision" in lone.allow else None
+    lower = "precision" in lone.allow and lone.precision == "fp32"
     may_cut = "max_length" in lone.allow and lone.longest // 2 >= MIN_MAX_LENGTH
     expected = "lower_precision" if lower else "shorten" if may_cut else "give_up"
     assert next_action(lone).rung == expected
+
+
+def test_a_card_without_bf16_units_goes_down_to_fp16():
+    lone = replace(BASE, pairs=1, cost_tokens=100, allow=("precision",))
+    assert next_action(lone).precision == "bf16"
+    old = next_action(replace(lone, lower_precision="fp16"))
+    assert old.precision == "fp16"
+    assert "fp32 -> fp16" in old.detail
+    assert "precision='fp16'" in old.remedy
 
 
 @given(failures())

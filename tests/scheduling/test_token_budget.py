@@ -130,3 +130,19 @@ def test_whatever_happens_it_stays_within_its_bounds(most, goal_s, events):
             assert (reason == "recovered") == (budget.tokens > before)
         assert min(taught, max(1, most // MIN_SHARE)) <= budget.tokens <= most
         assert before // 2 <= budget.tokens or isinstance(event, int)
+
+
+def test_the_warm_up_says_with_how_many_tokens_a_goal_can_begin():
+    budget = TokenBudget(16384, goal_s=0.1)  # steps of half of it
+    budget.warmed_up(16384, 0.35)
+    assert budget.tokens == 2340
+    budget.warmed_up(16384, 0.02)  # the first pass loads kernels, the last one counts
+    assert budget.tokens == 16384
+    budget.warmed_up(16384, 60.0)
+    assert budget.tokens == 16384 // 8
+    budget.out_of_memory(1000)
+    budget.warmed_up(16384, 0.02)  # a worker that starts again does not bring back what did not fit
+    assert budget.tokens == 1000
+    free = TokenBudget(16384)
+    free.warmed_up(16384, 60.0)
+    assert free.tokens == 16384

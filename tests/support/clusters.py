@@ -19,8 +19,11 @@ from ray.cluster_utils import Cluster
 from services import LetterEncoder, scores, until
 from services import run as run_guarded
 
+from echelon.engine.child import fault_of
 from echelon.engine.events import ServiceSettings
 from echelon.engine.service import Service
+from echelon.engine.worker import WorkerReply
+from echelon.errors import DeviceLost
 from echelon.integrations.ray.scorer_pool import ScorerActor
 from echelon.integrations.ray.serve import NAME, deploy
 from echelon.integrations.ray.worker import RayWorker, WorkerResources
@@ -188,10 +191,18 @@ class Lethal(ScorerActor):
 
     def open(self, model, options, steps, profile):
         steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
-        return "steps", (steps, ray.get_runtime_context().get_node_id(), []), 0.0, 0
+        found = steps, ray.get_runtime_context().get_node_id(), []
+        return WorkerReply("steps", found, 0.0, 0)
 
     def score(self, window):
         os._exit(1)
+
+
+class Numb(Lethal):
+    """A worker whose device is lost with its first window."""
+
+    def score(self, window):
+        return fault_of(DeviceLost("CUDA error: uncorrectable ECC error encountered"))
 
 
 def serve_at(port: int) -> str:

@@ -7,11 +7,15 @@ import torch
 from torch.nn import functional
 
 from echelon.models.architecture import native_architecture, read_config
+from echelon.models.attention_cuda import attention_with
 from echelon.models.cuda_graphs import Recording
-from echelon.models.encoder_cuda import CudaScorer, attention_with
+from echelon.models.cuda_scorer import CardParts, CudaScorer
+from echelon.models.cuda_steps import Card
+from echelon.models.encoder_cuda import EncoderPass
 from echelon.models.registry import open_scorer
 
 CPU = torch.device("cpu")
+SLOW = Card(7, 1)  # so slow that few sizes are captured
 
 
 def looped(query, key, value, spans, scale):
@@ -44,5 +48,5 @@ def scorer_of(folder, *, record=None, **options):
     """The CUDA scorer, on CPU, over a native model's fp32 weights."""
     weights = open_scorer(folder, device="cpu", precision="fp32", threads=1, **options)._weights
     shape = native_architecture(folder, read_config(folder))
-    attention = attention_with(looped)
-    return CudaScorer(shape, weights, CPU, "fp32", attention=attention, record=record or taped())
+    parts = CardParts(attention_with(looped), record or taped(), SLOW)
+    return CudaScorer(shape, EncoderPass(weights, parts.attend, "fp32"), CPU, "fp32", parts, 0)

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from echelon.errors import InvalidInput, ModelNotFound
 from echelon.models.base import DeviceOutOfMemory, FakeScorer
+from echelon.models.device import run_step
 from echelon.types import TokenBatch
 
 KILL, STOP, HANG, RAISE, REFUSE, GROW, SAY, MARK, NAN, NAP = range(9001, 9011)
@@ -94,6 +96,37 @@ class Held(Obedient):
         return super().score(batch)
 
 
+class Paced(Obedient):
+    """A scorer of a kind of device that takes some seconds for each token."""
+
+    def __init__(self, device: str, token_s: float, **settings) -> None:
+        super().__init__(pace_s=token_s, **settings)
+        self.info = replace(self.info, device=device)
+
+
+class Poisoned(Obedient):
+    """Its context is lost with step number ``after`` of the process, and no later step works.
+
+    The error is torch's own, and goes the way of one that a forward pass raises.
+    """
+
+    def __init__(self, words: str, after: int, **settings) -> None:
+        super().__init__(**settings)
+        self._words = words
+        self._left = after
+
+    def score(self, batch: TokenBatch):
+        self._left -= 1
+        if self._left <= 0:
+            run_step(self._fail)
+        return super().score(batch)
+
+    def _fail(self):
+        import torch
+
+        raise torch.AcceleratorError(self._words)
+
+
 def _raise(scorer: Obedient) -> None:
     raise RuntimeError("the device is on fire")
 
@@ -124,6 +157,14 @@ def anywhere(folder: Path, *, precision: str, **settings):
     """An opener that has every precision, whatever the processor has."""
     precision = "fp32" if precision == "auto" else precision
     return Obedient(max_tokens=130, precision=precision)
+
+
+def placed(*, precision: str, device: str = "?", **settings):
+    """An opener whose scorer's name says which card its process may use."""
+    found = Obedient(precision="fp32" if precision == "auto" else precision)
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    found.info = replace(found.info, device_name=f"{device} of {cards}")
+    return found
 
 
 def opens_once(folder: str, *, precision: str):

@@ -83,6 +83,7 @@ async def submit(made, pairs, **asked):
 def service(
     opener=Obedient,
     *,
+    others=None,
     listener=None,
     learned=None,
     clock=monotonic,
@@ -90,10 +91,14 @@ def service(
     cache=None,
     **settings,
 ) -> Service:
+    """A service whose worker 0 opens ``opener``, and whose other workers ``others`` or the same."""
     settings.setdefault("precision", "fp32")
+    openers = {0: opener}
     return Service(
         encoder or LetterEncoder(),
-        lambda number, ended: ChildWorker(opener, f"worker {number}", on_end=ended),
+        lambda number, ended: ChildWorker(
+            openers.get(number, others or opener), f"worker {number}", on_end=ended
+        ),
         ServiceSettings(**settings),
         listener=listener,
         clock=clock,

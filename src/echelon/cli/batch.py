@@ -79,7 +79,11 @@ WORKER_FLAGS: tuple[Flag, ...] = (
         type=float,
         help="CPUs of a worker on Ray [--threads, or all of this machine; 1 beside a GPU].",
     ),
-    flag("--worker-gpus", default=0.0, help="GPUs of a worker on Ray; 0.5 lets two share one."),
+    flag(
+        "--worker-gpus",
+        type=float,
+        help="GPUs of a worker on Ray; 0.5 lets two share one [1 where the cluster has any].",
+    ),
 )
 
 
@@ -98,7 +102,7 @@ def batch(
     ray: str | None,
     workers: int | None,
     worker_cpus: float | None,
-    worker_gpus: float,
+    worker_gpus: float | None,
     **values: Any,
 ) -> None:
     """Rerank the file INPUT: JSONL of queries with documents, pairs in a table, or a TREC run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -87,10 +88,11 @@ def _extras() -> list[dict[str, Any]]:
 def _will_use(software: dict[str, Any]) -> dict[str, Any]:
     """What ``auto`` means on this machine."""
     from echelon.models.device import cpu_name, has_torch, usable_cpus
+    from echelon.models.drivers import accelerators
 
     found: dict[str, Any] = {"device": "cpu", "device_name": cpu_name(), "threads": usable_cpus()}
     if has_torch():
-        return {"runtime": "PyTorch"} | found | _torch_will_use()
+        return {"runtime": f"PyTorch{accelerators()}"} | found | _torch_will_use()
     runtime = "ONNX Runtime" if software["onnxruntime"] else None
     return {"runtime": runtime} | found | {"precision": Message("doctor.of_the_graph")}
 
@@ -148,11 +150,17 @@ def _machine_advice(machine: dict[str, Any]) -> list[Message]:
 
 def _torch_advice(machine: dict[str, Any]) -> list[Message]:
     from echelon.models.device import is_cuda_build
+    from echelon.models.drivers import untested_here, unusable_card
     from echelon.models.kernels import missing as missing_kernels
 
     found = []
-    if not machine["gpus"] and is_cuda_build():
+    unusable = unusable_card()
+    if unusable is not None:
+        name = "doctor.old_driver" if unusable.too_old else "doctor.unusable_card"
+        found.append(Message(name, asdict(unusable)))
+    elif not machine["gpus"] and is_cuda_build():
         found.append(Message("doctor.no_gpu"))
+    found += [Message("doctor.untested", {"accelerator": name}) for name in untested_here()]
     reason = missing_kernels()
     if reason is not None:
         found.append(Message("doctor.no_kernels", {"reason": reason}))

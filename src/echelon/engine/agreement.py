@@ -62,6 +62,10 @@ class Agreement:
         return self.tau_high < MIN_TAU or self.overlap_high < MIN_OVERLAP
 
 
+NO_AGREEMENT = Agreement(0.0, 0.0, float(np.finfo(np.float32).max), None, *[0.0] * 4)
+"""Of a precision whose logits are no numbers: it surely fails."""
+
+
 def decided(row: Mapping[str, Any]) -> bool:
     """Whether the queries were enough to say that a precision ranks as fp32 does, or does not.
 

@@ -2,7 +2,8 @@
 
 :mod:`echelon.engine.worker` runs it as ``python -m echelon.engine.child DESCRIPTOR``. A thread
 reads ahead, so that the next step is here when the running one ends. When it reads the end, the
-parent has ended, and the process exits at once.
+parent has ended, and the process exits at once. So it does when its device has failed, because
+CUDA would refuse every later step: the parent starts another.
 """
 
 from __future__ import annotations
@@ -16,23 +17,32 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from functools import cache
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from echelon.engine.worker import Channel, Reply
-from echelon.errors import EchelonError
-from echelon.models.base import DeviceOutOfMemory, Scorer
+from echelon.engine.worker import Channel, WorkerReply
+from echelon.errors import DeviceLost, EchelonError
+from echelon.models.base import DeviceOutOfMemory, Scorer, start, step_did_not_fit
 
 if TYPE_CHECKING:
     import psutil
 
-    from echelon.types import TokenBatch
+    from echelon.models.base import StartedStep
+    from echelon.types import FloatArray, TokenBatch
+
+POLL_S = 0.0002
+"""How often a step on a device is asked whether it has ended, while no message comes."""
 
 PRIMITIVES = 64
 """Primitives that oneDNN caches in a process started after memory ran out, instead of 1024. It
 compiles code for each number of rows and never frees it, which filled processes until a usual pair
 did not fit. No loss of speed was measured (docs/LOG.md)."""
+
+
+LOST = 75
+"""Exit code of a process whose device failed: EX_TEMPFAIL of sysexits.h, a new one may work."""
 
 
 def main(descriptor: int) -> None:
@@ -66,7 +76,8 @@ def _open(channel: Channel, message: bytes) -> Scorer | None:
     except Exception as error:  # noqa: BLE001 - any error goes to the parent
         channel.send(fault_of(error))
         return None
-    channel.send(("info", scorer.info, 0.0, resident_bytes()))
+    renew = variables_to_renew(scorer)
+    channel.send(WorkerReply("info", scorer.info, 0.0, resident_bytes(), renew))
     return scorer
 
 
@@ -76,10 +87,21 @@ def spare_memory() -> None:
 
 
 def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
+    """Answer messages in order; while a device computes a step, the next one is begun."""
+    running: BegunStep | None = None
+    free_since = 0.0
     while True:
-        match pickle.loads(inbox.get()):  # noqa: S301 - from our own parent
-            case ("score", batch):
-                channel.send(score_step(scorer, batch))
+        message = _next(inbox, running)
+        content = None if message is None else pickle.loads(message)  # noqa: S301 - from our own parent
+        begun = BegunStep(scorer, content[1]) if content and content[0] == "score" else None
+        if running is not None:
+            reply = running.reply(free_since)
+            free_since = time.perf_counter()
+            channel.send(reply)
+            if reply.kind == "lost":
+                os._exit(LOST)  # a usual exit would wait for the device
+        running = begun
+        match content:
             case ("release",):
                 scorer.release()
             case ("stop",):
@@ -87,24 +109,83 @@ def _serve(channel: Channel, inbox: SimpleQueue[bytes], scorer: Scorer) -> None:
                 return
 
 
-def score_step(scorer: Scorer, batch: TokenBatch) -> Reply:
+def _next(inbox: SimpleQueue[bytes], running: BegunStep | None) -> bytes | None:
+    """The next message, or None if the running step ends before one comes."""
+    while running is not None and not running.ready():
+        with suppress(Empty):
+            return inbox.get(timeout=POLL_S)
+    return inbox.get() if running is None else None
+
+
+class BegunStep:
+    """A step that a scorer has begun, or could not begin."""
+
+    def __init__(self, scorer: Scorer, batch: TokenBatch) -> None:
+        self._scorer = scorer
+        self._began = time.perf_counter()
+        self._error: Exception | None = None
+        self._started: StartedStep | None = None
+        try:
+            self._started = start(scorer, batch)
+        except Exception as error:  # noqa: BLE001 - it is answered in its turn
+            self._error = error
+
+    def ready(self) -> bool:
+        """Whether :meth:`reply` need not wait for a device."""
+        return self._started is None or self._started.ready()
+
+    def reply(self, free_since: float = 0.0) -> WorkerReply:
+        """The reply, for :func:`echelon.engine.worker.unpack`.
+
+        Its seconds are those that the step had the device, which was free since ``free_since`` on
+        the clock ``time.perf_counter``.
+        """
+        try:
+            logits = self._result()
+        except DeviceOutOfMemory as error:
+            # Now: a step sent ahead begins before the parent can ask.
+            step_did_not_fit(self._scorer)
+            seconds = self._seconds(free_since)
+            return WorkerReply("memory", str(error), seconds, resident_bytes())
+        except Exception as error:  # noqa: BLE001 - any error goes to the parent
+            return fault_of(error)
+        seconds, renew = self._seconds(free_since), variables_to_renew(self._scorer)
+        return WorkerReply("scores", logits, seconds, resident_bytes(), renew)
+
+    def _result(self) -> FloatArray:
+        if self._started is None:
+            raise self._error or AssertionError("a step neither began nor failed. This is a bug.")
+        return self._started.result()
+
+    def _seconds(self, free_since: float) -> float:
+        return time.perf_counter() - max(self._began, free_since)
+
+
+def score_step(scorer: Scorer, batch: TokenBatch) -> WorkerReply:
     """Score a step; the reply is for :func:`echelon.engine.worker.unpack`."""
-    began = time.perf_counter()
-    try:
-        logits = scorer.score(batch)
-    except DeviceOutOfMemory as error:
-        scorer.release()  # now: a step sent ahead begins before the parent can ask
-        return "memory", str(error), time.perf_counter() - began, resident_bytes()
-    except Exception as error:  # noqa: BLE001 - any error goes to the parent
-        return fault_of(error)
-    return "scores", logits, time.perf_counter() - began, resident_bytes()
+    return BegunStep(scorer, batch).reply()
 
 
-def fault_of(error: Exception) -> Reply:
+def variables_to_renew(scorer: Scorer) -> dict[str, str] | None:
+    """Variables to start the next process with, if this one should be replaced; else None.
+
+    After a capture that failed, torch's allocator may never free the memory of its graphs again.
+    """
+    if getattr(scorer, "capture_failed", None) is None:
+        return None
+    from echelon.models.cuda_graphs import GRAPHS_SWITCH
+
+    return {GRAPHS_SWITCH: "off"}
+
+
+def fault_of(error: Exception) -> WorkerReply:
     """An error that can be pickled: ours as it is, others as text; the log has the traceback."""
     traceback.print_exception(error)
+    if isinstance(error, DeviceLost):
+        return WorkerReply("lost", error.problem, 0.0, resident_bytes())
     words = f"{type(error).__name__}: {error}"
-    return "fault", error if isinstance(error, EchelonError) else words, 0.0, resident_bytes()
+    what = error if isinstance(error, EchelonError) else words
+    return WorkerReply("fault", what, 0.0, resident_bytes())
 
 
 def resident_bytes() -> int:

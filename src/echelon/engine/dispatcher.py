@@ -100,6 +100,7 @@ class Dispatcher:
         self._workers = workers
         self._idle = 0
         self._troubles: dict[int, str] = {}
+        self._up: set[int] = set()
 
     # For callers.
 
@@ -166,14 +167,22 @@ class Dispatcher:
         with self._lock:
             if trouble is None:
                 self._troubles.clear()
+                self._up.add(worker)
             else:
                 self._troubles[worker] = trouble
             if (error := self.unavailable) is not None:
                 self._fail_all(error)
 
+    def report_down(self, worker: int) -> None:
+        """Report that a worker is not up: it leaves no pairs to others, nor others to it."""
+        with self._lock:
+            self._up.discard(worker)
+            self._lock.notify_all()
+
     def set_workers(self, numbers: Collection[int]) -> None:
         """Set the workers that there are from now on."""
         with self._lock:
+            self._up &= set(numbers)
             self._workers = len(numbers)
             self._troubles = {n: why for n, why in self._troubles.items() if n in numbers}
 
@@ -193,12 +202,17 @@ class Dispatcher:
         with self._lock:
             self._lock.notify_all()
 
-    def take(self, interrupted: Callable[[], bool] | None = None) -> PreparedStep | None:
-        """The next step; waits until ``interrupted`` or closed, or not at all without it."""
+    def take(
+        self, interrupted: Callable[[], bool] | None = None, worker: int | None = None
+    ) -> PreparedStep | None:
+        """The next step for a worker.
+
+        Waits until ``interrupted`` or closed, or not at all without it.
+        """
         with self._lock:
             self._idle += 1
             try:
-                while (step := self._next()) is None:
+                while (step := self._next(worker)) is None:
                     if interrupted is None or self.closed or interrupted():
                         return None
                     self._lock.wait()
@@ -254,6 +268,8 @@ class Dispatcher:
         """Teach the cost model a warm-up step, which belongs to no request."""
         with self._lock:
             self.cost.observe(lengths, seconds)
+            self._policy.budget.warmed_up(int(lengths.sum()), seconds)
+            self._follow_budget("goal")
             self.last_scored = self.clock()
 
     def put_back(self, steps: Iterable[PlannedStep]) -> None:
@@ -263,12 +279,12 @@ class Dispatcher:
                 self._batcher.put_back(step.number)
             self._lock.notify_all()
 
-    def lost(self, steps: Iterable[PlannedStep]) -> None:
+    def lost(self, steps: Iterable[PlannedStep], worker: int | None = None) -> None:
         """Handle the steps of a worker that ended: the first one ran, the others never began."""
         with self._lock:
             for position, step in enumerate(steps):
                 if position == 0:
-                    ended = self._batcher.retry(step.number)
+                    ended = self._batcher.retry(step.number, worker=worker)
                     self._deliver(ended, partial(lost, len(step.places)))
                 else:
                     self._batcher.put_back(step.number)
@@ -300,7 +316,8 @@ class Dispatcher:
         Returns the action, and the token budget from now on.
         """
         pairs, longest = len(step.places), max(step.lengths)
-        failure = StepFailure(pairs, step.cost_tokens, longest, info.precision, self._allow)
+        kinds = (info.precision, self._allow, info.lower_precision)
+        failure = StepFailure(pairs, step.cost_tokens, longest, *kinds)
         with self._lock:
             requests = self._of(step)
             numbers = [request.number for request in requests]
@@ -326,10 +343,10 @@ class Dispatcher:
 
     # Under the lock.
 
-    def _next(self) -> PlannedStep | None:
-        now = self.clock()
+    def _next(self, worker: int | None) -> PlannedStep | None:
+        now, lost_by = self.clock(), worker if self._up - {worker} else None
         self._follow_budget()  # a call beside the shared steps may have changed it
-        step = None if self.closed else self._batcher.next_step(now, self._idle)
+        step = None if self.closed else self._batcher.next_step(now, self._idle, lost_by)
         for number in self._batcher.expire(now):
             self._fail(number, DeadlinePassed(EXPIRED), "expired")
         return step

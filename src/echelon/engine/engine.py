@@ -1,7 +1,8 @@
 """Scores encoded pairs step by step in this process and recovers from lack of memory.
 
-The engine owns the device: one step runs at a time, and calls from several threads take turns step
-by step. :mod:`echelon.scheduling.oom_policy` decides what to do when a step does not fit.
+The engine owns the device: steps run one after another, and while a card computes one the call's
+next one is begun; calls from several threads take turns step by step.
+:mod:`echelon.scheduling.oom_policy` decides what to do when a step does not fit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import logging
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from echelon.engine.inflight import InflightRequest, resolve
 from echelon.engine.supervisor import WorkerConfig, WorkerSupervisor
 from echelon.engine.worker import StepResult
 from echelon.errors import EchelonError, InvalidInput, NonFiniteScore, OutOfMemory, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, Scorer
+from echelon.models.base import DeviceOutOfMemory, Scorer, start, step_did_not_fit
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.oom_policy import OomPolicy, StepFailure
@@ -35,6 +37,7 @@ from echelon.types import Answer, LadderStep, ModelInfo, RunReport, TokenBatch, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from echelon.models.base import StartedStep
     from echelon.options import Allowance
     from echelon.types import FloatArray, IntArray
 
@@ -135,10 +138,10 @@ class Engine:
             return self._scorer.score(batch)
 
     def release(self) -> None:
-        """Give cached memory back to the device."""
+        """Give cached memory back to the device after :meth:`step` did not fit."""
         with self._device:
             if self._open:
-                self._scorer.release()
+                step_did_not_fit(self._scorer)
 
     def use_precision(self, precision: str) -> None:
         """Reopen the model in another precision, if the engine can reopen it."""
@@ -171,7 +174,7 @@ class Engine:
         cost_tokens = step_cost(run.pairs.costs[step], self.info.padding)
         longest = int(run.pairs.lengths[step].max())
         try:
-            logits = self._scorer.score(run.pairs.batch(step))
+            logits = run.begun(self._scorer).result()
         except DeviceOutOfMemory as error:
             reason = str(error)
         else:
@@ -179,14 +182,14 @@ class Engine:
             if self.policy.fitted((run,), cost_tokens, longest) == "recovered":
                 self._plan(run)
             return len(step)
-        precision, allow = self.info.precision, self.allowed(run.limits.allow)
-        failure = StepFailure(len(step), cost_tokens, longest, precision, allow)
+        kinds = self.info.precision, self.allowed(run.limits.allow), self.info.lower_precision
+        failure = StepFailure(len(step), cost_tokens, longest, *kinds)
         self._recover(run, step, failure, reason)  # not in the handler: the error holds tensors
         return 0
 
     def _recover(self, run: _CallState, step: Step, failure: StepFailure, reason: str) -> None:
         action = self.policy.failed(failure, (run,))
-        self._scorer.release()
+        step_did_not_fit(self._scorer)
         if action.rung == "give_up":
             raise OutOfMemory(
                 f"{run.name(step[0])} of {failure.longest} tokens does not fit in the memory of "
@@ -226,13 +229,26 @@ class _CallState:
         self._logits = np.full(len(pairs), np.nan, dtype=np.float32)
         self._truncated = pairs.truncated_tokens
         self._tokens = self._cost_tokens = self._steps_done = 0
+        self._ahead: tuple[Scorer, StartedStep] | None = None
 
     def plan(self, budget: int, info: ModelInfo) -> None:
         """Plan the steps of the pairs that are not finished."""
-        left = np.flatnonzero(~self._done)
-        lengths = self.pairs.costs[left]
-        steps = pack(lengths, budget, padding=info.padding, max_pairs=self.limits.max_pairs)
+        left, most = np.flatnonzero(~self._done), self.limits.max_pairs
+        steps = pack(self.pairs.costs[left], budget, padding=info.padding, max_pairs=most)
         self.steps = deque(left[step].tolist() for step in steps)
+        self._ahead = None  # a step of the old plan; its scores are not asked for
+
+    def begun(self, scorer: Scorer) -> StartedStep:
+        """The next step, begun, and where the scorer can do that the one after it too."""
+        # Another call may have opened the model in another precision meanwhile.
+        ahead = self._ahead if self._ahead is not None and self._ahead[0] is scorer else None
+        self._ahead = None
+        now = start(scorer, self.pairs.batch(self.steps[0])) if ahead is None else ahead[1]
+        if len(self.steps) > 1:
+            # What is wrong with that step is said in its turn.
+            with suppress(DeviceOutOfMemory, EchelonError):
+                self._ahead = scorer, start(scorer, self.pairs.batch(self.steps[1]))
+        return now
 
     def finish(self, step: Step, logits: FloatArray, cost_tokens: int, info: ModelInfo) -> None:
         """Keep a step's scores."""
@@ -292,7 +308,7 @@ class LocalWorker:
 
     def start(self, precision: str, *, sparing: bool = False) -> ModelInfo:
         """Open the model in a precision, unless it is open in it."""
-        del sparing  # no process is started
+        del sparing
         if precision not in {"auto", self._engine.info.precision}:
             self._engine.use_precision(precision)
         return self._engine.info

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from echelon.engine.card_precision import choose_on_card
 from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.score_cache import ScoreCache
 from echelon.engine.service import Service
 from echelon.engine.worker import ChildWorker
 from echelon.errors import EchelonWarning, InvalidInput
+from echelon.models.cards import place
 from echelon.models.device import processor_of, usable_cpus
 from echelon.models.hub import fingerprint, resolve
 from echelon.models.registry import (
@@ -104,7 +106,9 @@ def open_encoder(folder: ModelFolder, instruction: str | None = None) -> PairEnc
 def prepare(
     model: str | os.PathLike[str], asked: Options, profile: Profile | None
 ) -> PreparedModel:
-    """Find a model, read its tokenizer, and compare int8 with fp32 before int8's first use.
+    """Find a model, read its tokenizer, and compare with fp32 before a precision's first use.
+
+    That is int8 on CPU, and what ``auto`` means on a card.
 
     Args:
         model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
@@ -122,13 +126,14 @@ def prepare(
     if profile is not None:
         options = apply_profile(asked, profile)
         options = with_precision_there(options, profile, folder) if by_profile else options
-    with status("Comparing int8 with fp32", shown=asked.progress) as on_progress:
+    with status("Comparing precisions with fp32", shown=asked.progress) as on_progress:
         try:
             kept = check_precision(folder, options, encoder, profile, on_progress)
         except InvalidInput as error:
             if profile is None or not by_profile:
                 raise
             options, kept = _fallen_back(options, profile, folder, str(error)), []
+        options = choose_on_card(folder, options, encoder, on_progress)
     if profile is not None and options.precision != apply_profile(asked, profile).precision:
         # The warning named the precision already.
         profile = replace(profile, key=replace(profile.key, precision=options.precision))
@@ -190,7 +195,7 @@ async def launch(  # noqa: PLR0913 - how it runs, beside what it serves
 
     Args:
         model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
-        workers: processes that score: one for each GPU, or several that share the CPU's cores.
+        workers: processes that score. They take the cards in turn, or share the CPU's cores.
         bounds: limits of admission.
         memory_limit_bytes: a worker that holds more is replaced between steps.
         wedge_after_s: seconds without an answer before a worker is killed, at the earliest.
@@ -256,14 +261,9 @@ def prior_of(profile: Profile | None, options: Options, workers: int) -> Prior |
 def _worker(
     prepared: PreparedModel, workers: int, number: int, ended: Callable[[], None]
 ) -> ChildWorker:
-    device = device_of(prepared.options.device, number, workers)
-    opener = prepared.opener(device, threads_of(prepared.options.threads, workers))
-    return ChildWorker(opener, f"worker {number}", on_end=ended)
-
-
-def device_of(device: str, number: int, workers: int) -> str:
-    """One GPU for each worker, where ``cuda`` is asked for without a number."""
-    return f"cuda:{number}" if device == "cuda" and workers > 1 else device
+    placed = place(prepared.options.device, number)
+    opener = prepared.opener(placed.device, threads_of(prepared.options.threads, workers))
+    return ChildWorker(opener, f"worker {number}", on_end=ended, environment=placed.environment)
 
 
 def threads_of(threads: int | None, workers: int) -> int | None:

@@ -9,8 +9,6 @@ and the result is stored beside the downloaded models.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from contextlib import closing
@@ -25,25 +23,25 @@ from echelon.engine.agreement import (
     MAX_NDCG_LOSS,
     MIN_OVERLAP,
     MIN_TAU,
+    NO_AGREEMENT,
     Agreement,
     agreement,
     decided,
 )
+from echelon.engine.check_store import store_row, stored_row
 from echelon.engine.engine import Engine, StepLimits
-from echelon.errors import InvalidInput, ProfileError, StorageError
-from echelon.models.demo import home
+from echelon.errors import InvalidInput, NonFiniteScore
+from echelon.models.base import warm_runs
 from echelon.models.device import cpu_name, matrix_features
-from echelon.models.kernels import kernels
 from echelon.models.registry import layer_errors, open_scorer, precisions_to_compare
 from echelon.options import Options, check_max_length
-from echelon.profile import Profile, ProfileKey, library_versions, read_json, write_json
+from echelon.profile import Profile, ProfileKey, library_versions
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.packing import pack, step_budget
 from echelon.types import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
@@ -61,8 +59,6 @@ anything. Where they do not decide, more are added."""
 BF16_SHARES = (16, 8, 4)
 """Where int8 alone does not pass, one layer in 16, 8 or 4 stays in bf16, the most sensitive first.
 With more than a quarter of them little would be left of the speed of int8."""
-
-STORE = "precision_checks"  # folder of stored results, beside the downloaded models
 
 
 def scorer_factory(
@@ -152,12 +148,16 @@ class PrecisionCheck:
     ) -> tuple[list[FloatArray], float]:
         """Score ``topics``: their logits, and tokens per second.
 
-        The first topic is scored once before, so that the speed is not that of the first steps.
+        Before, the first topic is scored, or on a card all of them, so that the speed is not that
+        of the first steps, nor of capturing graphs.
         """
         with closing(self.open(precision, keep_bf16)) as scorer:
             encoded = self.encode(scorer.info)
             engine = Engine(scorer, StepLimits(step_budget(None, None, scorer.info.device)))
             engine.run(replace(self, topics=self.topics[:1]).encode(scorer.info))
+            if warm_runs(scorer.info.device) > 1:
+                for _ in range(warm_runs(scorer.info.device)):
+                    engine.run(encoded)
             started = monotonic()
             outcome = engine.run(encoded)
             seconds = monotonic() - started
@@ -205,6 +205,15 @@ class Comparisons:
         self, precision: str, keep_bf16: Sequence[str] = (), max_length: int | None = None
     ) -> dict[str, Any]:
         """Compare a precision whose pairs are cut to ``max_length`` tokens, if that is given."""
+        try:
+            return self._row(precision, keep_bf16, max_length)
+        except NonFiniteScore as error:
+            logger.warning("%s gives no numbers with this model (%s).", precision, error)
+            return _row(precision, keep_bf16, NO_AGREEMENT, 0, 0.0)
+
+    def _row(
+        self, precision: str, keep_bf16: Sequence[str], max_length: int | None
+    ) -> dict[str, Any]:
         began, speed = monotonic(), 0.0
         reference: list[FloatArray] = []
         logits: list[FloatArray] = []
@@ -317,12 +326,12 @@ def check_precision(
         library_versions(),
         matrix_features() or None,  # the number of cores does not change the scores
     )
-    row = _from_profile(profile, key) or _stored(key)
+    row = _from_profile(profile, key) or stored_row(key)
     if row is None:
         logger.info("Comparing int8 with fp32, once for this model and machine.")
         check = PrecisionCheck.of(folder, replace(options, device="cpu"), encoder)
         row = compare_precisions(check, ["fp32", "int8"], on_progress)[1]
-        _store(key, row)
+        store_row(key, row)
     require_passed(row)
     logger.info("int8 ranks as fp32 does: %s.", _summary(row))
     keep_bf16: list[str] = row["keep_bf16"]
@@ -364,27 +373,3 @@ def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | 
     if profile is None or replace(profile.key, precision="int8").differences(key):
         return None
     return profile.precision_row("int8")
-
-
-def _path_of(key: ProfileKey) -> Path:
-    """The stored result's file; the kernels and torch round differently, so they are in the key."""
-    text = json.dumps([asdict(key), kernels() is not None], sort_keys=True)
-    return home() / STORE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
-def _stored(key: ProfileKey) -> dict[str, Any] | None:
-    try:
-        content = read_json(_path_of(key))
-        return dict(content["int8"]) if content["key"] == asdict(key) else None
-    except (ProfileError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _store(key: ProfileKey, row: dict[str, Any]) -> None:
-    """Store a result; where that fails, the next process measures again."""
-    path = _path_of(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": asdict(key), "int8": row})
-    except (OSError, StorageError) as error:
-        logger.warning("The comparison of int8 with fp32 cannot be stored: %s", error)

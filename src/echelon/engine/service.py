@@ -36,6 +36,7 @@ from echelon.scheduling.autoscaling import Autoscaler, AutoscalingLimits
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 from echelon.scheduling.packing import DEFAULT_BUDGETS, step_budget
+from echelon.scheduling.token_budget import GOAL_SHARE
 from echelon.types import Answer, RerankRequest, Timings, monotonic
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ CANARY_FRESH_S = 10.0
 
 CANARY_TIMEOUT_S = 10.0
 """A canary has its turn in the next step; a service that needs longer is not ready."""
+
+CARD_STEP_S = 0.05
+"""Longest step of a card that was not tuned. The default token budget takes an H200 some 22 ms with
+XLM-R-large and a T4 some 350 (predicted, docs/GPU.md): too long for short requests beside it."""
 
 AUTOSCALE_INTERVAL_S = 0.5
 """Seconds between decisions: many within the shortest delay that is worth a new worker."""
@@ -288,7 +293,7 @@ class Service:
         """Keep the scorer's info; return warm-up steps. Called from supervisors' threads."""
         budget = step_budget(self.settings.token_budget, self.settings.max_pairs, info.device)
         if self._info is None:
-            self._dispatcher.set_up(info, budget, self._prior, self.settings.goal_s)
+            self._dispatcher.set_up(info, budget, self._prior, self._goal_s(info))
         self._info = info
         if self._scores is not None:
             self._scores.reopened()
@@ -300,6 +305,14 @@ class Service:
         max_pairs = self.settings.max_pairs or tokens
         full = max(1, min(max_pairs, tokens // int(canary.lengths[0])))
         return [canary.batch([0] * pairs) for pairs in (1, full, full)]
+
+    def _goal_s(self, info: ModelInfo) -> float | None:
+        """The latency goal; without one an untuned card gets steps of :data:`CARD_STEP_S`."""
+        own = self.settings
+        chosen = own.goal_s is not None or own.token_budget or own.max_pairs or self._prior
+        if chosen or info.device == "cpu":
+            return own.goal_s
+        return CARD_STEP_S / GOAL_SHARE
 
     def _workers_up(self) -> int:
         return sum(supervisor.up and supervisor.active for supervisor in self._supervisors)

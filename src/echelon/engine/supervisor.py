@@ -84,7 +84,7 @@ class WorkerSupervisor(threading.Thread):
         self._precision = config.precision
         self._memory_limit = config.memory_limit_bytes
         self._failures = self._failed_starts = 0
-        self._fresh, self._sparing = True, False
+        self._fresh, self._sparing, self._worn = True, False, False
         self._sent: deque[tuple[PreparedStep, float]] = deque()
         self._stop_requested = threading.Event()
         self._drain_requested = threading.Event()
@@ -107,6 +107,7 @@ class WorkerSupervisor(threading.Thread):
                 self._down("failed", f"{type(error).__name__}: {error}. This is a bug.")
         self.up = False
         self._worker.stop()
+        self._dispatcher.report_down(self.number)
         self._dispatcher.put_back(self._take_back())
         self._change("stopped")
 
@@ -158,6 +159,7 @@ class WorkerSupervisor(threading.Thread):
         self._info = self._worker.start(self._precision, sparing=self._sparing)
         self._warm_up(self._opened(self._info))
         self._fresh = self.up = True
+        self._worn = False
         self._failed_starts = 0
         self._dispatcher.report_health(self.number, None)
         self._change("up")
@@ -190,8 +192,11 @@ class WorkerSupervisor(threading.Thread):
         self.up, self.trouble = False, why
         logger.warning("Worker %d is down: %s", self.number, why)
         self._change(state, why)
-        give_back = self._dispatcher.lost if blamed else self._dispatcher.put_back
-        give_back(self._take_back())
+        self._dispatcher.report_down(self.number)
+        if blamed:
+            self._dispatcher.lost(self._take_back(), self.number)
+        else:
+            self._dispatcher.put_back(self._take_back())
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._dispatcher.report_health(self.number, why)
 
@@ -202,8 +207,9 @@ class WorkerSupervisor(threading.Thread):
         return steps
 
     def _recycle(self) -> None:
-        """Replace a worker that holds too much memory, between steps."""
+        """Replace a worker between steps that holds too much memory or asks for it."""
         why = f"it held {self.resident_bytes} bytes, more than {self._memory_limit}"
+        why = "its device keeps memory that it cannot free" if self._worn else why
         logger.warning("Worker %d is replaced: %s", self.number, why)
         self.up, self.trouble = False, why
         self._worker.stop()
@@ -220,20 +226,22 @@ class WorkerSupervisor(threading.Thread):
                     raise AssertionError("an answer without a step. This is a bug.")
                 continue
             self._dispatcher.learn()  # while the worker computes
-            if not self._too_large and not self._drain_requested.is_set():
+            if not self._used_up and not self._drain_requested.is_set():
                 self._prefetch()
             self._receive()
-            if self._too_large and not self._sent:
+            if self._used_up and not self._sent:
                 self._recycle()
                 return
 
     @property
-    def _too_large(self) -> bool:
-        return self._memory_limit is not None and self.resident_bytes > self._memory_limit
+    def _used_up(self) -> bool:
+        """Whether the worker must be replaced before it gets another step."""
+        limit = self._memory_limit
+        return self._worn or (limit is not None and self.resident_bytes > limit)
 
     def _fetch(self) -> bool:
         """Wait for a step and send it; False if something else comes first."""
-        prepared = self._dispatcher.take(lambda: self._over() or self._worker.wait(0))
+        prepared = self._dispatcher.take(lambda: self._over() or self._worker.wait(0), self.number)
         if prepared is not None:
             self._send(prepared)
         return prepared is not None
@@ -243,7 +251,7 @@ class WorkerSupervisor(threading.Thread):
         running, sent = self._sent[0]
         left = sent + running.step.predicted_s - LEAD_S - self._dispatcher.clock()
         if len(self._sent) == 1 and not self._worker.wait(left):
-            prepared = self._dispatcher.take()
+            prepared = self._dispatcher.take(worker=self.number)
             if prepared is not None:
                 self._send(prepared)
 
@@ -270,6 +278,7 @@ class WorkerSupervisor(threading.Thread):
         self._next()
         self._failures = 0
         self._fresh = False
+        self._worn = scored.worn and self._worker.renewable
         self.resident_bytes = scored.resident_bytes
         self._dispatcher.finish(step, scored, self.number, self._scorer_info.precision)
 

@@ -17,10 +17,16 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from echelon.errors import EchelonError, ScoringFailed
-from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, WorkerWedged
+from echelon.models.base import (
+    DeviceOutOfMemory,
+    Scorer,
+    WorkerDied,
+    WorkerLostDevice,
+    WorkerWedged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,8 +94,14 @@ class Channel:
         return data
 
 
-Reply = tuple[str, Any, float, int]
-"""Answer of a scoring process: kind, content, seconds, and the bytes that the process holds."""
+class WorkerReply(NamedTuple):
+    """Answer of a scoring process."""
+
+    kind: str
+    content: Any
+    seconds: float  # time of the scorer
+    resident_bytes: int  # memory that the process holds
+    renew: dict[str, str] | None = None  # it should be replaced: variables to start the next with
 
 
 class ScorerFactory(Protocol):
@@ -106,6 +118,7 @@ class StepResult:
     logits: FloatArray  # float32 [pairs]
     seconds: float  # time of the scorer
     resident_bytes: int  # memory that the worker holds
+    worn: bool = False  # the worker asks to be replaced before the next step
 
 
 class Worker(Protocol):
@@ -141,7 +154,8 @@ class Worker(Protocol):
 class ChildWorker:
     """A scorer that ``opener`` opens in a child process.
 
-    ``on_end`` is called from another thread each time a child has ended.
+    ``on_end`` is called from another thread each time a child has ended; ``environment`` holds
+    variables that it gets besides those of this process.
     """
 
     renewable = True
@@ -152,9 +166,11 @@ class ChildWorker:
         name: str = "worker",
         start_timeout_s: float = START_TIMEOUT_S,
         on_end: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self._opener = opener
+        self._environment = dict(environment or {})
         self._start_timeout_s = start_timeout_s
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -176,20 +192,23 @@ class ChildWorker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._channel = Channel(ours)
-            self._process = _spawn(theirs.fileno())
+            self._process = _spawn(theirs.fileno(), self._environment)
         threading.Thread(target=self._relay, args=(self._process,), daemon=True).start()
         try:
-            return self._hello(precision, sparing=sparing)
+            opened = self._hello(precision, sparing=sparing)
         except BaseException:
             self._discard()
             raise
+        if take_variables(opened.renew, self._environment):
+            return self.start(precision, sparing=sparing)
+        info: ModelInfo = opened.content
+        return info
 
-    def _hello(self, precision: str, *, sparing: bool) -> ModelInfo:
+    def _hello(self, precision: str, *, sparing: bool) -> WorkerReply:
         self.send((self._opener, precision, sparing), self._start_timeout_s)
         if not self.wait(self._start_timeout_s):
             raise self._wedged(f"did not open its model in {self._start_timeout_s:g} s")
-        info: ModelInfo = self._reply(self._start_timeout_s)[0]
-        return info
+        return self._reply(self._start_timeout_s)
 
     def score(self, batch: TokenBatch, timeout_s: float) -> StepResult:
         """Send a step and wait for its result; see :meth:`receive`."""
@@ -217,12 +236,14 @@ class ChildWorker:
             DeviceOutOfMemory: the step did not fit; the worker can be used again.
             EchelonError: what the scorer raised; the worker can be used again.
             WorkerDied: the child has ended.
+            WorkerLostDevice: its device failed, and it has ended.
             WorkerWedged: no answer in time; the child was killed.
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
-        logits, seconds, resident = self._reply(timeout_s)
-        return StepResult(logits, seconds, resident)
+        reply = self._reply(timeout_s)
+        take_variables(reply.renew, self._environment)
+        return step_result(reply)
 
     def release(self) -> None:
         """Give cached memory back after the steps that were sent."""
@@ -267,9 +288,9 @@ class ChildWorker:
         if self._on_end is not None:
             self._on_end()
 
-    def _reply(self, timeout_s: float) -> tuple[Any, float, int]:
+    def _reply(self, timeout_s: float) -> WorkerReply:
         try:
-            reply: Reply = self._open_channel().receive(timeout_s)
+            reply: WorkerReply = self._open_channel().receive(timeout_s)
         except TimeoutError:
             raise self._wedged("stopped in the middle of an answer") from None
         except (EOFError, OSError):
@@ -298,21 +319,36 @@ class ChildWorker:
         return WorkerDied(f"{self.name} (process {self.pid}) ended {how}")
 
 
-def unpack(reply: Reply) -> tuple[Any, float, int]:
-    """Content of a reply, its seconds, and the process's bytes; raises the child's error."""
-    kind, what, seconds, resident = reply
+def unpack(reply: WorkerReply) -> WorkerReply:
+    """The reply of a scoring process that succeeded; raises the error of one that failed."""
+    kind, what = reply.kind, reply.content
     if kind == "memory":
         raise DeviceOutOfMemory(what)
+    if kind == "lost":
+        raise WorkerLostDevice(f"its device failed ({(what.splitlines() or ['?'])[0]})")
     if kind == "fault" and isinstance(what, EchelonError):
         raise what
     if kind == "fault":
         raise ScoringFailed(
             f"The model raised an error ({what}). Its traceback is in the log; please report it."
         )
-    return what, seconds, resident
+    return reply
 
 
-def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
+def take_variables(renew: dict[str, str] | None, environment: dict[str, str]) -> bool:
+    """Add variables to a worker's environment, and say whether any is new there."""
+    new = (renew or {}).items() - environment.items()
+    environment.update(new)
+    return bool(new)
+
+
+def step_result(reply: WorkerReply) -> StepResult:
+    """The result in the reply to a step."""
+    worn = reply.renew is not None
+    return StepResult(reply.content, reply.seconds, reply.resident_bytes, worn)
+
+
+def _spawn(descriptor: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a fresh interpreter: a fork would copy the locks of our threads."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -321,5 +357,5 @@ def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **environment, "PYTHONPATH": path},
     )

@@ -184,6 +184,11 @@ class Architecture:
         return self.hidden * tables + self.layers * per_layer + head
 
     @property
+    def flops(self) -> int:
+        """Operations of all layers' products for one token."""
+        return 4 * self.layers * self.hidden * (2 * self.hidden + self.intermediate)
+
+    @property
     def reads_segments(self) -> bool:
         """Whether token types change the scores."""
         return self.family.reads_segments and self.segments > 1

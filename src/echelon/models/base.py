@@ -6,6 +6,7 @@ The engine and its tests know nothing else of a model.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from echelon.scheduling.packing import step_cost
 from echelon.types import ModelInfo, TokenBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import numpy.typing as npt
 
@@ -32,6 +33,10 @@ class WorkerDied(Exception):
 
 class WorkerGone(WorkerDied):
     """The worker's machine has failed or cannot be reached; no step is the cause."""
+
+
+class WorkerLostDevice(WorkerDied):
+    """The worker's device failed, and its process ended; a step or the device is the cause."""
 
 
 class WorkerWedged(WorkerDied):
@@ -60,6 +65,61 @@ class Scorer(Protocol):
 
     def close(self) -> None:
         """Free the weights; the scorer cannot be used again."""
+
+
+class StartedStep(Protocol):
+    """A step that a device computes while its caller does other things."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`result` returns at once, or computes now."""
+
+    def result(self) -> FloatArray:
+        """What :meth:`Scorer.score` returns or raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaterStep:
+    """A step of a scorer that computes in its caller's thread: it begins when it is asked for."""
+
+    scorer: Scorer
+    batch: TokenBatch
+
+    def ready(self) -> bool:
+        """Nothing is to be waited for."""
+        return True
+
+    def result(self) -> FloatArray:
+        """Score it now."""
+        return self.scorer.score(self.batch)
+
+
+def start(scorer: Scorer, batch: TokenBatch) -> StartedStep:
+    """Begin a step where the scorer has a ``start`` of its own, as those on a card have.
+
+    Steps end in the order in which they were begun. What :meth:`Scorer.score` raises comes here or
+    with the result.
+    """
+    begin: Callable[[TokenBatch], StartedStep] | None = getattr(scorer, "start", None)
+    return LaterStep(scorer, batch) if begin is None else begin(batch)
+
+
+def step_did_not_fit(scorer: Scorer) -> None:
+    """Free a scorer's caches after its step did not fit, once for each such step.
+
+    One with a ``memory_ran_out`` of its own also keeps less from then on; :meth:`Scorer.release`
+    alone changes nothing.
+    """
+    getattr(scorer, "memory_ran_out", scorer.release)()
+
+
+WARM_RUNS = {"cpu": 1, "cuda": 2}
+"""Runs of a step by kind of device before its time counts: on a card the first of a kind may load
+kernels, or capture a graph again after memory ran out (:mod:`echelon.models.cuda_graphs`)."""
+
+
+def warm_runs(device: str) -> int:
+    """The runs of :data:`WARM_RUNS` for a device, ``cpu`` or ``cuda:N``."""
+    return WARM_RUNS[device.partition(":")[0]]
 
 
 UNBOUNDED_MAX_TOKENS = 8192
@@ -105,19 +165,39 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return f"{shown} and {len(ordered) - most} more" if len(ordered) > most else shown or "none"
 
 
-def pad(batch: TokenBatch, padding_id: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Pad on the right to the longest pair, as the reference tokenizers do.
+def pad(
+    batch: TokenBatch, padding_id: int, shape: tuple[int, int] | None = None
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Pad on the right to the longest pair, as the reference tokenizers do, or to a larger shape.
+
+    Surplus pairs consist of one padding token that counts, so that no row of a softmax is empty.
 
     Returns:
         int64 [pairs, longest]: ``input_ids``, ``attention_mask`` and ``token_type_ids``.
     """
-    real = np.arange(batch.lengths.max()) < batch.lengths[:, None]
+    pairs, longest = shape or (len(batch), int(batch.lengths.max()))
+    real = np.zeros((pairs, longest), dtype=np.bool_)
+    real[: len(batch)] = np.arange(longest) < batch.lengths[:, None]
     ids = np.full(real.shape, padding_id, dtype=np.int64)
     ids[real] = batch.ids
     types = np.zeros(real.shape, dtype=np.int64)
     if batch.type_ids is not None:
         types[real] = batch.type_ids
+    real[len(batch) :, 0] = True
     return dict(zip(INPUTS, (ids, real.astype(np.int64), types), strict=True))
+
+
+def rounded_shape(batch: TokenBatch) -> tuple[int, int]:
+    """Pairs and longest pair of a step, each rounded up to a power of two or half as much again.
+
+    A length is at least 16. Two sizes to each doubling: at most a third of either is filler.
+    """
+
+    def up(size: int) -> int:
+        power = 1 << max(0, (size - 1).bit_length())
+        return 3 * power // 4 if size <= 3 * power // 4 and power > 2 else power  # noqa: PLR2004 - half of it
+
+    return up(len(batch)), up(max(MIN_ROWS, int(batch.lengths.max())))
 
 
 MIN_ROWS = 16  # rows that a matrix unit computes at a time

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.errors import BadCheckpoint, ModelNotFound
 from echelon.files import MAX_LIST_BYTES, OBJECT, read_object, shown
 from echelon.models.base import first_line
-from echelon.models.device import is_out_of_memory
+from echelon.models.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -1,173 +1,56 @@
 """CUDA graphs of whole forward passes: a small step costs one launch instead of hundreds.
 
-A step goes to the device as one block of int32, in one copy: token ids, positions, segment ids if
-the model reads them, the pairs' offsets, their first rows, and 0, 1, 2, … as offsets of one query a
-pair. :class:`CaptureShape` says how many of each. Graphs need few shapes: :func:`bucket_of` rounds
-up. Surplus rows belong to no pair, so attention never reads them; surplus pairs are empty.
+All graphs are captured before the first step, the largest first, so that no step waits for a
+capture. :mod:`echelon.models.cuda_steps` says which.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from echelon.models.device import is_out_of_memory
+from echelon.errors import InvalidInput
+from echelon.models.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from echelon.models.cuda_steps import CaptureShape, Ladder
+
     Record = Callable[[Callable[[], Tensor]], "Recording"]
     """Runs work once as it is, then captures it."""
-
-    from torch import Tensor
-
-    from echelon.types import IntArray, TokenBatch
 
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 2048
-"""Largest bucket. To launch the kernels of 24 layers takes a host some 3 ms, in which a large card
-computes some 2,000 tokens of that model: above that, filler would cost more than a graph saves."""
+GRAPHS_SWITCH = "ECHELON_CUDA_GRAPHS"
+"""Environment variable: ``off`` runs every step without graphs, as a process does that is started
+after a capture failed."""
 
-MAX_PAIRS = 256
-MIN_PAIRS = 16
-MIN_LONGEST = 128  # a block of queries of the attention kernels: a shorter bound is not faster
-
-FINE_TOKENS = 64
-COARSE_TOKENS = 128
-"""Steps between buckets, below and above 1,024 tokens: matrix units compute rows in blocks of 64 or
-128, so most of the filler would be computed anyway."""
-
-FINE_UP_TO = 1024
-GROWTH = 4
-
-MAX_GRAPHS = 96
-"""Graphs kept at once; each holds some 300 launches of a 24-layer model. They share one memory
-pool."""
-
-FIRST_PATIENCE = 2
-"""Uses of a shape before it is captured: capturing costs about three passes, and a shape that
-occurs once, such as the end of a long run, is not worth it."""
+FIRST_PAUSE = 64
+"""Steps without graphs after memory ran out. Then they come back one by one, each when a step needs
+it: a capture takes about three passes."""
 
 BACKOFF = 8
-"""Factor by which patience grows each time memory runs out, so that graphs and large steps do not
-take memory from each other for ever."""
+LONGEST_PAUSE = 4096
+"""Factor by which the pause grows each time memory runs out, and its end: graphs and large steps do
+not take memory from each other for ever, and one bad hour does not slow all later ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class CaptureShape:
-    """Capacity of a block."""
-
-    tokens: int
-    pairs: int
-    longest: int  # tokens of the longest pair
-
-    @classmethod
-    def of(cls, batch: TokenBatch) -> CaptureShape:
-        """The exact shape of a batch."""
-        return cls(len(batch.ids), len(batch), int(batch.lengths.max()))
-
-    def sections(self, *, segments: bool) -> dict[str, slice]:
-        """Position of each part in the block."""
-        sizes = {
-            "ids": self.tokens,
-            "positions": self.tokens,
-            "segments": self.tokens if segments else 0,
-            "offsets": self.pairs + 1,
-            "firsts": self.pairs,
-            "singles": self.pairs + 1,
-        }
-        ends = np.cumsum(list(sizes.values())).tolist()
-        return {
-            name: slice(end - size, end)
-            for (name, size), end in zip(sizes.items(), ends, strict=True)
-        }
-
-    def size(self, *, segments: bool) -> int:
-        """Integers in the block."""
-        return int(self.sections(segments=segments)["singles"].stop)
-
-
-LARGEST = CaptureShape(MAX_TOKENS, MAX_PAIRS, MAX_TOKENS)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """A step on the device."""
-
-    ids: Tensor  # int32 [tokens]
-    positions: Tensor  # int32 [tokens]
-    segments: Tensor | None  # int32 [tokens], or None if the model does not read them
-    offsets: Tensor  # int32 [pairs + 1], first row of each pair
-    firsts: Tensor  # int32 [pairs], first row of each pair, for the last layer
-    singles: Tensor  # int32 [pairs + 1], offsets of one row a pair
-    longest: int  # upper bound of the longest pair's tokens
-
-
-def bucket_of(shape: CaptureShape) -> CaptureShape | None:
-    """The bucket for a step, or None if the step is too large."""
-    if shape.tokens > MAX_TOKENS or shape.pairs > MAX_PAIRS:
-        return None
-    step = FINE_TOKENS if shape.tokens <= FINE_UP_TO else COARSE_TOKENS
-    return CaptureShape(
-        -(-shape.tokens // step) * step,
-        _grown(MIN_PAIRS, shape.pairs),
-        _grown(MIN_LONGEST, shape.longest),
-    )
-
-
-def _grown(size: int, needed: int) -> int:
-    """The first of ``size``, 4 · ``size``, 16 · ``size``, … that is enough."""
-    while size < needed:
-        size *= GROWTH
-    return size
-
-
-def fill(
-    block: IntArray, shape: CaptureShape, batch: TokenBatch, positions: IntArray, *, segments: bool
-) -> None:
-    """Write a batch into a block of int32, whose shape is at least the batch's.
-
-    Surplus rows get id and position 0, which every model has. A surplus pair begins where the last
-    pair ends; its first row is row 0, because a row behind the last one may not exist. ``segments``
-    is whether the model reads segment ids; a batch without any means zeros.
-    """
-    tokens, pairs = len(batch.ids), len(batch)
-    parts = {name: block[where] for name, where in shape.sections(segments=segments).items()}
-    block.fill(0)
-    parts["ids"][:tokens] = batch.ids
-    parts["positions"][:tokens] = positions
-    if segments and batch.type_ids is not None:
-        parts["segments"][:tokens] = batch.type_ids
-    parts["offsets"][: pairs + 1] = batch.offsets
-    parts["offsets"][pairs + 1 :] = tokens
-    parts["firsts"][:pairs] = batch.offsets[:-1]
-    parts["singles"][:] = np.arange(shape.pairs + 1)
-
-
-def read(block: Tensor, shape: CaptureShape, *, segments: bool) -> StepInputs:
-    """A block's parts as views."""
-    parts = {
-        name: block.narrow(0, where.start, where.stop - where.start)
-        for name, where in shape.sections(segments=segments).items()
-    }
-    return StepInputs(
-        parts["ids"],
-        parts["positions"],
-        parts["segments"] if segments else None,
-        parts["offsets"],
-        parts["firsts"],
-        parts["singles"],
-        shape.longest,
-    )
+def graphs_allowed() -> bool:
+    """What :data:`GRAPHS_SWITCH` says; :class:`InvalidInput` for a value that it does not know."""
+    value = os.environ.get(GRAPHS_SWITCH, "")
+    if value not in {"", "off"}:
+        raise InvalidInput(
+            GRAPHS_SWITCH, f"{value!r} is unknown", "Set it to off, or unset it for CUDA graphs."
+        )
+    return not value
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,69 +63,83 @@ class Recording:
 
 
 class CudaGraphs:
-    """Runs a forward pass, from a graph if there is one; for one thread at a time.
+    """Runs a forward pass from a graph where there is one; for one thread at a time.
 
     ``forward`` computes the logits of the step in a shape's inputs; ``record`` captures work.
+
+    Attributes:
+        failed: why a capture failed for another reason than memory, else None. There are no graphs
+            from then on, and the process should be replaced: torch's allocator may keep the failed
+            capture's memory for good.
     """
 
-    def __init__(self, forward: Callable[[CaptureShape], Tensor], record: Record) -> None:
+    def __init__(
+        self, forward: Callable[[CaptureShape], Tensor], record: Record, ladder: Ladder
+    ) -> None:
         self._forward = forward
         self._record = record
-        self._recordings: OrderedDict[CaptureShape, Recording] = OrderedDict()
-        self._uses: Counter[CaptureShape] = Counter()
-        self._patience = FIRST_PATIENCE
-        self._broken = False
+        self._ladder = ladder
+        self._recordings: dict[CaptureShape, Recording] = {}
+        self._pause = FIRST_PAUSE // BACKOFF
+        self._steps_to_wait = 0
+        self._worked = True  # since memory ran out last
+        self.failed: str | None = None
 
     def __len__(self) -> int:
         return len(self._recordings)
 
+    def prepare(self) -> None:
+        """Capture the whole ladder, the largest shape first; stop where a capture fails."""
+        for shape in self._ladder.shapes():
+            if not self._capture(shape):
+                return
+        self._worked = True
+
+    def shape_for(self, exact: CaptureShape) -> CaptureShape | None:
+        """The captured shape to run a step in; None if it must run as it is."""
+        self._worked = True
+        if self._steps_to_wait:
+            self._steps_to_wait -= 1
+            return None
+        shape = self._ladder.find(exact)
+        if shape is None or self.failed is not None:
+            return None
+        return shape if shape in self._recordings or self._capture(shape) else None
+
     def run(self, shape: CaptureShape) -> Tensor:
-        """Logits [shape.pairs]; valid until the next call."""
-        recording = self._recordings.get(shape) or self._capture_if_due(shape)
-        if recording is None:
-            return self._forward(shape)
-        self._recordings.move_to_end(shape)
+        """Logits [shape.pairs] of a captured shape; valid until the next call."""
+        recording = self._recordings[shape]
         recording.replay()
         return recording.output
 
     def memory_ran_out(self) -> None:
-        """Drop all graphs, and capture new ones later than before."""
-        self._patience *= BACKOFF
+        """Drop all graphs, and wait with new ones for longer than the last time.
+
+        Called twice without a step between, as a child and its parent may, it counts once.
+        """
         self.clear()
+        if self._worked:
+            self._pause = min(LONGEST_PAUSE, self._pause * BACKOFF)
+        self._steps_to_wait, self._worked = self._pause, False
 
     def clear(self) -> None:
         """Drop all graphs."""
         for recording in self._recordings.values():
             recording.drop()
         self._recordings.clear()
-        self._uses.clear()
 
-    def _capture_if_due(self, shape: CaptureShape) -> Recording | None:
-        self._uses[shape] += 1
-        if self._broken or self._uses[shape] < self._patience:
-            return None
-        recording = self._capture(shape)
-        if recording is not None:
-            self._evict()
-            self._recordings[shape] = recording
-        return recording
-
-    def _evict(self) -> None:
-        """Drop the graph that was not used for longest, and its count of uses."""
-        while len(self._recordings) >= MAX_GRAPHS:
-            shape, recording = self._recordings.popitem(last=False)
-            recording.drop()
-            del self._uses[shape]
-
-    def _capture(self, shape: CaptureShape) -> Recording | None:
+    def _capture(self, shape: CaptureShape) -> bool:
+        """Capture a shape; whether that worked."""
         try:
-            return self._record(lambda: self._forward(shape))
+            self._recordings[shape] = self._record(lambda: self._forward(shape))
         except RuntimeError as error:
             short = _ran_out_of_memory(error)
             reason = str(error).partition("\n")[0]
+        else:
+            return True
         # Outside the except block no traceback keeps the failed capture's tensors alive.
         self._give_up(reason, short=short)
-        return None
+        return False
 
     def _give_up(self, reason: str, *, short: bool) -> None:
         if short:
@@ -253,7 +150,7 @@ class CudaGraphs:
                 reason,
             )
             return
-        self._broken = True
+        self.failed = reason
         self.clear()
         logger.warning(
             "CUDA graphs cannot be captured here (%s). Steps run without, and small ones take "

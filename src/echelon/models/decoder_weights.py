@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from echelon.models.device import release_memory
-from echelon.models.gated import RmsNorm
+from echelon.models.gated import GatedFeedForward, RmsNorm
 from echelon.models.loading import WeightLoader
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class DecoderLayer:
     key_norm: RmsNorm | None
     attention_out: Linear
     feed_forward_norm: RmsNorm
-    gate_up: Linear  # both, fused
-    down: Linear
+    feed_forward: GatedFeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +102,7 @@ class _DecoderLoader(WeightLoader):
         hidden, inner, bias = shape.hidden, shape.intermediate, shape.qkv_bias
         queries = self._linear({query: wide}, hidden, bias=bias) if last else None
         rest = {key: narrow, value: narrow} if last else {query: wide, key: narrow, value: narrow}
+        ups = self._dense({gate: inner, up: inner}, hidden)
         layer = DecoderLayer(
             attention_norm=self.rms_norm(f"{root}.input_layernorm"),
             queries=queries,
@@ -111,8 +111,10 @@ class _DecoderLoader(WeightLoader):
             key_norm=self._head_norm(f"{attention}.k_norm"),
             attention_out=self._linear({out: hidden}, wide, bias=shape.out_bias),
             feed_forward_norm=self.rms_norm(f"{root}.post_attention_layernorm"),
-            gate_up=self._linear({gate: inner, up: inner}, hidden, bias=False),
-            down=self._linear({down: hidden}, inner, bias=False),
+            feed_forward=GatedFeedForward(
+                self.gate(ups, gate, up, activation="silu"),
+                self._linear({down: hidden}, inner, bias=False),
+            ),
         )
         # Else the C library keeps the freed copies: a third more memory than the weights.
         release_memory(self.device)
@@ -151,7 +153,11 @@ class _DecoderLoader(WeightLoader):
 
     def _linear(self, outs: dict[str, int], into: int, *, bias: bool) -> Linear:
         """A layer in the model's precision that stacks the named ones, each of so many outputs."""
+        return self.linear(self._dense(outs, into, bias=bias), *outs)
+
+    def _dense(self, outs: dict[str, int], into: int, *, bias: bool = False) -> dict[str, Tensor]:
+        """The tensors of the named layers."""
         shapes: Shapes = {f"{name}.weight": (out, into) for name, out in outs.items()}
         if bias:
             shapes |= {f"{name}.bias": (out,) for name, out in outs.items()}
-        return self.linear(self.checkpoint.read(shapes), *outs)
+        return self.checkpoint.read(shapes)

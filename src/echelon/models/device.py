@@ -1,59 +1,36 @@
-"""The machine as torch sees it: devices, precisions, threads, memory and its errors.
-
-On CPU freed memory stays in the process for the next step until it is needed elsewhere. Without
-that, glibc returns the end of its heap after every layer and takes it again page by page: up to
-13,000 page faults a step, a tenth of its time (docs/LOG.md).
-"""
+"""The machine as torch sees it: devices, precisions, threads and memory."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import platform
-import re
-import sys
-from functools import cache
+import threading
+import warnings
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from echelon.errors import InvalidInput, MissingDependency
+from echelon.errors import DeviceLost, EchelonWarning, InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
+from echelon.models.drivers import REMEDY, unusable_card
+from echelon.models.faults import kind_of
+from echelon.models.heap import give_back
 from echelon.profile import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     import torch
 
     from echelon.types import FloatArray
 
 
+T = TypeVar("T")
+
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
 """dtype of the activations; under int8 they are bf16."""
-
-MEMORY_ERRORS = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
-    r"|std::bad_alloc"
-    r"|CUDA out of memory"
-    r"|CUDA error: out of memory"
-    r"|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|CUDNN_STATUS_ALLOC_FAILED"
-    r"|could not create a memory object"
-    r"|unable to mmap \d+ bytes from file .*: Cannot allocate memory"
-)
-"""Messages of torch, its allocators and oneDNN for memory that could not be allocated. Any other
-RuntimeError is a real fault and must not be taken for one."""
-
-UNCLEAR_ERRORS = re.compile(r"could not create a primitive$")
-"""oneDNN's message for every failure, also when the code that it compiles for a new shape finds no
-memory; it counts only while memory is short."""
-
-SHORT_BYTES = 64 * 2**20
-"""Memory is short when this much cannot be allocated; at most 20 MB were left when compiling
-failed."""
-
 
 SPINS = "3000"
 """How often a waiting OpenMP thread polls before it sleeps, some tens of microseconds. By default
@@ -103,18 +80,36 @@ def require_torch() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for the ``device`` option; :class:`InvalidInput` if it does not exist."""
+    """The device for the ``device`` option; :class:`InvalidInput` if it does not exist.
+
+    ``auto`` warns where it takes the CPU although there is a card.
+    """
     require_torch()
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        unusable = unusable_card()
+        if unusable is not None:
+            words = f"Scoring runs on the CPU: {unusable}. {REMEDY}"
+            warnings.warn(words, EchelonWarning, stacklevel=2)
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
+    if kind == "mps":
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        raise InvalidInput(
+            "device",
+            "'mps' is not there: this machine or this build of torch has no Apple GPU",
+            "Use device='cpu' or 'auto'.",
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(number or 0)  # torch itself wraps large numbers round
     if index >= count:
+        unusable = unusable_card()
+        if unusable is not None:
+            raise InvalidInput("device", f"{name!r} is not there: {unusable}", REMEDY)
         raise InvalidInput(
             "device",
             f"{name!r} is not there ({count} CUDA device(s) found)",
@@ -136,11 +131,29 @@ def choose_precision(precision: str, device: torch.device, usual: str | None = N
             f"{device_name(device)} has no int8 instructions that Echelon uses",
             "It needs a CPU with VNNI or AMX. Use auto, fp32, bf16 or fp16.",
         )
+    if device.type == "mps":
+        if precision == "bf16":
+            remedy = "Use fp32, which auto means there, or fp16."
+            raise InvalidInput("precision", "bf16 is not built for Apple's GPUs", remedy)
+        return "fp32" if precision == "auto" else precision
     if precision != "auto":
         return precision
     if usual is not None and (device.type == "cuda" or multiplies_half(usual)):
         return usual
     return "fp16" if device.type == "cuda" else "fp32"
+
+
+def half_precision(device: torch.device) -> str:
+    """The half-width precision that a device multiplies: cards before Ampere have no bf16 units."""
+    import torch
+
+    if device.type == "cpu":
+        return "bf16"
+    if device.type == "mps":
+        return "fp16"
+    from echelon.models.attention_cuda import FLASH_CAPABILITY
+
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= FLASH_CAPABILITY else "fp16"
 
 
 def multiplies_int8() -> bool:
@@ -218,7 +231,7 @@ def device_name(device: torch.device) -> str:
 
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return cpu_name()
+    return f"GPU of {cpu_name()}" if device.type == "mps" else cpu_name()
 
 
 def cpu_name() -> str:
@@ -254,53 +267,60 @@ def _cpuinfo(field: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory could not be allocated."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if MEMORY_ERRORS.search(str(error)):
-        return True
-    return UNCLEAR_ERRORS.search(str(error)) is not None and _memory_is_short()
-
-
-def _memory_is_short() -> bool:
-    """Whether the system refuses a block of :data:`SHORT_BYTES` now."""
-    try:
-        mmap.mmap(-1, SHORT_BYTES).close()
-    except OSError:
-        return True
-    return False
-
-
 def release_memory(device: torch.device) -> None:
     """Return freed blocks to the device: from CUDA's allocator or the C library's."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
+    if device.type == "cpu":
         give_back()
+        return
+    try:
+        (torch.mps if device.type == "mps" else torch.cuda).empty_cache()
+    except RuntimeError as error:
+        if kind_of(error) != "lost":  # else the next step says it, and a closed scorer has none
+            raise
+
+
+_MPS_IN_USE = threading.Lock()
+
+
+def one_at_a_time(device: torch.device) -> AbstractContextManager[object]:
+    """Held while a device computes that aborts when two threads use it at once: Apple's GPU."""
+    return _MPS_IN_USE if device.type == "mps" else nullcontext()
 
 
 def run_step(forward: Callable[[], torch.Tensor]) -> FloatArray:
-    """Run a forward pass and return its logits as float32 on the host."""
+    """Run a forward pass and return its logits as float32 on the host; see :func:`guarded`."""
+
+    def computed() -> FloatArray:
+        logits: FloatArray = forward().float().cpu().numpy()
+        return logits
+
+    return guarded(computed)
+
+
+def guarded(work: Callable[[], T]) -> T:
+    """Work of a model, without gradients and its fp32 exact.
+
+    Raises:
+        DeviceOutOfMemory: it did not fit.
+        DeviceLost: the device failed, and with it this process.
+    """
     import torch
 
+    from echelon.models.exact import ieee_products
+
     try:
-        with torch.inference_mode():
-            logits: FloatArray = forward().float().cpu().numpy()
+        with torch.inference_mode(), ieee_products():
+            done = work()
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        kind, failed = kind_of(error), str(error)
+        if kind == "other":
             raise
-        failed = str(error)
     else:
-        return logits
+        return done
     # Raised out here so that no traceback keeps the failed step's tensors alive.
-    raise DeviceOutOfMemory(failed)
+    raise DeviceOutOfMemory(failed) if kind == "memory" else DeviceLost(failed)
 
 
 def list_gpus() -> list[dict[str, Any]]:
@@ -319,29 +339,11 @@ def list_gpus() -> list[dict[str, Any]]:
     ]
 
 
-class CudaMemoryMeter:
-    """Peak memory of a CUDA device, with the methods of ``echelon.tuning.machine.MemoryMeter``."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def reset(self) -> None:
-        """Start a new measurement."""
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak_bytes(self) -> int:
-        """Peak since the last reset."""
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(self._device))
-
-
 def candidate_precisions(device: str) -> list[str]:
     """Precisions worth comparing on a device, the exact one first."""
-    if choose_device(device).type == "cuda":
-        return ["fp32", "fp16", "bf16"]
+    chosen = choose_device(device)
+    if chosen.type != "cpu":
+        return ["fp32", "fp16", *["bf16"] * (half_precision(chosen) == "bf16")]
     return ["fp32", *["bf16"] * multiplies_half("bf16"), *["int8"] * multiplies_int8()]
 
 
@@ -357,42 +359,3 @@ def has_onednn() -> bool:
     import torch
 
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch's own gap
-
-
-KEPT_BYTES = (128 * 2**20, 32 * 2**20)
-"""Freed memory that the process keeps: the first value that the C library accepts. A step of 2,048
-tokens of a large model has buffers of 17 MB; older versions accept at most 32 MiB."""
-
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as `mallopt` counts its parameters: see mallopt(3)
-
-SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-"""Environment variables of glibc for the same settings; a user's values stay in force."""
-
-
-@cache
-def keep_freed() -> None:
-    """Keep freed memory within the process; the first call sets it."""
-    libc = _libc("mallopt")
-    chosen = any(name in os.environ for name in SETTINGS)
-    if libc is None or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    for size in KEPT_BYTES:
-        # Larger blocks are mapped one by one, and given back one by one.
-        if libc.mallopt(MMAP_THRESHOLD, size):
-            libc.mallopt(TRIM_THRESHOLD, size)
-            return
-
-
-def give_back() -> None:
-    """Return free memory to the system."""
-    libc = _libc("malloc_trim")
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def _libc(function: str) -> ctypes.CDLL | None:
-    """The C library if it has the function, as glibc does."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, function) else None

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import Architecture, LayerPlan
     from echelon.models.base import Scorer
     from echelon.models.checkpoint import Checkpoint
+    from echelon.models.gated import GatedWithResidual
     from echelon.types import FloatArray, IntArray, TokenBatch
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
@@ -72,7 +73,7 @@ class Layer:
     qkv: Linear
     attention_out: Linear
     attention_norm: Norm
-    feed_forward: FeedForward
+    feed_forward: FeedForward | GatedWithResidual
     output_norm: Norm
 
 

@@ -11,9 +11,9 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from echelon.errors import BadCheckpoint, UnsupportedModel
+from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture, modernbert, modules, qwen
+from echelon.models import architecture, gte, modernbert, modules, qwen
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class NativeFamily:
     read: Callable[[Path, Config], NativeShape | None]  # None where one is not native after all
     module: str  # below ``echelon.models``, with its forward pass
     cuda_module: str | None = None  # the same for CUDA, if it is another
+    mps_module: str | None = None  # the same for Apple's GPUs; None where it is not built
     half: str | None = None  # the usual precision where the processor is fast in it
     modular: bool = False  # a head may stand in modules beside the model
     known: tuple[str, ...] = ()  # models of it that many use
@@ -69,10 +70,16 @@ class NativeFamily:
     def open(self, device: torch.device, **values: Any) -> Scorer:
         """Open a model of the family: the values of its module's ``open_native``."""
         name = self.cuda_module if device.type == "cuda" and self.cuda_module else self.module
+        if device.type == "mps":
+            name = self.mps_module or _not_on_apple(self.name)
         opened: Scorer = importlib.import_module(f"echelon.models.{name}").open_native(
             device=device, **values
         )
         return opened
+
+
+def _not_on_apple(family: str) -> str:
+    raise InvalidInput("device", f"{family} is not built for Apple's GPUs", "Use device='cpu'.")
 
 
 FAMILIES = (
@@ -82,6 +89,7 @@ FAMILIES = (
         architecture.native_architecture,
         "encoder",
         "encoder_cuda",
+        "encoder_padded",
         modular=True,
         known=("cross-encoder/ms-marco-MiniLM-L6-v2", "cross-encoder/ms-marco-MiniLM-L12-v2"),
     ),
@@ -91,6 +99,7 @@ FAMILIES = (
         architecture.native_architecture,
         "encoder",
         "encoder_cuda",
+        "encoder_padded",
         modular=True,
         known=(
             "BAAI/bge-reranker-v2-m3",
@@ -104,11 +113,19 @@ FAMILIES = (
         ("modernbert",),
         modernbert.read,
         "modernbert_encoder",
+        "modernbert_cuda",
         modular=True,
         known=(
             "Alibaba-NLP/gte-reranker-modernbert-base",
             "ibm-granite/granite-embedding-reranker-english-r2",
         ),
+    ),
+    NativeFamily(
+        "gte",
+        ("new",),
+        gte.read,
+        "gte_encoder",
+        known=("Alibaba-NLP/gte-multilingual-reranker-base",),
     ),
     NativeFamily(
         "Qwen3 and Qwen2",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
+from echelon.models.card_kernels import has_card_kernels
 from echelon.models.device import has_onednn, multiplies_half
 from echelon.models.kernels import kernels
 
@@ -125,6 +126,12 @@ def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
             *(norm.weight, norm.bias, norm.epsilon, out, codes, scales),
         )
         return Rows(out, codes, scales)
+    if product.residual is not None and has_card_kernels(values):
+        return Rows(
+            torch.ops.echelon.add_norm(
+                *(values, product.residual, norm.weight, norm.bias, norm.epsilon, True)
+            )
+        )
     if product.scales is None and not quantized:
         return Rows(norm(_evaluate(product)))
     return _by_blocks(product, norm, keep=True, codes=quantized)
@@ -247,6 +254,10 @@ class Linear(Protocol):
         """[rows, in] → [rows, out], the residual added or pending."""
 
 
+IN_PRODUCT = {"gelu": True, "gelu_new": True, "gelu_pytorch_tanh": True, "relu": False}
+"""Activations that a card's product of half-width numbers computes itself, and whether by GELU."""
+
+
 class DenseLinear:
     """A product in fp32, bf16 or fp16 of weight [out, in] and bias [out], or no bias."""
 
@@ -263,6 +274,29 @@ class DenseLinear:
         return Product(product, residual=residual)
 
 
+class ActivatedLinear:
+    """Product, bias and activation in one launch on a card, without a pass over the wide rows.
+
+    cuBLASLt's GELU is the approximation by tanh. On the demo model it ranks as the exact one does:
+    Kendall's tau is 1.0 in fp32, logits differ by up to 0.022; bf16 rounds them by 0.040.
+    """
+
+    quantized = False
+    activated = True
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._use_gelu = IN_PRODUCT[activation]
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`Linear`."""
+        product = torch.ops.aten._addmm_activation(  # noqa: SLF001 - no public name exists
+            self._bias, values_of(rows), self._weight.t(), use_gelu=self._use_gelu
+        )
+        return Product(product, residual=residual)
+
+
 class PrepackedLinear:
     """The same in oneDNN's own weight layout, with an activation or a residual inside."""
 
@@ -275,7 +309,7 @@ class PrepackedLinear:
         self.activated = activation != "none"
         self._operation, self._algorithm = ACTIVATIONS[activation].onednn
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
-        self._plain, self._adding = call.default, call.binary
+        self._plain, self._joining = call.default, call.binary
         # With kernels the next norm adds the residual, in its own pass.
         self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None
 
@@ -283,11 +317,16 @@ class PrepackedLinear:
         """See :class:`Linear`."""
         values = values_of(rows)
         if residual is not None and not self._leaves_residual:
-            return Product(self._adding(values, residual, self._packed, self._bias, "add"))
+            return Product(self._joining(values, residual, self._packed, self._bias, "add"))
         product = self._plain(
             values, self._packed, self._bias, self._operation, [], self._algorithm
         )
         return Product(product, residual=residual)
+
+    def times(self, rows: Rows, factor: Tensor) -> Tensor:
+        """The product, without activation, multiplied by a factor [rows, out] of its dtype."""
+        product: Tensor = self._joining(values_of(rows), factor, self._packed, self._bias, "mul")
+        return product
 
 
 class Int8Linear:
@@ -371,17 +410,21 @@ def make_linear(
 
     ``weight`` [out, in] and ``bias`` may be views of a mapped file in any dtype; they are copied.
     """
-    weight = torch.empty_like(weight, dtype=dtype, device=device).copy_(weight)
+    weight = weight.to(device, dtype, copy=True)
     if bias is not None:
-        bias = torch.empty_like(bias, dtype=dtype, device=device).copy_(bias)
-    if device.type == "cpu" and _can_prepack(dtype):
+        bias = bias.to(device, dtype, copy=True)
+    if prepacks(device, dtype):
         return PrepackedLinear(weight, bias, activation)
+    half = device.type == "cuda" and dtype != torch.float32
+    if half and bias is not None and activation in IN_PRODUCT:
+        return ActivatedLinear(weight, bias, activation)
     return DenseLinear(weight, bias)
 
 
-def _can_prepack(dtype: torch.dtype) -> bool:
+def prepacks(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch build and processor have oneDNN's prepacked product for the dtype."""
-    if not has_onednn() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    there = has_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if device.type != "cpu" or not there:
         return False
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     return kind is None or multiplies_half(kind)

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echelon.models.device import DTYPES, device_name
-from echelon.models.layers import Int8Linear, Norm, ProbedLinear, make_linear
+from echelon.models.device import DTYPES, device_name, half_precision
+from echelon.models.gated import PackedGate, StackedGate
+from echelon.models.layers import (
+    Int8Linear,
+    Norm,
+    PrepackedLinear,
+    ProbedLinear,
+    make_linear,
+    prepacks,
+)
 from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import LayerPlan
     from echelon.models.checkpoint import Checkpoint
     from echelon.models.families import NativeShape
+    from echelon.models.gated import Gate
     from echelon.models.layers import Linear
 
     Tensors = dict[str, Tensor]
@@ -36,6 +45,7 @@ def native_info(
         padding="none",
         weights_bytes=loaded_bytes,
         threads=threads,
+        lower_precision=half_precision(device),
     )
 
 
@@ -69,15 +79,32 @@ class WeightLoader:
 
         The layer applies the activation if it can; ``shift`` is that of its input's codes.
         """
-        name = names[-1].removeprefix(self._root)
-        if self.plan.precision != "int8" or name in self.plan.keep_bf16:
+        if self._is_dense(names):
             if self.plan.errors is not None:
+                name = names[-1].removeprefix(self._root)
                 int8 = Int8Linear(*stacked(tensors, names), None)
                 return ProbedLinear(self.dense(tensors, *names), int8, name, self.plan.errors)
             return self.dense(tensors, *names, activation=activation)
         weight, bias = stacked(tensors, names)
         self.loaded_bytes += weight.numel() + 8 * len(weight)  # codes; scales and bias
         return Int8Linear(weight, bias, shift)
+
+    def gate(self, tensors: Tensors, *names: str, activation: str) -> Gate:
+        """The gate of a feed-forward, from one layer that stacks its two, or from both.
+
+        The part with the activation comes first. Int8 multiplies both at once.
+        """
+        plain = self._is_dense(names) and self.plan.errors is None
+        if not plain or not prepacks(self.device, self.dtype):
+            return StackedGate(self.linear(tensors, *names), activation)
+        weight, bias = stacked(tensors, names)
+        biases = (None, None) if bias is None else bias.to(self.dtype, copy=True).chunk(2)
+        active, gate = weight.to(self.dtype).chunk(2)
+        numbers = weight.numel() + (0 if bias is None else bias.numel())
+        self.loaded_bytes += numbers * self.dtype.itemsize
+        return PackedGate(
+            PrepackedLinear(active, biases[0], activation), PrepackedLinear(gate, biases[1], "none")
+        )
 
     def dense(
         self,
@@ -92,6 +119,11 @@ class WeightLoader:
         numbers = weight.numel() + (0 if bias is None else bias.numel())
         self.loaded_bytes += numbers * dtype.itemsize
         return make_linear(weight, bias, self.device, dtype, activation)
+
+    def _is_dense(self, names: Sequence[str]) -> bool:
+        """Whether the layer that stacks the named ones is not in int8."""
+        last = names[-1].removeprefix(self._root)
+        return self.plan.precision != "int8" or last in self.plan.keep_bf16
 
     def norm(
         self, tensors: Tensors, name: str, epsilon: float, dtype: torch.dtype | None = None

@@ -14,13 +14,14 @@ from echelon.models.architecture import (
     SHAPE,
     check_ids,
     labels_of,
+    positions_from_zero,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from echelon.models.modules import Chain
-    from echelon.types import IntArray
+    from echelon.types import IntArray, TokenBatch
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 THETAS = {GLOBAL: 160_000.0, LOCAL: 10_000.0}
@@ -90,6 +91,20 @@ class ModernBertArchitecture:
             head = self.hidden * (self.hidden + self.classifier_bias + norm)
             head += (self.hidden + 1) * len(self.labels)
         return self.hidden * (self.vocabulary + 2 * norm) + body + head
+
+    @property
+    def flops(self) -> int:
+        """Operations of all layers' products for one token."""
+        return self.layers * self.hidden * (8 * self.hidden + 6 * self.intermediate)
+
+    @property
+    def reads_segments(self) -> bool:
+        """Whether token types change the scores."""
+        return False
+
+    def positions(self, batch: TokenBatch) -> IntArray:
+        """Position ids of a batch, int32 [tokens]."""
+        return positions_from_zero(batch)
 
     def check_ids(self, ids: IntArray) -> None:
         """Raise :class:`BadCheckpoint` for a token id without an embedding."""

@@ -16,6 +16,7 @@ from torch.nn import functional
 from echelon.models.architecture import positions_from_zero
 from echelon.models.attention_cpu import AttentionLayout
 from echelon.models.base import with_filler
+from echelon.models.blocks import add_and_norm
 from echelon.models.checkpoint import Checkpoint, MappedPages
 from echelon.models.device import DTYPES, release_memory, run_step
 from echelon.models.gated import GatedFeedForward
@@ -23,7 +24,7 @@ from echelon.models.heads import Head, HeadProduct, load_chain
 from echelon.models.layers import Norm, Rows, materialize
 from echelon.models.loading import WeightLoader, native_info
 from echelon.models.local_attention import LocalAttention, attend_pairs
-from echelon.models.rotary import Rotary, rotate
+from echelon.models.rotary import Rotary, rotate_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
-    Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+    Attend = Callable[[Tensor], Tensor]  # of [tokens, 3, heads, size], which it changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,19 @@ class ModernBertScorer:
         layout = AttentionLayout.of(batch.offsets)
         attentions = self._attentions(batch, layout)
         firsts = layout.firsts.to(self._device) if weights.head.pooling == "cls" else None
-        last = len(weights.layers) - 1
+        # The sum of all layers stays in fp32 in every precision: it costs little, and rounding it
+        # 44 times is most of what bf16 loses.
+        product, last = None, len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
-            attend, read = attentions[shape.local[index]], firsts if index == last else None
-            rows = self._layer(layer, rows, attend, read)
-        return weights.head(weights.final_norm(rows), layout.offsets.to(self._device))
+            normed = add_and_norm(rows, product, layer.attention_norm, self._dtype)
+            mixed = self._attention(layer, normed, attentions[shape.local[index]])
+            if index == last and firsts is not None:
+                mixed, rows = mixed[firsts], rows[firsts]
+            product = materialize(layer.attention_out(Rows(mixed)))
+            normed = add_and_norm(rows, product, layer.feed_forward_norm, self._dtype)
+            product = layer.feed_forward(normed)
+        found = add_and_norm(rows, product, weights.final_norm, torch.float32)
+        return weights.head(found, layout.offsets.to(self._device))
 
     def _embed(self, weights: ModernBertWeights, ids: IntArray) -> Tensor:
         """float32 [tokens, hidden]."""
@@ -122,32 +131,24 @@ class ModernBertScorer:
             self._mapped.count_rows(len(ids))
         return weights.words_norm(rows)
 
-    def _layer(
-        self, layer: ModernBertLayer, rows: Tensor, attend: Attend, read: Tensor | None
-    ) -> Tensor:
-        """float32 [tokens, hidden] → the same, or only the rows ``read``.
-
-        The sum of all layers stays in fp32 in every precision: it costs little, and rounding it 44
-        times is most of what bf16 loses.
-        """
-        normed = rows if layer.attention_norm is None else layer.attention_norm(rows)
-        product = materialize(layer.qkv(Rows(normed.to(self._dtype))))
-        heads = product.view(len(rows), 3, *self._architecture.head_shape)
-        mixed = attend(*heads.unbind(1))
-        if read is not None:
-            mixed, rows = mixed[read], rows[read]
-        rows = rows + materialize(layer.attention_out(Rows(mixed)))
-        rows += layer.feed_forward(layer.feed_forward_norm(rows).to(self._dtype))
-        return rows
+    def _attention(self, layer: ModernBertLayer, normed: Tensor, attend: Attend) -> Tensor:
+        """[tokens, hidden] → the same."""
+        product = materialize(layer.qkv(Rows(normed)))
+        return attend(product.view(len(normed), 3, *self._architecture.head_shape))
 
     def _attentions(self, batch: TokenBatch, layout: AttentionLayout) -> tuple[Attend, Attend]:
         """The attention of global and that of local layers, with their rotary positions."""
         positions = torch.from_numpy(positions_from_zero(batch)).to(self._device)
         local = LocalAttention(layout, self._architecture.reach, self._device, self._dtype)
 
-        def turned(rotary: Rotary, attend: Attend) -> Attend:
+        def turned(rotary: Rotary, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
             tables = rotary.tables(positions)
-            return lambda q, k, v: attend(rotate(q, *tables), rotate(k, *tables), v)
+
+            def attend_heads(heads: Tensor) -> Tensor:
+                rotate_in_place(heads[:, :2], *tables)
+                return attend(*heads.unbind(1))
+
+            return attend_heads
 
         everywhere = partial(attend_pairs, layout=layout)
         return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
@@ -163,10 +164,21 @@ def open_native(
     label: int,
 ) -> Scorer:
     """Open a model; ``label`` is the index of the head's output that is the score."""
+    weights = load_weights(folder, architecture, device, plan, label)
+    return ModernBertScorer(architecture, weights, device, plan, threads)
+
+
+def load_weights(
+    folder: Path,
+    architecture: ModernBertArchitecture,
+    device: torch.device,
+    plan: LayerPlan,
+    label: int,
+) -> ModernBertWeights:
+    """Load a model; arguments as of :func:`open_native`."""
     with torch.inference_mode():
         loader = _ModernBertLoader(Checkpoint(folder), architecture, device, plan)
-        weights = loader.weights(folder, label)
-    return ModernBertScorer(architecture, weights, device, plan, threads)
+        return loader.weights(folder, label)
 
 
 class _ModernBertLoader(WeightLoader):
@@ -221,7 +233,7 @@ class _ModernBertLoader(WeightLoader):
             attention_out=self.linear(tensors, mixed),
             feed_forward_norm=self._norm(tensors, norms[-1]),
             feed_forward=GatedFeedForward(
-                self.linear(tensors, up), self.linear(tensors, down), shape.activation
+                self.gate(tensors, up, activation=shape.activation), self.linear(tensors, down)
             ),
         )
         release_memory(self.device)

@@ -30,7 +30,8 @@ from echelon.models.base import (
     pad,
     probe_step,
 )
-from echelon.models.device import cpu_name, give_back
+from echelon.models.device import cpu_name
+from echelon.models.heap import give_back
 from echelon.models.onnx_file import table_rows
 from echelon.types import ModelInfo
 

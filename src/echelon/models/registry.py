@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from echelon.errors import InvalidInput, OutOfMemory
+from echelon.errors import DeviceLost, InvalidInput, OutOfMemory
 from echelon.models.architecture import (
     LayerPlan,
     check_tokens,
@@ -20,14 +20,15 @@ from echelon.models.device import (
     candidate_precisions,
     choose_device,
     choose_precision,
+    device_name,
     has_torch,
-    is_out_of_memory,
-    keep_freed,
     require_torch,
     set_threads,
     usable_cpus,
 )
 from echelon.models.families import FAMILIES, native_model
+from echelon.models.faults import kind_of
+from echelon.models.heap import keep_freed
 from echelon.models.onnx import OnnxScorer, find_graph, graph_config, graph_precision
 from echelon.models.onnx_file import table_rows
 from echelon.models.prompts import prompt_of
@@ -60,6 +61,7 @@ def open_scorer(
         ModelError: the model does not exist, is damaged, or of an unsupported kind.
         InvalidInput: the device does not exist, or a label must be chosen.
         OutOfMemory: the weights do not fit.
+        DeviceLost: the device failed.
     """
     graph = graph_to_use(folder)
     if graph is not None:
@@ -81,8 +83,11 @@ def open_scorer(
             return native.open(chosen, plan, used, chosen_label)
         return _open_generic(folder, config, chosen, plan, used, chosen_label)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        kind = kind_of(error)
+        if kind == "other":
             raise
+        if kind == "lost":
+            raise DeviceLost(str(error)) from error
         reason = (str(error) or "out of memory").splitlines()[0]
     need = (
         "" if native is None else f", which take {native.weights_bytes(precision) / 2**30:.3g} GiB,"
@@ -129,6 +134,20 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
     if native_model(folder, read_config(folder)) is None:
         return [precision for precision in candidates if precision != "int8"]
     return candidates
+
+
+def card_precisions(folder: Path, device: str) -> list[str]:
+    """Half precisions that ``auto`` may mean on a card, the usual one first; none on CPU."""
+    if runs_on_cpu(folder, device):
+        return []
+    native = native_model(folder, read_config(folder))
+    usual = None if native is None else native.family.half
+    return sorted(precisions_to_compare(folder, device)[1:], key=lambda half: half != usual)
+
+
+def card_name(device: str) -> str:
+    """What the driver calls the card of a device."""
+    return device_name(choose_device(device))
 
 
 def layer_errors(folder: Path, batches: Iterable[TokenBatch]) -> dict[str, float]:

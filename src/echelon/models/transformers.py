@@ -24,9 +24,18 @@ from echelon.models.base import (
     outputs_a_pair,
     pad,
     probe_step,
+    rounded_shape,
 )
 from echelon.models.checkpoint import AGAIN, Checkpoint, wrong_shape
-from echelon.models.device import DTYPES, device_name, is_out_of_memory, release_memory, run_step
+from echelon.models.device import (
+    DTYPES,
+    device_name,
+    half_precision,
+    one_at_a_time,
+    release_memory,
+    run_step,
+)
+from echelon.models.faults import is_out_of_memory, kind_of
 from echelon.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -68,6 +77,7 @@ class GenericScorer:
             padding="rectangular",
             weights_bytes=sum(p.nbytes for p in model.parameters()),
             threads=threads,
+            lower_precision=half_precision(device),
         )
         warnings.warn(
             f"{config['model_type']} has no packed encoder in Echelon: it runs through "
@@ -79,7 +89,8 @@ class GenericScorer:
     def score(self, batch: TokenBatch) -> FloatArray:
         """Score one step; see :class:`~echelon.models.base.Scorer`."""
         check_ids(batch.ids, self._vocabulary)
-        return run_step(lambda: self._logits(batch)[:, self._label])
+        with one_at_a_time(self._device):
+            return run_step(lambda: self._logits(batch)[:, self._label])
 
     def release(self) -> None:
         """Free cached memory of the device."""
@@ -91,7 +102,7 @@ class GenericScorer:
         self.release()
 
     def _logits(self, batch: TokenBatch) -> torch.Tensor:
-        logits: torch.Tensor = self._model(**self._inputs(batch)).logits
+        logits: torch.Tensor = self._model(**self._inputs(batch)).logits[: len(batch)]
         return logits
 
     def _check_outputs(self, folder: Path, labels: int) -> None:
@@ -101,7 +112,7 @@ class GenericScorer:
             with torch.inference_mode():
                 logits = self._logits(step)
         except Exception as error:  # a model of another kind raises any kind of error
-            if is_out_of_memory(error):
+            if kind_of(error) != "other":
                 raise
             raise UnsupportedModel(
                 f"{folder}: it cannot score a pair ({first_line(error)}). Use a cross-encoder."
@@ -114,7 +125,9 @@ class GenericScorer:
             )
 
     def _inputs(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        padded = pad(batch, self._padding_id)
+        # Metal keeps a graph for each shape.
+        shape = rounded_shape(batch) if self._device.type == "mps" else None
+        padded = pad(batch, self._padding_id, shape)
         if not self._takes_types:
             del padded["token_type_ids"]
         return {name: torch.from_numpy(array).to(self._device) for name, array in padded.items()}

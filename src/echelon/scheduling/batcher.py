@@ -57,7 +57,8 @@ URGENT_SHARE = 0.5
 """Share of a step that urgent requests get before the fair order continues."""
 
 ATTEMPTS = 2
-"""Steps with a lost worker that a pair may be in: a pair that kills two workers kills all."""
+"""Steps with a lost worker that a pair may be in: a pair that kills two workers kills all. The
+second worker is another where there is one, for the first may be what is broken."""
 
 
 class Batcher:
@@ -104,10 +105,15 @@ class Batcher:
             heapq.heappush(self._deadlines, (request.deadline, request.number))
             self._watch_deadline(queued, request.deadline)
 
-    def next_step(self, now: float, idle: int = 1) -> PlannedStep | None:
-        """Form the next step for one of ``idle`` workers; None if no pair waits."""
+    def next_step(
+        self, now: float, idle: int = 1, not_lost_by: int | None = None
+    ) -> PlannedStep | None:
+        """Form the next step for one of ``idle`` workers; None if no pair waits for it.
+
+        Pairs that the worker ``not_lost_by`` was lost with are left for another.
+        """
         self._drop_expired(now)
-        pairs = self._repeated() or self._by_turn(now, idle)
+        pairs = self._repeated(not_lost_by) or self._by_turn(now, idle)
         return self._start(pairs) if pairs else None
 
     def finish(self, number: int, logits: FloatArray | Sequence[float]) -> list[Ended]:
@@ -121,15 +127,19 @@ class Batcher:
                 ended += self._fail(pair, "not_finite", logit)
         return ended
 
-    def retry(self, number: int, fault: Fault = "worker_lost") -> list[Ended]:
+    def retry(
+        self, number: int, fault: Fault = "worker_lost", worker: int | None = None
+    ) -> list[Ended]:
         """Queue the pairs of a failed step again, the pairs of each request in a step of their own.
 
-        Returns the requests whose pairs had their last attempt.
+        ``worker`` is the worker that was lost. Returns the requests whose pairs had their last
+        attempt.
         """
         _, pairs = self._running.pop(number)
         ended: list[Ended] = []
         for pair in pairs:
             pair.attempts += 1
+            pair.lost_by = worker
             if pair.attempts >= ATTEMPTS:
                 ended += self._fail(pair, fault)
         left = [pair for pair in pairs if pair.attempts < ATTEMPTS]
@@ -222,16 +232,18 @@ class Batcher:
 
     # Forming a step.
 
-    def _repeated(self) -> list[UniquePair]:
+    def _repeated(self, not_lost_by: int | None) -> list[UniquePair]:
         """Pairs of the next group that is scored again, as many as fit in one step."""
-        while self._again:
-            group = [pair for pair in self._again.popleft() if pair.owners]
-            if not group:
+        groups = ([pair for pair in group if pair.owners] for group in self._again)
+        self._again = deque(group for group in groups if group)
+        for place, group in enumerate(self._again):
+            if not_lost_by is not None and group[0].lost_by == not_lost_by:
                 continue
             chosen = set(self._choose(group, self.budget))
             left = [pair for index, pair in enumerate(group) if index not in chosen]
+            del self._again[place]
             if left:
-                self._again.appendleft(left)
+                self._again.insert(place, left)
             return [pair for index, pair in enumerate(group) if index in chosen]
         return []
 

@@ -204,9 +204,10 @@ class Coefficients:
 DEFAULT_COEFFICIENTS = {
     "cpu": Coefficients(4e-3, 7e-5, 3.5e-8),
     "cuda": Coefficients(3e-3, 5e-6, 2.5e-9),
+    "mps": Coefficients(5e-3, 2e-5, 1e-8),
 }
 """Coefficients before any measurement: MiniLM-L12 on two CPU cores (docs/LOG.md: about 140 pairs of
-100 tokens a second), and a guess for a GPU. Attention is a third of the time at 512 tokens. The
+100 tokens a second), and guesses for GPUs. Attention is a third of the time at 512 tokens. The
 first steps correct the level; only the proportions matter for long."""
 
 

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 MIN_MAX_LENGTH = 64
 """Tokens below which a shorter document would leave nothing worth scoring."""
 
-LOWER_PRECISION = {"fp32": "bf16"}
-"""The next precision down; half-width formats have none yet."""
-
 Rung = Literal[
     "drop_caches",
     "halve_budget",
@@ -43,6 +40,7 @@ class StepFailure:
     longest: int  # tokens of its longest pair
     precision: str
     allow: tuple[Allowance, ...] = ()  # what the user allows to be given up
+    lower_precision: str = "bf16"  # below fp32, on this device
     caches_dropped: bool = False  # dropping caches again would not help
     fresh_may_help: bool = False  # a fresh process can be started and may have room for the step
 
@@ -103,9 +101,9 @@ def _fresh_worker(failure: StepFailure) -> OomAction | None:
 
 
 def _lower_precision(failure: StepFailure) -> OomAction | None:
-    lower = LOWER_PRECISION.get(failure.precision)
-    if "precision" not in failure.allow or lower is None:
-        return None
+    lower = failure.lower_precision
+    if "precision" not in failure.allow or failure.precision != "fp32":
+        return None  # there is none below the half-width ones yet
     return OomAction(
         "lower_precision",
         f"precision {failure.precision} -> {lower}",

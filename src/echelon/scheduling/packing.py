@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 Step = list[int]
 """Indices of the pairs of one forward pass."""
 
-DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a step before tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md)."""
+DEFAULT_BUDGETS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+"""Tokens of a step before tuning: a CPU gains nothing beyond, a GPU is full (docs/LOG.md). Apple's
+GPUs (``mps``) are a guess."""
 
 FIRST_WINDOW, WINDOW = 2**17, 2**20
 """Characters of a window of texts: dozens of steps, so that the last, short one costs little, and a

@@ -123,6 +123,7 @@ class UniquePair:
     state: PairState = PairState.WAITING
     owners: list[tuple[QueuedRequest, int]] = field(default_factory=list)
     attempts: int = 0
+    lost_by: int | None = None  # the worker that was lost with it
     counted: bool = False
 
 

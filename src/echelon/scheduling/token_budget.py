@@ -45,6 +45,13 @@ class TokenBudget:
         self._good_steps = self._memory_failures = 0
         self._wait = QUIET
 
+    def warmed_up(self, cost_tokens: int, actual_s: float) -> None:
+        """Begin with steps as long as half of the goal, judged by the last warm-up step."""
+        if self._limit_s is not None and self._memory_failures == 0:
+            fitting = int(self._limit_s * cost_tokens / max(actual_s, 1e-9))
+            lowest = max(1, self.max_tokens // MIN_SHARE)
+            self.tokens = min(self.max_tokens, max(lowest, fitting))
+
     def out_of_memory(self, tokens: int) -> bool:
         """Lower the budget to what memory allows; returns whether that is less than before."""
         self._wait = MEMORY_QUIET << min(self._memory_failures, MAX_DOUBLINGS)

@@ -55,7 +55,7 @@ def name_of_flag(described: Flag) -> str:
 
 
 MODEL_FLAGS: tuple[Flag, ...] = (
-    flag("--device", default="auto", show_default=False, help="auto, cpu, cuda or cuda:N."),
+    flag("--device", default="auto", show_default=False, help="auto, cpu, cuda, cuda:N or mps."),
     flag(
         "--precision",
         type=click.Choice(get_args(Precision)),
@@ -183,7 +183,11 @@ SERVER_FLAGS: tuple[Flag, ...] = tuple(chain.from_iterable(SERVER_GROUPS.values(
 CLUSTER_FLAGS: tuple[Flag, ...] = (
     flag("--max-workers", type=int, help="Maximum workers on Ray [--workers]."),
     flag("--worker-cpus", default=1.0, help="CPUs of a worker on Ray."),
-    flag("--worker-gpus", default=0.0, help="GPUs of a worker on Ray; 0.5 lets two share one."),
+    flag(
+        "--worker-gpus",
+        type=float,
+        help="GPUs of a worker on Ray; 0.5 lets two share one [1 where the cluster has any].",
+    ),
     flag(
         "--max-delay-s", default=2.0, help="Predicted wait in seconds above which Ray adds workers."
     ),

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the answer's layout, see docs/PLAN.md."""
 
-BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
+BUDGETS = {
+    "cpu": (256, 512, 1024, 2048, 4096),
+    "cuda": (2048, 4096, 8192, 16384, 32768, 65536),
+    "mps": (512, 1024, 2048, 4096, 8192),
+}
 """Token budgets that are tried beside the profile's own."""
 
 FEW_REQUESTS = 1_000

@@ -18,7 +18,7 @@ import numpy as np
 from echelon.engine.worker import ChildWorker, ScorerFactory
 from echelon.errors import EchelonError, TooNoisy
 from echelon.messages import Message
-from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied
+from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, warm_runs
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
 from echelon.scheduling.fit import CallTimes, Probe, fit_cost, fit_memory
@@ -58,16 +58,17 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
     limit_s: float,
     on_progress: Progress = no_progress,
     *,
+    warm_runs: int = 1,
     watch: Watch = nothing_known,
     save: Callable[[list[Probe]], None] = lambda _: None,
 ) -> list[Probe]:
     """Measure shapes in turn, round after round, until the time is up.
 
     The first round goes from the smallest to the largest step, so that memory which the allocator
-    keeps is not counted for the next step. It is also the warm-up: its times count only where
-    there are no others. After it no round starts that would end later than ``limit_s``. Times that
-    were disturbed count only where a shape has no others. ``save`` gets the probes after each
-    round.
+    keeps is not counted for the next step. It is also the warm-up, of ``warm_runs`` runs: its times
+    count only where there are no others. After it no round starts that would end later than
+    ``limit_s``. Times that were disturbed count only where a shape has no others. ``save`` gets the
+    probes after each round.
 
     Returns:
         The shapes that fit in memory, smallest first.
@@ -84,6 +85,8 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
         meter.reset()
         try:
             seconds = _timed(run, shape, clock)
+            for _ in range(warm_runs - 1):
+                run(shape)
         except DeviceOutOfMemory:
             break  # larger steps would not fit either
         first[shape], times[shape] = (seconds, meter.peak_bytes()), []
@@ -177,6 +180,7 @@ def calibrate(  # noqa: PLR0913 - each is a distinct collaborator
         clock,
         limit_s,
         on_progress,
+        warm_runs=warm_runs(device),
         watch=watch,
         save=lambda probes: save(*parts(probes)),
     )

@@ -82,7 +82,9 @@ class MemoryMeter:
 
 
 def meter_of(device: str) -> Meter:
-    """A meter for the peak memory of a device: ``cpu`` or ``cuda:N``."""
-    from echelon.models.device import CudaMemoryMeter
+    """A meter for the peak memory of a device: ``cpu``, ``cuda:N`` or ``mps``."""
+    from echelon.models.memory_meters import CudaMemoryMeter, MpsMemoryMeter
 
-    return MemoryMeter() if device == "cpu" else CudaMemoryMeter(device)
+    if device == "cpu":
+        return MemoryMeter()
+    return MpsMemoryMeter() if device.startswith("mps") else CudaMemoryMeter(device)

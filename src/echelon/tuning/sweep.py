@@ -219,6 +219,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     clock: Clock,
     limit_s: float,
     expected_s: Callable[[SweepPoint], float] = lambda _: 0.0,
+    warm_runs: int = 1,
     watch: Watch = nothing_known,
     known: Sequence[MeasuredPoint] = (),
     save: Callable[[list[MeasuredPoint]], None] = lambda _: None,
@@ -226,10 +227,10 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
 ) -> list[MeasuredPoint]:
     """Measure points in turn until nothing more can change the choice, or the time is up.
 
-    The first run of a point is a warm-up that is not counted, unless it is so slow that start-up
-    costs do not matter. No run starts that would end after ``limit_s``, by the runs before it or by
-    ``expected_s``; where not all points can get MIN_RUNS runs any more, the quickest ones do. A
-    sweep resumes from ``known`` results; ``save`` gets all results after each run.
+    The first ``warm_runs`` runs of a point are not counted; where that is one, a run so slow that
+    start-up costs do not matter counts. No run starts that would end after ``limit_s``, by the runs
+    before it or by ``expected_s``; where not all points can get MIN_RUNS runs, the quickest
+    ones do. A sweep resumes from ``known`` results; ``save`` gets all results after each run.
     """
     before = {measured.point: measured for measured in known}
     results = [before.get(point, MeasuredPoint(point)) for point in points]
@@ -238,16 +239,16 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
     def left() -> float:
         return limit_s - (clock() - started)
 
-    while turn := _within(open_points(results), left(), expected_s):
+    while turn := _within(open_points(results), left(), expected_s, warm_runs):
         for measured in turn:
-            if measured.ended or _run_s(measured, expected_s) > left():
+            if measured.ended or _run_s(measured, expected_s, warm_runs) > left():
                 continue
             # Share of the points finished or of the time used: the larger of the two.
             finished = 1 - len(open_points(results)) / len(results)
             share = min(1.0, max(finished, 1 - left() / limit_s))
             on_progress(f"measuring {measured.point.label}", share, 1.0)
             for _ in range(_runs_in_turn(measured, left())):
-                _measure(measured, results, run, watch)
+                _measure(measured, results, run, watch, warm_runs)
                 save(results)
                 if measured.ended:
                     break
@@ -287,24 +288,31 @@ def surely_slower(mine: Statistics, others: Iterable[Statistics]) -> bool:
 
 
 def _within(
-    open_: list[MeasuredPoint], left_s: float, expected_s: Callable[[SweepPoint], float]
+    open_: list[MeasuredPoint],
+    left_s: float,
+    expected_s: Callable[[SweepPoint], float],
+    warm_runs: int,
 ) -> list[MeasuredPoint]:
     """The points to run in this round, in their order: those whose missing runs fit in the time."""
     chosen = set()
-    for measured in sorted(open_, key=lambda m: _missing_s(m, expected_s)):
-        left_s -= _missing_s(measured, expected_s)
+    for measured in sorted(open_, key=lambda m: _missing_s(m, expected_s, warm_runs)):
+        left_s -= _missing_s(measured, expected_s, warm_runs)
         if left_s > 0:
             chosen.add(measured.point)
     return [measured for measured in open_ if measured.point in chosen]
 
 
-def _missing_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -> float:
+def _missing_s(
+    measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float], warm_runs: int
+) -> float:
     """Seconds until a point has MIN_RUNS runs; of one more where it has them."""
-    return max(1, MIN_RUNS - len(measured.used)) * _run_s(measured, expected_s)
+    return max(1, MIN_RUNS - len(measured.used)) * _run_s(measured, expected_s, warm_runs)
 
 
-def _run_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -> float:
-    """Seconds of the next run, with its warm-up if it is the first.
+def _run_s(
+    measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float], warm_runs: int
+) -> float:
+    """Seconds of the next run, with its warm-ups if it is the first.
 
     A single run may have been a stall: it counts for at most twice what was expected.
     """
@@ -313,7 +321,7 @@ def _run_s(measured: MeasuredPoint, expected_s: Callable[[SweepPoint], float]) -
         return min(measured.seconds[0], 2 * expected)
     if measured.seconds:
         return min(measured.seconds)
-    return expected if expected >= SLOW_S else 2 * expected
+    return expected if warm_runs == 1 and expected >= SLOW_S else (1 + warm_runs) * expected
 
 
 def _runs_in_turn(measured: MeasuredPoint, left_s: float) -> int:
@@ -329,11 +337,13 @@ def _measure(
     results: list[MeasuredPoint],
     run: Callable[[SweepPoint], SweepRun],
     watch: Watch,
+    warm_runs: int,
 ) -> None:
     try:
         seen = run(measured.point)
-        if not measured.seconds and seen.seconds < SLOW_S:
-            seen = run(measured.point)
+        if not measured.seconds and (warm_runs > 1 or seen.seconds < SLOW_S):
+            for _ in range(warm_runs):
+                seen = run(measured.point)
         measured.add(seen, watch(seen.seconds))
     except DeviceOutOfMemory as error:
         _out_of_memory(measured, results, str(error))

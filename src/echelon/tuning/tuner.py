@@ -19,6 +19,7 @@ from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
 from echelon.messages import Message
 from echelon.messages.units import duration, number
+from echelon.models.base import warm_runs
 from echelon.models.device import processor_of
 from echelon.models.hub import resolve
 from echelon.profile import Profile, TunedSettings, current_key, library_versions
@@ -64,6 +65,11 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "pairs": (5, 10, 100, 1000),
         "batch_sizes": (1, 2, 4, 8, 16, 32, 64, 128, 256),
         "token_budgets": (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+    },
+    "mps": {
+        "pairs": (5, 10, 50, 100),
+        "batch_sizes": (1, 2, 4, 8, 16, 32, 64),
+        "token_budgets": (512, 1024, 2048, 4096, 8192),
     },
 }
 """Sizes that are measured unless the plan names others, by kind of device: an edge device ranks 1
@@ -236,6 +242,7 @@ class _OpenRun:
                 clock=self.clock,
                 limit_s=ends_s - time.spent_s,
                 expected_s=expected_s,
+                warm_runs=warm_runs(device),
                 watch=self.watch,
                 known=self.run.points,
                 save=keep,

@@ -17,15 +17,17 @@ from ray.exceptions import RayError
 
 from echelon.engine.child import fault_of, resident_bytes
 from echelon.engine.launch import with_precision_there, with_profile
-from echelon.engine.worker import START_TIMEOUT_S, unpack
+from echelon.engine.worker import START_TIMEOUT_S, WorkerReply, unpack
 from echelon.errors import EchelonError, WorkerLost, check_positive
 from echelon.integrations.ray.worker import (
     CALL_RETRIES,
     WorkerResources,
+    device_there,
     loss_of,
     place_of,
     warnings_of,
 )
+from echelon.models.base import WorkerDied
 from echelon.models.device import usable_cpus
 from echelon.models.hub import resolve
 from echelon.offline.scoring import ScoredWindow, WindowScorer
@@ -33,7 +35,6 @@ from echelon.offline.scoring import ScoredWindow, WindowScorer
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from echelon.engine.worker import Reply
     from echelon.offline.readers import BadRow
     from echelon.offline.scoring import RowWindow, Steps
     from echelon.options import Options
@@ -55,7 +56,7 @@ class PoolRequest:
 
     workers: int | None = None  # number of workers; None is as many as the cluster has room for
     cpus: float | None = None  # CPUs of each; None is the threads of the forward pass
-    gpus: float = 0.0  # GPUs of each
+    gpus: float | None = None  # GPUs of each; None is one where the cluster has any
 
     def __post_init__(self) -> None:
         check_positive("Give 1 or more.", **{"--workers": self.workers})
@@ -93,7 +94,7 @@ class ScorerActor:
 
     def open(
         self, model: str, options: Options, steps: Steps | None, profile: Profile | None
-    ) -> Reply:
+    ) -> WorkerReply:
         """Open the model, once; reply with its steps' settings, the machine's id and warnings.
 
         Where the profile is given it chose the precision, and this machine may take another.
@@ -104,9 +105,9 @@ class ScorerActor:
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scoring.steps, ray.get_runtime_context().get_node_id(), told
-        return "steps", found, 0.0, resident_bytes()
+        return WorkerReply("steps", found, 0.0, resident_bytes())
 
-    def score(self, window: RowWindow) -> Reply:
+    def score(self, window: RowWindow) -> WorkerReply:
         """Score a window."""
         if self._scoring is None:
             raise AssertionError("a window before the model was open. This is a bug.")
@@ -114,7 +115,7 @@ class ScorerActor:
             scored = self._scoring.submit(window).result()
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
-        return "scored", PoolResult.of(window, scored), 0.0, resident_bytes()
+        return WorkerReply("scored", PoolResult.of(window, scored), 0.0, resident_bytes())
 
 
 def _opened(
@@ -162,10 +163,13 @@ class RayScorerPool:
         chosen, profile = with_profile(options)
         self._profile = profile if options.precision == "auto" else None
         threads = chosen.threads or usable_cpus()
-        cpus = request.cpus or (1.0 if request.gpus else threads)
-        self._resources = WorkerResources(cpus, request.gpus)
+        wanted = WorkerResources(request.cpus or threads, request.gpus).on_cluster(chosen.device)
+        beside = request.cpus is None and wanted.gpus  # a GPU: its CPUs only tokenize
+        self._resources = replace(wanted, cpus=1.0) if beside else wanted
         self._model, revision = place_of(resolve(model, revision=options.revision), model)
-        self._options = replace(chosen, score_cache=None, threads=threads, revision=revision)
+        device = device_there(chosen.device, wanted.gpus)
+        alone = replace(chosen, device=device, score_cache=None)
+        self._options = replace(alone, threads=threads, revision=revision)
         self._steps = steps
         self._pending: dict[Any, tuple[_PoolWorker, int | None]] = {}
         self._workers: list[_PoolWorker] = []
@@ -242,7 +246,7 @@ class RayScorerPool:
         if not ready:
             raise WorkerLost(
                 f"No worker answered for {START_TIMEOUT_S:g} s. Each needs a machine with "
-                f"{self._resources.cpus:g} CPUs and {self._resources.gpus:g} GPUs: is there one?"
+                f"{self._resources}: is there one?"
             )
         for ref in ready:
             worker, number = self._pending.pop(ref)
@@ -253,20 +257,26 @@ class RayScorerPool:
             else:
                 self._take_reply(worker, number, reply)
 
-    def _take_reply(self, worker: _PoolWorker, number: int | None, reply: Reply) -> None:
+    def _take_reply(self, worker: _PoolWorker, number: int | None, reply: WorkerReply) -> None:
         if number is None:
             self._take_open_reply(worker, reply)
             return
         worker.windows.remove(number)
         try:
-            self._done[number] = unpack(reply)[0]
+            self._done[number] = unpack(reply).content
+        except WorkerDied as error:
+            worker.windows.insert(0, number)
+            self._replace(worker, number, error)
         except EchelonError as error:
             self._done[number] = error
 
-    def _take_open_reply(self, worker: _PoolWorker, reply: Reply) -> None:
+    def _take_open_reply(self, worker: _PoolWorker, reply: WorkerReply) -> None:
         """Note that a worker is up; one that cannot open the model is dropped if others can."""
         try:
-            (steps, machine, told), _, _ = unpack(reply)
+            steps, machine, told = unpack(reply).content
+        except WorkerDied as error:
+            self._replace(worker, None, error)
+            return
         except EchelonError as error:
             self._workers.remove(worker)
             ray.kill(worker.actor)
@@ -280,7 +290,7 @@ class RayScorerPool:
         self._steps = self._steps or steps
         worker.machine = machine
 
-    def _replace(self, worker: _PoolWorker, number: int | None, error: RayError) -> None:
+    def _replace(self, worker: _PoolWorker, number: int | None, error: Exception) -> None:
         """Give a lost worker's windows to others, and start another worker."""
         why, blame = loss_of(worker.machine, error)
         logger.warning("A worker is lost: %s", why)
@@ -298,8 +308,7 @@ class RayScorerPool:
         self._start_worker()
 
     def _start_worker(self) -> None:
-        needs = {"num_cpus": self._resources.cpus, "num_gpus": self._resources.gpus}
-        worker = _PoolWorker(_ACTOR.options(**needs).remote())
+        worker = _PoolWorker(_ACTOR.options(**self._resources.needs).remote())
         self._workers.append(worker)
         ref = worker.actor.open.remote(self._model, self._options, self._steps, self._profile)
         self._pending[ref] = worker, None
@@ -308,7 +317,7 @@ class RayScorerPool:
 def _free_workers(resources: WorkerResources) -> int:
     """Workers for which the cluster has room now, at least one."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = {"CPU": resources.cpus, "GPU": resources.gpus}
+    needs = {"CPU": resources.cpus, "GPU": resources.gpus or 0.0}
     fits = [
         min(int(node.get(kind, 0) // need) for kind, need in needs.items() if need)
         for node in nodes

@@ -188,7 +188,8 @@ def application_of(plan: DeploymentPlan) -> Application:
 def _make_workers(
     resources: WorkerResources, prepared: PreparedModel, model: str | os.PathLike[str]
 ) -> MakeWorker:
-    factory = factory_of(prepared, model, resources.cpus)
+    resources = resources.on_cluster(prepared.options.device)
+    factory = factory_of(prepared, model, resources)
 
     def make(number: int, on_end: Callable[[], None]) -> RayWorker:
         return RayWorker(factory, resources, f"worker {number}", on_end=on_end)

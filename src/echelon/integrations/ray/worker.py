@@ -18,15 +18,29 @@ import warnings
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from echelon.engine.child import fault_of, resident_bytes, score_step, spare_memory
+from echelon.engine.child import (
+    fault_of,
+    resident_bytes,
+    score_step,
+    spare_memory,
+    variables_to_renew,
+)
 from echelon.engine.launch import with_precision_there
-from echelon.engine.worker import START_TIMEOUT_S, STOP_TIMEOUT_S, StepResult, unpack
+from echelon.engine.worker import (
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    StepResult,
+    WorkerReply,
+    step_result,
+    take_variables,
+    unpack,
+)
 from echelon.errors import EchelonWarning, InvalidInput, check_positive
 from echelon.models.base import WorkerDied, WorkerGone, WorkerWedged
 from echelon.models.hub import DEMO, resolve
@@ -43,7 +57,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from echelon.engine.launch import PreparedModel
-    from echelon.engine.worker import Reply, ScorerFactory
+    from echelon.engine.worker import ScorerFactory
     from echelon.models.base import Scorer
     from echelon.models.hub import ModelFolder
     from echelon.profile import Profile
@@ -102,16 +116,16 @@ def place_of(folder: ModelFolder, model: str | os.PathLike[str]) -> tuple[str, s
 
 
 def factory_of(
-    prepared: PreparedModel, model: str | os.PathLike[str], cpus: float
+    prepared: PreparedModel, model: str | os.PathLike[str], resources: WorkerResources
 ) -> RemoteScorerFactory:
-    """The factory that opens a prepared model on a worker with a number of CPUs."""
+    """The factory that opens a prepared model on a worker with these resources."""
     options = prepared.options
     name, revision = place_of(prepared.folder, model)
     return RemoteScorerFactory(
         model=name,
         revision=revision,
-        device=options.device,
-        threads=options.threads or max(1, int(cpus)),
+        device=device_there(options.device, resources.gpus),
+        threads=options.threads or max(1, int(resources.cpus)),
         label=options.label,
         keep_bf16=tuple(prepared.keep_bf16),
         profile=prepared.profile if prepared.by_profile else None,
@@ -124,13 +138,41 @@ class WorkerResources:
     """CPUs, as Ray counts them, and GPUs of one worker; a fraction lets workers share a GPU."""
 
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None  # None is one, where the cluster has any
 
     def __post_init__(self) -> None:
         check_positive(worker_cpus=self.cpus)
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+        gpus = self.gpus or 0.0
+        if gpus < 0 or (gpus > 1 and gpus != int(gpus)):
             remedy = "Give 0, a fraction of 1, or a number."
             raise InvalidInput("worker_gpus", f"{self.gpus} is not possible", remedy)
+
+    def on_cluster(self, device: str) -> WorkerResources:
+        """The same with a number of GPUs.
+
+        Without a GPU of its own Ray would show a worker all GPUs of its machine, and all workers
+        would take the first.
+        """
+        if self.gpus is not None:
+            return self
+        nodes = ray.nodes() if device != "cpu" else []
+        some = any(node["Alive"] and node["Resources"].get("GPU") for node in nodes)
+        return replace(self, gpus=float(some))
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray reserves for a worker, by its own names."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus or 0.0}
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs and {self.gpus or 0.0:g} GPUs"
+
+
+def device_there(device: str, gpus: float | None) -> str:
+    """The ``device`` option of a worker, to which Ray shows its own GPUs only, from number 0."""
+    if gpus:
+        return "cuda" if device.startswith("cuda:") else device
+    return "cpu" if device == "auto" else device
 
 
 @contextmanager
@@ -149,7 +191,7 @@ class RemoteScorer:
     def __init__(self) -> None:
         self._scorer: Scorer | None = None
 
-    def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> Reply:
+    def open(self, factory: ScorerFactory, precision: str, *, sparing: bool) -> WorkerReply:
         """Open the scorer, once; reply with its info, machine's id, process id and warnings."""
         if sparing:
             spare_memory()
@@ -159,9 +201,9 @@ class RemoteScorer:
         except Exception as error:  # noqa: BLE001 - the caller raises it
             return fault_of(error)
         found = self._scorer.info, ray.get_runtime_context().get_node_id(), os.getpid(), told
-        return "info", found, 0.0, resident_bytes()
+        return WorkerReply("info", found, 0.0, resident_bytes(), variables_to_renew(self._scorer))
 
-    def score(self, *parts: np.ndarray[Any, Any] | None) -> Reply:
+    def score(self, *parts: np.ndarray[Any, Any] | None) -> WorkerReply:
         """Score a step. Its arrays are copied: Ray's memory is read-only, torch needs its own."""
         if self._scorer is None:
             raise AssertionError("a step before the scorer was open. This is a bug.")
@@ -197,7 +239,8 @@ class RayWorker:
         self._actor: Any = None
         self._machine: str | None = None
         self._life: Future[Any] | None = None
-        self._sent: deque[Future[Reply]] = deque()
+        self._sent: deque[Future[WorkerReply]] = deque()
+        self._environment: dict[str, str] = {}
         self._killed = False
 
     def start(self, precision: str = "auto", *, sparing: bool = False) -> ModelInfo:
@@ -206,32 +249,34 @@ class RayWorker:
         self._killed = False
         self._sent.clear()
         self._machine = None
-        needs = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
-        self._actor = _ACTOR.options(**needs).remote()
+        variables = {"env_vars": self._environment} if self._environment else None
+        self._actor = _ACTOR.options(**self.resources.needs, runtime_env=variables).remote()
         self._life = self._actor.live.remote().future()
         self._life.add_done_callback(self._ended)
         opening = self._actor.open.remote(self.factory, precision, sparing=sparing)
         self._sent.append(opening.future())
         try:
-            return self._await_open()
+            opened = self._await_open()
         except BaseException:
             self.kill()
             raise
+        if take_variables(opened.renew, self._environment):
+            return self.start(precision, sparing=sparing)
+        info: ModelInfo
+        info, self._machine, self.pid, told = opened.content
+        for warning in told:
+            logger.warning("%s, on machine %s: %s", self.name, self._machine, warning)
+        return info
 
-    def _await_open(self) -> ModelInfo:
+    def _await_open(self) -> WorkerReply:
         end = monotonic() + self.start_timeout_s
         while not self.wait(STOP_CHECK_S):
             if self._killed:  # Ray does not report an actor killed before it was placed
                 raise WorkerDied(f"{self.name} was stopped")
             if monotonic() >= end:
-                needs = f"{self.resources.cpus:g} CPUs and {self.resources.gpus:g} GPUs"
                 late = f"is not up after {self.start_timeout_s:g} s"
-                raise self._wedged(f"{late}; it needs a machine with {needs}")
-        found: ModelInfo
-        (found, self._machine, self.pid, told), _, _ = unpack(self._reply())
-        for warning in told:
-            logger.warning("%s, on machine %s: %s", self.name, self._machine, warning)
-        return found
+                raise self._wedged(f"{late}; it needs a machine with {self.resources}")
+        return unpack(self._reply())
 
     def send(self, batch: TokenBatch, timeout_s: float) -> None:
         """Send a step; a second may be sent while the first runs."""
@@ -260,7 +305,9 @@ class RayWorker:
         """
         if not self.wait(timeout_s):
             raise self._wedged(f"gave no answer for {timeout_s:.1f} s")
-        return StepResult(*unpack(self._reply()))
+        reply = unpack(self._reply())
+        take_variables(reply.renew, self._environment)
+        return step_result(reply)
 
     def release(self) -> None:
         """Free cached memory after the steps that were sent."""
@@ -285,7 +332,7 @@ class RayWorker:
             raise WorkerDied(f"{self.name} was never started. This is a bug.")
         return future
 
-    def _reply(self) -> Reply:
+    def _reply(self) -> WorkerReply:
         """The result of the first future.
 
         Without one the actor is killed: the cause, such as a lost object, would fail later steps.
@@ -294,7 +341,7 @@ class RayWorker:
         if self._sent:
             self._sent.popleft()
         try:
-            reply: Reply = future.result()
+            reply: WorkerReply = future.result()
         except (RayError, CancelledError) as error:
             raise self._died(error) from None
         return reply
