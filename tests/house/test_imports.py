@@ -26,6 +26,7 @@ NEEDS_TORCH = {
     "echelon.models.loading",
     "echelon.models.local_attention",
     "echelon.models.modernbert_encoder",
+    "echelon.models.packed",
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",
     "echelon.models.transformers",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import LayerPlan
     from echelon.models.base import Scorer
-    from echelon.types import Prompt
+    from echelon.types import IntArray, Prompt
 
     Config = dict[str, Any]
 
@@ -62,6 +62,9 @@ class NativeShape(Protocol):
     @property
     def intermediate(self) -> int:
         """Width inside the feed-forward."""
+
+    def check_ids(self, ids: IntArray) -> None:
+        """Raise :class:`BadCheckpoint` for a token id without an embedding."""
 
 
 @dataclass(frozen=True, slots=True)
