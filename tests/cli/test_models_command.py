@@ -31,9 +31,11 @@ def test_a_model_says_how_it_runs_and_what_memory_it_needs(bert, toy):
     assert "natively, without padding" in text
     assert "130 tokens" in text
     assert "GiB (bf16)" in text
+    assert "for one longest pair" in text
     assert "无填充" in run(bert, "--lang", "zh")
     found = json.loads(run(bert, "--json"))
     assert found["weights_bytes"]["fp32"] == 4 * found["weights"]
+    assert found["step_bytes"]["fp32"] > found["step_bytes"]["bf16"] == found["step_bytes"]["int8"]
     assert "no native electra" in run(toy("electra"))
 
 

@@ -28,6 +28,7 @@ NEEDS_TORCH = {
     "echelon.models.local_attention",
     "echelon.models.modernbert_cuda",
     "echelon.models.modernbert_encoder",
+    "echelon.models.packed",
     "echelon.models.rotary",
     "echelon.models.encoder_cuda",
     "echelon.models.encoder_padded",

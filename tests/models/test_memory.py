@@ -160,6 +160,7 @@ def test_weights_that_do_not_fit(medium, tmp_path):
         assert ran.returncode == 0, ran.stderr[-3000:]
         assert f"{folder}: the weights, which take 0." in ran.stdout
         assert " GiB, do not fit on cpu in fp32" in ran.stdout
+        assert "A step of one longest pair takes about 0." in ran.stdout
         assert "choose a lower precision" in ran.stdout
 
 

@@ -177,10 +177,9 @@ class Architecture:
         tables = self.vocabulary + self.table_positions + self.segments + 2
         layer = 4 * (self.hidden + 1) + 2 * self.intermediate + 1 + 4
         per_layer = layer * self.hidden + self.intermediate
-        if self.chain is None:
-            head = self.hidden * (self.hidden + 1 + len(self.labels)) + len(self.labels)
-        else:
-            head = self.chain.weights
+        labels = len(self.labels)
+        head = self.hidden * (self.hidden + 1 + labels) + labels
+        head = head if self.chain is None else self.chain.weights
         return self.hidden * tables + self.layers * per_layer + head
 
     @property
@@ -362,7 +361,7 @@ def native_architecture(folder: Path, config: dict[str, Any]) -> Architecture | 
     """The shape of a native model, or None for one that needs the generic scorer.
 
     Raises:
-        BadCheckpoint: a field is missing or wrong, or two of them contradict one another.
+        BadCheckpoint: a field is missing or wrong.
         UnsupportedModel: its modules do not end in a score.
     """
     if not _is_native(config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from echelon.errors import UnsupportedModel
@@ -28,6 +28,8 @@ class ModelDescription:
     max_tokens: int | None = None  # of a pair; None where only loading it tells
     instruction: str | None = None  # what a language model judges by itself
     weights: int | None = None  # number of weights that are loaded; None where unknown
+    # bytes of a step of one longest pair by precision, about; empty where it is unknown
+    step_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def weights_bytes(self) -> dict[str, int]:
@@ -66,4 +68,5 @@ def describe(folder: Path) -> ModelDescription:
         shape.max_tokens,
         None if prompt is None else prompt.instruction,
         shape.weights,
+        {precision: native.step_bytes(precision) for precision in SHOWN},
     )

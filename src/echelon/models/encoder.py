@@ -17,9 +17,7 @@ import torch
 from torch.nn import functional
 
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
-from echelon.models.base import with_filler
-from echelon.models.checkpoint import MappedPages
-from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.device import release_memory
 from echelon.models.heads import Head, HeadProduct, load_chain
 from echelon.models.jina import encoder_checkpoint
 from echelon.models.layers import (
@@ -33,7 +31,8 @@ from echelon.models.layers import (
     materialize,
     values_of,
 )
-from echelon.models.loading import WeightLoader, native_info
+from echelon.models.loading import WeightLoader
+from echelon.models.packed import PackedEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.models.checkpoint import Checkpoint
     from echelon.models.gated import GatedWithResidual
-    from echelon.types import FloatArray, IntArray, TokenBatch
+    from echelon.types import IntArray, TokenBatch
 
     Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value
     Tensors = dict[str, Tensor]
@@ -88,47 +87,14 @@ class Weights:
     loaded_bytes: int
 
 
-class PackedScorer:
+class PackedScorer(PackedEncoder["Architecture", Weights]):
     """A :class:`~echelon.models.base.Scorer` over packed rows on CPU."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        weights: Weights,
-        device: torch.device,
-        precision: str,
-        threads: int,
-    ) -> None:
-        self._architecture = architecture
-        self._weights: Weights | None = weights
-        self._device = device
-        self._dtype = getattr(torch, DTYPES[precision])
-        self._mapped = MappedPages.of(weights.embeddings.words)
-        self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads)
-
-    def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.models.base.Scorer`."""
-        self._architecture.check_ids(batch.ids)
-        step = with_filler(batch)
-        return run_step(lambda: self._forward(step)[: len(batch)])
-
-    def release(self) -> None:
-        """Free cached memory."""
-        release_memory(self._device)
-
-    def close(self) -> None:
-        """Free the weights."""
-        self._weights = self._mapped = None
-        self.release()
-
-    def _forward(self, batch: TokenBatch) -> Tensor:
-        if self._weights is None:
-            raise RuntimeError("This is a bug: a closed scorer was asked to score.")
+    def _logits(self, weights: Weights, batch: TokenBatch) -> Tensor:
         layout = AttentionLayout.of(batch.offsets)
-        rows = Rows(self._embed(self._weights.embeddings, batch))
         return run_layers(
-            self._weights,
-            rows,
+            weights,
+            Rows(self._embed(weights.embeddings, batch)),
             partial(attend, layout=layout),
             lambda rows: rows[layout.firsts],
             partial(attend_first, layout=layout),
@@ -137,21 +103,18 @@ class PackedScorer:
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
         """[tokens, hidden]; summed in fp32 in every precision."""
-        positions = self._architecture.positions(batch)
         rows = self._look_up(embeddings.words, batch.ids)
-        if self._mapped is not None:
-            self._mapped.count_rows(len(batch.ids))
-        rows += self._look_up(embeddings.positions, positions)
+        rows += _rows_of(embeddings.positions, self._architecture.positions(batch))
         segments = batch.type_ids
         if segments is None or not self._architecture.reads_segments:
             rows += embeddings.segments[0].float()
         else:
-            rows += self._look_up(embeddings.segments, segments)
+            rows += _rows_of(embeddings.segments, segments)
         return embeddings.norm(rows).to(self._dtype)
 
-    def _look_up(self, table: Tensor, indices: IntArray) -> Tensor:
-        on_device = torch.from_numpy(indices).to(self._device)
-        return functional.embedding(on_device, table).float()
+
+def _rows_of(table: Tensor, indices: IntArray) -> Tensor:
+    return functional.embedding(torch.from_numpy(indices), table).float()
 
 
 def run_layers(
@@ -203,7 +166,15 @@ def open_native(
 ) -> Scorer:
     """Open a model on CPU; ``label`` is the index of the head's output that is the score."""
     weights = load_weights(folder, architecture, device, plan, label)
-    return PackedScorer(architecture, weights, device, plan.precision, threads)
+    return PackedScorer(
+        architecture,
+        weights,
+        words=weights.embeddings.words,
+        loaded_bytes=weights.loaded_bytes,
+        device=device,
+        precision=plan.precision,
+        threads=threads,
+    )
 
 
 def load_weights(

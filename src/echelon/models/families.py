@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
     from echelon.models.architecture import LayerPlan
     from echelon.models.base import Scorer
-    from echelon.types import Prompt
+    from echelon.types import IntArray, Prompt
 
     Config = dict[str, Any]
 
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes of a weight."""
+
+IN_CACHE_BYTES = 6 * MIB
+"""Blocks of rows that are in several forms at a time, whatever the step's size."""
 
 
 class NativeShape(Protocol):
@@ -51,6 +54,17 @@ class NativeShape(Protocol):
     @property
     def weights(self) -> int:
         """Number of weights that scoring needs."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of a row."""
+
+    @property
+    def intermediate(self) -> int:
+        """Width inside the feed-forward."""
+
+    def check_ids(self, ids: IntArray) -> None:
+        """Raise :class:`BadCheckpoint` for a token id without an embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +171,18 @@ class NativeModel:
     def weights_bytes(self, precision: str) -> int:
         """Memory of the weights in a precision, in bytes."""
         return self.shape.weights * WEIGHT_BYTES[precision]
+
+    def step_bytes(self, precision: str) -> int:
+        """About the most memory that the smallest step takes: one pair of the longest length.
+
+        A layer's largest moment is in attention, with queries, keys, values and copies of them, or
+        in the feed-forward, with both parts of a gate and their product. Int8 keeps rows in bf16.
+        Where products around a softmax are the fastest attention, their matrices come on top.
+        """
+        width = max(8 * self.shape.hidden, 3 * self.shape.intermediate) + 2 * self.shape.hidden
+        numbers = max(WEIGHT_BYTES[precision], WEIGHT_BYTES["bf16"]) * width
+        sums = 2 * WEIGHT_BYTES["fp32"] * self.shape.hidden  # between layers, and normalised
+        return self.shape.max_tokens * (numbers + sums) + IN_CACHE_BYTES
 
     def open(self, device: torch.device, plan: LayerPlan, threads: int, label: int) -> Scorer:
         """Load the weights."""

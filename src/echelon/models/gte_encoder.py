@@ -13,15 +13,15 @@ from torch.nn import functional
 
 from echelon.models.architecture import positions_from_zero
 from echelon.models.attention_cpu import AttentionLayout, attend_first
-from echelon.models.base import with_filler
-from echelon.models.checkpoint import Checkpoint, MappedPages
-from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.checkpoint import Checkpoint
+from echelon.models.device import release_memory
 from echelon.models.encoder import Embeddings, Layer, Weights, run_layers
 from echelon.models.gated import GatedWithResidual
 from echelon.models.heads import Head, HeadProduct
 from echelon.models.layers import Rows
-from echelon.models.loading import WeightLoader, native_info
+from echelon.models.loading import WeightLoader
 from echelon.models.local_attention import attend_pairs
+from echelon.models.packed import PackedEncoder
 from echelon.models.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import LayerPlan
     from echelon.models.base import Scorer
     from echelon.models.gte import GteArchitecture
-    from echelon.types import FloatArray, TokenBatch
+    from echelon.types import TokenBatch
 
     Shapes = dict[str, tuple[int, ...]]
 
@@ -42,52 +42,19 @@ ROOT = "new."
 """Beginning of the tensors' names; of the classifier's projection, none."""
 
 
-class GteScorer:
+class GteScorer(PackedEncoder["GteArchitecture", Weights]):
     """A :class:`~echelon.models.base.Scorer` over packed rows, on CPU and CUDA."""
 
-    def __init__(
-        self,
-        architecture: GteArchitecture,
-        weights: Weights,
-        device: torch.device,
-        precision: str,
-        threads: int,
-    ) -> None:
-        self._architecture = architecture
-        self._weights: Weights | None = weights
-        self._device = device
-        self._dtype = getattr(torch, DTYPES[precision])
-        self._mapped = MappedPages.of(weights.embeddings.words)
-        size = architecture.head_shape[1]
-        self._rotary = Rotary(architecture.theta, size, architecture.factor)
-        self.info = native_info(architecture, weights.loaded_bytes, device, precision, threads)
-
-    def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.models.base.Scorer`."""
-        self._architecture.check_ids(batch.ids)
-        step = with_filler(batch)
-        return run_step(lambda: self._forward(step)[: len(batch)])
-
-    def release(self) -> None:
-        """Free cached memory."""
-        release_memory(self._device)
-
-    def close(self) -> None:
-        """Free the weights."""
-        self._weights = self._mapped = None
-        self.release()
-
-    def _forward(self, batch: TokenBatch) -> Tensor:
-        if self._weights is None:
-            raise RuntimeError("This is a bug: a closed scorer was asked to score.")
-        layout = AttentionLayout.of(batch.offsets)
+    def _logits(self, weights: Weights, batch: TokenBatch) -> Tensor:
+        layout, shape = AttentionLayout.of(batch.offsets), self._architecture
         positions = torch.from_numpy(positions_from_zero(batch)).to(self._device)
-        cosines, sines = self._rotary.tables(positions)
+        rotary = Rotary(shape.theta, shape.head_shape[1], shape.factor)
+        cosines, sines = rotary.tables(positions)
         turn = partial(rotate, cosines=cosines, sines=sines)
         firsts = layout.firsts.to(self._device)
         return run_layers(
-            self._weights,
-            Rows(self._embed(self._weights.embeddings, batch)),
+            weights,
+            Rows(self._embed(weights.embeddings, batch)),
             lambda query, key, value: attend_pairs(turn(query), turn(key), value, layout),
             lambda rows: rows[firsts],
             lambda query, key, value: _attend_firsts(query, turn(key), value, layout),
@@ -96,10 +63,7 @@ class GteScorer:
 
     def _embed(self, embeddings: Embeddings, batch: TokenBatch) -> Tensor:
         """[tokens, hidden]; summed in fp32 in every precision."""
-        ids = torch.from_numpy(batch.ids).to(self._device)
-        rows = functional.embedding(ids, embeddings.words).float()
-        if self._mapped is not None:
-            self._mapped.count_rows(len(batch.ids))
+        rows = self._look_up(embeddings.words, batch.ids)
         if batch.type_ids is not None and self._architecture.reads_segments:
             types = torch.from_numpy(batch.type_ids).to(self._device)
             rows += functional.embedding(types, embeddings.segments)
@@ -136,7 +100,15 @@ def open_native(
     """Open a model; ``label`` is the index of the head's output that is the score."""
     with torch.inference_mode():
         weights = _GteLoader(Checkpoint(folder), architecture, device, plan).weights(label)
-    return GteScorer(architecture, weights, device, plan.precision, threads)
+    return GteScorer(
+        architecture,
+        weights,
+        words=weights.embeddings.words,
+        loaded_bytes=weights.loaded_bytes,
+        device=device,
+        precision=plan.precision,
+        threads=threads,
+    )
 
 
 class _GteLoader(WeightLoader):

@@ -11,19 +11,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from echelon.models.architecture import positions_from_zero
 from echelon.models.attention_cpu import AttentionLayout
-from echelon.models.base import with_filler
 from echelon.models.blocks import add_and_norm
-from echelon.models.checkpoint import Checkpoint, MappedPages
-from echelon.models.device import DTYPES, release_memory, run_step
+from echelon.models.checkpoint import Checkpoint
+from echelon.models.device import release_memory
 from echelon.models.gated import GatedFeedForward
 from echelon.models.heads import Head, HeadProduct, load_chain
 from echelon.models.layers import Norm, Rows, materialize
-from echelon.models.loading import WeightLoader, native_info
+from echelon.models.loading import WeightLoader
 from echelon.models.local_attention import LocalAttention, attend_pairs
+from echelon.models.packed import PackedEncoder
 from echelon.models.rotary import Rotary, rotate_in_place
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from echelon.models.base import Scorer
     from echelon.models.layers import Linear
     from echelon.models.modernbert import ModernBertArchitecture
-    from echelon.types import FloatArray, IntArray, TokenBatch
+    from echelon.types import TokenBatch
 
     Tensors = dict[str, Tensor]
     Shapes = dict[str, tuple[int, ...]]
@@ -66,46 +65,12 @@ class ModernBertWeights:
     loaded_bytes: int
 
 
-class ModernBertScorer:
+class ModernBertScorer(PackedEncoder["ModernBertArchitecture", ModernBertWeights]):
     """A :class:`~echelon.models.base.Scorer` over packed rows, on CPU and CUDA."""
 
-    def __init__(
-        self,
-        architecture: ModernBertArchitecture,
-        weights: ModernBertWeights,
-        device: torch.device,
-        plan: LayerPlan,
-        threads: int,
-    ) -> None:
-        self._architecture = architecture
-        self._weights: ModernBertWeights | None = weights
-        self._device = device
-        self._mapped = MappedPages.of(weights.words)
-        size = architecture.head_shape[1]
-        self._rotaries = [Rotary(theta, size) for theta in architecture.thetas]
-        self._dtype = getattr(torch, DTYPES[plan.precision])
-        self.info = native_info(architecture, weights.loaded_bytes, device, plan.precision, threads)
-
-    def score(self, batch: TokenBatch) -> FloatArray:
-        """Score one step; see :class:`~echelon.models.base.Scorer`."""
-        self._architecture.check_ids(batch.ids)
-        step = with_filler(batch)
-        return run_step(lambda: self._forward(step)[: len(batch)])
-
-    def release(self) -> None:
-        """Free cached memory."""
-        release_memory(self._device)
-
-    def close(self) -> None:
-        """Free the weights."""
-        self._weights = self._mapped = None
-        self.release()
-
-    def _forward(self, batch: TokenBatch) -> Tensor:
-        weights, shape = self._weights, self._architecture
-        if weights is None:
-            raise RuntimeError("This is a bug: a closed scorer was asked to score.")
-        rows = self._embed(weights, batch.ids)
+    def _logits(self, weights: ModernBertWeights, batch: TokenBatch) -> Tensor:
+        shape = self._architecture
+        rows = weights.words_norm(self._look_up(weights.words, batch.ids))
         layout = AttentionLayout.of(batch.offsets)
         attentions = self._attentions(batch, layout)
         firsts = layout.firsts.to(self._device) if weights.head.pooling == "cls" else None
@@ -122,14 +87,6 @@ class ModernBertScorer:
             product = layer.feed_forward(normed)
         found = add_and_norm(rows, product, weights.final_norm, torch.float32)
         return weights.head(found, layout.offsets.to(self._device))
-
-    def _embed(self, weights: ModernBertWeights, ids: IntArray) -> Tensor:
-        """float32 [tokens, hidden]."""
-        on_device = torch.from_numpy(ids).to(self._device)
-        rows = functional.embedding(on_device, weights.words).float()
-        if self._mapped is not None:
-            self._mapped.count_rows(len(ids))
-        return weights.words_norm(rows)
 
     def _attention(self, layer: ModernBertLayer, normed: Tensor, attend: Attend) -> Tensor:
         """[tokens, hidden] → the same."""
@@ -150,8 +107,9 @@ class ModernBertScorer:
 
             return attend_heads
 
-        everywhere = partial(attend_pairs, layout=layout)
-        return turned(self._rotaries[0], everywhere), turned(self._rotaries[1], local)
+        size = self._architecture.head_shape[1]
+        wide, near = (Rotary(theta, size) for theta in self._architecture.thetas)
+        return turned(wide, partial(attend_pairs, layout=layout)), turned(near, local)
 
 
 def open_native(
@@ -165,7 +123,15 @@ def open_native(
 ) -> Scorer:
     """Open a model; ``label`` is the index of the head's output that is the score."""
     weights = load_weights(folder, architecture, device, plan, label)
-    return ModernBertScorer(architecture, weights, device, plan, threads)
+    return ModernBertScorer(
+        architecture,
+        weights,
+        words=weights.words,
+        loaded_bytes=weights.loaded_bytes,
+        device=device,
+        precision=plan.precision,
+        threads=threads,
+    )
 
 
 def load_weights(

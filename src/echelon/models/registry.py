@@ -89,11 +89,13 @@ def open_scorer(
         if kind == "lost":
             raise DeviceLost(str(error)) from error
         reason = (str(error) or "out of memory").splitlines()[0]
-    need = (
-        "" if native is None else f", which take {native.weights_bytes(precision) / 2**30:.3g} GiB,"
-    )
+    need = more = ""
+    if native is not None:
+        need = f", which take {native.weights_bytes(precision) / 2**30:.3g} GiB,"
+        step = f"{native.step_bytes(precision) / 2**30:.3g} GiB"
+        more = f"A step of one longest pair takes about {step} more. "
     raise OutOfMemory(
-        f"{folder}: the weights{need} do not fit on {chosen} in {precision} ({reason}). "
+        f"{folder}: the weights{need} do not fit on {chosen} in {precision} ({reason}). {more}"
         "Free memory, choose a lower precision, another device or a smaller model."
     )
 

@@ -55,5 +55,13 @@ def _lines(model: Row) -> Iterable[tuple[str, str]]:
     yield tr("Longest pair"), tr("{count} tokens", count=f"{model['max_tokens']:,}")
     if model["instruction"] is not None:
         yield tr("Instruction"), model["instruction"]
-    memory = [f"{size(count)} ({name})" for name, count in model["weights_bytes"].items()]
-    yield tr("Memory of the weights"), listed(memory) or UNKNOWN
+    yield tr("Memory of the weights"), _memory(model["weights_bytes"])
+    yield (
+        tr("Memory of the smallest step, about"),
+        tr("{memory}, for one longest pair", memory=_memory(model["step_bytes"])),
+    )
+
+
+def _memory(by_precision: dict[str, int]) -> str:
+    shown = [f"{size(count)} ({name})" for name, count in by_precision.items()]
+    return listed(shown) or UNKNOWN
