@@ -105,7 +105,7 @@ $(TRITON)/.installed: $(VENV)/.installed-test
 .venv-torch-%/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(@D)
 	grep -viE '^(torch|triton|nvidia-|cuda-)' requirements.lock > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch]' pytest pytest-randomly pytest-xdist hypothesis scipy
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch,serve]' pytest pytest-randomly pytest-xdist hypothesis scipy httpx
 	@touch $@
 
 # Apart, so that the tools are not among what they list or build.

@@ -110,9 +110,8 @@ def test_no_host_memory_is_rewritten_before_the_card_has_read_it(native, opened,
         np.testing.assert_allclose(scores, expected, rtol=0, atol=PRECISIONS[precision])
 
 
-def test_auto_is_the_card(native, home):
-    del home
-    with shim_card.cards(), Reranker(native("xlm-roberta").folder) as reranker:
+def test_auto_is_the_card(native):
+    with shim_card.cards(), Reranker(native("bert").folder, precision="fp16") as reranker:
         assert reranker.facts.device == "cuda:0"
         assert reranker.facts.device_name == "NVIDIA H200"
     assert not torch.cuda.is_available()
