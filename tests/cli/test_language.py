@@ -85,6 +85,7 @@ def test_the_language_holds_wherever_it_stands(run):
     [
         (["rank", "q", "--nope"], "没有选项 '--nope'"),
         (["nope"], "没有命令 'nope'"),
+        (["rank", "q", "--batchsize", "1"], "'--batch-size'？ 请参阅：echelon rank --help"),
         (["rank", "q", "--batch-size", "x"], "--batch-size：'x' 不是有效的 integer"),
         (["rank", "q", "--precision", "x"], "--precision：'x' 不是 'auto', "),
         (["rank", "q", "--model"], "选项 '--model' 需要一个值"),
@@ -96,4 +97,4 @@ def test_wrong_usage(run, words, told):
     assert code == 2
     assert error.startswith("错误：")
     assert told in error
-    assert re.search(r"[^.]。请参阅：echelon \S*\s?--help", error)
+    assert re.search(r"[^.？](。|？）? )请参阅：echelon \S*\s?--help", error)
