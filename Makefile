@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable test-triton test-cuda-shim check docs docs-site bench soak lock-hashes sbom audit wheels clean
+.PHONY: help demo demo-profile test test-portable test-triton test-cuda-shim check docs docs-site bench soak lock-hashes sbom audit wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ docs: $(VENV)/.installed-test ## write the tree of files and the table of limits
 
 docs-site: $(VENV)/.installed-test ## build the documentation as a site that needs no network (build/site)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+demo-profile: $(VENV)/.installed-test ## measure examples/demo-profile.json anew and draw docs/tune.png (on a quiet machine)
+	$(BIN)/python scripts/demo_profile.py
 
 bench: $(VENV)/.installed-test ## measure Echelon beside its peers (long; results under benchmarks/results)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[torch,test,bench]'

@@ -42,6 +42,11 @@ def test_every_sentence_of_a_help_is_translated():
 WIDEST = 80
 
 
+def columns(line):
+    """As a terminal shows it: Chinese characters and marks take two."""
+    return len(line) + len(re.findall("[\u3000-\u9fff\uff00-\uff60]", line))
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_a_help_in_chinese_has_no_english_sentence_and_fits(run, monkeypatch, path):
     monkeypatch.setenv("COLUMNS", str(WIDEST))
@@ -49,7 +54,7 @@ def test_a_help_in_chinese_has_no_english_sentence_and_fits(run, monkeypatch, pa
     usage, _, prose = told.partition("示例：")[0].partition("\n\n")
     assert usage.startswith(f"用法: {' '.join(path)} ")
     assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", prose)
-    assert [line for line in prose.splitlines() if help_texts._columns(line) > WIDEST] == []
+    assert [line for line in prose.splitlines() if columns(line) > WIDEST] == []
 
 
 @pytest.mark.parametrize("width", [20, 50])
@@ -60,7 +65,7 @@ def test_lines_break_by_columns_and_lose_nothing(width):
     )
     lines = help_texts._wrapped(text, width).splitlines()[1:]
     assert "".join("".join(lines).split()) == "".join(text.split())
-    assert all(help_texts._columns(line) <= width for line in lines)
+    assert all(columns(line) <= width for line in lines)
     assert not [line for line in lines if line[0] in "，。；：）”" or line[-1] in "（“"]
 
 
@@ -85,6 +90,7 @@ def test_the_language_holds_wherever_it_stands(run):
     [
         (["rank", "q", "--nope"], "没有选项 '--nope'"),
         (["nope"], "没有命令 'nope'"),
+        (["rank", "q", "--batchsize", "1"], "'--batch-size'？ 请参阅：echelon rank --help"),
         (["rank", "q", "--batch-size", "x"], "--batch-size：'x' 不是有效的 integer"),
         (["rank", "q", "--precision", "x"], "--precision：'x' 不是 'auto', "),
         (["rank", "q", "--model"], "选项 '--model' 需要一个值"),
@@ -96,4 +102,4 @@ def test_wrong_usage(run, words, told):
     assert code == 2
     assert error.startswith("错误：")
     assert told in error
-    assert re.search(r"[^.]。请参阅：echelon \S*\s?--help", error)
+    assert re.search(r"[^.？](。|？）? )请参阅：echelon \S*\s?--help", error)

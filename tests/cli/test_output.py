@@ -80,10 +80,10 @@ def test_help_lists_every_precision(call, command):
         (("plan", "--slo-p99-ms", "9", "--rate", "0", "--profile", "p"),
          "Error: --rate: 0 is not above 0. Give requests a second, such as 5."),
         (("rank", "q", "--file", "/no/file"),
-         f"Error: --file: {NO_FILE}. Give a file in UTF-8."),
+         f"Error: --file: {NO_FILE}. Check its name."),
         (("--lang", "zh", "rank"), "错误：QUERY：未给出。请参阅：echelon rank --help"),
         (("rank", "q", "--file", "/no/file", "--lang", "zh"),
-         "错误：--file：无法读取 /no/file（No such file or directory）。请给出 UTF-8 编码的文件。"),
+         "错误：--file：无法读取 /no/file（No such file or directory）。请检查文件名。"),
     ],
 )  # fmt: skip
 def test_every_error_is_one_line_with_flag_problem_and_remedy(call, arguments, line):

@@ -215,6 +215,11 @@ def test_damaged_compression_is_an_error_not_an_end(fake, tmp_path):
         assert len(read_lines(tmp_path / f"out{suffix}.jsonl")) == 50
 
 
+def test_a_file_that_is_not_there_is_told_so(fake, tmp_path):
+    with pytest.raises(InvalidInput, match=r"No such file or directory\)\. Check its name"):
+        run_job(make_job(fake, tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl"))
+
+
 def test_an_empty_input_gives_an_empty_output(fake, tmp_path):
     (tmp_path / "in.jsonl").touch()
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.run"):

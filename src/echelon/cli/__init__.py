@@ -91,6 +91,8 @@ def _usage(error: click.UsageError) -> str:
     remedy = tr("See: {path} --help", path=path)
     if not isinstance(error, click.BadParameter) or error.param is None:
         problem = error.format_message().rstrip(".。")
+        if problem.endswith(("?", "？", "?)", "？）")):  # noqa: RUF001 - Chinese marks
+            return f"{problem} {remedy}"
         return tr("{problem}. {remedy}", problem=problem, remedy=remedy)
     argument = isinstance(error.param, click.Argument)
     name = error.param.human_readable_name if argument else error.param.opts[0]

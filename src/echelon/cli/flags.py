@@ -180,7 +180,7 @@ def level_of(values: dict[str, Any]) -> ServiceLevel | None:
     goal_ms = values["slo_p99_ms"]
     if goal_ms is None:
         return None
-    _above_zero("--slo-p99-ms", goal_ms, tr("Give milliseconds, such as 200."))
+    check_above_zero("--slo-p99-ms", goal_ms, tr("Give milliseconds, such as 200."))
     return ServiceLevel(goal_ms / 1000)
 
 
@@ -190,7 +190,7 @@ def workload_of(values: dict[str, Any], *, streamed: bool = False) -> Workload:
 
     rate, path = values["rate"], values["trace"]
     if rate is not None:
-        _above_zero("--rate", rate, tr("Give requests a second, such as 5."))
+        check_above_zero("--rate", rate, tr("Give requests a second, such as 5."))
     if rate is None and path is None:
         remedy = tr("Give requests a second, or --trace FILE.")
         raise InvalidInput("--rate", tr("is not given"), remedy)
@@ -228,9 +228,15 @@ def read_trace(path: str) -> Iterator[ArrivalRecord]:
         with Path(path).open(encoding="utf-8", newline="") as lines:
             yield from parse_trace(lines)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problem = tr("{file} cannot be read ({reason})", file=path, reason=reason)
-        raise InvalidInput("--trace", problem, tr("Give a CSV file in UTF-8.")) from error
+        raise unreadable("--trace", path, error, tr("Give a CSV file in UTF-8.")) from error
+
+
+def unreadable(name: str, file: str, error: Exception, remedy: str) -> InvalidInput:
+    """The error for the file of a flag; one that is not there has a remedy of its own."""
+    reason = getattr(error, "strerror", None) or error
+    problem = tr("{file} cannot be read ({reason})", file=file, reason=reason)
+    missing = isinstance(error, FileNotFoundError)
+    return InvalidInput(name, problem, tr("Check its name.") if missing else remedy)
 
 
 class TraceFile:
@@ -309,6 +315,7 @@ def _wrong(line: int, column: str, problem: str) -> InvalidInput:
     return InvalidInput("trace", f"line {line}, column {column}: {problem}", TRACE_FORM)
 
 
-def _above_zero(name: str, value: float, remedy: str) -> None:
+def check_above_zero(name: str, value: float, remedy: str) -> None:
+    """Refuse the value of a flag that is not a finite number above zero."""
     if not 0 < value < math.inf:
         raise InvalidInput(name, tr("{value} is not above 0", value=f"{value:g}"), remedy)

@@ -16,6 +16,7 @@ from echelon.cli.flags import (
     example,
     print_json,
     quiet_flag,
+    unreadable,
     with_flags,
 )
 from echelon.errors import InvalidInput
@@ -93,9 +94,7 @@ def _read_documents(documents: Sequence[str], file: str | None) -> list[str]:
         content = sys.stdin.buffer.read() if file in {None, "-"} else Path(given).read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problem = tr("{file} cannot be read ({reason})", file=given, reason=reason)
-        raise InvalidInput("--file", problem, tr("Give a file in UTF-8.")) from error
+        raise unreadable("--file", given, error, tr("Give a file in UTF-8.")) from error
     found = [line for line in text.splitlines() if line.strip()]
     if not found:
         problem = tr("{file} holds no line of text", file=given)

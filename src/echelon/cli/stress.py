@@ -14,6 +14,7 @@ from echelon.cli.flags import (
     JSON_FLAG,
     LANG_FLAG,
     Command,
+    check_above_zero,
     example,
     level_of,
     load_flag,
@@ -26,6 +27,7 @@ from echelon.errors import GoalMissed, InvalidInput
 from echelon.messages import tr
 from echelon.options import require_packages
 from echelon.progress import print_line, progress_bar
+from echelon.server.limits import flag_of
 from echelon.server.settings import Flag, flag
 
 if TYPE_CHECKING:
@@ -126,29 +128,21 @@ def _check(values: dict[str, Any]) -> None:
     for name, others in _ALONE:
         for other in others:
             if values[name] is not None and values[other] not in {None, False}:
-                problem = tr("is given with {other}", other=_option(other))
-                raise InvalidInput(_option(name), problem, tr("Give one of the two."))
+                problem = tr("is given with {other}", other=flag_of(other))
+                raise InvalidInput(flag_of(name), problem, tr("Give one of the two."))
     if values["find_max"] and values["slo_p99_ms"] is None:
         remedy = tr("Give --slo-p99-ms, such as 300.")
         raise InvalidInput("--find-max", tr("has no goal"), remedy)
     if values["max_rate"] is not None and not values["find_max"]:
         raise InvalidInput("--max-rate", tr("is for --find-max"), tr("Give --rate instead."))
     for name in ("slo_p99_ms", "timeout_ms", "max_connections", "rate", "max_rate"):
-        if values[name] is not None and not 0 < values[name] < float("inf"):
-            raise InvalidInput(
-                _option(name),
-                tr("{value} is not above 0", value=f"{values[name]:g}"),
-                tr("Give a number."),
-            )
+        if values[name] is not None:
+            check_above_zero(flag_of(name), values[name], tr("Give a number."))
     goal_ms = values["slo_p99_ms"]
     if goal_ms is not None and goal_ms > values["timeout_ms"]:
         goal, timeout = f"{goal_ms:g}", f"{values['timeout_ms']:g}"
         problem = tr("{goal} is longer than --timeout-ms {timeout}", goal=goal, timeout=timeout)
         raise InvalidInput("--slo-p99-ms", problem, tr("Raise --timeout-ms."))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _plan(url: str, values: dict[str, Any]) -> tuple[LoadTestPlan, str]:

@@ -28,6 +28,7 @@ from echelon.errors import EchelonError, InvalidInput
 from echelon.messages import N_, tr
 from echelon.options import Options, require_packages
 from echelon.progress import print_line, progress_bar
+from echelon.server.limits import flag_of
 from echelon.server.settings import MODEL_FLAGS, Flag, flag, name_of_flag
 from echelon.server.settings import PACKAGES as SERVER_PACKAGES
 
@@ -219,7 +220,7 @@ def scenario_goal(values: dict[str, Any]) -> ScenarioGoal | None:
             if value is not None:
                 remedy = "Give --scenario api, offline, edge or concurrent."
                 problem = "is for --scenario, which is not given"
-                raise InvalidInput(f"--{name.replace('_', '-')}", problem, remedy)
+                raise InvalidInput(flag_of(name), problem, remedy)
         return None
     from echelon.tuning.goal import ScenarioGoal
 

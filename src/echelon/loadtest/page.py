@@ -91,6 +91,7 @@ def _spectrum(latency_s: Column, goal_s: float | None) -> Chart:
     across = {
         "type": "log",
         "title": {"text": tr("Percentile")},
+        "range": [0, 1.04 * decades],  # its end would take the place of the last label
         "tickvals": [10**n for n in whole],
         "ticktext": [
             "0 %" if n == 0 else f"{100 * (1 - 10**-n):.{max(0, n - 2)}f} %" for n in whole

@@ -195,7 +195,9 @@ def changed(option: str, path: str) -> InvalidInput:
 def unreadable(option: str, path: str | Path, error: Exception) -> InvalidInput:
     """The error for a file that cannot be read, or not to its end."""
     reason = getattr(error, "strerror", None) or error
-    return InvalidInput(option, f"{path} cannot be read ({reason})", "Give a file that is whole.")
+    missing = isinstance(error, FileNotFoundError)
+    remedy = "Check its name." if missing else "Give a file that is whole."
+    return InvalidInput(option, f"{path} cannot be read ({reason})", remedy)
 
 
 def digest_of(option: str, path: str | Path) -> str:

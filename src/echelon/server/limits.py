@@ -170,9 +170,9 @@ class ServerLimits:
         return f"{limit}={value:_}" if isinstance(value, int) else f"{limit}={value:g}"
 
 
-def flag_of(limit: str) -> str:
-    """The flag of a limit: ``--max-body-mb``."""
-    return "--" + limit.replace("_", "-")
+def flag_of(name: str) -> str:
+    """The flag of a limit or setting: ``--max-body-mb``."""
+    return "--" + name.replace("_", "-")
 
 
 def described() -> Iterator[tuple[str, float, str, str]]:

@@ -26,6 +26,7 @@ from echelon.server import settings as server_settings
 from echelon.server.app import make_app
 from echelon.server.context import server_of
 from echelon.server.http_server import GRACE_S, KEEP_ALIVE_S
+from echelon.server.limits import flag_of
 
 if TYPE_CHECKING:
     import os
@@ -163,8 +164,9 @@ def plan_of(values: dict[str, Any]) -> DeploymentPlan:
     settings, options = server_settings.split(values)
     for name in ("tls_cert", "tls_key"):
         if settings[name] is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise InvalidInput(flag, "Ray Serve has no TLS", "Put a proxy in front that has.")
+            raise InvalidInput(
+                flag_of(name), "Ray Serve has no TLS", "Put a proxy in front that has."
+            )
     check_positive(ingresses=own["ingresses"])
     workers = settings["workers"]
     max_workers = workers if own["max_workers"] is None else own["max_workers"]
