@@ -187,7 +187,7 @@ class Lethal(ScorerActor):
     """A worker without a model that no window leaves alive."""
 
     def open(self, model, options, steps):
-        steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
+        steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels="off")
         return "steps", (steps, ray.get_runtime_context().get_node_id()), 0.0, 0
 
     def score(self, window):

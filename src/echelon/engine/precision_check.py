@@ -33,7 +33,7 @@ from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, ProfileError, StorageError
 from echelon.models.demo import home
 from echelon.models.device import cpu_name, matrix_features
-from echelon.models.kernels import kernels
+from echelon.models.kernels import used_level
 from echelon.models.registry import layer_errors, open_scorer, precisions_to_compare
 from echelon.options import Options, check_max_length
 from echelon.profile import Profile, ProfileKey, library_versions, read_json, write_json
@@ -304,6 +304,7 @@ def check_precision(
         "int8",
         library_versions(),
         matrix_features() or None,  # the number of cores does not change the scores
+        kernels=used_level(),  # each rounds differently, as torch does
     )
     row = _from_profile(profile, key) or _stored(key)
     if row is None:
@@ -355,8 +356,8 @@ def _from_profile(profile: Profile | None, key: ProfileKey) -> dict[str, Any] | 
 
 
 def _path_of(key: ProfileKey) -> Path:
-    """The stored result's file; the kernels and torch round differently, so they are in the key."""
-    text = json.dumps([asdict(key), kernels() is not None], sort_keys=True)
+    """The stored result's file."""
+    text = json.dumps(asdict(key), sort_keys=True)
     return home() / STORE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from echelon.models.device import DTYPES, device_name
+from echelon.models.kernels import used_level
 from echelon.models.layers import Int8Linear, Norm, ProbedLinear, make_linear
 from echelon.types import ModelInfo
 
@@ -36,6 +37,7 @@ def native_info(
         padding="none",
         weights_bytes=loaded_bytes,
         threads=threads,
+        kernels=used_level() if device.type == "cpu" else None,
     )
 
 
