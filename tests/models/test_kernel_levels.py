@@ -58,7 +58,7 @@ CASCADE_LAKE = ZEN4.removesuffix(" avx512_bf16")
         ("fma avx2 avx_vnni", "avx2"),
         ("avx2", "portable"),
         ("fp asimd bf16", "neon"),
-        ("", "portable"),
+        ("", OFF),
     ],
 )
 def test_the_best_level_that_the_processor_runs_is_chosen(processor, monkeypatch, flags, level):

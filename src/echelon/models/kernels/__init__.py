@@ -41,9 +41,9 @@ OPERATIONS = ("attention", "quantize", "activate", "add_norm")
 FASTER: dict[str, tuple[str, ...]] = {
     "avx512bf16": OPERATIONS,
     "avx512": OPERATIONS,
-    "avx2": OPERATIONS,
-    "neon": (),  # not measured yet
-    "portable": (),
+    "avx2": ("attention", "quantize", "activate"),
+    "neon": (),  # nobody could measure it yet
+    "portable": OPERATIONS,  # on x86-64; on ARM "neon" stands before it
 }
 """Level → operations that were measured faster than torch's own on a processor of that level; the
 others are left to torch (docs/decisions/0019-kernel-levels.md)."""
@@ -100,7 +100,8 @@ def used_level() -> str:
     Raises:
         InvalidInput: :data:`SWITCH` names a level that does not exist or does not run here.
     """
-    best = next(iter(possible()), OFF)
+    # Where the instructions are unknown torch may know better ones.
+    best = next(iter(possible()), OFF) if cpu_flags() else OFF
     return _asked() or (best if FASTER.get(best) else OFF)
 
 
@@ -113,6 +114,8 @@ def missing() -> str | None:
     levels = possible()
     if not levels:
         return "they were not built, for want of a C++ compiler or because of the platform"
+    if not cpu_flags():
+        return "the system does not say which instructions the processor has"
     return f"of those at this processor's level, {levels[0]}, none was measured faster than torch"
 
 

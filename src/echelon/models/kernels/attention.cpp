@@ -65,7 +65,7 @@ INLINE void store_parts(part* to, floats x) { store(to, x); }
 struct Scratch {
     ints* keys;     // [blocks, size / GROUP]
     ints* values;   // [groups of keys, size / LANES]
-    float* scores;  // [ROWS, keys rounded up]
+    float* scores;  // [ROWS, keys rounded up], then [ROWS, size]
     part* chances;  // [ROWS, keys rounded up]
     part* query;    // [ROWS, size]
 };
@@ -120,14 +120,16 @@ void pack_query(const bf16* from, int64_t stride, int rows, part* to) {
         }
 }
 
-// scores[row, key] for R rows and C blocks of keys
-template <int size, int R, int C>
-INLINE void score_block(const part* query, const ints* keys, float* to, int pitch) {
+// to[r, c] = sum over g of left[r, g] * right[g, c], for R rows and C vectors of columns; two of those are
+// `across` apart, two groups `along`. A function of its own: its loop needs every register.
+template <int R, int C, int across, int along>
+__attribute__((noinline)) void multiply(const part* left, int64_t stride, const ints* right, int groups, float* to,
+                                        int64_t pitch) {
     floats sums[R][C] = {};
-    for (int g = 0; g < size / GROUP; ++g)
+    for (int g = 0; g < groups; ++g, left += GROUP, right += along)
         for (int r = 0; r < R; ++r) {
-            const ints q = broadcast(query + r * size + g * GROUP);
-            for (int c = 0; c < C; ++c) sums[r][c] = dot(sums[r][c], q, keys[c * (size / GROUP) + g]);
+            const ints each = broadcast(left + r * stride);
+            for (int c = 0; c < C; ++c) sums[r][c] = dot(sums[r][c], each, right[c * across]);
         }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) store(to + r * pitch + c * LANES, sums[r][c]);
@@ -135,15 +137,17 @@ INLINE void score_block(const part* query, const ints* keys, float* to, int pitc
 
 template <int size, int R>
 INLINE void score_rows(const Scratch& scratch, int blocks) {
+    constexpr int groups = size / GROUP;
     const int pitch = LANES * blocks;
     const ints* keys = scratch.keys;
     float* to = scratch.scores;
     int left = blocks;
-    for (; left >= BLOCKS; left -= BLOCKS, keys += BLOCKS * (size / GROUP), to += BLOCKS * LANES)
-        score_block<size, R, BLOCKS>(scratch.query, keys, to, pitch);
+    for (; left >= BLOCKS; left -= BLOCKS, keys += BLOCKS * groups, to += BLOCKS * LANES)
+        multiply<R, BLOCKS, groups, 1>(scratch.query, size, keys, groups, to, pitch);
     if constexpr (BLOCKS > 1)
-        with_constant<BLOCKS - 1>(
-            left, [&](auto few) { score_block<size, R, decltype(few)::value>(scratch.query, keys, to, pitch); });
+        with_constant<BLOCKS - 1>(left, [&](auto few) {
+            multiply<R, decltype(few)::value, groups, 1>(scratch.query, size, keys, groups, to, pitch);
+        });
 }
 
 // Softmax of one row without its division: writes the weights, returns their sum. The scale comes with
@@ -165,32 +169,30 @@ INLINE float soften(const float* scores, part* to, int keys, int blocks, float s
     return sum_of(sum + last);
 }
 
-// Weighted values: C vectors of components from `column` on
-template <int size, int R, int C>
-INLINE void mix_columns(const Task& task, const Scratch& scratch, int pitch, const float* sums, int column, bf16* out) {
-    floats mixed[R][C] = {};
-    const ints* values = scratch.values + column;
-    for (int k = 0; k < task.keys; k += GROUP, values += size / LANES)
-        for (int r = 0; r < R; ++r) {
-            const ints weight = broadcast(scratch.chances + r * pitch + k);
-            for (int c = 0; c < C; ++c) mixed[r][c] = dot(mixed[r][c], weight, values[c]);
-        }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-            store(out + r * task.out_stride + (column + c) * LANES, narrow(mixed[r][c] * (1.0f / sums[r])), LANES);
+// The values weighted; over the scores, which nobody needs any more.
+template <int size, int R>
+INLINE void mix_rows(const Task& task, const Scratch& scratch, int pitch, const float* sums, bf16* out) {
+    constexpr int vectors = size / LANES, C = vectors < BLOCKS ? vectors : BLOCKS;
+    const int groups = (task.keys + GROUP - 1) / GROUP;
+    for (int from = 0; from < vectors; from += C)
+        multiply<R, C, 1, vectors>(scratch.chances, pitch, scratch.values + from, groups, scratch.scores + from * LANES,
+                                   size);
+    for (int r = 0; r < R; ++r) {
+        const float share = 1.0f / sums[r];
+        for (int c = 0; c < size; c += LANES)
+            store(out + r * task.out_stride + c, narrow(load(scratch.scores + r * size + c, LANES) * share), LANES);
+    }
 }
 
 template <int size, int R>
 void attend_rows(const Task& task, const Scratch& scratch, int first) {
-    constexpr int C = size / LANES < BLOCKS ? size / LANES : BLOCKS;
     const int blocks = static_cast<int>(vectors(task.keys)), pitch = LANES * blocks;
     pack_query<size>(task.query + first * task.query_stride, task.query_stride, R, scratch.query);
     score_rows<size, R>(scratch, blocks);
     float sums[R];
     for (int r = 0; r < R; ++r)
         sums[r] = soften(scratch.scores + r * pitch, scratch.chances + r * pitch, task.keys, blocks, task.scale);
-    for (int column = 0; column < size / LANES; column += C)
-        mix_columns<size, R, C>(task, scratch, pitch, sums, column, task.out + first * task.out_stride);
+    mix_rows<size, R>(task, scratch, pitch, sums, task.out + first * task.out_stride);
 }
 
 template <int size>
@@ -208,7 +210,7 @@ class Memory {  // one thread's scratch, for the longest pair of the call
     Memory(int longest, int size)
         : keys_(LANES * vectors(longest)),
           packed_(keys_ * size * sizeof(part)),
-          scores_(keys_ * ROWS * sizeof(float)),
+          scores_((keys_ > size_t(size) ? keys_ : size) * ROWS * sizeof(float)),
           chances_(keys_ * ROWS * sizeof(part)),
           block_(2 * packed_ + scores_ + chances_ + ROWS * size * sizeof(part)) {}
 

@@ -117,7 +117,13 @@ INLINE halves narrow(floats x) {  // to the nearest, ties to even
 #else
     const words bits = (words)x;
     const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x == x ? rounded : words{} + 0x7fc0, halves);
+    const words found = x == x ? rounded : words{} + 0x7fc0;
+#if defined(LEVEL_AVX2)
+    const __m256i both = (__m256i)found;
+    return (halves)_mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+#else
+    return __builtin_convertvector(found, halves);
+#endif
 #endif
 }
 
@@ -158,6 +164,9 @@ INLINE bytes codes_of(floats x) {  // to the nearest whole number, within 0 and 
 
 #else
 
+// Rare, and calls: what they would keep in registers, the loops around them need.
+#define RARE static __attribute__((noinline, cold, unused))
+
 template <class Vector, class Number>
 INLINE Vector gather(const Number* from, int64_t count) {
     Vector x = {};
@@ -165,16 +174,16 @@ INLINE Vector gather(const Number* from, int64_t count) {
     return x;
 }
 
-INLINE floats load_some(const float* from, int64_t count) { return gather<floats>(from, count); }
+RARE floats load_some(const float* from, int64_t count) { return gather<floats>(from, count); }
 
-INLINE halves load_some(const bf16* from, int64_t count) { return gather<halves>(from, count); }
+RARE halves load_some(const bf16* from, int64_t count) { return gather<halves>(from, count); }
 
 template <class Vector, class Number>
-INLINE void store_some(Number* to, Vector x, int64_t count) {
+RARE void store_some(Number* to, Vector x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 }
 
-INLINE floats choose_some(int64_t count, floats x, floats beyond) {
+RARE floats choose_some(int64_t count, floats x, floats beyond) {
     for (int64_t i = count; i < LANES; ++i) x[i] = beyond[i];
     return x;
 }
@@ -199,10 +208,16 @@ INLINE floats times_power(floats x, floats exponent) {
     return x * (floats)((whole + 127) << 23);  // of -127 the bits are those of 0
 }
 
-INLINE bytes codes_of(floats x) {
+INLINE bytes codes_of(floats x) {  // to the nearest whole number, within 0 and 255
+#if defined(LEVEL_AVX2)
+    const __m256i code = _mm256_cvtps_epi32((__m256)x);
+    const __m128i two = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    return (bytes)_mm_cvtsi128_si64(_mm_packus_epi16(two, two));
+#else
     constexpr float MIDDLE = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
     const floats within = smaller(larger(x, floats{}), all(255.0f));
     return __builtin_convertvector((words)(within + MIDDLE) & 0xff, bytes);
+#endif
 }
 
 #endif
