@@ -183,15 +183,18 @@ def test_kernels_share_torchs_threads():
     code = """
 import os, torch
 torch.set_num_threads(3)
-from echelon.models import layers
+from echelon.models import attention_cpu, layers
 from echelon.models.kernels import kernels
 rows = torch.randn(300, 64).bfloat16()
 before = len(os.listdir("/proc/self/task"))
 assert kernels() is not None
+heads, offsets = rows.view(-1, 2, 32), torch.tensor([0, 9, 200, 300], dtype=torch.int32)
 codes = layers.quantize(rows).codes
+mixed = attention_cpu._kernel(heads, heads, heads, offsets, offsets)
 during = len(os.listdir("/proc/self/task"))
 torch.set_num_threads(1)
 assert codes.equal(layers.quantize(rows).codes)
+assert mixed.equal(attention_cpu._kernel(heads, heads, heads, offsets, offsets))
 maps = open("/proc/self/maps").read().splitlines()
 print(during - before, len({line.split()[-1] for line in maps if "omp" in line.split("/")[-1]}))
 """

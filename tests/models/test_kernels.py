@@ -189,7 +189,7 @@ def assert_rows(rows, exact: torch.Tensor, shift: float | None) -> None:
         assert ((decoded - exact).abs() <= 0.51 * rows.scales[:, None] + 1e-4).all()
 
 
-WIDTHS = [16, 40, 384, 1000]
+WIDTHS = [16, 21, 40, 384, 1000]  # no level's vectors divide 21
 
 
 @pytest.mark.parametrize("codes", [True, False])
