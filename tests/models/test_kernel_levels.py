@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from echelon.models import kernels, layers
 from echelon.models.device import CPU_SWITCH
 from echelon.models.kernels import FASTER, LEVELS, OFF, OPERATIONS, SWITCH, Kernels
 from echelon.models.layers import Product, activate
+from echelon.profile import ProfileKey
 
 pytestmark = pytest.mark.device
 
@@ -129,6 +131,13 @@ def test_only_operations_that_are_faster_use_their_kernel(monkeypatch):
     assert activate(Product(rows), "relu").values.equal(rows)
     with pytest.raises(AssertionError, match="echelon_quantize was called"):
         layers.quantize(rows)
+
+
+def test_a_profile_of_another_level_does_not_fit():
+    key = ProfileKey("model", "1", "cpu", "Zen", "bf16", {}, kernels="avx512bf16")
+    changed = "the level of the compiled kernels was avx512bf16, is avx2"
+    assert key.differences(replace(key, kernels="avx2")) == [changed]
+    assert key.differences(replace(key, kernels=None)) == []  # unknown, as in older profiles
 
 
 def test_a_kernel_without_memory_is_an_error():
