@@ -15,10 +15,10 @@ TORCH ?= 2.12.1
 # Two processes share the files of tests; a test in a file after another finds what it opened.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 # What torch, oneDNN and Echelon then take the processor for.
-OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2 ECHELON_KERNELS=off
+OLD_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ECHELON_CPU=avx2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-profile test test-portable test-triton test-cuda-shim check docs docs-site bench soak lock-hashes sbom audit wheels clean
+.PHONY: help demo demo-profile test test-portable test-triton test-cuda-shim test-arm check docs docs-site bench soak lock-hashes sbom audit wheels clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ test-triton: $(TRITON)/.installed ## run the kernels for cards in Triton's inter
 
 test-cuda-shim: .venv-torch-$(TORCH)/.installed ## the tests of cards made of shims, with another torch (TORCH=2.12.1, of CUDA: 3 GB)
 	.venv-torch-$(TORCH)/bin/python -m pytest -n 2 --dist loadfile tests/cuda tests/models/test_graphs.py
+
+test-arm: $(VENV)/.installed-test ## compile the kernels for 64-bit ARM and run their tests in an emulator
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || missing=1; done; \
+	  test -z "$$missing" || apt-get install -y -qq g++-aarch64-linux-gnu qemu-user || { \
+	  echo "make: no compiler or emulator. On Debian, as root: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	KERNELS_MACHINE=aarch64 $(BIN)/python -m pytest tests/models/test_kernels.py
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .

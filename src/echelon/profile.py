@@ -40,7 +40,9 @@ _PROFILE = {
     "learned_token_budget": _COUNT,
 }
 _KEY = {
-    **dict.fromkeys(("model", "revision", "device", "device_name", "precision"), files.TEXT),
+    **dict.fromkeys(
+        ("model", "revision", "device", "device_name", "precision", "kernels"), files.TEXT
+    ),
     "versions": files.OBJECT,
     "features": files.list_of(str, "texts"),
     **dict.fromkeys(("cores", "usable_cpus"), _COUNT),
@@ -95,6 +97,7 @@ class ProfileKey:
     features: list[str] | None = None  # instruction sets that make matrix products faster
     cores: int | None = None  # physical
     usable_cpus: int | None = None  # by affinity and the container's quota
+    kernels: str | None = None  # as :class:`echelon.types.ModelInfo` has it
 
     def differences(self, now: ProfileKey) -> list[str]:
         """Describe each value that has changed, in words; empty where the profile is valid."""
@@ -104,6 +107,8 @@ class ProfileKey:
         for package in sorted(self.versions.keys() | now.versions.keys()):
             old, new = (key.versions.get(package, "not installed") for key in (self, now))
             pairs.append((package, old, new))
+        if None not in {self.kernels, now.kernels}:
+            pairs.append(("the level of the compiled kernels", self.kernels, now.kernels))
         found = [f"{words} was {old}, is {new}" for words, old, new in pairs if old != new]
         if self.other_machine(now):
             found.insert(0, f"the machine was {self.machine(now)}, is {now.machine(self)}")
@@ -230,9 +235,15 @@ class Profile:
 
 def current_key(model: str, revision: str, info: ModelInfo, **processor: Any) -> ProfileKey:
     """The key of a model as it is loaded now, on a processor as ``models.device`` describes it."""
-    versions = library_versions()
     return ProfileKey(
-        model, revision, info.device, info.device_name, info.precision, versions, **processor
+        model,
+        revision,
+        info.device,
+        info.device_name,
+        info.precision,
+        library_versions(),
+        kernels=info.kernels,
+        **processor,
     )
 
 

@@ -244,4 +244,6 @@ class ModelInfo:
     padding: Padding  # with ``rectangular`` a step costs its longest pair × its pairs
     weights_bytes: int  # memory of the loaded weights, memory-mapped tables left out
     threads: int  # CPU threads a forward pass uses; 0 on other devices
+    # level of the compiled kernels that it uses, or ``off``; None where it has no use for them
+    kernels: str | None = None
     lower_precision: str = "bf16"  # below fp32: the half-width one that the device multiplies

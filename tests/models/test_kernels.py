@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from remote_kernels import MACHINE, build_hook, remote
 
 from echelon.models import attention_cpu, layers
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
-from echelon.models.kernels import SWITCH, missing
+from echelon.models.kernels import LEVELS, OPERATIONS, Kernels, load, possible
 from echelon.models.layers import (
     ACTIVATIONS,
     Norm,
@@ -27,9 +24,8 @@ from echelon.models.layers import (
     quantize,
 )
 
-needs_kernels = pytest.mark.skipif(
-    missing() is not None, reason=f"needs the kernels, and so AVX-512 BF16: {missing()}"
-)
+TESTED = list(build_hook().LEVELS[MACHINE]) if MACHINE else possible()
+"""The levels that are tested here."""
 
 pytestmark = pytest.mark.device
 
@@ -39,13 +35,39 @@ BF16_STEP = 2**-8
 """Half of the distance between neighbours, relative to the larger: what rounding may lose."""
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    monkeypatch.setattr(layers, "kernels", lambda: None)
-    monkeypatch.setattr(attention_cpu, "kernels", lambda: None)
+@contextmanager
+def use(level: str | None):
+    """All operations by the kernels of a level, or by torch."""
+    found = None
+    if level is not None:
+        library = remote(level) if MACHINE else load(level)
+        found = Kernels(level, library, OPERATIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "kernels", lambda: found)
+        patch.setattr(attention_cpu, "kernels", lambda: found)
+        attention_cpu.fastest_method.cache_clear()
+        yield
     attention_cpu.fastest_method.cache_clear()
-    yield
-    attention_cpu.fastest_method.cache_clear()
+
+
+@pytest.fixture(params=TESTED)
+def level(request):
+    with use(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*TESTED, None], ids=lambda level: level or "torch")
+def way(request):
+    """A level of the kernels, or None for torch's own operations."""
+    with use(request.param):
+        yield request.param
+
+
+@pytest.mark.skipif(MACHINE == "" and len(TESTED) == len(LEVELS), reason="all are tested")
+def test_every_level_is_tested():
+    untested = LEVELS.keys() - set(TESTED)
+    if untested:
+        pytest.skip(f"not built, or not for this processor: {', '.join(sorted(untested))}")
 
 
 def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, AttentionLayout]:
@@ -67,30 +89,31 @@ def exact_attention(rows: torch.Tensor, layout: AttentionLayout) -> torch.Tensor
 lengths_of_a_step = st.lists(st.integers(1, 70), min_size=1, max_size=8)
 
 
-@needs_kernels
+@pytest.mark.parametrize("name", TESTED)
 @pytest.mark.parametrize("size", [32, 64])
 @settings(max_examples=40)
 @given(lengths=lengths_of_a_step, seed=st.integers(0, 2**16))
-def test_attention_of_any_mix_of_lengths(size, lengths, seed):
+def test_attention_of_any_mix_of_lengths(name, size, lengths, seed):
     rows, layout = heads(lengths, size, seed)
     exact = exact_attention(rows, layout)
-    mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
-    assert (mixed - exact).abs().max() <= 0.03
     firsts = rows[layout.firsts, 0]
     one_each = torch.arange(len(lengths) + 1, dtype=torch.int32)
-    first = attention_cpu._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
+    with use(name):
+        mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
+        first = attention_cpu._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
+    assert (mixed - exact).abs().max() <= 0.03
     assert torch.equal(first, mixed[layout.firsts])
 
 
-@needs_kernels
-@pytest.mark.parametrize("length", [511, 512, 1500, 8192])
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("length", [511, 512, 1500, *[8192] * (not MACHINE)])
 def test_attention_of_long_pairs(length):
     rows, layout = heads([length, 3], 64)
     mixed = attention_cpu._kernel(*rows.unbind(1), layout.offsets, layout.offsets)
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
 
-@needs_kernels
+@pytest.mark.usefixtures("level")
 def test_attention_of_keys_apart_from_their_values():
     rows, layout = heads([40, 7], 64)
     query, key, value = rows.unbind(1)
@@ -98,7 +121,7 @@ def test_attention_of_keys_apart_from_their_values():
     assert (mixed - exact_attention(rows, layout)).abs().max() <= 0.03
 
 
-@needs_kernels
+@pytest.mark.usefixtures("level")
 def test_attention_survives_scores_far_apart():
     rows, layout = heads([40], 64)
     rows[:, 0] *= 100
@@ -166,33 +189,28 @@ def assert_rows(rows, exact: torch.Tensor, shift: float | None) -> None:
         assert ((decoded - exact).abs() <= 0.51 * rows.scales[:, None] + 1e-4).all()
 
 
-WIDTHS = [16, 40, 384, 1000]
+WIDTHS = [16, 21, 40, 384, 1000]  # no level's vectors divide 21
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
 @pytest.mark.parametrize("codes", [True, False])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_norm_with_residual(request, kernel, codes, width):
-    if not kernel:
-        request.getfixturevalue("without_kernels")
+def test_norm_with_residual(way, codes, width):
     pending, norm = product(width, 1, codes=codes, residual=True), norm_of(width)
     exact = torch.nn.functional.layer_norm(
         true_value(pending), (width,), norm.weight.double(), norm.bias.double(), norm.epsilon
     )
     rows = add_norm(pending, norm, quantized=codes)
-    if not kernel and not codes:  # torch adds the residual in bf16 first
+    if way is None and not codes:  # torch adds the residual in bf16 first
         assert (rows.values - exact).abs().max() <= 0.1
     else:
         assert_rows(rows, exact, None)
     assert (rows.codes is not None) == codes
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("activation", NAMED)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_activations(request, kernel, activation, width):
-    if not kernel:
-        request.getfixturevalue("without_kernels")
+def test_activations(activation, width):
     pending = product(width, 2, codes=True, residual=False)
     exact = ACTIVATIONS[activation].function(true_value(pending))
     assert_rows(activate(pending, activation), exact, None)
@@ -203,10 +221,8 @@ def test_activations(request, kernel, activation, width):
     assert_rows(rows, exact, shift)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
-def test_materializing_and_quantising(request, kernel):
-    if not kernel:
-        request.getfixturevalue("without_kernels")
+@pytest.mark.usefixtures("way")
+def test_materializing_and_quantising():
     pending = product(96, 3, codes=True, residual=False)
     exact = true_value(pending)
     assert ((materialize(pending) - exact).abs() <= BF16_STEP * exact.abs() + 1e-4).all()
@@ -217,11 +233,9 @@ def test_materializing_and_quantising(request, kernel):
     assert_rows(coded, rows.double(), None)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernels), False])
-def test_a_rows_codes_do_not_depend_on_others(request, kernel):
+@pytest.mark.usefixtures("way")
+def test_a_rows_codes_do_not_depend_on_others():
     """However much larger the rows beside it are."""
-    if not kernel:
-        request.getfixturevalue("without_kernels")
     torch.manual_seed(5)
     rows = (torch.randn(70, 48) * torch.logspace(-2, 2, 70)[:, None]).bfloat16()
     wide, norm = Product(rows, torch.ones(70), torch.zeros(48)), norm_of(48)
@@ -239,57 +253,10 @@ def test_a_rows_codes_do_not_depend_on_others(request, kernel):
             assert alone.scales[0] == together.scales[i], name
 
 
-@needs_kernels
+@pytest.mark.usefixtures("level")
 def test_far_values_of_the_activations():
     edges = torch.tensor([[-3e4, -200.0, -9.0, -4.3, 0.0, 4.3, 9.0, 200.0, 3e4]]).bfloat16()
     for activation in NAMED:
         exact = ACTIVATIONS[activation].function(edges.double())
         found = activate(Product(edges, torch.ones(1), torch.zeros(9)), activation).values
         assert ((found - exact).abs() <= BF16_STEP * exact.abs() + 1e-3).all(), activation
-
-
-def test_the_switch_leaves_the_kernels_out():
-    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, SWITCH: "off"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"None {SWITCH}=off leaves them out\n"
-
-
-def test_a_processor_limited_to_avx2_has_no_kernels():
-    code = "from echelon.models.kernels import kernels, missing; print(kernels(), missing())"
-    done = run_python(code, ECHELON_CPU="avx2", **{SWITCH: ""})
-    assert done.stdout == "None ECHELON_CPU=avx2 leaves them out\n", done.stderr
-
-
-def build_hook():
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
-def test_a_compiler_that_fails_is_a_reason_not_an_error(tmp_path, monkeypatch, compiler):
-    hook = build_hook()
-    monkeypatch.setenv("CXX", compiler)
-    assert compiler in hook._compile(tmp_path)
-    assert not (tmp_path / hook.LIBRARY).exists()
-
-
-@needs_kernels
-def test_kernels_share_torchs_threads():
-    """Two OpenMP libraries in one process would have two pools of threads that fight."""
-    code = (
-        "import torch\n"
-        "from echelon.models.kernels import kernels\n"
-        "assert kernels() is not None\n"
-        "print(open('/proc/self/maps').read())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    libraries = {line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}
-    assert len(libraries) == 1

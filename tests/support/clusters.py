@@ -190,7 +190,7 @@ class Lethal(ScorerActor):
     """A worker without a model that no window leaves alive."""
 
     def open(self, model, options, steps, profile):
-        steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels=False)
+        steps = Steps(512, None, 130, 2048, "fake", 1, "fp32", kernels="off")
         found = steps, ray.get_runtime_context().get_node_id(), []
         return WorkerReply("steps", found, 0.0, 0)
 

@@ -105,7 +105,7 @@ def _torch_will_use() -> dict[str, Any]:
         device_name,
         usable_cpus,
     )
-    from echelon.models.kernels import missing as missing_kernels
+    from echelon.models.kernels import used_level
 
     device = choose_device("auto")
     return {
@@ -114,7 +114,7 @@ def _torch_will_use() -> dict[str, Any]:
         "precision": choose_precision("auto", device),
         "precisions_to_tune": candidate_precisions("auto"),
         "threads": usable_cpus() if device.type == "cpu" else 0,
-        "kernels": missing_kernels() is None,
+        "kernels": used_level(),
     }
 
 

@@ -33,6 +33,7 @@ from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, NonFiniteScore
 from echelon.models.base import warm_runs
 from echelon.models.device import cpu_name, matrix_features
+from echelon.models.kernels import used_level
 from echelon.models.registry import layer_errors, open_scorer, precisions_to_compare
 from echelon.options import Options, check_max_length
 from echelon.profile import Profile, ProfileKey, library_versions
@@ -325,6 +326,7 @@ def check_precision(
         "int8",
         library_versions(),
         matrix_features() or None,  # the number of cores does not change the scores
+        kernels=used_level(),  # each rounds differently, as torch does
     )
     row = _from_profile(profile, key) or stored_row(key)
     if row is None:

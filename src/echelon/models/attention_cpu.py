@@ -130,7 +130,9 @@ def methods(dtype: torch.dtype, size: int) -> list[Method]:
 
     With AMX torch's own attention runs on matrix units, which the kernel does not use.
     """
-    if dtype != torch.bfloat16 or size not in HEAD_SIZES or kernels() is None:
+    found = kernels()
+    built = found is not None and "attention" in found.operations
+    if dtype != torch.bfloat16 or size not in HEAD_SIZES or not built:
         return ["fused", "products"]
     return ["fused", "kernel", "products"] if has_amx() else ["kernel", "fused", "products"]
 
@@ -150,20 +152,19 @@ def _kernel(
     query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, offsets: Tensor
 ) -> Tensor:
     """All pairs in one call, whatever their lengths; rows as in :func:`attend`."""
-    library = kernels()
-    if library is None:
+    found = kernels()
+    if found is None:
         raise RuntimeError("This is a bug: the kernel was chosen and is not there.")
     if key.stride(0) != value.stride(0):  # the kernel walks both alike
         key, value = key.contiguous(), value.contiguous()
     _, heads, size = query.shape
     out = torch.empty(len(query), heads * size, dtype=query.dtype)
-    status = library.echelon_attention(
+    found.call(
+        "attention",
         *(query.data_ptr(), query.stride(0), query_offsets.data_ptr()),
         *(key.data_ptr(), value.data_ptr(), key.stride(0), offsets.data_ptr()),
         *(len(offsets) - 1, heads, size, out.data_ptr(), torch.get_num_threads()),
     )
-    if status:
-        raise MemoryError("no memory for the scratch space of attention")
     return out
 
 

@@ -41,9 +41,12 @@ alone it costs a tenth at most (docs/LOG.md)."""
 
 CPU_SWITCH = "ECHELON_CPU"
 """Environment variable: ``avx2`` makes Echelon treat the processor as one with AVX2 and nothing
-newer: no fast bf16, no int8, no matrix units, no compiled kernels, to test old machines on a new
-one (``make test-portable``). Torch and oneDNN have their own (``ATEN_CPU_CAPABILITY``,
+newer: no fast bf16, no int8, no matrix units, no newer level of kernels, to test old machines on a
+new one (``make test-portable``). Torch and oneDNN have their own (``ATEN_CPU_CAPABILITY``,
 ``ONEDNN_MAX_CPU_ISA``)."""
+
+NEWER = ("amx", "avx10", "avx512", "avx_")
+"""How the names of instruction sets begin that came after AVX2."""
 
 
 def held_to_avx2() -> bool:
@@ -239,10 +242,19 @@ def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that Linux lists, without those that ``ECHELON_CPU`` hides.
+
+    Empty where the system does not say it. Those of ARM have other names than those of x86.
+    """
+    flags = frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return frozenset(f for f in flags if not f.startswith(NEWER)) if held_to_avx2() else flags
+
+
 def matrix_features() -> list[str]:
     """The processor's FEATURES, without those that ``ECHELON_CPU`` hides; empty if unknown."""
-    flags = set(_cpuinfo("flags").split())
-    return [name for name in FEATURES if name in flags and (name == "avx2" or not held_to_avx2())]
+    flags = cpu_flags()
+    return [name for name in FEATURES if name in flags]
 
 
 def processor_of(device: str) -> dict[str, Any]:

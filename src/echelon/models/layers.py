@@ -116,12 +116,12 @@ def evaluate(product: Product) -> Tensor:
 def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
     """LayerNorm of the product's true value, with codes if the next layer needs them."""
     values = product.values
-    if product.residual is not None and _has_kernels(values):
+    if product.residual is not None and _has_kernel("add_norm", values):
         count, width = values.shape
         out = torch.empty_like(values)
         codes, scales = _code_buffers(values) if quantized else (None, None)
         _call(
-            "echelon_add_norm",
+            "add_norm",
             *(values, product.scales, product.bias, product.residual, count, width),
             *(norm.weight, norm.bias, norm.epsilon, out, codes, scales),
         )
@@ -140,13 +140,13 @@ def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
 def activate(product: Product, activation: str, shift: float | None = None) -> Rows:
     """Activation of the product's true value; with a ``shift``, codes of value plus shift."""
     values = product.values
-    if _has_kernels(values):
+    if _has_kernel("activate", values):
         count, width = values.shape
         kind = ACTIVATIONS[activation].code
         out = torch.empty_like(values) if shift is None else None
         codes, scales = (None, None) if shift is None else _code_buffers(values)
         _call(
-            "echelon_activate",
+            "activate",
             *(values, product.scales, product.bias, count, width, kind, out, codes, scales),
             shift or 0.0,
         )
@@ -159,10 +159,10 @@ def activate(product: Product, activation: str, shift: float | None = None) -> R
 
 def quantize(rows: Tensor) -> Rows:
     """Rows with codes around 128. A scale for each row keeps scores independent of other pairs."""
-    if _has_kernels(rows):
+    if _has_kernel("quantize", rows):
         rows = rows.contiguous()
         codes, scales = _code_buffers(rows)
-        _call("echelon_quantize", rows, *rows.shape, codes, scales)
+        _call("quantize", rows, *rows.shape, codes, scales)
         return Rows(rows, codes, scales)
     coded = _by_blocks(Product(rows), ACTIVATIONS["none"].function, keep=False, codes=True)
     return Rows(rows, coded.codes, coded.scales)
@@ -227,18 +227,24 @@ def _evaluate(product: Product) -> Tensor:
     return values if product.residual is None else values + product.residual
 
 
-def _has_kernels(rows: Tensor) -> bool:
-    return rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and kernels() is not None
+def _has_kernel(operation: str, rows: Tensor) -> bool:
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
+        return False
+    found = kernels()
+    return found is not None and operation in found.operations
 
 
 def _code_buffers(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows, dtype=torch.uint8), torch.empty(len(rows), dtype=torch.float32)
 
 
-def _call(name: str, *arguments: Tensor | float | None) -> None:
+def _call(operation: str, *arguments: Tensor | float | None) -> None:
     """Call a kernel with tensors as addresses and torch's number of threads."""
+    found = kernels()
+    if found is None:
+        raise RuntimeError("This is a bug: a kernel was chosen and is not there.")
     addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    getattr(kernels(), name)(*addresses, torch.get_num_threads())
+    found.call(operation, *addresses, torch.get_num_threads())
 
 
 TYPICAL_ROWS = 512  # rows of a step for which oneDNN lays out the weights
@@ -311,7 +317,7 @@ class PrepackedLinear:
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
         self._plain, self._joining = call.default, call.binary
         # With kernels the next norm adds the residual, in its own pass.
-        self._leaves_residual = weight.dtype == torch.bfloat16 and kernels() is not None
+        self._leaves_residual = _has_kernel("add_norm", weight)
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """See :class:`Linear`."""

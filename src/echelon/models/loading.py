@@ -8,6 +8,7 @@ import torch
 
 from echelon.models.device import DTYPES, device_name, half_precision
 from echelon.models.gated import PackedGate, StackedGate
+from echelon.models.kernels import used_level
 from echelon.models.layers import (
     Int8Linear,
     Norm,
@@ -46,6 +47,7 @@ def native_info(
         weights_bytes=loaded_bytes,
         threads=threads,
         lower_precision=half_precision(device),
+        kernels=used_level() if device.type == "cpu" else None,
     )
 
 

@@ -103,7 +103,7 @@ class Steps:
     device: str
     threads: int
     precision: str
-    kernels: bool
+    kernels: str  # their level, or ``off``
     lowered: str = ""  # the lower precision that the OOM ladder chose since; empty if it did not
 
 
@@ -255,8 +255,6 @@ def _has_text(text: str, owner: Row) -> Callable[[Row], bool]:
 
 def steps_of(reranker: Reranker) -> Steps:
     """The steps that a model forms on this machine."""
-    from echelon.models.kernels import missing
-
     info, options = reranker.facts, reranker.options
     step = reranker.token_budget
     if options.batch_size is not None:
@@ -269,7 +267,7 @@ def steps_of(reranker: Reranker) -> Steps:
         device=info.device_name,
         threads=info.threads,
         precision=info.precision,
-        kernels=missing() is None,
+        kernels=info.kernels or "off",
     )
 
 

@@ -70,7 +70,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
 """Histograms: help text, labels and buckets."""
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "info": ("Always 1.", ("version", "family", "device", "precision")),
+    "info": ("Always 1.", ("version", "family", "device", "precision", "kernels")),
     "connections": ("Open connections.", ()),
     "worker_resident_bytes": ("Resident memory of a worker.", ("worker",)),
     "worker_memory_limit_bytes": ("Memory at which a worker is replaced; 0 is no limit.", ()),
@@ -139,7 +139,9 @@ class Metrics(events.Listener):
         """Set the service whose state each scrape reads."""
         self._service = service
         info = service.info
-        self._gauges["info"].labels(__version__, info.family, info.device, info.precision).set(1)
+        level = info.kernels or "off"
+        labels = (__version__, info.family, info.device, info.precision, level)
+        self._gauges["info"].labels(*labels).set(1)
         limit = service.settings.memory_limit_bytes
         self._gauges["worker_memory_limit_bytes"].set(limit or 0)
 

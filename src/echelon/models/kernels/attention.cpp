@@ -1,25 +1,73 @@
-// Attention over packed pairs with bf16 dot products (vdpbf16ps), any mix of lengths in one call.
+// Attention over packed pairs, any mix of lengths in one call.
 //
-// One task is one head of one pair. Its keys are laid out so that a vector holds two neighbouring
-// components of sixteen keys, its values so that a vector holds sixteen components of two
-// neighbouring keys: both products then run down memory with a broadcast on the other side. A few
-// query rows at a time keep their scores in the first-level cache: no [length, length] matrix is
-// ever written to memory.
+// One task is one head of one pair. Its keys are laid out so that a vector holds one group of components
+// of LANES keys, its values so that a vector holds LANES components of one group of keys: both products
+// then run down memory with a broadcast on the other side. A group is what one instruction multiplies and
+// adds up in each lane: two bf16 numbers where the processor can, else one in fp32. A few query rows at a
+// time keep their scores in the first-level cache: no [length, length] matrix is ever written to memory.
+#include "parallel.h"
 #include "simd.h"
-
-#include <cstdlib>
-#include <new>
 
 namespace {
 
-constexpr int ROWS = 6;    // query rows at a time
-constexpr int BLOCKS = 4;  // blocks of sixteen keys at a time: 24 accumulators, the other registers load
+constexpr int ROWS = 6;  // query rows at a time
+// Vectors of keys at a time, so that the sums, and what they are made of, fit the registers.
+#if defined(LEVEL_AVX512) || defined(LEVEL_NEON)
+constexpr int BLOCKS = 4;
+#else
+constexpr int BLOCKS = 2;
+#endif
+
+#if defined(LEVEL_AVX512) && defined(__AVX512BF16__)
+
+constexpr int GROUP = 2;
+using part = bf16;
+
+INLINE ints load_groups(const bf16* from) {
+    ints x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE ints join(halves even, halves odd) {  // groups of two neighbouring keys
+    return (ints)(__builtin_convertvector(even, words) | __builtin_convertvector(odd, words) << 16);
+}
+
+INLINE ints broadcast(const part* group) {
+    int32_t two;
+    std::memcpy(&two, group, sizeof two);
+    return two - ints{};
+}
+
+INLINE floats dot(floats sum, ints a, ints b) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+INLINE void store_parts(part* to, floats x) { store(to, narrow(x), LANES); }
+
+#else
+
+constexpr int GROUP = 1;
+using part = float;
+
+INLINE ints load_groups(const bf16* from) { return (ints)widen(load(from, LANES)); }
+
+INLINE ints join(halves only, halves) { return (ints)widen(only); }
+
+INLINE ints broadcast(const part* group) { return (ints)all(*group); }
+
+INLINE floats dot(floats sum, ints a, ints b) { return sum + (floats)a * (floats)b; }
+
+INLINE void store_parts(part* to, floats x) { store(to, x); }
+
+#endif
 
 struct Scratch {
-    __m512i* keys;    // [blocks, size / 2]
-    __m512i* values;  // [pairs of keys, size / 16]
-    float* scores;    // [ROWS, keys rounded up]
-    bf16* chances;    // [ROWS, keys rounded up]
+    ints* keys;     // [blocks, size / GROUP]
+    ints* values;   // [groups of keys, size / LANES]
+    float* scores;  // [ROWS, keys rounded up], then [ROWS, size]
+    part* chances;  // [ROWS, keys rounded up]
+    part* query;    // [ROWS, size]
 };
 
 struct Task {
@@ -30,186 +78,153 @@ struct Task {
     float scale;
 };
 
-INLINE void transpose16(__m512i r[16]) {  // 16 x 16 dwords in place
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+// work(number), for a number from 1 to `most` that the compiler is to know.
+template <int most, class Work>
+INLINE void with_constant(int number, Work work) {
+    if (number == most) {
+        work(std::integral_constant<int, most>{});
+    } else if constexpr (most > 1) {
+        with_constant<most - 1>(number, work);
     }
 }
 
-template <int SIZE>
-TARGET void pack_keys(const Task& task, __m512i* to) {
-    for (int first = 0; first < task.keys; first += 16) {
-        for (int part = 0; part < SIZE / 32; ++part) {
-            __m512i r[16];
-            for (int i = 0; i < 16; ++i) {
-                r[i] = first + i < task.keys
-                           ? _mm512_loadu_si512(task.key + (first + i) * task.stride + 32 * part)
-                           : _mm512_setzero_si512();
-            }
-            transpose16(r);
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(to + 16 * part + i, r[i]);
-        }
-        to += SIZE / 2;
-    }
-}
-
-template <int SIZE>
-TARGET void pack_values(const Task& task, __m512i* to) {
-    for (int first = 0; first < task.keys; first += 2) {
-        const bf16* even = task.value + first * task.stride;
-        const bool odd = first + 1 < task.keys;
-        for (int part = 0; part < SIZE; part += 16) {
-            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + part)));
-            __m512i high = _mm512_setzero_si512();
-            if (odd) {
-                const bf16* next = even + task.stride + part;
-                high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)next)), 16);
-            }
-            _mm512_store_si512(to++, _mm512_or_si512(low, high));
+template <int size>
+void pack_keys(const Task& task, ints* to) {
+    for (int first = 0; first < task.keys; first += LANES) {
+        for (int from = 0; from < size; from += LANES * GROUP, to += LANES) {
+            ints rows[LANES];
+            for (int i = 0; i < LANES; ++i)
+                rows[i] = first + i < task.keys ? load_groups(task.key + (first + i) * task.stride + from) : ints{};
+            transpose(rows);
+            for (int i = 0; i < LANES; ++i) to[i] = rows[i];
         }
     }
 }
 
-INLINE __m512bh broadcast_pair(const bf16* from) {
-    return (__m512bh)_mm512_set1_epi32(*(const int32_t*)from);
+template <int size>
+void pack_values(const Task& task, ints* to) {
+    for (int first = 0; first < task.keys; first += GROUP) {
+        const bf16* row = task.value + first * task.stride;
+        const bool two = GROUP == 2 && first + 1 < task.keys;
+        for (int from = 0; from < size; from += LANES)
+            *to++ = join(load(row + from, LANES), two ? load(row + task.stride + from, LANES) : halves{});
+    }
 }
 
-// scores[row, key] for `R` rows and `C` blocks of sixteen keys
-template <int SIZE, int R, int C>
-INLINE void score_block(const bf16* query, int64_t stride, const __m512i* keys, float* to, int pitch) {
-    __m512 sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    for (int p = 0; p < SIZE / 2; ++p) {
-        __m512bh k[C];
-        for (int c = 0; c < C; ++c) k[c] = (__m512bh)_mm512_load_si512(keys + c * (SIZE / 2) + p);
+template <int size>
+void pack_query(const bf16* from, int64_t stride, int rows, part* to) {
+    for (int r = 0; r < rows; ++r, from += stride)
+        for (int c = 0; c < size; c += LANES * GROUP, to += LANES * GROUP) {
+            const ints groups = load_groups(from + c);
+            std::memcpy(to, &groups, sizeof groups);
+        }
+}
+
+// to[r, c] = sum over g of left[r, g] * right[g, c], for R rows and C vectors of columns; two of those are
+// `across` apart, two groups `along`. A function of its own: its loop needs every register.
+template <int R, int C, int across, int along>
+__attribute__((noinline)) void multiply(const part* left, int64_t stride, const ints* right, int groups, float* to,
+                                        int64_t pitch) {
+    floats sums[R][C] = {};
+    for (int g = 0; g < groups; ++g, left += GROUP, right += along)
         for (int r = 0; r < R; ++r) {
-            const __m512bh q = broadcast_pair(query + r * stride + 2 * p);
-            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], q, k[c]);
+            const ints each = broadcast(left + r * stride);
+            for (int c = 0; c < C; ++c) sums[r][c] = dot(sums[r][c], each, right[c * across]);
         }
-    }
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) _mm512_store_ps(to + r * pitch + 16 * c, sums[r][c]);
+        for (int c = 0; c < C; ++c) store(to + r * pitch + c * LANES, sums[r][c]);
 }
 
-template <int SIZE, int R>
-INLINE void score_rows(const Task& task, const bf16* query, const Scratch& scratch, int blocks) {
-    const int pitch = 16 * blocks;
-    int block = 0;
-    for (; block + BLOCKS <= blocks; block += BLOCKS)
-        score_block<SIZE, R, BLOCKS>(query, task.query_stride, scratch.keys + block * (SIZE / 2),
-                                     scratch.scores + 16 * block, pitch);
-    const __m512i* keys = scratch.keys + block * (SIZE / 2);
-    float* to = scratch.scores + 16 * block;
-    switch (blocks - block) {
-        case 3: score_block<SIZE, R, 3>(query, task.query_stride, keys, to, pitch); break;
-        case 2: score_block<SIZE, R, 2>(query, task.query_stride, keys, to, pitch); break;
-        case 1: score_block<SIZE, R, 1>(query, task.query_stride, keys, to, pitch); break;
-        default: break;
+template <int size, int R>
+INLINE void score_rows(const Scratch& scratch, int blocks) {
+    constexpr int groups = size / GROUP;
+    const int pitch = LANES * blocks;
+    const ints* keys = scratch.keys;
+    float* to = scratch.scores;
+    int left = blocks;
+    for (; left >= BLOCKS; left -= BLOCKS, keys += BLOCKS * groups, to += BLOCKS * LANES)
+        multiply<R, BLOCKS, groups, 1>(scratch.query, size, keys, groups, to, pitch);
+    if constexpr (BLOCKS > 1)
+        with_constant<BLOCKS - 1>(left, [&](auto few) {
+            multiply<R, decltype(few)::value, groups, 1>(scratch.query, size, keys, groups, to, pitch);
+        });
+}
+
+// Softmax of one row without its division: writes the weights, returns their sum. The scale comes with
+// log2(e) in it.
+INLINE float soften(const float* scores, part* to, int keys, int blocks, float scale) {
+    const int full = blocks - 1, rest = keys - LANES * full;  // the last block may be partly beyond the keys
+    floats top = choose(rest, load(scores + LANES * full, LANES), all(-3.0e38f));
+    for (int b = 0; b < full; ++b) top = larger(top, load(scores + LANES * b, LANES));
+    const float shift = -scale * largest_of(top);
+    const auto weight = [&](int b) { return exp2_coarse(load(scores + LANES * b, LANES) * scale + shift); };
+    floats sum = {};
+    for (int b = 0; b < full; ++b) {
+        const floats x = weight(b);
+        sum += x;
+        store_parts(to + LANES * b, x);
     }
+    const floats last = choose(rest, weight(full), floats{});
+    store_parts(to + LANES * full, last);
+    return sum_of(sum + last);
 }
 
-// Softmax of one row without its division: writes bf16 weights, returns their sum. The scale comes
-// with log2(e) in it.
-INLINE float soften(const float* scores, bf16* to, int keys, int blocks, float scale) {
-    const __m512 lowest = _mm512_set1_ps(-3.0e38f);
-    const __mmask16 end = lanes(keys - 16 * (blocks - 1));
-    __m512 top = _mm512_mask_load_ps(lowest, end, scores + 16 * (blocks - 1));
-    for (int b = 0; b + 1 < blocks; ++b) top = _mm512_max_ps(top, _mm512_load_ps(scores + 16 * b));
-    const __m512 shift = _mm512_set1_ps(-scale * _mm512_reduce_max_ps(top));
-    const __m512 factor = _mm512_set1_ps(scale);
-    __m512 sum = _mm512_setzero_ps();
-    for (int b = 0; b < blocks; ++b) {
-        const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + 16 * b), factor, shift);
-        const __m512 weight = _mm512_maskz_mov_ps(b + 1 < blocks ? 0xFFFF : end, exp2_coarse(x));
-        sum = _mm512_add_ps(sum, weight);
-        _mm256_store_si256((__m256i*)(to + 16 * b), (__m256i)_mm512_cvtneps_pbh(weight));
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
-template <int SIZE, int R>
+// The values weighted; over the scores, which nobody needs any more.
+template <int size, int R>
 INLINE void mix_rows(const Task& task, const Scratch& scratch, int pitch, const float* sums, bf16* out) {
-    constexpr int C = SIZE / 16;
-    __m512 mixed[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) mixed[r][c] = _mm512_setzero_ps();
-    const __m512i* values = scratch.values;
-    for (int k = 0; k < task.keys; k += 2, values += C) {
-        __m512bh v[C];
-        for (int c = 0; c < C; ++c) v[c] = (__m512bh)_mm512_load_si512(values + c);
-        for (int r = 0; r < R; ++r) {
-            const __m512bh weight = broadcast_pair(scratch.chances + r * pitch + k);
-            for (int c = 0; c < C; ++c) mixed[r][c] = _mm512_dpbf16_ps(mixed[r][c], weight, v[c]);
-        }
-    }
+    constexpr int vectors = size / LANES, C = vectors < BLOCKS ? vectors : BLOCKS;
+    const int groups = (task.keys + GROUP - 1) / GROUP;
+    for (int from = 0; from < vectors; from += C)
+        multiply<R, C, 1, vectors>(scratch.chances, pitch, scratch.values + from, groups, scratch.scores + from * LANES,
+                                   size);
     for (int r = 0; r < R; ++r) {
-        const __m512 share = _mm512_set1_ps(1.0f / sums[r]);
-        for (int c = 0; c < C; ++c)
-            store_bf16(out + r * task.out_stride + 16 * c, _mm512_mul_ps(mixed[r][c], share), 0xFFFF);
+        const float share = 1.0f / sums[r];
+        for (int c = 0; c < size; c += LANES)
+            store(out + r * task.out_stride + c, narrow(load(scratch.scores + r * size + c, LANES) * share), LANES);
     }
 }
 
-template <int SIZE, int R>
-TARGET void attend_rows(const Task& task, const Scratch& scratch, int first) {
-    const int blocks = (task.keys + 15) / 16;
-    const int pitch = 16 * blocks;
-    score_rows<SIZE, R>(task, task.query + first * task.query_stride, scratch, blocks);
+template <int size, int R>
+void attend_rows(const Task& task, const Scratch& scratch, int first) {
+    const int blocks = static_cast<int>(vectors(task.keys)), pitch = LANES * blocks;
+    pack_query<size>(task.query + first * task.query_stride, task.query_stride, R, scratch.query);
+    score_rows<size, R>(scratch, blocks);
     float sums[R];
     for (int r = 0; r < R; ++r)
         sums[r] = soften(scratch.scores + r * pitch, scratch.chances + r * pitch, task.keys, blocks, task.scale);
-    mix_rows<SIZE, R>(task, scratch, pitch, sums, task.out + first * task.out_stride);
+    mix_rows<size, R>(task, scratch, pitch, sums, task.out + first * task.out_stride);
 }
 
-template <int SIZE>
-TARGET void attend(const Task& task, const Scratch& scratch) {
-    pack_keys<SIZE>(task, scratch.keys);
-    pack_values<SIZE>(task, scratch.values);
+template <int size>
+void attend(const Task& task, const Scratch& scratch) {
+    pack_keys<size>(task, scratch.keys);
+    pack_values<size>(task, scratch.values);
     int row = 0;
-    for (; row + ROWS <= task.queries; row += ROWS) attend_rows<SIZE, ROWS>(task, scratch, row);
-    switch (task.queries - row) {
-        case 5: attend_rows<SIZE, 5>(task, scratch, row); break;
-        case 4: attend_rows<SIZE, 4>(task, scratch, row); break;
-        case 3: attend_rows<SIZE, 3>(task, scratch, row); break;
-        case 2: attend_rows<SIZE, 2>(task, scratch, row); break;
-        case 1: attend_rows<SIZE, 1>(task, scratch, row); break;
-        default: break;
-    }
+    for (; row + ROWS <= task.queries; row += ROWS) attend_rows<size, ROWS>(task, scratch, row);
+    with_constant<ROWS - 1>(task.queries - row,
+                            [&](auto few) { attend_rows<size, decltype(few)::value>(task, scratch, row); });
 }
 
-struct Memory {  // one thread's scratch, for the longest pair of the call
-    char* block;
-    Scratch scratch;
+class Memory {  // one thread's scratch, for the longest pair of the call
+  public:
+    Memory(int longest, int size)
+        : keys_(LANES * vectors(longest)),
+          packed_(keys_ * size * sizeof(part)),
+          scores_((keys_ > size_t(size) ? keys_ : size) * ROWS * sizeof(float)),
+          chances_(keys_ * ROWS * sizeof(part)),
+          block_(2 * packed_ + scores_ + chances_ + ROWS * size * sizeof(part)) {}
 
-    Memory(int longest, int size) {
-        const size_t keys = (static_cast<size_t>(longest) + 15) / 16 * 16;
-        const size_t packed = keys * size * sizeof(bf16);
-        block = static_cast<char*>(std::aligned_alloc(64, 2 * packed + keys * ROWS * 6));
-        if (block == nullptr) return;
-        scratch = {(__m512i*)block, (__m512i*)(block + packed), (float*)(block + 2 * packed),
-                   (bf16*)(block + 2 * packed + keys * ROWS * 4)};
+    bool there() const { return block_.at() != nullptr; }
+
+    Scratch scratch() const {
+        char* const at = block_.at();
+        return {(ints*)at, (ints*)(at + packed_), (float*)(at + 2 * packed_), (part*)(at + 2 * packed_ + scores_),
+                (part*)(at + 2 * packed_ + scores_ + chances_)};
     }
-    ~Memory() { std::free(block); }
+
+  private:
+    const size_t keys_, packed_, scores_, chances_;
+    const Block block_;
 };
 
 }  // namespace
@@ -220,25 +235,20 @@ struct Memory {  // one thread's scratch, for the longest pair of the call
 //   out: [queries, heads * size], dense
 // Returns 0; 1 if scratch memory could not be allocated, 2 for a head size that is not built.
 extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets,
-                                 const bf16* key, const bf16* value, int64_t stride,
-                                 const int32_t* offsets, int pairs, int heads, int size, bf16* out,
-                                 int threads) {
+                                        const bf16* key, const bf16* value, int64_t stride, const int32_t* offsets,
+                                        int pairs, int heads, int size, bf16* out, int threads) {
     if (size != 64 && size != 32) return 2;
     int longest = 0;
     for (int i = 0; i < pairs; ++i)
         longest = offsets[i + 1] - offsets[i] > longest ? offsets[i + 1] - offsets[i] : longest;
     const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));
     int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
+    Turns turns(static_cast<int64_t>(pairs) * heads);
+    on_threads(threads, [&] {
         const Memory memory(longest, size);
-        if (memory.block == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int index = 0; index < pairs * heads; ++index) {
-            const int pair = index / heads, column = index % heads * size;
+        if (!memory.there()) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        for (int64_t index; turns.take(index);) {
+            const int64_t pair = index / heads, column = index % heads * size;
             const int64_t first = offsets[pair], row = query_offsets[pair];
             const Task task = {query + row * query_stride + column,
                                key + first * stride + column,
@@ -250,9 +260,8 @@ extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride,
                                query_offsets[pair + 1] - query_offsets[pair],
                                offsets[pair + 1] - offsets[pair],
                                scale};
-            if (memory.block == nullptr) continue;
-            size == 64 ? attend<64>(task, memory.scratch) : attend<32>(task, memory.scratch);
+            size == 64 ? attend<64>(task, memory.scratch()) : attend<32>(task, memory.scratch());
         }
-    }
+    });
     return failed;
 }

@@ -2,93 +2,115 @@
 // quantisation to eight bits with a scale of each row's own.
 //
 // Rows are bf16. A product of eight-bit codes arrives as bf16 too and still lacks the scale of its
-// row and its bias; both are applied here, in fp32, on the way.
+// row and its bias; both are applied here, in fp32, on the way. Each function returns 0, or 1 if scratch
+// memory could not be allocated.
+#include "parallel.h"
 #include "simd.h"
 
-#include <vector>
-
 namespace {
+
+enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, RELU = 3, SILU = 4 };
+
+constexpr float GELU_END = 4.2f;
+constexpr float GELU_REST[] = {4.981835698e-1f,  -3.831483906e-1f, -4.587677850e-2f, 1.276227316e-1f, -3.950628962e-2f,
+                               -8.374141211e-4f, 2.644104855e-3f,  -5.080893532e-4f, 3.152502912e-5f};
+
+// max(x, 0) - |x| Phi(-|x|), which is GELU, to 7e-5: a hundredth of a code's usual step. The second term is
+// the minimax polynomial that is 0 at 0 and at GELU_END, from where on it stays there.
+INLINE floats gelu(floats x) {
+    const floats size = smaller(size_of(x), all(GELU_END));
+    floats series = all(GELU_REST[8]);
+    for (int i = 7; i >= 0; --i) series = series * size + GELU_REST[i];
+    return larger(floats{}, x) - series * size;  // in this order what is no number stays that
+}
+
+INLINE floats sigmoid(floats x) {
+    // exp_of needs no lower care, but must not overflow: e^88 is the largest float.
+    return 1.0f / (1.0f + exp_of(smaller(-x, all(88.0f))));
+}
+
+template <int kind>
+INLINE floats activation(floats x) {
+    if constexpr (kind == GELU) {
+        return gelu(x);
+    } else if constexpr (kind == GELU_TANH) {  // x * sigmoid(2 u) is x * (1 + tanh u) / 2
+        return x * sigmoid((0.044715f * (x * x * x) + x) * 1.59576912f);
+    } else if constexpr (kind == RELU) {
+        return larger(x, floats{});
+    } else if constexpr (kind == SILU) {
+        return x * sigmoid(x);
+    } else {
+        return x;
+    }
+}
 
 // What a product lacks: value = product * scale[row] + bias[column]; nothing where null.
 struct Pending {
     const float* scales;
     const float* bias;
+
+    float scale(int64_t row) const { return scales == nullptr ? 1.0f : scales[row]; }
 };
 
-INLINE __m512 materialize(const bf16* product, const Pending& pending, __m512 scale, int64_t column, __mmask16 mask) {
-    __m512 x = load_bf16(product + column, mask);
-    if (pending.scales != nullptr) x = _mm512_mul_ps(x, scale);
-    if (pending.bias != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, pending.bias + column));
+// Lanes from `count` on are 0 in all that follows, in a row's scratch too.
+INLINE floats materialize(const bf16* product, const Pending& pending, float scale, int64_t column, int64_t count) {
+    floats x = widen(load(product + column, count));
+    if (pending.scales != nullptr) x = x * scale;
+    if (pending.bias != nullptr) x = x + load(pending.bias + column, count);
     return x;
 }
 
-INLINE __m512 row_scale(const Pending& pending, int64_t row) {
-    return _mm512_set1_ps(pending.scales == nullptr ? 1.0f : pending.scales[row]);
-}
-
-INLINE float largest(const float* values, int64_t width) {
-    __m512 top = _mm512_setzero_ps();
-    for (int64_t c = 0; c < width; c += LANES)
-        top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes(width - c), values + c)));
-    return _mm512_reduce_max_ps(top);
+INLINE float largest(const floats* row, int64_t width) {
+    floats top = {};
+    for (int64_t v = 0; v < vectors(width); ++v) top = larger(top, size_of(row[v]));
+    return largest_of(top);
 }
 
 // codes = round((value + shift) / scale) + zero; returns the scale, by which `top` becomes `range`.
-INLINE float quantize(const float* values, int64_t width, float top, float range, float shift, int zero,
-                      uint8_t* codes) {
+INLINE float quantize(const floats* row, int64_t width, float top, float range, float shift, int zero, uint8_t* codes) {
     const float scale = top > 0.0f ? top / range : 1.0f;
-    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
-    const __m512 origin = _mm512_set1_ps(shift / scale + zero);
-    for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        const __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, values + c), inverse, origin);
-        const __m512i code = _mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512());
-        _mm_mask_storeu_epi8(codes + c, mask, _mm512_cvtusepi32_epi8(code));
-    }
+    const float inverse = 1.0f / scale, origin = shift / scale + zero;
+    for (int64_t c = 0; c < width; c += LANES, ++row) store(codes + c, codes_of(*row * inverse + origin), width - c);
     return scale;
 }
 
-TARGET void norm_row(const bf16* product, const bf16* residual, const Pending& pending, __m512 scale, int64_t width,
-                     const float* gamma, const float* beta, float epsilon, float* scratch, bf16* out) {
-    __m512 sum = _mm512_setzero_ps();
+void norm_row(const bf16* product, const bf16* residual, const Pending& pending, float scale, int64_t width,
+              const float* gamma, const float* beta, float epsilon, floats* scratch, bf16* out) {
+    floats sum = {};
     for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        const __m512 x = _mm512_add_ps(materialize(product, pending, scale, c, mask), load_bf16(residual + c, mask));
-        _mm512_mask_storeu_ps(scratch + c, mask, x);
-        sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mask, x));
+        const int64_t count = width - c;
+        const floats x = materialize(product, pending, scale, c, count) + widen(load(residual + c, count));
+        scratch[c / LANES] = x;
+        sum += x;
     }
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
-    __m512 squares = _mm512_setzero_ps();
+    const float mean = sum_of(sum) / width;
+    floats squares = {};
     for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        const __m512 x = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, scratch + c), mean);
-        squares = _mm512_fmadd_ps(x, x, squares);
+        const floats x = choose(width - c, scratch[c / LANES] - mean, floats{});
+        squares += x * x;
     }
-    const float variance = _mm512_reduce_add_ps(squares) / width;
-    const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + epsilon));
+    const float inverse = 1.0f / __builtin_sqrtf(sum_of(squares) / width + epsilon);
     for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scratch + c), mean), inverse);
-        const __m512 y = _mm512_fmadd_ps(x, _mm512_maskz_loadu_ps(mask, gamma + c), _mm512_maskz_loadu_ps(mask, beta + c));
-        _mm512_mask_storeu_ps(scratch + c, mask, y);
-        store_bf16(out + c, y, mask);
+        const int64_t count = width - c;
+        const floats x = (scratch[c / LANES] - mean) * inverse;
+        const floats y = x * load(gamma + c, count) + load(beta + c, count);
+        scratch[c / LANES] = y;
+        store(out + c, narrow(y), count);
     }
 }
 
 template <int kind>
-TARGET float activate_row(const bf16* product, const Pending& pending, __m512 scale, int64_t width, float* scratch) {
-    __m512 top = _mm512_setzero_ps();
+float activate_row(const bf16* product, const Pending& pending, float scale, int64_t width, floats* scratch) {
+    floats top = {};
     for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        const __m512 y = activate<kind>(materialize(product, pending, scale, c, mask));
-        _mm512_mask_storeu_ps(scratch + c, mask, y);
-        top = _mm512_max_ps(top, _mm512_maskz_mov_ps(mask, y));
+        const floats y = activation<kind>(materialize(product, pending, scale, c, width - c));
+        scratch[c / LANES] = y;  // of 0 every activation is 0
+        top = larger(top, y);
     }
-    return _mm512_reduce_max_ps(top);
+    return largest_of(top);
 }
 
-TARGET float activate_row(int kind, const bf16* product, const Pending& pending, __m512 scale, int64_t width,
-                          float* scratch) {
+float activate_row(int kind, const bf16* product, const Pending& pending, float scale, int64_t width, floats* scratch) {
     switch (kind) {
         case GELU: return activate_row<GELU>(product, pending, scale, width, scratch);
         case GELU_TANH: return activate_row<GELU_TANH>(product, pending, scale, width, scratch);
@@ -98,81 +120,70 @@ TARGET float activate_row(int kind, const bf16* product, const Pending& pending,
     }
 }
 
-INLINE void store_row(const float* values, int64_t width, bf16* out) {
-    for (int64_t c = 0; c < width; c += LANES) {
-        const __mmask16 mask = lanes(width - c);
-        store_bf16(out + c, _mm512_maskz_loadu_ps(mask, values + c), mask);
-    }
+INLINE void store_row(const floats* row, int64_t width, bf16* out) {
+    for (int64_t c = 0; c < width; c += LANES) store(out + c, narrow(row[c / LANES]), width - c);
+}
+
+// work(row, scratch) for each row, equal shares of them to the threads, with scratch for one row each.
+template <class Work>
+int for_rows(int64_t count, int64_t width, int threads, Work work) {
+    const int64_t parts = threads < count ? threads : count;
+    int failed = 0;
+    Turns turns(parts);
+    on_threads(static_cast<int>(parts), [&] {
+        const Block scratch(vectors(width) * sizeof(floats));
+        if (scratch.at() == nullptr) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        for (int64_t turn; turns.take(turn);) {
+            const int64_t end = count * (turn + 1) / parts;
+            for (int64_t r = count * turn / parts; r < end; ++r) work(r, (floats*)scratch.at());
+        }
+    });
+    return failed;
 }
 
 }  // namespace
 
 extern "C" {
 
-// 1 where this processor has what the kernels are compiled for.
-EXPORT int echelon_supported() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16");
-}
+// Threads for all kernels: the address of GOMP_parallel, or null for none but the calling one.
+EXPORT void echelon_threads(Parallel address) { parallel = address; }
 
 // Rows to codes round(x / scale) + 128, scale = max |x| / 127 of each row.
-EXPORT TARGET void echelon_quantize(const bf16* rows, int64_t count, int64_t width, uint8_t* codes, float* scales,
-                             int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> scratch(width);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < count; ++r) {
-            const Pending none = {nullptr, nullptr};
-            activate_row<NONE>(rows + r * width, none, _mm512_setzero_ps(), width, scratch.data());
-            const float top = largest(scratch.data(), width);
-            scales[r] = quantize(scratch.data(), width, top, 127.0f, 0.0f, 128, codes + r * width);
-        }
-    }
+EXPORT int echelon_quantize(const bf16* rows, int64_t count, int64_t width, uint8_t* codes, float* scales,
+                            int threads) {
+    return for_rows(count, width, threads, [=](int64_t r, floats* scratch) {
+        activate_row<NONE>(rows + r * width, {nullptr, nullptr}, 1.0f, width, scratch);
+        scales[r] = quantize(scratch, width, largest(scratch, width), 127.0f, 0.0f, 128, codes + r * width);
+    });
 }
 
 // out = LayerNorm(product * scale + bias + residual); with `codes`, out's own codes as well.
-EXPORT TARGET void echelon_add_norm(const bf16* product, const float* scales, const float* bias, const bf16* residual,
-                             int64_t count, int64_t width, const float* gamma, const float* beta, float epsilon,
-                             bf16* out, uint8_t* codes, float* code_scales, int threads) {
+EXPORT int echelon_add_norm(const bf16* product, const float* scales, const float* bias, const bf16* residual,
+                            int64_t count, int64_t width, const float* gamma, const float* beta, float epsilon,
+                            bf16* out, uint8_t* codes, float* code_scales, int threads) {
     const Pending pending = {scales, bias};
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> scratch(width);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < count; ++r) {
-            const int64_t at = r * width;
-            norm_row(product + at, residual + at, pending, row_scale(pending, r), width, gamma, beta, epsilon,
-                     scratch.data(), out + at);
-            if (codes != nullptr) {
-                const float top = largest(scratch.data(), width);
-                code_scales[r] = quantize(scratch.data(), width, top, 127.0f, 0.0f, 128, codes + at);
-            }
-        }
-    }
+    return for_rows(count, width, threads, [=](int64_t r, floats* scratch) {
+        const int64_t at = r * width;
+        norm_row(product + at, residual + at, pending, pending.scale(r), width, gamma, beta, epsilon, scratch,
+                 out + at);
+        if (codes != nullptr)
+            code_scales[r] = quantize(scratch, width, largest(scratch, width), 127.0f, 0.0f, 128, codes + at);
+    });
 }
 
 // activation(product * scale + bias), as bf16 `out` or, with `codes`, as codes of value + shift from 0
 // upwards, where no value is below -shift: a bit more than codes around a middle.
-EXPORT TARGET void echelon_activate(const bf16* product, const float* scales, const float* bias, int64_t count,
-                             int64_t width, int kind, bf16* out, uint8_t* codes, float* code_scales, float shift,
-                             int threads) {
+EXPORT int echelon_activate(const bf16* product, const float* scales, const float* bias, int64_t count, int64_t width,
+                            int kind, bf16* out, uint8_t* codes, float* code_scales, float shift, int threads) {
     const Pending pending = {scales, bias};
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> scratch(width);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < count; ++r) {
-            const int64_t at = r * width;
-            const float top = activate_row(kind, product + at, pending, row_scale(pending, r), width, scratch.data());
-            if (codes != nullptr)
-                code_scales[r] = quantize(scratch.data(), width, top + shift, 255.0f, shift, 0, codes + at);
-            else
-                store_row(scratch.data(), width, out + at);
-        }
-    }
+    return for_rows(count, width, threads, [=](int64_t r, floats* scratch) {
+        const int64_t at = r * width;
+        const float top = activate_row(kind, product + at, pending, pending.scale(r), width, scratch);
+        if (codes != nullptr)
+            code_scales[r] = quantize(scratch, width, top + shift, 255.0f, shift, 0, codes + at);
+        else
+            store_row(scratch, width, out + at);
+    });
 }
 
 }  // extern "C"
