@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hatch_build import LEVELS, LIBRARY  # noqa: E402 - it lies beside no package
+
 GLIBC = 28  # 2.28
 PURE = "any"
 MACHINES = ("x86_64", "aarch64")
@@ -82,7 +87,23 @@ def build_wheel(tag: str, source: Path, out: Path) -> Path:
     wheel = build("wheel", source, out, ECHELON_WHEEL_PLATFORM=tag, CXX=compiler)
     if not wheel.name.endswith(f"-py3-none-{tag}.whl"):
         raise SystemExit(f"{wheel.name} should be for {tag}: the kernels did not compile.")
+    if missing := levels_of(tag) - levels_in(wheel):
+        raise SystemExit(f"{wheel.name} lacks the kernels of {', '.join(sorted(missing))}.")
     return wheel
+
+
+def levels_of(tag: str) -> set[str]:
+    """Levels of kernels that a wheel of a platform holds; the pure one holds none."""
+    return set().union(*(levels for machine, levels in LEVELS.items() if tag.endswith(machine)))
+
+
+def levels_in(wheel: Path) -> set[str]:
+    """Levels of kernels in a wheel."""
+    before, after = LIBRARY.split("{level}")
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
+    return {
+        name.removeprefix(before).removesuffix(after) for name in names if name.startswith(before)
+    }
 
 
 def allowed(found: str, tag: str) -> bool:
@@ -122,10 +143,12 @@ def try_here(wheel: Path, folder: Path, *, compiled: bool) -> str:
     (first, *_) = json.loads(run(command, env=bare, cwd=folder))["results"]
     if first["index"] != 1:
         raise SystemExit(f"{wheel.name} ranks wrongly: {first}")
-    (library,) = [*folder.rglob("libechelon.so.1"), None][:1]
-    if (library is not None) != compiled:
-        raise SystemExit(f"{wheel.name}: compiled kernels {'expected' if compiled else 'inside'}.")
-    return f"{wheel.name}: installed, and ranks with a logit of {first['logit']:.4f}"
+    asked = "from echelon.models.kernels import used_level; print(used_level())"
+    level = run((folder / "bin/python", "-c", asked), env=bare, cwd=folder).strip()
+    if (level != "off") != compiled:
+        raise SystemExit(f"{wheel.name}: its compiled kernels are {level}.")
+    logit = f"{first['logit']:.4f}"
+    return f"{wheel.name}: installed, and ranks with a logit of {logit} (kernels: {level})"
 
 
 def main() -> None:
