@@ -60,13 +60,13 @@ def test_steps_are_begun_ahead_and_answered_in_order():
         *(("start", 3), ("start", 4), ("result", 3), ("start", 5), ("result", 4), ("result", 5)),
         *("release", "close"),
     ]
-    assert [float(content[0]) for _, content, _, _ in answers] == [3, 4, 5]
-    assert {kind for kind, *_ in answers} == {"scores"}
+    assert [float(answer.content[0]) for answer in answers] == [3, 4, 5]
+    assert {answer.kind for answer in answers} == {"scores"}
 
 
 def test_lack_of_memory_is_said_after_the_step_that_still_runs():
     log, answers = serve(score(3), score(13), score(4), ("stop",))
-    assert [kind for kind, *_ in answers] == ["scores", "memory", "scores"]
+    assert [answer.kind for answer in answers] == ["scores", "memory", "scores"]
     assert log.index(("result", 3)) < log.index("release")
 
 
@@ -75,5 +75,5 @@ def test_a_steps_seconds_begin_when_the_device_was_free(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     step = child.BegunStep(Device(SimpleQueue()), score(3)[1])
     now[0] = 103.0
-    assert step.reply()[2] == pytest.approx(3.0)
-    assert step.reply(free_since=102.5)[2] == pytest.approx(0.5)
+    assert step.reply().seconds == pytest.approx(3.0)
+    assert step.reply(free_since=102.5).seconds == pytest.approx(0.5)

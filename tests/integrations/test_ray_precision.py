@@ -71,7 +71,7 @@ def test_a_servers_worker_takes_the_precision_of_its_machine(
     elsewhere, bert, tmp_path, profile, caplog
 ):
     caplog.set_level(logging.WARNING)
-    factory = factory_of(prepared(bert, tmp_path, profile, by_profile=True), bert, SHARE.cpus)
+    factory = factory_of(prepared(bert, tmp_path, profile, by_profile=True), bert, SHARE)
     worker = RayWorker(factory, SHARE, "worker 7")
     try:
         assert worker.start("int8").precision == "fp32"
@@ -92,8 +92,8 @@ def test_the_factory_replaces_only_what_the_profile_chose(bert, tmp_path, profil
     chosen = prepared(bert, tmp_path, profile, by_profile=True)
     with (
         pytest.warns(EchelonWarning, match="chooses int8"),
-        closing(factory_of(chosen, bert, 1.0)(precision="int8")) as scorer,
+        closing(factory_of(chosen, bert, SHARE)(precision="int8")) as scorer,
     ):
         assert scorer.info.precision == "fp32"
     with pytest.raises(InvalidInput, match="no int8 instructions"):
-        factory_of(replace(chosen, by_profile=False), bert, 1.0)(precision="int8")
+        factory_of(replace(chosen, by_profile=False), bert, SHARE)(precision="int8")

@@ -271,7 +271,7 @@ def test_a_hundred_thousand_documents_a_second(plan):
         ((*ASKED, "--price-per-hour", 0), "--price-per-hour", "above 0"),
         ((*ASKED, "--day", "a,b"), "--day", "typical"),
         ((*ASKED, "--day", "0,0"), "--day", "0.2,0.5,1"),
-        ((*ASKED, "--trace", "/nowhere.csv"), "--trace", "CSV"),
+        ((*ASKED, "--trace", "/nowhere.csv"), "--trace", "Check its name"),
         ((*ASKED, "--trace", "/dev/null"), "--trace", "header"),
     ],
 )

@@ -156,8 +156,11 @@ def _torch_advice(machine: dict[str, Any]) -> list[Message]:
     found = []
     unusable = unusable_card()
     if unusable is not None:
-        name = "doctor.old_driver" if unusable.too_old else "doctor.unusable_card"
-        found.append(Message(name, asdict(unusable)))
+        values = asdict(unusable)
+        old = unusable.too_old
+        found.append(
+            Message("doctor.old_driver", values) if old else Message("doctor.unusable_card", values)
+        )
     elif not machine["gpus"] and is_cuda_build():
         found.append(Message("doctor.no_gpu"))
     found += [Message("doctor.untested", {"accelerator": name}) for name in untested_here()]

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field
 
 from echelon.models.device import has_torch
+from echelon.models.drivers import surely_no_card
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def visible_cards() -> list[str]:
 
     It honours the variable's own value: numbers, or ids of cards or of slices. No context is made.
     """
-    if not has_torch():
+    if surely_no_card() or not has_torch():
         return []
     import torch
 

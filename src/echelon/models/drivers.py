@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,16 @@ REMEDY = (
     "Update the driver, install a build of torch for an older CUDA (docs/GPU.md), or see with "
     "nvidia-smi whether this process may use the card."
 )
+
+
+NODES = ("dev/nvidia0", "dev/nvidiactl", "dev/nvidia-caps", "dev/dxg", "dev/kfd")
+"""Device nodes of cards: NVIDIA's, those of Windows' subsystem, AMD's."""
+
+
+def surely_no_card(root: Path = Path("/")) -> bool:
+    """Whether torch need not be asked for cards: importing it takes seconds and hundreds of MB."""
+    imported = sys.modules.get("torch") is not None
+    return sys.platform == "linux" and not imported and not any((root / n).exists() for n in NODES)
 
 
 def unusable_card(root: Path = Path("/")) -> UnusableCard | None:

@@ -26,6 +26,7 @@ from echelon.models.device import (
     set_threads,
     usable_cpus,
 )
+from echelon.models.drivers import surely_no_card
 from echelon.models.families import FAMILIES, native_model
 from echelon.models.faults import kind_of
 from echelon.models.heap import keep_freed
@@ -140,7 +141,7 @@ def precisions_to_compare(folder: Path, device: str) -> list[str]:
 
 def card_precisions(folder: Path, device: str) -> list[str]:
     """Half precisions that ``auto`` may mean on a card, the usual one first; none on CPU."""
-    if runs_on_cpu(folder, device):
+    if device == "cpu" or surely_no_card() or runs_on_cpu(folder, device):
         return []
     native = native_model(folder, read_config(folder))
     usual = None if native is None else native.family.half
