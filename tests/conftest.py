@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 from helpers import SENTENCES, SHAPES, TOKENIZER_OF, make_toy, save_tokenizer
 
+from echelon.models.kernels import used_level
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -40,6 +42,12 @@ while the other has nothing left."""
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of long files first."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
+@pytest.fixture(autouse=True)
+def own_kernels() -> None:
+    """A process chooses its kernels once: not in a test that makes the processor an older one."""
+    used_level()
 
 
 @pytest.fixture(scope="session")

@@ -145,9 +145,9 @@ def test_a_connection_that_breaks_costs_neither_the_step_nor_the_worker(made):
         for seed in (1, 2):  # each while a step runs, then while nothing is asked
             answer = asyncio.create_task(submit(it, texts(seed, 20)))
             await until(lambda: supervisor._sent)
-            assert cut(pid)
+            await until(lambda: cut(pid))  # Ray connects anew when it likes
             assert (await answer).logits.tolist() == scores(texts(seed, 20))
-            assert cut(pid)
+            await until(lambda: cut(pid))
             await answered(it, range(3))
         assert supervisor._worker.pid == pid
 
