@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import mmap
+import sys
 from itertools import product
+from subprocess import run
 
 import pytest
 import torch
@@ -171,6 +173,38 @@ def test_onednns_unclear_error_counts_while_memory_is_short(monkeypatch):
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert faults.is_out_of_memory(unclear)
     assert not faults.is_out_of_memory(RuntimeError("could not execute a primitive"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "peak_mib", "short"),
+    [("unlimited", 999_999, False), (1000, 935, False), (1000, 937, True), (1000, 1200, True)],
+)
+def test_an_operator_that_freed_its_output_before_its_error_was_short_at_its_peak(
+    limit, peak_mib, short, tmp_path, monkeypatch
+):
+    bytes_ = limit if isinstance(limit, str) else limit * 2**20
+    (tmp_path / "limits").write_text(
+        "Limit                     Soft Limit           Hard Limit           Units     \n"
+        f"Max address space         {bytes_}           unlimited            bytes     \n"
+    )
+    (tmp_path / "status").write_text(f"Name:\tpython\nVmPeak:\t {peak_mib * 1024} kB\n")
+    assert faults._was_near_its_limit(tmp_path) is short
+    assert not faults._was_near_its_limit(tmp_path / "none")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_freed_what_it_took_was_short():
+    program = """
+import mmap, resource
+from echelon.models import faults
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20, resource.RLIM_INFINITY))
+print(faults._host_is_short())
+mmap.mmap(-1, 280 * 2**20).close()
+print(faults._host_is_short())
+"""
+    done = run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def cards(monkeypatch, **free):

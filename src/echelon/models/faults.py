@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from pathlib import Path
 from typing import Literal
 
 FaultKind = Literal["memory", "lost", "other"]
@@ -43,8 +44,8 @@ UNCLEAR_ON_CARD = re.compile(r"(CU|HIP)BLAS_STATUS_NOT_INITIALIZED")
 card has little memory left."""
 
 SHORT_BYTES = 64 * 2**20
-"""A host's memory is short when this much cannot be allocated; at most 20 MB were left when
-compiling failed."""
+"""A host's memory is short when this much cannot be allocated, or could not at the process' peak;
+at most 20 MB were left when compiling failed."""
 
 SHORT_CARD_BYTES = 256 * 2**20
 """A card's memory is short when less is free: cuBLAS takes some tens of MiB for a handle."""
@@ -88,12 +89,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _host_is_short() -> bool:
-    """Whether the system refuses a block of :data:`SHORT_BYTES` now."""
+    """Whether the system refuses a block of :data:`SHORT_BYTES` now, or did at the peak.
+
+    An operator frees its output before its error arrives here, so the peak counts too.
+    """
     try:
         mmap.mmap(-1, SHORT_BYTES).close()
     except OSError:
         return True
-    return False
+    return _was_near_its_limit(Path("/proc/self"))
+
+
+def _was_near_its_limit(process: Path) -> bool:
+    """Whether a process' address space, at its peak, came close to its limit (``ulimit -v``).
+
+    Args:
+        process: its folder in Linux's ``/proc``. Without one the answer is no.
+    """
+    try:
+        limit = re.search(r"Max address space +(\d+)", (process / "limits").read_text())
+        peak = re.search(r"VmPeak:\s+(\d+) kB", (process / "status").read_text())
+    except OSError:
+        return False
+    if limit is None or peak is None:
+        return False
+    return int(peak[1]) * 1024 + SHORT_BYTES > int(limit[1])
 
 
 def _card_is_short() -> bool:
