@@ -296,6 +296,7 @@ KEPT = "the-model|echelon tune --refresh|API key|NVIDIA NIM|Cohere v|vLLM [a-z]+
 """Names, commands, and a word of Swagger UI, which speaks English only."""
 
 SAID = """() => {
+  document.querySelector("pre")?.remove();  // code
   const names = ["title", "placeholder", "aria-label"];
   const said = (node) => names.map((name) => node.getAttribute(name));
   const words = [...document.querySelectorAll("body *")].flatMap(said).filter(Boolean);
