@@ -78,7 +78,7 @@ def test_help_lists_every_precision(call, command):
         (("rank", "q", "d", "--top-n", "0"),
          "Error: --top-n: 0 is not a positive whole number. Give 1 or more."),
         (("plan", "--slo-p99-ms", "9", "--rate", "0", "--profile", "p"),
-         "Error: --rate: 0 is not above 0. Give requests a second, such as 5."),
+         "Error: --rate: 0 is not a finite number above 0. Give requests a second, such as 5."),
         (("rank", "q", "--file", "/no/file"),
          f"Error: --file: {NO_FILE}. Check its name."),
         (("--lang", "zh", "rank"), "错误：QUERY：未给出。请参阅：echelon rank --help"),
