@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import click
 import pytest
 from echelon.compat import CrossEncoder
 from helpers import ROOT, run_command
+from rich.cells import cell_len
 
 from echelon import cli, errors, progress
-from echelon.messages import tr
+from echelon.messages import Message, in_language, tr
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.drivers import UnusableCard
-from echelon.reports.tables import print_ranking
+from echelon.profile import Profile
+from echelon.reports.tables import print_profile, print_ranking
 from echelon.types import RankedDocument, Ranking
 
 NO_FILE = "/no/file cannot be read (No such file or directory)"
@@ -124,6 +128,22 @@ def test_tables_and_notes_are_in_the_language(call):
 
 
 # Pipes and terminals.
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_line_of_a_note_ends_inside_of_a_flag(capsys, monkeypatch, language):
+    names = ("calibration.memory_left_out", "sweep.noisy_points", "sweep.points_predicted")
+    notes = [Message(name, {"noisy": 3, "predicted": 4, "all": 9}) for name in names]
+    flags = []
+    for columns in range(20, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with in_language(language):
+            print_profile(replace(Profile.load(PROFILE), warnings=notes))
+        lines = capsys.readouterr().out.splitlines()
+        assert all(cell_len(line) <= columns for line in lines)
+        flags += re.findall(r"--[a-z-]+", "\n".join(lines))
+    assert set(flags) == {"--time-limit", "--refresh"}
+    assert len(flags) == 40 * 4
 
 
 LONG = " ".join(["word"] * 3000)

@@ -316,9 +316,7 @@ def test_a_page_in_chinese_has_no_english_sentence_and_fits_a_phone(browser, sit
             page.locator("#as-boxes").click()
         elif path == "/dashboard":
             page.locator("#workers tr").first.wait_for()
-            page.wait_for_function(
-                "() => document.querySelectorAll('.plot .main-svg').length >= 12"
-            )
+            page.locator(".plot .main-svg").nth(11).wait_for(state="attached")
         else:
             page.locator(".opblock-tag").first.wait_for()
         assert page.evaluate("document.documentElement.lang") == "zh-CN"
