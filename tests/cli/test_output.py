@@ -138,12 +138,14 @@ def test_no_line_of_a_note_ends_inside_of_a_flag(capsys, monkeypatch, language):
     for columns in range(20, 60):
         monkeypatch.setenv("COLUMNS", str(columns))
         with in_language(language):
-            print_profile(replace(Profile.load(PROFILE), warnings=notes))
+            listed = tr("Check --dialect, --model, --documents and --tokens.")
+            print_profile(replace(Profile.load(PROFILE), warnings=[*notes, listed]))
         lines = capsys.readouterr().out.splitlines()
         assert all(cell_len(line) <= columns for line in lines)
         flags += re.findall(r"--[a-z-]+", "\n".join(lines))
-    assert set(flags) == {"--time-limit", "--refresh"}
-    assert len(flags) == 40 * 4
+    listed = {"--dialect", "--model", "--documents", "--tokens"}
+    assert set(flags) == {"--time-limit", "--refresh", *listed}
+    assert len(flags) == 40 * (4 + len(listed))
 
 
 LONG = " ".join(["word"] * 3000)
