@@ -24,7 +24,7 @@ from echelon.types import Truncation
 if TYPE_CHECKING:
     from echelon.types import Pair
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"]
 Allowance = Literal["precision", "max_length"]
 
 
@@ -126,8 +126,9 @@ class Options:
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` (Apple's GPU); see docs/GPU.md."""
 
     precision: Precision = _option("auto", _one_of(*get_args(Precision)))
-    """``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA. ``int8`` is refused
-    unless it ranks as fp32 does, see :mod:`echelon.engine.precision_check`."""
+    """``auto`` takes the profile's choice, else fp32 on CPU and fp16 on CUDA. ``int8``, on CPU, and
+    ``fp8``, on newer cards, are refused unless they rank as fp32 does, see
+    :mod:`echelon.engine.precision_check`."""
 
     max_length: int | None = _option(None, check_count, per_call=True)
     """Tokens a pair may have, special tokens included; None is the model's limit."""

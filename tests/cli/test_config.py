@@ -80,7 +80,7 @@ def test_unknown_devices(device):
 @pytest.mark.parametrize(
     ("name", "value", "choices"),
     [
-        ("precision", "fp8", "auto, fp32, bf16, fp16"),
+        ("precision", "fp4", "auto, fp32, bf16, fp16"),
         ("precision", None, "auto, fp32, bf16, fp16"),
         ("precision", ["fp32"], "auto, fp32, bf16, fp16"),
         ("truncation", "only_first", "longest_first, only_second"),

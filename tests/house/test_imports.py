@@ -21,6 +21,7 @@ NEEDS_TORCH = {
     "echelon.models.causal_attention",
     "echelon.models.decoder",
     "echelon.models.decoder_weights",
+    "echelon.models.float8",
     "echelon.models.gated",
     "echelon.models.gte_encoder",
     "echelon.models.llama_encoder",

@@ -1,4 +1,4 @@
-"""What ``auto`` means on a card: the fastest precision that surely ranks as fp32 does. No torch.
+"""Precisions on cards: what ``auto`` means there, and whether fp8 may be used. No torch.
 
 A half precision is compared with fp32 before its first use with a model on a kind of card, as int8
 is on CPU, and the result is stored. Where it does not pass, or gives no numbers, the other one is
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from echelon.engine.check_store import store_row, stored_row
 from echelon.engine.precision_check import Comparisons, PrecisionCheck, require_passed
 from echelon.errors import EchelonWarning, InvalidInput, OutOfMemory
+from echelon.models.device import choose_device, choose_precision
 from echelon.models.registry import card_name, card_precisions
 from echelon.profile import ProfileKey, library_versions
 from echelon.progress import Progress, no_progress
@@ -56,6 +57,24 @@ def choose_on_card(
             return replace(options, precision=cast("Precision", half))
     warnings.warn(f"fp32 is used: {'; '.join(reasons)}.", EchelonWarning, stacklevel=4)
     return replace(options, precision="fp32")
+
+
+def require_float8(
+    folder: ModelFolder,
+    options: Options,
+    encoder: PairEncoder,
+    on_progress: Progress = no_progress,
+) -> None:
+    """Compare fp8 with fp32 where it was chosen.
+
+    Raises:
+        InvalidInput: it does not rank as fp32 does, or the device has none.
+    """
+    if options.precision != "fp8":
+        return
+    choose_precision("fp8", choose_device(options.device))
+    comparisons = Comparisons(PrecisionCheck.of(folder, options, encoder))
+    require_passed(_row_of(folder, options, "fp8", comparisons, on_progress))
 
 
 def _row_of(

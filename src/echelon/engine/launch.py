@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from echelon.engine.card_precision import choose_on_card
+from echelon.engine.card_precision import choose_on_card, require_float8
 from echelon.engine.events import WEDGE_AFTER_S, ServiceSettings
 from echelon.engine.precision_check import check_precision, scorer_factory
 from echelon.engine.score_cache import ScoreCache
@@ -24,6 +24,7 @@ from echelon.models.registry import (
     model_prompt,
     precisions_to_compare,
     require_model,
+    runs_in,
 )
 from echelon.options import Options
 from echelon.profile import (
@@ -108,7 +109,7 @@ def prepare(
 ) -> PreparedModel:
     """Find a model, read its tokenizer, and compare with fp32 before a precision's first use.
 
-    That is int8 on CPU, and what ``auto`` means on a card.
+    That is int8 on CPU, and fp8 and what ``auto`` means on a card.
 
     Args:
         model: hub id, ``"modelscope:owner/name"``, local folder, or ``"demo"``.
@@ -116,7 +117,7 @@ def prepare(
         profile: the profile, if there is one.
 
     Raises:
-        InvalidInput: int8 was asked for and does not rank as fp32 does.
+        InvalidInput: int8 or fp8 was asked for and does not rank as fp32 does.
         ModelError: the model is missing, damaged, or not supported.
     """
     folder = resolve(model, revision=asked.revision, progress=asked.progress)
@@ -129,6 +130,7 @@ def prepare(
     with status("Comparing precisions with fp32", shown=asked.progress) as on_progress:
         try:
             kept = check_precision(folder, options, encoder, profile, on_progress)
+            require_float8(folder, options, encoder, on_progress)
         except InvalidInput as error:
             if profile is None or not by_profile:
                 raise
@@ -147,10 +149,10 @@ def with_precision_there(options: Options, profile: Profile, folder: ModelFolder
     chose; what a caller asks for is never replaced.
     """
     wanted = options.precision
-    if wanted in precisions_to_compare(folder.path, options.device):
+    if runs_in(folder.path, options.device, wanted):
         return options
-    # Without a row the user chose it for tuning: only int8 does not work everywhere.
-    if wanted != "int8" and profile.precision_row(wanted) is None:
+    # Without a row the user chose it for tuning: only int8 and fp8 do not work everywhere.
+    if wanted not in {"int8", "fp8"} and profile.precision_row(wanted) is None:
         return options
     return _fallen_back(options, profile, folder, f"this machine has no fast {wanted}")
 

@@ -29,8 +29,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16"}
-"""dtype of the activations; under int8 they are bf16."""
+DTYPES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "int8": "bfloat16",
+    "fp8": "bfloat16",
+}
+"""dtype of the activations; under int8 and fp8 they are bf16."""
+
+FLOAT8_CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's cards multiply fp8."""
 
 SPINS = "3000"
 """How often a waiting OpenMP thread polls before it sleeps, some tens of microseconds. By default
@@ -126,8 +135,15 @@ def choose_precision(precision: str, device: torch.device, usual: str | None = N
 
     ``auto`` is the family's ``usual`` one where the device is fast in it, else fp32 on CPU, and
     fp16 on CUDA (the most accurate of the fast ones, measured).
-    int8 is refused where it would be slow or inexact.
+    int8 is refused where it would be slow or inexact, fp8 where the device has none.
     """
+    if precision == "fp8" and not multiplies_float8(device):
+        raise InvalidInput(
+            "precision",
+            f"{device_name(device)} does not multiply fp8",
+            "It needs an NVIDIA card of compute capability 8.9 or newer (RTX 40, L4, H100). Use "
+            "auto, fp32, bf16 or fp16.",
+        )
     if precision == "int8" and not (device.type == "cpu" and multiplies_int8()):
         raise InvalidInput(
             "precision",
@@ -186,6 +202,13 @@ def multiplies_half(kind: str) -> bool:
     if held_to_avx2() or not has_onednn():
         return False
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether a device multiplies eight-bit floating point."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def usable_cpus() -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Config = dict[str, Any]
 
 
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 """Bytes of a weight."""
 
 IN_CACHE_BYTES = 6 * MIB

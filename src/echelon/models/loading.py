@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from echelon.models.device import DTYPES, device_name, half_precision
+from echelon.models.float8 import Float8Linear, fits
 from echelon.models.gated import PackedGate, StackedGate
 from echelon.models.kernels import used_level
 from echelon.models.layers import (
@@ -81,13 +82,17 @@ class WeightLoader:
 
         The layer applies the activation if it can; ``shift`` is that of its input's codes.
         """
-        if self._is_dense(names):
+        if self._is_dense(tensors, names):
             if self.plan.errors is not None:
                 name = names[-1].removeprefix(self._root)
                 int8 = Int8Linear(*stacked(tensors, names), None)
                 return ProbedLinear(self.dense(tensors, *names), int8, name, self.plan.errors)
             return self.dense(tensors, *names, activation=activation)
         weight, bias = stacked(tensors, names)
+        if self.plan.precision == "fp8":
+            layer = Float8Linear(weight, bias, self.device)
+            self.loaded_bytes += layer.nbytes
+            return layer
         self.loaded_bytes += weight.numel() + 8 * len(weight)  # codes; scales and bias
         return Int8Linear(weight, bias, shift)
 
@@ -96,7 +101,7 @@ class WeightLoader:
 
         The part with the activation comes first. Int8 multiplies both at once.
         """
-        plain = self._is_dense(names) and self.plan.errors is None
+        plain = self._is_dense(tensors, names) and self.plan.errors is None
         if not plain or not prepacks(self.device, self.dtype):
             return StackedGate(self.linear(tensors, *names), activation)
         weight, bias = stacked(tensors, names)
@@ -122,8 +127,10 @@ class WeightLoader:
         self.loaded_bytes += numbers * dtype.itemsize
         return make_linear(weight, bias, self.device, dtype, activation)
 
-    def _is_dense(self, names: Sequence[str]) -> bool:
-        """Whether the layer that stacks the named ones is not in int8."""
+    def _is_dense(self, tensors: Tensors, names: Sequence[str]) -> bool:
+        """Whether the layer that stacks the named ones is in the dtype of the activations."""
+        if self.plan.precision == "fp8":
+            return not all(fits(tensors[f"{name}.weight"]) for name in names)
         last = names[-1].removeprefix(self._root)
         return self.plan.precision != "int8" or last in self.plan.keep_bf16
 

@@ -22,6 +22,7 @@ from echelon.models.device import (
     choose_precision,
     device_name,
     has_torch,
+    multiplies_float8,
     require_torch,
     set_threads,
     usable_cpus,
@@ -148,6 +149,14 @@ def card_precisions(folder: Path, device: str) -> list[str]:
     return sorted(precisions_to_compare(folder, device)[1:], key=lambda half: half != usual)
 
 
+def runs_in(folder: Path, device: str, precision: str) -> bool:
+    """Whether a model can run in a precision on a device, without being slow or inexact."""
+    if precision == "fp8":  # only where it is asked for: no card has been measured yet
+        on_card = not (device == "cpu" or surely_no_card() or runs_on_cpu(folder, device))
+        return on_card and multiplies_float8(choose_device(device))
+    return precision in precisions_to_compare(folder, device)
+
+
 def card_name(device: str) -> str:
     """What the driver calls the card of a device."""
     return device_name(choose_device(device))
@@ -181,12 +190,12 @@ def _open_generic(
     threads: int,
     label: int,
 ) -> Scorer:
-    if plan.precision == "int8":
+    if plan.precision in {"int8", "fp8"}:
         families = "; ".join(family.name for family in FAMILIES)
         raise InvalidInput(
             "precision",
-            f"int8 is not built for {config['model_type']} models",
-            f"Use auto, fp32 or bf16; int8 is there for {families}.",
+            f"{plan.precision} is not built for {config['model_type']} models",
+            f"Use auto, fp32 or bf16; {plan.precision} is there for {families}.",
         )
     from echelon.models.transformers import GenericScorer
 

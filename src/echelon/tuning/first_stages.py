@@ -15,7 +15,7 @@ from echelon.messages import Message
 from echelon.messages.units import duration, number
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.device import usable_cpus
-from echelon.models.registry import precisions_to_compare, runs_on_cpu
+from echelon.models.registry import precisions_to_compare, runs_in, runs_on_cpu
 from echelon.reports.statistics import MIN_RUNS, summarize, verdict
 from echelon.tuning.probe_shapes import StepFactory
 from echelon.tuning.time_plan import LEAST_PAIRS, PRECISIONS, THREADS, Price, TimeBudget, price
@@ -35,6 +35,9 @@ MAX_THREAD_PAIRS = 32
 """Pairs of the call that thread counts are compared with: more would tell no more."""
 
 WARM_UP = 1.1  # all topics, and the first one before them
+
+CHECKED = ("int8", "fp8")
+"""Precisions that are compared with fp32 also where the user asked for them."""
 
 THREAD_RUNS = 5  # of a thread count, where they are quick
 
@@ -79,9 +82,9 @@ def compare_in_time(
     """
     candidates = precisions_to_compare(check.folder.path, check.options.device)
     asked = check.options.precision
-    required = asked == "int8" and asked in candidates[1:]
+    required = asked in CHECKED and runs_in(check.folder.path, check.options.device, asked)
     if required:
-        candidates = ["fp32", "int8"]  # int8 is checked also where the user asked for it
+        candidates = ["fp32", asked]
     elif asked != "auto":
         return [], []
     elif len(candidates) == 1:
@@ -107,7 +110,7 @@ def with_fastest_precision(
 ) -> tuple[PrecisionCheck, list[str]]:
     """Choose the fastest precision that passed, and the layers that it leaves in bf16."""
     asked = check.options.precision
-    if asked == "int8" and rows:
+    if asked in CHECKED and rows:
         require_passed(rows[-1])
     passed = [row for row in rows if row["passed"] and asked in {"auto", row["precision"]}]
     if not passed:

@@ -1,0 +1,66 @@
+"""Linear layers in eight-bit floating point, for cards that multiply it (Ada, Hopper and newer).
+
+Weights are scaled by output, rows of activations by row, each so that its largest number is the
+largest of the format (Micikevicius and others, FP8 Formats for Deep Learning, 2022). Sums are in
+fp32, results in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from echelon.models.layers import Product, values_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echelon.models.layers import Rows
+
+FORMAT = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
+LARGEST = torch.finfo(FORMAT).max
+
+MULTIPLE = 16
+"""Widths of both sides of a product must be multiples; other layers stay in bf16."""
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a card multiplies by this weight [out, in]."""
+    return all(width % MULTIPLE == 0 for width in weight.shape)
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, width] → codes of :data:`FORMAT` [rows, width], and their scales, float32 [rows, 1].
+
+    A number is wrong by at most a sixteenth of itself, or by what the smallest code is worth.
+    """
+    wide = rows.float()
+    scales = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    return (wide / scales).clamp(-LARGEST, LARGEST).to(FORMAT), scales
+
+
+class Float8Linear:
+    """A product in float8 of weight [out, in] and bias [out], or no bias; results in bf16."""
+
+    quantized = False  # the codes of :class:`Rows` are integers
+    activated = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+        codes, scales = quantize(weight.to(device))
+        self._weight, self._scales = codes.t(), scales.t()
+        self._bias = None if bias is None else bias.to(device, torch.bfloat16, copy=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+        parts = (self._weight, self._scales, self._bias)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
+        """See :class:`~echelon.models.layers.Linear`."""
+        codes, scales = quantize(values_of(rows))
+        product = torch._scaled_mm(  # noqa: SLF001 - no public name exists
+            codes, self._weight, scales, self._scales, self._bias, out_dtype=torch.bfloat16
+        )
+        return Product(product, residual=residual)
