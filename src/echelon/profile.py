@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon import files
 from echelon.errors import EchelonWarning, ProfileError, StorageError
-from echelon.messages import restored, stored
+from echelon.messages import N_, restored, stored, tr
 
 if TYPE_CHECKING:
     from echelon.options import Options
@@ -59,8 +59,8 @@ _PRECISION = {
 """What the fields of a profile, its key, its settings and its precisions may hold. The other
 fields are checked where they are used."""
 
-TUNE_AGAIN = "Run `echelon tune` again to measure this machine."
-TUNED = "Give the file that `echelon tune` wrote, such as echelon-profile.json."
+TUNE_AGAIN = N_("Run `echelon tune` again to measure this machine.")
+TUNED = N_("Give the file that `echelon tune` wrote, such as echelon-profile.json.")
 
 
 NAMES = {
@@ -188,12 +188,11 @@ class Profile:
     def from_dict(cls, content: Any, path: Path) -> Profile:
         """Build a profile from its JSON content."""
         if not isinstance(content, dict) or "schema" not in content:
-            raise ProfileError(f"{path}: not an Echelon profile. {TUNED}")
+            raise _unusable(path, tr("not an Echelon profile"), tr(TUNED))
         if content["schema"] != SCHEMA:
-            raise ProfileError(
-                f"{path}: profile version {content['schema']!r}, this Echelon reads {SCHEMA}. "
-                f"{TUNE_AGAIN}"
-            )
+            words = N_("profile version {found}, this Echelon reads {known}")
+            problem = tr(words, found=repr(content["schema"]), known=SCHEMA)
+            raise _unusable(path, problem, tr(TUNE_AGAIN))
         try:
             files.check_fields(content, _PROFILE, ("key", "settings"))
             files.check_fields(content["key"], _KEY, [*NAMES, "device_name", "versions"])
@@ -205,7 +204,8 @@ class Profile:
             known["settings"] = TunedSettings(**content["settings"])
             return cls(**known)
         except (ValueError, TypeError) as error:
-            raise ProfileError(f"{path}: incomplete profile ({error}). {TUNE_AGAIN}") from error
+            problem = tr("incomplete profile ({reason})", reason=error)
+            raise _unusable(path, problem, tr(TUNE_AGAIN)) from error
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON content."""
@@ -321,16 +321,22 @@ def read_json(path: Path) -> Any:
     try:
         return restored(files.read_json(path, MAX_PROFILE_BYTES))
     except FileNotFoundError:
-        raise ProfileError(
-            f"{path}: no such profile. Make one with `echelon tune MODEL --profile {path}`."
-        ) from None
+        remedy = tr("Make one with `echelon tune MODEL --profile {path}`.", path=path)
+        raise _unusable(path, tr("no such profile"), remedy) from None
     except OSError as error:
         reason = error.strerror or error
-        raise ProfileError(f"{path}: cannot be read ({reason}). {TUNED}") from error
+        problem = tr("cannot be read ({reason})", reason=reason)
+        raise _unusable(path, problem, tr(TUNED)) from error
     except ValueError as error:
         lines = "Extra data" in str(error)
-        why = "it holds several JSON values, as JSONL files do" if lines else error
-        raise ProfileError(f"{path}: cannot be read as a profile ({why}). {TUNED}") from error
+        why = tr("it holds several JSON values, as JSONL files do") if lines else error
+        problem = tr("cannot be read as a profile ({reason})", reason=why)
+        raise _unusable(path, problem, tr(TUNED)) from error
+
+
+def _unusable(path: Path, problem: str, remedy: str) -> ProfileError:
+    words = tr("{field}: {problem}. {remedy}", field=path, problem=problem, remedy=remedy)
+    return ProfileError(words)
 
 
 def write_json(path: Path, content: Any) -> None:

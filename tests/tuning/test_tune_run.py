@@ -204,6 +204,8 @@ def test_where_no_point_is_affordable_all_are_predicted(offered):
     assert found.cost is not None
     assert not any(entry["certain"] for entry in found.situations)
     said = found.data["measuring"]["text"]
+    assert said in found.warnings
+    assert not [words for words in found.warnings if "were predicted" in words]
     assert "0.150 s are too short" in said
     enough = int(re.search(r"--time-limit (\d+)", said)[1])
     longer = tuner.tune(

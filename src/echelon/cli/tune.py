@@ -47,7 +47,8 @@ def sizes(value: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in value.split(",") if part.strip())
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 1,2,4") from None
+        words = tr("{value} is no list of whole numbers such as 1,2,4", value=repr(value))
+        raise click.BadParameter(words) from None
 
 
 def _sizes_flag(name: str, words: str) -> Flag:
@@ -146,13 +147,13 @@ def _require_writable(name: str, path: Path) -> None:
     folder = path.parent
     problem = None
     if not folder.is_dir():
-        problem = f"the folder {folder} does not exist"
+        problem = tr("the folder {folder} does not exist", folder=folder)
     elif path.is_dir():
-        problem = f"{path} is a folder"
+        problem = tr("{path} is a folder", path=path)
     elif not os.access(folder, os.W_OK):
-        problem = f"the folder {folder} cannot be written"
+        problem = tr("the folder {folder} cannot be written", folder=folder)
     if problem is not None:
-        raise InvalidInput(name, problem, "Create it, or choose another file.")
+        raise InvalidInput(name, problem, tr("Create it, or choose another file."))
 
 
 def _plan(values: dict[str, Any], partial: Path) -> TuningPlan:

@@ -24,6 +24,7 @@ from echelon.errors import (
     UnsupportedModel,
 )
 from echelon.files import MAX_BYTES
+from echelon.messages import N_, tr
 from echelon.models import demo, modelscope
 from echelon.models.repositories import SECRETS, choose, complete, described, of_disk, redacted
 
@@ -153,9 +154,9 @@ def _fall_back(repo: str, revision: str | None, error: Exception) -> Path:
 def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFound | StorageError:
     from huggingface_hub import errors
 
-    words = {"repo": repo, "revision": revision or "the default branch", "why": redacted(error)}
+    words = {"repo": repo, "revision": revision or tr("the default branch"), "why": redacted(error)}
     if of_disk(error):
-        return StorageError(_NO_SPACE.format(**words))
+        return StorageError(tr(_NO_SPACE, **words))
     messages = {  # a gated repository is also a missing one, so the order matters
         errors.GatedRepoError: _GATED,
         errors.RepositoryNotFoundError: _MISSING,
@@ -165,7 +166,7 @@ def _explained(repo: str, revision: str | None, error: Exception) -> ModelNotFou
     message = _OFFLINE if _offline() else _NO_ANSWER
     message = _BY_STATUS.get(getattr(getattr(error, "response", None), "status_code", 0), message)
     message = next((text for kind, text in messages.items() if isinstance(error, kind)), message)
-    return ModelNotFound(message.format(**words) + _owner_of(repo))
+    return ModelNotFound(tr(message, **words) + _owner_of(repo))
 
 
 def _owner_of(repo: str) -> str:
@@ -174,7 +175,7 @@ def _owner_of(repo: str) -> str:
         return ""
     owner = next((o for part, o in _OWNERS.items() if repo.lower().startswith(part)), None)
     words = "owner/name" if owner is None else f"{owner}/{repo}"
-    return f" Names on the hub begin with their owner: did you mean {words}?"
+    return tr(" Names on the hub begin with their owner: did you mean {name}?", name=words)
 
 
 _OWNERS = {
@@ -186,34 +187,38 @@ _OWNERS = {
 }
 """Owners of well-known rerankers, by how the names of their models begin."""
 
-_GATED = (
+_GATED = N_(
     "{repo} is gated: its owner grants access. Accept its licence on the model's page, then set "
     "HF_TOKEN to a token of that account."
 )
-_MISSING = (
+_MISSING = N_(
     "There is no local folder {repo!r} and no such repository on the hub. Check the spelling; if "
     "it is private, set HF_TOKEN to a token that may read it."
 )
-_NO_REVISION = (
+_NO_REVISION = N_(
     "{repo} has no revision {revision!r}. Name a branch, tag or commit that its page lists."
 )
-_BAD_NAME = "{repo!r} is neither a local folder nor a valid hub name. Use owner/name."
+_BAD_NAME = N_("{repo!r} is neither a local folder nor a valid hub name. Use owner/name.")
 _BY_STATUS = {
-    401: "The hub refused the token ({why}). Set HF_TOKEN to a valid one, or unset it.",
-    403: "The hub does not give {repo} to this account ({why}). Accept its licence on the model's "
-    "page, and set HF_TOKEN to a token that may read it.",
-    404: "A file of {repo} is not on the hub ({why}). Check the name, or HF_ENDPOINT's mirror.",
+    401: N_("The hub refused the token ({why}). Set HF_TOKEN to a valid one, or unset it."),
+    403: N_(
+        "The hub does not give {repo} to this account ({why}). Accept its licence on the model's "
+        "page, and set HF_TOKEN to a token that may read it."
+    ),
+    404: N_("A file of {repo} is not on the hub ({why}). Check the name, or HF_ENDPOINT's mirror."),
 }
 """Explanations of what the hub answers, where the library has no error for it."""
-_OFFLINE = (
+_OFFLINE = N_(
     "{repo} at {revision} is not complete in the cache, and HF_HUB_OFFLINE forbids a download. "
     "Unset that, or name a local folder."
 )
-_NO_ANSWER = (
+_NO_ANSWER = N_(
     "{repo} at {revision} could not be fetched, and no complete copy is in the cache ({why}). "
     "Check the connection, the proxy and HF_ENDPOINT, or name a local folder."
 )
-_NO_SPACE = "{repo} could not be stored ({why}). Free disk space, or set HF_HOME to another disk."
+_NO_SPACE = N_(
+    "{repo} could not be stored ({why}). Free disk space, or set HF_HOME to another disk."
+)
 
 
 def _offline() -> bool:

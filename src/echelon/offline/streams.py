@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.options import require_packages
 
 if TYPE_CHECKING:
@@ -196,8 +197,9 @@ def unreadable(option: str, path: str | Path, error: Exception) -> InvalidInput:
     """The error for a file that cannot be read, or not to its end."""
     reason = getattr(error, "strerror", None) or error
     missing = isinstance(error, FileNotFoundError)
-    remedy = "Check its name." if missing else "Give a file that is whole."
-    return InvalidInput(option, f"{path} cannot be read ({reason})", remedy)
+    remedy = tr("Check its name.") if missing else tr("Give a file that is whole.")
+    problem = tr("{file} cannot be read ({reason})", file=path, reason=reason)
+    return InvalidInput(option, problem, remedy)
 
 
 def digest_of(option: str, path: str | Path) -> str:

@@ -100,7 +100,8 @@ def print_profile(profile: Profile) -> None:
     best = wording.step(chosen.batch_size, chosen.token_budget)
     parts = [best, tr("precision {precision}", precision=chosen.precision)]
     if chosen.threads:
-        parts.append(tr("{count} threads", count=chosen.threads))
+        one = chosen.threads == 1
+        parts.append(tr("1 thread") if one else tr("{count} threads", count=chosen.threads))
     say(console, "\n" + tr("Best step: {step}", step=listed(parts)), "bold")
     _print_notes(console, profile.warnings)
 
@@ -166,7 +167,7 @@ def _scenario_table(profile: Profile) -> Table:
     rows = [
         (
             tr(wording.TITLES[entry["name"]]),
-            entry["documents"],
+            tr(entry["documents"]),
             wording.step_of(entry),
             number(entry["pairs_per_s"]),
             size(entry["peak_bytes"]),

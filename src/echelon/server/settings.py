@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from echelon.errors import InvalidInput, check_positive
+from echelon.messages import tr
 from echelon.options import Allowance, Options, Precision
 from echelon.server.limits import described, flag_of
 from echelon.types import Truncation
@@ -290,10 +291,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
     """Check what neither flags nor the parts of the server check."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidInput(name, f"{value} is no number", "Give a number.")
+            raise InvalidInput(name, tr("{value} is no number", value=value), tr("Give a number."))
     port = values["port"]
     if not 0 <= port <= MAX_PORT:
-        raise InvalidInput("--port", f"{port} is no port", f"Give 0 to {MAX_PORT}.")
+        problem = tr("{port} is no port", port=port)
+        raise InvalidInput("--port", problem, tr("Give 0 to {last}.", last=MAX_PORT))
     check_positive(memory_limit_mb=values["memory_limit_mb"])
     for origin in values["cors"]:
         if origin != "*" and not _ORIGIN.fullmatch(origin):

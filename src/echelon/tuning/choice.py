@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echelon.messages import Message
+from echelon.messages import N_, Message
 from echelon.messages.units import number, percent
 from echelon.reports.statistics import ENOUGH, TIE, KnownValue, verdict
 from echelon.tuning.load import KINDS
@@ -126,7 +126,7 @@ def scenario_advice(
         ("api", "1-10", best_of(largest_calls(batches, most=max(API_PAIRS, smallest)))),
         ("offline", "50-200", best_of(largest_calls(results, MANY_PAIRS))),
         ("edge", "1-5", frugal(largest_calls(batches, most=EDGE_PAIRS))),
-        ("concurrent", "any", frugal(largest_calls(budgets, MANY_PAIRS))),
+        ("concurrent", N_("any"), frugal(largest_calls(budgets, MANY_PAIRS))),
     )
     return [
         {"name": name, "documents": documents} | _advised(choice, peak_of(choice.chosen))
@@ -158,7 +158,7 @@ def sweep_warnings(results: Sequence[MeasuredPoint]) -> list[str]:
     if noisy:
         found.append(Message("sweep.noisy_points", {"noisy": len(noisy), "all": len(results)}))
     predicted = [m for m in results if m.status == "predicted"]
-    if predicted:
+    if 0 < len(predicted) < len(results):  # of a run without any, the tuner says more
         values = {"predicted": len(predicted), "all": len(results)}
         found.append(Message("sweep.points_predicted", values))
     missed = [m for m in results if m.status == "not_reached"]

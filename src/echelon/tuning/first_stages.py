@@ -11,7 +11,7 @@ import numpy as np
 
 from echelon.engine.precision_check import compare_precisions, require_passed
 from echelon.errors import InvalidInput
-from echelon.messages import Message
+from echelon.messages import N_, Message, tr
 from echelon.messages.units import duration, number
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.device import usable_cpus
@@ -57,8 +57,10 @@ def first_steps(
         found = price_steps(check, scorer, texts, time, clock)
     least_s = LEAST_PAIRS * found.pair_s
     if limit_s < least_s:
-        problem = f"{number(limit_s)} s is too short: a pair takes {duration(found.pair_s)} here"
-        raise InvalidInput("time_limit", problem, f"Give at least {math.ceil(least_s)}.")
+        words = N_("{limit} s is too short: a pair takes {pair} here")
+        problem = tr(words, limit=number(limit_s), pair=duration(found.pair_s))
+        remedy = tr("Give at least {least}.", least=math.ceil(least_s))
+        raise InvalidInput("time_limit", problem, remedy)
     return time, found
 
 

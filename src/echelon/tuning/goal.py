@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.simulation.capacity import REQUESTS
 from echelon.simulation.service_level import ServiceLevel
 from echelon.simulation.workload import (
@@ -90,11 +91,13 @@ class ScenarioGoal:
             raise InvalidInput("--rate", "is given with --trace", "Give one of the two.")
         if name in HURRIED:
             if self.goal_s is None:
-                problem = f"is not given, and {name} needs a goal"
+                problem = tr("is not given, and {name} needs a goal", name=name)
                 raise InvalidInput("--slo-p99-ms", problem, "Give milliseconds, such as 200.")
             if self.rate is None and not self.trace:
-                problem = f"is not given, and {name} needs a load"
-                raise InvalidInput("--rate", problem, "Give requests a second, or --trace FILE.")
+                problem = tr("is not given, and {name} needs a load", name=name)
+                raise InvalidInput(
+                    "--rate", problem, tr("Give requests a second, or --trace FILE.")
+                )
         elif self.rate is not None:
             why = {"offline": "all documents are there at once", "edge": "one caller asks"}
             raise InvalidInput("--rate", f"{name} has none: {why[name]}", "Leave it out.")

@@ -222,8 +222,9 @@ class _OpenRun:
         planned = affordable(**sizes, seconds=expected_s, limit_s=limit_s)
         every = {*grid(**sizes), *planned}
         said = _said(self.price, planned, len(every), self.plan.time_limit_s)
+        nothing = _nothing_fits(self.price, min(map(expected_s, every)), time)
         if not planned:
-            said["text"] = _nothing_fits(self.price, min(map(expected_s, every)), time)
+            said["text"] = nothing
         on_progress(said["text"])
         before = {measured.point: measured for measured in self.run.points}
 
@@ -253,6 +254,8 @@ class _OpenRun:
             keep(results)
             # Time that the planned points did not need goes to others.
             more = more_points(every.difference(planned), expected_s, ends_s - time.spent_s)
+        if all(measured.status == "not_reached" for measured in self.run.points):
+            self.run.notes.append(nothing)
         return calls, said
 
     def probe(self, calls: TimedCalls, on_progress: Progress) -> ProbeResult:
