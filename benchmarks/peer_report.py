@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peer_results import TARGETS, Spread, against, latest, paired, rate, seconds, verdict
+from peer_results import (
+    TARGETS,
+    Spread,
+    against,
+    by_processor,
+    latest,
+    paired,
+    rate,
+    seconds,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,15 +39,17 @@ OURS = "#d1495b"
 
 
 def markdown(parts: Sequence[Part]) -> str:
-    """The whole report."""
+    """The whole report, a block for each processor."""
     lines = ["# Echelon beside its peers", "", *_preface()]
-    for model, workload in _tables(parts):
-        lines += ["", f"## {model}: {workload}", "", f"{MODELS[model]}; {TITLES[workload]}.", ""]
-        lines += _table(parts, model, workload)
-    lines += ["", "## How each engine was run", "", *_settings(parts)]
-    lines += ["", "## Parts", "", *_parts(parts)]
-    lines += ["", "## Targets", "", *_targets(parts), ""]
-    return "\n".join(lines)
+    for processor, own in by_processor(parts).items():
+        lines += ["", f"## {processor}", ""]
+        for model, workload in _tables(own):
+            lines += [f"### {model}: {workload}", "", f"{MODELS[model]}; {TITLES[workload]}.", ""]
+            lines += [*_table(own, model, workload), ""]
+        lines += ["### How each engine was run", "", *_settings(own), ""]
+        lines += ["### Parts", "", *_parts(own), ""]
+        lines += ["### Targets", "", *_targets(own)]
+    return "\n".join([*lines, ""])
 
 
 def _preface() -> list[str]:
@@ -47,7 +59,8 @@ def _preface() -> list[str]:
         "median with its quartiles and, in brackets, the number of samples. *Echelon ×* is the",
         "engine's time over Echelon's in the same precision, from turns in which both ran.",
         "Differences of logits and Kendall's tau (mean within queries) are from transformers fp32.",
-        "Memory is resident after the runs (anonymous part in brackets), in GB.",
+        "Memory is resident after the runs (anonymous part in brackets), in GB. A run replaces the",
+        "results of its own processor only.",
     ]
 
 
@@ -155,35 +168,49 @@ def _targets(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def chart(parts: Sequence[Part], path: Path) -> None:
-    """Bars of pairs a second, one panel a workload."""
+    """Bars of pairs a second, one panel a workload, one row of panels a processor."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "peers"  # the same numbers give the same file
     import matplotlib.pyplot as plt
 
-    tables = [table for table in _tables(parts) if table[1] not in LATENCY]
-    if not tables:
+    rows = {name: (own, _bar_tables(own)) for name, own in by_processor(parts).items()}
+    rows = {name: row for name, row in rows.items() if row[1]}
+    if not rows:
         return
-    rows = max(len(latest(parts, *table)) for table in tables)
-    size = (5.5 * len(tables), 1.2 + 0.3 * rows)
-    figure, panels = plt.subplots(1, len(tables), figsize=size, squeeze=False)
-    for axes, (model, workload) in zip(panels[0], tables, strict=True):
-        found = latest(parts, model, workload)
-        bars = [(name, *found[name], rate(found[name][0], name)) for name in found]
-        bars = sorted((bar for bar in bars if bar[3] is not None), key=lambda bar: bar[3].median)
-        for place, (_, _, engine, spread) in enumerate(bars):
-            color = OURS if engine["ours"] else COLORS[engine["precision"]]
-            error = [[spread.median - spread.low], [spread.high - spread.median]]
-            axes.barh(place, spread.median, xerr=error, color=color, capsize=2)
-            axes.text(spread.high, place, f" {spread.median:.3g}", va="center", fontsize=7)
-        axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
-        axes.set_xlabel("pairs a second (quartiles)")
-        axes.set_title(f"{model}: {workload}", fontsize=9)
-        axes.margins(x=0.12)
+    width = max(len(tables) for _, tables in rows.values())
+    bars = max(len(latest(own, *table)) for own, tables in rows.values() for table in tables)
+    size = (5.5 * width, (1.2 + 0.3 * bars) * len(rows))
+    figure, panels = plt.subplots(len(rows), width, figsize=size, squeeze=False)
+    for line, (processor, (own, tables)) in zip(panels, rows.items(), strict=True):
+        for axes in line[len(tables) :]:
+            axes.axis("off")
+        for axes, table in zip(line, tables, strict=False):
+            _draw(axes, own, table)
+            axes.set_title(f"{processor}\n{table[0]}: {table[1]}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _bar_tables(parts: Sequence[Part]) -> list[tuple[str, str]]:
+    return [table for table in _tables(parts) if table[1] not in LATENCY]
+
+
+def _draw(axes: Any, parts: Sequence[Part], table: tuple[str, str]) -> None:
+    """One panel: the engines by their rate, the fastest on top."""
+    found = latest(parts, *table)
+    bars = [(name, *found[name], rate(found[name][0], name)) for name in found]
+    bars = sorted((bar for bar in bars if bar[3] is not None), key=lambda bar: bar[3].median)
+    for place, (_, _, engine, spread) in enumerate(bars):
+        color = OURS if engine["ours"] else COLORS[engine["precision"]]
+        error = [[spread.median - spread.low], [spread.high - spread.median]]
+        axes.barh(place, spread.median, xerr=error, color=color, capsize=2)
+        axes.text(spread.high, place, f" {spread.median:.3g}", va="center", fontsize=7)
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=7)
+    axes.set_xlabel("pairs a second (quartiles)")
+    axes.margins(x=0.12)
 
 
 def summary(parts: Sequence[Part], model: str, workload: str) -> str:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echelon.profile import FEATURES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -106,15 +108,34 @@ TARGETS: tuple[Target, ...] = (
 """A ratio is the other's time over Echelon's: of throughput, of latency and of start-up alike."""
 
 
+def processor(part: Part) -> str:
+    """What a part was measured on: results of other processors are other results."""
+    machine = part["machine"]
+    units = ", ".join(FEATURES.get(name, name) for name in machine["matrix_features"])
+    return f"{machine['cpu']}, {machine['usable_cpus']} CPUs ({units})"
+
+
+def by_processor(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    """The parts of each processor, in order of their first."""
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        found.setdefault(processor(part), []).append(part)
+    return found
+
+
+def _subject(part: Part) -> tuple[str, str, str]:
+    return processor(part), part["model"], part["workload"]
+
+
 def merge(parts: Iterable[Part], new: Part) -> list[Part]:
-    """Add a part; of older ones of the same model and workload keep only peers it lacks.
+    """Add a part; of older ones of its processor, model and workload keep only peers it lacks.
 
     An older part keeps Echelon's own runs as long as it keeps a peer, for their ratios; it goes
     when its pairs are others, or nothing is left in it that the new part does not have.
     """
     kept = []
     for part in parts:
-        if (part["model"], part["workload"]) != (new["model"], new["workload"]):
+        if _subject(part) != _subject(new):
             kept.append(part)
         elif part["fingerprint"] == new["fingerprint"] and part["date"] != new["date"]:
             lasting = {
@@ -135,7 +156,7 @@ def finished(part: Part) -> Part:
 
 
 def latest(parts: Iterable[Part], model: str, workload: str) -> dict[str, tuple[Part, Any]]:
-    """Per engine, the newest part that has it, and what it says."""
+    """Per engine, the newest part of one processor's that has it, and what it says."""
     found = {}
     for part in parts:
         if (part["model"], part["workload"]) == (model, workload):

@@ -10,7 +10,8 @@ round. Where not all fit in memory they run in groups, with Echelon taking turns
 the large shape is slow and has rounds of its own (--slow-rounds).
 
 Results are saved after every round, and runs of parts are merged: peers.json, peers.md and
-peers.svg under benchmarks/results/. What fails is listed there with the reason.
+peers.svg under benchmarks/results/, a block for each processor, and the tables of the READMEs.
+What fails is listed there with the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peer_readme
 import peer_report
 from peer_results import finished, merge
 from peer_setup import ENGINES, PRECISIONS, REFERENCE, checkpoint, prepare, versions
@@ -87,6 +89,8 @@ class Bench:
         text = peer_report.markdown(self.parts)
         self.path.with_suffix(".md").write_text(text, encoding="utf-8")
         peer_report.chart(self.parts, self.path.with_suffix(".svg"))
+        if self.path.resolve() == peer_readme.RESULTS:
+            peer_readme.write(self.parts)
 
     def run(self, model: str, folder: Path, passages: Sequence[Passages]) -> None:
         """Everything about one model."""

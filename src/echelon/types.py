@@ -83,9 +83,11 @@ class Prompt:
     between: str
     before_document: str
     suffix: tuple[str, ...]
-    answers: tuple[str, str]  # tokens whose logits' difference is the score: relevant, irrelevant
+    # tokens whose logits' difference is the score: relevant, irrelevant; None for a classifier
+    answers: tuple[str, str] | None
     max_tokens: int  # of a pair, by the model's authors
     query_share: float | None = None  # part of a pair that a query is cut to; None refuses it
+    causal: bool = True  # no token sees a later one, so that pairs of a query share its work
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -17,21 +16,24 @@ from tokenizers.processors import TemplateProcessing
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peer_engines
+import peer_readme
 import peer_report
 import peer_results
 import peer_setup
 import peer_turns
 import workloads
-from peer_results import Target
+from peer_results import SPEED, Target
 
 WORDS = [f"w{i}" for i in range(300)]
 
-ENGINES = {
-    "OpenVINO int8": "openvino int8",
-    "OpenVINO bf16": "openvino bf16",
-    "ONNX Runtime int8": "onnxruntime int8",
+MACHINE = {"cpu": "new", "usable_cpus": 2, "matrix_features": ["avx512_bf16", "avx2"]}
+
+SEEN = {
+    "commit": "c0",
+    "command": "python benchmarks/peers.py",
+    "versions": {"project": {"torch": "2"}},
 }
-"""What the README calls them, and the results."""
+"""What else a report needs of a part."""
 
 
 @pytest.fixture
@@ -68,6 +70,7 @@ def part(
         "pairs": 10,
         "flop": 4e9,
         "peaks": {"bf16": {"a": 8.0, "b": 5.0}},
+        "machine": MACHINE,
         "engines": {
             name: {
                 "precision": name.split()[-1],
@@ -200,12 +203,7 @@ def test_every_target_names_engines_that_are_compared():
 
 
 def test_failures_are_in_the_report():
-    failed = part(
-        machine={"cpu": "c", "usable_cpus": 2},
-        commit="c0",
-        command="python benchmarks/peers.py",
-        versions={"project": {"torch": "2"}},
-    )
+    failed = part(**SEEN)
     failed["engines"]["broken int8"] = {
         **failed["engines"]["peer bf16"],
         "precision": "int8",
@@ -233,23 +231,37 @@ def test_copies_of_a_pair_are_scored_too(toy, monkeypatch):
     assert len(set(logits.round(4).tolist())) == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "title"), [("README.md", "## Measured"), ("README.zh.md", "## 实测数据")]
-)
-def test_the_readme_says_what_was_measured(file, title):
-    parts = json.loads((ROOT / "benchmarks/results/peers.json").read_text())["parts"]
-    text = (ROOT / file).read_text(encoding="utf-8").partition(title)[2]
-    rows = [re.findall(r"[^|]+", line) for line in text.splitlines() if line.startswith("| ")]
-    said = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows[1:]}
-    assert len(said) >= 7
-    for name, cells in said.items():
-        assert cells == [shown(parts, name, workload) for workload in peer_results.SPEED]
+@pytest.mark.parametrize("file", peer_readme.COLUMNS)
+def test_the_readme_says_what_was_measured(file):
+    parts = json.loads(peer_readme.RESULTS.read_text(encoding="utf-8"))["parts"]
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert peer_readme.table(parts, file) in text
+    assert "Echelon int8" in peer_readme.table(parts, file)
 
 
-def shown(parts, name, workload):
-    """A cell of the README's table."""
-    engine = ENGINES.get(name, name.lower())
-    found, facts = peer_results.latest(parts, "large", workload)[engine]
-    cell = f"{peer_results.rate(found, engine).median:#.3g}"
-    ratio = peer_results.paired(found, f"echelon {facts['precision']}", engine)
-    return cell if facts["ours"] or ratio is None else f"{cell} ({ratio.median:.2f} ×)"
+def test_the_table_has_a_block_for_each_processor():
+    engines = ("echelon bf16", "peer bf16", "openvino bf16")
+    times = ((1, 2, 3),) * 3
+    here = [part(name, engines=engines, times=times) for name in ("tutorial", "mixed")]
+    old = {"cpu": "old", "usable_cpus": 4, "matrix_features": ["avx2"]}
+    there = [part(name, engines=engines[:2], times=((2, 3),) * 3, machine=old) for name in SPEED]
+    few = [part(name, engines=("once fp32",), times=((1,),)) for name in SPEED]
+    lines = peer_readme.table([*here, *there, *few], "README.md").splitlines()
+    assert lines[3:-1] == [
+        "| **new, 2 CPUs (AVX-512 bf16, AVX2): bge-reranker-v2-m3's shape** | | | |",
+        "| Echelon bf16 | 10.0 | 10.0 |  |",
+        "| peer bf16 | 5.00 (2.00 ×) | 5.00 (2.00 ×) |  |",
+        "| OpenVINO bf16 | 3.33 (3.00 ×) | 3.33 (3.00 ×) |  |",
+        "| **old, 4 CPUs (AVX2): bge-reranker-v2-m3's shape** | | | |",
+        "| Echelon bf16 | 5.00 | 5.00 | 5.00 |",
+        "| peer bf16 | 3.33 (1.50 ×) | 3.33 (1.50 ×) | 3.33 (1.50 ×) |",
+    ]
+
+
+def test_a_run_leaves_the_results_of_other_processors():
+    old = part(machine=MACHINE | {"matrix_features": ["avx2"]}, times=((3, 9),))
+    new = part(date="2")
+    assert peer_results.merge([old, part()], new) == [old, new]
+    report = peer_report.markdown([old | SEEN, new | SEEN])
+    assert report.index("## new, 2 CPUs (AVX2)") < report.index("## new, 2 CPUs (AVX-512 bf16")
+    assert "| peer bf16 | 1.11 [1.11–1.11] (1)" in report

@@ -11,7 +11,8 @@ import pytest
 from helpers import run_command
 from sentences import commands, help_sentences, texts
 
-from echelon.cli import click_texts, help_texts
+from echelon.cli import click_texts
+from echelon.messages.lines import wrapped
 
 COMMANDS = dict(commands())
 
@@ -63,7 +64,7 @@ def test_lines_break_by_columns_and_lose_nothing(width):
         "按与 QUERY 的相关性（“分数”）对 DOCUMENTS 排序，见 --find-max；每批最多 2048 个 token。"
         * 3
     )
-    lines = help_texts._wrapped(text, width).splitlines()[1:]
+    lines = wrapped(text, width)
     assert "".join("".join(lines).split()) == "".join(text.split())
     assert all(columns(line) <= width for line in lines)
     assert not [line for line in lines if line[0] in "，。；：）”" or line[-1] in "（“"]

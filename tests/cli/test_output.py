@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import click
 import pytest
 from echelon.compat import CrossEncoder
 from helpers import ROOT, run_command
+from rich.cells import cell_len
 
 from echelon import cli, errors, progress
-from echelon.messages import tr
+from echelon.messages import Message, in_language, tr
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.drivers import UnusableCard
-from echelon.reports.tables import print_ranking
+from echelon.profile import Profile
+from echelon.reports.tables import print_profile, print_ranking
 from echelon.types import RankedDocument, Ranking
 
 NO_FILE = "/no/file cannot be read (No such file or directory)"
@@ -78,7 +82,7 @@ def test_help_lists_every_precision(call, command):
         (("rank", "q", "d", "--top-n", "0"),
          "Error: --top-n: 0 is not a positive whole number. Give 1 or more."),
         (("plan", "--slo-p99-ms", "9", "--rate", "0", "--profile", "p"),
-         "Error: --rate: 0 is not above 0. Give requests a second, such as 5."),
+         "Error: --rate: 0 is not a finite number above 0. Give requests a second, such as 5."),
         (("rank", "q", "--file", "/no/file"),
          f"Error: --file: {NO_FILE}. Check its name."),
         (("--lang", "zh", "rank"), "错误：QUERY：未给出。请参阅：echelon rank --help"),
@@ -124,6 +128,24 @@ def test_tables_and_notes_are_in_the_language(call):
 
 
 # Pipes and terminals.
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_line_of_a_note_ends_inside_of_a_flag(capsys, monkeypatch, language):
+    names = ("calibration.memory_left_out", "sweep.noisy_points", "sweep.points_predicted")
+    notes = [Message(name, {"noisy": 3, "predicted": 4, "all": 9}) for name in names]
+    flags = []
+    for columns in range(20, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with in_language(language):
+            listed = tr("Check --dialect, --model, --documents and --tokens.")
+            print_profile(replace(Profile.load(PROFILE), warnings=[*notes, listed]))
+        lines = capsys.readouterr().out.splitlines()
+        assert all(cell_len(line) <= columns for line in lines)
+        flags += re.findall(r"--[a-z-]+", "\n".join(lines))
+    listed = {"--dialect", "--model", "--documents", "--tokens"}
+    assert set(flags) == {"--time-limit", "--refresh", *listed}
+    assert len(flags) == 40 * (4 + len(listed))
 
 
 LONG = " ".join(["word"] * 3000)

@@ -8,7 +8,7 @@ import torch
 from helpers import random_batch, vocabulary_of
 
 from echelon.models import device
-from echelon.models.base import step_did_not_fit
+from echelon.models.base import DeviceOutOfMemory, step_did_not_fit
 from echelon.models.cuda_graphs import FIRST_PAUSE
 from echelon.models.memory_meters import MAX_CONTEXT_BYTES, CudaMemoryMeter, MpsMemoryMeter
 from echelon.models.registry import open_scorer
@@ -48,6 +48,21 @@ def test_graphs_and_the_context_count(machine, monkeypatch):
     ]  # fmt: skip
     stub(monkeypatch, outside=0, segments=mixed)
     assert meter.peak_bytes() == base + 20 * MIB  # of the graphs' pool on this card
+
+
+@pytest.mark.parametrize(("outside", "crowded"), [(400, False), (2000, True)])
+def test_lack_of_memory_says_whether_other_processes_hold_it(
+    machine, monkeypatch, outside, crowded
+):
+    del machine
+    stub(monkeypatch, outside=outside * MIB)
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DeviceOutOfMemory) as caught:
+        device.guarded(full)
+    assert caught.value.crowded is crowded
 
 
 @pytest.mark.parametrize(

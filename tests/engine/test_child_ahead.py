@@ -12,6 +12,7 @@ import pytest
 from helpers import random_batch
 
 from echelon.engine import child
+from echelon.engine.worker import unpack
 from echelon.models.base import DeviceOutOfMemory
 
 
@@ -26,7 +27,7 @@ class Device:
         number = len(batch.ids)
         self.log.append(("start", number))
         if number == 13:
-            raise DeviceOutOfMemory("no room")
+            raise DeviceOutOfMemory("no room", crowded=True)
         return SimpleNamespace(ready=self.inbox.empty, result=lambda: self.result(number))
 
     def result(self, number):
@@ -68,6 +69,9 @@ def test_lack_of_memory_is_said_after_the_step_that_still_runs():
     log, answers = serve(score(3), score(13), score(4), ("stop",))
     assert [answer.kind for answer in answers] == ["scores", "memory", "scores"]
     assert log.index(("result", 3)) < log.index("release")
+    with pytest.raises(DeviceOutOfMemory, match="no room") as caught:
+        unpack(answers[1])
+    assert caught.value.crowded
 
 
 def test_a_steps_seconds_begin_when_the_device_was_free(monkeypatch):

@@ -8,7 +8,7 @@ from echelon.engine.dispatcher import Dispatcher
 from echelon.engine.events import Listener
 from echelon.engine.inflight import InflightRequest
 from echelon.engine.worker import StepResult
-from echelon.models.base import FakeScorer
+from echelon.models.base import DeviceOutOfMemory, FakeScorer
 from echelon.scheduling.batcher import Batcher
 from echelon.scheduling.cost_model import CostModel
 
@@ -46,7 +46,7 @@ def test_a_pair_that_never_fits_ends_though_other_steps_fit_in_between():
         while large.step.requests != (1,):  # it has its turn among the others
             scored(dispatcher, large)
             large, ahead = ahead, dispatcher.take()
-        action, _ = dispatcher.out_of_memory(large.step, "no room", INFO)
+        action, _ = dispatcher.out_of_memory(large.step, DeviceOutOfMemory("no room"), INFO)
         rungs.append(action.rung)
         if ahead is not None:
             scored(dispatcher, ahead)

@@ -172,6 +172,16 @@ class Transient(PatientScorer):
         return super().score(batch)
 
 
+class Crowded(PatientScorer):
+    """Shares its card with processes that hold memory."""
+
+    def score(self, batch):
+        try:
+            return super().score(batch)
+        except DeviceOutOfMemory as error:
+            raise DeviceOutOfMemory(str(error), crowded=True) from None
+
+
 class Refilling(PatientScorer):
     """Its caches fill with each step that fits."""
 
@@ -207,6 +217,15 @@ def test_steps_above_what_fits_halve_the_budget_until_they_fit(opened):
     assert path.learned == [200, 100]
     assert path.budget == 100
     assert path.score(pairs)[2] == []
+
+
+def test_a_budget_that_other_processes_lowered_is_not_learned(opened):
+    path, pairs = opened(Crowded(100), 400), pairs_of([20] * 40)
+    logits, _, rungs = path.score(pairs)
+    assert logits.tolist() == expected(pairs)
+    assert rungs == ["drop_caches", "halve_budget", "halve_budget"]
+    assert path.budget == 100
+    assert path.learned == []
 
 
 def test_caches_are_dropped_again_after_a_step_of_the_call_has_fitted(opened):

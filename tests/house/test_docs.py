@@ -64,7 +64,9 @@ def test_the_ladder_in_the_architecture_is_the_ladder():
 
 
 def test_the_readme_is_short():
-    assert len(text(READMES[0]).split()) <= 1500
+    before, _, rest = text(READMES[0]).partition("<!-- peers: begin -->")
+    prose = before + rest.partition("<!-- peers: end -->")[2]  # without the table of results
+    assert len(prose.split()) <= 1450
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda p: p.name)

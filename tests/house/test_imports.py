@@ -23,6 +23,7 @@ NEEDS_TORCH = {
     "echelon.models.decoder_weights",
     "echelon.models.gated",
     "echelon.models.gte_encoder",
+    "echelon.models.llama_encoder",
     "echelon.models.heads",
     "echelon.models.loading",
     "echelon.models.local_attention",

@@ -192,7 +192,7 @@ WRONG = {
     "no scheme": (("localhost:1",), "does not begin with http:// or https://"),
     "no server": (("http://127.0.0.1:1",), "cannot be reached: .*Start the server"),
     "no such host": (("http://no-such-host.invalid",), "host name is not known"),
-    "rate": (("http://h", "--rate", "0"), "--rate: 0 is not above 0"),
+    "rate": (("http://h", "--rate", "0"), "--rate: 0 is not a finite number above 0"),
     "clients": (("http://h", "--clients", "0"), "--clients: 0 is not positive"),
     "two loads": (("http://h", "--clients", "2", "--rate", "3"), "--clients: is given with --rate"),
     "no goal": (("http://h", "--find-max"), "--find-max: has no goal.*--slo-p99-ms"),
@@ -205,7 +205,10 @@ WRONG = {
     "data": (("http://h", "--data", "nowhere.jsonl"), "data: nowhere.jsonl cannot be read"),
     "header": (("http://h", "--header", "secret"), "--header: one is not 'Name: value'"),
     "warm-up": (("http://h", "--warmup-s", "-1"), "--warmup-s: -1.0 is negative"),
-    "duration": (("http://h", "--duration-s", "0"), "--duration-s: 0.0 is not above 0"),
+    "duration": (
+        ("http://h", "--duration-s", "0"),
+        "--duration-s: 0 is not a finite number above 0",
+    ),
 }
 
 

@@ -77,11 +77,16 @@ def heads(lengths: list[int], size: int, seed: int = 0) -> tuple[torch.Tensor, A
     return rows, AttentionLayout.of(offsets)
 
 
-def exact_attention(rows: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
+def exact_attention(
+    rows: torch.Tensor, layout: AttentionLayout, reach: int = 2**31
+) -> torch.Tensor:
     mixed = []
     for start, end in zip(layout.offsets[:-1], layout.offsets[1:], strict=True):
         query, key, value = rows[start:end].double().permute(1, 2, 0, 3)
-        weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+        place = torch.arange(end - start)
+        far = (place - place[:, None]).abs() > reach
+        scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+        weights = scores.masked_fill(far, -torch.inf).softmax(-1)
         mixed.append((weights @ value).transpose(0, 1).flatten(1))
     return torch.cat(mixed)
 
@@ -103,6 +108,38 @@ def test_attention_of_any_mix_of_lengths(name, size, lengths, seed):
         first = attention_cpu._kernel(firsts, rows[:, 1], rows[:, 2], one_each, layout.offsets)
     assert (mixed - exact).abs().max() <= 0.03
     assert torch.equal(first, mixed[layout.firsts])
+
+
+@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("size", [32, 64])
+@settings(max_examples=40)
+@given(lengths=lengths_of_a_step, reach=st.integers(0, 75), seed=st.integers(0, 2**16))
+def test_attention_of_rows_that_see_a_window(name, size, lengths, reach, seed):
+    rows, layout = heads(lengths, size, seed)
+    with use(name):
+        mixed = attention_cpu.attend_by_kernel(*rows.unbind(1), layout, reach)
+        all_seen = attention_cpu.attend_by_kernel(*rows.unbind(1), layout)
+    assert (mixed - exact_attention(rows, layout, reach)).abs().max() <= 0.03
+    if reach >= max(lengths) - 1:
+        assert torch.equal(mixed, all_seen)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("reach", [1, 64, 700])
+def test_a_window_over_long_pairs(reach):
+    rows, layout = heads([700, 3, 129, 64], 64)
+    mixed = attention_cpu.attend_by_kernel(*rows.unbind(1), layout, reach)
+    assert (mixed - exact_attention(rows, layout, reach)).abs().max() <= 0.03
+
+
+@pytest.mark.usefixtures("level")
+def test_what_is_far_from_a_window_is_not_read():
+    rows, layout = heads([700], 64)
+    seen = attention_cpu.attend_by_kernel(*rows.unbind(1), layout, 64)
+    rows[200:, 1:] = torch.nan  # more than the window and what is computed at once behind row 100
+    mixed = attention_cpu.attend_by_kernel(*rows.unbind(1), layout, 64)
+    assert torch.equal(mixed[:100], seen[:100])
+    assert mixed[200:].isnan().all()
 
 
 @pytest.mark.usefixtures("level")

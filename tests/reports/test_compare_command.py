@@ -259,7 +259,7 @@ def test_chromium_draws_it_on_phone_and_desktop(tmp_path, real_plotly, screen, s
         tab.goto(path.as_uri())
         if size["width"] < 800:  # sections are folded
             tab.locator("#plots").click()
-        tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
+        tab.locator(".plot .main-svg").nth(1).wait_for(state="attached")
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.locator(".plot .scatterlayer .trace").count() == 6
         assert (errors, urls) == ([], [path.as_uri()])

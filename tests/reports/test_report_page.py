@@ -21,7 +21,7 @@ from report_pages import (
 from website import chromium
 
 from echelon.errors import StorageError
-from echelon.messages import units
+from echelon.messages import Message, units
 from echelon.profile import TunedSettings
 from echelon.reports import tuning_report, wording
 from echelon.scheduling.packing import NO_BUDGET
@@ -76,7 +76,22 @@ def test_a_phone_shows_the_answer_and_unfolds_the_rest(tmp_path, real_plotly):
         assert tab.locator(".tiles").bounding_box()["y"] < 1200
         assert tab.locator(".plot .main-svg").count() == 0
         tab.locator("#plots").click()
-        tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
+        tab.locator(".plot .main-svg").nth(1).wait_for(state="attached")
+
+
+HINT = Message("sweep.noisy_points", {"noisy": 3, "all": 9})
+
+
+@pytest.mark.parametrize("width", [300, 330, 390])
+def test_no_line_breaks_inside_of_a_flag(tmp_path, width):
+    path = tmp_path / "report.html"
+    tuning_report.write_report(make_profile(warnings=[HINT, "<b title='--none'>"]), path, lang="zh")
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": width, "height": 844})
+        tab.goto(path.as_uri())
+        flags = tab.locator(".flag")
+        assert {"--time-limit", "--none"} <= set(flags.all_inner_texts())
+        assert max(flags.evaluate_all("all => all.map(one => one.getClientRects().length)")) == 1
 
 
 def test_a_wide_screen_shows_all_sections(tmp_path, real_plotly):
@@ -85,7 +100,7 @@ def test_a_wide_screen_shows_all_sections(tmp_path, real_plotly):
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.goto(path.as_uri())
-        tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 2")
+        tab.locator(".plot .main-svg").nth(1).wait_for(state="attached")
         assert tab.locator("details:not([open])").count() == 0
 
 

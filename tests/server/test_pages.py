@@ -19,7 +19,16 @@ from echelon.server.auth import Access, ApiKey, Keys
 from echelon.server.context import ServerContext
 from echelon.server.dashboard import RollingStats
 from echelon.server.metrics import Metrics
-from echelon.server.pages import FILES, FOLDER, FOLDERS, PLOTLY, POLICIES, takes_gzip
+from echelon.server.pages import (
+    FILES,
+    FOLDER,
+    FOLDERS,
+    PLOTLY,
+    POLICIES,
+    TRANSLATED,
+    language_of,
+    takes_gzip,
+)
 
 PAGES = ("/", "/dashboard")
 SECRET = {"Authorization": "Bearer sesame"}
@@ -124,6 +133,57 @@ def test_other_methods_and_unknown_paths_get_404_or_405():
     run_app(main)
 
 
+# Languages.
+
+
+@pytest.mark.parametrize(
+    ("accepted", "asked", "language"),
+    [
+        ("", None, "en"),
+        ("zh-CN,zh;q=0.9,en;q=0.8", None, "zh"),
+        ("ZH-hant-tw", None, "zh"),
+        ("en;q=0.5, zh;q=0.7", None, "zh"),
+        ("en;q=0.7, zh;q=0.5", None, "en"),
+        ("fr, de;q=0.9, *;q=0.5", None, "en"),
+        ("fr, zh;q=0.2", None, "zh"),
+        ("zh;q=0, en", None, "en"),
+        ("zh;q=0", None, "en"),
+        ("zh;q=much", None, "zh"),
+        ("en", "zh", "zh"),
+        ("zh", "en", "en"),
+    ],
+)
+def test_the_language_is_the_asked_one_else_the_browsers(accepted, asked, language):
+    assert language_of({"accept-language": accepted}, asked) == language
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/docs", "/openapi.json"])
+def test_an_address_answers_in_each_language_and_says_so(path):
+    chinese = {"Accept-Language": "zh-CN"}
+
+    async def main(client, server):
+        plain = await client.get(path)
+        assert not re.search("[\u4e00-\u9fff]", plain.text)
+        assert "data-texts" not in plain.text
+        found = await client.get(path, headers=chinese)
+        assert re.search("[\u4e00-\u9fff]", found.text)
+        assert plain.headers["Vary"] == found.headers["Vary"] == "Accept-Language"
+        assert (await client.get(path)).text == plain.text
+        server.language = "en"
+        assert (await client.get(path, headers=chinese)).text == plain.text
+        server.language = "zh"
+        assert (await client.get(path)).text == found.text
+
+    run_app(main)
+
+
+def test_scripts_translate_literals_only():
+    """What is not written out in a call is not found, and so has no translation."""
+    scripts = "".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.js"))
+    others = re.findall(r"\b(?:tr|plural)\(([\w\"'`]+)", TRANSLATED.sub("", scripts))
+    assert sorted(others) == ["count", "name"]  # of plural itself, and of names in the data
+
+
 # Files.
 
 
@@ -171,7 +231,7 @@ def test_plotly_is_served_compressed_and_cached():
 
 def test_nothing_else_of_the_folder_is_served():
     async def main(client, server):
-        pages, other = ("__init__.py", "playground.html", "index.html"), ("..%2Fapp.py", "%00")
+        pages, other = ("__init__.py", "playground.html.j2", "index.html"), ("..%2Fapp.py", "%00")
         for name in (*pages, *other, "none.js", "theme.js%0A", "swagger-initializer.js"):
             for folder in FOLDERS:
                 response = await client.get(f"{folder}/{name}")
@@ -199,8 +259,8 @@ def test_clients_that_accept_gzip(accepted, takes):
 
 
 def test_the_pages_need_no_other_server_and_stay_readable():
-    sources = [path for path in FOLDER.iterdir() if path.suffix in {".html", ".css", ".js", ".svg"}]
-    assert {path.name for path in sources} == FILES | set(POLICIES)
+    sources = [path for path in FOLDER.iterdir() if path.suffix in {".j2", ".css", ".js", ".svg"}]
+    assert {path.name.removesuffix(".j2") for path in sources} == FILES | set(POLICIES)
     for path in sources:
         source = path.read_text(encoding="utf-8")
         assert len(source.splitlines()) < 400, path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -288,6 +289,41 @@ def test_the_description_is_grouped_fits_a_phone_and_leads_back(browser, site):
         assert fits(page)
         page.get_by_role("link", name="Playground").click()
         page.locator("#rank").wait_for()
+
+
+ENGLISH = re.compile(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}")
+KEPT = "the-model|echelon tune --refresh|API key|NVIDIA NIM|Cohere v|vLLM [a-z]+|Expand operation"
+"""Names, commands, and a word of Swagger UI, which speaks English only."""
+
+SAID = """() => {
+  document.querySelector("pre")?.remove();  // code
+  const names = ["title", "placeholder", "aria-label"];
+  const said = (node) => names.map((name) => node.getAttribute(name));
+  const words = [...document.querySelectorAll("body *")].flatMap(said).filter(Boolean);
+  return [document.title, document.body.innerText, ...words].join("\\n");
+}"""
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/docs"])
+def test_a_page_in_chinese_has_no_english_sentence_and_fits_a_phone(browser, site, path):
+    phone = {"width": 390, "height": 844}
+    with visit(browser, site.url + path, viewport=phone, locale="zh-CN") as page:
+        if path == "/":
+            page.locator("#query").fill("查询")
+            page.locator("#lines").fill("一\n二")
+            page.locator("#rank").click()
+            ranked(page)
+            page.locator("#as-boxes").click()
+        elif path == "/dashboard":
+            page.locator("#workers tr").first.wait_for()
+            page.locator(".plot .main-svg").nth(11).wait_for(state="attached")
+        else:
+            page.locator(".opblock-tag").first.wait_for()
+        assert page.evaluate("document.documentElement.lang") == "zh-CN"
+        lines = page.evaluate(SAID).splitlines()
+        assert len([line for line in lines if re.search("[一-鿿]", line)]) > 5
+        assert [line for line in lines if ENGLISH.search(re.sub(KEPT, "", line))] == []
+        assert fits(page)
 
 
 def test_no_page_can_be_framed_by_another_site(browser, site):

@@ -40,7 +40,7 @@ Argument read_argument() {
 
 using P = void*;
 using L = int64_t;
-using Attention = int (*)(P, L, P, P, P, L, P, int, int, int, P, int);
+using Attention = int (*)(P, L, P, P, P, L, P, int, int, int, int, P, int);
 using Quantize = int (*)(P, L, L, P, P, int);
 using AddNorm = int (*)(P, P, P, P, L, L, P, P, float, P, P, P, int);
 using Activate = int (*)(P, P, P, L, L, int, P, P, P, float, int);
@@ -50,7 +50,7 @@ int run(const std::string& name, void* address, std::vector<Argument>& a) {
     const auto number = [&](int i) { return static_cast<float>(a[i].number); };
     if (name == "echelon_attention")
         return reinterpret_cast<Attention>(address)(a[0].at(), a[1], a[2].at(), a[3].at(), a[4].at(), a[5], a[6].at(),
-                                                    whole(7), whole(8), whole(9), a[10].at(), whole(11));
+                                                    whole(7), whole(8), whole(9), whole(10), a[11].at(), whole(12));
     if (name == "echelon_quantize")
         return reinterpret_cast<Quantize>(address)(a[0].at(), a[1], a[2], a[3].at(), a[4].at(), whole(5));
     if (name == "echelon_add_norm")

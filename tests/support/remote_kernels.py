@@ -23,7 +23,7 @@ COMPILERS = {"aarch64": "aarch64-linux-gnu-g++"}
 EMULATORS = {"aarch64": ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]}
 
 OUTPUTS = {
-    "echelon_attention": {10},
+    "echelon_attention": {11},
     "echelon_quantize": {3, 4},
     "echelon_add_norm": {9, 10, 11},
     "echelon_activate": {6, 7, 8},
@@ -108,7 +108,7 @@ def _attention(*arguments):
     width = heads * size
     keys = 2 * ((tokens - 1) * stride + width)
     queries = 2 * ((rows - 1) * query_stride + width)
-    return {0: queries, 2: index, 3: keys, 4: keys, 6: index, 10: 2 * rows * width}
+    return {0: queries, 2: index, 3: keys, 4: keys, 6: index, 11: 2 * rows * width}
 
 
 def _quantize(rows, count, width, *_):

@@ -1,4 +1,4 @@
-"""Every translatable message: in the code, the templates, the help and the catalogues."""
+"""Every translatable message: in code, scripts, templates, the help and the catalogues."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jinja2 import nodes
 
 from echelon.cli import cli, help_texts
 from echelon.messages import catalogue
+from echelon.server import pages
 
 SOURCE = Path(__file__).parents[2] / "src/echelon"
 STORED_ID = re.compile(r"[a-z]+\.[a-z0-9_]+")
@@ -49,7 +50,7 @@ def used():
         for call in tree.find_all(nodes.Call):
             if isinstance(call.node, nodes.Name) and call.args:
                 _note(found, call.node.name, call.args)
-    found.pages |= help_sentences()
+    found.pages |= help_sentences() | pages.sentences()
     return found
 
 

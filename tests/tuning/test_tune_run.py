@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from itertools import count
 
@@ -201,6 +203,23 @@ def test_where_no_point_is_affordable_all_are_predicted(offered):
     assert {p["status"] for p in found.points} == {"predicted"}
     assert found.cost is not None
     assert not any(entry["certain"] for entry in found.situations)
+    said = found.data["measuring"]["text"]
+    assert "0.150 s are too short" in said
+    enough = int(re.search(r"--time-limit (\d+)", said)[1])
+    longer = tuner.tune(
+        offered,
+        SHORT,
+        replace(plan, time_limit_s=enough),
+        clock=count(step=0.001).__next__,
+        watch=nothing_known,
+    )
+    assert "ok" in {p["status"] for p in longer.points}
+
+
+@pytest.mark.parametrize("limit_s", [0.0, -1.0, math.nan, math.inf])
+def test_a_limit_is_a_finite_number_above_zero(limit_s):
+    with pytest.raises(InvalidInput, match="is not a finite number above 0"):
+        tuner.TuningPlan(time_limit_s=limit_s)
 
 
 def test_a_limit_that_is_too_short_for_anything_is_refused_with_one_that_is_not(offered):

@@ -318,4 +318,6 @@ def _wrong(line: int, column: str, problem: str) -> InvalidInput:
 def check_above_zero(name: str, value: float, remedy: str) -> None:
     """Refuse the value of a flag that is not a finite number above zero."""
     if not 0 < value < math.inf:
-        raise InvalidInput(name, tr("{value} is not above 0", value=f"{value:g}"), remedy)
+        raise InvalidInput(
+            name, tr("{value} is not a finite number above 0", value=f"{value:g}"), remedy
+        )

@@ -1,16 +1,13 @@
-"""The sentences of a command's help, in the language of the command line.
-
-Lines are wrapped by columns: a Chinese character takes two, and a line may end after it.
-"""
+"""The sentences of a command's help, in the language of the command line."""
 
 from __future__ import annotations
 
 import re
 from copy import copy
 from typing import TYPE_CHECKING
-from unicodedata import east_asian_width
 
 from echelon.messages import tr
+from echelon.messages.lines import wrapped
 
 if TYPE_CHECKING:
     import click
@@ -23,9 +20,6 @@ COLUMN_MAX, COLUMN_GAP = 30, 2
 
 _RAW_LINE = re.compile(r"( +\d+ +|)(\S.*)")
 """A line that is translated, perhaps after a number; others are commands to copy."""
-
-_PIECE = re.compile(r"\s*[（“]*(?:[!-\u2dff]+|\S)[，。；：、）”？！]*")  # noqa: RUF001 - Chinese marks
-"""What stays on one line: a word in Latin letters or one Chinese character, with its marks."""
 
 
 def translated_help(text: str, width: int) -> str:
@@ -72,14 +66,5 @@ def _translated_line(line: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """A paragraph that click does not wrap again; a longer word has a line of its own."""
-    lines = [""]
-    for piece in _PIECE.findall(text):
-        if lines[-1] and _columns(lines[-1] + piece) > width:
-            lines.append("")
-        lines[-1] += piece if lines[-1] else piece.lstrip()
-    return "\n".join([RAW, *lines])
-
-
-def _columns(text: str) -> int:
-    return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+    """A paragraph that click does not wrap again."""
+    return "\n".join([RAW, *wrapped(text, width)])

@@ -146,7 +146,7 @@ class BegunStep:
             # Now: a step sent ahead begins before the parent can ask.
             step_did_not_fit(self._scorer)
             seconds = self._seconds(free_since)
-            return WorkerReply("memory", str(error), seconds, resident_bytes())
+            return WorkerReply("memory", (str(error), error.crowded), seconds, resident_bytes())
         except Exception as error:  # noqa: BLE001 - any error goes to the parent
             return fault_of(error)
         seconds, renew = self._seconds(free_since), variables_to_renew(self._scorer)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from echelon.engine.events import Listener, Outcome
     from echelon.engine.inflight import InflightRequest
     from echelon.engine.worker import StepResult
+    from echelon.models.base import DeviceOutOfMemory
     from echelon.options import Allowance
     from echelon.scheduling.batcher import Batcher
     from echelon.scheduling.fit import Prior
@@ -303,7 +304,7 @@ class Dispatcher:
     def out_of_memory(
         self,
         step: PlannedStep,
-        reason: str,
+        error: DeviceOutOfMemory,
         info: ModelInfo,
         *,
         worker: int = 0,
@@ -317,7 +318,7 @@ class Dispatcher:
         """
         pairs, longest = len(step.places), max(step.lengths)
         kinds = (info.precision, self._allow, info.lower_precision)
-        failure = StepFailure(pairs, step.cost_tokens, longest, *kinds)
+        failure = StepFailure(pairs, step.cost_tokens, longest, *kinds, crowded=error.crowded)
         with self._lock:
             requests = self._of(step)
             numbers = [request.number for request in requests]
@@ -330,7 +331,7 @@ class Dispatcher:
             if action.rung == "give_up":
                 ended = self._batcher.fail(step.number, "out_of_memory")
                 where = "even alone in a fresh process" if fresh else "even alone"
-                words = f"{info.device} {where} ({reason.splitlines()[0]}). {action.remedy}"
+                words = f"{info.device} {where} ({str(error).splitlines()[0]}). {action.remedy}"
                 self._deliver(ended, partial(does_not_fit, longest, words))
             elif action.max_length is not None:
                 self._shorten(step, action.max_length)

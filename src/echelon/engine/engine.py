@@ -176,14 +176,14 @@ class Engine:
         try:
             logits = run.begun(self._scorer).result()
         except DeviceOutOfMemory as error:
-            reason = str(error)
+            reason, crowded = str(error), error.crowded
         else:
             run.finish(step, logits, cost_tokens, self.info)
             if self.policy.fitted((run,), cost_tokens, longest) == "recovered":
                 self._plan(run)
             return len(step)
         kinds = self.info.precision, self.allowed(run.limits.allow), self.info.lower_precision
-        failure = StepFailure(len(step), cost_tokens, longest, *kinds)
+        failure = StepFailure(len(step), cost_tokens, longest, *kinds, crowded=crowded)
         self._recover(run, step, failure, reason)  # not in the handler: the error holds tensors
         return 0
 

@@ -269,7 +269,7 @@ class WorkerSupervisor(threading.Thread):
             scored = self._worker.receive(self._patience(step))
         except DeviceOutOfMemory as error:
             self._next()
-            self._recover(prepared, str(error))
+            self._recover(prepared, error)
             return
         except EchelonError as error:
             self._next()
@@ -295,12 +295,12 @@ class WorkerSupervisor(threading.Thread):
             raise ScoringFailed("a step ran before the scorer was open. This is a bug.")
         return self._info
 
-    def _recover(self, prepared: PreparedStep, reason: str) -> None:
+    def _recover(self, prepared: PreparedStep, error: DeviceOutOfMemory) -> None:
         fresh, self._fresh = self._fresh, False
         self._sparing = True  # what filled this process would fill the next one
         action, budget = self._dispatcher.out_of_memory(
             prepared.step,
-            reason,
+            error,
             self._scorer_info,
             worker=self.number,
             fresh=fresh,

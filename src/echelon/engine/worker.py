@@ -323,7 +323,8 @@ def unpack(reply: WorkerReply) -> WorkerReply:
     """The reply of a scoring process that succeeded; raises the error of one that failed."""
     kind, what = reply.kind, reply.content
     if kind == "memory":
-        raise DeviceOutOfMemory(what)
+        reason, crowded = what
+        raise DeviceOutOfMemory(reason, crowded=crowded)
     if kind == "lost":
         raise WorkerLostDevice(f"its device failed ({(what.splitlines() or ['?'])[0]})")
     if kind == "fault" and isinstance(what, EchelonError):

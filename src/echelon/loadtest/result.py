@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from echelon import __version__
 from echelon.loadtest.summary import ANSWERED, KINDS, OTHER, DriveResult, LoadSummary
 from echelon.messages import N_, Message, listed, tr, translated, units
+from echelon.reports.terminal import open_console, say
 from echelon.simulation.workload import ConstantArrivals
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ SHOWN = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 
 def print_result(result: LoadTestResult) -> None:
     """Print a test for people, its result in one sentence first."""
-    console = Console(highlight=False)
-    console.print(Text(headline(result), style="bold"))
+    console = open_console()
+    say(console, headline(result), "bold")
     if result.found is not None:
         console.print(_probes_table(result.found.probes))
     if result.run is not None:
@@ -206,11 +206,11 @@ def print_result(result: LoadTestResult) -> None:
         console.print(_counts_table(summary))
         for kind, count, first in problem_rows(summary):
             line = tr("{count} × {kind}, first: {first}", count=count, kind=kind, first=first)
-            console.print(Text(line, style="red"))
+            say(console, line, "red")
     for doubt in map(translated, result.doubts):
-        console.print(Text(f"{tr('Not to be trusted:')} {doubt}", style="bold yellow"))
+        say(console, f"{tr('Not to be trusted:')} {doubt}", "bold yellow")
     for note in map(translated, result.notes):
-        console.print(Text(tr("Note: {note}", note=note), style="yellow"))
+        say(console, tr("Note: {note}", note=note), "yellow")
 
 
 def problem_rows(summary: LoadSummary) -> list[tuple[str, str, str]]:

@@ -61,7 +61,7 @@ class LoadTestPlan:
         if self.duration_s is None and not self.replays:
             raise InvalidInput("--duration-s", tr("is not given"), tr("Give seconds."))
         if self.duration_s is not None and not 0 < self.duration_s < math.inf:
-            problem = tr("{value} is not above 0", value=self.duration_s)
+            problem = tr("{value} is not a finite number above 0", value=f"{self.duration_s:g}")
             raise InvalidInput("--duration-s", problem, tr("Give seconds."))
         check_positive("Give 1 or more.", **{"--clients": self.clients})
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LANGUAGES = {"en": "en", "zh": "zh-CN"}
 """Each language, and its tag in a page's ``lang`` attribute."""
 
-_language: ContextVar[str] = ContextVar("language", default="en")
+_language: ContextVar[str | None] = ContextVar("language", default=None)
 
 
 class PoTranslations(gettext.NullTranslations):
@@ -136,7 +136,7 @@ def in_language(language: str | None) -> Iterator[None]:
         InvalidInput: there is no such language.
     """
     language = language or _language.get()
-    if language not in LANGUAGES:
+    if language is not None and language not in LANGUAGES:
         reason = f"{language!r} is not a language of pages"
         raise InvalidInput("--lang", reason, f"Give {' or '.join(LANGUAGES)}.")
     token = _language.set(language)
@@ -146,14 +146,23 @@ def in_language(language: str | None) -> Iterator[None]:
         _language.reset(token)
 
 
+def asked_language() -> str | None:
+    """The language that somebody asked for; None where English is only the default."""
+    return _language.get()
+
+
 def tag() -> str:
     """The language's tag, for the page's ``lang`` attribute."""
-    return LANGUAGES[_language.get()]
+    return LANGUAGES[_language.get() or "en"]
+
+
+def _translations() -> PoTranslations:
+    return catalogue(_language.get() or "en")
 
 
 def tr(message: str, /, **values: object) -> str:
     """A sentence of a page, or a message id, in the page's language; ``values`` are text."""
-    text = catalogue(_language.get()).gettext(message)
+    text = _translations().gettext(message)
     return text.format(**values) if values else text
 
 
@@ -167,7 +176,7 @@ def translated(text: object) -> str:
     if not isinstance(text, Message):
         return str(text)
     values = {name: translated(value) for name, value in text.values.items()}
-    return _filled(catalogue(_language.get()), text.id, values)
+    return _filled(_translations(), text.id, values)
 
 
 def listed(parts: Iterable[str]) -> str:

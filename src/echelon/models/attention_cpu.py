@@ -34,6 +34,9 @@ PROBES = {48: 32, 192: 128, 2**31: 512}
 """Pairs up to this length → length of the pairs with which their method is chosen. It depends on a
 pair's own length only: methods round differently, and other pairs must not change a score."""
 
+NO_LIMIT = -1
+"""Reach of rows that see all of their pair."""
+
 PROBE_TOKENS = 512
 PROBE_RUNS = 7
 
@@ -87,8 +90,8 @@ def _runs(lengths: IntArray) -> tuple[AttentionRun, ...]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
     """Attention of each row over its pair: [tokens, heads, size] → [tokens, heads × size]."""
-    if _all_by_kernel(query, layout):
-        return _kernel(query, key, value, layout.offsets, layout.offsets)
+    if all_by_kernel(query, layout):
+        return attend_by_kernel(query, key, value, layout)
     blocks = [(run.row, run.count * run.length, run) for run in layout.runs]
     return _by_runs(query, key, value, blocks)
 
@@ -99,13 +102,21 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLay
     ``query`` is [pairs, heads, size], ``key`` and ``value`` [tokens, heads, size]; the result is
     [pairs, heads × size].
     """
-    if _all_by_kernel(query, layout):
+    if all_by_kernel(query, layout):
         one_each = torch.arange(len(query) + 1, dtype=torch.int32)
         return _kernel(query, key, value, one_each, layout.offsets)
     return _by_runs(query, key, value, [(run.pair, run.count, run) for run in layout.runs])
 
 
-def _all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
+def attend_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, reach: int = NO_LIMIT
+) -> Tensor:
+    """As :func:`attend`, of rows that see at most ``reach`` rows before and behind them."""
+    return _kernel(query, key, value, layout.offsets, layout.offsets, reach)
+
+
+def all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
+    """Whether the compiled kernel is the method for all pairs of rows like these."""
     return all(method_for(query, probe) == "kernel" for probe in layout.probes)
 
 
@@ -149,7 +160,12 @@ def _probe(candidates: list[Method], block: Tensor) -> dict[Method, float]:
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, offsets: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    offsets: Tensor,
+    reach: int = NO_LIMIT,
 ) -> Tensor:
     """All pairs in one call, whatever their lengths; rows as in :func:`attend`."""
     found = kernels()
@@ -163,7 +179,7 @@ def _kernel(
         "attention",
         *(query.data_ptr(), query.stride(0), query_offsets.data_ptr()),
         *(key.data_ptr(), value.data_ptr(), key.stride(0), offsets.data_ptr()),
-        *(len(offsets) - 1, heads, size, out.data_ptr(), torch.get_num_threads()),
+        *(len(offsets) - 1, heads, size, reach, out.data_ptr(), torch.get_num_threads()),
     )
     return out
 

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 
 class DeviceOutOfMemory(Exception):
-    """A step did not fit in the device's memory; the scorer stays usable."""
+    """A step did not fit in the device's memory; the scorer stays usable.
+
+    Attributes:
+        crowded: whether other processes hold memory of the card, and may give it back.
+    """
+
+    def __init__(self, reason: str, *, crowded: bool = False) -> None:
+        super().__init__(reason)
+        self.crowded = crowded
 
 
 class WorkerDied(Exception):

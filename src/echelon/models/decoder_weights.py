@@ -1,4 +1,4 @@
-"""The weights of Qwen3 and Qwen2 decoders, loaded layer by layer.
+"""The weights of Qwen3 and Qwen2 decoders, and of Llamas, loaded layer by layer.
 
 Of the vocabulary's head no more than one vector is kept.
 """
@@ -92,13 +92,13 @@ class _DecoderLoader(WeightLoader):
         return words
 
     def layer(self, index: int) -> DecoderLayer:
-        """Layer ``index``; the last one has separate queries."""
+        """Layer ``index``; the last one has separate queries if the head reads last rows only."""
         shape, root = self._architecture, f"model.layers.{index}"
         attention, mlp = f"{root}.self_attn", f"{root}.mlp"
         query, key, value, out = (f"{attention}.{part}_proj" for part in "qkvo")
         gate, up, down = (f"{mlp}.{part}_proj" for part in ("gate", "up", "down"))
         wide, narrow = (heads * shape.head_size for heads in (shape.query_heads, shape.key_heads))
-        last = index == shape.layers - 1
+        last = shape.reads_last and index == shape.layers - 1
         hidden, inner, bias = shape.hidden, shape.intermediate, shape.qkv_bias
         queries = self._linear({query: wide}, hidden, bias=bias) if last else None
         rest = {key: narrow, value: narrow} if last else {query: wide, key: narrow, value: narrow}

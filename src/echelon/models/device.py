@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from echelon.errors import DeviceLost, EchelonWarning, InvalidInput, MissingDependency
 from echelon.models.base import DeviceOutOfMemory
 from echelon.models.drivers import REMEDY, unusable_card
-from echelon.models.faults import kind_of
+from echelon.models.faults import is_crowded, kind_of
 from echelon.models.heap import give_back
 from echelon.profile import FEATURES
 
@@ -332,7 +332,9 @@ def guarded(work: Callable[[], T]) -> T:
     else:
         return done
     # Raised out here so that no traceback keeps the failed step's tensors alive.
-    raise DeviceOutOfMemory(failed) if kind == "memory" else DeviceLost(failed)
+    if kind == "memory":
+        raise DeviceOutOfMemory(failed, crowded=is_crowded())
+    raise DeviceLost(failed)
 
 
 def list_gpus() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
-from echelon.models import architecture, gte, modernbert, modules, qwen
+from echelon.models import architecture, gte, llama, modernbert, modules, qwen
 from echelon.models.prompts import prompt_of
 
 if TYPE_CHECKING:
@@ -155,6 +155,14 @@ FAMILIES = (
             "mixedbread-ai/mxbai-rerank-large-v2",
         ),
     ),
+    NativeFamily(
+        "bidirectional Llama",
+        ("llama_bidirec",),
+        llama.read,
+        "llama_encoder",
+        half="bf16",
+        known=("nvidia/llama-nemotron-rerank-1b-v2", "nvidia/llama-3.2-nv-rerankqa-1b-v2"),
+    ),
 )
 
 
@@ -228,6 +236,8 @@ def native_model(folder: Path, config: Config) -> NativeModel | None:
     shape = replace(cast("Any", shape), max_tokens=limit)  # a dataclass of each family
     if not _is_language_model(config):
         return NativeModel(folder, family, shape, prompt, None)
+    if prompt.answers is None:
+        raise RuntimeError("This is a bug: the prompt of a language model names no answers.")
     yes, no = (_token_id(folder, answer) for answer in prompt.answers)
     return NativeModel(folder, family, shape, prompt, (yes, no))
 

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from echelon.models.memory_meters import MAX_CONTEXT_BYTES
+
 FaultKind = Literal["memory", "lost", "other"]
 """``memory``: a smaller step may fit. ``lost``: this process cannot use its device any more.
 ``other``: an error of this step alone."""
@@ -118,10 +120,27 @@ def _was_near_its_limit(process: Path) -> bool:
 
 def _card_is_short() -> bool:
     """Whether a card that this process uses has less than :data:`SHORT_CARD_BYTES` free."""
+    return any(free < SHORT_CARD_BYTES for free, _ in _used_cards())
+
+
+def is_crowded() -> bool:
+    """Whether other processes hold memory of a card that this process uses.
+
+    Echelon's own second worker on a card is one of them.
+    """
+    return any(outside > MAX_CONTEXT_BYTES for _, outside in _used_cards())
+
+
+def _used_cards() -> list[tuple[int, int]]:
+    """Free bytes, and those outside this process' allocator, of each card that it uses."""
     import torch
 
+    found = []
     try:
-        used = [n for n in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(n)]
-        return any(torch.cuda.mem_get_info(number)[0] < SHORT_CARD_BYTES for number in used)
+        for number in range(torch.cuda.device_count()):
+            if reserved := torch.cuda.memory_reserved(number):
+                free, total = torch.cuda.mem_get_info(number)
+                found.append((free, total - free - reserved))
     except RuntimeError:  # a lost context answers nothing
-        return False
+        return []
+    return found

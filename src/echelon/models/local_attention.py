@@ -1,8 +1,9 @@
 """Attention over packed pairs in which a token sees only its neighbours, at the cost of these.
 
-Queries of a long pair are cut into blocks; each block meets the keys of its own tokens and of
-``reach`` more on either side. A pair of up to two blocks is one block, which costs no more. Pairs
-that are short enough see all of their tokens anyway.
+The compiled kernel takes the window as it is. Without it, queries of a long pair are cut into
+blocks; each block meets the keys of its own tokens and of ``reach`` more on either side. A pair of
+up to two blocks is one block, which costs no more. Pairs that are short enough see all of their
+tokens anyway.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from echelon.models.attention_cpu import AttentionLayout, attend
+from echelon.models.attention_cpu import AttentionLayout, all_by_kernel, attend, attend_by_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,14 +44,17 @@ class LocalAttention:
     ) -> None:
         self._reach, self._block = reach, 2 * reach
         self._device, self._dtype = device, dtype
-        is_long = [run.length > reach + 1 for run in layout.runs]
-        self._all = None if any(is_long) else layout
-        self._parts = [] if self._all is not None else self._divided(layout)
+        self._layout = layout
+        self._is_all = all(run.length <= reach + 1 for run in layout.runs)
+        self._parts: list[_Part] = []  # as soon as they are needed
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[tokens, heads, size] → [tokens, heads × size]."""
-        if self._all is not None:
-            return attend_pairs(query, key, value, self._all)
+        if self._is_all:
+            return attend_pairs(query, key, value, self._layout)
+        if query.device.type == "cpu" and all_by_kernel(query, self._layout):
+            return attend_by_kernel(query, key, value, self._layout, self._reach)
+        self._parts = self._parts or self._divided(self._layout)
         mixed = []
         for part in self._parts:
             q, k, v = (rows[part.rows] for rows in (query, key, value))

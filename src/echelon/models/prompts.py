@@ -56,7 +56,25 @@ MXBAI_RERANK_V2 = Prompt(
     query_share=0.75,
 )
 
-PROMPTS = {("qwen3", "qwen3-reranker"): QWEN3_RERANKER, ("qwen2", "mxbai-rerank"): MXBAI_RERANK_V2}
+NEMOTRON_RERANK = Prompt(
+    prefix="<|begin_of_text|>",
+    instruction=None,
+    around_instruction=("", ""),
+    # The tokenizer keeps a sign and the letters behind it together: the parts end before the colon.
+    around_query=("question:", " \n \n passage"),
+    between="",
+    before_document=":",
+    suffix=(),
+    answers=None,
+    max_tokens=8192,
+    causal=False,
+)
+
+PROMPTS = {
+    ("qwen3", "qwen3-reranker"): QWEN3_RERANKER,
+    ("qwen2", "mxbai-rerank"): MXBAI_RERANK_V2,
+    ("llama_bidirec", "rerank"): NEMOTRON_RERANK,
+}
 """(``model_type``, a part of the model's name) → prompt."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from echelon.errors import BadCheckpoint
 from echelon.files import MAX_ID, OBJECT, SWITCH, check_fields, list_of, number, whole
@@ -61,6 +61,9 @@ class DecoderArchitecture:
     labels: tuple[str, ...]  # names of the head's outputs
     classifies: bool  # it has a head of its own for the labels
 
+    reads_last: ClassVar[bool] = True
+    """Whether the head reads each pair's last row only."""
+
     def __post_init__(self) -> None:
         if self.query_heads % self.key_heads:
             raise ValueError(
@@ -84,6 +87,9 @@ class DecoderArchitecture:
         check_ids(ids, self.vocabulary)
 
 
+Shape = TypeVar("Shape", bound=DecoderArchitecture)
+
+
 def read(folder: Path, config: dict[str, Any]) -> DecoderArchitecture | None:
     """The shape of a decoder that runs natively, or None for one that does not.
 
@@ -98,20 +104,21 @@ def read(folder: Path, config: dict[str, Any]) -> DecoderArchitecture | None:
     try:
         check_fields(given, FIELDS, SHAPE)
         check_fields(given.get("rope_parameters", {}), ROTARY_FIELDS)
-        return _architecture(given) if _is_native(given) else None
+        return build(DecoderArchitecture, given) if _is_native(given) else None
     except ValueError as error:
         raise BadCheckpoint(f"{folder / 'config.json'}: {error}. {OWN_CONFIG}") from error
 
 
-def _architecture(given: dict[str, Any]) -> DecoderArchitecture:
+def build(kind: type[Shape], given: dict[str, Any], **more: Any) -> Shape:
+    """The shape from a checked configuration; ``more`` are fields of a ``kind`` of its own."""
     model_type, heads, hidden = (
         given[name] for name in ("model_type", "num_attention_heads", "hidden_size")
     )
     rotary = given.get("rope_parameters", {})
     theta = rotary.get("rope_theta") or given.get("rope_theta", DEFAULT_THETA)
-    biases = given.get("attention_bias", False) if model_type == "qwen3" else None
+    biases = None if model_type == "qwen2" else given.get("attention_bias", False)
     classifies = _named(given).endswith("ForSequenceClassification")
-    return DecoderArchitecture(
+    return kind(
         model_type=model_type,
         vocabulary=given["vocab_size"],
         hidden=hidden,
@@ -130,6 +137,7 @@ def _architecture(given: dict[str, Any]) -> DecoderArchitecture:
         padding_id=given.get("pad_token_id"),
         labels=labels_of(given) if classifies else ("score",),
         classifies=classifies,
+        **more,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,21 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
     )
     environment.globals.update(tr=tr, lang=tag())
     template = environment.from_string(_read(package, name))
-    page = template.render(content, plotly_js=_plotly_js())
+    page = _FLAGS.sub(_unbroken, template.render(content, plotly_js=_plotly_js()))
     # File names and servers' messages may hold lone surrogates, which UTF-8 cannot hold.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+_FLAGS = re.compile(
+    r"<(script|style|title)\b.*?</\1>|<[^>]*>|(?P<flag>(?<![\w-])--[a-z][a-z0-9-]*)", re.DOTALL
+)
+"""Flags of commands in a page's text; what has no text that is shown is passed over."""
+
+
+def _unbroken(found: re.Match[str]) -> str:
+    """A flag in a span, since browsers break lines after its hyphens."""
+    flag = found["flag"]
+    return f'<span class="flag">{flag}</span>' if flag else found[0]
 
 
 def _read(package: str, name: str) -> str:

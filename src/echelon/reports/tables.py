@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.cells import set_cell_size
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +14,12 @@ from echelon.messages.units import UNKNOWN, duration, number, percent, size
 from echelon.reports import wording
 from echelon.reports.comparison_page import GRIDS, Grid
 from echelon.reports.profile_view import rivals
+from echelon.reports.terminal import WIDE, open_console, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import Console
 
     from echelon.profile import Profile
     from echelon.types import RankedDocument, Ranking
@@ -47,19 +47,10 @@ WILL_USE = {
 }
 """What ``echelon doctor`` calls what Echelon will use."""
 
-WIDE = 10_000
-"""Columns where there is no terminal: no line is folded."""
-
-
-def _console() -> Console:
-    """The terminal, or standard output with lines of any length."""
-    folded = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console() if folded else Console(width=WIDE)
-
 
 def print_ranking(ranking: Ranking) -> None:
     """Print the documents, best first; each is one line where there is no terminal."""
-    console = _console()
+    console = open_console()
     columns = ("#", tr("score"), tr("logit"), tr("document"))
     rows = [_ranked(place, result) for place, result in enumerate(ranking.results, 1)]
     if console.width == WIDE:  # a table would fill every line up to the longest
@@ -93,13 +84,13 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = (
 
 def _print_notes(console: Console, notes: Iterable[str]) -> None:
     for note in dict.fromkeys(map(translated, notes)):
-        console.print(Text(tr("Note: {note}", note=note), style="yellow"))
+        say(console, tr("Note: {note}", note=note), "yellow")
 
 
 def print_profile(profile: Profile) -> None:
     """Print precisions, best batch sizes and the recommended settings."""
-    console = _console()
-    console.print(Text(_about(profile.key.model, profile.key.device_name), style="bold"))
+    console = open_console()
+    say(console, _about(profile.key.model, profile.key.device_name), "bold")
     if profile.precisions:
         console.print(_precision_table(profile))
     if profile.best:
@@ -110,7 +101,7 @@ def print_profile(profile: Profile) -> None:
     parts = [best, tr("precision {precision}", precision=chosen.precision)]
     if chosen.threads:
         parts.append(tr("{count} threads", count=chosen.threads))
-    console.print(Text("\n" + tr("Best step: {step}", step=listed(parts)), style="bold"))
+    say(console, "\n" + tr("Best step: {step}", step=listed(parts)), "bold")
     _print_notes(console, profile.warnings)
 
 
@@ -193,24 +184,24 @@ def print_scenario(profile: Profile) -> None:
     shown = wording.scenario_summary(profile)
     if shown is None:
         return
-    console = _console()
-    console.print(Text(f"\n{shown['title']}: {shown['asked']}", style="bold"))
+    console = open_console()
+    say(console, f"\n{shown['title']}: {shown['asked']}", "bold")
     for label, value in (*shown["settings"], (tr("Ranking accuracy"), shown["accuracy"])):
-        console.print(Text(f"  {set_cell_size(label, 24)} {value}"))
+        say(console, f"  {set_cell_size(label, 24)} {value}")
     columns = ("", tr("Predicted"), tr("Measured"), tr("Difference"))
     console.print(_table("", columns, shown["rows"]))
-    console.print(Text(shown["headline"], style=STYLES[shown["state"]]))
+    say(console, shown["headline"], STYLES[shown["state"]])
     _print_notes(console, shown["notes"])
 
 
 def print_comparison(found: Row) -> None:
     """Print the headline, the tables and the notes."""
-    console = _console()
+    console = open_console()
     for name in "ab":
         side = found[name]
         about = _about(side["key"]["model"], side["key"]["device_name"]).strip()
-        console.print(Text(f"{name.upper()}: {side['file']}: {about}"))
-    console.print(Text(f"\n{found['verdict']}\n", style="bold"))
+        say(console, f"{name.upper()}: {side['file']}: {about}")
+    say(console, f"\n{found['verdict']}\n", "bold")
     for make in GRIDS:
         grid = make(found)
         if grid.rows:
@@ -232,7 +223,7 @@ def _grid_table(grid: Grid) -> Table:
 
 def print_findings(findings: Row) -> None:
     """Print the findings of ``echelon doctor``."""
-    console = _console()
+    console = open_console()
     sections = {
         tr("Machine"): wording.machine(findings["machine"]),
         tr("Software"): list(findings["software"].items()),
@@ -244,12 +235,12 @@ def print_findings(findings: Row) -> None:
         ],
     }
     for title, rows in sections.items():
-        console.print(Text(title, style="bold"))
+        say(console, title, "bold")
         for name, value in rows:
-            console.print(Text(f"  {set_cell_size(name, 22)} {_plain(value)}"))
-    console.print(Text(tr("What to do"), style="bold"))
+            say(console, f"  {set_cell_size(name, 22)} {_plain(value)}")
+    say(console, tr("What to do"), "bold")
     for advice in findings["advice"]:
-        console.print(Text(f"  - {translated(advice)}"))
+        say(console, f"  - {translated(advice)}")
 
 
 def _extra(row: Row) -> str:
@@ -280,10 +271,10 @@ def _plain(value: Any) -> str:
 
 def print_plan(plan: Row) -> None:
     """Print the answer, then what it depends on."""
-    console, answer, asked = _console(), plan["answer"], plan["asked"]
+    console, answer, asked = open_console(), plan["answer"], plan["asked"]
     predicted = answer["predicted"]
     priced = answer["price_per_hour"] is not None
-    console.print(Text(_about(plan["model"]["model"], plan["model"]["device"]), style="bold"))
+    say(console, _about(plan["model"]["model"], plan["model"]["device"]), "bold")
     machines = tr("{count} machines", count=f"{answer['machines']:,}")
     if answer["machines"] == 1:
         machines = tr("1 machine")
@@ -292,20 +283,22 @@ def print_plan(plan: Row) -> None:
         machines = tr("{machines} with {workers} workers", machines=machines, workers=workers)
     step, rate = f"{answer['token_budget']:,}", number(asked["rate"])
     answers = N_("{machines} at {tokens} tokens per step answer {rate} requests/s.")
-    console.print(Text(tr(answers, machines=machines, tokens=step, rate=rate), style="bold"))
+    say(console, tr(answers, machines=machines, tokens=step, rate=rate), "bold")
     times = _percentiles(predicted)
     goal, load = duration(asked["slo_p99_s"]), percent(answer["load"])
-    console.print(
-        tr("Predicted: {times} (goal {goal}); load {load}.", times=times, goal=goal, load=load)
+    say(
+        console,
+        tr("Predicted: {times} (goal {goal}); load {load}.", times=times, goal=goal, load=load),
     )
     most, room = number(answer["bears_rate"]), percent(answer["headroom"])
-    console.print(
-        tr("Headroom: up to {rate} requests/s (+{share}) meet the goal.", rate=most, share=room)
+    say(
+        console,
+        tr("Headroom: up to {rate} requests/s (+{share}) meet the goal.", rate=most, share=room),
     )
     if priced:
         prices = (number(answer["price_per_hour"]), number(answer["price_per_million"]))
         words = N_("Price: {hour} per hour, {million} per million requests.")
-        console.print(tr(words, hour=prices[0], million=prices[1]))
+        say(console, tr(words, hour=prices[0], million=prices[1]))
     console.print(_budgets(plan["budgets"]))
     console.print(_sensitivity(plan, priced=priced))
     console.print(_routings(plan["routings"]))
@@ -364,7 +357,7 @@ def _routings(rows: Iterable[Row]) -> Table:
 
 
 def _print_day(console: Console, day: Row) -> None:
-    console.print(Text(tr("A day"), style="bold"))
+    say(console, tr("A day"), "bold")
     words = N_(
         "{count} requests ({simulated} simulated): {times}; {missed} miss the goal, "
         "mean load {load}."
@@ -372,10 +365,8 @@ def _print_day(console: Console, day: Row) -> None:
     missed, load = percent(day["missed"], 2), percent(day["utilisation"])
     count, simulated = f"{day['requests']:,}", f"{day['simulated']:,}"
     times = _percentiles(day)
-    console.print(
-        tr(words, count=count, simulated=simulated, times=times, missed=missed, load=load)
-    )
+    say(console, tr(words, count=count, simulated=simulated, times=times, missed=missed, load=load))
     if day["overfull_s"]:
         hours = number(day["overfull_s"] / 3600)
         words = tr("In {hours} hours the queue keeps growing.", hours=hours)
-        console.print(Text(words, style="yellow"))
+        say(console, words, "yellow")

@@ -43,6 +43,7 @@ class StepFailure:
     lower_precision: str = "bf16"  # below fp32, on this device
     caches_dropped: bool = False  # dropping caches again would not help
     fresh_may_help: bool = False  # a fresh process can be started and may have room for the step
+    crowded: bool = False  # other processes hold memory of the device, and may give it back
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,8 @@ class OomPolicy:
         budget: the token budget while steps run.
         usual: token budget without memory pressure; None is the maximum of ``budget``.
         learned: called with the token budget that memory allows, at once when it falls and each
-            time it rises again; with None once it is ``usual`` again.
+            time it rises again; with None once it is ``usual`` again. What falls because of other
+            processes is not learned: they may be gone at the next start.
     """
 
     def __init__(
@@ -254,7 +256,8 @@ class OomPolicy:
                 one.dropped |= action.rung == "drop_caches"
                 one.renewed |= {worker} if action.rung == "fresh_worker" else set()
             self._dropped.add(worker)  # every action drops them
-            if action.budget is not None and self.budget.out_of_memory(action.budget):
+            lowered = action.budget is not None and self.budget.out_of_memory(action.budget)
+            if lowered and not failure.crowded:
                 self._learn()
             return action
 

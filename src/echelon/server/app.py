@@ -28,6 +28,7 @@ from echelon.errors import (
     ScoringFailed,
     Unauthorised,
 )
+from echelon.messages import in_language
 from echelon.server import pages
 from echelon.server.dashboard import dashboard_data
 from echelon.server.metrics import CONTENT_TYPE
@@ -145,8 +146,7 @@ async def _crashed(_: Request, error: Exception) -> Response:
 
 
 async def _page(name: str, server: ServerContext, request: Request) -> Response:
-    root = request.scope.get("root_path", "")
-    return pages.page(name, root, keys=len(server.access.keys) > 0)
+    return pages.page(name, request, server.language, keys=len(server.access.keys) > 0)
 
 
 async def _dashboard_data(server: ServerContext, request: Request) -> Response:
@@ -214,14 +214,19 @@ async def _metrics(server: ServerContext, _: Request) -> Response:
     return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-async def _openapi(server: ServerContext, _: Request) -> Response:
-    return as_json(_description(server.model, keys=len(server.access.keys) > 0), 200)
+async def _openapi(server: ServerContext, request: Request) -> Response:
+    language = pages.language_of(request.headers, server.language)
+    found = _description(server.model, language, keys=len(server.access.keys) > 0)
+    response = as_json(found, 200)
+    response.headers["Vary"] = "Accept-Language"
+    return response
 
 
 @cache
-def _description(model: str, *, keys: bool) -> dict[str, Any]:
-    """The description, made once: it takes the event loop 15 ms."""
-    return describe(f"Echelon: {model}", keys=keys)
+def _description(model: str, language: str, *, keys: bool) -> dict[str, Any]:
+    """The description, made once a language: it takes the event loop 15 ms."""
+    with in_language(language):
+        return describe(f"Echelon: {model}", keys=keys)
 
 
 STATE_ROUTES: dict[str, Handler] = {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from echelon.engine.events import ListenerGroup
 from echelon.engine.launch import launch
 from echelon.errors import ShuttingDown
+from echelon.messages import asked_language
 from echelon.profile import Profile
 from echelon.scheduling.admission import MAX_WAIT_S, AdmissionLimits
 from echelon.server.auth import Access, read_keys
@@ -36,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class ServerContext:
-    """One server: ``launch`` starts its service, to which ``metrics`` and ``stats`` must listen."""
+    """One server: ``launch`` starts its service, to which ``metrics`` and ``stats`` must listen.
+
+    ``language`` is that of its pages; None leaves it to the browser.
+    """
 
     def __init__(  # noqa: PLR0913 - all that the routes share
         self,
@@ -49,6 +53,7 @@ class ServerContext:
         access: Access | None = None,
         stats: RollingStats | None = None,
         traces: Traces | None = None,
+        language: str | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
@@ -59,6 +64,7 @@ class ServerContext:
         self.access = access or Access()
         self.stats = stats or RollingStats()
         self.traces = traces
+        self.language = language
         self.created = int(time.time())
         self.failure: Exception | None = None
         self.late = 0  # requests without a response when the time to drain was over
@@ -166,6 +172,7 @@ def server_of(model: str, options: Options, settings: dict[str, Any], **more: An
         access=access,
         stats=stats,
         traces=traces,
+        language=asked_language(),
     )
 
 

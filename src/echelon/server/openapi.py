@@ -23,6 +23,7 @@ from echelon.errors import (
     Unauthorised,
     UnsupportedMediaType,
 )
+from echelon.messages import N_, tr
 from echelon.scheduling.queue import WEIGHTS
 from echelon.server.protocols import HOSTED_NIM, PROTOCOLS, SHARED
 from echelon.server.protocols.base import ErrorResponse
@@ -37,30 +38,34 @@ if TYPE_CHECKING:
 VERSION = "3.0.3"
 """The newest version of OpenAPI that the page /docs reads: Swagger UI 4 refuses 3.1."""
 
-ABOUT = (
+ABOUT = N_(
     "Reranking in the APIs that clients already use. Each API also has paths under its own "
     "name, such as /jina/v1/rerank, for bodies that do not show which API they are written for."
 )
 
 ERRORS = {
-    400: "The body is no JSON object, or the request no HTTP; vLLM's and Voyage's APIs use 400 for "
-    "422 too, TEI's for empty texts.",
-    401: "No API key, or a wrong one.",
-    404: "There is no such path.",
-    405: "The path has other methods; Allow names them.",
-    408: "The headers or the body did not arrive in time.",
-    413: "More documents, tokens or bytes than a request may have; the field is named.",
-    415: "The body is not announced as JSON.",
-    421: "The Host header names another server; see --allowed-hosts.",
-    422: "A field is missing or wrong; it is named, with the remedy.",
-    424: "The model failed, or a document does not fit in memory, in TEI's API.",
-    429: "The queue is full, or would make the request late, or the key's limit is used up. "
-    "Retry-After says when to try again.",
-    431: "The headers are too long.",
-    500: "The model failed.",
-    503: "Not started, shutting down, no worker stays alive, or too many connections.",
-    504: "The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met.",
-    507: "A document does not fit in memory, even alone.",
+    400: N_(
+        "The body is no JSON object, or the request no HTTP; vLLM's and Voyage's APIs use 400 for "
+        "422 too, TEI's for empty texts."
+    ),
+    401: N_("No API key, or a wrong one."),
+    404: N_("There is no such path."),
+    405: N_("The path has other methods; Allow names them."),
+    408: N_("The headers or the body did not arrive in time."),
+    413: N_("More documents, tokens or bytes than a request may have; the field is named."),
+    415: N_("The body is not announced as JSON."),
+    421: N_("The Host header names another server; see --allowed-hosts."),
+    422: N_("A field is missing or wrong; it is named, with the remedy."),
+    424: N_("The model failed, or a document does not fit in memory, in TEI's API."),
+    429: N_(
+        "The queue is full, or would make the request late, or the key's limit is used up. "
+        "Retry-After says when to try again."
+    ),
+    431: N_("The headers are too long."),
+    500: N_("The model failed."),
+    503: N_("Not started, shutting down, no worker stays alive, or too many connections."),
+    504: N_("The deadline (timeout_ms or X-Request-Timeout-Ms) passed, or cannot be met."),
+    507: N_("A document does not fit in memory, even alone."),
 }
 """Statuses of errors, and their causes."""
 
@@ -77,7 +82,7 @@ MODEL_IN_PATH = {
     "name": "model",
     "in": "path",
     "required": True,
-    "description": "Any name, also with slashes; the server has one model.",
+    "description": N_("Any name, also with slashes; the server has one model."),
     "schema": {"type": "string", "minLength": 1},
     "example": "nvidia/llama-3_2-nv-rerankqa-1b-v2",
 }
@@ -125,11 +130,13 @@ class Ready(TypedDict):
     reason: NotRequired[str]
 
 
-RANKING_GROUP, STATE_GROUP, PAGES_GROUP = "Ranking", "Model and state", "Pages and description"
+RANKING_GROUP = N_("Ranking")
+STATE_GROUP = N_("Model and state")
+PAGES_GROUP = N_("Pages and description")
 GROUPS = {
-    RANKING_GROUP: "Rank documents for a query, in the API that the client speaks.",
-    STATE_GROUP: "What is served, and how it is.",
-    PAGES_GROUP: "Pages for people, and this description.",
+    RANKING_GROUP: N_("Rank documents for a query, in the API that the client speaks."),
+    STATE_GROUP: N_("What is served, and how it is."),
+    PAGES_GROUP: N_("Pages for people, and this description."),
 }
 """Groups of routes, as /docs shows them."""
 
@@ -150,22 +157,22 @@ def _page(words: str) -> StateRoute:
     return StateRoute(words, str, "text/html", group=PAGES_GROUP)
 
 
-_MODELS = StateRoute("The served model, as OpenAI's clients list it.", Models, keyed=True)
+_MODELS = StateRoute(N_("The served model, as OpenAI's clients list it."), Models, keyed=True)
 
 STATE_ROUTES = {
     "/v1/models": _MODELS,
     "/models": _MODELS,
-    "/info": StateRoute("Model and limits, as TEI's clients read them.", TeiInfo, keyed=True),
-    "/health": StateRoute("200 while the process runs.", Health),
-    "/ready": StateRoute("200 if a pair was scored lately; else 503.", Ready, busy=Ready),
-    "/metrics": StateRoute("Metrics for Prometheus.", str, "text/plain"),
+    "/info": StateRoute(N_("Model and limits, as TEI's clients read them."), TeiInfo, keyed=True),
+    "/health": StateRoute(N_("200 while the process runs."), Health),
+    "/ready": StateRoute(N_("200 if a pair was scored lately; else 503."), Ready, busy=Ready),
+    "/metrics": StateRoute(N_("Metrics for Prometheus."), str, "text/plain"),
     "/dashboard/data": StateRoute(
-        "The last ten minutes of this server, for the dashboard.", dict[str, Any], keyed=True
+        N_("The last ten minutes of this server, for the dashboard."), dict[str, Any], keyed=True
     ),
-    "/openapi.json": StateRoute("This description.", dict[str, Any], group=PAGES_GROUP),
-    "/docs": _page("This description, to read and try."),
-    "/": _page("The playground: a page to try the model."),
-    "/dashboard": _page("The dashboard: a page that shows the last ten minutes."),
+    "/openapi.json": StateRoute(N_("This description."), dict[str, Any], group=PAGES_GROUP),
+    "/docs": _page(N_("This description, to read and try.")),
+    "/": _page(N_("The playground: a page to try the model.")),
+    "/dashboard": _page(N_("The dashboard: a page that shows the last ten minutes.")),
 }
 """GET routes that do not rank."""
 
@@ -178,7 +185,7 @@ SCHEMES = {
 
 
 def describe(title: str = "Echelon", *, keys: bool = True) -> dict[str, Any]:
-    """The description of a server; ``keys`` says whether its clients need one."""
+    """The description in the current language; ``keys`` says whether clients need one."""
     schemas = _Schemas()
     security: list[dict[str, list[str]]] = [{name: []} for name in SCHEMES] if keys else []
     paths: dict[str, Any] = {}
@@ -189,8 +196,8 @@ def describe(title: str = "Echelon", *, keys: bool = True) -> dict[str, Any]:
         paths[path] = {"get": {**_state(route, schemas), "security": needed}}
     description: dict[str, Any] = {
         "openapi": VERSION,
-        "info": {"title": title, "version": __version__, "description": ABOUT},
-        "tags": [{"name": name, "description": words} for name, words in GROUPS.items()],
+        "info": {"title": title, "version": __version__, "description": tr(ABOUT)},
+        "tags": [{"name": tr(name), "description": tr(words)} for name, words in GROUPS.items()],
         "paths": paths,
         "components": {"schemas": schemas.parts, "securitySchemes": SCHEMES},
     }
@@ -216,7 +223,7 @@ class _Schemas:
 
     def response(self, words: str, *types: Any, media: str = "application/json") -> dict[str, Any]:
         """A response whose body is a value of one of these types."""
-        return {"description": words, "content": {media: {"schema": self.of(*types)}}}
+        return {"description": tr(words), "content": {media: {"schema": self.of(*types)}}}
 
     def errors(self, statuses: set[int], *types: Any) -> dict[str, Any]:
         """The responses of errors whose bodies are values of one of these types."""
@@ -236,18 +243,18 @@ def _state(route: StateRoute, schemas: _Schemas) -> dict[str, Any]:
         responses["503"] = schemas.response(ERRORS[503], route.busy, RefusalBody)
     answer = schemas.response(route.words, route.body, media=route.media)
     responses["200"] = answer
-    return {"tags": [route.group], "summary": route.words, "responses": responses}
+    return {"tags": [tr(route.group)], "summary": tr(route.words), "responses": responses}
 
 
 def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -> dict[str, Any]:
     in_order = protocols[::-1]
     headers = {
-        name: {"description": words, "schema": {"type": "string"}}
+        name: {"description": tr(words), "schema": {"type": "string"}}
         for name, words in HEADERS.items()
     }
     examples = {d.name: {"summary": d.title, "value": dict(d.example)} for d in in_order}
     body = {"schema": schemas.of(*(d.body for d in in_order)), "examples": examples}
-    answer = schemas.response("The results.", *(d.response for d in in_order))
+    answer = schemas.response(N_("The results."), *(d.response for d in in_order))
     statuses = {
         protocol.write_error(ErrorResponse(error, "", ""))[0]
         for protocol in protocols
@@ -255,21 +262,25 @@ def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -
     }
     errors = schemas.errors(statuses, *(kind for d in in_order for kind in d.errors))
     return {
-        "tags": [RANKING_GROUP],
+        "tags": [tr(RANKING_GROUP)],
         "summary": ", ".join(d.title for d in in_order),
         "operationId": re.sub(r"\W+", "_", path).strip("_"),
         "parameters": [
-            *([MODEL_IN_PATH] if path == HOSTED_NIM else []),
+            *(
+                [MODEL_IN_PATH | {"description": tr(MODEL_IN_PATH["description"])}]
+                if path == HOSTED_NIM
+                else []
+            ),
             {
                 "name": "X-Request-Timeout-Ms",
                 "in": "header",
-                "description": "Milliseconds until the response is useless; as timeout_ms.",
+                "description": tr("Milliseconds until the response is useless; as timeout_ms."),
                 "schema": {"type": "number", "minimum": 0, "exclusiveMinimum": True},
             },
             {
                 "name": "X-Request-Priority",
                 "in": "header",
-                "description": "Share of the device; as priority.",
+                "description": tr("Share of the device; as priority."),
                 "schema": {"type": "string", "enum": list(WEIGHTS)},
             },
         ],

@@ -27,6 +27,7 @@ from echelon.errors import (
     ScoringFailed,
     ShuttingDown,
 )
+from echelon.messages import N_
 from echelon.server.body import SMALL_BYTES
 from echelon.server.http_checks import check_json
 from echelon.server.observability import SpanRecord, request_id
@@ -261,16 +262,18 @@ def as_json(content: Body, status: int, headers: Mapping[str, str] | None = None
 
 
 HEADERS = {
-    "X-Echelon-Queue-Ms": "milliseconds in the queue",
-    "X-Echelon-Tokenise-Ms": "milliseconds of tokenising",
-    "X-Echelon-Compute-Ms": "milliseconds of the steps that held its pairs",
-    "X-Echelon-Total-Ms": "milliseconds from its arrival at the service to the answer",
-    "X-Echelon-Tokens": "tokens that the model saw",
-    "X-Echelon-Truncated-Documents": "documents that lost tokens",
-    "X-Echelon-Batch-Size": "pairs of the largest step that held pairs of it",
-    "X-Echelon-Ladder": "memory-ladder steps that it went through, separated by commas",
-    "X-Echelon-Fallback": "max_length=N where the queue was so long that pairs were cut to N "
-    "tokens, as configured for low priority; else empty",
+    "X-Echelon-Queue-Ms": N_("milliseconds in the queue"),
+    "X-Echelon-Tokenise-Ms": N_("milliseconds of tokenising"),
+    "X-Echelon-Compute-Ms": N_("milliseconds of the steps that held its pairs"),
+    "X-Echelon-Total-Ms": N_("milliseconds from its arrival at the service to the answer"),
+    "X-Echelon-Tokens": N_("tokens that the model saw"),
+    "X-Echelon-Truncated-Documents": N_("documents that lost tokens"),
+    "X-Echelon-Batch-Size": N_("pairs of the largest step that held pairs of it"),
+    "X-Echelon-Ladder": N_("memory-ladder steps that it went through, separated by commas"),
+    "X-Echelon-Fallback": N_(
+        "max_length=N where the queue was so long that pairs were cut to N "
+        "tokens, as configured for low priority; else empty"
+    ),
 }
 """Headers of every response with results, and their meaning."""
 

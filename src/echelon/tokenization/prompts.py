@@ -39,7 +39,11 @@ class Asked:
                 for part in (prompt.prefix, prompt.between, *prompt.suffix)
             )
             self.template = Template(
-                before, between, tuple(id_ for part in after for id_ in part), None, causal=True
+                before,
+                between,
+                tuple(id_ for part in after for id_ in part),
+                None,
+                causal=prompt.causal,
             )
             tokenizer.encode_special_tokens = True
 

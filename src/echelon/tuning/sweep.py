@@ -68,6 +68,8 @@ class SweepPoint:
     @property
     def label(self) -> str:
         """Words for a progress line."""
+        if self.batch_size == 1:
+            return Message("sweep.point_single", {"pairs": self.pairs})
         values = {"pairs": self.pairs, "size": self.size}
         return Message("sweep.point_pairs" if self.batch_size else "sweep.point_tokens", values)
 

@@ -6,6 +6,7 @@ measures fewer and smaller calls well rather than many once; what it leaves out 
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -136,6 +137,10 @@ class TimeBudget:
     def sweep_s(self, memory_s: float) -> float:
         """Seconds for the sweep: what probes and memory leave."""
         return max(0.0, self.left_s - memory_s - PROBES * self.limit_s)
+
+    def limit_for(self, seconds: float) -> int:
+        """A time limit that leaves so long for the sweep, whatever the memory takes."""
+        return math.ceil((self.spent_s + seconds) / (1.0 - PROBES - 2 * MEMORY))
 
 
 def affordable(

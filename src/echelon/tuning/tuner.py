@@ -8,6 +8,7 @@ out, and a warning names it.
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from echelon.data import Texts, load_texts
 from echelon.engine.launch import open_encoder
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
-from echelon.messages import Message
+from echelon.messages import Message, tr
 from echelon.messages.units import duration, number
 from echelon.models.base import warm_runs
 from echelon.models.device import processor_of
@@ -44,7 +45,7 @@ from echelon.tuning.machine import describe_machine
 from echelon.tuning.probe_shapes import LengthRange, StepFactory
 from echelon.tuning.saved_run import SavedRun
 from echelon.tuning.sweep import MeasuredPoint, SweepPoint, grid, sweep
-from echelon.tuning.time_plan import PROBES, Price, TimeBudget, affordable, more_points
+from echelon.tuning.time_plan import PROBES, RUNS, Price, TimeBudget, affordable, more_points
 from echelon.types import Clock, ModelInfo, monotonic
 
 if TYPE_CHECKING:
@@ -99,10 +100,9 @@ class TuningPlan:
                 raise InvalidInput(name, "is empty", "Give at least one number.")
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
                 raise InvalidInput(name, f"{sizes} are not all positive", "Give whole numbers.")
-        if not self.time_limit_s > 0:
-            raise InvalidInput(
-                "time_limit", f"{self.time_limit_s} is not positive", "Give seconds."
-            )
+        if not 0 < self.time_limit_s < math.inf:
+            problem = tr("{value} is not a finite number above 0", value=f"{self.time_limit_s:g}")
+            raise InvalidInput("time_limit", problem, tr("Give seconds."))
 
     def sizes(self, device: str) -> dict[str, tuple[int, ...]]:
         """Pairs, batch sizes and token budgets for a device, ``cpu`` or ``cuda:N``."""
@@ -222,6 +222,8 @@ class _OpenRun:
         planned = affordable(**sizes, seconds=expected_s, limit_s=limit_s)
         every = {*grid(**sizes), *planned}
         said = _said(self.price, planned, len(every), self.plan.time_limit_s)
+        if not planned:
+            said["text"] = _nothing_fits(self.price, min(map(expected_s, every)), time)
         on_progress(said["text"])
         before = {measured.point: measured for measured in self.run.points}
 
@@ -312,7 +314,7 @@ def _said(price: Price, planned: list[SweepPoint], every: int, limit_s: float) -
     counts = sorted({point.pairs for point in planned})
     values = {
         "pair": duration(price.pair_s),
-        "pairs": ", ".join(map(str, counts)) or "0",
+        "pairs": ", ".join(map(str, counts)),
         "points": len(planned),
         "all": every,
         "runs": MIN_RUNS,
@@ -320,6 +322,17 @@ def _said(price: Price, planned: list[SweepPoint], every: int, limit_s: float) -
     }
     text = Message("tune.plan", values)
     return {"pair_s": price.pair_s, "pairs": counts, "points": len(planned), "text": text}
+
+
+def _nothing_fits(price: Price, quickest_s: float, time: TimeBudget) -> Message:
+    """Why no call is measured, and the time limit that would be enough for the quickest one."""
+    values = {
+        "seconds": number(time.limit_s),
+        "pair": duration(price.pair_s),
+        "runs": MIN_RUNS,
+        "limit": f"{time.limit_for(RUNS * quickest_s):.0f}",
+    }
+    return Message("tune.nothing_fits", values)
 
 
 def _fill(points: Sequence[MeasuredPoint], models: Calibration, calls: TimedCalls) -> None:

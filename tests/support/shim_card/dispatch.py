@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -354,6 +355,12 @@ def _made_on_cpu(func: Any) -> Callable[..., Any]:
 @cache
 def register() -> torch.library.Library:
     """Give torch kernels for CUDA; once a process, since they ask which machine there is."""
+    with warnings.catch_warnings():  # torch before 2.13 warns of each kernel that is replaced
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        return _registered()
+
+
+def _registered() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "CUDA", allow_override=True)
     library.impl("empty_strided", _empty_strided, "CUDA", allow_override=True)

@@ -53,7 +53,7 @@ POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctype
 SIGNATURES = {
     "echelon_attention": (
         *(POINTER, LONG, POINTER, POINTER, POINTER, LONG, POINTER),
-        *(INT, INT, INT, POINTER, INT),
+        *(INT, INT, INT, INT, POINTER, INT),
     ),
     "echelon_quantize": (POINTER, LONG, LONG, POINTER, POINTER, INT),
     "echelon_add_norm": (

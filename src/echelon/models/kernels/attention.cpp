@@ -75,8 +75,21 @@ struct Task {
     bf16* out;
     int64_t query_stride, stride, out_stride;  // elements between rows
     int queries, keys;
+    int reach;  // query r sees the keys r - reach to r + reach; below 0 all
     float scale;
 };
+
+// The keys that a query sees, counted from the first key of some block.
+struct Seen {
+    int from, to;
+};
+
+// The keys that `rows` queries from `first` on see.
+INLINE Seen seen_by(const Task& task, int first, int rows) {
+    if (task.reach < 0) return {0, task.keys};
+    const int from = first - task.reach, to = first + rows + task.reach;
+    return {from > 0 ? from : 0, to < task.keys ? to : task.keys};
+}
 
 // work(number), for a number from 1 to `most` that the compiler is to know.
 template <int most, class Work>
@@ -136,10 +149,10 @@ __attribute__((noinline)) void multiply(const part* left, int64_t stride, const 
 }
 
 template <int size, int R>
-INLINE void score_rows(const Scratch& scratch, int blocks) {
+INLINE void score_rows(const Scratch& scratch, int skipped, int blocks) {
     constexpr int groups = size / GROUP;
     const int pitch = LANES * blocks;
-    const ints* keys = scratch.keys;
+    const ints* keys = scratch.keys + skipped * groups;
     float* to = scratch.scores;
     int left = blocks;
     for (; left >= BLOCKS; left -= BLOCKS, keys += BLOCKS * groups, to += BLOCKS * LANES)
@@ -150,33 +163,54 @@ INLINE void score_rows(const Scratch& scratch, int blocks) {
         });
 }
 
+// whole(b) for each block of which a row sees all keys, in order with edge(b) for the others.
+template <class Edge, class Whole>
+INLINE void over_blocks(Seen seen, int blocks, Edge edge, Whole whole) {
+    const int from = static_cast<int>(vectors(seen.from)), to = seen.to / LANES;
+    int b = 0;
+    for (; b < from; ++b) edge(b);
+    for (; b < to; ++b) whole(b);
+    for (; b < blocks; ++b) edge(b);
+}
+
+// The lanes of block b that are seen; `hidden` in the others.
+INLINE floats only(Seen seen, int b, floats x, floats hidden) {
+    const int from = seen.from - LANES * b, to = seen.to - LANES * b;
+    if (from >= LANES || to <= 0) return hidden;
+    x = choose(to, x, hidden);
+    return from > 0 ? choose(from, hidden, x) : x;
+}
+
 // Softmax of one row without its division: writes the weights, returns their sum. The scale comes with
 // log2(e) in it.
-INLINE float soften(const float* scores, part* to, int keys, int blocks, float scale) {
-    const int full = blocks - 1, rest = keys - LANES * full;  // the last block may be partly beyond the keys
-    floats top = choose(rest, load(scores + LANES * full, LANES), all(-3.0e38f));
-    for (int b = 0; b < full; ++b) top = larger(top, load(scores + LANES * b, LANES));
+INLINE float soften(const float* scores, part* to, Seen seen, int blocks, float scale) {
+    const auto score = [&](int b) { return load(scores + LANES * b, LANES); };
+    floats top = all(-3.0e38f);
+    over_blocks(
+        seen, blocks, [&](int b) { top = larger(top, only(seen, b, score(b), all(-3.0e38f))); },
+        [&](int b) { top = larger(top, score(b)); });
     const float shift = -scale * largest_of(top);
-    const auto weight = [&](int b) { return exp2_coarse(load(scores + LANES * b, LANES) * scale + shift); };
     floats sum = {};
-    for (int b = 0; b < full; ++b) {
-        const floats x = weight(b);
+    const auto take = [&](int b, floats x) {
         sum += x;
         store_parts(to + LANES * b, x);
-    }
-    const floats last = choose(rest, weight(full), floats{});
-    store_parts(to + LANES * full, last);
-    return sum_of(sum + last);
+    };
+    const auto weight = [&](int b) { return exp2_coarse(score(b) * scale + shift); };
+    over_blocks(
+        seen, blocks, [&](int b) { take(b, only(seen, b, weight(b), floats{})); },
+        [&](int b) { take(b, weight(b)); });
+    return sum_of(sum);
 }
 
 // The values weighted; over the scores, which nobody needs any more.
 template <int size, int R>
-INLINE void mix_rows(const Task& task, const Scratch& scratch, int pitch, const float* sums, bf16* out) {
+INLINE void mix_rows(const Task& task, const Scratch& scratch, int skipped, int keys, int pitch, const float* sums,
+                     bf16* out) {
     constexpr int vectors = size / LANES, C = vectors < BLOCKS ? vectors : BLOCKS;
-    const int groups = (task.keys + GROUP - 1) / GROUP;
+    const int groups = (keys + GROUP - 1) / GROUP;
+    const ints* values = scratch.values + skipped * (LANES / GROUP) * vectors;
     for (int from = 0; from < vectors; from += C)
-        multiply<R, C, 1, vectors>(scratch.chances, pitch, scratch.values + from, groups, scratch.scores + from * LANES,
-                                   size);
+        multiply<R, C, 1, vectors>(scratch.chances, pitch, values + from, groups, scratch.scores + from * LANES, size);
     for (int r = 0; r < R; ++r) {
         const float share = 1.0f / sums[r];
         for (int c = 0; c < size; c += LANES)
@@ -186,13 +220,18 @@ INLINE void mix_rows(const Task& task, const Scratch& scratch, int pitch, const 
 
 template <int size, int R>
 void attend_rows(const Task& task, const Scratch& scratch, int first) {
-    const int blocks = static_cast<int>(vectors(task.keys)), pitch = LANES * blocks;
+    const Seen near = seen_by(task, first, R);
+    const int skipped = near.from / LANES, start = LANES * skipped;  // blocks that no row sees, and their keys
+    const int blocks = static_cast<int>(vectors(near.to - start)), pitch = LANES * blocks;
     pack_query<size>(task.query + first * task.query_stride, task.query_stride, R, scratch.query);
-    score_rows<size, R>(scratch, blocks);
+    score_rows<size, R>(scratch, skipped, blocks);
     float sums[R];
-    for (int r = 0; r < R; ++r)
-        sums[r] = soften(scratch.scores + r * pitch, scratch.chances + r * pitch, task.keys, blocks, task.scale);
-    mix_rows<size, R>(task, scratch, pitch, sums, task.out + first * task.out_stride);
+    for (int r = 0; r < R; ++r) {
+        const Seen keys = seen_by(task, first + r, 1);
+        sums[r] = soften(scratch.scores + r * pitch, scratch.chances + r * pitch, {keys.from - start, keys.to - start},
+                         blocks, task.scale);
+    }
+    mix_rows<size, R>(task, scratch, skipped, near.to - start, pitch, sums, task.out + first * task.out_stride);
 }
 
 template <int size>
@@ -232,11 +271,13 @@ class Memory {  // one thread's scratch, for the longest pair of the call
 // Attention of packed bf16 rows.
 //   query: [queries, heads * size] rows, query_stride apart; pair i owns query_offsets[i..i + 1]
 //   key, value: [tokens, heads * size] rows, stride apart; pair i owns offsets[i..i + 1]
+//   reach: below 0, or how far a query sees on either side: then query r of a pair is its token r
 //   out: [queries, heads * size], dense
 // Returns 0; 1 if scratch memory could not be allocated, 2 for a head size that is not built.
 extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets,
                                         const bf16* key, const bf16* value, int64_t stride, const int32_t* offsets,
-                                        int pairs, int heads, int size, bf16* out, int threads) {
+                                        int pairs, int heads, int size, int reach, bf16* out,
+                                        int threads) {
     if (size != 64 && size != 32) return 2;
     int longest = 0;
     for (int i = 0; i < pairs; ++i)
@@ -259,6 +300,7 @@ extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride,
                                static_cast<int64_t>(heads) * size,
                                query_offsets[pair + 1] - query_offsets[pair],
                                offsets[pair + 1] - offsets[pair],
+                               reach,
                                scale};
             size == 64 ? attend<64>(task, memory.scratch()) : attend<32>(task, memory.scratch());
         }

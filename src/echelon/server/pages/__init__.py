@@ -1,30 +1,39 @@
 """The playground, the dashboard and /docs: files of this folder, of plotly and of Swagger UI.
 
 The pages need no build step and load nothing from other servers. They hold no data, so they need no
-API key; they send one with their requests for data.
+API key; they send one with their requests for data. Their language is that of ``--lang``, else the
+browser's; a page in Chinese takes the sentences of its scripts along.
 """
 
 from __future__ import annotations
 
+import ast
 import gzip
+import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from jinja2 import Environment, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
+from echelon.engine.events import Outcome, WorkerState
 from echelon.errors import NoSuchRoute
+from echelon.messages import LANGUAGES, in_language, tag, tr
 from echelon.reports import PLOTLY_JS, PLOTLY_VERSION
+from echelon.scheduling import admission
+from echelon.scheduling.oom_policy import Rung
+from echelon.server import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jinja2 import Template
     from starlette.requests import Request
 
 FOLDER = Path(__file__).parent
@@ -38,6 +47,16 @@ FILES = frozenset(path.name for path in FOLDER.iterdir() if path.suffix in KINDS
 PLOTLY = "plotly.js"
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
 """The files of Swagger UI that /docs needs. Its own page is not served: it loads a foreign file."""
+
+TRANSLATED = re.compile(r'\btr\(\s*("[^"]+")|\bplural\(\s*("[^"]+"),\s*("[^"]+")')
+"""Calls in our scripts that translate, and the literals in them."""
+
+NAMES = tuple(
+    name
+    for names in (admission.Reason, refusals.Reason, Outcome, WorkerState, Rung)
+    for name in get_args(names)
+)
+"""Names in the dashboard's data that its script shows as words."""
 
 MIN_GZIP_BYTES = 1024
 """Smaller files are not compressed."""
@@ -64,13 +83,48 @@ class PageContent:
     gzipped: bool
 
 
-def page(name: str, root: str, *, keys: bool) -> Response:
-    """A page; ``root`` is the prefix of our paths behind a proxy."""
-    filled = _template(name).substitute(
-        root=escape(root.rstrip("/")), keys="yes" if keys else "no", plotly=PLOTLY_VERSION
-    )
-    headers = {"Content-Security-Policy": POLICIES[name], "Cache-Control": "no-cache"}
+def page(name: str, request: Request, language: str | None, *, keys: bool) -> Response:
+    """A page in the language of :func:`language_of`, behind the prefix of a proxy."""
+    with in_language(language_of(request.headers, language)):
+        filled = _template(name).render(
+            root=request.scope.get("root_path", "").rstrip("/"),
+            keys="yes" if keys else "no",
+            plotly=PLOTLY_VERSION,
+            lang=tag(),
+            tr=tr,
+            texts=_texts_of_scripts(tag()),
+        )
+    headers = {
+        "Content-Security-Policy": POLICIES[name],
+        "Cache-Control": "no-cache",
+        "Vary": "Accept-Language",
+    }
     return HTMLResponse(filled, headers=headers)
+
+
+def language_of(headers: Mapping[str, str], asked: str | None) -> str:
+    """The language that was asked for, else the one of ours that a browser likes best."""
+    weights = weights_of(headers.get("accept-language", ""))
+    liked = sorted((name for name in weights if weights[name] > 0), key=lambda n: -weights[n])
+    known = (name.partition("-")[0] for name in liked)
+    return asked or next((name for name in known if name in LANGUAGES), "en")
+
+
+@cache
+def sentences() -> frozenset[str]:
+    """What scripts show: literals that they translate, and the words for names in their data."""
+    scripts = [path.read_text(encoding="utf-8") for path in FOLDER.glob("*.js")]
+    written = [text for script in scripts for call in TRANSLATED.findall(script) for text in call]
+    names = [name.replace("_", " ") for name in NAMES]
+    return frozenset([*map(ast.literal_eval, filter(None, written)), *names])
+
+
+@cache
+def _texts_of_scripts(_: str) -> str:
+    """The scripts' sentences in the current language, as JSON; nothing where none differs."""
+    found = {sentence: tr(sentence) for sentence in sorted(sentences())}
+    changed = {sentence: text for sentence, text in found.items() if text != sentence}
+    return json.dumps(changed, ensure_ascii=False) if changed else ""
 
 
 async def file(request: Request) -> Response:
@@ -115,11 +169,20 @@ def _read(name: str, *, gzipped: bool) -> PageContent:
 
 def takes_gzip(headers: Mapping[str, str]) -> bool:
     """Whether a client accepts gzip."""
-    for part in headers.get("accept-encoding", "").lower().split(","):
+    weights = weights_of(headers.get("accept-encoding", ""))
+    return weights.get("gzip", weights.get("*", 0.0)) > 0
+
+
+def weights_of(header: str) -> dict[str, float]:
+    """The choices of an ``Accept-…`` header and their weights; one that is no number is 1."""
+    found = {}
+    for part in header.lower().split(","):
         name, _, weight = part.partition(";")
-        if name.strip() in {"gzip", "*"}:
-            return weight.replace(" ", "").rstrip("0").rstrip(".") not in {"q=", "q=0"}
-    return False
+        try:
+            found[name.strip()] = float(weight.replace(" ", "").removeprefix("q=") or 1)
+        except ValueError:
+            found[name.strip()] = 1.0
+    return found
 
 
 def _source(name: str) -> Path:
@@ -140,4 +203,7 @@ def _swagger_ui() -> Path:
 
 @cache
 def _template(name: str) -> Template:
-    return Template((FOLDER / name).read_text(encoding="utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.from_string((FOLDER / f"{name}.j2").read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
 // The charts of the dashboard: the data of each, drawn by plotly.js.
-import { bytes, make, milliseconds, number, plural, root, seconds } from "./common.js";
+import { bytes, make, milliseconds, number, plural, root, seconds, tr } from "./common.js";
 
 const COLOURS = ["#0077bb", "#d95f02", "#1b9e77", "#9a5fc4", "#e7298a", "#7f7f7f"]; // as in the tuning report
 const MIN_SHOWN_S = 60;
@@ -43,20 +43,20 @@ function againstPredicted(data) {
   const all = points.flat();
   const ends = all.length ? [Math.min(...all) / 1.3, Math.max(...all) * 1.3] : [];
   return [
-    { name: "as predicted", x: ends, y: ends, mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
-    { name: "step", x: points.map((point) => point[0]), y: points.map((point) => point[1]), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
+    { name: tr("as predicted"), x: ends, y: ends, mode: "lines", line: { color: COLOURS[5], width: 1, dash: "dot" }, hoverinfo: "skip" },
+    { name: tr("step"), x: points.map((point) => point[0]), y: points.map((point) => point[1]), mode: "markers", marker: { color: COLOURS[0], size: 5, opacity: 0.55 } },
   ];
 }
 
 function drift(data) {
-  const [ratio, scale] = lines({ "actual ÷ predicted": "drift", slowdown: "slowdown" })(data);
+  const [ratio, scale] = lines({ [tr("actual ÷ predicted")]: "drift", [tr("slowdown")]: "slowdown" })(data);
   return [ratio, { ...scale, yaxis: "y2" }];
 }
 
 function memory(data) {
   const x = data.columns.ends_at.map((end) => new Date(end * 1000));
   return data.workers.map((worker, place) => ({
-    name: `worker ${worker.worker}`,
+    name: tr("worker {number}", { number: worker.worker }),
     x,
     y: data.columns.resident_bytes[place].map((value) => (value === null ? null : value / 2 ** 20)),
     mode: "lines",
@@ -69,42 +69,42 @@ const TIME = { tickformat: "~s", ticksuffix: "s" };
 const LOG = { type: "log", dtick: "D2", tickformat: "~g" };
 
 const CHARTS = [
-  { id: "documents", title: "Documents a second", note: "Documents scored.", traces: lines({ "documents/s": "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
-  { id: "requests", title: "Requests a second", note: "Errors are answers of any status but 200.", traces: lines({ answered: "requests_per_s", errors: "errors_per_s" }), now: minuteOf("requests_per_s") },
-  { id: "tokens", title: "Tokens a second", note: "Tokens scored, padding not included.", traces: lines({ "tokens/s": "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
+  { id: "documents", title: tr("Documents a second"), note: tr("Documents scored."), traces: lines({ [tr("documents/s")]: "documents_per_s" }, { fill: true }), now: minuteOf("documents_per_s") },
+  { id: "requests", title: tr("Requests a second"), note: tr("Errors are answers of any status but 200."), traces: lines({ [tr("answered")]: "requests_per_s", [tr("errors")]: "errors_per_s" }), now: minuteOf("requests_per_s") },
+  { id: "tokens", title: tr("Tokens a second"), note: tr("Tokens scored, padding not included."), traces: lines({ [tr("tokens/s")]: "tokens_per_s" }, { fill: true }), now: minuteOf("tokens_per_s") },
   {
-    id: "latency", title: "Latency", note: "From a request's headers to its answer, of requests answered with 200.",
+    id: "latency", title: tr("Latency"), note: tr("From a request's headers to its answer, of requests answered with 200."),
     traces: lines({ P50: "p50_s", P95: "p95_s", P99: "p99_s" }), layout: { yaxis: TIME },
     now: (data) => `P95 ${seconds(data.minute.p95_s)}`,
   },
-  { id: "waiting", title: "Waiting pairs", note: "Pairs of a query and a document in the queue.", traces: lines({ "waiting pairs": "waiting_pairs" }, { fill: true }), now: (data) => `${number(data.now?.waiting_pairs)} now` },
+  { id: "waiting", title: tr("Waiting pairs"), note: tr("Pairs of a query and a document in the queue."), traces: lines({ [tr("waiting pairs")]: "waiting_pairs" }, { fill: true }), now: (data) => tr("{value} now", { value: number(data.now?.waiting_pairs) }) },
   {
-    id: "backlog", title: "Age and backlog", note: "Age of the oldest request in the queue; predicted time to score all pairs in it.",
-    traces: lines({ oldest: "oldest_s", backlog: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => `backlog ${seconds(data.now?.backlog_s)}`,
+    id: "backlog", title: tr("Age and backlog"), note: tr("Age of the oldest request in the queue; predicted time to score all pairs in it."),
+    traces: lines({ [tr("oldest")]: "oldest_s", [tr("backlog")]: "backlog_s" }), layout: { yaxis: TIME }, now: (data) => tr("backlog {time}", { time: seconds(data.now?.backlog_s) }),
   },
-  { id: "step-pairs", title: "Pairs of a step", note: "Number of steps by pairs.", traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
+  { id: "step-pairs", title: tr("Pairs of a step"), note: tr("Number of steps by pairs."), traces: bars("step_pairs"), layout: { xaxis: { type: "category" } }, now: steps },
   {
-    id: "step-tokens", title: "Tokens of a step", note: "Number of steps by tokens, padding included.", traces: bars("step_tokens"), layout: { xaxis: { type: "category" } },
-    now: (data) => `budget ${number(data.now?.token_budget)}`,
+    id: "step-tokens", title: tr("Tokens of a step"), note: tr("Number of steps by tokens, padding included."), traces: bars("step_tokens"), layout: { xaxis: { type: "category" } },
+    now: (data) => tr("budget {tokens}", { tokens: number(data.now?.token_budget) }),
   },
   {
-    id: "predicted", title: "Step time", note: "Milliseconds of the last 200 steps: predicted on the x axis, measured on the y axis; equal on the line.",
+    id: "predicted", title: tr("Step time"), note: tr("Milliseconds of the last 200 steps: predicted on the x axis, measured on the y axis; equal on the line."),
     traces: againstPredicted, layout: { xaxis: LOG, yaxis: LOG, hovermode: "closest", showlegend: false },
-    now: (data) => (data.steps.recent.length ? `last ${milliseconds(data.steps.recent.at(-1)[1] * 1000)}` : ""),
+    now: (data) => (data.steps.recent.length ? tr("last {time}", { time: milliseconds(data.steps.recent.at(-1)[1] * 1000) }) : ""),
   },
   {
-    id: "drift", title: "Drift", note: "Left: measured over predicted time of steps; predictions are corrected by it. Right: step time over the normal step time of this machine.",
+    id: "drift", title: tr("Drift"), note: tr("Left: measured over predicted time of steps; predictions are corrected by it. Right: step time over the normal step time of this machine."),
     traces: drift, layout: { yaxis2: { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero", fixedrange: true, automargin: true, tickmode: "auto", nticks: 5 } }, now: (data) => `${number(data.now?.slowdown)} ×`,
   },
   {
-    id: "memory", title: "Memory of workers", note: "Resident memory of each worker's process.", traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
-    now: (data) => `${bytes(data.workers.reduce((sum, worker) => sum + (worker.resident_bytes ?? 0), 0))} in all`,
+    id: "memory", title: tr("Memory of workers"), note: tr("Resident memory of each worker's process."), traces: memory, layout: { yaxis: { ticksuffix: " MiB" } },
+    now: (data) => tr("{size} in all", { size: bytes(data.workers.reduce((sum, worker) => sum + (worker.resident_bytes ?? 0), 0)) }),
   },
-  { id: "budget", title: "Token budget", note: "Maximum tokens of a step; it is lowered after an out-of-memory error.", traces: lines({ budget: "token_budget" }), now: (data) => `${number(data.now?.token_budget)} now` },
+  { id: "budget", title: tr("Token budget"), note: tr("Maximum tokens of a step; it is lowered after an out-of-memory error."), traces: lines({ [tr("budget")]: "token_budget" }), now: (data) => tr("{value} now", { value: number(data.now?.token_budget) }) },
 ];
 
 function steps(data) {
-  return plural(data.window.step_pairs.reduce((sum, count) => sum + count, 0), "step");
+  return plural("{count} step", "{count} steps", data.window.step_pairs.reduce((sum, count) => sum + count, 0));
 }
 
 export function setUpCharts(parent) {
@@ -145,7 +145,7 @@ function figure(chart, data) {
     xaxis: { ...axis, ...xaxis },
     yaxis: { ...axis, rangemode: "tozero", nticks: 5, ...yaxis },
     bargap: 0.15,
-    annotations: isEmpty ? [{ text: "nothing measured yet", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
+    annotations: isEmpty ? [{ text: tr("nothing measured yet"), showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
     ...rest,
   };
   if (isEmpty) layout.yaxis = { ...layout.yaxis, showticklabels: false };

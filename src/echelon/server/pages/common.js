@@ -3,6 +3,10 @@
 const page = document.documentElement;
 export const root = page.dataset.root;
 export const asksForKeys = page.dataset.keys === "yes";
+const texts = JSON.parse(page.dataset.texts ?? "{}");
+
+/** A sentence in the page's language; `values` replace its {names}. */
+export const tr = (sentence, values = {}) => (texts[sentence] ?? sentence).replace(/\{(\w+)\}/g, (_, name) => values[name]);
 
 const KEY = "echelon-api-key";
 let key = stored(() => sessionStorage.getItem(KEY)) ?? "";
@@ -74,8 +78,8 @@ export function themeButton(changed = () => {}) {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (page.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
   const show = () => {
-    $("theme").textContent = isDark() ? "Light" : "Dark";
-    $("theme").setAttribute("aria-label", `Switch to the ${isDark() ? "light" : "dark"} theme`);
+    $("theme").textContent = isDark() ? tr("Light") : tr("Dark");
+    $("theme").setAttribute("aria-label", isDark() ? tr("Switch to the light theme") : tr("Switch to the dark theme"));
     changed();
   };
   $("theme").addEventListener("click", () => {
@@ -98,10 +102,10 @@ export function watchReadiness() {
     if (!document.hidden) {
       try {
         const state = await (await ask("/ready", { signal: AbortSignal.timeout(12000) })).json();
-        if (state.ready) say("yes", "ready");
-        else say("no", `not ready: ${state.reason}`);
+        if (state.ready) say("yes", tr("ready"));
+        else say("no", tr("not ready: {reason}", { reason: state.reason }));
       } catch {
-        say("no", "does not answer");
+        say("no", tr("does not answer"));
       }
     }
     setTimeout(look, 5000);
@@ -132,7 +136,7 @@ export async function copy(text) {
   field.select();
   const done = document.execCommand("copy");
   field.remove();
-  if (!done) throw new Error("the browser does not allow pages to copy");
+  if (!done) throw new Error(tr("the browser does not allow pages to copy"));
 }
 
 /** A number with three significant digits and separated thousands. */
@@ -156,4 +160,5 @@ export function bytes(value) {
   return value >= 2 ** 30 ? `${number(value / 2 ** 30)} GiB` : `${number(value / 2 ** 20)} MiB`;
 }
 
-export const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
+/** A sentence with a {count}: its form for one, or for any other number. */
+export const plural = (one, many, count) => tr(count === 1 ? one : many, { count: number(count) });

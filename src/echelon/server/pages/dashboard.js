@@ -1,5 +1,5 @@
 // The dashboard: loads the data of the last ten minutes every two seconds and shows it.
-import { $, ask, askForKey, asksForKeys, bytes, hasKey, keyField, make, number, seconds, showModel, themeButton, watchReadiness, wordsOf } from "./common.js";
+import { $, ask, askForKey, asksForKeys, bytes, hasKey, keyField, make, number, seconds, showModel, themeButton, tr, watchReadiness, wordsOf } from "./common.js";
 import { draw, loadPlotly, setUpCharts } from "./charts.js";
 
 const FASTEST_MS = 1000;
@@ -16,7 +16,7 @@ let turn = 0;
 async function look() {
   if (document.hidden) return; // continues when the page is visible again
   if (asksForKeys && !hasKey()) {
-    wantKey("This server needs an API key.");
+    wantKey(tr("This server needs an API key."));
     return; // continues after a key was entered
   }
   const mine = ++turn;
@@ -36,8 +36,8 @@ async function look() {
 
 function take(fresh) {
   const restarted = data !== null && data.since !== fresh.since;
-  if (restarted) notice(`The server was restarted at ${clock(fresh.since)}; earlier data is lost.`);
-  else if (awaySince !== null) notice(`The server answers again, after no answer since ${clock(awaySince)}.`);
+  if (restarted) notice(tr("The server was restarted at {time}; earlier data is lost.", { time: clock(fresh.since) }));
+  else if (awaySince !== null) notice(tr("The server answers again, after no answer since {time}.", { time: clock(awaySince) }));
   awaySince = null;
   data = fresh;
   period = Math.max(FASTEST_MS, fresh.slice_s * 1000);
@@ -61,7 +61,7 @@ function wantKey(words) {
 
 function away() {
   awaySince ??= Date.now() / 1000;
-  trouble(`The server does not answer since ${clock(awaySince)}. Trying again every ${number(period / 1000)} s; the page shows its last data.`);
+  trouble(tr("The server does not answer since {time}. Trying again every {seconds} s; the page shows its last data.", { time: clock(awaySince), seconds: number(period / 1000) }));
 }
 
 function trouble(words) {
@@ -91,81 +91,82 @@ function show() {
 
 function showAbout() {
   const { scorer, version, since, minute, now } = data;
-  $("updated").textContent = `Updated ${clock(data.at)} · rates and latency over the last ${number(minute.seconds)} s`;
-  const what = scorer ? `${scorer.family} on ${scorer.device} in ${scorer.precision}` : "no scorer yet";
+  $("updated").textContent = tr("Updated {time} · rates and latency over the last {seconds} s", { time: clock(data.at), seconds: number(minute.seconds) });
+  const what = scorer ? tr("{family} on {device} in {precision}", scorer) : tr("no scorer yet");
   const remarks = [
-    `Echelon ${version}, ${what}, running since ${clock(since)}`,
-    now?.fallback && "max_length of low-priority requests is reduced",
-    now?.drifted && `steps take ${number(now.slowdown)} times as long as normal on this machine: look for other programs or throttling, or measure again with "echelon tune --refresh"`,
-    now?.draining && "shutting down: admits no requests",
+    tr("Echelon {version}, {what}, running since {time}", { version, what, time: clock(since) }),
+    now?.fallback && tr("max_length of low-priority requests is reduced"),
+    now?.drifted && tr("steps take {times} times as long as normal on this machine: look for other programs or throttling, or measure again with `echelon tune --refresh`", { times: number(now.slowdown) }),
+    now?.draining && tr("shutting down: admits no requests"),
   ];
-  $("about").textContent = `${remarks.filter(Boolean).join("; ")}.`;
+  $("about").textContent = tr("{remarks}.", { remarks: remarks.filter(Boolean).join(tr("; ")) });
 }
 
 function showTiles() {
   const { minute, now } = data;
   const rows = [
-    ["Documents/s", number(minute.documents_per_s), "Documents of answered requests a second."],
-    ["Requests/s", number(minute.requests_per_s), "Requests answered with 200 a second."],
-    ["Tokens/s", number(minute.tokens_per_s), "Tokens scored a second, padding not included."],
-    ["Errors/s", number(minute.errors_per_s), "Answers a second of any status but 200."],
-    ["Latency P50", seconds(minute.p50_s), "Half of the requests were answered within this time."],
-    ["Latency P95", seconds(minute.p95_s), "95 of 100 requests were answered within this time."],
-    ["Latency P99", seconds(minute.p99_s), "99 of 100 requests were answered within this time."],
-    ["Slowdown", now ? `${number(now.slowdown)} ×` : "–", "Time of a step over its normal time on this machine; above 1, something else uses the machine, or it throttles."],
-    ["Waiting pairs", number(now?.waiting_pairs), "Pairs of a query and a document that wait in the queue."],
-    ["Oldest", seconds(now?.oldest_s), "How long the oldest request in the queue has waited."],
-    ["Backlog", seconds(now?.backlog_s), "Predicted time to score all pairs in the queue."],
-    ["Token budget", number(now?.token_budget), "Maximum tokens of a step (one pass through the model); lowered after an out-of-memory error."],
+    [tr("Documents/s"), number(minute.documents_per_s), tr("Documents of answered requests a second.")],
+    [tr("Requests/s"), number(minute.requests_per_s), tr("Requests answered with 200 a second.")],
+    [tr("Tokens/s"), number(minute.tokens_per_s), tr("Tokens scored a second, padding not included.")],
+    [tr("Errors/s"), number(minute.errors_per_s), tr("Answers a second of any status but 200.")],
+    [tr("Latency P50"), seconds(minute.p50_s), tr("Half of the requests were answered within this time.")],
+    [tr("Latency P95"), seconds(minute.p95_s), tr("95 of 100 requests were answered within this time.")],
+    [tr("Latency P99"), seconds(minute.p99_s), tr("99 of 100 requests were answered within this time.")],
+    [tr("Slowdown"), now ? `${number(now.slowdown)} ×` : "–", tr("Time of a step over its normal time on this machine; above 1, something else uses the machine, or it throttles.")],
+    [tr("Waiting pairs"), number(now?.waiting_pairs), tr("Pairs of a query and a document that wait in the queue.")],
+    [tr("Oldest"), seconds(now?.oldest_s), tr("How long the oldest request in the queue has waited.")],
+    [tr("Backlog"), seconds(now?.backlog_s), tr("Predicted time to score all pairs in the queue.")],
+    [tr("Token budget"), number(now?.token_budget), tr("Maximum tokens of a step (one pass through the model); lowered after an out-of-memory error.")],
   ];
   $("tiles").replaceChildren(...rows.map(([name, value, title]) => make("div", { title }, make("dt", {}, name), make("dd", { class: "value" }, value))));
 }
 
 const KINDS = {
-  http: (name) => (name === "200" ? "answered: 200" : name === "499" ? "client went away: 499" : `answered: ${name}`),
-  refused: (name) => `refused: ${words(name)}`,
-  limited: () => "over a key's limit",
-  limit: (name) => `beyond ${name}`,
-  connection: (name) => `connection ended: ${words(name)}`,
-  outcome: (name) => `admitted, ${words(name)}`,
-  step: () => "step scored again",
-  cache: (name) => (name === "hits" ? "documents whose score was cached" : "documents not in the score cache"),
-  truncated: () => "documents that were truncated",
-  fallback: () => "low priority, max_length reduced",
-  ladder: (name) => `memory ladder: ${words(name)}`,
-  worker: (name) => `worker ${words(name)}`,
+  http: (name) => (name === "499" ? tr("client went away: 499") : tr("answered: {status}", { status: name })),
+  refused: (name) => tr("refused: {reason}", { reason: words(name) }),
+  limited: () => tr("over a key's limit"),
+  limit: (name) => tr("beyond {limit}", { limit: name }),
+  connection: (name) => tr("connection ended: {reason}", { reason: words(name) }),
+  outcome: (name) => tr("admitted, {outcome}", { outcome: words(name) }),
+  step: () => tr("step scored again"),
+  cache: (name) => (name === "hits" ? tr("documents whose score was cached") : tr("documents not in the score cache")),
+  truncated: () => tr("documents that were truncated"),
+  fallback: () => tr("low priority, max_length reduced"),
+  ladder: (name) => tr("memory ladder: {rung}", { rung: words(name) }),
+  worker: (name) => tr("worker {state}", { state: words(name) }),
 };
 const MEANINGS = {
-  refused: "Not admitted: the answer says why and when to try again.",
-  limited: "The key's rate is used up (429).",
-  limit: "The request exceeded a limit of the server, which the answer names.",
-  connection: "The server ended the connection: its client was one too many, sent what cannot be read, or sent or read too slowly.",
-  step: "A step was lost with its worker or did not fit in memory; its pairs were scored again.",
-  cache: "Scores are kept for pairs that come again; a document in the cache costs nothing.",
-  truncated: "Longer than the model reads; explain shows how much was left out.",
-  fallback: "Under load, requests of low priority are read less far.",
-  ladder: "What was done when memory ran out.",
+  refused: tr("Not admitted: the answer says why and when to try again."),
+  limited: tr("The key's rate is used up (429)."),
+  limit: tr("The request exceeded a limit of the server, which the answer names."),
+  connection: tr("The server ended the connection: its client was one too many, sent what cannot be read, or sent or read too slowly."),
+  step: tr("A step was lost with its worker or did not fit in memory; its pairs were scored again."),
+  cache: tr("Scores are kept for pairs that come again; a document in the cache costs nothing."),
+  truncated: tr("Longer than the model reads; explain shows how much was left out."),
+  fallback: tr("Under load, requests of low priority are read less far."),
+  ladder: tr("What was done when memory ran out."),
 };
-const QUIET = new Set(["worker starting", "worker up", "admitted, answered"]);
+const QUIET = new Set(["worker starting", "worker up", "outcome answered"]);
 
-const words = (name) => name.replaceAll("_", " ");
+/** A name of the data in words. */
+const words = (name) => tr(name.replaceAll("_", " "));
 
 /** All counts, except those that the tiles and the table of workers show. */
 function showKinds() {
   const rows = [];
   for (const [kind, label] of Object.entries(KINDS)) {
     for (const [name, count] of Object.entries(data.window.counts[kind] ?? {})) {
-      if (QUIET.has(label(name))) continue;
+      if (QUIET.has(`${kind} ${name}`)) continue;
       rows.push([MEANINGS[kind] ?? "", label(name), number(data.minute.counts[kind]?.[name] ?? 0), number(count)]);
     }
   }
-  if (!rows.length) rows.push(["", "nothing yet", "", ""]);
+  if (!rows.length) rows.push(["", tr("nothing yet"), "", ""]);
   $("kinds").replaceChildren(...rows.map(([title, kind, ...counts]) => make("tr", { title }, make("td", {}, kind), ...counts.map((count) => make("td", { class: "number" }, count)))));
 }
 
 function showWorkers() {
   const rows = data.workers.map((worker) => {
-    const state = make("td", {}, make("span", { class: worker.name === "up" ? "ok" : "trouble" }, worker.name));
+    const state = make("td", {}, make("span", { class: worker.name === "up" ? "ok" : "trouble" }, words(worker.name)));
     if (worker.words) state.append(make("span", { class: "detail" }, worker.words));
     return make("tr", {}, make("td", {}, String(worker.worker)), state, make("td", {}, clock(worker.at)), make("td", { class: "number" }, bytes(worker.resident_bytes)));
   });
@@ -174,7 +175,8 @@ function showWorkers() {
 
 function showEvents() {
   const items = data.events.map((event) => {
-    const what = event.kind === "ladder" ? `memory ladder on worker ${event.worker}: ${words(event.name)}` : `worker ${event.worker}: ${event.name}`;
+    const said = { worker: event.worker, name: words(event.name) };
+    const what = event.kind === "ladder" ? tr("memory ladder on worker {worker}: {name}", said) : tr("worker {worker}: {name}", said);
     return make("li", {}, make("time", {}, clock(event.at)), make("span", {}, what, event.words ? make("span", { class: "detail" }, event.words) : null));
   });
   $("events").replaceChildren(...items);

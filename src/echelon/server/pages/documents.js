@@ -1,5 +1,5 @@
 // Entry of documents: one a line, or in boxes that may hold line breaks.
-import { $, make, plural } from "./common.js";
+import { $, make, plural, tr } from "./common.js";
 
 let boxed = false;
 let changed = () => {};
@@ -34,7 +34,7 @@ const boxes = () => [...$("box-list").querySelectorAll("textarea")];
 
 function update() {
   $("entry-note").textContent = "";
-  $("count").textContent = `· ${plural(documents().length, "document")}`;
+  $("count").textContent = plural("· {count} document", "· {count} documents", documents().length);
   changed();
 }
 
@@ -43,7 +43,7 @@ function toLines() {
   const texts = documents();
   const broken = texts.findIndex(isBroken);
   if (broken >= 0) {
-    $("entry-note").textContent = `Document ${broken} holds line breaks; as lines it would become several. It stays in its box.`;
+    $("entry-note").textContent = tr("Document {number} holds line breaks; as lines it would become several. It stays in its box.", { number: broken });
     return;
   }
   $("lines").value = texts.filter(isText).join("\n");
@@ -68,7 +68,7 @@ function show(inBoxes) {
 function addBox(text) {
   const box = make("textarea", { rows: "2", spellcheck: "false" });
   box.value = text;
-  const remove = make("button", { type: "button", class: "plain" }, "Remove");
+  const remove = make("button", { type: "button", class: "plain" }, tr("Remove"));
   const item = make("li", {}, box, remove);
   remove.addEventListener("click", () => {
     const next = item.nextElementSibling ?? item.previousElementSibling;
@@ -85,7 +85,7 @@ function addBox(text) {
 
 function rename() {
   boxes().forEach((box, index) => {
-    box.setAttribute("aria-label", `Document ${index}`);
-    box.nextElementSibling.setAttribute("aria-label", `Remove document ${index}`);
+    box.setAttribute("aria-label", tr("Document {number}", { number: index }));
+    box.nextElementSibling.setAttribute("aria-label", tr("Remove document {number}", { number: index }));
   });
 }

@@ -1,5 +1,5 @@
 // The playground: sends requests as a client does, and shows the whole response.
-import { $, ask, askForKey, asksForKeys, copy, hasKey, keyField, make, milliseconds, number, plural, root, showModel, themeButton, watchReadiness, wordsOf } from "./common.js";
+import { $, ask, askForKey, asksForKeys, copy, hasKey, keyField, make, milliseconds, number, plural, root, showModel, themeButton, tr, watchReadiness, wordsOf } from "./common.js";
 import { documents, setDocuments, setUpDocuments } from "./documents.js";
 import { EXAMPLE } from "./example.js";
 import { bodyOf, LANGUAGES } from "./snippets.js";
@@ -23,7 +23,7 @@ async function rank() {
   const body = requested();
   clear();
   if (body.query.trim() === "") {
-    showError("query: is empty. Type a question or some words."); // the API would rank by an empty query
+    showError(tr("query: is empty. Type a question or some words.")); // the API would rank by an empty query
     $("query").focus();
     return;
   }
@@ -40,8 +40,8 @@ async function rank() {
     else await showRefusal(response);
   } catch (error) {
     if (running !== mine) return; // a newer request replaced this one
-    if (mine.signal.aborted) $("status").textContent = "Stopped";
-    else showError(`The server does not answer (${error.message}). Is it running?`);
+    if (mine.signal.aborted) $("status").textContent = tr("Stopped");
+    else showError(tr("The server does not answer ({reason}). Is it running?", { reason: error.message }));
   } finally {
     if (running === mine) {
       running = null;
@@ -54,7 +54,7 @@ function busy(isBusy) {
   $("answer").setAttribute("aria-busy", String(isBusy));
   $("rank").disabled = isBusy;
   $("stop").hidden = !isBusy;
-  if (isBusy) $("status").textContent = "Ranking …";
+  if (isBusy) $("status").textContent = tr("Ranking …");
 }
 
 function clear() {
@@ -80,7 +80,10 @@ function showError(words) {
 
 function showAnswer(answer, headers, texts) {
   const explained = answer.echelon;
-  $("status").textContent = `${plural(answer.results.length, "result")} of ${plural(texts.length, "document")}`;
+  $("status").textContent = tr("{results} of {documents}", {
+    results: plural("{count} result", "{count} results", answer.results.length),
+    documents: plural("{count} document", "{count} documents", texts.length),
+  });
   const hits = answer.results.map(({ index, relevance_score: logit }) => ({
     index,
     logit,
@@ -102,19 +105,19 @@ function showHits(hits, from) {
   const upTo = Math.min(hits.length, from + SHOWN_HITS);
   $("results").append(...hits.slice(from, upTo).map((hit, place) => item(hit, from + place + 1)));
   $("more").hidden = upTo === hits.length;
-  $("more").textContent = `Show ${number(Math.min(SHOWN_HITS, hits.length - upTo))} more of ${number(hits.length)}`;
+  $("more").textContent = tr("Show {more} more of {all}", { more: number(Math.min(SHOWN_HITS, hits.length - upTo)), all: number(hits.length) });
   $("more").onclick = () => showHits(hits, upTo);
 }
 
 function item(hit, rank) {
   const bar = make("span");
   bar.style.width = `${100 * hit.relevance}%`;
-  const place = make("span", { class: "place" }, `#${rank} · document ${hit.index} · logit ${number(hit.logit)}`);
-  if (hit.cut) place.append(make("span", { class: "cut" }, `cut: ${plural(hit.cut, "token")} lost`));
+  const place = make("span", { class: "place" }, tr("#{rank} · document {index} · logit {logit}", { rank, index: hit.index, logit: number(hit.logit) }));
+  if (hit.cut) place.append(make("span", { class: "cut" }, plural("cut: {count} token lost", "cut: {count} tokens lost", hit.cut)));
   return make(
     "li",
     { "data-index": hit.index },
-    make("div", { class: "hit" }, place, make("span", { class: "score", title: `relevance ${hit.relevance}` }, scoreOf(hit.relevance))),
+    make("div", { class: "hit" }, place, make("span", { class: "score", title: tr("relevance {value}", { value: hit.relevance }) }, scoreOf(hit.relevance))),
     make("div", { class: "bar", "aria-hidden": "true" }, bar),
     ...text(hit.text),
   );
@@ -131,11 +134,12 @@ function text(whole) {
   }
   const start = [...whole.slice(0, SHOWN_LETTERS)].slice(0, -1).join(""); // does not split a surrogate pair
   words.textContent = `${start} …`;
-  const more = make("button", { type: "button", class: "plain", "aria-expanded": "false" }, `Show all ${number(whole.length)} letters`);
+  const all = tr("Show all {count} letters", { count: number(whole.length) });
+  const more = make("button", { type: "button", class: "plain", "aria-expanded": "false" }, all);
   more.addEventListener("click", () => {
     const open = more.getAttribute("aria-expanded") === "true";
     words.textContent = open ? `${start} …` : whole;
-    more.textContent = open ? `Show all ${number(whole.length)} letters` : "Show less";
+    more.textContent = open ? all : tr("Show less");
     more.setAttribute("aria-expanded", String(!open));
   });
   return [words, more];
@@ -145,18 +149,18 @@ function showDetails(headers, explained) {
   const head = (name) => headers.get(`X-Echelon-${name}`);
   const time = (name) => milliseconds(Number(head(name)));
   const rows = [
-    ["Total", time("Total-Ms")],
-    ["Queue", time("Queue-Ms")],
-    ["Tokenise", time("Tokenise-Ms")],
-    ["Compute", time("Compute-Ms")],
-    ["Tokens", number(Number(head("Tokens")))],
-    ["Truncated documents", head("Truncated-Documents")],
-    ["Cached scores", number(explained.cached_documents)],
-    ["Largest step", plural(Number(head("Batch-Size")), "pair")],
-    ["Memory ladder", explained.ladder.map((step) => step.rung).join(", ") || "none"],
+    [tr("Total"), time("Total-Ms")],
+    [tr("Queue"), time("Queue-Ms")],
+    [tr("Tokenise"), time("Tokenise-Ms")],
+    [tr("Compute"), time("Compute-Ms")],
+    [tr("Tokens"), number(Number(head("Tokens")))],
+    [tr("Truncated documents"), head("Truncated-Documents")],
+    [tr("Cached scores"), number(explained.cached_documents)],
+    [tr("Largest step"), plural("{count} pair", "{count} pairs", Number(head("Batch-Size")))],
+    [tr("Memory ladder"), explained.ladder.map((step) => step.rung).join(", ") || tr("none")],
   ];
   $("tiles").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", { class: "value" }, value))));
-  $("request-id").textContent = `Request ${headers.get("X-Request-Id")}`;
+  $("request-id").textContent = tr("Request {id}", { id: headers.get("X-Request-Id") });
   $("details").hidden = false;
 }
 
@@ -194,9 +198,9 @@ function setUpSnippets() {
   $("copy").addEventListener("click", async () => {
     try {
       await copy($("snippet").textContent);
-      $("copied").textContent = "Copied.";
+      $("copied").textContent = tr("Copied.");
     } catch (error) {
-      $("copied").textContent = `Not copied: ${error.message}. Select the text instead.`;
+      $("copied").textContent = tr("Not copied: {reason}. Select the text instead.", { reason: error.message });
     }
   });
   choose(language);

@@ -1,4 +1,5 @@
 // The same call in several languages. JSON strings, lists and numbers are valid Python.
+import { tr } from "./common.js";
 
 const indented = (value) => JSON.stringify(value, null, 2);
 
@@ -48,7 +49,7 @@ for result in response.results:
 function echelon({ model, body }) {
   return `from echelon import Reranker
 
-with Reranker(${JSON.stringify(model || "demo")}) as reranker:  # in this process, without a server
+with Reranker(${JSON.stringify(model || "demo")}) as reranker:  # ${tr("in this process, without a server")}
     ranking = reranker.rank(
 ${fields(body, "        ")}
     )
