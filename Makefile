@@ -113,7 +113,7 @@ $(TRITON)/.installed: $(VENV)/.installed-test
 # Without the pins of torch and of what it brings.
 .venv-torch-%/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(@D)
-	grep -viE '^(torch|triton|nvidia-|cuda-)' requirements.lock > $(@D)/constraints.txt
+	grep -viE '^(torch|triton|setuptools|nvidia-|cuda-)' requirements.lock > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch,serve]' pytest pytest-randomly pytest-xdist hypothesis scipy httpx
 	@touch $@
 
