@@ -104,9 +104,11 @@ $(VENV)/.installed-helm: $(VENV)/bin/python requirements.helm.lock
 	@touch $@
 
 # Triton beside the environment of the tests, whose packages it sees: torch's CPU build has none.
+# Files of paths are not followed in there, so the sources are named too.
 $(TRITON)/.installed: $(VENV)/.installed-test
 	$(BIN)/python -m venv $(TRITON)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
+	echo $(CURDIR)/src >> $$($(TRITON)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth
 	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps triton==$(TRITON_VERSION)
 	@touch $@
 

@@ -3,7 +3,7 @@
 A queue, batches of at most 16 pairs, and 0.1 s of waiting for more. One request's documents go into
 the queue one by one. Started by benchmarks/serving.py:
 
-    python benchmarks/tutorial_server.py MODEL PORT bf16
+    python benchmarks/tutorial_server.py MODEL PORT bf16 [DEVICE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 16
 TIMEOUT_S = 0.1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Waiting = tuple[tuple[str, str], "asyncio.Future[float]"]
 
@@ -87,10 +87,9 @@ def make_app(model: CrossEncoder) -> Starlette:
 
 def main() -> None:
     """Serve."""
-    folder, port, precision = sys.argv[1:]
-    model = CrossEncoder(
-        folder, device="cpu", max_length=512, model_kwargs={"dtype": DTYPES[precision]}
-    )
+    folder, port, precision, *device = sys.argv[1:]
+    where, dtype = (device or ["cpu"])[0], DTYPES[precision]
+    model = CrossEncoder(folder, device=where, max_length=512, model_kwargs={"dtype": dtype})
     uvicorn.run(make_app(model), port=int(port), log_level="warning")
 
 

@@ -267,7 +267,7 @@ def _ranking(path: str, protocols: tuple[ApiProtocol, ...], schemas: _Schemas) -
         "operationId": re.sub(r"\W+", "_", path).strip("_"),
         "parameters": [
             *(
-                [MODEL_IN_PATH | {"description": tr(MODEL_IN_PATH["description"])}]
+                [MODEL_IN_PATH | {"description": tr(str(MODEL_IN_PATH["description"]))}]
                 if path == HOSTED_NIM
                 else []
             ),
