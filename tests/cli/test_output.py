@@ -152,9 +152,8 @@ def test_no_line_of_a_note_ends_inside_of_a_flag(capsys, monkeypatch, language):
 
 def test_a_command_beside_a_name_stays_whole_where_there_is_room(capsys):
     command = "pip install -e '/some/folder[otel]'"
-    say_row(
-        Console(width=60), "otel", 8, "one, two, three, four, five, six, seven missing:", command
-    )
+    many = "one, two, three, four, five, six, seven missing:"
+    say_row(Console(width=60), "otel", 8, many, command)
     say_row(Console(width=90), "otel", 8, "one missing:", command)
     assert capsys.readouterr().out.splitlines() == [
         f"  otel     {many}",
