@@ -122,7 +122,7 @@ def test_no_documents_are_an_error(call, monkeypatch, tmp_path, text):
         (("rank", "q", "d", "--nonsense"), 2, "--nonsense"),
         (("rank", "q", "d", "--profile", "/no/profile.json"), 4, "/no/profile.json"),
         (("tune", "x", "--pairs", "1,b"), 2, "--pairs"),
-        (("tune", "x", "--time-limit", "0"), 2, "Error: --time-limit: 0.0 is not"),
+        (("tune", "x", "--time-limit", "0"), 2, "Error: --time-limit: 0 is not"),
         (("nonsense",), 2, "nonsense"),
     ],
 )

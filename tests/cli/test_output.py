@@ -17,6 +17,7 @@ import pytest
 from echelon.compat import CrossEncoder
 from helpers import ROOT, run_command
 from rich.cells import cell_len
+from rich.console import Console
 
 from echelon import cli, errors, progress
 from echelon.messages import Message, in_language, tr
@@ -24,6 +25,7 @@ from echelon.models.base import DeviceOutOfMemory
 from echelon.models.drivers import UnusableCard
 from echelon.profile import Profile
 from echelon.reports.tables import print_profile, print_ranking
+from echelon.reports.terminal import say_row
 from echelon.types import RankedDocument, Ranking
 
 NO_FILE = "/no/file cannot be read (No such file or directory)"
@@ -146,6 +148,22 @@ def test_no_line_of_a_note_ends_inside_of_a_flag(capsys, monkeypatch, language):
     listed = {"--dialect", "--model", "--documents", "--tokens"}
     assert set(flags) == {"--time-limit", "--refresh", *listed}
     assert len(flags) == 40 * (4 + len(listed))
+
+
+def test_a_command_beside_a_name_stays_whole_where_there_is_room(capsys):
+    command = "pip install -e '/some/folder[otel]'"
+    many = "one, two, three, four, five, six, seven missing:"
+    say_row(Console(width=60), "otel", 8, many, command)
+    say_row(Console(width=90), "otel", 8, "one missing:", command)
+    assert capsys.readouterr().out.splitlines() == [
+        f"  otel     {many}",
+        " " * 11 + command,
+        f"  otel     one missing: {command}",
+    ]
+    say_row(Console(width=24), "otel", 8, "one, two, three missing:")
+    assert (
+        capsys.readouterr().out == "  otel     one, two,\n           three\n           missing:\n"
+    )
 
 
 LONG = " ".join(["word"] * 3000)

@@ -11,6 +11,7 @@ from tuned_models import profile
 
 from echelon.cli.serve import config, serve
 from echelon.errors import InvalidInput
+from echelon.messages import in_language
 from echelon.options import Options
 from echelon.server.auth import ANONYMOUS, RateLimit
 from echelon.server.context import max_wait_s
@@ -136,6 +137,17 @@ def test_settings_reach_the_server(servers, tmp_path):
     (tmp_path / "keys").write_text("abc name=shop\n", "utf-8")
     keys = served(servers, "--api-keys", tmp_path / "keys", "--rate-limit", "5/s").access.keys
     assert keys.authenticate({"api-key": "abc"}).bucket.limit == RateLimit(5, 5)
+
+
+def test_pages_are_in_the_language_of_flag_or_environment(servers):
+    for arguments, environment, language in (
+        ((), {}, None),
+        (("--lang", "zh"), {}, "zh"),
+        ((), {"ECHELON_LANG": "zh"}, "zh"),
+        (("--lang", "en"), {"ECHELON_LANG": "zh"}, "en"),
+    ):
+        with in_language(None):
+            assert served(servers, *arguments, **environment).language == language
 
 
 def test_hosts_of_a_server_by_flag_environment_and_file(servers, tmp_path):

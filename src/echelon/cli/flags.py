@@ -36,15 +36,20 @@ def _speak(_: click.Context, __: click.Parameter, language: str | None) -> None:
         use_language(language)
 
 
-LANG_FLAG = flag(
-    "--lang",
-    type=click.Choice(list(LANGUAGES)),
-    envvar="ECHELON_LANG",
-    is_eager=True,  # errors of the other flags are in this language
-    expose_value=False,
-    callback=_speak,
-    help="Language of help, tables, errors and pages [ECHELON_LANG, else en].",
-)
+def lang_flag(words: str) -> Flag:
+    """``--lang``, with what is in its language."""
+    return flag(
+        "--lang",
+        type=click.Choice(list(LANGUAGES)),
+        envvar="ECHELON_LANG",
+        is_eager=True,  # errors of the other flags are in this language
+        expose_value=False,
+        callback=_speak,
+        help=words,
+    )
+
+
+LANG_FLAG = lang_flag("Language of help, tables, errors and pages [ECHELON_LANG, else en].")
 
 JSON_FLAG = flag("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -75,7 +75,7 @@ def plan(*, profile: str, as_json: bool, quiet: bool, **values: Any) -> None:
     from echelon.simulation.capacity_plan import make_plan
 
     goal = _goal(values)
-    with status("Simulating", shown=not (quiet or as_json)) as on_progress:
+    with status(tr("Simulating"), shown=not (quiet or as_json)) as on_progress:
         found = make_plan(Profile.load(profile), goal, on_progress)
     if as_json:
         print_json(found)

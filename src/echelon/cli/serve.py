@@ -7,7 +7,15 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from echelon.cli.flags import JSON_FLAG, Command, example, print_json, with_flags
+from echelon.cli.flags import (
+    JSON_FLAG,
+    LANG_FLAG,
+    Command,
+    example,
+    lang_flag,
+    print_json,
+    with_flags,
+)
 from echelon.options import require_packages
 from echelon.server.http_checks import is_loopback
 from echelon.server.settings import (
@@ -27,6 +35,9 @@ ORIGINS = {
 """Sources of a value in words; every other source is the default."""
 
 
+LANG_OF_PAGES = lang_flag("Language of help, errors and pages [ECHELON_LANG, else the browser's].")
+
+
 def _with_settings(command: Any) -> Any:
     """Give a command all settings of the server, in their groups."""
     for group, flags in reversed(SETTING_GROUPS.items()):
@@ -41,6 +52,7 @@ def _with_settings(command: Any) -> Any:
 )
 @click.argument("model")
 @_with_settings
+@with_flags(LANG_OF_PAGES, group="Output")
 def serve(*, model: str, ray: str | None, **values: Any) -> None:
     """Serve MODEL over HTTP to clients of Cohere, Jina, TEI, vLLM, infinity, Voyage and NIM.
 
@@ -77,7 +89,7 @@ def serve(*, model: str, ray: str | None, **values: Any) -> None:
     context_settings={"auto_envvar_prefix": PREFIX},
     epilog=example("echelon config --port 9000"),
 )
-@with_flags(JSON_FLAG, group="Output")
+@with_flags(JSON_FLAG, LANG_FLAG, group="Output")
 @_with_settings
 @click.pass_context
 def config(context: click.Context, /, *, as_json: bool, **values: Any) -> None:

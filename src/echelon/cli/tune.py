@@ -115,7 +115,7 @@ def tune(*, model: str, as_json: bool, quiet: bool, **values: Any) -> None:
     plan = _plan(values, partial)
     options = Options.of(**values, progress=not quiet)
     try:
-        with progress_bar("Tuning", shown=not (quiet or as_json)) as (on_progress, _):
+        with progress_bar(tr("Tuning"), shown=not (quiet or as_json)) as (on_progress, _):
             found, missed = _tuned(model, options, plan, goal, refresh, on_progress)
     except KeyboardInterrupt:
         words = N_(

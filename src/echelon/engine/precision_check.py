@@ -31,6 +31,7 @@ from echelon.engine.agreement import (
 from echelon.engine.check_store import store_row, stored_row
 from echelon.engine.engine import Engine, StepLimits
 from echelon.errors import InvalidInput, NonFiniteScore
+from echelon.messages import N_, tr
 from echelon.models.base import warm_runs
 from echelon.models.device import cpu_name, matrix_features
 from echelon.models.kernels import used_level
@@ -254,10 +255,10 @@ def compare_precisions(
     """
     first, *others = precisions
     comparisons = Comparisons(check, first, limit_s)
-    on_progress(f"scoring with {first}")
+    on_progress(tr("scoring with {precision}", precision=first))
     rows = [comparisons.exact_row()]
     for precision in others:
-        on_progress(f"comparing {precision} with {first}")
+        on_progress(tr("comparing {precision} with {first}", precision=precision, first=first))
         row = comparisons.row(precision)
         if precision == "int8" and not row["passed"]:
             row = _int8_with_bf16_layers(check, comparisons, on_progress)
@@ -269,12 +270,13 @@ def _int8_with_bf16_layers(
     check: PrecisionCheck, comparisons: Comparisons, on_progress: Progress
 ) -> dict[str, Any]:
     """Leave more and more sensitive layers in bf16: the first row that passes, or the last."""
-    on_progress("looking for the layers that int8 changes most")
+    on_progress(tr("looking for the layers that int8 changes most"))
     layers = check.sensitive_layers()
     row: dict[str, Any] = {}
     for share in BF16_SHARES:
         keep = layers[: max(1, len(layers) // share)]
-        on_progress(f"comparing int8 with {len(keep)} of {len(layers)} layers in bf16")
+        words = N_("comparing int8 with {kept} of {all} layers in bf16")
+        on_progress(tr(words, kept=len(keep), all=len(layers)))
         row = comparisons.row("int8", keep)
         if row["passed"]:
             break

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.cells import set_cell_size
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from echelon.messages.units import UNKNOWN, duration, number, percent, size
 from echelon.reports import wording
 from echelon.reports.comparison_page import GRIDS, Grid
 from echelon.reports.profile_view import rivals
-from echelon.reports.terminal import WIDE, open_console, say
+from echelon.reports.terminal import WIDE, open_console, say, say_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -188,7 +187,7 @@ def print_scenario(profile: Profile) -> None:
     console = open_console()
     say(console, f"\n{shown['title']}: {shown['asked']}", "bold")
     for label, value in (*shown["settings"], (tr("Ranking accuracy"), shown["accuracy"])):
-        say(console, f"  {set_cell_size(label, 24)} {value}")
+        say_row(console, label, 24, value)
     columns = ("", tr("Predicted"), tr("Measured"), tr("Difference"))
     console.print(_table("", columns, shown["rows"]))
     say(console, shown["headline"], STYLES[shown["state"]])
@@ -238,18 +237,17 @@ def print_findings(findings: Row) -> None:
     for title, rows in sections.items():
         say(console, title, "bold")
         for name, value in rows:
-            say(console, f"  {set_cell_size(name, 22)} {_plain(value)}")
+            say_row(console, name, 22, *(value if isinstance(value, tuple) else [_plain(value)]))
     say(console, tr("What to do"), "bold")
     for advice in findings["advice"]:
-        say(console, f"  - {translated(advice)}")
+        say(console, f"  - {translated(advice)}", hang=4)
 
 
-def _extra(row: Row) -> str:
+def _extra(row: Row) -> tuple[str, ...]:
+    """What is missing, and the command that installs it."""
     if not row["missing"]:
-        return tr("installed")
-    return tr(
-        "{missing} missing: {command}", missing=listed(row["missing"]), command=row["command"]
-    )
+        return (tr("installed"),)
+    return tr("{missing} missing:", missing=listed(row["missing"])), row["command"]
 
 
 def _access(findings: Row) -> str:

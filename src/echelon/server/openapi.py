@@ -78,7 +78,7 @@ RANKING_ERRORS: tuple[EchelonError, ...] = (
 )
 """An error of each kind that a request to rank may end with."""
 
-MODEL_IN_PATH = {
+MODEL_IN_PATH: dict[str, Any] = {
     "name": "model",
     "in": "path",
     "required": True,

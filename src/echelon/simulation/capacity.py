@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.messages.units import duration
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.admission import AdmissionLimits
@@ -307,7 +308,8 @@ def simulate_day(
     parts: list[DayPart] = []
     latencies: list[np.ndarray[Any, np.dtype[np.float64]]] = []
     for number, rate in enumerate(rates):
-        on_progress(f"a day, {100 * number / len(rates):.0f} %", number, len(rates))
+        share = f"{100 * number / len(rates):.0f}"
+        on_progress(tr("a day, {share} %", share=share), number, len(rates))
         if rate <= 0:
             continue
         window = replace(workload, arrivals=PoissonArrivals(rate), seed=workload.seed + number)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput, check_positive
+from echelon.messages import tr
 from echelon.messages.units import size
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.fit import STORED_PADDING
@@ -135,7 +136,7 @@ def make_plan(
     tried: list[tuple[Capacity, int | None]] = []
     best: PlanChoice | None = None
     for budget in _budgets(profile, goal):
-        on_progress(f"steps of {budget} tokens")
+        on_progress(tr("steps of {budget} tokens", budget=budget))
         settings = SimulationSettings(
             budget,
             max_pairs=profile.settings.batch_size,
@@ -152,7 +153,7 @@ def make_plan(
             best = PlanChoice(capacity, machines)
     if best is None:
         raise no_latency([capacity for capacity, _ in tried])
-    on_progress("what would change the answer")
+    on_progress(tr("what would change the answer"))
     return {
         "schema": SCHEMA,
         "kind": "plan",

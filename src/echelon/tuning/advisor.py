@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import GoalMissed, InvalidInput
-from echelon.messages import Message
+from echelon.messages import Message, tr
 from echelon.progress import Progress, no_progress
 from echelon.simulation.fitted_models import (
     accuracy_notes,
@@ -195,7 +195,7 @@ class _ScenarioRun:
         """Latency over load, predicted with the models that the settings were chosen by."""
         if self.goal.scenario not in HURRIED:
             return None
-        self.on_progress("simulating rising load")
+        self.on_progress(tr("simulating rising load"))
         return curve_of(load.workload, best.chosen, best.limits).as_dict(load.workload.rate or 1.0)
 
     def _validate(

@@ -17,7 +17,7 @@ import numpy as np
 
 from echelon.engine.worker import ChildWorker, ScorerFactory
 from echelon.errors import EchelonError, TooNoisy
-from echelon.messages import Message
+from echelon.messages import N_, Message, tr
 from echelon.models.base import DeviceOutOfMemory, Scorer, WorkerDied, warm_runs
 from echelon.progress import Progress, no_progress
 from echelon.scheduling.cost_model import DEFAULT_COEFFICIENTS, Coefficients, work_of
@@ -47,7 +47,7 @@ MIN_ROUNDS = 3
 """Fewer repeats say nothing about the certainty of a median; the time is planned for these."""
 
 QUIET = 0.01  # where repeats differ by less than this share, more of them are not needed
-PROBING = "measuring probes for the cost model (about {seconds:.0f} s)"
+PROBING = N_("measuring probes for the cost model (about {seconds} s)")
 
 
 def measure(  # noqa: PLR0913 - each is a distinct collaborator
@@ -73,7 +73,7 @@ def measure(  # noqa: PLR0913 - each is a distinct collaborator
     Returns:
         The shapes that fit in memory, smallest first.
     """
-    started, stage = clock(), PROBING.format(seconds=limit_s)
+    started, stage = clock(), tr(PROBING, seconds=f"{limit_s:.0f}")
     first: dict[Lengths, tuple[float, int | None]] = {}
     times: dict[Lengths, list[tuple[float, bool]]] = {}
 
@@ -241,13 +241,13 @@ def worker_peaks(
 ) -> dict[Lengths, int]:
     """Measure the peak memory of a worker in each step that fits, in bytes."""
     worker = ChildWorker(factory, "worker that probes memory")
-    on_progress("starting a worker to measure its memory")
+    on_progress(tr("starting a worker to measure its memory"))
     worker.start(precision)
     peaks: dict[Lengths, int] = {}
     meter = MemoryMeter(worker.pid)
     try:
         for number, shape in enumerate(smallest_first(shapes)):
-            on_progress("measuring the memory of a worker", number, len(shapes))
+            on_progress(tr("measuring the memory of a worker"), number, len(shapes))
             meter.reset()
             worker.score(steps.batch(shape), STEP_TIMEOUT_S)
             peaks[shape] = meter.peak_bytes()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from echelon.engine.precision_check import Comparisons, PrecisionCheck
 from echelon.errors import InvalidInput
+from echelon.messages import tr
 from echelon.scheduling.cost_model import CostModel, MemoryModel
 from echelon.scheduling.packing import NO_BUDGET
 from echelon.simulation.capacity_plan import BUDGETS
@@ -170,11 +171,11 @@ def check_max_lengths(
     lengths = [length for length in LENGTHS if length < max(load, default=0)]
     if not lengths:
         return []
-    on_progress("scoring with fp32 at full length")
+    on_progress(tr("scoring with fp32 at full length"))
     comparisons = Comparisons(check)
     texts, found = _lengths(check, precision, keep_bf16), []
     for limit in lengths:
-        on_progress(f"comparing {precision} at {limit} tokens")
+        on_progress(tr("comparing {precision} at {limit} tokens", precision=precision, limit=limit))
         seen = comparisons.row(precision, keep_bf16, limit)
         text_cut, load_cut = (sum(n > limit for n in some) / len(some) for some in (texts, load))
         reason = _reason(limit, text_cut, load_cut, passed=seen["passed"])

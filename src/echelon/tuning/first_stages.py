@@ -50,7 +50,7 @@ def first_steps(
     Raises:
         InvalidInput: the time limit is too short for anything to be known afterwards.
     """
-    on_progress("opening the model and timing its first steps")
+    on_progress(tr("opening the model and timing its first steps"))
     began = clock()
     with closing(check.open(check.options.precision)) as scorer:
         time = TimeBudget(limit_s, clock() - began, clock)
@@ -100,7 +100,8 @@ def compare_in_time(
         return [], [Message("tune.precisions_left_out", values)]
 
     def said(stage: str, done: float = 0.0, total: float = 0.0) -> None:
-        on_progress(f"{stage} (all precisions: about {number(seconds)} s)", done, total)
+        words = N_("{stage} (all precisions: about {seconds} s)")
+        on_progress(tr(words, stage=stage, seconds=number(seconds)), done, total)
 
     # Queries are added within the stage's share; a precision that was asked for is decided.
     limit_s = math.inf if required else min(PRECISIONS * time.limit_s, time.left_s)
@@ -152,7 +153,8 @@ def compare_threads(
     rows = []
     with suppress(DeviceOutOfMemory):  # the sweep finds the steps that fit
         for count in counts:
-            on_progress(f"trying {count} threads (all counts: about {number(share_s)} s)")
+            words = N_("trying threads: {count} (all counts: about {seconds} s)")
+            on_progress(tr(words, count=count, seconds=number(share_s)))
             tried = replace(check, options=replace(options, threads=count))
             part_s = spare_s * counts[0] / count / slower
             rows.append({"threads": count, **_speed(tried, keep_bf16, pairs, part_s, clock)})

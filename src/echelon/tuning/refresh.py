@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from echelon.errors import ProfileError
+from echelon.messages import tr
 from echelon.models.base import DeviceOutOfMemory, Scorer
 from echelon.models.device import processor_of
 from echelon.models.registry import precisions_to_compare
@@ -103,7 +104,7 @@ def refresh(
     """
     plan = _sizes_of(old, plan)
     check, texts = find_model(model, apply_profile(options, old), plan.data)
-    on_progress("checking what is out of date")
+    on_progress(tr("checking what is out of date"))
     there = precisions_to_compare(check.folder.path, check.options.device)
     if old.key.precision == "int8" and "int8" not in there:  # it cannot be opened
         found = tune(model, options, plan, clock=clock, on_progress=on_progress)

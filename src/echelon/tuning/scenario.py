@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import InvalidInput
-from echelon.messages import Message
+from echelon.messages import Message, tr
 from echelon.messages.units import duration, number, size
 from echelon.progress import Progress, no_progress
 from echelon.simulation.capacity import UNLIMITED
@@ -223,7 +223,8 @@ def solve(
     _check(scenario, candidates, limits)
     tried: list[TriedCandidate] = []
     for candidate in candidates:
-        on_progress(f"simulating {len(candidates)} settings", len(tried), len(candidates))
+        stage = tr("simulating {count} settings", count=len(candidates))
+        on_progress(stage, len(tried), len(candidates))
         tried.append(_try(scenario, workload, candidate, limits))
     able = [one for one in tried if one.reason is None]
     if not able:

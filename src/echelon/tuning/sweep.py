@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from echelon.messages import Message
+from echelon.messages import Message, tr, translated
 from echelon.models.base import DeviceOutOfMemory
 from echelon.progress import Progress, no_progress
 from echelon.reports.statistics import MIN_RUNS, Statistics, summarize, verdict
@@ -248,7 +248,7 @@ def sweep(  # noqa: PLR0913 - each is a distinct collaborator
             # Share of the points finished or of the time used: the larger of the two.
             finished = 1 - len(open_points(results)) / len(results)
             share = min(1.0, max(finished, 1 - left() / limit_s))
-            on_progress(f"measuring {measured.point.label}", share, 1.0)
+            on_progress(tr("measuring {point}", point=translated(measured.point.label)), share, 1.0)
             for _ in range(_runs_in_turn(measured, left())):
                 _measure(measured, results, run, watch, warm_runs)
                 save(results)

@@ -18,7 +18,7 @@ from echelon.data import Texts, load_texts
 from echelon.engine.launch import open_encoder
 from echelon.engine.precision_check import PrecisionCheck
 from echelon.errors import InvalidInput
-from echelon.messages import Message, tr
+from echelon.messages import Message, tr, translated
 from echelon.messages.units import duration, number
 from echelon.models.base import warm_runs
 from echelon.models.device import processor_of
@@ -225,7 +225,7 @@ class _OpenRun:
         nothing = _nothing_fits(self.price, min(map(expected_s, every)), time)
         if not planned:
             said["text"] = nothing
-        on_progress(said["text"])
+        on_progress(translated(said["text"]))
         before = {measured.point: measured for measured in self.run.points}
 
         def keep(results: list[MeasuredPoint]) -> None:

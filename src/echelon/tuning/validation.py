@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from echelon.errors import EchelonError
+from echelon.messages import tr
 from echelon.progress import Progress, no_progress
 from echelon.reranker import Reranker
 from echelon.simulation.service_level import percentiles
@@ -165,7 +166,7 @@ class RerankRun:
 
 def run(task: RerankTask, on_progress: Progress = no_progress) -> RerankRun:
     """Run a task with a new reranker."""
-    on_progress("reranking")
+    on_progress(tr("reranking"))
     with Reranker(task.model, **task.keywords) as reranker:
         for query, documents in task.warm:
             reranker.rank(query, documents)
@@ -191,7 +192,7 @@ def _one_after_another(reranker: Reranker, task: RerankTask, on_progress: Progre
         share = number / len(task.texts)
         if task.within_s is not None:
             share = (ended - began) / task.within_s
-        on_progress("reranking", min(1.0, share), 1.0)
+        on_progress(tr("reranking"), min(1.0, share), 1.0)
         if share >= 1:
             break
     return waits
@@ -228,7 +229,7 @@ def validate(
     if context.goal.scenario not in HURRIED:
         ran = run(rerank_task(context, requests), context.on_progress)
         return validation_of_reranker(context, requests, ran, seconds)
-    context.on_progress("starting the server")
+    context.on_progress(tr("starting the server"))
     with ServerProcess(serve_arguments(context, chosen)) as server:
         test, before, after = asyncio.run(_send(context, server))
     return validation_of_server(context, chosen, requests, test, (before, after))

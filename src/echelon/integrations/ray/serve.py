@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ray import serve
 
 from echelon.errors import InvalidInput, ShuttingDown, check_positive
 from echelon.integrations.ray.worker import RayWorker, WorkerResources, connect, factory_of
+from echelon.messages import asked_language, in_language
 from echelon.options import require_packages
 from echelon.scheduling.autoscaling import AutoscalingLimits
 from echelon.server import settings as server_settings
@@ -143,16 +144,18 @@ class DeploymentPlan:
     resources: WorkerResources
     scaling: AutoscalingLimits
     ingresses: int
+    language: str | None = field(default_factory=asked_language)  # of its pages
 
     def __call__(self) -> ServerContext:
         """The server of a replica."""
-        return server_of(
-            self.model,
-            self.options,
-            self.settings,
-            scaling=self.scaling,
-            worker_factory=partial(_make_workers, self.resources),
-        )
+        with in_language(self.language):
+            return server_of(
+                self.model,
+                self.options,
+                self.settings,
+                scaling=self.scaling,
+                worker_factory=partial(_make_workers, self.resources),
+            )
 
 
 def plan_of(values: dict[str, Any]) -> DeploymentPlan:
