@@ -181,6 +181,23 @@ def test_the_other_methods_compute_the_same(monkeypatch, method, dtype):
     assert (firsts - exact[layout.firsts]).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_pairs_are_not_multiplied_whole(monkeypatch, dtype):
+    """However fast: the matrices of 8,192 tokens would take gigabytes."""
+    monkeypatch.setattr(
+        attention_cpu, "_probe", lambda ways, _: {way: 1.0 - (way == "products") for way in ways}
+    )
+    attention_cpu.fastest_method.cache_clear()
+    rows = torch.zeros(1, 2, 16, dtype=dtype)
+    found = {
+        length: attention_cpu.method_for(rows, attention_cpu.AttentionRun(0, 0, 1, length).probe)
+        for length in (8, 500, 1024, 1025, 8192)
+    }
+    attention_cpu.fastest_method.cache_clear()
+    assert [found[length] for length in (8, 500, 1024)] == ["products"] * 3
+    assert "products" not in (found[1025], found[8192])
+
+
 def test_the_fastest_method_is_chosen(monkeypatch):
     seconds = {"fused": 1.0, "products": 0.5}
     monkeypatch.setattr(attention_cpu, "_probe", lambda *_: seconds)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Method = Literal["kernel", "fused", "products"]
 
-PROBES = {48: 32, 192: 128, 2**31: 512}
+PROBES = {48: 32, 192: 128, 1024: 512, 2**31: 1024}
 """Pairs up to this length → length of the pairs with which their method is chosen. It depends on a
 pair's own length only: methods round differently, and other pairs must not change a score."""
 
@@ -38,6 +38,11 @@ NO_LIMIT = -1
 """Reach of rows that see all of their pair."""
 
 PROBE_TOKENS = 512
+
+LONGEST_PRODUCTS = 512
+"""Probe up to which products may be chosen: the memory of their matrices grows with the square of a
+length, to 3 GB for a pair of 8,192 tokens in twelve heads."""
+
 PROBE_RUNS = 7
 
 MIN_ADVANTAGE = 1.3
@@ -128,9 +133,13 @@ def method_for(query: Tensor, probe: int) -> Method:
 @cache
 def fastest_method(dtype: torch.dtype, heads: int, size: int, length: int) -> Method:
     """Measure the methods on pairs of one length; takes some milliseconds, once for each kind."""
-    count = PROBE_TOKENS // length
+    count = max(1, PROBE_TOKENS // length)
     block = torch.randn(3, count, length, heads, size).to(dtype).transpose(2, 3)
     likely, *others = methods(dtype, size)
+    if length > LONGEST_PRODUCTS:
+        others = [way for way in others if way != "products"]
+    if not others:
+        return likely
     seconds = _probe([likely, *others], block)
     best = min(others, key=lambda way: seconds[way])
     return best if seconds[best] * MIN_ADVANTAGE < seconds[likely] else likely

@@ -185,7 +185,7 @@ class NativeModel:
 
         A layer's largest moment is in attention, with queries, keys, values and copies of them, or
         in the feed-forward, with both parts of a gate and their product. Int8 keeps rows in bf16.
-        Where products around a softmax are the fastest attention, their matrices come on top.
+        Of attention by products, which takes more, only short pairs have the choice.
         """
         width = max(8 * self.shape.hidden, 3 * self.shape.intermediate) + 2 * self.shape.hidden
         numbers = max(WEIGHT_BYTES[precision], WEIGHT_BYTES["bf16"]) * width
