@@ -240,3 +240,21 @@ def test_a_model_without_head_stays_refused(modular, tmp_path):
     (folder / "modules.json").unlink()
     with pytest.raises(UnsupportedModel, match="RobertaModel has no classification head"):
         native_model(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_the_padded_encoder_of_apples_gpus_refuses_a_mean_and_takes_first_tokens(modular, family):
+    from echelon.models import encoder_padded
+    from echelon.models.architecture import LayerPlan
+
+    def opened(pooling):
+        folder = modular[family, pooling]
+        shape = native_model(folder, read_config(folder)).shape
+        device = torch.device("cpu")
+        return encoder_padded.open_native(folder, shape, device, LayerPlan("fp32"), 1, 0)
+
+    with pytest.raises(UnsupportedModel, match=r"the mean of all tokens.*device='cpu'"):
+        opened("mean")
+    batch = random_batch([9, 40, 3], VOCABULARY, 1, types=family == "bert", lowest=5)
+    exact = open_scorer(modular[family, "cls"], device="cpu", precision="fp32").score(batch)
+    np.testing.assert_allclose(opened("cls").score(batch), exact, rtol=0, atol=1e-4)
