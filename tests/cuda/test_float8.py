@@ -81,9 +81,10 @@ def test_layers_of_other_widths_stay_in_bf16(native, opened, machine):
     """The product wants multiples of sixteen; 40 is none."""
     from echelon.models.float8 import fits
 
-    assert fits(torch.zeros(48, 32))
-    assert not fits(torch.zeros(40, 32))
-    assert not fits(torch.zeros(48, 40))
+    assert fits([torch.zeros(48, 32)])
+    assert fits([torch.zeros(40, 32), torch.zeros(24, 32)])
+    assert not fits([torch.zeros(48, 32), torch.zeros(40, 32)])
+    assert not fits([torch.zeros(48, 40)])
     toy = native("bert")
     bf16, fp8 = (opened(toy.folder, name).info.weights_bytes for name in ("bf16", "fp8"))
     assert fp8 < bf16

@@ -14,6 +14,8 @@ import torch
 from echelon.models.layers import Product, values_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from echelon.models.layers import Rows
@@ -25,9 +27,10 @@ MULTIPLE = 16
 """Widths of both sides of a product must be multiples; other layers stay in bf16."""
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether a card multiplies by this weight [out, in]."""
-    return all(width % MULTIPLE == 0 for width in weight.shape)
+def fits(weights: Sequence[Tensor]) -> bool:
+    """Whether a card multiplies by these weights, each [out, in], stacked."""
+    widths = sum(len(weight) for weight in weights), weights[0].shape[1]
+    return all(width % MULTIPLE == 0 for width in widths)
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ class WeightLoader:
     def _is_dense(self, tensors: Tensors, names: Sequence[str]) -> bool:
         """Whether the layer that stacks the named ones is in the dtype of the activations."""
         if self.plan.precision == "fp8":
-            return not all(fits(tensors[f"{name}.weight"]) for name in names)
+            return not fits([tensors[f"{name}.weight"] for name in names])
         last = names[-1].removeprefix(self._root)
         return self.plan.precision != "int8" or last in self.plan.keep_bf16
 
