@@ -27,6 +27,9 @@ demo: $(VENV)/.installed ## install, fetch the demo model, rank an example, tune
 	@$(BIN)/echelon pull demo
 	@$(BIN)/python examples/quickstart.py
 	@$(BIN)/echelon tune $(MODEL) --profile echelon-profile.json --report echelon-report.html
+	@echo; echo "Next: source $(BIN)/activate"
+	@echo "      pip install -c requirements.lock -e '.[serve]'"
+	@echo "      echelon serve $(MODEL) --profile echelon-profile.json"
 
 test: $(VENV)/.installed-test ## install with the test extras and run the tests (a part: TESTS="...")
 	$(PYTEST) $(TESTS)

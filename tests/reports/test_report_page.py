@@ -79,16 +79,22 @@ def test_a_phone_shows_the_answer_and_unfolds_the_rest(tmp_path, real_plotly):
         tab.locator(".plot .main-svg").nth(1).wait_for(state="attached")
 
 
-HINT = Message("sweep.noisy_points", {"noisy": 3, "all": 9})
+HINTS = [
+    Message("sweep.noisy_points", {"noisy": 3, "all": 9}),
+    Message("calibration.memory_left_out"),
+    "<b title='--none'>",
+]
 
 
 @pytest.mark.parametrize("width", [300, 330, 390])
 def test_no_line_breaks_inside_of_a_flag(tmp_path, width):
     path = tmp_path / "report.html"
-    tuning_report.write_report(make_profile(warnings=[HINT, "<b title='--none'>"]), path, lang="zh")
+    tuning_report.write_report(make_profile(warnings=HINTS), path, lang="zh")
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": width, "height": 844})
         tab.goto(path.as_uri())
+        assert "。 " not in tab.locator("main").inner_text()
+        assert tab.locator("code").get_by_text("echelon tune --refresh", exact=True).count()
         flags = tab.locator(".flag")
         assert {"--time-limit", "--none"} <= set(flags.all_inner_texts())
         assert max(flags.evaluate_all("all => all.map(one => one.getClientRects().length)")) == 1

@@ -37,21 +37,29 @@ def fill(package: str, name: str, content: Mapping[str, Any]) -> str:
     )
     environment.globals.update(tr=tr, lang=tag())
     template = environment.from_string(_read(package, name))
-    page = _FLAGS.sub(_unbroken, template.render(content, plotly_js=_plotly_js()))
+    page = _TYPED.sub(_marked, template.render(content, plotly_js=_plotly_js()))
+    page = page.replace("。 ", "。")  # where sentences are joined
     # File names and servers' messages may hold lone surrogates, which UTF-8 cannot hold.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-_FLAGS = re.compile(
-    r"<(script|style|title)\b.*?</\1>|<[^>]*>|(?P<flag>(?<![\w-])--[a-z][a-z0-9-]*)", re.DOTALL
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_TYPED = re.compile(
+    rf"<(script|style|title)\b.*?</\1>|<[^>]*>|`(?P<code>[^`<>]+)`|(?P<flag>{_FLAG.pattern})",
+    re.DOTALL,
 )
-"""Flags of commands in a page's text; what has no text that is shown is passed over."""
+"""Commands and flags in a page's text; what has no text that is shown is passed over."""
 
 
-def _unbroken(found: re.Match[str]) -> str:
-    """A flag in a span, since browsers break lines after its hyphens."""
-    flag = found["flag"]
-    return f'<span class="flag">{flag}</span>' if flag else found[0]
+def _marked(found: re.Match[str]) -> str:
+    """A command as code, and each flag in a span: browsers break lines after hyphens."""
+    if found["code"]:
+        return f"<code>{_FLAG.sub(_unbroken, found['code'])}</code>"
+    return _unbroken(found) if found["flag"] else found[0]
+
+
+def _unbroken(flag: re.Match[str]) -> str:
+    return f'<span class="flag">{flag[0]}</span>'
 
 
 def _read(package: str, name: str) -> str:
