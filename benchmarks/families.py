@@ -1,7 +1,7 @@
 """New model families beside transformers: the same token ids through both, at true shapes.
 
     python benchmarks/families.py
-    python benchmarks/families.py --models modernbert --precisions bf16 --rounds 5
+    python benchmarks/families.py --models modernbert --precisions bf16 --rounds 5 --keep
 
 Random weights of ModernBERT-base's and Qwen3-0.6B's shape (of Qwen3 with a smaller vocabulary). The
 peer is transformers as sentence-transformers runs it: sorted by length, padded, at the best of some
@@ -156,8 +156,8 @@ def measured(name: str, precision: str, folder: Path, own: argparse.Namespace) -
     pairs = pairs_of(name, own.pairs)
     ours = echelon_engine(folder, precision, pairs)
     theirs = peer_engine(folder, precision, pairs, decodes=MODELS[name].decodes)
-    found, expected = ours(), theirs(BATCH_SIZES[0])
-    tried = {size: _timed(lambda size=size: theirs(size)) for size in BATCH_SIZES}
+    found, expected = ours(), theirs(own.batch_sizes[0])
+    tried = {size: _timed(lambda size=size: theirs(size)) for size in own.batch_sizes}
     best = min(tried, key=lambda size: tried[size])
     seconds: dict[str, list[float]] = {"echelon": [], "transformers": []}
     for number in range(own.rounds):
@@ -190,8 +190,8 @@ def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     machine = result["machine"]
     about = (
-        f"`{result['command']}` on {machine['cpu']}, {machine['usable_cpus']} cores, random "
-        "weights. The ratio is transformers' time over Echelon's in the same round: median, and "
+        f"{machine['usable_cpus']} cores of an {machine['cpu']}, random weights; each row has its "
+        f"command in families.json, the last was `{result['command']}`. The ratio is transformers' time over Echelon's in the same round: median, and "
         "least to greatest. The difference is that of logits, beside their deviation."
     )
     columns = ("model", "precision", "pairs, tokens", "peer's batch", "Echelon s")
@@ -210,6 +210,10 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _subject(row: dict[str, Any]) -> tuple[str | None, ...]:
+    return tuple(row.get(name) for name in ("model", "precision", "cpu"))
+
+
 def main() -> None:
     """Measure every row and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -217,17 +221,27 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=BATCH_SIZES, help="that the peer tries"
+    )
+    parser.add_argument("--keep", action="store_true", help="rows of other models and precisions")
     own = parser.parse_args()
     result: dict[str, Any] = {
         "command": f"python benchmarks/families.py {' '.join(sys.argv[1:])}".strip(),
         "machine": describe_machine(),
         "rows": [],
     }
+    about = {"command": result["command"], "cpu": result["machine"]["cpu"]}
+    path, kept = RESULTS / "families.json", []
+    if own.keep and path.is_file():
+        kept = json.loads(path.read_text("utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as home:
         for name in own.models:
             folder = checkpoint(name, Path(home))
             for precision in own.precisions:
-                result["rows"].append(measured(name, precision, folder, own))
+                row = about | measured(name, precision, folder, own)
+                kept = [old for old in kept if _subject(old) != _subject(row)]
+                result["rows"] = kept = [*kept, row]
                 text = json.dumps(result, indent=1, ensure_ascii=False)
                 (RESULTS / "families.json").write_text(text + "\n", "utf-8")
                 (RESULTS / "families.md").write_text(page(result), "utf-8")
