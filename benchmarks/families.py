@@ -191,8 +191,9 @@ def page(result: dict[str, Any]) -> str:
     machine = result["machine"]
     about = (
         f"{machine['usable_cpus']} cores of an {machine['cpu']}, random weights; each row has its "
-        f"command in families.json, the last was `{result['command']}`. The ratio is transformers' time over Echelon's in the same round: median, and "
-        "least to greatest. The difference is that of logits, beside their deviation."
+        f"command in families.json, the last was `{result['command']}`. The ratio is that of "
+        "transformers' time to Echelon's in the same round: median, and least to greatest. The "
+        "difference is that of logits, beside their deviation."
     )
     columns = ("model", "precision", "pairs, tokens", "peer's batch", "Echelon s")
     columns += ("transformers s", "ratio", "difference / deviation")
