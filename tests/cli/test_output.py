@@ -68,7 +68,7 @@ def test_the_version_has_a_short_flag(call):
 
 @pytest.mark.parametrize("command", ["rank", "serve", "tune", "batch"])
 def test_help_lists_every_precision(call, command):
-    assert "[auto|fp32|bf16|fp16|int8]" in call(command, "--help")[1]
+    assert "[auto|fp32|bf16|fp16|int8|fp8]" in call(command, "--help")[1]
 
 
 # Errors.

@@ -322,6 +322,6 @@ def test_the_plan_in_the_deployment_guide_is_what_the_command_says(capsys, monke
     assert len(rows) == 3
     for machines, p99 in rows:
         assert f"{machines} {p99} " in cells
-    for rate in (253, 569, 600):
+    for rate in (190, 569, 600):
         assert f" {rate}/s " in cells
         assert str(rate) in section

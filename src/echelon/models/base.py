@@ -30,7 +30,7 @@ class DeviceOutOfMemory(Exception):
         crowded: whether other processes hold memory of the card, and may give it back.
     """
 
-    def __init__(self, reason: str, *, crowded: bool = False) -> None:
+    def __init__(self, reason: str = "", *, crowded: bool = False) -> None:
         super().__init__(reason)
         self.crowded = crowded
 

@@ -315,7 +315,7 @@ def _known(value: float | None, text: Callable[[float], str] = duration) -> str:
 
 
 def _budgets(rows: Iterable[Row]) -> Table:
-    title = tr("By token budget (–: the goal cannot be met)")
+    title = tr("By token budget (–: with more machines, or not at all)")
     columns = (tr("Tokens per step"), tr("Machines"), "P99", tr("Highest rate of a machine"))
     cells = [
         (
