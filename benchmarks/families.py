@@ -156,8 +156,11 @@ def measured(name: str, precision: str, folder: Path, own: argparse.Namespace) -
     pairs = pairs_of(name, own.pairs)
     ours = echelon_engine(folder, precision, pairs)
     theirs = peer_engine(folder, precision, pairs, decodes=MODELS[name].decodes)
-    found, expected = ours(), theirs(own.batch_sizes[0])
-    tried = {size: _timed(lambda size=size: theirs(size)) for size in own.batch_sizes}
+    found, tried = ours(), {}
+    for size in own.batch_sizes:
+        began = monotonic()
+        expected = theirs(size)
+        tried[size] = monotonic() - began
     best = min(tried, key=lambda size: tried[size])
     seconds: dict[str, list[float]] = {"echelon": [], "transformers": []}
     for number in range(own.rounds):
@@ -172,6 +175,7 @@ def measured(name: str, precision: str, folder: Path, own: argparse.Namespace) -
         "pairs": len(pairs),
         "tokens": int(sum(map(len, pairs))),
         "batch_size": best,
+        "batch_sizes": list(tried),
         "seconds": seconds,
         "ratio": statistics.median(ratios),
         "ratios": [min(ratios), max(ratios)],
@@ -195,7 +199,7 @@ def page(result: dict[str, Any]) -> str:
         "transformers' time to Echelon's in the same round: median, and least to greatest. The "
         "difference is that of logits, beside their deviation."
     )
-    columns = ("model", "precision", "pairs, tokens", "peer's batch", "Echelon s")
+    columns = ("model", "precision", "pairs, tokens", "peer's batch (tried)", "Echelon s")
     columns += ("transformers s", "ratio", "difference / deviation")
     lines = ["# New families beside transformers", "", about, "", f"| {' | '.join(columns)} |"]
     lines.append("|---" * len(columns) + "|")
@@ -204,15 +208,15 @@ def page(result: dict[str, Any]) -> str:
         low, high = row["ratios"]
         lines.append(
             f"| {row['model']} | {row['precision']} | {row['pairs']}, {row['tokens']:,} "
-            f"| {row['batch_size']} | {times[0]} | {times[1]} "
+            f"| {row['batch_size']} ({', '.join(map(str, row['batch_sizes']))}) | {times[0]} | {times[1]} "
             f"| **{row['ratio']:.2f}** ({low:.2f}–{high:.2f}, n={len(row['seconds']['echelon'])}) "
             f"| {row['largest_difference']:.2g} / {row['deviation']:.2g} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _subject(row: dict[str, Any]) -> tuple[str | None, ...]:
-    return tuple(row.get(name) for name in ("model", "precision", "cpu"))
+def _subject(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["model"], row["precision"]
 
 
 def main() -> None:
@@ -225,7 +229,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=BATCH_SIZES, help="that the peer tries"
     )
-    parser.add_argument("--keep", action="store_true", help="rows of other models and precisions")
+    parser.add_argument("--keep", action="store_true", help="this processor's other rows")
     own = parser.parse_args()
     result: dict[str, Any] = {
         "command": f"python benchmarks/families.py {' '.join(sys.argv[1:])}".strip(),
@@ -241,6 +245,7 @@ def main() -> None:
             folder = checkpoint(name, Path(home))
             for precision in own.precisions:
                 row = about | measured(name, precision, folder, own)
+                kept = [old for old in kept if old.get("cpu") == row["cpu"]]
                 kept = [old for old in kept if _subject(old) != _subject(row)]
                 result["rows"] = kept = [*kept, row]
                 text = json.dumps(result, indent=1, ensure_ascii=False)

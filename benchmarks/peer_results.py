@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Part = dict[str, Any]
 
+UNITS = ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx2")
+"""Features that tell processors apart here: a longer list of features must not make two of one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -111,7 +114,7 @@ TARGETS: tuple[Target, ...] = (
 def processor(part: Part) -> str:
     """What a part was measured on: results of other processors are other results."""
     machine = part["machine"]
-    units = ", ".join(FEATURES.get(name, name) for name in machine["matrix_features"])
+    units = ", ".join(FEATURES[name] for name in UNITS if name in machine["matrix_features"])
     return f"{machine['cpu']}, {machine['usable_cpus']} CPUs ({units})"
 
 

@@ -233,7 +233,7 @@ class Bench:
     def _measure_peaks(self, tasks: list[Task]) -> None:
         """The machine's matrix peak, anew for each group; the best counts."""
         command = [sys.executable, HERE / "peaks.py"]
-        answer = subprocess.run(command, capture_output=True, check=True, env=ENVIRONMENT)
+        answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
         for precision, routes in json.loads(answer.stdout).items():
             for task in tasks:
                 kept = task.part["peaks"].setdefault(precision, {})
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--workloads", type=_list, default=(*NAMES, START))
     parser.add_argument("--engines", type=_list, help="names, or what they begin with")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=2, help="beside fp32, large shape")
+    parser.add_argument("--slow-rounds", type=int, default=3, help="beside fp32, large shape")
     parser.add_argument("--start-rounds", type=int, default=3, help="cold starts of each engine")
     parser.add_argument("--memory", type=float, help="GB that engines may take together")
     parser.add_argument("--layers", type=int, help="of the large shape, to try things quickly")

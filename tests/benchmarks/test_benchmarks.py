@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -237,6 +238,18 @@ def test_the_readme_says_what_was_measured(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     assert peer_readme.table(parts, file) in text
     assert "Echelon int8" in peer_readme.table(parts, file)
+
+
+def test_a_longer_list_of_features_does_not_make_another_processor():
+    longer = MACHINE | {"matrix_features": ["avx512_bf16", "avx512f", "avx2"]}
+    new = part(date="2", machine=longer)
+    assert peer_results.merge([part()], new) == [new]
+
+
+def test_slow_engines_run_often_enough_for_the_readme():
+    source = (ROOT / "benchmarks/peers.py").read_text(encoding="utf-8")
+    (rounds,) = re.findall(r'"--slow-rounds", type=int, default=(\d+)', source)
+    assert int(rounds) >= peer_readme.MIN_RUNS
 
 
 def test_the_table_has_a_block_for_each_processor():
