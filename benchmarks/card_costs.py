@@ -13,16 +13,15 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from echelon.models import card_kernels, decoder, decoder_weights, encoder, modernbert_encoder
+from echelon.models import card_kernels, encoder, modernbert_encoder
 from echelon.models.architecture import Architecture, LayerPlan
 from echelon.models.attention_cuda import FLASH_CAPABILITY, attention_with, choose_kernel
 from echelon.models.cuda_steps import CaptureShape, read
@@ -30,7 +29,6 @@ from echelon.models.encoder import load_weights
 from echelon.models.encoder_cuda import EncoderPass
 from echelon.models.modernbert import ModernBertArchitecture
 from echelon.models.modernbert_cuda import ModernBertPass
-from echelon.models.qwen import DecoderArchitecture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.models.attention_cuda import Attention
-    from echelon.models.checkpoint import Checkpoint
     from echelon.models.cuda_steps import StepInputs
 
 CUDA = torch.device("cuda", 0)
@@ -48,11 +45,7 @@ TOKENS, LENGTH = 8192, 128
 PRODUCTS = {"linear": 0, "mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 1}
 """Operators that multiply matrices, and which of their tensors is the left one."""
 
-ATTENTION = (
-    "_flash_attention_forward",
-    "_efficient_attention_forward",
-    "scaled_dot_product_attention",
-)
+ATTENTION = ("_flash_attention_forward", "_efficient_attention_forward")
 UNLAUNCHED = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh")
 ONCE_READ = ("embedding", "index_select", "index")  # of a table only the rows that are asked for
 
@@ -117,23 +110,6 @@ class Model:
     name: str
     architecture: Architecture | ModernBertArchitecture
 
-    @property
-    def width(self) -> int:
-        """Numbers of a row in attention."""
-        return self.architecture.hidden
-
-    def run(self, layers: int, major: int) -> Launches:
-        """What a pass with so many layers in fp16 does on a card of a major capability."""
-        shape = self.architecture
-        step = CaptureShape(TOKENS, TOKENS // LENGTH, LENGTH)
-        attend = attention_with(choose_kernel(major, torch.float16, shape.head_shape[1]))
-        size = step.size(segments=shape.reads_segments)
-        block = torch.zeros(size, dtype=torch.int32, device=CUDA)
-        forward = self.forward(layers, attend)
-        with Launches() as launches:
-            forward(read(block, step, segments=shape.reads_segments))
-        return launches
-
     def forward(self, layers: int, attend: Attention) -> Callable[[StepInputs], Tensor]:
         """The pass of a model with so many layers, in fp16."""
         shape, plan = replace(self.architecture, layers=layers), LayerPlan("fp16")
@@ -145,33 +121,6 @@ class Model:
         with patch.object(modernbert_encoder, "Checkpoint", lambda _: FakeCheckpoint()):
             loaded = modernbert_encoder.load_weights(Path(), shape, CUDA, plan, 0)
         return ModernBertPass(shape, loaded, attend, "fp16")
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderModel:
-    """A decoder's shape; its pairs are of one length and share nothing."""
-
-    name: str
-    architecture: DecoderArchitecture
-
-    @property
-    def width(self) -> int:
-        """Numbers of a row in attention."""
-        return self.architecture.query_heads * self.architecture.head_size
-
-    def run(self, layers: int, major: int) -> Launches:
-        """See :class:`Model`."""
-        del major  # torch chooses the kernel
-        shape = replace(self.architecture, layers=layers)
-        weights = decoder_weights.load_weights(
-            cast("Checkpoint", FakeCheckpoint()), shape, CUDA, LayerPlan("fp16"), 0, (1, 2)
-        )
-        with patch.object(decoder, "native_info", lambda *_: None):
-            scorer = decoder.DecoderScorer(shape, weights, CUDA, "fp16", 0)
-        texts = np.arange(TOKENS, dtype=np.int32).reshape(-1, LENGTH)
-        with Launches() as launches:
-            scorer.forward(list(texts))
-        return launches
 
 
 def bert_like(name: str, kind: str, layers: int, heads: int, size: int) -> Model:
@@ -193,30 +142,7 @@ MODERNBERT = Model(
         *(False, False, False, (), 64, (160_000.0, 10_000.0), "cls", "gelu", False, None),
     ),
 )
-QWEN3 = DecoderModel(
-    "Qwen3-0.6B",
-    DecoderArchitecture(
-        model_type="qwen3",
-        vocabulary=151_936,
-        hidden=1024,
-        layers=28,
-        query_heads=16,
-        key_heads=8,
-        head_size=128,
-        intermediate=3072,
-        max_tokens=40_960,
-        theta=1e6,
-        epsilon=1e-6,
-        norms_heads=True,
-        qkv_bias=False,
-        out_bias=False,
-        tied=True,
-        padding_id=None,
-        labels=("score",),
-        classifies=False,
-    ),
-)
-MODELS: tuple[Model | DecoderModel, ...] = (XLM_R_LARGE, MINILM, MODERNBERT, QWEN3)
+MODELS = (XLM_R_LARGE, MINILM, MODERNBERT)
 
 
 @contextmanager
@@ -230,12 +156,18 @@ def fake_card(*, kernels: bool) -> Iterator[None]:
         yield
 
 
-def costs(
-    model: Model | DecoderModel, *, layers: int, major: int = 9, kernels: bool = True
-) -> Launches:
+def costs(model: Model, *, layers: int, major: int = 9, kernels: bool = True) -> Launches:
     """What a pass of some of a model's layers in fp16 does on a card of a major capability."""
+    shape = model.architecture
+    step = CaptureShape(TOKENS, TOKENS // LENGTH, LENGTH)
     with fake_card(kernels=kernels):
-        return model.run(layers, major)
+        attend = attention_with(choose_kernel(major, torch.float16, shape.head_shape[1]))
+        size = step.size(segments=shape.reads_segments)
+        block = torch.zeros(size, dtype=torch.int32, device=CUDA)
+        run = model.forward(layers, attend)
+        with Launches() as launches:
+            run(read(block, step, segments=shape.reads_segments))
+    return launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +180,7 @@ class LayerCosts:
     token_flops: float  # of products for a token
 
     @classmethod
-    def of(cls, model: Model | DecoderModel, **card: Any) -> LayerCosts:
+    def of(cls, model: Model, **card: Any) -> LayerCosts:
         """Those of a model, as the difference that a layer makes."""
         two, three = (costs(model, layers=count, **card) for count in (2, 3))
         launches = three.count - two.count
@@ -267,20 +199,18 @@ PRODUCT_SHARE, MEMORY_SHARE, ATTENTION_SHARE = 0.6, 0.8, 0.35
 """Shares of the peaks that products, passes over memory and attention are expected to reach."""
 
 
-def token_us(
-    model: Model | DecoderModel, card: str, *, kernels: bool = True
-) -> tuple[float, float, float]:
+def token_us(model: Model, card: str, *, kernels: bool = True) -> tuple[float, float, float]:
     """Microseconds of a token in pairs of LENGTH: products, other passes, attention; a prediction.
 
     The host is expected to keep up.
     """
     major, tflops, tbytes = CARDS[card]
     costs = LayerCosts.of(model, kernels=kernels, major=major)
-    layers = model.architecture.layers
+    layers, hidden = model.architecture.layers, model.architecture.hidden
     return (
         layers * costs.token_flops / (tflops * PRODUCT_SHARE * 1e6),
         layers * costs.token_bytes / (tbytes * MEMORY_SHARE * 1e6),
-        layers * 4 * model.width * LENGTH / (tflops * ATTENTION_SHARE * 1e6),
+        layers * 4 * hidden * LENGTH / (tflops * ATTENTION_SHARE * 1e6),
     )
 
 

@@ -208,7 +208,8 @@ def page(result: dict[str, Any]) -> str:
         low, high = row["ratios"]
         lines.append(
             f"| {row['model']} | {row['precision']} | {row['pairs']}, {row['tokens']:,} "
-            f"| {row['batch_size']} ({', '.join(map(str, row['batch_sizes']))}) | {times[0]} | {times[1]} "
+            f"| {row['batch_size']} ({', '.join(map(str, row['batch_sizes']))}) "
+            f"| {times[0]} | {times[1]} "
             f"| **{row['ratio']:.2f}** ({low:.2f}–{high:.2f}, n={len(row['seconds']['echelon'])}) "
             f"| {row['largest_difference']:.2g} / {row['deviation']:.2g} |"
         )

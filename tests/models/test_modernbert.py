@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,3 +199,29 @@ def test_scaled_rotary_positions_run_through_transformers(folders, tmp_path):
     config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 2.0}
     path.write_text(json.dumps(config))
     assert native_model(folder, read_config(folder)) is None
+
+
+@pytest.mark.parametrize("lengths", [(150, 400), (400, 150), (20, 150, 400, 150)])
+def test_local_attention_of_a_pair_does_not_depend_on_the_others(monkeypatch, lengths):
+    """Where the fastest method differs between lengths, as it may on other processors."""
+    from echelon.models import attention_cpu
+    from echelon.models.attention_cpu import AttentionLayout
+    from echelon.models.local_attention import LocalAttention
+
+    has_kernel = "kernel" in attention_cpu.methods(torch.bfloat16, 64)
+    ways = {512: "fused", 128: "kernel" if has_kernel else "products", 32: "products"}
+    monkeypatch.setattr(attention_cpu, "fastest_method", lambda *kind: ways[kind[-1]])
+    torch.manual_seed(0)
+
+    def attend(rows, lengths):
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        layout = AttentionLayout.of(offsets)
+        return LocalAttention(layout, 64, torch.device("cpu"), torch.bfloat16)(*rows.unbind(1))
+
+    rows = torch.randn(sum(lengths), 3, 2, 64).bfloat16()
+    together = attend(rows, lengths)
+    start = 0
+    for length in lengths:
+        alone = attend(rows[start : start + length], (length,))
+        assert torch.equal(together[start : start + length], alone)
+        start += length

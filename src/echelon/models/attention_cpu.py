@@ -95,7 +95,7 @@ def _runs(lengths: IntArray) -> tuple[AttentionRun, ...]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout) -> Tensor:
     """Attention of each row over its pair: [tokens, heads, size] → [tokens, heads × size]."""
-    if all_by_kernel(query, layout):
+    if _all_by_kernel(query, layout):
         return attend_by_kernel(query, key, value, layout)
     blocks = [(run.row, run.count * run.length, run) for run in layout.runs]
     return _by_runs(query, key, value, blocks)
@@ -107,7 +107,7 @@ def attend_first(query: Tensor, key: Tensor, value: Tensor, layout: AttentionLay
     ``query`` is [pairs, heads, size], ``key`` and ``value`` [tokens, heads, size]; the result is
     [pairs, heads × size].
     """
-    if all_by_kernel(query, layout):
+    if _all_by_kernel(query, layout):
         one_each = torch.arange(len(query) + 1, dtype=torch.int32)
         return _kernel(query, key, value, one_each, layout.offsets)
     return _by_runs(query, key, value, [(run.pair, run.count, run) for run in layout.runs])
@@ -120,7 +120,7 @@ def attend_by_kernel(
     return _kernel(query, key, value, layout.offsets, layout.offsets, reach)
 
 
-def all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
+def _all_by_kernel(query: Tensor, layout: AttentionLayout) -> bool:
     """Whether the compiled kernel is the method for all pairs of rows like these."""
     return all(method_for(query, probe) == "kernel" for probe in layout.probes)
 

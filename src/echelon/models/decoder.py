@@ -75,7 +75,7 @@ class DecoderScorer:
         texts = np.split(batch.ids, batch.offsets[1:-1])
         if self._architecture.classifies:
             texts = [without_padding(text, self._architecture.padding_id) for text in texts]
-        return run_step(lambda: self.forward(texts))
+        return run_step(lambda: self._forward(texts))
 
     def release(self) -> None:
         """Free cached memory, that of prefixes too."""
@@ -87,7 +87,7 @@ class DecoderScorer:
         self._weights = self._mapped = None
         self.release()
 
-    def forward(self, texts: Sequence[IntArray]) -> Tensor:
+    def _forward(self, texts: Sequence[IntArray]) -> Tensor:
         """Logits [pairs] of pairs as token ids."""
         if self._weights is None:
             raise RuntimeError("This is a bug: a closed scorer was asked to score.")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import functional
 
-from echelon.models.attention_cpu import AttentionLayout, all_by_kernel, attend, attend_by_kernel
+from echelon.models.attention_cpu import AttentionLayout, attend, attend_by_kernel, method_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from echelon.models.attention_cpu import AttentionRun
 
 
+Way = Literal["kernel", "whole", "blocks"]
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows of a step that are computed together: short pairs, or long pairs of one length."""
+    """Rows of a step that are computed together: pairs of one way, or long pairs of one length."""
 
     rows: slice
-    layout: AttentionLayout | None  # of the short pairs
-    run: AttentionRun | None  # of the long ones
+    way: Way
+    layout: AttentionLayout | None  # of the pairs of the kernel, and of short ones
+    run: AttentionRun | None  # of long ones in blocks
     mask: Tensor | None  # [blocks of all pairs, 1, block, keys of a block]: 0, or -inf if unseen
 
 
@@ -45,37 +49,42 @@ class LocalAttention:
         self._reach, self._block = reach, 2 * reach
         self._device, self._dtype = device, dtype
         self._layout = layout
-        self._is_all = all(run.length <= reach + 1 for run in layout.runs)
         self._parts: list[_Part] = []  # as soon as they are needed
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[tokens, heads, size] → [tokens, heads × size]."""
-        if self._is_all:
-            return attend_pairs(query, key, value, self._layout)
-        if query.device.type == "cpu" and all_by_kernel(query, self._layout):
-            return attend_by_kernel(query, key, value, self._layout, self._reach)
-        self._parts = self._parts or self._divided(self._layout)
-        mixed = []
-        for part in self._parts:
-            q, k, v = (rows[part.rows] for rows in (query, key, value))
-            if part.layout is not None:
-                mixed.append(attend_pairs(q, k, v, part.layout))
-            elif part.run is not None and part.mask is not None:
-                mixed.append(self._blocks(q, k, v, part.run, part.mask))
-        return torch.cat(mixed)
+        self._parts = self._parts or self._divided(query)
+        mixed = [self._part(part, *(rows[part.rows] for rows in (query, key, value)))
+                 for part in self._parts]  # fmt: skip
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def _divided(self, layout: AttentionLayout) -> list[_Part]:
-        parts = []
-        for is_long, grouped in groupby(layout.runs, lambda run: run.length > self._reach + 1):
+    def _part(self, part: _Part, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One part's rows."""
+        if part.run is not None and part.mask is not None:
+            return self._blocks(query, key, value, part.run, part.mask)
+        if part.layout is None:
+            raise RuntimeError("This is a bug: a part is of no way.")
+        if part.way == "kernel":
+            return attend_by_kernel(query, key, value, part.layout, self._reach)
+        return attend_pairs(query, key, value, part.layout)
+
+    def _way(self, query: Tensor, run: AttentionRun) -> Way:
+        """How pairs are computed: by their own length alone, whatever else is in the step."""
+        if query.device.type == "cpu" and method_for(query, run.probe) == "kernel":
+            return "kernel"
+        return "blocks" if run.length > self._reach + 1 else "whole"
+
+    def _divided(self, query: Tensor) -> list[_Part]:
+        layout, parts = self._layout, []
+        for way, grouped in groupby(layout.runs, lambda run: self._way(query, run)):
             runs = list(grouped)
-            if is_long:
-                parts += [_Part(_rows(run, run), None, run, self._mask(run)) for run in runs]
+            if way == "blocks":
+                parts += [_Part(_rows(run, run), way, None, run, self._mask(run)) for run in runs]
                 continue
             first, last = runs[0], runs[-1]
             offsets = layout.offsets[first.pair : last.pair + last.count + 1] - first.row
-            parts.append(
-                _Part(_rows(first, last), AttentionLayout.of(offsets.cpu().numpy()), None, None)
-            )
+            part = AttentionLayout.of(offsets.cpu().numpy())
+            parts.append(_Part(_rows(first, last), way, part, None, None))
         return parts
 
     def _mask(self, run: AttentionRun) -> Tensor:
