@@ -9,8 +9,10 @@ is that of one large product, measured before and after everything else; the bet
     python benchmarks/gpu.py --tokenizer FOLDER   # with a real tokenizer
     python benchmarks/gpu.py --dry-run            # on CPU, tiny, to test the script
 
-Each part has a share of the time and fails alone: the failure is in the results, the other parts
-run, and the exit code is 1. Writes benchmarks/results/gpu.json and gpu.md after each part.
+Each part has a share of the time, is ended after three times that, and fails alone, also for lack
+of a package that only it needs: the failure is in the results, the other parts run, and the exit
+code is 1, as it is for scores that differ too much. Writes benchmarks/results/gpu.json and gpu.md
+after each part.
 sentence-transformers and flash-attn are compared where they are installed.
 """
 
@@ -19,9 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,15 +35,22 @@ from gpu_engines import free, versions
 from gpu_families import families
 from gpu_memory import ladder
 from gpu_page import page
-from gpu_serving import serving
 from gpu_workloads import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results"
+
+PATIENCE = 3
+"""A part is ended after so many times its share: three turns of each engine may take longer than
+that share on a slow card, and a part that hangs must leave time to the others."""
+
+
+class TimeIsOver(BaseException):
+    """A part took too long; no handler for what may go wrong inside of one takes this."""
 
 
 class Part(NamedTuple):
@@ -47,6 +58,13 @@ class Part(NamedTuple):
 
     run: Callable[[Bench], Any]
     share: float
+
+
+def serving(bench: Bench) -> dict[str, Any]:
+    """See ``gpu_serving``, which needs the packages of the load generator."""
+    from gpu_serving import serving
+
+    return serving(bench)
 
 
 PARTS = {
@@ -57,7 +75,7 @@ PARTS = {
     "mixed": Part(parts.mixed, 8),
     "tutorial": Part(parts.tutorial, 6),
     "ladder": Part(ladder, 3),
-    "serving": Part(serving, 10),
+    "serving": Part(serving, 14),
     "knee": Part(parts.knee, 3),
     "long": Part(parts.long, 4),
     "memory": Part(parts.memory, 2),
@@ -100,32 +118,55 @@ def run(bench: Bench, out: Path, ends: float, names: list[str]) -> int:
         "not_compared": bench.missing,
     }
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed: list[str] = []
     for place, name in enumerate(names):
         content[name] = _measured(bench, name, names[place:], ends)
-        failed += [name] * is_failed(content[name])
+        failed += [f"{name} failed: {reason}" for reason in failures(content[name])]
         content["goals"] = parts.goals(content)
         (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (out / "gpu.md").write_text(page(content), encoding="utf-8")
     print(json.dumps(content["goals"], indent=1))
-    for name in failed:
-        print(f"{name} failed: {content[name]['failed']}", file=sys.stderr)
+    print("".join(f"{line}\n" for line in failed), end="", file=sys.stderr)
     return bool(failed)
 
 
-def is_failed(found: Any) -> bool:
-    """Whether a part has no results but a reason."""
-    return isinstance(found, dict) and "failed" in found
+def failures(found: Any) -> list[str]:
+    """What failed in a part's results, or in a row of them."""
+    if isinstance(found, list):
+        return [reason for row in found for reason in failures(row)]
+    if not isinstance(found, dict):
+        return []
+    here = [str(found["failed"])] if "failed" in found else []
+    return here + [reason for value in found.values() for reason in failures(value)]
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """End a block with :class:`TimeIsOver` after so many seconds, whatever it waits for."""
+
+    def ring(*_: object) -> None:
+        raise TimeIsOver(f"it was ended after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _measured(bench: Bench, name: str, left: list[str], ends: float) -> Any:
     """A part's results, or ``{"failed": reason}``."""
     now = time.monotonic()
-    share = PARTS[name].share / sum(PARTS[other].share for other in left)
-    bench.ends = now + share * max(0.0, ends - now)
+    if now >= ends:
+        return {"failed": "no time was left for it"}
+    share = PARTS[name].share / sum(PARTS[other].share for other in left) * (ends - now)
+    bench.ends = now + share
     try:
-        return PARTS[name].run(bench)
-    except Exception as error:
+        with at_most(min(ends - now, PATIENCE * share)):
+            return PARTS[name].run(bench)
+    except (Exception, TimeIsOver) as error:
         logger.exception("%s failed", name)
         return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
     finally:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from gpu_bench import Bench
 
 BUDGETS = (16384, 32768, 65536)
+SAME = 0.05
+"""How far a score in smaller steps may be from the same in large ones, in deviations of the scores:
+fp16 rounds other sums."""
+
 SHARES = (0.5, 0.25, 0.1)
 """Of the memory that the largest step takes beside the weights."""
 
@@ -37,15 +41,17 @@ def _ladder(bench: Bench) -> dict[str, Any]:
     settings = {"device": bench.device, "precision": "fp16", "token_budget": BUDGETS[-1]}
     with Reranker(str(bench.folder), **settings) as reranker:
         idle, peak, exact = _scored(bench, reranker, pairs)
+    allowance = SAME * float(exact.std())
     rows = []
     for share in SHARES:
         allowed = idle + share * (peak - idle)
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), bench.device)
         try:
-            rows.append(_capped(bench, settings, pairs, exact) | {"share": share})
+            row = _capped(bench, settings, pairs, exact)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
             free(bench.device)
+        rows.append(row | {"share": share} | _verdict(row, allowance))
     return {"pairs": len(pairs), "idle_bytes": idle, "peak_bytes": peak, "runs": rows}
 
 
@@ -69,3 +75,12 @@ def _capped(bench: Bench, settings: dict[str, Any], pairs: Any, exact: Any) -> d
         "rungs": [step.rung for step in scored.report.ladder],
         "max_delta": float(np.abs(scored.logits - exact).max()),
     }
+
+
+def _verdict(row: dict[str, Any], allowance: float) -> dict[str, str]:
+    """What is wrong with a run, if anything; a difference that is no number is."""
+    if not row["rungs"]:
+        return {"failed": "memory was not short, so this proves nothing"}
+    if not row["max_delta"] <= allowance:
+        return {"failed": f"scores differ by {row['max_delta']:.1e}, not {allowance:.1e} at most"}
+    return {}

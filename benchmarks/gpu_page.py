@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -125,6 +126,16 @@ def _throughput(title: str, found: dict[str, Any], top: float) -> str:
     return f"## {title}\n\n" + intro + _table(titles, rows)
 
 
+def _reason(row: dict[str, Any]) -> str:
+    """Why a row has no results, or none that may be used; empty where it has."""
+    return "; ".join(f"{kind}: {row[kind]}" for kind in ("failed", "skipped") if kind in row)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The median, and the extremes."""
+    return f"{median(values):.0f} ({min(values):.0f}–{max(values):.0f})"
+
+
 def _peaks(content: dict[str, Any], name: str) -> dict[str, float]:
     """The rates of a part, none where it failed or has not run."""
     return {k: v for k, v in content.get(name, {}).items() if isinstance(v, float)}
@@ -179,8 +190,8 @@ def _memory(content: dict[str, Any]) -> str:
 
 def _families(content: dict[str, Any]) -> str:
     rows = [
-        (r["family"], r["precision"], f"failed: {r['failed']}", "")
-        if "failed" in r
+        (r["family"], r["precision"], _reason(r), "")
+        if _reason(r)
         else (
             r["family"],
             r["precision"],
@@ -197,14 +208,19 @@ def _families(content: dict[str, Any]) -> str:
 def _ladder(content: dict[str, Any]) -> str:
     found = content["ladder"]
     rows = [
-        (f"{r['share']:.0%}", ", ".join(r["rungs"]) or "none", f"{r['max_delta']:.1e}")
+        (
+            f"{r['share']:.0%}",
+            ", ".join(r["rungs"]) or "none",
+            f"{r['max_delta']:.1e}",
+            _reason(r) or "alike",
+        )
         for r in found["runs"]
     ]
     intro = (
         "Mixed lengths in fp16, in steps of 65,536 tokens at first, with less memory than that "
         "takes.\n\n"
     )
-    titles = ("memory beside the weights", "what was done", "largest difference of a score")
+    titles = ("memory beside the weights", "what was done", "largest difference", "scores")
     return "## When memory is short\n\n" + intro + _table(titles, rows)
 
 
@@ -212,23 +228,24 @@ def _serving(content: dict[str, Any]) -> str:
     found = content["serving"]
     rows = []
     for name, r in found["servers"].items():
-        if "failed" in r:
-            rows.append((name, f"failed: {r['failed']}", "", "", "", ""))
+        if _reason(r):
+            rows.append((name, _reason(r), *[""] * 4))
             continue
-        times = [f"{1e3 * r[key]:.0f}" if r[key] is not None else "" for key in ("p50_s", "p99_s")]
+        times = [_spread([1e3 * run[key] for run in r["runs"]]) for key in ("p50_s", "p99_s")]
         rows.append(
             (
                 name,
-                f"{r['pairs_per_s']:.0f} ({min(r['rates']):.0f}–{max(r['rates']):.0f})",
+                _spread(r["rates"]),
                 f"{r['offered_pairs_per_s']:.0f}",
-                f"{r['goodput_pairs_per_s']:.0f}",
+                _spread([run["goodput_pairs_per_s"] for run in r["runs"]]),
                 *times,
             )
         )
     intro = (
         f"Requests of {found['documents']} documents of about 120 tokens: pairs a second with "
-        "callers enough (three runs), then Poisson arrivals at half of what one worker answered; "
-        f"goodput counts answers within {1e3 * found['goal_s']:.0f} ms.\n\n"
+        "callers enough, then Poisson arrivals at half of what one worker answered; goodput counts "
+        f"answers within {1e3 * found['goal_s']:.0f} ms. Medians of three runs of each, with their "
+        "extremes.\n\n"
     )
     titles = ("server", "pairs/s", "offered pairs/s", "goodput", "P50 ms", "P99 ms")
     return "## As a server\n\n" + intro + _table(titles, rows)

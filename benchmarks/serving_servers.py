@@ -44,11 +44,13 @@ class Server:
         name: what the results call it.
         command: starts it; PORT stands for its port.
         dialect: what it is asked in.
+        start_s: seconds that it may take to start.
     """
 
     name: str
     command: list[str]
     dialect: str = "cohere"
+    start_s: float = START_S
     port: int = field(default=0, init=False)
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -78,7 +80,11 @@ class Server:
         print(f"starting {self.name}; its log is {log.name}", flush=True)
         environment = {**os.environ, "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self._wait_until_ready(log.name)
+        try:
+            self._wait_until_ready(log.name)
+        except BaseException:
+            self._end()  # or it would keep its port and its card
+            raise
         return self
 
     def __exit__(
@@ -87,6 +93,9 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -96,7 +105,7 @@ class Server:
                 self.process.wait()
 
     def _wait_until_ready(self, log: str) -> None:
-        ends = time.monotonic() + START_S
+        ends = time.monotonic() + self.start_s
         while time.monotonic() < ends:
             if self.process is None or self.process.poll() is not None:
                 raise RuntimeError(f"{self.name} ended at once; see {log}")
@@ -105,7 +114,7 @@ class Server:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise RuntimeError(f"{self.name} did not start in {START_S:g} s; see {log}")
+        raise RuntimeError(f"{self.name} did not start in {self.start_s:.0f} s; see {log}")
 
 
 def echelon(model: str, precision: str) -> Server:

@@ -100,6 +100,14 @@ def test_a_card_without_it_is_named(native, opened, capability):
         opened(native("bert").folder, "fp8")
 
 
+def test_amds_cards_are_refused_whatever_their_number(native, opened, machine, monkeypatch):
+    """MI200 says 9.0, and MI300 wants another format of eight bits."""
+    del machine
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(InvalidInput, match="does not multiply fp8"):
+        opened(native("bert").folder, "fp8")
+
+
 def test_a_processor_is_refused_before_anything_is_compared(native):
     with pytest.raises(InvalidInput, match="does not multiply fp8"):
         Reranker(native("bert").folder, device="cpu", precision="fp8")

@@ -205,10 +205,12 @@ def multiplies_half(kind: str) -> bool:
 
 
 def multiplies_float8(device: torch.device) -> bool:
-    """Whether a device multiplies eight-bit floating point."""
+    """Whether a device multiplies eight-bit floating point; AMD's cards have another format."""
     import torch
 
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def usable_cpus() -> int:
