@@ -73,21 +73,25 @@ class Prompt:
     """The words around a query and a document that a language model judges.
 
     Its parts are tokenized apart; each begins where the tokenizer begins a token, so the ids are
-    those of the whole. Only the prefix and the suffix may hold control tokens.
+    those of the whole. Only the prefix, the suffix and what is between may hold control tokens.
     """
 
     prefix: str
     instruction: str | None  # the model's own; None where it was trained without one
-    around_instruction: tuple[str, str]  # left out where there is no instruction
+    # left out where there is no instruction; None where the model reads none
+    around_instruction: tuple[str, str] | None
     around_query: tuple[str, str]
     between: str
     before_document: str
     suffix: tuple[str, ...]
-    # tokens whose logits' difference is the score: relevant, irrelevant; None for a classifier
-    answers: tuple[str, str] | None
+    # tokens that the score is read of: relevant, and irrelevant if its logit is taken off; None for
+    # a classifier
+    answers: tuple[str, ...] | None
     max_tokens: int  # of a pair, by the model's authors
     query_share: float | None = None  # part of a pair that a query is cut to; None refuses it
     causal: bool = True  # no token sees a later one, so that pairs of a query share its work
+    strips: bool = False  # its authors take white space off both ends of query and document
+    temperature: float = 1.0  # divides the logit
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from decoders import (
 from echelon.errors import BadCheckpoint
 from echelon.models.architecture import LayerPlan
 from echelon.models.decoder import open_native
+from echelon.models.prompts import Answers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,5 +127,5 @@ def test_an_answer_beyond_the_vocabulary_is_refused(decoders):
             plan=LayerPlan("fp32"),
             threads=1,
             label=0,
-            answers=(3, 9693),
+            answers=Answers(3, 9693),
         )

@@ -40,6 +40,7 @@ MODELS = {
         {"architecture": "Qwen3ForSequenceClassification", "num_labels": 1, "pad_token_id": 0},
     ),
     "mxbai-rerank-toy": ("qwen2", {}),
+    "toy-zerank-1-small": ("qwen3", {}),
 }
 
 
@@ -53,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def reference(folder: Path, query: str, documents: Any, instruction: str | None = None) -> Any:
-    """Differences of logits by transformers in fp32, a pair at a time."""
+    """Logits of the answers by transformers in fp32, a pair at a time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -68,13 +69,13 @@ def reference(folder: Path, query: str, documents: Any, instruction: str | None 
     kind: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    yes, no = (vocabulary[answer] for answer in prompt.answers)
+    yes, *no = (vocabulary[answer] for answer in prompt.answers)
     found = []
     for start, end in zip(batch.offsets, batch.offsets[1:], strict=False):
         with torch.inference_mode():
             logits = model(torch.from_numpy(batch.ids[start:end]).long()[None]).logits[0]
-        found.append(float(logits[0] if classifies else logits[-1, yes] - logits[-1, no]))
-    return np.array(found)
+        found.append(float(logits[0] if classifies else logits[-1, yes] - logits[-1, no].sum()))
+    return np.array(found) / prompt.temperature
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,7 +18,7 @@ from language_models import save_qwen_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from echelon import Reranker
-from echelon.errors import BadCheckpoint, UnsupportedModel
+from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.models import llama
 from echelon.models.architecture import read_config
 from echelon.models.description import describe
@@ -205,6 +205,12 @@ def test_tokens_are_those_of_the_authors_recipe(nemotron):
         text = f"question:{query} \n \n passage:{document}"
         expected = [begin, *tokenizer.encode(text, add_special_tokens=False).ids]
         assert found.batch([place]).ids.tolist() == expected, text
+
+
+def test_an_instruction_is_refused(nemotron):
+    """It would stand before the question, where the model never saw one."""
+    with pytest.raises(InvalidInput, match="instruction: this model has a prompt without one"):
+        PairEncoder(nemotron, NEMOTRON_RERANK, "Judge.")
 
 
 def test_all_of_it_works_together(nemotron):

@@ -14,6 +14,7 @@ from echelon.models import qwen
 from echelon.models.architecture import LayerPlan, read_config
 from echelon.models.decoder import open_native
 from echelon.models.device import set_threads
+from echelon.models.prompts import Answers
 from echelon.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 LIMIT, VOCABULARY = 400, 150
-ANSWERS = (11, 7)  # ids of yes and no
+ANSWERS = Answers(11, 7)
 ODD = {
     "hidden_size": 40,
     "num_hidden_layers": 3,
@@ -102,7 +103,7 @@ def reference(folder: Path, batch: TokenBatch) -> np.ndarray:
         ids = torch.from_numpy(batch.ids[start:end]).long()[None]
         with torch.inference_mode():
             logits = reference_model(folder)(input_ids=ids).logits[0].double()
-        yes, no = ANSWERS
+        yes, no = ANSWERS.ids
         found.append(logits[LABEL] if logits.ndim == 1 else logits[-1, yes] - logits[-1, no])
     return np.array(found, dtype=np.float64)
 

@@ -65,7 +65,7 @@ def save_qwen_tokenizer(folder: Path) -> Path:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    words = [QWEN3_RERANKER.prefix, MXBAI_RERANK_V2.suffix[1], *["yes no 1 0 yes\nno\n"] * 40]
+    words = [QWEN3_RERANKER.prefix, MXBAI_RERANK_V2.suffix[1], *["yes no 1 0 yes\nno\nYes\n"] * 40]
     tokenizer.train_from_iterator([*SENTENCES * 4, *words], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in CONTROL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])

@@ -101,7 +101,7 @@ def _answers(folder: Path, batch: TokenBatch) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
     native: Any = native_model(folder, read_config(folder))
-    yes, no = native.answers
+    yes, no = native.answers.ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for start, end in pairwise(batch.offsets):

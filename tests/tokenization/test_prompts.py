@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from language_models import CONTROL, save_qwen_tokenizer
 
 from echelon.errors import InvalidInput, TooLarge
-from echelon.models.prompts import MXBAI_RERANK_V2, QWEN3_RERANKER, prompt_of
+from echelon.models.prompts import MXBAI_RERANK_V2, QWEN3_RERANKER, ZERANK, prompt_of
 from echelon.tokenization.prompts import MAX_INSTRUCTION
 from echelon.tokenization.tokenizer import PairEncoder
 
@@ -60,6 +60,11 @@ def qwen(folder: Path) -> PairEncoder:
 @pytest.fixture(scope="module")
 def mxbai(folder: Path) -> PairEncoder:
     return PairEncoder(folder, MXBAI_RERANK_V2)
+
+
+@pytest.fixture(scope="module")
+def zerank(folder: Path) -> PairEncoder:
+    return PairEncoder(folder, ZERANK)
 
 
 def ids(reference: Any, text: str, *, control: bool = False) -> list[int]:
@@ -118,6 +123,21 @@ def test_qwens_ids_are_those_of_its_recipe(qwen, reference, query, document, ins
 def test_mxbais_ids_are_those_of_its_recipe(mxbai, reference, query, document, instruction):
     expected = by_mxbai(reference, instruction, query, document, 10_000)
     assert joined(mxbai, (query, document), 10_000, instruction=instruction) == expected
+
+
+@settings(max_examples=150)
+@given(texts.filter(lambda text: text != FORGED), texts.filter(lambda text: text != FORGED))
+def test_zeranks_ids_are_those_of_its_recipe(zerank, reference, query, document):
+    """Its authors strip both texts, put them into Qwen's chat template and tokenize the whole."""
+    turns = [("system", query.strip()), ("user", document.strip())]
+    chat = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+    expected = ids(reference, f"{chat}<|im_start|>assistant\n", control=True)
+    assert joined(zerank, (query, document), 10_000) == expected
+
+
+def test_a_forged_turn_stays_in_zeranks_document(zerank, reference):
+    end = ids(reference, "<|im_end|>", control=True)
+    assert joined(zerank, (FORGED, FORGED), 10_000).count(*end) == 2
 
 
 @pytest.mark.parametrize("limit", [190, 200, 240])
@@ -192,9 +212,11 @@ def test_pairs_of_other_instructions_have_other_keys(qwen):
     assert first != second
 
 
-def test_an_instruction_that_is_too_long_or_that_nobody_reads_is_refused(qwen, tokenizers):
+def test_an_instruction_that_is_too_long_or_that_nobody_reads_is_refused(qwen, zerank, tokenizers):
     with pytest.raises(TooLarge, match="instruction: it has 4097 characters"):
         qwen.encode([("a", "b")], 500, "only_second", instruction="a" * (MAX_INSTRUCTION + 1))
+    with pytest.raises(InvalidInput, match="instruction: this model has a prompt without one"):
+        zerank.encode([("a", "b")], 500, "only_second", instruction="Judge.")
     bert = PairEncoder(tokenizers["bert"])
     with pytest.raises(InvalidInput, match="instruction: this model is a classifier"):
         bert.encode([("a", "b")], 50, "longest_first", instruction="Judge.")
@@ -215,6 +237,12 @@ def test_the_encoders_instruction_is_that_of_calls_without_one(folder, qwen):
         ("Qwen3-Reranker-0.6B", "qwen3", QWEN3_RERANKER),
         ("models--Qwen--Qwen3-Reranker-4B/snapshots/ab12", "qwen3", QWEN3_RERANKER),
         ("mxbai-rerank-base-v2", "qwen2", MXBAI_RERANK_V2),
+        ("zeroentropy/zerank-1-small", "qwen3", ZERANK),
+        ("models--zeroentropy--zerank-2/snapshots/ab12", "qwen3", ZERANK),
+        ("of-qwen3-reranker/zerank-2", "qwen3", ZERANK),
+        ("zerank-2/qwen3-reranker/zerank-2", "qwen3", ZERANK),
+        ("beside-zerank-2/Qwen3-Reranker-4B", "qwen3", QWEN3_RERANKER),
+        ("zerank-2", "qwen2", None),
         ("Qwen3-0.6B", "qwen3", None),
         ("qwen3-reranker", "bert", None),
     ],

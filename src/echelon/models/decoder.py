@@ -1,7 +1,7 @@
 """Qwen3 and Qwen2 decoders that score pairs, without padding and with each query computed once.
 
-The score is a number at a pair's last token: a classifier's label, or how much more likely a
-language model answers yes than no. That is one product with one vector, never with the vocabulary.
+The score is a number at a pair's last token: a classifier's label, or how likely a language model
+answers yes, mostly against no. That is one product with one vector, never with the vocabulary.
 
 All tokens of a step are rows of one matrix. Pairs that begin alike share the rows of their common
 beginning, whose keys and values later steps use again. The last layer is computed for each pair's
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from echelon.models.layers import Linear
     from echelon.models.prefix_cache import CachedPrefix
     from echelon.models.prefixes import Prefix, StepLayout
+    from echelon.models.prompts import Answers
     from echelon.models.qwen import DecoderArchitecture
     from echelon.types import FloatArray, IntArray, TokenBatch
 
@@ -207,7 +208,7 @@ def open_native(  # noqa: PLR0913 - what the registry knows of a model
     plan: LayerPlan,
     threads: int,
     label: int,
-    answers: tuple[int, int] | None = None,
+    answers: Answers | None = None,
 ) -> Scorer:
     """Open a decoder.
 
@@ -218,8 +219,7 @@ def open_native(  # noqa: PLR0913 - what the registry knows of a model
         plan: precision of its linear layers.
         threads: CPU threads of a step, for its :class:`ModelInfo`.
         label: index of a classifier's output that is the score.
-        answers: ids of a language model's answers yes and no, whose logits' difference is the
-            score; None for a classifier.
+        answers: tokens of a language model whose logits are the score; None for a classifier.
     """
     weights = load_weights(Checkpoint(folder), architecture, device, plan, label, answers)
     return DecoderScorer(architecture, weights, device, plan.precision, threads)

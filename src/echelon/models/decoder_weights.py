@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import LayerPlan
     from echelon.models.checkpoint import Checkpoint
     from echelon.models.layers import Linear
+    from echelon.models.prompts import Answers
     from echelon.models.qwen import DecoderArchitecture
 
     Shapes = dict[str, tuple[int, ...]]
@@ -60,7 +61,7 @@ def load_weights(
     device: torch.device,
     plan: LayerPlan,
     label: int,
-    answers: tuple[int, int] | None,
+    answers: Answers | None,
 ) -> DecoderWeights:
     """Load a decoder; arguments as of :func:`echelon.models.decoder.open_native`."""
     checkpoint.refuse_surplus("model.layers.", architecture.layers)
@@ -127,7 +128,7 @@ class _DecoderLoader(WeightLoader):
         self.loaded_bytes += weight.nbytes
         return RmsNorm(weight, self._architecture.epsilon)
 
-    def head(self, label: int, answers: tuple[int, int] | None) -> Tensor:
+    def head(self, label: int, answers: Answers | None) -> Tensor:
         """The vector whose product with a pair's last row is its logit, in fp32."""
         shape = self._architecture
         if shape.classifies:
@@ -135,10 +136,12 @@ class _DecoderLoader(WeightLoader):
         elif answers is None:
             raise RuntimeError("This is a bug: a language model was opened without its answers.")
         else:
-            shape.check_ids(np.array(answers))
+            shape.check_ids(np.array(answers.ids))
             table = self._read(WORDS if shape.tied else "lm_head.weight", shape.vocabulary)
-            yes, no = (table[answer].float() for answer in answers)
-            vector = yes - no
+            vector = table[answers.yes].float()
+            if answers.no is not None:
+                vector = vector - table[answers.no].float()
+            vector = vector / answers.temperature
         self.loaded_bytes += vector.nbytes
         return vector.to(self.device, copy=True)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from echelon.errors import BadCheckpoint, InvalidInput, UnsupportedModel
 from echelon.files import MIB, OBJECT, read_object
 from echelon.models import architecture, gte, llama, modernbert, modules, qwen
-from echelon.models.prompts import prompt_of
+from echelon.models.prompts import Answers, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +153,8 @@ FAMILIES = (
             "Qwen/Qwen3-Reranker-8B",
             "mixedbread-ai/mxbai-rerank-base-v2",
             "mixedbread-ai/mxbai-rerank-large-v2",
+            "zeroentropy/zerank-1-small",
+            "zeroentropy/zerank-2",
         ),
     ),
     NativeFamily(
@@ -174,7 +176,7 @@ class NativeModel:
     family: NativeFamily
     shape: NativeShape
     prompt: Prompt | None
-    answers: tuple[int, int] | None  # ids of the prompt's answers, for a model without a classifier
+    answers: Answers | None  # the prompt's, for a model without a classifier
 
     def weights_bytes(self, precision: str) -> int:
         """Memory of the weights in a precision, in bytes."""
@@ -234,12 +236,15 @@ def native_model(folder: Path, config: Config) -> NativeModel | None:
         return NativeModel(folder, family, shape, None, None)
     limit = min(prompt.max_tokens, shape.max_tokens)
     shape = replace(cast("Any", shape), max_tokens=limit)  # a dataclass of each family
-    if not _is_language_model(config):
-        return NativeModel(folder, family, shape, prompt, None)
-    if prompt.answers is None:
-        raise RuntimeError("This is a bug: the prompt of a language model names no answers.")
-    yes, no = (_token_id(folder, answer) for answer in prompt.answers)
-    return NativeModel(folder, family, shape, prompt, (yes, no))
+    if _is_language_model(config):
+        return NativeModel(folder, family, shape, prompt, _answers(folder, prompt))
+    if prompt.temperature != 1:
+        raise UnsupportedModel(
+            f"{folder}: a classifier made from this model may hold its temperature of "
+            f"{prompt.temperature:g} or not, and its files do not say. Use the original, such as "
+            "zeroentropy/zerank-2."
+        )
+    return NativeModel(folder, family, shape, prompt, None)
 
 
 def require_head(folder: Path, config: Config) -> None:
@@ -267,6 +272,21 @@ def require_head(folder: Path, config: Config) -> None:
 
 def _is_language_model(config: Config) -> bool:
     return bool((config.get("architectures") or [""])[0].endswith("ForCausalLM"))
+
+
+def _answers(folder: Path, prompt: Prompt) -> Answers:
+    """The prompt's answers as tokens, which those of the folder's own modules must be."""
+    if prompt.answers is None:
+        raise RuntimeError("This is a bug: the prompt of a language model names no answers.")
+    yes, *others = (_token_id(folder, answer) for answer in prompt.answers)
+    no = others[0] if others else None
+    named = modules.logit_score(folder)
+    if named not in {None, (yes, no)}:
+        raise UnsupportedModel(
+            f"{folder}: its modules read the score of other tokens than its name says: of {named}, "
+            f"not {(yes, no)}. Use the model as its authors publish it."
+        )
+    return Answers(yes, no, prompt.temperature)
 
 
 def _token_id(folder: Path, text: str) -> int:

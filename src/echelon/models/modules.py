@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from echelon.errors import BadCheckpoint, UnsupportedModel
-from echelon.files import SWITCH, TEXT, read_json, read_object, shown, whole
+from echelon.files import MAX_ID, SWITCH, TEXT, read_json, read_object, shown, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +48,7 @@ DENSE = {
     "module_output_name": TEXT,
 }
 NORM = {"dimension": whole(1, 2**16)}
+LOGIT_SCORE = {"true_token_id": whole(0, MAX_ID), "false_token_id": whole(0, MAX_ID)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,25 @@ def read(folder: Path) -> Chain | None:
         return _chain(folder, named)
     except (ValueError, OSError) as error:
         raise BadCheckpoint(f"{path}: {error}. {AGAIN}") from error
+
+
+def logit_score(folder: Path) -> tuple[int | None, int | None] | None:
+    """The tokens relevant and irrelevant that the modules of a language model name, if any.
+
+    Raises:
+        BadCheckpoint: a file is damaged.
+    """
+    path = folder / "modules.json"
+    try:
+        named = _named(read_json(path)) if path.is_file() else []
+        place = dict(named).get("LogitScore")
+        if place is None:
+            return None
+        path = folder / _inside(place) / "config.json"
+        given = read_object(path, LOGIT_SCORE)
+    except (ValueError, OSError) as error:
+        raise BadCheckpoint(f"{path}: {error}. {AGAIN}") from error
+    return given.get("true_token_id"), given.get("false_token_id")
 
 
 def _named(modules: Any) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ sentence-transformers writes for them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from echelon.types import Prompt
@@ -59,7 +60,7 @@ MXBAI_RERANK_V2 = Prompt(
 NEMOTRON_RERANK = Prompt(
     prefix="<|begin_of_text|>",
     instruction=None,
-    around_instruction=("", ""),
+    around_instruction=None,
     # The tokenizer keeps a sign and the letters behind it together: the parts end before the colon.
     around_query=("question:", " \n \n passage"),
     between="",
@@ -70,18 +71,54 @@ NEMOTRON_RERANK = Prompt(
     causal=False,
 )
 
+ZERANK = Prompt(
+    prefix="<|im_start|>system\n",
+    instruction=None,
+    around_instruction=None,
+    around_query=("", ""),
+    between="<|im_end|>\n<|im_start|>user\n",
+    before_document="",
+    suffix=("<|im_end|>\n<|im_start|>assistant\n",),
+    answers=("Yes",),
+    max_tokens=32_768,
+    strips=True,
+    temperature=5.0,
+)
+
 PROMPTS = {
     ("qwen3", "qwen3-reranker"): QWEN3_RERANKER,
+    ("qwen3", "zerank-1"): ZERANK,
+    ("qwen3", "zerank-2"): ZERANK,
     ("qwen2", "mxbai-rerank"): MXBAI_RERANK_V2,
     ("llama_bidirec", "rerank"): NEMOTRON_RERANK,
 }
 """(``model_type``, a part of the model's name) → prompt."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What of a language model's vocabulary its score is read of."""
+
+    yes: int  # the token whose logit counts
+    no: int | None = None  # the one whose logit is taken off, if any
+    temperature: float = 1.0  # divides the logit
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens."""
+        return (self.yes,) if self.no is None else (self.yes, self.no)
+
+
 def prompt_of(folder: Path, config: Mapping[str, Any]) -> Prompt | None:
-    """The prompt of the model in a folder; None for one that reads plain pairs."""
-    names = " ".join((str(folder), str(folder.resolve()), str(config.get("_name_or_path", ""))))
-    for (model_type, name), prompt in PROMPTS.items():
-        if config.get("model_type") == model_type and name in names.lower():
-            return prompt
+    """The prompt of the model in a folder; None for one that reads plain pairs.
+
+    Where a path names several, the last name is the model's.
+    """
+    kind = config.get("model_type")
+    known = {name: prompt for (of, name), prompt in PROMPTS.items() if of == kind}
+    for place in (folder, folder.resolve(), config.get("_name_or_path", "")):
+        found = {name: str(place).lower().rfind(name) for name in known}
+        last = max(found, key=lambda name: found[name], default=None)
+        if last is not None and found[last] >= 0:
+            return known[last]
     return None

@@ -55,11 +55,12 @@ class Asked:
             TooLarge: it is too long.
         """
         prompt = self.prompt
-        if prompt is None:
+        if prompt is None or prompt.around_instruction is None:
             if instruction is not None:
+                kind = "is a classifier and" if prompt is None else "has a prompt without one and"
                 raise InvalidInput(
                     "instruction",
-                    "this model is a classifier and reads none",
+                    f"this model {kind} reads none",
                     "Leave it out, or use a language model such as Qwen/Qwen3-Reranker-0.6B.",
                 )
             return np.zeros(0, dtype=np.int32)
@@ -89,6 +90,8 @@ class Asked:
         prompt = self.prompt
         if prompt is None:
             return pairs
+        if prompt.strips:
+            pairs = [(query.strip(), document.strip()) for query, document in pairs]
         begin, end = prompt.around_query
         queries: dict[str, str] = {}
         for query, _ in pairs:
