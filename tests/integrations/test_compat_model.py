@@ -20,13 +20,15 @@ from cross_encoders import (
 from sentence_transformers import CrossEncoder as Original
 
 from echelon import Reranker
-from echelon.errors import EchelonWarning, InvalidInput
-from echelon.integrations import CrossEncoder
+from echelon.errors import EchelonWarning, InvalidInput, TooLarge
+from echelon.integrations import CrossEncoder, FlagReranker
+from echelon.models.description import describe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 HALF_TOLERANCE = 5e-3
+SHORT = [pair for pair in PAIRS if sum(map(len, pair)) < 150]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,38 @@ def test_prompts(tmp_path: Path, bert: Path) -> None:
         CrossEncoder(bert, default_prompt_name="missing", device="cpu")
     with pytest.warns(EchelonWarning, match="prompt_name ignored"):
         same(ours.predict(PAIRS, prompt="", prompt_name="ask"), theirs.predict(PAIRS, prompt=""))
+
+
+def test_the_reranker_reads_the_default_prompt(tmp_path: Path, bert: Path) -> None:
+    """It stands before the query, and a call's instruction takes its place."""
+    saved = Original(str(bert), prompts={"ask": "Question: "}, default_prompt_name="ask")
+    saved.save_pretrained(str(tmp_path / "m"))
+    theirs = Original(str(tmp_path / "m"), device="cpu", activation_fn=torch.nn.Identity())
+    with Reranker(tmp_path / "m", device="cpu", precision="fp32") as ours:
+        same(ours.score(SHORT), theirs.predict(SHORT))
+        for text in ("Stove: ", ""):
+            same(
+                ours.score_pairs(SHORT, instruction=text).logits, theirs.predict(SHORT, prompt=text)
+            )
+        with pytest.raises(TooLarge, match="instruction: it has 5000 characters"):
+            ours.score_pairs(SHORT, instruction="a" * 5000)
+    assert describe(tmp_path / "m").instruction == "Question: "
+    plain, prompted = (FlagReranker(folder, devices="cpu") for folder in (bert, tmp_path / "m"))
+    assert plain.compute_score(SHORT) == prompted.compute_score(SHORT)
+
+
+def test_texts_in_lower_case_and_a_saved_length(tmp_path: Path, toy: Any) -> None:
+    roberta = toy("roberta")
+    Original(str(roberta)).save_pretrained(str(tmp_path / "m"))
+    change(tmp_path / "m" / "sentence_bert_config.json", do_lower_case=True, max_seq_length=20)
+    ours, theirs = CrossEncoder(tmp_path / "m", device="cpu"), Original(str(tmp_path / "m"))
+
+    assert ours.max_length == theirs.max_seq_length == 20
+    loud = [(query.upper(), document.title()) for query, document in PAIRS]
+    same(ours.predict(loud), theirs.predict(loud))
+    assert not np.allclose(
+        ours.predict(loud), Original(str(roberta), max_length=20).predict(loud), atol=1e-4
+    )
 
 
 # --- precision and device

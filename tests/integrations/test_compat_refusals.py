@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cross_encoders import (
 from helpers import make_toy, run_python
 from sentence_transformers import CrossEncoder as Original
 
+from echelon import Reranker
 from echelon.errors import (
     BadCheckpoint,
     EchelonWarning,
@@ -137,10 +139,20 @@ def test_several_labels_need_a_choice(tmp_path: Path, tokenizers: dict[str, Path
 
 def test_only_parts_that_would_run_are_loaded(tmp_path: Path, bert: Path) -> None:
     folder = variant(tmp_path / "model", bert)
-    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Dense"}]')
+    modules = [
+        {"type": "Transformer", "path": ""},
+        {"type": "Pooling", "path": "1_Pooling"},
+        {"type": "Dense", "path": "2_Dense"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    dense: dict[str, Any] = {"in_features": 4, "out_features": 1, "module_output_name": "scores"}
+    for name, settings in (("1_Pooling", {"pooling_mode": "cls"}), ("2_Dense", dense)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(settings))
 
-    with pytest.raises(UnsupportedModel, match=r"modules\.json"):
-        CrossEncoder(folder)
+    for opening in (CrossEncoder, Reranker):
+        with pytest.raises(UnsupportedModel, match=r"modules\.json: lists modules besides"):
+            opening(folder)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +162,9 @@ def test_only_parts_that_would_run_are_loaded(tmp_path: Path, bert: Path) -> Non
         ("config_sentence_transformers.json", '{"prompts": ["a"]}', "prompts: .* an object of tex"),
         ("config_sentence_transformers.json", '{"prompts": {"a": 5}}', "prompts: .* an object of"),
         ("config_sentence_transformers.json", '{"default_prompt_name": 5}', "5 is not text"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "a"}', "'a' is none of its"),
+        ("sentence_bert_config.json", '{"do_lower_case": "no"}', "'no' is not true or false"),
+        ("sentence_bert_config.json", '{"max_seq_length": 0}', "0 is not a whole number"),
         ("tokenizer_config.json", '{"model_max_length": -1}', "model_max_length: -1 is not at le"),
         ("tokenizer_config.json", '{"model_max_length": NaN}', "model_max_length: nan is not"),
     ],

@@ -26,6 +26,7 @@ from echelon.models.registry import (
     require_model,
     runs_in,
 )
+from echelon.models.text_settings import read_text_settings
 from echelon.options import Options
 from echelon.profile import (
     TUNE_AGAIN,
@@ -99,7 +100,14 @@ def with_profile(asked: Options) -> tuple[Options, Profile | None]:
 def open_encoder(folder: ModelFolder, instruction: str | None = None) -> PairEncoder:
     """Read a model's tokenizer and compare it with the model, or raise :class:`ModelError`."""
     require_model(folder.path)  # first, so that a folder without a model is named
-    encoder = PairEncoder(folder.path, model_prompt(folder.path), instruction)
+    settings = read_text_settings(folder.path)
+    encoder = PairEncoder(
+        folder.path,
+        model_prompt(folder.path),
+        settings.default_prompt or None if instruction is None else instruction,
+        before_query=settings.default_prompt is not None,
+        lower_case=settings.lower_case,
+    )
     check_tokenizer(folder.path, encoder.ids)
     return encoder
 

@@ -87,6 +87,10 @@ class FlagReranker:
         saved = originals.read_saved(located.path)
         if "precision" not in options:
             options["precision"] = _precision(use_fp16=use_fp16, options=options) or saved.precision
+        if saved.texts.default_prompt is not None and saved.instruction == "":
+            options.setdefault(
+                "instruction", ""
+            )  # the original does not know a classifier's prompt
         self._reranker = Reranker(located.model, **{**options, "revision": located.revision})
         if max_length != DEFAULT_MAX_LENGTH:
             originals.capped("max_length", max_length, self._reranker.facts.max_tokens)

@@ -16,25 +16,18 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 import numpy as np
 
 from echelon.errors import (
-    BadCheckpoint,
     EchelonWarning,
     InvalidInput,
     ModelNotFound,
     UnsupportedModel,
 )
-from echelon.files import (
-    MAX_BYTES,
-    MAX_ID,
-    MAX_LIST_BYTES,
-    TEXT,
-    Field,
-    check_fields,
-    list_of,
-    read_json,
-)
+from echelon.files import MAX_ID, MAX_LIST_BYTES
 from echelon.models.architecture import TOKENIZER_CONFIG, labels_of, read_config, read_settings
+from echelon.models.description import describe
 from echelon.models.hub import DEMO, resolve
+from echelon.models.registry import model_prompt
 from echelon.models.repositories import choose
+from echelon.models.text_settings import TextSettings, read_text_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,16 +58,6 @@ REFUSED = {
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """How transformers reads a model's files: without the hub, and without running code in them."""
-
-_PROMPTS = Field(
-    "an object of texts",
-    lambda value: (
-        isinstance(value, dict)
-        and all(text is None or isinstance(text, str) for text in value.values())
-    ),
-)
-_SETTINGS = {"prompts": _PROMPTS, "default_prompt_name": TEXT, "activation_fn": TEXT}
-"""Fields of ``config_sentence_transformers.json``."""
 
 PAIR_DIMENSIONS = 2
 """Dimensions of an array of pairs; an array with one dimension is a single pair."""
@@ -303,51 +286,32 @@ class SavedSettings:
     precision: Precision  # what the weights are stored in; both originals compute in it by default
     max_length: int | None  # the tokenizer's limit; None if it states none
     activations: tuple[str, ...] = ()  # dotted paths of functions, the preferred one first
-    prompts: dict[str, str] = field(default_factory=dict)  # name → text put before queries
-    default_prompt_name: str | None = None  # the prompt to use when none is named
+    texts: TextSettings = field(default_factory=TextSettings)
+    reads_instruction: bool = False  # the engine puts a prompt to its place
+    instruction: str | None = ""  # for a prompt that is empty: what the model's authors ask
 
 
 def read_saved(folder: Path) -> SavedSettings:
-    """Read the settings in a model folder; modules besides the transformer are refused."""
+    """Read the settings in a model folder, or raise :class:`ModelError`."""
     config = read_config(folder)
-    settings = _sentence_transformers_settings(folder)
+    texts = read_text_settings(folder)
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     tokenizer = folder / "tokenizer_config.json"
-    limit = _optional(tokenizer, TOKENIZER_CONFIG, MAX_LIST_BYTES).get("model_max_length")
-    candidates = (settings.get("activation_fn"), _activation_in(config))
-    prompts = settings.get("prompts") or {}
+    limit = texts.max_tokens
+    if limit is None and tokenizer.is_file():
+        limit = read_settings(tokenizer, TOKENIZER_CONFIG, MAX_LIST_BYTES).get("model_max_length")
+    candidates = (texts.activation, _activation_in(config))
+    prompt = model_prompt(folder)
     return SavedSettings(
-        labels=labels_of(config),
+        labels=describe(folder).labels or labels_of(config),
         precision=PRECISIONS.get(dtype, "fp32"),
         max_length=None if limit is None else int(min(limit, MAX_ID)),
         activations=tuple(path for path in candidates if isinstance(path, str)),
-        prompts={name: text or "" for name, text in prompts.items()},
-        default_prompt_name=settings.get("default_prompt_name"),
+        texts=texts,
+        reads_instruction=texts.default_prompt is not None
+        or (prompt is not None and prompt.around_instruction is not None),
+        instruction=prompt.instruction if prompt else "",
     )
-
-
-def _optional(
-    path: Path, fields: Mapping[str, Field], max_bytes: int = MAX_BYTES
-) -> dict[str, Any]:
-    return read_settings(path, fields, max_bytes) if path.is_file() else {}
-
-
-def _sentence_transformers_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "modules.json"
-    try:
-        modules = {"modules": read_json(path) if path.is_file() else []}
-        check_fields(modules, {"modules": list_of(dict, "objects")})
-    except (ValueError, OSError) as error:
-        raise BadCheckpoint(f"{path}: {error}. Download the model again.") from error
-    parts = modules["modules"]
-    if not parts:
-        return {}
-    if len(parts) > 1 or parts[0].get("path"):
-        raise UnsupportedModel(
-            f"{path}: lists modules besides the transformer, and Echelon would not run them. Stay "
-            "with sentence_transformers for this model."
-        )
-    return _optional(folder / "config_sentence_transformers.json", _SETTINGS)
 
 
 def _activation_in(config: dict[str, Any]) -> Any:

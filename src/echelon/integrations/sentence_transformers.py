@@ -102,8 +102,9 @@ class CrossEncoder(TorchModule):
         self._reranker = Reranker(self._located.model, **self._options)
         self.max_length = originals.length_argument(max_length, processor_kwargs)
         self.activation_fn = activation_fn
-        self.prompts = {**self._saved.prompts, **(prompts or {})}
-        self.default_prompt_name = default_prompt_name or self._saved.default_prompt_name
+        texts = self._saved.texts
+        self.prompts = {**texts.prompts, **(prompts or {})}
+        self.default_prompt_name = default_prompt_name or texts.default_prompt_name
         self._prompt(None, self.default_prompt_name)
 
     @originals.renamed(sentences="inputs", activation_fct="activation_fn")
@@ -146,7 +147,7 @@ class CrossEncoder(TorchModule):
         self._move_to(device)
         single = originals.is_single(inputs)
         listed = originals.as_pairs(inputs, single=single)
-        pairs = self._prompted(listed, self._prompt(prompt, prompt_name))
+        pairs, options = self._prompted(listed, self._prompt(prompt, prompt_name), options)
         logits = self._logits(pairs, batch_size, show_progress_bar, options)
         scores = activate(logits, function, self.device, softmax=bool(apply_softmax))
         result = converted(scores, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
@@ -292,10 +293,18 @@ class CrossEncoder(TorchModule):
             raise InvalidInput("prompt_name", f"{name!r} is not a prompt", f"Known: {known}.")
         return self.prompts[name]
 
-    @staticmethod
-    def _prompted(pairs: list[Any], prompt: str) -> list[Pair]:
+    def _prompted(
+        self, pairs: list[Any], prompt: str, options: dict[str, Any]
+    ) -> tuple[list[Pair], dict[str, Any]]:
+        """The pairs and the options of a call, one of which holds the prompt."""
         checked = check_pairs(pairs)
-        return [(prompt + query, document) for query, document in checked] if prompt else checked
+        saved = self._saved
+        if saved.reads_instruction:
+            if not prompt and saved.instruction is None and saved.texts.default_prompt:
+                problem = "it is empty, and the default saved with this model cannot be left out"
+                raise InvalidInput("prompt", problem, "Give a text.")
+            return checked, {"instruction": prompt or saved.instruction, **options}
+        return [(prompt + query, text) for query, text in checked] if prompt else checked, options
 
     def _logits(
         self, pairs: list[Pair], batch_size: int | None, show: bool | None, options: dict[str, Any]

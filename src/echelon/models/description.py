@@ -9,6 +9,7 @@ from echelon.errors import UnsupportedModel
 from echelon.models.architecture import labels_of, read_config
 from echelon.models.families import WEIGHT_BYTES, native_model
 from echelon.models.onnx import find_graph
+from echelon.models.text_settings import read_text_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ class ModelDescription:
     reason: str  # why it does not run natively, or at all; empty where it does
     labels: tuple[str, ...] = ()  # of the head
     max_tokens: int | None = None  # of a pair; None where only loading it tells
-    instruction: str | None = None  # what a language model judges by itself
+    instruction: str | None = None  # what it judges by itself, or reads before each query
     weights: int | None = None  # number of weights that are loaded; None where unknown
     # bytes of a step of one longest pair by precision, about; empty where it is unknown
     step_bytes: dict[str, int] = field(default_factory=dict)
@@ -66,7 +67,7 @@ def describe(folder: Path) -> ModelDescription:
         "",
         shape.labels,
         shape.max_tokens,
-        None if prompt is None else prompt.instruction,
+        read_text_settings(folder).default_prompt or (prompt.instruction if prompt else None),
         shape.weights,
         {precision: native.step_bytes(precision) for precision in SHOWN},
     )

@@ -251,6 +251,11 @@ def require_head(folder: Path, config: Config) -> None:
     """Raise :class:`UnsupportedModel` for a model that cannot score pairs."""
     named = (config.get("architectures") or ["?"])[0]
     if named == "?" or named.endswith("ForSequenceClassification"):
+        if modules.read(folder) is not None:
+            raise UnsupportedModel(
+                f"{folder}/modules.json: lists modules besides a transformer with a head of its "
+                "own, and Echelon would not run them. Stay with sentence_transformers for it."
+            )
         return
     if _is_language_model(config):
         if prompt_of(folder, config) is not None:

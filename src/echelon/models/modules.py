@@ -102,7 +102,7 @@ def read(folder: Path) -> Chain | None:
         return None
     try:
         named = _named(read_json(path))
-        if {kind for kind, _ in named} <= {"Transformer", "LogitScore"}:
+        if not named[1:] or {kind for kind, _ in named} <= {"Transformer", "LogitScore"}:
             return None
         return _chain(folder, named)
     except (ValueError, OSError) as error:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from echelon.errors import UnsupportedModel
+from echelon.models.text_settings import read_text_settings
 from echelon.types import Prompt
 
 if TYPE_CHECKING:
@@ -113,6 +115,10 @@ def prompt_of(folder: Path, config: Mapping[str, Any]) -> Prompt | None:
     """The prompt of the model in a folder; None for one that reads plain pairs.
 
     Where a path names several, the last name is the model's.
+
+    Raises:
+        BadCheckpoint: a file of sentence-transformers is damaged.
+        UnsupportedModel: they hold a default prompt for a model that reads no instruction.
     """
     kind = config.get("model_type")
     known = {name: prompt for (of, name), prompt in PROMPTS.items() if of == kind}
@@ -120,5 +126,14 @@ def prompt_of(folder: Path, config: Mapping[str, Any]) -> Prompt | None:
         found = {name: str(place).lower().rfind(name) for name in known}
         last = max(found, key=lambda name: found[name], default=None)
         if last is not None and found[last] >= 0:
+            _require_place_for_saved(known[last], folder)
             return known[last]
     return None
+
+
+def _require_place_for_saved(prompt: Prompt, folder: Path) -> None:
+    if prompt.around_instruction is None and read_text_settings(folder).default_prompt:
+        raise UnsupportedModel(
+            f"{folder}: it has a default prompt in config_sentence_transformers.json, and the "
+            "prompt of this model has no place for one. Use the model as its authors publish it."
+        )

@@ -20,7 +20,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.model",  # sentencepiece under its many names: tokenizer.model, spm.model, bpe.model
 )
-_USAGE = ("modules.json", "config_sentence_transformers.json")
+_USAGE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 _MODULES = ("[0-9]*_*/config.json", "[0-9]*_*/model.safetensors")
 """Folders of the modules that ``modules.json`` names, such as a head."""
 _WEIGHTS = (  # best first; within a kind one file beats shards

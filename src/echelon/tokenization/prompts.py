@@ -23,14 +23,18 @@ REMEMBERED = 64  # instructions whose tokens are kept
 
 
 class Asked:
-    """What a model is asked about each pair; with no prompt, nothing.
+    """What a model is asked about each pair.
+
+    A classifier is asked nothing, or reads its instruction before each query.
 
     The control tokens of the prompt are read first. After that the tokenizer takes the text of a
     control token for text, so that no query, document or instruction can forge one.
     """
 
-    def __init__(self, prompt: Prompt | None, tokenizer: Tokenizer) -> None:
-        self.prompt, self._tokenizer = prompt, tokenizer
+    def __init__(
+        self, prompt: Prompt | None, tokenizer: Tokenizer, *, before_query: bool = False
+    ) -> None:
+        self.prompt, self._tokenizer, self._before_query = prompt, tokenizer, before_query
         self.template: Template | None = None
         self._leads: dict[str, IntArray] = {}
         if prompt is not None:
@@ -48,15 +52,18 @@ class Asked:
             tokenizer.encode_special_tokens = True
 
     def lead(self, instruction: str | None) -> IntArray:
-        """The tokens between the prefix and the query: the instruction and the words around it.
+        """The tokens between a prompt's prefix and the query: the instruction in its words.
 
         Raises:
             InvalidInput: the model reads no instruction.
             TooLarge: it is too long.
         """
         prompt = self.prompt
+        if instruction is not None and len(instruction) > MAX_INSTRUCTION:
+            problem = f"it has {len(instruction)} characters, and {MAX_INSTRUCTION} is the most"
+            raise TooLarge("instruction", problem, "Shorten it.")
         if prompt is None or prompt.around_instruction is None:
-            if instruction is not None:
+            if instruction is not None and not self._before_query:
                 kind = "is a classifier and" if prompt is None else "has a prompt without one and"
                 raise InvalidInput(
                     "instruction",
@@ -67,9 +74,6 @@ class Asked:
         text = prompt.instruction if instruction is None else instruction
         if text is None:
             return np.zeros(0, dtype=np.int32)
-        if len(text) > MAX_INSTRUCTION:
-            problem = f"it has {len(text)} characters, and {MAX_INSTRUCTION} is the most"
-            raise TooLarge("instruction", problem, "Shorten it.")
         if text not in self._leads:
             begin, end = prompt.around_instruction
             if len(self._leads) >= REMEMBERED:
@@ -82,6 +86,7 @@ class Asked:
         pairs: Sequence[Pair],
         max_query_tokens: int | None,
         cut: Callable[[str, int], str],
+        instruction: str | None,
     ) -> Sequence[Pair]:
         """The pairs with the prompt's words around each text.
 
@@ -89,7 +94,7 @@ class Asked:
         """
         prompt = self.prompt
         if prompt is None:
-            return pairs
+            return [(instruction + query, text) for query, text in pairs] if instruction else pairs
         if prompt.strips:
             pairs = [(query.strip(), document.strip()) for query, document in pairs]
         begin, end = prompt.around_query

@@ -55,7 +55,9 @@ class PairEncoder:
     Args:
         folder: model folder with ``tokenizer.json``, or files that ``transformers`` converts.
         prompt: the words around a pair, for a language model.
-        instruction: what it is asked to judge; None is the prompt's own.
+        instruction: what it is asked to judge; None is the model's own.
+        before_query: whether a classifier reads an instruction, before each query.
+        lower_case: texts are read in lower case, whatever the tokenizer's files say.
 
     Raises:
         BadCheckpoint: no readable tokenizer.
@@ -64,16 +66,24 @@ class PairEncoder:
     """
 
     def __init__(
-        self, folder: Path, prompt: Prompt | None = None, instruction: str | None = None
+        self,
+        folder: Path,
+        prompt: Prompt | None = None,
+        instruction: str | None = None,
+        *,
+        before_query: bool = False,
+        lower_case: bool = False,
     ) -> None:
         with _readable(folder):
             self._tokenizer = _load(folder)
+            if lower_case:
+                _lower_case(self._tokenizer)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             settings = _settings(folder)
             self.ids = _ids(self._tokenizer, settings)
             side: Side = "left" if settings.get("truncation_side") == "left" else "right"
-            self._asked = Asked(prompt, self._tokenizer)
+            self._asked = Asked(prompt, self._tokenizer, before_query=before_query)
             self.template = self._asked.template or _template(self._tokenizer, side)
             self.boundaries = Boundaries(self._tokenizer)
         self._instruction = instruction
@@ -102,7 +112,7 @@ class PairEncoder:
             truncation: which text is cut when a pair is longer.
             max_query_tokens: maximum tokens of a query; None keeps all.
             places: index of each pair in the caller's list, for messages; None counts from 0.
-            instruction: what a language model is asked to judge; None is the encoder's.
+            instruction: what the model is asked to judge; None is the encoder's.
 
         Raises:
             InvalidInput: a query leaves no room for its document in mode ``only_second``, which is
@@ -135,14 +145,15 @@ class PairEncoder:
             truncation: which text is cut.
             max_query_tokens: maximum tokens of a query.
             places: index of each pair in the caller's list.
-            instruction: what a language model is asked to judge.
+            instruction: what the model is asked to judge.
             side: side from which documents will be cut; None is the model's own.
             document_tokens: tokens of a document that its chunks need.
             turn: how much is tokenized at a time.
         """
         places = range(len(pairs)) if places is None else places
-        lead = self._asked.lead(self._instruction if instruction is None else instruction)
-        pairs = self._asked.worded(pairs, max_query_tokens, self._cut)
+        instruction = self._instruction if instruction is None else instruction
+        lead = self._asked.lead(instruction)
+        pairs = self._asked.worded(pairs, max_query_tokens, self._cut, instruction)
         if self._asked.prompt is not None:
             truncation, max_query_tokens = "only_second", self._asked.query_tokens(max_length)
         first = {query: place for place, (query, _) in zip(places[::-1], pairs[::-1], strict=True)}
@@ -321,6 +332,14 @@ def _convert(folder: Path) -> Tokenizer:
             "Save the tokenizer with a recent transformers and try again."
         ) from error
     return backend
+
+
+def _lower_case(tokenizer: Tokenizer) -> None:
+    """Let a tokenizer read lower case, before its other normalizers as sentence-transformers."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    steps = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = Sequence([Lowercase(), *steps])
 
 
 def _settings(folder: Path) -> dict[str, Any]:
