@@ -69,12 +69,14 @@ def cases(found: Kernels) -> list[Case]:
 def _passes(found: Kernels, size: str, hidden: int, inner: int) -> list[Case]:
     import torch
 
-    from echelon.models import layers
-    from echelon.models.layers import ACTIVATIONS, Norm, Product
+    from echelon.models import kernel_calls, layers
+    from echelon.models.blocks import add_and_norm
+    from echelon.models.layers import ACTIVATIONS, Norm, Product, RmsNorm
+    from echelon.models.rotary import Rotary, rotate, rotate_in_place
 
     def by(chosen: Kernels | None, work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            with patch.object(layers, "kernels", lambda: chosen):
+            with patch.object(kernel_calls, "kernels", lambda: chosen):
                 return work()
 
         return run
@@ -84,12 +86,19 @@ def _passes(found: Kernels, size: str, hidden: int, inner: int) -> list[Case]:
     coded = Product(narrow, scales, torch.randn(hidden), narrow.clone())
     plain, up = Product(narrow, residual=narrow), Product(wide, scales, torch.randn(inner))
     shift = ACTIVATIONS["gelu"].shift
+    total, root = torch.randn(ROWS, hidden), RmsNorm(torch.rand(hidden), 1e-6)
+    heads = torch.randn(ROWS, 3, hidden // 64, 64).bfloat16()
+    head_norm, tables = RmsNorm(torch.rand(64), 1e-6), Rotary(1e6, 64).tables(torch.arange(ROWS))
     works: list[tuple[str, str, Callable[[], object]]] = [
         ("quantize", "rows", lambda: layers.quantize(narrow)),
         ("add_norm", "to int8", lambda: layers.add_norm(coded, norm, quantized=True)),
         ("add_norm", "bf16", lambda: layers.add_norm(plain, norm, quantized=False)),
         ("activate", "GELU to int8", lambda: layers.activate(up, "gelu", shift)),
         ("activate", "scale and bias", lambda: layers.activate(up, "none")),
+        ("accumulate_norm", "LayerNorm", lambda: add_and_norm(total, narrow, norm, narrow.dtype)),
+        ("accumulate_norm", "RMSNorm", lambda: add_and_norm(total, narrow, root, narrow.dtype)),
+        ("rotate", "in place", lambda: rotate_in_place(heads[:, :2], *tables)),
+        ("rotate", "after a norm", lambda: rotate(heads[:, 0], *tables, head_norm)),
     ]
     return [(name, f"{size}, {of}", by(found, work), by(None, work)) for name, of, work in works]
 
@@ -163,7 +172,7 @@ def main() -> None:
         found = json.loads(done.stdout)
         rows += found
         for row in found:
-            print(f"{level:11}{row['operation']:10}{row['of']:26}{row['speedup']:7.2f}")
+            print(f"{level:11}{row['operation']:16}{row['of']:26}{row['speedup']:7.2f}")
     content = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),

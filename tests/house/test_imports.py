@@ -40,6 +40,7 @@ NEEDS_TORCH = {
     "echelon.models.cuda_graphs",
     "echelon.models.cuda_scorer",
     "echelon.models.triton_kernels",
+    "echelon.models.kernel_calls",
     "echelon.models.layers",
     "echelon.models.encoder",
 }

@@ -11,7 +11,7 @@ from helpers import run_python
 from remote_kernels import build_hook
 
 from echelon.errors import InvalidInput
-from echelon.models import kernels, layers
+from echelon.models import kernel_calls, kernels, layers
 from echelon.models.device import CPU_SWITCH
 from echelon.models.kernels import FASTER, LEVELS, OFF, OPERATIONS, SWITCH, Kernels
 from echelon.models.layers import Product, activate
@@ -126,7 +126,7 @@ def test_only_operations_that_are_faster_use_their_kernel(monkeypatch):
             raise AssertionError(f"{name} was called")
 
     only = Kernels("avx2", Library(), ("quantize",))
-    monkeypatch.setattr(layers, "kernels", lambda: only)
+    monkeypatch.setattr(kernel_calls, "kernels", lambda: only)
     rows = torch.ones(2, 16).bfloat16()
     assert activate(Product(rows), "relu").values.equal(rows)
     with pytest.raises(AssertionError, match="echelon_quantize was called"):

@@ -11,18 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_kernels import MACHINE, build_hook, remote
 
-from echelon.models import attention_cpu, layers
+from echelon.models import attention_cpu, kernel_calls
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
+from echelon.models.blocks import add_and_norm
 from echelon.models.kernels import LEVELS, OPERATIONS, Kernels, load, possible
 from echelon.models.layers import (
     ACTIVATIONS,
     Norm,
     Product,
+    RmsNorm,
     activate,
     add_norm,
     materialize,
     quantize,
 )
+from echelon.models.rotary import Rotary, rotate, rotate_in_place
 
 TESTED = list(build_hook().LEVELS[MACHINE]) if MACHINE else possible()
 """The levels that are tested here."""
@@ -43,7 +46,7 @@ def use(level: str | None):
         library = remote(level) if MACHINE else load(level)
         found = Kernels(level, library, OPERATIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "kernels", lambda: found)
+        patch.setattr(kernel_calls, "kernels", lambda: found)
         patch.setattr(attention_cpu, "kernels", lambda: found)
         attention_cpu.fastest_method.cache_clear()
         yield
@@ -314,3 +317,66 @@ def test_far_values_of_the_activations():
         exact = ACTIVATIONS[activation].function(edges.double())
         found = activate(Product(edges, torch.ones(1), torch.zeros(9)), activation).values
         assert ((found - exact).abs() <= BF16_STEP * exact.abs() + 1e-3).all(), activation
+
+
+@pytest.mark.parametrize("name", TESTED)
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 200),
+    kind=st.sampled_from(["plain", "bias", "rms"]),
+    seed=st.integers(0, 999),
+)
+def test_a_sum_and_its_norm(name, rows, width, kind, seed):
+    torch.manual_seed(seed)
+    total, product = torch.randn(rows, width), torch.randn(rows, width).bfloat16()
+    weight, bias = torch.rand(width) + 0.5, torch.randn(width) if kind == "bias" else None
+    norm = RmsNorm(weight, 1e-5) if kind == "rms" else Norm(weight, bias, 1e-5)
+    expected = total + product
+    exact = expected.double()
+    if kind != "rms":
+        exact = exact - exact.mean(1, keepdim=True)
+    exact = exact / (exact.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight
+    exact = exact if bias is None else exact + bias
+    with use(name):
+        found = add_and_norm(total, product, norm, torch.bfloat16)
+    assert torch.equal(total, expected)
+    # A row of a few equal numbers has next to no deviation, which its rounding then decides.
+    assert (found - exact).abs().le(2 * BF16_STEP * exact.abs() + 1e-3).all()
+
+
+@pytest.mark.parametrize("name", TESTED)
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 9),
+    heads=st.integers(1, 4),
+    half=st.integers(1, 70),
+    normed=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_heads_are_turned(name, rows, heads, half, normed, seed):
+    """Those of the view alone, where they are or elsewhere."""
+    torch.manual_seed(seed)
+    whole = torch.randn(rows, heads + 3, 2 * half).bfloat16()
+    part = whole[:, 1 : heads + 1]
+    tables = Rotary(10_000.0, 2 * half).tables(torch.arange(rows) * 7)
+    norm = RmsNorm(torch.rand(2 * half) + 0.5, 1e-6) if normed else None
+    wide = part.double() if norm is None else norm(part.float()).double()
+    exact = wide * tables[0] + wide.roll(half, -1) * tables[1]
+    with use(name):
+        found = rotate(part, *tables, norm)
+        assert found.is_contiguous()
+        untouched = whole.clone()
+        rotate_in_place(whole.unsqueeze(1)[:, :, 1 : heads + 1], *tables)
+        rest = torch.tensor([0, heads + 1, heads + 2])
+        assert torch.equal(whole[:, rest], untouched[:, rest])
+        assert norm is not None or torch.equal(whole[:, 1 : heads + 1], found)
+    size = (wide.square() + wide.roll(half, -1).square()).sqrt()
+    assert (found - exact).abs().le(2 * BF16_STEP * size + 1e-6).all()
+
+
+@pytest.mark.usefixtures("level")
+def test_tables_of_another_type_are_turned_by_torch():
+    heads = torch.randn(5, 2, 32).bfloat16()
+    tables = Rotary(10_000.0, 32).tables(torch.arange(5), torch.bfloat16)
+    assert torch.isfinite(rotate(heads, *tables)).all()

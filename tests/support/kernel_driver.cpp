@@ -43,6 +43,8 @@ using L = int64_t;
 using Attention = int (*)(P, L, P, P, P, L, P, int, int, int, int, P, int);
 using Quantize = int (*)(P, L, L, P, P, int);
 using AddNorm = int (*)(P, P, P, P, L, L, P, P, float, P, P, P, int);
+using AccumulateNorm = int (*)(P, P, L, L, P, P, float, int, P, int);
+using Rotate = int (*)(P, L, P, L, L, int, int, P, P, P, float, int);
 using Activate = int (*)(P, P, P, L, L, int, P, P, P, float, int);
 
 int run(const std::string& name, void* address, std::vector<Argument>& a) {
@@ -56,6 +58,12 @@ int run(const std::string& name, void* address, std::vector<Argument>& a) {
     if (name == "echelon_add_norm")
         return reinterpret_cast<AddNorm>(address)(a[0].at(), a[1].at(), a[2].at(), a[3].at(), a[4], a[5], a[6].at(),
                                                   a[7].at(), number(8), a[9].at(), a[10].at(), a[11].at(), whole(12));
+    if (name == "echelon_accumulate_norm")
+        return reinterpret_cast<AccumulateNorm>(address)(a[0].at(), a[1].at(), a[2], a[3], a[4].at(), a[5].at(),
+                                                         number(6), whole(7), a[8].at(), whole(9));
+    if (name == "echelon_rotate")
+        return reinterpret_cast<Rotate>(address)(a[0].at(), a[1], a[2].at(), a[3], a[4], whole(5), whole(6), a[7].at(),
+                                                 a[8].at(), a[9].at(), number(10), whole(11));
     return reinterpret_cast<Activate>(address)(a[0].at(), a[1].at(), a[2].at(), a[3], a[4], whole(5), a[6].at(),
                                                a[7].at(), a[8].at(), number(9), whole(10));
 }

@@ -26,6 +26,8 @@ OUTPUTS = {
     "echelon_attention": {11},
     "echelon_quantize": {3, 4},
     "echelon_add_norm": {9, 10, 11},
+    "echelon_accumulate_norm": {0, 8},
+    "echelon_rotate": {2},
     "echelon_activate": {6, 7, 8},
 }
 """Arguments that a kernel writes."""
@@ -123,6 +125,19 @@ def _add_norm(product, scales, bias, residual, count, width, *_):
     return sizes | {9: 2 * cells, 10: cells, 11: row}
 
 
+def _accumulate_norm(rows, product, count, width, *_):
+    del rows, product
+    cells, column = count * width, 4 * width
+    return {0: 4 * cells, 1: 2 * cells, 4: column, 5: column, 8: 2 * cells}
+
+
+def _rotate(*arguments):
+    _, source_stride, _, out_stride, count, heads, size, *_ = arguments
+    width = heads * size
+    reads, writes = (2 * ((count - 1) * stride + width) for stride in (source_stride, out_stride))
+    return {0: reads, 2: writes, 7: 4 * count * size, 8: 4 * count * size, 9: 4 * size}
+
+
 def _activate(product, scales, bias, count, width, *_):
     del product, scales, bias
     cells = count * width
@@ -133,6 +148,8 @@ SIZES = {
     "echelon_attention": _attention,
     "echelon_quantize": _quantize,
     "echelon_add_norm": _add_norm,
+    "echelon_accumulate_norm": _accumulate_norm,
+    "echelon_rotate": _rotate,
     "echelon_activate": _activate,
 }
 """Kernel → the bytes behind each of its pointers, from its arguments."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from echelon.models.card_kernels import has_card_kernels
-from echelon.models.layers import BLOCK, Norm
+from echelon.models.kernel_calls import call_kernel, has_kernel
+from echelon.models.layers import BLOCK, Norm, RmsNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def by_blocks(rows: Tensor, dtype: torch.dtype, function: Callable[[slice], Tens
 def add_and_norm(
     rows: Tensor,
     product: Tensor | None,
-    norm: Callable[[Tensor], Tensor] | None,
+    norm: Norm | RmsNorm | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Add a layer's output to the rows, in place, and normalise them for the next layer.
@@ -44,8 +45,18 @@ def add_and_norm(
         norm: the next layer's; None leaves the rows as they are.
         dtype: of the result.
     """
+    if norm is not None and product is not None and product.dtype == dtype:
+        if has_kernel("accumulate_norm", product):
+            out = torch.empty_like(product)
+            call_kernel("accumulate_norm", rows, product, *rows.shape, *_parts(norm), out)
+            return out
+        if has_card_kernels(rows):
+            found: Tensor = torch.ops.echelon.accumulate_norm(rows, product, *_parts(norm))
+            return found
     if rows.device.type != "cpu":
-        return _add_and_norm_at_once(rows, product, norm, dtype)
+        if product is not None:
+            rows.add_(product)
+        return (rows if norm is None else norm(rows)).to(dtype)
 
     def added(part: slice) -> Tensor:
         block = rows[part] if product is None else rows[part].add_(product[part])
@@ -54,19 +65,8 @@ def add_and_norm(
     return by_blocks(rows, dtype, added)
 
 
-def _add_and_norm_at_once(
-    rows: Tensor,
-    product: Tensor | None,
-    norm: Callable[[Tensor], Tensor] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same on a card, in one launch where it has our kernels."""
-    fused = product is not None and norm is not None and product.dtype == dtype
-    if fused and has_card_kernels(rows):
-        parts = (getattr(norm, name, None) for name in ("weight", "bias", "epsilon"))
-        centred = isinstance(norm, Norm)
-        found: Tensor = torch.ops.echelon.accumulate_norm(rows, product, *parts, centred)
-        return found
-    if product is not None:
-        rows.add_(product)
-    return (rows if norm is None else norm(rows)).to(dtype)
+def _parts(norm: Norm | RmsNorm) -> tuple[Tensor, Tensor | None, float, bool]:
+    """Weight, bias and epsilon, and whether the mean is taken off."""
+    if isinstance(norm, Norm):
+        return norm.weight, norm.bias, norm.epsilon, True
+    return norm.weight, None, norm.epsilon, False

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from echelon.models.base import MIN_ROWS
-from echelon.models.blocks import add_and_norm, by_blocks
+from echelon.models.blocks import add_and_norm
 from echelon.models.card_kernels import has_card_kernels, turned
 from echelon.models.causal_attention import CausalAttention, KeysAndValues
 from echelon.models.checkpoint import Checkpoint, MappedPages
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from echelon.models.architecture import LayerPlan
     from echelon.models.base import Scorer
     from echelon.models.decoder_weights import DecoderLayer, DecoderWeights
-    from echelon.models.gated import RmsNorm
-    from echelon.models.layers import Linear
+    from echelon.models.layers import Linear, RmsNorm
     from echelon.models.prefix_cache import CachedPrefix
     from echelon.models.prefixes import Prefix, StepLayout
     from echelon.models.prompts import Answers
@@ -193,11 +192,7 @@ def _turned(heads: Tensor, norm: RmsNorm | None, turn: tuple[Tensor, Tensor]) ->
         weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
         return turned(heads, turn, weight, epsilon)
 
-    def of_rows(part: slice) -> Tensor:
-        wide = heads[part].float()
-        return rotate(wide if norm is None else norm(wide), *(table[part] for table in turn))
-
-    return by_blocks(heads, heads.dtype, of_rows)
+    return rotate(heads, *turn, norm)
 
 
 def open_native(  # noqa: PLR0913 - what the registry knows of a model

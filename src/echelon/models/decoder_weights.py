@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from echelon.models.device import release_memory
-from echelon.models.gated import GatedFeedForward, RmsNorm
+from echelon.models.gated import GatedFeedForward
+from echelon.models.layers import RmsNorm
 from echelon.models.loading import WeightLoader
 
 if TYPE_CHECKING:

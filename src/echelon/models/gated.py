@@ -1,4 +1,4 @@
-"""Parts of newer transformers: feed-forwards with a gate, and RMSNorm."""
+"""Feed-forwards with a gate, of newer transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.nn import functional
 
 from echelon.models.blocks import by_blocks
 from echelon.models.card_kernels import GATES, has_card_kernels
@@ -16,18 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.models.layers import Linear, PrepackedLinear, Product
-
-
-@dataclass(frozen=True, slots=True)
-class RmsNorm:
-    """Division by the root mean square of a row (Zhang and Sennrich, 2019): no mean, no bias."""
-
-    weight: Tensor
-    epsilon: float
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Normalise the last axis; the sums are in fp32."""
-        return functional.rms_norm(rows, self.weight.shape, self.weight, self.epsilon)
 
 
 class Gate(Protocol):

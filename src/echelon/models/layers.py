@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from echelon.models.card_kernels import has_card_kernels
 from echelon.models.device import has_onednn, multiplies_half
-from echelon.models.kernels import kernels
+from echelon.models.kernel_calls import call_kernel, has_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +103,18 @@ class Norm:
         return functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """Division by the root mean square of a row (Zhang and Sennrich, 2019): no mean, no bias."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Normalise the last axis; the sums are in fp32."""
+        return functional.rms_norm(rows, self.weight.shape, self.weight, self.epsilon)
+
+
 def materialize(product: Product) -> Tensor:
     """The product's true value without its residual, in the layers' dtype."""
     return product.values if product.scales is None else values_of(activate(product, "none"))
@@ -116,11 +128,11 @@ def evaluate(product: Product) -> Tensor:
 def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
     """LayerNorm of the product's true value, with codes if the next layer needs them."""
     values = product.values
-    if product.residual is not None and _has_kernel("add_norm", values):
+    if product.residual is not None and has_kernel("add_norm", values):
         count, width = values.shape
         out = torch.empty_like(values)
         codes, scales = _code_buffers(values) if quantized else (None, None)
-        _call(
+        call_kernel(
             "add_norm",
             *(values, product.scales, product.bias, product.residual, count, width),
             *(norm.weight, norm.bias, norm.epsilon, out, codes, scales),
@@ -140,12 +152,12 @@ def add_norm(product: Product, norm: Norm, *, quantized: bool) -> Rows:
 def activate(product: Product, activation: str, shift: float | None = None) -> Rows:
     """Activation of the product's true value; with a ``shift``, codes of value plus shift."""
     values = product.values
-    if _has_kernel("activate", values):
+    if has_kernel("activate", values):
         count, width = values.shape
         kind = ACTIVATIONS[activation].code
         out = torch.empty_like(values) if shift is None else None
         codes, scales = (None, None) if shift is None else _code_buffers(values)
-        _call(
+        call_kernel(
             "activate",
             *(values, product.scales, product.bias, count, width, kind, out, codes, scales),
             shift or 0.0,
@@ -159,10 +171,10 @@ def activate(product: Product, activation: str, shift: float | None = None) -> R
 
 def quantize(rows: Tensor) -> Rows:
     """Rows with codes around 128. A scale for each row keeps scores independent of other pairs."""
-    if _has_kernel("quantize", rows):
+    if has_kernel("quantize", rows):
         rows = rows.contiguous()
         codes, scales = _code_buffers(rows)
-        _call("quantize", rows, *rows.shape, codes, scales)
+        call_kernel("quantize", rows, *rows.shape, codes, scales)
         return Rows(rows, codes, scales)
     coded = _by_blocks(Product(rows), ACTIVATIONS["none"].function, keep=False, codes=True)
     return Rows(rows, coded.codes, coded.scales)
@@ -227,24 +239,8 @@ def _evaluate(product: Product) -> Tensor:
     return values if product.residual is None else values + product.residual
 
 
-def _has_kernel(operation: str, rows: Tensor) -> bool:
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
-        return False
-    found = kernels()
-    return found is not None and operation in found.operations
-
-
 def _code_buffers(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows, dtype=torch.uint8), torch.empty(len(rows), dtype=torch.float32)
-
-
-def _call(operation: str, *arguments: Tensor | float | None) -> None:
-    """Call a kernel with tensors as addresses and torch's number of threads."""
-    found = kernels()
-    if found is None:
-        raise RuntimeError("This is a bug: a kernel was chosen and is not there.")
-    addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    found.call(operation, *addresses, torch.get_num_threads())
 
 
 TYPICAL_ROWS = 512  # rows of a step for which oneDNN lays out the weights
@@ -317,7 +313,7 @@ class PrepackedLinear:
         call = operators._linear_pointwise  # noqa: SLF001 - no public name exists
         self._plain, self._joining = call.default, call.binary
         # With kernels the next norm adds the residual, in its own pass.
-        self._leaves_residual = _has_kernel("add_norm", weight)
+        self._leaves_residual = has_kernel("add_norm", weight)
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """See :class:`Linear`."""

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from echelon.models.blocks import blocks
+from echelon.models.blocks import blocks, by_blocks
+from echelon.models.kernel_calls import call_kernel, has_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from echelon.models.layers import RmsNorm
     from echelon.models.llama import LlamaStretch
 
 
@@ -65,15 +67,54 @@ def stretched(frequencies: Tensor, by: LlamaStretch) -> Tensor:
     return torch.where((waves < shortest) | (waves > longest), long, between)
 
 
-def rotate(rows: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn [rows, heads, size] by the tables of their positions, computed in fp32."""
-    wide = rows.float()
-    half = rows.shape[-1] // 2
-    return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
+def rotate(rows: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None = None) -> Tensor:
+    """Turn heads by the tables of their positions, computed in fp32.
+
+    Args:
+        rows: [rows, heads, size].
+        cosines: float32 [rows, 1, size].
+        sines: of the same form.
+        norm: of each head, before it is turned.
+    """
+    if _fits_kernel(rows, cosines):
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        _by_kernel(rows, out, cosines, sines, norm)
+        return out
+    if rows.device.type != "cpu":
+        return _turned(rows, cosines, sines, norm)
+    return by_blocks(
+        rows, rows.dtype, lambda part: _turned(rows[part], cosines[part], sines[part], norm)
+    )
 
 
 def rotate_in_place(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
     """Turn [rows, parts, heads, size] where they are, as :func:`rotate` does with each part."""
-    for part in blocks(heads):
-        turn = cosines[part].unsqueeze(1), sines[part].unsqueeze(1)
-        heads[part] = rotate(heads[part], *turn)
+    rows = heads.view(len(heads), -1, heads.shape[-1])
+    if _fits_kernel(rows, cosines):
+        _by_kernel(rows, rows, cosines, sines, None)
+        return
+    for part in blocks(rows):
+        rows[part] = _turned(rows[part], cosines[part], sines[part], None)
+
+
+def _turned(rows: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None) -> Tensor:
+    wide = rows.float() if norm is None else norm(rows.float())
+    half = rows.shape[-1] // 2
+    return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
+
+
+def _fits_kernel(rows: Tensor, cosines: Tensor) -> bool:
+    """Whether there is a kernel, and the heads of each row lie one after the other."""
+    close = rows.stride()[1:] == (rows.shape[2], 1) and cosines.dtype == torch.float32
+    return close and has_kernel("rotate", rows)
+
+
+def _by_kernel(
+    rows: Tensor, out: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None
+) -> None:
+    weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
+    call_kernel(
+        "rotate",
+        *(rows, rows.stride(0), out, out.stride(0), *rows.shape),
+        *(cosines.contiguous(), sines.contiguous(), weight, epsilon),
+    )

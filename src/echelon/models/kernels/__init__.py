@@ -36,12 +36,12 @@ LEVELS: dict[str, frozenset[str]] = {
 """Level → what a processor needs for it (:func:`echelon.models.device.cpu_flags`), best first.
 The operating system counts: Linux names no instructions whose registers it does not save."""
 
-OPERATIONS = ("attention", "quantize", "activate", "add_norm")
+OPERATIONS = ("attention", "quantize", "activate", "add_norm", "accumulate_norm", "rotate")
 
 FASTER: dict[str, tuple[str, ...]] = {
     "avx512bf16": OPERATIONS,
     "avx512": OPERATIONS,
-    "avx2": ("attention", "quantize", "activate"),
+    "avx2": ("attention", "quantize", "activate", "accumulate_norm", "rotate"),
     "neon": (),  # nobody could measure it yet
     "portable": OPERATIONS,  # on x86-64; on ARM "neon" stands before it
 }
@@ -59,6 +59,12 @@ SIGNATURES = {
     "echelon_add_norm": (
         *(POINTER, POINTER, POINTER, POINTER, LONG, LONG, POINTER, POINTER, FLOAT),
         *(POINTER, POINTER, POINTER, INT),
+    ),
+    "echelon_accumulate_norm": (
+        *(POINTER, POINTER, LONG, LONG, POINTER, POINTER, FLOAT, INT, POINTER, INT),
+    ),
+    "echelon_rotate": (
+        *(POINTER, LONG, POINTER, LONG, LONG, INT, INT, POINTER, POINTER, POINTER, FLOAT, INT),
     ),
     "echelon_activate": (
         *(POINTER, POINTER, POINTER, LONG, LONG, INT),

@@ -1,7 +1,7 @@
-// Passes over rows that plain PyTorch takes several of: LayerNorm with its residual, activation,
-// quantisation to eight bits with a scale of each row's own.
+// Passes over rows that plain PyTorch takes several of: norms with their residual, activation, rotary
+// positions, quantisation to eight bits with a scale of each row's own.
 //
-// Rows are bf16. A product of eight-bit codes arrives as bf16 too and still lacks the scale of its
+// Rows are bf16, sums of all layers fp32. A product of eight-bit codes arrives as bf16 too and still lacks the scale of its
 // row and its bias; both are applied here, in fp32, on the way. Each function returns 0, or 1 if scratch
 // memory could not be allocated.
 #include "parallel.h"
@@ -74,8 +74,34 @@ INLINE float quantize(const floats* row, int64_t width, float top, float range, 
     return scale;
 }
 
+// LayerNorm (Ba and others, 2016), or where it is not centred RMSNorm (Zhang and Sennrich, 2019).
+struct Norm {
+    const float* gamma;
+    const float* beta;  // nothing where null
+    float epsilon;
+    bool centred;
+};
+
+// The norm of a row whose lanes are in `scratch` and add up to `sum`; it stays there, too.
+INLINE void normalize(floats* scratch, floats sum, int64_t width, const Norm& norm, bf16* out) {
+    const float mean = norm.centred ? sum_of(sum) / width : 0.0f;
+    floats squares = {};
+    for (int64_t c = 0; c < width; c += LANES) {
+        const floats x = choose(width - c, scratch[c / LANES] - mean, floats{});
+        squares += x * x;
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum_of(squares) / width + norm.epsilon);
+    for (int64_t c = 0; c < width; c += LANES) {
+        const int64_t count = width - c;
+        floats y = (scratch[c / LANES] - mean) * inverse * load(norm.gamma + c, count);
+        if (norm.beta != nullptr) y += load(norm.beta + c, count);
+        scratch[c / LANES] = y;
+        store(out + c, narrow(y), count);
+    }
+}
+
 void norm_row(const bf16* product, const bf16* residual, const Pending& pending, float scale, int64_t width,
-              const float* gamma, const float* beta, float epsilon, floats* scratch, bf16* out) {
+              const Norm& norm, floats* scratch, bf16* out) {
     floats sum = {};
     for (int64_t c = 0; c < width; c += LANES) {
         const int64_t count = width - c;
@@ -83,19 +109,45 @@ void norm_row(const bf16* product, const bf16* residual, const Pending& pending,
         scratch[c / LANES] = x;
         sum += x;
     }
-    const float mean = sum_of(sum) / width;
-    floats squares = {};
-    for (int64_t c = 0; c < width; c += LANES) {
-        const floats x = choose(width - c, scratch[c / LANES] - mean, floats{});
-        squares += x * x;
-    }
-    const float inverse = 1.0f / __builtin_sqrtf(sum_of(squares) / width + epsilon);
+    normalize(scratch, sum, width, norm, out);
+}
+
+void accumulate_row(float* row, const bf16* product, int64_t width, const Norm& norm, floats* scratch, bf16* out) {
+    floats sum = {};
     for (int64_t c = 0; c < width; c += LANES) {
         const int64_t count = width - c;
-        const floats x = (scratch[c / LANES] - mean) * inverse;
-        const floats y = x * load(gamma + c, count) + load(beta + c, count);
-        scratch[c / LANES] = y;
-        store(out + c, narrow(y), count);
+        floats x = load(row + c, count);
+        if (product != nullptr) {
+            x += widen(load(product + c, count));
+            store(row + c, x, count);
+        }
+        scratch[c / LANES] = x;
+        sum += x;
+    }
+    normalize(scratch, sum, width, norm, out);
+}
+
+// One head; `to` may be `from`. The first half turns with the second, as in transformers.
+void rotate_head(const bf16* from, bf16* to, int64_t size, const float* cosines, const float* sines, const Norm& norm) {
+    const int64_t half = size / 2;
+    float inverse = 1.0f;
+    if (norm.gamma != nullptr) {
+        floats squares = {};
+        for (int64_t c = 0; c < size; c += LANES) {
+            const floats x = widen(load(from + c, size - c));
+            squares += x * x;
+        }
+        inverse = 1.0f / __builtin_sqrtf(sum_of(squares) / size + norm.epsilon);
+    }
+    for (int64_t c = 0; c < half; c += LANES) {
+        const int64_t count = half - c, d = half + c;
+        floats first = widen(load(from + c, count)), second = widen(load(from + d, count));
+        if (norm.gamma != nullptr) {
+            first *= inverse * load(norm.gamma + c, count);
+            second *= inverse * load(norm.gamma + d, count);
+        }
+        store(to + c, narrow(first * load(cosines + c, count) + second * load(sines + c, count)), count);
+        store(to + d, narrow(second * load(cosines + d, count) + first * load(sines + d, count)), count);
     }
 }
 
@@ -162,12 +214,35 @@ EXPORT int echelon_add_norm(const bf16* product, const float* scales, const floa
                             int64_t count, int64_t width, const float* gamma, const float* beta, float epsilon,
                             bf16* out, uint8_t* codes, float* code_scales, int threads) {
     const Pending pending = {scales, bias};
+    const Norm norm = {gamma, beta, epsilon, true};
     return for_rows(count, width, threads, [=](int64_t r, floats* scratch) {
         const int64_t at = r * width;
-        norm_row(product + at, residual + at, pending, pending.scale(r), width, gamma, beta, epsilon, scratch,
-                 out + at);
+        norm_row(product + at, residual + at, pending, pending.scale(r), width, norm, scratch, out + at);
         if (codes != nullptr)
             code_scales[r] = quantize(scratch, width, largest(scratch, width), 127.0f, 0.0f, 128, codes + at);
+    });
+}
+
+// rows += product, where there is one; out = their norm.
+EXPORT int echelon_accumulate_norm(float* rows, const bf16* product, int64_t count, int64_t width, const float* gamma,
+                                   const float* beta, float epsilon, int centred, bf16* out, int threads) {
+    const Norm norm = {gamma, beta, epsilon, centred != 0};
+    return for_rows(count, width, threads, [=](int64_t r, floats* scratch) {
+        const int64_t at = r * width;
+        accumulate_row(rows + at, product == nullptr ? nullptr : product + at, width, norm, scratch, out + at);
+    });
+}
+
+// Heads turned by their row's cosines and signed sines, [count, size]; with `gamma` after RMSNorm of each
+// head. The heads of a row lie one after the other, the next row's a stride on; `to` may be `from`.
+EXPORT int echelon_rotate(const bf16* from, int64_t from_stride, bf16* to, int64_t to_stride, int64_t count, int heads,
+                          int size, const float* cosines, const float* sines, const float* gamma, float epsilon,
+                          int threads) {
+    const Norm norm = {gamma, nullptr, epsilon, false};
+    return for_rows(count, 1, threads, [=](int64_t r, floats*) {
+        for (int64_t h = 0; h < heads; ++h)
+            rotate_head(from + r * from_stride + h * size, to + r * to_stride + h * size, size, cosines + r * size,
+                        sines + r * size, norm);
     });
 }
 

@@ -137,6 +137,8 @@ INLINE halves load_some(const bf16* from, int64_t count) {
     return (halves)_mm256_maskz_loadu_epi16(lanes(count), from);
 }
 
+INLINE void store_some(float* to, floats x, int64_t count) { _mm512_mask_storeu_ps(to, lanes(count), (__m512)x); }
+
 INLINE void store_some(bf16* to, halves x, int64_t count) { _mm256_mask_storeu_epi16(to, lanes(count), (__m256i)x); }
 
 INLINE void store_some(uint8_t* to, bytes x, int64_t count) { _mm_mask_storeu_epi8(to, lanes(count), (__m128i)x); }
