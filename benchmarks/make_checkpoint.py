@@ -55,6 +55,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "type_vocab_size": 2,
         "pad_token_id": 0,
     },
+    # Alibaba-NLP/gte-reranker-modernbert-base, with the demo tokenizer's special tokens
+    "modernbert-base": {
+        "model_type": "modernbert",
+        "vocab_size": 50368,
+        "hidden_size": 768,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 12,
+        "intermediate_size": 1152,
+        "max_position_embeddings": 8192,
+        "local_attention": 128,
+        "global_attn_every_n_layers": 3,
+        "classifier_pooling": "mean",
+        "pad_token_id": 0,
+        "bos_token_id": 101,
+        "cls_token_id": 101,
+        "eos_token_id": 102,
+        "sep_token_id": 102,
+    },
     # cross-encoder/stsb-roberta-base
     "roberta-base": {
         "model_type": "roberta",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peer_models import MODELS
 from peer_results import (
     TARGETS,
     Spread,
@@ -26,12 +27,9 @@ TITLES = {
     "tutorial": "100 short pairs, one question and four sentences in turn",
     "mixed": "200 pairs as long as web passages (log-normal, mean 120 tokens, at most 512)",
     "long": "40 pairs of 512 tokens",
+    "query": "one question and 100 documents as long as web passages, at most 300 tokens",
     "realtime": "latency: one question, ten documents, 26 tokens a pair",
     "start": "cold start: from the start of the process to the first score",
-}
-MODELS = {
-    "large": "XLM-RoBERTa-large (the shape of bge-reranker-v2-m3), seeded random weights",
-    "demo": "ms-marco-MiniLM-L-12-v2, the demo model",
 }
 LATENCY = ("realtime", "start")
 COLORS = {"fp32": "#9db7d5", "bf16": "#4f7cac", "int8": "#1f3b57"}
@@ -44,7 +42,12 @@ def markdown(parts: Sequence[Part]) -> str:
     for processor, own in by_processor(parts).items():
         lines += ["", f"## {processor}", ""]
         for model, workload in _tables(own):
-            lines += [f"### {model}: {workload}", "", f"{MODELS[model]}; {TITLES[workload]}.", ""]
+            lines += [
+                f"### {model}: {workload}",
+                "",
+                f"{MODELS[model].title}; {TITLES[workload]}.",
+                "",
+            ]
             lines += [*_table(own, model, workload), ""]
         lines += ["### How each engine was run", "", *_settings(own), ""]
         lines += ["### Parts", "", *_parts(own), ""]

@@ -50,7 +50,7 @@ class Target:
     """What Echelon is to reach.
 
     Attributes:
-        model: ``large`` or ``demo``.
+        model: of :data:`peer_models.MODELS`.
         workload: which one.
         ours: Echelon in which precision.
         measure: a function of this module: part and names to a number, or None.
@@ -103,6 +103,11 @@ TARGETS: tuple[Target, ...] = (
         for workload in ("tutorial", "mixed")
         for precision, goal in (("bf16", 1.5), ("int8", 1.3))
     ),
+    Target("modernbert", "mixed", "echelon bf16", "ratio", "sentence-transformers bf16", 1.5),
+    Target("modernbert", "mixed", "echelon fp32", "ratio", "onnxruntime fp32", 1.5),
+    Target("modernbert", "mixed", "echelon bf16", "share_of_peak", "bf16", 72, "%"),
+    Target("qwen3", "query", "echelon bf16", "ratio", "sentence-transformers bf16", 2.0),
+    Target("qwen3", "query", "echelon bf16", "share_of_peak", "bf16", 72, "%"),
     Target("large", "realtime", "echelon bf16", "ratio", "sentence-transformers bf16", 2.0),
     Target("large", "mixed", "echelon bf16", "resident_gb", "", 1.3, "GB", at_most=True),
     Target("large", "start", "echelon bf16", "ratio", "sentence-transformers fp32", 1.0),

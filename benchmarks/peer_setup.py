@@ -10,15 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import venv
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from make_checkpoint import SHAPES, make_checkpoint
 from peer_engines import NOTES
+from peer_models import CACHE
 from peer_worker import ENVIRONMENT, EngineFailed, last_line
 
 if TYPE_CHECKING:
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 HERE = Path(__file__).parent
-CACHE = Path.home() / ".cache" / "echelon-bench"
 PRECISIONS = ("fp32", "bf16", "int8")
-REFERENCE = "transformers fp32"
 PROJECT = "project"
 CALIBRATION_PAIRS = 64
 
@@ -297,18 +294,6 @@ def prepare(engine: Engine, model: Path) -> Path:
     for step in engine.graphs:
         _make_graph(step, model)
     return environment(engine.environment)
-
-
-def checkpoint(layers: int | None, tokenizer: Path) -> Path:
-    """The XLM-R-large stand-in with seeded weights, written once."""
-    shape = dict(SHAPES["xlm-roberta-large"])
-    shape["num_hidden_layers"] = layers or shape["num_hidden_layers"]
-    out = CACHE / "models" / f"xlm-roberta-large-{shape['num_hidden_layers']}"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.parent))
-        make_checkpoint(scratch, shape, tokenizer).rename(out)
-    return out
 
 
 def _calibration() -> Path:

@@ -160,9 +160,9 @@ def settle(member: Member, task: Task) -> dict[str, Any]:
 
 def agreement(task: Task, reference: Sequence[float], logits: Sequence[float]) -> dict[str, float]:
     """Largest difference of a logit, and mean tau within queries, from the reference."""
-    from echelon.engine import precision_check
+    from echelon.engine.agreement import kendall_tau
 
     exact, other = (np.asarray(values, dtype=np.float32) for values in (reference, logits))
     queries = task.workload.queries()
-    taus = [precision_check.kendall_tau(exact[places], other[places]) for places in queries]
+    taus = [kendall_tau(exact[places], other[places]) for places in queries]
     return {"max_delta": float(np.abs(exact - other).max()), "tau": float(np.mean(taus))}

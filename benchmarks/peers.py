@@ -7,7 +7,7 @@
 Each engine runs in a process of its own, at its fastest flags and its best step size, which is
 found on a part of the pairs first. Then the engines take turns, in an order drawn anew for every
 round. Where not all fit in memory they run in groups, with Echelon taking turns in each. fp32 on
-the large shape is slow and has rounds of its own (--slow-rounds).
+large shapes is slow and has rounds of its own (--slow-rounds).
 
 Results are saved after every round, and runs of parts are merged: peers.json, peers.md and
 peers.svg under benchmarks/results/, a block for each processor, and the tables of the READMEs.
@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 import peer_readme
 import peer_report
+from peer_models import MODELS, flop
 from peer_results import finished, merge
-from peer_setup import ENGINES, PRECISIONS, REFERENCE, checkpoint, prepare, versions
+from peer_setup import ENGINES, PRECISIONS, prepare, versions
 from peer_turns import REPEATS, Member, Task, agreement, settle
 from peer_worker import ENVIRONMENT, EngineFailed
 from workloads import NAMES, build, read_passages
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 START = "start"
+SLOW = ("large", "qwen3")
 STARTERS = (
     "echelon bf16",
     "echelon int8",
@@ -53,7 +55,7 @@ STARTERS = (
 )
 """Engines whose way from the start of the process to the first score is timed."""
 
-PASSAGES_NEEDED = {"mixed", "long"}
+PASSAGES_NEEDED = {"mixed", "long", "query"}
 REFERENCE_SIZE = 8
 PROCESS_BYTES = 0.7e9
 """What a process takes beside the weights."""
@@ -77,8 +79,6 @@ class Bench:
         stored = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self.parts: list[dict[str, Any]] = stored.get("parts", [])
         self.references: dict[str, Any] = stored.get("references", {})
-        chosen = arguments.engines
-        self.engines = [e for e in ENGINES if chosen is None or e.name.startswith(chosen)]
 
     def save(self, task: Task) -> None:
         """Add what the task has so far, and write all three files."""
@@ -94,8 +94,9 @@ class Bench:
 
     def run(self, model: str, folder: Path, passages: Sequence[Passages]) -> None:
         """Everything about one model."""
-        tasks = [self._task(model, folder, name, passages) for name in self._names(passages)]
-        ready = list(self._ready(folder, tasks))
+        names = self._names(model, passages)
+        tasks = [self._task(model, folder, name, passages) for name in names]
+        ready = list(self._ready(self._engines(model), folder, tasks))
         warm = [task for task in tasks if task.name != START]
         self._score_references(model, folder, warm)
         for number, group in enumerate(self._groups(ready, folder) if warm else ()):
@@ -111,9 +112,16 @@ class Bench:
                 self._start_up([e for e in ready if e.name in STARTERS], folder, task)
             say(peer_report.summary(self.parts, model, task.name))
 
-    def _names(self, passages: Sequence[Passages]) -> list[str]:
-        asked = self.arguments.workloads
-        return [name for name in asked if passages or name not in PASSAGES_NEEDED]
+    def _names(self, model: str, passages: Sequence[Passages]) -> list[str]:
+        asked, there = self.arguments.workloads, (*MODELS[model].workloads, START)
+        able = [name for name in asked if passages or name not in PASSAGES_NEEDED]
+        return [name for name in able if name in there]
+
+    def _engines(self, model: str) -> list[Engine]:
+        """Those that run the model, of those that were asked for."""
+        chosen = self.arguments.engines or ("",)
+        able = MODELS[model].engines or ("",)
+        return [e for e in ENGINES if e.name.startswith(chosen) and e.name.startswith(able)]
 
     def _task(self, model: str, folder: Path, name: str, passages: Sequence[Passages]) -> Task:
         from tokenizers import Tokenizer
@@ -131,7 +139,7 @@ class Bench:
             "fingerprint": f"{workload.fingerprint}-{config['num_hidden_layers']}",
             "pairs": len(workload.pairs) if name != START else 1,
             "tokens": sum(workload.lengths),
-            "flop": workload.flop(config),
+            "flop": flop(folder, workload),
             "command": "python " + " ".join(sys.argv),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -143,9 +151,11 @@ class Bench:
         }
         return Task(workload, texts, part)
 
-    def _ready(self, folder: Path, tasks: list[Task]) -> Iterator[Engine]:
+    def _ready(
+        self, engines: Sequence[Engine], folder: Path, tasks: list[Task]
+    ) -> Iterator[Engine]:
         """The engines that install; the others are results already."""
-        for engine in self.engines:
+        for engine in engines:
             facts = {
                 "precision": engine.precision,
                 "ours": engine.ours,
@@ -177,8 +187,9 @@ class Bench:
         wanted = [task for task in tasks if self._reference(task) is None]
         if not wanted:
             return
-        say(f"{model}: reference scores of {REFERENCE}")
-        engine = next(engine for engine in ENGINES if engine.name == REFERENCE)
+        reference = MODELS[model].reference
+        say(f"{model}: reference scores of {reference}")
+        engine = next(engine for engine in ENGINES if engine.name == reference)
         try:
             member = Member(engine, folder)
             for task in wanted:
@@ -189,7 +200,7 @@ class Bench:
                 }
             member.close()
         except EngineFailed as error:
-            say(f"{REFERENCE}: {error}; agreement is not measured")
+            say(f"{reference}: {error}; agreement is not measured")
 
     def _reference(self, task: Task) -> list[float] | None:
         kept = self.references.get(f"{task.part['model']}/{task.name}", {})
@@ -242,7 +253,7 @@ class Bench:
     def _take_turns(self, members: list[Member], task: Task, group: int) -> None:
         """Find each engine's settings, then let all take turns; saved after every round."""
         settled = [member for member in members if self._settled(member, task)]
-        slow = task.part["model"] == "large" and task.name not in REPEATS
+        slow = task.part["model"] in SLOW and task.name not in REPEATS
         slow = slow and any(m.engine.precision == "fp32" for m in members if not m.engine.ours)
         for number in range(self.arguments.slow_rounds if slow else self.arguments.rounds):
             turn: dict[str, Any] = {"group": group, "round": number, "seconds": {}}
@@ -327,14 +338,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, help="tokenizer of the XLM-R-large stand-in")
     parser.add_argument("--xquad", type=Path, help="folder of SQuAD-like *.LANGUAGE.json files")
-    parser.add_argument("--models", type=_list, default=("large", "demo"))
+    parser.add_argument("--models", type=_list, default=tuple(MODELS))
     parser.add_argument("--workloads", type=_list, default=(*NAMES, START))
     parser.add_argument("--engines", type=_list, help="names, or what they begin with")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=3, help="beside fp32, large shape")
+    parser.add_argument("--slow-rounds", type=int, default=3, help="beside fp32, large shapes")
     parser.add_argument("--start-rounds", type=int, default=3, help="cold starts of each engine")
     parser.add_argument("--memory", type=float, help="GB that engines may take together")
-    parser.add_argument("--layers", type=int, help="of the large shape, to try things quickly")
+    parser.add_argument("--layers", type=int, help="of seeded models, to try things quickly")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     if find_spec("matplotlib") is None:
@@ -347,17 +358,12 @@ def main() -> None:
 
 
 def _run_model(bench: Bench, model: str) -> None:
-    arguments, languages = bench.arguments, None
-    if model == "large" and arguments.tokenizer is None:
-        say("large: left out, it needs --tokenizer")
+    arguments, made = bench.arguments, MODELS[model]
+    if arguments.tokenizer is None and not made.own_tokenizer:
+        say(f"{model}: left out, it needs --tokenizer")
         return
-    if model == "large":
-        folder = checkpoint(arguments.layers, arguments.tokenizer)
-    else:
-        from echelon.models.demo import pull
-
-        folder, languages = pull(), ("en",)
-    passages = read_passages(arguments.xquad, languages) if arguments.xquad else ()
+    folder = made.make(arguments.tokenizer, arguments.layers)
+    passages = read_passages(arguments.xquad, made.languages) if arguments.xquad else ()
     bench.run(model, folder, passages)
 
 

@@ -29,11 +29,12 @@ DOCUMENTS = (
     "Bread is baked from flour, water and some salt.",
 )
 MAX_LENGTH = 512
-NAMES = ("tutorial", "mixed", "long", "realtime")
+NAMES = ("tutorial", "mixed", "long", "realtime", "query")
 
 TUTORIAL_PAIRS = 100
 MIXED_PAIRS, MIXED_MEAN, MIXED_SIGMA = 200, 120.0, 0.6
 LONG_PAIRS = 40
+QUERY_DOCUMENTS, LONGEST_OF_QUERY = 100, 300
 REALTIME_PAIRS, REALTIME_TOKENS = 10, 26
 DOCUMENTS_PER_QUERY = 10
 SHORTEST_DOCUMENT = 8
@@ -80,14 +81,20 @@ class Workload:
 
 
 def flop_of_pair(config: dict[str, Any], length: int) -> float:
-    """Operations of a BERT-like encoder for one pair without padding; look-ups cost nothing.
+    """Operations of an encoder for one pair without padding; look-ups cost nothing.
 
-    A token and layer: four hidden × hidden products, two hidden × intermediate, and two attention
-    products over ``length`` tokens; a multiplication and an addition count as two.
+    A token and layer: four hidden × hidden products, two hidden × intermediate (three with a gate),
+    and two attention products over the tokens it sees; a multiplication and an addition count as
+    two.
     """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    per_token = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * length * hidden
-    return float(config["num_hidden_layers"] * per_token * length)
+    layers, gated = config["num_hidden_layers"], config.get("model_type") == "modernbert"
+    seen = layers * length
+    if gated:
+        wide = math.ceil(layers / config["global_attn_every_n_layers"])
+        seen = wide * length + (layers - wide) * min(length, config["local_attention"] + 1)
+    products = 4 * hidden**2 + (3 if gated else 2) * hidden * inner
+    return float(length * (2 * layers * products + 4 * hidden * seen))
 
 
 def tutorial(count: int = TUTORIAL_PAIRS) -> list[Pair]:
@@ -127,6 +134,10 @@ def build(name: str, tokenizer: Any, passages: Sequence[Passages] = ()) -> Workl
         words = " ".join(DOCUMENTS).split()
         texts = [" ".join(words[i:] + words[:i]) for i in range(REALTIME_PAIRS)]
         pairs = [(QUERY, fit(tokenizer, QUERY, text, REALTIME_TOKENS)) for text in texts]
+    elif name == "query":
+        targets = [min(n, LONGEST_OF_QUERY) for n in mixed_lengths(QUERY_DOCUMENTS)]
+        cut = list(_cut(tokenizer, passages, targets))
+        pairs = [(cut[0][0], document) for _, document in cut]
     else:
         targets = [MAX_LENGTH] * LONG_PAIRS if name == "long" else mixed_lengths()
         pairs = list(_cut(tokenizer, passages, targets))

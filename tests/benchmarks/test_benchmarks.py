@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from language_models import make_language_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -17,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peer_engines
+import peer_models
 import peer_readme
 import peer_report
 import peer_results
@@ -125,6 +127,32 @@ def test_operations_are_those_of_the_large_shape():
         assert workloads.flop_of_pair(large, length) == expected
 
 
+def test_operations_of_modernbert_count_its_gate_and_its_window():
+    base = {"model_type": "modernbert", "hidden_size": 768, "intermediate_size": 1152}
+    base |= {"num_hidden_layers": 22, "global_attn_every_n_layers": 3, "local_attention": 128}
+    for length in (100, 500):
+        seen = 8 * length + 14 * min(length, 129)
+        expected = length * (2 * 22 * (4 * 768**2 + 3 * 768 * 1152) + 4 * 768 * seen)
+        assert workloads.flop_of_pair(base, length) == expected
+
+
+def test_query_has_documents_of_one_question(tokenizer, passages):
+    found = workloads.build("query", tokenizer, passages)
+    assert len(found.queries()) == 1
+    assert len(found.pairs) == 100
+    assert max(found.lengths) < 350
+
+
+def test_operations_of_a_language_model_count_a_prompt_once(tmp_path):
+    folder = make_language_model(tmp_path / "Qwen3-Reranker", "qwen3", max_position_embeddings=900)
+    one = workloads.Workload("query", [("rain", "a ferry")], [5])
+    same = workloads.Workload("query", [("rain", "a ferry"), ("rain", "a kettle")], [5, 5])
+    other = workloads.Workload("query", [("rain", "a ferry"), ("snow", "a kettle")], [5, 5])
+    first, shared, apart = (peer_models.flop(folder, work) for work in (one, same, other))
+    assert first < shared < 1.5 * first
+    assert apart > shared
+
+
 @pytest.mark.parametrize(("size", "unit"), [(8, "pairs"), (1, "pairs"), (512, "tokens")])
 def test_a_sample_stands_for_the_whole(size, unit):
     lengths = workloads.mixed_lengths()
@@ -196,7 +224,10 @@ def test_targets(target, value, word):
 
 def test_every_target_names_engines_that_are_compared():
     names = {engine.name for engine in peer_setup.ENGINES}
-    assert peer_setup.REFERENCE in names
+    assert {model.reference for model in peer_models.MODELS.values()} <= names
+    for model in peer_models.MODELS.values():
+        assert all(any(name.startswith(begin) for name in names) for begin in model.engines)
+        assert set(model.workloads) <= set(workloads.NAMES)
     for target in peer_results.TARGETS:
         assert target.ours in names
         assert target.against in names | {"fp32", "bf16", "int8", ""}
@@ -214,6 +245,13 @@ def test_failures_are_in_the_report():
     assert "| broken int8 | failed: pip says no |" in text
     assert "| **echelon bf16** | 10.0 [10.0–10.0] (1) | 8 pairs |" in text
     assert text.count("not measured") == len(peer_results.TARGETS) - 3
+
+
+def test_agreement_is_that_within_queries():
+    work = workloads.Workload("mixed", [("q", "a"), ("q", "b"), ("r", "a"), ("r", "b")], [2] * 4)
+    task = peer_turns.Task(work, Path(), {})
+    found = peer_turns.agreement(task, [1.0, 2.0, 9.0, 8.0], [1.0, 2.5, 3.0, 4.0])
+    assert found == {"max_delta": 6.0, "tau": 0.0}
 
 
 def test_graph_steps_exist():
