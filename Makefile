@@ -119,7 +119,8 @@ $(TRITON)/.installed: $(VENV)/.installed-test
 .venv-torch-%/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(@D)
 	grep -viE '^(torch|triton|setuptools|nvidia-|cuda-)' requirements.lock > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch,serve]' aiohttp pytest pytest-randomly pytest-xdist hypothesis scipy httpx
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c $(@D)/constraints.txt 'torch==$*' -e '.[torch,serve]' aiohttp pbr pytest pytest-randomly pytest-xdist hypothesis scipy httpx
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c $(@D)/constraints.txt hdrhistogram # older torch wants other setuptools
 	@touch $@
 
 # Apart, so that the tools are not among what they list or build.

@@ -110,17 +110,19 @@ class Model:
     name: str
     architecture: Architecture | ModernBertArchitecture
 
-    def forward(self, layers: int, attend: Attention) -> Callable[[StepInputs], Tensor]:
-        """The pass of a model with so many layers, in fp16."""
-        shape, plan = replace(self.architecture, layers=layers), LayerPlan("fp16")
+    def forward(
+        self, layers: int, attend: Attention, precision: str
+    ) -> Callable[[StepInputs], Tensor]:
+        """The pass of a model with so many layers."""
+        shape, plan = replace(self.architecture, layers=layers), LayerPlan(precision)
         if isinstance(shape, Architecture):
             with patch.object(encoder, "encoder_checkpoint", lambda _: FakeCheckpoint()):
                 weights = load_weights(Path(), shape, CUDA, plan, 0)
-            return EncoderPass(weights, attend, "fp16")
+            return EncoderPass(weights, attend, precision)
         shape = replace(shape, local=(True,) * (layers - 1) + (False,))
         with patch.object(modernbert_encoder, "Checkpoint", lambda _: FakeCheckpoint()):
             loaded = modernbert_encoder.load_weights(Path(), shape, CUDA, plan, 0)
-        return ModernBertPass(shape, loaded, attend, "fp16")
+        return ModernBertPass(shape, loaded, attend, precision)
 
 
 def bert_like(name: str, kind: str, layers: int, heads: int, size: int) -> Model:
@@ -156,15 +158,17 @@ def fake_card(*, kernels: bool) -> Iterator[None]:
         yield
 
 
-def costs(model: Model, *, layers: int, major: int = 9, kernels: bool = True) -> Launches:
-    """What a pass of some of a model's layers in fp16 does on a card of a major capability."""
+def costs(
+    model: Model, *, layers: int, major: int = 9, kernels: bool = True, precision: str = "fp16"
+) -> Launches:
+    """What a pass of some of a model's layers does on a card of a major capability."""
     shape = model.architecture
     step = CaptureShape(TOKENS, TOKENS // LENGTH, LENGTH)
     with fake_card(kernels=kernels):
         attend = attention_with(choose_kernel(major, torch.float16, shape.head_shape[1]))
         size = step.size(segments=shape.reads_segments)
         block = torch.zeros(size, dtype=torch.int32, device=CUDA)
-        run = model.forward(layers, attend)
+        run = model.forward(layers, attend, precision)
         with Launches() as launches:
             run(read(block, step, segments=shape.reads_segments))
     return launches

@@ -17,6 +17,8 @@ BUDGETS = {
     MODERNBERT: LayerCosts(9, 23, 26_000, 10_027_008),
 }
 
+FP8 = {XLM_R_LARGE: (12, 50_200)}
+
 
 @pytest.mark.parametrize("model", BUDGETS, ids=lambda model: model.name)
 def test_a_layer_costs_no_more_than_its_budget(model):
@@ -25,6 +27,14 @@ def test_a_layer_costs_no_more_than_its_budget(model):
     assert costs.rest_launches <= budget.rest_launches
     assert costs.token_bytes <= budget.token_bytes
     assert costs.token_flops == budget.token_flops
+
+
+@pytest.mark.parametrize("model", FP8, ids=lambda model: model.name)
+def test_fp8_takes_a_launch_more_a_product_and_one_for_the_activation(model):
+    costs, (launches, token_bytes) = LayerCosts.of(model, precision="fp8"), FP8[model]
+    assert costs.launches <= launches
+    assert costs.token_bytes <= token_bytes
+    assert costs.token_flops == BUDGETS[model].token_flops
 
 
 def test_without_triton_a_layer_of_xlm_r_takes_two_more():

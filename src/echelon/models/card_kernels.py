@@ -31,12 +31,16 @@ OPERATORS = (
     f"accumulate_norm(Tensor(a!) total, Tensor product, {NORM}",
     "gate(Tensor both, int activation) -> Tensor",
     "turn(Tensor heads, Tensor cosines, Tensor sines, Tensor? weight, float epsilon) -> Tensor",
+    "float8(Tensor rows) -> (Tensor, Tensor)",
 )
 """``add_norm``: norm of product + residual, [rows, width], in the product's dtype; with ``centred``
 LayerNorm, else RMSNorm. ``accumulate_norm``: the same after adding the product to ``total``, in
 place. ``gate``: [rows, 2 · width] → [rows, width], the activation of the first half times the
 second. ``turn``: [rows, heads, size] at their rotary positions, after an RMSNorm if there is a
-weight."""
+weight. ``float8``: [rows, width] → codes [rows, width] and their scales, float32 [rows, 1]."""
+
+FLOAT8 = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
+LARGEST = torch.finfo(FLOAT8).max
 
 SILU = 4
 GATES: dict[int, Callable[[Tensor], Tensor]] = {
@@ -60,6 +64,17 @@ def turned(
         found: Tensor = torch.ops.echelon.turn(heads, *tables, weight, epsilon)
         return found
     return _turn(heads, *tables, weight, epsilon)
+
+
+def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, width] → codes of :data:`FLOAT8` [rows, width], and their scales, float32 [rows, 1].
+
+    A number is wrong by at most a sixteenth of itself, or by what the smallest code is worth.
+    """
+    if has_card_kernels(rows):
+        found: tuple[Tensor, Tensor] = torch.ops.echelon.float8(rows)
+        return found
+    return _float8(rows)
 
 
 CLOSE = 1e-2  # far less than a wrong kernel differs, far more than fp16 rounds
@@ -128,6 +143,12 @@ def _turn(
     return rotate(wide, cosines, sines).to(heads.dtype)
 
 
+def _float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    wide = rows.float()
+    scales = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    return (wide / scales).clamp(-LARGEST, LARGEST).to(FLOAT8), scales
+
+
 def _add_norm_on_card(product: Tensor, residual: Tensor, *norm: Any) -> Tensor:
     from echelon.models import triton_kernels
 
@@ -158,6 +179,13 @@ def _turn_on_card(
         return triton_kernels.turn(heads, cosines, sines, weight, epsilon)
 
 
+def _float8_on_card(rows: Tensor) -> tuple[Tensor, Tensor]:
+    from echelon.models import triton_kernels
+
+    with torch.cuda.device(rows.device):
+        return triton_kernels.float8(rows.contiguous())
+
+
 def _shape_of_add_norm(product: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(product)
 
@@ -176,13 +204,30 @@ def _shape_of_turn(heads: Tensor, *_: Any) -> Tensor:
     return heads.new_empty(heads.shape)
 
 
+def _shape_of_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scales = rows.new_empty(len(rows), 1, dtype=torch.float32)
+    return torch.empty_like(rows, dtype=FLOAT8), scales
+
+
 _LIBRARY = torch.library.Library("echelon", "DEF")  # type: ignore[no-untyped-call]  # torch's own gap
 for _schema in OPERATORS:
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]  # torch's own gap
 for _key, _functions in {
-    "CPU": (_add_norm, _accumulate_norm, _gate, _turn),
-    "CUDA": (_add_norm_on_card, _accumulate_norm_on_card, _gate_on_card, _turn_on_card),
-    "Meta": (_shape_of_add_norm, _shape_of_accumulate_norm, _shape_of_gate, _shape_of_turn),
+    "CPU": (_add_norm, _accumulate_norm, _gate, _turn, _float8),
+    "CUDA": (
+        _add_norm_on_card,
+        _accumulate_norm_on_card,
+        _gate_on_card,
+        _turn_on_card,
+        _float8_on_card,
+    ),
+    "Meta": (
+        _shape_of_add_norm,
+        _shape_of_accumulate_norm,
+        _shape_of_gate,
+        _shape_of_turn,
+        _shape_of_float8,
+    ),
 }.items():
     for _schema, _function in zip(OPERATORS, _functions, strict=True):
         _LIBRARY.impl(_schema.partition("(")[0], _function, _key)  # type: ignore[no-untyped-call]  # torch's own gap

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from echelon.models.card_kernels import to_float8
 from echelon.models.layers import Product, values_of
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echelon.models.layers import Rows
-
-FORMAT = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
-LARGEST = torch.finfo(FORMAT).max
 
 MULTIPLE = 16
 """Widths of both sides of a product must be multiples; other layers stay in bf16."""
@@ -33,16 +31,6 @@ def fits(weights: Sequence[Tensor]) -> bool:
     return all(width % MULTIPLE == 0 for width in widths)
 
 
-def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, width] → codes of :data:`FORMAT` [rows, width], and their scales, float32 [rows, 1].
-
-    A number is wrong by at most a sixteenth of itself, or by what the smallest code is worth.
-    """
-    wide = rows.float()
-    scales = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
-    return (wide / scales).clamp(-LARGEST, LARGEST).to(FORMAT), scales
-
-
 class Float8Linear:
     """A product in float8 of weight [out, in] and bias [out], or no bias; results in bf16."""
 
@@ -50,7 +38,7 @@ class Float8Linear:
     activated = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
-        codes, scales = quantize(weight.to(device))
+        codes, scales = to_float8(weight.to(device))
         self._weight, self._scales = codes.t(), scales.t()
         self._bias = None if bias is None else bias.to(device, torch.bfloat16, copy=True)
 
@@ -62,7 +50,7 @@ class Float8Linear:
 
     def __call__(self, rows: Rows, residual: Tensor | None = None) -> Product:
         """See :class:`~echelon.models.layers.Linear`."""
-        codes, scales = quantize(values_of(rows))
+        codes, scales = to_float8(values_of(rows))
         product = torch._scaled_mm(  # noqa: SLF001 - no public name exists
             codes, self._weight, scales, self._scales, self._bias, out_dtype=torch.bfloat16
         )

@@ -113,6 +113,21 @@ def turn_kernel(
     tl.store(to + half, (right * cosine + left * sine).to(turned), mask=inside)
 
 
+@triton.jit
+def float8_kernel(
+    rows, codes, scales, width: tl.constexpr, block: tl.constexpr, largest: tl.constexpr
+) -> None:
+    """``codes`` of a row in eight-bit floating point, its largest number as ``largest``."""
+    columns = tl.arange(0, block)
+    inside = columns < width
+    first = tl.program_id(0).to(tl.int64) * width
+    row = tl.load(rows + first + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(row), 0), 1.1754943508222875e-38) / largest
+    row = tl.minimum(tl.maximum(row / scale, -largest), largest)
+    tl.store(codes + first + columns, row.to(codes.dtype.element_ty), mask=inside)
+    tl.store(scales + tl.program_id(0), scale)
+
+
 def add_norm(
     product: Tensor,
     residual: Tensor,
@@ -166,3 +181,17 @@ def turn(
         normed=weight is not None,
     )
     return out
+
+
+def float8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``echelon::float8``."""
+    count, width = rows.shape
+    codes = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    scales = rows.new_empty(count, 1, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    largest = torch.finfo(codes.dtype).max
+    warps = min(8, max(1, block // 256))
+    float8_kernel[(count,)](
+        rows, codes, scales, width=width, block=block, largest=largest, num_warps=warps
+    )
+    return codes, scales
