@@ -41,6 +41,7 @@ Argument read_argument() {
 using P = void*;
 using L = int64_t;
 using Attention = int (*)(P, L, P, P, P, L, P, int, int, int, int, P, int);
+using CausalAttention = int (*)(P, L, P, P, L, P, L, P, P, P, P, P, int, int, int, int, P, int);
 using Quantize = int (*)(P, L, L, P, P, int);
 using AddNorm = int (*)(P, P, P, P, L, L, P, P, float, P, P, P, int);
 using AccumulateNorm = int (*)(P, P, L, L, P, P, float, int, P, int);
@@ -53,6 +54,10 @@ int run(const std::string& name, void* address, std::vector<Argument>& a) {
     if (name == "echelon_attention")
         return reinterpret_cast<Attention>(address)(a[0].at(), a[1], a[2].at(), a[3].at(), a[4].at(), a[5], a[6].at(),
                                                     whole(7), whole(8), whole(9), whole(10), a[11].at(), whole(12));
+    if (name == "echelon_causal_attention")
+        return reinterpret_cast<CausalAttention>(address)(
+            a[0].at(), a[1], a[2].at(), a[3].at(), a[4], a[5].at(), a[6], a[7].at(), a[8].at(), a[9].at(), a[10].at(),
+            a[11].at(), whole(12), whole(13), whole(14), whole(15), a[16].at(), whole(17));
     if (name == "echelon_quantize")
         return reinterpret_cast<Quantize>(address)(a[0].at(), a[1], a[2], a[3].at(), a[4].at(), whole(5));
     if (name == "echelon_add_norm")

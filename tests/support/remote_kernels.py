@@ -24,6 +24,7 @@ EMULATORS = {"aarch64": ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linu
 
 OUTPUTS = {
     "echelon_attention": {11},
+    "echelon_causal_attention": {16},
     "echelon_quantize": {3, 4},
     "echelon_add_norm": {9, 10, 11},
     "echelon_accumulate_norm": {0, 8},
@@ -113,6 +114,24 @@ def _attention(*arguments):
     return {0: queries, 2: index, 3: keys, 4: keys, 6: index, 11: 2 * rows * width}
 
 
+def _causal_attention(*arguments):
+    _, query_stride, query_offsets, _, key_stride, _, value_stride, offsets = arguments[:8]
+    _, _, starts, before, texts, heads, group, size, *_ = arguments[8:]
+    index, width = 4 * (texts + 1), heads * size
+    queries, rows = (
+        struct.unpack("<i", ctypes.string_at(at, index)[-4:])[0] for at in (query_offsets, offsets)
+    )
+    places, counts = (
+        struct.unpack(f"<{texts}i", ctypes.string_at(at, 4 * texts)) for at in (starts, before)
+    )
+    first = max(place + count for place, count in zip(places, counts, strict=True))
+    keys, values = (2 * ((rows - 1) * stride + width) for stride in (key_stride, value_stride))
+    asked = 2 * ((queries - 1) * query_stride + width * group)
+    sizes = {0: asked, 2: index, 3: keys, 5: values, 7: index, 8: 2 * first * width}
+    sizes |= {9: 2 * first * width, 10: 4 * texts, 11: 4 * texts}
+    return sizes | {16: 2 * queries * width * group}
+
+
 def _quantize(rows, count, width, *_):
     del rows
     return {0: 2 * count * width, 3: count * width, 4: 4 * count}
@@ -146,6 +165,7 @@ def _activate(product, scales, bias, count, width, *_):
 
 SIZES = {
     "echelon_attention": _attention,
+    "echelon_causal_attention": _causal_attention,
     "echelon_quantize": _quantize,
     "echelon_add_norm": _add_norm,
     "echelon_accumulate_norm": _accumulate_norm,

@@ -1,6 +1,7 @@
 """Causal attention over packed pairs whose beginnings are shared, with grouped query heads.
 
-The keys of a pair are those of its prefix and its own. Pairs of one prefix and one length go
+The keys of a pair are those of its prefix and its own. The compiled kernel takes all pairs at once,
+and reads the keys of a prefix where they are. Without it, pairs of one prefix and one length go
 together, a block of their rows at a time, so that a long pair neither makes a large mask nor
 multiplies keys that come later. Blocks end at the same positions in every pair, shared or not, so
 that a row's sums are over as many keys in the same order: bf16 gives the same bits.
@@ -9,11 +10,16 @@ that a row's sums are over as many keys in the same order: bf16 gives the same b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+from echelon.models.device import has_amx
+from echelon.models.kernel_calls import call_kernel, has_kernel
+from echelon.models.kernels import CAUSAL_HEAD_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,6 +80,41 @@ class CausalMask:
         return mask if mask.device.type == "cpu" else mask.contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class KernelTexts:
+    """What the kernel knows of texts whose rows follow one another, each [texts] in int32.
+
+    A text is a pair's own tokens, or those tokens of a prefix that are computed.
+    """
+
+    offsets: Tensor  # [texts + 1], of its rows in the step
+    starts: Tensor  # first row, among those of all prefixes, of the tokens before its own
+    before: Tensor  # how many those are
+
+    @classmethod
+    def of(cls, layout: StepLayout) -> KernelTexts:
+        """Those of a step: the prefixes that are computed, then the pairs."""
+        sizes = [len(prefix.ids) for prefix in layout.prefixes]
+        places = [sum(sizes[:index]) for index in range(len(sizes))]
+        rows, starts, before = [0], [], []
+        for prefix, place in zip(layout.prefixes, places, strict=True):
+            if prefix.known < len(prefix.ids):
+                rows.append(len(prefix.ids) - prefix.known)
+                starts.append(place)
+                before.append(prefix.known)
+        for run in layout.runs:
+            rows += [run.length] * run.count
+            starts += [0 if run.prefix is None else places[run.prefix]] * run.count
+            before += [0 if run.prefix is None else sizes[run.prefix]] * run.count
+        numbers = (torch.tensor(values, dtype=torch.int32) for values in (rows, starts, before))
+        offsets, *others = numbers
+        return cls(offsets.cumsum(0, dtype=torch.int32), *others)
+
+    def last(self, count: int) -> KernelTexts:
+        """The last ones of them."""
+        return KernelTexts(self.offsets[-count - 1 :], self.starts[-count:], self.before[-count:])
+
+
 class CausalAttention:
     """The attention of one step in all layers."""
 
@@ -83,10 +124,18 @@ class CausalAttention:
         self._layout = layout
         query_heads, self._key_heads = heads
         self._group = query_heads // self._key_heads
-        ends = [len(prefix.ids) for prefix in layout.prefixes]
-        before = [ends[run.prefix] if run.prefix is not None else 0 for run in layout.runs]
-        ends += [start + run.length for start, run in zip(before, layout.runs, strict=True)]
-        self._mask = CausalMask(max(ends), self._group, device, dtype)
+        self._device, self._dtype = device, dtype
+
+    @cached_property
+    def _mask(self) -> CausalMask:
+        ends = [len(prefix.ids) for prefix in self._layout.prefixes]
+        before = [ends[run.prefix] if run.prefix is not None else 0 for run in self._layout.runs]
+        ends += [start + run.length for start, run in zip(before, self._layout.runs, strict=True)]
+        return CausalMask(max(ends), self._group, self._device, self._dtype)
+
+    @cached_property
+    def _texts(self) -> KernelTexts:
+        return KernelTexts.of(self._layout)
 
     def beginnings(
         self, own: KeysAndValues, cached: Sequence[KeysAndValues | None]
@@ -102,6 +151,8 @@ class CausalAttention:
         self, query: Tensor, own: KeysAndValues, beginnings: Sequence[KeysAndValues]
     ) -> Tensor:
         """Attention of all rows: [rows, heads, size] → [rows, heads × size]; filler gets 0."""
+        if _fits_kernel(query, own):
+            return self._by_kernel(query, own, beginnings, self._texts, self._texts.offsets)
         mixed = own.values.new_zeros(len(query), query.shape[1] * query.shape[2])
         for prefix, beginning in zip(self._layout.prefixes, beginnings, strict=True):
             if prefix.known < len(prefix.ids):
@@ -120,11 +171,41 @@ class CausalAttention:
 
         ``query`` is [pairs or more, heads, size]; the surplus rows of the result are 0.
         """
+        if _fits_kernel(query, own):
+            pairs = len(self._layout.order)
+            one_each = torch.arange(pairs + 1, dtype=torch.int32)
+            return self._by_kernel(query, own, beginnings, self._texts.last(pairs), one_each)
         mixed = own.values.new_zeros(len(query), query.shape[1] * query.shape[2])
         for run in self._layout.runs:
             found = _of_run(run, own, beginnings)
             mixed[run.pairs] = self._causal(query[run.pairs][:, None], found)
         return mixed
+
+    def _by_kernel(
+        self,
+        query: Tensor,
+        own: KeysAndValues,
+        beginnings: Sequence[KeysAndValues],
+        texts: KernelTexts,
+        query_offsets: Tensor,
+    ) -> Tensor:
+        """Attention of the last rows of each text; rows of none are 0."""
+        size = query.shape[2]
+        out = query.new_zeros(len(query), query.shape[1] * size)
+        # Of one prefix they are where they were: nothing is copied.
+        parts = [(part.keys, part.values) for part in beginnings] or [(own.keys, own.values)]
+        keys, values = (
+            (part[0] if len(part) == 1 else torch.cat(part)).contiguous()
+            for part in zip(*parts, strict=True)
+        )
+        call_kernel(
+            "causal_attention",
+            *(query, query.stride(0), query_offsets),
+            *(own.keys, own.keys.stride(0), own.values, own.values.stride(0), texts.offsets),
+            *(keys, values, texts.starts, texts.before),
+            *(len(texts.starts), self._key_heads, self._group, size, out),
+        )
+        return out
 
     def _causal(self, query: Tensor, tokens: KeysAndValues) -> Tensor:
         """Attention of each pair's last rows: [pairs, rows, heads, size] → [all rows, width].
@@ -150,6 +231,19 @@ class CausalAttention:
             mixed.append(out.view(block.shape).transpose(1, 2))
             first = end
         return torch.cat(mixed, 1).view(pairs * length, -1)
+
+
+def _fits_kernel(query: Tensor, own: KeysAndValues) -> bool:
+    """Whether the kernel is there, and the heads of each row lie one after the other."""
+    size = query.shape[2]
+    close = all(part.stride()[1:] == (size, 1) for part in (query, own.keys, own.values))
+    # Nobody could compare it with torch's products on AMX yet.
+    return (
+        close
+        and size in CAUSAL_HEAD_SIZES
+        and not has_amx()
+        and has_kernel("causal_attention", query)
+    )
 
 
 def _of_run(run: Run, own: KeysAndValues, beginnings: Sequence[KeysAndValues]) -> KeysAndValues:

@@ -36,12 +36,20 @@ LEVELS: dict[str, frozenset[str]] = {
 """Level → what a processor needs for it (:func:`echelon.models.device.cpu_flags`), best first.
 The operating system counts: Linux names no instructions whose registers it does not save."""
 
-OPERATIONS = ("attention", "quantize", "activate", "add_norm", "accumulate_norm", "rotate")
+OPERATIONS = (
+    "attention",
+    "causal_attention",
+    "quantize",
+    "activate",
+    "add_norm",
+    "accumulate_norm",
+    "rotate",
+)
 
 FASTER: dict[str, tuple[str, ...]] = {
     "avx512bf16": OPERATIONS,
     "avx512": OPERATIONS,
-    "avx2": ("attention", "quantize", "activate", "accumulate_norm", "rotate"),
+    "avx2": tuple(name for name in OPERATIONS if name != "add_norm"),
     "neon": (),  # nobody could measure it yet
     "portable": OPERATIONS,  # on x86-64; on ARM "neon" stands before it
 }
@@ -54,6 +62,10 @@ SIGNATURES = {
     "echelon_attention": (
         *(POINTER, LONG, POINTER, POINTER, POINTER, LONG, POINTER),
         *(INT, INT, INT, INT, POINTER, INT),
+    ),
+    "echelon_causal_attention": (
+        *(POINTER, LONG, POINTER, POINTER, LONG, POINTER, LONG, POINTER),
+        *(POINTER, POINTER, POINTER, POINTER, INT, INT, INT, INT, POINTER, INT),
     ),
     "echelon_quantize": (POINTER, LONG, LONG, POINTER, POINTER, INT),
     "echelon_add_norm": (
@@ -74,6 +86,9 @@ SIGNATURES = {
 
 HEAD_SIZES = (32, 64)
 """Widths of attention heads that ``echelon_attention`` is compiled for."""
+
+CAUSAL_HEAD_SIZES = (64, 128)
+"""Those of ``echelon_causal_attention``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,13 +70,25 @@ struct Scratch {
     part* query;    // [ROWS, size]
 };
 
+struct Rows {  // of one head
+    const bf16* first;
+    int64_t stride;  // elements between rows
+
+    const bf16* at(int64_t row) const { return first + row * stride; }
+};
+
 struct Task {
-    const bf16 *query, *key, *value;  // first row of this head
-    bf16* out;
-    int64_t query_stride, stride, out_stride;  // elements between rows
-    int queries, keys;
-    int reach;  // query r sees the keys r - reach to r + reach; below 0 all
+    Rows query, key, value;
+    Rows key_before, value_before;  // the first `before` keys, which lie elsewhere; key and value go on with
+    bf16* out;                      // the next one
+    int64_t out_stride;
+    int queries, keys, before;
+    int reach;    // query r sees the keys r - reach to r + reach; below 0 all
+    bool causal;  // the last query sees all keys, and each one before it a key less
     float scale;
+
+    const bf16* key_at(int i) const { return i < before ? key_before.at(i) : key.at(i - before); }
+    const bf16* value_at(int i) const { return i < before ? value_before.at(i) : value.at(i - before); }
 };
 
 // The keys that a query sees, counted from the first key of some block.
@@ -86,6 +98,7 @@ struct Seen {
 
 // The keys that `rows` queries from `first` on see.
 INLINE Seen seen_by(const Task& task, int first, int rows) {
+    if (task.causal) return {0, task.keys - task.queries + first + rows};
     if (task.reach < 0) return {0, task.keys};
     const int from = first - task.reach, to = first + rows + task.reach;
     return {from > 0 ? from : 0, to < task.keys ? to : task.keys};
@@ -107,7 +120,7 @@ void pack_keys(const Task& task, ints* to) {
         for (int from = 0; from < size; from += LANES * GROUP, to += LANES) {
             ints rows[LANES];
             for (int i = 0; i < LANES; ++i)
-                rows[i] = first + i < task.keys ? load_groups(task.key + (first + i) * task.stride + from) : ints{};
+                rows[i] = first + i < task.keys ? load_groups(task.key_at(first + i) + from) : ints{};
             transpose(rows);
             for (int i = 0; i < LANES; ++i) to[i] = rows[i];
         }
@@ -117,18 +130,18 @@ void pack_keys(const Task& task, ints* to) {
 template <int size>
 void pack_values(const Task& task, ints* to) {
     for (int first = 0; first < task.keys; first += GROUP) {
-        const bf16* row = task.value + first * task.stride;
-        const bool two = GROUP == 2 && first + 1 < task.keys;
+        const bf16* row = task.value_at(first);
+        const bf16* next = GROUP == 2 && first + 1 < task.keys ? task.value_at(first + 1) : nullptr;
         for (int from = 0; from < size; from += LANES)
-            *to++ = join(load(row + from, LANES), two ? load(row + task.stride + from, LANES) : halves{});
+            *to++ = join(load(row + from, LANES), next != nullptr ? load(next + from, LANES) : halves{});
     }
 }
 
 template <int size>
-void pack_query(const bf16* from, int64_t stride, int rows, part* to) {
-    for (int r = 0; r < rows; ++r, from += stride)
+void pack_query(const Rows& query, int first, int rows, part* to) {
+    for (int r = 0; r < rows; ++r)
         for (int c = 0; c < size; c += LANES * GROUP, to += LANES * GROUP) {
-            const ints groups = load_groups(from + c);
+            const ints groups = load_groups(query.at(first + r) + c);
             std::memcpy(to, &groups, sizeof groups);
         }
 }
@@ -223,7 +236,7 @@ void attend_rows(const Task& task, const Scratch& scratch, int first) {
     const Seen near = seen_by(task, first, R);
     const int skipped = near.from / LANES, start = LANES * skipped;  // blocks that no row sees, and their keys
     const int blocks = static_cast<int>(vectors(near.to - start)), pitch = LANES * blocks;
-    pack_query<size>(task.query + first * task.query_stride, task.query_stride, R, scratch.query);
+    pack_query<size>(task.query, first, R, scratch.query);
     score_rows<size, R>(scratch, skipped, blocks);
     float sums[R];
     for (int r = 0; r < R; ++r) {
@@ -235,9 +248,13 @@ void attend_rows(const Task& task, const Scratch& scratch, int first) {
 }
 
 template <int size>
-void attend(const Task& task, const Scratch& scratch) {
+void pack(const Task& task, const Scratch& scratch) {
     pack_keys<size>(task, scratch.keys);
     pack_values<size>(task, scratch.values);
+}
+
+template <int size>
+void attend(const Task& task, const Scratch& scratch) {
     int row = 0;
     for (; row + ROWS <= task.queries; row += ROWS) attend_rows<size, ROWS>(task, scratch, row);
     with_constant<ROWS - 1>(task.queries - row,
@@ -266,7 +283,24 @@ class Memory {  // one thread's scratch, for the longest pair of the call
     const Block block_;
 };
 
+// Call work(turn, scratch) for each turn, on the threads, with scratch for so many keys.
+template <class Work>
+int take_turns(int64_t count, int longest, int size, int threads, Work work) {
+    int failed = 0;
+    Turns turns(count);
+    on_threads(threads, [&] {
+        const Memory memory(longest, size);
+        if (!memory.there()) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        for (int64_t turn; turns.take(turn);) work(turn, memory.scratch());
+    });
+    return failed;
+}
+
+float scale_of(int size) { return 1.44269504f / __builtin_sqrtf(static_cast<float>(size)); }
+
 }  // namespace
+
+extern "C" {
 
 // Attention of packed bf16 rows.
 //   query: [queries, heads * size] rows, query_stride apart; pair i owns query_offsets[i..i + 1]
@@ -274,36 +308,70 @@ class Memory {  // one thread's scratch, for the longest pair of the call
 //   reach: below 0, or how far a query sees on either side: then query r of a pair is its token r
 //   out: [queries, heads * size], dense
 // Returns 0; 1 if scratch memory could not be allocated, 2 for a head size that is not built.
-extern "C" EXPORT int echelon_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets,
-                                        const bf16* key, const bf16* value, int64_t stride, const int32_t* offsets,
-                                        int pairs, int heads, int size, int reach, bf16* out,
-                                        int threads) {
+EXPORT int echelon_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets, const bf16* key,
+                             const bf16* value, int64_t stride, const int32_t* offsets, int pairs, int heads, int size,
+                             int reach, bf16* out, int threads) {
     if (size != 64 && size != 32) return 2;
     int longest = 0;
     for (int i = 0; i < pairs; ++i)
         longest = offsets[i + 1] - offsets[i] > longest ? offsets[i + 1] - offsets[i] : longest;
-    const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));
-    int failed = 0;
-    Turns turns(static_cast<int64_t>(pairs) * heads);
-    on_threads(threads, [&] {
-        const Memory memory(longest, size);
-        if (!memory.there()) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
-        for (int64_t index; turns.take(index);) {
-            const int64_t pair = index / heads, column = index % heads * size;
-            const int64_t first = offsets[pair], row = query_offsets[pair];
-            const Task task = {query + row * query_stride + column,
-                               key + first * stride + column,
-                               value + first * stride + column,
-                               out + row * heads * size + column,
-                               query_stride,
-                               stride,
-                               static_cast<int64_t>(heads) * size,
-                               query_offsets[pair + 1] - query_offsets[pair],
-                               offsets[pair + 1] - offsets[pair],
-                               reach,
-                               scale};
-            size == 64 ? attend<64>(task, memory.scratch()) : attend<32>(task, memory.scratch());
+    return take_turns(static_cast<int64_t>(pairs) * heads, longest, size, threads, [=](int64_t turn, Scratch scratch) {
+        const int64_t pair = turn / heads, column = turn % heads * size;
+        const int64_t first = offsets[pair], row = query_offsets[pair];
+        Task task = {};
+        task.query = {query + row * query_stride + column, query_stride};
+        task.key = {key + first * stride + column, stride};
+        task.value = {value + first * stride + column, stride};
+        task.out_stride = static_cast<int64_t>(heads) * size;
+        task.out = out + row * task.out_stride + column;
+        task.queries = query_offsets[pair + 1] - query_offsets[pair];
+        task.keys = offsets[pair + 1] - offsets[pair];
+        task.reach = reach;
+        task.scale = scale_of(size);
+        size == 64 ? pack<64>(task, scratch) : pack<32>(task, scratch);
+        size == 64 ? attend<64>(task, scratch) : attend<32>(task, scratch);
+    });
+}
+
+// Causal attention of packed bf16 rows, `group` query heads to a key head. Text i begins with before[i] keys
+// from row starts[i] of the prefixes on; its own are the rows offsets[i..i + 1] of key and value. Its queries,
+// query_offsets[i..i + 1], are those of its last tokens.
+//   query: [queries, heads * group * size], key, value: [tokens, heads * size], each with its stride
+//   prefix_key, prefix_value: [prefix tokens, heads * size], dense
+//   out: [queries, heads * group * size], dense
+// Returns as above.
+EXPORT int echelon_causal_attention(const bf16* query, int64_t query_stride, const int32_t* query_offsets,
+                                    const bf16* key, int64_t key_stride, const bf16* value, int64_t value_stride,
+                                    const int32_t* offsets, const bf16* prefix_key, const bf16* prefix_value,
+                                    const int32_t* starts, const int32_t* before, int texts, int heads, int group,
+                                    int size, bf16* out, int threads) {
+    if (size != 128 && size != 64) return 2;
+    int longest = 0;
+    for (int i = 0; i < texts; ++i) {
+        const int keys = before[i] + offsets[i + 1] - offsets[i];
+        longest = keys > longest ? keys : longest;
+    }
+    return take_turns(static_cast<int64_t>(texts) * heads, longest, size, threads, [=](int64_t turn, Scratch scratch) {
+        const int64_t text = turn / heads, head = turn % heads, width = static_cast<int64_t>(heads) * size;
+        const int64_t first = offsets[text], row = query_offsets[text], start = starts[text] * width + head * size;
+        Task task = {};
+        task.key = {key + first * key_stride + head * size, key_stride};
+        task.value = {value + first * value_stride + head * size, value_stride};
+        task.key_before = {prefix_key + start, width};
+        task.value_before = {prefix_value + start, width};
+        task.before = before[text];
+        task.queries = query_offsets[text + 1] - query_offsets[text];
+        task.keys = task.before + offsets[text + 1] - offsets[text];
+        task.causal = true;
+        task.scale = scale_of(size);
+        task.out_stride = width * group;
+        size == 128 ? pack<128>(task, scratch) : pack<64>(task, scratch);
+        for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+            task.query = {query + row * query_stride + h * size, query_stride};
+            task.out = out + row * task.out_stride + h * size;
+            size == 128 ? attend<128>(task, scratch) : attend<64>(task, scratch);
         }
     });
-    return failed;
 }
+
+}  // extern "C"
