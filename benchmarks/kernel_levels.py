@@ -63,7 +63,39 @@ def cases(found: Kernels) -> list[Case]:
     for size, (hidden, inner, heads, width) in SHAPES.items():
         rows += [_attention(found, size, length, heads, width) for length in LENGTHS]
         rows += _passes(found, size, hidden, inner)
+        rows += [_causal(found, size, length, heads, 2 * width) for length in LENGTHS[1:]]
     return rows
+
+
+def _causal(found: Kernels, size: str, length: int, heads: int, width: int) -> Case:
+    """Texts of one length behind a beginning of 96 tokens; two query heads to a key head."""
+    import numpy as np
+    import torch
+
+    from echelon.models import causal_attention, kernel_calls
+    from echelon.models.causal_attention import CausalAttention, KeysAndValues
+    from echelon.models.prefixes import lay_out
+
+    begin, count = np.arange(96), 2 * ROWS // length
+    texts = [np.concatenate((begin, 99 + i + np.arange(length))) for i in range(count)]
+    layout = lay_out([text.astype(np.int32) for text in texts], [0] * count)
+    asked, shared = heads // 2, heads // 4
+    parts = torch.randn(len(layout.ids), heads, width).bfloat16()
+    query = parts[:, :asked].contiguous()
+    own = KeysAndValues(parts[:, asked : asked + shared], parts[:, asked + shared : heads])
+    attention = CausalAttention(layout, (asked, shared), torch.device("cpu"), query.dtype)
+
+    def by(chosen: Kernels | None) -> Callable[[], object]:
+        def run() -> object:
+            with (
+                patch.object(kernel_calls, "kernels", lambda: chosen),
+                patch.object(causal_attention, "has_amx", lambda: False),
+            ):
+                return attention.attend(query, own, attention.beginnings(own, [None]))
+
+        return run
+
+    return "causal_attention", f"{size}, {length} tokens", by(found), by(None)
 
 
 def _passes(found: Kernels, size: str, hidden: int, inner: int) -> list[Case]:
@@ -172,7 +204,7 @@ def main() -> None:
         found = json.loads(done.stdout)
         rows += found
         for row in found:
-            print(f"{level:11}{row['operation']:16}{row['of']:26}{row['speedup']:7.2f}")
+            print(f"{level:11}{row['operation']:17}{row['of']:26}{row['speedup']:7.2f}")
     content = {
         "command": "python " + " ".join(sys.argv),
         "machine": describe_machine(),

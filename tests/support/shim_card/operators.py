@@ -245,6 +245,15 @@ def _run_cudnn(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return mixed, torch.zeros(query.shape[1], query.shape[0]), *empty[:2], *limits[2:], *empty[:3]
 
 
+def _run_scaled(*args: Any, **kwargs: Any) -> Tensor:
+    """The product of codes, each row and column with its scale: before 2.12 no CPU takes those."""
+    given = by_name(aten._scaled_mm.default, args, kwargs)
+    product = (given["self"].float() @ given["mat2"].float()) * given["scale_a"] * given["scale_b"]
+    if given.get("bias") is not None:
+        product = product + given["bias"].float()
+    return product.to(given.get("out_dtype") or given["self"].dtype)
+
+
 def _in_tf32(func: Any) -> Callable[..., Any]:
     """A product whose fp32 factors lose 13 bits, where the settings and the card say so."""
 
@@ -281,6 +290,8 @@ def kernel_of(func: Any, card: Card) -> Callable[..., Any]:
         return _run_efficient
     if func is aten._cudnn_attention_forward.default:
         return _run_cudnn
+    if func is aten._scaled_mm.default:
+        return _run_scaled
     if func in PRODUCTS and uses_tf32(card):
         return _in_tf32(func)
     found: Callable[..., Any] = func

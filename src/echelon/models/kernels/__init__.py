@@ -51,7 +51,8 @@ FASTER: dict[str, tuple[str, ...]] = {
     "avx512": OPERATIONS,
     "avx2": tuple(name for name in OPERATIONS if name != "add_norm"),
     "neon": (),  # nobody could measure it yet
-    "portable": OPERATIONS,  # on x86-64; on ARM "neon" stands before it
+    # On x86-64; on ARM "neon" stands before it.
+    "portable": tuple(name for name in OPERATIONS if name != "causal_attention"),
 }
 """Level → operations that were measured faster than torch's own on a processor of that level; the
 others are left to torch (docs/decisions/0019-kernel-levels.md)."""
