@@ -163,6 +163,20 @@ def test_every_kind_of_tokenizer_file_is_chosen() -> None:
     }
 
 
+def test_what_sentence_transformers_saves_is_chosen() -> None:
+    saved = [
+        "modules.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "1_LogitScore/config.json",
+        "2_Dense/model.safetensors",
+    ]
+    others = ["README.md", "sentence_bert_config.json.bak", "1_LogitScore/readme.txt"]
+
+    chosen = choose([*saved, *others, "model.safetensors"])
+    assert set(chosen) == {*saved, "model.safetensors"}
+
+
 @pytest.mark.parametrize("progress", [False, True])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_progress_bars_are_switched_and_put_back(
