@@ -47,7 +47,7 @@ test-arm: $(VENV)/.installed-test ## compile the kernels for 64-bit ARM and run 
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || missing=1; done; \
 	  test -z "$$missing" || apt-get install -y -qq g++-aarch64-linux-gnu qemu-user || { \
 	  echo "make: no compiler or emulator. On Debian, as root: apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }
-	KERNELS_MACHINE=aarch64 $(BIN)/python -m pytest tests/models/test_kernels.py
+	KERNELS_MACHINE=aarch64 $(BIN)/python -m pytest tests/models/test_kernels.py tests/models/test_causal_kernel.py
 
 check: $(VENV)/.installed-test ## style, types, import directions, documentation
 	$(BIN)/ruff check .

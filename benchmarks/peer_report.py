@@ -171,22 +171,31 @@ def _targets(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def chart(parts: Sequence[Part], path: Path) -> None:
-    """Bars of pairs a second, one panel a workload, one row of panels a processor."""
+    """Bars of pairs a second, one panel a workload, one row of panels a processor and model."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "peers"  # the same numbers give the same file
     import matplotlib.pyplot as plt
 
-    rows = {name: (own, _bar_tables(own)) for name, own in by_processor(parts).items()}
+    rows = {
+        (name, model): (own, [table for table in _bar_tables(own) if table[0] == model])
+        for name, own in by_processor(parts).items()
+        for model in MODELS
+    }
     rows = {name: row for name, row in rows.items() if row[1]}
     if not rows:
         return
     width = max(len(tables) for _, tables in rows.values())
-    bars = max(len(latest(own, *table)) for own, tables in rows.values() for table in tables)
-    size = (5.5 * width, (1.2 + 0.3 * bars) * len(rows))
-    figure, panels = plt.subplots(len(rows), width, figsize=size, squeeze=False)
-    for line, (processor, (own, tables)) in zip(panels, rows.items(), strict=True):
+    heights = [
+        1.2 + 0.3 * max(len(latest(own, *table)) for table in tables)
+        for own, tables in rows.values()
+    ]
+    size = (5.5 * width, sum(heights))
+    figure, panels = plt.subplots(
+        len(rows), width, figsize=size, squeeze=False, height_ratios=heights
+    )
+    for line, ((processor, _), (own, tables)) in zip(panels, rows.items(), strict=True):
         for axes in line[len(tables) :]:
             axes.axis("off")
         for axes, table in zip(line, tables, strict=False):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote_kernels import MACHINE, build_hook, remote
+from kernel_ways import TESTED, use
+from remote_kernels import MACHINE
 
-from echelon.models import attention_cpu, causal_attention, kernel_calls
+from echelon.models import attention_cpu
 from echelon.models.attention_cpu import AttentionLayout, attend, attend_first
 from echelon.models.blocks import add_and_norm
-from echelon.models.causal_attention import CausalAttention, KeysAndValues
-from echelon.models.kernels import LEVELS, OPERATIONS, Kernels, load, possible
+from echelon.models.kernels import LEVELS
 from echelon.models.layers import (
     ACTIVATIONS,
     Norm,
@@ -26,11 +24,7 @@ from echelon.models.layers import (
     materialize,
     quantize,
 )
-from echelon.models.prefixes import lay_out
 from echelon.models.rotary import Rotary, rotate, rotate_in_place
-
-TESTED = list(build_hook().LEVELS[MACHINE]) if MACHINE else possible()
-"""The levels that are tested here."""
 
 pytestmark = pytest.mark.device
 
@@ -38,22 +32,6 @@ NAMED = [name for name in ACTIVATIONS if name != "none"]
 
 BF16_STEP = 2**-8
 """Half of the distance between neighbours, relative to the larger: what rounding may lose."""
-
-
-@contextmanager
-def use(level: str | None):
-    """All operations by the kernels of a level, or by torch."""
-    found = None
-    if level is not None:
-        library = remote(level) if MACHINE else load(level)
-        found = Kernels(level, library, OPERATIONS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_calls, "kernels", lambda: found)
-        patch.setattr(attention_cpu, "kernels", lambda: found)
-        patch.setattr(causal_attention, "has_amx", lambda: False)
-        attention_cpu.fastest_method.cache_clear()
-        yield
-    attention_cpu.fastest_method.cache_clear()
 
 
 @pytest.fixture(params=TESTED)
@@ -376,88 +354,6 @@ def test_heads_are_turned(name, rows, heads, half, normed, seed):
         assert norm is not None or torch.equal(whole[:, 1 : heads + 1], found)
     size = (wide.square() + wide.roll(half, -1).square()).sqrt()
     assert (found - exact).abs().le(2 * BF16_STEP * size + 1e-6).all()
-
-
-def exact_causal(query, own, beginnings, layout, first=0):
-    """Attention in float64 of each pair's rows from ``first`` on: a list of [rows, heads, size]."""
-    group = query.shape[1] // own.keys.shape[1]
-    mixed = []
-    for run in layout.runs:
-        for pair in range(run.count):
-            rows = slice(run.row + pair * run.length, run.row + (pair + 1) * run.length)
-            tokens = own[rows] if run.prefix is None else beginnings[run.prefix].then(own[rows])
-            keys, values = (
-                part.double().repeat_interleave(group, 1).transpose(0, 1)
-                for part in (tokens.keys, tokens.values)
-            )
-            mine = query[rows][first:].double().transpose(0, 1)
-            scores = mine @ keys.transpose(1, 2) * query.shape[2] ** -0.5
-            later = torch.ones(scores.shape[1:]).triu(scores.shape[2] - scores.shape[1] + 1).bool()
-            weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-            mixed.append((weights @ values).transpose(0, 1))
-    return mixed
-
-
-def causal_step(lengths, prefixes, size, group, seed):
-    """A step of pairs that begin with one of some prefixes, the first of them partly cached."""
-    torch.manual_seed(seed)
-    texts = []
-    for place, length in enumerate(lengths):
-        begin = prefixes[place % len(prefixes)]
-        ids = np.arange(begin) + 1000 * begin, 500 + place + np.arange(length)
-        texts.append(np.concatenate(ids).astype(np.int32))
-    begun = min(20, prefixes[0])
-    known = [begun * (place % len(prefixes) == 0) for place in range(len(texts))]
-    layout = lay_out(texts, known)
-    rows = len(layout.ids)
-    parts = torch.randn(rows, 2 * group + 4, size).bfloat16()
-    own = KeysAndValues(parts[:, 2 * group : 2 * group + 2].contiguous(), parts[:, 2 * group + 2 :])
-    cached = [
-        KeysAndValues(*torch.randn(2, prefix.known, 2, size).bfloat16()) if prefix.known else None
-        for prefix in layout.prefixes
-    ]
-    attention = CausalAttention(layout, (2 * group, 2), torch.device("cpu"), torch.bfloat16)
-    return attention, layout, parts[:, : 2 * group].contiguous(), own, cached
-
-
-@pytest.mark.parametrize("name", TESTED)
-@pytest.mark.parametrize(("size", "group"), [(128, 2), (64, 1), (64, 7)])
-@settings(max_examples=25)
-@given(
-    lengths=lengths_of_a_step,
-    prefixes=st.lists(st.integers(0, 90), min_size=1, max_size=3),
-    seed=st.integers(0, 999),
-)
-def test_causal_attention_of_pairs_that_begin_alike(name, size, group, lengths, prefixes, seed):
-    attention, layout, query, own, cached = causal_step(lengths, prefixes, size, group, seed)
-    beginnings = attention.beginnings(own, cached)
-    exact = torch.cat(exact_causal(query, own, beginnings, layout)).flatten(1)
-    lasts = torch.cat([one[-1:] for one in exact_causal(query, own, beginnings, layout)]).flatten(1)
-    with use(name):
-        mixed = attention.attend(query, own, beginnings)
-        last = attention.attend_last(query[layout.lasts], own, beginnings)
-    first, end = layout.runs[0].row, layout.lasts[-1] + 1
-    assert (mixed[first:end] - exact).abs().max() <= 0.03
-    assert (last - lasts).abs().max() <= 0.03
-    assert torch.equal(last, mixed[layout.lasts])
-    assert (mixed[end:] == 0).all()  # filler
-    with use(None):
-        by_torch = attention.attend(query, own, beginnings)
-    assert (mixed - by_torch).abs().max() <= 0.05  # the prefixes' own rows too
-
-
-@pytest.mark.usefixtures("level")
-def test_a_pair_attends_alike_alone_and_behind_a_shared_beginning():
-    attention, layout, query, own, cached = causal_step([30, 41, 7], [64], 128, 2, 1)
-    beginnings = attention.beginnings(own, cached)
-    shared = attention.attend(query, own, beginnings)
-    run = layout.runs[-1]
-    whole = beginnings[0].then(own[run.rows])
-    alone = lay_out([np.arange(len(whole.keys), dtype=np.int32)], [0])
-    single = CausalAttention(alone, (4, 2), torch.device("cpu"), torch.bfloat16)
-    filled = torch.zeros(len(whole.keys), 4, 128).bfloat16()
-    filled[-run.length :] = query[run.rows]
-    assert torch.equal(single.attend(filled, whole, [])[-run.length :], shared[run.rows])
 
 
 @pytest.mark.usefixtures("level")

@@ -63,7 +63,7 @@ def turned(
     if has_card_kernels(heads):
         found: Tensor = torch.ops.echelon.turn(heads, *tables, weight, epsilon)
         return found
-    return _turn(heads, *tables, weight, epsilon)
+    return turned_by_torch(heads, *tables, weight, epsilon)
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,15 +132,15 @@ def _gate(both: Tensor, activation: int) -> Tensor:
     return (GATES[activation](active) * gate).to(both.dtype)
 
 
-def _turn(
+def turned_by_torch(
     heads: Tensor, cosines: Tensor, sines: Tensor, weight: Tensor | None, epsilon: float
 ) -> Tensor:
-    from echelon.models.rotary import rotate  # which computes by blocks, with operators of these
-
+    """What ``turn`` computes, in torch: the first half of a head turns with the second."""
     wide = heads.float()
     if weight is not None:
         wide = functional.rms_norm(wide, weight.shape, weight, epsilon)
-    return rotate(wide, cosines, sines).to(heads.dtype)
+    half = heads.shape[-1] // 2
+    return (wide * cosines).add_(wide.roll(half, -1) * sines).to(heads.dtype)
 
 
 def _float8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ _LIBRARY = torch.library.Library("echelon", "DEF")  # type: ignore[no-untyped-ca
 for _schema in OPERATORS:
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]  # torch's own gap
 for _key, _functions in {
-    "CPU": (_add_norm, _accumulate_norm, _gate, _turn, _float8),
+    "CPU": (_add_norm, _accumulate_norm, _gate, turned_by_torch, _float8),
     "CUDA": (
         _add_norm_on_card,
         _accumulate_norm_on_card,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from echelon.models.blocks import blocks, by_blocks
+from echelon.models.card_kernels import turned_by_torch
 from echelon.models.kernel_calls import call_kernel, has_kernel
 
 if TYPE_CHECKING:
@@ -98,9 +99,8 @@ def rotate_in_place(heads: Tensor, cosines: Tensor, sines: Tensor) -> None:
 
 
 def _turned(rows: Tensor, cosines: Tensor, sines: Tensor, norm: RmsNorm | None) -> Tensor:
-    wide = rows.float() if norm is None else norm(rows.float())
-    half = rows.shape[-1] // 2
-    return (wide * cosines).add_(wide.roll(half, -1) * sines).to(rows.dtype)
+    weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
+    return turned_by_torch(rows, cosines, sines, weight, epsilon)
 
 
 def _fits_kernel(rows: Tensor, cosines: Tensor) -> bool:

@@ -68,7 +68,7 @@ def read_text_settings(folder: Path) -> TextSettings:
         prompts = {name: text or "" for name, text in (model.get("prompts") or {}).items()}
         name = model.get("default_prompt_name")
         if name is not None and name not in prompts:
-            raise ValueError(f"default_prompt_name: {name!r} is none of its prompts")  # noqa: TRY301
+            raise ValueError(f"default_prompt_name: {name!r} is none of its prompts")  # noqa: TRY301 - the handler names the file
     except (ValueError, OSError) as error:
         raise BadCheckpoint(f"{path}: {error}. Download the model again.") from error
     return TextSettings(
